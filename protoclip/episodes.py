@@ -1,0 +1,127 @@
+"""ProtoCLIP's episodes: which rows they hold, the view of each, and the order in which a pass sees them.
+
+Authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`). An episode is N rows drawn with
+replacement; everything cached of it (features, pseudo-labels) is indexed by the position i in 0..N-1.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from shared import data, run
+
+
+def image_transform(size: int, train: bool, light: bool = False) -> transforms.Compose:
+    """PIL RGB -> (3, size, size) normalised with CLIP's statistics. U:open_clip/transform.py:13."""
+    bicubic = InterpolationMode.BICUBIC
+    if not train:
+        steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
+    elif not light:
+        steps = [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
+    else:
+        steps = [
+            transforms.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([transforms.GaussianBlur(kernel_size=21)], p=0.2),
+        ]
+    normalise = transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return transforms.Compose([*steps, transforms.ToTensor(), normalise])
+
+
+def ascii_caption(caption: str) -> str:
+    """The student's caption: non-ASCII characters are deleted (U:training/data.py:41); the teacher sees all of it."""
+    return caption.encode("ascii", errors="ignore").decode()
+
+
+def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomState) -> np.ndarray:
+    """(N,) int64 dataset rows of an episode, drawn with replacement. U:training/main.py:357.
+
+    Successive calls on `np.random.RandomState(seed)` give upstream's episodes.
+    """
+    return rng.choice(dataset_size, episode_size, replace=True)
+
+
+class EpisodeDataset(Dataset):
+    """Item i is (i, image (3, S, S), tokens (L,), broken samples passed over); its row is `rows[i]`. U:training/data.py:24.
+
+    Pseudo-labels and cached features are indexed by the episodic index i. A view is a function of (seed, i) alone.
+    """
+
+    def __init__(self, pairs, rows: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
+        self.pairs, self.rows, self.transform, self.tokenizer, self.seed = pairs, rows, transform, tokenizer, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, list[data.Broken]]:
+        broken: list[data.Broken] = []
+        pair = data.read_or_next(self.pairs, int(self.rows[i]), broken)
+        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        return int(i), self.transform(pair.image), self.tokenizer(ascii_caption(pair.caption))[0], broken
+
+
+def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
+    index, images, tokens, broken = zip(*items)
+    return torch.tensor(index), torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
+
+
+def episode_loader(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> DataLoader:
+    """This rank's batches of one shuffled pass, from batch `start` on."""
+    batches = data.batches(len(dataset), cfg.batch_size, dataset.seed, process.rank, process.world_size, start)
+    return DataLoader(
+        dataset,
+        batch_sampler=[batch for batch in batches if len(batch)],
+        num_workers=cfg.workers,
+        collate_fn=collate,
+        pin_memory=process.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
+    )
+
+
+class Episodes:
+    """The rows of each episode and the pairs that they are rows of."""
+
+    def __init__(self, cfg):
+        self.cfg, self.rng, self.drawn = cfg, np.random.RandomState(cfg.seed), 0
+        if cfg.episode_shards:
+            self.shards = data.expand_shards(cfg.data)
+            if not 0 < cfg.episode_shards <= len(self.shards):
+                raise ValueError(f"--episode-shards {cfg.episode_shards} of {len(self.shards)} shards")
+            self.pairs = None
+        else:
+            self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+
+    def shards_of(self, episode: int) -> list[str]:
+        """The next `episode_shards` of a list that is reshuffled each time it has been gone through."""
+        n, chosen = len(self.shards), []
+        for position in range(episode * self.cfg.episode_shards, (episode + 1) * self.cfg.episode_shards):
+            order = np.random.default_rng((self.cfg.seed, position // n)).permutation(n)
+            chosen.append(self.shards[order[position % n]])
+        return sorted(set(chosen))
+
+    def episode(self, episode: int):
+        """(pairs, rows (N,)) of that episode. Episodes passed over are drawn all the same, so a resumed run agrees."""
+        pairs = self.pairs
+        if pairs is None:
+            folder = Path(self.cfg.cache)
+            wanted = [data.fetch(shard, folder) for shard in self.shards_of(episode)]
+            for old in folder.glob("*.tar") if folder.is_dir() else ():
+                if str(old) not in wanted:
+                    old.unlink(missing_ok=True)
+            pairs = data.Shards(wanted, strict=self.cfg.strict)
+            return pairs, sample_episode(
+                len(pairs), self.cfg.episode_size, np.random.RandomState(self.cfg.seed + episode)
+            )
+        while self.drawn < episode:
+            sample_episode(len(pairs), self.cfg.episode_size, self.rng)
+            self.drawn += 1
+        self.drawn += 1
+        return pairs, sample_episode(len(pairs), self.cfg.episode_size, self.rng)

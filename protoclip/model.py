@@ -1,0 +1,291 @@
+"""ProtoCLIP: Prototypical Contrastive Language Image Pretraining (arXiv 2206.10996, TNNLS 2023).
+
+Authors' code: megvii-research/protoclip@fde1933, cited below as `U:<path>:<line>` with paths under its `src/`.
+The paper's contribution, all of it in this file:
+  - two projection heads beside a plain CLIP, and a second learnable temperature    `ProtoCLIP`
+  - K-means prototypes of one modality as class targets for the other               `kmeans`, `prototypical_loss`
+  - Prototypical Back Translation (PBT): prototypes re-expressed in the student's    `prototypical_back_translation`
+    own feature space, so that grouping does not have to close the modality gap
+  - an external teacher, which PBT makes possible                                    `build_prototypes`, `protoclip_loss`
+
+Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external teacher's dimension, S image side, L tokens.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import faiss
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------- encoders and heads
+
+
+def projection_head(
+    embed_dim: int, hidden_dim: int = 2048, projection_dim: int = 128, num_layers: int = 1
+) -> nn.Sequential:
+    """g: (B, E) -> (B, P). `num_layers` blocks of Linear-BatchNorm-ReLU, then a Linear; 0 blocks = one Linear.
+
+    Source: U:open_clip/model.py:421. Torch's default initialisation.
+    """
+    layers: list[nn.Module] = []
+    width = embed_dim
+    for _ in range(num_layers):
+        layers += [nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+        width = hidden_dim
+    return nn.Sequential(*layers, nn.Linear(width, projection_dim))
+
+
+class ProtoCLIPOutput(NamedTuple):
+    image_features: Tensor  # (B, E) norm(z_I)
+    text_features: Tensor  # (B, E) norm(z_T)
+    image_projected: Tensor | None  # (B, P) h_I = norm(g_I(z_I)); None without heads
+    text_projected: Tensor | None  # (B, P) h_T = norm(g_T(z_T)); None without heads
+    logit_scale: Tensor  # () exp(s)
+    logit_scale_proto: Tensor | None  # () exp(s_p); None without heads
+
+
+class ProtoCLIP(open_clip.CLIP):
+    """An open_clip CLIP with two projection heads and a prototype temperature (U:open_clip/model.py:326-531).
+
+    Attribute names are upstream's, so its checkpoints load strictly; the towers alone load into open_clip.
+    `heads=False` leaves the heads out: the CLIP baseline, with the same initial towers for the same seed.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vision_cfg: dict,
+        text_cfg: dict,
+        quick_gelu: bool = True,
+        heads: bool = True,
+        hidden_dim: int = 2048,
+        projection_dim: int = 128,
+        num_layers: int = 1,
+    ):
+        super().__init__(embed_dim, vision_cfg, text_cfg, quick_gelu=quick_gelu)
+        self.text_projection_head = self.image_projection_head = self.logit_scale_proto = None
+        if heads:
+            self.text_projection_head = projection_head(embed_dim, hidden_dim, projection_dim, num_layers)
+            self.image_projection_head = copy.deepcopy(self.text_projection_head)  # both start equal: U:...:434
+            self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, image: Tensor, text: Tensor) -> ProtoCLIPOutput:
+        """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast."""
+        z_image, z_text = self.encode_image(image), self.encode_text(text)
+        h_image = h_text = scale_proto = None
+        if self.logit_scale_proto is not None:  # the heads see the *unnormalised* embeddings
+            h_image = F.normalize(self.image_projection_head(z_image).float(), dim=-1)
+            h_text = F.normalize(self.text_projection_head(z_text).float(), dim=-1)
+            scale_proto = self.logit_scale_proto.exp()
+        z_image, z_text = F.normalize(z_image.float(), dim=-1), F.normalize(z_text.float(), dim=-1)
+        return ProtoCLIPOutput(z_image, z_text, h_image, h_text, self.logit_scale.exp(), scale_proto)
+
+    @torch.no_grad()
+    def clamp_logit_scales(self) -> None:
+        """Both temperatures stay in [1/100, 1]; called after every optimizer step (U:training/train.py:206)."""
+        for scale in (self.logit_scale, self.logit_scale_proto):
+            if scale is not None:
+                scale.clamp_(0, math.log(100))
+
+
+def create_model(
+    name: str,
+    heads: bool = True,
+    hidden_dim: int = 2048,
+    projection_dim: int = 128,
+    num_layers: int = 1,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> ProtoCLIP:
+    """A ProtoCLIP on the towers of any open_clip config (`open_clip.list_models()`), randomly initialised.
+
+    QuickGELU is forced on, RN50 included, as upstream does whatever the config says (U:open_clip/model.py:347);
+    only beside a timm image tower the text tower keeps GELU (:359).
+    """
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
+    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    if "hf_model_name" in text or config.get("custom_text"):
+        raise ValueError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")
+    if image_size is not None:
+        vision["image_size"] = image_size
+    if context_length is not None:
+        text["context_length"] = context_length
+    quick_gelu = "timm_model_name" not in vision
+    return ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """L_CLIP, symmetric InfoNCE over unit rows (B, E) x (B, E) -> (). U:training/loss.py:84."""
+    logits = logit_scale * image_features @ text_features.T  # (B, B)
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def prototypical_loss(
+    student_features: Tensor,
+    student_prototypes: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor,
+    teacher_prototypes: Tensor | None = None,
+    target_temperature: float | None = None,
+) -> Tensor:
+    """One direction of L_Proto: classify student features (B, P) among prototypes (K, P). U:training/loss.py:114.
+
+    labels (B,) int64 are the teacher's cluster assignments. With `target_temperature` tau > 0 the target is soft,
+    softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P); None or <= 0 means the hard label.
+    Empty clusters are zero rows of `student_prototypes` and stay in the softmax with logit 0.
+    """
+    logits = logit_scale * student_features @ student_prototypes.T  # (B, K)
+    if target_temperature is None or target_temperature <= 0:
+        return F.cross_entropy(logits, labels)
+    if teacher_prototypes is None:
+        raise ValueError("soft targets (target_temperature > 0) need teacher_prototypes (K, P)")
+    targets = (teacher_prototypes[labels] @ teacher_prototypes.T / target_temperature).softmax(dim=1)
+    return F.cross_entropy(logits, targets)
+
+
+def assignment_accuracy(student_features: Tensor, student_prototypes: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 agreement of the student with the teacher's clusters, in percent; monitored only. U:training/loss.py:130."""
+    with torch.no_grad():
+        predicted = (student_features @ student_prototypes.T).argmax(dim=1)
+        return 100 * (predicted == labels).float().mean()
+
+
+def protoclip_loss(
+    output: ProtoCLIPOutput,
+    index: Tensor,
+    prototypes: "Prototypes | None",
+    weights: tuple[float, float, float] = (1, 1, 1),
+    target_temperature: float = 0.01,
+) -> dict[str, Tensor]:
+    """L = w_clip L_CLIP + w_proto (L_img>text + L_text>img)/2 + w_ext (L_img>ext + L_text>ext)/2. U:training/train.py:149.
+
+    index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
+    Returns `loss`, its unweighted parts `clip`, `proto`, `external`, and `accuracy_*` in percent.
+    Parts of weight 0 are not computed; their inputs then get zero gradients, as upstream's do (and as
+    DistributedDataParallel needs).
+    """
+    w_clip, w_proto, w_external = (float(weight) for weight in weights)
+    zero = output.logit_scale.new_zeros(())
+    losses = {
+        "clip": clip_loss(output.image_features, output.text_features, output.logit_scale),
+        "proto": zero,
+        "external": zero,
+    }
+    h_image, h_text, scale = output.image_projected, output.text_projected, output.logit_scale_proto
+
+    if w_proto != 0 and prototypes is not None:
+        p = prototypes
+        image_labels, text_labels = p.image_labels[index], p.text_labels[index]
+        # With PBT the targets live in the student's own space, without it in the other modality's.
+        image_targets = p.text if p.image_from_text is None else p.image_from_text
+        text_targets = p.image if p.text_from_image is None else p.text_from_image
+        losses["proto"] = 0.5 * (
+            prototypical_loss(h_image, image_targets, scale, text_labels, p.text, target_temperature)
+            + prototypical_loss(h_text, text_targets, scale, image_labels, p.image, target_temperature)
+        )
+        losses["accuracy_image_to_text"] = assignment_accuracy(h_image, image_targets, text_labels)
+        losses["accuracy_text_to_image"] = assignment_accuracy(h_text, text_targets, image_labels)
+
+    if w_external != 0 and prototypes is not None and prototypes.external_labels is not None:
+        p = prototypes
+        labels = p.external_labels[index]
+        losses["external"] = 0.5 * (  # the external teacher's labels are always hard
+            prototypical_loss(h_image, p.image_from_external, scale, labels)
+            + prototypical_loss(h_text, p.text_from_external, scale, labels)
+        )
+        losses["accuracy_image_to_external"] = assignment_accuracy(h_image, p.image_from_external, labels)
+        losses["accuracy_text_to_external"] = assignment_accuracy(h_text, p.text_from_external, labels)
+
+    loss = w_clip * losses["clip"] + w_proto * losses["proto"] + w_external * losses["external"]
+    if scale is not None:
+        loss = loss + 0.0 * (h_image.sum() + h_text.sum() + scale)
+    return {"loss": loss, **losses}
+
+
+# ------------------------------------------------------------------------------------- prototypes of one episode
+
+
+class Prototypes(NamedTuple):
+    """Pseudo-labels and prototypes of one episode; constants, no gradient flows into them."""
+
+    image_labels: Tensor  # (N,) int64 clusters of h_I
+    text_labels: Tensor  # (N,) int64 clusters of h_T
+    image: Tensor  # (K, P) K-means centroids of h_I
+    text: Tensor  # (K, P) K-means centroids of h_T
+    image_from_text: Tensor | None = None  # (K, P) C_I<-T
+    text_from_image: Tensor | None = None  # (K, P) C_T<-I
+    external_labels: Tensor | None = None  # (N,) int64 clusters of the external teacher
+    image_from_external: Tensor | None = None  # (K, P) C_I<-X
+    text_from_external: Tensor | None = None  # (K, P) C_T<-X
+
+
+def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int = 1234) -> tuple[Tensor, Tensor]:
+    """faiss K-means of (N, D) -> labels (N,) int64, centroids (k, D) float32. U:training/clustering.py:123.
+
+    Euclidean, not spherical: centroids of unit vectors are plain means, not normalised again. Best of `nredo` runs.
+    faiss trains on at most 256 k of the N rows. Raises ValueError if N < k.
+    """
+    x = features.detach().float().cpu().contiguous().numpy()
+    if len(x) < k:
+        raise ValueError(f"K-means of {k} prototypes needs at least {k} samples, the episode has {len(x)}")
+    clustering = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, min_points_per_centroid=1)
+    clustering.train(x)
+    _, labels = clustering.index.search(x, 1)
+    return torch.from_numpy(labels[:, 0]), torch.from_numpy(clustering.centroids)
+
+
+def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> Tensor:
+    """PBT: mean of the student's features (N, P) over each of the teacher's k clusters -> (k, P). U:training/clustering.py:153.
+
+    Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored.
+    """
+    labels = labels[: len(features)]
+    sums = features.new_zeros(k, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=k).clamp(min=1)[:, None]
+
+
+def build_prototypes(
+    image_projected: Tensor,
+    text_projected: Tensor,
+    k: int,
+    external: Tensor | None = None,
+    back_translate: bool = True,
+    niter: int = 20,
+    nredo: int = 3,
+) -> Prototypes:
+    """Prototypes of one episode from its cached features h_I, h_T (N, P) and the teacher's rows (N, X).
+
+    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features count as 0.
+    """
+    if external is not None and not back_translate:
+        raise ValueError(
+            "an external teacher needs back_translate=True: its centroids do not live in the student's space"
+        )
+    h_image = torch.where(image_projected.isnan(), 0.0, image_projected)
+    h_text = torch.where(text_projected.isnan(), 0.0, text_projected)
+    image_labels, image = kmeans(h_image, k, niter, nredo)
+    text_labels, text = kmeans(h_text, k, niter, nredo)
+    prototypes = Prototypes(image_labels, text_labels, image, text)
+    if back_translate:
+        prototypes = prototypes._replace(
+            image_from_text=prototypical_back_translation(h_image, text_labels, k),
+            text_from_image=prototypical_back_translation(h_text, image_labels, k),
+        )
+    if external is not None:
+        labels, _ = kmeans(external, k, niter, nredo)
+        prototypes = prototypes._replace(
+            external_labels=labels,
+            image_from_external=prototypical_back_translation(h_image, labels, k),
+            text_from_external=prototypical_back_translation(h_text, labels, k),
+        )
+    return prototypes

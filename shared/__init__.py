@@ -1,0 +1,1 @@
+"""What all papers share: data, zero-shot evaluation, process setup and the embedded emoji corpus."""

@@ -1,0 +1,295 @@
+"""Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by row.
+
+A shard's tar headers are indexed once, without reading its payloads; every sample is then one seek and one read. So
+the order of an epoch is a pure function of (seed, epoch), the same for any number of loader workers and split evenly
+over ranks, and a run that resumes skips what it has seen before anything is read or decoded.
+
+Broken samples (truncated tar, unreadable image, missing or empty caption, wrong encoding) are never silently lost: the
+next readable row takes their place, and `Broken` records are handed on for the report at the end of the epoch.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from webdataset import gopen
+from webdataset.shardlists import expand_urls
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
+
+
+class Pair(NamedTuple):
+    key: str
+    image: Image.Image  # RGB
+    caption: str
+
+
+class Broken(NamedTuple):
+    key: str
+    reason: str
+
+
+class BrokenSample(Exception):
+    """Raised by `read` for a sample that cannot be used."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Bytes -> RGB image; transparency is composited on white. BrokenSample if it is unreadable or over MAX_PIXELS."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise BrokenSample(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
+    except BrokenSample:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError, struct.error ...
+        raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
+
+
+def decode_caption(data: bytes) -> str:
+    """Bytes -> stripped text. BrokenSample if it is empty or not UTF-8."""
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BrokenSample("caption is not UTF-8") from error
+    if not caption:
+        raise BrokenSample("empty caption")
+    return caption
+
+
+# ----------------------------------------------------------------------------------------------------------- shards
+
+
+class ShardIndex(NamedTuple):
+    keys: list[str]
+    spans: np.ndarray  # (n, 4) int64: image offset, image size, caption offset, caption size
+    broken: list[Broken]
+
+
+def index_shard(path: str) -> ShardIndex:
+    """Read one tar's headers. Samples without image or caption, and whatever lies behind a damaged header, are broken."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    broken = []
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, name = os.path.split(member.name)
+                    stem, _, extension = name.partition(".")
+                    span = (member.offset_data, member.size)
+                    if sum(span) <= size:
+                        members.setdefault(os.path.join(folder, stem), {})[extension.lower()] = span
+                    else:
+                        members.setdefault(os.path.join(folder, stem), {})["truncated"] = span
+                tar.members.clear()  # tarfile would keep every header
+    except tarfile.TarError:
+        broken.append(Broken(path, "truncated or damaged tar"))
+    keys, spans = [], []
+    for key, files in members.items():
+        image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
+        if "truncated" in files:
+            broken.append(Broken(key, "truncated or damaged tar"))
+        elif image is None or "txt" not in files:
+            broken.append(Broken(key, "missing image" if image is None else "missing caption"))
+        else:
+            keys.append(key)
+            spans.append((*image, *files["txt"]))
+    return ShardIndex(keys, np.array(spans, dtype=np.int64).reshape(-1, 4), broken)
+
+
+def is_remote(url: str) -> bool:
+    return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
+
+
+def expand_shards(spec: str | Sequence[str]) -> list[str]:
+    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> list of shards; FileNotFoundError names a missing one."""
+    if isinstance(spec, str) and os.path.isdir(spec):
+        urls = sorted(str(path) for path in Path(spec).glob("*.tar"))
+        if not urls:
+            raise FileNotFoundError(f"folder {spec} holds no .tar shard")
+        return urls
+    urls = [
+        u
+        for s in ([spec] if isinstance(spec, str) else spec)
+        for u in ([s] if s.startswith("pipe:") else expand_urls(s))
+    ]
+    for url in urls:
+        if not is_remote(url) and not os.path.isfile(url.removeprefix("file:")):
+            raise FileNotFoundError(
+                f"shard {url} does not exist; --data takes tar files such as 'cc3m/{{00000..00331}}.tar'"
+            )
+    return urls
+
+
+def fetch(url: str, folder: Path) -> str:
+    """A shard as a local file: itself if it is local, else a copy in `folder` (http, s3, gs, pipe: by webdataset)."""
+    if not is_remote(url):
+        return url.removeprefix("file:")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url)[-150:]
+    path = folder / (name if name.endswith(".tar") else name + ".tar")
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            with gopen.gopen(url) as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
+        os.replace(temporary, path)
+    return str(path)
+
+
+class Shards:
+    """Random access to the pairs of local webdataset shards: `len`, `keys`, `read(row)`, `caption(row)`.
+
+    `limit` keeps the first rows. With `strict`, any broken sample is a ValueError.
+    """
+
+    def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False):
+        self.paths, self.strict = list(paths), strict
+        if len(paths) < 64:
+            shards = [index_shard(path) for path in paths]
+        else:
+            with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths))) as pool:
+                shards = list(pool.map(index_shard, paths))
+        self.broken = [b for shard in shards for b in shard.broken]
+        if strict and self.broken:
+            raise ValueError(f"--strict: sample {self.broken[0].key}: {self.broken[0].reason}")
+        self.keys = np.array([key for shard in shards for key in shard.keys], dtype=np.str_)[:limit]
+        self._shard = np.repeat(np.arange(len(shards)), [len(shard.keys) for shard in shards])[:limit]
+        self._spans = np.concatenate([shard.spans for shard in shards])[:limit]
+        if not len(self.keys):
+            raise ValueError(f"no readable image-text pair in {', '.join(map(str, paths[:3]))}")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> Pair:
+        """Pair of that row. Raises BrokenSample."""
+        offset, size, text_offset, text_size = self._spans[row].tolist()
+        with open(self.paths[self._shard[row]], "rb") as file:
+            file.seek(text_offset)
+            caption = decode_caption(file.read(text_size))
+            file.seek(offset)
+            return Pair(str(self.keys[row]), decode_image(file.read(size)), caption)
+
+    def caption(self, row: int) -> str:
+        """The caption alone, as it stands in the file; undecodable bytes are replaced."""
+        _, _, offset, size = self._spans[row].tolist()
+        with open(self.paths[self._shard[row]], "rb") as file:
+            file.seek(offset)
+            return file.read(size).decode("utf-8", errors="replace").strip()
+
+
+class TSV:
+    """Pairs of a tab-separated file with columns `title` and `filepath` (ProtoCLIP's, OpenCLIP's csv layout)."""
+
+    def __init__(self, path: str, limit: int | None = None, strict: bool = False):
+        self.strict, self.broken = strict, []
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file, delimiter="\t")
+            missing = {"title", "filepath"} - set(table.fieldnames or ())
+            if missing:
+                raise ValueError(
+                    f"{path} lacks the column {' and '.join(sorted(missing))}; its header should read title<tab>filepath"
+                )
+            rows = [
+                (row["title"], row["filepath"]) for row, _ in zip(table, range(limit if limit is not None else 2**62))
+            ]
+        self.captions = np.array([title for title, _ in rows], dtype=np.str_)
+        self.keys = np.array([file for _, file in rows], dtype=np.str_)  # the image's path is the sample's key
+        if not rows:
+            raise ValueError(f"{path} has no row")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> Pair:
+        """Pair of that row. Raises BrokenSample."""
+        caption = decode_caption(self.caption(row).encode())
+        try:
+            data = Path(self.keys[row]).read_bytes()
+        except OSError as error:
+            raise BrokenSample("missing image") from error
+        return Pair(str(self.keys[row]), decode_image(data), caption)
+
+    def caption(self, row: int) -> str:
+        return str(self.captions[row])
+
+
+def open_pairs(spec: str, limit: int | None = None, strict: bool = False, cache: Path | None = None) -> Shards | TSV:
+    """Pairs of brace-expanded shards, or of one .tsv file. Remote shards are copied into `cache` first."""
+    if spec.endswith((".tsv", ".csv")):
+        if not os.path.isfile(spec):
+            raise FileNotFoundError(f"{spec} does not exist")
+        return TSV(spec, limit, strict)
+    return Shards([fetch(url, cache or Path("data/cache")) for url in expand_shards(spec)], limit, strict)
+
+
+# ------------------------------------------------------------------------------------------- order, reading, report
+
+
+def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
+    """`pairs.read(row)`, or the next readable row in its place; what was passed over is appended to `broken`."""
+    for candidate in range(row, row + min(len(pairs), 1000)):
+        candidate %= len(pairs)
+        try:
+            return pairs.read(candidate)
+        except BrokenSample as error:
+            if pairs.strict:
+                raise ValueError(f"--strict: sample {pairs.keys[candidate]}: {error}") from error
+            broken.append(Broken(str(pairs.keys[candidate]), str(error)))
+    raise ValueError(f"1000 samples in a row from {pairs.keys[row]} on are unreadable ({broken[-1].reason})")
+
+
+def batches(
+    n: int, batch_size: int, seed: Sequence[int], rank: int = 0, world_size: int = 1, start: int = 0
+) -> list[np.ndarray]:
+    """This rank's batches of a shuffled pass over range(n), from batch `start` on: a DataLoader's `batch_sampler`.
+
+    The permutation depends on `seed` alone (say, (seed, epoch)). `batch_size` is per rank: global batch b is rows
+    b*world_size*batch_size... of it, cut in rank order, so that W processes see together what one would with W times
+    the batch. The last global batch may be short, and empty for some ranks.
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    size = batch_size * world_size
+    firsts = range(start * size, n, size)
+    return [order[first : first + size][rank * batch_size : (rank + 1) * batch_size] for first in firsts]
+
+
+def stable_hash(*parts: int | str) -> int:
+    """A 63-bit seed from its parts, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def watch(batches: Iterable, broken: list[Broken]) -> Iterable:
+    """Pass batches on; the last item of each, its broken samples, is collected in `broken`."""
+    for batch in batches:
+        broken.extend(batch[-1])
+        yield batch
+
+
+def broken_report(broken: Iterable[Broken]) -> str | None:
+    """One line for the end of an epoch, or None: how many distinct samples were broken, why, and the first few keys."""
+    distinct = dict(broken)
+    if not distinct:
+        return None
+    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(distinct.values()).most_common())
+    names = ", ".join(sorted(distinct)[:3]) + (", ..." if len(distinct) > 3 else "")
+    return f"{len(distinct)} broken samples, replaced by their neighbours: {reasons} ({names})"

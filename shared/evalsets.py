@@ -1,0 +1,182 @@
+"""Reads evaluation sets in the CLIP-benchmark webdataset layout, so that every public `wds_*` set works unchanged.
+
+    <folder>/classnames.txt                         one class name a line; line c names label c
+             zeroshot_classification_templates.txt  one prompt template a line, `{c}` stands for the class name
+             dataset_type.txt                       optional: `classification` (default), `multilabel` or `retrieval`
+             <split>/nshards.txt                    number of shards
+             <split>/0.tar, 1.tar, ...              `KEY.{webp,png,jpg,jpeg}` with `KEY.cls` (label), `KEY.npy` (0/1 per
+                                                    class, multilabel) or `KEY.txt` (captions, one a line, retrieval)
+
+An evaluation set has to be whole: what is missing or unreadable raises one sentence that names the file and the key.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from shared.data import IMAGE_EXTENSIONS, BrokenSample, decode_image
+
+KINDS = ("classification", "multilabel", "retrieval")
+
+
+class EvalSet(IterableDataset):
+    """One split of an evaluation set; iterating gives `(key, image, target)` in shard order.
+
+    image: what `transform` makes of an RGB PIL image; target: int label, (C,) float 0/1 vector or list of captions.
+    `classnames` and `templates` are empty for retrieval sets. `batches` also brings errors out of workers.
+    """
+
+    def __init__(self, folder: str | Path, transform: Callable[[Image.Image], torch.Tensor], split: str = "test"):
+        self.folder, self.split, self.transform = Path(folder), split, transform
+        self.name = self.folder.name
+        self.kind = "classification"
+        if (self.folder / "dataset_type.txt").exists():
+            self.kind = _read(self.folder / "dataset_type.txt").strip().lower()
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.folder / 'dataset_type.txt'} says {self.kind!r} where one of {KINDS} is known.")
+        self.shards = self._shards()
+        self.classnames: list[str] = []
+        self.templates: list[str] = []
+        if self.kind != "retrieval":
+            self.classnames = _lines(self.folder / "classnames.txt")
+            path = self.folder / "zeroshot_classification_templates.txt"
+            self.templates = _lines(path)
+            for template in self.templates:
+                if "{c}" not in template:
+                    raise ValueError(f"{path} has the template {template!r}, which lacks {{c}} for the class name.")
+
+    def _shards(self) -> list[Path]:
+        path = self.folder / self.split / "nshards.txt"
+        text = _read(path).strip()
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{path} says {text!r} where a number of shards of at least 1 is expected.")
+        shards = [self.folder / self.split / f"{i}.tar" for i in range(int(text))]
+        for shard in shards:
+            if not shard.is_file():
+                raise FileNotFoundError(f"{shard} is missing although {path} promises {text} shard(s).")
+        return shards
+
+    def _samples(self) -> Iterator[tuple[Path, dict]]:
+        """Undecoded samples with their shard; sample i goes to worker i % n, so one-shard sets use all workers too."""
+        worker = get_worker_info()
+        rank, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        index = 0
+        for shard in self.shards:
+            # A list of one shard, no splitting over nodes or workers: this class has already decided who reads what.
+            pipeline = wds.WebDataset(
+                [str(shard)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+            )
+            try:
+                for sample in pipeline:
+                    if index % count == rank:
+                        yield shard, sample
+                    index += 1
+            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+                raise ValueError(f"{shard} cannot be read as a tar file ({_first(error)}).") from error
+        if index == 0:
+            raise ValueError(f"{self.folder / self.split} holds no samples.")
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor, int | torch.Tensor | list[str]]]:
+        for shard, sample in self._samples():
+            where = f"{shard}, sample {sample['__key__']!r}"
+            yield sample["__key__"], self.transform(_image(sample, where)), self._target(sample, where)
+
+    def _target(self, sample: dict, where: str) -> int | torch.Tensor | list[str]:
+        extension = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}[self.kind]
+        if extension not in sample:
+            raise ValueError(f"{where} has no .{extension} file.")
+        data, num_classes = sample[extension], len(self.classnames)
+        if self.kind == "retrieval":
+            try:
+                captions = [line for line in data.decode().splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} has captions that are not UTF-8.") from error
+            if not captions:
+                raise ValueError(f"{where} has no caption.")
+            return captions
+        if self.kind == "multilabel":
+            try:
+                target = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
+            except (ValueError, EOFError, OSError, TypeError) as error:
+                raise ValueError(f"{where} has a .npy file that cannot be read ({_first(error)}).") from error
+            if target.shape != (num_classes,):
+                raise ValueError(f"{where} has labels of shape {tuple(target.shape)} for {num_classes} classes.")
+            return target
+        try:
+            label = int(data)
+        except ValueError as error:
+            raise ValueError(f"{where} has the label {data[:20]!r}, which is no integer.") from error
+        if not 0 <= label < num_classes:
+            raise ValueError(f"{where} has label {label}, outside of the {num_classes} classes of classnames.txt.")
+        return label
+
+    def batches(self, batch_size: int, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor | list]]:
+        """Yields `(images (B, ...), labels (B,) int64 | (B, C) float32 | list of B caption lists)`.
+
+        With workers the order differs from shard order, but is the same on every run.
+        """
+        # Workers send an error as a value: DataLoader would wrap a raised one into a page of traceback text.
+        loader = DataLoader(_ErrorsAsItems(self), batch_size, num_workers=num_workers, collate_fn=_collate)
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _ErrorsAsItems(IterableDataset):
+    def __init__(self, dataset: EvalSet):
+        self.dataset = dataset
+
+    def __iter__(self):
+        try:
+            yield from self.dataset
+        except ValueError as error:
+            yield ValueError(str(error))
+
+
+def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exception:
+    if isinstance(items[-1], Exception):  # an error ends the worker's stream, so it can only come last
+        return items[-1]
+    _, images, targets = zip(*items, strict=True)
+    if isinstance(targets[0], list):
+        return torch.stack(images), list(targets)
+    return torch.stack(images), torch.stack(targets) if torch.is_tensor(targets[0]) else torch.tensor(targets)
+
+
+def _image(sample: dict, where: str) -> Image.Image:
+    """RGB image; transparent pixels show white, as emoji, logos and clip art expect."""
+    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
+    if extension is None:
+        raise ValueError(f"{where} has no image (.{', .'.join(IMAGE_EXTENSIONS)}).")
+    try:
+        return decode_image(sample[extension])
+    except BrokenSample as error:
+        raise ValueError(f"{where} has a .{extension} image that cannot be read ({error}).") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text.") from error
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in _read(path).rstrip().splitlines()]
+    if not lines or "" in lines:
+        raise ValueError(f"{path} has an empty line where every line must hold one entry.")
+    return lines
+
+
+def _first(error: Exception) -> str:
+    """First line of an error message, or the name of the error if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") or type(error).__name__

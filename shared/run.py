@@ -1,0 +1,264 @@
+"""Process plumbing of every train.py and eval.py: start-up, precision, checkpoints, logs, progress, error messages.
+
+Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothing here knows of any paper.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+from open_clip_train.distributed import init_distributed_device_so
+from tqdm import tqdm
+
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
+
+
+class Process(NamedTuple):
+    """Where this process stands among its peers (one process without torchrun)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def setup(seed: int, device: str = "auto") -> Process:
+    """Seed every generator and join the process group if torchrun (or SLURM) started us.
+
+    `device` is auto (CUDA if there is one), cpu, cuda or cuda:N. On a CPU the flash kernel of scaled dot product
+    attention is switched off: its backward pass is several times slower than the plain one at a few dozen tokens.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    info = init_distributed_device_so(device)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cuda.enable_flash_sdp(not info["device"].startswith("cpu"))
+    return Process(info["global_rank"], info["world_size"], torch.device(info["device"]))
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast(value: Any, process: Process) -> Any:
+    """Rank 0's `value` on every rank; other ranks may pass None."""
+    if process.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=process.device)
+    return box[0]
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """auto -> bf16 where the processor computes in it, else fp32. The others (bf16, fp16, fp32) stand as they are."""
+    if name not in ("auto", "bf16", "fp16", "fp32"):
+        raise ValueError(f"--precision is one of auto, bf16, fp16, fp32, not {name!r}")
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast region for a forward pass; `precision` is bf16, fp16 or fp32 (then it does nothing)."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` so that `path` always holds a whole file: temporary file, fsync, atomic replace."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
+    """Load a checkpoint without running code from it (`weights_only=True`). ValueError if it is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
+        ) from error
+
+
+def resume(folder: Path, config: Any) -> dict | None:
+    """The state in `folder`/checkpoint.pt, or None if the run is new.
+
+    ValueError if the checkpoint was written with another configuration: a run never goes on as something else. Fields
+    that do not change the result may differ.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    free = {
+        "out",
+        "device",
+        "workers",
+        "save_every",
+        "log_every",
+        "eval_every",
+        "eval_set",
+        "cache",
+        "strict",
+        "dry_run",
+    }
+    now, then = dataclasses.asdict(config), state.get("config", {})
+    changed = [name for name in now if name not in free and now[name] != then.get(name)]
+    if changed:
+        what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed)
+        raise ValueError(
+            f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
+        )
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------- logs
+
+
+class RunLog:
+    """A run folder's config.json, metrics.jsonl and tensorboard/; silent on ranks other than 0.
+
+    On resume at `step`, lines of later steps (written after the last checkpoint) are dropped, so that the file reads
+    as if the run had never stopped.
+    """
+
+    def __init__(self, folder: Path, config: Any, process: Process, step: int = 0):
+        self.active = process.main
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        self.path = folder / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept) if step else "")
+        self.file = open(self.path, "a")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+
+    def write(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl, and the same numbers to TensorBoard."""
+        if not self.active:
+            return
+        values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, replaced atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def activation_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward()`, each tensor once; parameters not counted."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # kept alive, so that no address is used twice
+    total = sum(seen.values())
+    del result
+    return total
+
+
+def progress(items: Iterable, total: int, label: str, images: int, process: Process | None = None) -> tqdm:
+    """tqdm over batches of `images` samples, counting images/s; nothing is shown when stderr is not a terminal."""
+    hidden = not sys.stderr.isatty() or (process is not None and not process.main)
+    bar = tqdm(
+        items, total=total, desc=label, disable=hidden, leave=False, unit="img", unit_scale=images, dynamic_ncols=True
+    )
+    return bar
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+
+
+def command_line(main: Callable[[], Any]) -> None:
+    """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        with contextlib.suppress(Exception):
+            finish()
+
+
+class Stopwatch:
+    """Seconds of training proper, evaluation left out; survives a resume through `seconds`."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self._start = seconds, time.perf_counter()
+
+    def read(self) -> float:
+        return self.seconds + time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.seconds = self.read()
+        yield
+        self._start = time.perf_counter()

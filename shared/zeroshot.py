@@ -1,0 +1,457 @@
+"""Zero-shot classification, retrieval and linear probes, common to all papers. All rates are in percent.
+
+Functions take tensors (features, labels) and know nothing of a model; `evaluate` at the end puts them together for
+anything with open_clip's `encode_image` / `encode_text`. Letters: N images with a label, C classes, P prompts of T
+templates, I images and T captions in retrieval, D feature dimensions. Scores are computed in chunks of at most
+`CHUNK` numbers, so that no N x C or I x T matrix is ever held as a whole.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.evalsets import EvalSet
+
+CHUNK = 2**24  # 64 MB of float32
+
+
+# ---------------------------------------------------------------- features
+
+
+@torch.no_grad()
+def extract_image_features(
+    encode_image: Callable[[Tensor], Tensor],
+    loader: Iterable,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+    desc: str | None = None,
+) -> tuple[Tensor, Tensor | list]:
+    """Runs the encoder over `(images, targets)` batches -> raw features (N, D) float32 on the CPU, targets."""
+    features, targets = [], []
+    for images, batch_targets in tqdm(loader, desc=desc, unit="batch", disable=None):
+        with _autocast(device, precision):
+            features.append(encode_image(images.to(device)).float().cpu())
+        targets.append(batch_targets)
+    if torch.is_tensor(targets[0]):
+        return torch.cat(features), torch.cat(targets)
+    return torch.cat(features), [target for batch in targets for target in batch]
+
+
+@torch.no_grad()
+def encode_texts(
+    encode_text: Callable[[Tensor], Tensor],
+    tokenizer: Callable,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+    desc: str | None = None,
+) -> Tensor:
+    """(P, D) float32 on the CPU, as encoded. The context length is the tokenizer's own."""
+    features = []
+    for start in tqdm(range(0, len(texts), batch_size), desc=desc, unit="batch", disable=None):
+        tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
+        with _autocast(device, precision):
+            features.append(encode_text(tokens).float().cpu())
+    return torch.cat(features)
+
+
+def _autocast(device: str | torch.device, precision: torch.dtype) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32)
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows whose (rows, columns) block has at most CHUNK numbers."""
+    step = max(1, CHUNK // max(columns, 1))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+# ---------------------------------------------------------------- zero-shot classification
+
+
+def zeroshot_classifier(prompt_embeddings: Tensor) -> Tensor:
+    """(C, T, D) raw text embeddings -> (D, C) unit columns: normalise each prompt, mean over templates, renormalise."""
+    return F.normalize(F.normalize(prompt_embeddings, dim=-1).mean(dim=1), dim=-1).T
+
+
+def build_classifier(
+    encode_text: Callable[[Tensor], Tensor],
+    tokenizer: Callable,
+    classnames: Sequence[str | Sequence[str]],
+    templates: Sequence[str | Callable[[str], str]],
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> Tensor:
+    """(D, C) classifier of all classes x templates, encoded together in batches.
+
+    A template has the place `{c}` or is a function of the name. A class with a list of names (synonyms) has all
+    names x templates as its prompts.
+    """
+    names = [[entry] if isinstance(entry, str) else list(entry) for entry in classnames]
+    prompts = [_fill(template, name) for synonyms in names for name in synonyms for template in templates]
+    counts = torch.tensor([len(synonyms) * len(templates) for synonyms in names])
+    if not len(counts) or counts.min() == 0:
+        raise ValueError("Every class needs at least one name and one template.")
+    embeddings = encode_texts(encode_text, tokenizer, prompts, batch_size, device, precision, desc="prompts")
+    class_of_prompt = torch.arange(len(names)).repeat_interleave(counts)
+    total = torch.zeros(len(names), embeddings.shape[1]).index_add_(0, class_of_prompt, F.normalize(embeddings, dim=-1))
+    return F.normalize(total, dim=-1).T  # the mean has the direction of the sum
+
+
+def _fill(template: str | Callable[[str], str], name: str) -> str:
+    return template(name) if callable(template) else template.replace("{c}", name)
+
+
+def label_ranks(logits: Tensor, labels: Tensor, classifier: Tensor | None = None) -> Tensor:
+    """(N,) int64: how many classes are ranked before the label's class; 0 is a top-1 hit, below k a top-k hit.
+
+    logits: (N, C), or image features (N, D) where `classifier` (D, C) is given (their norm does not matter).
+    Ties: of equal logits the lower class index is ranked first, as argmax does. NaN logits count as misses.
+    """
+    num_classes = (logits if classifier is None else classifier).shape[1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"Labels {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes.")
+    if len(labels) != len(logits) or not len(labels):
+        raise ValueError(f"{len(labels)} labels and {len(logits)} rows do not make an evaluation.")
+    ranks = []
+    for rows in _chunks(len(labels), num_classes):
+        scores = logits[rows] if classifier is None else logits[rows] @ classifier
+        own_label = labels[rows, None]
+        own = scores.gather(1, own_label)
+        earlier = torch.arange(num_classes, device=scores.device) < own_label
+        ranks.append((~(scores <= own) | ((scores == own) & earlier)).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def per_class_accuracy(hits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(C,) percent of hits (N,) bool among the samples of each class; NaN for a class without samples."""
+    hits_per_class = torch.bincount(labels, hits.double(), minlength=num_classes)
+    return (100 * hits_per_class / torch.bincount(labels, minlength=num_classes)).float()
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, classifier: Tensor | None = None) -> dict[str, float]:
+    """Accuracy in percent; arguments as in `label_ranks`, which also states the rule for ties.
+
+    top5 is NaN with fewer than five classes. mean_per_class averages over the classes that have samples.
+    """
+    num_classes = (logits if classifier is None else classifier).shape[1]
+    ranks = label_ranks(logits, labels, classifier)
+    return {
+        "top1": _percent(ranks < 1),
+        "top5": _percent(ranks < 5) if num_classes >= 5 else math.nan,
+        "mean_per_class": per_class_accuracy(ranks < 1, labels, num_classes).nanmean().item(),
+    }
+
+
+def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
+    """Percent; scores (N, C), targets (N, C) 0/1. A class without positives counts 0, as in clip-benchmark."""
+    truth = targets.bool().gather(0, scores.argsort(dim=0, descending=True))
+    precision = truth.cumsum(dim=0) / torch.arange(1, len(truth) + 1, device=truth.device)[:, None]
+    return 100 * ((precision * truth).sum(dim=0) / truth.sum(dim=0).clamp(min=1)).mean().item()
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.sum().item() / len(hits)
+
+
+# ---------------------------------------------------------------- retrieval, several captions an image
+
+
+def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
+    """Image -> text, (i,) int64: captions of other images ranked before the best of the image's own captions.
+
+    scores: (i, T) of the images whose numbers are `images` (i,); text_to_image: (T,) image of each caption.
+    Ties count against: another image's caption with the same score is ranked before. So does a NaN score.
+    """
+    own = text_to_image == images[:, None]
+    best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+    return (~(scores < best) & ~own).sum(dim=1)
+
+
+def image_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
+    """Text -> image, (t,) int64: other images ranked before the caption's image; scores (t, I), image_of_text (t,).
+
+    Ties count against: another image with the same score is ranked before. So does a NaN score.
+    """
+    return (~(scores < scores.gather(1, image_of_text[:, None]))).sum(dim=1) - 1
+
+
+def retrieval_ranks(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks (I,) image -> text and (T,) text -> image by cosine; features (I, D), (T, D) of any norm."""
+    images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
+    return _ranks(
+        lambda rows: images[rows] @ texts.T, lambda rows: texts[rows] @ images.T, len(images), len(texts), text_to_image
+    )
+
+
+def retrieval_ranks_from_scores(
+    scores: Tensor, text_to_image: Tensor, text_image_scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same from scores (I, T); `text_image_scores` (T, I) where re-ranking gave text -> image its own."""
+    transposed = scores.T if text_image_scores is None else text_image_scores
+    return _ranks(lambda rows: scores[rows], lambda rows: transposed[rows], *scores.shape, text_to_image)
+
+
+def _ranks(
+    image_rows: Callable[[slice], Tensor],
+    text_rows: Callable[[slice], Tensor],
+    num_images: int,
+    num_texts: int,
+    text_to_image: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if len(text_to_image) != num_texts or not num_texts:
+        raise ValueError(f"{len(text_to_image)} entries of text_to_image do not fit {num_texts} texts.")
+    if not 0 <= int(text_to_image.min()) <= int(text_to_image.max()) < num_images:
+        raise ValueError(f"text_to_image goes beyond the {num_images} images.")
+    missing = (torch.bincount(text_to_image, minlength=num_images) == 0).nonzero().flatten()
+    if len(missing):
+        raise ValueError(f"Image {int(missing[0])} has no caption, so that image -> text recall is not defined.")
+    index = torch.arange(num_images, device=text_to_image.device)
+    to_text = [text_ranks(image_rows(r), text_to_image, index[r]) for r in _chunks(num_images, num_texts)]
+    to_image = [image_ranks(text_rows(r), text_to_image[r]) for r in _chunks(num_texts, num_images)]
+    return torch.cat(to_text), torch.cat(to_image)
+
+
+def recall_metrics(to_text: Tensor, to_image: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """R@k both ways in percent, and the mean of all; from the ranks (I,) and (T,) of `retrieval_ranks*`."""
+    recalls = {f"image_to_text_R@{k}": _percent(to_text < k) for k in ks}
+    recalls |= {f"text_to_image_R@{k}": _percent(to_image < k) for k in ks}
+    return recalls | {"mean_recall": sum(recalls.values()) / len(recalls)}
+
+
+def retrieval_metrics(
+    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """R@k of cosine retrieval in percent. An image is a hit at k if any of its captions is in its top k; a caption is a
+    hit if its image is. Equal scores count against (see `text_ranks`), so that collapsed features score 0.
+    """
+    return recall_metrics(*retrieval_ranks(image_features, text_features, text_to_image), ks)
+
+
+# ---------------------------------------------------------------- linear probes
+
+
+class Probe(NamedTuple):
+    """A linear probe; logits are `x @ weight.T + bias`, to be given to `classification_metrics` for more than top-1."""
+
+    best: float  # test top-1 of the best epoch, in percent: chosen on the test set, as some papers report it
+    final: float  # test top-1 after the last epoch, in percent
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    weight_decay: float
+
+
+def sgd_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    epochs: int = 100,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-6,
+    batch_size: int = 1024,
+    shuffle: bool = False,
+    init: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Probe:
+    """SGD with momentum on features as they come; the learning rate falls by epoch along a cosine to 0.
+
+    The defaults are ProtoCLIP's recipe (megvii-research/protoclip@fde1933 src/training/evaluations/linear_eval.py:12);
+    SLIP's and A-CLIP's has weight decay 0, 90 epochs and shuffling. init: weight (C, D) and bias (C,), by default
+    N(0, 0.01) and 0.
+    """
+    if init is None:
+        generator = torch.Generator().manual_seed(seed)
+        weight = 0.01 * torch.randn(int(train_y.max()) + 1, train_x.shape[1], generator=generator)
+        init = weight, torch.zeros(len(weight))
+
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    data = train_x, train_y, test_x, test_y
+    return Probe(*_fit(*data, optimizer, init, epochs, batch_size, shuffle, seed, by_step=False), weight_decay)
+
+
+def adamw_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    epochs: int = 20,
+    lr: float = 0.1,
+    weight_decay: float = 0.0,
+    batch_size: int = 512,
+    shuffle: bool = True,
+    init: tuple[Tensor, Tensor] | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Probe:
+    """clip-benchmark's probe: AdamW, cosine by step to 0 without warm-up; it is given unit features there.
+
+    init: by default that of nn.Linear. validation: features and labels on which the weight decay is chosen from
+    1e-6..1e2 (`log_sweep`) before the probe is fitted to training and validation split together.
+    """
+    if init is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layer = torch.nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+        init = layer.weight.detach(), layer.bias.detach()
+
+    def fit(x, y, test_x, test_y, decay):
+        def optimizer(parameters):
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+
+        return Probe(*_fit(x, y, test_x, test_y, optimizer, init, epochs, batch_size, shuffle, seed, True), decay)
+
+    if validation is None:
+        return fit(train_x, train_y, test_x, test_y, weight_decay)
+    best = log_sweep(lambda decay: fit(train_x, train_y, *validation, decay).final, -6, 2)
+    return fit(torch.cat([train_x, validation[0]]), torch.cat([train_y, validation[1]]), test_x, test_y, best)
+
+
+def _fit(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    init: tuple[Tensor, Tensor],
+    epochs: int,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    by_step: bool,
+) -> tuple[float, float, Tensor, Tensor]:
+    """Cross-entropy on (x, y), the last short batch included -> best and final test top-1, weight (C, D), bias (C,)."""
+    weight, bias = (tensor.detach().clone().to(train_x).requires_grad_() for tensor in init)
+    optimizer = make_optimizer([weight, bias])
+    base_lr = optimizer.param_groups[0]["lr"]
+    generator = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(train_x) / batch_size)
+    best = final = 0.0
+    for epoch in range(epochs):
+        order = torch.randperm(len(train_x), generator=generator).to(train_x.device) if shuffle else None
+        for step in range(steps):
+            progress = (epoch * steps + step) / (epochs * steps) if by_step else epoch / epochs
+            optimizer.param_groups[0]["lr"] = base_lr * (1 + math.cos(math.pi * progress)) / 2
+            batch = slice(step * batch_size, (step + 1) * batch_size)
+            batch = batch if order is None else order[batch]
+            optimizer.zero_grad()
+            F.cross_entropy(F.linear(train_x[batch], weight, bias), train_y[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():  # a label that training never showed cannot be hit
+            chunks = _chunks(len(test_x), len(bias))
+            predictions = torch.cat([F.linear(test_x[rows], weight, bias).argmax(dim=1) for rows in chunks])
+        final = _percent(predictions == test_y)
+        best = max(best, final)
+    return best, final, weight.detach(), bias.detach()
+
+
+def logistic_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    C: float = 0.316,
+    max_iter: int = 1000,
+    validation: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
+    """CLIP's linear probe: scikit-learn's L-BFGS logistic regression -> {"top1", "mean_per_class", "C"}, in percent.
+
+    C: inverse L2 strength (CLIP's example: 0.316). validation: features and labels on which C is chosen from 1e-6..1e6
+    as in CLIP's appendix A.3 (`log_sweep`) before the probe is fitted to training and validation split together.
+    """
+
+    def hits(C, x, y, test_x, test_y):
+        model = LogisticRegression(C=C, max_iter=max_iter, random_state=0).fit(x.cpu().numpy(), y.cpu().numpy())
+        return torch.from_numpy(model.predict(test_x.cpu().numpy())) == test_y.cpu()
+
+    if validation is not None:
+        C = log_sweep(lambda C: _percent(hits(C, train_x, train_y, *validation)), -6, 6)
+        train_x, train_y = torch.cat([train_x, validation[0]]), torch.cat([train_y, validation[1]])
+    hit = hits(C, train_x, train_y, test_x, test_y)
+    per_class = per_class_accuracy(hit, test_y.cpu(), int(test_y.max()) + 1)
+    return {"top1": _percent(hit), "mean_per_class": per_class.nanmean().item(), "C": C}
+
+
+def log_sweep(score: Callable[[float], float], low: int, high: int) -> float:
+    """The best of 97 log-spaced values from 10^low to 10^high, by CLIP's parametric binary search (appendix A.3).
+
+    Scores 7 of them, then twice as finely around the peak, four times over. Of equal scores the smaller value wins.
+    """
+    values = np.logspace(low, high, 97).tolist()
+    scores: dict[int, float] = {}
+
+    def peak(candidates: Iterable[int]) -> int:
+        for i in candidates:
+            if i not in scores:
+                scores[i] = score(values[i])
+        return max(candidates, key=scores.__getitem__)
+
+    best = peak(range(0, 97, 16))
+    for span in (8, 4, 2, 1):
+        best = peak([max(best - span, 0), best, min(best + span, 96)])
+    return values[best]
+
+
+# ---------------------------------------------------------------- all together
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Callable,
+    transform: Callable,
+    set_dirs: Sequence[str | Path],
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    precision: torch.dtype = torch.float32,
+    num_workers: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Metrics of the test split of every evaluation set (see `shared.evalsets`), by folder name, in percent.
+
+    model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is put into eval mode and back.
+    Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
+    `retrieval_metrics` over all captions.
+    precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
+    """
+    sets = [EvalSet(folder, transform) for folder in set_dirs]  # all of them opened first, so that errors come early
+    if len({eval_set.name for eval_set in sets}) < len(sets):
+        raise ValueError(f"Evaluation sets need different folder names, not {[eval_set.name for eval_set in sets]}.")
+    training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
+    for module in training:
+        module.training = False
+    results = {}
+    try:
+        for eval_set in sets:
+            loader = eval_set.batches(batch_size, num_workers)
+            features, targets = extract_image_features(model.encode_image, loader, device, precision, eval_set.name)
+            if eval_set.kind == "retrieval":
+                captions = [caption for of_image in targets for caption in of_image]
+                counts = torch.tensor([len(of_image) for of_image in targets])
+                texts = encode_texts(model.encode_text, tokenizer, captions, batch_size, device, precision, "captions")
+                text_to_image = torch.arange(len(targets)).repeat_interleave(counts)
+                results[eval_set.name] = retrieval_metrics(features, texts, text_to_image)
+                continue
+            names, templates = eval_set.classnames, eval_set.templates
+            classifier = build_classifier(model.encode_text, tokenizer, names, templates, batch_size, device, precision)
+            if eval_set.kind == "multilabel":
+                scores = F.normalize(features, dim=-1) @ classifier
+                results[eval_set.name] = {"mean_average_precision": mean_average_precision(scores, targets)}
+            else:
+                results[eval_set.name] = classification_metrics(features, targets, classifier)
+    finally:
+        for module in training:  # each as it was: a frozen tower stays in eval mode
+            module.training = True
+    return results
