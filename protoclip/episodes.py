@@ -112,10 +112,13 @@ class Episodes:
         pairs = self.pairs
         if pairs is None:
             folder = Path(self.cfg.cache)
-            wanted = [data.fetch(shard, folder) for shard in self.shards_of(episode)]
-            for old in folder.glob("*.tar") if folder.is_dir() else ():
-                if str(old) not in wanted:
-                    old.unlink(missing_ok=True)
+            wanted = self.shards_of(episode)
+            if episode > 1:  # the last episode's copies stay: another rank may still be reading them
+                recent = {*wanted, *self.shards_of(episode - 1)}
+                for old in self.shards_of(episode - 2):
+                    if data.is_remote(old) and old not in recent:
+                        data.cached_path(old, folder).unlink(missing_ok=True)
+            wanted = [data.fetch(shard, folder) for shard in wanted]
             pairs = data.Shards(wanted, strict=self.cfg.strict)
             return pairs, sample_episode(
                 len(pairs), self.cfg.episode_size, np.random.RandomState(self.cfg.seed + episode)

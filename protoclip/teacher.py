@@ -101,23 +101,33 @@ class Teacher:
             self.features, keys = (file, None) if path.endswith(".npy") else (file["features"], file["keys"])
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
+        self.keys = keys
         self.order = None if keys is None else np.argsort(keys)
-        self.keys = None if keys is None else keys[self.order]
 
-    def rows(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> Tensor:
-        """(N,) dataset rows -> (N, X) float32."""
+    def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
+        """(N,) dataset rows -> (N,) rows of `features`. ValueError if one is not there, or not to be told apart."""
         if self.keys is None:
             if len(self.features) != len(pairs):
                 raise ValueError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
-            return torch.from_numpy(self.features[rows].astype(np.float32))
-        wanted = pairs.keys[rows]
-        places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        missing = self.keys[places] != wanted
+            return rows
+        if np.array_equal(self.keys, pairs.keys):  # the same rows in the same order: repeated keys do no harm
+            return rows
+        wanted, keys = pairs.keys[rows], self.keys[self.order]
+        if (twice := keys[1:] == keys[:-1]).any():
+            raise ValueError(
+                f"{self.path} has two rows for sample {keys[1:][twice][0]}: make it again from this --data, in this order"
+            )
+        places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+        missing = keys[places] != wanted
         if missing.any():
             raise ValueError(f"{self.path} has no row for sample {wanted[missing][0]}: make it again from this --data")
-        return torch.from_numpy(self.features[self.order[places]].astype(np.float32))
+        return self.order[places]
+
+    def rows(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> Tensor:
+        """(N,) dataset rows -> (N, X) float32."""
+        return torch.from_numpy(self.features[self.find(pairs, rows)].astype(np.float32))
 
 
 def load_encoder(name: str):
@@ -150,7 +160,7 @@ def main(cfg: Config) -> Path:
         raise ValueError(f"--out {out} should end in .npz")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     if out.exists():
-        Teacher(str(out)).rows(pairs, np.arange(len(pairs)))
+        Teacher(str(out)).find(pairs, np.arange(len(pairs)))
         print(f"{out} holds {len(pairs):,} rows already; nothing to do")
         return out
     captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included

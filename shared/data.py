@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from webdataset import gopen
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -92,11 +92,15 @@ def index_shard(path: str) -> ShardIndex:
                     folder, name = os.path.split(member.name)
                     stem, _, extension = name.partition(".")
                     span = (member.offset_data, member.size)
-                    if sum(span) <= size:
-                        members.setdefault(os.path.join(folder, stem), {})[extension.lower()] = span
-                    else:
-                        members.setdefault(os.path.join(folder, stem), {})["truncated"] = span
+                    key = os.path.join(folder, stem)
+                    files = members.setdefault(key, {})
+                    if extension.lower() in files:
+                        broken.append(Broken(key, "key occurs twice in its shard"))
+                    files[extension.lower() if sum(span) <= size else "truncated"] = span
                 tar.members.clear()  # tarfile would keep every header
+            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged or cut header
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                broken.append(Broken(path, "truncated or damaged tar"))
     except tarfile.TarError:
         broken.append(Broken(path, "truncated or damaged tar"))
     keys, spans = [], []
@@ -123,11 +127,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
         if not urls:
             raise FileNotFoundError(f"folder {spec} holds no .tar shard")
         return urls
-    urls = [
-        u
-        for s in ([spec] if isinstance(spec, str) else spec)
-        for u in ([s] if s.startswith("pipe:") else expand_urls(s))
-    ]
+    urls = [url for part in ([spec] if isinstance(spec, str) else spec) for url in expand_urls(part)]
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url.removeprefix("file:")):
             raise FileNotFoundError(
@@ -136,17 +136,22 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     return urls
 
 
+def cached_path(url: str, folder: Path) -> Path:
+    """Where `fetch` keeps the copy of a remote shard."""
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url)[-100:]
+    return folder / f"{stable_hash(url):016x}-{name.removesuffix('.tar')}.tar"
+
+
 def fetch(url: str, folder: Path) -> str:
     """A shard as a local file: itself if it is local, else a copy in `folder` (http, s3, gs, pipe: by webdataset)."""
     if not is_remote(url):
         return url.removeprefix("file:")
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url)[-150:]
-    path = folder / (name if name.endswith(".tar") else name + ".tar")
+    path = cached_path(url, folder)
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            with gopen.gopen(url) as source, open(temporary, "wb") as target:
+            with gopen(url) as source, open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
         except OSError as error:
             temporary.unlink(missing_ok=True)

@@ -70,7 +70,18 @@ def broadcast(value: Any, process: Process) -> Any:
     return box[0]
 
 
+def gather_lists(items: list, process: Process) -> list:
+    """The items of all ranks, on every rank."""
+    if process.world_size == 1:
+        return items
+    boxes: list = [None] * process.world_size
+    dist.all_gather_object(boxes, items)
+    return [item for box in boxes for item in box]
+
+
 # -------------------------------------------------------------------------------------------------------- precision
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -208,7 +219,7 @@ def activation_bytes(forward: Callable[[], Any]) -> int:
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor

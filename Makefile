@@ -1,0 +1,68 @@
+# Two commands: `make reproduce-<folder>` and `make test`. Everything they need is installed into .venv on first use.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+SEEDS  ?= 0
+ARMS   ?= core
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help data test lint reproduce-% bench-% parity-% readme clean
+.SECONDARY:
+
+help:
+	@echo 'make reproduce-protoclip          train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all)'
+	@echo 'make test                         install and run all tests, offline after installation'
+	@echo 'make parity-protoclip UPSTREAM=~/src/protoclip    our functions against the authors'"'"' clone'
+	@echo 'make bench-protoclip [UPSTREAM=...]               speed as ratios, on the same inputs in one process'
+	@echo 'make data                         build the embedded emoji corpus in data/emoji'
+
+# ---- installation: base + one extra per folder
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+$(VENV)/.installed-base: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+data: $(VENV)/.installed-base
+	$(PY) -m shared.emoji --out data/emoji
+
+# ---- ProtoCLIP: CLIP, CLIP with the other augmentation, + prototypes, + back translation, + external teacher
+PROTOCLIP_ARMS_core = clip clip-light-aug proto-no-pbt proto-pbt protoclip
+PROTOCLIP_ARMS_all  = $(PROTOCLIP_ARMS_core) clip-equal-time
+protoclip/clip             = emoji-clip
+protoclip/clip-light-aug   = emoji-clip --augmentation light
+protoclip/clip-equal-time  = emoji-clip --episodes 66
+protoclip/proto-no-pbt     = emoji --w-external 0 --no-back-translate
+protoclip/proto-pbt        = emoji --w-external 0
+protoclip/protoclip        = emoji
+PROTOCLIP_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(PROTOCLIP_ARMS_$(ARMS)),runs/protoclip/$(arm)-seed$(seed)))
+
+reproduce-protoclip: $(VENV)/.installed-protoclip data
+	$(PY) -m protoclip.teacher minilm
+	$(foreach seed,$(SEEDS),$(foreach arm,$(PROTOCLIP_ARMS_$(ARMS)),$(PY) -m protoclip.train $(protoclip/$(arm)) --seed $(seed) --out runs/protoclip/$(arm)-seed$(seed) &&)) true
+	$(PY) -m protoclip.eval $(PROTOCLIP_RUNS) --report $(or $(RESULTS),runs/protoclip/results.json)
+
+# ---- checks
+test: $(VENV)/.installed-protoclip,test data
+	$(PY) -m protoclip.teacher minilm
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m pytest -q
+
+parity-%: $(VENV)/.installed-protoclip,test
+	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
+	$(PY) -m pytest -q -s tests/parity/test_$*.py --upstream $(UPSTREAM)
+
+bench-%: $(VENV)/.installed-protoclip,test
+	$(PY) -m tests.bench.$* $(if $(UPSTREAM),--upstream $(UPSTREAM))
+
+clean:
+	rm -rf runs data
+
+readme: $(VENV)/.installed-protoclip
+	$(PY) -m shared.report protoclip

@@ -1,0 +1,201 @@
+"""Every setting of a ProtoCLIP run, its presets, and what is refused before a run starts.
+
+Presets named cc3m-* are the commands in the README of megvii-research/protoclip@fde1933; `emoji*` are ours.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass
+class Config:
+    """Fields named as upstream's flags where those are clear; an upstream "epoch" is an episode here."""
+
+    out: str = "runs/protoclip"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    data: str = ""
+    """Training pairs: brace-expanded shards 'cc3m/{00000..00331}.tar', a folder of shards, or a .tsv (title, filepath)."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    episode_shards: int = 0
+    """0: an episode samples all of the data. S: it samples the next S shards of an endlessly reshuffled list, copied to
+    `cache` if they are remote, so that the data may be larger than the disk."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+
+    model: str = "RN50"
+    """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
+    image_size: int | None = None
+    """Image side in pixels; None is the model's own."""
+    hidden_dim: int = 2048
+    """Width of the projection heads' hidden layers."""
+    projection_dim: int = 128
+    """Width P of the projected features."""
+    num_layers: int = 1
+    """Hidden blocks of the projection heads; 0 makes them linear."""
+
+    w_clip: float = 1.0
+    """Weight of L_CLIP."""
+    w_proto: float = 1.0
+    """Weight of L_Proto; 0 together with w_external trains plain CLIP, without heads and without clustering."""
+    w_external: float = 1.0
+    """Weight of the external teacher's prototypical loss."""
+    external_teacher: str | None = None
+    """Teacher features from `python -m protoclip.teacher` (.npz, by sample key), or upstream's .npy (one row per sample)."""
+    back_translate: bool = True
+    """Prototypical Back Translation. Without it prototypes are the other modality's centroids, and no teacher can be used."""
+    k: int = 20_000
+    """Number of prototypes K."""
+    niter: int = 20
+    """K-means iterations."""
+    nredo: int = 3
+    """K-means restarts; the best is kept."""
+    target_temperature: float = 0.01
+    """Temperature of the soft targets; 0 or less: hard labels."""
+    extraction_view: Literal["train", "eval"] = "train"
+    """Which view of an image is clustered: a random training view (upstream), or the evaluation transform."""
+    augmentation: Literal["default", "light"] = "light"
+    """default: random crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
+
+    episodes: int = 400
+    """Episodes in all."""
+    episode_size: int = 200_000
+    """Samples N of an episode, drawn with replacement."""
+    infonce_warmup: int = 1
+    """First episodes trained with L_CLIP alone."""
+    lit_start: int | None = None
+    """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
+    batch_size: int = 64
+    """Pairs per process and step."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    lr_text: float | None = None
+    """Peak learning rate of text tower, heads and scales; None: as `lr`."""
+    text_start: int = 0
+    """Episode at which text tower, heads and scales start to learn."""
+    text_end: int | None = None
+    """Episode at which their learning rate has reached 0; None: the last."""
+    warmup: int = 15_625
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.5
+    """AdamW's decay of matrices; gains, biases, scales and projection heads have none."""
+    beta1: float = 0.9
+    """AdamW's beta1."""
+    beta2: float | None = None
+    """AdamW's beta2; None: upstream's, 0.98 for a model with "vit" in its name, else 0.999."""
+    eps: float | None = None
+    """AdamW's epsilon; None: upstream's, 1e-6 for a model with "vit" in its name, else 1e-8."""
+    max_grad_norm: float = 10.0
+    """Gradients of all parameters together are clipped to this norm."""
+
+    seed: int = 0
+    """Seed of initial weights, episodes, shuffles and views."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Episodes between zero-shot evaluations on `eval_set`; 0: never during training."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+    @property
+    def heads(self) -> bool:
+        return self.w_proto != 0 or self.w_external != 0
+
+    def adamw(self) -> dict:
+        """AdamW's betas and eps, by model name where they are not given (U:training/params.py)."""
+        beta2, eps = (0.98, 1e-6) if "vit" in self.model.lower() else (0.999, 1e-8)
+        beta2, eps = (beta2 if self.beta2 is None else self.beta2), (eps if self.eps is None else self.eps)
+        return {"betas": (self.beta1, beta2), "eps": eps}
+
+    def steps_per_episode(self, world_size: int) -> int:
+        """Includes the short last batch: it is skipped in training, but its step is counted (U:training/train.py:109)."""
+        return math.ceil(self.episode_size / (self.batch_size * world_size))
+
+
+PAPER = Config(dataset_size=2_500_000, lit_start=399)
+CLIP = dict(w_proto=0.0, w_external=0.0, infonce_warmup=0, lit_start=None, episode_size=2_500_000)
+ONE_GPU = dict(lr=5e-5, warmup=2_000)
+EMOJI = Config(
+    data="data/emoji/train",
+    model="ViT-emoji",
+    hidden_dim=512,
+    projection_dim=64,
+    external_teacher="data/emoji/teacher.npz",
+    augmentation="default",
+    k=200,
+    episodes=44,
+    episode_size=2_048,
+    batch_size=128,
+    lr=1e-3,
+    warmup=70,
+    weight_decay=0.2,
+    workers=0,
+    save_every=200,
+    eval_every=4,
+)
+PRESETS = {
+    "emoji": ("ProtoCLIP on the embedded corpus, minutes on two CPU cores", EMOJI),
+    "emoji-clip": (
+        "its CLIP baseline: the same samples, augmentation and steps",
+        dataclasses.replace(EMOJI, w_proto=0.0, w_external=0.0),
+    ),
+    "cc3m-rn50": ("README: ProtoCLIP, RN50, 2.5M pairs, 8 GPUs, 400 episodes", PAPER),
+    "cc3m-rn50-clip": (
+        "README: CLIP, 8 GPUs, 32 epochs",
+        dataclasses.replace(PAPER, **CLIP, episodes=32, augmentation="default"),
+    ),
+    "cc3m-rn50-clip-light": (
+        "control: CLIP with ProtoCLIP's augmentation, 8 GPUs",
+        dataclasses.replace(PAPER, **CLIP, episodes=32),
+    ),
+    "cc3m-rn50-1gpu": (
+        "README: ProtoCLIP, 1 GPU, 100 episodes",
+        dataclasses.replace(PAPER, **ONE_GPU, episodes=100, lit_start=99),
+    ),
+    "cc3m-rn50-1gpu-clip": (
+        "README: CLIP, 1 GPU, 8 epochs",
+        dataclasses.replace(PAPER, **{**CLIP, **ONE_GPU}, episodes=8, augmentation="default"),
+    ),
+}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
+        )
+    if cfg.w_external != 0 and not cfg.external_teacher:
+        raise ValueError(
+            "w_external is not 0 but --external-teacher is missing: make the file with "
+            "'python -m protoclip.teacher roberta-large --data ... --out teacher.npz', or pass --w-external 0"
+        )
+    if cfg.w_external != 0 and not cfg.back_translate:
+        raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
+    if cfg.episode_size < cfg.batch_size * world_size:
+        raise ValueError(
+            f"--episode-size {cfg.episode_size} is less than one global batch of {cfg.batch_size * world_size}"
+        )
+    if cfg.heads and cfg.k > cfg.episode_size:
+        raise ValueError(f"--k {cfg.k} prototypes cannot be made from --episode-size {cfg.episode_size} samples")
+    if cfg.lit_start is not None and not 1 < cfg.lit_start <= cfg.episodes:
+        raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
+    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+    for name in ("episodes", "episode_size", "batch_size", "k", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")

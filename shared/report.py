@@ -1,0 +1,166 @@
+"""Claims, verdicts and tables: what `make reproduce-<folder>` ends with, and the schema of results/<folder>.json.
+
+A verdict is computed from per-seed numbers, never typed.
+"""
+
+import importlib
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student_t
+
+from shared.run import write_json
+
+
+class Claim(NamedTuple):
+    """`method` minus `baseline` in `metric`, paired by seed; the paper reports `paper` with this sign."""
+
+    claim: str
+    paper: str
+    metric: str
+    method: str
+    baseline: str
+    sign: int = 1  # +1: the paper says higher, -1: lower, 0: the same
+    effect: float | None = None  # the paper's difference in the same unit, where it is one
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "std", "values"} over seeds; std is the sample's (n-1), 0 for one seed."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}
+
+
+def interval(differences: Sequence[float]) -> float | None:
+    """Half width of the 95 % Student interval of the mean, or None for fewer than two seeds."""
+    n = len(differences)
+    return None if n < 2 else float(student_t.ppf(0.975, n - 1)) * spread(differences)["std"] / math.sqrt(n)
+
+
+def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> dict[str, str]:
+    """One row of the claims table.
+
+    reproduced: the interval over seeds excludes 0 on the paper's side, and reaches the paper's effect where it has one;
+    same direction: on the paper's side, but short of its effect; not reproduced: on the other side;
+    not resolved at this scale: the interval holds 0, or there is one seed.
+    """
+    differences = [m - b for m, b in zip(method, baseline, strict=True)]
+    mean, half = spread(differences)["mean"], interval(differences)
+    here = f"{mean:+.2f}" + ("" if half is None else f" ± {half:.2f}")
+    if half is None or abs(mean) <= half:
+        verdict = "not resolved at this scale"
+    elif mean * claim.sign <= 0:
+        verdict = "not reproduced"
+    elif claim.effect is not None and abs(mean) + half < abs(claim.effect):
+        verdict = "same direction"
+    else:
+        verdict = "reproduced"
+    return {"claim": claim.claim, "paper": claim.paper, "here": here, "verdict": verdict}
+
+
+def untestable(claim: str, paper: str, why: str) -> dict[str, str]:
+    """A row for what this scale cannot show."""
+    return {"claim": claim, "paper": paper, "here": why, "verdict": "not testable at this scale"}
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table, columns padded so that it reads in a terminal, too."""
+    columns = list(columns or rows[0])
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [columns, *cells]]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str:
+    """One row an arm, one column a metric (key -> heading): mean ± std over seeds."""
+
+    def cell(value: dict | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if len(value["values"]) > 1 else "")
+
+    return table([{"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()])
+
+
+def machine() -> str:
+    """Processor and cores, as the results were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name)
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """The repository's commit, with + if the work tree differs; unknown outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=here, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty else "")
+
+
+def results(paper: str, seeds: Sequence[int], arms: dict[str, list[dict[str, float]]], claims: Sequence[dict]) -> dict:
+    """The schema of results/<folder>.json; `arms` has one {metric: number} for each seed."""
+    return {
+        "paper": paper,
+        "seeds": list(seeds),
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "arms": {
+            arm: {metric: spread([run[metric] for run in runs]) for metric in runs[0]} for arm, runs in arms.items()
+        },
+        "claims": list(claims),
+    }
+
+
+def save(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+
+
+def load(path: Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def readme_block(folder: str) -> str:
+    """The results section of a folder's README, made from results/<folder>.json alone."""
+    summary = load(Path("results") / f"{folder}.json")
+    evaluation = importlib.import_module(f"{folder}.eval")
+    seeds = ", ".join(map(str, summary["seeds"]))
+    named = {evaluation.ARMS.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
+    return (
+        f"Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. Measured {summary['date']} "
+        f"at commit `{summary['commit']}` on {summary['machine']}.\n\n{arms_table(named, evaluation.METRICS)}\n\n"
+        f"Differences are paired by seed, ± half the 95 % interval.\n\n{table(summary['claims'])}\n"
+    )
+
+
+def update_readme(folder: str, write: bool = True) -> bool:
+    """Put `readme_block` between the results marks of <folder>/README.md; True if the page agreed already."""
+    path, begin, end = Path(folder) / "README.md", "<!-- results -->\n", "<!-- /results -->"
+    page = path.read_text()
+    head, rest = page.split(begin, 1)
+    fresh = head + begin + readme_block(folder) + end + rest.split(end, 1)[1]
+    if write and fresh != page:
+        path.write_text(fresh)
+    return fresh == page
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        update_readme(name)

@@ -1,0 +1,292 @@
+"""ProtoCLIP's speed against the authors' code and open_clip: `python -m tests.bench.protoclip [--upstream PATH]`.
+
+One process, same inputs, same threads; ours and theirs take turns. Prints a Markdown table of medians, and of the ratio
+theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster). `--upstream` is a clone
+of megvii-research/protoclip@fde1933; without it only open_clip's training step is compared.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip_train.scheduler import cosine_lr
+from open_clip_train.train import train_one_epoch
+
+from protoclip import model, train
+from shared import run
+
+from ..parity import check_commit
+from ..parity import test_protoclip as parity
+
+CPU = run.Process(0, 1, torch.device("cpu"))
+
+
+def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
+    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
+    counted. A call does `per` units of work.
+    """
+    seconds = []
+    for repetition in range(-1, repetitions):
+        turn = {}
+        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
+            start = time.perf_counter()
+            function()
+            turn[function] = (time.perf_counter() - start) / per
+        if repetition >= 0:
+            seconds.append((turn[ours], turn[theirs]))
+        progress(f"{name}: {repetition + 1}/{repetitions}")
+    progress("")
+    return name, seconds
+
+
+def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
+    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = [theirs / ours for ours, theirs in seconds]
+    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def shown(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def clustered(n: int, k: int, dim: int) -> torch.Tensor:
+    """(n, dim) unit rows around k directions."""
+    centres = F.normalize(torch.randn(k, dim), dim=-1)
+    return F.normalize(centres[torch.randint(0, k, (n,))] + 0.6 * torch.randn(n, dim) / dim**0.5, dim=-1)
+
+
+@contextlib.contextmanager
+def attention(flash: bool):
+    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
+
+
+# ------------------------------------------------------------------------------------------------------- prototypes
+
+
+def back_translation(up, n: int, k: int, repetitions: int) -> None:
+    """One episode's four PBT calls."""
+    image, text = F.normalize(torch.randn(n, 128), dim=-1), F.normalize(torch.randn(n, 128), dim=-1)
+    labels = [torch.randint(0, k, (n,)) for _ in range(3)]
+    jobs = [(labels[0], image), (labels[1], text), (labels[2], image), (labels[2], text)]
+    clustering = up.clustering.Clustering(SimpleNamespace(episode_size=1, projection_dim=128, k=1))
+
+    def ours():
+        return [model.prototypical_back_translation(features, teacher, k) for teacher, features in jobs]
+
+    def theirs():
+        return [clustering.PBT(k, teacher, features) for teacher, features in jobs]
+
+    gap = max((a - b).abs().max().item() for a, b in zip(ours(), theirs(), strict=True))
+    name = f"back translation, four calls, N={n:,}, K={k:,}, P=128"
+    print_row(*race(name, ours, theirs, repetitions), ">= 20", f"largest difference {gap:.0e}")
+
+
+def prototype_stage(up, n: int, k: int, repetitions: int) -> None:
+    """K-means of image, text and teacher features and back translation, from cached features."""
+    image, text, external = clustered(n, k, 128), clustered(n, k, 128), 0.3 * clustered(n, k, 64)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "teacher.npy"
+        np.save(file, external.numpy())
+        everything = torch.arange(n)
+
+        def ours():
+            results["ours"] = model.build_prototypes(image, text, k, external)
+
+        def theirs():
+            results["theirs"] = parity.their_prototypes(up, image, text, file, everything, k=k)
+
+        start = time.perf_counter()
+        ours()
+        whole = time.perf_counter() - start
+        start = time.perf_counter()
+        for features in (image, text, external):
+            model.kmeans(features, k)
+        share = (time.perf_counter() - start) / whole
+        name, seconds = race(f"prototype stage, N={n:,}, K={k:,}, niter 20, nredo 3", ours, theirs, repetitions)
+    same, gap = True, 0.0
+    for own, other in parity.PROTOTYPES.items():
+        a, b = getattr(results["ours"], own), getattr(results["theirs"], other)
+        same &= torch.equal(a, b) or "labels" not in own
+        gap = max(gap, 0.0 if "labels" in own else (a - b).abs().max().item())
+    note = f"labels {'equal' if same else 'DIFFER'}, prototypes within {gap:.0e}; K-means is {min(share, 1):.0%} of ours"
+    print_row(name, seconds, "> 1", note)
+
+
+# ---------------------------------------------------------------------------------------------------- training steps
+
+
+def batches(size: int, steps: int, samples: int = 2048) -> list:
+    """(index, images, tokens) of the emoji preset's shapes."""
+    lengths = torch.randint(4, 24, (size, 1))
+    position = torch.arange(24)
+    found = []
+    for _ in range(steps):
+        tokens = torch.randint(1, 49406, (size, 24)) * (position < lengths)
+        tokens[position == lengths.clamp(max=23)] = 49407
+        found.append((torch.randint(0, samples, (size,)), torch.randn(size, 3, 40, 40), tokens))
+    return found
+
+
+def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Callable]:
+    """(model, function that takes one pass over batches) with the optimizer that train.main makes."""
+    network = model.create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers)
+    groups = train.parameter_groups(network, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+    def one_pass(loader):
+        for _ in train.train_episode(network, loader, optimizer, prototypes, 1, cfg, CPU):
+            pass
+
+    return network, one_pass
+
+
+def clip_step(precision: str, repetitions: int, steps: int) -> None:
+    """The CLIP arm's step against open_clip_train's on the same towers, from the same weights."""
+    cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], precision=precision)
+    network, one_pass = our_trainer(cfg)
+    towers = open_clip.create_model("ViT-emoji", output_dict=True)
+    towers.load_state_dict(network.state_dict())
+    flags = SimpleNamespace(
+        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, horovod=False,
+        rank=0, local_rank=0, world_size=1, distributed=False, skip_scheduler=False, grad_clip_norm=cfg.max_grad_norm,
+        log_every_n_steps=100, batch_size=128, wandb=False,
+    )  # fmt: skip
+    named = list(towers.named_parameters())
+    gains = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
+    rest = [p for n, p in named if not any(p is gain for gain in gains)]
+    groups = [{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": cfg.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode(1) * cfg.episodes)
+    loss = open_clip.ClipLoss(cache_labels=True)
+    loader = batches(128, steps)
+    theirs = parity.Loader([batch[1:] for batch in loader], 128 * steps)
+    data = {"train": SimpleNamespace(dataloader=theirs, set_epoch=lambda _: None)}
+
+    def open_clips(flash):
+        with attention(flash):
+            train_one_epoch(towers, data, loss, 1, optimizer, None, scheduler, None, flags)
+
+    def ours():
+        with attention(False):
+            one_pass(loader)
+
+    name = f"CLIP step, ViT-emoji, batch 128, {precision}"
+    for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
+        print_row(*race(f"{name}: open_clip {what}", ours, partial(open_clips, flash), repetitions, steps), ">= 1")
+
+
+def protoclip_step(up, repetitions: int, steps: int) -> None:
+    """The ProtoCLIP arm's step against the authors' train_one_epoch, fp32, same weights and prototypes."""
+    preset = train.PRESETS["emoji"][1]
+    cfg = dataclasses.replace(preset, precision="fp32", infonce_warmup=0)
+    n, k, p = cfg.episode_size, cfg.k, cfg.projection_dim
+    args = SimpleNamespace(**{
+        **parity.TRAIN, "projection_hidden_dim": cfg.hidden_dim, "projection_dim": p, "episode_size": n, "k": k,
+        "batch_size": cfg.batch_size, "lr": cfg.lr, "wd": cfg.weight_decay, "eps": cfg.eps,
+        "max_grad_norm": cfg.max_grad_norm,
+    })  # fmt: skip
+    image, text, external = clustered(n, k, p), clustered(n, k, p), clustered(n, k, 64)
+    network, one_pass = our_trainer(cfg, model.build_prototypes(image, text, k, external))
+    config = open_clip.get_model_config("ViT-emoji")
+    towers = up.model.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], args=args)
+    towers.load_state_dict(network.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/teacher.npy", external.numpy())
+        flags = {name: value for name, value in vars(args).items() if name != "external_teacher"}
+        clustering = parity.their_prototypes(up, image, text, f"{folder}/teacher.npy", torch.arange(n), **flags)
+    optimizer = parity.optimizer_groups(up, towers, args)
+    scheduler = up.scheduler.protoclip_cosine_lr(optimizer, cfg.lr, cfg.lr, cfg.warmup, 640, 640, 0, 640)
+    loader = batches(cfg.batch_size, steps, n)
+
+    def theirs(flash):
+        with attention(flash):
+            parity.logged(up, towers, loader, clustering, args, 1, optimizer, scheduler)
+
+    def ours():
+        with attention(False):
+            one_pass(loader)
+
+    name = f"ProtoCLIP step, ViT-emoji, batch {cfg.batch_size}, K={k}, fp32"
+    for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
+        print_row(*race(f"{name}: theirs {what}", ours, partial(theirs, flash), repetitions, steps))
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, help="clone of megvii-research/protoclip at fde1933")
+    parser.add_argument("--repetitions", type=int, default=7, help="of everything but the prototype stage")
+    parser.add_argument("--steps", type=int, default=4, help="training steps a repetition")
+    parser.add_argument("--samples", type=int, default=40_000, help="N of back translation and of the prototype stage")
+    parser.add_argument("--prototypes", type=int, default=4_000, help="K of both")
+    parser.add_argument("--stage-repetitions", type=int, default=3, help="of the prototype stage; 0 leaves it out")
+    options = parser.parse_args()
+    if options.upstream is not None and not (options.upstream / "src/training").is_dir():
+        parser.error(f"--upstream {options.upstream} is no clone of megvii-research/protoclip")
+    if options.repetitions < 1 or options.steps < 1:
+        parser.error("--repetitions and --steps start at 1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    run.setup(0, "cpu")
+    libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
+    print(f"{processor()}, {torch.get_num_threads()} threads, {libraries}\n")
+    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+
+    if options.upstream is not None:
+        check_commit(options.upstream, "fde1933")
+        up = parity.load(options.upstream)
+        with parity.on_cpu():
+            back_translation(up, options.samples, options.prototypes, options.repetitions)
+            if options.stage_repetitions:
+                prototype_stage(up, options.samples, options.prototypes, options.stage_repetitions)
+    for precision in ("bf16", "fp32"):
+        clip_step(precision, options.repetitions, options.steps)
+    if options.upstream is not None:
+        with parity.on_cpu():
+            protoclip_step(up, options.repetitions, options.steps)
+
+    if options.upstream is None:
+        print("\nnot run without --upstream PATH: back translation, prototype stage, ProtoCLIP step against the authors'")
+
+
+if __name__ == "__main__":
+    main()

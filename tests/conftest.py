@@ -1,0 +1,162 @@
+"""Golden tests of all paper folders are driven by case files: `pytest [--golden DIR]`, by default tests/golden.
+
+    @pytest.mark.golden("protoclip", "clip_loss")
+    def test_clip_loss(case): ...
+
+runs once per file of that family in DIR/protoclip/. A file's family is the longest family name, of those that the test
+module claims, that its own name starts with. A case file that no test claims fails; all golden tests of a folder are
+therefore in one module. A .json beside an .npz of the same stem is no case of its own, but that case's `json`.
+Families that DIR lacks give no tests, except that the default DIR must have them all.
+"""
+
+import inspect
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared import pytest_options
+
+DEFAULT = Path(__file__).parent / "golden"
+deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)
+
+
+class Case(dict):
+    """The arrays of one case file by name: 0-d arrays as Python scalars, the others as tensors."""
+
+    def __init__(self, path: Path):
+        self.path, companion = path, path.with_suffix(".json")
+        self.json = json.loads(companion.read_text(encoding="utf-8")) if companion.exists() else None
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                super().__init__({name: convert(file[name]) for name in file.files})
+        elif isinstance(self.json, dict):
+            super().__init__(self.json)
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The arrays under `prefix`, which is removed from their names, all as tensors: a state dict, say."""
+        return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in self.items() if k.startswith(prefix)}
+
+    def close(self, name: str, actual: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
+        """`actual` has array `name`'s shape and differs by at most atol + rtol |expected|; by default not at all."""
+        expected, actual = (torch.as_tensor(x).detach().double() for x in (self[name], actual))
+        torch.testing.assert_close(
+            actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{self.path.name}, {name}: {text}"
+        )
+        error = ((actual - expected).abs() / (atol + rtol * expected.abs())).nan_to_num()
+        error = error.max().item() if error.numel() else 0.0
+        key = f"{self.path.parent.name}/{self.path.name}"
+        deviations[key] = max(deviations.get(key, (0.0, "")), (error, name))
+
+    def close_group(self, prefix: str, actual: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
+        """`close` for every array under `prefix`; `actual` is by name without it, and may hold more."""
+        for name in self.group(prefix):
+            self.close(prefix + name, actual[name], rtol, atol)
+
+
+def convert(array: np.ndarray) -> Any:
+    return array.item() if array.ndim == 0 else torch.from_numpy(array) if array.dtype.kind in "biuf" else array
+
+
+# ------------------------------------------------------------------------------------------- which file runs where
+
+
+def case_files(config: pytest.Config, folder: str) -> list[Path]:
+    """Case files of DIR/folder; README.md and companion .json files are none."""
+    files = sorted((config.getoption("golden") / folder).glob("*"))
+    arrays = [file for file in files if file.suffix == ".npz"]
+    return arrays + [file for file in files if file.suffix == ".json" and file.with_suffix(".npz") not in arrays]
+
+
+def claims(module: Any) -> dict[str, set[str]]:
+    """Folder -> families that the test functions of a module claim."""
+    families = defaultdict(set)
+    for function in filter(inspect.isfunction, vars(module).values()):
+        for mark in getattr(function, "pytestmark", ()):
+            if mark.name == "golden":
+                families[mark.args[0]].update(mark.args[1:])
+    return families
+
+
+def family(file: Path, families: set[str]) -> str | None:
+    return max((name for name in families if file.name.startswith(name)), key=len, default=None)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("golden")
+    if mark is not None:
+        folder, *families = mark.args
+        known = claims(metafunc.module)[folder]
+        files = [file for file in case_files(metafunc.config, folder) if family(file, known) in families]
+        metafunc.parametrize("case", files or [None], ids=[file.name for file in files] or ["none"], indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    assert request.param is not None, f"{DEFAULT} has no case of this family"
+    return Case(request.param)
+
+
+class GoldenModule(pytest.Module):
+    """A test module, less the golden tests that have no case, plus a failing test for each case that no test claims."""
+
+    def collect(self):
+        default = self.config.getoption("golden") == DEFAULT
+        for item in super().collect():
+            if default or not hasattr(item, "callspec") or item.callspec.params.get("case", item) is not None:
+                yield item
+        for folder, families in claims(self.obj).items():
+            for file in case_files(self.config, folder):
+                if family(file, families) is None:
+                    yield Unclaimed.from_parent(self, name=f"test_unclaimed[{file.name}]")
+
+
+class Unclaimed(pytest.Item):
+    def runtest(self):
+        raise AssertionError("no test claims this golden case file")
+
+    def repr_failure(self, excinfo):
+        return f"{self.name}: {excinfo.value}"
+
+    def reportinfo(self):
+        return self.path, None, self.name
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return GoldenModule.from_parent(parent, path=module_path)
+
+
+# ------------------------------------------------------------------------------------------------ options, summary
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.is_registered(pytest_options):  # it is, where the package is installed
+        pytest_options.pytest_addoption(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "golden(folder, *families): run on every case file of these families")
+    config.option.golden = config.option.golden or DEFAULT
+    for option in ("golden", "upstream"):
+        path = config.getoption(option)
+        if path is not None:
+            if not path.is_dir():
+                raise pytest.UsageError(f"--{option} {path} is not a folder")
+            setattr(config.option, option, path.resolve())
+
+
+@pytest.fixture
+def upstream(request: pytest.FixtureRequest) -> Path:
+    """The authors' clone; tests that take it are skipped without --upstream."""
+    return request.config.getoption("upstream") or pytest.skip("needs --upstream PATH")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if deviations and terminalreporter.verbosity > 0:
+        terminalreporter.section("golden cases: largest error, in units of its tolerance")
+        for file, (error, name) in sorted(deviations.items()):
+            terminalreporter.write_line(f"{error:10.5f}  {file}  {name}")

@@ -1,0 +1,119 @@
+"""What the parity suites share: the authors' modules imported beside ours, and the table that a suite prints."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def check_commit(path: Path, commit: str) -> None:
+    """Warn if the clone at `path` does not stand at `commit`."""
+    head = subprocess.run(["git", "-C", path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if not head.startswith(commit):
+        warnings.warn(f"{path} is at {head[:7] or 'no commit'}, the line numbers are those of {commit}", stacklevel=2)
+
+
+def import_beside(root: Path, names: list[str], stubs: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    """Import `names` from `root`, whose packages may be called like installed ones; those come back afterwards.
+
+    `stubs` stand in for modules that are not installed.
+    """
+    tops = {name.partition(".")[0] for name in names} | set(stubs)
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in tops}
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(root))
+    sys.modules.update(stubs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(root))
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def run_block(module: ModuleType, test: str, **names) -> dict:
+    """Run the body of the first `if <test>:` of a module's source, for code that is no function; -> its variables."""
+    tree = ast.parse(inspect.getsource(module))
+    block = next(node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == test)
+    scope = {**vars(module), **names}
+    exec(compile(ast.Module(block.body, []), module.__file__, "exec"), scope)
+    return scope
+
+
+def run_line(module: ModuleType, target: str, **names) -> None:
+    """Run the first assignment to `target` of a module's source."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == target:
+            exec(compile(ast.Module([node], []), module.__file__, "exec"), {**vars(module), **names})
+            return
+    raise LookupError(f"{module.__file__} assigns nothing to {target}")
+
+
+def timed(function, repetitions: int = 1):
+    """(result of the last call, seconds of the fastest)."""
+    best = float("inf")
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        result = function()
+        best = min(best, time.perf_counter() - start)
+    return result, best
+
+
+def difference(theirs, ours, rtol: float, atol: float) -> tuple[float, bool]:
+    """(largest absolute difference, whether all lie within atol + rtol |theirs|) of two equally shaped nests."""
+    if isinstance(theirs, dict):
+        assert theirs.keys() == ours.keys(), f"{sorted(theirs)} against {sorted(ours)}"
+        theirs, ours = list(theirs.values()), [ours[key] for key in theirs]
+    if isinstance(theirs, (list, tuple)):
+        assert len(theirs) == len(ours), f"{len(theirs)} values against {len(ours)}"
+        parts = [difference(a, b, rtol, atol) for a, b in zip(theirs, ours, strict=True)]
+        return max((part[0] for part in parts), default=0.0), all(part[1] for part in parts)
+    a, b = torch.as_tensor(theirs).detach().double(), torch.as_tensor(ours).detach().double()
+    assert a.shape == b.shape, f"shape {tuple(a.shape)} against {tuple(b.shape)}"
+    gap = (a - b).abs()
+    worst = gap.max().item() if gap.numel() else 0.0
+    return worst, bool((gap <= atol + rtol * a.abs()).all())
+
+
+class Table:
+    """One row a component; a difference above tolerance raises AssertionError after the row is noted."""
+
+    def __init__(self, root: Path):
+        self.root, self.rows = root, []
+
+    def where(self, function) -> str:
+        """file:line of one of their functions, relative to the clone's source folder; a text stays as it is."""
+        if isinstance(function, str):
+            return function
+        code = function.__code__
+        return f"{Path(code.co_filename).relative_to(self.root)}:{code.co_firstlineno}"
+
+    def compare(
+        self, component, function, ours_name, theirs, ours, *, gradients=None, rtol=1e-5, atol=1e-5, seconds=None, note=""
+    ):
+        """`gradients`: (theirs, ours); `seconds`: (theirs, ours) of the same work."""
+        value, good = difference(theirs, ours, rtol, atol)
+        gradient, good_too = difference(*gradients, rtol, atol) if gradients else (None, True)
+        tolerance = "exact" if rtol == atol == 0 else f"{atol:g} + {rtol:g}·\\|x\\|"
+        ratio = "-" if seconds is None else f"{seconds[0] / seconds[1]:.2f}"
+        shown = "-" if gradient is None else f"{gradient:.1e}"
+        verdict = ("ok" if good and good_too else "**FAIL**") + (f" ({note})" if note else "")
+        self.rows.append([component, self.where(function), ours_name, f"{value:.1e}", shown, tolerance, ratio, verdict])
+        assert good, f"{component}: values differ by {value:.3g}, tolerance {tolerance}"
+        assert good_too, f"{component}: gradients differ by {gradient:.3g}, tolerance {tolerance}"
+
+    def __str__(self) -> str:
+        head = ["component", "upstream", "ours", "max diff", "max diff, gradients", "tolerance", "time theirs/ours", ""]
+        lines = [head, ["---"] * len(head), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,663 @@
+"""ProtoCLIP against the authors' code: `pytest tests/parity/test_protoclip.py --upstream PATH`, a clone of
+megvii-research/protoclip@fde1933. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+"""
+
+import contextlib
+import csv
+import importlib.util
+import random
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import faiss
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from protoclip import episodes, model, teacher, train
+from protoclip import eval as evaluation
+from shared import data, run, zeroshot
+
+from . import Table, check_commit, import_beside, run_block, run_line, timed
+
+VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+RESNET = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "head_width": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
+HEADS = dict(add_projection_head=True, projection_hidden_dim=40, projection_dim=16, projection_n_layers=1)
+TRAIN = dict(  # upstream's flags, those of its README where the scale allows
+    **HEADS, PBT=True, external_teacher="teacher.npy", target_temperature=0.01, w_clip=1.0, w_proto=1.0, w_proto_external=1.0,
+    infonce_warmup_epoch=0, lit_start_epoch=-1, k=6, episode_size=37, kmeans_max_iter=20, kmeans_nredo=3, batch_size=8,
+    epochs=4, lr=1e-3, lr_text=-1.0, warmup=3, text_start_epoch=0, text_end_epoch=-1, wd=0.2, beta1=0.9, beta2=0.98, eps=1e-4,
+    max_grad_norm=1.0, precision="fp32", device="cpu", distributed=False, rank=0, local_rank=0, world_size=1, horovod=False,
+    local_loss=False, gather_with_grad=False, wandb=False, trace=False, train_data="data.tsv",
+)  # fmt: skip
+
+
+def load(path: str | Path) -> SimpleNamespace:
+    """The authors' modules from a clone, with stand-ins for what no longer installs and K-means kept off the GPU."""
+    root = Path(path).resolve() / "src"
+    stubs = {name: ModuleType(name) for name in ("openTSNE", "pytorch_transformers")}
+    stubs["openTSNE"].TSNE = stubs["pytorch_transformers"].RobertaModel = None
+    stubs["pytorch_transformers"].RobertaTokenizer = None
+    if importlib.util.find_spec("pandas") is None:
+        stubs["pandas"] = ModuleType("pandas")
+        stubs["pandas"].read_csv = read_table
+    stubs = {name: stub for name, stub in stubs.items() if name == "pandas" or importlib.util.find_spec(name) is None}
+    names = ["open_clip.model", "open_clip.transform", "open_clip.tokenizer", "utils.RoBERTa"]
+    names += [f"training.{name}" for name in ("main", "train", "loss", "clustering", "scheduler", "data", "distributed")]
+    names += [f"training.evaluations.{n}" for n in ("zero_shot", "linear_eval", "coco_retrieval", "analyze_features")]
+    modules = import_beside(root, names, stubs)
+    up = SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()}, root=root)
+    kmeans = ModuleType("faiss")
+    kmeans.Kmeans = lambda **options: faiss.Kmeans(**{**options, "gpu": False, "verbose": False})
+    up.clustering.faiss = up.zero_shot.faiss = kmeans
+    up.data.np = ModuleType("numpy")
+    vars(up.data.np).update({**vars(np), "string_": np.bytes_})  # gone in numpy 2
+    up.zero_shot.float = lambda x: float(np.asarray(x).item())  # numpy 2 refuses arrays of shape (1,)
+    up.linear_eval.DataLoader = lambda *a, **k: torch.utils.data.DataLoader(*a, batch_size=k["batch_size"])
+    up.linear_eval.tqdm = up.zero_shot.tqdm.tqdm = QuietBar
+    return up
+
+
+class QuietBar(list):
+    def __init__(self, items, **_):
+        super().__init__(items)
+
+    def set_description(self, _):
+        pass
+
+
+def read_table(path, sep):
+    """What they use of pandas: columns with `.tolist()`."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter=sep))
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+@contextlib.contextmanager
+def on_cpu():
+    """Let `.cuda()` do nothing, and their unconditional CUDA autocast, while their functions run."""
+    with (
+        mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self),
+        mock.patch.object(torch.nn.Module, "cuda", lambda self, *_, **__: self),
+        mock.patch.object(torch.cuda.amp, "autocast", contextlib.nullcontext),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def up(request):
+    path = request.config.getoption("--upstream", default=None)
+    if path is None:
+        pytest.skip("needs --upstream PATH, a clone of megvii-research/protoclip at fde1933")
+    check_commit(path, "fde1933")
+    with on_cpu():
+        yield load(path)
+
+
+@pytest.fixture(scope="module")
+def table(request, up):
+    table = Table(up.root)
+    yield table
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\nProtoCLIP, megvii-research/protoclip@fde1933:src/ against ours\n\n{table}\n")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def with_gradients(function, *inputs):
+    """(value, gradients of all inputs) of a scalar function."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    return value.detach(), torch.autograd.grad(value, inputs)
+
+
+def twins(up, vision=VIT, embed_dim=24, text=TEXT, **heads):
+    """The same weights, none at a special value, in their CLIP and in ours."""
+    theirs = up.model.CLIP(embed_dim, dict(vision), dict(text), args=SimpleNamespace(**{**HEADS, **heads}))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim:
+                parameter += 0.02 * torch.randn_like(parameter)
+    ours = model.ProtoCLIP(embed_dim, dict(vision), dict(text), hidden_dim=40, projection_dim=16)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def pairs(n, vision=VIT):
+    """Images and token ids with the end token, the largest id, somewhere inside."""
+    tokens = torch.randint(1, 49406, (n, 77)) * (torch.arange(77) < torch.randint(4, 60, (n, 1)))
+    return torch.randn(n, 3, vision["image_size"], vision["image_size"]), tokens.scatter(1, (tokens > 0).sum(1)[:, None], 49407)
+
+
+def optimizer_groups(up, theirs, args):
+    """Their own optimizer, from the block of main() that builds it."""
+    scope = run_block(up.main, "args.train_data", args=args, model=theirs, is_master=lambda *_: False)
+    return scope["optimizer"]
+
+
+class Loader(list):
+    """Batches in memory that look like their loader."""
+
+    def __init__(self, batches, samples):
+        super().__init__(batches)
+        self.num_batches, self.num_samples = len(batches), samples
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_projection_head(up, table, layers):
+    args = SimpleNamespace(**{**HEADS, "projection_n_layers": layers})
+    theirs = up.model.CLIP(24, dict(VIT), dict(TEXT), args=args).text_projection_head
+    ours = model.projection_head(24, 40, 16, layers)
+    ours.load_state_dict(theirs.state_dict())
+    x, cotangent = torch.randn(9, 24), torch.randn(9, 16)
+    results = [with_gradients(lambda x, head=head: (head(x) * cotangent).sum(), x) for head in (theirs, ours)]
+    values = [[value, head(x), head.eval()(x)] for head, (value, _) in zip((theirs, ours), results, strict=True)]
+    gradients = [result[1] for result in results]
+    name = f"projection head, {layers} hidden"
+    table.compare(name, "open_clip/model.py:421", "model.projection_head", *values, gradients=gradients, atol=5e-5)
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["ViT", "ResNet"])
+def test_forward(up, table, vision):
+    theirs, ours = twins(up, vision)
+    images, tokens = pairs(6, vision)
+    cotangents = [torch.randn(6, 24), torch.randn(6, 24), torch.randn(6, 16), torch.randn(6, 16), 1.0, 1.0]
+    values, gradients, seconds = [], [], []
+    for each in (theirs, ours):
+        output = each.train()(images, tokens)
+        sum((x * c).sum() for x, c in zip(output, cotangents, strict=True)).backward()
+        gradients.append({name: parameter.grad for name, parameter in each.named_parameters()})
+        buffers = {name: buffer for name, buffer in each.named_buffers() if "running" in name}
+        with torch.no_grad():
+            evaluated, took = timed(lambda each=each: tuple(each.eval()(images, tokens)), 5)
+        values.append([*output, *evaluated, *buffers.values()])
+        seconds.append(took)
+    name = "CLIP with heads, " + ("ViT" if vision is VIT else "ResNet")
+    function = up.model.CLIP.forward_projection
+    table.compare(
+        name, function, "model.ProtoCLIP", *values, gradients=gradients, rtol=1e-4, atol=1e-4, seconds=seconds
+    )
+
+
+def test_checkpoint(up, table, tmp_path):
+    config = open_clip.get_model_config("ViT-emoji")
+    args = SimpleNamespace(**HEADS)
+    theirs = up.model.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], args=args).eval()
+    state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_3.pt")
+    ours, _ = evaluation.load_model(tmp_path / "epoch_3.pt", "ViT-emoji")
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    images, tokens = torch.randn(4, 3, 40, 40), pairs(4)[1][:, :24].clone()
+    values = [tuple(each(images, tokens)) for each in (theirs, ours)]
+    table.compare("checkpoint of theirs, loaded strictly", "training/main.py:452", "eval.load_model", *values)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+def test_clip_loss(up, table):
+    inputs = unit(64, 24), unit(64, 24), torch.tensor(14.3)
+    (theirs, ours), seconds = zip(
+        *(timed(lambda f=f: with_gradients(f, *inputs), 20) for f in (up.loss.ClipLoss(cache_labels=True), model.clip_loss)),
+        strict=True,
+    )
+    values, gradients = zip(theirs, ours, strict=True)
+    function = up.loss.ClipLoss.forward
+    table.compare("InfoNCE", function, "model.clip_loss", *values, gradients=gradients, seconds=seconds)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.0, -1.0])
+def test_proto_loss(up, table, temperature):
+    student, prototypes, teachers, labels = unit(64, 16), unit(100, 16), 0.8 * unit(100, 16), torch.arange(64) % 50
+    prototypes[60:] = 0  # empty clusters
+    seen = {}
+
+    def theirs(features, scale):
+        loss, seen["theirs"] = up.loss.ProtoLoss()(features, prototypes, teachers, scale, temperature, labels)
+        return loss
+
+    def ours(features, scale):
+        seen["ours"] = model.assignment_accuracy(features, prototypes, labels)
+        return model.prototypical_loss(features, prototypes, scale, labels, teachers, temperature)
+
+    results, seconds = zip(
+        *(timed(lambda f=f: with_gradients(f, student, torch.tensor(14.3)), 20) for f in (theirs, ours)), strict=True
+    )
+    values = [results[0][0], seen["theirs"]], [results[1][0], seen["ours"]]
+    gradients = [result[1] for result in results]
+    name = f"prototypical loss, tau {temperature:g}" + (" (hard)" if temperature <= 0 else "")
+    function = up.loss.ProtoLoss.forward
+    table.compare(name, function, "model.prototypical_loss", *values, gradients=gradients, seconds=seconds)
+
+
+# ------------------------------------------------------------------------------------------------------- prototypes
+
+
+def test_kmeans(up, table):
+    clustering = up.clustering.Clustering(SimpleNamespace(**TRAIN))
+    args = SimpleNamespace(kmeans_max_iter=20, kmeans_nredo=3)
+    x = unit(2000, 32)
+    (labels, centroids, *_), theirs_took = timed(lambda: clustering.kmeans(x, 200, args))
+    ours, took = timed(lambda: model.kmeans(x, 200))
+    function = up.clustering.Clustering.kmeans
+    table.compare("K-means labels", function, "model.kmeans", labels, ours[0], rtol=0, atol=0)
+    table.compare("K-means centroids", function, "model.kmeans", centroids, ours[1], seconds=(theirs_took, took))
+
+
+def test_back_translation(up, table):
+    clustering = up.clustering.Clustering(SimpleNamespace(**TRAIN))
+    features, labels = unit(5000, 64), torch.randint(0, 450, (5000,))
+    results, seconds = zip(
+        *(
+            timed(call, 5)
+            for call in (
+                lambda: clustering.PBT(500, labels, features),
+                lambda: model.prototypical_back_translation(features, labels, 500),
+            )
+        ),
+        strict=True,
+    )
+    function = up.clustering.Clustering.PBT
+    table.compare("back translation (PBT)", function, "model.prototypical_back_translation", *results, seconds=seconds)
+
+
+PROTOTYPES = {  # ours: theirs
+    "image_labels": "img_labels",
+    "text_labels": "text_labels",
+    "image": "img_centroids",
+    "text": "text_centroids",
+    "image_from_text": "img_centroids_translated_from_text_prototypes",
+    "text_from_image": "text_centroids_translated_from_image_prototypes",
+    "external_labels": "external_labels",
+    "image_from_external": "img_centroids_translated_from_external_prototypes",
+    "text_from_external": "text_centroids_translated_from_external_prototypes",
+}
+
+
+def their_prototypes(up, image, text, teacher_file, rows, **flags):
+    """Their prototype stage on cached features: generate_labels, then the block of main() with the four PBT calls."""
+    args = SimpleNamespace(**{**TRAIN, **flags, "episode_size": len(image), "projection_dim": image.shape[1]})
+    args.external_teacher = str(teacher_file)
+    clustering = up.clustering.Clustering(args)
+    clustering.img_feature, clustering.text_feature = image.clone(), text.clone()
+    clustering.generate_labels(args.k, args)
+    run_block(up.main, "args.PBT", args=args, clustering=clustering, index_mapping=rows, start=0, profiling={})
+    return clustering
+
+
+def test_prototype_stage(up, table, tmp_path):
+    image, text, rows = unit(900, 16), unit(900, 16), torch.randint(0, 1200, (900,))
+    image[3, 2] = text[5] = torch.nan
+    external = np.random.RandomState(0).randn(1200, 6).astype(np.float32)
+    np.save(tmp_path / "teacher.npy", external)
+    call = partial(their_prototypes, up, image, text, tmp_path / "teacher.npy", rows, k=90)
+    clustering, theirs_took = timed(call, 2)
+    ours, took = timed(lambda: model.build_prototypes(image, text, 90, torch.from_numpy(external[rows])), 2)
+    labels = [name for name in PROTOTYPES if "labels" in name]
+    for what, names, tolerance in (("labels", labels, 0), ("prototypes", PROTOTYPES.keys() - labels, 1e-5)):
+        values = [getattr(clustering, PROTOTYPES[name]) for name in names], [getattr(ours, name) for name in names]
+        seconds = None if tolerance == 0 else (theirs_took, took)
+        where = f"{table.where(up.clustering.Clustering.generate_labels)}, training/main.py:395"
+        table.compare(
+            f"episode's {what}, NaN cleaned", where, "model.build_prototypes", *values, rtol=tolerance, atol=tolerance, seconds=seconds
+        )  # fmt: skip
+
+
+def test_pca(up, table):
+    if not hasattr(faiss.PCAMatrix, "apply_py"):
+        pytest.skip("this faiss has no apply_py, which upstream calls")
+    x = np.random.RandomState(0).randn(500, 48).astype(np.float32)
+    theirs, theirs_took = timed(lambda: up.RoBERTa.PCA(16, x), 3)
+    ours, took = timed(lambda: teacher.pca(torch.from_numpy(x), 16), 3)
+    table.compare("teacher's PCA", up.RoBERTa.PCA, "teacher.pca", theirs, ours, atol=1e-4, seconds=(theirs_took, took))
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def logged(up, theirs, batches, clustering, args, epoch=0, optimizer=None, scheduler=lambda _: None):
+    """Run their train_one_epoch; -> {(name, step): value} of what it logs (the first batch of ten, and the last)."""
+    seen = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.update({(name.split("/")[1], step): value}))
+    loader = SimpleNamespace(dataloader=Loader(batches, args.episode_size), sampler=None)
+    up.train.train_one_epoch(theirs, {"train": loader}, epoch, optimizer, None, scheduler, clustering, args, writer)
+    return seen
+
+
+@pytest.mark.parametrize("back_translate", [True, False], ids=["PBT", "no PBT"])
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["ViT", "ResNet"])
+def test_training_episode(up, table, tmp_path, vision, back_translate):
+    """Extraction, prototypes and training pass of a second episode: losses, gradients of the last step, weights after."""
+    theirs, ours = twins(up, vision)
+    args = SimpleNamespace(**{**TRAIN, "PBT": back_translate})
+    if not back_translate:
+        args.external_teacher, args.w_proto_external = None, 0.0
+    n, images_tokens = args.episode_size, pairs(TRAIN["episode_size"], vision)
+    external = np.random.RandomState(0).randn(n, 6).astype(np.float32)
+    np.save(tmp_path / "teacher.npy", external)
+    orders = [torch.randperm(n).split(args.batch_size) for _ in range(2)]
+    extraction, training = ([(i, *(x[i] for x in images_tokens)) for i in order] for order in orders)
+
+    # Cached features; a forward pass in train mode first, so that BatchNorm has statistics of its own
+    for each in (theirs, ours):
+        each.train()(images_tokens[0][:8], images_tokens[1][:8])
+    clustering = up.clustering.Clustering(args)
+    loader = {"train": SimpleNamespace(dataloader=Loader(extraction, n), sampler=None)}
+    none = None, None, None
+    _, theirs_took = timed(lambda: up.train.feature_extraction_one_epoch(theirs, loader, 1, *none, clustering, args))
+    features, took = timed(lambda: train.extract_features(ours, extraction, n, "cpu"))
+    name = f"{'ViT' if vision is VIT else 'ResNet'}{'' if back_translate else ', no PBT'}"
+    function = up.train.feature_extraction_one_epoch
+    cached = clustering.img_feature, clustering.text_feature
+    table.compare(
+        f"cached features, {name}", function, "train.extract_features", cached, features, rtol=1e-4, seconds=(theirs_took, took)
+    )  # fmt: skip
+
+    # Both train on the same prototypes: a rounding error in a feature may move a sample to another cluster
+    if back_translate:
+        clustering = their_prototypes(up, *cached, tmp_path / "teacher.npy", torch.arange(n))
+    else:
+        clustering.generate_labels(args.k, args)
+    prototypes = model.build_prototypes(
+        *cached, args.k, torch.from_numpy(external) if back_translate else None, back_translate=back_translate
+    )
+
+    optimizer = optimizer_groups(up, theirs, args)
+    schedule = run_block(
+        up.main, "'train' in data and optimizer is not None", args=args, data=loader, optimizer=optimizer, is_master=lambda *_: False
+    )["scheduler"]  # fmt: skip
+    seen, theirs_took = timed(lambda: logged(up, theirs, training, clustering, args, 1, optimizer, schedule))
+    cfg = train.Config(
+        w_external=float(back_translate), k=args.k, episodes=args.epochs, episode_size=n, infonce_warmup=0, batch_size=args.batch_size,
+        lr=args.lr, warmup=args.warmup, max_grad_norm=args.max_grad_norm, precision="fp32", back_translate=back_translate,
+    )  # fmt: skip
+    groups = train.parameter_groups(ours, args.wd)
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
+    process = run.Process(0, 1, torch.device("cpu"))
+    steps, took = timed(lambda: list(train.train_episode(ours, training, adamw, prototypes, 1, cfg, process)))
+    step, losses = steps[0]
+    names = {"clip": "loss_clip", "proto": "loss_proto", "gradient_norm": "gradient-norm", "modality_gap": "feature_modality_gap"}
+    names |= {"accuracy_image_to_text": "acc_img2text", "accuracy_text_to_image": "acc_text2img"}
+    if back_translate:
+        names |= {"external": "loss_proto_external", "accuracy_image_to_external": "acc_img2external"}
+        names |= {"accuracy_text_to_external": "acc_text2external"}
+    values = [seen[other, step] for other in names.values()], [losses[own] for own in names]
+    where = up.train.train_one_epoch
+    table.compare(f"losses of a step, {name}", where, "train.train_episode", *values, rtol=1e-3, atol=1e-4)
+    gradients = [{n: p.grad for n, p in each.named_parameters()} for each in (theirs, ours)]
+    states = theirs.state_dict(), ours.state_dict()
+    tolerance = 5e-5 if vision is VIT else 1e-3
+    table.compare(
+        f"weights after {len(steps)} steps, {name}", where, "train.train_episode", *states, gradients=gradients, atol=tolerance,
+        rtol=1e-3, seconds=(theirs_took, took),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("warmup, lit, text", [(3, -1, (0, -1)), (3, 4, (0, -1)), (10, 5, (2, -1)), (0, 2, (1, 6))])
+def test_learning_rates(up, table, warmup, lit, text):
+    flags = dict(warmup=warmup, lit_start_epoch=lit, epochs=6, text_start_epoch=text[0], text_end_epoch=text[1], lr_text=3e-4)
+    args = SimpleNamespace(**{**TRAIN, **flags})
+    data_of = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=5))}
+    optimizer = SimpleNamespace(param_groups=[{}, {}, {}, {}])
+    test = "'train' in data and optimizer is not None"
+    adjust = run_block(up.main, test, args=args, data=data_of, optimizer=optimizer, is_master=lambda *_: False)["scheduler"]
+    cfg = train.Config(
+        episodes=6, episode_size=37, batch_size=8, lr=1e-3, lr_text=3e-4, warmup=warmup, lit_start=lit if lit > 0 else None,
+        text_start=text[0], text_end=text[1] if text[1] > 0 else None,
+    )  # fmt: skip
+    values = [adjust(step) for step in range(30)], [train.schedule(cfg, step, 1) for step in range(30)]
+    name = f"learning rates, warm-up {warmup}, LiT {lit}, text {text[0]}..{text[1]}"
+    where = f"{table.where(up.scheduler.protoclip_cosine_lr)}, training/main.py:285"
+    table.compare(name, where, "train.schedule", *values, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("warmup, lit", [(0, -1), (1, 5), (2, 4), (0, 2)])
+def test_loss_weights(up, table, warmup, lit, monkeypatch):
+    """Their weights are gradients of their total with respect to the parts, read off one step an episode."""
+    weights = dict(w_clip=0.5, w_proto=2.0, w_proto_external=3.0)
+    args = SimpleNamespace(**{**TRAIN, **weights, "infonce_warmup_epoch": warmup, "lit_start_epoch": lit, "batch_size": 1})
+    parts = [torch.ones((), requires_grad=True) for _ in range(3)]
+    monkeypatch.setattr(up.train, "ClipLoss", lambda **_: lambda *_: parts[0])
+    monkeypatch.setattr(
+        up.train, "ProtoLoss", lambda: lambda teacher_temperature, **_: (parts[1 if teacher_temperature > 0 else 2], 0)
+    )
+    network = torch.nn.Module()
+    network.logit_scale = network.logit_scale_proto = torch.nn.Parameter(torch.ones(()))
+    network.forward = lambda *_: (*(torch.zeros(1, 2) for _ in range(4)), torch.ones(()), torch.ones(()))
+    optimizer = SimpleNamespace(zero_grad=lambda: None, step=lambda: None, param_groups=[{"lr": 0}] * 4)
+    clustering = up.clustering.Clustering(args)
+    theirs, ours = [], []
+    for epoch in range(args.epochs + 2):
+        for part in parts:
+            part.grad = None
+        logged(up, network, [(torch.zeros(1).long(),) * 3], clustering, args, epoch, optimizer)
+        theirs.append([part.grad for part in parts])
+        ours.append(train.loss_weights(epoch, tuple(weights.values()), warmup, lit if lit > 0 else None))
+    name = f"loss weights, warm-up {warmup}, LiT {lit}"
+    table.compare(name, "training/train.py:67", "train.loss_weights", theirs, ours, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET], ids=["ViT", "ResNet"])
+def test_parameter_groups(up, table, vision):
+    theirs, ours = twins(up, vision)
+    groups = optimizer_groups(up, theirs, SimpleNamespace(**TRAIN)).param_groups, train.parameter_groups(ours, TRAIN["wd"])
+    found = []
+    for each, of in zip((theirs, ours), groups, strict=True):
+        number = {id(parameter): i for i, (_, parameter) in enumerate(each.named_parameters())}
+        names = [name for name, _ in each.named_parameters()]
+        members = [sorted(names[number[id(p)]] for p in group["params"]) for group in of]
+        found.append((members, [group["weight_decay"] for group in of]))
+    assert found[0][0] == found[1][0]
+    name = "parameter groups, " + ("ViT" if vision is VIT else "ResNet")
+    table.compare(name, "training/main.py:188", "train.parameter_groups", found[0][1], found[1][1], rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def test_episode_sampling(up, table):
+    up.main.random_seed(7)
+    rng, args = np.random.RandomState(7), SimpleNamespace(dataset_size=900, episode_size=70)
+    theirs, ours = [], []
+    for _ in range(3):
+        rows = torch.arange(args.episode_size)
+        run_line(up.main, "index_mapping[:]", index_mapping=rows, args=args)
+        theirs.append(rows)
+        ours.append(episodes.sample_episode(900, 70, rng))
+    table.compare("episode's rows", "training/main.py:357", "train.sample_episode", theirs, ours, rtol=0, atol=0)
+
+
+def noise_image(width, height):
+    coarse = np.random.RandomState(width).randint(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("kind", ["eval", "default", "light"])
+def test_image_transform(up, table, kind):
+    light = "protoclip-light-augmentation" if kind == "light" else None
+    transforms = (
+        up.transform.image_transform(32, is_train=kind != "eval", augmentation=light),
+        episodes.image_transform(32, train=kind != "eval", light=kind == "light"),
+    )
+    images, values, seconds = [noise_image(48 + i, 40 + i % 17) for i in range(40)], [], []
+    for transform in transforms:
+
+        def views(transform=transform):
+            torch.manual_seed(1)
+            random.seed(1)
+            return [transform(image) for image in images]
+
+        result, took = timed(views)
+        values.append(result)
+        seconds.append(took)
+    function = up.transform.image_transform
+    table.compare(f"view, {kind}", function, "train.image_transform", *values, rtol=0, atol=1e-6, seconds=seconds)
+
+
+CAPTIONS = ["a photo of a cat", "  Two&amp;three   DOGS, isn't it?", "caf\u00e9 \u732b na\u00efve 1984!", "x" * 60, "smile; " * 20]
+
+
+def test_tokenizer(up, table):
+    ours = open_clip.get_tokenizer("ViT-emoji", context_length=77)
+    (theirs, theirs_took), (tokens, took) = (timed(lambda f=f: f(CAPTIONS), 5) for f in (up.tokenizer.tokenize, ours))
+    seconds = theirs_took, took
+    table.compare("tokens", up.tokenizer.tokenize, "open_clip", theirs, tokens, rtol=0, atol=0, seconds=seconds)
+    theirs, tokens = (f(["word " * 100]) for f in (up.tokenizer.tokenize, ours))
+    assert tokens[0, -1] == 49407 != theirs[0, -1], "ours keeps the end token of a long caption, upstream cuts it"
+    where, note = up.tokenizer.tokenize, "last one differs: upstream cuts the end token"
+    table.compare("tokens of a long caption", where, "open_clip", theirs[:, :-1], tokens[:, :-1], rtol=0, atol=0, note=note)
+
+
+def test_dataset(up, table, tmp_path):
+    for i in range(len(CAPTIONS)):
+        noise_image(40 + i, 50).save(tmp_path / f"{i}.png")
+    lines = [f"{caption}\t{tmp_path}/{i}.png" for i, caption in enumerate(CAPTIONS)]
+    (tmp_path / "data.tsv").write_text("title\tfilepath\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    rows, view = np.array([3, 0, 2, 2, 1, 0]), episodes.image_transform(32, train=False)
+    theirs = up.data.CsvDataset(str(tmp_path / "data.tsv"), view, "filepath", "title", "\t", 4, torch.from_numpy(rows))
+    tokenizer = open_clip.get_tokenizer("ViT-emoji", context_length=77)
+    ours = episodes.EpisodeDataset(data.open_pairs(str(tmp_path / "data.tsv"), 4), rows, view, tokenizer)
+    captions = [episodes.ascii_caption(ours.pairs.caption(row)) for row in range(4)]
+    assert [caption.decode() for caption in theirs.captions] == captions
+    values = [theirs[i] for i in range(len(rows))], [ours[i][:3] for i in range(len(rows))]
+    function = up.data.CsvDataset.__getitem__
+    table.compare("episode's samples", function, "train.EpisodeDataset", *values, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_zero_shot(up, table):
+    _, network = twins(up)
+    args = SimpleNamespace(device="cpu", distributed=False, horovod=False, batch_size=50)
+    names, templates = ["cat", "red car", "dog", "house", "\u732b", "sea", "boat"], ["a photo of a {c}.", "{c}", "many {c}!"]
+    filled = [lambda name, template=template: template.replace("{c}", name) for template in templates]
+    classify = up.zero_shot.zero_shot_classifier
+    theirs, theirs_took = timed(lambda: classify(network.eval(), names, filled, None, args), 3)
+    tokenizer = open_clip.get_tokenizer("ViT-emoji", context_length=77)
+    ours, took = timed(lambda: zeroshot.build_classifier(network.encode_text, tokenizer, names, templates), 3)
+    table.compare("zero-shot classifier", classify, "shared.zeroshot.build_classifier", theirs, ours, seconds=(theirs_took, took))
+    images, labels = torch.randn(200, 3, 16, 16), torch.randint(0, 7, (200,))
+    loader = list(zip(images.split(50), labels.split(50), strict=True))
+    top1, top5, features, _ = up.zero_shot.run(network, theirs, loader, args)
+    own, targets = zeroshot.extract_image_features(network.encode_image, loader)
+    metrics = zeroshot.classification_metrics(own, targets, ours)
+    values = [top1, top5, features], [metrics["top1"], metrics["top5"], F.normalize(own, dim=-1)]
+    table.compare("zero-shot accuracy", up.zero_shot.run, "shared.zeroshot.classification_metrics", *values)
+
+
+def blobs(n, classes, dim):
+    labels = torch.arange(n) % classes
+    return torch.randn(classes, dim)[labels] + 1.5 * torch.randn(n, dim), labels
+
+
+def test_linear_probe(up, table):
+    (x, y), weights = blobs(2400, 7, 12), []
+    sgd = torch.optim.SGD
+
+    def optimizer(parameters, **options):
+        weights.extend(parameters := list(parameters))
+        return sgd(parameters, **options)
+
+    torch.manual_seed(3)
+    probe = up.linear_eval.logistic_regression_pytorch
+    with mock.patch.object(torch.optim, "SGD", optimizer):
+        best, theirs_took = timed(lambda: probe(x[:2100].numpy(), y[:2100].numpy(), x[2100:].numpy(), y[2100:].numpy()))
+    torch.manual_seed(3)
+    layer = torch.nn.Linear(12, 7)
+    init = torch.nn.init.normal_(layer.weight, 0.0, 0.01), torch.zeros(7)
+    ours, took = timed(lambda: evaluation.linear_probe(x[:2100], y[:2100], x[2100:], y[2100:], init=init))
+    values = [*weights, best], [ours["weight"], ours["bias"], ours["best"]]
+    table.compare("linear probe", probe, "eval.linear_probe", *values, rtol=1e-4, seconds=(theirs_took, took))
+
+
+def test_clustering_scores(up, table):
+    x, y = blobs(400, 9, 16)
+    ours, took = timed(lambda: evaluation.clustering_scores(x, y))
+    evaluate = up.zero_shot.clustering_evaluation
+    clustering = SimpleNamespace(img_labels=y, text_labels=y, img_feature=x, text_feature=x)
+    (scores, indices), theirs_took = timed(
+        lambda: (evaluate(x, y.numpy()), up.clustering.Clustering.analyze_labels(clustering))
+    )
+    values = list(scores), [ours["ari"], ours["ami"]]
+    table.compare("ARI, AMI", evaluate, "eval.clustering_scores", *values, seconds=(theirs_took, took))
+    names = {"n_cluster": "n_cluster", "silhouette": "Silhouette Coefficient", "davies_bouldin": "Davies-Bouldin Index"}
+    names |= {"calinski_harabasz": "Calinski and Harabasz score"}
+    values = [indices[f"image-{other}"] for other in names.values()], [ours[own] for own in names]
+    function = up.clustering.Clustering.analyze_labels
+    table.compare("indices of the clusters", function, "eval.clustering_scores", *values, rtol=1e-4)
+
+
+def test_retrieval(up, table):
+    scores, owner = torch.randn(60, 300), torch.arange(300) // 5
+    scores[owner, torch.arange(300)] += 2
+    image_to_text = {i: list(range(5 * i, 5 * i + 5)) for i in range(60)}
+    text_to_image = dict(enumerate(owner.tolist()))
+    function = up.coco_retrieval.get_retrieval_metrics
+    theirs, theirs_took = timed(lambda: function(scores.numpy(), scores.numpy().T, image_to_text, text_to_image), 3)
+    ours, took = timed(lambda: evaluation.retrieval_metrics(scores, owner), 3)
+    values = list(theirs.values()), list(ours.values())
+    table.compare("retrieval", function, "eval.retrieval_metrics", *values, atol=1e-4, seconds=(theirs_took, took))
+
+
+def test_feature_statistics(up, table):
+    image, text = unit(500, 24) + 0.1, unit(500, 24)
+    function = up.analyze_features.analyze_features
+    theirs, theirs_took = timed(lambda: function(image, text, None), 3)
+    ours, took = timed(lambda: evaluation.feature_statistics(image, text), 3)
+    table.compare("modality gap, spread", function, "eval.feature_statistics", theirs, ours, seconds=(theirs_took, took))
+
+
+# ------------------------------------------------------------------------------------------------------ distributed
+
+
+def gathering(rank: int, path: str, folder: str) -> None:
+    """One of two processes: gathered rows and gradients of the own ones, theirs and ours."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    up = load(path)
+    torch.manual_seed(0)
+    everything, weights = torch.randn(2, 2, 5, 8), torch.randn(10, 8)
+    index = everything[rank, 0, :, 0].mul(1000).long()
+    results = []
+    for with_grad in (False, True):
+        pair = []
+        for gather in (
+            lambda a, b, with_grad=with_grad: up.loss.gather_features(a, b, gather_with_grad=with_grad, rank=rank, world_size=2),
+            lambda a, b, with_grad=with_grad: (train.gather(a, with_grad), train.gather(b, with_grad)),
+        ):
+            image, text = (x.clone().requires_grad_() for x in everything[rank])
+            rows = gather(image, text)
+            sum((weights * x**2).sum() for x in rows).backward()
+            pair.append(([x.detach() for x in rows], [image.grad, text.grad]))
+        results.append(pair)
+    indices = up.distributed.get_gathered_item(index, SimpleNamespace(distributed=True)), train.gather(index)
+    torch.save((results, indices), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gather(request, up, table, tmp_path):
+    torch.multiprocessing.spawn(gathering, (str(up.root.parent), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for with_grad in (False, True):
+        sides = zip(*(rank[0][with_grad] for rank in ranks), strict=True)  # [theirs, ours] of [rank][rows, gradients]
+        theirs, ours = ([list(part) for part in zip(*side, strict=True)] for side in sides)
+        name = "gathered rows, two processes" + (", gradient to all" if with_grad else "")
+        table.compare(name, up.loss.gather_features, "train.gather", theirs[0], ours[0], gradients=(theirs[1], ours[1]))
+    theirs, ours = zip(*(rank[1] for rank in ranks), strict=True)
+    table.compare("gathered indices", up.distributed.get_gathered_item, "train.gather", theirs, ours, rtol=0, atol=0)

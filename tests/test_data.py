@@ -1,0 +1,328 @@
+"""shared/data.py: order, resume and workers; every kind of broken input counted; shard lists, remote shards, TSV."""
+
+import io
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protoclip.episodes import EpisodeDataset, episode_loader
+from shared import data, run
+
+
+def png(mode: str = "RGB", size: tuple[int, int] = (6, 4), colour="red", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, "png", **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, *files: tuple[str, bytes | str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def pair(key: str, caption: str | None = None) -> list[tuple[str, bytes | str]]:
+    return [(f"{key}.png", png()), (f"{key}.txt", caption or f"caption of {key}")]
+
+
+def three(path: Path) -> Path:
+    return write_tar(path, *pair("a"), *pair("b"), *pair("c"))
+
+
+def read_all(pairs: data.Shards | data.TSV) -> tuple[list[data.Pair], list[data.Broken]]:
+    """Every row, broken ones replaced; and all that was reported, at opening and at reading."""
+    broken = list(pairs.broken)
+    return [data.read_or_next(pairs, row, broken) for row in range(len(pairs))], broken
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def test_order_is_a_function_of_the_seed():
+    first, again, other = (np.concatenate(data.batches(1000, 32, seed)) for seed in [(3, 1), (3, 1), (3, 2)])
+    assert (first == again).all() and (first != other).any()
+    assert (first != np.arange(1000)).any()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert (np.concatenate(data.batches(1000, 32, (3, 1))) == first).all()  # global generators play no part
+
+
+@pytest.mark.parametrize("n", [7, 64, 97, 103])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_out_every_row_once_and_equal_one_process(n: int, world_size: int):
+    ranks = [data.batches(n, 8, (0, 4), rank, world_size) for rank in range(world_size)]
+    whole = data.batches(n, 8 * world_size, (0, 4))
+    assert {len(batches) for batches in ranks} == {len(whole)}  # no rank runs out before another
+    for b, expected in enumerate(whole):
+        assert np.concatenate([batches[b] for batches in ranks]).tolist() == expected.tolist()
+    assert sorted(np.concatenate(whole)) == list(range(n))
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 9])
+def test_start_gives_the_tail(start: int):
+    whole = data.batches(90, 8, (1,), rank=1, world_size=2)
+    tail = data.batches(90, 8, (1,), rank=1, world_size=2, start=start)
+    assert [b.tolist() for b in tail] == [b.tolist() for b in whole[start:]]
+
+
+def test_workers_change_nothing(tmp_path: Path):
+    broken = ("x.png", b"no image"), ("x.txt", "x")
+    shard = write_tar(tmp_path / "0.tar", *[file for i in range(9) for file in pair(f"{i}")], *broken)
+    rows = np.random.RandomState(0).choice(10, 20)
+    noise = lambda image: torch.rand(3)  # noqa: E731  a view that is random in every draw
+    dataset = EpisodeDataset(data.Shards([str(shard)]), rows, noise, lambda text: torch.tensor([[len(text)]]), (0, 1))
+    process = run.Process(0, 1, torch.device("cpu"))
+    read = lambda workers: list(episode_loader(SimpleNamespace(batch_size=4, workers=workers), process, dataset))  # noqa: E731
+    expected = read(0)
+    assert sum(len(batch[0]) for batch in expected) == 20 and any(batch[3] for batch in expected)
+    for workers in (1, 2):
+        for batch, same in zip(expected, read(workers), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(batch[:3], same[:3], strict=True)) and batch[3] == same[3]
+
+
+def test_stable_hash():
+    assert data.stable_hash(0, 1, "a") == data.stable_hash(0, 1, "a") != data.stable_hash(0, "1", "a")
+    assert 0 <= data.stable_hash(7) < 2**63
+
+
+# ---------------------------------------------------------------------------------------------------- broken samples
+
+BROKEN = {
+    "missing image": [("x.txt", "x")],
+    "missing caption": [("x.png", png())],
+    "empty caption": [("x.png", png()), ("x.txt", " \n")],
+    "caption is not UTF-8": [("x.png", png()), ("x.txt", "é".encode("latin-1"))],
+    "unreadable image: UnidentifiedImageError": [("x.png", b"no image"), ("x.txt", "x")],
+    "unreadable image: OSError": [("x.png", png(size=(50, 50))[:60]), ("x.txt", "x")],
+    "key occurs twice in its shard": [*pair("a", "again"), *pair("x")],
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_broken_samples_are_counted_and_replaced(tmp_path: Path, reason: str):
+    shard = write_tar(tmp_path / "0.tar", *pair("a"), *BROKEN[reason], *pair("b"))
+    pairs, broken = read_all(data.Shards([str(shard)]))
+    assert {pair.key for pair in pairs} >= {"a", "b"}
+    key = "a" if "twice" in reason else "x"
+    assert {(b.key, b.reason) for b in broken} == {(key, reason)}
+    report = data.broken_report(broken)
+    assert report.startswith("1 broken samples") and f"1 {reason}" in report and f"({key})" in report
+    with pytest.raises(ValueError, match=f"--strict: sample {key}: {reason}"):
+        read_all(data.Shards([str(shard)], strict=True))
+
+
+def test_too_large_an_image_is_refused_before_decoding(tmp_path: Path):
+    large = png("1", (9000, 9000), 0)  # 81 megapixels in a few kilobytes
+    shard = write_tar(tmp_path / "0.tar", *pair("a"), ("x.png", large), ("x.txt", "x"))
+    _, broken = read_all(data.Shards([str(shard)]))
+    assert broken == [data.Broken("x", f"9000x9000 pixels are more than the {data.MAX_PIXELS} allowed")]
+
+
+SIZE = 512 + 512  # header and payload of a small member, each padded to blocks
+CUTS = {
+    "nothing left": 0,
+    "in the first header": 100,
+    "in the first payload": 512 + 20,
+    "behind the first image": SIZE,
+    "in the second sample's image header": 2 * SIZE + 100,
+    "behind that header": 2 * SIZE + 512,
+    "in its payload": 2 * SIZE + 512 + 20,
+    "in its caption's header": 3 * SIZE + 300,
+    "in its caption": 3 * SIZE + 512 + 3,
+    "between two samples": 4 * SIZE,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_truncated_tar(tmp_path: Path, cut: str):
+    content = three(tmp_path / "0.tar").read_bytes()
+    assert len(png()) <= 512
+    (tmp_path / "0.tar").write_bytes(content[: CUTS[cut]])
+    good = three(tmp_path / "1.tar")
+    shards = data.Shards([str(tmp_path / "0.tar"), str(good)])
+    pairs, broken = read_all(shards)
+    whole = ["a", "b", "c"][: CUTS[cut] // (2 * SIZE)]
+    assert [pair.key for pair in pairs] == [*whole, "a", "b", "c"]
+    assert "truncated or damaged tar" in data.broken_report(broken)
+    with pytest.raises(ValueError, match="--strict: sample .*(truncated or damaged tar|missing caption)"):
+        data.Shards([str(tmp_path / "0.tar"), str(good)], strict=True)
+
+
+def test_damaged_header_and_no_tar_at_all(tmp_path: Path):
+    content = bytearray(three(tmp_path / "0.tar").read_bytes())
+    content[2 * SIZE : 2 * SIZE + 512] = b"#" * 512
+    (tmp_path / "0.tar").write_bytes(content)
+    (tmp_path / "1.tar").write_text("<html>404</html>" * 100)
+    pairs, broken = read_all(data.Shards([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]))
+    assert [pair.key for pair in pairs] == ["a"]
+    assert [Path(b.key).name for b in broken] == ["0.tar", "1.tar"]
+    with pytest.raises(ValueError, match="no readable image-text pair in .*1.tar"):
+        data.Shards([str(tmp_path / "1.tar")])
+
+
+def test_all_samples_unreadable_ends_in_a_sentence(tmp_path: Path):
+    shard = write_tar(tmp_path / "0.tar", ("x.png", b"?"), ("x.txt", "x"))
+    with pytest.raises(ValueError, match="unreadable"):
+        data.read_or_next(data.Shards([str(shard)]), 0, [])
+
+
+def test_report_counts_distinct_samples():
+    assert data.broken_report([]) is None
+    broken = [data.Broken(f"k{i % 5}", "empty caption" if i % 5 else "missing image") for i in range(50)]
+    report = data.broken_report(broken)
+    assert report.startswith("5 broken samples") and "4 empty caption, 1 missing image (k0, k1, k2, ...)" in report
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        png("RGBA", colour=(255, 0, 0, 0)),
+        png("LA", colour=(0, 0)),
+        png("P", colour=0, transparency=0),
+        png("RGB", colour=(1, 2, 3), transparency=(1, 2, 3)),
+    ],
+    ids=["RGBA", "LA", "palette", "RGB with a transparent colour"],
+)
+def test_transparency_is_composited_on_white(image: bytes):
+    decoded = data.decode_image(image)
+    assert decoded.mode == "RGB" and decoded.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_opaque_images_keep_their_colour():
+    assert data.decode_image(png("RGBA", colour=(255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
+    assert data.decode_image(png("L", colour=7)).getpixel((0, 0)) == (7, 7, 7)
+    half = data.decode_image(png("RGBA", colour=(255, 0, 0, 128))).getpixel((0, 0))
+    assert half[0] == 255 and abs(half[1] - 127) <= 1
+
+
+# ------------------------------------------------------------------------------------------------- keys, shard lists
+
+
+def test_names_with_dots_folders_and_upper_case(tmp_path: Path):
+    files = [
+        ("a.b.txt", "wrong"),
+        ("a.JPG", png()),
+        ("a.Txt", "a"),
+        ("p/q/b.PNG", png()),
+        ("p/q/b.txt", "b"),
+        ("a.json", "{}"),
+    ]
+    pairs = data.Shards([str(write_tar(tmp_path / "0.tar", *files))])
+    assert pairs.keys.tolist() == ["a", "p/q/b"]  # a key ends at the first dot; a.b.txt is a's file `b.txt`
+    assert [pairs.read(row).caption for row in range(2)] == ["a", "b"] and not pairs.broken
+
+
+def test_a_key_in_two_shards_is_two_samples(tmp_path: Path):
+    shards = [write_tar(tmp_path / f"{i}.tar", *pair("a", f"number {i}")) for i in range(2)]
+    pairs = data.Shards([str(shard) for shard in shards])
+    assert [(p.key, p.caption) for p in read_all(pairs)[0]] == [("a", "number 0"), ("a", "number 1")]
+    assert not pairs.broken
+
+
+def test_limit_and_caption(tmp_path: Path):
+    shards = [str(three(tmp_path / "0.tar")), str(three(tmp_path / "1.tar"))]
+    pairs = data.Shards(shards, limit=4)
+    assert len(pairs) == 4 and pairs.keys.tolist() == ["a", "b", "c", "a"]
+    assert pairs.caption(3) == "caption of a"
+    latin = data.Shards([str(write_tar(tmp_path / "2.tar", ("x.png", png()), ("x.txt", b"caf\xe9")))])
+    assert latin.caption(0) == "caf\ufffd"
+
+
+def test_many_shards_are_indexed_in_order(tmp_path: Path):
+    shards = [str(write_tar(tmp_path / f"{i}.tar", *pair(f"{i}"))) for i in range(64)]  # enough for the process pool
+    assert data.Shards(shards).keys.tolist() == [str(i) for i in range(64)]
+
+
+def test_shard_lists(tmp_path: Path):
+    names = [str(three(tmp_path / f"{i}.tar")) for i in range(3)]
+    assert data.expand_shards(f"{tmp_path}/{{0..2}}.tar") == names
+    assert data.expand_shards(str(tmp_path)) == names
+    assert data.expand_shards(f"{names[2]}::{tmp_path}/{{0,1}}.tar") == [names[2], *names[:2]]
+    assert data.expand_shards(names[1:]) == names[1:]
+    assert data.expand_shards("pipe:cat {0..1}.tar::http://host/{a,b}.tar") == [
+        "pipe:cat 0.tar", "pipe:cat 1.tar", "http://host/a.tar", "http://host/b.tar",
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=f"shard {tmp_path}/3.tar does not exist"):
+        data.expand_shards(f"{tmp_path}/{{0..3}}.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no .tar shard"):
+        data.expand_shards(str(tmp_path / "empty"))
+
+
+def test_remote_shards_are_copied_once(tmp_path: Path):
+    shard, cache = three(tmp_path / "0.tar"), tmp_path / "cache"
+    url = f"pipe:cat {shard}"
+    pairs = data.open_pairs(url, cache=cache)
+    assert len(pairs) == 3 and pairs.read(1).key == "b"
+    copy = data.cached_path(url, cache)
+    assert list(cache.iterdir()) == [copy] and copy.read_bytes() == shard.read_bytes()
+    shard.unlink()
+    assert len(data.open_pairs(url, cache=cache)) == 3  # from the copy
+    missing = f"pipe:cat {tmp_path}/missing.tar"
+    with pytest.raises(FileNotFoundError, match="missing.tar could not be fetched"):
+        data.open_pairs(missing, cache=cache)
+    assert list(cache.iterdir()) == [copy]  # no half a copy is left behind
+
+
+def test_copies_of_different_urls_have_different_names():
+    urls = ["s3://b/x/0.tar", "s3://b/x_0.tar", "s3://c/x/0.tar", "http://h/" + "y" * 300, "https://h/" + "y" * 300]
+    names = {data.cached_path(url, Path("cache")).name for url in urls}
+    assert len(names) == len(urls) and all(len(name) < 200 and name.endswith(".tar") for name in names)
+
+
+# --------------------------------------------------------------------------------------------------------------- TSV
+
+
+def test_tsv(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "bad.png").write_bytes(b"?")
+    rows = [
+        f"first\t{tmp_path}/a.png",
+        f'say "hi"\t{tmp_path}/none.png',
+        f"\t{tmp_path}/a.png",
+        f"x\t{tmp_path}/bad.png",
+    ]
+    (tmp_path / "t.tsv").write_text("title\tfilepath\n" + "\n".join(rows) + "\n")
+    pairs = data.open_pairs(str(tmp_path / "t.tsv"))
+    samples, broken = read_all(pairs)
+    assert len(pairs) == 4 and {sample.caption for sample in samples} == {"first"}
+    assert {b.reason for b in broken} == {"missing image", "empty caption", "unreadable image: UnidentifiedImageError"}
+    assert len(data.open_pairs(str(tmp_path / "t.tsv"), limit=2)) == 2
+    with pytest.raises(ValueError, match="--strict: sample .*none.png: missing image"):
+        read_all(data.open_pairs(str(tmp_path / "t.tsv"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("title\tpath\na\tb\n", "lacks the column filepath"),
+        ("", "lacks the column"),
+        ("title\tfilepath\n", "has no row"),
+    ],
+)
+def test_unusable_tsv(tmp_path: Path, content: str, message: str):
+    (tmp_path / "t.tsv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        data.open_pairs(str(tmp_path / "t.tsv"))
+    with pytest.raises(FileNotFoundError, match="none.tsv does not exist"):
+        data.open_pairs(str(tmp_path / "none.tsv"))
+
+
+def test_tsv_row_without_a_path_is_broken(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "t.tsv").write_text(f"title\tfilepath\nonly a title\na\t{tmp_path}/a.png\n")
+    samples, broken = read_all(data.open_pairs(str(tmp_path / "t.tsv")))
+    assert [sample.caption for sample in samples] == ["a", "a"]
+    assert [b.reason for b in broken] == ["missing image"]
