@@ -16,7 +16,7 @@ class Config:
     out: str = "runs/protoclip"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     data: str = ""
-    """Training pairs: brace-expanded shards 'cc3m/{00000..00331}.tar', a folder of shards, or a .tsv (title, filepath)."""
+    """Training pairs: shards 'cc3m/{00000..00331}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     episode_shards: int = 0
@@ -43,9 +43,9 @@ class Config:
     w_external: float = 1.0
     """Weight of the external teacher's prototypical loss."""
     external_teacher: str | None = None
-    """Teacher features from `python -m protoclip.teacher` (.npz, by sample key), or upstream's .npy (one row per sample)."""
+    """Teacher features from `python -m protoclip.teacher` (.npz, by sample key), or upstream's .npy (row by row)."""
     back_translate: bool = True
-    """Prototypical Back Translation. Without it prototypes are the other modality's centroids, and no teacher can be used."""
+    """Prototypical Back Translation. Off: prototypes are the other modality's centroids, and no teacher can be used."""
     k: int = 20_000
     """Number of prototypes K."""
     niter: int = 20
@@ -57,7 +57,7 @@ class Config:
     extraction_view: Literal["train", "eval"] = "train"
     """Which view of an image is clustered: a random training view (upstream), or the evaluation transform."""
     augmentation: Literal["default", "light"] = "light"
-    """default: random crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
+    """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
 
     episodes: int = 400
     """Episodes in all."""
@@ -122,7 +122,7 @@ class Config:
         return {"betas": (self.beta1, beta2), "eps": eps}
 
     def steps_per_episode(self, world_size: int) -> int:
-        """Includes the short last batch: it is skipped in training, but its step is counted (U:training/train.py:109)."""
+        """Counts the short last batch, which training skips but whose step it consumes (U:training/train.py:109)."""
         return math.ceil(self.episode_size / (self.batch_size * world_size))
 
 
@@ -194,6 +194,12 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--k {cfg.k} prototypes cannot be made from --episode-size {cfg.episode_size} samples")
     if cfg.lit_start is not None and not 1 < cfg.lit_start <= cfg.episodes:
         raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
+    if cfg.episode_shards and cfg.dataset_size:
+        raise ValueError("--dataset-size cannot be kept with --episode-shards: pass --dataset-size None")
+    if cfg.image_size is not None and cfg.augmentation == "light" and cfg.image_size <= 10:
+        raise ValueError(
+            f"--augmentation light blurs over 21 pixels and needs --image-size above 10, not {cfg.image_size}"
+        )
     if cfg.eval_every and not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
     for name in ("episodes", "episode_size", "batch_size", "k", "save_every", "log_every"):

@@ -50,7 +50,7 @@ def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomSt
 
 
 class EpisodeDataset(Dataset):
-    """Item i is (i, image (3, S, S), tokens (L,), broken samples passed over); its row is `rows[i]`. U:training/data.py:24.
+    """Item i is (i, image (3, S, S), tokens (L,), broken samples passed over), of row `rows[i]`. U:training/data.py:24.
 
     Pseudo-labels and cached features are indexed by the episodic index i. A view is a function of (seed, i) alone.
     """
@@ -69,7 +69,7 @@ class EpisodeDataset(Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
-    index, images, tokens, broken = zip(*items)
+    index, images, tokens, broken = zip(*items, strict=True)
     return torch.tensor(index), torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
 
 
@@ -120,9 +120,8 @@ class Episodes:
                         data.cached_path(old, folder).unlink(missing_ok=True)
             wanted = [data.fetch(shard, folder) for shard in wanted]
             pairs = data.Shards(wanted, strict=self.cfg.strict)
-            return pairs, sample_episode(
-                len(pairs), self.cfg.episode_size, np.random.RandomState(self.cfg.seed + episode)
-            )
+            rng = np.random.RandomState(data.stable_hash(self.cfg.seed, episode) % 2**32)
+            return pairs, sample_episode(len(pairs), self.cfg.episode_size, rng)
         while self.drawn < episode:
             sample_episode(len(pairs), self.cfg.episode_size, self.rng)
             self.drawn += 1

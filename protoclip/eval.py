@@ -26,7 +26,7 @@ from sklearn.metrics import (
 from torch import Tensor
 
 from protoclip.episodes import image_transform
-from protoclip.model import ProtoCLIP, create_model
+from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
 from shared import report, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import (
@@ -51,9 +51,10 @@ class Config:
     model: str = "RN50"
     """open_clip config of checkpoint files that do not name theirs."""
     sets: tuple[str, ...] = tuple(
-        EMOJI + name for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
+        EMOJI + name
+        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
     )
-    """Evaluation sets in the CLIP-benchmark webdataset layout: zero-shot classification or retrieval, by what they are."""
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     probe: tuple[str, ...] = (EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
     """Sets with a train/ split for linear probes and cluster scores."""
     gap: str = EMOJI + "retrieval_ood"
@@ -175,8 +176,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "subgroups_ood/probe_best": ...}."""
     model, name = load_model(path, cfg.model)
     model.to(process.device)
-    size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
-    transform = image_transform(size, train=False)
+    transform = image_transform(image_side(model), train=False)
     tokenizer = open_clip.get_tokenizer(name, context_length=model.context_length)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     results = evaluate(model, tokenizer, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
@@ -205,7 +205,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def same_train_split(a: str, b: str) -> bool:
-    """Whether two sets have the same training shards, byte for byte of equal size and labels (then they are read once)."""
+    """Whether two sets share their training shards (hard links), which are then encoded once."""
     shards = [sorted((Path(folder) / "train").glob("*.tar")) for folder in (a, b)]
     return len(shards[0]) == len(shards[1]) and all(x.samefile(y) for x, y in zip(*shards, strict=True))
 
@@ -244,11 +244,19 @@ def claims() -> list[report.Claim]:
         report.Claim("... and at equal time", "-", "names_ood/top1", "protoclip", "clip-equal-time"),
         report.Claim("... light augmentation alone", "-", "names_ood/top1", "clip-light-aug", "clip"),
         report.Claim("back translation helps zero-shot", "claimed", "names_ood/top1", "proto-pbt", "proto-no-pbt"),
-        report.Claim("back translation helps the probe", "claimed", "subgroups_ood/probe_best", "proto-pbt", "proto-no-pbt"),
+        report.Claim(
+            "back translation helps the probe", "claimed", "subgroups_ood/probe_best", "proto-pbt", "proto-no-pbt"
+        ),
         report.Claim("external teacher helps zero-shot", "claimed", "names_ood/top1", "protoclip", "proto-pbt"),
-        report.Claim("external teacher helps the probe", "claimed", "subgroups_ood/probe_best", "protoclip", "proto-pbt"),
-        report.Claim("image clusters closer to classes (AMI x 100)", "claimed", "subgroups_ood/ami", "protoclip", "clip"),
-        report.Claim("retrieval slightly lower", "-0.79 COCO", "retrieval_ood/mean_recall", "protoclip", "clip", -1, -0.79),
+        report.Claim(
+            "external teacher helps the probe", "claimed", "subgroups_ood/probe_best", "protoclip", "proto-pbt"
+        ),
+        report.Claim(
+            "image clusters closer to classes (AMI x 100)", "claimed", "subgroups_ood/ami", "protoclip", "clip"
+        ),
+        report.Claim(
+            "retrieval slightly lower", "-0.79 COCO", "retrieval_ood/mean_recall", "protoclip", "clip", -1, -0.79
+        ),
     ]
 
 
@@ -275,10 +283,21 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
             pick = lambda arm, claim=claim, scale=scale: [scale * values[claim.metric] for values in by_seed[arm]]  # noqa: E731
             rows.append(report.judge(claim, pick(claim.method), pick(claim.baseline)))
     if {"clip", "protoclip"} <= set(by_seed):
-        ratio = report.spread([p["seconds"] / c["seconds"] for p, c in zip(by_seed["protoclip"], by_seed["clip"], strict=True)])
-        rows.append({"claim": "wall time, ProtoCLIP / CLIP", "paper": "1.79x", "here": f"{ratio['mean']:.2f}x", "verdict": "measured"})
+        ratio = report.spread(
+            [p["seconds"] / c["seconds"] for p, c in zip(by_seed["protoclip"], by_seed["clip"], strict=True)]
+        )
+        rows.append(
+            {
+                "claim": "wall time, ProtoCLIP / CLIP",
+                "paper": "1.79x",
+                "here": f"{ratio['mean']:.2f}x",
+                "verdict": "measured",
+            }
+        )
     rows.append(report.untestable("YFCC-15M: CLIP's accuracy in 33 % of its time", "claimed", "needs YFCC-15M"))
-    rows.append(report.untestable("absolute ImageNet, COCO and 10-set numbers", "55.22 / 21.47 / 22.52", "needs CC2.5M"))
+    rows.append(
+        report.untestable("absolute ImageNet, COCO and 10-set numbers", "55.22 / 21.47 / 22.52", "needs CC2.5M")
+    )
     summary = report.results("ProtoCLIP (arXiv 2206.10996)", seeds, by_seed, rows)
     report.save(path, summary)
     plot_curves(folders, order, path.parent)
@@ -295,10 +314,21 @@ def plot_curves(folders: dict[str, list[Path]], order: list[str], out: Path) -> 
         points = [[line for line in log if "zero_shot_top1" in line] for log in logs]
         gaps = [[line for line in log if "modality_gap" in line] for log in logs]
         mean = lambda lines, key: np.mean([[line[key] for line in each] for each in lines], axis=0)  # noqa: E731
-        axes[0].plot(mean(points, "step"), mean(points, "zero_shot_top1"), color=color, marker="o", ms=3, label=ARMS.get(arm, arm))
+        axes[0].plot(
+            mean(points, "step"),
+            mean(points, "zero_shot_top1"),
+            color=color,
+            marker="o",
+            ms=3,
+            label=ARMS.get(arm, arm),
+        )
         axes[1].plot(mean(points, "seconds"), mean(points, "zero_shot_top1"), color=color, marker="o", ms=3)
         axes[2].plot(mean(gaps, "step"), mean(gaps, "modality_gap"), color=color)
-    titles = ("step", "emoji names OOD, top-1 (%)"), ("training seconds", "emoji names OOD, top-1 (%)"), ("step", "modality gap, training batch")
+    titles = (
+        ("step", "emoji names OOD, top-1 (%)"),
+        ("training seconds", "emoji names OOD, top-1 (%)"),
+        ("step", "modality gap, training batch"),
+    )
     for axis, (x, y) in zip(axes, titles, strict=True):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
@@ -312,13 +342,10 @@ def plot_features(runs: list[str], cfg: Config, process: run.Process, path: Path
     """t-SNE of image features of the last probe set, coloured by class (the 12 largest), with K-means prototypes."""
     from sklearn.manifold import TSNE
 
-    from protoclip.model import kmeans
-
     figure, axes = plt.subplots(1, len(runs), figsize=(6.5 * len(runs), 6), squeeze=False)
     for axis, path_of_run in zip(axes[0], runs, strict=True):
         model, _ = load_model(path_of_run, cfg.model)
-        size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
-        eval_set = EvalSet(cfg.probe[-1], image_transform(size, train=False))
+        eval_set = EvalSet(cfg.probe[-1], image_transform(image_side(model), train=False))
         x, y = extract_image_features(model.encode_image, eval_set.batches(cfg.batch_size))
         x = F.normalize(x, dim=-1)
         _, prototypes = kmeans(x, int(y.max()) + 1)
@@ -337,7 +364,7 @@ def plot_features(runs: list[str], cfg: Config, process: run.Process, path: Path
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept in results.json, results.md and features.png beside the checkpoint; not repeated if it stands."""
+    """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png. Not repeated if it stands."""
     checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
     file = folder / "results.json"

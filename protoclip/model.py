@@ -2,13 +2,13 @@
 
 Authors' code: megvii-research/protoclip@fde1933, cited below as `U:<path>:<line>` with paths under its `src/`.
 The paper's contribution, all of it in this file:
-  - two projection heads beside a plain CLIP, and a second learnable temperature    `ProtoCLIP`
-  - K-means prototypes of one modality as class targets for the other               `kmeans`, `prototypical_loss`
-  - Prototypical Back Translation (PBT): prototypes re-expressed in the student's    `prototypical_back_translation`
+  - two projection heads beside a plain CLIP, and a second learnable temperature   `ProtoCLIP`
+  - K-means prototypes of one modality as class targets for the other              `kmeans`, `prototypical_loss`
+  - Prototypical Back Translation (PBT): prototypes re-expressed in the student's  `prototypical_back_translation`
     own feature space, so that grouping does not have to close the modality gap
-  - an external teacher, which PBT makes possible                                    `build_prototypes`, `protoclip_loss`
+  - an external teacher, which PBT makes possible                                  `build_prototypes`, `protoclip_loss`
 
-Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external teacher's dimension, S image side, L tokens.
+Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external dimension, S image side, L tokens.
 """
 
 import copy
@@ -120,6 +120,12 @@ def create_model(
     return ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
 
 
+def image_side(model: open_clip.CLIP) -> int:
+    """Pixels S of the model's square input; open_clip's towers keep it as a number or a pair."""
+    size = model.visual.image_size
+    return size[0] if isinstance(size, tuple) else size
+
+
 # ----------------------------------------------------------------------------------------------------------- losses
 
 
@@ -154,7 +160,7 @@ def prototypical_loss(
 
 
 def assignment_accuracy(student_features: Tensor, student_prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Top-1 agreement of the student with the teacher's clusters, in percent; monitored only. U:training/loss.py:130."""
+    """Top-1 agreement of the student with the teacher's clusters, in percent; only monitored. U:training/loss.py:130"""
     with torch.no_grad():
         predicted = (student_features @ student_prototypes.T).argmax(dim=1)
         return 100 * (predicted == labels).float().mean()
@@ -167,7 +173,9 @@ def protoclip_loss(
     weights: tuple[float, float, float] = (1, 1, 1),
     target_temperature: float = 0.01,
 ) -> dict[str, Tensor]:
-    """L = w_clip L_CLIP + w_proto (L_img>text + L_text>img)/2 + w_ext (L_img>ext + L_text>ext)/2. U:training/train.py:149.
+    """L = w_clip L_CLIP + w_proto (L_img>text + L_text>img)/2 + w_ext (L_img>ext + L_text>ext)/2.
+
+    Source: U:training/train.py:149.
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
     Returns `loss`, its unweighted parts `clip`, `proto`, `external`, and `accuracy_*` in percent.
@@ -245,8 +253,9 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
 
 
 def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> Tensor:
-    """PBT: mean of the student's features (N, P) over each of the teacher's k clusters -> (k, P). U:training/clustering.py:153.
+    """PBT: mean of the student's features (N, P) over each of the teacher's k clusters -> (k, P).
 
+    Source: U:training/clustering.py:153.
     Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored.
     """
     labels = labels[: len(features)]

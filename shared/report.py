@@ -76,7 +76,9 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
     columns = list(columns or rows[0])
     cells = [[str(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    lines = [" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [columns, *cells]]
+    lines = [
+        " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [columns, *cells]
+    ]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -89,7 +91,9 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str
             return "-"
         return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if len(value["values"]) > 1 else "")
 
-    return table([{"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()])
+    return table(
+        [{"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()]
+    )
 
 
 def machine() -> str:
@@ -97,7 +101,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
+        )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
@@ -106,7 +112,9 @@ def commit() -> str:
     """The repository's commit, with + if the work tree differs; unknown outside a checkout."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
         dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=here, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -143,9 +151,10 @@ def readme_block(folder: str) -> str:
     evaluation = importlib.import_module(f"{folder}.eval")
     seeds = ", ".join(map(str, summary["seeds"]))
     named = {evaluation.ARMS.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
+    measured = f"Measured {summary['date']} at commit `{summary['commit']}` on {summary['machine']}."
     return (
-        f"Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. Measured {summary['date']} "
-        f"at commit `{summary['commit']}` on {summary['machine']}.\n\n{arms_table(named, evaluation.METRICS)}\n\n"
+        f"Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
+        f"{arms_table(named, evaluation.METRICS)}\n\n"
         f"Differences are paired by seed, ± half the 95 % interval.\n\n{table(summary['claims'])}\n"
     )
 

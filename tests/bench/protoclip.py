@@ -137,7 +137,7 @@ def prototype_stage(up, n: int, k: int, repetitions: int) -> None:
         a, b = getattr(results["ours"], own), getattr(results["theirs"], other)
         same &= torch.equal(a, b) or "labels" not in own
         gap = max(gap, 0.0 if "labels" in own else (a - b).abs().max().item())
-    note = f"labels {'equal' if same else 'DIFFER'}, prototypes within {gap:.0e}; K-means is {min(share, 1):.0%} of ours"
+    note = f"labels {'equal' if same else 'DIFFER'}, prototypes within {gap:.0e}; K-means {min(share, 1):.0%} of ours"
     print_row(name, seconds, "> 1", note)
 
 
@@ -176,9 +176,9 @@ def clip_step(precision: str, repetitions: int, steps: int) -> None:
     towers = open_clip.create_model("ViT-emoji", output_dict=True)
     towers.load_state_dict(network.state_dict())
     flags = SimpleNamespace(
-        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, horovod=False,
-        rank=0, local_rank=0, world_size=1, distributed=False, skip_scheduler=False, grad_clip_norm=cfg.max_grad_norm,
-        log_every_n_steps=100, batch_size=128, wandb=False,
+        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
+        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
+        grad_clip_norm=cfg.max_grad_norm, batch_size=128, wandb=False,
     )  # fmt: skip
     named = list(towers.named_parameters())
     gains = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
@@ -285,7 +285,7 @@ def main() -> None:
             protoclip_step(up, options.repetitions, options.steps)
 
     if options.upstream is None:
-        print("\nnot run without --upstream PATH: back translation, prototype stage, ProtoCLIP step against the authors'")
+        print("\nnot run without --upstream PATH: back translation, prototype stage, ProtoCLIP step against authors'")
 
 
 if __name__ == "__main__":

@@ -60,14 +60,15 @@ def run_line(module: ModuleType, target: str, **names) -> None:
     raise LookupError(f"{module.__file__} assigns nothing to {target}")
 
 
-def timed(function, repetitions: int = 1):
-    """(result of the last call, seconds of the fastest)."""
-    best = float("inf")
+def race(theirs, ours, repetitions: int = 5) -> tuple[tuple, tuple[float, float]]:
+    """((result of theirs, of ours), seconds of the fastest call of each); the two take turns."""
+    best, results = [float("inf")] * 2, [None] * 2
     for _ in range(repetitions):
-        start = time.perf_counter()
-        result = function()
-        best = min(best, time.perf_counter() - start)
-    return result, best
+        for side, function in enumerate((theirs, ours)):
+            start = time.perf_counter()
+            results[side] = function()
+            best[side] = min(best[side], time.perf_counter() - start)
+    return tuple(results), tuple(best)
 
 
 def difference(theirs, ours, rtol: float, atol: float) -> tuple[float, bool]:
@@ -79,7 +80,7 @@ def difference(theirs, ours, rtol: float, atol: float) -> tuple[float, bool]:
         assert len(theirs) == len(ours), f"{len(theirs)} values against {len(ours)}"
         parts = [difference(a, b, rtol, atol) for a, b in zip(theirs, ours, strict=True)]
         return max((part[0] for part in parts), default=0.0), all(part[1] for part in parts)
-    a, b = torch.as_tensor(theirs).detach().double(), torch.as_tensor(ours).detach().double()
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (theirs, ours))
     assert a.shape == b.shape, f"shape {tuple(a.shape)} against {tuple(b.shape)}"
     gap = (a - b).abs()
     worst = gap.max().item() if gap.numel() else 0.0
@@ -100,7 +101,18 @@ class Table:
         return f"{Path(code.co_filename).relative_to(self.root)}:{code.co_firstlineno}"
 
     def compare(
-        self, component, function, ours_name, theirs, ours, *, gradients=None, rtol=1e-5, atol=1e-5, seconds=None, note=""
+        self,
+        component,
+        function,
+        own_name,
+        theirs,
+        ours,
+        *,
+        gradients=None,
+        rtol=1e-5,
+        atol=1e-5,
+        seconds=None,
+        note="",
     ):
         """`gradients`: (theirs, ours); `seconds`: (theirs, ours) of the same work."""
         value, good = difference(theirs, ours, rtol, atol)
@@ -109,7 +121,7 @@ class Table:
         ratio = "-" if seconds is None else f"{seconds[0] / seconds[1]:.2f}"
         shown = "-" if gradient is None else f"{gradient:.1e}"
         verdict = ("ok" if good and good_too else "**FAIL**") + (f" ({note})" if note else "")
-        self.rows.append([component, self.where(function), ours_name, f"{value:.1e}", shown, tolerance, ratio, verdict])
+        self.rows.append([component, self.where(function), own_name, f"{value:.1e}", shown, tolerance, ratio, verdict])
         assert good, f"{component}: values differ by {value:.3g}, tolerance {tolerance}"
         assert good_too, f"{component}: gradients differ by {gradient:.3g}, tolerance {tolerance}"
 

@@ -23,18 +23,19 @@ from protoclip import episodes, model, teacher, train
 from protoclip import eval as evaluation
 from shared import data, run, zeroshot
 
-from . import Table, check_commit, import_beside, run_block, run_line, timed
+from . import Table, check_commit, import_beside, race, run_block, run_line
 
 VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 RESNET = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
 HEADS = dict(add_projection_head=True, projection_hidden_dim=40, projection_dim=16, projection_n_layers=1)
 TRAIN = dict(  # upstream's flags, those of its README where the scale allows
-    **HEADS, PBT=True, external_teacher="teacher.npy", target_temperature=0.01, w_clip=1.0, w_proto=1.0, w_proto_external=1.0,
-    infonce_warmup_epoch=0, lit_start_epoch=-1, k=6, episode_size=37, kmeans_max_iter=20, kmeans_nredo=3, batch_size=8,
-    epochs=4, lr=1e-3, lr_text=-1.0, warmup=3, text_start_epoch=0, text_end_epoch=-1, wd=0.2, beta1=0.9, beta2=0.98, eps=1e-4,
-    max_grad_norm=1.0, precision="fp32", device="cpu", distributed=False, rank=0, local_rank=0, world_size=1, horovod=False,
-    local_loss=False, gather_with_grad=False, wandb=False, trace=False, train_data="data.tsv",
+    **HEADS, PBT=True, external_teacher="teacher.npy", target_temperature=0.01, w_clip=1.0, w_proto=1.0,
+    w_proto_external=1.0, infonce_warmup_epoch=0, lit_start_epoch=-1, k=6, kmeans_max_iter=20, kmeans_nredo=3,
+    episode_size=37, batch_size=8, epochs=4, lr=1e-3, lr_text=-1.0, warmup=3, text_start_epoch=0, text_end_epoch=-1, wd=0.2,
+    beta1=0.9, beta2=0.98, eps=1e-4, max_grad_norm=1.0, precision="fp32", device="cpu", distributed=False, rank=0,
+    local_rank=0, world_size=1, horovod=False, local_loss=False, gather_with_grad=False, wandb=False, trace=False,
+    train_data="data.tsv",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def load(path: str | Path) -> SimpleNamespace:
         stubs["pandas"].read_csv = read_table
     stubs = {name: stub for name, stub in stubs.items() if name == "pandas" or importlib.util.find_spec(name) is None}
     names = ["open_clip.model", "open_clip.transform", "open_clip.tokenizer", "utils.RoBERTa"]
-    names += [f"training.{name}" for name in ("main", "train", "loss", "clustering", "scheduler", "data", "distributed")]
+    names += [f"training.{n}" for n in ("main", "train", "loss", "clustering", "scheduler", "data", "distributed")]
     names += [f"training.evaluations.{n}" for n in ("zero_shot", "linear_eval", "coco_retrieval", "analyze_features")]
     modules = import_beside(root, names, stubs)
     up = SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()}, root=root)
@@ -139,7 +140,8 @@ def twins(up, vision=VIT, embed_dim=24, text=TEXT, **heads):
 def pairs(n, vision=VIT):
     """Images and token ids with the end token, the largest id, somewhere inside."""
     tokens = torch.randint(1, 49406, (n, 77)) * (torch.arange(77) < torch.randint(4, 60, (n, 1)))
-    return torch.randn(n, 3, vision["image_size"], vision["image_size"]), tokens.scatter(1, (tokens > 0).sum(1)[:, None], 49407)
+    tokens = tokens.scatter(1, (tokens > 0).sum(1)[:, None], 49407)
+    return torch.randn(n, 3, vision["image_size"], vision["image_size"]), tokens
 
 
 def optimizer_groups(up, theirs, args):
@@ -178,16 +180,16 @@ def test_forward(up, table, vision):
     theirs, ours = twins(up, vision)
     images, tokens = pairs(6, vision)
     cotangents = [torch.randn(6, 24), torch.randn(6, 24), torch.randn(6, 16), torch.randn(6, 16), 1.0, 1.0]
-    values, gradients, seconds = [], [], []
+    values, gradients = [], []
     for each in (theirs, ours):
         output = each.train()(images, tokens)
         sum((x * c).sum() for x, c in zip(output, cotangents, strict=True)).backward()
         gradients.append({name: parameter.grad for name, parameter in each.named_parameters()})
         buffers = {name: buffer for name, buffer in each.named_buffers() if "running" in name}
         with torch.no_grad():
-            evaluated, took = timed(lambda each=each: tuple(each.eval()(images, tokens)), 5)
-        values.append([*output, *evaluated, *buffers.values()])
-        seconds.append(took)
+            values.append([*output, *each.eval()(images, tokens), *buffers.values()])
+    with torch.no_grad():
+        _, seconds = race(lambda: theirs(images, tokens), lambda: ours(images, tokens), 20)
     name = "CLIP with heads, " + ("ViT" if vision is VIT else "ResNet")
     function = up.model.CLIP.forward_projection
     table.compare(
@@ -213,11 +215,9 @@ def test_checkpoint(up, table, tmp_path):
 
 def test_clip_loss(up, table):
     inputs = unit(64, 24), unit(64, 24), torch.tensor(14.3)
-    (theirs, ours), seconds = zip(
-        *(timed(lambda f=f: with_gradients(f, *inputs), 20) for f in (up.loss.ClipLoss(cache_labels=True), model.clip_loss)),
-        strict=True,
-    )
-    values, gradients = zip(theirs, ours, strict=True)
+    functions = up.loss.ClipLoss(cache_labels=True), model.clip_loss
+    results, seconds = race(*(partial(with_gradients, function, *inputs) for function in functions), 20)
+    values, gradients = zip(*results, strict=True)
     function = up.loss.ClipLoss.forward
     table.compare("InfoNCE", function, "model.clip_loss", *values, gradients=gradients, seconds=seconds)
 
@@ -236,9 +236,8 @@ def test_proto_loss(up, table, temperature):
         seen["ours"] = model.assignment_accuracy(features, prototypes, labels)
         return model.prototypical_loss(features, prototypes, scale, labels, teachers, temperature)
 
-    results, seconds = zip(
-        *(timed(lambda f=f: with_gradients(f, student, torch.tensor(14.3)), 20) for f in (theirs, ours)), strict=True
-    )
+    inputs = student, torch.tensor(14.3)
+    results, seconds = race(partial(with_gradients, theirs, *inputs), partial(with_gradients, ours, *inputs), 20)
     values = [results[0][0], seen["theirs"]], [results[1][0], seen["ours"]]
     gradients = [result[1] for result in results]
     name = f"prototypical loss, tau {temperature:g}" + (" (hard)" if temperature <= 0 else "")
@@ -253,25 +252,18 @@ def test_kmeans(up, table):
     clustering = up.clustering.Clustering(SimpleNamespace(**TRAIN))
     args = SimpleNamespace(kmeans_max_iter=20, kmeans_nredo=3)
     x = unit(2000, 32)
-    (labels, centroids, *_), theirs_took = timed(lambda: clustering.kmeans(x, 200, args))
-    ours, took = timed(lambda: model.kmeans(x, 200))
+    (theirs, ours), seconds = race(lambda: clustering.kmeans(x, 200, args), lambda: model.kmeans(x, 200), 3)
     function = up.clustering.Clustering.kmeans
-    table.compare("K-means labels", function, "model.kmeans", labels, ours[0], rtol=0, atol=0)
-    table.compare("K-means centroids", function, "model.kmeans", centroids, ours[1], seconds=(theirs_took, took))
+    table.compare("K-means labels", function, "model.kmeans", theirs[0], ours[0], rtol=0, atol=0)
+    table.compare("K-means centroids", function, "model.kmeans", theirs[1], ours[1], seconds=seconds)
 
 
 def test_back_translation(up, table):
     clustering = up.clustering.Clustering(SimpleNamespace(**TRAIN))
     features, labels = unit(5000, 64), torch.randint(0, 450, (5000,))
-    results, seconds = zip(
-        *(
-            timed(call, 5)
-            for call in (
-                lambda: clustering.PBT(500, labels, features),
-                lambda: model.prototypical_back_translation(features, labels, 500),
-            )
-        ),
-        strict=True,
+    results, seconds = race(
+        lambda: clustering.PBT(500, labels, features),
+        lambda: model.prototypical_back_translation(features, labels, 500),
     )
     function = up.clustering.Clustering.PBT
     table.compare("back translation (PBT)", function, "model.prototypical_back_translation", *results, seconds=seconds)
@@ -306,26 +298,25 @@ def test_prototype_stage(up, table, tmp_path):
     image[3, 2] = text[5] = torch.nan
     external = np.random.RandomState(0).randn(1200, 6).astype(np.float32)
     np.save(tmp_path / "teacher.npy", external)
-    call = partial(their_prototypes, up, image, text, tmp_path / "teacher.npy", rows, k=90)
-    clustering, theirs_took = timed(call, 2)
-    ours, took = timed(lambda: model.build_prototypes(image, text, 90, torch.from_numpy(external[rows])), 2)
-    labels = [name for name in PROTOTYPES if "labels" in name]
-    for what, names, tolerance in (("labels", labels, 0), ("prototypes", PROTOTYPES.keys() - labels, 1e-5)):
-        values = [getattr(clustering, PROTOTYPES[name]) for name in names], [getattr(ours, name) for name in names]
-        seconds = None if tolerance == 0 else (theirs_took, took)
-        where = f"{table.where(up.clustering.Clustering.generate_labels)}, training/main.py:395"
-        table.compare(
-            f"episode's {what}, NaN cleaned", where, "model.build_prototypes", *values, rtol=tolerance, atol=tolerance, seconds=seconds
-        )  # fmt: skip
+    (theirs, ours), seconds = race(
+        partial(their_prototypes, up, image, text, tmp_path / "teacher.npy", rows, k=90),
+        lambda: model.build_prototypes(image, text, 90, torch.from_numpy(external[rows])),
+        2,
+    )
+    where = f"{table.where(up.clustering.Clustering.generate_labels)}, training/main.py:395"
+    for what, tolerance in (("labels", 0), ("prototypes", 1e-5)):
+        names = [name for name in PROTOTYPES if ("labels" in name) == (what == "labels")]
+        values = [getattr(theirs, PROTOTYPES[name]) for name in names], [getattr(ours, name) for name in names]
+        options = dict(rtol=tolerance, atol=tolerance, seconds=seconds)
+        table.compare(f"episode's {what}, NaN cleaned", where, "model.build_prototypes", *values, **options)
 
 
 def test_pca(up, table):
     if not hasattr(faiss.PCAMatrix, "apply_py"):
         pytest.skip("this faiss has no apply_py, which upstream calls")
     x = np.random.RandomState(0).randn(500, 48).astype(np.float32)
-    theirs, theirs_took = timed(lambda: up.RoBERTa.PCA(16, x), 3)
-    ours, took = timed(lambda: teacher.pca(torch.from_numpy(x), 16), 3)
-    table.compare("teacher's PCA", up.RoBERTa.PCA, "teacher.pca", theirs, ours, atol=1e-4, seconds=(theirs_took, took))
+    values, seconds = race(lambda: up.RoBERTa.PCA(16, x), lambda: teacher.pca(torch.from_numpy(x), 16))
+    table.compare("teacher's PCA", up.RoBERTa.PCA, "teacher.pca", *values, atol=1e-4, seconds=seconds)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -343,7 +334,7 @@ def logged(up, theirs, batches, clustering, args, epoch=0, optimizer=None, sched
 @pytest.mark.parametrize("back_translate", [True, False], ids=["PBT", "no PBT"])
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["ViT", "ResNet"])
 def test_training_episode(up, table, tmp_path, vision, back_translate):
-    """Extraction, prototypes and training pass of a second episode: losses, gradients of the last step, weights after."""
+    """Extraction, prototypes and training of a second episode: losses, gradients of the last step, weights after."""
     theirs, ours = twins(up, vision)
     args = SimpleNamespace(**{**TRAIN, "PBT": back_translate})
     if not back_translate:
@@ -359,15 +350,14 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
         each.train()(images_tokens[0][:8], images_tokens[1][:8])
     clustering = up.clustering.Clustering(args)
     loader = {"train": SimpleNamespace(dataloader=Loader(extraction, n), sampler=None)}
-    none = None, None, None
-    _, theirs_took = timed(lambda: up.train.feature_extraction_one_epoch(theirs, loader, 1, *none, clustering, args))
-    features, took = timed(lambda: train.extract_features(ours, extraction, n, "cpu"))
+    function, none = up.train.feature_extraction_one_epoch, (None, None, None)
+    (_, features), seconds = race(
+        lambda: function(theirs, loader, 1, *none, clustering, args),
+        lambda: train.extract_features(ours, extraction, n, "cpu"),
+    )
     name = f"{'ViT' if vision is VIT else 'ResNet'}{'' if back_translate else ', no PBT'}"
-    function = up.train.feature_extraction_one_epoch
-    cached = clustering.img_feature, clustering.text_feature
-    table.compare(
-        f"cached features, {name}", function, "train.extract_features", cached, features, rtol=1e-4, seconds=(theirs_took, took)
-    )  # fmt: skip
+    cached, options = (clustering.img_feature, clustering.text_feature), dict(rtol=1e-4, seconds=seconds)
+    table.compare(f"cached features, {name}", function, "train.extract_features", cached, features, **options)
 
     # Both train on the same prototypes: a rounding error in a feature may move a sample to another cluster
     if back_translate:
@@ -379,20 +369,23 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     )
 
     optimizer = optimizer_groups(up, theirs, args)
-    schedule = run_block(
-        up.main, "'train' in data and optimizer is not None", args=args, data=loader, optimizer=optimizer, is_master=lambda *_: False
-    )["scheduler"]  # fmt: skip
-    seen, theirs_took = timed(lambda: logged(up, theirs, training, clustering, args, 1, optimizer, schedule))
+    schedule = their_schedule(up, args, loader, optimizer)
     cfg = train.Config(
-        w_external=float(back_translate), k=args.k, episodes=args.epochs, episode_size=n, infonce_warmup=0, batch_size=args.batch_size,
-        lr=args.lr, warmup=args.warmup, max_grad_norm=args.max_grad_norm, precision="fp32", back_translate=back_translate,
+        w_external=float(back_translate), k=args.k, episodes=args.epochs, episode_size=n, infonce_warmup=0,
+        batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, max_grad_norm=args.max_grad_norm, precision="fp32",
+        back_translate=back_translate,
     )  # fmt: skip
     groups = train.parameter_groups(ours, args.wd)
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
     process = run.Process(0, 1, torch.device("cpu"))
-    steps, took = timed(lambda: list(train.train_episode(ours, training, adamw, prototypes, 1, cfg, process)))
+    (seen, steps), seconds = race(
+        lambda: logged(up, theirs, training, clustering, args, 1, optimizer, schedule),
+        lambda: list(train.train_episode(ours, training, adamw, prototypes, 1, cfg, process)),
+        1,
+    )
     step, losses = steps[0]
-    names = {"clip": "loss_clip", "proto": "loss_proto", "gradient_norm": "gradient-norm", "modality_gap": "feature_modality_gap"}
+    names = {"clip": "loss_clip", "proto": "loss_proto", "gradient_norm": "gradient-norm"}
+    names |= {"modality_gap": "feature_modality_gap"}
     names |= {"accuracy_image_to_text": "acc_img2text", "accuracy_text_to_image": "acc_text2img"}
     if back_translate:
         names |= {"external": "loss_proto_external", "accuracy_image_to_external": "acc_img2external"}
@@ -402,27 +395,29 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     table.compare(f"losses of a step, {name}", where, "train.train_episode", *values, rtol=1e-3, atol=1e-4)
     gradients = [{n: p.grad for n, p in each.named_parameters()} for each in (theirs, ours)]
     states = theirs.state_dict(), ours.state_dict()
-    tolerance = 5e-5 if vision is VIT else 1e-3
-    table.compare(
-        f"weights after {len(steps)} steps, {name}", where, "train.train_episode", *states, gradients=gradients, atol=tolerance,
-        rtol=1e-3, seconds=(theirs_took, took),
-    )  # fmt: skip
+    options = dict(gradients=gradients, seconds=seconds, rtol=1e-3, atol=5e-5 if vision is VIT else 1e-3)
+    table.compare(f"weights after {len(steps)} steps, {name}", where, "train.train_episode", *states, **options)
+
+
+def their_schedule(up, args, loaders, optimizer):
+    """Their learning rates by step, from the block of main() that sets the horizons."""
+    test, master = "'train' in data and optimizer is not None", lambda *_: False
+    return run_block(up.main, test, args=args, data=loaders, optimizer=optimizer, is_master=master)["scheduler"]
 
 
 @pytest.mark.parametrize("warmup, lit, text", [(3, -1, (0, -1)), (3, 4, (0, -1)), (10, 5, (2, -1)), (0, 2, (1, 6))])
 def test_learning_rates(up, table, warmup, lit, text):
-    flags = dict(warmup=warmup, lit_start_epoch=lit, epochs=6, text_start_epoch=text[0], text_end_epoch=text[1], lr_text=3e-4)
-    args = SimpleNamespace(**{**TRAIN, **flags})
-    data_of = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=5))}
+    start, end = text
+    flags = dict(warmup=warmup, lit_start_epoch=lit, epochs=6, text_start_epoch=start, text_end_epoch=end, lr_text=3e-4)
+    loader = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=5))}
     optimizer = SimpleNamespace(param_groups=[{}, {}, {}, {}])
-    test = "'train' in data and optimizer is not None"
-    adjust = run_block(up.main, test, args=args, data=data_of, optimizer=optimizer, is_master=lambda *_: False)["scheduler"]
+    adjust = their_schedule(up, SimpleNamespace(**{**TRAIN, **flags}), loader, optimizer)
     cfg = train.Config(
-        episodes=6, episode_size=37, batch_size=8, lr=1e-3, lr_text=3e-4, warmup=warmup, lit_start=lit if lit > 0 else None,
-        text_start=text[0], text_end=text[1] if text[1] > 0 else None,
+        episodes=6, episode_size=37, batch_size=8, lr=1e-3, lr_text=3e-4, warmup=warmup, text_start=start,
+        lit_start=lit if lit > 0 else None, text_end=end if end > 0 else None,
     )  # fmt: skip
     values = [adjust(step) for step in range(30)], [train.schedule(cfg, step, 1) for step in range(30)]
-    name = f"learning rates, warm-up {warmup}, LiT {lit}, text {text[0]}..{text[1]}"
+    name = f"learning rates, warm-up {warmup}, LiT {lit}, text {start}..{end}"
     where = f"{table.where(up.scheduler.protoclip_cosine_lr)}, training/main.py:285"
     table.compare(name, where, "train.schedule", *values, rtol=1e-6, atol=1e-12)
 
@@ -431,7 +426,8 @@ def test_learning_rates(up, table, warmup, lit, text):
 def test_loss_weights(up, table, warmup, lit, monkeypatch):
     """Their weights are gradients of their total with respect to the parts, read off one step an episode."""
     weights = dict(w_clip=0.5, w_proto=2.0, w_proto_external=3.0)
-    args = SimpleNamespace(**{**TRAIN, **weights, "infonce_warmup_epoch": warmup, "lit_start_epoch": lit, "batch_size": 1})
+    flags = {"infonce_warmup_epoch": warmup, "lit_start_epoch": lit, "batch_size": 2}
+    args = SimpleNamespace(**{**TRAIN, **weights, **flags})
     parts = [torch.ones((), requires_grad=True) for _ in range(3)]
     monkeypatch.setattr(up.train, "ClipLoss", lambda **_: lambda *_: parts[0])
     monkeypatch.setattr(
@@ -439,14 +435,14 @@ def test_loss_weights(up, table, warmup, lit, monkeypatch):
     )
     network = torch.nn.Module()
     network.logit_scale = network.logit_scale_proto = torch.nn.Parameter(torch.ones(()))
-    network.forward = lambda *_: (*(torch.zeros(1, 2) for _ in range(4)), torch.ones(()), torch.ones(()))
+    network.forward = lambda *_: (*(torch.zeros(2, 2) for _ in range(4)), torch.ones(()), torch.ones(()))
     optimizer = SimpleNamespace(zero_grad=lambda: None, step=lambda: None, param_groups=[{"lr": 0}] * 4)
     clustering = up.clustering.Clustering(args)
     theirs, ours = [], []
     for epoch in range(args.epochs + 2):
         for part in parts:
             part.grad = None
-        logged(up, network, [(torch.zeros(1).long(),) * 3], clustering, args, epoch, optimizer)
+        logged(up, network, [(torch.zeros(2).long(),) * 3], clustering, args, epoch, optimizer)
         theirs.append([part.grad for part in parts])
         ours.append(train.loss_weights(epoch, tuple(weights.values()), warmup, lit if lit > 0 else None))
     name = f"loss weights, warm-up {warmup}, LiT {lit}"
@@ -456,7 +452,8 @@ def test_loss_weights(up, table, warmup, lit, monkeypatch):
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["ViT", "ResNet"])
 def test_parameter_groups(up, table, vision):
     theirs, ours = twins(up, vision)
-    groups = optimizer_groups(up, theirs, SimpleNamespace(**TRAIN)).param_groups, train.parameter_groups(ours, TRAIN["wd"])
+    groups = optimizer_groups(up, theirs, SimpleNamespace(**TRAIN)).param_groups
+    groups = groups, train.parameter_groups(ours, TRAIN["wd"])
     found = []
     for each, of in zip((theirs, ours), groups, strict=True):
         number = {id(parameter): i for i, (_, parameter) in enumerate(each.named_parameters())}
@@ -495,33 +492,35 @@ def test_image_transform(up, table, kind):
         up.transform.image_transform(32, is_train=kind != "eval", augmentation=light),
         episodes.image_transform(32, train=kind != "eval", light=kind == "light"),
     )
-    images, values, seconds = [noise_image(48 + i, 40 + i % 17) for i in range(40)], [], []
-    for transform in transforms:
+    images = [noise_image(48 + i, 40 + i % 17) for i in range(40)]
 
-        def views(transform=transform):
-            torch.manual_seed(1)
-            random.seed(1)
-            return [transform(image) for image in images]
+    def views(transform):
+        torch.manual_seed(1)
+        random.seed(1)
+        return [transform(image) for image in images]
 
-        result, took = timed(views)
-        values.append(result)
-        seconds.append(took)
+    values, seconds = race(*(partial(views, transform) for transform in transforms), 3)
     function = up.transform.image_transform
     table.compare(f"view, {kind}", function, "train.image_transform", *values, rtol=0, atol=1e-6, seconds=seconds)
 
 
-CAPTIONS = ["a photo of a cat", "  Two&amp;three   DOGS, isn't it?", "caf\u00e9 \u732b na\u00efve 1984!", "x" * 60, "smile; " * 20]
+CAPTIONS = [
+    "a photo of a cat",
+    "  Two&amp;three   DOGS, isn't it?",
+    "caf\u00e9 \u732b na\u00efve 1984!",
+    "smile; " * 20,
+]
 
 
 def test_tokenizer(up, table):
     ours = open_clip.get_tokenizer("ViT-emoji", context_length=77)
-    (theirs, theirs_took), (tokens, took) = (timed(lambda f=f: f(CAPTIONS), 5) for f in (up.tokenizer.tokenize, ours))
-    seconds = theirs_took, took
-    table.compare("tokens", up.tokenizer.tokenize, "open_clip", theirs, tokens, rtol=0, atol=0, seconds=seconds)
-    theirs, tokens = (f(["word " * 100]) for f in (up.tokenizer.tokenize, ours))
+    function = up.tokenizer.tokenize
+    values, seconds = race(lambda: function(CAPTIONS), lambda: ours(CAPTIONS))
+    table.compare("tokens", function, "open_clip", *values, rtol=0, atol=0, seconds=seconds)
+    theirs, tokens = (tokenize(["word " * 100]) for tokenize in (function, ours))
     assert tokens[0, -1] == 49407 != theirs[0, -1], "ours keeps the end token of a long caption, upstream cuts it"
-    where, note = up.tokenizer.tokenize, "last one differs: upstream cuts the end token"
-    table.compare("tokens of a long caption", where, "open_clip", theirs[:, :-1], tokens[:, :-1], rtol=0, atol=0, note=note)
+    options = dict(rtol=0, atol=0, note="last one differs: upstream cuts the end token")
+    table.compare("tokens of a long caption", function, "open_clip", theirs[:, :-1], tokens[:, :-1], **options)
 
 
 def test_dataset(up, table, tmp_path):
@@ -546,20 +545,23 @@ def test_dataset(up, table, tmp_path):
 def test_zero_shot(up, table):
     _, network = twins(up)
     args = SimpleNamespace(device="cpu", distributed=False, horovod=False, batch_size=50)
-    names, templates = ["cat", "red car", "dog", "house", "\u732b", "sea", "boat"], ["a photo of a {c}.", "{c}", "many {c}!"]
+    names = ["cat", "red car", "dog", "house", "\u732b", "sea", "boat"]
+    templates = ["a photo of a {c}.", "{c}", "many {c}!"]
     filled = [lambda name, template=template: template.replace("{c}", name) for template in templates]
     classify = up.zero_shot.zero_shot_classifier
-    theirs, theirs_took = timed(lambda: classify(network.eval(), names, filled, None, args), 3)
     tokenizer = open_clip.get_tokenizer("ViT-emoji", context_length=77)
-    ours, took = timed(lambda: zeroshot.build_classifier(network.encode_text, tokenizer, names, templates), 3)
-    table.compare("zero-shot classifier", classify, "shared.zeroshot.build_classifier", theirs, ours, seconds=(theirs_took, took))
+    (theirs, ours), seconds = race(
+        lambda: classify(network.eval(), names, filled, None, args),
+        lambda: zeroshot.build_classifier(network.encode_text, tokenizer, names, templates),
+    )
+    table.compare("zero-shot classifier", classify, "zeroshot.build_classifier", theirs, ours, seconds=seconds)
     images, labels = torch.randn(200, 3, 16, 16), torch.randint(0, 7, (200,))
     loader = list(zip(images.split(50), labels.split(50), strict=True))
     top1, top5, features, _ = up.zero_shot.run(network, theirs, loader, args)
     own, targets = zeroshot.extract_image_features(network.encode_image, loader)
     metrics = zeroshot.classification_metrics(own, targets, ours)
     values = [top1, top5, features], [metrics["top1"], metrics["top5"], F.normalize(own, dim=-1)]
-    table.compare("zero-shot accuracy", up.zero_shot.run, "shared.zeroshot.classification_metrics", *values)
+    table.compare("zero-shot accuracy", up.zero_shot.run, "zeroshot.classification_metrics", *values)
 
 
 def blobs(n, classes, dim):
@@ -575,33 +577,28 @@ def test_linear_probe(up, table):
         weights.extend(parameters := list(parameters))
         return sgd(parameters, **options)
 
-    torch.manual_seed(3)
-    probe = up.linear_eval.logistic_regression_pytorch
-    with mock.patch.object(torch.optim, "SGD", optimizer):
-        best, theirs_took = timed(lambda: probe(x[:2100].numpy(), y[:2100].numpy(), x[2100:].numpy(), y[2100:].numpy()))
+    probe, data_split = up.linear_eval.logistic_regression_pytorch, (x[:2100], y[:2100], x[2100:], y[2100:])
     torch.manual_seed(3)
     layer = torch.nn.Linear(12, 7)
     init = torch.nn.init.normal_(layer.weight, 0.0, 0.01), torch.zeros(7)
-    ours, took = timed(lambda: evaluation.linear_probe(x[:2100], y[:2100], x[2100:], y[2100:], init=init))
+    torch.manual_seed(3)
+    with mock.patch.object(torch.optim, "SGD", optimizer):
+        best = probe(*(part.numpy() for part in data_split))
+    ours = evaluation.linear_probe(*data_split, init=init)
     values = [*weights, best], [ours["weight"], ours["bias"], ours["best"]]
-    table.compare("linear probe", probe, "eval.linear_probe", *values, rtol=1e-4, seconds=(theirs_took, took))
+    table.compare("linear probe", probe, "eval.linear_probe", *values, rtol=1e-4)
 
 
 def test_clustering_scores(up, table):
     x, y = blobs(400, 9, 16)
-    ours, took = timed(lambda: evaluation.clustering_scores(x, y))
-    evaluate = up.zero_shot.clustering_evaluation
+    evaluate, analyze = up.zero_shot.clustering_evaluation, up.clustering.Clustering.analyze_labels
     clustering = SimpleNamespace(img_labels=y, text_labels=y, img_feature=x, text_feature=x)
-    (scores, indices), theirs_took = timed(
-        lambda: (evaluate(x, y.numpy()), up.clustering.Clustering.analyze_labels(clustering))
-    )
-    values = list(scores), [ours["ari"], ours["ami"]]
-    table.compare("ARI, AMI", evaluate, "eval.clustering_scores", *values, seconds=(theirs_took, took))
+    (scores, indices), ours = (evaluate(x, y.numpy()), analyze(clustering)), evaluation.clustering_scores(x, y)
+    table.compare("ARI, AMI", evaluate, "eval.clustering_scores", list(scores), [ours["ari"], ours["ami"]])
     names = {"n_cluster": "n_cluster", "silhouette": "Silhouette Coefficient", "davies_bouldin": "Davies-Bouldin Index"}
     names |= {"calinski_harabasz": "Calinski and Harabasz score"}
     values = [indices[f"image-{other}"] for other in names.values()], [ours[own] for own in names]
-    function = up.clustering.Clustering.analyze_labels
-    table.compare("indices of the clusters", function, "eval.clustering_scores", *values, rtol=1e-4)
+    table.compare("indices of the clusters", analyze, "eval.clustering_scores", *values, rtol=1e-4)
 
 
 def test_retrieval(up, table):
@@ -610,18 +607,19 @@ def test_retrieval(up, table):
     image_to_text = {i: list(range(5 * i, 5 * i + 5)) for i in range(60)}
     text_to_image = dict(enumerate(owner.tolist()))
     function = up.coco_retrieval.get_retrieval_metrics
-    theirs, theirs_took = timed(lambda: function(scores.numpy(), scores.numpy().T, image_to_text, text_to_image), 3)
-    ours, took = timed(lambda: evaluation.retrieval_metrics(scores, owner), 3)
+    (theirs, ours), seconds = race(
+        lambda: function(scores.numpy(), scores.numpy().T, image_to_text, text_to_image),
+        lambda: evaluation.retrieval_metrics(scores, owner),
+    )
     values = list(theirs.values()), list(ours.values())
-    table.compare("retrieval", function, "eval.retrieval_metrics", *values, atol=1e-4, seconds=(theirs_took, took))
+    table.compare("retrieval", function, "eval.retrieval_metrics", *values, atol=1e-4, seconds=seconds)
 
 
 def test_feature_statistics(up, table):
     image, text = unit(500, 24) + 0.1, unit(500, 24)
     function = up.analyze_features.analyze_features
-    theirs, theirs_took = timed(lambda: function(image, text, None), 3)
-    ours, took = timed(lambda: evaluation.feature_statistics(image, text), 3)
-    table.compare("modality gap, spread", function, "eval.feature_statistics", theirs, ours, seconds=(theirs_took, took))
+    values, seconds = race(lambda: function(image, text, None), lambda: evaluation.feature_statistics(image, text))
+    table.compare("modality gap, spread", function, "eval.feature_statistics", *values, seconds=seconds)
 
 
 # ------------------------------------------------------------------------------------------------------ distributed
@@ -636,11 +634,8 @@ def gathering(rank: int, path: str, folder: str) -> None:
     index = everything[rank, 0, :, 0].mul(1000).long()
     results = []
     for with_grad in (False, True):
-        pair = []
-        for gather in (
-            lambda a, b, with_grad=with_grad: up.loss.gather_features(a, b, gather_with_grad=with_grad, rank=rank, world_size=2),
-            lambda a, b, with_grad=with_grad: (train.gather(a, with_grad), train.gather(b, with_grad)),
-        ):
+        pair, theirs = [], partial(up.loss.gather_features, gather_with_grad=with_grad, rank=rank, world_size=2)
+        for gather in (theirs, lambda *both, with_grad=with_grad: [train.gather(x, with_grad) for x in both]):
             image, text = (x.clone().requires_grad_() for x in everything[rank])
             rows = gather(image, text)
             sum((weights * x**2).sum() for x in rows).backward()
