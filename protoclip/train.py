@@ -327,6 +327,10 @@ def main(cfg: Config) -> Path:
                 },
             )
 
+    def progress(what: str, batches: Iterable, total: int) -> Iterable:
+        label = f"{folder.name} {what} {episode + 1}/{cfg.episodes}"
+        return run.progress(batches, total, label, cfg.batch_size * process.world_size, process)
+
     for episode in range(state["episode"], cfg.episodes):
         start = state["batch"] if episode == state["episode"] else 0
         pairs, rows = episodes.episode(episode)
@@ -339,13 +343,7 @@ def main(cfg: Config) -> Path:
             prototypes = Prototypes(**state["prototypes"])
         elif weights[1] != 0 or weights[2] != 0:
             dataset = EpisodeDataset(pairs, rows, extraction_view, tokenizer, (cfg.seed, episode, 0))
-            loader = run.progress(
-                episode_loader(cfg, process, dataset),
-                per_episode,
-                f"extract {episode + 1}/{cfg.episodes}",
-                cfg.batch_size,
-                process,
-            )
+            loader = progress("extract", episode_loader(cfg, process, dataset), per_episode)
             h_image, h_text = extract_features(model, loader, len(rows), process.device, precision)
             if process.main:
                 external = teacher.rows(pairs, rows) if teacher is not None and weights[2] != 0 else None
@@ -356,10 +354,7 @@ def main(cfg: Config) -> Path:
 
         # One pass over the same rows: new shuffle, new views
         dataset = EpisodeDataset(pairs, rows, train_view, tokenizer, (cfg.seed, episode, 1))
-        batches = episode_loader(cfg, process, dataset, start)
-        bar = run.progress(
-            batches, per_episode - start, f"episode {episode + 1}/{cfg.episodes}", cfg.batch_size, process
-        )
+        bar = progress("train", episode_loader(cfg, process, dataset, start), per_episode - start)
         seen = data.watch(bar, broken)
         for step, losses in train_episode(ddp, seen, optimizer, prototypes, episode, cfg, process, start, scaler):
             batch = step - per_episode * episode + 1

@@ -160,7 +160,7 @@ def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Ca
     """(model, function that takes one pass over batches) with the optimizer that train.main makes."""
     network = model.create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers)
     groups = train.parameter_groups(network, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
 
     def one_pass(loader):
         for _ in train.train_episode(network, loader, optimizer, prototypes, 1, cfg, CPU):
@@ -184,7 +184,7 @@ def clip_step(precision: str, repetitions: int, steps: int) -> None:
     gains = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
     rest = [p for n, p in named if not any(p is gain for gain in gains)]
     groups = [{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": cfg.weight_decay}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw())
     scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode(1) * cfg.episodes)
     loss = open_clip.ClipLoss(cache_labels=True)
     loader = batches(128, steps)
@@ -211,7 +211,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
     n, k, p = cfg.episode_size, cfg.k, cfg.projection_dim
     args = SimpleNamespace(**{
         **parity.TRAIN, "projection_hidden_dim": cfg.hidden_dim, "projection_dim": p, "episode_size": n, "k": k,
-        "batch_size": cfg.batch_size, "lr": cfg.lr, "wd": cfg.weight_decay, "eps": cfg.eps,
+        "batch_size": cfg.batch_size, "lr": cfg.lr, "wd": cfg.weight_decay, "eps": cfg.adamw()["eps"],
         "max_grad_norm": cfg.max_grad_norm,
     })  # fmt: skip
     image, text, external = clustered(n, k, p), clustered(n, k, p), clustered(n, k, 64)
