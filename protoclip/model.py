@@ -246,7 +246,8 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
     x = features.detach().float().cpu().contiguous().numpy()
     if len(x) < k:
         raise ValueError(f"K-means of {k} prototypes needs at least {k} samples, the episode has {len(x)}")
-    clustering = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, min_points_per_centroid=1)
+    gpu = getattr(faiss, "get_num_gpus", int)() > 0  # with faiss-gpu, as upstream
+    clustering = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, gpu=gpu, min_points_per_centroid=1)
     clustering.train(x)
     _, labels = clustering.index.search(x, 1)
     return torch.from_numpy(labels[:, 0]), torch.from_numpy(clustering.centroids)

@@ -7,18 +7,21 @@ The paper's contribution in this file is episodic training. One episode is:
   3. cluster, back-translate                                            `model.build_prototypes`
   4. train one pass over the same rows, new shuffle and new views       `train_episode`
 Losses, heads and prototypes are in model.py, settings in config.py, sampling and views in episodes.py,
- the teacher's features in teacher.py.
+the teacher's features in teacher.py.
 """
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import faiss
 import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -189,6 +192,7 @@ def train_episode(
         visual, rest = schedule(cfg, step, process.world_size)
         for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
+        torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
         with run.autocast(precision, process.device):
             output = model(images.to(process.device, non_blocking=True), tokens.to(process.device, non_blocking=True))
         losses = protoclip_loss(
@@ -207,7 +211,7 @@ def train_episode(
             scaler.step(optimizer)
             scaler.update()
         bare.clamp_logit_scales()
-        with torch.no_grad():  # U:training/evaluations/analyze_features.py:38, on the local batch
+        with torch.no_grad():  # U:training/evaluations/analyze_features.py:33, on the local batch
             losses["modality_gap"] = (output.image_features.mean(0) - output.text_features.mean(0)).norm()
         yield step, losses
 
@@ -262,7 +266,7 @@ def main(cfg: Config) -> Path:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
-        return dry_run(cfg, process.world_size)
+        return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     precision = run.resolve_precision(cfg.precision, process.device)
     folder = Path(cfg.out)
@@ -301,11 +305,15 @@ def main(cfg: Config) -> Path:
     train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
     extraction_view = train_view if cfg.extraction_view == "train" else image_transform(size, train=False)
 
+    if process.main and episodes.pairs is not None and len(episodes.pairs) < (cfg.dataset_size or 0):
+        print(f"{cfg.data} holds {len(episodes.pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+    if process.main and process.world_size > 1:
+        faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
     per_episode = cfg.steps_per_episode(process.world_size)
     saved = per_episode * state["episode"] + state["batch"]  # step of the last checkpoint
     log = run.RunLog(folder, cfg, process, step=saved)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
-    clock = run.Stopwatch(state["seconds"])
+    clock, commit = run.Stopwatch(state["seconds"]), run.commit()
 
     def save(episode: int, batch: int, prototypes: Prototypes | None) -> None:
         if process.main:
@@ -323,6 +331,7 @@ def main(cfg: Config) -> Path:
                     "prototypes": parts,
                     "seconds": clock.read(),
                     "world_size": process.world_size,
+                    "commit": commit,
                     "config": dataclasses.asdict(cfg),
                 },
             )

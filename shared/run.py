@@ -9,9 +9,11 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,9 @@ from open_clip_train.distributed import init_distributed_device_so
 from tqdm import tqdm
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
+
+
+_patient = None  # process group of `broadcast`
 
 
 class Process(NamedTuple):
@@ -48,6 +53,9 @@ def setup(seed: int, device: str = "auto") -> Process:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
     info = init_distributed_device_so(device)
+    if info["distributed"]:  # for what rank 0 works out on its own while the others wait, for hours if need be
+        global _patient
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -66,7 +74,7 @@ def broadcast(value: Any, process: Process) -> Any:
     if process.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=process.device)
+    dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
 
@@ -94,7 +102,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    native = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile")]
+    return "bf16" if any(native) else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -200,6 +209,19 @@ class RunLog:
         if self.active:
             self.file.close()
             self.board.close()
+
+
+def commit() -> str:
+    """The repository's commit, with + if its code differs from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -1,0 +1,62 @@
+"""Verdicts, tables and the README's numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from shared import report
+
+ROOT = Path(__file__).parent.parent
+CLAIM = report.Claim("higher", "+2", "m", "ours", "base", sign=1, effect=2.0)
+SAME = report.Claim("lower", "-", "m", "ours", "base", sign=-1)
+
+
+@pytest.mark.parametrize(
+    ("claim", "method", "verdict"),
+    [
+        (CLAIM, [12.0, 12.1, 11.9], "reproduced"),
+        (CLAIM, [10.5, 10.6, 10.4], "same direction"),  # surely above 0, surely below the paper's 2
+        (CLAIM, [8.0, 8.1, 7.9], "not reproduced"),
+        (CLAIM, [12.0, 8.0, 11.0], "not resolved at this scale"),
+        (CLAIM, [10.0, 10.0, 10.0], "not resolved at this scale"),
+        (SAME, [8.0, 8.1, 7.9], "reproduced"),
+        (SAME, [12.0, 12.1, 11.9], "not reproduced"),
+    ],
+)
+def test_verdicts(claim: report.Claim, method: list[float], verdict: str):
+    assert report.judge(claim, method, [10.0, 10.0, 10.0])["verdict"] == verdict
+
+
+def test_one_seed_proves_nothing():
+    row = report.judge(CLAIM, [50.0], [10.0])
+    assert row["verdict"] == "not resolved at this scale" and row["here"] == "+40.00"
+
+
+def test_interval_is_students():
+    # scipy.stats.t.interval(0.95, 2, loc=2, scale=1 / sqrt(3)): 2 ± 2.4841
+    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(2.48414, abs=1e-4)
+    assert report.interval([1.0]) is None
+
+
+def test_pairing_by_seed_removes_what_seeds_share():
+    row = report.judge(CLAIM, [12.0, 22.0, 32.0], [10.0, 20.0, 30.0])
+    assert row["verdict"] == "reproduced" and row["here"] == "+2.00 ± 0.00"
+
+
+def test_tables_are_markdown():
+    lines = report.table([{"a": 1, "b": "x"}, {"a": 22, "b": "y"}]).splitlines()
+    assert lines == ["| a  | b |", "| -- | - |", "| 1  | x |", "| 22 | y |"]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.json")), ids=lambda file: file.stem)
+def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
+    """One schema, three seeds, and the README's numbers are the file's."""
+    monkeypatch.chdir(ROOT)
+    summary = report.load(file)
+    assert set(summary) == {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
+    assert len(summary["seeds"]) >= 3
+    for metrics in summary["arms"].values():
+        for value in metrics.values():
+            assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
+    assert all(set(row) == {"claim", "paper", "here", "verdict"} for row in summary["claims"])
+    assert report.update_readme(file.stem, write=False), "run `make readme`"
