@@ -67,8 +67,8 @@ class Config:
     """First episodes trained with L_CLIP alone."""
     lit_start: int | None = None
     """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
-    batch_size: int = 64
-    """Pairs per process and step."""
+    batch_size: int = 512
+    """Pairs per step, over all processes together."""
     lr: float = 5e-4
     """Peak learning rate."""
     lr_text: float | None = None
@@ -121,14 +121,14 @@ class Config:
         beta2, eps = (beta2 if self.beta2 is None else self.beta2), (eps if self.eps is None else self.eps)
         return {"betas": (self.beta1, beta2), "eps": eps}
 
-    def steps_per_episode(self, world_size: int) -> int:
+    def steps_per_episode(self) -> int:
         """Counts the short last batch, which training skips but whose step it consumes (U:training/train.py:109)."""
-        return math.ceil(self.episode_size / (self.batch_size * world_size))
+        return math.ceil(self.episode_size / self.batch_size)
 
 
 PAPER = Config(dataset_size=2_500_000, lit_start=399)
 CLIP = dict(w_proto=0.0, w_external=0.0, infonce_warmup=0, lit_start=None, episode_size=2_500_000)
-ONE_GPU = dict(lr=5e-5, warmup=2_000)
+ONE_GPU = dict(batch_size=64, lr=5e-5, warmup=2_000)
 EMOJI = Config(
     data="data/emoji/train",
     model="ViT-emoji",
@@ -179,6 +179,8 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
         )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "
@@ -186,10 +188,13 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.w_external != 0 and not cfg.back_translate:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
-    if cfg.episode_size < cfg.batch_size * world_size:
-        raise ValueError(
-            f"--episode-size {cfg.episode_size} is less than one global batch of {cfg.batch_size * world_size}"
-        )
+    for name in ("episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    if cfg.episode_size < cfg.batch_size:
+        raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")
     if cfg.heads and cfg.k > cfg.episode_size:
         raise ValueError(f"--k {cfg.k} prototypes cannot be made from --episode-size {cfg.episode_size} samples")
     if cfg.lit_start is not None and not 1 < cfg.lit_start <= cfg.episodes:
@@ -202,6 +207,3 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.eval_every and not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
-    for name in ("episodes", "episode_size", "batch_size", "k", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")

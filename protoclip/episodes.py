@@ -75,7 +75,8 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
 
 def episode_loader(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> DataLoader:
     """This rank's batches of one shuffled pass, from batch `start` on."""
-    batches = data.batches(len(dataset), cfg.batch_size, dataset.seed, process.rank, process.world_size, start)
+    size = cfg.batch_size // process.world_size
+    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
     return DataLoader(
         dataset,
         batch_sampler=[batch for batch in batches if len(batch)],

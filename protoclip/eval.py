@@ -6,16 +6,18 @@ on upstream's checkpoint files (`--model RN50`), on the embedded corpus and on a
 """
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Annotated
 
-import faiss
 import matplotlib
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
+from sklearn.manifold import TSNE
 from sklearn.metrics import (
     adjusted_mutual_info_score,
     adjusted_rand_score,
@@ -33,6 +35,7 @@ from shared.zeroshot import (
     encode_texts,
     evaluate,
     extract_image_features,
+    logistic_probe,
     recall_metrics,
     retrieval_ranks_from_scores,
     sgd_probe,
@@ -56,9 +59,11 @@ class Config:
     )
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     probe: tuple[str, ...] = (EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
-    """Sets with a train/ split for linear probes and cluster scores."""
-    gap: str = EMOJI + "retrieval_ood"
-    """Retrieval set whose images and first captions measure the modality gap."""
+    """Sets with a train/ split for linear probes and cluster scores; give none to leave them out."""
+    logistic: bool = False
+    """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
+    gap: str | None = EMOJI + "retrieval_ood"
+    """Retrieval set whose images and first captions measure the modality gap; None leaves it out."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -126,12 +131,11 @@ def feature_statistics(image: Tensor, text: Tensor) -> dict[str, float]:
 def clustering_scores(features: Tensor, labels: Tensor) -> dict[str, float]:
     """How well images group by class: ARI and AMI of K-means (K = classes) against labels, and indices of the labels.
 
-    Sources: U:training/evaluations/zero_shot.py:79 (niter 100, nredo 5), U:training/clustering.py:167.
+    Sources: U:training/evaluations/zero_shot.py:79 (niter 100, nredo 5), U:training/clustering.py:167 (silhouette of at
+    most 5,000 rows).
     """
     x, y = features.float().numpy(), labels.numpy()
-    clustering = faiss.Kmeans(x.shape[1], int(y.max()) + 1, niter=100, nredo=5, min_points_per_centroid=1)
-    clustering.train(x)
-    found = clustering.index.search(x, 1)[1][:, 0]
+    found = kmeans(features, int(y.max()) + 1, niter=100, nredo=5)[0].numpy()
     return {
         "ari": float(adjusted_rand_score(found, y)),
         "ami": float(adjusted_mutual_info_score(found, y)),
@@ -165,15 +169,21 @@ def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
         model = create_model(name, bool(linears), hidden, projection, len(linears) - 1, config.get("image_size"))
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} does not hold the weights of {name} (another --model?): {error}") from error
+        first = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()[:200]
+        raise ValueError(f"{path} does not hold the weights of {name} (another --model?): {first}") from error
     return model.eval(), name
 
 
 # ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
-def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "subgroups_ood/probe_best": ...}."""
+def evaluate_run(
+    path: str, cfg: Config, process: run.Process
+) -> tuple[dict[str, float], tuple[Tensor, Tensor, list] | None]:
+    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "subgroups_ood/probe_best": ...}.
+
+    Also (unit image features, labels, class names) of the last probe set, for `plot_features`.
+    """
     model, name = load_model(path, cfg.model)
     model.to(process.device)
     transform = image_transform(image_side(model), train=False)
@@ -186,28 +196,28 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         loader = EvalSet(folder, transform, split).batches(cfg.batch_size, cfg.workers)
         return extract_image_features(model.encode_image, loader, process.device, dtype, f"{Path(folder).name} {split}")
 
-    trained: tuple[Tensor, Tensor] | None = None
+    shown = None
+    encoded: list[Path] = []  # training shards that `train_x` was encoded from
     for folder in cfg.probe:
-        label = Path(folder).name
-        if trained is None or not same_train_split(folder, cfg.probe[0]):
-            trained = features(folder, "train")
+        label, shards = Path(folder).name, sorted((Path(folder) / "train").glob("*.tar"))
+        if len(shards) != len(encoded) or not all(a.samefile(b) for a, b in zip(shards, encoded, strict=True)):
+            (train_x, train_y), encoded = features(folder, "train"), shards  # sets may share them by hard links
         test_x, test_y = features(folder, "test")
         for suffix, shuffle in (("", False), ("_shuffled", True)):
-            probe = linear_probe(*trained, test_x, test_y, shuffle=shuffle)
+            probe = linear_probe(train_x, train_y, test_x, test_y, shuffle)
             flat |= {f"{label}/probe{suffix}_{key}": probe[key] for key in ("best", "final")}
-        scores = clustering_scores(F.normalize(test_x, dim=-1), test_y)
-        flat |= {f"{label}/{key}": value for key, value in scores.items()}
-
-    images, captions = features(cfg.gap, "test")
-    first = encode_texts(model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype)
-    flat |= feature_statistics(F.normalize(images, dim=-1), F.normalize(first, dim=-1))
-    return flat
-
-
-def same_train_split(a: str, b: str) -> bool:
-    """Whether two sets share their training shards (hard links), which are then encoded once."""
-    shards = [sorted((Path(folder) / "train").glob("*.tar")) for folder in (a, b)]
-    return len(shards[0]) == len(shards[1]) and all(x.samefile(y) for x, y in zip(*shards, strict=True))
+        if cfg.logistic:
+            flat[f"{label}/probe_logistic"] = logistic_probe(train_x, train_y, test_x, test_y, C=0.316).final
+        unit = F.normalize(test_x, dim=-1)
+        flat |= {f"{label}/{key}": value for key, value in clustering_scores(unit, test_y).items()}
+        shown = unit, test_y, EvalSet(folder, transform).classnames
+    if cfg.gap:
+        images, captions = features(cfg.gap, "test")
+        first = encode_texts(
+            model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype
+        )
+        flat |= feature_statistics(F.normalize(images, dim=-1), F.normalize(first, dim=-1))
+    return flat, shown
 
 
 # ------------------------------------------------------------------------------------------------ comparing the arms
@@ -227,9 +237,9 @@ METRICS = {
     "subgroups_ood/probe_best": "probe OOD (best)",
     "subgroups_ood/probe_final": "probe OOD (final)",
     "subgroups_id/probe_best": "probe ID (best)",
-    "subgroups_ood/ami": "AMI OOD",
+    "subgroups_ood/ami": "AMI OOD (0-1)",
     "retrieval_ood/mean_recall": "recall OOD",
-    "modality_gap": "gap",
+    "modality_gap": "gap (0-2)",
     "seconds": "seconds",
 }
 
@@ -238,11 +248,11 @@ def claims() -> list[report.Claim]:
     """The paper's claims in the terms of the embedded corpus (CC2.5M numbers: README of upstream, 8 GPUs)."""
     return [
         report.Claim("linear probe above CLIP", "+5.81 IN", "subgroups_ood/probe_best", "protoclip", "clip", 1, 5.81),
-        report.Claim("... and at equal time", "-", "subgroups_ood/probe_best", "protoclip", "clip-equal-time"),
-        report.Claim("... light augmentation alone", "-", "subgroups_ood/probe_best", "clip-light-aug", "clip"),
+        report.Claim("... and at equal time", None, "subgroups_ood/probe_best", "protoclip", "clip-equal-time"),
+        report.Claim("... light augmentation alone", None, "subgroups_ood/probe_best", "clip-light-aug", "clip"),
         report.Claim("zero-shot above CLIP", "+2.01 IN", "names_ood/top1", "protoclip", "clip", 1, 2.01),
-        report.Claim("... and at equal time", "-", "names_ood/top1", "protoclip", "clip-equal-time"),
-        report.Claim("... light augmentation alone", "-", "names_ood/top1", "clip-light-aug", "clip"),
+        report.Claim("... and at equal time", None, "names_ood/top1", "protoclip", "clip-equal-time"),
+        report.Claim("... light augmentation alone", None, "names_ood/top1", "clip-light-aug", "clip"),
         report.Claim("back translation helps zero-shot", "claimed", "names_ood/top1", "proto-pbt", "proto-no-pbt"),
         report.Claim(
             "back translation helps the probe", "claimed", "subgroups_ood/probe_best", "proto-pbt", "proto-no-pbt"
@@ -260,16 +270,34 @@ def claims() -> list[report.Claim]:
     ]
 
 
+def cost(method: list[dict], baseline: list[dict]) -> dict[str, str]:
+    """Training seconds a sample, ProtoCLIP's over CLIP's, as upstream's README has them for one GPU."""
+    ratios = [m["seconds"] / b["seconds"] for m, b in zip(method, baseline, strict=True)]
+    row = report.judge(
+        report.Claim("training time, ProtoCLIP / CLIP", "1.79x", "seconds", "", "", 1), ratios, [1.0] * len(ratios)
+    )
+    return row | {"here": f"{report.spread(ratios)['mean']:.2f}x"}
+
+
 def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
     """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside the runs."""
     arms: dict[str, dict[int, dict]] = {}
     folders: dict[str, list[Path]] = {}
+    commits: set[str] = set()
     for folder, values in zip(map(Path, runs), results, strict=True):
         arm, _, seed = folder.name.rpartition("-seed")
         if not arm or not seed.isdigit():
             raise ValueError(f"--report compares run folders named ARM-seedN, not {folder}")
+        state = run.load_checkpoint(folder / "checkpoint.pt")
+        if state["episode"] < state["config"]["episodes"]:
+            raise ValueError(f"{folder} is not finished: {state['episode']} of {state['config']['episodes']} episodes")
+        commits.add(state.get("commit", "unknown"))
         arms.setdefault(arm, {})[int(seed)] = values
         folders.setdefault(arm, []).append(folder)
+    if "clip-equal-time" in arms:  # its number of episodes was set beforehand: say how well the times agree
+        seconds = [sum(values["seconds"] for values in arms[arm].values()) for arm in ("clip-equal-time", "protoclip")]
+        if abs(seconds[0] / seconds[1] - 1) > 0.1:
+            print(f"note: clip-equal-time took {seconds[0] / seconds[1]:.2f} times ProtoCLIP's seconds")
     order = [arm for arm in ARMS if arm in arms] + sorted(set(arms) - set(ARMS))
     seeds = sorted(next(iter(arms.values())))
     for arm in order:
@@ -279,26 +307,17 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     rows = []
     for claim in claims():
         if claim.method in by_seed and claim.baseline in by_seed:
-            scale = 100 if "AMI" in claim.claim else 1
-            pick = lambda arm, claim=claim, scale=scale: [scale * values[claim.metric] for values in by_seed[arm]]  # noqa: E731
-            rows.append(report.judge(claim, pick(claim.method), pick(claim.baseline)))
+            method, baseline = (
+                [values[claim.metric] for values in by_seed[arm]] for arm in (claim.method, claim.baseline)
+            )
+            rows.append(report.judge(claim, method, baseline))
     if {"clip", "protoclip"} <= set(by_seed):
-        ratio = report.spread(
-            [p["seconds"] / c["seconds"] for p, c in zip(by_seed["protoclip"], by_seed["clip"], strict=True)]
-        )
-        rows.append(
-            {
-                "claim": "wall time, ProtoCLIP / CLIP",
-                "paper": "1.79x",
-                "here": f"{ratio['mean']:.2f}x",
-                "verdict": "measured",
-            }
-        )
+        rows.append(cost(by_seed["protoclip"], by_seed["clip"]))
     rows.append(report.untestable("YFCC-15M: CLIP's accuracy in 33 % of its time", "claimed", "needs YFCC-15M"))
     rows.append(
         report.untestable("absolute ImageNet, COCO and 10-set numbers", "55.22 / 21.47 / 22.52", "needs CC2.5M")
     )
-    summary = report.results("ProtoCLIP (arXiv 2206.10996)", seeds, by_seed, rows)
+    summary = report.results("ProtoCLIP (arXiv 2206.10996)", seeds, by_seed, rows, commits)
     report.save(path, summary)
     plot_curves(folders, order, path.parent)
     print(f"\nEmbedded emoji corpus, a stand-in for CC2.5M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
@@ -338,25 +357,26 @@ def plot_curves(folders: dict[str, list[Path]], order: list[str], out: Path) -> 
     plt.close(figure)
 
 
-def plot_features(runs: list[str], cfg: Config, process: run.Process, path: Path) -> None:
-    """t-SNE of image features of the last probe set, coloured by class (the 12 largest), with K-means prototypes."""
-    from sklearn.manifold import TSNE
+def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) -> None:
+    """t-SNE of unit image features (N, E), coloured by class (the 12 largest), with their K-means prototypes.
 
-    figure, axes = plt.subplots(1, len(runs), figsize=(6.5 * len(runs), 6), squeeze=False)
-    for axis, path_of_run in zip(axes[0], runs, strict=True):
-        model, _ = load_model(path_of_run, cfg.model)
-        eval_set = EvalSet(cfg.probe[-1], image_transform(image_side(model), train=False))
-        x, y = extract_image_features(model.encode_image, eval_set.batches(cfg.batch_size))
-        x = F.normalize(x, dim=-1)
-        _, prototypes = kmeans(x, int(y.max()) + 1)
-        flat = TSNE(init="pca", random_state=0, perplexity=30).fit_transform(torch.cat([x, prototypes]).numpy())
+    A panel is (title, features, labels, class names); of more than 3,000 rows, evenly spaced ones are drawn.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
+    for axis, (title, x, y, names) in zip(axes[0], panels, strict=True):
+        rows = torch.arange(0, len(x), math.ceil(len(x) / 3000))
+        x, y = x[rows], y[rows]
+        _, prototypes = kmeans(x, min(int(y.max()) + 1, len(x)))
+        flat = TSNE(init="pca", random_state=0, perplexity=min(30, len(x) - 1)).fit_transform(
+            torch.cat([x, prototypes])
+        )
         points, centres = flat[: len(x)], flat[len(x) :]
-        largest = torch.bincount(y).argsort(descending=True)[:12].tolist()
         axis.scatter(*points.T, s=5, color="0.85")
-        for color, label in zip(plt.get_cmap("Paired").colors, largest, strict=True):
-            axis.scatter(*points[(y == label).numpy()].T, s=12, color=color, label=eval_set.classnames[label])
+        largest = torch.bincount(y).argsort(descending=True)[:12].tolist()
+        for color, label in zip(plt.get_cmap("Paired").colors, largest, strict=False):
+            axis.scatter(*points[(y == label).numpy()].T, s=12, color=color, label=names[label])
         axis.scatter(*centres.T, s=22, marker="x", color="black", linewidths=0.8, label="prototypes")
-        axis.set(title=ARMS.get(Path(path_of_run).name.rpartition("-seed")[0], path_of_run), xticks=[], yticks=[])
+        axis.set(title=title, xticks=[], yticks=[])
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -364,24 +384,42 @@ def plot_features(runs: list[str], cfg: Config, process: run.Process, path: Path
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png. Not repeated if it stands."""
+    """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, and features.npz for plots.
+
+    Not repeated while it is newer than checkpoint and evaluation sets and was made with the same settings and code.
+    """
     checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
     file = folder / "results.json"
-    setting = {"sets": list(cfg.sets), "probe": list(cfg.probe), "gap": cfg.gap, "precision": cfg.precision}
-    if file.exists() and checkpoint.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
+    setting = {
+        key: value
+        for key, value in dataclasses.asdict(cfg).items()
+        if key not in ("runs", "report", "workers", "device")
+    }
+    setting = json.loads(json.dumps(setting | {"code": run.commit()}))
+    if file.exists() and checkpoint.exists():
+        sets = [Path(folder) for folder in (*cfg.sets, *cfg.probe, *([cfg.gap] if cfg.gap else []))]
+        sources = [checkpoint, *(tar for folder in sets for tar in folder.glob("*/*.tar"))]
         kept = report.load(file)
-        if kept["setting"] == setting:
+        if kept.get("setting") == setting and all(file.stat().st_mtime > source.stat().st_mtime for source in sources):
             return kept["metrics"]
-    metrics = evaluate_run(path, cfg, process)
+    metrics, shown = evaluate_run(path, cfg, process)
     if Path(path).is_dir():
         metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
     folder.mkdir(exist_ok=True)
     rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
     (folder / "results.md").write_text(report.table(rows) + "\n")
-    plot_features([path], cfg, process, folder / "features.png")
+    if shown is not None:
+        x, y, names = shown
+        np.savez(folder / "features.npz", x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
+        plot_features([(title(path), *shown)], folder / "features.png")
     run.write_json(file, {"setting": setting, "metrics": metrics})
     return metrics
+
+
+def title(path: str) -> str:
+    arm = Path(path).name.rpartition("-seed")[0]
+    return ARMS.get(arm, Path(path).name)
 
 
 def main(cfg: Config) -> None:
@@ -396,8 +434,13 @@ def main(cfg: Config) -> None:
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
         pair = [path for arm in ("clip", "protoclip") for path in cfg.runs if Path(path).name == f"{arm}-seed0"]
-        if len(pair) == 2:
-            plot_features(pair, cfg, process, Path(cfg.report).parent / "protoclip_features.png")
+        if len(pair) == 2 and cfg.probe:
+            files = [np.load(Path(path) / "features.npz", allow_pickle=False) for path in pair]
+            panels = [
+                (title(path), torch.from_numpy(file["x"]), torch.from_numpy(file["y"]), file["names"].tolist())
+                for path, file in zip(pair, files, strict=True)
+            ]
+            plot_features(panels, Path(cfg.report).parent / "protoclip_features.png")
 
 
 if __name__ == "__main__":

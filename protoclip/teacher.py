@@ -6,6 +6,7 @@ The file holds one row per sample, found again by the sample's key.
 """
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -159,11 +160,17 @@ def main(cfg: Config) -> Path:
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+    captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
+    setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "length", "dim")}
+    made = json.dumps(setting | {"captions": f"{data.stable_hash(*captions):x}"}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
+        if str(np.load(out, allow_pickle=False)["made"]) != made:
+            raise ValueError(
+                f"{out} was made from other captions or with other settings: remove it, or choose another --out"
+            )
         print(f"{out} holds {len(pairs):,} rows already; nothing to do")
         return out
-    captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
     model, tokenizer = load_encoder(cfg.model)
     with run.autocast(run.resolve_precision("auto", process.device), process.device):
         rows = embed_captions(
@@ -172,7 +179,7 @@ def main(cfg: Config) -> Path:
     features = pca(rows, cfg.dim)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp.npz")
-    np.savez(temporary, keys=pairs.keys, features=features.numpy())
+    np.savez(temporary, keys=pairs.keys, features=features.numpy(), made=np.array(made))
     os.replace(temporary, out)
     print(f"{out}: {features.shape[0]:,} captions, {rows.shape[1]} -> {features.shape[1]} dimensions")
     return out

@@ -74,9 +74,9 @@ def learning_rates(
     return cosine(step, lr, visual_steps), rest
 
 
-def schedule(cfg: Config, step: int, world_size: int) -> tuple[float, float]:
+def schedule(cfg: Config, step: int) -> tuple[float, float]:
     """`learning_rates` with the horizons of U:training/main.py:285-299."""
-    per_episode = cfg.steps_per_episode(world_size)
+    per_episode = cfg.steps_per_episode()
     return learning_rates(
         step,
         lr=cfg.lr,
@@ -180,16 +180,16 @@ def train_episode(
     """One pass over an episode from batch `start` on; yields (global step, losses) per step. U:training/train.py:49."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
-    per_episode = cfg.steps_per_episode(process.world_size)
+    per_episode = cfg.steps_per_episode()
     precision = run.resolve_precision(cfg.precision, process.device)
     if prototypes is not None:
         prototypes = Prototypes(*(x if x is None else x.to(process.device) for x in prototypes))
     model.train()
     for i, (index, images, tokens, *_) in enumerate(loader, start):
-        if len(index) != cfg.batch_size or i >= cfg.episode_size // (cfg.batch_size * process.world_size):
+        if i >= cfg.episode_size // cfg.batch_size:
             continue  # the short last batch, on every rank
         step = per_episode * episode + i
-        visual, rest = schedule(cfg, step, process.world_size)
+        visual, rest = schedule(cfg, step)
         for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
@@ -224,15 +224,15 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
     parameters = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
-    per_episode = cfg.steps_per_episode(world_size)
+    per_episode = cfg.steps_per_episode()
     total, samples = per_episode * cfg.episodes, cfg.episode_size * cfg.episodes
     print(f"parameters         {parameters:,} (projection heads {heads:,})")
     rows = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
     print(f"samples            {samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows")
-    print(f"global batch       {cfg.batch_size * world_size} ({world_size} processes x {cfg.batch_size})")
+    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
     print(f"steps              {total:,} ({per_episode:,} an episode)")
     for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
-        visual, rest = schedule(cfg, step, world_size)
+        visual, rest = schedule(cfg, step)
         print(f"learning rate      {visual:.3e} image tower, {rest:.3e} rest, at step {step:,}")
     for episode in sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1}):
         clip, proto, external = loss_weights(
@@ -242,7 +242,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     size = image_side(model)
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
     gib = 2**30
-    activations = run.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / gib
+    activations = run.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / world_size / gib
     weights = (16 * parameters + (24 * cfg.k * cfg.projection_dim if cfg.heads else 0)) / gib
     print(
         f"memory estimate    {weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):"
@@ -283,10 +283,6 @@ def main(cfg: Config) -> Path:
     # Resume
     state = run.resume(folder, cfg) or {"episode": 0, "batch": 0, "seconds": 0.0, "prototypes": None}
     if "state_dict" in state:
-        if (then := state.get("world_size", process.world_size)) != process.world_size:
-            raise ValueError(
-                f"{folder} was trained by {then} processes, not {process.world_size}: choose another --out"
-            )
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
         if scaler is not None:
@@ -309,7 +305,7 @@ def main(cfg: Config) -> Path:
         print(f"{cfg.data} holds {len(episodes.pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
-    per_episode = cfg.steps_per_episode(process.world_size)
+    per_episode = cfg.steps_per_episode()
     saved = per_episode * state["episode"] + state["batch"]  # step of the last checkpoint
     log = run.RunLog(folder, cfg, process, step=saved)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
@@ -330,7 +326,6 @@ def main(cfg: Config) -> Path:
                     "batch": batch,
                     "prototypes": parts,
                     "seconds": clock.read(),
-                    "world_size": process.world_size,
                     "commit": commit,
                     "config": dataclasses.asdict(cfg),
                 },
@@ -338,7 +333,7 @@ def main(cfg: Config) -> Path:
 
     def progress(what: str, batches: Iterable, total: int) -> Iterable:
         label = f"{folder.name} {what} {episode + 1}/{cfg.episodes}"
-        return run.progress(batches, total, label, cfg.batch_size * process.world_size, process)
+        return run.progress(batches, total, label, cfg.batch_size, process)
 
     for episode in range(state["episode"], cfg.episodes):
         start = state["batch"] if episode == state["episode"] else 0

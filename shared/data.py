@@ -144,7 +144,7 @@ def cached_path(url: str, folder: Path) -> Path:
 
 
 def fetch(url: str, folder: Path) -> str:
-    """A shard as a local file: itself if it is local, else a copy in `folder` (http, s3, gs, pipe: by webdataset)."""
+    """A shard as a local file: itself if local, else a copy in `folder` (by webdataset: http, gs, hf, pipe:)."""
     if not is_remote(url):
         return url.removeprefix("file:")
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,25 +208,33 @@ class TSV:
 
     def __init__(self, path: str, limit: int | None = None, strict: bool = False):
         self.strict, self.broken = strict, []
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file, delimiter="\t")
-            missing = {"title", "filepath"} - set(table.fieldnames or ())
-            if missing:
-                raise ValueError(
-                    f"{path} lacks the column {' and '.join(sorted(missing))}; its header should be title<tab>filepath"
-                )
-            rows = [(row["title"], row["filepath"]) for row in itertools.islice(table, limit)]
-        self.captions = np.array([title for title, _ in rows], dtype=np.str_)
-        self.keys = np.array([file for _, file in rows], dtype=np.str_)  # the image's path is the sample's key
+        csv.field_size_limit(2**31 - 1)
+        try:
+            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.DictReader(file, delimiter="\t")
+                missing = {"title", "filepath"} - set(table.fieldnames or ())
+                if missing:
+                    names = " and ".join(sorted(missing))
+                    raise ValueError(f"{path} lacks the column {names}; its header should be title<tab>filepath")
+                rows = [(row["title"] or "", row["filepath"] or "") for row in itertools.islice(table, limit)]
+        except csv.Error as error:
+            raise ValueError(f"{path} is not a tab-separated file: {error}") from error
         if not rows:
             raise ValueError(f"{path} has no row")
+        captions = [title.encode("utf-8", errors="surrogateescape") for title, _ in rows]
+        self._captions = b"".join(captions)  # one string and offsets: shared by loader processes, no copy of each
+        self._ends = np.cumsum([len(caption) for caption in captions])
+        self.keys = np.array([file for _, file in rows], dtype=np.str_)  # the image's path is the sample's key
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def _caption(self, row: int) -> bytes:
+        return self._captions[self._ends[row - 1] if row else 0 : self._ends[row]]
+
     def read(self, row: int) -> Pair:
         """Pair of that row. Raises BrokenSample."""
-        caption = decode_caption(self.caption(row).encode())
+        caption = decode_caption(self._caption(row))
         try:
             data = Path(self.keys[row]).read_bytes()
         except OSError as error:
@@ -234,7 +242,8 @@ class TSV:
         return Pair(str(self.keys[row]), decode_image(data), caption)
 
     def caption(self, row: int) -> str:
-        return str(self.captions[row])
+        """The caption alone; undecodable bytes are replaced."""
+        return self._caption(row).decode("utf-8", errors="replace")
 
 
 def open_pairs(spec: str, limit: int | None = None, strict: bool = False, cache: Path | None = None) -> Shards | TSV:

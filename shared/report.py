@@ -6,8 +6,8 @@ A verdict is computed from per-seed numbers, never typed.
 import importlib
 import json
 import math
+import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -24,11 +24,11 @@ class Claim(NamedTuple):
     """`method` minus `baseline` in `metric`, paired by seed; the paper reports `paper` with this sign."""
 
     claim: str
-    paper: str
+    paper: str | None  # the paper's number or word; None: it claims nothing, the difference is only shown
     metric: str
     method: str
     baseline: str
-    sign: int = 1  # +1: the paper says higher, -1: lower, 0: the same
+    sign: int = 1  # +1: the paper says higher, -1: lower
     effect: float | None = None  # the paper's difference in the same unit, where it is one
 
 
@@ -50,12 +50,14 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
 
     reproduced: the interval over seeds excludes 0 on the paper's side, and reaches the paper's effect where it has one;
     same direction: on the paper's side, but short of its effect; not reproduced: on the other side;
-    not resolved at this scale: the interval holds 0, or there is one seed.
+    not resolved at this scale: the interval holds 0, or there is one seed. Where the paper claims nothing: no claim.
     """
     differences = [m - b for m, b in zip(method, baseline, strict=True)]
     mean, half = spread(differences)["mean"], interval(differences)
     here = f"{mean:+.2f}" + ("" if half is None else f" ± {half:.2f}")
-    if half is None or abs(mean) <= half:
+    if claim.paper is None:
+        verdict = "no claim"
+    elif half is None or abs(mean) <= half:
         verdict = "not resolved at this scale"
     elif mean * claim.sign <= 0:
         verdict = "not reproduced"
@@ -63,7 +65,7 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
         verdict = "same direction"
     else:
         verdict = "reproduced"
-    return {"claim": claim.claim, "paper": claim.paper, "here": here, "verdict": verdict}
+    return {"claim": claim.claim, "paper": claim.paper or "-", "here": here, "verdict": verdict}
 
 
 def untestable(claim: str, paper: str, why: str) -> dict[str, str]:
@@ -105,30 +107,19 @@ def machine() -> str:
             (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
         )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
-def commit() -> str:
-    """The repository's commit, with + if the work tree differs; unknown outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=here, check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty else "")
-
-
-def results(paper: str, seeds: Sequence[int], arms: dict[str, list[dict[str, float]]], claims: Sequence[dict]) -> dict:
-    """The schema of results/<folder>.json; `arms` has one {metric: number} for each seed."""
+def results(
+    paper: str, seeds: Sequence[int], arms: dict[str, list[dict[str, float]]], claims: Sequence[dict], commits: set[str]
+) -> dict:
+    """The schema of results/<folder>.json; `arms` has one {metric: number} a seed, `commits` trained them."""
     return {
         "paper": paper,
         "seeds": list(seeds),
         "machine": machine(),
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": ", ".join(sorted(commits)),
         "arms": {
             arm: {metric: spread([run[metric] for run in runs]) for metric in runs[0]} for arm, runs in arms.items()
         },

@@ -21,7 +21,7 @@ import torch
 
 from shared import pytest_options
 
-DEFAULT = Path(__file__).parent / "golden"
+DEFAULT = Path(__file__).resolve().parent / "golden"
 deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)
 
 

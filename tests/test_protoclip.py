@@ -336,7 +336,7 @@ def test_lr_schedule(case):
             text_start=one["text_start_epoch"],
             text_end=optional(one["text_end_epoch"]),
         )
-        visual, rest = zip(*(schedule(cfg, step, world_size=1) for step in one["steps"].tolist()), strict=True)
+        visual, rest = zip(*(schedule(cfg, step) for step in one["steps"].tolist()), strict=True)
         case.close(prefix + "lr_visual", torch.tensor(visual, dtype=torch.float64), rtol=1e-6, atol=1e-10)
         case.close(prefix + "lr_rest", torch.tensor(rest, dtype=torch.float64), rtol=1e-6, atol=1e-10)
 

@@ -100,9 +100,8 @@ def test_towers_load_into_open_clip(runs: list[str]):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
     """A file with exactly upstream's keys and shapes for RN50 (tests/golden), as its torch.save writes it."""
-    layout = json.loads((ROOT / "tests/golden/protoclip/state_dict_layout_RN50.json").read_text())
-    shapes = layout.get("entries", layout)
-    weights = {prefix + k: torch.full(shape, 0.01) if shape else torch.tensor(1.0) for k, shape in shapes.items()}
+    shapes = json.loads((ROOT / "tests/golden/protoclip/state_dict_layout_RN50.json").read_text())
+    weights = {prefix + k: torch.full((), 0.01).expand(shape) for k, shape in shapes.items()}
     path = tmp_path / "epoch_400.pt"
     torch.save({"epoch": 400, "name": "x", "state_dict": weights, "optimizer": {}}, path)
     model, name = evaluation.load_model(path)
@@ -116,7 +115,7 @@ def test_errors_are_one_sentence(tmp_path: Path, runs: list[str], capsys: pytest
     for arguments, words in (
         ((str(tmp_path / "nowhere"),), "no checkpoint"),
         ((runs[0], "--sets", str(tmp_path)), str(tmp_path)),
-        ((), "RUNS"),
+        ((), "name at least one run folder"),
     ):
         with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["protoclip.eval", *arguments])

@@ -258,7 +258,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     one, two = folder / "protoclip-1", folder / "protoclip-2"
     finished(cli("emoji", *TINY, *LINEAR, "--out", one))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "protoclip.train", "emoji", *TINY, *LINEAR, "--batch-size", "16", "--out", two]
+    command = [*torchrun, "-m", "protoclip.train", "emoji", *TINY, *LINEAR, "--out", two]
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=90
     )
@@ -273,9 +273,9 @@ def free_port() -> str:
 
 
 def test_two_processes_equal_one_clip(arms: dict[str, Path], start, folder: Path):
-    """The processes get what torchrun would tell them. One is killed on the way; another number cannot take over."""
+    """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
     out = folder / "clip-2"
-    command = ["emoji-clip", *TINY, "--batch-size", "16", "--save-every", "3", "--out", out]
+    command = ["emoji-clip", *TINY, "--save-every", "3", "--out", out]
 
     def start_two():
         peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -285,10 +285,7 @@ def test_two_processes_equal_one_clip(arms: dict[str, Path], start, folder: Path
     kill_at(first, out, 7)
     second.kill()
     second.join()
-    refused = ended(start(*command))
-    assert refused.code == 2 and "was trained by 2 processes, not 1" in refused.err
-    for process in start_two():
-        finished(ended(process))
+    finished(ended(start(*command)))
     assert_equal_runs(arms["clip"], out)
 
 
@@ -339,7 +336,7 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Pat
 
     port = free_port()  # with two processes the report counts the samples of both
     peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = ["emoji-clip", *TINY, "--batch-size", "16", "--data", broken_shards, "--out", folder / "broken-2"]
+    command = ["emoji-clip", *TINY, "--data", broken_shards, "--out", folder / "broken-2"]
     both = [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)]
     results = [finished(ended(process)) for process in both]
     assert [line for line in results[0].out.splitlines() if "broken samples" in line] == reports
@@ -530,12 +527,12 @@ def test_one_real_process_and_help_documents_every_field():
 
 # ----------------------------------------------------------------------------------------------------------- dry run
 
-DRY_RUNS = {  # parameters, projection heads, steps on one GPU
+DRY_RUNS = {  # parameters, projection heads, steps
     "emoji": (None, None, None),  # no published numbers
     "emoji-clip": (None, 0, None),
-    "cc3m-rn50": ("106.7", 4.73, 1_250_000),
-    "cc3m-rn50-clip": ("102.0", 0, 1_250_016),
-    "cc3m-rn50-clip-light": ("102.0", 0, 1_250_016),
+    "cc3m-rn50": ("106.7", 4.73, 156_400),
+    "cc3m-rn50-clip": ("102.0", 0, 156_256),
+    "cc3m-rn50-clip-light": ("102.0", 0, 156_256),
     "cc3m-rn50-1gpu": ("106.7", 4.73, 312_500),
     "cc3m-rn50-1gpu-clip": ("102.0", 0, 312_504),
 }
@@ -546,7 +543,7 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)  # where there is no data
     parameters, heads, steps = DRY_RUNS[preset]
     cfg = config.PRESETS[preset][1]
-    steps = steps or cfg.episodes * cfg.steps_per_episode(1)
+    steps = steps or cfg.episodes * cfg.steps_per_episode()
     result = in_process(preset, "--dry-run")
     assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
     total, projection = (
@@ -556,12 +553,14 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert heads is None or round(projection / 1e6, 2) == heads
     assert re.search(rf"^steps +{steps:,} ", result.out, re.MULTILINE)
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
-    assert all(word in result.out for word in ("learning rate", "samples", "global batch", "loss weights"))
+    assert all(word in result.out for word in ("learning rate", "samples", "batch", "loss weights"))
 
 
 def test_dry_run_of_the_published_eight_processes(capsys):
     cfg = dataclasses.replace(config.PRESETS["cc3m-rn50"][1], model="ViT-emoji", image_size=16)
     train.dry_run(cfg, world_size=8)
     out = capsys.readouterr().out
-    assert re.search(r"steps +156,400 \(391 an episode\)", out) and re.search(r"global batch +512", out)
+    assert re.search(r"steps +156,400 \(391 an episode\)", out) and re.search(
+        r"batch +512 \(64 in each of 8 processes\)", out
+    )
     assert "at step 15,625" in out and "5.000e-04 image tower" in out

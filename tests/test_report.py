@@ -27,6 +27,10 @@ def test_verdicts(claim: report.Claim, method: list[float], verdict: str):
     assert report.judge(claim, method, [10.0, 10.0, 10.0])["verdict"] == verdict
 
 
+def test_where_the_paper_claims_nothing():
+    assert report.judge(CLAIM._replace(paper=None), [12.0, 12.1, 11.9], [10.0] * 3)["verdict"] == "no claim"
+
+
 def test_one_seed_proves_nothing():
     row = report.judge(CLAIM, [50.0], [10.0])
     assert row["verdict"] == "not resolved at this scale" and row["here"] == "+40.00"
@@ -58,5 +62,14 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     for metrics in summary["arms"].values():
         for value in metrics.values():
             assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
+    verdicts = {
+        "reproduced",
+        "same direction",
+        "not reproduced",
+        "not testable at this scale",
+        "not resolved at this scale",
+        "no claim",
+    }
     assert all(set(row) == {"claim", "paper", "here", "verdict"} for row in summary["claims"])
+    assert {row["verdict"] for row in summary["claims"]} <= verdicts
     assert report.update_readme(file.stem, write=False), "run `make readme`"

@@ -185,7 +185,7 @@ def clip_step(precision: str, repetitions: int, steps: int) -> None:
     rest = [p for n, p in named if not any(p is gain for gain in gains)]
     groups = [{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": cfg.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw())
-    scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode(1) * cfg.episodes)
+    scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode() * cfg.episodes)
     loss = open_clip.ClipLoss(cache_labels=True)
     loader = batches(128, steps)
     theirs = parity.Loader([batch[1:] for batch in loader], 128 * steps)

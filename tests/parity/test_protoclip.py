@@ -415,7 +415,7 @@ def test_learning_rates(up, table, warmup, lit, text):
         episodes=6, episode_size=37, batch_size=8, lr=1e-3, lr_text=3e-4, warmup=warmup, text_start=start,
         lit_start=lit if lit > 0 else None, text_end=end if end > 0 else None,
     )  # fmt: skip
-    values = [adjust(step) for step in range(30)], [train.schedule(cfg, step, 1) for step in range(30)]
+    values = [adjust(step) for step in range(30)], [train.schedule(cfg, step) for step in range(30)]
     name = f"learning rates, warm-up {warmup}, LiT {lit}, text {start}..{end}"
     where = f"{table.where(up.scheduler.protoclip_cosine_lr)}, training/main.py:285"
     table.compare(name, where, "train.schedule", *values, rtol=1e-6, atol=1e-12)
