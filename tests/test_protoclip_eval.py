@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from protoclip import config, train
+from protoclip import claims, config, train
 from protoclip import eval as evaluation
 from shared import report, run
 
@@ -53,10 +53,9 @@ def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
 
 
 def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch):
-    monkeypatch.setattr(evaluation, "METRICS", {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"})
-    monkeypatch.setattr(
-        evaluation, "claims", lambda: [report.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")]
-    )
+    for module in (claims, evaluation):
+        monkeypatch.setattr(module, "METRICS", {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"})
+    monkeypatch.setattr(claims, "claims", lambda: [report.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")])
     evaluation.main(cfg)
     summary = report.load(cfg.report)
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"clip", "protoclip"}
@@ -66,7 +65,7 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
             folder = next(Path(path) for path in cfg.runs if path.endswith(f"{arm}-seed{seed}"))
             assert json.loads((folder / "results.json").read_text())["metrics"]["groups_id/top1"] == value
             assert (folder / "results.md").is_file() and (folder / "features.png").is_file()
-    expected = report.judge(evaluation.claims()[0], top1["protoclip"], top1["clip"])
+    expected = report.judge(claims.claims()[0], top1["protoclip"], top1["clip"])
     assert summary["claims"][0] == expected
     assert expected["verdict"] in capsys.readouterr().out
     for name in ("protoclip_curves.png", "protoclip_features.png"):
@@ -79,9 +78,9 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
 
 def test_report_refuses_uneven_seeds(cfg: evaluation.Config):
     with pytest.raises(ValueError, match=r"arm protoclip has seeds \[0\], but clip has \[0, 1\]"):
-        evaluation.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))
+        claims.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))
     with pytest.raises(ValueError, match="ARM-seedN"):
-        evaluation.compare(["runs/other"], [{}], Path(cfg.report))
+        claims.compare(["runs/other"], [{}], Path(cfg.report))
 
 
 def test_towers_load_into_open_clip(runs: list[str]):
