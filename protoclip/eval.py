@@ -217,7 +217,7 @@ def evaluate_run(
             model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype
         )
         flat |= feature_statistics(F.normalize(images, dim=-1), F.normalize(first, dim=-1))
-    return flat, shown
+    return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # top-5 of four classes, say
 
 
 # ------------------------------------------------------------------------------------------------------------ plots

@@ -99,7 +99,6 @@ def create_model(
     projection_dim: int = 128,
     num_layers: int = 1,
     image_size: int | None = None,
-    context_length: int | None = None,
 ) -> ProtoCLIP:
     """A ProtoCLIP on the towers of any open_clip config (`open_clip.list_models()`), randomly initialised.
 
@@ -114,8 +113,6 @@ def create_model(
         raise ValueError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")
     if image_size is not None:
         vision["image_size"] = image_size
-    if context_length is not None:
-        text["context_length"] = context_length
     quick_gelu = "timm_model_name" not in vision
     return ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
 
@@ -179,7 +176,7 @@ def protoclip_loss(
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
     Returns `loss`, its unweighted parts `clip`, `proto`, `external`, and `accuracy_*` in percent.
-    Parts of weight 0 are not computed; their inputs then get zero gradients, as upstream's do (and as
+    Prototypical parts of weight 0 are not computed; their inputs then get zero gradients, as upstream's do (and as
     DistributedDataParallel needs).
     """
     w_clip, w_proto, w_external = (float(weight) for weight in weights)
