@@ -162,7 +162,7 @@ def main(cfg: Config) -> Path:
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
     setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "length", "dim")}
-    made = json.dumps(setting | {"captions": f"{data.stable_hash(*captions):x}"}, sort_keys=True)
+    made = json.dumps(setting | {"captions": data.fingerprint("\n".join(captions).encode())}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
         if str(np.load(out, allow_pickle=False)["made"]) != made:

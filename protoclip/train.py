@@ -294,6 +294,9 @@ def main(cfg: Config) -> Path:
 
     # Data
     episodes = Episodes(cfg)
+    fingerprint = None if episodes.pairs is None else episodes.pairs.fingerprint
+    if state.get("data", fingerprint) != fingerprint:
+        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
     teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
     if teacher is not None and episodes.pairs is not None:  # else a hole would show after the first episode only
         teacher.find(episodes.pairs, np.arange(len(episodes.pairs)))
@@ -327,6 +330,7 @@ def main(cfg: Config) -> Path:
                     "prototypes": parts,
                     "seconds": clock.read(),
                     "commit": commit,
+                    "data": fingerprint,
                     "config": dataclasses.asdict(cfg),
                 },
             )

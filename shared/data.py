@@ -180,6 +180,7 @@ class Shards:
         self.keys = np.array([key for shard in shards for key in shard.keys], dtype=np.str_)[:limit]
         self._shard = np.repeat(np.arange(len(shards)), [len(shard.keys) for shard in shards])[:limit]
         self._spans = np.concatenate([shard.spans for shard in shards])[:limit]
+        self.fingerprint = fingerprint(self.keys.tobytes(), self._spans.tobytes())
         if not len(self.keys):
             raise ValueError(f"no readable image-text pair in {', '.join(map(str, paths[:3]))}")
 
@@ -225,6 +226,7 @@ class TSV:
         self._captions = b"".join(captions)  # one string and offsets: shared by loader processes, no copy of each
         self._ends = np.cumsum([len(caption) for caption in captions])
         self.keys = np.array([file for _, file in rows], dtype=np.str_)  # the image's path is the sample's key
+        self.fingerprint = fingerprint(self.keys.tobytes(), self._captions)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -289,6 +291,14 @@ def batches(
 def stable_hash(*parts: int | str) -> int:
     """A 63-bit seed from its parts, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fingerprint(*parts: bytes) -> str:
+    """Tells one data set from another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def watch(batches: Iterable, broken: list[Broken]) -> Iterable:

@@ -507,6 +507,18 @@ def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path]
     assert result.code == 2 and "checkpoint.pt is not a checkpoint" in result.err and one_sentence(result.err)
 
 
+def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
+    shard, out = tmp_path / "shard.tar", tmp_path / "run"
+    shutil.copy(SHARDS / "00000.tar", shard)
+    arguments = ["emoji-clip", *TINY, "--data", shard, "--out", out]
+    assert in_process(*arguments).code == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"episode": 1}, out / "checkpoint.pt")  # as if it had stopped early
+    shutil.copy(SHARDS / "00001.tar", shard)
+    result = in_process(*arguments)
+    assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
+
+
 def test_one_real_process_and_help_documents_every_field():
     command = [sys.executable, "-m", "protoclip.train", "emoji", "--help"]
     environment = os.environ | ENVIRONMENT | {"COLUMNS": "300"}
