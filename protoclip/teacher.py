@@ -165,7 +165,8 @@ def main(cfg: Config) -> Path:
     made = json.dumps(setting | {"captions": data.fingerprint("\n".join(captions).encode())}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
-        if str(np.load(out, allow_pickle=False)["made"]) != made:
+        kept = np.load(out, allow_pickle=False)
+        if "made" not in kept.files or str(kept["made"]) != made:
             raise ValueError(
                 f"{out} was made from other captions or with other settings: remove it, or choose another --out"
             )
