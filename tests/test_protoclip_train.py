@@ -435,7 +435,7 @@ ERRORS = {
     "unknown model": (["emoji", "--model", "RN51"], "model 'RN51' is no open_clip config"),
     "model without a plain text tower": (["emoji", "--model", "ViT-B-16-SigLIP"], "custom text tower"),
     "more prototypes than samples": (["emoji", "--k", "161"], "--k 161 prototypes"),
-    "less than a batch": (["emoji", "--episode-size", "31"], "--episode-size 31 is less than one global batch"),
+    "less than a batch": (["emoji", "--episode-size", "31"], "--episode-size 31 is less than one batch of 32"),
     "LiT too late": (["emoji", "--lit-start", "4"], "--lit-start 4 is not in 2..3"),
     "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
@@ -454,6 +454,8 @@ def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
     def call(*arguments, module: str = "protoclip.train") -> Ended:
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         monkeypatch.delitem(sys.modules, module, raising=False)
+        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
+        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
             code = 0
