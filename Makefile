@@ -35,43 +35,28 @@ $(VENV)/.installed-%: $(VENV)/.installed-base
 data: $(VENV)/.installed-base
 	$(PY) -m shared.emoji --out data/emoji
 
-# ---- ProtoCLIP; arms: CLIP, CLIP with the other augmentation, + prototypes, + back translation, + external teacher
-PROTOCLIP_ARMS_core = clip clip-light-aug proto-no-pbt proto-pbt protoclip
-PROTOCLIP_ARMS_all  = $(PROTOCLIP_ARMS_core) clip-equal-time
-protoclip/clip             = emoji-clip
-protoclip/clip-light-aug   = emoji-clip --augmentation light
-protoclip/clip-equal-time  = emoji-clip --episodes 58
-protoclip/proto-no-pbt     = emoji --w-external 0 --no-back-translate
-protoclip/proto-pbt        = emoji --w-external 0
-protoclip/protoclip        = emoji
-PROTOCLIP_ARMS = $(or $(PROTOCLIP_ARMS_$(ARMS)),$(ARMS))
-PROTOCLIP_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(PROTOCLIP_ARMS),runs/protoclip/$(arm)-seed$(seed)))
-
-# Runs of one thread side by side use the cores better than one run of many threads, half of whose time is decoding.
-reproduce-protoclip: $(VENV)/.installed-protoclip data
-	$(if $(filter-out $(PROTOCLIP_ARMS_all),$(PROTOCLIP_ARMS)),$(error ARMS is core, all, or some of: $(PROTOCLIP_ARMS_all)))
-	$(PY) -m protoclip.teacher minilm
-	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(PROTOCLIP_RUNS)
-	$(PY) -m protoclip.eval $(PROTOCLIP_RUNS) --report $(or $(RESULTS),runs/protoclip/results.json)
-
-runs/protoclip/%: FORCE
-	$(PY) -m protoclip.train $(protoclip/$(firstword $(subst -seed, ,$*))) --seed $(lastword $(subst -seed, ,$*)) --out $@
+# ---- one reproduce.mk a folder: its arms, the presets and flags they stand for, and how they are trained and compared
+include $(wildcard */reproduce.mk)
+FOLDERS = $(patsubst %/reproduce.mk,%,$(wildcard */reproduce.mk))
+empty  :=
+comma  := ,
+EXTRAS = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
 # ---- checks
-test: $(VENV)/.installed-protoclip,test data
+test: $(VENV)/.installed-$(EXTRAS),test data
 	$(PY) -m protoclip.teacher minilm
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PY) -m pytest -q
 
-parity-%: $(VENV)/.installed-%,test
+parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
-	$(PY) -m pytest -q -s tests/parity/test_$*.py --upstream $(UPSTREAM)
+	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py --upstream $(UPSTREAM)
 
 bench-%: $(VENV)/.installed-%,test
-	$(PY) -m tests.bench.$* $(if $(UPSTREAM),--upstream $(UPSTREAM))
+	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM))
 
 clean:
 	rm -rf runs data
 
-readme: $(VENV)/.installed-protoclip
-	$(PY) -m shared.report protoclip
+readme: $(VENV)/.installed-base
+	for folder in $(FOLDERS); do $(PY) -m shared.report $$folder || exit; done
