@@ -21,7 +21,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +31,7 @@ from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, creat
 from protoclip.teacher import Teacher
 from shared import data, run
 from shared.evalsets import EvalSet
+from shared.run import gather
 from shared.zeroshot import build_classifier, classification_metrics, extract_image_features
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
@@ -112,22 +112,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------ one episode's passes
-
-
-def gather(features: Tensor, with_grad: bool = True) -> Tensor:
-    """Rows of all ranks, in rank order: (B, D) -> (W*B, D). U:training/loss.py:15, U:training/distributed.py:12.
-
-    `with_grad`: gradients flow to every rank's rows, and W processes equal one with W times the batch after DDP's
-    averaging. Without (upstream's default) only the own rows carry gradient, which makes the encoders' W times smaller.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    if with_grad and features.requires_grad:
-        return torch.cat(torch.distributed.nn.all_gather(features))
-    gathered = [torch.zeros_like(features) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, features.detach().contiguous())
-    gathered[dist.get_rank()] = features
-    return torch.cat(gathered)
 
 
 def gather_output(output: ProtoCLIPOutput) -> ProtoCLIPOutput:
