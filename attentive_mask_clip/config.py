@@ -122,14 +122,14 @@ EMOJI = Config(
     model="emoji",
     ema_momentum=0.95,
     augmentation="mild",
-    epochs=24,
+    epochs=12,
     batch_size=128,
     lr=1e-3,
     lr_end=1e-5,
     weight_decay=0.2,
     workers=0,
     save_every=200,
-    eval_every=4,
+    eval_every=2,
 )
 
 
