@@ -30,9 +30,8 @@ from protoclip.episodes import EpisodeDataset, Episodes, episode_loader, image_t
 from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
 from protoclip.teacher import Teacher
 from shared import data, run
-from shared.evalsets import EvalSet
 from shared.run import gather
-from shared.zeroshot import build_classifier, classification_metrics, extract_image_features
+from shared.zeroshot import quick_top1
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -234,18 +233,6 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     print(f"                   {weights:.1f} weights, gradients, AdamW, prototypes; {activations:.1f} activations")
 
 
-def quick_zero_shot(model: nn.Module, cfg: Config, tokenizer, device: torch.device, precision: str) -> float:
-    """Top-1 (percent) on `eval_set` with bare class names as prompts: a point of the learning curve, not a result."""
-    was_training = model.training
-    model.eval()
-    eval_set = EvalSet(cfg.eval_set, image_transform(image_side(model), train=False))
-    dtype = run.DTYPES[precision]
-    classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, dtype)
-    features, labels = extract_image_features(model.encode_image, eval_set.batches(256), device, dtype)
-    model.train(was_training)
-    return classification_metrics(features, labels, classifier)["top1"]
-
-
 def main(cfg: Config) -> Path:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
@@ -363,7 +350,8 @@ def main(cfg: Config) -> Path:
 
         if cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or episode + 1 == cfg.episodes) and process.main:
             with clock.paused():
-                top1 = quick_zero_shot(model, cfg, tokenizer, process.device, precision)
+                view = image_transform(size, train=False)
+                top1 = quick_top1(model, tokenizer, view, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_episode * (episode + 1), episode=episode, seconds=clock.read(), zero_shot_top1=top1)
         if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
             print(f"episode {episode + 1}: {line}")

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import open_clip
 import torch
@@ -25,6 +26,7 @@ import torch.distributed.nn
 from open_clip_train.distributed import init_distributed_device_so
 from tqdm import tqdm
 
+matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
 
 
