@@ -45,7 +45,8 @@ def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
 def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
     """Mean of 2 - 2 cos(pred, target) over rows (M, S). `ACLIP` stops the target's gradient. U:losses.py:52."""
-    return (2 - 2 * F.cosine_similarity(pred.float(), target.float(), dim=-1)).mean()
+    pred, target = F.normalize(pred.float(), dim=-1), F.normalize(target.float(), dim=-1)
+    return (2 - 2 * (pred * target).sum(-1)).mean()
 
 
 def accuracy(image: Tensor, text: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def attentive_keep_ids(scores: Tensor, keep_ratio: float = 0.5, block: int = 2, 
     if grid * grid != scores.shape[1] or grid % block:
         raise ValueError(f"{scores.shape[1]} patches are no square grid that blocks of {block} x {block} tile")
     side = grid // block
-    blocks = scores.unflatten(1, (side, block, side, block)).mean((2, 4)).flatten(1)
+    blocks = scores.unflatten(1, (side, block, side, block)).mean(4).mean(2).flatten(1)  # rounds as upstream's resize
     order = blocks.argsort(dim=1, descending=drop == "low", stable=True)
     kept = order[:, : int(side * side * keep_ratio) + 1]
     within = torch.arange(block, device=scores.device)
@@ -117,13 +117,13 @@ def random_keep_ids(noise: Tensor, keep_ratio: float = 0.5) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- towers
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings (1, 1+n*n, D), [CLS] first, -> (1, 1+grid*grid, D), bicubic. U:utils.py:331."""
+def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings (1, 1+n*n, D), [CLS] first, -> (1, 1+height*width, D), bicubic. U:utils.py:331."""
     n = math.isqrt(pos_embed.shape[1] - 1)
-    if n == grid:
+    if height == width == n:
         return pos_embed
     patches = pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2).float()
-    patches = F.interpolate(patches, (grid, grid), mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, (height, width), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed)], dim=1)
 
 
@@ -162,39 +162,47 @@ class MaskedViT(nn.Module):
         self.patch_embed.proj.requires_grad_(not freeze_patch_proj)
 
     def forward(
-        self, images: Tensor, keep_ids: Tensor | None = None, return_scores: bool = False
+        self, images: Tensor, keep_ids: Tensor | None = None, return_scores: bool = False, cls_only: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, H, W), keep_ids (B, K) -> tokens (B, 1+K, D) after the last LayerNorm, scores (B, N) or None.
 
-        Without keep_ids all N patches are kept; for H, W other than image_size, position embeddings are resized.
+        In eval mode keep_ids are ignored (U:models.py:580), as without them all N patches are kept. For H, W other than
+        image_size, position embeddings are resized. With `cls_only` tokens are (B, 1, D), [CLS] alone, and the last
+        block leaves out what only the others would need.
         """
         x = self.patch_embed(images)  # (B, N, D)
-        pos_embed = resize_pos_embed(self.pos_embed, math.isqrt(x.shape[1]))
+        pos_embed = resize_pos_embed(self.pos_embed, *self.patch_embed.dynamic_feat_size(images.shape[2:]))
         x = x + pos_embed[:, 1:]
-        if keep_ids is not None:
+        if keep_ids is not None and self.training:
             x = x.gather(1, keep_ids[..., None].expand(-1, -1, x.shape[2]))
         x = torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        if not return_scores:
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x), None
         rows = []
-        for block in self.blocks:
-            x, row = block_with_cls_attention(block, x)
-            rows.append(row)
-        return self.norm(x), torch.stack(rows).mean((0, 2))[:, 1:].detach()
+        for i, block in enumerate(self.blocks, 1):
+            last = cls_only and i == len(self.blocks)
+            if return_scores or last:
+                x, row = block_with_cls_attention(block, x, last)
+                rows.append(row)
+            else:
+                x = block(x)
+        return self.norm(x), torch.stack(rows).mean((0, 2))[:, 1:] if return_scores else None
 
 
-def block_with_cls_attention(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor]:
     """A ViT block on (B, L, D), and how its [CLS] attends: (B, heads, L) float32, softmaxed. U:models.py:505.
 
     The row alone is computed beside the fused attention; upstream keeps the whole (B, heads, L, L) map of every layer.
+    `cls_only`: the block's output for [CLS], (B, 1, D); the other tokens give it their keys and values.
     """
-    attn, (B, L, D) = block.attn, x.shape
-    q, k, v = attn.qkv(block.norm1(x)).view(B, L, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    row = ((q[:, :, :1] * attn.scale) @ k.mT).float().softmax(dim=-1)[:, :, 0]
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
-    x = x + attn.proj(y)
+    attn, D, h = block.attn, x.shape[2], block.norm1(x)
+    if cls_only:
+        x, weight, bias = x[:, :1], attn.qkv.weight, attn.qkv.bias
+        q = F.linear(h[:, :1], weight[:D], bias[:D])
+        k, v = F.linear(h, weight[D:], bias[D:]).chunk(2, dim=-1)
+    else:
+        q, k, v = attn.qkv(h).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+    row = ((q[:, :, :1].detach() * attn.scale) @ k.detach().mT).float().softmax(dim=-1)[:, :, 0]
+    x = x + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return x + block.mlp(block.norm2(x)), row
 
 
@@ -296,7 +304,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E), not normalised; all patches."""
-        return self.visual(images)[0][:, 0] @ self.image_projection
+        return self.visual(images, cls_only=True)[0][:, 0] @ self.image_projection
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T <= context_length) -> (B, E), not normalised."""
@@ -331,7 +339,7 @@ class SLIP(CLIP):
 
     def forward(self, images: Tensor, tokens: Tensor, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
         """All images (B, 3, H, W) -> CLIP's outputs and aug1_embed, aug2_embed (B, S); one BatchNorm batch a view."""
-        cls = self.visual(torch.cat([images, aug1, aug2]))[0][:, 0]
+        cls = self.visual(torch.cat([images, aug1, aug2]), cls_only=True)[0][:, 0]
         cls_image, cls_1, cls_2 = cls.chunk(3)
         return {
             "image_embed": cls_image @ self.image_projection,
@@ -398,8 +406,8 @@ class ACLIP(CLIP):
     def encode_image(self, images: Tensor, keep_ids: Tensor | None = None, ema: bool = False) -> Tensor:
         """(B, 3, H, W) -> (B, E), not normalised; online or EMA tower."""
         if ema:
-            return self.visual_ema(images, keep_ids)[0][:, 0] @ self.image_projection_e
-        return self.visual(images, keep_ids)[0][:, 0] @ self.image_projection
+            return self.visual_ema(images, keep_ids, cls_only=True)[0][:, 0] @ self.image_projection_e
+        return self.visual(images, keep_ids, cls_only=True)[0][:, 0] @ self.image_projection
 
     def encode_text(self, tokens: Tensor, ema: bool = False) -> Tensor:
         if ema:
@@ -434,13 +442,14 @@ class ACLIP(CLIP):
         outputs, scores, keep_ids = {}, None, None
         if self.needs_ema_view:
             with torch.no_grad():  # the stop-gradient of BYOL's target
-                tokens_e, scores = self.visual_ema(ema_view, return_scores=self.mask in ("attentive", "high"))
+                scored = self.mask in ("attentive", "high")
+                cls_e, scores = self.visual_ema(ema_view, return_scores=scored, cls_only=True)
                 if self.ssl:
-                    outputs["byol_feats_e"] = self.im_proj_byol_e(tokens_e[:, 0])
+                    outputs["byol_feats_e"] = self.im_proj_byol_e(cls_e[:, 0])
         if self.training:
             patches = (views.shape[2] // self.patch_size) * (views.shape[3] // self.patch_size)
             keep_ids = self.keep_ids(scores, boxes, torch.rand(len(views), patches, device=views.device))
-        cls = self.visual(views, keep_ids)[0][:, 0]  # (V*B, D)
+        cls = self.visual(views, keep_ids, cls_only=True)[0][:, 0]  # (V*B, D)
         if self.ssl:
             outputs["image_ssl_embed"] = self.image_mlp(cls)
             outputs["byol_feats"] = self.im_pred_byol(self.im_proj_byol(cls))
@@ -476,7 +485,10 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
                 state = torch.load(state, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path_or_dict} does not load with weights_only=True ({type(error).__name__})") from error
-    weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path_or_dict} holds no weights")
+    weights = {key.removeprefix("module."): value for key, value in state.items()}
     if type(model) is CLIP:
         weights = {key: value for key, value in weights.items() if not key.startswith("image_mlp.")}
     try:
