@@ -55,8 +55,8 @@ class Config:
     """cross: SimCLR between the two views. same: view 1 with itself, as the released code has it."""
     released_boxes: bool = False
     """EMA boxes by the released formula, which may leave parts of the views out; off: they cover both views."""
-    augmentation: Literal["paper", "mild"] = "paper"
-    """paper: each method's own. mild: little brightness and contrast in all views of all methods, no flip or grey."""
+    augmentation: Literal["paper", "crop"] = "paper"
+    """paper: each method's own. crop: crops alone, for all methods (colour and direction tell emoji apart)."""
 
     epochs: int = 25
     """Passes over the data."""
@@ -121,7 +121,7 @@ EMOJI = Config(
     data="data/emoji/train",
     model="emoji",
     ema_momentum=0.95,
-    augmentation="mild",
+    augmentation="crop",
     epochs=12,
     batch_size=128,
     lr=1e-3,
