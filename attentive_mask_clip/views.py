@@ -141,7 +141,7 @@ class ViewDataset(Dataset):
         pair = data.read_or_next(self.pairs, int(i), broken)
         torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
         views = cfg.views if cfg.method == "aclip" else 1
-        boxes = three_boxes(pair.image, released_boxes=cfg.released_boxes and views == 2, views=views)
+        boxes = three_boxes(pair.image, (cfg.crop_scale, 1.0), cfg.released_boxes and views == 2, views)
         images = [self.online(crop(pair.image, box, self.size)) for box in boxes[:-1]]
         if self.ema_view:
             images.append(self.plain(crop(pair.image, boxes[-1], cfg.ema_image_size or self.size)))
