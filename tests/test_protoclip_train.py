@@ -248,7 +248,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
     for a, b in zip(metrics(one), metrics(two), strict=True):
         for name in a.keys() - {"modality_gap"}:  # of the local batch, as upstream's
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
-    # TINY has a large Adam eps, as the golden episodes: else the rounding of a vanishing gradient becomes a visible step
+    # TINY has the golden episodes' large Adam eps: else the rounding of a vanishing gradient becomes a visible step
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
