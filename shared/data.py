@@ -187,6 +187,10 @@ class Shards:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def rows_of(self, shard: int) -> range:
+        """Rows of the samples in the shard `paths[shard]`, which follow each other."""
+        return range(*np.searchsorted(self._shard, (shard, shard + 1)).tolist())
+
     def read(self, row: int) -> Pair:
         """Pair of that row. Raises BrokenSample."""
         offset, size, text_offset, text_size = self._spans[row].tolist()

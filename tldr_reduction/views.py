@@ -1,0 +1,198 @@
+"""Images as the stages see them, and the data sets that read them.
+
+BLIP's code: salesforce/BLIP@056a169, cited as `BLIP:`; authors' code showlab/datacentric.vlp@a488102, cited as `U:`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torchvision.transforms.functional as vision
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from shared import data, run
+from tldr_reduction.text import PROMPT, WordPiece, pre_caption
+
+# ------------------------------------------------------------------------------------------------------- transforms
+
+
+def eval_transform(size: int) -> transforms.Compose:
+    """PIL RGB -> normalised (3, S, S): bicubic to a square, aspect ratio not kept. BLIP:data/__init__.py:26."""
+    return transforms.Compose([transforms.Resize((size, size), InterpolationMode.BICUBIC), *_to_tensor()])
+
+
+def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augment: bool = True) -> transforms.Compose:
+    """Random crop (scale 0.2-1 in pre-training, 0.5-1 otherwise), flip, `RandomAugment`. BLIP:data/__init__.py:18."""
+    steps = [transforms.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)]
+    steps += [transforms.RandomHorizontalFlip()] * flip + [RandomAugment()] * augment
+    return transforms.Compose([*steps, *_to_tensor()])
+
+
+def _to_tensor() -> list:
+    return [
+        transforms.ToTensor(),
+        transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
+    ]
+
+
+class RandomAugment:
+    """Two operations of BLIP's ten at level 5 of 10, each carried out with probability 0.5; grey fill.
+
+    U:transform/randaugment.py. No operation changes colours, of which captions speak. At this level brightness and
+    sharpness have factor 1.0, which is to do nothing; so they are the identity here.
+    """
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for operation in torch.randint(0, 10, (2,)).tolist():
+            if torch.rand(1) > 0.5:
+                continue
+            sign = 1 if torch.rand(1) < 0.5 else -1
+            if operation == 0:
+                image = vision.autocontrast(image)
+            elif operation == 1:
+                image = vision.equalize(image)
+            elif operation == 2:
+                image = vision.rotate(image, sign * 15, fill=[128] * 3)
+            elif operation in (3, 4):  # shear by 0.15, pixels per pixel
+                affine = (1, sign * 0.15, 0, 0, 1, 0) if operation == 3 else (1, 0, 0, sign * 0.15, 1, 0)
+                image = image.transform(image.size, Image.Transform.AFFINE, affine, fillcolor=(128,) * 3)
+            elif operation in (5, 6):  # shift by 5 pixels
+                affine = (1, 0, sign * 5, 0, 1, 0) if operation == 5 else (1, 0, 0, 0, 1, sign * 5)
+                image = image.transform(image.size, Image.Transform.AFFINE, affine, fillcolor=(128,) * 3)
+        return image
+
+
+# -------------------------------------------------------------------------------------------------------- data sets
+
+
+class Annotations:
+    """Pairs of a JSON list of {"image": path below `root`, "caption": text}, the authors' form of a data set."""
+
+    def __init__(self, path: str, root: str | None = None, limit: int | None = None, strict: bool = False):
+        self.path, self.strict, self.broken = path, strict, []
+        self.root = Path(root) if root else Path(path).parent
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))[:limit]
+            self.keys = np.array([entry["image"] for entry in entries], dtype=np.str_)
+            self._captions = [entry["caption"] for entry in entries]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path} is no annotation file, a JSON list of {{"image": ..., "caption": ...}}'
+            ) from error
+        if not len(self.keys):
+            raise ValueError(f"{path} has no entry")
+        self.fingerprint = data.fingerprint(self.keys.tobytes(), "\0".join(self._captions).encode())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def caption(self, row: int) -> str:
+        return self._captions[row]
+
+    def read(self, row: int) -> data.Pair:
+        """Pair of that row. Raises BrokenSample."""
+        caption = data.decode_caption(self._captions[row].encode())
+        try:
+            image = (self.root / str(self.keys[row])).read_bytes()
+        except OSError as error:
+            raise data.BrokenSample("missing image") from error
+        return data.Pair(str(self.keys[row]), data.decode_image(image), caption)
+
+
+def open_pairs(spec: str, root: str | None = None, limit: int | None = None, strict: bool = False, cache: str = ""):
+    """Shards or .tsv, as `shared.data.open_pairs`, or an annotation .json."""
+    if spec.endswith(".json"):
+        if not os.path.isfile(spec):
+            raise FileNotFoundError(f"{spec} does not exist")
+        return Annotations(spec, root, limit, strict)
+    return data.open_pairs(spec, limit, strict, Path(cache or "data/cache"))
+
+
+class PairDataset(Dataset):
+    """Item i: row, image (3, S, S), caption as `pre_caption` leaves it, broken samples passed over.
+
+    A view is a function of (seed, i) alone.
+    """
+
+    def __init__(self, pairs, transform, seed: tuple[int, ...], max_words: int = 30):
+        self.pairs, self.transform, self.seed, self.max_words = pairs, transform, seed, max_words
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str, list[data.Broken]]:
+        broken: list[data.Broken] = []
+        pair = data.read_or_next(self.pairs, int(i), broken)
+        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        return int(i), self.transform(pair.image), pre_caption(pair.caption, self.max_words), broken
+
+
+class Collate:
+    """Batches of `PairDataset`: rows (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` goes in front."""
+
+    def __init__(self, tokenizer, max_tokens: int, prompt: str = ""):
+        self.tokenizer, self.max_tokens, self.prompt = tokenizer, max_tokens, prompt
+
+    def __call__(self, items: list) -> tuple[Tensor, Tensor, Tensor, Tensor, list[data.Broken]]:
+        rows, images, captions, broken = zip(*items, strict=True)
+        if isinstance(self.tokenizer, WordPiece):
+            ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_tokens)
+        else:  # open_clip's
+            ids = self.tokenizer(list(captions))
+            mask = (ids != 0).long()
+        return torch.tensor(rows), torch.stack(images), ids, mask, [b for each in broken for b in each]
+
+
+def epoch_loader(cfg, process: run.Process, dataset: PairDataset, tokenizer, start: int = 0) -> DataLoader:
+    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out."""
+    size = cfg.batch_size // process.world_size
+    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches[: len(dataset) // cfg.batch_size - start],
+        num_workers=cfg.workers,
+        collate_fn=Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else ""),
+        pin_memory=process.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
+    )
+
+
+class Rows(Dataset):
+    """Given rows in the evaluation transform, in order, nothing substituted: row, image, caption, pixels' hash, reason.
+
+    A broken sample has a blank image and its reason; readable ones have "".
+    """
+
+    def __init__(self, pairs, rows: np.ndarray, transform):
+        self.pairs, self.rows, self.transform = pairs, rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, str]:
+        row = int(self.rows[i])
+        try:
+            pair = self.pairs.read(row)
+        except data.BrokenSample as error:
+            if self.pairs.strict:
+                raise ValueError(f"--strict: sample {self.pairs.keys[row]}: {error}") from error
+            return row, self.transform(Image.new("RGB", (8, 8))), "", 0, str(error)
+        pixels = int(data.fingerprint(repr(pair.image.size).encode(), pair.image.tobytes()), 16)
+        return row, self.transform(pair.image), pair.caption, pixels, ""
+
+
+def rows_loader(pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0) -> DataLoader:
+    """Batches (rows (b,), images, captions, hashes, reasons) of `Rows`."""
+
+    def collate(items: list):
+        rows, images, captions, pixels, reasons = zip(*items, strict=True)
+        return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
+
+    return DataLoader(Rows(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate)
