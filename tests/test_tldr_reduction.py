@@ -8,9 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
+from tldr_reduction import checkpoints, cluster, config, output, text
+from tldr_reduction.blip import negative_weights
+from tldr_reduction.eval import itm_histogram, rerank_scores, retrieval_recall
 from tldr_reduction.model import (
     BLIP,
     CodebookCaptioner,
@@ -20,8 +24,27 @@ from tldr_reduction.model import (
     VectorQuantizer,
     VisionTransformer,
     codebook_perplexity,
+    keyword_codebook,
+    rescaled,
     resize_pos_embed,
+    restart_unused,
+    sampled_codebook,
 )
+from tldr_reduction.reduce import (
+    RECIPES,
+    extract_codes,
+    keep_top,
+    kmeans,
+    pre_caption,
+    random_subset,
+    refine_annotations,
+    select_by_distance,
+    select_every_nth,
+    select_fraction,
+    whiten,
+)
+from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
+from tldr_reduction.views import RandomAugment, eval_transform
 
 golden = pytest.mark.golden
 
@@ -221,8 +244,6 @@ def test_itm_itc(case):
 
 @golden("tldr_reduction", "blip_vlp_losses")
 def test_blip_losses(case):
-    from tldr_reduction.blip import negative_weights
-
     model = blip_of(case).train()
     model.bos_token_id, model.enc_token_id = case["bos_token_id"], case["enc_token_id"]
     inputs = case["image"], case["input_ids"], case["attention_mask"], case["alpha"]
@@ -242,3 +263,396 @@ def test_blip_losses(case):
     case.close_group("after/", model.state_dict(), atol=5e-5)
     case.close("weights_t2i", negative_weights(seen["t2i"]), atol=5e-5)
     case.close("weights_i2t", negative_weights(seen["i2t"]), atol=5e-5)
+
+
+@golden("tldr_reduction", "retrieval_rerank")
+def test_rerank_scores(case):
+    model = blip_of(case).eval()
+    model.enc_token_id = case["enc_token_id"]
+    inputs = case["image"], case["input_ids"], case["attention_mask"]
+    for batch_size in (3, 64):
+        to_text, to_image = rerank_scores(model, *inputs, case["k_test"], batch_size)
+        case.close("score_i2t", to_text, atol=2e-5)
+        case.close("score_t2i", to_image, atol=2e-5)
+
+
+@golden("tldr_reduction", "retrieval_metrics")
+def test_retrieval_recall(case):
+    c = case["captions_per_image"]
+    n, m = case["scores_i2t"].shape
+    own = torch.arange(m).view(n, c)
+    metrics = retrieval_recall(case["scores_i2t"], case["scores_t2i"], torch.arange(m) // c, own)
+    for name, value in metrics.items():
+        case.close(name, value, atol=1e-4)
+    assert set(metrics) == {name for name in case if "_r" in name and name[:3] in ("txt", "img", "r_m")}
+
+
+# -------------------------------------------------------------------------------------- golden: schedules, transforms
+
+
+@golden("tldr_reduction", "schedules")
+def test_schedules(case):
+    rates = [case[name] for name in ("init_lr", "min_lr", "warmup_lr", "warmup_steps", "lr_decay_rate")]
+    epochs, steps = case["pretrain_lr"].shape
+    grid = [(epoch, step) for epoch in range(epochs) for step in range(steps)]
+    lr = torch.tensor([warmup_step_lr(*at, *rates) for at in grid], dtype=torch.float64)
+    case.close("pretrain_lr", lr.view(epochs, steps), rtol=1e-6)
+    ramp = [alpha_ramp(*at, case["steps_per_epoch"], case["alpha"]) for at in grid]
+    case.close("alpha_ramp", torch.tensor(ramp, dtype=torch.float64).view(epochs, steps), rtol=1e-6)
+    last, ends = case["finetune_max_epoch"], (case["finetune_init_lr"], case["finetune_min_lr"])
+    case.close("finetune_lr", torch.tensor([cosine_lr(e, last, *ends) for e in range(last)]).double(), rtol=1e-6)
+
+
+@golden("tldr_reduction", "eval_transform")
+def test_eval_transform(case):
+    image = Image.fromarray(case["image_uint8_hwc"].numpy().astype(np.uint8))
+    case.close("out", eval_transform(case["image_size"])(image), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- golden: reduction
+
+
+@golden("tldr_reduction", "kmeans_codes")
+def test_kmeans_codes(case):
+    ours, theirs = whiten(case["codes"], case["pca_dim"]), case["features"]
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=3e-4)
+    assert np.random.RandomState(case["np_random_seed"]).randint(1234) == case["faiss_seed"]
+    for start in ({"init_index": case["init_index"]}, {"seed": case["faiss_seed"]}):
+        assignment, centroids, objective = kmeans(theirs, case["k"], niter=case["niter"], **start)
+        case.close("assignment", assignment)
+        case.close("centroids", centroids, atol=1e-4)
+        case.close("objective", objective, rtol=1e-4)
+        case.close("final_objective", objective[-1], rtol=1e-4)
+    case.close("dist2_to_centroid", cluster.nearest(theirs, centroids)[1], atol=1e-4)
+    case.close("cluster_sizes", torch.bincount(assignment, minlength=case["k"]))
+
+
+@golden("tldr_reduction", "selection")
+def test_selection(case):
+    selected = select_every_nth(case["assignment"], case["num_clusters"], case["every_n"])
+    case.close("selected", selected)
+    case.close("selected_and_itm", selected[torch.isin(selected, case["itm_keep_index"])])
+    assert torch.equal(select_fraction(case["assignment"], case["num_clusters"], 1 / case["every_n"]), selected)
+
+
+@golden("tldr_reduction", "caption_merge")
+def test_caption_merge(case):
+    merged = refine_annotations(case.json["original_rows"], case.json["generated"], case.json["success"])
+    assert merged == case.json["expected"]
+
+
+@golden("tldr_reduction", "pre_caption")
+def test_pre_caption(case):
+    assert [pre_caption(c["caption"], c["max_words"]) for c in case.json] == [c["expected"] for c in case.json]
+
+
+# -------------------------------------------------------------------------------------------------------- properties
+
+
+def tiny_captioner(vocab=30, num_codes=20, code_dim=8, quantize=True) -> CodebookCaptioner:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(num_codes, code_dim) if quantize else None
+    text = TextTransformer(vocab, 16, 2, 4, 24, 16, dropout=0.0)
+    return CodebookCaptioner(VisionTransformer(16, 8, 16, 2, 4), text, quantizer, sep_token_id=3)
+
+
+def test_ties_go_to_the_lowest_code():
+    quantize = VectorQuantizer(6, 4)
+    with torch.no_grad():
+        quantize.embedding.weight.copy_(torch.ones(6, 4))
+    assert quantize(torch.randn(2, 3, 4))[2].eq(0).all()
+
+
+def test_quantizer_gradients_by_autograd():
+    """The closed-form gradients are those of the written-out losses, with the straight-through estimator."""
+    torch.manual_seed(0)
+    for legacy in (True, False):
+        quantize = VectorQuantizer(7, 4, 0.3, legacy)
+        z, w = leaf(torch.randn(3, 5, 8)), torch.randn(3, 5, 8)
+        z_q, loss, codes = quantize(z)
+        ours = torch.autograd.grad(loss + (w * z_q).sum(), [z, quantize.embedding.weight])
+        q = quantize.embedding(codes).view(z.shape)
+        first, second = F.mse_loss(q.detach(), z), F.mse_loss(q, z.detach())
+        written = first + 0.3 * second if legacy else 0.3 * first + second
+        theirs = torch.autograd.grad(written + (w * (z + (q - z).detach())).sum(), [z, quantize.embedding.weight])
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_quantizer_is_fp32_under_autocast():
+    quantize = VectorQuantizer(7, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z_q, loss, _ = quantize(torch.randn(2, 3, 4).bfloat16())
+    assert z_q.dtype == loss.dtype == torch.float32
+
+
+def test_codes_must_divide_the_width():
+    with pytest.raises(ValueError, match="width 6 cannot be cut into codes of 4"):
+        VectorQuantizer(7, 4)(torch.randn(2, 3, 6))
+
+
+def test_keyword_codebook():
+    captions = ["A red car!", "the red car; a dog", "red dog and the car", "dog"]
+    seen = []
+
+    def embed(words):
+        seen.append(words)
+        return torch.arange(len(words))[:, None].expand(-1, 3)
+
+    codebook = keyword_codebook(captions, 4, embed)
+    assert seen == [["car", "dog", "red", "red car"]] and codebook.shape == (4, 3)  # by count, then by name
+    keyword_codebook(reversed(captions), 4, embed)
+    assert seen[0] == seen[1]
+    with pytest.raises(ValueError, match="keywords, fewer than 99 codes"):
+        keyword_codebook(captions, 99, embed)
+
+
+def test_rescaled_and_restarted_codebooks():
+    torch.manual_seed(0)
+    tokens = 3 + 2 * torch.randn(500, 8)
+    codebook = rescaled(torch.randn(64, 8) * 0.02, tokens)
+    torch.testing.assert_close(codebook.mean(0), tokens.mean(0))
+    assert 1.8 < codebook.std() < 2.2
+    sampled = sampled_codebook(tokens, 64, torch.Generator().manual_seed(1))
+    assert all((tokens == code).all(1).any() for code in sampled) and len(sampled.unique(dim=0)) == 64
+    assert len(sampled_codebook(tokens[:10], 64, torch.Generator())) == 64
+    quantize = VectorQuantizer(64, 8)
+    used = torch.bincount(quantize(tokens[None])[2].flatten(), minlength=64)
+    before = codebook_perplexity(quantize(tokens[None])[2], 64)
+    assert restart_unused(quantize, used, tokens, torch.Generator().manual_seed(1)) == int((used == 0).sum())
+    assert codebook_perplexity(quantize(tokens[None])[2], 64) > before
+
+
+def test_ema_quantizer_starts_sane():
+    """With cluster sizes that start at 1, one step does not blow the codes up."""
+    torch.manual_seed(0)
+    quantize = EMAVectorQuantizer(8, 4)
+    quantize(torch.randn(4, 5, 4))
+    assert quantize.weight.abs().max() < 10
+
+
+def test_generation_by_hand():
+    """Beams of the cached decoder against exhaustive scoring without cache; greedy follows the argmax."""
+    model = tiny_captioner(quantize=False).eval()
+    torch.manual_seed(1)
+    image, prompt = torch.randn(3, 3, 16, 16), torch.tensor([2, 5, 6, 3])
+    states = model.image_states(image)[0]
+    ids = model.generate(image, prompt, 1, 9, 4)
+    assert ids[:, 0].eq(28).all() and ids[:, 1:3].eq(torch.tensor([5, 6])).all()
+    row = torch.tensor([[28, 5, 6]])
+    while row.shape[1] < 9 and row[0, -1] != 3:
+        logits = model.text_decoder(row, torch.ones_like(row), states[:1])[0, -1]
+        if row.shape[1] < 4:
+            logits[3] = -torch.inf
+        row = torch.cat([row, logits.argmax().view(1, 1)], 1)
+    assert ids[0, : row.shape[1]].tolist() == row[0].tolist()
+    assert torch.equal(
+        model.generate(image, prompt, 3, 9, 4)[:1, :5], model.generate(image[:1], prompt, 3, 9, 4)[:, :5]
+    )
+    torch.manual_seed(0)
+    sampled = model.generate(image, prompt, max_length=9, min_length=5, sample=True, top_p=0.5)
+    assert sampled.shape[0] == 3 and sampled.shape[1] <= 9
+    with pytest.raises(ValueError, match="max-length 3 must exceed"):
+        model.generate(image, prompt, 3, 3)
+
+
+def test_extract_codes_is_by_index():
+    model = tiny_captioner()
+    images = torch.randn(5, 3, 16, 16)
+    codes = extract_codes(model, [(torch.tensor([3, 1]), images[[3, 1]]), (torch.tensor([0, 4, 2]), images[[0, 4, 2]])])
+    assert codes.dtype == np.uint16 and codes.shape == (5, 5 * 2)
+    assert np.array_equal(codes, model.encode(images).numpy())
+    many = CodebookCaptioner(model.visual_encoder, model.text_decoder, VectorQuantizer(70_000, 8))
+    assert extract_codes(many, [(torch.arange(5), images)]).dtype == np.int32
+
+
+def test_whitening_of_constant_positions():
+    codes = torch.randint(0, 50, (200, 12), generator=torch.Generator().manual_seed(0))
+    codes[:, 3], codes[:, 7] = 9, codes[:, 2]  # constant, and rank-deficient
+    features = whiten(codes, 256)
+    assert features.shape == (200, 10) and features.isfinite().all()
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(200))
+    constant = whiten(torch.full((20, 4), 7), 256)
+    assert constant.isfinite().all() and constant.shape == (20, 1)
+    assignment, _, _ = kmeans(constant, 3)
+    assert assignment.max() < 3
+
+
+def test_clusters_in_chunks(monkeypatch):
+    codes = torch.randint(0, 9, (900, 10), generator=torch.Generator().manual_seed(0)).numpy().astype(np.uint16)
+    whole = cluster.cluster_codes(codes, 12)
+    monkeypatch.setattr(cluster, "CHUNK", 64)
+    parts = cluster.cluster_codes(codes, 12)
+    assert (whole.assignment == parts.assignment).float().mean() > 0.99
+    assert cluster.cluster_codes(codes, 12, points_per_centroid=20).assignment.shape == (900,)
+    with pytest.raises(ValueError, match="cannot make 901 clusters"):
+        kmeans(torch.randn(900, 2), 901)
+
+
+def test_selections():
+    generator = torch.Generator().manual_seed(0)
+    assignment = torch.randint(0, 7, (300,), generator=generator)
+    assignment[assignment == 4] = 5  # an empty cluster
+    sizes = torch.bincount(assignment, minlength=7)
+    for n in (1, 2, 4, 1000):
+        kept = select_every_nth(assignment, 7, n)
+        assert torch.equal(torch.bincount(assignment[kept], minlength=7), -(-sizes // n))
+    for fraction in (0.22, 0.167, 0.5, 1.0):
+        kept = select_fraction(assignment, 7, fraction)
+        assert torch.equal(torch.bincount(assignment[kept], minlength=7), (sizes * fraction - 1e-4).ceil().long())
+    dist2 = torch.rand(300, generator=generator)
+    far, near = (select_by_distance(assignment, dist2, 7, 0.25, largest) for largest in (True, False))
+    assert torch.equal(torch.bincount(assignment[far], minlength=7), -(-sizes // 4))
+    for c in range(7):
+        members = dist2[assignment == c].sort().values
+        assert torch.equal(dist2[near[assignment[near] == c]].sort().values, members[: -(-len(members) // 4)])
+        assert torch.equal(
+            dist2[far[assignment[far] == c]].sort().values, members[len(members) - -(-len(members) // 4) :]
+        )
+    assert torch.equal(random_subset(100, 0.25, 3), random_subset(100, 0.25, 3))
+    assert not torch.equal(random_subset(100, 0.25, 3), random_subset(100, 0.25, 4))
+    assert len(random_subset(100, 0.25, 3).unique()) == 25
+    assert keep_top(torch.tensor([1.0, 3, 2, 3]), 0.5).tolist() == [False, True, False, True]
+
+
+def test_duplicates():
+    codes = np.random.default_rng(0).integers(0, 99, (500, 20)).astype(np.uint16)
+    codes[7], codes[400] = codes[3], codes[3]
+    first = output.first_of_equal(output.row_hashes(codes, 64))
+    assert first[7] == first[400] == 3 and len(set(first)) == 498
+
+
+def test_repeated_and_unknown_predictions():
+    rows, annotations = [["a", "x_1"], ["b", "2"]], [{"image": "d/1.jpg", "caption": "?"}]
+    generated = [{"image_id": 0, "caption": "c"}, {"image_id": 0, "caption": "d"}, {"image_id": 9, "caption": "e"}]
+    assert refine_annotations(rows, generated, annotations) == [{"image": "d/1.jpg", "caption": "a; c; d"}]
+
+
+def test_itm_histogram_is_a_density():
+    scores = torch.tensor([0.0, 0.05, 0.55, 1.0])
+    assert itm_histogram(scores).tolist() == [5.0, 0, 0, 0, 0, 2.5, 0, 0, 0, 2.5]
+
+
+def test_word_pieces(tmp_path):
+    vocab = text.build_vocab(["a red car", "blue car", "café"])
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(vocab) + "\n")
+    tokenizer = text.WordPiece(path)
+    ids, mask = tokenizer(["a picture of red car", "unknownred"], 30)
+    assert (tokenizer.dec, tokenizer.enc) == (len(vocab), len(vocab) + 1) and len(tokenizer) == len(vocab) + 2
+    assert ids[0, 0] == tokenizer.cls and mask.sum(1).tolist() == [(row != 0).sum() for row in ids]
+    assert tokenizer(["red " * 50], 7)[0].shape == (1, 7) and tokenizer(["red " * 50], 7)[0][0, -1] == tokenizer.sep
+    prompt = tokenizer.prompt_ids("a red ")
+    caption = torch.cat([torch.tensor([[tokenizer.dec]]), tokenizer(["a red blue car"])[0][:, 1:]], 1)
+    assert prompt.tolist() == [tokenizer.cls, *caption[0, 1:3].tolist(), tokenizer.sep]
+    assert tokenizer.decode(caption, "a red ") == ["blue car"]
+    with pytest.raises(FileNotFoundError, match="vocabulary"):
+        text.WordPiece(tmp_path / "missing.txt")
+
+
+def test_augmentation_is_seeded_and_keeps_size():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 30, 3)).astype(np.uint8))
+    seen = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        first = RandomAugment()(image)
+        torch.manual_seed(seed)
+        assert first.size == (30, 24) and first.tobytes() == RandomAugment()(image).tobytes()
+        seen.add(first.tobytes())
+    assert len(seen) > 8
+
+
+def test_blip_queue_wraps_around():
+    model = tiny_blip(queue_size=6)
+    for start in (0, 4, 2):
+        assert int(model.queue_ptr) == start
+        features = F.normalize(torch.randn(4, 8), dim=1)
+        model.enqueue(features, features)
+        assert torch.equal(model.image_queue[:, (start + torch.arange(4)) % 6], features.T)
+    with pytest.raises(ValueError, match="queue of 6 keys is smaller than the batch of 7"):
+        model.enqueue(torch.randn(7, 8), torch.randn(7, 8))
+
+
+def tiny_blip(queue_size=12, vocab=30) -> BLIP:
+    torch.manual_seed(0)
+    texts = [TextTransformer(vocab, 16, 2, 4, 24, 16, dropout=0.0) for _ in range(2)]
+    return BLIP(VisionTransformer(16, 8, 16, 2, 4), *texts, 8, queue_size)
+
+
+def test_decoder_shares_all_but_self_attention():
+    model = tiny_blip()
+    encoder, decoder = dict(model.text_encoder.named_parameters()), dict(model.text_decoder.bert.named_parameters())
+    for name, parameter in encoder.items():
+        assert (decoder[name] is parameter) == (".attention." not in name), name
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_authors_layout_loads(tmp_path):
+    """A file with their keys: momentum copies, queues, position_ids, another grid, a codebook that has no place."""
+    torch.manual_seed(1)
+    source = tiny_captioner()
+    state = {name: torch.randn_like(value) for name, value in source.state_dict().items()}
+    state["text_decoder.cls.predictions.decoder.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
+    state["text_decoder.cls.predictions.decoder.bias"] = state["text_decoder.cls.predictions.bias"]
+    extra = {"text_decoder.bert.embeddings.position_ids": torch.arange(24)[None], "queue_ptr": torch.zeros(1)}
+    extra |= {f"visual_encoder_m.{n}": v for n, v in source.visual_encoder.state_dict().items()}
+    torch.save({"model": state | extra, "epoch": 3}, tmp_path / "theirs.pth")
+    target = CodebookCaptioner(
+        VisionTransformer(24, 8, 16, 2, 4), TextTransformer(30, 16, 2, 4, 24, 16), None, sep_token_id=3
+    )
+    assert checkpoints.load_blip(target, tmp_path / "theirs.pth") == []
+    loaded = target.state_dict()
+    pos_embed = resize_pos_embed(state["visual_encoder.pos_embed"], 3)
+    assert torch.equal(loaded["visual_encoder.pos_embed"], pos_embed)
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded if "pos_embed" not in name)
+    assert checkpoints.load_blip(tiny_captioner(), tmp_path / "theirs.pth") == []
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        checkpoints.load_blip(target, {"model": {"conv1": torch.zeros(1)}})
+
+
+def test_hugging_face_blip_agrees():
+    """transformers' own BLIP as a second opinion: same weights, same matching logits and cosines."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    text_config = sizes | dict(vocab_size=30, max_position_embeddings=24, encoder_hidden_size=16, projection_dim=8)
+    vision_config = sizes | dict(image_size=16, patch_size=8, layer_norm_eps=1e-6)
+    settings = transformers.BlipConfig(text_config=text_config, vision_config=vision_config, image_text_hidden_size=8)
+    theirs = transformers.BlipForImageTextRetrieval(settings).eval()
+    ours = tiny_blip().eval()
+    ours.vision_proj, ours.text_proj = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+    missing = checkpoints.load_blip(ours, theirs.state_dict())
+    assert all(
+        name.startswith(("text_decoder", "image_queue", "text_queue", "queue_ptr", "temp")) or "_m." in name
+        for name in missing
+    ), missing
+    image, ids = torch.randn(3, 3, 16, 16), torch.randint(4, 28, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=image, attention_mask=mask, use_itm_head=True)
+        cosines = theirs(input_ids=ids, pixel_values=image, attention_mask=mask, use_itm_head=False)
+        torch.testing.assert_close(ours.itm(image, ids, mask), expected.itm_score, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.itc(image, ids, mask), cosines.itm_score, rtol=1e-4, atol=1e-5)
+
+
+def test_vision_tower_is_timms():
+    import timm
+
+    tower = VisionTransformer(32, 8, 32, 2, 4).eval()
+    theirs = timm.models.vision_transformer.VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=4).eval()
+    state = theirs.state_dict()
+    tower.load_state_dict({name: state[name] for name in tower.state_dict()})
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(tower(image), theirs.forward_features(image))
+
+
+def test_presets_are_the_tables():
+    assert {"paper", "release_comment", "cc12m", "yfcc15m", "laion40m", "ratio-10", "clusters-10000"} <= set(RECIPES)
+    assert {"captioner", "captioner-paper", "finetune", "blip-cc3m", "blip-laion40m", "clip-cc3m"} <= set(
+        config.PRESETS
+    )
+    assert config.PRESETS["captioner-paper"][1].num_codes == 3000 and config.PRESETS["captioner"][1].num_codes == 1024
+    assert config.PRESETS["blip-laion40m"][1].image_size == 128

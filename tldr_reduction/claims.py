@@ -184,7 +184,7 @@ def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 
 
 
 def plot_fractions(arms: dict[str, dict], out: Path) -> None:
-    """tldr_reduction_fractions.png: accuracy against the kept share, by selection and captions; and by what is dropped."""
+    """tldr_reduction_fractions.png: accuracy against the kept share, by selection and by what is dropped."""
     curves = {
         "TL;DR, equal steps": {10: "tldr10-steps", 25: "tldr-steps", 50: "tldr50-steps", 100: "full-refined"},
         "random, T_o, equal steps": {25: "random-steps", 100: "full"},

@@ -149,7 +149,7 @@ SMALL = dict(
     min_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
 EMOJI = Config(data=POOL, epochs=12, lr_decay_rate=0.85, **SMALL)
-EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=20, lr_decay_rate=0.88, eval_every=4)
+EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=20, lr_decay_rate=0.88, warmup_steps=15, eval_every=4)
 PRESETS = {
     "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
     "emoji-finetune": (

@@ -1,0 +1,557 @@
+"""python -m tldr_reduction.{corpus,train,reduce,eval}, end to end on real emoji shards, in processes of their own.
+
+The whole chain, kill -9 and resume of training and of a reduction, two processes against one, broken shards,
+command-line errors, dry runs. Scripts start in forks of a server that has imported torch and the rest already.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from shared import data, run
+from tldr_reduction import config, corpus, train
+from tldr_reduction.reduce import gathered_codes
+from tldr_reduction.text import build_vocab
+from tldr_reduction.views import open_pairs
+
+ROOT = Path(__file__).parent.parent
+SHARDS = ROOT / "data/emoji/train"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PRELOAD = ["tldr_reduction.train", "tldr_reduction.views", "shared.zeroshot", "torch.utils.tensorboard"]
+SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
+    --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
+STEPS, PER_EPOCH = 12, 4
+COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --warmup-steps 4 --precision fp32 --workers 0 --eval-every 0
+    --log-every 1 --dataset-size 128""".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """Shards and a vocabulary of 160 pairs in the layout of `corpus`, and room for runs; emptied at the end."""
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+    path = tmp_path_factory.mktemp("tldr")
+    entries, captions = [], []
+    for key, image, description in corpus.samples(SHARDS.parent):
+        entries.append((key, image, description["name"], description | {"noise": "name"}))
+        captions.append(description["name"])
+        if len(entries) == 160:
+            break
+    corpus.write(path / "pool", entries, size=64)
+    (path / "vocab.txt").write_text("\n".join(build_vocab(captions)) + "\n")
+    yield path
+    shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m module arguments` in this process."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path):
+    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    count = iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+
+        def start(*arguments, module: str = "train", **environment: str):
+            log = str(folder / f"log{next(count)}")
+            strings = [str(a) for a in arguments]
+            process = context.Process(target=script, args=(f"tldr_reduction.{module}", strings, log, environment))
+            process.log = log
+            process.start()
+            return process
+
+        yield start
+
+
+def ended(process, timeout: float = 120) -> Ended:
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"still running after {timeout} s")
+    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
+
+
+@pytest.fixture(scope="module")
+def cli(start):
+    return lambda *arguments, **options: ended(start(*arguments, **options))
+
+
+def finished(result: Ended) -> Ended:
+    assert result.code == 0, result.err
+    return result
+
+
+def refused(result: Ended, words: str) -> None:
+    """Exit code 2 and one sentence with these words."""
+    assert result.code == 2, result.err
+    lines = result.err.strip().splitlines()
+    assert words in result.err and "Traceback" not in result.err, result.err
+    assert len([line for line in lines if line.startswith("error:")]) == 1 and len(lines) == 1, result.err
+
+
+def metrics(out: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# --------------------------------------------------------------------------------------------------------- the chain
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> list[str]:
+    return [*SIZES, *COMMON, "--data", str(folder / "pool"), "--vocab", str(folder / "vocab.txt")]
+
+
+@pytest.fixture(scope="module")
+def chain(folder: Path, cli, tiny) -> dict[str, Path]:
+    """Every stage once; -> its folder."""
+    out = {name: folder / name for name in ("captioner", "finetune", "scorer", "reduced", "clip", "blip")}
+    finished(cli("emoji-captioner", *tiny, "--out", out["captioner"]))
+    finished(cli("emoji-finetune", *tiny, "--init", out["captioner"], "--out", out["finetune"]))
+    finished(cli("emoji-scorer", *tiny, "--out", out["scorer"]))
+    out["models"] = ["--captioner", out["captioner"], "--caption-model", out["finetune"], "--scorer", out["scorer"]]
+    reduce = [folder / "pool", "--keep", "0.5", "--clusters", "4", "--chunk", "48", "--max-length", "10"]
+    out["command"] = [*reduce, *out["models"]]
+    out["printed"] = finished(cli(*out["command"], "--out", out["reduced"], module="reduce")).out
+    reduced = [*tiny, "--data", out["reduced"] / "shards", "--epochs", "2", "--dataset-size", "64"]
+    finished(cli("emoji-clip", *reduced, "--out", out["clip"]))
+    finished(cli("emoji-blip", *reduced, "--out", out["blip"]))
+    return out
+
+
+def test_every_stage_trains(chain):
+    for stage, parts in (
+        ("captioner", {"loss_lm", "loss_emb"}),
+        ("finetune", {"loss_lm", "loss_emb"}),
+        ("scorer", {"loss_ita", "loss_itm", "loss_lm"}),
+    ):
+        lines = [line for line in metrics(chain[stage]) if "loss" in line]
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        for line in lines:
+            assert np.isclose(line["loss"], sum(line[part] for part in parts), rtol=1e-5)
+            assert (line["loss_emb"] == 0) == (stage == "finetune") if "loss_emb" in parts else True
+    lines = metrics(chain["captioner"])
+    assert all(1 <= line["perplexity"] <= line["codes_used"] + 1e-3 for line in lines if "perplexity" in line)
+    assert sum("codes_restarted" in line for line in lines) == 2
+    lrs = [line["lr"] for line in lines if "lr" in line]
+    assert lrs[0] == pytest.approx(1e-6) and lrs[4] == pytest.approx(1e-3 * 0.85)
+    assert not run.load_checkpoint(chain["finetune"] / "checkpoint.pt")["state_dict"].keys() & {
+        "quantize.embedding.weight"
+    }
+
+
+def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
+    out = chain["reduced"]
+    report = json.loads((out / "report.json").read_text())
+    with open(out / "report.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    pairs = open_pairs(str(folder / "pool"))
+    assert [line["key"] for line in lines] == pairs.keys.tolist() and report["samples"] == 160
+    for cluster in {line["cluster"] for line in lines}:
+        members = [line for line in lines if line["cluster"] == cluster]
+        assert [line["kept"] for line in members] == ["1" if i % 2 == 0 else "0" for i in range(len(members))]
+        assert [int(line["position"]) for line in members] == list(range(len(members)))
+    kept = [line for line in lines if line["kept"] == "1"]
+    assert report["kept"] == len(kept) == len(json.loads((out / "annotation.json").read_text()))
+    reduced = open_pairs(str(out / "shards"))
+    assert reduced.keys.tolist() == [line["key"] for line in kept]
+    before = {str(key): row for row, key in enumerate(pairs.keys)}
+    for row, line in enumerate(kept):
+        assert reduced.caption(row) == line["caption"]
+        original = pairs.caption(before[line["key"]])
+        assert line["caption"] == (f"{original}; {line['generated']}" if line["generated"] else original)
+        assert reduced.read(row).image.tobytes() == pairs.read(before[line["key"]]).image.tobytes()
+    assert set(report["itm"]) == {"before", "after"} and np.isclose(np.mean(report["itm"]["after"]["histogram"]), 1)
+    for words in ("kept", "duplicates", "codebook", "clusters", "ITM score", "seconds"):
+        assert words in chain["printed"]
+    assert json.loads((out / "annotation.json").read_text())[0].keys() == {"image", "caption"}
+    with tarfile.open(out / "shards/00000.tar") as tar:  # the other files of a sample come along
+        assert {name.rpartition(".")[2] for name in tar.getnames()} == {"png", "txt", "json"}
+
+
+def test_a_finished_reduction_is_not_run_twice(chain, cli):
+    out = chain["reduced"]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    result = finished(cli(*chain["command"], "--out", out, module="reduce"))
+    assert "is finished; nothing to do" in result.out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+    refused(cli(*chain["command"], "--keep", "0.3", "--out", out, module="reduce"), "another --keep")
+
+
+ARMS = {
+    "random": ["--select", "random", "--captions", "original"],
+    "first": ["--select", "first"],
+    "itm": ["--select", "itm"],
+    "all": ["--select", "all"],
+    "farthest": ["--select", "farthest"],
+    "image": ["--features", "image"],
+    "text": ["--features", "text"],
+    "generated": ["--captions", "generated"],
+    "release": ["--recipe", "release_comment", "--clusters", "4"],
+}
+
+
+def test_every_way_to_reduce(chain, cli, folder):
+    """They share codes, scores and captions with the first reduction."""
+    work = ["--work", chain["reduced"] / "work"]
+    full = json.loads((chain["reduced"] / "report.json").read_text())["kept"]
+    kept = {}
+    for name, flags in ARMS.items():
+        match = ["--match", chain["reduced"]] if name in ("random", "first", "itm") else []
+        out = folder / f"reduced-{name}"
+        finished(cli(*chain["command"], *work, *flags, *match, "--out", out, module="reduce"))
+        with open(out / "report.csv", newline="") as file:
+            kept[name] = [line for line in csv.DictReader(file) if line["kept"] == "1"]
+        if match:
+            assert len(kept[name]) == full
+    assert len(kept["all"]) == 160 and [int(line["key"]) for line in kept["first"]] == list(range(full))
+    assert all(line["caption"] == line["generated"] for line in kept["generated"] if line["generated"])
+    assert [line["key"] for line in kept["random"]] != [line["key"] for line in kept["first"]]
+    scores = sorted((float(line["itm"]) for line in kept["all"]), reverse=True)
+    assert min(float(line["itm"]) for line in kept["itm"]) >= scores[full - 1] - 1e-4
+    assert 0 < len(kept["release"]) < 80
+    assert all(float(line["itm"]) >= scores[79] - 1e-4 for line in kept["release"])
+
+
+def test_annotation_json_in_and_out(chain, cli, folder, tiny):
+    """The authors' form of a data set: reduce reads it, and train.py reads unchanged what reduce wrote."""
+    pairs, entries = open_pairs(str(folder / "pool")), []
+    (folder / "images").mkdir()
+    for row in range(96):
+        pair = pairs.read(row)
+        pair.image.save(folder / "images" / f"{pair.key}.png")
+        entries.append({"image": f"images/{pair.key}.png", "caption": pair.caption})
+    (folder / "all.json").write_text(json.dumps(entries))
+    out = folder / "from-json"
+    options = ["--keep", "0.5", "--clusters", "3", "--captioner", chain["captioner"], "--image-root", folder]
+    finished(cli(folder / "all.json", *options, "--out", out, module="reduce"))
+    written = json.loads((out / "annotation.json").read_text())
+    assert 48 <= len(written) <= 51 and all(entry in entries for entry in written) and not (out / "shards").exists()
+    data_flags = ["--data", out / "annotation.json", "--image-root", folder, "--dataset-size", "32"]
+    finished(cli("emoji-clip", *tiny, *data_flags, "--out", folder / "json-clip"))
+
+
+def test_the_tool_alone_trains_its_captioner(cli, folder):
+    out = folder / "alone"
+    command = [folder / "pool", "--keep", "0.25", "--out", out, "--captioner-epochs", "1"]
+    assert "kept" in finished(cli(*command, module="reduce")).out
+    assert (out / "captioner/checkpoint.pt").exists() and (out / "shards/00000.tar").exists()
+    report = json.loads((out / "report.json").read_text())
+    assert report["clusters"] == 5 and 40 <= report["kept"] <= 45 and "itm" not in report
+
+
+def test_evaluation(chain, cli, folder):
+    sets = ["--sets", str(ROOT / "data/emoji/eval/groups_ood"), "--rerank", str(ROOT / "data/emoji/eval/retrieval_ood")]
+    for arm, run_folder in (("tldr", chain["clip"]), ("blip-tldr", chain["blip"])):
+        shutil.copytree(run_folder, folder / f"{arm}-seed0")
+    runs = [folder / "tldr-seed0", folder / "blip-tldr-seed0"]
+    result = finished(cli(*runs, *sets, "--k-test", "2", "--report", folder / "report/results.json", module="eval"))
+    assert "not testable at this scale" in result.out
+    clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
+    assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] == clip["data/emoji"] and clip["data/nmi"] > 0
+    assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
+    for plot in ("itm", "clusters", "fractions"):
+        assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
+    refused(cli(chain["captioner"], *sets, module="eval"), "stage captioner")
+
+
+# --------------------------------------------------------------------------------------------------- kill and resume
+
+
+def kill_at(process, ready) -> None:
+    """SIGKILL as soon as `ready()`."""
+    deadline = time.monotonic() + 120
+    while process.is_alive() and not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, ended(process)
+
+
+@pytest.mark.parametrize("stage", ["captioner", "scorer"])
+def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage):
+    out = folder / f"killed-{stage}"
+    command = [f"emoji-{stage}", *tiny, "--save-every", "3", "--out", out]
+    log = out / "metrics.jsonl"
+    for line in (random.randint(2, 5), random.randint(7, 11)):
+        kill_at(start(*command), lambda line=line: log.exists() and log.read_bytes().count(b"\n") >= line)
+    finished(ended(start(*command)))
+    assert metrics(out) == metrics(chain[stage])
+    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, chain[stage]))
+    for part in ("state_dict", "optimizer", "used", "epoch", "batch"):
+        assert same(state[part], expected[part]), part
+
+
+def test_a_killed_reduction_goes_on(chain, start, cli, folder):
+    out = folder / "killed-reduction"
+    command = [*chain["command"], "--out", out]
+    kill_at(start(*command, module="reduce"), lambda: len(list(out.glob("work/codes-*/0*.npz"))) >= 2)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("work/codes-*/0*.npz")}
+    finished(cli(*command, module="reduce"))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar"):
+        assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def peers() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+
+def two(start, *arguments, **options) -> list[Ended]:
+    shared = peers()
+    both = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **options) for rank in range(2)]
+    return [finished(ended(process)) for process in both]
+
+
+@pytest.mark.parametrize("stage", ["captioner", "clip"])
+def test_two_processes_equal_one(start, cli, folder, tiny, stage):
+    flags = [f"emoji-{stage}", *tiny, "--dropout", "0", "--epochs", "1"]
+    one, both = folder / f"{stage}-1", folder / f"{stage}-2"
+    finished(cli(*flags, "--out", one))
+    two(start, *flags, "--out", both)
+    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, both))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_two_processes_reduce_as_one(chain, start, folder):
+    out = folder / "reduced-by-two"
+    two(start, *chain["command"], "--out", out, module="reduce")
+    for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar", "shards/00002.tar"):
+        assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
+
+
+def blip_rank(rank: int, world: int, port: str, path: str) -> None:
+    """Losses and averaged gradients of a tiny BLIP on this rank's part of eight pairs, with given negatives."""
+    from test_tldr_reduction import tiny_blip
+
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = tiny_blip(queue_size=16)
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(8, 3, 16, 16, generator=generator)
+    ids = torch.randint(4, 28, (8, 9), generator=generator)
+    lengths = torch.tensor([9, 4, 6, 9, 5, 3, 5, 4])  # of the second half none is as wide as the batch
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    ids = ids * mask
+    negatives = torch.tensor([3, 2, 7, 0, 1, 4, 5, 6]), torch.tensor([5, 6, 1, 2, 0, 7, 3, 4])
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    width = int(lengths[part].max())
+    inputs = image[part], ids[part, :width], mask[part, :width]
+    losses = model(*inputs, 0.3, tuple(n[part] for n in negatives))
+    sum(losses).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    values = torch.stack(losses).detach()
+    if world > 1:
+        for tensor in (values, *gradients.values()):
+            dist.all_reduce(tensor)
+            tensor /= world
+        dist.destroy_process_group()
+    if rank == 0:
+        torch.save({"losses": values, "queue": model.image_queue, **gradients}, path)
+
+
+def test_two_processes_give_one_blips_gradients(tmp_path):
+    blip_rank(0, 1, "", str(tmp_path / "one.pt"))
+    mp.spawn(blip_rank, (2, peers()["MASTER_PORT"], str(tmp_path / "two.pt")), nprocs=2)
+    one, both = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    for name, expected in one.items():
+        torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---------------------------------------------------------------------------------------------------- broken samples
+
+
+@pytest.fixture(scope="module")
+def broken(folder: Path) -> str:
+    """A shard cut in an image, and one with an unreadable image, an empty caption and a missing one."""
+    cut, mixed = folder / "cut.tar", folder / "mixed.tar"
+    cut.write_bytes((folder / "pool/00000.tar").read_bytes()[:90_000])
+    shutil.copy(folder / "pool/00001.tar", mixed)
+    files = (("bad.png", b"?"), ("bad.txt", b"bad"), ("mute.png", b"?"), ("mute.txt", b""), ("x.png", b"?"))
+    with tarfile.open(mixed, "a") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return f"{cut}::{mixed}"
+
+
+def test_broken_samples_are_counted(cli, folder, tiny, chain, broken):
+    flags = ["emoji-captioner", *tiny, "--data", broken, "--dataset-size", "64", "--batch-size", "16"]
+    result = finished(cli(*flags, "--out", folder / "broken"))
+    reports = [line for line in result.out.splitlines() if "broken samples" in line]
+    assert len(reports) == 3 and all("truncated or damaged tar" in line for line in reports)
+    options = ["--clusters", "3", "--captioner", chain["captioner"]]
+    result = finished(cli(broken, *options, "--out", folder / "broken-reduction", module="reduce"))
+    assert "broken samples, left out" in result.out and "unreadable image" in result.out
+    with open(folder / "broken-reduction/report.csv", newline="") as file:
+        lines = {line["key"]: line for line in csv.DictReader(file)}
+    assert lines["bad"]["reason"].startswith("broken: unreadable") and lines["bad"]["kept"] == "0"
+    assert lines["mute"]["reason"] == "broken: empty caption"
+    refused(cli(*flags, "--strict", "--out", folder / "strict"), "--strict")
+    flags = [broken, *options, "--strict", "--out", folder / "strict-reduction"]
+    refused(cli(*flags, module="reduce"), "--strict")
+
+
+# --------------------------------------------------------------------------------------------------- command lines
+
+WRONG = {
+    "no data": (["blip-cc3m"], "--data is missing"),
+    "missing shard": (
+        ["emoji-clip", "--data", "nowhere/{000..002}.tar", "--eval-every", "0"],
+        "nowhere/000.tar does not",
+    ),
+    "no init": (["emoji-finetune", "--data", "x.tar"], "--init is missing"),
+    "patch": (["emoji-captioner", "--data", "x.tar", "--image-size", "60"], "no multiple of --patch-size 16"),
+    "codes": (["emoji-captioner", "--data", "x.tar", "--code-dim", "48"], "cannot be cut into codes of --code-dim 48"),
+    "queue": (["emoji-blip", "--data", "x.tar", "--queue-size", "8", "--eval-every", "0"], "--queue-size 8 is smaller"),
+    "tokens": (["emoji-clip", "--data", "x.tar", "--max-tokens", "99"], "--max-tokens 99 is not in 2..40"),
+    "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
+    "device": (["emoji-clip", "--device", "cuda"], "--device cpu"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_training_flags(cli, case):
+    if case == "device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    arguments, words = WRONG[case]
+    refused(cli(*arguments), words)
+
+
+def test_wrong_reduction_flags(cli, folder, chain):
+    pool, out = folder / "pool", ["--out", folder / "wrong"]
+    for arguments, words in (
+        (["nowhere.tar"], "nowhere.tar does not exist"),
+        (["x.tsv"], "reduce takes .tar files"),
+        ([pool, "--keep", "1.5"], "--keep 1.5 is not in (0, 1]"),
+        ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
+        ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
+        ([pool, "--captions", "refined"], "needs --caption-model"),
+        ([pool, "--select", "itm"], "need --scorer"),
+        ([pool, "--captioner", folder], "is no run folder"),
+        ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
+        ([pool, "--match", folder], "holds no report.json"),
+    ):
+        refused(cli(*arguments, *out, module="reduce"), words)
+        shutil.rmtree(folder / "wrong", ignore_errors=True)
+    refused(cli("--source", folder, module="corpus"), "is not the embedded corpus")
+
+
+def test_a_run_never_goes_on_as_another(chain, cli, tiny, folder):
+    refused(cli("emoji-captioner", *tiny, "--lr", "2e-3", "--out", chain["captioner"]), "another configuration: lr")
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_dry_runs_need_no_data(preset, capsys):
+    cfg = config.PRESETS[preset][1]
+    small = dict(width=64, layers=1, heads=2, text_width=64, text_layers=1, text_heads=2, code_dim=64, queue_size=1260)
+    cfg = dataclasses.replace(
+        cfg, **small, dataset_size=100_000, clip_model="ViT-emoji", data=""
+    )  # for the time it takes
+    train.dry_run(dataclasses.replace(cfg, image_size=32))
+    printed = capsys.readouterr().out
+    for word in ("parameters", "samples", "batch", "steps", "learning rate", "memory estimate"):
+        assert word in printed
+
+
+def test_keyword_start(folder, monkeypatch, tiny):
+    """The paper's codebook: keywords by a text encoder, onto the tokens' mean and spread; same on every call."""
+    monkeypatch.setattr(train, "text_embedder", lambda name, dim: lambda texts: torch.eye(len(texts), dim))
+    cfg = dataclasses.replace(
+        config.EMOJI, data=str(folder / "pool"), vocab=str(folder / "vocab.txt"), image_size=16, patch_size=8, width=32,
+        layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, code_dim=16, num_codes=24,
+        codebook_init="keywords",
+    )  # fmt: skip
+    pairs, weights = open_pairs(cfg.data), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = train.build(cfg, 300)
+        train.start_codebook(model, cfg, pairs, run.Process(0, 1, torch.device("cpu")))
+        weights.append(model.quantize.embedding.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert 0.3 < weights[0].std() < 3
+
+
+def test_corpus_is_declared(tmp_path):
+    """Noise by key, in the declared shares; the clean style is not in the pool."""
+    names = ["a", "b", "c"]
+    kinds = []
+    for key in range(2000):
+        caption, kind = corpus.noisy_caption(str(key), {"name": "a", "tags": ["t"]}, names)
+        assert (caption == "a") == (kind == "name") and (caption == "t") == (kind == "keyword")
+        kinds.append(kind)
+    for kind, share in corpus.SHARES.items():
+        assert abs(kinds.count(kind) / 2000 - share) < 0.04
+    assert corpus.noisy_caption("7", {"name": "a", "tags": ["t"]}, names) == corpus.noisy_caption(
+        "7", {"name": "a", "tags": ["t"]}, names
+    )
+
+
+def test_merged_codes_are_memory_mapped(chain):
+    codes_folder = next(path for path in (chain["reduced"] / "work").glob("codes-*"))
+    merged = gathered_codes(codes_folder, np.arange(160), 48)
+    assert isinstance(merged, np.memmap) and merged.shape == (160, 5 * 2) and merged.dtype == np.uint16
+
+
+def test_rows_of_shards(folder):
+    pairs = data.open_pairs(str(folder / "pool"))
+    assert [pairs.rows_of(number) for number in range(3)] == [range(0, 64), range(64, 128), range(128, 160)]
