@@ -284,7 +284,7 @@ def test_retrieval_recall(case):
     metrics = retrieval_recall(case["scores_i2t"], case["scores_t2i"], torch.arange(m) // c, own)
     for name, value in metrics.items():
         case.close(name, value, atol=1e-4)
-    assert set(metrics) == {name for name in case if "_r" in name and name[:3] in ("txt", "img", "r_m")}
+    assert set(metrics) == {name for name in case if name.startswith(("txt_r", "img_r", "r_mean"))}
 
 
 # -------------------------------------------------------------------------------------- golden: schedules, transforms

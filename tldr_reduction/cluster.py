@@ -151,7 +151,8 @@ def select_fraction(assignment: Tensor, k: int, fraction: float) -> Tensor:
     """`select_every_nth` for shares that are no 1/n: ceil(size * fraction) rows of each cluster, evenly spaced."""
     share = Fraction(fraction).limit_denominator(1000)
     order, position, _ = in_cluster(assignment, k)
-    return order[position * share.numerator % share.denominator < share.numerator]
+    up_to = lambda p: -(-p * share.numerator // share.denominator)  # noqa: E731  kept of the first p
+    return order[up_to(position + 1) > up_to(position)]
 
 
 def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float, largest: bool = True) -> Tensor:
