@@ -40,10 +40,14 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
 
     Axes with an eigenvalue below 1e-6 of the largest are left out: constant positions would be divided by zero.
     """
-    x = as_float(x).double()
-    mean = x.mean(dim=0)
-    x = x - mean
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+    mean = sum(
+        as_float(x[first : first + CHUNK]).sum(0, dtype=torch.float64) for first in range(0, len(x), CHUNK)
+    ) / len(x)
+    covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for first in range(0, len(x), CHUNK):
+        rows = as_float(x[first : first + CHUNK]) - mean.float()
+        covariance += rows.T @ rows
+    values, vectors = torch.linalg.eigh(covariance / len(x))  # ascending
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     good = values > 1e-6 * values[0].clamp(min=1e-12)
     if not bool(good.any()):  # all rows are equal: one axis, on which all are 0

@@ -1,0 +1,228 @@
+"""TL;DR's costly parts against the authors' code: `python -m tests.bench.tldr_reduction --upstream PATH`.
+
+Ratios of times taken in turns in one process, on the same inputs; memory is the growth of the process' peak. The
+authors' functions: VectorQuantizer2 (vq_compress_model/models/quantize.py:213) and Kmeans.cluster (fast_cluster.py:10)
+of showlab/datacentric.vlp@a488102, on the CPU. One million code vectors need no upstream; theirs are not run at that
+size, where they would hold 13 GB.
+"""
+
+import argparse
+import os
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import faiss
+import numpy as np
+import open_clip
+import torch
+
+from shared import run
+from tests.parity import check_commit
+from tests.parity import test_tldr_reduction as parity
+from tldr_reduction import cluster, model, train
+from tldr_reduction.config import PRESETS
+
+
+def growth(function) -> float:
+    """MiB by which the peak of resident memory exceeds what is resident now, while `function()` runs (Linux)."""
+
+    def resident(name: str) -> float:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    result = function()
+    peak = resident("VmHWM")
+    del result
+    return peak - before
+
+
+def alternate(ours, theirs, repetitions: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call; the two take turns, after one call of each that does not count."""
+    seconds = [], []
+    for repetition in range(repetitions + 1):
+        for side, function in zip(seconds, (ours, theirs), strict=True):
+            began = time.perf_counter()
+            function()
+            if repetition:
+                side.append(time.perf_counter() - began)
+    return seconds
+
+
+def print_row(what: str, ours: list[float], theirs: list[float], target: str = "", note: str = "") -> None:
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    times = " | ".join(f"{1e3 * statistics.median(side):.0f} ms" for side in (ours, theirs))
+    print(
+        f"| {what} | {times} | {middle:.2f} | {low:.2f} .. {high:.2f} | {len(ours)} | {target} | {note} |", flush=True
+    )
+
+
+def quantiser(up, repetitions: int) -> None:
+    """Forward and backward pass at [64, 197, 768] with 1,024 codes of 768 dimensions."""
+    torch.manual_seed(0)
+    theirs, ours = up.quantize.VectorQuantizer2(1024, 768, 0.25), model.VectorQuantizer(1024, 768)
+    with torch.no_grad():
+        theirs.embedding.weight.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    z = torch.randn(64, 197, 768, requires_grad=True)
+    w = torch.randn_like(z)
+
+    def step(side):
+        z.grad = side.embedding.weight.grad = None
+        z_q, loss, _ = side(z)
+        torch.autograd.backward([z_q, loss], [w, torch.ones(())])
+
+    step(theirs)
+    expected = z.grad.clone(), theirs.embedding.weight.grad.clone()
+    step(ours)
+    difference = max(
+        (a - b).abs().max().item() for a, b in zip(expected, (z.grad, ours.embedding.weight.grad), strict=True)
+    )
+    del expected
+    memory = [growth(lambda side=side: step(side)) for side in (ours, theirs)]
+    name = "quantiser forward + backward, [64, 197, 768], K=1024"
+    print_row(
+        name,
+        *alternate(lambda: step(ours), lambda: step(theirs), repetitions),
+        ">= 1.2",
+        f"gradients within {difference:.0e}",
+    )
+    share = memory[0] / memory[1]
+    print(
+        f"| its peak memory | {memory[0]:.0f} MiB | {memory[1]:.0f} MiB | {share:.2f} (ours/theirs) | - | 1 | <= 0.60 | |",
+        flush=True,
+    )
+
+
+def code_vectors(n: int, length: int, patterns: int = 500) -> np.ndarray:
+    """Noisy copies of some patterns."""
+    rng = np.random.default_rng(0)
+    of = rng.integers(0, 1024, (patterns, length), dtype=np.uint16)
+    codes = of[rng.integers(0, patterns, n)]
+    for first in range(0, n, 2**16):
+        part = codes[first : first + 2**16]
+        part[...] = np.where(
+            rng.random(part.shape, dtype=np.float32) < 0.3, rng.integers(0, 1024, part.shape, dtype=np.uint16), part
+        )
+    return codes
+
+
+def clustering(up, n: int, k: int, repetitions: int) -> None:
+    """Whitening to 64 axes and k-means, theirs from int64 code vectors as their extractor stores them."""
+    codes = code_vectors(n, 197)
+    wide = codes.astype(np.int64)
+    preprocess = up.fast_cluster.preprocess_features
+    up.fast_cluster.preprocess_features = lambda data: preprocess(data, pca=64)
+    objectives = {}
+
+    def theirs():
+        np.random.seed(0)
+        objectives["theirs"] = up.fast_cluster.Kmeans(k).cluster(wide)
+
+    seed = np.random.RandomState(0).randint(1234)
+
+    def ours():
+        features = cluster.whiten(codes, 64)
+        objectives["ours"] = cluster.kmeans(features, k, seed)[2][-1].item()
+
+    times = alternate(ours, theirs, repetitions)
+    note = f"objective {objectives['ours']:.1f}, theirs {objectives['theirs']:.1f}"
+    print_row(f"whitening + k-means, {n:,} x 197, k={k}", *times, ">= 1", note)
+
+
+def a_million(n: int, k: int, folder: Path) -> None:
+    """Clusters and selection of a million memory-mapped code vectors."""
+    path = folder / "codes.npy"
+    np.save(path, code_vectors(n, 197))
+    codes = np.load(path, mmap_mode="r")
+    kept = []
+
+    def reduce():
+        clusters = cluster.cluster_codes(codes, k, 256, points_per_centroid=32, niter=5)
+        kept.append(len(cluster.select_fraction(clusters.assignment, k, 0.25)))
+
+    began = time.perf_counter()
+    memory = growth(reduce)
+    seconds = time.perf_counter() - began
+    path.unlink()
+    size = n * 197 * 2 / 2**20
+    note = f"codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
+    print(
+        f"| {n:,} code vectors clustered and selected | {seconds:.0f} s, {memory:.0f} MiB | - | - | - | 1 | bounded | {note} |",
+        flush=True,
+    )
+
+
+def clip_step(repetitions: int, batch: int = 64) -> None:
+    """The CLIP arm's training step against open_clip's loss and model as its own trainer calls them."""
+    cfg = PRESETS["emoji-clip"][1]
+    clip = train.build(cfg, 0)
+    images = torch.randn(batch, 3, 40, 40)
+    ids = torch.randint(1, 49406, (batch, clip.context_length))
+    ids[:, -1] = 49407
+    optimizers = [torch.optim.AdamW(clip.parameters(), lr=1e-5, fused=True) for _ in range(2)]
+    loss = open_clip.ClipLoss(cache_labels=True)
+    precision = run.resolve_precision("auto", torch.device("cpu"))
+
+    def ours():
+        losses, _ = train.losses_of(clip, (images, ids, ids), cfg, 0.0, 0)
+        optimizers[0].zero_grad()
+        losses["loss"].backward()
+        optimizers[0].step()
+
+    def theirs():
+        optimizers[1].zero_grad()
+        with run.autocast(precision, torch.device("cpu")):
+            total = loss(*clip(images, ids))
+        total.backward()
+        optimizers[1].step()
+
+    print_row(
+        f"CLIP step, ViT-emoji, batch {batch}, {precision}: open_clip", *alternate(ours, theirs, repetitions), ">= 1"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, help="clone of showlab/datacentric.vlp at a488102")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=20_000, help="code vectors of the k-means comparison")
+    parser.add_argument("--clusters", type=int, default=500)
+    parser.add_argument(
+        "--million", type=int, default=1_000_000, help="code vectors of the run at scale; 0 leaves it out"
+    )
+    parser.add_argument("--only", choices=("quantiser", "clustering", "million", "clip"), help="one part")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the code vectors' file")
+    options = parser.parse_args()
+    if options.upstream is not None and not (options.upstream / "fast_cluster.py").is_file():
+        parser.error(f"--upstream {options.upstream} is no clone of showlab/datacentric.vlp")
+    warnings.simplefilter("ignore")
+    run.setup(0, "cpu")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    print(
+        f"torch {torch.__version__}, faiss {faiss.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n"
+    )
+    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    wanted = lambda part: options.only in (None, part)  # noqa: E731
+    if options.upstream is not None:
+        check_commit(options.upstream, "a488102")
+        up = parity.load(options.upstream)
+        if wanted("quantiser"):
+            quantiser(up, options.repetitions)
+        if wanted("clustering"):
+            clustering(up, options.samples, options.clusters, min(options.repetitions, 3))
+    if wanted("clip"):
+        clip_step(options.repetitions)
+    if options.million and wanted("million"):
+        a_million(options.million, 1000, options.folder)
+    if options.upstream is None:
+        print("\nnot run without --upstream PATH: quantiser and clustering against the authors'")
+
+
+if __name__ == "__main__":
+    main()
