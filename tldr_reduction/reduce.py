@@ -522,7 +522,7 @@ def main(cfg: Config) -> None:
     )
     columns, report = describe(cfg, reduction, good, selected, kept, extra, pixels, reasons)
     if before is not None:
-        columns["itm"] = np.round(before, 4).tolist()
+        columns["itm"] = [round(score, 4) for score in before.tolist()]
         report["itm"] = {"before": itm_summary(before[good]), "after": itm_summary(after)}
     columns["caption"] = [captions.get(row, "") for row in rows.tolist()]
     columns["generated"] = [generated.get(row, "") for row in rows.tolist()]
@@ -572,7 +572,7 @@ def describe(cfg, reduction, good, selected, kept, extra, pixels, reasons) -> tu
         order, position, sizes = in_cluster(clusters.assignment, cfg.clusters)
         for name, values, blank in (
             ("cluster", clusters.assignment.tolist(), ""),
-            ("distance", clusters.dist2.sqrt().mul(1e4).round().div(1e4).tolist(), ""),
+            ("distance", [round(d, 4) for d in clusters.dist2.clamp(min=0).sqrt().tolist()], ""),
             ("position", position[torch.argsort(order)].tolist(), ""),
         ):
             column = [blank] * n

@@ -78,7 +78,11 @@ def learning_rate(cfg: Config, epoch: int, step: int) -> float:
 def build(cfg: Config, vocab_size: int) -> nn.Module:
     """The stage's model, randomly initialised."""
     if cfg.stage == "clip":
-        return open_clip.create_model(cfg.clip_model)
+        settings = open_clip.get_model_config(cfg.clip_model)
+        if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
+            raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
+        towers = settings["vision_cfg"], settings["text_cfg"]
+        return open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False))
     vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
     sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
     text = TextTransformer(*sizes)
@@ -354,7 +358,7 @@ def train(cfg: Config, process: run.Process) -> Path:
                     losses["codes_used"] = (used > 0).sum()
                     losses["perplexity"] = codebook_perplexity(codes, cfg.num_codes)
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, **losses)
-                if not math.isfinite(losses["loss"]):
+                if not math.isfinite(losses["loss"].item()):
                     raise ValueError(
                         f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
                     )
