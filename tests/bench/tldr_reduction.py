@@ -80,9 +80,8 @@ def quantiser(up, repetitions: int) -> None:
     step(theirs)
     expected = z.grad.clone(), theirs.embedding.weight.grad.clone()
     step(ours)
-    difference = max(
-        (a - b).abs().max().item() for a, b in zip(expected, (z.grad, ours.embedding.weight.grad), strict=True)
-    )
+    both = zip(expected, (z.grad, ours.embedding.weight.grad), strict=True)
+    difference = max((a - b).abs().max().item() for a, b in both)
     del expected
     memory = [growth(lambda side=side: step(side)) for side in (ours, theirs)]
     name = "quantiser forward + backward, [64, 197, 768], K=1024"
@@ -93,10 +92,8 @@ def quantiser(up, repetitions: int) -> None:
         f"gradients within {difference:.0e}",
     )
     share = memory[0] / memory[1]
-    print(
-        f"| its peak memory | {memory[0]:.0f} MiB | {memory[1]:.0f} MiB | {share:.2f} (ours/theirs) | - | 1 | <= 0.60 | |",
-        flush=True,
-    )
+    sizes = " | ".join(f"{size:.0f} MiB" for size in memory)
+    print(f"| its peak memory | {sizes} | {share:.2f} (ours/theirs) | - | 1 | <= 0.60 | |", flush=True)
 
 
 def code_vectors(n: int, length: int, patterns: int = 500) -> np.ndarray:
@@ -152,10 +149,8 @@ def a_million(n: int, k: int, folder: Path) -> None:
     path.unlink()
     size = n * 197 * 2 / 2**20
     note = f"codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
-    print(
-        f"| {n:,} code vectors clustered and selected | {seconds:.0f} s, {memory:.0f} MiB | - | - | - | 1 | bounded | {note} |",
-        flush=True,
-    )
+    took = f"{seconds:.0f} s, {memory:.0f} MiB"
+    print(f"| {n:,} code vectors clustered, selected | {took} | - | - | - | 1 | bounded | {note} |", flush=True)
 
 
 def clip_step(repetitions: int, batch: int = 64) -> None:
@@ -204,9 +199,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     run.setup(0, "cpu")
     faiss.omp_set_num_threads(torch.get_num_threads())
-    print(
-        f"torch {torch.__version__}, faiss {faiss.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n"
-    )
+    libraries = f"torch {torch.__version__}, faiss {faiss.__version__}"
+    print(f"{libraries}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
     print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
     wanted = lambda part: options.only in (None, part)  # noqa: E731
     if options.upstream is not None:
