@@ -24,8 +24,11 @@ def pre_caption(text: str, max_words: int = 30) -> str:
 
 
 def build_vocab(captions: Iterable[str]) -> list[str]:
-    """A WordPiece vocabulary of whole words, the frequent first, with single characters for all that is not in it."""
-    words = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", pre_caption(caption)))
+    """A WordPiece vocabulary of whole words, the frequent first, with single characters for all that is not in it.
+
+    The prompt's words are in it, too.
+    """
+    words = Counter(word for caption in (PROMPT, *captions) for word in re.findall(r"\w+|[^\w\s]", pre_caption(caption)))
     characters = sorted({character for word in words for character in word})
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
     ranked = sorted(words, key=lambda word: (-words[word], word))
