@@ -48,6 +48,7 @@ METRICS = {
     "data/emoji": "distinct emoji",
     "itm/after_mean": "ITM mean",
     "itm/after_below_half": "ITM < 0.5",
+    "codes/codes_used": "codes used",
     "early_loss_ita": "ITC loss, epochs 0-2",
     "seconds": "seconds",
 }

@@ -83,12 +83,12 @@ def kmeans(
     of a big one. The objective is the sum of squared distances.
     """
     centroids, objective = train_kmeans(x, k, seed, niter, init_index)
-    return nearest(x, centroids)[0], centroids, objective
+    return nearest(as_float(x).detach().cpu(), centroids)[0], centroids, objective
 
 
 def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Centroids and objective of `kmeans`."""
-    rows = x.detach().float().cpu().contiguous()
+    rows = as_float(x).detach().cpu().contiguous()
     if not 1 <= k <= len(rows):
         raise ValueError(f"{len(rows)} samples cannot make {k} clusters: choose --clusters between 1 and {len(rows)}")
     clustering = faiss.Clustering(rows.shape[1], k)
@@ -99,7 +99,9 @@ def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | 
     clustering.train(rows.numpy(), faiss.IndexFlatL2(rows.shape[1]))
     centroids = torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1).copy())
     stats = clustering.iteration_stats
-    return centroids, torch.tensor([stats.at(i).obj for i in range(stats.size())])
+    objective = torch.tensor([stats.at(i).obj for i in range(stats.size())])
+    still = (objective[1:] == objective[:-1]).nonzero().flatten()  # newer versions of faiss stop here
+    return centroids, objective[: int(still[0]) + 2] if len(still) else objective
 
 
 class Clusters(NamedTuple):
@@ -137,6 +139,7 @@ def cluster_codes(
 
 def in_cluster(assignment: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows ordered by cluster, then row; each one's position in its cluster; the clusters' sizes (k,)."""
+    assignment = torch.as_tensor(assignment)
     order = torch.argsort(assignment, stable=True)
     sizes = torch.bincount(assignment, minlength=k)
     return order, torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[assignment[order]], sizes
@@ -162,6 +165,7 @@ def select_fraction(assignment: Tensor, k: int, fraction: float) -> Tensor:
 def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float, largest: bool = True) -> Tensor:
     """The ceil(size * fraction) rows of each cluster farthest from (or nearest to) its centroid; an ablation."""
     share = Fraction(fraction).limit_denominator(1000)
+    assignment, dist2 = torch.as_tensor(assignment), torch.as_tensor(dist2)
     by_distance = torch.argsort(-dist2 if largest else dist2, stable=True)
     order, position, sizes = in_cluster(assignment[by_distance], k)
     rows = by_distance[order]
@@ -178,5 +182,5 @@ def random_subset(n: int, fraction: float, seed: int) -> Tensor:
 def keep_top(scores: Tensor, fraction: float) -> Tensor:
     """(N,) bool: the round(N * fraction) highest scores; of equal ones the lower rows."""
     kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[torch.argsort(-scores, stable=True)[: round(len(scores) * fraction)]] = True
+    kept[torch.argsort(-torch.as_tensor(scores), stable=True)[: round(len(scores) * fraction)]] = True
     return kept

@@ -28,7 +28,8 @@ def build_vocab(captions: Iterable[str]) -> list[str]:
 
     The prompt's words are in it, too.
     """
-    words = Counter(word for caption in (PROMPT, *captions) for word in re.findall(r"\w+|[^\w\s]", pre_caption(caption)))
+    texts = (pre_caption(caption) for caption in (PROMPT, *captions))
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
     characters = sorted({character for word in words for character in word})
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
     ranked = sorted(words, key=lambda word: (-words[word], word))
