@@ -298,7 +298,7 @@ def test_evaluation(chain, cli, folder):
     result = finished(cli(*runs, *sets, "--k-test", "2", "--report", folder / "report/results.json", module="eval"))
     assert "not testable at this scale" in result.out
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
-    assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] == clip["data/emoji"] and clip["data/nmi"] > 0
+    assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
@@ -361,7 +361,7 @@ def two(start, *arguments, **options) -> list[Ended]:
 
 @pytest.mark.parametrize("stage", ["captioner", "clip"])
 def test_two_processes_equal_one(start, cli, folder, tiny, stage):
-    flags = [f"emoji-{stage}", *tiny, "--dropout", "0", "--epochs", "1"]
+    flags = [f"emoji-{stage}", *tiny, "--dropout", "0", "--eps", "1e-4"]
     one, both = folder / f"{stage}-1", folder / f"{stage}-2"
     finished(cli(*flags, "--out", one))
     two(start, *flags, "--out", both)

@@ -105,6 +105,8 @@ class Config:
     """Factor of the learning rate per epoch; finetune has a cosine instead."""
     weight_decay: float = 0.05
     """AdamW's, on all parameters: biases, norms, positions and the codebook, too."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
     min_scale: float = 0.2
     """Smallest area of the random crop."""
     flip: bool = True

@@ -3,11 +3,12 @@
 Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 """
 
+import contextlib
 import csv
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +60,24 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
         if not captions or path.exists():
             continue
         temporary = path.with_name(path.name + ".tmp")
-        with tarfile.open(pairs.paths[number]) as source, tarfile.open(temporary, "w") as target:
-            for member in source:
-                head, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key = os.path.join(head, stem)
-                if not member.isfile() or key not in captions:
-                    continue
-                data = source.extractfile(member).read()
-                if extension.lower() == "txt":
-                    data = captions[key].encode()
-                info = tarfile.TarInfo(member.name)
-                info.size = len(data)
-                target.addfile(info, io.BytesIO(data))
+        with tarfile.open(temporary, "w") as target:
+            for name, key, content in members(pairs.paths[number], captions.keys()):
+                if name.lower().endswith(".txt"):
+                    content = captions[key].encode()
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                target.addfile(info, io.BytesIO(content))
         os.replace(temporary, path)
+
+
+def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Name, key and content of the files that belong to the samples `keys`; up to the damage, if the tar has some."""
+    with contextlib.suppress(tarfile.ReadError), tarfile.open(path) as source:
+        for member in source:
+            head, name = os.path.split(member.name)
+            key = os.path.join(head, name.partition(".")[0])
+            if member.isfile() and key in keys:
+                yield member.name, key, source.extractfile(member).read()
 
 
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:

@@ -301,7 +301,8 @@ def train(cfg: Config, process: run.Process) -> Path:
         if cfg.stage == "captioner" and cfg.codebook_init != "uniform":
             start_codebook(model, cfg, pairs, process)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)  # decay on everything
+    decay = cfg.weight_decay  # on everything
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=decay, fused=True)
     precision = run.resolve_precision(cfg.precision, process.device)
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
     if "optimizer" in state:
