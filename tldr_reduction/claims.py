@@ -6,6 +6,7 @@ The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures
 
 import csv
 import json
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -177,7 +178,7 @@ def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 
             for spine in axis.spines.values():
                 spine.set(color="tab:green" if kept else "lightgrey", linewidth=3 if kept else 1)
             text = line["caption"] if kept else "dropped"
-            axis.set_xlabel("\n".join(text[i : i + 22] for i in range(0, min(len(text), 66), 22)), fontsize=6)
+            axis.set_xlabel(textwrap.fill(text, 24, max_lines=3), fontsize=6)
         axis_row[0].set_ylabel(f"cluster {cluster}", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "tldr_reduction_clusters.png", dpi=110)
