@@ -55,8 +55,10 @@ class Config:
     """cross: SimCLR between the two views. same: view 1 with itself, as the released code has it."""
     released_boxes: bool = False
     """EMA boxes by the released formula, which may leave parts of the views out; off: they cover both views."""
-    augmentation: Literal["paper", "mild"] = "paper"
-    """paper: each method's own. mild: little brightness and contrast in all views of all methods, no flip or grey."""
+    crop_scale: float = 0.5
+    """Smallest share of the image's area in a crop (SimCLR's crops in SLIP: 0.08 always)."""
+    augmentation: Literal["paper", "crop"] = "paper"
+    """paper: each method's own. crop: crops alone, for all methods (colour and direction tell emoji apart)."""
 
     epochs: int = 25
     """Passes over the data."""
@@ -121,15 +123,16 @@ EMOJI = Config(
     data="data/emoji/train",
     model="emoji",
     ema_momentum=0.95,
-    augmentation="mild",
-    epochs=24,
+    crop_scale=0.8,
+    augmentation="crop",
+    epochs=12,
     batch_size=128,
     lr=1e-3,
     lr_end=1e-5,
     weight_decay=0.2,
     workers=0,
     save_every=200,
-    eval_every=4,
+    eval_every=2,
 )
 
 
@@ -191,6 +194,8 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     if not 0 < cfg.keep_ratio <= 1:
         raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
+    if not 0 < cfg.crop_scale <= 1:
+        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if not 0 <= cfg.ema_momentum <= 1:
         raise ValueError(f"--ema-momentum must be in 0..1, not {cfg.ema_momentum}")
     if not 0 <= cfg.warmup_epochs <= cfg.epochs:

@@ -82,7 +82,7 @@ class GaussianBlur:
 
 def view_transform(kind: str = "aclip") -> transforms.Compose:
     """PIL crop -> normalised (3, S, S). kind: aclip (U:main.py:171), slip (its SSL views, less the crop,
-    U:datasets.py:280), mild (the embedded corpus), or plain (the EMA view, CLIP's view)."""
+    U:datasets.py:280), or plain (the EMA view, CLIP's view)."""
     apply, jitter = transforms.RandomApply, transforms.ColorJitter
     steps = {
         "aclip": [
@@ -97,7 +97,6 @@ def view_transform(kind: str = "aclip") -> transforms.Compose:
             apply([GaussianBlur()], p=0.5),
             transforms.RandomHorizontalFlip(),
         ],
-        "mild": [apply([jitter(0.2, 0.2)], p=0.8)],
         "plain": [],
     }
     return transforms.Compose([*steps[kind], transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
@@ -130,8 +129,8 @@ class ViewDataset(Dataset):
         self.pairs, self.cfg, self.size, self.tokenizer, self.seed = pairs, cfg, size, tokenizer, seed
         self.ema_view = ema_view
         own = {"aclip": "aclip", "slip": "plain", "clip": "plain"}[cfg.method]
-        self.online = view_transform("mild" if cfg.augmentation == "mild" else own)
-        self.ssl = view_transform("mild" if cfg.augmentation == "mild" else "slip")
+        self.online = view_transform("plain" if cfg.augmentation == "crop" else own)
+        self.ssl = view_transform("plain" if cfg.augmentation == "crop" else "slip")
         self.plain = view_transform("plain")
 
     def __len__(self) -> int:
@@ -142,7 +141,7 @@ class ViewDataset(Dataset):
         pair = data.read_or_next(self.pairs, int(i), broken)
         torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
         views = cfg.views if cfg.method == "aclip" else 1
-        boxes = three_boxes(pair.image, released_boxes=cfg.released_boxes and views == 2, views=views)
+        boxes = three_boxes(pair.image, (cfg.crop_scale, 1.0), cfg.released_boxes and views == 2, views)
         images = [self.online(crop(pair.image, box, self.size)) for box in boxes[:-1]]
         if self.ema_view:
             images.append(self.plain(crop(pair.image, boxes[-1], cfg.ema_image_size or self.size)))
