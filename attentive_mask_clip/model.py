@@ -201,9 +201,10 @@ def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) ->
     else:
         q, k, v = attn.qkv(h).chunk(3, dim=-1)
     q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
-    row = ((q[:, :, :1].detach() * attn.scale) @ k.detach().mT).float().softmax(dim=-1)[:, :, 0]
-    x = x + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x)), row
+    row = ((q[:, :, :1] * attn.scale) @ k.mT).float().softmax(dim=-1)
+    y = row @ v if cls_only else F.scaled_dot_product_attention(q, k, v)
+    x = x + attn.proj(y.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x)), row[:, :, 0].detach()
 
 
 class TextTransformer(Transformer):

