@@ -2,7 +2,7 @@
 microsoft/A-CLIP@0e51942. The SLIP baseline is compared too where its clone, facebookresearch/SLIP@c6faf5d, is at $SLIP
 or is a folder SLIP beside PATH. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
 
-The authors' timm 0.5.4 is stood in for by the installed one, whose blocks get the names and the plain attention of then.
+For the authors' timm 0.5.4 stands the installed one, whose blocks get the names and the plain attention of then.
 """
 
 import contextlib
@@ -289,9 +289,13 @@ def test_ema_update(up, table):
 
 def outputs_of(n: int) -> dict[str, torch.Tensor]:
     return {
-        "image_embed": torch.randn(2 * n, 32), "text_embed": torch.randn(n, 32), "byol_feats": torch.randn(2 * n, 16),
-        "image_ssl_embed": torch.randn(2 * n, 16), "byol_feats_e": torch.randn(n, 16), "logit_scale": torch.tensor(14.3),
-    }  # fmt: skip
+        "image_embed": torch.randn(2 * n, 32),
+        "text_embed": torch.randn(n, 32),
+        "image_ssl_embed": torch.randn(2 * n, 16),
+        "byol_feats": torch.randn(2 * n, 16),
+        "byol_feats_e": torch.randn(n, 16),
+        "logit_scale": torch.tensor(14.3),
+    }
 
 
 def test_losses(up, table):
