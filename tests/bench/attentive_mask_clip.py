@@ -1,7 +1,7 @@
 """A-CLIP's speed and memory: `python -m tests.bench.attentive_mask_clip [--upstream PATH] [--geometry small vit_b16]`.
 
 One process, same inputs, same threads; ours and theirs take turns. Prints Markdown tables: medians, the ratio
-theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster), the peak memory of a step
+theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster), peak memory of a step
 beyond weights and optimizer state; then what the steps of A-CLIP and its baselines cost at ViT-B/16, and where.
 `--upstream` is a clone of microsoft/A-CLIP@0e51942; without it theirs is open_clip's training step alone.
 
