@@ -421,6 +421,9 @@ def test_param_groups(case):
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(case["frozen"])
 
 
+BEFORE_BATCH_NORM = {f"image_mlp.{name}" for i in (1, 2) for name in (f"layer{i}.bias", f"bn{i}.running_mean")}
+
+
 @golden("attentive_mask_clip", "train_steps")
 def test_train_steps(case):
     model = model_of(case).train()
@@ -439,8 +442,8 @@ def test_train_steps(case):
         assert len(names) == len(expected)
     case.close("losses", torch.tensor(log), rtol=1e-5)
     for name, value in model.state_dict().items():
-        if name in ("image_mlp.layer1.bias", "image_mlp.layer2.bias"):
-            continue  # their exact gradient is zero: Adam turns rounding into steps
+        if name in BEFORE_BATCH_NORM:
+            continue  # an exact gradient of zero: Adam turns rounding into steps
         expected = torch.as_tensor(case[f"final/{name}"]).clone()
         if name.endswith(("qkv.bias", "in_proj_bias")):  # as is that of the keys' bias
             third = len(expected) // 3
@@ -652,7 +655,7 @@ def test_crops_are_what_their_boxes_say(ema_size):
         assert np.array_equal(cut.resize(crop.size, Image.Resampling.BILINEAR), crop)
 
 
-@pytest.mark.parametrize("kind, changes", [("plain", False), ("mild", True), ("aclip", True), ("slip", True)])
+@pytest.mark.parametrize("kind, changes", [("plain", False), ("aclip", True), ("slip", True)])
 def test_only_online_views_are_augmented(kind, changes):
     image = Image.fromarray((torch.rand(16, 16, 3) * 255).byte().numpy())
     transform, plain = view_transform(kind), view_transform("plain")(image)
