@@ -96,7 +96,7 @@ def start(folder: Path):
         yield start
 
 
-def ended(process, timeout: float = 60) -> Ended:
+def ended(process, timeout: float = 120) -> Ended:
     process.join(timeout)
     if process.is_alive():
         process.kill()
@@ -240,7 +240,7 @@ def test_evaluation_during_training_changes_nothing(arms: dict[str, Path], cli, 
 
 def kill_at(process, out: Path, line: int) -> None:
     """SIGKILL as soon as metrics.jsonl has so many lines."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
     while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
         assert time.monotonic() < deadline
         time.sleep(0.002)
