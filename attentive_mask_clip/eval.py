@@ -199,7 +199,9 @@ def linear_probe(
     was_training = model.training
     model.eval()
     (train_x, train_y), (test_x, test_y) = (
-        extract_image_features(lambda images: model.visual(images)[0][:, 0], loader, device, precision, "probe")
+        extract_image_features(
+            lambda images: model.visual(images, cls_only=True)[0][:, 0], loader, device, precision, "probe"
+        )
         for loader in dataset
     )
     model.train(was_training)
