@@ -97,7 +97,7 @@ def train_step(
     """One optimizer step on (images, boxes, tokens); returns the losses, averaged over micro-batches. U:main.py:316."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = float(lr)  # a NumPy number would not load with weights_only
     if isinstance(bare, ACLIP):
         bare.update_ema(momentum)  # before the forward pass, and once a step whatever the number of micro-batches
     optimizer.zero_grad()
