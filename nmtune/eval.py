@@ -1,0 +1,1 @@
+from nmtune.analysis import *  # noqa
