@@ -15,10 +15,10 @@ CENTRES = ("none", "sample", "sample+feature")
 
 
 def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sample") -> Tensor:
-    """Singular values of F (M, D), descending: (min(M, D),) fp64. U:src/models/svd.py:38-58, pca.py:38-57.
+    """Singular values of F (M, D), descending, fp64: (min(M, D),).
 
-    `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" subtracts from a row its
-    own mean over D, as svd.py does; "sample+feature" then the mean over rows, too, as pca.py does.
+    `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" takes from each row its
+    own mean over D (U:src/models/svd.py:38-58); "sample+feature" the mean over rows, too (U:src/models/pca.py:38).
     """
     if center not in CENTRES:
         raise ValueError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
@@ -64,7 +64,7 @@ def project_logits(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     members = torch.tensor([member for group in groups for member in group], device=logits.device)
     group_of = torch.repeat_interleave(torch.tensor([len(group) for group in groups])).to(logits.device)
     projected = logits.new_full((len(logits), len(groups)), -torch.inf)
-    return projected.index_reduce_(1, group_of, logits[:, members], "amax")
+    return projected.scatter_reduce_(1, group_of.expand(len(logits), -1), logits[:, members], "amax")
 
 
 def pmk_accuracy(

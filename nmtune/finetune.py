@@ -1,6 +1,6 @@
-"""Tune the encoder itself: `python -m nmtune.finetune PRESET [--overrides]`. The journal version (arXiv 2403.06869).
+"""Tune the encoder itself: `python -m nmtune.finetune PRESET [--overrides]`. Journal version, arXiv 2403.06869.
 
-Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/nml_finetune.py`. Its contribution here: NMTune's two
+Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/nml_finetune.py`. Its contribution here: the two
 spectral regularisers act on the encoder's own features, of one view, without MLP and without L_MSE (`finetune_loss`).
 All weights are tuned, or rank-8 adapters of the blocks' MLPs (LoRA, by peft) and the classifier.
 """

@@ -99,11 +99,11 @@ def nmtune_loss(
     weights: tuple[float, float, float] = (1.0, 0.04, 0.001),
     k: int = 5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s]. U:src/models/nml_tune.py:139-171.
+    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s].
 
     logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default the authors';
-    the paper writes one lambda = 0.01 for all. Parts of weight 0 are not computed; all three 0 is the paper's MLP baseline.
-    Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted parts.
+    the paper writes one lambda = 0.01. Parts of weight 0 are not computed; all three 0 is the paper's MLP baseline.
+    Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted parts. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
     half = len(z) // 2
