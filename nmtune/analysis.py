@@ -17,8 +17,8 @@ CENTRES = ("none", "sample", "sample+feature")
 def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sample") -> Tensor:
     """Singular values of F (M, D), descending, fp64: (min(M, D),).
 
-    `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" takes from each row its
-    own mean over D (U:src/models/svd.py:38-58); "sample+feature" the mean over rows, too (U:src/models/pca.py:38).
+    `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" takes off each row
+    its own mean over D (U:src/models/svd.py:38-58); "sample+feature" the mean over rows, too (U:src/models/pca.py:38).
     """
     if center not in CENTRES:
         raise ValueError(f"center is one of {', '.join(CENTRES)}, not {center!r}")

@@ -1,8 +1,8 @@
 """What the paper claims, in the terms of the embedded corpus, and the comparison of its encoders.
 
-Encoders are run folders KIND-GAMMA-seedN (sup-30-seed0) that the Makefile pre-trains and nmtune.study measures. A number
+Encoders are run folders KIND-GAMMA-seedN (sup-30-seed0) that make pre-trains and nmtune.study measures. A number
 of an encoder is the mean over tasks and tuning seeds. Claims about noise compare encoders of one pre-training seed, so
-that their interval is over pre-training seeds; claims about heads compare heads on one encoder: theirs is over encoders.
+that their interval is over pre-training seeds; claims about heads compare heads on one encoder: it is over encoders.
 """
 
 from pathlib import Path
