@@ -61,7 +61,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
         raise ValueError(f"{path} holds no head of nmtune.train; encoders are compared with --report")
     settings = TrainConfig(**{**state["config"], "tests": tuple(state["config"]["tests"])})
     if cfg.tests:
-        settings = dataclasses.replace(settings, tests=cfg.tests, benchmark="", data=settings.data or "unused")
+        settings = dataclasses.replace(settings, tests=cfg.tests)
     source = Source(settings, process)
     weights = split_upstream(run.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
     head = head_from(weights).to(process.device)

@@ -19,7 +19,7 @@ def flip_labels(
     noisy = np.array(labels)
     selected = rng.permutation(len(noisy))
     selected = selected[np.arange(len(noisy)) < ratio * len(noisy)]
-    if exclude_true:
+    if exclude_true and num_classes > 1:
         noisy[selected] = (noisy[selected] + rng.randint(1, num_classes, size=len(selected))) % num_classes
     else:
         noisy[selected] = rng.randint(num_classes, size=len(selected), dtype=np.int32)
