@@ -268,9 +268,9 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
 def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[list[int]] | None]:
     """(test set, groups of the trained classes that its classes stand for, None where they are the same).
 
-    In this order: `groups.json` in the set's folder, a list of lists of trained class numbers; Vid-Robust's own; those of
-    ObjectNet's mappings (with its 2-pixel border cut off); the same number of classes; class names that all occur among the trained ones
-    (ImageNet-A and -R, by WordNet id in image folders and by name in webdatasets).
+    In this order: `groups.json` in the set's folder, a list of lists of trained class numbers; what Vid-Robust or
+    ObjectNet say themselves; the same number of classes; class names that all occur among the trained ones (ImageNet-A
+    and -R, by WordNet id in image folders and by name in webdatasets).
     """
     images = open_labelled(spec)
     folder = Path(spec.partition(":")[0])

@@ -152,7 +152,9 @@ def features_file(tmp_path_factory) -> Path:
 
 
 def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
-    code, out, err = in_process("nmtune.train", "--features", features_file, "--epochs", "5", "--out", tmp_path / "run")
+    code, out, err = in_process(
+        "nmtune.train", "--features", features_file, "--batch-size", "16", "--out", tmp_path / "run"
+    )
     assert code == 0, err
     assert float(re.search(r"test/top1 ([\d.]+) %", out)[1]) > 90
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
@@ -163,8 +165,10 @@ def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
     }
     state = run.load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["classnames"] == [f"class {i}" for i in range(6)] and "classification_head.weight" in state["head"]
-    code, out, _ = in_process("nmtune.train", "--features", features_file, "--epochs", "5", "--out", tmp_path / "run")
-    assert code == 0 and "is finished (5 epochs); nothing to do" in out
+    code, out, _ = in_process(
+        "nmtune.train", "--features", features_file, "--batch-size", "16", "--out", tmp_path / "run"
+    )
+    assert code == 0 and "is finished (30 epochs); nothing to do" in out
     code, out, err = in_process("nmtune.eval", tmp_path / "run")
     assert code == 0 and "test/top1" in out, err
     results = report.load(tmp_path / "run/results.json")["metrics"]
