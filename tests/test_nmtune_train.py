@@ -44,8 +44,7 @@ CLIP = [
     "--warmup",
     "2",
 ]
-TUNE = """--encoder timm:resnet_emoji --epochs 2 --batch-size 32 --workers 0 --log-every 1 --device cpu
-    --train-fraction 0.05 --precision fp32""".split()
+TUNE = "--encoder timm:resnet_emoji --epochs 2 --batch-size 20 --workers 0 --log-every 1 --precision fp32".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -245,12 +244,13 @@ def test_broken_features_files(in_process, tmp_path, case):
 # --------------------------------------------------------------------------------------------- images, kill and resume
 
 
-def test_fresh_views_kill_and_resume(in_process, tmp_path):
+def test_fresh_views_kill_and_resume(in_process, tmp_path, images):
     """Encoder and images, new views in every step; killed twice on the way."""
-    command = ["emoji-nmtune", *TUNE, "--bank", "0", "--save-every", "2", "--out"]
+    sets = ["--data", images, "--tests", f"id={images}"]
+    command = ["nmtune", *TUNE, *sets, "--epochs", "4", "--save-every", "2", "--out"]
     code, out, err = in_process("nmtune.train", *command, tmp_path / "whole")
-    assert code == 0 and "id/top1" in out and "ood/top1" in out, err
-    for line in (3, 6):
+    assert code == 0 and "id/top1" in out, err
+    for line in (3, 8):
         kill_at(start("nmtune.train", *command, tmp_path / "killed"), tmp_path / "killed", line)
     finished(start("nmtune.train", *command, tmp_path / "killed"))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -259,16 +259,13 @@ def test_fresh_views_kill_and_resume(in_process, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["emoji-lp", "emoji-lp-views", "emoji-mlp"])
-def test_other_arms_on_images(in_process, tmp_path, preset):
-    code, out, err = in_process(
-        "nmtune.train", preset, *TUNE, "--bank", "2", "--epochs", "1", "--out", tmp_path / "run"
-    )
+def test_other_arms_on_images(in_process, tmp_path, preset, images):
+    sets = ["--data", images, "--tests", f"id={images}"]
+    code, out, err = in_process("nmtune.train", preset, *TUNE, *sets, "--bank", "2", "--out", tmp_path / "run")
     assert code == 0 and "id/top1" in out, err
     rows = 32 if preset == "emoji-lp" else 64
-    cfg = dataclasses.replace(
-        config.PRESETS[preset][1], encoder="timm:resnet_emoji", train_fraction=0.05, batch_size=32
-    )
-    source = train.Source(dataclasses.replace(cfg, bank=2, device="cpu"), run.Process(0, 1, torch.device("cpu")))
+    cfg = dataclasses.replace(config.PRESETS[preset][1], encoder="timm:resnet_emoji", data=str(images), tests=())
+    source = train.Source(dataclasses.replace(cfg, batch_size=32, bank=2), run.Process(0, 1, torch.device("cpu")))
     source.encode_training_set()
     assert len(next(iter(source.batches(0)))[0]) == rows
 
@@ -337,16 +334,18 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=2e-5, err_msg=f"{name} in step {a['step']}")
     a, b = (run.load_checkpoint(path / "checkpoint.pt")[part] for path in (one, other))
     for name in a:
-        if name not in (
-            "mlp_after.0.bias",
-            "mlp_after.1.running_mean",
-        ):  # true gradient 0: AdamW turns rounding into steps
+        if name in ("mlp_after.0.bias", "mlp_after.1.running_mean"):
+            continue  # true gradient 0, of which AdamW makes steps from rounding
+        if name.endswith("in_proj_bias"):  # so is that of the keys' bias
+            thirds = [x[name].unflatten(0, (3, -1))[[0, 2]] for x in (b, a)]
+            torch.testing.assert_close(*thirds, rtol=1e-4, atol=1e-4)
+        else:
             torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_two_processes_equal_one_in_tuning(in_process, tmp_path):
-    """The last batch is short, and its second half empty."""
-    command = ["emoji-nmtune", *TUNE, "--bank", "0", "--out"]
+def test_two_processes_equal_one_in_tuning(in_process, tmp_path, images):
+    """The last batch of 8 is short, and the second process has none of it."""
+    command = ["nmtune", *TUNE, "--data", images, "--tests", f"id={images}", "--out"]
     assert in_process("nmtune.train", *command, tmp_path / "one")[0] == 0
     two("nmtune.train", *command, tmp_path / "two")
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "head")
@@ -476,6 +475,8 @@ def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
 
 def test_study_and_report(tmp_path, monkeypatch, capsys):
     """Two encoders of two seeds with random weights: what stands in the report was measured on them."""
+    whole = study.open_labelled
+    monkeypatch.setattr(study, "open_labelled", lambda spec: whole(spec).subset(np.arange(150)))
     for arm, noise in (("sup-00", 0.0), ("sup-30", 0.3)):
         for seed in (0, 1):
             cfg = dataclasses.replace(config.EMOJI_SUPERVISED, noise=noise, seed=seed)
