@@ -66,28 +66,35 @@ def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
 
 
 class SingularValues(torch.autograd.Function):
-    """Singular values, descending, (min(n, D),) fp32, of z (n, D) by the eigenvalues of its smaller Gram matrix.
+    """Singular values, descending, (min(n, D),) fp32 of z (n, D) by the eigenvalues of its smaller Gram matrix.
 
-    The squaring costs fp64 half its digits, which leaves more than an SVD in fp32 has. d sigma_i = u_i^T dz v_i gives
-    the gradient U diag(g / sigma) U^T z, in which sigma below 1e-7 of the largest count as 0 (subgradient 0).
+    In fp64, where squaring leaves more digits than an SVD in fp32 has. d sigma_i = u_i^T dz v_i gives the gradient
+    U diag(g / sigma) U^T z. Where z is rank-deficient (sigma below 1e-5 of the largest) u_i and v_i are not determined:
+    then an SVD in fp32 chooses them, as upstream's does.
     """
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
-        wide = z.shape[0] <= z.shape[1]
+        ctx.wide = z.shape[0] <= z.shape[1]
         exact = z.double()
-        eigenvalues, basis = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
+        eigenvalues, basis = torch.linalg.eigh(exact @ exact.T if ctx.wide else exact.T @ exact)
         sigma = eigenvalues.clamp(min=0).sqrt()
+        ctx.full_rank = bool(sigma[0] > 1e-5 * sigma[-1])
+        if not ctx.full_rank:
+            u, sigma, vh = torch.linalg.svd(z.float(), full_matrices=False)
+            ctx.save_for_backward(u, vh)
+            return sigma
         ctx.save_for_backward(z, sigma, basis)
-        ctx.wide = wide
         return sigma.flip(0).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
+        if not ctx.full_rank:
+            u, vh = ctx.saved_tensors
+            return (u * gradient) @ vh
         z, sigma, basis = ctx.saved_tensors
-        scale = torch.where(sigma > 1e-7 * sigma[-1], gradient.flip(0).double() / sigma, 0.0)
-        weights = ((basis * scale) @ basis.T).to(z.dtype)
+        weights = ((basis * (gradient.flip(0) / sigma)) @ basis.T).to(z.dtype)
         return weights @ z if ctx.wide else z @ weights
 
 

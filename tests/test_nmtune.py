@@ -29,9 +29,11 @@ from nmtune.model import (
     covariance_loss,
     dominant_singular_value_loss,
     finetune_loss,
+    head_from,
     load_encoder,
     make_classifier,
     nmtune_loss,
+    split_upstream,
     timm_transforms,
 )
 from nmtune.pretrain import flip_labels, flip_labels_per_sample, swap_captions
@@ -429,6 +431,30 @@ def test_checkpoints_in_the_authors_layouts_load(tmp_path, prefix):
     encoder, *_ = load_encoder("open_clip", "ViT-emoji", str(tmp_path / "epoch_32.pt"))
     images = torch.randn(2, 3, 40, 40)
     torch.testing.assert_close(encoder(images), clip.eval().encode_image(images))
+
+
+@pytest.mark.parametrize("source, name", [("timm", "resnet_emoji"), ("open_clip", "ViT-emoji")])
+def test_an_exported_classifier_of_the_authors_loads(tmp_path, source, name):
+    """The state dict of their ImageClassifier: a wrapped encoder with an alias of its classifier, MLP, scale, head."""
+    import open_clip
+
+    images, head = torch.randn(2, 3, 40, 40), NMTuneHead(128, 5, ratio=2, layers=2)
+    if source == "timm":
+        model = timm.create_model(name, num_classes=7)
+        state = {f"image_encoder.model.model.{key}": value for key, value in model.state_dict().items()}
+        state |= {f"image_encoder.model.fc.{key}": value for key, value in model.fc.state_dict().items()}
+        expected = model.eval().forward_head(model.forward_features(images), pre_logits=True)
+    else:
+        model = open_clip.create_model(name)
+        state = {f"image_encoder.model.{key}": value for key, value in model.state_dict().items()}
+        expected = model.eval().encode_image(images)
+    for key, value in head.state_dict().items():
+        state[key if key.startswith("classification_head.") else f"image_encoder.{key}"] = value
+    torch.save(state, tmp_path / "exported.pt")
+    encoder, *_ = load_encoder(source, name, str(tmp_path / "exported.pt"))
+    torch.testing.assert_close(encoder(images), expected)
+    loaded = head_from(split_upstream(state)[0])
+    torch.testing.assert_close(loaded(expected), head.eval()(expected))
 
 
 def test_wrong_checkpoints_are_named(tmp_path):
