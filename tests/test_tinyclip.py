@@ -3,11 +3,9 @@
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
 
-import copy
 import json
 import math
 import re
-import warnings
 
 import numpy as np
 import open_clip
@@ -20,7 +18,7 @@ from conftest import Case
 from PIL import Image
 
 from tinyclip import train
-from tinyclip.config import PRESETS, Config, Stage
+from tinyclip.config import Stage
 from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
 from tinyclip.inheritance import KINDS, eval_gate
 from tinyclip.model import (
@@ -31,7 +29,6 @@ from tinyclip.model import (
     affinity_mimicking_loss,
     clip_loss,
     convert_state_dict,
-    create_model,
     depth_indices,
     distillation_loss,
     expand_pruned,
@@ -40,10 +37,8 @@ from tinyclip.model import (
     hard_concrete,
     hard_concrete_cdf,
     inherit_weights,
-    open_clip_config,
     parameter_counts,
     prune,
-    random_masks,
     resize_positional_embedding,
     sparsity_loss,
     target_sparsity,
@@ -70,7 +65,10 @@ def head_widths(state: dict, case: Case | None = None) -> tuple[int, int]:
     """(image, text); shapes do not tell them: the README's 8, or what the case's masks say."""
     widths = []
     for tower, prefix in (("image", "visual."), ("text", "")):
-        loga, qkv = state.get(f"{tower}_mask.heads_loga"), state.get(f"{prefix}transformer.resblocks.0.attn.in_proj_bias")
+        loga, qkv = (
+            state.get(f"{tower}_mask.heads_loga"),
+            state.get(f"{prefix}transformer.resblocks.0.attn.in_proj_bias"),
+        )
         widths.append(8 if loga is None or qkv is None else len(qkv) // (3 * loga.shape[1]))
     return tuple(widths)
 
@@ -141,7 +139,10 @@ def test_distill_loss_mix(case):
         student, teacher = unit_features(case, v)
         with torch.no_grad():
             i2t, t2i = affinity_mimicking_loss(*student, *teacher)
-            for name, value in (("soft", alpha * weight * (i2t + t2i) / 2), ("hard", (1 - alpha) * weight * clip_loss(*student))):
+            for name, value in (
+                ("soft", alpha * weight * (i2t + t2i) / 2),
+                ("hard", (1 - alpha) * weight * clip_loss(*student)),
+            ):
                 if f"{prefix}/{name}" in case:
                     close_relative(case, f"{prefix}/{name}", value)
         loss = distillation_loss(*student, *teacher, alpha=alpha, weight=weight)
@@ -227,7 +228,9 @@ def test_forward(case):
 @golden("tinyclip", "param_counts")
 def test_param_counts(case):
     for name in variants(case):
-        embed_dim, image_size, width, patch, text_width, heads, layers, context, vocab, *depth = case[f"{name}/config"].tolist()
+        embed_dim, image_size, width, patch, text_width, heads, layers, context, vocab, *depth = case[
+            f"{name}/config"
+        ].tolist()
         vision = {"image_size": image_size, "width": width, "head_width": 64}
         vision |= {"patch_size": patch, "layers": depth[0]} if patch else {"layers": depth}
         text = {"context_length": context, "vocab_size": vocab, "width": text_width, "heads": heads, "layers": layers}
@@ -398,7 +401,10 @@ def test_masked_clip(case):
 
     if "train/w_image" in case:
         student = Student(model, *masks).train()
-        u = {t: {kind: case[f"train/u_{t}_{kind}"] for kind in m.types} for t, m in zip(("image", "text"), masks, strict=True)}
+        u = {
+            t: {kind: case[f"train/u_{t}_{kind}"] for kind in m.types}
+            for t, m in zip(("image", "text"), masks, strict=True)
+        }
         for mask, tower in zip(masks, ("image", "text"), strict=True):
             mask_group(case, "train", tower, mask.sample(u[tower]))
         image, text, _ = student(case["image"], case["text"], u)
@@ -410,7 +416,11 @@ def test_masked_clip(case):
             gradients |= {names[f"{tower}_mask.{n}"]: p.grad for n, p in mask.named_parameters()}
         for name in case.group("train/grad/"):
             gradient = gradients[name]
-            case.close(f"train/grad/{name}", torch.zeros_like(case[f"train/grad/{name}"]) if gradient is None else gradient, atol=2e-5)
+            case.close(
+                f"train/grad/{name}",
+                torch.zeros_like(case[f"train/grad/{name}"]) if gradient is None else gradient,
+                atol=2e-5,
+            )
 
     small = prune(model, *eval_masks)
     pruned = convert_state_dict(case.group("pruned/param/"))
@@ -474,7 +484,9 @@ def test_lr_schedules(case):
             case.close(name, [lr_at(step, base, warmup, total) for step in steps], rtol=1e-6)
         elif kind == "after_prune":
             expected = case[name][warmup:].double()
-            actual = torch.tensor([lr_at(s, base, 1, total, prune_step=warmup) for s in steps[warmup:]], dtype=torch.double)
+            actual = torch.tensor(
+                [lr_at(s, base, 1, total, prune_step=warmup) for s in steps[warmup:]], dtype=torch.double
+            )
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
         else:
             case.close(name, [mask_lr_at(step, warmup, 0.02) for step in steps], rtol=1e-6)
@@ -485,7 +497,10 @@ def test_optimizer_groups(case):
     for masked, groups in (("masked" in name, groups) for name, groups in case.items()):
         names = convert_state_dict({name: torch.tensor(0) for name in groups})
         upstream = dict(zip(names, groups, strict=True))
-        depth = {p: 1 + max(int(m[1]) for n in names if (m := re.match(p + r"transformer\.resblocks\.(\d+)", n))) for p in (r"visual\.", "")}
+        depth = {
+            p: 1 + max(int(m[1]) for n in names if (m := re.match(p + r"transformer\.resblocks\.(\d+)", n)))
+            for p in (r"visual\.", "")
+        }
         vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": depth[r"visual\."], "head_width": 8}
         text = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": depth[""]}
         clip = CLIP(8, vision, text)
@@ -540,7 +555,13 @@ def test_training_run(case, monkeypatch):
             clip_norm = torch.nn.utils.clip_grad_norm_
 
             def note(parameters, *arguments):
-                first.update({n.removeprefix("clip."): p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
+                first.update(
+                    {
+                        n.removeprefix("clip."): p.grad.clone()
+                        for n, p in student.named_parameters()
+                        if p.grad is not None
+                    }
+                )
                 return clip_norm(parameters, *arguments)
 
             with monkeypatch.context() as patch:
@@ -551,8 +572,8 @@ def test_training_run(case, monkeypatch):
         losses.append(logged["loss"].item())
         norms.append(logged["gradient_norm"].item())
         for ours, theirs in (
-            ("expected_sparsity", "all_expected"), ("image_sparsity", "vision_expected"), ("text_sparsity", "text_expected"),
-            ("target_sparsity", "all_target"),
+            ("expected_sparsity", "all_expected"), ("target_sparsity", "all_target"),
+            ("image_sparsity", "vision_expected"), ("text_sparsity", "text_expected"),
         ):  # fmt: skip
             key = f"log/{step}/train/{theirs}_sparsity"
             if key in case and ours in logged and stage.joint:
@@ -600,7 +621,9 @@ def test_retrieval_metrics(case):
         metrics = retrieval_metrics(case[f"{v}/image"], case[f"{v}/text"])
         for name in metrics:
             case.close(f"{v}/{name}", metrics[name], atol=1e-5)
-        assert {f"{v}/{name}" for name in metrics} | {f"{v}/image", f"{v}/text"} == {n for n in case if n.startswith(f"{v}/")}
+        assert {f"{v}/{name}" for name in metrics} | {f"{v}/image", f"{v}/text"} == {
+            n for n in case if n.startswith(f"{v}/")
+        }
 
 
 @golden("tinyclip", "preprocess_val")

@@ -1,7 +1,7 @@
 """Every setting of a TinyCLIP stage and run, its presets, and what is refused before a run starts.
 
-`Stage` is the recipe of one distillation stage, `Config` adds where it runs and on what. The presets auto-* and manual-* are
-the scripts of wkcn/TinyCLIP@ad981bf and the rows of its model zoo; `emoji*` are ours.
+`Stage` is the recipe of one distillation stage, `Config` adds where it runs and on what. The presets auto-* and
+manual-* are the scripts of wkcn/TinyCLIP@ad981bf and the rows of its model zoo; `emoji*` are ours.
 """
 
 import dataclasses
@@ -41,7 +41,11 @@ class Stage:
 
     masks: bool = False
     """Automatic inheritance: learn masks on both towers until `prune_step`."""
-    mask_types: tuple[Literal["hidden", "heads", "intermediate", "mha", "ffn"], ...] = ("hidden", "heads", "intermediate")
+    mask_types: tuple[Literal["hidden", "heads", "intermediate", "mha", "ffn"], ...] = (
+        "hidden",
+        "heads",
+        "intermediate",
+    )
     """What masks act on; mha and ffn are gates on whole blocks, which upstream never switches on."""
     start_sparsity: float = 0.0
     """Target at step 0: what the stage before has reached."""
@@ -68,10 +72,11 @@ class Config(Stage):
     """A stage, and the run it is."""
 
     out: str = "runs/tinyclip"
-    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone. With a
-    checkpoint in it, the run resumes."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone.
+    With a checkpoint in it, the run resumes."""
     data: str = ""
-    """Training pairs: shards 'laion/{00000..41407}.tar', a folder of them, or a .tsv with columns title and filepath."""
+    """Training pairs: shards 'laion/{00000..41407}.tar', a folder of them, or a .tsv with columns title and
+    filepath."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"
@@ -84,8 +89,8 @@ class Config(Stage):
     init: str | None = "ViT-B-32@laion2b_e16"
     """Where first weights come from, as `teacher`: the teacher, or the stage before. None: random weights."""
     inherit: Literal["manual", "random"] = "manual"
-    """How weights of another geometry are taken over: front channels and every k-th layer, or (a control) random channels
-    and layers. With masks they are taken over whole, or put back into full size if they were pruned."""
+    """How weights of another geometry are taken over: front channels and every k-th layer, or (a control) random
+    channels and layers. With masks they are taken over whole, or put back into full size if they were pruned."""
     depth_rule: Literal["interval_front", "uniform"] = "interval_front"
     """Which layers: upstream's every (12 // depth)-th from the front, or an even spread."""
     head_width: int = 64
@@ -129,18 +134,30 @@ MANUAL = Config()
 AUTO = Config(model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
 RESNET = Config(model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
 YFCC = Config(  # no script upstream; 25 epochs of 15M pairs
-    model="TinyCLIP-ViT-39M-16-Text-19M", teacher="ViT-B-16@openai", init="ViT-B-16@openai", batch_size=4_096, steps=91_550
+    model="TinyCLIP-ViT-39M-16-Text-19M",
+    teacher="ViT-B-16@openai",
+    init="ViT-B-16@openai",
+    batch_size=4_096,
+    steps=91_550,
 )
 FIRST = "runs/tinyclip/{}"  # where a second stage finds the first, unless --init says otherwise
 
 EMOJI = Config(
-    data="data/emoji/train", model="emoji-50", teacher="runs/tinyclip/teacher-seed0", init="runs/tinyclip/teacher-seed0",
-    steps=600, batch_size=256, lr=1e-3, warmup=30, augmentation="none", keep_in_memory=True, workers=0,
+    data="data/emoji/train", model="emoji-50",
+    teacher=FIRST.format("teacher-seed0"), init=FIRST.format("teacher-seed0"), steps=600, batch_size=256, lr=1e-3, warmup=30, augmentation="none", keep_in_memory=True, workers=0,
     save_every=200, eval_every=50,
 )  # fmt: skip
-# The gates move by at most the mask learning rate a step, from 4.6 to below -4.6: a few hundred steps need a larger one.
+# The gates move by at most the mask learning rate a step, from 4.6 to below -4.6: a few hundred steps need a larger
+# one.
 EMOJI_AUTO = replace(
-    EMOJI, model="emoji-100", masks=True, target_sparsity=0.5, prune_step=200, sparsity_warmup=100, mask_lr=0.1, lambda_lr=-0.1
+    EMOJI,
+    model="emoji-100",
+    masks=True,
+    target_sparsity=0.5,
+    prune_step=200,
+    sparsity_warmup=100,
+    mask_lr=0.1,
+    lambda_lr=-0.1,
 )
 PRESETS = {
     "emoji": ("half the teacher by hand, inherited, affinity mimicking; minutes on two CPU cores", EMOJI),
@@ -151,7 +168,9 @@ PRESETS = {
             keep_in_memory=False, steps=900,
         ),
     ),
-    "emoji-contrastive": ("the same student and weights, contrastive loss", replace(EMOJI, teacher=None, alpha=0.0, logit_scale=None)),
+    "emoji-contrastive": (
+        "the same student and weights, contrastive loss", replace(EMOJI, teacher=None, alpha=0.0, logit_scale=None)
+    ),
     "emoji-auto": ("half the teacher by learned masks", EMOJI_AUTO),
     "auto-63M-31M": ("ViT-B/32 100 -> 75 %, LAION-400M", AUTO),
     "auto-45M-18M": (
@@ -196,7 +215,7 @@ def check(cfg: Config, world_size: int) -> None:
     check_stage(cfg)
     if not cfg.data:
         raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'laion/{00000..41407}.tar'"
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'laion/{0000..4140}.tar'"
         )
     if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
@@ -204,8 +223,12 @@ def check(cfg: Config, world_size: int) -> None:
         source = getattr(cfg, name)
         if source is not None and "@" not in source and not Path(source).exists():
             raise ValueError(
-                f"--{name} {source} does not exist: it takes a run folder, a checkpoint file or MODEL@WEIGHTS of open_clip"
-                + ("; 'python -m tinyclip.train emoji-teacher --out PATH' trains the emoji one" if "emoji" in cfg.model else "")
+                f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip"
+                + (
+                    "; 'python -m tinyclip.train emoji-teacher --out PATH' trains the emoji one"
+                    if "emoji" in cfg.model
+                    else ""
+                )
             )
     for name in ("batch_size", "save_every", "log_every"):
         if getattr(cfg, name) < 1:
@@ -237,7 +260,9 @@ def check_stage(cfg: Config) -> None:
     if not 0 < cfg.prune_step < cfg.steps:
         raise ValueError(f"--prune-step {cfg.prune_step} is not within the {cfg.steps} steps")
     if not 0 <= cfg.start_sparsity <= cfg.target_sparsity < 1:
-        raise ValueError(f"--start-sparsity {cfg.start_sparsity} to --target-sparsity {cfg.target_sparsity} do not rise in 0..1")
+        raise ValueError(
+            f"--start-sparsity {cfg.start_sparsity} to --target-sparsity {cfg.target_sparsity} do not rise in 0..1"
+        )
     if not {"heads", "intermediate"} & set(cfg.mask_types):
         raise ValueError("--mask-types needs heads or intermediate: sparsity counts their parameters")
     if cfg.inherit == "random":

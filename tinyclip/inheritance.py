@@ -1,6 +1,7 @@
 """TinyCLIP's weight inheritance (arXiv 2309.12314): the student's first weights are a part of the teacher's.
 
-Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution here:
+Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution
+here:
   - manual inheritance: every k-th layer, the first channels, the first heads   `inherit_weights`, `depth_indices`
   - automatic inheritance: which parts stay is learned with masks               `L0Mask`, `sparsity_loss`
   - a smaller network out of masks, and a masked one out of it for the          `prune`, `expand_pruned`
@@ -40,7 +41,8 @@ BLOCK = re.compile(r"(.*(?:resblocks|layer\d))\.(\d+)\.(.+)")  # transformer blo
 def inherit_weights(
     student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], head_dim: int = 64, depth_rule: str = "interval_front"
 ) -> dict[str, Tensor]:
-    """The student's state dict, cut out of the teacher's; logit_scale is not inherited. U:open_clip/weight_inherit.py:71.
+    """The student's state dict, cut out of the teacher's; logit_scale is not inherited.
+    U:open_clip/weight_inherit.py:71.
 
     Layers by `depth_indices` in each transformer or ResNet stage, the front slice on every axis, and of the fused
     (3 h d, H) projection the first heads of each of q, k and v. Of `student` only names and shapes are used.
@@ -65,14 +67,16 @@ def inherit_weights(
         value = teacher[source]
         if "visual" in name and name.endswith("positional_embedding") and len(value) != len(target):
             raise ValueError(
-                f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, whose front slice "
-                "would be meaningless; resize it first (resize_positional_embedding)"
+                f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, whose front "
+                "slice would be meaningless; resize it first (resize_positional_embedding)"
             )
         if ".attn.in_proj_" in name:
             heads = value.unflatten(0, (3, -1, head_dim))
             value = heads[:, : len(target) // (3 * head_dim)].flatten(0, 2)
         if any(have < need for have, need in zip(value.shape, target.shape, strict=True)):
-            raise ValueError(f"{name} is {tuple(target.shape)} in the student, more than {tuple(value.shape)} of the teacher")
+            raise ValueError(
+                f"{name} is {tuple(target.shape)} in the student, more than {tuple(value.shape)} of the teacher"
+            )
         inherited[name] = value[tuple(slice(0, size) for size in target.shape)].clone()
     return inherited
 
@@ -108,15 +112,17 @@ def eval_gate(loga: Tensor, soft: bool = True) -> Tensor:
     opened = (1 - hard_concrete_cdf(0.0, loga)).sum(-1, keepdim=True).double()
     closed = (loga.shape[-1] - opened).round()
     order = gate.argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(loga.shape[-1], device=loga.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(loga.shape[-1], device=loga.device).expand_as(order)
+    )
     return gate.masked_fill(rank < closed, 0.0)
 
 
 class L0Mask(nn.Module):
     """The masks of one tower: log-alphas a of its gates, and the two multipliers of the sparsity constraint.
 
-    hidden (H,) is shared by all layers, heads (L, h) and intermediate (L, I) are each layer's own; `ffn` and `mha` (L,) close
-    whole blocks, which the authors' code has but never switches on. U:open_clip/l0module.py:11.
+    hidden (H,) is shared by all layers, heads (L, h) and intermediate (L, I) are each layer's own; `ffn` and `mha`
+    (L,) close whole blocks, which the authors' code has but never switches on. U:open_clip/l0module.py:11.
     """
 
     def __init__(
@@ -126,7 +132,13 @@ class L0Mask(nn.Module):
         super().__init__()
         if unknown := set(types) - set(KINDS):
             raise ValueError(f"mask type {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
-        self.hidden, self.intermediate, self.heads, self.layers, self.types = hidden, intermediate, heads, layers, tuple(types)
+        self.hidden, self.intermediate, self.heads, self.layers, self.types = (
+            hidden,
+            intermediate,
+            heads,
+            layers,
+            tuple(types),
+        )
         shapes = {"hidden": (hidden,), "heads": (layers, heads), "intermediate": (layers, intermediate)}
         for kind in self.types:
             self.register_parameter(f"{kind}_loga", nn.Parameter(torch.full(shapes.get(kind, (layers,)), float(init))))
@@ -170,8 +182,8 @@ class L0Mask(nn.Module):
     def expected_params(self, hidden: bool | None = None) -> Tensor:
         """R, the expected number of prunable parameters that stay, () with gradient. U:open_clip/l0module.py:150.
 
-        R = (sum p_hidden) (sum p_heads p_mha) c_head / H + 2 (sum p_hidden) (sum p_int p_ffn); without the hidden factors
-        (`hidden=False`, or no such masks) c_head (sum p_heads p_mha) + (c_mlp // I) (sum p_int p_ffn).
+        R = (sum p_hidden) (sum p_heads p_mha) c_head / H + 2 (sum p_hidden) (sum p_int p_ffn); without the hidden
+        factors (`hidden=False`, or no such masks) c_head (sum p_heads p_mha) + (c_mlp // I) (sum p_int p_ffn).
         """
         open_ = {kind: self.open_prob(loga) for kind, loga in self.logas().items()}
         one = self.lambda_1.new_ones(self.layers, 1)
@@ -183,6 +195,17 @@ class L0Mask(nn.Module):
             return heads.sum() * self.params_per_head + neurons.sum() * (self.params_per_mlp // self.intermediate)
         width = open_["hidden"].sum() if "hidden" in open_ else self.lambda_1.new_tensor(float(self.hidden))
         return width * heads.sum() * (self.params_per_head / self.hidden) + 2 * width * neurons.sum()
+
+    def kept_params(self) -> int:
+        """Prunable weights that the evaluation masks leave, biases not counted; what U:open_clip/l0module.py:250
+        means to log."""
+        kept = {kind: z != 0 for kind, z in self.eval_masks().items()}
+        one = torch.ones(self.layers, 1, dtype=torch.bool, device=self.lambda_1.device)
+        heads = kept.get("heads", one.expand(-1, self.heads)) & kept.get("mha", one[:, 0])[:, None]
+        neurons = kept.get("intermediate", one.expand(-1, self.intermediate)) & kept.get("ffn", one[:, 0])[:, None]
+        width = int(kept["hidden"].sum()) if "hidden" in kept else self.hidden
+        attention = 4 * (self.hidden // self.heads) * int(heads.sum()) * width
+        return attention * ("heads" in self.types) + 2 * int(neurons.sum()) * width * ("intermediate" in self.types)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -201,10 +224,16 @@ def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
     return 1 - sum(m.expected_params() for m in masks) / sum(m.prunable_params for m in masks)
 
 
+def reached_sparsity(masks: Sequence[L0Mask]) -> float:
+    """What pruning now would take away, as a share of the prunable parameters of all towers."""
+    return 1 - sum(m.kept_params() for m in masks) / sum(m.prunable_params for m in masks)
+
+
 def sparsity_loss(
     masks: Sequence[L0Mask], target: float, joint: bool = True, two_sided: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers. U:training/train.py:260, l0module.py:209.
+    """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers. U:training/train.py:260,
+    l0module.py:209.
 
     joint: one constraint over all towers, with the mean of their lambdas; else one of each tower, summed. The lambdas
     climb (their learning rate is negative). two_sided: g = q - e, the paper's form, which also pulls back.
@@ -220,7 +249,7 @@ def sparsity_loss(
     return loss, expected_sparsity(masks)
 
 
-# -------------------------------------------------------------------------------------- masks -> a really smaller network
+# ------------------------------------------------------------------------------------ masks -> a really smaller network
 
 
 @torch.no_grad()
@@ -228,8 +257,8 @@ def prune(model: CLIP, masks_image: Masks | None, masks_text: Masks | None, exac
     """Cut out what the masks leave: kept rows and columns, times their soft gates. U:open_clip/model.py:1415.
 
     exact=False is the authors': it also multiplies the rows of `proj` and `text_projection` by z_h, which the masked
-    forward does not, and an attention without heads loses its output bias. exact=True computes what the masked model does.
-    A tower whose masks are None stays whole.
+    forward does not, and an attention without heads loses its output bias. exact=True computes what the masked model
+    does. A tower whose masks are None stays whole.
     """
     state, shape = dict(model.state_dict()), copy.deepcopy(model.geometry)
     for name, prefix, tower in named_towers(model):
@@ -243,7 +272,8 @@ def prune(model: CLIP, masks_image: Masks | None, masks_text: Masks | None, exac
 
 
 def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: bool) -> tuple[dict, dict]:
-    """(state dict with this tower pruned, its new sizes). The scaling rules are U:open_clip/model.py:70, 139, 170, 317, 545, 820."""
+    """(state dict with this tower pruned, its new sizes). The scaling rules are U:open_clip/model.py:70, 139, 170,
+    317, 545, 820."""
     head_width, heads, _ = block_sizes(tower)
     z = masks.get("hidden", torch.ones(tower["width"], device=state["logit_scale"].device))
     kept = z.nonzero().squeeze(1)
@@ -335,7 +365,9 @@ def expand_pruned(model: CLIP, image_mask: L0Mask, text_mask: L0Mask, pruned_sd:
             split = (3, -1, block_sizes(tower)[0])
             full, part = full.unflatten(0, split), part.unflatten(0, split)
         if any(a < b for a, b in zip(full.shape, part.shape, strict=True)):
-            raise ValueError(f"{name} of the pruned network, {tuple(small[name].shape)}, does not fit {tuple(state[name].shape)}")
+            raise ValueError(
+                f"{name} of the pruned network, {tuple(small[name].shape)}, does not fit {tuple(state[name].shape)}"
+            )
         full[tuple(slice(0, size) for size in part.shape)] = part
     masks = {"image": image_mask, "text": text_mask}
     for tower, prefix, shape in named_towers(model):
@@ -356,7 +388,8 @@ def expand_pruned(model: CLIP, image_mask: L0Mask, text_mask: L0Mask, pruned_sd:
 
 
 def random_masks(tower: Mapping, small: Mapping, generator: torch.Generator) -> dict[str, Tensor]:
-    """0/1 masks that leave a tower of `tower`'s geometry with `small`'s sizes, at random places: the control for inheriting.
+    """0/1 masks that leave a tower of `tower`'s geometry with `small`'s sizes, at random places: the control for
+    inheriting.
 
     Layers beyond the small tower's depth lose both their blocks.
     """

@@ -28,6 +28,7 @@ from tinyclip.inheritance import (  # noqa: F401
     inherit_weights,
     prune,
     random_masks,
+    reached_sparsity,
     sparsity_loss,
     target_sparsity,
 )
@@ -67,10 +68,13 @@ def affinity_mimicking_loss(
     image: Tensor, text: Tensor, scale: Tensor | float,
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float, gather: Gather | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(L_i2t, L_t2i): cross entropy of the student's affinities with the teacher's as soft targets. U:open_clip/clip_soft_loss.py:54.
+    """(L_i2t, L_t2i): cross entropy of the student's affinities with the teacher's as soft targets.
+    U:open_clip/clip_soft_loss.py:54.
 
-    L_i2t = -1/B sum_i sum_j softmax(A')_ij log softmax(A)_ij, A (B, N) of unit features (B, D), A' of the teacher's (B, D').
-    The mean over processes is the loss on all N pairs. A cross entropy: a student like the teacher is left with the entropy.
+    L_i2t = -1/B sum_i sum_j softmax(A')_ij log softmax(A)_ij, A (B, N) of unit features (B, D), A' of the teacher's
+    (B, D').
+    The mean over processes is the loss on all N pairs. A cross entropy: a student like the teacher is left with the
+    entropy.
     """
     to_text, to_image = affinity_logits(image, text, scale, gather)
     with torch.no_grad():
@@ -92,7 +96,8 @@ def distillation_loss(
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float,
     alpha: float = 1.0, weight: float = 1.0, gather: Gather | None = None,
 ) -> Tensor:  # fmt: skip
-    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP; a part of weight 0 is not computed. U:training/train.py:161."""
+    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP; a part of weight 0 is not computed.
+    U:training/train.py:161."""
     loss = image.new_zeros((), dtype=torch.float32)
     if alpha > 0:
         teacher = teacher_image, teacher_text, teacher_scale
@@ -130,7 +135,10 @@ class Student(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         return self.clip.encode_text(tokens, self.tower_masks()[1])
 
+    def eval_masks(self) -> list[Masks]:
+        """(image, text): deterministic masks, as evaluation and pruning use them."""
+        return [mask.eval_masks() for mask in (self.image_mask, self.text_mask)]
+
     def pruned(self, exact: bool = False) -> "Student":
-        """The smaller network that the masks leave, by their evaluation values."""
-        masks = [mask.eval_masks() if mask is not None else None for mask in (self.image_mask, self.text_mask)]
-        return Student(prune(self.clip, *masks, exact=exact))
+        """The smaller network that the masks leave."""
+        return Student(prune(self.clip, *self.eval_masks(), exact=exact))

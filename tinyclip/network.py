@@ -1,6 +1,8 @@
-"""The CLIP that TinyCLIP (arXiv 2309.12314) teaches and shrinks: towers whose every width may differ from layer to layer.
+"""The CLIP that TinyCLIP (arXiv 2309.12314) teaches and shrinks: towers whose every width may differ from layer to
+layer.
 
-Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. What is the paper's here: gates
+Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. What is the paper's
+here: gates
 on hidden dimensions, heads and neurons (`Gates`, `gated_linear`, `LayerNorm`); a network without gates is a plain CLIP.
 Parameter names are OpenAI's and open_clip's.
 
@@ -25,7 +27,7 @@ from shared import run
 
 Masks = Mapping[str, Tensor]  # hidden (H,), heads (L, h), intermediate (L, I), and maybe mha (L,), ffn (L,)
 
-# ------------------------------------------------------------------------------------------------------------ geometries
+# ---------------------------------------------------------------------------------------------------------- geometries
 
 
 def _config(embed_dim: int, vision: dict, text_width: int, text_heads: int, text_layers: int, **text) -> dict:
@@ -125,12 +127,12 @@ def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, colum
 class LayerNorm(nn.LayerNorm):
     """Over the kept dimensions only; the others are 0 in the input and stay 0. No gradient reaches z_h from here.
 
-    The removed dimensions are set to the mean of the kept, so that the plain kernel finds the right mean, and a variance
-    that is too small by the known factor `share`. U:open_clip/model.py:43 gathers and scatters instead.
+    The removed dimensions are set to the mean of the kept, so that the plain kernel finds the right mean, and a
+    variance that is too small by the known factor `share`. U:open_clip/model.py:43 gathers and scatters instead.
     """
 
-    def forward(self, x: Tensor, gates: Gates = Gates()) -> Tensor:
-        if gates.kept is None or gates.share == 1.0:
+    def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
+        if gates is None or gates.kept is None or gates.share == 1.0:
             return super().forward(x)
         mean = x.sum(-1, keepdim=True) / (gates.share * x.shape[-1])
         x = torch.where(gates.kept, x, mean)
@@ -168,7 +170,8 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj, self.activation = nn.Linear(width, neurons), nn.Linear(neurons, width), activation
 
     def forward(self, x: Tensor, gates: Gates) -> Tensor:
-        """(B, S, H) -> (B, S, H): every neuron times z_int behind the activation, the output with its bias times z_h."""
+        """(B, S, H) -> (B, S, H): every neuron times z_int behind the activation, the output with its bias times
+        z_h."""
         hidden = self.activation(self.c_fc(x))
         return gated_linear(hidden, self.c_proj, gates.rows(gates.ffn), gates.intermediate)
 
@@ -240,7 +243,8 @@ class CLIP(nn.Module):
     """Two towers and a temperature, OpenAI's parameter names; loads open_clip's ViT, QuickGELU and ResNet weights.
 
     vision: image_size, width, layers, and patch_size (ViT) or a list of four `layers` (ResNet); text: context_length,
-    vocab_size, width, layers, heads. `block_sizes` says how a pruned network's layers are given. U:open_clip/model.py:1073.
+    vocab_size, width, layers, heads. `block_sizes` says how a pruned network's layers are given.
+    U:open_clip/model.py:1073.
     """
 
     def __init__(self, embed_dim: int, vision: Mapping, text: Mapping, quick_gelu: bool = False):
@@ -329,10 +333,11 @@ def parameter_counts(model: CLIP) -> dict[str, int]:
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of the authors' layouts -> OpenAI's; masks become `image_mask.*` and `text_mask.*`. U:open_clip/model.py:1115.
+    """Keys of the authors' layouts -> OpenAI's; masks become `image_mask.*` and `text_mask.*`.
+    U:open_clip/model.py:1115.
 
-    Theirs are OpenAI's with `module.`, or `_image_encoder.visual.X`, `_text_encoder.X`, `_logit_scale.logit_scale`, with or
-    without `module.`; automatic checkpoints hold the towers twice, again as `image_encoder_without_ddp.*`.
+    Theirs are OpenAI's with `module.`, or `_image_encoder.visual.X`, `_text_encoder.X`, `_logit_scale.logit_scale`,
+    with or without `module.`; automatic checkpoints hold the towers twice, again as `image_encoder_without_ddp.*`.
     """
     converted = {}
     for key, value in state_dict.items():
@@ -427,7 +432,9 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{source} does not hold a CLIP that this code knows: {str(error).splitlines()[1].strip()}") from error
+        raise ValueError(
+            f"{source} does not hold a CLIP that this code knows: {str(error).splitlines()[1].strip()}"
+        ) from error
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Train one TinyCLIP stage, or the teacher of the emoji presets: `python -m tinyclip.train PRESET [--overrides]`.
 
-TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution in
-this file is the course of a stage:
+TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution
+in this file is the course of a stage:
   1. the student starts from the teacher's weights, or from the stage before it     `first_weights`
   2. with masks: learn them together with the weights, then cut                    `train_step`, `prune_step` in `main`
   3. distil on with a new optimizer                                                `train_step`
@@ -12,7 +12,7 @@ Losses are in model.py, masks and inheritance in inheritance.py, towers in netwo
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,19 +21,34 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
-from tinyclip.inheritance import L0Mask, expand_pruned, expected_sparsity, inherit_weights, prune, random_masks
-from tinyclip.inheritance import sparsity_loss, target_sparsity
-from tinyclip.model import Student, distillation_loss, gather
-from tinyclip.network import CLIP, CONFIGS, load_clip, parameter_counts, resize_positional_embedding, write_open_clip_config
 from shared import data, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, classification_metrics, extract_image_features
+from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
+from tinyclip.inheritance import (
+    L0Mask,
+    expand_pruned,
+    expected_sparsity,
+    inherit_weights,
+    prune,
+    random_masks,
+    reached_sparsity,
+    sparsity_loss,
+    target_sparsity,
+)
+from tinyclip.model import Student, distillation_loss, gather
+from tinyclip.network import (
+    CLIP,
+    CONFIGS,
+    load_clip,
+    parameter_counts,
+    resize_positional_embedding,
+    write_open_clip_config,
+)
+from tinyclip.pairs import Pairs, collate, image_transform, loaded, row_batches
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -55,11 +70,15 @@ def mask_lr_at(step: int, prune_step: int, base: float = 0.02) -> float:
 
 
 def param_groups(model: nn.Module, wd: float = 0.2) -> list[dict]:
-    """Gains, biases and the temperature without decay; all else, embeddings too, with it. U:training/optimizer.py:23."""
+    """Gains, biases and the temperature without decay; all else, embeddings too, with it.
+    U:training/optimizer.py:23."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale")) for name, p in named]
     return [
-        {"params": [p for (_, p), is_plain in zip(named, plain, strict=True) if is_plain == without], "weight_decay": decay}
+        {
+            "params": [p for (_, p), is_plain in zip(named, plain, strict=True) if is_plain == without],
+            "weight_decay": decay,
+        }
         for without, decay in ((True, 0.0), (False, wd))
     ]
 
@@ -163,7 +182,8 @@ def train_step(
     student: nn.Module, teacher: TeacherOutput | None, images: Tensor, tokens: Tensor, step: int, stage: Stage,
     optimizers: Optimizers, precision: str = "fp32", scaler: torch.amp.GradScaler | None = None, u: dict | None = None,
 ) -> dict[str, Tensor | float]:  # fmt: skip
-    """One optimizer step of student (a `Student`, or one in DistributedDataParallel); returns what is logged. U:training/train.py:366.
+    """One optimizer step of student (a `Student`, or one in DistributedDataParallel); returns what is logged.
+    U:training/train.py:366.
 
     Order: learning rates, forward, loss with the masks' constraint, backward, clip over everything, weights and masks,
     clamps, temperature. A step whose gradients are not finite is skipped, on all processes.
@@ -214,7 +234,11 @@ def train_step(
 
 
 def train_stage(
-    student: CLIP | Student, teacher: CLIP | None, batches: Iterable, stage: Stage, uniforms: Iterable[dict] | None = None
+    student: CLIP | Student,
+    teacher: CLIP | None,
+    batches: Iterable,
+    stage: Stage,
+    uniforms: Iterable[dict] | None = None,
 ) -> CLIP:
     """A whole stage on batches of (images, tokens), without run folder: the student after its last step.
 
@@ -238,39 +262,7 @@ def train_stage(
     return student.clip
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-def image_transform(size: int, train: bool = False) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) with CLIP's statistics; no flip, no colours. U:open_clip/transform.py:71."""
-    bicubic = InterpolationMode.BICUBIC
-    if train:
-        steps = [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
-    else:
-        steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
-    normalise = transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return transforms.Compose([*steps, transforms.ToTensor(), normalise])
-
-
-class Pairs(Dataset):
-    """Row -> (row, image (3, R, R), tokens (S,), broken samples passed over). The view is a function of (seed, epoch, row)."""
-
-    def __init__(self, pairs, transform, tokenizer, seed: tuple[int, ...] = (0,)):
-        self.pairs, self.transform, self.tokenizer, self.seed = pairs, transform, tokenizer, seed
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor, Tensor, list[data.Broken]]:
-        broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(row), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(row)))  # CPU only: cheap
-        return int(row), self.transform(pair.image), self.tokenizer(pair.caption)[0], broken
-
-
-def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
-    rows, images, tokens, broken = zip(*items, strict=True)
-    return torch.tensor(rows), torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
+# ----------------------------------------------------------------------------------------- the corpus in memory
 
 
 class Memory(NamedTuple):
@@ -298,31 +290,6 @@ class Memory(NamedTuple):
             image, text, scales = zip(*answers, strict=True)
             answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
         return cls(torch.cat(images), torch.cat(tokens), answer)
-
-
-def row_batches(cfg: Config, n: int, process: run.Process, step: int) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, this process's rows) of every step from `step` on; an epoch's short last batch is left out."""
-    per_epoch, size = n // cfg.batch_size, cfg.batch_size // process.world_size
-    for epoch in range(step // per_epoch, math.ceil(cfg.steps / per_epoch)):
-        start = max(step - epoch * per_epoch, 0)
-        batches = data.batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, start)
-        for rows in batches[: per_epoch - start]:
-            yield epoch, torch.from_numpy(rows)
-
-
-def loaded(cfg: Config, pairs: Pairs, process: run.Process, step: int) -> Iterator[tuple]:
-    """(rows, images, tokens, broken) of every step from `step` on, read by `cfg.workers` processes."""
-    per_epoch = len(pairs) // cfg.batch_size
-    batches = list(row_batches(cfg, len(pairs), process, step))
-    for epoch in range(step // per_epoch, math.ceil(cfg.steps / per_epoch)):
-        yield from DataLoader(
-            Pairs(pairs.pairs, pairs.transform, pairs.tokenizer, (cfg.seed, epoch)),
-            batch_sampler=[rows.tolist() for e, rows in batches if e == epoch],
-            num_workers=cfg.workers,
-            collate_fn=collate,
-            pin_memory=process.device.type == "cuda",
-            generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -355,7 +322,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     gib = 2**30
     activations = run.activation_bytes(lambda: student(images, tokens)) / 2 * cfg.batch_size / world_size / gib
     weights = 16 * sum(p.numel() for p in student.parameters()) / gib
-    print(f"memory estimate    {weights + activations:.1f} GiB a process in fp32, the teacher and checkpointing left out:")
+    print(
+        f"memory estimate    {weights + activations:.1f} GiB a process in fp32, the teacher and checkpointing left out:"
+    )
     print(f"                   {weights:.1f} weights, gradients, AdamW; {activations:.1f} activations")
 
 
@@ -407,7 +376,9 @@ def main(cfg: Config) -> Path | None:
     if teacher is not None:
         seen = teacher.geometry["vision"]["image_size"], teacher.geometry["text"]["context_length"]
         if seen != (size, context):
-            raise ValueError(f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {size} and {context}")
+            raise ValueError(
+                f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {size} and {context}"
+            )
     optimizers = make_optimizers(student, cfg)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     if state is not None:
@@ -421,7 +392,9 @@ def main(cfg: Config) -> Path | None:
     if state is not None and state["data"] != source.fingerprint:
         raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
     if len(source) < cfg.batch_size:
-        raise ValueError(f"{cfg.data} holds {len(source)} pairs, less than one batch: lower --batch-size {cfg.batch_size}")
+        raise ValueError(
+            f"{cfg.data} holds {len(source)} pairs, less than one batch: lower --batch-size {cfg.batch_size}"
+        )
     tokenizer = open_clip.SimpleTokenizer(context_length=context)
     pairs = Pairs(source, image_transform(size, cfg.augmentation == "crop"), tokenizer)
     broken += source.broken
@@ -460,17 +433,21 @@ def main(cfg: Config) -> Path | None:
         stream = data.watch(loaded(cfg, pairs, process, step), broken)
     else:
         report(0)
-        stream = ((rows, memory.images[rows], memory.tokens[rows]) for _, rows in row_batches(cfg, len(source), process, step))
+        stream = (
+            (rows, memory.images[rows], memory.tokens[rows]) for _, rows in row_batches(cfg, len(source), process, step)
+        )
     steps = range(step, cfg.steps)
     bar: tqdm = run.progress(zip(steps, stream, strict=False), len(steps), folder.name, cfg.batch_size, process)
     for step, (rows, images, tokens, *_) in bar:
         if student.masks and step == cfg.prune_step:
+            if process.main:
+                run.save_checkpoint(
+                    folder / "masks.pt", dict(zip(("image", "text"), student.eval_masks(), strict=True))
+                )
+                log.write(step, sparsity_reached=reached_sparsity(student.masks))
             student = student.pruned(cfg.exact_prune)
             student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
             optimizers, network = make_optimizers(student, cfg), wrapped()
-            if process.main:
-                counts = {name: float(value) for name, value in parameter_counts(student.clip).items()}
-                log.write(step, **{f"parameters_{name}": value for name, value in counts.items()})
         images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
         if teacher is None:
             answer = None
@@ -478,11 +455,15 @@ def main(cfg: Config) -> Path | None:
             answer = ask_teacher(teacher, images, tokens, cfg, precision)
         else:
             answer = TeacherOutput(memory.teacher.image[rows], memory.teacher.text[rows], memory.teacher.scale)
-        torch.manual_seed(data.stable_hash(cfg.seed, step))  # mask samples: the same on all processes, and after a resume
+        torch.manual_seed(
+            data.stable_hash(cfg.seed, step)
+        )  # mask samples: the same on all processes, and after a resume
         logged = train_step(network, answer, images, tokens, step, cfg, optimizers, precision, scaler)
         skipped = skipped + 1 if logged["skipped"] else 0
         if skipped > 100:
-            raise ValueError(f"gradients were not finite 100 times in a row up to step {step}: lower --lr, or --precision fp32")
+            raise ValueError(
+                f"gradients were not finite 100 times in a row up to step {step}: lower --lr, or --precision fp32"
+            )
         done = step + 1
         if done % cfg.log_every == 0 or done in (1, cfg.steps):
             log.write(done, seconds=clock.read(), **logged)
