@@ -413,7 +413,8 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
         name, _, tag = str(source).partition("@")
         if name not in CONFIGS or tag not in open_clip.list_pretrained_tags_by_model(name):
             raise ValueError(f"{source}: open_clip.list_pretrained() lists the MODEL@WEIGHTS that there are")
-        state, quick_gelu = open_clip.create_model(name, pretrained=tag).state_dict(), tag == "openai"
+        state = open_clip.create_model(name, pretrained=tag).state_dict()
+        quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", tag == "openai"))
         shape = CONFIGS[name]
     else:
         path = Path(source)

@@ -6,6 +6,7 @@ Authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`).
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import open_clip
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ def image_transform(size: int, train: bool = False) -> transforms.Compose:
 
 
 class Pairs(Dataset):
-    """Row -> (row, image (3, R, R), tokens (S,), broken samples passed over). The view is a function of (seed, epoch,
-    row)."""
+    """Row -> (row, image (3, R, R), tokens (S,), broken samples passed over). A view is a function of (seed, row)."""
 
     def __init__(self, pairs, transform, tokenizer, seed: tuple[int, ...] = (0,)):
         self.pairs, self.transform, self.tokenizer, self.seed = pairs, transform, tokenizer, seed
@@ -50,26 +50,35 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
     return torch.tensor(rows), torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
 
 
-def row_batches(cfg: Config, n: int, process: run.Process, step: int) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, this process's rows) of every step from `step` on; an epoch's short last batch is left out."""
+def epoch_batches(cfg: Config, n: int, process: run.Process, epoch: int, step: int) -> list[np.ndarray]:
+    """This process's rows of each step of an epoch that is not before `step`; the short last batch is left out."""
     per_epoch, size = n // cfg.batch_size, cfg.batch_size // process.world_size
-    for epoch in range(step // per_epoch, math.ceil(cfg.steps / per_epoch)):
-        start = max(step - epoch * per_epoch, 0)
-        batches = data.batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, start)
-        for rows in batches[: per_epoch - start]:
-            yield epoch, torch.from_numpy(rows)
+    start = max(step - epoch * per_epoch, 0)
+    batches = data.batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, start)
+    return batches[: per_epoch - start]
+
+
+def epochs(cfg: Config, n: int, step: int) -> range:
+    """The epochs that a stage of `cfg.steps` steps still needs at `step`."""
+    per_epoch = n // cfg.batch_size
+    return range(step // per_epoch, math.ceil(cfg.steps / per_epoch))
 
 
 def loaded(cfg: Config, pairs: Pairs, process: run.Process, step: int) -> Iterator[tuple]:
     """(rows, images, tokens, broken) of every step from `step` on, read by `cfg.workers` processes."""
-    per_epoch = len(pairs) // cfg.batch_size
-    batches = list(row_batches(cfg, len(pairs), process, step))
-    for epoch in range(step // per_epoch, math.ceil(cfg.steps / per_epoch)):
+    for epoch in epochs(cfg, len(pairs), step):
         yield from DataLoader(
             Pairs(pairs.pairs, pairs.transform, pairs.tokenizer, (cfg.seed, epoch)),
-            batch_sampler=[rows.tolist() for e, rows in batches if e == epoch],
+            batch_sampler=[rows.tolist() for rows in epoch_batches(cfg, len(pairs), process, epoch, step)],
             num_workers=cfg.workers,
             collate_fn=collate,
             pin_memory=process.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
         )
+
+
+def remembered(cfg: Config, images: Tensor, tokens: Tensor, process: run.Process, step: int) -> Iterator[tuple]:
+    """(rows, images, tokens) of every step from `step` on, out of memory."""
+    for epoch in epochs(cfg, len(images), step):
+        for rows in map(torch.from_numpy, epoch_batches(cfg, len(images), process, epoch, step)):
+            yield rows, images[rows], tokens[rows]

@@ -48,7 +48,7 @@ from tinyclip.network import (
     resize_positional_embedding,
     write_open_clip_config,
 )
-from tinyclip.pairs import Pairs, collate, image_transform, loaded, row_batches
+from tinyclip.pairs import Pairs, collate, image_transform, loaded, remembered
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -433,9 +433,7 @@ def main(cfg: Config) -> Path | None:
         stream = data.watch(loaded(cfg, pairs, process, step), broken)
     else:
         report(0)
-        stream = (
-            (rows, memory.images[rows], memory.tokens[rows]) for _, rows in row_batches(cfg, len(source), process, step)
-        )
+        stream = remembered(cfg, memory.images, memory.tokens, process, step)
     steps = range(step, cfg.steps)
     bar: tqdm = run.progress(zip(steps, stream, strict=False), len(steps), folder.name, cfg.batch_size, process)
     for step, (rows, images, tokens, *_) in bar:
