@@ -143,7 +143,7 @@ class L0Mask(nn.Module):
         for kind in self.types:
             self.register_parameter(f"{kind}_loga", nn.Parameter(torch.full(shapes.get(kind, (layers,)), float(init))))
         self.lambda_1, self.lambda_2 = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(10.0))
-        # Biases are in both costs; LayerNorms, embeddings and projections are in neither. U:open_clip/l0module.py:39-49
+        # Biases are in both costs; LayerNorms, embeddings and projections are in neither. U:open_clip/l0module.py:39-52
         self.params_per_head = (4 * hidden * hidden + 4 * hidden) // heads
         self.params_per_mlp = 2 * hidden * intermediate + hidden + intermediate
         attention, mlp = layers * heads * self.params_per_head, layers * self.params_per_mlp
@@ -197,7 +197,7 @@ class L0Mask(nn.Module):
         return width * heads.sum() * (self.params_per_head / self.hidden) + 2 * width * neurons.sum()
 
     def kept_params(self) -> int:
-        """Prunable weights that the evaluation masks leave, biases not counted; what U:open_clip/l0module.py:250
+        """Prunable weights that the evaluation masks leave, biases not counted; what U:open_clip/l0module.py:266
         means to log."""
         kept = {kind: z != 0 for kind, z in self.eval_masks().items()}
         one = torch.ones(self.layers, 1, dtype=torch.bool, device=self.lambda_1.device)

@@ -49,7 +49,7 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def gather(features: Tensor) -> Tensor:
-    """Rows of all processes in rank order, (B, D) -> (N, D), with gradient to all of them. U:open_clip/loss.py:19."""
+    """Rows of all processes in rank order, (B, D) -> (N, D), with gradient to all of them. U:open_clip/loss.py:71."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
     return torch.cat(torch.distributed.nn.all_gather(features))

@@ -114,7 +114,7 @@ def layer_gates(shared: Gates, masks: Masks | None, layer: int) -> Gates:
 
 def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """rows * (W (columns * x) + b). The gates go into W (out, in) and b, which are smaller than a batch's activations;
-    pruning writes the same products down for good. U:open_clip/model.py:127-134, 253-263.
+    pruning writes the same products down for good. U:open_clip/model.py:121, 238.
     """
     weight, bias = linear.weight, linear.bias
     if columns is not None:
@@ -177,7 +177,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP, either of which may have been pruned away. U:open_clip/model.py:199."""
+    """x + attention, then x + MLP, either of which may have been pruned away. U:open_clip/model.py:208."""
 
     def __init__(self, width: int, heads: int, head_width: int, neurons: int | None, activation: nn.Module):
         super().__init__()
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches -> (B, D). U:open_clip/model.py:443."""
+    """Patches -> (B, D). U:open_clip/model.py:442."""
 
     def __init__(self, tower: Mapping, embed_dim: int, activation: nn.Module):
         super().__init__()

@@ -172,7 +172,7 @@ class TeacherOutput(NamedTuple):
 
 @torch.no_grad()
 def ask_teacher(teacher: CLIP, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32") -> TeacherOutput:
-    """The frozen teacher on the same views; its temperature is the fixed one, or its own. U:training/train.py:408."""
+    """The frozen teacher on the same views; its temperature is the fixed one, or its own. U:training/train.py:409."""
     with run.autocast(precision, images.device):
         image, text, own = teacher(images, tokens)
     return TeacherOutput(image, text, own.item() if stage.logit_scale is None else stage.logit_scale)
@@ -183,7 +183,7 @@ def train_step(
     optimizers: Optimizers, precision: str = "fp32", scaler: torch.amp.GradScaler | None = None, u: dict | None = None,
 ) -> dict[str, Tensor | float]:  # fmt: skip
     """One optimizer step of student (a `Student`, or one in DistributedDataParallel); returns what is logged.
-    U:training/train.py:366.
+    U:training/train.py:329.
 
     Order: learning rates, forward, loss with the masks' constraint, backward, clip over everything, weights and masks,
     clamps, temperature. A step whose gradients are not finite is skipped, on all processes.

@@ -2,8 +2,8 @@
 
 One process, same inputs, same threads; ours and theirs take turns. Prints a Markdown table of medians, and of the ratio
 theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster); then, at the paper's
-geometry, measured throughput against MACs. `--upstream` is a clone of wkcn/TinyCLIP@ad981bf; without it the masked step is
-left out.
+geometry, measured throughput against MACs. `--upstream` is a clone of wkcn/TinyCLIP@ad981bf; without it the masked
+step is left out.
 """
 
 import argparse
@@ -95,7 +95,8 @@ def affinity(up, n: int, repetitions: int) -> None:
 
 
 def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what: str) -> None:
-    """A step of learning masks on ViT-B/32 with a ViT-B/32 teacher, fp32: their train_one_epoch against `train_step`."""
+    """A step of learning masks on ViT-B/32 with a ViT-B/32 teacher, fp32: their train_one_epoch against
+    `train_step`."""
     cfg = network.CONFIGS["ViT-B-32"]
     stage = Stage(masks=True, target_sparsity=0.5, sparsity_warmup=1)
     theirs, student = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"], masks=True)
@@ -162,8 +163,8 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
 def pruned_like(image_m: float, text_m: float) -> network.CLIP:
     """ViT-B/32 pruned at random to about the sizes (M parameters) of a released automatic student.
 
-    The released files alone say which parts they kept; here every kind of part keeps the same share in every layer, heads
-    and hidden dimensions by multiples of a head.
+    The released files alone say which parts they kept; here every kind of part keeps the same share in every layer,
+    heads and hidden dimensions by multiples of a head.
     """
     whole = network.create_model("ViT-B-32")
     masks = []
