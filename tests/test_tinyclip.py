@@ -3,6 +3,7 @@
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
 
+import copy
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from conftest import Case
 from PIL import Image
 
 from tinyclip import train
-from tinyclip.config import Stage
+from tinyclip.config import PRESETS, Config, Stage
 from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
 from tinyclip.inheritance import KINDS, eval_gate
 from tinyclip.model import (
@@ -29,6 +30,7 @@ from tinyclip.model import (
     affinity_mimicking_loss,
     clip_loss,
     convert_state_dict,
+    create_model,
     depth_indices,
     distillation_loss,
     expand_pruned,
@@ -37,8 +39,10 @@ from tinyclip.model import (
     hard_concrete,
     hard_concrete_cdf,
     inherit_weights,
+    open_clip_config,
     parameter_counts,
     prune,
+    random_masks,
     resize_positional_embedding,
     sparsity_loss,
     target_sparsity,
@@ -646,3 +650,217 @@ def test_tokenizer_texts(case):
     """The texts of tokenizer.npz, in order."""
     tokens = np.load(case.path.parent / "tokenizer.npz")["tokens"]
     assert len(case.json) == len(tokens)
+
+
+# ------------------------------------------------------------------------------------------------------- properties
+
+VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8}
+TEXT = {"context_length": 8, "vocab_size": 30, "width": 24, "heads": 3, "layers": 3}
+
+
+def tiny(seed: int = 0, quick_gelu: bool = False) -> CLIP:
+    torch.manual_seed(seed)
+    model = CLIP(12, VISION, TEXT, quick_gelu)
+    for parameter in model.parameters():
+        if parameter.ndim:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def some_masks(tower: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Soft masks with a layer without heads, one without attention, one without neurons and one without MLP."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = tower["width"] // 8
+
+    def soft(*shape):
+        z = torch.rand(*shape, generator=generator)
+        return torch.where(z < 0.3, 0.0, z)
+
+    masks = {"hidden": soft(tower["width"]), "heads": soft(3, heads), "intermediate": soft(3, 4 * tower["width"])}
+    masks |= {"mha": torch.tensor([0.7, 0.9, 0.0]), "ffn": torch.tensor([0.5, 0.0, 0.8])}
+    masks["heads"][1] = 0
+    masks["heads"][0, 0] = masks["heads"][2, 0] = 1.0
+    masks["intermediate"][2] = 0
+    return masks
+
+
+def example(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    tokens = torch.randint(1, 29, (n, 8)).scatter(1, torch.randint(2, 8, (n, 1)), 29)
+    return torch.randn(n, 3, 16, 16), tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_pruning_is_the_masked_network(seed):
+    model, (images, tokens) = tiny(seed), example()
+    masks = some_masks(VISION, seed), some_masks(TEXT, seed + 10)
+    with torch.no_grad():
+        masked = model.encode_image(images, masks[0]), model.encode_text(tokens, masks[1])
+        small = prune(model, *masks, exact=True)
+        torch.testing.assert_close(small.encode_image(images), masked[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(small.encode_text(tokens), masked[1], rtol=1e-4, atol=1e-5)
+        upstream = prune(model, *masks)
+        assert not torch.allclose(upstream.encode_text(tokens), masked[1], atol=1e-3)  # it scales the projection
+    heads, neurons = small.geometry["vision"]["heads"], small.geometry["vision"]["mlp_width"]
+    assert heads[1] == heads[2] == 0 and heads[0] > 0 and neurons[1] is None and neurons[2] == 0
+    assert small.visual.transformer.resblocks[2].mlp.c_proj.bias.any()  # an MLP without neurons keeps its bias
+
+
+def test_a_pruned_network_is_rebuilt_from_its_weights():
+    small = prune(tiny(), some_masks(VISION), some_masks(TEXT))
+    again = CLIP(**geometry(small.state_dict(), 8))
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again.encode_image(example()[0]), small.encode_image(example()[0]))
+    assert open_clip_config(small) is None and open_clip_config(tiny()) is not None
+
+
+def test_pruning_one_tower_leaves_the_other():
+    model = tiny()
+    small = prune(model, None, some_masks(TEXT))
+    assert all(torch.equal(small.visual.state_dict()[k], v) for k, v in model.visual.state_dict().items())
+    assert small.ln_final.weight.numel() < model.ln_final.weight.numel()
+    with pytest.raises(ValueError, match="no hidden dimension"):
+        prune(model, some_masks(VISION) | {"hidden": torch.zeros(32)}, None)
+
+
+def test_open_masks_change_nothing():
+    model, (images, tokens) = tiny(), example()
+    open_ = [{k: torch.ones_like(z) for k, z in some_masks(tower).items()} for tower in (VISION, TEXT)]
+    torch.testing.assert_close(model.encode_image(images, open_[0]), model.encode_image(images))
+    torch.testing.assert_close(model.encode_text(tokens, open_[1]), model.encode_text(tokens))
+
+
+def test_what_stands_behind_the_end_token_does_not_matter():
+    model, (_, tokens) = tiny(), example()
+    end = tokens.argmax(1)[:, None]
+    other = torch.where(torch.arange(8) > end, 7, tokens)
+    torch.testing.assert_close(model.encode_text(other), model.encode_text(tokens))
+
+
+def test_a_student_like_its_teacher_is_left_with_the_entropy():
+    image, text = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    i2t, _ = affinity_mimicking_loss(image, text, 5.0, image, text, 5.0)
+    p = (5 * image @ text.T).softmax(1)
+    torch.testing.assert_close(i2t, -(p * p.log()).sum(1).mean())
+    assert i2t > 0.1
+
+
+def test_a_loss_of_weight_zero_needs_no_teacher():
+    image, text = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    loss = distillation_loss(image, text, 5.0, None, None, None, alpha=0.0, weight=2.0)
+    torch.testing.assert_close(loss, 2 * clip_loss(image, text, 5.0))
+
+
+@pytest.mark.parametrize(
+    "teacher, student, front, uniform",
+    [(12, 9, range(9), [0, 1, 2, 4, 5, 6, 8, 9, 10]), (12, 6, range(0, 12, 2), range(0, 12, 2))],
+)
+def test_depth_rules(teacher, student, front, uniform):
+    assert depth_indices(teacher, student) == list(front)
+    assert depth_indices(teacher, student, "uniform") == list(uniform)
+
+
+def test_inheritance_refuses_what_does_not_fit():
+    teacher = tiny().state_dict()
+    with pytest.raises(ValueError, match="4 layers cannot inherit from 3"):
+        inherit_weights(CLIP(12, VISION, TEXT | {"layers": 4}).state_dict(), teacher, 8)
+    with pytest.raises(ValueError, match="more than"):
+        inherit_weights(CLIP(13, VISION, TEXT).state_dict(), teacher, 8)
+    with pytest.raises(ValueError, match="another patch grid"):
+        inherit_weights(CLIP(12, VISION | {"image_size": 24}, TEXT).state_dict(), teacher, 8)
+    with pytest.raises(ValueError, match="nothing to inherit from"):
+        inherit_weights({"strange": torch.ones(1)}, teacher)
+    with pytest.raises(ValueError, match="depth rule"):
+        depth_indices(3, 2, "odd")
+
+
+def test_the_paper_s_constraint_pulls_back():
+    mask = L0Mask(8, 32, 2, 2, init=-2.0)
+    assert sparsity_loss([mask], 0.1)[0] == 0
+    loss, expected = sparsity_loss([mask], 0.1, two_sided=True)
+    gap = 0.1 - expected
+    torch.testing.assert_close(loss, 10 * gap + 10 * gap**2)
+
+
+def test_towers_may_have_constraints_of_their_own():
+    masks = [L0Mask(8, 32, 2, 2, init=3.0), L0Mask(16, 64, 2, 1, init=0.0)]
+    alone = [sparsity_loss([mask], 0.5)[0] for mask in masks]
+    torch.testing.assert_close(sparsity_loss(masks, 0.5, joint=False)[0], sum(alone))
+    assert not torch.isclose(sparsity_loss(masks, 0.5)[0], sum(alone))
+
+
+def test_equal_gates_close_in_order():
+    gate = eval_gate(torch.zeros(2, 5))
+    closed = round(5 * (1 - L0Mask.open_prob(torch.zeros(())).item()))
+    assert closed == 1 and (gate == 0).tolist() == [[True] * closed + [False] * (5 - closed)] * 2
+
+
+def test_kept_params_are_those_of_the_pruned_blocks():
+    model = tiny()
+    mask = L0Mask.of(VISION)
+    for loga in mask.logas().values():
+        loga.data.normal_(0.5, 3)
+    small = prune(model, mask.eval_masks(), None)
+    weights = [p for n, p in small.visual.transformer.named_parameters() if n.endswith("weight") and p.ndim == 2]
+    assert mask.kept_params() == sum(p.numel() for p in weights)
+
+
+def test_random_masks_leave_the_small_size():
+    small = VISION | {"width": 16, "layers": 2}
+    masks = random_masks(VISION, small, torch.Generator().manual_seed(0))
+    assert masks["hidden"].sum() == 16 and masks["mha"].sum() == masks["ffn"].sum() == 2
+    assert (masks["heads"].sum(1) == 2).all() and (masks["intermediate"].sum(1) == 64).all()
+
+
+def test_expanding_refuses_what_does_not_fit():
+    full, masks = tiny(), [L0Mask.of(VISION), L0Mask.of(TEXT)]
+    state = dict(full.state_dict())
+    for change, words in (
+        ({"strange": torch.ones(1)}, "strange, which the full-size one lacks"),
+        ({"text_projection": torch.ones(99, 12)}, "does not fit"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            expand_pruned(tiny(), *masks, state | change)
+    state.pop("text_projection")
+    with pytest.raises(ValueError, match="lack text_projection"):
+        expand_pruned(tiny(), *masks, state)
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for on in (False, True):
+        model = tiny().train()
+        model.set_grad_checkpointing(on)
+        image, text, _ = model(*example())
+        (image.sum() + text[:, 0].sum()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_steps_that_are_not_finite_are_skipped():
+    student = Student(tiny().train())
+    before = copy.deepcopy(student.state_dict())
+    stage = Stage(steps=4, alpha=0.0, logit_scale=None)
+    optimizers = train.make_optimizers(student, stage)
+    images, tokens = example()
+    logged = train.train_step(student, None, images * math.inf, tokens, 0, stage, optimizers)
+    assert logged["skipped"] == 1 and all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+    assert train.train_step(student, None, images, tokens, 0, stage, optimizers)["skipped"] == 0
+
+
+def test_every_row_of_the_model_zoo_is_a_preset():
+    models = {cfg.model for _, cfg in PRESETS.values()}
+    assert {name for name in CONFIGS if name.startswith("TinyCLIP")} <= models
+    assert all(isinstance(stage, Config) for stage in train.STAGES.values()) and set(train.STAGES) == set(PRESETS)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="none of"):
+        create_model("ViT-nowhere")
+    with pytest.raises(ValueError, match="mask type"):
+        L0Mask(8, 32, 2, 2, ["layer"])
+    with pytest.raises(ValueError, match="not the weights of a CLIP"):
+        geometry({})
+    with pytest.raises(ValueError, match="masks act on transformers"):
+        resnet = CLIP(8, {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}, TEXT)
+        resnet.encode_image(torch.zeros(1, 3, 32, 32), some_masks(VISION))

@@ -132,7 +132,7 @@ def first_weights(cfg: Config) -> Student:
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
         state[table] = resize_positional_embedding(state[table], round((len(own[table]) - 1) ** 0.5))
-    if cfg.masks and any(state.get(name, value[:0]).shape != value.shape for name, value in own.items()):
+    if cfg.masks and any(name not in state or state[name].shape != value.shape for name, value in own.items()):
         expand_pruned(clip, *masks, state)
     elif cfg.inherit == "random":
         generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "inherit"))
