@@ -154,8 +154,8 @@ EMOJI_AUTO = replace(
     model="emoji-100",
     masks=True,
     target_sparsity=0.5,
-    prune_step=200,
-    sparsity_warmup=100,
+    prune_step=240,
+    sparsity_warmup=120,
     mask_lr=0.1,
     lambda_lr=-0.1,
 )

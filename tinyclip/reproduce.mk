@@ -11,10 +11,11 @@ tinyclip/inherited-contrastive = emoji-contrastive $(tinyclip-init)
 tinyclip/inherited-affinity    = emoji $(tinyclip-from)
 tinyclip/random-channels       = emoji $(tinyclip-from) --inherit random
 tinyclip/auto                  = emoji-auto $(tinyclip-from)
-tinyclip/auto-half             = emoji-auto $(tinyclip-from) --steps 300
+tinyclip-half                  = --steps 300 --prune-step 120 --sparsity-warmup 60
+tinyclip/auto-half             = emoji-auto $(tinyclip-from) $(tinyclip-half)
 tinyclip/auto-oneshot          = emoji-auto $(tinyclip-from) --target-sparsity 0.75
 tinyclip/auto-progressive      = emoji-auto $(tinyclip-from) --init runs/tinyclip/auto-half-seed$(tinyclip-seed) \
-                                 --start-sparsity 0.5 --target-sparsity 0.75 --steps 300
+                                 $(tinyclip-half) --start-sparsity 0.5 --target-sparsity 0.75
 TINYCLIP_ARMS = $(or $(TINYCLIP_ARMS_$(ARMS)),$(ARMS))
 tinyclip-runs = $(foreach seed,$(SEEDS),$(foreach arm,$(1),runs/tinyclip/$(arm)-seed$(seed)))
 

@@ -103,7 +103,7 @@ def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what:
     for mask in student.masks:
         mask.clamp_()
     teacher, own = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"])
-    steps = 2
+    steps = 1
     tokens = [captions(batch, 77, 49408, *length) for _ in range(steps)]
     batches = [(torch.randn(batch, 3, 224, 224), each) for each in tokens]
     one_pass, _ = parity.their_trainer(up, theirs, teacher, stage)
@@ -223,8 +223,8 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, help="clone of wkcn/TinyCLIP at ad981bf")
-    parser.add_argument("--repetitions", type=int, default=5, help="of everything")
-    parser.add_argument("--batch", type=int, default=16, help="pairs of a masked ViT-B/32 step")
+    parser.add_argument("--repetitions", type=int, default=3, help="of everything")
+    parser.add_argument("--batch", type=int, default=8, help="pairs of a masked ViT-B/32 step")
     parser.add_argument("--only", choices=["against", "throughput"], help="one half of it")
     options = parser.parse_args()
     if options.upstream is not None and not (options.upstream / "src/training").is_dir():
