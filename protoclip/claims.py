@@ -6,13 +6,10 @@ The arms are run folders ARM-seedN that the Makefile trains and eval.py measures
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from shared import report, run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "clip": "CLIP",
@@ -86,36 +83,12 @@ def cost(method: list[dict], baseline: list[dict]) -> dict[str, str]:
 
 def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
     """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside the runs."""
-    arms: dict[str, dict[int, dict]] = {}
-    folders: dict[str, list[Path]] = {}
-    commits: set[str] = set()
-    for folder, values in zip(map(Path, runs), results, strict=True):
-        arm, _, seed = folder.name.rpartition("-seed")
-        if not arm or not seed.isdigit():
-            raise ValueError(f"--report compares run folders named ARM-seedN, not {folder}")
-        state = run.load_checkpoint(folder / "checkpoint.pt")
-        if state["episode"] < state["config"]["episodes"]:
-            raise ValueError(f"{folder} is not finished: {state['episode']} of {state['config']['episodes']} episodes")
-        commits.add(state.get("commit", "unknown"))
-        arms.setdefault(arm, {})[int(seed)] = values
-        folders.setdefault(arm, []).append(folder)
-    if "clip-equal-time" in arms:  # its number of episodes was set beforehand: say how well the times agree
-        seconds = [sum(values["seconds"] for values in arms[arm].values()) for arm in ("clip-equal-time", "protoclip")]
+    by_seed, seeds, folders, commits = report.compare_runs(runs, results, ARMS, "episode")
+    if "clip-equal-time" in by_seed:  # its number of episodes was set beforehand: say how well the times agree
+        seconds = [sum(values["seconds"] for values in by_seed[arm]) for arm in ("clip-equal-time", "protoclip")]
         if abs(seconds[0] / seconds[1] - 1) > 0.1:
             print(f"note: clip-equal-time took {seconds[0] / seconds[1]:.2f} times ProtoCLIP's seconds")
-    order = [arm for arm in ARMS if arm in arms] + sorted(set(arms) - set(ARMS))
-    seeds = sorted(next(iter(arms.values())))
-    for arm in order:
-        if sorted(arms[arm]) != seeds:
-            raise ValueError(f"arm {arm} has seeds {sorted(arms[arm])}, but {next(iter(arms))} has {seeds}")
-    by_seed = {arm: [arms[arm][seed] for seed in seeds] for arm in order}
-    rows = []
-    for claim in claims():
-        if claim.method in by_seed and claim.baseline in by_seed:
-            method, baseline = (
-                [values[claim.metric] for values in by_seed[arm]] for arm in (claim.method, claim.baseline)
-            )
-            rows.append(report.judge(claim, method, baseline))
+    rows = report.judge_all(claims(), by_seed)
     if {"clip", "protoclip"} <= set(by_seed):
         rows.append(cost(by_seed["protoclip"], by_seed["clip"]))
     rows.append(report.untestable("YFCC-15M: CLIP's accuracy in 33 % of its time", "claimed", "needs YFCC-15M"))
@@ -124,17 +97,17 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     )
     summary = report.results("ProtoCLIP (arXiv 2206.10996)", seeds, by_seed, rows, commits)
     report.save(path, summary)
-    plot_curves(folders, order, path.parent)
+    plot_curves(folders, path.parent)
     print(f"\nEmbedded emoji corpus, a stand-in for CC2.5M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
     print(report.arms_table(summary["arms"], METRICS))
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
 
 
-def plot_curves(folders: dict[str, list[Path]], order: list[str], out: Path) -> None:
+def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
     """protoclip_curves.png: zero-shot accuracy over steps and over seconds, modality gap over steps; mean of seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    for color, arm in zip(plt.get_cmap("tab10").colors, order, strict=False):
-        logs = [run.read_metrics(folder) for folder in folders[arm]]
+    for color, (arm, of_arm) in zip(plt.get_cmap("tab10").colors, folders.items(), strict=False):
+        logs = [run.read_metrics(folder) for folder in of_arm]
         points = [[line for line in log if "zero_shot_top1" in line] for log in logs]
         gaps = [[line for line in log if "modality_gap" in line] for log in logs]
         mean = lambda lines, key: np.mean([[line[key] for line in each] for each in lines], axis=0)  # noqa: E731

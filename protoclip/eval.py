@@ -6,12 +6,11 @@ on upstream's checkpoint files (`--model RN50`), on the embedded corpus and on a
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import torch
@@ -40,9 +39,6 @@ from shared.zeroshot import (
     recall_metrics,
     retrieval_ranks_from_scores,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 EMOJI = "data/emoji/eval/"
 
@@ -252,35 +248,29 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, and features.npz for plots.
 
-    Not repeated while it is newer than checkpoint and evaluation sets and was made with the same settings and code.
+    Not repeated while nothing has changed (`report.measured`).
     """
     checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
-    file = folder / "results.json"
-    setting = {
-        key: value
-        for key, value in dataclasses.asdict(cfg).items()
-        if key not in ("runs", "report", "workers", "device")
-    }
-    setting = json.loads(json.dumps(setting | {"code": run.commit()}))
-    if file.exists() and checkpoint.exists():
-        sets = [Path(folder) for folder in (*cfg.sets, *cfg.probe, *([cfg.gap] if cfg.gap else []))]
-        sources = [checkpoint, *(tar for folder in sets for tar in folder.glob("*/*.tar"))]
-        kept = report.load(file)
-        if kept.get("setting") == setting and all(file.stat().st_mtime > source.stat().st_mtime for source in sources):
-            return kept["metrics"]
-    metrics, shown = evaluate_run(path, cfg, process)
-    if Path(path).is_dir():
-        metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
-    folder.mkdir(exist_ok=True)
-    rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-    (folder / "results.md").write_text(report.table(rows) + "\n")
-    if shown is not None:
-        x, y, names = shown
-        np.savez(folder / "features.npz", x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
-        plot_features([(title(path), *shown)], folder / "features.png")
-    run.write_json(file, {"setting": setting, "metrics": metrics})
-    return metrics
+    unimportant = ("runs", "report", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sets = [Path(name) for name in (*cfg.sets, *cfg.probe, *([cfg.gap] if cfg.gap else []))]
+    sources = [checkpoint, *(tar for each in sets for tar in each.glob("*/*.tar"))]
+
+    def measure() -> dict[str, float]:
+        metrics, shown = evaluate_run(path, cfg, process)
+        if Path(path).is_dir():
+            metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
+        folder.mkdir(exist_ok=True)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        if shown is not None:
+            x, y, names = shown
+            np.savez(folder / "features.npz", x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
+            plot_features([(title(path), *shown)], folder / "features.png")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
 
 
 def title(path: str) -> str:

@@ -21,7 +21,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,8 +30,8 @@ from protoclip.episodes import EpisodeDataset, Episodes, episode_loader, image_t
 from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
 from protoclip.teacher import Teacher
 from shared import data, run
-from shared.evalsets import EvalSet
-from shared.zeroshot import build_classifier, classification_metrics, extract_image_features
+from shared.run import gather
+from shared.zeroshot import quick_top1
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -112,22 +111,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------ one episode's passes
-
-
-def gather(features: Tensor, with_grad: bool = True) -> Tensor:
-    """Rows of all ranks, in rank order: (B, D) -> (W*B, D). U:training/loss.py:15, U:training/distributed.py:12.
-
-    `with_grad`: gradients flow to every rank's rows, and W processes equal one with W times the batch after DDP's
-    averaging. Without (upstream's default) only the own rows carry gradient, which makes the encoders' W times smaller.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    if with_grad and features.requires_grad:
-        return torch.cat(torch.distributed.nn.all_gather(features))
-    gathered = [torch.zeros_like(features) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, features.detach().contiguous())
-    gathered[dist.get_rank()] = features
-    return torch.cat(gathered)
 
 
 def gather_output(output: ProtoCLIPOutput) -> ProtoCLIPOutput:
@@ -250,18 +233,6 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     print(f"                   {weights:.1f} weights, gradients, AdamW, prototypes; {activations:.1f} activations")
 
 
-def quick_zero_shot(model: nn.Module, cfg: Config, tokenizer, device: torch.device, precision: str) -> float:
-    """Top-1 (percent) on `eval_set` with bare class names as prompts: a point of the learning curve, not a result."""
-    was_training = model.training
-    model.eval()
-    eval_set = EvalSet(cfg.eval_set, image_transform(image_side(model), train=False))
-    dtype = run.DTYPES[precision]
-    classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, dtype)
-    features, labels = extract_image_features(model.encode_image, eval_set.batches(256), device, dtype)
-    model.train(was_training)
-    return classification_metrics(features, labels, classifier)["top1"]
-
-
 def main(cfg: Config) -> Path:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
@@ -379,7 +350,8 @@ def main(cfg: Config) -> Path:
 
         if cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or episode + 1 == cfg.episodes) and process.main:
             with clock.paused():
-                top1 = quick_zero_shot(model, cfg, tokenizer, process.device, precision)
+                view = image_transform(size, train=False)
+                top1 = quick_top1(model, tokenizer, view, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_episode * (episode + 1), episode=episode, seconds=clock.read(), zero_shot_top1=top1)
         if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
             print(f"episode {episode + 1}: {line}")

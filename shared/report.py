@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import t as student_t
 
-from shared.run import write_json
+from shared.run import commit, load_checkpoint, write_json
 
 
 class Claim(NamedTuple):
@@ -96,6 +96,72 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str
     return table(
         [{"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()]
     )
+
+
+# ------------------------------------------------------------------------------------------- run folders ARM-seedN
+
+
+def measured(file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
+    """`measure()`, kept in `file`; not repeated while that is newer than `sources` and was made with the same `setting`
+    and the same code."""
+    setting = json.loads(json.dumps(setting | {"code": commit()}))
+    if file.exists() and all(source.exists() and file.stat().st_mtime > source.stat().st_mtime for source in sources):
+        kept = load(file)
+        if kept.get("setting") == setting:
+            return kept["metrics"]
+    metrics = measure()
+    save(file, {"setting": setting, "metrics": metrics})
+    return metrics
+
+
+class Comparison(NamedTuple):
+    arms: dict[str, list[dict]]  # by arm, the measurements of each seed
+    seeds: list[int]
+    folders: dict[str, list[Path]]
+    commits: set[str]  # of the code that trained them
+
+
+def compare_runs(
+    runs: Sequence[str], results: Sequence[dict], order: Iterable[str], passes: str = "epoch"
+) -> Comparison:
+    """Group run folders by arm, in `order`, and by seed. ValueError if one is misnamed, unfinished or missing.
+
+    A run is finished when its checkpoint has reached `<passes>s` of its configuration.
+    """
+    arms: dict[str, dict[int, dict]] = {}
+    folders: dict[str, dict[int, Path]] = {}
+    commits = set()
+    for folder, values in zip(map(Path, runs), results, strict=True):
+        arm, _, seed = folder.name.rpartition("-seed")
+        if not arm or not seed.isdigit():
+            raise ValueError(f"--report compares run folders named ARM-seedN, not {folder}")
+        state = load_checkpoint(folder / "checkpoint.pt")
+        done, total = state[passes], state["config"][f"{passes}s"]
+        if done < total:
+            raise ValueError(f"{folder} is not finished: {done} of {total} {passes}s")
+        commits.add(state.get("commit", "unknown"))
+        arms.setdefault(arm, {})[int(seed)] = values
+        folders.setdefault(arm, {})[int(seed)] = folder
+    names = [arm for arm in order if arm in arms] + sorted(set(arms) - set(order))
+    seeds = sorted(arms[names[0]])
+    for arm in names:
+        if sorted(arms[arm]) != seeds:
+            raise ValueError(f"arm {arm} has seeds {sorted(arms[arm])}, but {names[0]} has {seeds}")
+    return Comparison(
+        {arm: [arms[arm][seed] for seed in seeds] for arm in names},
+        seeds,
+        {arm: [folders[arm][seed] for seed in seeds] for arm in names},
+        commits,
+    )
+
+
+def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict[str, str]]:
+    """A row for each claim whose two arms were run."""
+    return [
+        judge(claim, *([values[claim.metric] for values in arms[arm]] for arm in (claim.method, claim.baseline)))
+        for claim in claims
+        if claim.method in arms and claim.baseline in arms
+    ]
 
 
 def machine() -> str:

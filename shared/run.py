@@ -17,13 +17,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from open_clip_train.distributed import init_distributed_device_so
 from tqdm import tqdm
 
+matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
 
 
@@ -85,6 +88,22 @@ def gather_lists(items: list, process: Process) -> list:
     boxes: list = [None] * process.world_size
     dist.all_gather_object(boxes, items)
     return [item for box in boxes for item in box]
+
+
+def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
+    """Rows of all ranks, in rank order: (B, D) -> (W*B, D).
+
+    `with_grad`: gradients flow to every rank's rows, and W processes equal one with W times the batch after DDP's
+    averaging. Without, only the own rows carry gradient, which makes the encoders' W times smaller.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    if with_grad and features.requires_grad:
+        return torch.cat(torch.distributed.nn.all_gather(features))
+    gathered = [torch.zeros_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, features.detach().contiguous())
+    gathered[dist.get_rank()] = features
+    return torch.cat(gathered)
 
 
 # -------------------------------------------------------------------------------------------------------- precision

@@ -284,3 +284,21 @@ def evaluate(
         for module in training:  # each as it was: a frozen tower stays in eval mode
             module.training = True
     return results
+
+
+def quick_top1(
+    model: torch.nn.Module,
+    tokenizer: Callable,
+    transform: Callable,
+    set_dir: str | Path,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> float:
+    """Top-1 (percent) with bare class names as prompts: a point of a learning curve, not a result."""
+    was_training = model.training
+    model.eval()
+    eval_set = EvalSet(set_dir, transform)
+    classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, precision)
+    features, labels = extract_image_features(model.encode_image, eval_set.batches(256), device, precision)
+    model.train(was_training)
+    return classification_metrics(features, labels, classifier)["top1"]

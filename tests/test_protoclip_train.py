@@ -41,7 +41,7 @@ PRELOAD = ["protoclip.episodes", "protoclip.model", "protoclip.teacher", "shared
 STEPS, PER_EPISODE = 15, 5
 TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160
     --batch-size 32 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --eval-every 0 --warmup 2
-    --lr 1e-3 --eps 1e-6 --precision fp32 --log-every 1""".split()
+    --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1""".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -248,11 +248,11 @@ def assert_equal_runs(one: Path, two: Path) -> None:
     for a, b in zip(metrics(one), metrics(two), strict=True):
         for name in a.keys() - {"modality_gap"}:  # of the local batch, as upstream's
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
-    # As in the golden episodes: Adam turns the rounding of a vanishing gradient into a visible part of a step (lr 1e-3)
+    # TINY has the golden episodes' large Adam eps: else the rounding of a vanishing gradient becomes a visible step
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=5e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_two_processes_of_torchrun_equal_one(cli, folder: Path):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
+from shared.run import gather
 from tinyclip import train
 from tinyclip.config import PRESETS, Config, Stage
 from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
@@ -34,7 +35,6 @@ from tinyclip.model import (
     depth_indices,
     distillation_loss,
     expand_pruned,
-    gather,
     geometry,
     hard_concrete,
     hard_concrete_cdf,

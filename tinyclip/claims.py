@@ -7,13 +7,10 @@ The arms are run folders ARM-seedN that the Makefile trains and eval.py measures
 import math
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from shared import report, run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "teacher": "teacher (100 %)",
@@ -125,34 +122,11 @@ def sparsity(runs: list[dict[str, float]], arm: str) -> dict[str, str]:
 
 def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
     """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
-    arms: dict[str, dict[int, dict]] = {}
-    folders: dict[str, dict[int, Path]] = {}
-    commits: set[str] = set()
-    for folder, values in zip(map(Path, runs), results, strict=True):
-        arm, _, seed = folder.name.rpartition("-seed")
-        if not arm or not seed.isdigit():
-            raise ValueError(f"--report compares run folders named ARM-seedN, not {folder}")
-        state = run.load_checkpoint(folder / "checkpoint.pt")
-        if state["step"] < state["config"]["steps"]:
-            raise ValueError(f"{folder} is not finished: {state['step']} of {state['config']['steps']} steps")
-        commits.add(state.get("commit", "unknown"))
-        arms.setdefault(arm, {})[int(seed)] = values
-        folders.setdefault(arm, {})[int(seed)] = folder
-    order = [arm for arm in ARMS if arm in arms] + sorted(set(arms) - set(ARMS))
-    seeds = sorted(arms[order[0]])
-    for arm in order:
-        if sorted(arms[arm]) != seeds:
-            raise ValueError(f"arm {arm} has seeds {sorted(arms[arm])}, but {order[0]} has {seeds}")
-    by_seed = {arm: [arms[arm][seed] for seed in seeds] for arm in order}
-    paths = {arm: [folders[arm][seed] for seed in seeds] for arm in order}
-    rows = []
-    for claim in claims():
-        if claim.method in by_seed and claim.baseline in by_seed:
-            pair = ([values[claim.metric] for values in by_seed[arm]] for arm in (claim.method, claim.baseline))
-            rows.append(report.judge(claim, *pair))
+    by_seed, seeds, paths, commits = report.compare_runs(runs, results, ARMS, "step")
+    rows = report.judge_all(claims(), by_seed)
     if {"inherited-affinity", "random-contrastive"} <= set(by_seed):
         rows.append(speed_up(paths["inherited-affinity"], paths["random-contrastive"]))
-    rows += [sparsity(by_seed[arm], arm) for arm in order if "sparsity_reached" in by_seed[arm][0]]
+    rows += [sparsity(by_seed[arm], arm) for arm in by_seed if "sparsity_reached" in by_seed[arm][0]]
     rows.append(report.untestable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", "needs LAION-400M, YFCC-15M"))
     rows.append(
         report.untestable("8.9 % of ViT-B/16's parameters, +3.5 over it", "41.1 against 37.6", "needs YFCC-15M")
@@ -160,7 +134,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     summary = report.results("TinyCLIP (arXiv 2309.12314)", seeds, by_seed, rows, commits)
     report.save(path, summary)
     plot(paths, summary["arms"], path.parent / "tinyclip_curves.png")
-    if masked := [arm for arm in order if (paths[arm][0] / "masks.pt").exists()]:
+    if masked := [arm for arm in by_seed if (paths[arm][0] / "masks.pt").exists()]:
         plot_masks(
             {arm: run.load_checkpoint(paths[arm][0] / "masks.pt") for arm in masked}, path.parent / "tinyclip_masks.png"
         )

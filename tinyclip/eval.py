@@ -7,7 +7,6 @@ open_clip, on the embedded corpus and on any CLIP-benchmark evaluation set.
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -168,29 +167,24 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md.
-
-    Not repeated while it is newer than checkpoint and evaluation sets and was made with the same settings and code.
-    """
+    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing has
+    changed."""
     if "@" in path and not Path(path).exists():
         return evaluate_run(path, cfg, process)
     checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
-    file = folder / "results.json"
-    ignored = ("runs", "report", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in ignored}
-    setting = json.loads(json.dumps(setting | {"code": run.commit()}))
-    if file.exists() and checkpoint.exists():
-        sources = [checkpoint, *(tar for folder in cfg.sets for tar in Path(folder).glob("*/*.tar"))]
-        kept = report.load(file)
-        if kept.get("setting") == setting and all(file.stat().st_mtime > source.stat().st_mtime for source in sources):
-            return kept["metrics"]
-    metrics = evaluate_run(path, cfg, process)
-    folder.mkdir(exist_ok=True)
-    rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-    (folder / "results.md").write_text(report.table(rows) + "\n")
-    run.write_json(file, {"setting": setting, "metrics": metrics})
-    return metrics
+    unimportant = ("runs", "report", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sources = [checkpoint, *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
+
+    def measure() -> dict[str, float]:
+        metrics = evaluate_run(path, cfg, process)
+        folder.mkdir(exist_ok=True)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
 
 
 def main(cfg: Config) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,13 +45,6 @@ from tinyclip.network import (  # noqa: F401
 )
 
 Gather = Callable[[Tensor], Tensor]
-
-
-def gather(features: Tensor) -> Tensor:
-    """Rows of all processes in rank order, (B, D) -> (N, D), with gradient to all of them. U:open_clip/loss.py:71."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    return torch.cat(torch.distributed.nn.all_gather(features))
 
 
 def affinity_logits(image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None) -> tuple[Tensor, Tensor]:

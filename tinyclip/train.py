@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from shared import data, run
-from shared.evalsets import EvalSet
-from shared.zeroshot import build_classifier, classification_metrics, extract_image_features
+from shared.run import gather
+from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
 from tinyclip.inheritance import (
     L0Mask,
@@ -39,7 +39,7 @@ from tinyclip.inheritance import (
     sparsity_loss,
     target_sparsity,
 )
-from tinyclip.model import Student, distillation_loss, gather
+from tinyclip.model import Student, distillation_loss
 from tinyclip.network import (
     CLIP,
     CONFIGS,
@@ -328,18 +328,6 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     print(f"                   {weights:.1f} weights, gradients, AdamW; {activations:.1f} activations")
 
 
-def quick_zero_shot(student: Student, cfg: Config, tokenizer, size: int, device: torch.device, precision: str) -> float:
-    """Top-1 (percent) on `eval_set` with bare class names as prompts: a point of the learning curve, not a result."""
-    was_training = student.training
-    student.eval()
-    eval_set = EvalSet(cfg.eval_set, image_transform(size))
-    dtype = run.DTYPES[precision]
-    classifier = build_classifier(student.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, dtype)
-    features, labels = extract_image_features(student.encode_image, eval_set.batches(256), device, dtype)
-    student.train(was_training)
-    return classification_metrics(features, labels, classifier)["top1"]
-
-
 def restore(state: dict, cfg: Config) -> Student:
     """The student of a checkpoint: its towers may have been pruned since the run began."""
     clip = CLIP(**state["geometry"])
@@ -467,7 +455,9 @@ def main(cfg: Config) -> Path | None:
             log.write(done, seconds=clock.read(), **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps) and process.main:
             with clock.paused():
-                top1 = quick_zero_shot(student, cfg, tokenizer, size, device, precision)
+                top1 = quick_top1(
+                    student, tokenizer, image_transform(size), cfg.eval_set, device, run.DTYPES[precision]
+                )
             log.write(done, seconds=clock.read(), zero_shot_top1=top1)
         if done % per_epoch == 0 or done == cfg.steps:
             report(step // per_epoch)

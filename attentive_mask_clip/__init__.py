@@ -1,0 +1,1 @@
+"""Attentive Mask CLIP (arXiv 2212.08653)."""

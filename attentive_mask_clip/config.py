@@ -1,0 +1,210 @@
+"""Every setting of an A-CLIP, SLIP or CLIP run, its presets, and what is refused before a run starts.
+
+Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942); `emoji*` are ours.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from attentive_mask_clip.model import PRESETS as MODELS
+
+
+@dataclasses.dataclass
+class Config:
+    """Defaults are A-CLIP's with ViT-B/16 on YFCC15M, 25 epochs."""
+
+    data: str = ""
+    """Shards in img2dataset layout ('a/{00000..00331}.tar', several lists joined by '::', a folder), or one .tsv."""
+    out: str = "runs/attentive_mask_clip/run"
+    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+    caption_lines: bool = False
+    """A caption file holds alternatives, one a line (YFCC15M: title, description), and each visit draws one of them."""
+
+    method: Literal["aclip", "slip", "clip"] = "aclip"
+    """aclip, or one of the paper's baselines."""
+    model: str = "vit_b16"
+    """Towers: vit_s16, vit_b16, vit_l16 or emoji."""
+    image_size: int | None = None
+    """Image side in pixels; None is the model's own."""
+    freeze_patch_proj: bool | None = None
+    """Freeze the patch projection at its random initialisation; None: A-CLIP does, its baselines do not."""
+    mask: Literal["attentive", "high", "random", "none"] = "attentive"
+    """A-CLIP's patches to keep: those of high EMA score, of low (the high ones are dropped), random ones, all."""
+    keep_ratio: float = 0.5
+    """Share r of patches to keep: int(r * blocks) + 1 blocks of 2x2, or int(r * patches) random patches."""
+    views: Literal[1, 2] = 2
+    """A-CLIP's masked views of an image."""
+    ssl: bool = True
+    """A-CLIP's SimCLR (with two views) and BYOL losses; off for the ablation of masking."""
+    ema_image_size: int | None = None
+    """Side of the EMA view; None: as the others. Half of it is A-CLIP-eff."""
+    ema_momentum: float = 0.996
+    """First momentum of the EMA towers; it rises along a cosine to 1."""
+    simclr_weight: float = 1.0
+    """Weight of SimCLR, in A-CLIP and SLIP."""
+    byol_weight: float = 2.0
+    """Weight of BYOL."""
+    temperature: float = 0.1
+    """Temperature of SimCLR."""
+    simclr_pair: Literal["cross", "same"] = "cross"
+    """cross: SimCLR between the two views. same: view 1 with itself, as the released code has it."""
+    released_boxes: bool = False
+    """EMA boxes by the released formula, which may leave parts of the views out; off: they cover both views."""
+    crop_scale: float = 0.5
+    """Smallest share of the image's area in a crop (SimCLR's crops in SLIP: 0.08 always)."""
+    augmentation: Literal["paper", "crop"] = "paper"
+    """paper: each method's own. crop: crops alone, for all methods (colour and direction tell emoji apart)."""
+
+    epochs: int = 25
+    """Passes over the data."""
+    batch_size: int = 4096
+    """Pairs per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step; each has its own contrastive softmax, so that this is not the same as a larger batch."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    lr_start: float = 1e-6
+    """Learning rate of the first step."""
+    lr_end: float = 1e-5
+    """Learning rate towards which the cosine falls."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.5
+    """AdamW's decay of matrices and embeddings; gains, biases and the temperature have none."""
+    beta1: float = 0.9
+    """AdamW's beta1."""
+    beta2: float = 0.98
+    """AdamW's beta2."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    seed: int = 0
+    """Seed of initial weights, shuffles, views and random masks."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Scores' softmax, logits and losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Epochs between zero-shot evaluations (online towers) on `eval_set`; 0: never during training."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+    dry_run: bool = False
+    """Print sizes, schedules and a memory estimate, and stop; needs no data."""
+
+    def model_settings(self) -> dict:
+        """Keyword arguments of `model.create_model` beside method and preset."""
+        frozen = self.method == "aclip" if self.freeze_patch_proj is None else self.freeze_patch_proj
+        settings: dict = {"freeze_patch_proj": frozen}
+        if self.image_size is not None:
+            settings["image_size"] = self.image_size
+        if self.method == "aclip":
+            settings |= {"mask": self.mask, "keep_ratio": self.keep_ratio, "ssl": self.ssl}
+        return settings
+
+
+YFCC = Config(dataset_size=14_689_580, caption_lines=True)
+SLIP = dict(method="slip", lr=3e-3, weight_decay=0.1)
+CLIP = dict(method="clip")
+ABLATION = dict(ssl=False)  # masking alone, the paper's first table
+EMOJI = Config(
+    data="data/emoji/train",
+    model="emoji",
+    ema_momentum=0.95,
+    crop_scale=0.8,
+    augmentation="crop",
+    epochs=12,
+    batch_size=128,
+    lr=1e-3,
+    lr_end=1e-5,
+    weight_decay=0.2,
+    workers=0,
+    save_every=200,
+    eval_every=2,
+)
+
+
+def _row(about: str, base: Config = YFCC, **settings) -> tuple[str, Config]:
+    return about, dataclasses.replace(base, **settings)
+
+
+PRESETS = {
+    "emoji": ("A-CLIP on the embedded corpus, minutes on two CPU cores", EMOJI),
+    "emoji-slip": _row("its SLIP baseline: same samples and steps", EMOJI, method="slip"),
+    "emoji-clip": _row("its CLIP baseline: same samples and steps", EMOJI, method="clip"),
+    "yfcc15m-vitb16": _row("A-CLIP, 25 epochs: 43.9 ImageNet zero-shot"),
+    "yfcc15m-vitb16-eff": _row("A-CLIP-eff, 25 epochs: 42.9", ema_image_size=112),
+    "yfcc15m-vitb16-50ep": _row("A-CLIP, 50 epochs: 46.3", epochs=50),
+    "yfcc15m-vitb16-100ep": _row("A-CLIP, 100 epochs: 48.0", epochs=100),
+    "yfcc15m-vitl16": _row("A-CLIP, ViT-L, 25 epochs: 48.9", model="vit_l16"),
+    "yfcc15m-vits16": _row("A-CLIP, ViT-S, 25 epochs: not in the paper", model="vit_s16"),
+    "yfcc15m-vitb16-random-1x50": _row("masking alone: 35.0", mask="random", views=1, **ABLATION),
+    "yfcc15m-vitb16-random-2x50": _row("masking alone: 38.0", mask="random", **ABLATION),
+    "yfcc15m-vitb16-attentive-1x50": _row("masking alone: 39.5", views=1, **ABLATION),
+    "yfcc15m-vitb16-attentive-2x50": _row("masking alone: 41.3", **ABLATION),
+    "yfcc15m-vitb16-high-2x50": _row("masking alone, high scores dropped: 28.5", mask="high", **ABLATION),
+    "yfcc15m-vitb16-clip": _row("CLIP, 25 epochs: 37.6", **CLIP),
+    "yfcc15m-vitb16-clip-50ep": _row("CLIP, 50 epochs: 39.4", **CLIP, epochs=50),
+    "yfcc15m-vitb16-clip-100ep": _row("CLIP, 100 epochs: 42.7", **CLIP, epochs=100),
+    "yfcc15m-vitl16-clip": _row("CLIP, ViT-L, 25 epochs: 40.4", **CLIP, model="vit_l16"),
+    "yfcc15m-vitb16-slip": _row("SLIP, 25 epochs: 42.8", **SLIP),
+    "yfcc15m-vitb16-slip-50ep": _row("SLIP, 50 epochs: 44.1", **SLIP, epochs=50),
+    "yfcc15m-vitb16-slip-100ep": _row("SLIP, 100 epochs: 45.0", **SLIP, epochs=100),
+    "yfcc15m-vitl16-slip": _row("SLIP, ViT-L, 25 epochs: 46.2", **SLIP, model="vit_l16"),
+}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'yfcc/{00000..01468}.tar'"
+        )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    for name in ("epochs", "batch_size", "accumulate", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch_size % (world_size * cfg.accumulate):
+        raise ValueError(
+            f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes"
+            f" and {cfg.accumulate} micro-batches"
+        )
+    if cfg.batch_size == world_size * cfg.accumulate and cfg.method != "clip" and (cfg.ssl or cfg.method == "slip"):
+        raise ValueError("one pair a process and micro-batch is too few for BatchNorm: raise --batch-size")
+    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+    check_model(cfg)
+
+
+def check_model(cfg: Config) -> None:
+    if cfg.model not in MODELS:
+        raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
+    if not 0 < cfg.keep_ratio <= 1:
+        raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
+    if not 0 < cfg.crop_scale <= 1:
+        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+    if not 0 <= cfg.ema_momentum <= 1:
+        raise ValueError(f"--ema-momentum must be in 0..1, not {cfg.ema_momentum}")
+    if not 0 <= cfg.warmup_epochs <= cfg.epochs:
+        raise ValueError(f"--warmup-epochs {cfg.warmup_epochs} must be in 0..{cfg.epochs}, the number of epochs")
+    patch, size = MODELS[cfg.model].get("patch_size", 16), cfg.image_size or MODELS[cfg.model].get("image_size", 224)
+    if size < patch or size % patch:
+        raise ValueError(f"--image-size {size} cannot be cut into patches of {patch} pixels")
+    ema = cfg.ema_image_size or size
+    if ema < patch or ema % patch:
+        raise ValueError(f"--ema-image-size {ema} cannot be cut into patches of {patch} pixels")
+    if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % 2:
+        raise ValueError(f"blocks of 2x2 patches do not tile {size // patch} patches a side: another --image-size")

@@ -1,0 +1,403 @@
+"""Evaluate A-CLIP, SLIP and CLIP: `python -m attentive_mask_clip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+
+The paper's evaluations (authors' code microsoft/A-CLIP@0e51942, cited as `U:`): zero-shot classification with each
+set's own metric, zero-shot retrieval, linear probe; and for the embedded corpus, how much of the drawing the kept
+patches hold. A-CLIP is evaluated with its EMA towers, as upstream's suite does; with the online ones under `online/`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import open_clip
+import torch
+import torch.nn.functional as F
+import tyro
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from attentive_mask_clip.claims import ARMS, METRICS, compare  # noqa: F401
+from attentive_mask_clip.config import Config as TrainConfig
+from attentive_mask_clip.model import ACLIP, CLIP, attentive_keep_ids, create_model, load_checkpoint, random_keep_ids
+from attentive_mask_clip.views import MEAN, STD, eval_transform
+from shared import report, run
+from shared.evalsets import EvalSet
+from shared.probes import sgd_probe
+from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, retrieval_metrics
+
+EMOJI = "data/emoji/eval/"
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders, or checkpoint files of the authors (A-CLIP's, SLIP's)."""
+    method: str = "aclip"
+    """aclip, slip or clip, for checkpoint files."""
+    model: str = "vit_b16"
+    """vit_s16, vit_b16 or vit_l16, for checkpoint files."""
+    sets: tuple[str, ...] = tuple(
+        EMOJI + name
+        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
+    )
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    probe: str | None = EMOJI + "subgroups_ood"
+    """Set with a train/ split for the linear probe on frozen features of the online tower; None leaves it out."""
+    foreground: str | None = EMOJI + "names_ood"
+    """Set whose images measure the share of foreground among kept patches; None leaves it out."""
+    report: str | None = None
+    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    times: str | None = None
+    """Step times from `python -m attentive_mask_clip.timing --out`, for the report."""
+    batch_size: int = 256
+    """Images or captions per forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast of the encoders, as in training."""
+
+
+# ------------------------------------------------------------------------------------------------- zero-shot metrics
+
+
+def mean_per_class(logits: Tensor, targets: Tensor) -> float:
+    """Mean of the classes' accuracies in percent, over the classes in targets (N,). U:eval_zeroshot.py:182."""
+    return classification_metrics(logits, targets)["mean_per_class"]
+
+
+def roc_auc(logits: Tensor, targets: Tensor) -> float:
+    """Area under the ROC curve in percent of logit 1 - logit 0; logits (N, 2), targets 0/1. U:eval_zeroshot.py:190."""
+    return 100 * float(roc_auc_score(targets.numpy(), (logits[:, 1] - logits[:, 0]).double().numpy()))
+
+
+def paper_metric(name: str, metrics: dict[str, float]) -> float:
+    """What the paper's suite reports of a set, by its name (U:eval_zeroshot.py:86); percent.
+
+    Mean per class for aircraft, pets, caltech101 and flowers, (top1 + top5) / 2 for kinetics, ROC AUC for hateful
+    memes, top-1 for all others.
+    """
+    name = name.lower()
+    if any(part in name for part in ("aircraft", "pets", "caltech101", "flowers")):
+        return metrics["mean_per_class"]
+    if "kinetics" in name:
+        return metrics["top1_top5"]
+    if "hateful" in name:
+        return metrics["roc_auc"]
+    return metrics["top1"]
+
+
+class Towers:
+    """encode_image and encode_text of a model: the EMA towers where it has them and `ema` is set, else the online."""
+
+    def __init__(self, model: nn.Module, ema: bool = True):
+        which = {"ema": True} if ema and isinstance(model, ACLIP) else {}
+        self.encode_image = lambda images: model.encode_image(images, **which)
+        self.encode_text = lambda tokens: model.encode_text(tokens, **which)
+
+
+def zero_shot(
+    model: CLIP,
+    dataset: Iterable[tuple[Tensor, Tensor]],
+    class_prompts: Sequence[Tensor],
+    ema: bool = True,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+    name: str = "",
+) -> dict:
+    """Zero-shot classification in percent. U:eval_zeroshot.py:112.
+
+    dataset yields (images, labels); class_prompts has the token ids (P_c, T) of all prompts of class c, which are
+    synonyms x templates. -> top1, top5 and top1_top5 (NaN with fewer than five classes), mean_per_class, roc_auc (of
+    two classes), logits (N, C) as cosines, and `metric`, the paper's choice for the set called `name`.
+    """
+    was_training = model.training
+    model.eval()
+    towers = Towers(model, ema)
+    tokens = torch.cat(list(class_prompts))
+    counts = torch.tensor([len(prompts) for prompts in class_prompts])
+    if not len(counts) or counts.min() == 0:
+        raise ValueError("every class needs at least one prompt")
+    encoded = encode_texts(
+        towers.encode_text, lambda rows: torch.stack(rows), list(tokens), batch_size, device, precision, "prompts"
+    )
+    of_class = torch.arange(len(counts)).repeat_interleave(counts)
+    sums = torch.zeros(len(counts), encoded.shape[1]).index_add_(0, of_class, F.normalize(encoded, dim=-1))
+    classifier = F.normalize(sums, dim=-1)  # the mean has the direction of the sum
+    features, labels = extract_image_features(towers.encode_image, dataset, device, precision, name or None)
+    model.train(was_training)
+    logits = F.normalize(features, dim=-1) @ classifier.T
+    metrics = classification_metrics(logits, labels)
+    metrics["top1_top5"] = (metrics["top1"] + metrics["top5"]) / 2
+    if logits.shape[1] == 2 and len(labels.unique()) == 2:
+        metrics["roc_auc"] = roc_auc(logits, labels)
+    return metrics | {"metric": paper_metric(name, metrics), "logits": logits}
+
+
+def class_prompts(tokenizer, classnames: Sequence[str | Sequence[str]], templates: Sequence[str]) -> list[Tensor]:
+    """Token ids (P_c, T) of each class; a class may have a list of names, and `{c}` in a template stands for a name."""
+    names = [[entry] if isinstance(entry, str) else list(entry) for entry in classnames]
+    return [tokenizer([t.replace("{c}", name) for name in synonyms for t in templates]) for synonyms in names]
+
+
+def retrieval(
+    model: CLIP,
+    pairs: Iterable[tuple[Tensor, list[list[str]]]],
+    ema: bool = True,
+    tokenizer=None,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """R@1/5/10 both ways in percent; pairs yields (images, the list of captions of each).
+
+    Image to text is a hit if any of the image's captions is in the top k; text to image, if the image is.
+    """
+    was_training = model.training
+    model.eval()
+    towers = Towers(model, ema)
+    tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=model.context_length)
+    features, captions = extract_image_features(towers.encode_image, pairs, device, precision, "images")
+    texts = [caption for of_image in captions for caption in of_image]
+    of_image = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    encoded = encode_texts(towers.encode_text, tokenizer, texts, batch_size, device, precision, "captions")
+    model.train(was_training)
+    return retrieval_metrics(features, encoded, of_image)
+
+
+# ------------------------------------------------------------------------------------------------------ linear probe
+
+
+def linear_probe_lr(base_lr: float, batch: int, world: int, epoch: int, epochs: int) -> float:
+    """Learning rate of an epoch: base_lr * int(batch / world) / 256, along half a cosine to 0. U:main_linear.py:432.
+
+    `batch` is one GPU's and divided by the number of GPUs once more, as shipped; 0.00625 for upstream's 0.1, 128, 8.
+    """
+    return base_lr * int(batch / world) / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def linear_probe(
+    model: CLIP,
+    dataset: tuple[Iterable, Iterable],
+    epochs: int = 90,
+    lr: float | None = None,
+    batch_size: int = 1024,
+    device: str | torch.device = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Top-1 (percent) of a linear head on frozen [CLS] features of the *online* tower. U:main_linear.py:120-175.
+
+    dataset is (training batches, test batches) of (images, labels). The head starts at N(0, 0.01); SGD, momentum 0.9,
+    no weight decay, 90 epochs; lr starts at linear_probe_lr(0.1, 128, 8, 0, ...) = 0.00625 unless given. Features are
+    computed once per image, so that training images should come in the evaluation transform (upstream augments them).
+    """
+    was_training = model.training
+    model.eval()
+    (train_x, train_y), (test_x, test_y) = (
+        extract_image_features(lambda images: model.visual(images)[0][:, 0], loader, device, precision, "probe")
+        for loader in dataset
+    )
+    model.train(was_training)
+    lr = linear_probe_lr(0.1, 128, 8, 0, epochs) if lr is None else lr
+    probe = sgd_probe(
+        train_x, train_y, test_x, test_y, epochs=epochs, lr=lr, weight_decay=0.0, batch_size=batch_size, shuffle=True
+    )
+    return {"best": probe.best, "final": probe.final}
+
+
+# ----------------------------------------------------------------------------------------------------- kept patches
+
+
+def foreground(images: Tensor) -> Tensor:
+    """(B, S, S) 1 where a normalised image (B, 3, S, S) is not white: the drawing of an emoji."""
+    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
+    return ((images * std + mean) < 0.98).any(dim=1).float()
+
+
+@torch.no_grad()
+def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: float = 0.5) -> dict[str, float]:
+    """Foreground among the patches that masking keeps, in percent.
+
+    images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. For the
+    model's own attention, its high-drop variant, blocks nearest to the centre, and random patches (expectation):
+    `X_share` of the kept patches that are foreground, `X_recall` of the foreground that is kept.
+    """
+    was_training = model.training
+    model.eval()
+    tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
+    _, scores = tower(images, return_scores=True)
+    model.train(was_training)
+    patches = F.max_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N)
+    grid = math.isqrt(patches.shape[1])
+    axis = torch.arange(grid, device=images.device) - (grid - 1) / 2
+    centre = -(axis[:, None] ** 2 + axis**2).flatten().expand(len(images), -1)
+    kept = {
+        "attentive": attentive_keep_ids(scores, keep_ratio),
+        "high_drop": attentive_keep_ids(scores, keep_ratio, drop="high"),
+        "centre": attentive_keep_ids(centre, keep_ratio),
+    }
+    total = patches.sum()
+    results = {}
+    for name, ids in kept.items():
+        hits = patches.gather(1, ids).sum()
+        results[f"{name}_share"] = 100 * (hits / ids.numel()).item()
+        results[f"{name}_recall"] = 100 * (hits / total).item()
+    count = int(patches.shape[1] * keep_ratio)
+    return results | {
+        "random_share": 100 * patches.mean().item(),
+        "random_recall": 100 * count / patches.shape[1],
+    }
+
+
+def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio: float = 0.5) -> None:
+    """Rows: images (B, 3, S, S); columns: image, patches kept by attention before and after training, high-drop after
+    training, random. Dropped patches are grey."""
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    pixels = (images * std + mean).clamp(0, 1)
+    noise = torch.rand(
+        len(images), (images.shape[2] // after.patch_size) ** 2, generator=torch.Generator().manual_seed(0)
+    )
+
+    def scores(model: CLIP) -> Tensor:
+        with torch.no_grad():
+            return (model.visual_ema if isinstance(model, ACLIP) else model.visual)(images, return_scores=True)[1]
+
+    columns = {
+        "image": None,
+        "attentive,\nuntrained": attentive_keep_ids(scores(before), keep_ratio),
+        "attentive": attentive_keep_ids(scores(after), keep_ratio),
+        "high drop": attentive_keep_ids(scores(after), keep_ratio, drop="high"),
+        "random": random_keep_ids(noise, keep_ratio),
+    }
+    figure, axes = plt.subplots(len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images) + 0.4))
+    for j, (title, ids) in enumerate(columns.items()):
+        shown = pixels
+        if ids is not None:
+            kept = torch.zeros_like(noise).scatter_(1, ids, 1.0)
+            side = images.shape[2] // after.patch_size
+            mask = F.interpolate(kept.view(-1, 1, side, side), scale_factor=after.patch_size)
+            shown = pixels * mask + (0.25 * pixels + 0.55) * (1 - mask)
+        for i, image in enumerate(shown):
+            axes[i, j].imshow(image.permute(1, 2, 0).numpy())
+            axes[i, j].axis("off")
+        axes[0, j].set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------- one checkpoint
+
+
+def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16") -> CLIP:
+    """Model in eval mode, of a run folder or of an authors' checkpoint file (with `method` and `preset`)."""
+    path = Path(path)
+    if not path.is_dir():
+        model = create_model(method, preset)
+        load_checkpoint(model, path)
+        return model.eval()
+    state = run.load_checkpoint(path / "checkpoint.pt")
+    model = untrained(state)
+    load_checkpoint(model, state)
+    return model.eval()
+
+
+def untrained(state: dict) -> CLIP:
+    """The model with which the run of this checkpoint began."""
+    cfg = TrainConfig(**state["config"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return create_model(cfg.method, cfg.model, **cfg.model_settings()).eval()
+
+
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}."""
+    model = load_model(path, cfg.method, cfg.model).to(process.device)
+    tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
+    transform = eval_transform(model.image_size)
+    sets = [EvalSet(folder, transform) for folder in cfg.sets]
+    flat: dict[str, float] = {}
+    for prefix, ema in (("", True), ("online/", False)) if isinstance(model, ACLIP) else (("", False),):
+        reported = []
+        for eval_set in sets:
+            loader = eval_set.batches(cfg.batch_size, cfg.workers)
+            if eval_set.kind == "retrieval":
+                metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, process.device, dtype)
+            elif eval_set.kind == "multilabel":
+                raise ValueError(f"{eval_set.folder} is a multilabel set, of which the paper's suite has none")
+            else:
+                prompts = class_prompts(tokenizer, eval_set.classnames, eval_set.templates)
+                name = eval_set.name
+                metrics = zero_shot(model, loader, prompts, ema, cfg.batch_size, process.device, dtype, name)
+                del metrics["logits"]
+                reported.append(metrics["metric"])
+            flat |= {f"{prefix}{eval_set.name}/{key}": value for key, value in metrics.items()}
+        if reported:
+            flat[f"{prefix}average"] = sum(reported) / len(reported)  # of all classification sets, as the paper's 26
+    if not isinstance(model, ACLIP):
+        flat |= {f"online/{key}": value for key, value in flat.items()}
+    if cfg.probe:
+        resize = eval_transform(model.image_size, round(model.image_size * 8 / 7))
+        loaders = tuple(
+            EvalSet(cfg.probe, resize, split).batches(cfg.batch_size, cfg.workers) for split in ("train", "test")
+        )
+        for name, value in linear_probe(model, loaders, lr=0.1, device=process.device, precision=dtype).items():
+            flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
+    if cfg.foreground:
+        images = torch.cat([images for images, _ in EvalSet(cfg.foreground, transform).batches(cfg.batch_size)])
+        parts = [
+            kept_foreground(model, batch, foreground(batch)) | {"count": len(batch)}
+            for batch in images.to(process.device).split(cfg.batch_size)
+        ]
+        for name in parts[0]:
+            if name != "count":
+                flat[f"kept/{name}"] = sum(p[name] * p["count"] for p in parts) / len(images)
+        if Path(path).is_dir():
+            before = untrained(run.load_checkpoint(Path(path) / "checkpoint.pt"))
+            few = images[torch.linspace(0, len(images) - 1, 8).long()]
+            plot_kept(before, model.cpu(), few, Path(path) / "kept.png")
+    return {name: value for name, value in flat.items() if not math.isnan(value)}
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
+    unimportant = ("runs", "report", "times", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sets = [Path(name) for name in (*cfg.sets, cfg.probe, cfg.foreground) if name]
+    sources = [checkpoint, *(tar for each in sets for tar in each.glob("*/*.tar"))]
+
+    def measure() -> dict[str, float]:
+        metrics = evaluate_run(path, cfg, process)
+        if Path(path).is_dir():
+            metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
+        folder.mkdir(exist_ok=True)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder or checkpoint file")
+    results = []
+    for path in cfg.runs:
+        results.append(evaluated(path, cfg, process))
+        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
+        print(f"{path}: {shown}", flush=True)
+    if cfg.report:
+        compare(list(cfg.runs), results, Path(cfg.report), report.load(cfg.times) if cfg.times else None)
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,500 @@
+"""Attentive Mask CLIP, A-CLIP (arXiv 2212.08653, ICCV 2023).
+
+Authors' code: microsoft/A-CLIP@0e51942, cited as `U:<path>:<line>`; its base facebookresearch/SLIP@c6faf5d, as `S:`.
+The paper's contribution:
+  - an EMA image tower scores patches by its [CLS] attention          `MaskedViT.forward(return_scores=True)`
+  - scores are carried from the EMA view into each crop of the image  `crop_scores`
+  - the 2x2 blocks of high score are kept, the other tokens dropped   `attentive_keep_ids`
+  - CLIP loss per masked view, SimCLR between the views, BYOL from    `ACLIP`, `aclip_loss`
+    each masked view to the EMA tower's unmasked one                (losses.py)
+The paper's baselines, CLIP and SLIP, are here too.
+
+Shapes: B batch, V views, g patches a side, N = g*g patches, K kept patches, D tower width, E joint width, S SSL width.
+"""
+
+import argparse
+import copy
+import math
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, Transformer
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from attentive_mask_clip.losses import aclip_loss, baseline_loss, byol_loss, clip_loss, simclr_loss  # noqa: F401
+
+# Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
+PRESETS = {
+    "vit_s16": dict(vision_width=384, vision_layers=12, vision_heads=12),
+    "vit_b16": dict(vision_width=768, vision_layers=12, vision_heads=12),
+    "vit_l16": dict(vision_width=1024, vision_layers=24, vision_heads=16),
+    "emoji": dict(
+        embed_dim=128,
+        image_size=40,
+        patch_size=5,
+        vision_width=128,
+        vision_layers=3,
+        vision_heads=4,
+        context_length=24,
+        text_width=128,
+        text_heads=4,
+        text_layers=2,
+        ssl_hidden=256,
+        ssl_dim=64,
+    ),
+}
+
+# ----------------------------------------------------------------------------------------------- token selection
+
+
+def crop_scores(scores: Tensor, boxes: Tensor, ref_boxes: Tensor, grid: int) -> Tensor:
+    """Scores (B, n*n) of the patches of `ref_boxes` -> scores (B, grid*grid) of those of `boxes`. U:models.py:448.
+
+    Boxes (B, 4) int64 are (top, left, height, width) in pixels of the original image. As upstream does image by image:
+    enlarge the map bilinearly to its box, cut out the other box (zero outside), shrink bilinearly (no antialias) to
+    the grid. The three are linear and act on rows and columns apart, so a map S becomes R_y S R_x^T for all images at
+    once, with R_y, R_x (B, grid, n) from `_resample`.
+    """
+    n = math.isqrt(scores.shape[1])
+    offset = boxes - ref_boxes  # of the top left corners, in its first two columns
+    with torch.autocast(scores.device.type, enabled=False):
+        rows = _resample(n, ref_boxes[:, 2], offset[:, 0], boxes[:, 2], grid)
+        columns = _resample(n, ref_boxes[:, 3], offset[:, 1], boxes[:, 3], grid)
+        return (rows @ scores.float().unflatten(1, (n, n)) @ columns.mT).flatten(1)
+
+
+def _resample(n: int, ref_length: Tensor, offset: Tensor, length: Tensor, grid: int) -> Tensor:
+    """(B, grid, n): weight of each of n cells, stretched over `ref_length` pixels, in each of `grid` cells stretched
+    over the `length` pixels that start at pixel `offset`; bilinear both ways, all arguments (B,) but n and grid."""
+    ref_length, offset, length = (x[:, None].double() for x in (ref_length, offset, length))
+    cells = torch.arange(n, dtype=torch.double, device=length.device)
+
+    def enlarged(pixel: Tensor) -> Tensor:  # pixels (B, grid) of the enlarged map -> weights (B, grid, n)
+        source = ((pixel + 0.5) * n / ref_length - 0.5).clamp(0, n - 1)
+        inside = (pixel >= 0) & (pixel < ref_length)
+        return (1 - (source[..., None] - cells).abs()).clamp(min=0) * inside[..., None]
+
+    position = torch.arange(grid, dtype=torch.double, device=length.device) + 0.5
+    source = (position * length / grid - 0.5).clamp(min=0)  # (B, grid), in pixels of the crop
+    first = source.floor()
+    second = torch.minimum(first + 1, length - 1)
+    weight = (source - first)[..., None]
+    return ((1 - weight) * enlarged(first + offset) + weight * enlarged(second + offset)).float()
+
+
+def attentive_keep_ids(scores: Tensor, keep_ratio: float = 0.5, block: int = 2, drop: str = "low") -> Tensor:
+    """Patches (B, K) int64, ascending, of the blocks with the highest mean score (B, N). U:models.py:24.
+
+    int(blocks * keep_ratio) + 1 blocks of `block` x `block` patches are kept, at most all. `drop="high"` keeps those
+    of the lowest score instead, the paper's counter-test. Of equal scores the earlier block counts as the higher.
+    """
+    grid = math.isqrt(scores.shape[1])
+    if grid * grid != scores.shape[1] or grid % block:
+        raise ValueError(f"{scores.shape[1]} patches are no square grid that blocks of {block} x {block} tile")
+    side = grid // block
+    blocks = scores.unflatten(1, (side, block, side, block)).mean(4).mean(2).flatten(1)  # rounds as upstream's resize
+    order = blocks.argsort(dim=1, descending=drop == "low", stable=True)
+    kept = order[:, : int(side * side * keep_ratio) + 1]
+    within = torch.arange(block, device=scores.device)
+    within = (within[:, None] * grid + within).flatten()  # patches of a block, from its top left one
+    first = kept // side * block * grid + kept % side * block
+    return (first[:, :, None] + within).flatten(1).sort(dim=1).values
+
+
+def random_keep_ids(noise: Tensor, keep_ratio: float = 0.5) -> Tensor:
+    """The int(N * keep_ratio) patches (B, K) of the lowest noise (B, N), in rising order of it. U:models.py:538."""
+    return noise.argsort(dim=1)[:, : int(noise.shape[1] * keep_ratio)]
+
+
+# ---------------------------------------------------------------------------------------------------------- towers
+
+
+def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings (1, 1+n*n, D), [CLS] first, -> (1, 1+height*width, D), bicubic. U:utils.py:331."""
+    n = math.isqrt(pos_embed.shape[1] - 1)
+    if height == width == n:
+        return pos_embed
+    patches = pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2).float()
+    patches = F.interpolate(patches, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed)], dim=1)
+
+
+class MaskedViT(nn.Module):
+    """A pre-norm ViT that runs on any subset of its patches; parameters are named as timm's. U:models.py:531.
+
+    The patch projection is frozen at its random initialisation (MoCo v3), unless `freeze_patch_proj` is False.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        freeze_patch_proj: bool = True,
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=width, strict_img_size=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, width))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(width)
+        for x in (self.cls_token, self.pos_embed, *(m.weight for m in self.blocks.modules() if type(m) is nn.Linear)):
+            nn.init.trunc_normal_(x, std=0.02)
+        for m in self.blocks.modules():
+            if type(m) is nn.Linear:
+                nn.init.zeros_(m.bias)
+        self.patch_embed.proj.requires_grad_(not freeze_patch_proj)
+
+    def forward(
+        self, images: Tensor, keep_ids: Tensor | None = None, return_scores: bool = False, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """images (B, 3, H, W), keep_ids (B, K) -> tokens (B, 1+K, D) after the last LayerNorm, scores (B, N) or None.
+
+        In eval mode keep_ids are ignored (U:models.py:580), as without them all N patches are kept. For H, W other than
+        image_size, position embeddings are resized. With `cls_only` tokens are (B, 1, D), [CLS] alone, and the last
+        block leaves out what only the others would need.
+        """
+        x = self.patch_embed(images)  # (B, N, D)
+        pos_embed = resize_pos_embed(self.pos_embed, *self.patch_embed.dynamic_feat_size(images.shape[2:]))
+        x = x + pos_embed[:, 1:]
+        if keep_ids is not None and self.training:
+            x = x.gather(1, keep_ids[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        rows = []
+        for i, block in enumerate(self.blocks, 1):
+            last = cls_only and i == len(self.blocks)
+            if return_scores or last:
+                x, row = block_with_cls_attention(block, x, last)
+                rows.append(row)
+            else:
+                x = block(x)
+        return self.norm(x), torch.stack(rows).mean((0, 2))[:, 1:] if return_scores else None
+
+
+def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor]:
+    """A ViT block on (B, L, D), and how its [CLS] attends: (B, heads, L) float32, softmaxed. U:models.py:505.
+
+    The row alone is computed beside the fused attention; upstream keeps the whole (B, heads, L, L) map of every layer.
+    `cls_only`: the block's output for [CLS], (B, 1, D); the other tokens give it their keys and values.
+    """
+    attn, D, h = block.attn, x.shape[2], block.norm1(x)
+    if cls_only:
+        x, weight, bias = x[:, :1], attn.qkv.weight, attn.qkv.bias
+        q = F.linear(h[:, :1], weight[:D], bias[:D])
+        k, v = F.linear(h, weight[D:], bias[D:]).chunk(2, dim=-1)
+    else:
+        q, k, v = attn.qkv(h).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+    row = ((q[:, :, :1].detach() * attn.scale) @ k.detach().mT).float().softmax(dim=-1)[:, :, 0]
+    x = x + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x)), row
+
+
+class TextTransformer(Transformer):
+    """CLIP's causal text transformer without embeddings and final norm: (B, T, D) -> (B, T, D). U:models.py:95."""
+
+    def __init__(self, width: int, layers: int, heads: int, context_length: int):
+        super().__init__(width, layers, heads, act_layer=QuickGELU)
+        self.register_buffer("mask", torch.full((context_length, context_length), -math.inf).triu(1), persistent=False)
+        for block in self.resblocks:  # U:models.py:152
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, attn_mask=self.mask[: x.shape[1], : x.shape[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the rows of all processes, on any device (torch's own knows GPUs only). U:main.py:105."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        x = x.float()
+        all_reduce, n = torch.distributed.nn.all_reduce, len(x) * dist.get_world_size()
+        mean = all_reduce(x.sum(0)) / n
+        var = all_reduce((x - mean).square().sum(0)) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
+def simclr_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """(B, D) -> (B, S). U:models.py:398."""
+    return nn.Sequential(
+        OrderedDict(
+            layer1=nn.Linear(width, hidden),
+            bn1=SyncBatchNorm1d(hidden),
+            relu1=nn.ReLU(inplace=True),
+            layer2=nn.Linear(hidden, hidden),
+            bn2=SyncBatchNorm1d(hidden),
+            relu2=nn.ReLU(inplace=True),
+            layer3=nn.Linear(hidden, out),
+        )
+    )
+
+
+def byol_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """BYOL's projector (B, D) -> (B, S), and of the same form its predictor (B, S) -> (B, S). U:models.py:379."""
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        SyncBatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, out, bias=False),
+    )
+
+
+class CLIP(nn.Module):
+    """Dual encoder of the paper's base, and its first baseline (S:models.py:67): a ViT and CLIP's text transformer."""
+
+    def __init__(
+        self,
+        embed_dim: int = 512,
+        image_size: int = 224,
+        patch_size: int = 16,
+        vision_width: int = 768,
+        vision_layers: int = 12,
+        vision_heads: int = 12,
+        context_length: int = 77,
+        vocab_size: int = 49408,
+        text_width: int = 512,
+        text_heads: int = 8,
+        text_layers: int = 12,
+        freeze_patch_proj: bool = False,
+    ):
+        super().__init__()
+        self.image_size, self.patch_size, self.context_length = image_size, patch_size, context_length
+        self.visual = MaskedViT(
+            image_size, patch_size, vision_width, vision_layers, vision_heads, freeze_patch_proj=freeze_patch_proj
+        )
+        self.transformer = TextTransformer(text_width, text_layers, text_heads, context_length)
+        self.token_embedding = nn.Embedding(vocab_size, text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
+        self.ln_final = nn.LayerNorm(text_width)
+        self.image_projection = nn.Parameter(torch.empty(vision_width, embed_dim))
+        self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.image_projection, std=vision_width**-0.5)
+        nn.init.normal_(self.text_projection, std=text_width**-0.5)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, E), not normalised; all patches."""
+        return self.visual(images, cls_only=True)[0][:, 0] @ self.image_projection
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T <= context_length) -> (B, E), not normalised."""
+        return self._encode_text(tokens, self.transformer, self.text_projection)
+
+    def _encode_text(self, tokens: Tensor, transformer: TextTransformer, projection: Tensor) -> Tensor:
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.ln_final(transformer(x))
+        end = tokens.argmax(dim=1)  # the end token has the highest id
+        return x[torch.arange(len(x), device=x.device), end] @ projection
+
+    def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """-> image_embed, text_embed (B, E), logit_scale ()."""
+        return {
+            "image_embed": self.encode_image(images),
+            "text_embed": self.encode_text(tokens),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """After every step, the temperature's inverse stays in [1, 100]. U:main.py:343."""
+        self.logit_scale.clamp_(0, 4.6052)
+
+
+class SLIP(CLIP):
+    """CLIP on one view plus SimCLR on two others, the paper's second baseline. S:models.py:203."""
+
+    def __init__(self, ssl_hidden: int = 4096, ssl_dim: int = 256, **towers):
+        super().__init__(**towers)
+        self.image_mlp = simclr_head(self.image_projection.shape[0], ssl_hidden, ssl_dim)
+
+    def forward(self, images: Tensor, tokens: Tensor, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
+        """All images (B, 3, H, W) -> CLIP's outputs and aug1_embed, aug2_embed (B, S); one BatchNorm batch a view."""
+        cls = self.visual(torch.cat([images, aug1, aug2]), cls_only=True)[0][:, 0]
+        cls_image, cls_1, cls_2 = cls.chunk(3)
+        return {
+            "image_embed": cls_image @ self.image_projection,
+            "text_embed": self.encode_text(tokens),
+            "logit_scale": self.logit_scale.exp(),
+            "aug1_embed": self.image_mlp(cls_1),
+            "aug2_embed": self.image_mlp(cls_2),
+        }
+
+
+class ACLIP(CLIP):
+    """A-CLIP. U:models.py:314.
+
+    mask says which patches an online view keeps in training: those of high EMA score (attentive), of low (high: the
+    high scores are dropped), chosen at random, or all (none). In eval mode all are kept. Without `ssl` there are
+    neither SimCLR nor BYOL heads, as in the paper's ablation of masking.
+    """
+
+    def __init__(
+        self,
+        mask: str = "attentive",
+        keep_ratio: float = 0.5,
+        ssl: bool = True,
+        ssl_hidden: int = 4096,
+        ssl_dim: int = 256,
+        freeze_patch_proj: bool = True,
+        **towers,
+    ):
+        super().__init__(freeze_patch_proj=freeze_patch_proj, **towers)
+        if mask not in ("attentive", "high", "random", "none"):
+            raise ValueError(f"mask is attentive, high, random or none, not {mask!r}")
+        self.mask, self.keep_ratio, self.ssl = mask, keep_ratio, ssl
+        if ssl:
+            width = self.image_projection.shape[0]
+            self.image_mlp = simclr_head(width, ssl_hidden, ssl_dim)
+            self.im_proj_byol = byol_head(width, ssl_hidden, ssl_dim)
+            self.im_pred_byol = byol_head(ssl_dim, ssl_hidden, ssl_dim)
+            self.im_proj_byol_e = copy.deepcopy(self.im_proj_byol)
+        self.visual_ema = copy.deepcopy(self.visual)  # the copies start equal
+        self.transformer_e = copy.deepcopy(self.transformer)
+        self.image_projection_e = copy.deepcopy(self.image_projection)
+        self.text_projection_e = copy.deepcopy(self.text_projection)
+        for ema, _ in self._pairs():
+            ema.requires_grad_(False)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(EMA, online) parameters. The EMA text tower borrows token and position embeddings and the final norm."""
+        modules = [(self.visual_ema, self.visual), (self.transformer_e, self.transformer)]
+        if self.ssl:
+            modules.append((self.im_proj_byol_e, self.im_proj_byol))
+        pairs = [pair for ema, online in modules for pair in zip(ema.parameters(), online.parameters(), strict=True)]
+        return [
+            *pairs,
+            (self.image_projection_e, self.image_projection),
+            (self.text_projection_e, self.text_projection),
+        ]
+
+    @torch.no_grad()
+    def update_ema(self, momentum: float) -> None:
+        """e <- m e + (1 - m) o for every EMA parameter, no buffer. Call it before the forward pass. U:models.py:360."""
+        ema, online = map(list, zip(*self._pairs(), strict=True))
+        get_ema_multi_avg_fn(momentum)(ema, online, None)
+
+    def encode_image(self, images: Tensor, keep_ids: Tensor | None = None, ema: bool = False) -> Tensor:
+        """(B, 3, H, W) -> (B, E), not normalised; online or EMA tower."""
+        if ema:
+            return self.visual_ema(images, keep_ids, cls_only=True)[0][:, 0] @ self.image_projection_e
+        return self.visual(images, keep_ids, cls_only=True)[0][:, 0] @ self.image_projection
+
+    def encode_text(self, tokens: Tensor, ema: bool = False) -> Tensor:
+        if ema:
+            return self._encode_text(tokens, self.transformer_e, self.text_projection_e)
+        return super().encode_text(tokens)
+
+    @property
+    def needs_ema_view(self) -> bool:
+        """Whether the training pass reads the EMA tower."""
+        return self.ssl or self.mask in ("attentive", "high")
+
+    def keep_ids(self, scores: Tensor | None, boxes: Tensor, noise: Tensor) -> Tensor | None:
+        """Patches (V*B, K) that the views keep. scores (B, n*n) of the EMA view, boxes (B, V+1, 4) with the EMA view's
+        last, noise (V*B, N) for random masks. U:models.py:482-489."""
+        if self.mask == "none":
+            return None
+        if self.mask == "random":
+            return random_keep_ids(noise, self.keep_ratio)
+        views, grid = boxes.shape[1] - 1, math.isqrt(noise.shape[1])
+        boxes = boxes.transpose(0, 1)  # (V+1, B, 4)
+        of_views = crop_scores(
+            scores.repeat(views, 1), boxes[:-1].flatten(0, 1), boxes[-1].repeat(views, 1), grid
+        )  # (V*B, N)
+        return attentive_keep_ids(of_views, self.keep_ratio, drop="low" if self.mask == "attentive" else "high")
+
+    def forward(self, views: Tensor, ema_view: Tensor | None, tokens: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """views (V*B, 3, H, W), view by view; ema_view (B, 3, h, w); tokens (B, T); boxes (B, V+1, 4) int64.
+
+        -> image_embed (V*B, E), text_embed (B, E), logit_scale (), and with ssl image_ssl_embed, byol_feats (V*B, S),
+        byol_feats_e (B, S). Call `update_ema` first. `ema_view` may be None where `needs_ema_view` is False.
+        """
+        outputs, scores, keep_ids = {}, None, None
+        if self.needs_ema_view:
+            with torch.no_grad():  # the stop-gradient of BYOL's target
+                scored = self.mask in ("attentive", "high")
+                cls_e, scores = self.visual_ema(ema_view, return_scores=scored, cls_only=True)
+                if self.ssl:
+                    outputs["byol_feats_e"] = self.im_proj_byol_e(cls_e[:, 0])
+        if self.training:
+            patches = (views.shape[2] // self.patch_size) * (views.shape[3] // self.patch_size)
+            keep_ids = self.keep_ids(scores, boxes, torch.rand(len(views), patches, device=views.device))
+        cls = self.visual(views, keep_ids, cls_only=True)[0][:, 0]  # (V*B, D)
+        if self.ssl:
+            outputs["image_ssl_embed"] = self.image_mlp(cls)
+            outputs["byol_feats"] = self.im_pred_byol(self.im_proj_byol(cls))
+        return outputs | {
+            "image_embed": cls @ self.image_projection,
+            "text_embed": self.encode_text(tokens),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+
+def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> CLIP | SLIP | ACLIP:
+    """The towers of a preset as `method` aclip, clip or slip; settings override the preset's and reach the class."""
+    if preset not in PRESETS:
+        raise ValueError(f"model {preset!r} is none of {', '.join(PRESETS)}")
+    settings = {**PRESETS[preset], **settings}
+    if method == "clip":
+        settings = {name: value for name, value in settings.items() if not name.startswith("ssl_")}
+    return {"aclip": ACLIP, "clip": CLIP, "slip": SLIP}[method](**settings)
+
+
+def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
+    """Load the authors' checkpoints, SLIP's, or ours, strictly, with DDP's `module.` prefix or without.
+
+    The authors' files hold their argparse.Namespace, which is allowed beside plain values; nothing else is unpickled.
+    A CLIP model takes a SLIP file's towers and leaves its SimCLR head.
+    """
+    state = path_or_dict
+    if not isinstance(state, dict):
+        if not Path(state).is_file():
+            raise FileNotFoundError(f"no checkpoint at {state}")
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path_or_dict} does not load with weights_only=True ({type(error).__name__})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path_or_dict} holds no weights")
+    weights = {key.removeprefix("module."): value for key, value in state.items()}
+    if type(model) is CLIP:
+        weights = {key: value for key, value in weights.items() if not key.startswith("image_mlp.")}
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the checkpoint does not hold the weights of this {type(model).__name__}: {reason}"
+        ) from error

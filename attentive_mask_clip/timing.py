@@ -1,0 +1,124 @@
+"""Time of a training step of A-CLIP and its baselines, all in one process: `python -m attentive_mask_clip.timing`.
+
+The paper's first table has training times relative to CLIP. Here a step is `train.train_step` on random tensors of the
+given geometry; arms take turns, and the ratio of a round is to CLIP's step of the same round.
+"""
+
+import dataclasses
+import gc
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from attentive_mask_clip.config import Config as TrainConfig
+from attentive_mask_clip.config import check_model
+from attentive_mask_clip.model import ACLIP, create_model
+from attentive_mask_clip.train import param_groups, train_step
+from shared import report, run
+
+ARMS = {  # overrides of the training settings; "eff" halves the EMA view
+    "clip": dict(method="clip"),
+    "random": dict(mask="random", views=1, ssl=False),
+    "attentive": dict(views=1, ssl=False),
+    "high-drop": dict(mask="high", views=1, ssl=False),
+    "random-2x50": dict(mask="random", ssl=False),
+    "attentive-2x50": dict(ssl=False),
+    "aclip-eff": dict(),
+    "aclip": dict(),
+    "slip": dict(method="slip"),
+}
+PAPER = {"clip": "1.00x", "slip": "2.67x", "aclip": "1.16x", "aclip-eff": "0.86x"}
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = "emoji"
+    """Towers: vit_s16, vit_b16, vit_l16 or emoji."""
+    batch_size: int = 128
+    """Images a step."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """What to time; clip is always timed."""
+    rounds: int = 5
+    """Timed rounds after one to warm up; an arm has one step in each."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast, as in training."""
+    out: str | None = None
+    """JSON file for the ratios."""
+
+
+def stepper(cfg: TrainConfig, device: torch.device):
+    """A function that makes one training step of the arm on random tensors."""
+    model = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(device)
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), fused=True)
+    B, size = cfg.batch_size, model.image_size
+    images = [
+        torch.randn(B, 3, size, size, device=device) for _ in range({"aclip": cfg.views, "slip": 3}.get(cfg.method, 1))
+    ]
+    if isinstance(model, ACLIP) and model.needs_ema_view:
+        side = cfg.ema_image_size or size
+        images.append(torch.randn(B, 3, side, side, device=device))
+    tokens = torch.randint(1, 49406, (B, model.context_length), device=device)
+    boxes = torch.tensor([[[10, 10, size, size]] * cfg.views + [[0, 0, size + 20, size + 20]]] * B, device=device)
+    return lambda: train_step(model, (images, boxes, tokens), optimizer, 1e-4, 0.99, cfg)
+
+
+def step_times(cfg: Config) -> dict[str, dict]:
+    """Arm -> {"seconds": median of a step, "ratio": median of rounds to CLIP, "low", "high": its extremes}."""
+    device = run.setup(0, cfg.device).device
+    precision = run.resolve_precision(cfg.precision, device)
+    names = ["clip", *(arm for arm in cfg.arms if arm != "clip")]
+    base = TrainConfig(model=cfg.model, batch_size=cfg.batch_size, precision=precision)
+    check_model(base)
+    steppers = {}
+    for arm in names:
+        if arm not in ARMS:
+            raise ValueError(f"--arms takes {', '.join(ARMS)}, not {arm!r}")
+        setting = dataclasses.replace(base, **ARMS[arm])
+        if arm == "aclip-eff":
+            setting.ema_image_size = create_model("clip", cfg.model).image_size // 2
+        steppers[arm] = stepper(setting, device)
+    times: dict[str, list[float]] = {arm: [] for arm in names}
+    for turn in range(cfg.rounds + 1):
+        for arm, step in steppers.items():
+            gc.collect()
+            start = time.perf_counter()
+            loss = step()["loss"].item()  # waits for a GPU
+            assert loss == loss
+            if turn:
+                times[arm].append(time.perf_counter() - start)
+    results = {}
+    for arm, seconds in times.items():
+        ratios = [own / clip for own, clip in zip(seconds, times["clip"], strict=True)]
+        results[arm] = {
+            "seconds": statistics.median(seconds),
+            "ratio": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+        }
+    return results
+
+
+def main(cfg: Config) -> None:
+    results = step_times(cfg)
+    rows = [
+        {
+            "arm": arm,
+            "paper": PAPER.get(arm, "-"),
+            "step / CLIP's": f"{r['ratio']:.2f}x ({r['low']:.2f}-{r['high']:.2f})",
+            "seconds": f"{r['seconds']:.3f}",
+        }
+        for arm, r in results.items()
+    ]
+    print(f"{cfg.model}, batch {cfg.batch_size}, {torch.get_num_threads()} threads, {report.machine()}\n")
+    print(report.table(rows))
+    if cfg.out:
+        report.save(Path(cfg.out), results)
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

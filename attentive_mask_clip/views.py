@@ -1,0 +1,176 @@
+"""The views of an image: A-CLIP's three boxes, the augmentations of the three methods, the dataset that gives them.
+
+Authors' code: microsoft/A-CLIP@0e51942, cited as `U:`, and facebookresearch/SLIP@c6faf5d, cited as `S:`.
+"""
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
+
+from shared import data, run
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in training and evaluation
+RATIO = (3 / 4, 4 / 3)
+
+# ----------------------------------------------------------------------------------------------------------- boxes
+
+
+def _randint(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (1,)))
+
+
+def three_boxes(
+    image: Image.Image, scale: tuple[float, float] = (0.5, 1.0), released_boxes: bool = False, views: int = 2
+) -> Tensor:
+    """(V+1, 4) int64 boxes (top, left, height, width): V random crops and a larger one for the EMA. U:datasets.py:240.
+
+    The EMA box reaches from a random corner above and left of all crops to a random one below and right of them.
+    `released_boxes` draws it as upstream does (two views): its left edge mixes up coordinates, and its height and width
+    are drawn as if the corner had not moved, so that a crop may stick out.
+    """
+    width, height = image.size
+    crops = [RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(views)]
+    tops, lefts, heights, widths = zip(*crops, strict=True)
+    top, left = min(tops), min(lefts)
+    bottom = max(t + h for t, h in zip(tops, heights, strict=True))
+    right = max(x + w for x, w in zip(lefts, widths, strict=True))
+    if released_boxes:
+        left = min(lefts[0], heights[1])  # U:datasets.py:263
+        tall, wide = bottom - top, right - left
+        top = _randint(0, top) if top > 0 else top
+        left = _randint(0, left) if left > 0 else left
+        tall = _randint(tall, height - top) if tall < height else tall
+        wide = _randint(wide, width - left) if wide < width else wide
+    else:
+        top = _randint(0, top) if top > 0 else top
+        left = _randint(0, left) if left > 0 else left
+        tall = (_randint(bottom, height) if bottom < height else bottom) - top
+        wide = (_randint(right, width) if right < width else right) - left
+    return torch.tensor([*crops, (top, left, tall, wide)])
+
+
+def crop(image: Image.Image, box: Tensor, size: int) -> Image.Image:
+    return resized_crop(image, *box.tolist(), [size, size])
+
+
+def three_crops(
+    image: Image.Image,
+    size: int,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ema_size: int | None = None,
+    released_boxes: bool = False,
+) -> tuple[list[Image.Image], Tensor]:
+    """[view 1, view 2, EMA view], resized bilinearly to `size` (the EMA view to `ema_size`), and their boxes (3, 4)."""
+    boxes = three_boxes(image, scale, released_boxes)
+    sizes = (size, size, size if ema_size is None else ema_size)
+    return [crop(image, box, side) for box, side in zip(boxes, sizes, strict=True)], boxes
+
+
+# --------------------------------------------------------------------------------------------------- augmentations
+
+
+class GaussianBlur:
+    """PIL's blur of a radius from U(0.1, 2) pixels. U:utils.py:263."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2.0).item()))
+
+
+def view_transform(kind: str = "aclip") -> transforms.Compose:
+    """PIL crop -> normalised (3, S, S). kind: aclip (U:main.py:171), slip (its SSL views, less the crop,
+    U:datasets.py:280), or plain (the EMA view, CLIP's view)."""
+    apply, jitter = transforms.RandomApply, transforms.ColorJitter
+    steps = {
+        "aclip": [
+            apply([jitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            apply([GaussianBlur()], p=0.1),
+            transforms.RandomSolarize(threshold=128, p=0.2),
+        ],
+        "slip": [
+            apply([jitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            apply([GaussianBlur()], p=0.5),
+            transforms.RandomHorizontalFlip(),
+        ],
+        "plain": [],
+    }
+    return transforms.Compose([*steps[kind], transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Compose:
+    """Shorter side to `resize` (default: size), centre crop. U:eval_zeroshot.py:68; the linear probe resizes to 8/7 of
+    the size, 256 for 224 (U:main_linear.py:190)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(resize or size),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- dataset
+
+
+class ViewDataset(Dataset):
+    """Item i: the views that the method trains on, boxes (V+1, 4), tokens (T,), broken samples passed over.
+
+    aclip: V masked views and, where the model reads it, the EMA view; slip: CLIP's view and two for SimCLR; clip: one.
+    A view is a function of (seed, i) alone, and the first crop of all methods is the same.
+    """
+
+    def __init__(self, pairs, cfg, size: int, tokenizer, seed: tuple[int, ...], ema_view: bool):
+        self.pairs, self.cfg, self.size, self.tokenizer, self.seed = pairs, cfg, size, tokenizer, seed
+        self.ema_view = ema_view
+        own = {"aclip": "aclip", "slip": "plain", "clip": "plain"}[cfg.method]
+        self.online = view_transform("plain" if cfg.augmentation == "crop" else own)
+        self.ssl = view_transform("plain" if cfg.augmentation == "crop" else "slip")
+        self.plain = view_transform("plain")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken]]:
+        cfg, broken = self.cfg, []
+        pair = data.read_or_next(self.pairs, int(i), broken)
+        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        views = cfg.views if cfg.method == "aclip" else 1
+        boxes = three_boxes(pair.image, (cfg.crop_scale, 1.0), cfg.released_boxes and views == 2, views)
+        images = [self.online(crop(pair.image, box, self.size)) for box in boxes[:-1]]
+        if self.ema_view:
+            images.append(self.plain(crop(pair.image, boxes[-1], cfg.ema_image_size or self.size)))
+        if cfg.method == "slip":
+            augmented = [torch.tensor(RandomResizedCrop.get_params(pair.image, (0.08, 1.0), RATIO)) for _ in range(2)]
+            images += [self.ssl(crop(pair.image, box, self.size)) for box in augmented]
+        caption = pair.caption
+        if cfg.caption_lines:
+            lines = caption.splitlines()
+            caption = lines[_randint(0, len(lines) - 1)]
+        return images, boxes, self.tokenizer(caption)[0], broken
+
+
+def collate(items: list) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken]]:
+    images, boxes, tokens, broken = zip(*items, strict=True)
+    stacked = [torch.stack(view) for view in zip(*images, strict=True)]
+    return stacked, torch.stack(boxes), torch.stack(tokens), [b for each in broken for b in each]
+
+
+def epoch_loader(cfg, process: run.Process, dataset: ViewDataset, start: int = 0) -> DataLoader:
+    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out."""
+    size = cfg.batch_size // process.world_size
+    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
+    whole = len(dataset) // cfg.batch_size - start
+    return DataLoader(
+        dataset,
+        batch_sampler=batches[:whole],
+        num_workers=cfg.workers,
+        collate_fn=collate,
+        pin_memory=process.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
+    )
