@@ -130,16 +130,13 @@ class Config(Stage):
     """Print sizes, schedule and a memory estimate, and stop; needs no data and downloads nothing."""
 
 
-MANUAL = Config()
-AUTO = Config(model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
-RESNET = Config(model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
-YFCC = Config(  # no script upstream; 25 epochs of 15M pairs
-    model="TinyCLIP-ViT-39M-16-Text-19M",
-    teacher="ViT-B-16@openai",
-    init="ViT-B-16@openai",
-    batch_size=4_096,
-    steps=91_550,
-)
+MANUAL = Config(grad_checkpointing=True)
+AUTO = replace(MANUAL, model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
+RESNET = replace(MANUAL, model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
+YFCC = replace(  # no script upstream; 25 epochs of 15M pairs
+    MANUAL, model="TinyCLIP-ViT-39M-16-Text-19M", teacher="ViT-B-16@openai", init="ViT-B-16@openai",
+    batch_size=4_096, steps=91_550,
+)  # fmt: skip
 FIRST = "runs/tinyclip/{}"  # where a second stage finds the first, unless --init says otherwise
 
 EMOJI = Config(

@@ -299,10 +299,11 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
-    clip = CLIP(**shape)
-    counts = parameter_counts(clip)
+    with torch.device("meta"):
+        masks = [L0Mask.of(shape[tower], cfg.mask_types) for tower in ("vision", "text")] if cfg.masks else []
+        student = Student(CLIP(**shape), *masks)
+    counts = parameter_counts(student.to_empty(device="cpu").clip)  # memory, but no initial weights, which take a while
     print(f"parameters         {counts['total']:,} (image {counts['image']:,}, text {counts['text']:,} without tokens)")
-    student = Student(clip, *[L0Mask.of(shape[t], cfg.mask_types) for t in ("vision", "text")] if cfg.masks else [])
     if cfg.masks:
         gates = sum(p.numel() for mask in student.masks for p in mask.parameters())
         prunable = sum(mask.prunable_params for mask in student.masks)
