@@ -22,7 +22,7 @@ from shared.run import gather
 from tinyclip import train
 from tinyclip.config import PRESETS, Config, Stage
 from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
-from tinyclip.inheritance import KINDS, eval_gate
+from tinyclip.masks import KINDS, eval_gate
 from tinyclip.model import (
     CLIP,
     CONFIGS,

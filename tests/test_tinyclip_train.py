@@ -32,7 +32,9 @@ import torch
 from shared import report, run
 from tinyclip import claims, config, train
 from tinyclip import eval as evaluation
-from tinyclip.network import CLIP, CONFIGS, create_model, load_clip
+from tinyclip.checkpoints import load_clip
+from tinyclip.inheritance import first_weights
+from tinyclip.network import CLIP, CONFIGS, create_model
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
@@ -192,26 +194,26 @@ def test_sizes(runs: dict[str, Path]):
 
 def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
     cfg = dataclasses.replace(config.EMOJI, init=str(runs["teacher"]), image_size=16)
-    student, teacher = train.first_weights(cfg).clip, load_clip(runs["teacher"])
+    (student, _), teacher = first_weights(cfg), load_clip(runs["teacher"])
     assert torch.equal(student.visual.conv1.weight, teacher.visual.conv1.weight[:96])
     assert torch.equal(student.transformer.resblocks[1].ln_1.weight, teacher.transformer.resblocks[2].ln_1.weight)
     assert student.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["teacher"]), image_size=16)
-    whole = train.first_weights(auto)
-    state = whole.clip.state_dict()
+    whole, masks = first_weights(auto)
+    state = whole.state_dict()
     assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items() if k != "logit_scale")
-    assert all((loga == 10).all() for mask in whole.masks for loga in mask.logas().values())
+    assert all((loga == 10).all() for mask in masks for loga in mask.logas().values())
 
 
 def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
     """All that the first stage has left sits in the front corner of full size, with its gates open."""
     auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["auto"]), image_size=16)
-    student, first = train.first_weights(auto), load_clip(runs["auto"])
+    (student, (image_mask, text_mask)), first = first_weights(auto), load_clip(runs["auto"])
     width = first.geometry["text"]["width"]
-    assert torch.equal(student.clip.token_embedding.weight[:, :width], first.token_embedding.weight)
-    assert not student.clip.token_embedding.weight[:, width:].any()
-    assert (student.text_mask.hidden_loga > 0).sum() == width
-    heads = [int((row > 0).sum()) for row in student.image_mask.heads_loga]
+    assert torch.equal(student.token_embedding.weight[:, :width], first.token_embedding.weight)
+    assert not student.token_embedding.weight[:, width:].any()
+    assert (text_mask.hidden_loga > 0).sum() == width
+    heads = [int((row > 0).sum()) for row in image_mask.heads_loga]
     assert heads == [0 if block.attn is None else block.attn.heads for block in first.visual.transformer.resblocks]
 
 

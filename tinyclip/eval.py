@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared import report, run, zeroshot
+from tinyclip.checkpoints import load_clip
 from tinyclip.claims import ARMS, METRICS, compare  # noqa: F401
-from tinyclip.network import CLIP, load_clip, parameter_counts
+from tinyclip.network import CLIP, parameter_counts
 from tinyclip.pairs import image_transform
 
 EMOJI = "data/emoji/eval/"

@@ -3,7 +3,7 @@
 Authors' code: wkcn/TinyCLIP@ad981bf, cited below as `U:<path>:<line>` with paths under its `src/`.
 The paper's contribution:
   - affinity mimicking: the student's image-text similarities follow the teacher's    here, `affinity_mimicking_loss`
-  - weight inheritance, by hand or by learned masks                                  inheritance.py
+  - weight inheritance, by hand or by learned masks                                  inheritance.py, masks.py
   - progressive distillation in stages of moderate compression                       train.py, `STAGES`
 The CLIP that is shrunk, and its gates, are in network.py. All of it can be imported from here.
 
@@ -17,32 +17,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyclip.inheritance import (  # noqa: F401
+from tinyclip.checkpoints import (  # noqa: F401
+    convert_state_dict,
+    geometry,
+    load_clip,
+    open_clip_config,
+    resize_positional_embedding,
+)
+from tinyclip.inheritance import depth_indices, inherit_weights, random_masks  # noqa: F401
+from tinyclip.masks import (  # noqa: F401
     L0Mask,
-    depth_indices,
     expand_pruned,
     expected_sparsity,
     hard_concrete,
     hard_concrete_cdf,
-    inherit_weights,
     prune,
-    random_masks,
     reached_sparsity,
     sparsity_loss,
     target_sparsity,
 )
-from tinyclip.network import (  # noqa: F401
-    CLIP,
-    CONFIGS,
-    Masks,
-    convert_state_dict,
-    create_model,
-    geometry,
-    load_clip,
-    open_clip_config,
-    parameter_counts,
-    resize_positional_embedding,
-)
+from tinyclip.network import CLIP, CONFIGS, Masks, create_model, parameter_counts  # noqa: F401
 
 Gather = Callable[[Tensor], Tensor]
 

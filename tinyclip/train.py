@@ -3,10 +3,10 @@
 TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution
 in this file is the course of a stage:
   1. the student starts from the teacher's weights, or from the stage before it     `first_weights`
-  2. with masks: learn them together with the weights, then cut                    `train_step`, `prune_step` in `main`
+  2. with masks: learn them together with the weights, then cut                    `train_step`, `main`
   3. distil on with a new optimizer                                                `train_step`
 Several stages, each from the one before (--init), are progressive distillation; the teacher stays the big model.
-Losses are in model.py, masks and inheritance in inheritance.py, towers in network.py, settings in config.py.
+Losses are in model.py, inheritance in inheritance.py and masks.py, towers in network.py, settings in config.py.
 """
 
 import copy
@@ -27,27 +27,12 @@ from tqdm import tqdm
 from shared import data, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
+from tinyclip.checkpoints import load_clip, write_open_clip_config
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
-from tinyclip.inheritance import (
-    L0Mask,
-    expand_pruned,
-    expected_sparsity,
-    inherit_weights,
-    prune,
-    random_masks,
-    reached_sparsity,
-    sparsity_loss,
-    target_sparsity,
-)
+from tinyclip.inheritance import first_weights
+from tinyclip.masks import L0Mask, expected_sparsity, reached_sparsity, sparsity_loss, target_sparsity
 from tinyclip.model import Student, distillation_loss
-from tinyclip.network import (
-    CLIP,
-    CONFIGS,
-    load_clip,
-    parameter_counts,
-    resize_positional_embedding,
-    write_open_clip_config,
-)
+from tinyclip.network import CLIP, CONFIGS, parameter_counts
 from tinyclip.pairs import Pairs, collate, image_transform, loaded, remembered
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
@@ -113,52 +98,6 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
     if not student.masks:
         return Optimizers(weights, None)
     return Optimizers(weights, torch.optim.AdamW(mask_param_groups(student.masks, stage.mask_lr, stage.lambda_lr)))
-
-
-# -------------------------------------------------------------------------------------------------------- first weights
-
-
-def first_weights(cfg: Config) -> Student:
-    """The student before its first step: random, inherited by hand or at random, whole with open masks, or expanded."""
-    shape = copy.deepcopy(CONFIGS[cfg.model])
-    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
-    clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
-    masks = [L0Mask.of(clip.geometry[tower], cfg.mask_types) for tower in ("vision", "text")] if cfg.masks else []
-    student = Student(clip, *masks)
-    if cfg.init is None:
-        return student
-    source = load_clip(cfg.init, cfg.head_width)
-    state, own = source.state_dict(), clip.state_dict()
-    table = "visual.positional_embedding"
-    if table in state and table in own and len(state[table]) != len(own[table]):
-        state[table] = resize_positional_embedding(state[table], round((len(own[table]) - 1) ** 0.5))
-    if cfg.masks and any(name not in state or state[name].shape != value.shape for name, value in own.items()):
-        expand_pruned(clip, *masks, state)
-    elif cfg.inherit == "random":
-        generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "inherit"))
-        towers = (random_masks(source.geometry[t], clip.geometry[t], generator) for t in ("vision", "text"))
-        student = Student(without_empty_blocks(prune(source, *towers, exact=True)))
-        student.clip.logit_scale.data.copy_(own["logit_scale"])
-    else:
-        head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
-        clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
-    return student
-
-
-def without_empty_blocks(clip: CLIP) -> CLIP:
-    """The same network without the layers that have neither attention nor MLP left."""
-    shape, state = copy.deepcopy(clip.geometry), clip.state_dict()
-    for tower, prefix in (("vision", "visual."), ("text", "")):
-        sizes, stem = shape[tower], f"{prefix}transformer.resblocks."
-        kept = [i for i in range(sizes["layers"]) if sizes["heads"][i] or sizes["mlp_width"][i] is not None]
-        old = {name: state.pop(name) for name in list(state) if name.startswith(stem)}
-        for new, i in enumerate(kept):
-            block = f"{stem}{i}."
-            state |= {f"{stem}{new}.{n.removeprefix(block)}": value for n, value in old.items() if n.startswith(block)}
-        sizes |= {"layers": len(kept)} | {key: [sizes[key][i] for i in kept] for key in ("heads", "mlp_width")}
-    smaller = CLIP(**shape)
-    smaller.load_state_dict(state)
-    return smaller
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
@@ -329,17 +268,14 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     print(f"                   {weights:.1f} weights, gradients, AdamW; {activations:.1f} activations")
 
 
-def restore(state: dict, cfg: Config) -> Student:
-    """The student of a checkpoint: its towers may have been pruned since the run began."""
-    clip = CLIP(**state["geometry"])
-    masks = []
-    if state["masks"] is not None:
-        masks = [L0Mask.of(state["geometry"][tower], cfg.mask_types) for tower in ("vision", "text")]
-    student = Student(clip, *masks)
+def restore(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
+    """The student of a checkpoint and its masks: its towers may have been pruned since the run began."""
+    clip, masks = CLIP(**state["geometry"]), []
     clip.load_state_dict(state["state_dict"])
-    for mask, values in zip(masks, state["masks"] or [], strict=True):
-        mask.load_state_dict(values)
-    return student
+    for tower, values in zip(("vision", "text"), state["masks"] or (), strict=False):
+        masks.append(L0Mask.of(state["geometry"][tower], cfg.mask_types))
+        masks[-1].load_state_dict(values)
+    return clip, masks
 
 
 def main(cfg: Config) -> Path | None:
@@ -358,7 +294,8 @@ def main(cfg: Config) -> Path | None:
         if process.main:
             print(f"{folder} is finished ({cfg.steps} steps); nothing to do")
         return folder
-    student = (first_weights(cfg) if state is None else restore(state, cfg)).to(device).train()
+    clip, masks = first_weights(cfg) if state is None else restore(state, cfg)
+    student = Student(clip, *masks).to(device).train()
     student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
     teacher = None if cfg.alpha == 0 else load_clip(cfg.teacher, cfg.head_width).to(device).requires_grad_(False)
     size, context = student.clip.geometry["vision"]["image_size"], student.clip.geometry["text"]["context_length"]

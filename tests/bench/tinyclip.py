@@ -26,6 +26,7 @@ from open_clip_train.train import train_one_epoch
 
 from shared import run
 from tinyclip import model, network, train
+from tinyclip.checkpoints import open_clip_config
 from tinyclip.config import Stage
 from tinyclip.eval import macs, throughput
 
@@ -123,7 +124,7 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
     """The contrastive arm's step against open_clip_train's on the same towers, from the same weights."""
     clip = network.create_model("emoji-50")
     stage = Stage(alpha=0.0, logit_scale=None, steps=1000, warmup=30, lr=1e-3)
-    cfg = network.open_clip_config(clip)
+    cfg = open_clip_config(clip)
     plain = open_clip.CLIP(**cfg, output_dict=True)
     plain.load_state_dict(clip.state_dict())
     student = model.Student(clip).train()

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tinyclip import checkpoints, inheritance, model, network, pairs, train
 from tinyclip import eval as evaluation
-from tinyclip import inheritance, model, network, pairs, train
+from tinyclip import masks as own_masks
 from tinyclip.config import Stage
 
 from . import Table, check_commit, import_beside, race
@@ -113,7 +114,7 @@ def twins(up, vision=VISION, text=TEXT, embed=EMBED, masks=False, quick_gelu=Fal
                 parameter += 0.02 * torch.randn_like(parameter)
     clip = network.CLIP(embed, vision, text, quick_gelu)
     student = model.Student(clip, *[model.L0Mask.of(cfg) for cfg in (vision, text)] if masks else [])
-    state = network.convert_state_dict(theirs.state_dict())
+    state = checkpoints.convert_state_dict(theirs.state_dict())
     student.load_state_dict({name if "mask." in name else f"clip.{name}": value for name, value in state.items()})
     return theirs, student
 
@@ -123,7 +124,7 @@ def student_gradients(student: model.Student) -> dict:
 
 
 def their_gradients(theirs) -> dict:
-    return network.convert_state_dict({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    return checkpoints.convert_state_dict({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -205,8 +206,8 @@ def test_l0_module(up, table):
     types = ["hidden", "heads", "intermediate", "layer"]
     config = SimpleNamespace(hidden_size=48, intermediate_size=192, num_attention_heads=3, num_hidden_layers=3)
     theirs = up.l0module.L0Module(config, 0.1, 0.6, 7, pruning_type=types)
-    ours = model.L0Mask(48, 192, 3, 3, inheritance.KINDS)
-    for kind in inheritance.KINDS:
+    ours = model.L0Mask(48, 192, 3, 3, own_masks.KINDS)
+    for kind in own_masks.KINDS:
         getattr(theirs, f"{kind}_loga").data.normal_(0.3, 2)
         getattr(ours, f"{kind}_loga").data.copy_(getattr(theirs, f"{kind}_loga"))
     penalty = theirs.lagrangian_regularization(3)
@@ -216,14 +217,14 @@ def test_l0_module(up, table):
     gradients = [{name: p.grad for name, p in each.named_parameters()} for each in (theirs, ours)]
     function = up.l0module.L0Module.lagrangian_regularization
     values = [penalty[0], penalty[1]], [loss, expected]
-    table.compare("sparsity constraint", function, "inheritance.sparsity_loss", *values, gradients=gradients)
+    table.compare("sparsity constraint", function, "masks.sparsity_loss", *values, gradients=gradients)
     masks = theirs.eval()(), ours.eval_masks()
     masks = [
-        {kind: masks[0][f"{kind}_z"].flatten() for kind in inheritance.KINDS},
+        {kind: masks[0][f"{kind}_z"].flatten() for kind in own_masks.KINDS},
         {k: z.flatten() for k, z in masks[1].items()},
     ]
     function = up.l0module.L0Module._deterministic_z
-    table.compare("evaluation masks", function, "inheritance.eval_gate", *masks, rtol=0, atol=1e-6)
+    table.compare("evaluation masks", function, "masks.eval_gate", *masks, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["narrow", "wide"])
@@ -233,11 +234,11 @@ def test_prune_and_expand(up, table, spread):
     full = copy.deepcopy(theirs)
     pruned = up.model.prune_model(theirs.eval())
     ours = student.eval().pruned()
-    states = network.convert_state_dict(pruned.state_dict()), ours.clip.state_dict()
-    table.compare("pruned weights", up.model.prune_model, "inheritance.prune", *states, rtol=0, atol=0)
+    states = checkpoints.convert_state_dict(pruned.state_dict()), ours.clip.state_dict()
+    table.compare("pruned weights", up.model.prune_model, "masks.prune", *states, rtol=0, atol=0)
     with torch.no_grad():
         values = list(pruned(images, tokens)), list(ours(images, tokens))
-    table.compare("pruned network", up.model.prune_model, "inheritance.prune", *values)
+    table.compare("pruned network", up.model.prune_model, "masks.prune", *values)
     exact = student.pruned(exact=True)
     with torch.no_grad():
         values = list(full.eval()(images, tokens)), list(exact(images, tokens))
@@ -249,11 +250,11 @@ def test_prune_and_expand(up, table, spread):
     for name, parameter in full.named_parameters():  # theirs leaves open gates as they are: 10 in a fresh model
         if "loga" in name:
             parameter.data[parameter.data != -10] = 10.0
-    inheritance.expand_pruned(student.clip, *student.masks, pruned.state_dict())
+    own_masks.expand_pruned(student.clip, *student.masks, pruned.state_dict())
     expanded = {name.removeprefix("clip."): value for name, value in student.state_dict().items()}
-    states = network.convert_state_dict(full.state_dict()), expanded
+    states = checkpoints.convert_state_dict(full.state_dict()), expanded
     where = "open_clip/model.py:1300"
-    table.compare("back to full size", where, "inheritance.expand_pruned", *states, rtol=0, atol=0)
+    table.compare("back to full size", where, "masks.expand_pruned", *states, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["ViT", "ResNet"])
@@ -278,16 +279,16 @@ def test_inherit_by_hand(up, table, kind):
 def test_checkpoint_keys(up, table):
     theirs, student = twins(up)
     plain = {f"module.{name}": value for name, value in student.clip.state_dict().items()}
-    converted = network.convert_state_dict(
+    converted = checkpoints.convert_state_dict(
         up.model.convert_to_new_checkpoint({k.removeprefix("module."): v for k, v in plain.items()})
     )
     function = up.model.convert_to_new_checkpoint
     table.compare(
         "checkpoint keys",
         function,
-        "network.convert_state_dict",
+        "checkpoints.convert_state_dict",
         converted,
-        network.convert_state_dict(plain),
+        checkpoints.convert_state_dict(plain),
         rtol=0,
         atol=0,
     )
@@ -295,12 +296,11 @@ def test_checkpoint_keys(up, table):
 
 def test_positional_embedding(up, table):
     state = {"visual.positional_embedding": torch.randn(50, 6)}
-    resized = network.resize_positional_embedding(state["visual.positional_embedding"], 9)
+    resized = checkpoints.resize_positional_embedding(state["visual.positional_embedding"], 9)
     up.model.resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=(9, 9))))
     function = up.model.resize_pos_embed
-    table.compare(
-        "position table", function, "network.resize_positional_embedding", state["visual.positional_embedding"], resized
-    )
+    values = state["visual.positional_embedding"], resized
+    table.compare("position table", function, "checkpoints.resize_positional_embedding", *values)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -418,7 +418,7 @@ def test_training(up, table, masks):
     name = "training, " + ("masks" if masks else "plain")
     table.compare(f"{name}: first loss", up.train.train_one_epoch, "train.train_step", *values, rtol=1e-4)
     state = {name.removeprefix("clip."): value for name, value in student.state_dict().items()}
-    states = network.convert_state_dict(theirs.state_dict()), state
+    states = checkpoints.convert_state_dict(theirs.state_dict()), state
     table.compare(f"{name}: weights after 4 steps", up.train.train_one_epoch, "train.train_step", *states, atol=1e-4)
 
 
