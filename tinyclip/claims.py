@@ -166,8 +166,7 @@ def plot(paths: dict[str, list[Path]], arms: dict[str, dict], path: Path) -> Non
 
 
 def plot_masks(masks: dict[str, dict], path: Path) -> None:
-    """Which heads, neurons and hidden dimensions are left when the masks are cut: a row of three panels for each
-    tower."""
+    """Which heads, neurons and hidden dimensions are left when the masks are cut, a row of panels for each tower."""
     rows = [(arm, tower) for arm in masks for tower in ("image", "text")]
     figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.2 * len(rows)), squeeze=False, width_ratios=[1, 4, 3])
     for (arm, tower), panel in zip(rows, axes, strict=True):

@@ -75,8 +75,7 @@ class Config(Stage):
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone.
     With a checkpoint in it, the run resumes."""
     data: str = ""
-    """Training pairs: shards 'laion/{00000..41407}.tar', a folder of them, or a .tsv with columns title and
-    filepath."""
+    """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"

@@ -1,8 +1,7 @@
 """Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
-The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot classification, retrieval,
-parameters,
-MACs, throughput. Works on our run folders, on the authors' checkpoints in either layout, on MODEL@WEIGHTS of
+The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
+throughput. Works on our run folders, on the authors' checkpoints in either layout, on MODEL@WEIGHTS of
 open_clip, on the embedded corpus and on any CLIP-benchmark evaluation set.
 """
 
@@ -97,8 +96,7 @@ def example(model: CLIP, batch: int, device: torch.device | str = "cpu") -> tupl
 
 
 def macs(model: CLIP) -> float:
-    """Multiply-accumulates of one image and one caption of full length, attention included, as the paper's table
-    counts."""
+    """Multiply-accumulates of one image and one caption of full length, attention included, as the paper counts."""
     device = model.logit_scale.device
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*example(model, 1, device))
@@ -168,8 +166,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing has
-    changed."""
+    """`evaluate_run`, kept beside the checkpoint in results.json and results.md and not repeated without need."""
     if "@" in path and not Path(path).exists():
         return evaluate_run(path, cfg, process)
     checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)

@@ -1,8 +1,6 @@
-"""TinyCLIP's automatic inheritance (arXiv 2309.12314): which parts of the teacher the student keeps is learned with
-masks.
+"""TinyCLIP's automatic inheritance (arXiv 2309.12314): masks learn which parts of the teacher the student keeps.
 
-Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution
-here:
+Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
   - masks on hidden dimensions, heads and neurons under a constraint of sparsity    `L0Mask`, `sparsity_loss`
   - a smaller network out of masks                                                  `prune`
   - a masked network out of that, for the next stage of progressive distillation    `expand_pruned`

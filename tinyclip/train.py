@@ -55,8 +55,7 @@ def mask_lr_at(step: int, prune_step: int, base: float = 0.02) -> float:
 
 
 def param_groups(model: nn.Module, wd: float = 0.2) -> list[dict]:
-    """Gains, biases and the temperature without decay; all else, embeddings too, with it.
-    U:training/optimizer.py:23."""
+    """Gains, biases, temperature without decay; all else, embeddings too, with it. U:training/optimizer.py:23."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale")) for name, p in named]
     return [
