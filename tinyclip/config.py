@@ -143,8 +143,7 @@ EMOJI = Config(
     teacher=FIRST.format("teacher-seed0"), init=FIRST.format("teacher-seed0"), steps=600, batch_size=256, lr=1e-3,
     warmup=30, augmentation="none", keep_in_memory=True, workers=0, save_every=200, eval_every=50,
 )  # fmt: skip
-# The gates move by at most the mask learning rate a step, from 4.6 to below -4.6: a few hundred steps need a larger
-# one.
+# Gates move by at most the mask learning rate a step, from 4.6 to below -4.6: few steps need a larger one.
 EMOJI_AUTO = replace(
     EMOJI,
     model="emoji-100",

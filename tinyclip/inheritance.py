@@ -1,7 +1,7 @@
 """TinyCLIP's weight inheritance (arXiv 2309.12314): the student's first weights are a part of the teacher's.
 
 Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution
-here is inheritance by hand (every k-th layer, the first channels, the first heads); masks that learn it are in masks.py.
+here is inheritance by hand (every k-th layer, the first channels and heads); masks that learn it are in masks.py.
 """
 
 import copy

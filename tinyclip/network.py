@@ -164,8 +164,7 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj, self.activation = nn.Linear(width, neurons), nn.Linear(neurons, width), activation
 
     def forward(self, x: Tensor, gates: Gates) -> Tensor:
-        """(B, S, H) -> (B, S, H): every neuron times z_int behind the activation, the output with its bias times
-        z_h."""
+        """(B, S, H) -> (B, S, H): every neuron times z_int, the output with its bias times z_h."""
         hidden = self.activation(self.c_fc(x))
         return gated_linear(hidden, self.c_proj, gates.rows(gates.ffn), gates.intermediate)
 

@@ -367,7 +367,7 @@ def main(cfg: Config) -> Path | None:
                 run.save_checkpoint(
                     folder / "masks.pt", dict(zip(("image", "text"), student.eval_masks(), strict=True))
                 )
-                log.write(step, sparsity_reached=reached_sparsity(student.masks))
+                log.write(step + 1, sparsity_reached=reached_sparsity(student.masks))
             student = student.pruned(cfg.exact_prune)
             student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
             optimizers, network = make_optimizers(student, cfg), wrapped()
