@@ -82,7 +82,7 @@ def distillation_loss(
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float,
     alpha: float = 1.0, weight: float = 1.0, gather: Gather | None = None,
 ) -> Tensor:  # fmt: skip
-    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP; parts of weight 0 are left out. U:training/train.py:161."""
+    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP, without parts of weight 0. U:training/train.py:161."""
     loss = image.new_zeros((), dtype=torch.float32)
     if alpha > 0:
         teacher = teacher_image, teacher_text, teacher_scale
