@@ -548,7 +548,7 @@ def stage_of(case: Case) -> tuple[Stage, list]:
 
 
 def networks_of_run(init: dict, teacher: dict, stage: Stage, batches: list, loss: float) -> tuple[CLIP, CLIP]:
-    """Student and teacher; where one is a ResNet, with the pooling heads of which the first loss is the recorded one."""
+    """Student and teacher; where one is a ResNet, with the pooling heads that give the recorded first loss."""
 
     def make(state: dict, width: int) -> CLIP:
         return clip_of(state, **({"head_width": width} if "visual.conv3.weight" in state else {}))
