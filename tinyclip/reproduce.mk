@@ -2,19 +2,19 @@
 TINYCLIP_ARMS_core = random-contrastive random-affinity inherited-contrastive inherited-affinity
 TINYCLIP_ARMS_all  = $(TINYCLIP_ARMS_core) random-channels auto auto-half auto-oneshot auto-progressive
 tinyclip-seed      = $(lastword $(subst -seed, ,$*))
-tinyclip-init      = --init runs/tinyclip/teacher-seed$(tinyclip-seed)
-tinyclip-from      = --teacher runs/tinyclip/teacher-seed$(tinyclip-seed) $(tinyclip-init)
+tinyclip-teacher   = runs/tinyclip/teacher-seed$(tinyclip-seed)
+tinyclip-from      = --teacher $(tinyclip-teacher) --init $(tinyclip-teacher)
 tinyclip/teacher               = emoji-teacher
 tinyclip/random-contrastive    = emoji-contrastive --init None
-tinyclip/random-affinity       = emoji $(tinyclip-from) --init None
-tinyclip/inherited-contrastive = emoji-contrastive $(tinyclip-init)
+tinyclip/random-affinity       = emoji --teacher $(tinyclip-teacher) --init None
+tinyclip/inherited-contrastive = emoji-contrastive --init $(tinyclip-teacher)
 tinyclip/inherited-affinity    = emoji $(tinyclip-from)
 tinyclip/random-channels       = emoji $(tinyclip-from) --inherit random
 tinyclip/auto                  = emoji-auto $(tinyclip-from)
 tinyclip-half                  = --steps 300 --prune-step 120 --sparsity-warmup 60
 tinyclip/auto-half             = emoji-auto $(tinyclip-from) $(tinyclip-half)
 tinyclip/auto-oneshot          = emoji-auto $(tinyclip-from) --target-sparsity 0.75
-tinyclip/auto-progressive      = emoji-auto $(tinyclip-from) --init runs/tinyclip/auto-half-seed$(tinyclip-seed) \
+tinyclip/auto-progressive      = emoji-auto --teacher $(tinyclip-teacher) --init runs/tinyclip/auto-half-seed$(tinyclip-seed) \
                                  $(tinyclip-half) --start-sparsity 0.5 --target-sparsity 0.75
 TINYCLIP_ARMS = $(or $(TINYCLIP_ARMS_$(ARMS)),$(ARMS))
 tinyclip-runs = $(foreach seed,$(SEEDS),$(foreach arm,$(1),runs/tinyclip/$(arm)-seed$(seed)))
