@@ -48,7 +48,7 @@ def prompts_with_concept(
     """Prompts (lower case) that hold each word, words in none left out. U:src/text_to_image_experiments/utils.py:29.
 
     Punctuation is removed, then a word matches between spaces, or, upstream's plural rule, wherever a word of the
-    prompt starts with it plus `s`: `car` is found in `carsick`. `plural_prefix=False` wants the whole word with its `s`.
+    prompt starts with it plus `s`: `car` is found in `carsick`. `plural_prefix=False` wants the word to end there.
     """
     plain = [" " + re.sub(r"[^\w\s]", "", prompt) + " " for prompt in prompts]
     plural = "s" if plural_prefix else "s "

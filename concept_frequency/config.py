@@ -120,3 +120,51 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
     if cfg.exponent < 0:
         raise ValueError(f"--exponent {cfg.exponent} is below 0")
+
+
+# The paper's models, by backbone and corpus: open_clip name and weights. None in open_clip: "" (the user names a file).
+MODELS = {
+    # the twelve of the curves
+    "RN50|cc3m": ("RN50-quickgelu", ""),  # CyCLIP's checkpoint
+    "RN50|cc12m": ("hf-hub:thaottn/OpenCLIP-resnet50-CC12M", "hf"),
+    "RN50|yfcc15m": ("hf-hub:thaottn/OpenCLIP-resnet50-YFCC15M", "hf"),
+    "RN101|yfcc15m": ("RN101", "yfcc15m"),
+    "ViT-B-16|cc3m": ("ViT-B-16", ""),  # these four: SLIP's layout
+    "ViT-B-16|cc12m": ("ViT-B-16", ""),
+    "ViT-B-16|yfcc15m": ("ViT-B-16", ""),
+    "ViT-B-16|synthci30m": ("ViT-B-16", ""),
+    "ViT-B-32|laion400m": ("ViT-B-32", "laion400m_e32"),
+    "ViT-B-16|laion400m": ("ViT-B-16", "laion400m_e32"),
+    "ViT-L-14|laion400m": ("ViT-L-14", "laion400m_e32"),
+    "ViT-B-32|laion200m_train_test_sim_normalized": ("ViT-B-32-quickgelu", ""),  # of Mayilvahanan et al.
+    # the others of Let It Wag!
+    "RN50|openai": ("RN50-quickgelu", "openai"),
+    "RN101|openai": ("RN101-quickgelu", "openai"),
+    "ViT-B-32|openai": ("ViT-B-32-quickgelu", "openai"),
+    "ViT-B-16|openai": ("ViT-B-16-quickgelu", "openai"),
+    "ViT-L-14|openai": ("ViT-L-14-quickgelu", "openai"),
+    "ViT-B-32|laion2b": ("ViT-B-32", "laion2b_s34b_b79k"),
+    "ViT-B-16|laion2b": ("ViT-B-16", "laion2b_s34b_b88k"),
+    "ViT-L-14|laion2b": ("ViT-L-14", "laion2b_s32b_b82k"),
+    "ViT-H-14|laion2b": ("ViT-H-14", "laion2b_s32b_b79k"),
+    "ViT-g-14|laion2b": ("ViT-g-14", "laion2b_s34b_b88k"),
+    "ViT-bigG-14|laion2b": ("ViT-bigG-14", "laion2b_s39b_b160k"),
+    "ViT-B-32|datacomp": ("ViT-B-32", "datacomp_xl_s13b_b90k"),
+    "ViT-B-16|datacomp": ("ViT-B-16", "datacomp_xl_s13b_b90k"),
+    "ViT-L-14|datacomp": ("ViT-L-14", "datacomp_xl_s13b_b90k"),
+    "ViT-B-32|commonpool": ("ViT-B-32", "commonpool_m_laion_s128m_b4k"),
+    "ViT-B-16|commonpool": ("ViT-B-16", "commonpool_l_laion_s1b_b8k"),
+    "ViT-L-14|commonpool": ("ViT-L-14", "commonpool_xl_laion_s13b_b90k"),
+    "ViT-B-32|metaclip400m": ("ViT-B-32-quickgelu", "metaclip_400m"),
+    "ViT-B-16|metaclip400m": ("ViT-B-16-quickgelu", "metaclip_400m"),
+    "ViT-L-14|metaclip400m": ("ViT-L-14-quickgelu", "metaclip_400m"),
+    "ViT-B-32|metaclip2.5b": ("ViT-B-32-quickgelu", "metaclip_fullcc"),
+    "ViT-B-16|metaclip2.5b": ("ViT-B-16-quickgelu", "metaclip_fullcc"),
+    "ViT-L-14|metaclip2.5b": ("ViT-L-14-quickgelu", "metaclip_fullcc"),
+    "ViT-H-14|metaclip2.5b": ("ViT-H-14-quickgelu", "metaclip_fullcc"),
+    "ViT-B-16|dfn": ("ViT-B-16-quickgelu", "dfn2b"),
+    "ViT-H-14|dfn": ("ViT-H-14-quickgelu", "dfn5b"),
+    "ViT-B-16|siglip": ("ViT-B-16-SigLIP", "webli"),
+    "ViT-L-16|siglip": ("ViT-L-16-SigLIP-256", "webli"),
+    "SO400M|siglip": ("ViT-SO400M-14-SigLIP", "webli"),
+}

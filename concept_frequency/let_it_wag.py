@@ -2,11 +2,12 @@
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:let_it_wag_datasets/`. Steps: the least frequent
 concepts, images of them, near-duplicates out (per class, perceptual hash), classes balanced. The authors' outlier
-removal by a network and their check by hand come before; there is no rule in them to follow. Writes a set in the CLIP-benchmark
-layout that `concept_frequency.measure`, clip-benchmark and all folders here evaluate.
+removal by a network and their check by hand come before; there is no rule in them to follow. Writes a set in the
+CLIP-benchmark layout that `concept_frequency.measure`, clip-benchmark and all folders here evaluate.
 """
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def deduplicate(hamming: ArrayLike, order: Sequence[int], max_distance: int = 10
     """The images to remove, sorted, from distances (n, n) walked in `order`.
 
     Source: U:let_it_wag_datasets/deduplicate_let_it_wag_datasets.py:22. An image that is removed already is passed
-    over; any other removes all within `max_distance` of it. So the order decides which images stay: upstream's is that of the
-    file system, ours is by name.
+    over; any other removes all within `max_distance` of it. So the order decides which images stay: upstream's is
+    that of the file system, ours is by name.
     """
     close = np.asarray(hamming) <= max_distance
     np.fill_diagonal(close, False)
@@ -158,8 +159,6 @@ class _Encoded:
     """What `write_split` asks of a drawing: its PNG."""
 
     def __init__(self, image: Image.Image):
-        import io
-
         file = io.BytesIO()
         image.save(file, format="PNG")
         self.png = file.getvalue()

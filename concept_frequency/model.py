@@ -158,7 +158,7 @@ class InvertedIndex:
             text=np.frombuffer(b"".join(encoded), dtype=np.uint8),
             ends=np.cumsum([len(term) for term in encoded], dtype=np.int64),
             offsets=self.offsets,
-            ids=self.ids,
+            ids=self.ids.astype(np.uint32 if self.num_documents <= 2**32 else np.int64),
             num_documents=self.num_documents,
         )
 
@@ -167,7 +167,7 @@ class InvertedIndex:
         with np.load(path, allow_pickle=False) as file:
             text, ends = file["text"].tobytes(), file["ends"].tolist()
             terms = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
-            return cls(terms, file["offsets"], file["ids"], int(file["num_documents"]))
+            return cls(terms, file["offsets"], file["ids"].astype(np.int64), int(file["num_documents"]))
 
 
 def count_partitioned(
