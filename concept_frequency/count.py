@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -220,7 +220,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 def lemmas_of(model: str) -> Callable[[str], list[str]]:
     """word -> lemmas of its tokens, each word by itself, without context (`rose` -> `rise`), as upstream does."""
     nlp = load_spacy(model)
-    return lambda word: [token.lemma_ for token in nlp(word)]
+    return lambda word: [token.lemma_ for token in nlp(word, disable=["ner"])]
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -415,11 +415,12 @@ def index_part(job: Job) -> Done:
     return finish(job.target, index.save, index.num_documents, broken)
 
 
-def finish(target: str, save: Callable[[str], None], documents: int, broken: list[data.Broken]) -> Done:
+def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
     """Write a part's result so that `target` is there whole or not at all, with what a later run asks of it."""
-    temporary = f"{target}.{os.getpid()}.npz"
+    temporary = f"{target}.{os.getpid()}"
     run.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
-    save(temporary)
+    with open(temporary, "wb") as file:
+        save(file)
     os.replace(temporary, target)
     return Done(target, documents, broken)
 
@@ -481,13 +482,13 @@ def tag_part(job: Job) -> Done:
     return finish(job.target, save, len(shard.keys), broken + shard.broken * bool(cfg.images))
 
 
-def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[str], None]:
+def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[BinaryIO], None]:
     columns = {
         "document": documents.astype(np.int64),
         "concept": concepts.astype(np.int32),
         "probability": probabilities.astype(np.float16),
     }
-    return lambda path: np.savez(path, **columns)
+    return lambda file: np.savez(file, **columns)
 
 
 def read_tags(path: str, threshold: float) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ class InvertedIndex:
         """count(c) of every query, (Q,)."""
         return np.array([len(self.search(terms, unknown)) for terms in queries], dtype=np.int64)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | BinaryIO) -> None:
         """One .npz of plain arrays: no pickle is read back."""
         encoded = [term.encode() for term in self.terms]
         np.savez(

@@ -422,7 +422,7 @@ def main(cfg: Config) -> Path | None:
             x = views(corpus.images[pairs.image[rows]].to(process.device), noise.to(process.device), size)
             torch.manual_seed(data.stable_hash(cfg.seed, step, rank))  # for towers with dropout: resume agrees
             with run.autocast(precision, process.device):
-                image_features, text_features, scale = ddp(x, tokens[rows].to(process.device))
+                image_features, text_features, scale, *_ = ddp(x, tokens[rows].to(process.device))
             loss = clip_loss(gather(image_features), gather(text_features), scale)
             optimizer.zero_grad()
             scaler.scale(loss).backward()

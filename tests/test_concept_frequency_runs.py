@@ -267,7 +267,8 @@ def write_captions(folder: Path, captions: list[str]) -> dict[str, str]:
 
 
 CAPTIONS = [
-    "two dogs on the beach", "a bald eagle", "Eagles of Alaska", "", "dog house", "a house for a dog", "§ 12", "tree frog",
+    "two dogs on the beach", "a bald eagle", "Eagles of Alaska", "", "dog house", "a house for a dog", "§ 12",
+    "tree frog",
     "frogs in a tree", "red t-shirt", "an apple and a banana",
 ] * 30  # fmt: skip
 NAMES = ["dog", "dog_house", "tree frog", "unicorn dog", "T-shirt", "bald eagle", "apple", "nothing here"]
@@ -394,7 +395,8 @@ def test_images_are_counted(tmp_path, monkeypatch):
     (tmp_path / "captions.tsv").write_text("a dog\tu0\na cat\tu1\n\tu2\na dog and a cat\tu3\na cat\tu4\n")
     write_shard(tmp_path / "images.tar", [("00004", "a cat", blue), ("00000", "a dog", red)])
     separate = dataclasses.replace(
-        cfg, data=(str(tmp_path / "captions.tsv"),), caption_column="0", images=(str(tmp_path / "images.tar"),), ids="cc3m",
+        cfg, data=(str(tmp_path / "captions.tsv"),), caption_column="0", images=(str(tmp_path / "images.tar"),),
+        ids="cc3m",
         keep="", out=str(tmp_path / "separate"),
     )  # fmt: skip
     count.check(dataclasses.replace(separate, concepts=("x",)))

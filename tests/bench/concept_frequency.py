@@ -1,8 +1,8 @@
 """Speed of concept_frequency against the authors' code: `python -m tests.bench.concept_frequency [--upstream PATH]`.
 
 One process, same inputs; ours and theirs take turns. Prints a Markdown table of medians and of the ratio theirs/ours
-(above 1: ours is faster). `--upstream` is a clone of bethgelab/frequency_determines_performance@11ef009, whose functions
-are run; without it, the same loops (a set of each posting list, intersected; spaCy's whole pipeline) are written out here.
+(above 1: ours is faster). `--upstream` is a clone of bethgelab/frequency_determines_performance@11ef009, whose search
+is run; without it, the same loop (a set of each posting list, intersected) is written out here.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The authors' functions beside ours: `pytest -s tests/parity/test_concept_frequency.py --upstream CLONE`.
 
 CLONE is bethgelab/frequency_determines_performance at 11ef009. Their modules are imported with stand-ins for what they
-import but these functions do not need (dask, datasets, their loaders); of scripts and notebooks the cell or block is run.
+import but these functions do not need (dask, datasets, their loaders); of scripts and notebooks the block is run.
 """
 
 import json
@@ -87,7 +87,8 @@ def test_index_and_search(up, table):
     mine = {term: ours.postings(term).tolist() for term in ours.terms}
     name = "noun sets and inverted index"
     table.compare(
-        name, up.words.create_unigram_dictionary_spacy, "InvertedIndex.build", sorted_values(postings), sorted_values(mine),
+        name, up.words.create_unigram_dictionary_spacy, "InvertedIndex.build", sorted_values(postings),
+        sorted_values(mine),
         rtol=0, atol=0, seconds=seconds, note="their lists repeat the first id",
     )  # fmt: skip
 
@@ -260,7 +261,8 @@ def test_ram_plus(ram, table):
         img_size=224, patch_size=4, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7
     ).eval()
     config = SimpleNamespace(
-        hidden_size=768, num_attention_heads=4, encoder_width=512, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-12,
+        hidden_size=768, num_attention_heads=4, encoder_width=512, attention_probs_dropout_prob=0.0,
+        layer_norm_eps=1e-12,
         hidden_dropout_prob=0.0, intermediate_size=3072, hidden_act="gelu", chunk_size_feed_forward=0,
         add_cross_attention=True, num_hidden_layers=2,
     )  # fmt: skip
