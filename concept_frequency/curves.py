@@ -100,9 +100,12 @@ def permutation_null(
 
 
 def unbinned(counts: ArrayLike, scores: ArrayLike) -> dict[str, float]:
-    """Without bins: Pearson and Spearman of all pairs, x = ln max(count, 1)."""
-    x, y = np.log(np.maximum(np.asarray(counts, dtype=np.float64), 1)), np.asarray(scores, dtype=np.float64)
-    return {"pearson": float(stats.pearsonr(x, y).statistic), "spearman": float(stats.spearmanr(x, y).statistic)}
+    """Without bins: Pearson of all pairs with x = ln max(count, 1), and Spearman with the counts as they are."""
+    f, y = np.asarray(counts, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    return {
+        "pearson": float(stats.pearsonr(np.log(np.maximum(f, 1)), y).statistic),
+        "spearman": float(stats.spearmanr(f, y).statistic),
+    }
 
 
 def slope_per_decade(counts: ArrayLike, scores: ArrayLike, repetitions: int = 1000, seed: int = 0) -> dict[str, float]:
