@@ -4,6 +4,7 @@ CLONE is bethgelab/frequency_determines_performance at 11ef009. Their modules ar
 import but these functions do not need (dask, datasets, their loaders); of scripts and notebooks the block is run.
 """
 
+import ast
 import json
 from collections import Counter
 from pathlib import Path
@@ -296,9 +297,9 @@ def test_ram_plus(ram, table):
 
 def test_retrieval(table):
     """Their evaluation of whole sets, on the CPU."""
-    source = (table.root / "src/retrieval_eval.py").read_text()
-    start = source.index("def evaluate(")
-    code = source[start : source.index('if __name__ == "__main__":', start)].replace(".cuda()", "")
+    tree = ast.parse((table.root / "src/retrieval_eval.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "evaluate")
+    code = ast.unparse(function).replace(".cuda()", "")
     generator = torch.Generator().manual_seed(0)
     image = torch.nn.functional.normalize(torch.randn(60, 16, generator=generator), dim=-1)
     text = torch.nn.functional.normalize(
