@@ -153,7 +153,8 @@ def test_image_search(case):
         present = np.stack([tag_presence(kind, threshold) for threshold in case["thresholds"].tolist()])
         case.close("present", present.astype(np.int64))
         case.close("counts", present.sum(axis=1))
-    image, text = np.argwhere(present[-1]), pairs_of(case["text_hits"])
+    used = (case["thresholds"] - 0.7).abs().argmin()  # the paper's
+    image, text = np.argwhere(present[used]), pairs_of(case["text_hits"])
     case.close("integrated_counts", matched_counts(text, image, k))
     case.close("control_counts", controlled_counts(image, case["control_keep_ids"], k))
     single = case["single_word"].numpy() != 0
@@ -258,6 +259,8 @@ def test_log_linear(case):
     assert np.isnan(curve.mean[curve.size == 0]).all()
     if "bin_index" in case:
         case.close("bin_index", curve.index)
+    if "exp_bins" not in case:  # upstream itself failed
+        return
     case.close("exp_bins", curve.position, rtol=1e-5, atol=1e-5)
     fixed = as_upstream(curve)
     case.close("cum_means", fixed.mean, rtol=1e-5, atol=1e-5)
@@ -383,7 +386,7 @@ def test_t2i_concepts(case):
     found = prompts_with_concept(case["prompts"], case["words"])
     assert found == case["indices"]
     scores = concept_scores(found, case["scores"])
-    assert {word: rows.tolist() for word, rows in scores.items()} == case["aggregated"]
+    assert {word: rows.tolist() if len(rows) else None for word, rows in scores.items()} == case["aggregated"]
 
 
 # ------------------------------------------------------------------------------------------------------- properties
