@@ -11,6 +11,7 @@ the paper's.
 
 import dataclasses
 import json
+import logging
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -236,7 +237,11 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
     if open_clip.get_model_config(name) is None:
         raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
     override = {} if image_size is None else {"force_image_size": image_size}
-    return open_clip.create_model(name, load_weights=False, **override)
+    logging.disable(logging.WARNING)  # of random weights, which are meant
+    try:
+        return open_clip.create_model(name, load_weights=False, **override)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def image_side(model: nn.Module) -> int:
