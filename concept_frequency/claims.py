@@ -67,7 +67,7 @@ def across_arms(by_arm: dict[str, dict], tables: dict[str, dict[str, dict]]) -> 
         by_arm[arm]["head"] = float(accuracy[arm][frequent].mean())
         change = np.log(frequency["zipf"]) - np.log(frequency[arm])
         gain = accuracy["zipf"] - accuracy[arm]
-        if arm != "zipf":
+        if arm == "reassigned":
             by_arm[arm]["difference_r"] = float(np.corrcoef(change, gain)[0, 1])
 
 

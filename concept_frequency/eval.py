@@ -122,29 +122,18 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
     exchanged = count_exchanged(folder, settings, names, cfg.spacy)
     frequency = np.array(list(assigned.values()))
-    curve = log_linear_curve(frequency, accuracy, NUM_BINS)
-    null = permutation_null(frequency, accuracy, None, NUM_BINS, INNER)
-    by_count = log_linear_curve(counted.both, accuracy, NUM_BINS)
-    slope = slope_per_decade(frequency, accuracy)
     metrics = {
         "top1": float(accuracy.mean()),
-        "rho": correlation(curve, INNER)[0],
-        "rho_all_bins": correlation(curve)[0],
-        "rho_counted": correlation(by_count, INNER)[0],
-        "rho_null": float(null.mean()),
-        "rho_null_std": float(null.std()),
-        "slope": slope["slope"],
-        "slope_low": slope["low"],
-        "slope_high": slope["high"],
-        "r_log": unbinned(frequency, accuracy)["pearson"],
-        "r_linear": float(np.corrcoef(frequency, accuracy)[0, 1]),
-        "spearman": unbinned(frequency, accuracy)["spearman"],
-        "counted_text": frequency_agreement(assigned, dict(zip(names, counted.text.tolist(), strict=True)))[0],
-        "counted_both": frequency_agreement(assigned, dict(zip(names, counted.both.tolist(), strict=True)))[0],
         "misaligned": 100 * counted.misaligned / counted.documents,
         "misaligned_planted": 100 * exchanged.misaligned / exchanged.documents,
         "seconds": run.read_metrics(folder)[-1]["seconds"],
     }
+    if np.ptp(frequency) > 1:  # else all are equally frequent, and there is no curve
+        metrics |= curve_metrics(frequency, accuracy, counted.both)
+        counts = (
+            {name: n.item() for name, n in zip(names, each, strict=True)} for each in (counted.text, counted.both)
+        )
+        metrics["counted_text"], metrics["counted_both"] = (frequency_agreement(assigned, each)[0] for each in counts)
     columns = {
         "assigned": frequency,
         "text": counted.text,
@@ -154,6 +143,26 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     }
     table = {name: {key: values[i].item() for key, values in columns.items()} for i, name in enumerate(names)}
     return metrics, table
+
+
+def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
+    """The curve of one arm, by assigned and by counted frequency, and what it is without bins or with shuffled scores."""
+    curve, by_count = (log_linear_curve(each, accuracy, NUM_BINS) for each in (frequency, counted))
+    null = permutation_null(frequency, accuracy, None, NUM_BINS, INNER)
+    slope, flat = slope_per_decade(frequency, accuracy), unbinned(frequency, accuracy)
+    return {
+        "rho": correlation(curve, INNER)[0],
+        "rho_all_bins": correlation(curve)[0],
+        "rho_counted": correlation(by_count, INNER)[0],
+        "rho_null": float(null.mean()),
+        "rho_null_std": float(null.std()),
+        "slope": slope["slope"],
+        "slope_low": slope["low"],
+        "slope_high": slope["high"],
+        "r_log": flat["pearson"],
+        "r_linear": float(np.corrcoef(frequency, accuracy)[0, 1]),
+        "spearman": flat["spearman"],
+    }
 
 
 def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
