@@ -146,7 +146,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
 
 
 def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
-    """The curve of one arm, by assigned and by counted frequency, and what it is without bins or with shuffled scores."""
+    """One arm by assigned and by counted frequency, and what is left without bins or with shuffled scores."""
     curve, by_count = (log_linear_curve(each, accuracy, NUM_BINS) for each in (frequency, counted))
     null = permutation_null(frequency, accuracy, None, NUM_BINS, INNER)
     slope, flat = slope_per_decade(frequency, accuracy), unbinned(frequency, accuracy)
