@@ -14,6 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@echo 'make reproduce-protoclip          train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
+	@echo 'make reproduce-concept-frequency  accuracy against assigned frequencies; RESULTS=CLONE: the paper'"'"'s figures, too'
 	@echo 'make test                         install and run all tests, offline after installation'
 	@echo 'make parity-protoclip UPSTREAM=~/src/protoclip    our functions against the authors'"'"' clone'
 	@echo 'make bench-protoclip [UPSTREAM=...]               speed as ratios, on the same inputs in one process'
