@@ -268,18 +268,19 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
 
 
 def assert_equal_runs(one: Path, two: Path) -> None:
-    """Weights, and what is logged of them; Adam turns the rounding of a vanishing gradient into a visible part of a
-    step (lr 1e-3)."""
+    """What is logged of every step, and the weights at the end. Rounding decides on which side of a ReLU's kink an
+    input of zero falls, and with BatchNorm and a step of 1e-3 it is visible after some steps."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
+        rtol = 1e-5 if a["step"] <= PER_EPOCH else 1e-3
         for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-4, err_msg=f"{name} in step {a['step']}")
+            np.testing.assert_allclose(b[name], a[name], rtol=rtol, atol=1e-5, err_msg=f"{name} in step {a['step']}")
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
         if re.fullmatch(r"image_mlp\.(layer[12]\.bias|bn[12]\.running_mean)", name):
             continue  # a bias before BatchNorm has no gradient but rounding, and moves the mean
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(b[name], a[name], rtol=2e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path):
