@@ -37,8 +37,8 @@ SHARDS = ROOT / "data/emoji/train"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.views", "shared.zeroshot", "torch.utils.tensorboard"]
 
-STEPS, PER_EPOCH = 15, 5
-TINY = f"""--data {SHARDS}/00000.tar --dataset-size 160 --image-size 20 --epochs 3 --batch-size 32 --warmup-epochs 1
+STEPS, PER_EPOCH = 9, 3
+TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32 --warmup-epochs 1
     --lr 1e-3 --eps 1e-6 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
 
 
@@ -164,9 +164,10 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     assert list((out / "tensorboard").iterdir())
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["epoch"] for line in lines] == [0] * 5 + [1] * 5 + [2] * 5
+    assert [line["epoch"] for line in lines] == sorted([0, 1, 2] * PER_EPOCH)
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    assert lines[0]["lr"] == pytest.approx(1e-6) and lines[4]["lr"] == lines[5]["lr"] == pytest.approx(1e-3)
+    rates = [line["lr"] for line in lines]
+    assert rates[0] == pytest.approx(1e-6) and rates[PER_EPOCH - 1] == rates[PER_EPOCH] == pytest.approx(1e-3)
     for line in lines:  # the arm's own losses
         if arm in ("clip", "slip"):
             parts = line["clip_loss"] + line.get("ssl_loss", 0)
@@ -178,7 +179,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
             parts = np.mean(contrastive) + line["simclr_loss"] + 2 * line["im_byol_loss"]
         assert np.isclose(line["loss"], parts, rtol=1e-5)
     loss = [line["clip_loss"] if "clip_loss" in line else line["contra_loss_1"] for line in lines]
-    assert np.mean(loss[-5:]) < np.mean(loss[:5])
+    assert np.mean(loss[-PER_EPOCH:]) < np.mean(loss[:PER_EPOCH])
     state = run.load_checkpoint(out / "checkpoint.pt")
     assert (state["epoch"], state["batch"]) == (3, 0)
     ema = any(name.startswith("visual_ema.") for name in state["state_dict"])
@@ -230,7 +231,7 @@ def test_evaluation_during_training_changes_nothing(arms: dict[str, Path], cli, 
     out, options = folder / "evaluated", ["--eval-every", "2", "--eval-set", ROOT / "data/emoji/eval/groups_ood"]
     finished(cli("emoji-clip", *TINY, *options, "--out", out))
     accuracies = [line for line in metrics(out) if "zero_shot_top1" in line]
-    assert [line["step"] for line in accuracies] == [10, 15]  # after two epochs, and at the end
+    assert [line["step"] for line in accuracies] == [2 * PER_EPOCH, STEPS]  # after two epochs, and at the end
     assert all(0 <= line["zero_shot_top1"] <= 100 for line in accuracies)
     assert [line for line in metrics(out) if "loss" in line] == metrics(arms["clip"])
 
@@ -253,7 +254,7 @@ def kill_at(process, out: Path, line: int) -> None:
 def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, folder: Path, arm: str, workers: int):
     out = folder / f"killed-{arm}"
     command = [*ARMS[arm], *TINY, "--save-every", "2", "--workers", workers, "--out", out]
-    kills = [random.randint(2, 5), random.randint(8, 13)]
+    kills = [random.randint(2, 4), random.randint(5, 8)]
     for line in kills:
         kill_at(start(*command), out, line)
     finished(ended(start(*command)))
@@ -267,18 +268,19 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
 
 
 def assert_equal_runs(one: Path, two: Path) -> None:
-    """Weights, and what is logged of them; Adam turns the rounding of a vanishing gradient into a visible part of a
-    step (lr 1e-3)."""
+    """What is logged of every step, and the weights at the end. Rounding decides on which side of a ReLU's kink an
+    input of zero falls, and with BatchNorm and a step of 1e-3 it is visible after some steps."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
+        rtol = 1e-5 if a["step"] <= PER_EPOCH else 1e-3
         for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-4, err_msg=f"{name} in step {a['step']}")
+            np.testing.assert_allclose(b[name], a[name], rtol=rtol, atol=1e-5, err_msg=f"{name} in step {a['step']}")
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
-        if name in ("image_mlp.layer1.bias", "image_mlp.layer2.bias"):  # before BatchNorm: all of it is rounding
-            continue
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        if re.fullmatch(r"image_mlp\.(layer[12]\.bias|bn[12]\.running_mean)", name):
+            continue  # a bias before BatchNorm has no gradient but rounding, and moves the mean
+        torch.testing.assert_close(b[name], a[name], rtol=2e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path):
@@ -305,7 +307,7 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, arm
     command = [*ARMS[arm], *TINY, "--save-every", "3", "--out", out]
     peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     first, second = (start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2))
-    kill_at(first, out, 7)
+    kill_at(first, out, 5)
     second.kill()
     second.join()
     finished(ended(start(*command)))
@@ -333,6 +335,11 @@ def broken_shards(folder: Path) -> str:
     return f"{cut}::{mixed}"
 
 
+def counts(report: str) -> list[str]:
+    """What was wrong how often, without the names of samples, of which a report has a few."""
+    return sorted(re.split(r"[:,] ", report.partition(" (")[0]))
+
+
 def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Path, broken_shards: str):
     command = [*ARMS["attentive"], *TINY, "--data", broken_shards, "--out"]
     result = finished(cli(*command, folder / "broken"))
@@ -340,14 +347,15 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Pat
     assert len(reports) == 3 and reports[0].startswith("epoch 1: ")
     assert all("1 missing caption" in line and "truncated or damaged tar" in line for line in reports)
     assert any("unreadable image" in line for line in reports)
-    assert "fewer than --dataset-size 160" in result.out
+    assert "fewer than --dataset-size 96" in result.out
 
     peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     both = [
         start(*command, folder / "broken-2", RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)
     ]  # with two processes the report counts the samples of both
     results = [finished(ended(process)) for process in both]
-    assert [line for line in results[0].out.splitlines() if "broken samples" in line] == reports
+    again = [line for line in results[0].out.splitlines() if "broken samples" in line]
+    assert [counts(line) for line in again] == [counts(line) for line in reports]
     assert "broken samples" not in results[1].out
 
 
@@ -468,10 +476,18 @@ def test_one_real_process_and_help_documents_every_field():
 STEPS_AN_EPOCH = 14_689_580 // 4096
 
 
-@pytest.mark.parametrize("preset", [name for name in config.PRESETS if "vitl" not in name])
+def thin_towers(method: str, preset: str, **settings):
+    """Of the preset's geometry, but quick."""
+    geometry = dict(image_size=40, patch_size=5) if preset == "emoji" else dict(image_size=224, patch_size=16)
+    return create_model(method, "emoji", **{**geometry, "vision_layers": 1, "text_layers": 1, **settings})
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     cfg = config.PRESETS[preset][1]
+    if preset not in ("emoji", "yfcc15m-vits16"):
+        monkeypatch.setattr("attentive_mask_clip.model.create_model", thin_towers)
     if cfg.data:  # counts the samples of the corpus
         (tmp_path / "data").symlink_to(ROOT / "data")
     result = in_process(preset, "--dry-run")
@@ -486,13 +502,14 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert (f"patches            196, {kept} kept in each of {cfg.views} views" in result.out) == masked
 
 
-@pytest.mark.parametrize("preset", ["yfcc15m-vitl16", "yfcc15m-vitl16-clip", "yfcc15m-vitl16-slip"])
-def test_large_presets(preset: str):
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_sizes_of_presets(preset: str):
     cfg = config.PRESETS[preset][1]
     config.check_model(cfg)
     with torch.device("meta"):
         model = create_model(cfg.method, cfg.model, **cfg.model_settings())
-    assert 0.303e9 < sum(p.numel() for p in model.visual.parameters()) < 0.305e9
+    expected = {"emoji": 0.6, "vit_s16": 21.7, "vit_b16": 85.8, "vit_l16": 303.3}[cfg.model]
+    assert round(sum(p.numel() for p in model.visual.parameters()) / 1e6, 1) == expected
 
 
 def test_parameters_of_the_paper():
