@@ -314,9 +314,10 @@ class CLIP(nn.Module):
         return self._encode_text(tokens, self.transformer, self.text_projection)
 
     def _encode_text(self, tokens: Tensor, transformer: TextTransformer, projection: Tensor) -> Tensor:
+        end = tokens.argmax(dim=1)  # the end token has the highest id
+        tokens = tokens[:, : end.max() + 1]  # no caption of the batch reads further: attention is causal
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(transformer(x))
-        end = tokens.argmax(dim=1)  # the end token has the highest id
         return x[torch.arange(len(x), device=x.device), end] @ projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
