@@ -39,7 +39,7 @@ PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.views", "shared.zer
 
 STEPS, PER_EPOCH = 9, 3
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32 --warmup-epochs 1
-    --lr 1e-3 --eps 1e-6 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
+    --lr 1e-3 --eps 1e-4 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -268,19 +268,15 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
 
 
 def assert_equal_runs(one: Path, two: Path) -> None:
-    """What is logged of every step, and the weights at the end. Rounding decides on which side of a ReLU's kink an
-    input of zero falls, and with BatchNorm and a step of 1e-3 it is visible after some steps."""
+    """TINY has a large Adam eps: else the rounding of a vanishing gradient becomes a visible step."""
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
-        rtol = 1e-5 if a["step"] <= PER_EPOCH else 1e-3
         for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=rtol, atol=1e-5, err_msg=f"{name} in step {a['step']}")
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
-        if re.fullmatch(r"image_mlp\.(layer[12]\.bias|bn[12]\.running_mean)", name):
-            continue  # a bias before BatchNorm has no gradient but rounding, and moves the mean
-        torch.testing.assert_close(b[name], a[name], rtol=2e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path):
