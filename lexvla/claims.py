@@ -49,15 +49,15 @@ def claims() -> list[report.Claim]:
     """Differences of arms; document frequencies and recalls in percent."""
     figure6, table1, table2 = "Fig. 6: shared words removed", "Table 1", "Table 2"
     return [
-        report.Claim("overuse: the images' most used word is rarer than with FLOPs", figure6, IMAGE_DF, "overuse", "flops", -1),
+        report.Claim("overuse: images' top word rarer than with FLOPs", figure6, IMAGE_DF, "overuse", "flops", -1),
         report.Claim("... the captions' too", figure6, TEXT_DF, "overuse", "flops", -1),
-        report.Claim("overuse: the images' most used word is rarer than without", figure6, IMAGE_DF, "overuse", "none", -1),
+        report.Claim("overuse: images' top word rarer than without", figure6, IMAGE_DF, "overuse", "none", -1),
         report.Claim("... the captions' too", figure6, TEXT_DF, "overuse", "none", -1),
         report.Claim("overuse retrieves better than FLOPs", f"{table1}: in most cases", RECALL, "overuse", "flops"),
         report.Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
         report.Claim("LLM text retrieves better than bags of words", table1, RECALL, "overuse", "bow"),
         report.Claim("sparse words retrieve better than 512 latent dimensions", "Fig. 5", RECALL, "overuse", "dense"),
-        report.Claim("a tuned image codebook retrieves better than a frozen one", None, RECALL, "overuse", "frozen-codebook"),
+        report.Claim("a tuned image codebook better than a frozen one", None, RECALL, "overuse", "frozen-codebook"),
         report.Claim(
             "PatchDis: words above the latent baseline", table2, "patchdis/miou_present", "overuse", "dense"
         ),
@@ -128,7 +128,7 @@ def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
 
 
 def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
-    """The most used words of each lexical arm (first seed) and the share of images and captions they are in (Fig. 6)."""
+    """The most used words of each lexical arm (first seed), and the share of samples they are in (Fig. 6)."""
     lexical = {arm: of_arm[0] for arm, of_arm in folders.items() if (of_arm[0] / f"words_{SET}.json").exists()}
     if not lexical:
         return

@@ -14,7 +14,7 @@ class Config:
     """Defaults are the paper's; where it does not state a value, the field says so."""
 
     data: str = ""
-    """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or one .tsv."""
+    """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or a .tsv."""
     out: str = "runs/lexvla/run"
     """Run folder; a run that was interrupted goes on from its checkpoint."""
     dataset_size: int | None = None
@@ -173,7 +173,8 @@ def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
     if not cfg.data:
         raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc12m/{00000..01242}.tar'"
+            "--data is missing: it takes image-text shards in img2dataset layout, "
+            "e.g. --data 'cc12m/{00000..01242}.tar'"
         )
     if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")

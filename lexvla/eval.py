@@ -45,8 +45,8 @@ class Config:
     patchdis_side: int = 96
     """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
     class_text: str = "prompt"
-    """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated in
-    the paper."""
+    """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
+    in the paper."""
     background: bool = False
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
     report: str | None = None
@@ -112,8 +112,8 @@ def encode_pairs(
 def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """R@k, image -> text and text -> image, (len ks,) each in 0..1; sim (Ni, Nt), image_of_text (Nt,).
 
-    An image is a hit if any of its captions is in its top k. Ties count against: at high sparsity most scores are 0, and
-    counting them as hits would reward representations for saying nothing.
+    An image is a hit if any of its captions is in its top k. Ties count against: at high sparsity most scores are 0,
+    and counting them as hits would reward representations for saying nothing.
     """
     to_text = text_ranks(sim, image_of_text, torch.arange(len(sim), device=sim.device))
     to_image = image_ranks(sim.T, image_of_text)
@@ -131,7 +131,11 @@ def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, 
     """R@1/5/10 both ways and their mean, in percent."""
     recalls = retrieval_recall(s_img @ s_txt.T, image_of_text, (1, 5, 10))
     ways = ("image_to_text", "text_to_image")
-    values = {f"{way}_R@{k}": 100 * r.item() for way, rs in zip(ways, recalls) for k, r in zip((1, 5, 10), rs)}
+    values = {
+        f"{way}_R@{k}": 100 * r.item()
+        for way, rs in zip(ways, recalls, strict=True)
+        for k, r in zip((1, 5, 10), rs, strict=True)
+    }
     return values | {"mean_recall": sum(values.values()) / len(values)}
 
 
@@ -141,8 +145,8 @@ def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, 
 def usage(s: Tensor, k: int = 10) -> dict:
     """How words are used over samples (N, V); ours, for the overuse claim.
 
-    document_frequency (V,): share of samples with the word among their top k; its maximum; mean_activation (V,); entropy:
-    of it as a distribution, in nats, at most ln V.
+    document_frequency (V,): share of samples with the word among their top k; its maximum; mean_activation (V,);
+    entropy: of it as a distribution, in nats, at most ln V.
     """
     document_frequency = (sparsify(s, k) > 0).float().mean(0)
     mean = s.float().mean(0)
@@ -182,9 +186,9 @@ def patchdis(
     """Section 3.4: each patch gets the class most similar to it; (intersection (C,), union (C,), mIoU in 0..1).
 
     s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest:
-    row floor(y gh / H)). Both counts add up over images, so that batches can be added, see `mean_iou`. Not stated in the
-    paper: pixels labelled `ignore` are left out (`background`: what is predicted there counts as false); all classes
-    compete (`present_only`: those in the image's mask).
+    row floor(y gh / H)). Both counts add up over images, so that batches can be added, see `mean_iou`. Not stated in
+    the paper: pixels labelled `ignore` are left out (`background`: what is predicted there counts as false); all
+    classes compete (`present_only`: those in the image's mask).
     """
     (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
     sim = s_patch @ s_class.T  # (N, P, C)
@@ -293,10 +297,9 @@ def search(cfg: Search) -> None:
     print(f"query: {shown(top_words(s_txt, words, 8))}")
     for i, score in index.search(s_txt, cfg.k):
         target = eval_set.classnames[targets[i]] if eval_set.kind == "classification" else targets[i][0]
-        values, ids = explain(s_img[i], s_txt, 5)
-        print(
-            f"{score:.3f}  {target}: {shown([(words[j], v) for j, v in zip(ids.tolist(), values.tolist()) if v > 0])}"
-        )
+        values, ids = (x.tolist() for x in explain(s_img[i], s_txt, 5))
+        why = [(words[j], value) for j, value in zip(ids, values, strict=True) if value > 0]
+        print(f"{score:.3f}  {target}: {shown(why)}")
 
 
 def shown(weighted: Sequence[tuple[str, float]]) -> str:
@@ -359,7 +362,10 @@ def retrieval_of_run(
     flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
     levels = [k for k in LEVELS if k < s_img.shape[1]]
     for k, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels), strict=True):
-        flat |= {f"top{k}/{way}_R@1": 100 * r.item() for way, r in zip(("image_to_text", "text_to_image"), recalls)}
+        flat |= {
+            f"top{k}/{way}_R@1": 100 * r.item()
+            for way, r in zip(("image_to_text", "text_to_image"), recalls, strict=True)
+        }
     for side, s, few in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
         used = usage(s)
         flat[f"{side}/active"] = (few > 0).sum(-1).float().mean().item()

@@ -1,8 +1,8 @@
 """LexVLA: Unified Lexical Representation for Interpretable Visual-Language Alignment (arXiv 2407.17827, NeurIPS 2024).
 
 The authors have released no code (Clementine24/LexVLA holds a README). Equations and sections are the camera-ready's;
-`VDR:` is jzhoubu/VDR@12c3e7a and `SPLADE:` naver/splade@8dcd33a, predecessors that compute the same quantities. What the
-paper does not state says so here and is numbered in README.md. The paper's contribution, all of it in this file:
+`VDR:` is jzhoubu/VDR@12c3e7a and `SPLADE:` naver/splade@8dcd33a, predecessors that compute the same quantities. What
+the paper does not state says so here and is numbered in README.md. The paper's contribution, all of it in this file:
   - an image and a caption as sparse distributions over one vocabulary of words    `lexical_map`, `sparsify`
   - two codebooks over it: the LLM's own, frozen, and a trained copy for images    `TextEncoder`, `ImageEncoder`
   - an LLM as predictor of a caption's words, by an in-context prompt              `lexical_prompt`, `TextEncoder`
@@ -49,9 +49,9 @@ def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0
 class MaxLogits(torch.autograd.Function):
     """max_i z_i Z^T: (B, n, d), (V, d) -> (B, V), of which only the arg-max is kept for the backward pass.
 
-    The (B, n, V) logits exist in blocks of V of at most CHUNK numbers. Backward, word v of image b reaches the one token
-    that won it: both gradients are weighted sums of rows, B * V * d operations where those of the product are n times
-    as many.
+    The (B, n, V) logits exist in blocks of V of at most CHUNK numbers. Backward, word v of image b reaches the one
+    token that won it: both gradients are weighted sums of rows, B * V * d operations where those of the product are
+    n times as many.
     """
 
     @staticmethod
@@ -92,8 +92,8 @@ class MaxLogits(torch.autograd.Function):
 def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None) -> Tensor:
     """Zeros in place of weak words of s (.., V), section 3.1; the others keep their values, without renormalising.
 
-    topk: the k largest stay, of equal ones the first; threshold: those above it. By default the threshold 1/sqrt(V), the
-    entry of a uniform unit row: words used more than average. SPLADE:splade/utils/utils.py:74,
+    topk: the k largest stay, of equal ones the first; threshold: those above it. By default the threshold 1/sqrt(V),
+    the entry of a uniform unit row: words used more than average. SPLADE:splade/utils/utils.py:74,
     VDR:src/ir/utils/sparsify_utils.py:8. Used in evaluation only; nothing in the paper says that training is sparse.
     """
     V = s.shape[-1]
@@ -180,8 +180,8 @@ def refine_vocabulary(
 ) -> Tensor:
     """Token ids to keep, ascending: counted (T,) at least `min_count` times and not special, section 3.1.
 
-    `max_size` keeps the most frequent (ties: lower ids). The paper drops "unused and meaningless" pieces, leaving 17,149
-    of Llama 2's 32,000; its rule is not stated.
+    `max_size` keeps the most frequent (ties: lower ids). The paper drops "unused and meaningless" pieces, leaving
+    17,149 of Llama 2's 32,000; its rule is not stated.
     """
     counts = torch.as_tensor(counts).clone()
     counts[torch.as_tensor(list(special_ids), dtype=torch.long)] = -1
@@ -192,8 +192,8 @@ def refine_vocabulary(
 
 
 def bag_of_words(token_ids: Tensor, vocab_ids: Tensor) -> Tensor:
-    """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids that were not kept count nothing;
-    negative ones are padding. VDR:src/ir/utils/sparsify_utils.py:21."""
+    """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids that were not kept count
+    nothing; negative ones are padding. VDR:src/ir/utils/sparsify_utils.py:21."""
     size = 1 + max(int(vocab_ids.max()), int(token_ids.max()) if token_ids.numel() else 0)
     hot = torch.zeros(len(token_ids), size + 1, dtype=torch.float64, device=token_ids.device)
     hot.scatter_(1, torch.where(token_ids < 0, size, token_ids), 1.0)
@@ -237,8 +237,8 @@ def add_lora(
 ) -> nn.Module:
     """Replaces, in place, the linear layers whose name ends in one of `targets`; freezes everything else.
 
-    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. Never on lm_head, which is the
-    text codebook.
+    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. Never on lm_head, which is
+    the text codebook.
     """
     if "lm_head" in targets:
         raise ValueError("LoRA on lm_head would change the frozen text codebook: leave it out of the targets")
@@ -275,9 +275,9 @@ class VisualAdapter(nn.Module):
 class ImageEncoder(nn.Module):
     """Pixels -> frozen backbone -> adapter -> eq. 4, with an image codebook of its own, trained from a copy.
 
-    `backbone`: a transformers ViT (Dinov2Model) or a timm one, whose tokens after the final LayerNorm are read. It stays
-    in eval mode; `freeze=False` trains it, too (ours, for backbones that start from scratch). Not stated in the paper:
-    whether [CLS] is pooled. Eq. 3 and 4 have it in (`pool_cls`), "image patch token" would leave it out.
+    `backbone`: a transformers ViT (Dinov2Model) or a timm one, whose tokens after the final LayerNorm are read. It
+    stays in eval mode; `freeze=False` trains it, too (ours, for backbones that start from scratch). Not stated in the
+    paper: whether [CLS] is pooled. Eq. 3 and 4 have it in (`pool_cls`), "image patch token" would leave it out.
     """
 
     def __init__(
@@ -325,8 +325,8 @@ class TextEncoder(nn.Module):
     """Prompt -> LLM -> last token -> eq. 2 over the LLM's own output embedding, frozen and reduced to `vocab_ids`.
 
     `lm`: a causal LM of transformers, with or without `add_lora`. What is read is the state after the final norm at the
-    last token, the one that predicts what comes next; there is no pooling over text tokens. `center`, ours, subtracts the
-    codebook's mean row: softmax does not notice, elu1p does, with small LMs whose logits are all far above 0.
+    last token, the one that predicts what comes next; there is no pooling over text tokens. `center`, ours, subtracts
+    the codebook's mean row: softmax does not notice, elu1p does, with small LMs whose logits are all far above 0.
     """
 
     def __init__(self, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, center: bool = False):
@@ -350,7 +350,7 @@ class TextEncoder(nn.Module):
         return last_token(self.lm.model(input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
 
     def hidden_of_states(self, states: Tensor) -> Tensor:
-        """z_txt (B, d) of `states`, the last block's residual stream (B, d) between attention and MLP at the last token.
+        """z_txt (B, d) of `states` (B, d): the last block's residual stream between attention and MLP, last token.
 
         Exact as long as nothing before is trained: text.py computes states once, and LoRA on the last MLP is all that
         has to run in training.

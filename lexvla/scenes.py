@@ -1,4 +1,4 @@
-"""Scenes of several emoji with a label for each pixel, for PatchDis: `python -m lexvla.scenes --out data/lexvla/scenes`.
+"""Scenes of several emoji with a label for each pixel, for PatchDis: `python -m lexvla.scenes`.
 
 Drawings of the held-out style are rendered with their transparency, which gives exact masks. A folder that this writes,
 or any other of the same layout, is what eval.py reads:

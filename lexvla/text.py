@@ -75,7 +75,8 @@ class Prompts:
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
         found = self.tokenizer([lexical_prompt(caption) for caption in captions])["input_ids"]
         return [
-            ids if len(ids) <= self.max_length else self._cut(caption, ids) for caption, ids in zip(captions, found)
+            ids if len(ids) <= self.max_length else self._cut(caption, ids)
+            for caption, ids in zip(captions, found, strict=True)
         ]
 
     def _cut(self, caption: str, ids: list[int]) -> list[int]:
@@ -101,8 +102,8 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
 class Bags:
     """Captions -> (s (B, V),): bags of the pieces of their content words.
 
-    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here scikit-learn's list
-    of English stop words is dropped instead.
+    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here scikit-learn's
+    list of English stop words is dropped instead.
     """
 
     def __init__(self, tokenizer, vocab_ids: Tensor):
@@ -116,7 +117,7 @@ class Bags:
 
 
 class States:
-    """Captions -> (states (B, d),), looked up in a file of this script. Unknown ones: ValueError, or run through `lm`."""
+    """Captions -> (states (B, d),), looked up in a file of this script. Unknown ones: ValueError, or through `lm`."""
 
     def __init__(self, file: str, lm_name: str, max_length: int = 128):
         if not Path(file).is_file():

@@ -151,7 +151,7 @@ def train_step(
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be: parameters, vocabulary, steps, rates, weights, memory. Needs neither data nor weights."""
+    """Print what a run would be: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     check_model(cfg)
