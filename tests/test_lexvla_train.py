@@ -28,7 +28,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lexvla import build, claims, config, scenes, train
+from lexvla import build, claims, config, scenes
 from lexvla import eval as evaluation
 from lexvla import text as texts
 from lexvla.model import TextEncoder, lexical_prompt
