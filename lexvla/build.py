@@ -71,6 +71,8 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
     """LoRA on all linear layers of the LM's blocks; beside cached states on the last MLP, all that still runs."""
+    if cfg.checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_rank:
         add_lora(lm.model.layers[-1].mlp if cfg.states else lm, cfg.lora_rank, cfg.lora_alpha)
     return lm
@@ -128,13 +130,15 @@ def load_weights(model: LexVLA, weights: dict[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def load_run(folder: str | Path) -> tuple[LexVLA, Config, object, object]:
-    """(model in eval mode, its configuration, tokenizer, text input) of a run folder."""
+def load_run(
+    folder: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[LexVLA, Config, object, Prompts | Bags | States]:
+    """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights."""
     state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
     if "weights" not in state or "vocab_ids" not in state:
         raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
     cfg = Config(**state["config"])
-    lm, tokenizer = load_lm(cfg.lm)
+    lm, tokenizer = load_lm(cfg.lm, dtype)
     model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
     load_weights(model, state["weights"])
     read = text_input(cfg, tokenizer, state["vocab_ids"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import report, run
+from shared import report
 
 SET = "retrieval_ood"
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
@@ -144,10 +144,3 @@ def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def learning_curve(folder: Path) -> list[tuple[int, float]]:
-    """(step, text -> image R@1) of a run's evaluations during training."""
-    return [
-        (line["step"], line["text_to_image_R@1"]) for line in run.read_metrics(folder) if "text_to_image_R@1" in line
-    ]

@@ -42,6 +42,8 @@ class Config:
     states: str = ""
     """File of `python -m lexvla.text`: captions went through the frozen LM once, and LoRA adapts its last MLP alone.
     Empty: the LM runs in training."""
+    checkpointing: bool = False
+    """Recompute the LM's blocks in the backward pass instead of keeping them."""
     text: Literal["lm", "bow"] = "lm"
     """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
     head: Literal["lexical", "dense"] = "lexical"
@@ -120,7 +122,7 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
 
 
-PAPER = Config(dataset_size=9_200_000)
+PAPER = Config(dataset_size=9_200_000, checkpointing=True)
 EMOJI = Config(
     data="data/emoji/train",
     backbone="vit-emoji",
@@ -157,9 +159,13 @@ PRESETS = {
     "emoji": ("LexVLA with the overuse penalty on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-none": _row("... without a penalty", EMOJI, penalty="none"),
     "emoji-flops": _row("... with the FLOPs loss", EMOJI, penalty="flops"),
-    "emoji-bow": _row("... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0),
+    "emoji-bow": _row("... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-5.0),
     "emoji-dense": _row(
-        "a latent baseline of 512 dimensions: same towers, samples and steps", EMOJI, head="dense", penalty="none"
+        "a latent baseline of 512 dimensions: same towers, samples and steps",
+        EMOJI,
+        head="dense",
+        penalty="none",
+        bias=0.0,
     ),
     "cc12m": _row("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
     "cc12m-flops": _row("its ablation: FLOPs loss", penalty="flops"),

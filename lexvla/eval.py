@@ -9,7 +9,7 @@ plots.py, the comparison of arms in claims.py.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +17,14 @@ import numpy as np
 import scipy.sparse
 import torch
 import tyro
-from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
-from lexvla.build import eval_transform, load_run, normalize
+from lexvla.build import eval_transform, load_run
 from lexvla.claims import ARMS, METRICS, compare  # noqa: F401
 from lexvla.model import LexVLA, sparsify
 from lexvla.plots import plot_patches, plot_words
-from lexvla.text import leading_space, pieces
+from lexvla.scenes import labelled_images
+from lexvla.text import leading_space, lm_dtype, pieces
 from shared import report, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, extract_image_features, image_ranks, text_ranks
@@ -77,10 +76,13 @@ class Search:
 
 
 @torch.no_grad()
-def encode_texts(model: LexVLA, read: Callable, texts: Sequence[str], batch_size: int = 256, device="cpu") -> Tensor:
+def encode_texts(
+    model: LexVLA, read: Callable, texts: Sequence[str], batch_size: int = 256, device="cpu", dtype=torch.float32
+) -> Tensor:
     """(N, V) of captions, or (N, E) of the latent baseline."""
     parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    return torch.cat([model.text(*(x.to(device) for x in read(part))).float().cpu() for part in parts])
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([model.text(*(x.to(device) for x in read(part))).float().cpu() for part in parts])
 
 
 def quick_recall(
@@ -103,7 +105,7 @@ def encode_pairs(
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
     image_of_text = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
-    return s_img, encode_texts(model, read, texts, batch_size, device), image_of_text, texts
+    return s_img, encode_texts(model, read, texts, batch_size, device, dtype), image_of_text, texts
 
 
 # ----------------------------------------------------------------------------------------------------------- retrieval
@@ -211,27 +213,6 @@ def mean_iou(intersection: Tensor, union: Tensor) -> float:
     return (intersection / union)[union > 0].mean().item()
 
 
-def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
-    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([resize, transforms.ToTensor(), normalize(backbone)])
-    masks = sorted((Path(folder) / "masks").glob("*.png"))
-    if not masks:
-        raise FileNotFoundError(f"{folder}/masks holds no .png; 'python -m lexvla.scenes' makes such a folder")
-    for file in masks:
-        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
-        if image is None:
-            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
-        mask = np.asarray(Image.open(file))
-        if mask.ndim != 2:
-            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
-        ignore = 255 if mask.dtype == np.uint8 else IGNORE_16
-        yield transform(Image.open(image).convert("RGB"))[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
-
-
-IGNORE_16 = 65535
-
-
 @torch.no_grad()
 def patchdis_of_run(model: LexVLA, s_class: Tensor, cfg: Config, backbone: str, device) -> dict[str, float]:
     """mIoU in percent over a folder: of the model, with the image's classes only, and of random patches."""
@@ -312,9 +293,10 @@ def shown(weighted: Sequence[tuple[str, float]]) -> str:
 @torch.no_grad()
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """Every measurement of one run, flat: {"retrieval_ood/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
-    model, train_cfg, tokenizer, read = load_run(path)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    dtype = run.DTYPES[precision]
+    model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
-    dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical = train_cfg.head == "lexical"
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
@@ -328,12 +310,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             if lexical:
                 s_img, s_txt, image_of_text, texts = encoded
                 said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
-                flat |= {f"{name}/top5_in_caption": said} | word_plots(Path(path), name, *encoded, words)
+                flat[f"{name}/top5_in_caption"] = said
+                word_plots(Path(path), name, *encoded, words)
         elif eval_set.kind == "classification":
             features, labels = extract_image_features(
                 model.image, eval_set.batches(cfg.batch_size, cfg.workers), process.device, dtype, name
             )
-            classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device)
+            classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
             if lexical:
                 features, classes = sparsify(features, train_cfg.topk), sparsify(classes, train_cfg.topk)
             flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
@@ -344,7 +327,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         if cfg.class_text == "word" and lexical and train_cfg.text == "lm":
             s_class = class_words(model, tokenizer, classnames)
         else:
-            s_class = encode_texts(model, read, classnames, cfg.batch_size, process.device)
+            s_class = encode_texts(model, read, classnames, cfg.batch_size, process.device, dtype)
         flat |= patchdis_of_run(model, s_class, cfg, train_cfg.backbone, process.device)
         if lexical:
             plot_patches(model, cfg, train_cfg, words, s_class, classnames, Path(path) / "patches.png")
@@ -388,7 +371,7 @@ def said_in_captions(s_img: Tensor, image_of_text: Tensor, texts: list[str], tok
 
 def word_plots(
     folder: Path, name: str, s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], words: list[str]
-) -> dict[str, float]:
+) -> None:
     """Word clouds of a few images and captions, and words.json: the most used words of both sides."""
     chosen = torch.linspace(0, len(s_img) - 1, 6).long()
     captions = [texts[int((image_of_text == i).nonzero()[0])] for i in chosen]
@@ -401,7 +384,6 @@ def word_plots(
         for side, s in (("image", s_img), ("text", s_txt))
     }
     run.write_json(folder / f"words_{name}.json", most)
-    return {}
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

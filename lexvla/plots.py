@@ -12,6 +12,7 @@ from torch import Tensor
 from wordcloud import WordCloud
 
 from lexvla.model import LexVLA
+from lexvla.scenes import labelled_images
 
 
 def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:
@@ -46,8 +47,6 @@ def plot_patches(
     model: LexVLA, cfg, train_cfg, words: Sequence[str], s_class: Tensor, classnames: Sequence[str], path: Path
 ) -> None:
     """Six PatchDis images; beside each, the patches of its classes (similarity as brightness), and a class's words."""
-    from lexvla.eval import labelled_images
-
     device = next(model.parameters()).device
     few = list(itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, train_cfg.backbone), 6))
     figure, axes = plt.subplots(len(few), 5, figsize=(10, 2 * len(few)), squeeze=False)

@@ -10,17 +10,40 @@ or any other of the same layout, is what eval.py reads:
 
 import io
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import resvg_py
+import torch
 import tyro
 from PIL import Image
+from torch import Tensor
+from torchvision import transforms
 
+from lexvla.build import normalize
 from shared import emoji, run
 
 CELL = 48  # pixels; a scene has 2 x 2 cells
 IGNORE = 65535
+
+
+def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
+    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
+    transform = transforms.Compose([resize, transforms.ToTensor(), normalize(backbone)])
+    masks = sorted((Path(folder) / "masks").glob("*.png"))
+    if not masks:
+        raise FileNotFoundError(f"{folder}/masks holds no .png; 'python -m lexvla.scenes' makes such a folder")
+    for file in masks:
+        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
+        if image is None:
+            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
+        mask = np.asarray(Image.open(file))
+        if mask.ndim != 2:
+            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
+        ignore = 255 if mask.dtype == np.uint8 else IGNORE
+        yield transform(Image.open(image).convert("RGB"))[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
 
 
 def draw(svg: str, side: int) -> Image.Image:

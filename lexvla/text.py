@@ -10,6 +10,7 @@ caption is the same for all: it is run once, and its keys and values serve every
 import copy
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from lexvla.model import EXAMPLE, FOCUS, bag_of_words, last_token, lexical_promp
 from shared import data, run
 from shared.evalsets import EvalSet
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
 EMOJI = "data/emoji/eval/"
 PROMPT = f"{data.stable_hash(EXAMPLE, FOCUS):016x}"  # states of another prompt are refused
 
@@ -48,15 +50,20 @@ class Config:
     """auto, bf16, fp16 or fp32."""
 
 
-def load_lm(name: str) -> tuple[nn.Module, "object"]:
+def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "object"]:
     """(causal LM, its tokenizer) of a folder or hub name; ValueError where there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
         hint = "; 'python -m shared.smollm2' makes it" if "smollm2" in name else ""
         raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
+
+
+def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of the LM's frozen weights: half as large on a GPU, exact on a CPU."""
+    return run.DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
 # ------------------------------------------------------------------------------------------- captions -> model inputs
@@ -138,7 +145,8 @@ class States:
         if unknown and self.lm is None:
             raise ValueError(f"--states {self.file} lacks the caption {unknown[0]!r}: make the file from the same data")
         if unknown:
-            new = compute_states(self.lm, Prompts(self.tokenizer, self.max_length), unknown)
+            device = next(self.lm.parameters()).device
+            new = compute_states(self.lm, Prompts(self.tokenizer, self.max_length), unknown, device=device)
             self.row |= {text: len(self.states) + i for i, text in enumerate(unknown)}
             self.states = torch.cat([self.states, new.to(self.states)])
         return (self.states[[self.row[caption] for caption in captions]],)

@@ -20,7 +20,7 @@ from lexvla.build import create_model, eval_transform, load_weights, text_input,
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.eval import quick_recall
 from lexvla.model import LexVLA, TextEncoder, total_loss
-from lexvla.text import caption_vocabulary, load_lm
+from lexvla.text import caption_vocabulary, lm_dtype, load_lm
 from shared import data, run
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -155,7 +155,10 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     check_model(cfg)
-    n = cfg.dataset_size or (len(data.open_pairs(cfg.data, cache=Path(cfg.cache))) if cfg.data else 0)
+    try:
+        n = cfg.dataset_size or (len(data.open_pairs(cfg.data, cache=Path(cfg.cache))) if cfg.data else 0)
+    except FileNotFoundError:
+        n = 0
     V = cfg.max_vocabulary or 2_000
     local = Path(cfg.lm).is_dir()
     with torch.device("meta"):
@@ -185,17 +188,18 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             lr = cosine_lr(step, cfg.lr, steps, cfg.warmup)
             lambdas = [quadratic_warmup(step + 1, x, cfg.penalty_warmup) for x in (cfg.lambda_image, cfg.lambda_text)]
             print(f"learning rate      {lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}")
-    gib, size = 2**30, cfg.batch_size // world_size
+    gib, size, d = 2**30, cfg.batch_size // world_size, lm.config.hidden_size
+    D = model.image.adapter.proj.fc1.in_features
     tokens = (cfg.image_size // (8 if cfg.backbone == "vit-emoji" else 14)) ** 2 + 1
-    text = 0 if cfg.states or cfg.text == "bow" else cfg.max_length * count["text tower"] ** 0.5 * 60
     weights = (16 * trained + 2 * frozen) / gib
-    maps = size * (20 * V + tokens * 4 * model.image.codebook.shape[1]) / gib
-    blocks = size * tokens * 2 * 34 * next(model.image.adapter.parameters()).numel() / gib
-    gathered = 4 * cfg.batch_size * V * 6 / gib
+    image = size * tokens * (34 * D * (1 + 4 * cfg.train_backbone) + 4 * d) / gib  # 34 D: a block's tokens in bf16
+    rows = (20 * size + 24 * cfg.batch_size) * V / gib
+    blocks = lm.config.num_hidden_layers
+    text = size * cfg.max_length * d * (2 * blocks + 34 if cfg.checkpointing else 34 * blocks) / gib
+    text = 0.0 if cfg.states or cfg.text == "bow" else text
     print(
-        f"memory estimate    {weights + maps + blocks + gathered + size * text / gib:.1f} GiB a process:"
-        f" {weights:.1f} weights, gradients, Adam; {maps + blocks:.1f} image side;"
-        f" {size * text / gib:.1f} language model (with checkpointing far less); {gathered:.1f} gathered rows"
+        f"memory estimate    {weights + image + rows + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
+        f"{image:.1f} image tokens; {text:.1f} language model; {rows:.1f} rows of words"
     )
 
 
@@ -231,7 +235,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     per_epoch = len(pairs) // cfg.batch_size
 
     # Model, vocabulary, optimizer
-    lm, tokenizer = load_lm(cfg.lm)
+    lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
     if "vocab_ids" not in state:
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer) if process.main else None
         state["vocab_ids"], state["bias"] = run.broadcast(found, process)
