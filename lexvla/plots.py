@@ -46,20 +46,23 @@ def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
 def plot_patches(
     model: LexVLA, cfg, train_cfg, words: Sequence[str], s_class: Tensor, classnames: Sequence[str], path: Path
 ) -> None:
-    """Six PatchDis images; beside each, the patches of its classes (similarity as brightness), and a class's words."""
+    """Six PatchDis images; beside each, for its classes, the patches of the class's strongest word (as brightness), and
+    the words that the patches inside the class's mask say."""
     device = next(model.parameters()).device
     few = list(itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, train_cfg.backbone), 6))
-    figure, axes = plt.subplots(len(few), 5, figsize=(10, 2 * len(few)), squeeze=False)
+    figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
     for row, (pixels, mask, ignore) in zip(axes, few, strict=True):
         s_patch = model.image.patches(pixels.to(device))[0].float().cpu()
         side = math.isqrt(len(s_patch))
         picture = pixels[0].permute(1, 2, 0).numpy()
         row[0].imshow((picture - picture.min()) / np.ptp(picture).clip(1e-6))
         for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
-            axis.imshow(word_mask(s_patch, s_class[label], (side, side)), vmin=0, vmax=1, cmap="magma")
+            word = s_class[label].argmax()
+            s_word = model.text.word(word.to(device)).cpu() if train_cfg.text == "lm" else torch.eye(len(words))[word]
+            axis.imshow(word_mask(s_patch, s_word, (side, side)), vmin=0, vmax=1, cmap="magma")
             inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
-            best = patch_set_words(s_patch, inside).topk(3).indices.tolist()
-            axis.set_title(f"{classnames[label][:24]}\n{', '.join(words[i].strip() for i in best)}", fontsize=7)
+            said = ", ".join(words[i].strip() for i in patch_set_words(s_patch, inside).topk(3).indices.tolist())
+            axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{said}", fontsize=7)
         for axis in row:
             axis.axis("off")
     figure.tight_layout(pad=0.4)

