@@ -251,7 +251,11 @@ class LexicalIndex:
     def __init__(self, s: Tensor | scipy.sparse.csr_matrix):
         """s (N, V): a tensor, which is `sparsify`-ed already, or a sparse matrix."""
         rows = s if scipy.sparse.issparse(s) else scipy.sparse.csr_matrix(s.numpy())
-        self.postings = rows.T.tocsr()
+        self.rows, self.postings = rows, rows.T.tocsr()
+
+    def row(self, i: int) -> Tensor:
+        """s_img (V,) of one image."""
+        return torch.from_numpy(self.rows[i].toarray()[0])
 
     def scores(self, query: Tensor) -> np.ndarray:
         """s_img . s_txt of all images, (N,), for a sparse query (V,): only its words' postings are read."""
@@ -265,22 +269,36 @@ class LexicalIndex:
         return [(int(i), float(scores[i])) for i in best[np.lexsort((best, -scores[best]))] if scores[i] > 0]
 
 
+@torch.no_grad()
+def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> LexicalIndex:
+    """The index of a set's images, kept in the run folder as long as the checkpoint is not newer."""
+    file = folder / f"index-{eval_set.name}.npz"
+    if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
+        return LexicalIndex(scipy.sparse.load_npz(file))
+    s_img, _ = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
+    rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
+    scipy.sparse.save_npz(file, rows)
+    return LexicalIndex(rows)
+
+
 def search(cfg: Search) -> None:
     """Print the best images for a query, and the words that made them so."""
-    process = run.setup(0)
+    device = run.setup(0).device
     model, train_cfg, tokenizer, read = load_run(cfg.run)
     if train_cfg.head == "dense":
         raise ValueError(f"{cfg.run} is a latent baseline: there are no words to search by")
+    model.to(device)
     eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
-    s_img, targets = extract_image_features(model.image, eval_set.batches(256), process.device, desc=eval_set.name)
-    s_img, s_txt = sparsify(s_img, train_cfg.topk), sparsify(encode_texts(model, read, [cfg.query])[0], train_cfg.topk)
-    words, index = pieces(tokenizer, model.text.vocab_ids.tolist()), LexicalIndex(s_img)
-    print(f"query: {shown(top_words(s_txt, words, 8))}")
-    for i, score in index.search(s_txt, cfg.k):
-        target = eval_set.classnames[targets[i]] if eval_set.kind == "classification" else targets[i][0]
-        values, ids = (x.tolist() for x in explain(s_img[i], s_txt, 5))
+    index = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
+    targets = [target for _, _, target in EvalSet(cfg.images, lambda image: image)]
+    query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
+    words = pieces(tokenizer, model.text.vocab_ids.tolist())
+    print(f"query: {shown(top_words(query, words, 8))}")
+    for i, score in index.search(query, cfg.k):
+        name = eval_set.classnames[targets[i]] if eval_set.kind == "classification" else targets[i][0]
+        values, ids = (x.tolist() for x in explain(index.row(i), query, 5))
         why = [(words[j], value) for j, value in zip(ids, values, strict=True) if value > 0]
-        print(f"{score:.3f}  {target}: {shown(why)}")
+        print(f"{score:.3f}  {name}: {shown(why)}")
 
 
 def shown(weighted: Sequence[tuple[str, float]]) -> str:

@@ -584,6 +584,8 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     lines = result.out.splitlines()[1:]
     scores = [float(line.split()[0]) for line in lines]
     assert 1 <= len(lines) <= 10 and scores == sorted(scores, reverse=True)
+    again = in_process("search", arms["overuse"], "red fruit", "--images", small_set, module="lexvla.eval")
+    assert again.out == result.out and (arms["overuse"] / "index-retrieval_ood.npz").is_file()
     result = in_process("search", arms["dense"], "red fruit", "--images", small_set, module="lexvla.eval")
     assert result.code == 2 and "no words to search by" in result.err and one_sentence(result.err)
 
