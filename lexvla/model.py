@@ -342,7 +342,8 @@ class TextEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> "TextEncoder":
         super().train(mode)
-        self.lm.train(mode and getattr(self.lm, "is_gradient_checkpointing", False))  # which works in train mode alone
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules())
+        self.lm.train(mode and checkpointing)  # transformers recomputes blocks in train mode alone
         return self
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

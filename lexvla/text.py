@@ -9,6 +9,7 @@ caption is the same for all: it is run once, and its keys and values serve every
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import os
 import re
@@ -162,6 +163,11 @@ def compute_states(
     precision: str = "fp32",
 ) -> Tensor:
     """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt."""
+    from transformers import DynamicCache
+
+    keyword = (
+        "cache" if "cache" in inspect.signature(lm.model.forward).parameters else "past_key_values"
+    )  # its old name
     device, rows = torch.device(device), prompts.ids(captions)
     shortest = min(map(len, rows))
     common = [tokens for tokens in zip(*(row[: shortest - 1] for row in rows), strict=True)]
@@ -174,18 +180,18 @@ def compute_states(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     try:
         with run.autocast(precision, device):
-            prefix = None
+            prefix = DynamicCache()
             if length:
-                prefix = lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True).past_key_values
+                lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True, **{keyword: prefix})
             for start in tqdm(range(0, len(rows), batch_size), desc="captions", unit="batch", disable=None):
                 chosen = order[start : start + batch_size]
                 ids, mask = (x.to(device) for x in pad([rows[i][length:] for i in chosen]))
                 cache = copy.deepcopy(prefix)
-                if cache is not None:
+                if length:
                     cache.batch_repeat_interleave(len(chosen))
                 whole = torch.cat([mask.new_ones(len(chosen), length), mask], dim=1)
                 caught.clear()
-                lm.model(ids, attention_mask=whole, past_key_values=cache)
+                lm.model(ids, attention_mask=whole, use_cache=True, **{keyword: cache})
                 states[chosen] = last_token(caught[0], mask).float().cpu()
     finally:
         hook.remove()
