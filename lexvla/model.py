@@ -348,7 +348,8 @@ class TextEncoder(nn.Module):
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """z_txt (B, d) of token ids (B, T)."""
-        return last_token(self.lm.model(input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
+        output = self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False)
+        return last_token(output.last_hidden_state, attention_mask)
 
     def hidden_of_states(self, states: Tensor) -> Tensor:
         """z_txt (B, d) of `states` (B, d): the last block's residual stream between attention and MLP, last token.

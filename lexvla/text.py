@@ -165,9 +165,8 @@ def compute_states(
     """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt."""
     from transformers import DynamicCache
 
-    keyword = (
-        "cache" if "cache" in inspect.signature(lm.model.forward).parameters else "past_key_values"
-    )  # its old name
+    renamed = "cache" in inspect.signature(lm.model.forward).parameters  # in the course of transformers 5
+    keyword = "cache" if renamed else "past_key_values"
     device, rows = torch.device(device), prompts.ids(captions)
     shortest = min(map(len, rows))
     common = [tokens for tokens in zip(*(row[: shortest - 1] for row in rows), strict=True)]
@@ -202,7 +201,7 @@ def compute_states(
 
 
 def leading_space(tokenizer) -> str:
-    """ " " where the tokenizer marks word starts by the space before (SmolLM2), "" where it adds it itself (Llama)."""
+    """A space where the tokenizer marks word starts by the space before (SmolLM2), nothing where it adds it itself (Llama)."""
     return "" if tokenizer.tokenize("a")[0] == "▁a" else " "
 
 
