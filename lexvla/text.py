@@ -201,7 +201,7 @@ def compute_states(
 
 
 def leading_space(tokenizer) -> str:
-    """A space where the tokenizer marks word starts by the space before (SmolLM2), nothing where it adds it itself (Llama)."""
+    """A space where the tokenizer marks word starts by it (SmolLM2), nothing where it adds it itself (Llama)."""
     return "" if tokenizer.tokenize("a")[0] == "▁a" else " "
 
 
