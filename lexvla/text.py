@@ -13,6 +13,7 @@ import inspect
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -53,8 +54,11 @@ class Config:
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "object"]:
     """(causal LM, its tokenizer) of a folder or hub name; ValueError where there is none."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

