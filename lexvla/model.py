@@ -11,6 +11,7 @@ the paper does not state says so here and is numbered in README.md. The paper's 
 Shapes: B batch, N rows, n = 1 + P tokens ([CLS], patches), D backbone width, d lexical width, V words, T text tokens.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -262,7 +263,7 @@ class VisualAdapter(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, hidden: int, out_dim: int):
         super().__init__()
-        self.block = Block(dim, num_heads, qkv_bias=True, norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6))
+        self.block = Block(dim, num_heads, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
         self.proj = Mlp(dim, hidden, out_dim)
 
     def forward(self, y: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ def check_gradients(case: Case, rtol: float, **computed) -> None:
 
 @pytest.fixture(autouse=True)
 def something_was_compared(request: pytest.FixtureRequest):
+    case = request.getfixturevalue("case") if "case" in request.fixturenames else None
     yield
-    if "case" in request.fixturenames and (case := request.getfixturevalue("case")).path.suffix == ".npz":
+    if case is not None and case.path.suffix == ".npz":
         assert f"lexvla/{case.path.name}" in conftest.deviations
 
 
@@ -290,6 +291,7 @@ def test_text_encoder(case):
     ids, mask = case["input_ids"], case["attention_mask"]
     encoder, real = TextEncoder(lm, case["vocab_ids"]), mask.bool()
     case.close("codebook", encoder.codebook)
+    encoder.double()  # as the reference was run: rounding in float32 uses up the tolerance
 
     def hidden() -> torch.Tensor:
         return lm.model(ids, attention_mask=mask).last_hidden_state
@@ -297,11 +299,11 @@ def test_text_encoder(case):
     with torch.no_grad():
         for name, suffix in (("hidden_base", "_base"), ("hidden", "")):
             if not suffix:
-                add_lora(lm, case["lora_rank"], case["lora_alpha"], lora_targets(case))
+                add_lora(lm, case["lora_rank"], case["lora_alpha"], lora_targets(case)).double()
                 for path, value in case.group("lora/").items():
                     lm.get_parameter(path).copy_(value)
             expected, actual = case[name], hidden()
-            torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=3e-5)
+            torch.testing.assert_close(actual[real], expected[real].double(), rtol=0, atol=3e-5)
             check(case, atol=3e-5, **{f"z{suffix}": encoder.hidden(ids, mask), f"s{suffix}": encoder(ids, mask)})
 
 
@@ -526,7 +528,7 @@ def test_lora_of_the_paper_is_a_third_of_a_percent():
         adapter = VisualAdapter(768, 12, 2048, 4096)
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     assert trained == 19_988_480 and f"{trained / base:.2%}" == "0.30%"
-    assert sum(p.numel() for p in adapter.parameters()) == 17_056_256
+    assert sum(p.numel() for p in adapter.parameters()) == 17_055_488
 
 
 def test_temperature_is_capped():
