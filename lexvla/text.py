@@ -86,20 +86,18 @@ class Prompts:
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
         found = self.tokenizer([lexical_prompt(caption) for caption in captions])["input_ids"]
-        return [
-            ids if len(ids) <= self.max_length else self._cut(caption, ids)
-            for caption, ids in zip(captions, found, strict=True)
-        ]
+        pairs = zip(captions, found, strict=True)
+        return [ids if len(ids) <= self.max_length else self._cut(caption) for caption, ids in pairs]
 
-    def _cut(self, caption: str, ids: list[int]) -> list[int]:
-        while len(ids) > self.max_length:
-            if not caption:
-                raise ValueError(
-                    f"--max-length {self.max_length} leaves no room: the prompt alone has {len(ids)} tokens"
-                )
-            caption = caption[: max(0, len(caption) - (len(ids) - self.max_length))]
-            ids = self.tokenizer(lexical_prompt(caption))["input_ids"]
-        return ids
+    def _cut(self, caption: str) -> list[int]:
+        """Ids of the prompt with as many of the caption's tokens as there is room for."""
+        ends = [end for _, end in self.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]]
+        frame = len(self.tokenizer(lexical_prompt(""))["input_ids"])
+        for room in range(self.max_length - frame, -1, -1):  # at its ends, a caption may join the frame's pieces
+            ids = self.tokenizer(lexical_prompt(caption[: ends[room - 1] if room else 0]))["input_ids"]
+            if len(ids) <= self.max_length:
+                return ids
+        raise ValueError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         return pad(self.ids(captions))
@@ -107,7 +105,9 @@ class Prompts:
 
 def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
     """Ragged rows -> (B, T) padded on the right, and its mask."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    ids = nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
+    )
     return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
 
 
@@ -123,9 +123,10 @@ class Bags:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
         words = [re.findall(r"[^\W_]+", caption.lower()) for caption in captions]
-        texts = [self.space + " ".join(w for w in of if w not in ENGLISH_STOP_WORDS) for of in words]
+        kept = [" ".join(word for word in of if word not in ENGLISH_STOP_WORDS) for of in words]
+        texts = [self.space + text if text else "" for text in kept]
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return (bag_of_words(pad(rows, value=-1)[0].long(), self.vocab_ids),)
+        return (bag_of_words(pad(rows, value=-1)[0], self.vocab_ids),)
 
 
 class States:
