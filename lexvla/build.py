@@ -72,7 +72,10 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
     """LoRA on all linear layers of the LM's blocks; beside cached states on the last MLP, all that still runs."""
     if cfg.checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = (
+            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        )  # its old name
+        enable({"use_reentrant": False})
     if cfg.lora_rank:
         add_lora(lm.model.layers[-1].mlp if cfg.states else lm, cfg.lora_rank, cfg.lora_alpha)
     return lm

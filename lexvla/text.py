@@ -91,10 +91,11 @@ class Prompts:
 
     def _cut(self, caption: str) -> list[int]:
         """Ids of the prompt with as many of the caption's tokens as there is room for."""
-        ends = [end for _, end in self.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]]
+        pieces = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [0, *(end for _, end in pieces["offset_mapping"])]
         frame = len(self.tokenizer(lexical_prompt(""))["input_ids"])
         for room in range(self.max_length - frame, -1, -1):  # at its ends, a caption may join the frame's pieces
-            ids = self.tokenizer(lexical_prompt(caption[: ends[room - 1] if room else 0]))["input_ids"]
+            ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]))["input_ids"]
             if len(ids) <= self.max_length:
                 return ids
         raise ValueError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from lexvla import model
+from lexvla.build import with_lora
+from lexvla.config import Config
 from lexvla.eval import explain, patchdis, retrieval_recall, sparsity_sweep, usage
 from lexvla.model import (
     ImageEncoder,
@@ -546,6 +548,22 @@ def test_last_token_is_independent_of_padding():
         mask = F.pad(torch.ones_like(ids), side)
         padded = m.text(F.pad(ids, side), mask)
         torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    grads, ids = [], torch.randint(0, 64, (3, 6))
+    for checkpointing in (False, True):
+        cfg = Config(lora_rank=2, checkpointing=checkpointing)
+        text = TextEncoder(with_lora(tiny_lm(), cfg), torch.arange(40)).train()
+        calls = []
+        text.lm.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for name, parameter in text.named_parameters():
+            if name.endswith(".B"):
+                torch.nn.init.constant_(parameter, 0.1)
+        text(ids, torch.ones_like(ids)).square().mul(torch.arange(40)).sum().backward()
+        assert len(calls) == 1 + checkpointing
+        grads.append({name: p.grad for name, p in text.named_parameters() if p.grad is not None and ".B" in name})
+    torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_odd_captions_make_prompts():
