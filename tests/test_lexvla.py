@@ -556,7 +556,7 @@ def test_recomputed_blocks_give_the_same_gradients():
         cfg = Config(lora_rank=2, checkpointing=checkpointing)
         text = TextEncoder(with_lora(tiny_lm(), cfg), torch.arange(40)).train()
         calls = []
-        text.lm.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        text.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         for name, parameter in text.named_parameters():
             if name.endswith(".B"):
                 torch.nn.init.constant_(parameter, 0.1)
