@@ -9,15 +9,17 @@ JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help data test reproduce-protoclip readme clean FORCE
+.PHONY: help data test readme clean FORCE
 .SECONDARY:
 
 help:
-	@echo 'make reproduce-protoclip          train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
-	@echo 'make test                         install and run all tests, offline after installation'
-	@echo 'make parity-protoclip UPSTREAM=~/src/protoclip    our functions against the authors'"'"' clone'
-	@echo 'make bench-protoclip [UPSTREAM=...]               speed as ratios, on the same inputs in one process'
-	@echo 'make data                         build the embedded emoji corpus in data/emoji'
+	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
+	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens do, too'
+	@echo 'make test                install and run all tests, offline after installation'
+	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
+	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
+	@echo 'make data                build the embedded emoji corpus in data/emoji'
+	@echo 'make readme              put results/*.json into the READMEs'
 
 # ---- installation: base + one extra per folder
 $(PY):
@@ -46,7 +48,7 @@ EXTRAS = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 test: $(VENV)/.installed-$(EXTRAS),test data
 	$(PY) -m protoclip.teacher minilm
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) --dist loadfile
 
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
@@ -59,4 +61,4 @@ clean:
 	rm -rf runs data
 
 readme: $(VENV)/.installed-base
-	for folder in $(FOLDERS); do $(PY) -m shared.report $$folder || exit; done
+	$(PY) -m shared.report $(patsubst results/%.json,%,$(wildcard results/*.json))

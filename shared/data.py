@@ -9,6 +9,7 @@ next readable row takes their place, and `Broken` records are handed on for the 
 """
 
 import csv
+import fcntl
 import hashlib
 import io
 import itertools
@@ -149,15 +150,20 @@ def fetch(url: str, folder: Path) -> str:
         return url.removeprefix("file:")
     folder.mkdir(parents=True, exist_ok=True)
     path = cached_path(url, folder)
-    if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with gopen(url) as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
-        os.replace(temporary, path)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine fetches, its peers wait
+        if not path.exists():
+            temporary = path.with_suffix(".part")
+            try:
+                with gopen(url) as source, open(temporary, "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
+            os.replace(temporary, path)
+    finally:
+        os.close(lock)
     return str(path)
 
 

@@ -125,10 +125,10 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bf16" if any(native) else "fp32"
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Autocast region for a forward pass; `precision` is bf16, fp16 or fp32 (then it does nothing)."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast region for a forward pass; `precision` is bf16, fp16 or fp32 (then it does nothing), or such a dtype."""
+    dtype = DTYPES.get(precision, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

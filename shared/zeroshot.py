@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.evalsets import EvalSet
+from shared.run import autocast
 
 CHUNK = 2**24  # 64 MB of float32
 
@@ -35,7 +36,7 @@ def extract_image_features(
     """Runs the encoder over `(images, targets)` batches -> raw features (N, D) float32 on the CPU, targets."""
     features, targets = [], []
     for images, batch_targets in tqdm(loader, desc=desc, unit="batch", disable=None):
-        with _autocast(device, precision):
+        with autocast(precision, torch.device(device)):
             features.append(encode_image(images.to(device)).float().cpu())
         targets.append(batch_targets)
     if torch.is_tensor(targets[0]):
@@ -57,13 +58,9 @@ def encode_texts(
     features = []
     for start in tqdm(range(0, len(texts), batch_size), desc=desc, unit="batch", disable=None):
         tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
-        with _autocast(device, precision):
+        with autocast(precision, torch.device(device)):
             features.append(encode_text(tokens).float().cpu())
     return torch.cat(features)
-
-
-def _autocast(device: str | torch.device, precision: torch.dtype) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32)
 
 
 def chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -1,0 +1,1 @@
+"""No "Zero-Shot" Without Exponential Data: see README.md."""

@@ -1,0 +1,170 @@
+"""Every setting of the controlled experiment, its presets, the models and corpora of the paper, and what is refused.
+
+The authors train nothing: their models and pretraining sets are the tables at the end. The experiment is ours: it asks
+whether accuracy follows frequency when frequency is *assigned*, on the embedded corpus.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass
+class Config:
+    """One arm: a corpus with chosen concept frequencies, and a small CLIP trained on it."""
+
+    out: str = "runs/concept_frequency"
+    """Run folder: config.json, pairs.parquet, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the
+    run resumes."""
+    data: str = ""
+    """Shards in img2dataset layout whose .json names each image's concept ("name") and other words for it ("tags")."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set with the concepts' names among its classes; its images are never trained on."""
+    groups: tuple[str, ...] = ("animals-nature", "food-drink", "travel-places", "objects", "activities")
+    """Only concepts of these groups ("group" in .json); none given: of all."""
+    num_concepts: int = 400
+    """Concepts K, drawn once and for all from those with an evaluation image."""
+    total: int = 8_000
+    """Pairs N of the corpus."""
+    exponent: float = 1.0
+    """Frequencies are proportional to rank to the power of minus this: 1 is Zipf's law, 0 makes all equal."""
+    assignment: int = 0
+    """Which random assignment of ranks to concepts (it depends on the seed, too)."""
+    misaligned: float = 0.0
+    """Share of pairs whose caption is another pair's."""
+
+    model: str = "ViT-emoji"
+    """Any open_clip config."""
+    image_size: int | None = None
+    """Image side in pixels; None is the model's own."""
+    epochs: int = 20
+    """Passes over the corpus."""
+    batch_size: int = 128
+    """Pairs a step, over all processes together."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 64
+    """Steps of linear warm-up, before half a cosine to 0."""
+    weight_decay: float = 0.2
+    """AdamW's decay of matrices; gains, biases and the temperature have none."""
+    max_grad_norm: float = 1.0
+    """Gradients of all parameters together are clipped to this norm."""
+
+    seed: int = 0
+    """Seed of assignment, pairs, initial weights, order and views."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. The loss is in fp32 always."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting it and going on without."""
+    save_every: int = 200
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Epochs between zero-shot evaluations; 0: never during training."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+    def steps_per_epoch(self) -> int:
+        """The short last batch is left out."""
+        return self.total // self.batch_size
+
+
+EMOJI = Config(data="data/emoji/train")
+PRESETS = {
+    "emoji": ("Zipf frequencies over 400 emoji, minutes on two CPU cores", EMOJI),
+    "emoji-uniform": (
+        "the same concepts and number of pairs, all equally frequent",
+        dataclasses.replace(EMOJI, exponent=0.0),
+    ),
+    "emoji-reassigned": ("Zipf again, ranks given to other concepts", dataclasses.replace(EMOJI, assignment=1)),
+    "shards": (
+        "the experiment on shards of your own, with concepts named in their .json",
+        Config(
+            groups=(),
+            total=1_000_000,
+            model="ViT-B-32",
+            epochs=32,
+            batch_size=1024,
+            lr=5e-4,
+            warmup=2_000,
+            max_grad_norm=1e9,
+        ),
+    ),
+}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout whose .json has the fields name and "
+            "tags, e.g. --data 'data/emoji/train'"
+        )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    if not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
+    for name in ("num_concepts", "total", "epochs", "batch_size", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    if cfg.total < cfg.num_concepts:
+        raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
+    if cfg.total < cfg.batch_size:
+        raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
+    if not 0 <= cfg.misaligned <= 1:
+        raise ValueError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
+    if cfg.exponent < 0:
+        raise ValueError(f"--exponent {cfg.exponent} is below 0")
+
+
+# The paper's models, by backbone and corpus: open_clip name and weights. None in open_clip: "" (the user names a file).
+MODELS = {
+    # the twelve of the curves
+    "RN50|cc3m": ("RN50-quickgelu", ""),  # CyCLIP's checkpoint
+    "RN50|cc12m": ("hf-hub:thaottn/OpenCLIP-resnet50-CC12M", "hf"),
+    "RN50|yfcc15m": ("hf-hub:thaottn/OpenCLIP-resnet50-YFCC15M", "hf"),
+    "RN101|yfcc15m": ("RN101", "yfcc15m"),
+    "ViT-B-16|cc3m": ("ViT-B-16", ""),  # these four: SLIP's layout
+    "ViT-B-16|cc12m": ("ViT-B-16", ""),
+    "ViT-B-16|yfcc15m": ("ViT-B-16", ""),
+    "ViT-B-16|synthci30m": ("ViT-B-16", ""),
+    "ViT-B-32|laion400m": ("ViT-B-32", "laion400m_e32"),
+    "ViT-B-16|laion400m": ("ViT-B-16", "laion400m_e32"),
+    "ViT-L-14|laion400m": ("ViT-L-14", "laion400m_e32"),
+    "ViT-B-32|laion200m_train_test_sim_normalized": ("ViT-B-32-quickgelu", ""),  # of Mayilvahanan et al.
+    # the others of Let It Wag!
+    "RN50|openai": ("RN50-quickgelu", "openai"),
+    "RN101|openai": ("RN101-quickgelu", "openai"),
+    "ViT-B-32|openai": ("ViT-B-32-quickgelu", "openai"),
+    "ViT-B-16|openai": ("ViT-B-16-quickgelu", "openai"),
+    "ViT-L-14|openai": ("ViT-L-14-quickgelu", "openai"),
+    "ViT-B-32|laion2b": ("ViT-B-32", "laion2b_s34b_b79k"),
+    "ViT-B-16|laion2b": ("ViT-B-16", "laion2b_s34b_b88k"),
+    "ViT-L-14|laion2b": ("ViT-L-14", "laion2b_s32b_b82k"),
+    "ViT-H-14|laion2b": ("ViT-H-14", "laion2b_s32b_b79k"),
+    "ViT-g-14|laion2b": ("ViT-g-14", "laion2b_s34b_b88k"),
+    "ViT-bigG-14|laion2b": ("ViT-bigG-14", "laion2b_s39b_b160k"),
+    "ViT-B-32|datacomp": ("ViT-B-32", "datacomp_xl_s13b_b90k"),
+    "ViT-B-16|datacomp": ("ViT-B-16", "datacomp_xl_s13b_b90k"),
+    "ViT-L-14|datacomp": ("ViT-L-14", "datacomp_xl_s13b_b90k"),
+    "ViT-B-32|commonpool": ("ViT-B-32", "commonpool_m_laion_s128m_b4k"),
+    "ViT-B-16|commonpool": ("ViT-B-16", "commonpool_l_laion_s1b_b8k"),
+    "ViT-L-14|commonpool": ("ViT-L-14", "commonpool_xl_laion_s13b_b90k"),
+    "ViT-B-32|metaclip400m": ("ViT-B-32-quickgelu", "metaclip_400m"),
+    "ViT-B-16|metaclip400m": ("ViT-B-16-quickgelu", "metaclip_400m"),
+    "ViT-L-14|metaclip400m": ("ViT-L-14-quickgelu", "metaclip_400m"),
+    "ViT-B-32|metaclip2.5b": ("ViT-B-32-quickgelu", "metaclip_fullcc"),
+    "ViT-B-16|metaclip2.5b": ("ViT-B-16-quickgelu", "metaclip_fullcc"),
+    "ViT-L-14|metaclip2.5b": ("ViT-L-14-quickgelu", "metaclip_fullcc"),
+    "ViT-H-14|metaclip2.5b": ("ViT-H-14-quickgelu", "metaclip_fullcc"),
+    "ViT-B-16|dfn": ("ViT-B-16-quickgelu", "dfn2b"),
+    "ViT-H-14|dfn": ("ViT-H-14-quickgelu", "dfn5b"),
+    "ViT-B-16|siglip": ("ViT-B-16-SigLIP", "webli"),
+    "ViT-L-16|siglip": ("ViT-L-16-SigLIP-256", "webli"),
+    "SO400M|siglip": ("ViT-SO400M-14-SigLIP", "webli"),
+}

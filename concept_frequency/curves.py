@@ -1,0 +1,210 @@
+"""The paper's statistics on counts and scores: log-linear curve, its nulls, misalignment, agreement, long tail, slopes.
+
+Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. All in float64; logarithms are natural.
+Letters: P pairs (count, score), B bins, R shuffles, K concepts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from concept_frequency.model import pair_keys
+
+Array = NDArray[np.float64]
+
+
+class Curve(NamedTuple):
+    position: Array  # (B,) exp of the bins' right edges: where upstream draws them
+    mean: Array  # (B,) mean score; NaN in an empty bin
+    std: Array  # (B,) population standard deviation
+    size: NDArray[np.int64]  # (B,) pairs of the bin
+    index: NDArray[np.int64]  # (P,) bin of each pair
+
+
+def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Curve:
+    """Mean score against log frequency. Source: U:notebooks/zero_shot_integrated_search_results.ipynb cell 6.
+
+    x = ln max(count, 1); edges = linspace(min x, max x, B); bin k holds edges[k-1] < x <= edges[k], and so bin 0 the
+    smallest x alone (all zeros and ones). Pairs are pooled over datasets: a concept of two datasets enters twice.
+    """
+    x = np.log(np.maximum(np.asarray(counts, dtype=np.float64), 1))
+    y = np.asarray(scores, dtype=np.float64)
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"{len(x)} counts and {len(y)} scores make no curve")
+    edges = np.linspace(x.min(), x.max(), num_bins)
+    index = np.digitize(x, edges, right=True)
+    size = np.bincount(index, minlength=num_bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(index, y, minlength=num_bins) / size
+        std = np.sqrt(np.bincount(index, (y - mean[index]) ** 2, minlength=num_bins) / size)
+    return Curve(np.exp(edges), mean, std, size, index)
+
+
+def points(curve: Curve, bins: slice) -> tuple[Array, Array]:
+    """(ln position, mean) of the bins of a slice that hold pairs."""
+    x, y = np.log(curve.position[bins]), curve.mean[bins]
+    return x[~np.isnan(y)], y[~np.isnan(y)]
+
+
+def correlation(curve: Curve, bins: slice = slice(None)) -> tuple[float, float]:
+    """Pearson's rho of ln position and mean score over a slice of bins, and its two-sided p (t test, n-2).
+
+    The paper's slices: 1:-1 for classification, 2:-1 for LAION-400M, 0:-4 for SynthCI, 3: for retrieval. Empty bins are
+    left out; NaN for fewer than two bins or constant means.
+    """
+    x, y = points(curve, bins)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan"), float("nan")
+    result = stats.pearsonr(x, y)
+    return float(result.statistic), float(result.pvalue)
+
+
+def line(curve: Curve, bins: slice = slice(None)) -> tuple[float, float]:
+    """(slope, intercept) of the least-squares line through the same points; x is the natural logarithm."""
+    slope, intercept = np.polyfit(*points(curve, bins), 1)
+    return float(slope), float(intercept)
+
+
+def permutation_null(
+    counts: ArrayLike,
+    scores: ArrayLike,
+    groups: ArrayLike | None,
+    num_bins: int,
+    bins: slice = slice(None),
+    repetitions: int = 300,
+    seed: int = 0,
+) -> Array:
+    """rho of the curve (R,) when scores are shuffled: across everything (`groups` None), or within each group (P,).
+
+    Pooling datasets confounds: a dataset's mean frequency and mean accuracy alone give a correlation, and the shuffle
+    within datasets shows how much. Not in the paper.
+    """
+    curve, y = log_linear_curve(counts, scores, num_bins), np.asarray(scores, dtype=np.float64)
+    groups = np.zeros(len(y), dtype=np.int64) if groups is None else np.unique(groups, return_inverse=True)[1]
+    rng = np.random.default_rng(seed)
+    order = np.argsort(groups, kind="stable")
+    # sorting by (group, random number) permutes within groups
+    shuffled = np.lexsort((rng.random((repetitions, len(y))), np.broadcast_to(groups, (repetitions, len(y)))))
+    drawn = np.empty((repetitions, len(y)))
+    drawn[:, order] = y[shuffled]
+    member = np.eye(num_bins)[curve.index]  # (P, B)
+    with np.errstate(invalid="ignore"):
+        means = (drawn @ member / curve.size)[:, bins]  # (R, B)
+    x = np.log(curve.position[bins])
+    held = ~np.isnan(means[0])
+    x, means = x[held] - x[held].mean(), means[:, held] - means[:, held].mean(axis=1, keepdims=True)
+    return means @ x / np.sqrt((means**2).sum(axis=1) * (x @ x))
+
+
+def unbinned(counts: ArrayLike, scores: ArrayLike) -> dict[str, float]:
+    """Without bins: Pearson of all pairs with x = ln max(count, 1), and Spearman with the counts as they are."""
+    f, y = np.asarray(counts, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    return {
+        "pearson": float(stats.pearsonr(np.log(np.maximum(f, 1)), y).statistic),
+        "spearman": float(stats.spearmanr(f, y).statistic),
+    }
+
+
+def slope_per_decade(counts: ArrayLike, scores: ArrayLike, repetitions: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Least-squares slope of score on log10 max(count, 1) over concepts, 95 % bootstrap interval over concepts."""
+    x, y = np.log10(np.maximum(np.asarray(counts, dtype=np.float64), 1)), np.asarray(scores, dtype=np.float64)
+    rows = np.random.default_rng(seed).integers(len(x), size=(repetitions, len(x)))
+    centred = x[rows] - x[rows].mean(axis=1, keepdims=True)
+    slopes = (centred * y[rows]).sum(axis=1) / (centred**2).sum(axis=1)
+    low, high = np.quantile(slopes, (0.025, 0.975))
+    return {"slope": float(np.polyfit(x, y, 1)[0]), "low": float(low), "high": float(high)}
+
+
+# --------------------------------------------------------------------------------------------- what the counts are like
+
+
+def misalignment(text_pairs: ArrayLike, image_pairs: ArrayLike, dataset_size: int) -> tuple[int, float, float]:
+    """(number, of extracted, of dataset): samples with concepts on both sides, none of them in common.
+
+    Source: U:src/misalignment_degree_quantification.py:152. Pairs are (document, concept) rows. The second divides by
+    the larger of the two numbers of samples with any concept, the third, the paper's, by the size of the corpus.
+    """
+    text, image = (np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for pairs in (text_pairs, image_pairs))
+    width = 1 + max(text[:, 1].max(initial=0), image[:, 1].max(initial=0))
+    with_text, with_image = np.unique(text[:, 0]), np.unique(image[:, 0])
+    agreeing = np.intersect1d(pair_keys(text, width), pair_keys(image, width), assume_unique=True) // width
+    number = len(np.intersect1d(with_text, with_image, assume_unique=True)) - len(np.unique(agreeing))
+    return number, number / max(len(with_text), len(with_image), 1), number / dataset_size
+
+
+def frequency_agreement(a: dict[str, int], b: dict[str, int]) -> tuple[float, int]:
+    """(Spearman's rank correlation, n) of two corpora's counts over the n concepts that both name.
+
+    Upstream's notebook cuts two lists to equal length instead of aligning names, and mixes modalities.
+    """
+    names = sorted(a.keys() & b.keys())
+    return float(stats.spearmanr([a[n] for n in names], [b[n] for n in names]).statistic), len(names)
+
+
+def long_tail(counts: ArrayLike) -> dict[str, float]:
+    """How few concepts hold most of the occurrences. Source of the plot: U:notebooks/long-tailed-nature.ipynb."""
+    x = np.sort(np.asarray(counts, dtype=np.int64))
+    n, total, largest = len(x), x.sum(), x.max()
+    rank = np.arange(1, n + 1)
+    return {
+        "n": n,
+        "max": int(largest),
+        "n_zero": int((x == 0).sum()),
+        "n_plotted": int((x > 0).sum()),
+        "frac_norm_below_1e-3": float((x / largest < 1e-3).mean()),
+        "frac_norm_below_1e-2": float((x / largest < 1e-2).mean()),
+        "gini": float(((2 * rank - n - 1) * x).sum() / (n * total)),
+        "top1pct_share": float(x[n - max(n // 100, 1) :].sum() / total),
+        "median": float(np.median(x)),
+    }
+
+
+def two_slopes(imagenet: ArrayLike, tail: ArrayLike, split: float = 50.0) -> dict[str, float]:
+    """Slopes of tail accuracy on ImageNet accuracy (percent) for models below and above `split`, one line each.
+
+    Source: U:notebooks/let_it_wag_eval.ipynb cell 8.
+    """
+    x, y = np.asarray(imagenet, dtype=np.float64), np.asarray(tail, dtype=np.float64)
+    found: dict[str, float] = {}
+    for name, rows in (("below", x < split), ("above", x > split)):
+        found[f"n_{name}"] = int(rows.sum())
+        found[f"slope_{name}"] = float(np.polyfit(x[rows], y[rows], 1)[0]) if rows.sum() > 1 else float("nan")
+    return found
+
+
+def frequency_buckets(counts: ArrayLike, smallest: int = 100, largest: int = 1000) -> list[tuple[float, float]]:
+    """(min, max) count of the people study's buckets, most frequent first; `counts` of names of several words.
+
+    Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:38. A bucket ends where the count
+    changes and it has `smallest` names, or at `largest`; what is left at the end is dropped, as are zeros.
+    """
+    buckets: list[tuple[float, float]] = []
+    current: list[float] = []
+    for count in np.sort(np.asarray(counts))[::-1]:
+        if count <= 0:
+            break
+        if current and count < current[-1] and len(current) >= smallest:
+            buckets.append((float(current[-1]), float(current[0])))
+            current = []
+        current.append(count)
+        if len(current) == largest:
+            buckets.append((float(current[-1]), float(current[0])))
+            current = []
+    return buckets
+
+
+def pooled(
+    counts: Sequence[dict[str, int]], scores: Sequence[dict[str, float]]
+) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+    """(counts (P,), scores (P,), dataset (P,)) of several datasets' concepts; ValueError names one without a score."""
+    rows = []
+    for dataset, (frequency, score) in enumerate(zip(counts, scores, strict=True)):
+        missing = sorted(frequency.keys() - score.keys())
+        if missing:
+            raise ValueError(f"dataset {dataset} of those given has a count but no score for {missing[0]!r}")
+        rows += [(frequency[name], score[name], dataset) for name in sorted(frequency)]
+    count, score, dataset = (np.array(column) for column in zip(*rows, strict=True))
+    return count.astype(np.int64), score.astype(np.float64), dataset.astype(np.int64)

@@ -1,0 +1,256 @@
+"""Evaluate the controlled experiment: `python -m concept_frequency.eval RUN... [--report FILE] [--replay FILE]`.
+
+The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009, `U:`) puts accuracy of
+each concept against its count. Here are the scores of concepts (zero-shot, retrieval); statistics are in curves.py,
+the tail benchmark in let_it_wag.py, lists in concepts.py, all under one name here. Any open_clip model: measure.py;
+the authors' published files: replay.py. For each run: concepts are counted in its captions with our own pipeline,
+scored on a drawing style never trained on, and put on the curve; with `--report` all runs, named ARM-seedN, are
+compared.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import open_clip
+import torch
+import tyro
+from torch import Tensor
+
+from concept_frequency import count, let_it_wag, train
+from concept_frequency.claims import ARMS, METRICS, PLANTED, compare  # noqa: F401
+from concept_frequency.concepts import (  # noqa: F401
+    Concepts,
+    caption_concepts,
+    concept_scores,
+    load_counts,
+    load_results,
+    mean_scores,
+    prompts_with_concept,
+    read_concepts,
+)
+from concept_frequency.curves import (  # noqa: F401
+    Curve,
+    correlation,
+    frequency_agreement,
+    frequency_buckets,
+    log_linear_curve,
+    long_tail,
+    misalignment,
+    permutation_null,
+    slope_per_decade,
+    two_slopes,
+    unbinned,
+)
+from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
+from shared import report, run, zeroshot
+
+NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
+
+
+# -------------------------------------------------------------------------------------------------- scores of a concept
+
+
+def zero_shot_classifier(prompts: Tensor) -> Tensor:
+    """Text features (C, T, D) of T prompts a class -> (D, C): normalise, mean, again. U:src/zero_shot_eval.py:90."""
+    return zeroshot.zeroshot_classifier(prompts)
+
+
+def per_class_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """(percent, percent (C,) of each class; NaN without samples) from logits (N, C). U:src/zero_shot_eval.py:238."""
+    hits = zeroshot.label_ranks(logits, labels) < 1
+    return zeroshot.percent(hits), zeroshot.per_class_accuracy(hits, labels, logits.shape[1])
+
+
+def concept_recall(
+    image: Tensor, text: Tensor, concepts: Concepts, k: int
+) -> tuple[float, float, dict[str, float], dict[str, float]]:
+    """Recall@k of texts for images and of images for texts, and both for each concept; fractions.
+
+    Source: U:src/retrieval_eval.py:164. image (I, D), text (nI, D), captions ni..ni+n-1 belong to image i. A concept's
+    text-to-image recall is the mean over the captions that carry it, its image-to-text recall over the images.
+    """
+    text_to_image = torch.arange(len(image)).repeat_interleave(len(text) // len(image))
+    to_text, to_image = (ranks < k for ranks in zeroshot.retrieval_ranks(image, text, text_to_image))
+    t2i, i2t = to_image.double(), to_text.double()
+    return (
+        t2i.mean().item(),
+        i2t.mean().item(),
+        {name: t2i[rows].mean().item() for name, rows in concepts.to_texts.items()},
+        {name: i2t[rows].mean().item() for name, rows in concepts.to_images.items()},
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders of `concept_frequency.train`."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set with the concepts' names among its classes."""
+    views: int = 8
+    """Fixed views of each test image, the plain one first: a finer accuracy from few images."""
+    spacy: str = "en_core_web_sm"
+    """spaCy pipeline that tags the captions."""
+    report: str | None = None
+    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    replay: str | None = None
+    """results.json of `concept_frequency.replay`, whose claims join the table."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast of the encoders, as in training."""
+
+
+def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
+    """(metrics, {concept: {"assigned", "text", "image", "integrated", "accuracy"}}) of one run."""
+    state = run.load_checkpoint(folder / "checkpoint.pt")
+    settings = state["config"]
+    model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
+    model.load_state_dict(state["state_dict"])
+    tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
+    assigned = load_counts(folder / "frequencies.json")
+    names = list(assigned)
+    test = train.read_test_set(cfg.eval_set, names)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    accuracy = train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision).double().numpy()
+
+    counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
+    exchanged = count_exchanged(folder, settings, names, cfg.spacy)
+    frequency = np.array(list(assigned.values()))
+    metrics = {
+        "top1": float(accuracy.mean()),
+        "misaligned": 100 * counted.misaligned / counted.documents,
+        "misaligned_planted": 100 * exchanged.misaligned / exchanged.documents,
+        "seconds": run.read_metrics(folder)[-1]["seconds"],
+    }
+    if np.ptp(frequency) > 1:  # else all are equally frequent, and there is no curve
+        metrics |= curve_metrics(frequency, accuracy, counted.both)
+        counts = (
+            {name: n.item() for name, n in zip(names, each, strict=True)} for each in (counted.text, counted.both)
+        )
+        metrics["counted_text"], metrics["counted_both"] = (frequency_agreement(assigned, each)[0] for each in counts)
+    columns = {
+        "assigned": frequency,
+        "text": counted.text,
+        "image": counted.image,
+        "integrated": counted.both,
+        "accuracy": accuracy,
+    }
+    table = {name: {key: values[i].item() for key, values in columns.items()} for i, name in enumerate(names)}
+    return metrics, table
+
+
+def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
+    """One arm by assigned and by counted frequency, and what is left without bins or with shuffled scores."""
+    curve, by_count = (log_linear_curve(each, accuracy, NUM_BINS) for each in (frequency, counted))
+    null = permutation_null(frequency, accuracy, None, NUM_BINS, INNER)
+    slope, flat = slope_per_decade(frequency, accuracy), unbinned(frequency, accuracy)
+    return {
+        "rho": correlation(curve, INNER)[0],
+        "rho_all_bins": correlation(curve)[0],
+        "rho_counted": correlation(by_count, INNER)[0],
+        "rho_null": float(null.mean()),
+        "rho_null_std": float(null.std()),
+        "slope": slope["slope"],
+        "slope_low": slope["low"],
+        "slope_high": slope["high"],
+        "r_log": flat["pearson"],
+        "r_linear": float(np.corrcoef(frequency, accuracy)[0, 1]),
+        "spearman": flat["spearman"],
+    }
+
+
+def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
+    """Concepts of an arm's corpus by our own count: nouns of captions, labels of images, and both."""
+    cfg = count.Config(
+        data=(str(path),), out=str(path.with_suffix("")), spacy=pipeline, query_spacy=pipeline, label_column="concept",
+        workers=1,
+    )  # fmt: skip
+    return count.count_corpus(cfg, names)
+
+
+def count_exchanged(folder: Path, settings: dict, names: list[str], pipeline: str) -> count.Counted:
+    """The same corpus with a known share of its captions exchanged."""
+    cfg = train.Config(**settings | {"misaligned": PLANTED / 100, "groups": tuple(settings["groups"])})
+    corpus = train.read_corpus(cfg.data, names, (), len(names), False)
+    train.write_pairs(folder / "exchanged.parquet", corpus, train.make_pairs(cfg, corpus)[1])
+    return count_pairs(folder / "exchanged.parquet", names, pipeline)
+
+
+def tail_benchmark(folder: Path, table: dict[str, dict], cfg: Config) -> Path:
+    """Let It Wag! of one seed: the least frequent half of the concepts, by our counts in the Zipf arm.
+
+    Images that no arm was trained on: the unseen style and the held-out drawings of the others, less near-duplicates,
+    one a class. Only classes with more than one image are kept, which is the authors' rule with 450.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, out = folder / "counts.json", folder / "set"
+    run.write_json(counts, {name: row["integrated"] for name, row in table.items()})
+    images = (cfg.eval_set, *filter(lambda path: Path(path).is_dir(), [cfg.eval_set.replace("_ood", "_id")]))
+    let_it_wag.build(
+        let_it_wag.Config(
+            counts=(str(counts),), images=tuple(dict.fromkeys(images)), out=str(out), n=len(table) // 2, per_class=1
+        )
+    )
+    return out
+
+
+def tail_accuracy(run_folder: Path, table: dict[str, dict], benchmark: Path, cfg: Config, process: run.Process) -> dict:
+    """{"tail", "rest"}: percent on the benchmark, and on the other concepts' images, among all K concepts."""
+    state, names = run.load_checkpoint(run_folder / "checkpoint.pt"), list(table)
+    settings = state["config"]
+    model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
+    model.load_state_dict(state["state_dict"])
+    tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    test, tail = train.read_test_set(str(benchmark), names), read_concepts(benchmark)
+    accuracy = train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision)
+    rest = [row["accuracy"] for name, row in table.items() if name not in tail]
+    return {"tail": accuracy.nanmean().item(), "rest": float(np.mean(rest)), "tail_classes": len(tail)}
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
+    """`evaluate_run`, kept beside the checkpoint (results.json, results.md), and not repeated while nothing changed."""
+    folder = Path(path)
+    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "precision")} | {"code": run.commit()}
+    file, checkpoint = folder / "results.json", folder / "checkpoint.pt"
+    if file.exists() and checkpoint.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
+        kept = json.loads(file.read_text())
+        if kept["setting"] == setting:
+            return kept["metrics"], kept["concepts"]
+    metrics, table = evaluate_run(folder, cfg, process)
+    rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+    (folder / "results.md").write_text(report.table(rows) + "\n")
+    run.write_json(file, {"setting": setting, "metrics": metrics, "concepts": table})
+    return metrics, table
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder")
+    results = []
+    for path in cfg.runs:
+        results.append(evaluated(path, cfg, process))
+        metrics = results[-1][0]
+        print(
+            f"{path}: "
+            + ", ".join(f"{heading} {metrics[key]:.2f}" for key, heading in METRICS.items() if key in metrics)
+        )
+    if cfg.report:
+        zipf = {Path(p).name: table for p, (_, table) in zip(cfg.runs, results, strict=True)}
+        for path, (metrics, table) in zip(cfg.runs, results, strict=True):
+            seed = path.rpartition("-seed")[2]
+            if (reference := zipf.get(f"zipf-seed{seed}")) is not None:
+                benchmark = tail_benchmark(Path(path).parent / f"let_it_wag-seed{seed}", reference, cfg)
+                metrics |= tail_accuracy(Path(path), table, benchmark, cfg, process)
+        compare(list(cfg.runs), results, Path(cfg.report), cfg.replay)
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

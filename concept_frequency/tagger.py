@@ -1,0 +1,235 @@
+"""Image taggers: which concepts does an image show? Any callable f32 (B, 3, H, W) -> f32 (B, K) in 0..1 will do.
+
+Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`; their tagger is RAM++ (arXiv 2310.15200),
+chosen over CLIP scores and open-vocabulary detectors, which were worse on fine-grained names (paper, App. F).
+  RAM++   `load_ram_plus`: Swin-L, 384 pixels squashed, `model.OpenSetHead` on descriptions; needs its checkpoint
+  CLIP    `load_clip_tagger`: any open_clip model out of the box: concept against a plain photo
+  yours   `package.module:function`, called with (names, device) for a `Tagger`
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2 as transforms
+from PIL import Image
+from timm.models.swin_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from concept_frequency.concepts import read_descriptions
+from concept_frequency.model import OpenSetHead, label_embedding
+from shared import run
+from shared.zeroshot import encode_texts
+
+PLAIN = ("a photo.", "an image.", "a picture of something.")  # what a concept has to beat
+
+
+class Tagger(NamedTuple):
+    transform: Callable[[Image.Image], Tensor]  # image -> (3, H, W)
+    probabilities: Callable[[Tensor], Tensor]  # (B, 3, H, W) -> (B, K)
+
+
+def describe(names: Sequence[str], descriptions: str | None) -> list[list[str]]:
+    """Texts of each concept: `a photo of a {c}.`, or what a file in the authors' layout has (51 of GPT-4 each).
+
+    Source: U:src/gpt_descriptions_for_ram.py:24: the fixed text, and 5 prompts x 10 samples at temperature 0.99.
+    """
+    if not descriptions:
+        return [[f"a photo of a {name}."] for name in names]
+    given = read_descriptions(descriptions)
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(f"{descriptions} describes {len(given)} concepts, but not {missing[0]!r}")
+    return [given[name] for name in names]
+
+
+def embed(model: nn.Module, tokenizer: Callable, texts: Sequence[Sequence[str]], device: torch.device) -> list[Tensor]:
+    """Text features (M, D) of each concept's descriptions."""
+    flat = [text for each in texts for text in each]
+    features = encode_texts(model.encode_text, tokenizer, flat, 256, device, desc="descriptions")
+    return list(features.split([len(each) for each in texts]))
+
+
+# ----------------------------------------------------------------------------------------------------------------- CLIP
+
+
+def clip_tagger(
+    model: nn.Module, tokenizer: Callable, names: Sequence[str], descriptions: str | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """p = sigmoid(exp(s) (<x, t_c> - max_plain <x, t_plain>)): the concept against a caption that names nothing.
+
+    t_c is the mean over descriptions of `label_embedding`. With two captions to choose from, this is CLIP's own
+    softmax.
+    """
+    rows = embed(model, tokenizer, describe(names, descriptions), device)
+    concepts = torch.cat([label_embedding(each[None]) for each in rows]).to(device)  # (K, D)
+    plain = F.normalize(embed(model, tokenizer, [PLAIN], device)[0], dim=-1).to(device)
+    scale = model.logit_scale.detach().exp().float()
+
+    def probabilities(images: Tensor) -> Tensor:
+        x = F.normalize(model.encode_image(images).float(), dim=-1)
+        return (scale * (x @ concepts.T - (x @ plain.T).amax(dim=1, keepdim=True))).sigmoid()
+
+    return probabilities
+
+
+def load_clip_tagger(name: str, pretrained: str, names: Sequence[str], descriptions: str | None, device: str) -> Tagger:
+    """A tagger of open_clip's model `name` with weights `pretrained` (a tag, or a checkpoint file)."""
+    from concept_frequency.measure import load_model
+
+    model, transform, tokenizer = load_model(name, pretrained, torch.device(device))
+    return Tagger(transform, clip_tagger(model, tokenizer, names, descriptions, torch.device(device)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- RAM++
+
+
+class CrossAttention(nn.Module):
+    """One layer of RAM++'s tagging head: BERT's, its self-attention taken out. U:ram_model/ram/models/bert.py:316.
+
+    Module names are those of the checkpoint.
+    """
+
+    def __init__(self, width: int = 768, dim: int = 512, heads: int = 4, hidden: int = 3072):
+        super().__init__()
+        self.heads = heads
+        attention = nn.ModuleDict(
+            {"query": nn.Linear(width, width), "key": nn.Linear(dim, width), "value": nn.Linear(dim, width)}
+        )
+        self.crossattention = nn.ModuleDict({"self": attention, "output": _dense_norm(width, width)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = _dense_norm(hidden, width)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """queries (B, K, width), tokens (B, L, dim) -> (B, K, width)."""
+        attention, output = self.crossattention["self"], self.crossattention["output"]
+        q, k, v = (
+            attention[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, x in (("query", queries), ("key", tokens), ("value", tokens))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        queries = output["LayerNorm"](queries + output["dense"](mixed))
+        hidden = F.gelu(self.intermediate["dense"](queries))
+        return self.output["LayerNorm"](queries + self.output["dense"](hidden))
+
+
+def _dense_norm(width: int, out: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"dense": nn.Linear(width, out), "LayerNorm": nn.LayerNorm(out, eps=1e-12)})
+
+
+class TaggingHead(nn.Module):
+    """Layers of cross-attention from concepts to image tokens."""
+
+    def __init__(self, num_layers: int = 2, **sizes: int):
+        super().__init__()
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([CrossAttention(**sizes) for _ in range(num_layers)])})
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        for layer in self.encoder["layer"]:
+            queries = layer(queries, tokens)
+        return queries
+
+
+class RAMPlus(nn.Module):
+    """RAM++ for given concepts: image (B, 3, S, S), descriptions (K, M, 512) -> probabilities (B, K).
+
+    Tokens are Swin's after its last norm, with their mean in front as CLS
+    (U:ram_model/ram/models/swin_transformer.py:560).
+    """
+
+    def __init__(self, swin: str = "swin_large_patch4_window12_384", image_size: int = 384):
+        super().__init__()
+        self.visual_encoder = timm.create_model(swin, num_classes=0, img_size=image_size)
+        self.head = OpenSetHead(TaggingHead(), self.visual_encoder.num_features)
+
+    def forward(self, images: Tensor, descriptions: Tensor) -> Tensor:
+        tokens = self.visual_encoder.forward_features(images).flatten(1, 2)  # (B, L, C)
+        return self.head(torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1), descriptions)
+
+    def load_checkpoint(self, state: dict[str, Tensor]) -> None:
+        """Weights of `ram_plus_swin_large_14m.pth` (entry `model`), less its own tags; ValueError if it is another."""
+        swin = {k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")}
+        swin = {k: v for k, v in swin.items() if "attn_mask" not in k and "relative_position_index" not in k}
+        parts = ("image_proj", "wordvec_proj", "tagging_head", "fc.", "reweight_scale")
+        rest = {k: v for k, v in state.items() if k.startswith(parts)}
+        try:
+            self.visual_encoder.load_state_dict(checkpoint_filter_fn(swin, self.visual_encoder))
+            self.head.load_state_dict(rest)
+        except RuntimeError as error:
+            raise ValueError(f"this is no checkpoint of RAM++: {str(error).splitlines()[-1].strip()[:200]}") from error
+
+
+def load_ram_plus(
+    checkpoint: str, names: Sequence[str], descriptions: str | None, text_model: tuple[str, str], device: str,
+    image_size: int = 384, average: bool = True,
+) -> Tagger:  # fmt: skip
+    """RAM++ with the authors' averaging of descriptions, or with its own reweighting of each (`average=False`).
+
+    `text_model` (name, weights) embeds the descriptions: ViT-B-16 of OpenAI's CLIP in the paper.
+    """
+    from concept_frequency.measure import load_model
+
+    place = torch.device(device)
+    state = run.load_checkpoint(checkpoint)
+    model = RAMPlus(image_size=image_size)
+    model.load_checkpoint(state.get("model", state))
+    model.to(place).eval()
+    clip, _, tokenizer = load_model(*text_model, place)
+    rows = embed(clip, tokenizer, describe(names, descriptions), place)
+    if average:
+        vectors = torch.stack([label_embedding(each[None])[0] for each in rows])[:, None]
+    else:
+        if len({len(each) for each in rows}) > 1:
+            raise ValueError("reweighting needs the same number of descriptions for all concepts")
+        vectors = F.normalize(torch.stack(rows), dim=-1)
+    vectors = vectors.to(place)
+    transform = transforms.Compose(
+        [
+            transforms.Resize((image_size, image_size)),  # squashed, not cropped
+            transforms.PILToTensor(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+    def probabilities(images: Tensor) -> Tensor:
+        with torch.autocast(place.type, torch.float16, enabled=place.type == "cuda"):
+            return model(images, vectors)
+
+    return Tagger(transform, probabilities)
+
+
+# ------------------------------------------------------------------------------------------------------------------ any
+
+
+def load_tagger(
+    kind: str, names: Sequence[str], model: str, pretrained: str, checkpoint: str, descriptions: str | None,
+    average: bool, device: str,
+) -> Tagger:  # fmt: skip
+    """The tagger that `kind` names: clip, ram++ or package.module:function."""
+    if kind == "clip":
+        return load_clip_tagger(model, pretrained, names, descriptions, device)
+    if kind == "ram++":
+        if not checkpoint:
+            raise ValueError("--tagger ram++ needs --checkpoint, the file ram_plus_swin_large_14m.pth")
+        return load_ram_plus(checkpoint, names, descriptions, (model, pretrained), device, average=average)
+    module, colon, function = kind.partition(":")
+    if not colon:
+        raise ValueError(f"--tagger is clip, ram++ or package.module:function, not {kind!r}")
+    try:
+        return Tagger(*getattr(importlib.import_module(module), function)(list(names), torch.device(device)))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--tagger {kind}: {error}") from error
+
+
+@torch.inference_mode()
+def tag_images(
+    images: Tensor | Sequence[Tensor], tagger: Callable[[Tensor], Tensor], batch_size: int = 64
+) -> np.ndarray:
+    """Probabilities (N, K) in half precision, as the authors keep them, of images (N, 3, H, W) or batches of such."""
+    batches = images.split(batch_size) if isinstance(images, Tensor) else images
+    return np.concatenate([tagger(batch).float().cpu().numpy().astype(np.float16) for batch in batches])

@@ -1,0 +1,1 @@
+"""NMTune: noisy model learning (arXiv 2309.17002)."""

@@ -1,0 +1,410 @@
+"""Every setting of pre-training, tuning, fine-tuning and the controlled study, presets, and what is refused early.
+
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Tuning presets are its README's
+commands, pre-training presets what its checkpoint names tell; `emoji*` are ours.
+"""
+
+import dataclasses
+from typing import Literal
+
+NOISE = (0, 5, 10, 20, 30)  # per cent
+
+# -------------------------------------------------------------------------------------------------------- pre-training
+
+
+@dataclasses.dataclass
+class PretrainConfig:
+    """Pre-training on noisy supervision: of an image classifier on labels, or of a CLIP on captions."""
+
+    out: str = "runs/nmtune/pretrain"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    kind: Literal["supervised", "clip"] = "supervised"
+    """supervised: a timm model on labels. clip: an open_clip model on image-text pairs."""
+    data: str = ""
+    """supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt. clip:
+    shards 'yfcc15m/{00000..01538}.tar' or a .tsv. Both: data/emoji:TASK:pretrain."""
+    noise: float = 0.0
+    """Noise ratio gamma: this share of the labels is flipped, or int(N gamma/2) random pairs swap their captions. The
+    share that really changed is printed, and kept in the checkpoint."""
+    exclude_true: bool = True
+    """A flipped label becomes another class (the paper). Off: any class, the true one included (upstream's routine)."""
+    noise_seed: int | None = None
+    """Seed of the noise; None: `seed`."""
+    model: str = "resnet50"
+    """timm or open_clip model."""
+    epochs: int = 90
+    """Passes over the data."""
+    batch_size: int = 1024
+    """Images per step, over all processes together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has Nesterov momentum 0.9; neither decays biases and gains."""
+    lr: float = 0.5
+    """Peak learning rate; a cosine by step takes it to 0."""
+    warmup: int = 5000
+    """Steps of linear warm-up."""
+    weight_decay: float = 5e-5
+    """Decay of matrices."""
+    label_smoothing: float = 0.0
+    """Of the supervised cross-entropy."""
+    crop_scale: float = 0.08
+    """Smallest share of an image that a training crop covers (supervised; clip has open_clip's 0.9)."""
+
+    seed: int = 0
+    """Seed of initial weights, noise, shuffles and views."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+
+EMOJI_SUPERVISED = PretrainConfig(  # little augmentation and decay: it is to memorise a part of the wrong labels
+    data="data/emoji:subgroup:pretrain",
+    model="resnet_emoji",
+    epochs=30,
+    batch_size=128,
+    optimizer="adamw",
+    lr=3e-3,
+    warmup=50,
+    weight_decay=0.01,
+    crop_scale=0.95,
+    workers=0,
+    save_every=200,
+)
+EMOJI_CLIP = dataclasses.replace(
+    EMOJI_SUPERVISED, kind="clip", model="ViT-emoji", epochs=18, lr=1e-3, warmup=64, weight_decay=0.2
+)
+IN1K = PretrainConfig()
+YFCC = PretrainConfig(
+    kind="clip", model="RN50", epochs=32, optimizer="adamw", lr=5e-4, warmup=10_000, weight_decay=0.2, batch_size=2048
+)
+JOURNAL = dataclasses.replace(YFCC, model="ViT-B-16", batch_size=8192, weight_decay=0.1)
+
+
+def _levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict[str, tuple[str, PretrainConfig]]:
+    return {
+        f"{name}-{level:02d}": (
+            f"{what}, {level} % noise",
+            dataclasses.replace(base, noise=level / 100, **{k: v[level] for k, v in by_level.items()}),
+        )
+        for level in NOISE
+    }
+
+
+PRETRAIN_PRESETS = {
+    **_levels("emoji-sup", "small ResNet on emoji subgroups, minutes on one CPU core", EMOJI_SUPERVISED),
+    **_levels("emoji-clip", "small CLIP on emoji captions, minutes on one CPU core", EMOJI_CLIP),
+    **_levels("in1k-rn50", "ResNet-50 on ImageNet-1K labels", IN1K),
+    # upstream's run names tell the batch a GPU (256 or 512) but not the number of GPUs; 8 are assumed here
+    **_levels(
+        "yfcc15m-rn50",
+        "CLIP RN50 on YFCC15M captions",
+        YFCC,
+        batch_size={0: 2048, 5: 2048, 10: 4096, 20: 4096, 30: 2048},
+    ),
+    **_levels("cc12m-yfcc15m-vit-b-16", "journal: CLIP ViT-B/16 on CC12M + YFCC15M captions", JOURNAL),
+}
+
+
+def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        wanted = (
+            "image-text shards in img2dataset layout, e.g. --data 'yfcc15m/{00000..01538}.tar'"
+            if cfg.kind == "clip"
+            else "labelled images, e.g. --data /data/imagenet/train or --data /data/wds_imagenet1k:train"
+        )
+        raise ValueError(f"--data is missing: it takes {wanted}")
+    if not 0 <= cfg.noise <= 1:
+        raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
+    _positive(cfg, "epochs", "batch_size", "save_every", "log_every")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+
+@dataclasses.dataclass
+class Config:
+    """Tuning of a head on frozen features. The defaults are NMTune as the authors' README runs it."""
+
+    out: str = "runs/nmtune/tune"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    features: str = ""
+    """A features file (.npz) instead of encoder and images: `features` (N, D), or (V, N, D) for V views of each image,
+    and `labels` (N,); optionally test sets as `NAME_features` (M, D), `NAME_labels` (M,). Any model, any modality."""
+    encoder: str = ""
+    """Frozen encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
+    checkpoint: str = ""
+    """Its weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` for timm's own."""
+    benchmark: str = ""
+    """One of the paper's downstream tasks, found below `root`: cifar10 ... rendered_sst2, domainnet-real, imagenet."""
+    root: str = "/data"
+    """Folder of the benchmarks' data sets."""
+    data: str = ""
+    """Training images otherwise: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
+    data/emoji:TASK:tune."""
+    tests: tuple[str, ...] = ()
+    """Test sets as NAME=PATH, paths as in `data`."""
+    train_fraction: float = 1.0
+    """Keep this share of every class of the training set."""
+    label_noise: float = 0.0
+    """Flip this share of the training labels to any class (upstream's noise in the *downstream* set)."""
+
+    method: Literal["lp", "mlp", "nmtune"] = "nmtune"
+    """lp: linear classifier. mlp: NMTune's head with cross-entropy alone. nmtune: with its three regularisers."""
+    w_mse: float = 1.0
+    """Weight of L_MSE."""
+    w_cov: float = 0.04
+    """Weight of L_COV."""
+    w_svd: float = 0.001
+    """Weight of L_SVD."""
+    svd_k: int = 5
+    """Leading singular values in L_SVD; the paper writes 1."""
+    ratio: float = 4.0
+    """Hidden width of the MLP over the feature dimension D."""
+    layers: int = 1
+    """Hidden layers of the MLP."""
+    residual: bool = True
+    """z = scale * MLP(f) + f; off: z = MLP(f)."""
+    scale_init: float = 1.0
+    """Start of the residual's scale."""
+    views: Literal["eval", "train", "train+rand"] = "train"
+    """eval: one view of each image by the evaluation transform, encoded once (upstream's LP). train: two training
+    views, new in every step (upstream's MLP, NMTune). train+rand: RandAugment on the second (its --use-weak-strong)."""
+    bank: int = 0
+    """V: encode V training views of each image once, and draw two of them in every step. 0: encode in every step."""
+
+    epochs: int = 30
+    """Passes over the training set."""
+    batch_size: int = 64
+    """Images per step (two rows each where there are two views), over all processes together."""
+    lr: float = 1e-3
+    """AdamW's learning rate; a cosine by step takes it to 0."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 1e-4
+    """AdamW's decay of all trained parameters, gains and biases included."""
+
+    seed: int = 3907
+    """Seed of initial weights, shuffles and views; 3907 is the authors'."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Autocast of the encoder; heads and losses are in fp32 always."""
+    workers: int = 4
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken image instead of counting and replacing it."""
+    save_every: int = 500
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        return (self.w_mse, self.w_cov, self.w_svd) if self.method == "nmtune" else (0.0, 0.0, 0.0)
+
+
+LP = Config(method="lp", lr=1e-2, views="eval")
+METHODS = {
+    "lp": ("linear probe, evaluation view", LP),
+    "lp-views": ("linear probe on NMTune's two views", dataclasses.replace(LP, views="train")),
+    "mlp": ("MLP baseline: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
+    "nmtune": ("NMTune with the authors' weights", Config()),
+    "nmtune-lambda": (
+        "NMTune with the paper's one weight and k = 1",
+        Config(w_mse=0.01, w_cov=0.01, w_svd=0.01, svd_k=1),
+    ),
+}
+ENCODERS = {  # rows of the paper's tables; which public weights it took for the last five is our reading of their names
+    "in1k-rn50": ("ResNet-50, noisy ImageNet-1K", "timm:resnet50", ""),
+    "yfcc15m-rn50": ("CLIP RN50, noisy YFCC15M", "open_clip:RN50", ""),
+    "swin-l": ("Swin-L, ImageNet-21K", "timm:swin_large_patch4_window7_224.ms_in22k", "pretrained"),
+    "convnext-l": ("ConvNeXt-L, LAION-2B", "timm:convnext_large_mlp.clip_laion2b_augreg", "pretrained"),
+    "vit-l": ("ViT-L, LAION-2B", "timm:vit_large_patch14_clip_224.laion2b", "pretrained"),
+    "efficientnet-b3": ("EfficientNet-B3, JFT-300M", "timm:tf_efficientnet_b3.ns_jft_in1k", "pretrained"),
+    "bit-m": ("ResNetv2-152x2, BiT-M", "timm:resnetv2_152x2_bit.goog_in21k", "pretrained"),
+}
+EMOJI = dict(
+    encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", bank=8, workers=0,
+    tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
+)  # fmt: skip
+PRESETS = {
+    **METHODS,
+    **{
+        f"{name}-{method}": (
+            f"{what}: {METHODS[method][0]}",
+            dataclasses.replace(METHODS[method][1], encoder=encoder, checkpoint=checkpoint),
+        )
+        for name, (what, encoder, checkpoint) in ENCODERS.items()
+        for method in ("lp", "mlp", "nmtune")
+    },
+    **{
+        f"emoji-{method}": (f"embedded corpus: {what}", dataclasses.replace(cfg, **EMOJI))
+        for method, (what, cfg) in METHODS.items()
+    },
+}  # fmt: skip
+
+
+def check(cfg: Config, world_size: int = 1) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    sources = [name for name in ("features", "benchmark", "data") if getattr(cfg, name)]
+    if len(sources) != 1:
+        given = " and ".join(f"--{name}" for name in sources) or "none"
+        raise ValueError(
+            f"name one source of training data, not {given}: --features FILE.npz, --benchmark NAME --root DIR, or "
+            "--data PATH, a folder DIR/CLASS/*.jpg, DIR:train of a webdataset or a list FILE.txt"
+        )
+    if cfg.features and cfg.encoder:
+        raise ValueError("--features takes the place of an encoder: leave out --encoder, or name images with --data")
+    if not cfg.features and not cfg.encoder:
+        raise ValueError(
+            "--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of `python -m nmtune.pretrain`"
+        )
+    if not 0 < cfg.train_fraction <= 1:
+        raise ValueError(f"--train-fraction {cfg.train_fraction} is a share above 0, at most 1")
+    if not 0 <= cfg.label_noise <= 1:
+        raise ValueError(f"--label-noise {cfg.label_noise} is a share between 0 and 1")
+    if any("=" not in test for test in cfg.tests):
+        raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
+    if cfg.bank == 1 or cfg.bank < 0:
+        raise ValueError(f"--bank {cfg.bank} has to be 0, or at least 2 views to draw two of")
+    if cfg.svd_k < 1:
+        raise ValueError(f"--svd-k must be at least 1, not {cfg.svd_k}")
+    _positive(cfg, "epochs", "batch_size", "save_every", "log_every")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+
+
+def _positive(cfg: object, *names: str) -> None:
+    for name in names:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@dataclasses.dataclass
+class FinetuneConfig:
+    """The journal extension: the encoder itself is tuned, wholly or by LoRA, with two of the regularisers."""
+
+    out: str = "runs/nmtune/finetune"
+    """Run folder, as in training."""
+    encoder: str = ""
+    """Encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
+    checkpoint: str = ""
+    """Its weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` for timm's own."""
+    benchmark: str = ""
+    """One of the paper's downstream tasks, found below `root`: cifar10 ... rendered_sst2, domainnet-real, imagenet."""
+    root: str = "/data"
+    """Folder of the benchmarks' data sets."""
+    data: str = ""
+    """Training images otherwise: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
+    data/emoji:TASK:tune."""
+    tests: tuple[str, ...] = ()
+    """Test sets as NAME=PATH, paths as in `data`."""
+    lora: bool = False
+    """Train rank-8 adapters of the blocks' MLPs and the classifier, instead of everything."""
+    w_cov: float = 0.04
+    """Weight of L_COV on the encoder's features."""
+    w_svd: float = 0.001
+    """Weight of L_SVD on them."""
+    svd_k: int = 5
+    """Leading singular values in L_SVD."""
+    epochs: int = 30
+    """Passes over the training set."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 1e-4
+    """AdamW's learning rate; a cosine by step takes it to 0."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 1e-4
+    """AdamW's decay of all trained parameters."""
+    seed: int = 3907
+    """Seed of initial weights, shuffles and views; 3907 is the authors'."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Autocast of the encoder; losses are in fp32 always."""
+    workers: int = 4
+    """Loader processes; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken image instead of counting and replacing it."""
+    save_every: int = 500
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    dry_run: bool = False
+    """Print sizes and schedule, and stop; needs no data."""
+
+
+EMOJI_TUNE = dict(
+    encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", workers=0, epochs=10,
+    tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
+)  # fmt: skip
+FINETUNE_PRESETS = {
+    "full": ("all of the encoder, with both regularisers", FinetuneConfig()),
+    "full-plain": ("all of the encoder, cross-entropy alone", FinetuneConfig(w_cov=0.0, w_svd=0.0)),
+    "lora": ("rank-8 adapters, with both regularisers", FinetuneConfig(lora=True, lr=1e-3)),
+    "lora-plain": ("rank-8 adapters, cross-entropy alone", FinetuneConfig(lora=True, lr=1e-3, w_cov=0.0, w_svd=0.0)),
+    "emoji-full": ("embedded corpus: all of the encoder", FinetuneConfig(**EMOJI_TUNE, lr=5e-4)),
+    "emoji-full-plain": (
+        "embedded corpus: all of the encoder, cross-entropy alone",
+        FinetuneConfig(**EMOJI_TUNE, lr=5e-4, w_cov=0.0, w_svd=0.0),
+    ),
+    "emoji-lora": (
+        "embedded corpus: adapters of the small CLIP",
+        FinetuneConfig(**{**EMOJI_TUNE, "encoder": "runs/nmtune/clip-30-seed0"}, lora=True, lr=2e-3),
+    ),
+}
+
+
+def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if world_size > 1:
+        raise ValueError("fine-tuning takes its regularisers over one process' batch: start it without torchrun")
+    if not cfg.encoder:
+        raise ValueError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
+    if bool(cfg.data) == bool(cfg.benchmark):
+        raise ValueError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
+    _positive(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
+
+
+# ----------------------------------------------------------------------------------------------------- controlled study
+
+
+@dataclasses.dataclass
+class StudyConfig:
+    """The controlled study of one pre-trained encoder: its spectrum, and every head tuned from several seeds."""
+
+    encoder: str = "runs/nmtune/sup-30-seed0"
+    """Run folder of `python -m nmtune.pretrain`; study.json and spectra.npz are written into it."""
+    tasks: tuple[str, ...] = ("subgroup",)
+    """Labels of the downstream tasks on held-out emoji: group, subgroup, name."""
+    methods: tuple[str, ...] = ("lp", "lp-views", "mlp", "nmtune")
+    """Heads, by the presets of nmtune.train."""
+    seeds: int = 5
+    """Tuning seeds of every head."""
+    bank: int = 8
+    """Training views of an image that are encoded once; two of them are drawn in every step."""
+    epochs: int = 30
+    """Passes over the training set."""
+    batch_size: int = 64
+    """Images per step."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""

@@ -1,0 +1,329 @@
+"""Labelled images for pre-training, tuning and testing, by row: `len`, `labels`, `classnames`, `read(row)`.
+
+A set is named by a path:
+    DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar)
+    DIR                         image folder, DIR/CLASS/*.jpg; classes in the order of their folders' names
+    FILE.txt                    lines `path label`, paths from the file's own folder up (DomainNet)
+    data/emoji:TASK:PART        the embedded corpus; TASK group, subgroup or name, PART pretrain, tune, id or ood
+`benchmark` knows the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
+"""
+
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared import data
+from shared.data import IMAGE_EXTENSIONS, BrokenSample, decode_image, stable_hash
+
+SMALL = 2**25  # sets of less than 32 MB in files are kept decoded
+HELD_OUT = 0.5  # share of the emoji that pre-training never sees: downstream tasks are made of them
+ID_TEST = 0.4  # share of their drawings in known styles that tuning does not see
+
+
+class LabelledImages:
+    """Images somewhere in files, as (file, offset, size) with size -1 for a whole file, and their labels (N,) int64.
+
+    `read` has the shape that `shared.data.read_or_next` wants, so that broken images are counted and replaced.
+    """
+
+    def __init__(self, files: Sequence[str], spans: np.ndarray, labels: Sequence[int], classnames: Sequence[str]):
+        if not len(labels):
+            raise ValueError(f"no labelled image in {files[0] if len(files) else 'an empty set'}")
+        self.files, self.spans = list(files), np.asarray(spans, dtype=np.int64).reshape(-1, 3)
+        self.labels, self.classnames = np.asarray(labels, dtype=np.int64), list(classnames)
+        if not 0 <= self.labels.min() <= self.labels.max() < len(self.classnames):
+            raise ValueError(
+                f"labels {self.labels.min()} to {self.labels.max()} of {files[0]} do not fit {len(classnames)} classes"
+            )
+        self.keys = np.array([f"{self.files[file]}@{offset}" for file, offset, _ in self.spans], dtype=np.str_)
+        self.strict, self.border = False, 0
+        sizes = self.spans[:, 2]
+        self._kept: dict[int, Image.Image] | None = {} if sizes.min() >= 0 and sizes.sum() < SMALL else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classnames)
+
+    @property
+    def fingerprint(self) -> str:
+        return data.fingerprint(self.keys.tobytes(), self.labels.tobytes())
+
+    def read(self, row: int) -> tuple[Image.Image, int]:
+        """(RGB image, label) of that row. Raises BrokenSample."""
+        if self._kept is not None and row in self._kept:
+            return self._kept[row], int(self.labels[row])
+        file, offset, size = self.spans[row].tolist()
+        try:
+            with open(self.files[file], "rb") as stream:
+                stream.seek(offset)
+                image = decode_image(stream.read(size))
+        except OSError as error:
+            raise BrokenSample("missing image") from error
+        if self.border:
+            image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
+        if self._kept is not None:
+            self._kept[row] = image
+        return image, int(self.labels[row])
+
+    def subset(self, rows: np.ndarray) -> "LabelledImages":
+        return LabelledImages(self.files, self.spans[rows], self.labels[rows], self.classnames)
+
+    def relabelled(self, labels: np.ndarray) -> "LabelledImages":
+        return LabelledImages(self.files, self.spans, labels, self.classnames)
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+
+def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """{key: {ending: (offset, size)}} of a tar, in its order."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, ending = member.name.partition(".")
+                members.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a tar file ({error})") from error
+    return members
+
+
+def _bytes(path: Path, span: tuple[int, int]) -> bytes:
+    with open(path, "rb") as stream:
+        stream.seek(span[0])
+        return stream.read(span[1])
+
+
+def _image(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    return next((files[ending] for ending in IMAGE_EXTENSIONS if ending in files), None)
+
+
+def clip_benchmark(folder: Path, split: str) -> LabelledImages:
+    """One split of a classification set in the CLIP-benchmark webdataset layout."""
+    tars = sorted((folder / split).glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    if not tars:
+        raise FileNotFoundError(f"{folder / split} holds no .tar file; a set is named DIR:test or DIR:train")
+    names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
+    spans, labels = [], []
+    for i, tar in enumerate(tars):
+        content = tar.read_bytes() if tar.stat().st_size < SMALL else None
+        for key, files in tar_members(tar).items():
+            image, span = _image(files), files.get("cls")
+            if image is None or span is None:
+                raise ValueError(f"{tar}, sample {key!r} has no {'image' if image is None else '.cls file'}")
+            text = content[span[0] : sum(span)] if content is not None else _bytes(tar, span)
+            try:
+                labels.append(int(text))
+            except ValueError as error:
+                raise ValueError(f"{tar}, sample {key!r} has the label {text[:20]!r}, which is no integer") from error
+            spans.append((i, *image))
+    return LabelledImages([str(tar) for tar in tars], spans, labels, names)
+
+
+def image_folder(root: Path) -> LabelledImages:
+    """DIR/CLASS/image; class folders named by numbers (ImageNet-V2) are ordered as such."""
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    numbers = all(path.name.isdecimal() for path in folders)
+    folders.sort(key=lambda path: (int(path.name) if numbers else 0, path.name))
+    files, labels = [], []
+    for label, folder in enumerate(folders):
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in (*IMAGE_EXTENSIONS, "bmp"))
+        files += map(str, found)
+        labels += [label] * len(found)
+    if not files:
+        raise FileNotFoundError(f"{root} holds no image in a folder of its class, {root}/CLASS/*.jpg")
+    return _whole(files, labels, [folder.name for folder in folders])
+
+
+def image_list(path: Path) -> LabelledImages:
+    """Lines `relative/path label`. Class names are those of the folders the images are in, as far as they agree."""
+    try:
+        rows = [line.rsplit(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        labels = [int(label) for _, label in rows]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not `path label` ({error})") from error
+    names = [str(i) for i in range(max(labels, default=-1) + 1)]
+    for (file, _), label in zip(rows, labels, strict=True):
+        names[label] = Path(file).parent.name or names[label]
+    return _whole([str(path.parent / file) for file, _ in rows], labels, names)
+
+
+def _whole(files: list[str], labels: list[int], names: list[str]) -> LabelledImages:
+    spans = np.zeros((len(files), 3), dtype=np.int64)
+    spans[:, 0], spans[:, 2] = np.arange(len(files)), -1
+    return LabelledImages(files, spans, labels, names)
+
+
+# ------------------------------------------------------------------------------------------------------------ emoji
+
+
+def is_held_out(hexcode: str) -> bool:
+    """Whether pre-training never sees this emoji, in any style: a property of its code alone."""
+    return stable_hash("nmtune held out", hexcode) < HELD_OUT * 2**63
+
+
+def emoji(folder: Path, task: str, part: str) -> LabelledImages:
+    """The embedded corpus in four parts: `pretrain` (half of the emoji, seven styles), and of the other half `tune` and
+    `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style).
+
+    `task` says what the label is: group (9), subgroup (98) or name; the classes of `name` are the emoji that
+    are tuned on (or pre-trained on), those of the others are the same in all parts.
+    """
+    if task not in ("group", "subgroup", "name") or part not in ("pretrain", "tune", "id", "ood"):
+        known = "(group|subgroup|name):(pretrain|tune|id|ood)"
+        raise ValueError(f"the emoji sets are {folder}:{known}, not :{task}:{part}")
+    tars = sorted((folder / "train").glob("*.tar"))
+    if not tars:
+        raise FileNotFoundError(f"{folder} holds no corpus: 'make data' builds the embedded one")
+    about, spans = [], []
+    for i, tar in enumerate(tars):
+        content = tar.read_bytes()
+        for files in tar_members(tar).values():
+            offset, size = files["json"]
+            about.append(json.loads(content[offset : offset + size]))
+            spans.append((i, *files["png"]))
+    held = np.array([is_held_out(one["hexcode"]) for one in about])
+    test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
+    by_name = {one["name"]: one for one in about}
+    tuned = np.ones_like(held) if task != "name" else ~held if part == "pretrain" else held & ~test
+    classes = list(dict.fromkeys(one[task] for one in sorted(np.array(about)[tuned], key=lambda one: one["hexcode"])))
+    index = {name: label for label, name in enumerate(classes)}
+    if part == "ood":
+        names = clip_benchmark(folder / "eval/names_ood", "test")
+        drawn = [by_name[names.classnames[label]] for label in names.labels]
+        rows = np.array([is_held_out(one["hexcode"]) and one[task] in index for one in drawn])
+        labels = [index[one[task]] for one, row in zip(drawn, rows, strict=True) if row]
+        return LabelledImages(names.files, names.spans[rows], labels, classes)
+    known = np.array([one[task] in index for one in about])
+    rows = known & (~held if part == "pretrain" else held & (test if part == "id" else ~test))
+    labels = [index[one[task]] for one, row in zip(about, rows, strict=True) if row]
+    chosen = LabelledImages([str(tar) for tar in tars], np.array(spans)[rows], labels, classes)
+    chosen.keys = np.array([one["key"] for one, row in zip(about, rows, strict=True) if row], dtype=np.str_)
+    return chosen
+
+
+def open_labelled(spec: str) -> LabelledImages:
+    """A set by its path, see the head of this file. FileNotFoundError or ValueError say what is wrong with it."""
+    path, *rest = spec.split(":")
+    if len(rest) == 2:
+        return emoji(Path(path), *rest)
+    if len(rest) == 1:
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"data set {path} does not exist")
+        return clip_benchmark(Path(path), rest[0])
+    if not Path(path).exists():
+        raise FileNotFoundError(f"data set {path} does not exist")
+    return image_list(Path(path)) if path.endswith(".txt") else image_folder(Path(path))
+
+
+# ------------------------------------------------------------------------------------------------- the paper's sets
+
+ID_SETS = {  # folders of the CLIP-benchmark webdatasets; classes and sizes are read from them
+    "cifar10": "wds_cifar10", "cifar100": "wds_cifar100", "flowers102": "wds_vtab-flowers", "food101": "wds_food101",
+    "oxford_pet": "wds_vtab-pets", "stanford_cars": "wds_cars", "fgvc_aircraft": "wds_fgvc_aircraft",
+    "svhn": "wds_vtab-svhn", "dtd": "wds_vtab-dtd", "caltech101": "wds_vtab-caltech101",
+    "eurosat": "wds_vtab-eurosat", "pcam": "wds_vtab-pcam", "resisc45": "wds_vtab-resisc45",
+    "rendered_sst2": "wds_renderedsst2",
+}  # fmt: skip
+DOMAINS = ("real", "sketch", "painting", "clipart")
+IMAGENET = {
+    "imagenet": "imagenet/val",
+    "imagenet_v2": "imagenetv2",
+    "imagenet_r": "imagenet-r",
+    "imagenet_a": "imagenet-a",
+    "imagenet_sketch": "sketch",
+    "objectnet": "objectnet-1.0/images",
+    "vid_robust": "imagenet-vid-robust/val",
+}
+
+
+def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
+    """(training set, {test name: test set}) of one of the paper's downstream tasks, below the folder `root`.
+
+    cifar10 ... rendered_sst2: in-domain transfer. domainnet-real ...: tuned on one domain, tested on four.
+    imagenet: tested on itself and on those of its variants that are there.
+    """
+    base = Path(root)
+    if name in ID_SETS:
+        folder = base / ID_SETS[name]
+        return f"{folder}:train", {name: f"{folder}:test"}
+    if name.startswith("domainnet-") and name.removeprefix("domainnet-") in DOMAINS:
+        folder = base / "domainnet"
+        tests = {domain: f"{folder}/{domain}_test.txt" for domain in DOMAINS}
+        return f"{folder}/{name.removeprefix('domainnet-')}_train.txt", tests
+    if name == "imagenet":
+        tests = {test: f"{base}/{path}" for test, path in IMAGENET.items() if (base / path).is_dir()}
+        return f"{base}/imagenet/train", tests
+    names = ", ".join([*ID_SETS, *(f"domainnet-{domain}" for domain in DOMAINS), "imagenet"])
+    raise ValueError(f"--benchmark is one of {names}, not {name!r}")
+
+
+def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[list[int]] | None]:
+    """(test set, groups of the trained classes that its classes stand for, None where they are the same).
+
+    In this order: `groups.json` in the set's folder, a list of lists of trained class numbers; what Vid-Robust or
+    ObjectNet say themselves; the same number of classes; class names that all occur among the trained ones (ImageNet-A
+    and -R, by WordNet id in image folders and by name in webdatasets).
+    """
+    images = open_labelled(spec)
+    folder = Path(spec.partition(":")[0])
+    if (folder / "groups.json").is_file():
+        return images, json.loads((folder / "groups.json").read_text())
+    if (folder.parent / "metadata/pmsets.json").is_file():
+        return vid_robust(folder.parent)[:2]
+    mappings = folder.parent / "mappings"
+    if (mappings / "objectnet_to_imagenet_1k.json").is_file():
+        return objectnet(images, mappings)
+    other_names = not set(trained) & set(images.classnames)  # as ImageNet-V2's numbers are: the order tells
+    if list(trained) == images.classnames or (len(trained) == images.num_classes and other_names):
+        return images, None
+    index = {name: label for label, name in enumerate(trained)}
+    unknown = [name for name in images.classnames if name not in index]
+    if not unknown:
+        return images, [[index[name]] for name in images.classnames]
+    raise ValueError(
+        f"{spec} has the class {unknown[0]!r}, which was not trained; write {folder}/groups.json: "
+        "for each of its classes, the list of trained class numbers that count as it"
+    )
+
+
+def objectnet(images: LabelledImages, mappings: Path) -> tuple[LabelledImages, list[list[int]]]:
+    """ObjectNet's images of its 113 ImageNet classes, and their groups. U:src/datasets/objectnet.py:16-48,51-75."""
+    folders = json.loads((mappings / "folder_to_objectnet_label.json").read_text())
+    to_imagenet = json.loads((mappings / "objectnet_to_imagenet_1k.json").read_text())
+    synsets = {v: int(k) for k, v in json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text()).items()}
+    lines = (mappings / "imagenet_to_label_2012_v2").read_text().splitlines()
+    number = {line.strip(): synsets[i] for i, line in enumerate(lines)}
+    groups = {name: [number[part] for part in to_imagenet[name].split("; ")] for name in to_imagenet}
+    shown = sorted(folder for folder, name in folders.items() if name in groups)
+    label = {folder: i for i, folder in enumerate(shown)}
+    rows = np.array([images.classnames[i] in label for i in images.labels])
+    labels = [label[images.classnames[i]] for i in images.labels[rows]]
+    chosen = LabelledImages(images.files, images.spans[rows], labels, shown)
+    chosen.border = 2
+    return chosen, [groups[folders[folder]] for folder in shown]
+
+
+def vid_robust(root: Path) -> tuple[LabelledImages, list[list[int]], list[list[int]], list[list[int]]]:
+    """ImageNet-Vid-Robust: (frames, groups of ImageNet classes, accepted classes a frame, frames of each set).
+
+    U:src/datasets/imagenet_vid_robust.py:17-73. `root` holds val/, metadata/ and misc/.
+    """
+    read = lambda name: json.loads((root / name).read_text())  # noqa: E731
+    accepted, sets = read("metadata/labels.json"), read("metadata/pmsets.json")
+    imagenet = {synset: int(i) for i, (synset, _) in read("misc/imagenet_class_index.json").items()}
+    classes = read("misc/imagenet_vid_class_index.json")
+    members = read("misc/rev_wnid_map.json")
+    groups = [[imagenet[synset] for synset in members[classes[str(i)][0]]] for i in range(len(classes))]
+    frames = sorted({frame for anchor, others in sets.items() for frame in (anchor, *others)})
+    row = {frame: i for i, frame in enumerate(frames)}
+    labels = [accepted[frame][0] for frame in frames]
+    images = _whole([str(root / frame) for frame in frames], labels, [classes[str(i)][1] for i in range(len(classes))])
+    return images, groups, [accepted[frame] for frame in frames], [[row[a], *map(row.get, b)] for a, b in sets.items()]

@@ -1,0 +1,126 @@
+"""Measure tuned heads, or compare the encoders of a study: `python -m nmtune.eval RUN... [--report FILE]`.
+
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/`eval.py, svd.py, pca.py.
+  - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
+  - encoder folders ARM-seedN with a study.json (nmtune.study), with --report: tables, claims with verdicts, plots
+The analysis itself, `feature_spectrum` and so on, is in analysis.py.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+
+from nmtune.analysis import (  # noqa: F401
+    CENTRES,
+    accuracy,
+    balanced_accuracy,
+    feature_spectrum,
+    largest_singular_value_ratio,
+    pmk_accuracy,
+    project_logits,
+    singular_value_entropy,
+)
+from nmtune.claims import ARMS, METRICS, compare  # noqa: F401
+from nmtune.config import Config as TrainConfig
+from nmtune.datasets import vid_robust
+from nmtune.features import encode_set
+from nmtune.model import head_from, split_upstream, transformed
+from nmtune.train import Source, test_metrics
+from shared import report, run
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders of nmtune.train; with --report, encoder folders ARM-seedN of nmtune.pretrain and nmtune.study."""
+    tests: tuple[str, ...] = ()
+    """Test sets as NAME=PATH instead of the run's own."""
+    head: str = ""
+    """A state dict exported from the authors' tuned model, in the place of the run's own head."""
+    center: str = "sample"
+    """Centring before the spectrum: sample (svd.py), none (the paper's words), sample+feature (pca.py)."""
+    report: str | None = None
+    """Compare all encoders and write this file with claims and verdicts."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@torch.no_grad()
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """({"SET/METRIC": number}, singular values by name) of one tuned head."""
+    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
+    if "head" not in state:
+        raise ValueError(f"{path} holds no head of nmtune.train; encoders are compared with --report")
+    settings = TrainConfig(**{**state["config"], "tests": tuple(state["config"]["tests"])})
+    if cfg.tests:
+        settings = dataclasses.replace(settings, tests=cfg.tests)
+    source = Source(settings, process)
+    weights = split_upstream(run.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
+    head = head_from(weights).to(process.device)
+    results, spectra = test_metrics(head, source), {}
+    for name in source.tests:
+        features, *_ = source.test_set(name)
+        z, _ = transformed(head.cpu(), features)
+        for what, x in (("F", features), ("z", z)):
+            s = feature_spectrum(x, center=cfg.center)
+            spectra[f"{name}/{what}"] = s.numpy()
+            results[f"{name}/sve_{what}"] = singular_value_entropy(s).item()
+            results[f"{name}/lsvr_{what}"] = largest_singular_value_ratio(s).item()
+            results[f"{name}/share_{what}"] = 100 * (s.max() / s.sum()).item()
+        if name == "vid_robust":
+            frames, groups, accepted, sets = vid_robust(Path(source.tests[name]).parent)
+            features, _ = encode_set(source.encoder, frames, source.eval_view, process, label=name)
+            classes = project_logits(head(features[0]), groups)
+            pm = pmk_accuracy(classes, accepted, sets)
+            results |= {"vid_robust/pm0": 100 * pm[0], "vid_robust/pm10": 100 * pm[1]}
+    return results, spectra
+
+
+def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
+    """Share of each singular value, before (F) and after (z) tuning, a panel a test set."""
+    names = list(dict.fromkeys(key.rpartition("/")[0] for key in spectra))
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for key, s in spectra.items():
+            if key.rpartition("/")[0] == name:
+                axis.plot(np.arange(1, len(s) + 1), s / s.sum(), label=key.rpartition("/")[2])
+        axis.set(title=name, xlabel="i", ylabel="share of the i-th singular value", xscale="log", yscale="log")
+        axis.set_ylim(bottom=1e-5)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder")
+    if cfg.center not in CENTRES:
+        raise ValueError(f"--center is one of {', '.join(CENTRES)}, not {cfg.center!r}")
+    if cfg.report:
+        compare([Path(path) for path in cfg.runs], Path(cfg.report))
+        return
+    for path in cfg.runs:
+        metrics, spectra = evaluate_run(path, cfg, process)
+        folder = Path(path)
+        run.write_json(folder / "results.json", {"metrics": metrics})
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        if spectra:
+            plot_spectra(spectra, folder / "spectra.png")
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if key.endswith(("top1", "pm10")))
+        print(f"{path}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

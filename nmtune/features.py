@@ -1,0 +1,284 @@
+"""From images, or from a features file, to batches of frozen features (rows = [view w; view s]).
+
+NMTune (arXiv 2309.17002) treats the encoder as a black box: all that tuning needs are the features of two views of each
+image (`Stream`), of one view each (LP), or what any other program wrote into a file (`read_features`). Authors' code
+Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from nmtune.datasets import LabelledImages
+from shared import data, run
+
+
+def subset_per_class(labels: np.ndarray, ratio: float, rng: np.random.RandomState) -> np.ndarray:
+    """Rows of int(n_c ratio) samples of each class c, drawn without replacement, class by class -> (K,) int64.
+
+    U:src/datasets/common.py:155-181. Classes without a sample are passed over.
+    """
+    labels = np.asarray(labels)
+    chosen = []
+    for label in range(int(labels.max(initial=-1)) + 1):
+        rows = np.flatnonzero(labels == label)
+        if len(rows):
+            chosen.append(rows[rng.choice(len(rows), int(len(rows) * ratio), replace=False)])
+    return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+class TwoViews:
+    """An image as (view w, view s), each by its own transform. U:src/models/nml_tune.py:23-31."""
+
+    def __init__(self, transform_w: Callable, transform_s: Callable):
+        self.transform_w, self.transform_s = transform_w, transform_s
+
+    def __call__(self, image):
+        return self.transform_w(image), self.transform_s(image)
+
+
+def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
+    """RandAugment (3 operations, magnitude 5) before the tensor conversion: upstream's strong view.
+
+    U:src/models/nml_tune.py:72-76, which puts it third from last: after the crop of either family of transforms.
+    """
+    steps = list(transform.transforms)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps.insert(len(steps) - 3, transforms.RandAugment(3, 5, interpolation=bicubic))
+    return transforms.Compose(steps)
+
+
+class Views(Dataset):
+    """Items (views of the image as one tensor (V, 3, S, S), label, broken samples passed over), a function of (seed,
+    epoch, row). `transform` gives a tensor or a tuple of tensors."""
+
+    def __init__(self, images: LabelledImages, transform: Callable, seed: int, epoch: int = 0):
+        self.images, self.transform, self.seed, self.epoch = images, transform, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int, list]:
+        torch.default_generator.manual_seed(data.stable_hash(self.seed, self.epoch, int(row)))
+        broken: list[data.Broken] = []
+        image, label = data.read_or_next(self.images, row, broken)
+        views = self.transform(image)
+        return torch.stack(views if isinstance(views, tuple) else (views,)), label, broken
+
+
+def collate(items: list) -> tuple[Tensor, Tensor, list]:
+    """-> views (V, B, 3, S, S), labels (B,), broken samples."""
+    views, labels, broken = zip(*items, strict=True)
+    return torch.stack(views, dim=1), torch.tensor(labels), [one for each in broken for one in each]
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, images: Tensor, device: torch.device | str = "cpu", precision: str = "fp32") -> Tensor:
+    """images (..., 3, S, S) -> features (..., D) fp32 on the device; the encoder in eval mode, without gradients."""
+    device = torch.device(device)
+    flat = images.flatten(0, -4).to(device, non_blocking=True, memory_format=torch.channels_last)
+    with run.autocast(precision, device):
+        return encoder(flat).float().unflatten(0, images.shape[:-3])
+
+
+def extract_features(
+    encoder: nn.Module, loader: Iterable, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) fp32 and labels (N,) on the CPU of all (images, labels, ...) batches of a loader.
+
+    U:src/datasets/common.py:65-110, once instead of in every epoch.
+    """
+    training = encoder.training
+    encoder.eval()
+    features, labels = [], []
+    for images, batch_labels, *_ in loader:
+        features.append(encode(encoder, images, device, precision).cpu())
+        labels.append(batch_labels)
+    encoder.train(training)
+    return torch.cat(features), torch.cat(labels)
+
+
+def encode_set(
+    encoder: nn.Module,
+    images: LabelledImages,
+    transform: Callable,
+    process: run.Process,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    precision: str = "fp32",
+    workers: int = 0,
+    batch_size: int = 256,
+    label: str = "features",
+) -> tuple[Tensor, Tensor]:
+    """Features (V, N, D) of V views of every image, and labels (N,); ranks share out the images. Broken ones are
+    reported."""
+    many = transform if views == 1 else lambda image: tuple(transform(image) for _ in range(views))
+    rows = [part.tolist() for part in np.array_split(np.arange(len(images)), process.world_size)][process.rank]
+    step = max(1, batch_size // views)
+    order = [rows[i : i + step] for i in range(0, len(rows), step)]
+    broken: list[data.Broken] = []
+    loader = DataLoader(Views(images, many, seed), batch_sampler=order, num_workers=workers, collate_fn=collate)
+    bar = run.progress(loader, len(order), label, step * views, process)
+    features, labels = [], []
+    for batch, batch_labels, _ in data.watch(bar, broken):
+        features.append(encode(encoder, batch, process.device, precision).cpu())
+        labels.append(batch_labels)
+    if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
+        print(f"{label}: {line}")
+    features = run.gather_lists(features, process)
+    return torch.cat(features, dim=1), torch.cat(run.gather_lists(labels, process))
+
+
+# ----------------------------------------------------------------------------------------------------- batches of rows
+
+
+class Bank(NamedTuple):
+    """Features of V views of N images, (V, N, D), and labels (N,): the training set of a frozen encoder."""
+
+    features: Tensor
+    labels: Tensor
+
+    def batch(self, rows: Tensor, generator: torch.Generator, two: bool = True) -> tuple[Tensor, Tensor]:
+        """Rows [view w; view s] (2B, D) and labels (2B,), two different views of each image where there are two.
+
+        A bank of one view gives it twice. `two=False` gives one view, (B, D) and (B,).
+        """
+        count = len(self.features)
+        if not two:
+            return self.features[0, rows], self.labels[rows]
+        w = torch.randint(count, rows.shape, generator=generator)
+        s = (w + torch.randint(1, max(count, 2), rows.shape, generator=generator)) % count
+        return self.features[torch.cat([w, s]), rows.repeat(2)], self.labels[rows].repeat(2)
+
+
+def bank_batches(
+    bank: Bank, batch_size: int, seed: int, epoch: int, start: int = 0, two: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A shuffled pass over a bank from batch `start` on, the last short batch kept; depends on (seed, epoch) alone."""
+    for i, rows in enumerate(data.batches(len(bank.labels), batch_size, (seed, epoch), start=start), start):
+        generator = torch.Generator().manual_seed(data.stable_hash(seed, epoch, i))
+        yield bank.batch(torch.from_numpy(rows), generator, two)
+
+
+class BankLoader:
+    """What `tune` takes: each pass over it is the next epoch's `bank_batches`."""
+
+    def __init__(self, bank: Bank, batch_size: int, seed: int, two: bool = True):
+        self.bank, self.batch_size, self.seed, self.two, self.epoch = bank, batch_size, seed, two, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.bank.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epoch += 1
+        return bank_batches(self.bank, self.batch_size, self.seed, self.epoch - 1, two=self.two)
+
+
+def gather_views(views: Tensor, labels: Tensor, process: run.Process) -> tuple[Tensor, Tensor]:
+    """Features (V, B, D) and labels (B,) of all ranks, in rank order; the encoder is frozen, so no gradient is needed.
+
+    Ranks may hold unequal numbers of rows, in a short last batch.
+    """
+    if process.world_size == 1:
+        return views, labels
+    count = torch.tensor(len(labels), device=views.device)
+    counts = [torch.zeros_like(count) for _ in range(process.world_size)]
+    dist.all_gather(counts, count)
+    most = int(max(counts))
+    padded = views.new_zeros(views.shape[0], most, views.shape[2])
+    padded[:, : len(labels)] = views
+    padded_labels = labels.new_zeros(most)
+    padded_labels[: len(labels)] = labels
+    all_views = [torch.empty_like(padded) for _ in counts]
+    all_labels = [torch.empty_like(padded_labels) for _ in counts]
+    dist.all_gather(all_views, padded)
+    dist.all_gather(all_labels, padded_labels)
+    parts = zip(all_views, all_labels, map(int, counts), strict=True)
+    kept = [(v[:, :n], y[:n]) for v, y, n in parts]
+    return torch.cat([v for v, _ in kept], dim=1), torch.cat([y for _, y in kept])
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+class FeatureSets(NamedTuple):
+    """A training bank, test sets {name: (features (M, D), labels (M,))}, and names of the classes."""
+
+    train: Bank
+    tests: dict[str, tuple[Tensor, Tensor]]
+    classnames: list[str]
+
+
+def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> FeatureSets:
+    """A features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and tests `NAME_features`,
+    `NAME_labels`. Without a test set, `holdout` of every class is kept from training and is the set `test`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"features file {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} is no .npz file of plain arrays ({type(error).__name__})") from error
+    if "features" not in arrays or "labels" not in arrays:
+        found = ", ".join(arrays) or "nothing"
+        raise ValueError(f"{path} needs the arrays `features` (N, D) and `labels` (N,); it holds {found}")
+    labels, classnames = np.unique(arrays["labels"], return_inverse=True)[::-1]
+    if np.issubdtype(arrays["labels"].dtype, np.integer):
+        if arrays["labels"].min(initial=0) < 0:
+            raise ValueError(f"`labels` of {path} has negative numbers; classes are 0, 1, 2 ...")
+        labels, classnames = arrays["labels"], np.arange(int(arrays["labels"].max(initial=-1)) + 1)
+    known = {name: i for i, name in enumerate(classnames.tolist())}
+    features = arrays["features"]
+    features = _checked(path, "features", features[None] if features.ndim == 2 else features, labels)
+    train = Bank(features, torch.from_numpy(labels.astype(np.int64)))
+    tests = {}
+    for name in [key.removesuffix("_features") for key in arrays if key.endswith("_features")]:
+        if f"{name}_labels" not in arrays:
+            raise ValueError(f"{path} has {name}_features without {name}_labels")
+        given = arrays[f"{name}_labels"]
+        unknown = [label for label in given.tolist() if label not in known]
+        if unknown:
+            raise ValueError(f"{name}_labels of {path} has the label {unknown[0]!r}, which `labels` has not")
+        rows = _checked(path, f"{name}_features", arrays[f"{name}_features"][None], given)[0]
+        if rows.shape[1] != features.shape[2]:
+            raise ValueError(
+                f"{name}_features of {path} has {rows.shape[1]} columns, `features` has {features.shape[2]}"
+            )
+        tests[name] = rows, torch.tensor([known[label] for label in given.tolist()])
+    if not tests:
+        rng = np.random.RandomState(seed)
+        kept = np.sort(subset_per_class(labels, 1 - holdout, rng))
+        rest = np.setdiff1d(np.arange(len(labels)), kept)
+        if not len(kept) or not len(rest):
+            raise ValueError(f"{path} has too few rows to keep some for testing; add test_features and test_labels")
+        tests["test"] = train.features[0, rest], train.labels[rest]
+        train = Bank(train.features[:, kept], train.labels[kept])
+    return FeatureSets(train, tests, [str(name) for name in classnames])
+
+
+def _checked(path: Path, name: str, features: np.ndarray, labels: np.ndarray) -> Tensor:
+    """Features as (V, N, D) fp32, of the right shape and finite."""
+    if features.ndim != 3 or labels.ndim != 1 or features.shape[1] != len(labels):
+        raise ValueError(
+            f"`{name}` of {path} has the shape {features.shape[1:] if len(features) == 1 else features.shape}, which "
+            f"does not fit {len(labels)} labels: (rows, dimensions), or (views, rows, dimensions), is wanted"
+        )
+    if not np.issubdtype(features.dtype, np.number) or not np.isfinite(features).all():
+        raise ValueError(f"`{name}` of {path} has values that are no finite numbers")
+    return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))

@@ -1,0 +1,319 @@
+"""NMTune: Understanding and Mitigating the Label Noise in Pre-training on Downstream Tasks (arXiv 2309.17002), and its
+journal extension (arXiv 2403.06869).
+
+Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, cited below as `U:<path>:<line>`.
+The paper's contribution in this file:
+  - a light MLP that reshapes the features of a frozen, noisily pre-trained encoder     `NMTuneHead`
+  - L_MSE keeps what the encoder knows                                                  `consistency_loss`
+  - L_COV spreads the feature dimensions (against low SVE, for in-domain transfer)      `covariance_loss`
+  - L_SVD makes the leading singular values dominate (low LSVR, for out-of-domain)      `dominant_singular_value_loss`
+Beside it what every arm needs: the linear classifier (LP) and the frozen encoders of timm and open_clip.
+
+Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torchvision import transforms
+
+from shared import run
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
+    """L_MSE = mean over B*D of (norm(z_s) - sg(norm(f_w)))^2, z of view s (B, D) against f of view w (B, D) -> ().
+
+    Equals the mean over rows of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
+    The paper's squared distance has no 1/D: multiply by D for it.
+    """
+    return F.mse_loss(F.normalize(z.float(), dim=1), F.normalize(feats.detach().float(), dim=1))
+
+
+def covariance_loss(z: Tensor) -> Tensor:
+    """L_COV = (1/D) sum_{i != j} C_ij^2, C = (z - mean)^T (z - mean) / (n - 1), of z (n, D) -> ().
+
+    U:src/models/nml_tune.py:34,164. The D x D covariance is not formed where n < D: with X = z - mean, the squares
+    of X^T X and of the n x n matrix X X^T have the same sum, so that sum_{i != j} C_ij^2 is
+    (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2, X_j the columns.
+    """
+    z = z.float()
+    n, dim = z.shape
+    x = z - z.mean(dim=0)
+    gram = x @ x.T if n < dim else x.T @ x
+    return (gram.square().sum() - x.square().sum(dim=0).square().sum()) / ((n - 1) ** 2 * dim)
+
+
+def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
+    """L_SVD = -(1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the raw z (n, D) -> (), negative: it is added to the loss.
+
+    U:src/models/nml_tune.py:159-162, k = 5; the paper writes the largest alone, k = 1. Not centred, not normalised.
+    With fewer than k singular values the mean runs over those there are; it is then constant.
+    """
+    sigma = SingularValues.apply(z)
+    return -(sigma[:k] / sigma.sum()).mean()
+
+
+class SingularValues(torch.autograd.Function):
+    """Singular values, descending, (min(n, D),) fp32 of z (n, D) by the eigenvalues of its smaller Gram matrix.
+
+    In fp64, where squaring leaves more digits than an SVD in fp32 has. d sigma_i = u_i^T dz v_i gives the gradient
+    U diag(g / sigma) U^T z. Where z is rank-deficient (sigma below 1e-5 of the largest) u_i and v_i are not determined:
+    then an SVD in fp32 chooses them, as upstream's does.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        ctx.wide = z.shape[0] <= z.shape[1]
+        exact = z.double()
+        eigenvalues, basis = torch.linalg.eigh(exact @ exact.T if ctx.wide else exact.T @ exact)
+        sigma = eigenvalues.clamp(min=0).sqrt()
+        ctx.full_rank = bool(sigma[0] > 1e-5 * sigma[-1])
+        if not ctx.full_rank:
+            u, sigma, vh = torch.linalg.svd(z.float(), full_matrices=False)
+            ctx.save_for_backward(u, vh)
+            return sigma
+        ctx.save_for_backward(z, sigma, basis)
+        return sigma.flip(0).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        if not ctx.full_rank:
+            u, vh = ctx.saved_tensors
+            return (u * gradient) @ vh
+        z, sigma, basis = ctx.saved_tensors
+        weights = ((basis * (gradient.flip(0) / sigma)) @ basis.T).to(z.dtype)
+        return weights @ z if ctx.wide else z @ weights
+
+
+def nmtune_loss(
+    logits: Tensor,
+    labels: Tensor,
+    z: Tensor,
+    feats: Tensor,
+    weights: tuple[float, float, float] = (1.0, 0.04, 0.001),
+    k: int = 5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s].
+
+    logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default the authors';
+    the paper writes one lambda = 0.01. Parts of weight 0 are not computed; all three 0 is the paper's MLP baseline.
+    Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted parts. U:src/models/nml_tune.py:139-171.
+    """
+    w_mse, w_cov, w_svd = (float(weight) for weight in weights)
+    half = len(z) // 2
+    parts = {"ce": F.cross_entropy(logits.float(), labels)}
+    loss = parts["ce"]
+    if w_mse:
+        parts["mse"] = consistency_loss(z[half:], feats[:half])
+        loss = loss + w_mse * parts["mse"]
+    if w_cov:
+        parts["cov"] = covariance_loss(z)
+        loss = loss + w_cov * parts["cov"]
+    if w_svd:
+        parts["svd"] = dominant_singular_value_loss(z, k)
+        loss = loss + w_svd * parts["svd"]
+    return loss, parts
+
+
+def finetune_loss(
+    logits: Tensor, labels: Tensor, feats: Tensor, weights: tuple[float, float] = (0.04, 0.001), k: int = 5
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The journal's objective on the features of an encoder that is tuned itself: CE + w_cov L_COV + w_svd L_SVD.
+
+    One view, no L_MSE, no MLP; logits (B, C), labels (B,), feats (B, D). U:src/models/nml_finetune.py:144-166.
+    """
+    return nmtune_loss(logits, labels, feats, feats, (0.0, *weights), k)
+
+
+# ------------------------------------------------------------------------------------------------------------ heads
+
+
+def make_classifier(dim: int, num_classes: int) -> nn.Linear:
+    """The linear classifier, alone the LP arm: kaiming-uniform weight (a = 0, bound sqrt(6/D)), zero bias.
+
+    U:src/models/modeling.py:109-124, init U:src/models/nml_tune.py:54-59.
+    """
+    classifier = nn.Linear(dim, num_classes)
+    nn.init.kaiming_uniform_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    return classifier
+
+
+class NMTuneHead(nn.Module):
+    """z = scale * MLP(f) + f, logits = W z + b, on frozen features f (n, D). U:src/models/modeling.py:172-202.
+
+    MLP: `layers` blocks of Linear-BatchNorm-ReLU of width ratio*D, then a Linear back to D. `residual=False` is
+    z = MLP(f). Parameter names are upstream's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        ratio: float = 4,
+        layers: int = 1,
+        residual: bool = True,
+        scale_init: float = 1.0,
+    ):
+        super().__init__()
+        widths = [dim] + [int(dim * ratio)] * layers
+        blocks: list[nn.Module] = []
+        for width, hidden in zip(widths, widths[1:], strict=False):
+            blocks += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+        self.mlp_after = nn.Sequential(*blocks, nn.Linear(widths[-1], dim))
+        self.scale_after = nn.Parameter(torch.full((1, dim), float(scale_init))) if residual else None
+        self.classification_head = make_classifier(dim, num_classes)
+
+    def transform(self, feats: Tensor) -> Tensor:
+        """f (n, D) -> z (n, D)."""
+        z = self.mlp_after(feats)
+        return z if self.scale_after is None else self.scale_after * z + feats
+
+    def forward(self, feats: Tensor) -> Tensor:
+        """f (n, D) -> logits (n, C)."""
+        return self.classification_head(self.transform(feats))
+
+
+def transformed(head: nn.Module, feats: Tensor) -> tuple[Tensor, Tensor]:
+    """(z (n, D), logits (n, C)) of either head; a linear probe's z is f itself."""
+    if isinstance(head, NMTuneHead):
+        z = head.transform(feats)
+        return z, head.classification_head(z)
+    return feats, head(feats)
+
+
+# --------------------------------------------------------------------------------------------------------- encoders
+
+
+@register_model
+def resnet_emoji(pretrained: bool = False, **kwargs) -> ResNet:
+    """The embedded corpus' encoder, 0.5 M parameters, D = 128; a timm model by this name once this file is imported."""
+    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(24, 48, 96, 128), stem_width=24, **_plain(kwargs))
+    model.pretrained_cfg = model.default_cfg = {
+        "input_size": (3, 40, 40), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5), "num_classes": 1000, "classifier": "fc", "first_conv": "conv1",
+    }  # fmt: skip
+    return model
+
+
+def _plain(kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name in ("num_classes", "in_chans", "global_pool")}
+
+
+def timm_transforms(config: dict, crop_scale: float = 0.8) -> tuple[Callable, Callable]:
+    """(training, evaluation) transform of a timm model's config. U:src/models/modeling.py:34-65.
+
+    Training: crop of scale 0.8-1 and flip; evaluation: resize to ceil(size/crop_pct), centre crop. Unlike upstream's,
+    images are expected in RGB, so that grey ones do not fail (shared.data.decode_image makes them so).
+    """
+    size = config["input_size"][-1]
+    mode = transforms.InterpolationMode(config["interpolation"])
+    normalize = [transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])]
+    crop = transforms.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=mode)
+    resize = transforms.Resize(math.ceil(size / config["crop_pct"]), interpolation=mode)
+    return (
+        transforms.Compose([crop, transforms.RandomHorizontalFlip(), *normalize]),
+        transforms.Compose([resize, transforms.CenterCrop(size), *normalize]),
+    )
+
+
+def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple[nn.Module, int, Callable, Callable]:
+    """(module, D, training transform, evaluation transform); the module maps images (B, 3, H, W) to features (B, D).
+
+    timm: pooled features before the classifier (U:src/models/modeling.py:14-65). open_clip: the projected image
+    embedding, *not* normalised (U:src/models/modeling.py:78-85). In eval mode and without gradients: frozen.
+    checkpoint: None random weights; "pretrained" timm's own, by name and tag; open_clip's tag; or a file or run folder
+    with `state_dict`, in timm's `model.pth.tar`, open_clip's `epoch_32.pt` or our layout, `module.` prefixes allowed.
+    """
+    weights = _state_dict(checkpoint) if checkpoint and Path(checkpoint).exists() else None
+    if source == "timm":
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no model {name!r}; timm.list_models() lists the names")
+        if checkpoint and weights is None and checkpoint != "pretrained":
+            raise FileNotFoundError(f"encoder checkpoint {checkpoint} does not exist")
+        encoder = timm.create_model(name, pretrained=checkpoint == "pretrained", num_classes=0)
+        dim, views = encoder.num_features, timm_transforms(encoder.pretrained_cfg)
+        dim = getattr(encoder, "head_hidden_size", dim)
+    elif source == "open_clip":
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() lists the names")
+        if checkpoint and weights is None and checkpoint not in open_clip.list_pretrained_tags_by_model(name):
+            raise FileNotFoundError(f"{checkpoint} is neither a file nor a tag of open_clip's {name}")
+        tag = checkpoint if weights is None else None
+        model, *views = open_clip.create_model_and_transforms(name, pretrained=tag or None)
+        encoder, dim = model.visual, config["embed_dim"]
+        if weights is not None:
+            weights = {key.removeprefix("visual."): w for key, w in weights.items() if key.startswith("visual.")}
+    else:
+        raise ValueError(f"an encoder comes from timm or open_clip, not from {source!r}")
+    if weights is not None:
+        _load(encoder, weights, source, name, checkpoint)
+    return encoder.eval().requires_grad_(False), dim, *views
+
+
+def _state_dict(checkpoint: str) -> dict[str, Tensor]:
+    path = Path(checkpoint)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their command line
+        state = run.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+    return split_upstream(weights)[1] if any(key.startswith("image_encoder.") for key in weights) else weights
+
+
+def split_upstream(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(head, encoder) weights by our names of a state dict exported from upstream's tuned `ImageClassifier`.
+
+    Its files are whole pickled modules; `torch.save(module.state_dict(), FILE)` in upstream's environment exports one.
+    """
+    head, encoder = {}, {}
+    for key, value in weights.items():
+        if key.startswith("image_encoder.model.model."):  # timm's, in a wrapper with an alias of the classifier
+            encoder[key.removeprefix("image_encoder.model.model.")] = value
+        elif key.startswith("image_encoder.model.visual."):
+            encoder[key.removeprefix("image_encoder.model.")] = value
+        elif key.startswith(("image_encoder.mlp_after.", "image_encoder.scale_after")):
+            head[key.removeprefix("image_encoder.")] = value
+        elif key.startswith("classification_head."):
+            head[key] = value
+    return head, encoder
+
+
+def head_from(weights: dict[str, Tensor]) -> nn.Module:
+    """The head that weights by our names describe: NMTuneHead, or nn.Linear for those of a linear probe alone."""
+    if not any(key.startswith("mlp_after.") for key in weights):
+        weights = {key.removeprefix("classification_head."): value for key, value in weights.items()}
+        head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+    else:
+        linears = [value for key, value in weights.items() if key.startswith("mlp_after.") and value.ndim == 2]
+        hidden, dim = linears[0].shape
+        classes = len(weights["classification_head.bias"])
+        head = NMTuneHead(dim, classes, hidden / dim, len(linears) - 1, "scale_after" in weights)
+    head.load_state_dict(weights)
+    return head.eval()
+
+
+def _load(encoder: nn.Module, weights: dict[str, Tensor], source: str, name: str, checkpoint: str) -> None:
+    """Load strictly, but for the classifier that the encoder lacks."""
+    classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier", ()) if source == "timm" else ()
+    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+    try:
+        missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit {source} {name}: {str(error).splitlines()[1].strip()}") from error
+    unexpected = [key for key in unexpected if not key.startswith(prefixes)] if prefixes else unexpected
+    if missing or unexpected:
+        key = (missing + unexpected)[0]
+        raise ValueError(f"{checkpoint} does not fit {source} {name}: {'no' if missing else 'unknown'} weight {key}")

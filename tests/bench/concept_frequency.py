@@ -1,0 +1,176 @@
+"""Speed of concept_frequency against the authors' code: `python -m tests.bench.concept_frequency [--upstream PATH]`.
+
+One process, same inputs; ours and theirs take turns. Prints a Markdown table of medians and of the ratio theirs/ours
+(above 1: ours is faster). `--upstream` is a clone of bethgelab/frequency_determines_performance@11ef009, whose search
+is run; without it, the same loop (a set of each posting list, intersected) is written out here.
+"""
+
+import argparse
+import gc
+import os
+import pickle
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+from concept_frequency import count
+from concept_frequency.model import InvertedIndex, noun_set
+from shared import data, run
+
+from ..parity import check_commit, import_beside
+
+
+def race(ours: Callable, theirs: Callable, repetitions: int) -> tuple[list[float], list[float]]:
+    """Seconds (ours, theirs) of each repetition, the two taking turns at going first."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repetition in range(repetitions):
+        for side in (0, 1) if repetition % 2 else (1, 0):
+            start = time.perf_counter()
+            (ours, theirs)[side]()
+            seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def row(name: str, ours: list[float], theirs: list[float], target: str, note: str = "") -> None:
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    spread = f"{min(ratios):,.1f} .. {max(ratios):,.1f}"
+    cells = (
+        name,
+        shown(ours),
+        shown(theirs),
+        f"{statistics.median(ratios):,.1f}",
+        spread,
+        str(len(ratios)),
+        target,
+        note,
+    )
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def shown(seconds: list[float]) -> str:
+    middle = statistics.median(seconds)
+    return f"{1000 * middle:.0f} ms" if middle < 1 else f"{middle:,.2f} s"
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(terms, offsets, ids): posting lists with Zipf lengths, `total` together, of random documents."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, num_terms + 1)
+    lengths = np.minimum(np.maximum(share / share.sum() * total, 1), num_documents // 4).astype(np.int64)
+    ids = [np.unique(rng.integers(0, num_documents, length)) for length in lengths]
+    offsets = np.concatenate([[0], np.cumsum([len(each) for each in ids])])
+    return [f"t{i}" for i in range(num_terms)], offsets, np.concatenate(ids)
+
+
+def make_queries(terms: list[str], num: int) -> list[list[str]]:
+    """As many words as the 4,029 concepts have: half of them one, the others two to four; frequent terms more often."""
+    rng = np.random.default_rng(1)
+    share = 1 / np.arange(1, len(terms) + 1) ** 0.8
+    words = np.where(rng.random(num) < 0.53, 1, rng.integers(2, 5, num))
+    return [[terms[i] for i in rng.choice(len(terms), w, p=share / share.sum())] for w in words]
+
+
+def search(search_for_text: Callable, total: int, repetitions: int) -> None:
+    terms, offsets, ids = make_postings(total, 50_000, 3_000_000)
+    queries = make_queries(terms, 4029)
+    gc.collect()
+    before = resident()
+    index = InvertedIndex(terms, offsets, ids, 3_000_000)
+    own = (ids.nbytes + offsets.nbytes) / len(ids)
+    lists = {term: index.postings(term).tolist() for term in terms}
+    theirs_bytes = (resident() - before) / len(ids)
+    results = {}
+
+    def ours():
+        results["ours"] = index.counts(queries).tolist()
+
+    def theirs():
+        results["theirs"] = [search_for_text(None, lists, query, "")[0] for query in queries]
+
+    name = f"search of 4,029 concepts, {len(ids) / 1e6:.1f}M postings"
+    mine, other = race(ours, theirs, repetitions)
+    assert results["ours"] == results["theirs"]
+    row(f"{name}: their loop in one process", mine, other, "> 1", "counts equal")
+    start = time.perf_counter()
+    pickle.dumps(lists, protocol=pickle.HIGHEST_PROTOCOL)
+    sent = time.perf_counter() - start  # their process pool sends the whole index with each concept
+    row(
+        f"{name}: their script (index pickled for each concept; one timed)",
+        mine,
+        [o + 4029 * sent for o in other],
+        ">= 50",
+    )
+    print(f"\nbytes a posting: ours {own:.1f}, theirs {theirs_bytes:.1f} ({own / theirs_bytes:.2f}; target <= 0.33)\n")
+
+
+def tagging(nouns_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
+    nlp = count.load_spacy(pipeline)
+    results = {}
+
+    def theirs():
+        results["theirs"] = nouns_of(list(nlp.pipe(captions, batch_size=5000, n_process=1)))
+
+    print("\n| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8)
+    for exact, target in ((True, ">= 2"), (False, "")):
+
+        def ours(exact=exact):
+            results["ours"] = list(count.tag_captions(captions, nlp, exact))
+
+        mine, other = race(ours, theirs, repetitions)
+        differ = sum(a != b for a, b in zip(results["ours"], results["theirs"], strict=True))
+        name = f"tagging {len(captions):,} captions, {pipeline}, {'exact' if exact else 'without the parser'}"
+        row(name, mine, other, target, f"{differ} noun sets differ")
+
+
+def upstream_functions(root: Path) -> SimpleNamespace:
+    check_commit(root, "11ef009")
+    names = [
+        "dask", "dask.dataframe", "dask.diagnostics", "datasets", "downstream_dataloader", "pandas", "spacy",
+    ]  # fmt: skip
+    stubs = {name: ModuleType(name) for name in names}
+    stubs["dask.diagnostics"].ProgressBar = stubs["downstream_dataloader"].DataLoader = None
+    stubs["spacy"].load = lambda name: None
+    words, index = "text_search_inverted_index_get_word_dictionaries", "text_search_matches_inverted_index"
+    found = import_beside(root / "src", [words, index], stubs)
+    return SimpleNamespace(search=found[index].search_for_text, index=found[words].create_unigram_dictionary_spacy)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, help="clone of bethgelab/frequency_determines_performance at 11ef009")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--postings", type=int, default=10_000_000)
+    parser.add_argument("--captions", type=int, default=3_000, help="of the embedded corpus")
+    parser.add_argument("--spacy", default="en_core_web_sm")
+    options = parser.parse_args()
+    run.setup(0, "cpu")
+
+    def plain_search(_, lists, query, name):
+        sets = [set(lists[term]) for term in query if term in lists]
+        return len(set.intersection(*sets)) if sets else 0, name
+
+    search_for_text = upstream_functions(options.upstream).search if options.upstream else plain_search
+    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    search(search_for_text, options.postings, options.repetitions)
+
+    shards = data.Shards(data.expand_shards("data/emoji/train"), options.captions)
+    captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # all different: nothing to save there
+    tagging(
+        lambda docs: [noun_set((t.lemma_, t.pos_) for t in doc) for doc in docs],
+        options.spacy,
+        captions,
+        options.repetitions,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""NMTune's speed against the authors' code: `python -m tests.bench.nmtune [--upstream PATH]`.
+
+One process, same inputs, same threads; ours and theirs take turns. Prints a Markdown table of medians, and of the ratio
+theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster). `--upstream` is a clone
+of Hhhhhhao/Noisy-Model-Learning@f249dce; without it our regularisers are compared with their textbook definitions.
+"""
+
+import argparse
+import copy
+import dataclasses
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import torch
+
+from nmtune import config, model, pretrain, train
+from shared import run
+from shared.report import machine
+
+from ..parity import check_commit
+from ..parity import test_nmtune as parity
+
+WEIGHTS = (1.0, 0.04, 0.001)
+
+
+def row(name: str, seconds: list[tuple[float, float]], target: str = "", note: str = "") -> None:
+    """`seconds` = (ours, theirs) of each repetition."""
+    ours, theirs = (1000 * statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = [b / a for a, b in seconds]
+    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    cells = name, f"{ours:.2f} ms", f"{theirs:.2f} ms", f"{statistics.median(ratios):.2f}", spread, str(len(ratios))
+    print("| " + " | ".join((*cells, target, note)) + " |", flush=True)
+
+
+def race(ours, theirs, repetitions: int) -> list[tuple[float, float]]:
+    """Seconds of each repetition, the two taking turns at going first; the first repetition is not counted."""
+    seconds = []
+    for repetition in range(-1, repetitions):
+        turn = {}
+        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
+            start = time.perf_counter()
+            function()
+            turn[function] = time.perf_counter() - start
+        if repetition >= 0:
+            seconds.append((turn[ours], turn[theirs]))
+    return seconds
+
+
+def textbook_terms() -> dict:
+    def cov(z, f):
+        c = torch.cov(z.T)
+        return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+    def svd(z, f):
+        s = torch.linalg.svdvals(z)
+        return -(s[:5] / s.sum()).mean()
+
+    return {"cov": cov, "svd": svd}
+
+
+def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
+    """Covariance and singular-value regulariser, forward and backward."""
+    z, f = torch.randn(n, dim) * torch.linspace(0.2, 2, dim), torch.randn(n, dim)
+    for name, target in (("cov", ">= 10"), ("svd", ">= 5")):
+        (value, gradient), (own_value, own_gradient) = (
+            parity.value_and_gradient(term, z, f) for term in (theirs[name], parity.OUR_TERMS[name])
+        )
+        gap = (gradient - own_gradient).abs().max().item()
+        seconds = race(
+            lambda name=name: parity.value_and_gradient(parity.OUR_TERMS[name], z, f),
+            lambda name=name: parity.value_and_gradient(theirs[name], z, f),
+            repetitions,
+        )
+        note = f"values within {(value - own_value).abs().item():.0e}, gradients within {gap:.0e}"
+        row(f"L_{name.upper()}, n={n}, D={dim}, forward and backward", seconds, target, note)
+
+
+class Clocked(list):
+    """Batches, and when each was asked for."""
+
+    def __iter__(self):
+        self.times = []
+        for item in super().__iter__():
+            self.times.append(time.perf_counter())
+            yield item
+        self.times.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]  # the first step warms up
+
+
+def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> None:
+    """A whole step of nml_tune (batch 64, 128 rows) on a frozen identity encoder against ours, same weights."""
+    loader = Clocked(parity.toy_batches((64,) * steps, dim, classes))
+    head = model.NMTuneHead(dim, classes)
+    start, seconds = copy.deepcopy(head.state_dict()), []
+    args = SimpleNamespace(**parity.ARGS | dict(epochs=1, batch_size=64))
+    for _ in range(repetitions):
+        head.load_state_dict(start)
+        train.tune("nmtune", head, loader, 1, args.lr, args.wd, WEIGHTS)
+        own = statistics.median(loader.steps())
+        with parity.toy_run(up, up.nml_tune, loader, dim, classes), parity.initial(up, up.nml_tune, start):
+            up.nml_tune.nml_tune(args)
+        seconds.append((own, statistics.median(loader.steps())))
+    row(f"NMTune step, batch 64 x 2 views, D={dim}, {classes} classes", seconds, ">= 1.2")
+
+
+def clip_step(repetitions: int) -> None:
+    """The small CLIP's pre-training step against the same towers, loss and optimizer as open_clip_train uses them."""
+    cfg = dataclasses.replace(config.EMOJI_CLIP, precision="bf16")
+    process = run.Process(0, 1, torch.device("cpu"))
+    network, *_ = pretrain.build(cfg)
+    images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
+    tokens[:, 12] = 49407
+    theirs = open_clip.create_model("ViT-emoji", output_dict=True)
+    loss = open_clip.ClipLoss(cache_labels=True)
+
+    def ours():
+        parts = pretrain.losses(cfg, network, images, tokens, torch.zeros(128, dtype=torch.bool), process, "bf16")
+        parts["loss"].backward()
+
+    def open_clips():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = theirs(images, tokens)
+            loss(**out).backward()
+
+    row("CLIP step, ViT-emoji, batch 128, bf16, against open_clip", race(ours, open_clips, repetitions), ">= 1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, help="clone of Hhhhhhao/Noisy-Model-Learning at f249dce")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="tuning steps a repetition")
+    options = parser.parse_args()
+    if options.upstream is not None and not (options.upstream / "src/models/nml_tune.py").is_file():
+        parser.error(f"--upstream {options.upstream} is no clone of Hhhhhhao/Noisy-Model-Learning")
+    if options.repetitions < 1 or options.steps < 3:
+        parser.error("--repetitions starts at 1, --steps at 3")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    run.setup(0, "cpu")
+    print(f"{machine()}, {torch.get_num_threads()} threads\n")
+    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    if options.upstream is None:
+        terms(textbook_terms(), 128, 2048, options.repetitions)
+    else:
+        check_commit(options.upstream, "f249dce")
+        up = parity.load(options.upstream)
+        terms(parity.their_terms(up), 128, 2048, options.repetitions)
+        tuning_step(up, 2048, 100, options.steps, min(options.repetitions, 3))
+        tuning_step(up, 1024, 100, options.steps, min(options.repetitions, 3))
+    clip_step(options.repetitions)
+    if options.upstream is None:
+        print("\nnot run without --upstream PATH: the authors' regularisers and tuning step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""TinyCLIP's speed against the authors' code and open_clip: `python -m tests.bench.tinyclip [--upstream PATH]`.
+
+One process, same inputs, same threads; ours and theirs take turns. Prints a Markdown table of medians, and of the ratio
+theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster); then, at the paper's
+geometry, measured throughput against MACs. `--upstream` is a clone of wkcn/TinyCLIP@ad981bf; without it the masked
+step is left out.
+"""
+
+import argparse
+import contextlib
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip_train.scheduler import cosine_lr
+from open_clip_train.train import train_one_epoch
+
+from shared import run
+from tinyclip import model, network, train
+from tinyclip.checkpoints import open_clip_config
+from tinyclip.config import Stage
+from tinyclip.eval import macs, throughput
+
+from ..parity import check_commit
+from ..parity import test_tinyclip as parity
+
+
+def race(ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> list[tuple[float, float]]:
+    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
+    counted. A call does `per` units of work.
+    """
+    seconds = []
+    for repetition in range(-1, repetitions):
+        turn = {}
+        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
+            start = time.perf_counter()
+            function()
+            turn[function] = (time.perf_counter() - start) / per
+        if repetition >= 0:
+            seconds.append((turn[ours], turn[theirs]))
+    return seconds
+
+
+def print_row(name: str, seconds: list, target: str = "") -> None:
+    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = [theirs / ours for ours, theirs in seconds]
+    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def shown(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+@contextlib.contextmanager
+def attention(flash: bool):
+    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
+
+
+def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
+    """(n, context) token ids whose end token stands at positions low..high-1."""
+    ends = torch.randint(low, high, (n, 1))
+    tokens = torch.randint(1, vocabulary - 2, (n, context)) * (torch.arange(context) < ends)
+    return tokens.scatter(1, ends, vocabulary - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ against
+
+
+def affinity(up, n: int, repetitions: int) -> None:
+    """The loss of n pairs with its gradient, D = 512."""
+    features, teacher = ([F.normalize(torch.randn(n, 512), dim=-1) for _ in range(2)] for _ in range(2))
+    theirs = up.clip_soft_loss.ClipSoftLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
+    functions = (
+        lambda *x: sum(model.affinity_mimicking_loss(*x, 50.0, *teacher, 50.0)) / 2,
+        lambda *x: theirs(*x, 50.0, *teacher, 50.0),
+    )
+    ours, theirs = (partial(parity.with_gradients, function, *features) for function in functions)
+    print_row(f"affinity mimicking, {n} pairs, forward and backward", race(ours, theirs, repetitions))
+
+
+def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what: str) -> None:
+    """A step of learning masks on ViT-B/32 with a ViT-B/32 teacher, fp32: their train_one_epoch against
+    `train_step`."""
+    cfg = network.CONFIGS["ViT-B-32"]
+    stage = Stage(masks=True, target_sparsity=0.5, sparsity_warmup=1)
+    theirs, student = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"], masks=True)
+    for mask in student.masks:
+        mask.clamp_()
+    teacher, own = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"])
+    steps = 1
+    tokens = [captions(batch, 77, 49408, *length) for _ in range(steps)]
+    batches = [(torch.randn(batch, 3, 224, 224), each) for each in tokens]
+    one_pass, _ = parity.their_trainer(up, theirs, teacher, stage)
+    optimizers = train.make_optimizers(student.train(), stage)
+
+    def ours():
+        for step, (images, text) in enumerate(batches, 1000):
+            answer = train.ask_teacher(own.clip.eval(), images, text, stage)
+            train.train_step(student, answer, images, text, step, stage, optimizers)
+
+    epochs = iter(range(10, 10**6))
+    seconds = race(ours, lambda: one_pass(batches, next(epochs)), repetitions, steps)
+    print_row(f"masked step, ViT-B/32, batch {batch}, fp32, {what}", seconds, ">= 1.2")
+
+
+def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: int = 256) -> None:
+    """The contrastive arm's step against open_clip_train's on the same towers, from the same weights."""
+    clip = network.create_model("emoji-50")
+    stage = Stage(alpha=0.0, logit_scale=None, steps=1000, warmup=30, lr=1e-3)
+    cfg = open_clip_config(clip)
+    plain = open_clip.CLIP(**cfg, output_dict=True)
+    plain.load_state_dict(clip.state_dict())
+    student = model.Student(clip).train()
+    optimizers = train.make_optimizers(student, stage)
+    groups = train.param_groups(plain, stage.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps)
+    scheduler = cosine_lr(optimizer, stage.lr, stage.warmup, stage.steps)
+    flags = SimpleNamespace(
+        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
+        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
+        grad_clip_norm=stage.max_grad_norm, batch_size=batch, wandb=False,
+    )  # fmt: skip
+    batches = [(torch.randn(batch, 3, 40, 40), captions(batch, 24, 49408, 4, 20)) for _ in range(steps)]
+
+    class Batches(list):
+        num_batches, num_samples = steps, steps * batch
+
+    data = {"train": SimpleNamespace(dataloader=Batches(batches), set_epoch=lambda _: None)}
+    loss = open_clip.ClipLoss(cache_labels=True)
+
+    def theirs(flash):
+        with attention(flash):
+            train_one_epoch(plain, data, loss, 1, optimizer, None, scheduler, None, flags)
+
+    def ours():
+        for step, (images, tokens) in enumerate(batches):
+            train.train_step(student, None, images, tokens, step, stage, optimizers, precision)
+
+    for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
+        seconds = race(ours, partial(theirs, flash), repetitions, steps)
+        print_row(f"contrastive step, emoji-50, batch {batch}, {precision}: open_clip {what}", seconds, ">= 1")
+
+
+# --------------------------------------------------------------------------------------------------------- throughput
+
+
+def pruned_like(image_m: float, text_m: float) -> network.CLIP:
+    """ViT-B/32 pruned at random to about the sizes (M parameters) of a released automatic student.
+
+    The released files alone say which parts they kept; here every kind of part keeps the same share in every layer,
+    heads and hidden dimensions by multiples of a head.
+    """
+    whole = network.create_model("ViT-B-32")
+    masks = []
+    for tower, size in (("vision", image_m), ("text", text_m)):
+        shape = whole.geometry[tower]
+        best = None
+        for heads in range(1, shape["width"] // 64 + 1):
+            for width in range(64, shape["width"] + 1, 64):
+                for neurons in range(128, 4 * shape["width"] + 1, 128):
+                    blocks = shape["layers"] * (4 * width * 64 * heads + 2 * width * neurons)
+                    ends = 512 * width + (3 * 32 * 32 + 50 if tower == "vision" else 77) * width
+                    kept = (heads * 64 / shape["width"], width / shape["width"], neurons / (4 * shape["width"]))
+                    cost = abs((blocks + ends) / 1e6 - size) + 3 * (max(kept) - min(kept))
+                    best = min(best or (cost, None), (cost, (heads, width, neurons)))
+        heads, width, neurons = best[1]
+        small = {"width": width, "layers": shape["layers"], "head_width": 64, "heads": heads, "mlp_width": neurons}
+        masks.append(model.random_masks(shape, small, torch.Generator().manual_seed(0)))
+    return model.prune(whole, *masks)
+
+
+def proportions(rounds: int) -> None:
+    """Pairs per second of ViT-B/32 and its students against their MACs, captions of full length, batch 32, fp32."""
+    models = {
+        "ViT-B-32": network.create_model("ViT-B-32"),
+        "TinyCLIP-ViT-61M-32-Text-29M": network.create_model("TinyCLIP-ViT-61M-32-Text-29M"),
+        "TinyCLIP-ViT-40M-32-Text-19M": network.create_model("TinyCLIP-ViT-40M-32-Text-19M"),
+        "pruned to 63M + 31M": pruned_like(63, 31),
+        "pruned to 45M + 18M": pruned_like(45, 18),
+        "pruned to 22M + 10M": pruned_like(22, 10),
+    }
+    rates = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, network_ in models.items():
+            rates[name].append(throughput(network_.eval(), seconds=1.0)["pairs_per_second"])
+    base, work = statistics.median(rates["ViT-B-32"]), macs(models["ViT-B-32"])
+    print("\n| model | image + text (M) | MACs (G) | pairs/s | faster | by its MACs | share of it |\n|" + " --- |" * 7)
+    for name, network_ in models.items():
+        counts, rate = network.parameter_counts(network_), statistics.median(rates[name])
+        expected = work / macs(network_)
+        sizes = f"{counts['image'] / 1e6:.1f} + {counts['text'] / 1e6:.1f}"
+        cells = name, sizes, f"{macs(network_) / 1e9:.2f}", f"{rate:.1f}", f"{rate / base:.2f}x", f"{expected:.2f}x"
+        print("| " + " | ".join([*cells, f"{rate / base / expected:.2f}"]) + " |", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- script
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, help="clone of wkcn/TinyCLIP at ad981bf")
+    parser.add_argument("--repetitions", type=int, default=3, help="of everything")
+    parser.add_argument("--batch", type=int, default=8, help="pairs of a masked ViT-B/32 step")
+    parser.add_argument("--only", choices=["against", "throughput"], help="one half of it")
+    options = parser.parse_args()
+    if options.upstream is not None and not (options.upstream / "src/training").is_dir():
+        parser.error(f"--upstream {options.upstream} is no clone of wkcn/TinyCLIP")
+    if options.repetitions < 1 or options.batch < 2:
+        parser.error("--repetitions start at 1, --batch at 2")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    run.setup(0, "cpu")
+    libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
+    print(f"{processor()}, {torch.get_num_threads()} threads, {libraries}\n")
+    if options.only != "throughput":
+        print(
+            "| what | ours | theirs | theirs/ours | min .. max | repetitions | target |\n|" + " --- |" * 7, flush=True
+        )
+        if options.upstream is not None:
+            check_commit(options.upstream, "ad981bf")
+            up = parity.load(options.upstream)
+            with parity.process_group():
+                affinity(up, 1024, options.repetitions)
+                masked_step(up, options.batch, (8, 30), options.repetitions, "captions of 8 to 30 tokens")
+                masked_step(up, options.batch, (76, 77), options.repetitions, "captions of 77 tokens")
+        for precision in ("bf16", "fp32"):
+            contrastive_step(precision, options.repetitions)
+        if options.upstream is None:
+            print("\nnot run without --upstream PATH: affinity mimicking, masked step against the authors'")
+    if options.only != "against":
+        proportions(options.repetitions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,595 @@
+"""python -m tinyclip.train and .eval, end to end on real emoji shards, in processes of their own.
+
+Every kind of stage, kill -9 and resume, two processes against one, broken shards, command-line errors, open_clip.
+Scripts start in forks of a server that has imported torch and the rest already.
+"""
+
+import ast
+import dataclasses
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from shared import report, run
+from tinyclip import claims, config, train
+from tinyclip import eval as evaluation
+from tinyclip.checkpoints import load_clip
+from tinyclip.inheritance import first_weights
+from tinyclip.network import CLIP, CONFIGS, create_model
+
+ROOT = Path(__file__).parent.parent
+SHARDS = ROOT / "data/emoji/train"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PRELOAD = ["tinyclip.model", "tinyclip.pairs", "shared.zeroshot", "torch.utils.tensorboard"]
+
+STEPS = 8
+TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
+    --warmup 2 --precision fp32 --log-every 1""".split()
+MASKS = "--prune-step 4 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def corpus():
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """For run folders; emptied at the end, since a checkpoint has 90 MB."""
+    path = tmp_path_factory.mktemp("tinyclip")
+    yield path
+    shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m module arguments` in this process."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path):
+    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    count = iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+
+        def start(*arguments, module: str = "tinyclip.train", **environment: str):
+            log = str(folder / f"log{next(count)}")
+            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
+            process.log = log
+            process.start()
+            return process
+
+        yield start
+
+
+def ended(process, timeout: float = 90) -> Ended:
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"still running after {timeout} s")
+    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
+
+
+@pytest.fixture(scope="module")
+def cli(start):
+    return lambda *arguments, **options: ended(start(*arguments, **options))
+
+
+def finished(result: Ended) -> Ended:
+    assert result.code == 0, result.err
+    return result
+
+
+def metrics(out: Path) -> list[dict]:
+    """Without what may differ from run to run."""
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def one_sentence(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def runs(cli, folder: Path) -> dict[str, Path]:
+    """A teacher and every kind of stage after it; the second automatic stage starts from the first."""
+    teacher = folder / "teacher-seed0"
+    given = ["--teacher", teacher, "--init", teacher]
+    commands = {
+        "teacher": ["emoji-teacher"],
+        "random-contrastive": ["emoji-contrastive", "--init", "None"],
+        "inherited-affinity": ["emoji", *given],
+        "random-channels": ["emoji", *given, "--inherit", "random"],
+        "crops": ["emoji", *given, "--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform"],
+        "auto": ["emoji-auto", *given, *MASKS],
+        "auto-progressive": [
+            *("emoji-auto", *given, *MASKS, "--init", folder / "auto-seed0"),
+            *("--start-sparsity", "0.5", "--target-sparsity", "0.75"),
+        ],
+    }
+    for arm, command in commands.items():
+        finished(cli(*command, *TINY, "--out", folder / f"{arm}-seed0"))
+    return {arm: folder / f"{arm}-seed0" for arm in commands}
+
+
+def test_every_stage_trains(runs: dict[str, Path]):
+    for arm, out in runs.items():
+        files = {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", "model.pt"}
+        files |= {"masks.pt"} if "auto" in arm else {"open_clip_config.json"}
+        assert {path.name for path in out.iterdir()} == files, arm
+        lines = [line for line in metrics(out) if "loss" in line]
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert all(np.isfinite(value) for line in lines for value in line.values())
+        assert [("constraint" in line) for line in lines] == ["auto" in arm] * 4 + [False] * 4
+        state = run.load_checkpoint(out / "checkpoint.pt")
+        assert state["step"] == STEPS and state["masks"] is None
+        scale = state["state_dict"]["logit_scale"].exp().item()
+        assert math.isclose(scale, 50, rel_tol=1e-5) == (arm not in ("teacher", "random-contrastive"))
+
+
+def test_sizes(runs: dict[str, Path]):
+    sizes = {arm: load_clip(out) for arm, out in runs.items()}
+    shapes = {arm: {name: value.shape for name, value in model.state_dict().items()} for arm, model in sizes.items()}
+    assert shapes["random-channels"] == shapes["inherited-affinity"] == shapes["random-contrastive"]
+    pruned, again = (
+        sum(p.numel() for p in sizes[arm].transformer.parameters()) for arm in ("auto", "auto-progressive")
+    )
+    assert again < pruned < sum(p.numel() for p in sizes["teacher"].transformer.parameters())
+    for arm in ("auto", "auto-progressive"):
+        reached = [line["sparsity_reached"] for line in metrics(runs[arm]) if "sparsity_reached" in line]
+        assert len(reached) == 1 and 0 < reached[0] < 1
+
+
+def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
+    cfg = dataclasses.replace(config.EMOJI, init=str(runs["teacher"]), image_size=16)
+    (student, _), teacher = first_weights(cfg), load_clip(runs["teacher"])
+    assert torch.equal(student.visual.conv1.weight, teacher.visual.conv1.weight[:96])
+    assert torch.equal(student.transformer.resblocks[1].ln_1.weight, teacher.transformer.resblocks[2].ln_1.weight)
+    assert student.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["teacher"]), image_size=16)
+    whole, masks = first_weights(auto)
+    state = whole.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items() if k != "logit_scale")
+    assert all((loga == 10).all() for mask in masks for loga in mask.logas().values())
+
+
+def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
+    """All that the first stage has left sits in the front corner of full size, with its gates open."""
+    auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["auto"]), image_size=16)
+    (student, (image_mask, text_mask)), first = first_weights(auto), load_clip(runs["auto"])
+    width = first.geometry["text"]["width"]
+    assert torch.equal(student.token_embedding.weight[:, :width], first.token_embedding.weight)
+    assert not student.token_embedding.weight[:, width:].any()
+    assert (text_mask.hidden_loga > 0).sum() == width
+    heads = [int((row > 0).sum()) for row in image_mask.heads_loga]
+    assert heads == [0 if block.attn is None else block.attn.heads for block in first.visual.transformer.resblocks]
+
+
+def test_a_finished_run_is_not_run_twice(runs: dict[str, Path], cli):
+    out = runs["auto"]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+    given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
+    result = finished(cli("emoji-auto", *given, *MASKS, *TINY, "--out", out))
+    assert f"is finished ({STEPS} steps); nothing to do" in result.out
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
+    ood = ROOT / "data/emoji/eval/groups_ood"
+    options = [*TINY, *MASKS, "--steps", "6", "--eval-every", "3", "--eval-set", ood]
+    given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
+    finished(cli("emoji-auto", *given, *options, "--out", folder / "evaluated"))
+    points = [
+        (line["step"], line["zero_shot_top1"]) for line in metrics(folder / "evaluated") if "zero_shot_top1" in line
+    ]
+    assert [step for step, _ in points] == [3, 6] and all(0 <= top1 <= 100 for _, top1 in points)
+
+
+# -------------------------------------------------------------------------------------------------- kill and resume
+
+
+def kill_at(process, out: Path, line: int) -> None:
+    """SIGKILL as soon as metrics.jsonl has so many lines."""
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, ended(process)
+
+
+@pytest.mark.parametrize("arm", ["auto", "crops"])
+def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
+    """Once before the masks are cut, once after, and in a run that reads and crops while it trains."""
+    out, teacher = folder / f"killed-{arm}", runs["teacher"]
+    given = ["--teacher", teacher, "--init", teacher, *TINY, "--save-every", "1", "--out", out]
+    crops = ["--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform", "--workers", "1"]
+    command = ["emoji-auto", *MASKS, *given] if arm == "auto" else ["emoji", *crops, *given]
+    kills = [random.randint(2, 3), random.randint(6, 7)]
+    for line in kills:
+        kill_at(start(*command), out, line)
+    finished(ended(start(*command)))
+    assert metrics(out) == metrics(runs[arm]), kills
+    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, runs[arm]))
+    for part in ("state_dict", "optimizers", "geometry", "step"):
+        assert same(state[part], expected[part]), (part, kills)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("arm", ["auto", "inherited-affinity"])
+def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
+    """The processes get what torchrun would tell them."""
+    out, teacher = folder / f"two-{arm}", runs["teacher"]
+    preset = ["emoji-auto", *MASKS] if arm == "auto" else ["emoji"]
+    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [*preset, "--teacher", teacher, "--init", teacher, *TINY, "--out", out]
+    for process in [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)]:
+        finished(ended(process))
+    one, two = ([line for line in metrics(path) if "loss" in line] for path in (runs[arm], out))
+    for a, b in zip(one, two, strict=True):
+        for name in ("expected_sparsity", "image_sparsity", "gradient_norm", "text_lambda_1"):
+            if name in a:
+                np.testing.assert_allclose(b[name], a[name], rtol=2e-3, err_msg=f"{name} in step {a['step']}")
+    # `distillation` is each process's own part; Adam turns the rounding of a vanishing gradient into part of a step
+    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (runs[arm], out))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_torchrun(cli, folder: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*TINY, "--steps", "2", "--model", "emoji-25"]
+    command = [*torchrun, "-m", "tinyclip.train", "emoji-teacher", *options, "--out", folder / "torchrun"]
+    environment = os.environ | ENVIRONMENT
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert run.load_checkpoint(folder / "torchrun/checkpoint.pt")["step"] == 2
+
+
+# --------------------------------------------------------------------------------------------------- broken shards
+
+
+@pytest.fixture(scope="module")
+def broken_shards(folder: Path) -> str:
+    """One shard cut in the middle of an image, one with two broken samples and one without caption."""
+    whole, cut, mixed = folder / "whole.tar", folder / "cut.tar", folder / "mixed.tar"
+    with tarfile.open(SHARDS / "00001.tar") as source, tarfile.open(whole, "w") as target:
+        members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)
+        for member in members[:128]:
+            target.addfile(member, source.extractfile(member))
+    cut.write_bytes(whole.read_bytes()[:40_000])
+    shutil.copy(whole, mixed)
+    samples = [("bad.png", b"?"), ("bad.txt", b"bad"), ("mute.png", b"?"), ("mute.txt", b""), ("x.png", b"?")]
+    with tarfile.open(mixed, "a") as tar:
+        for name, content in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return f"{cut}::{mixed}"
+
+
+@pytest.mark.parametrize("preset", ["emoji-teacher", "emoji-contrastive"])  # read in every epoch, and read once
+def test_broken_shards_are_reported_and_the_run_finishes(cli, folder: Path, broken_shards: str, preset: str):
+    out = folder / f"broken-{preset}"
+    options = [*TINY, "--init", "None", "--dataset-size", "None", "--data", broken_shards, "--steps", "4", "--out", out]
+    result = finished(cli(preset, *options))
+    reports = [line for line in result.out.splitlines() if "broken samples" in line]
+    assert reports and reports[0].startswith("epoch 1: ")
+    assert "1 missing caption" in reports[0] and "truncated or damaged tar" in reports[0]
+    assert any("unreadable image" in line for line in reports)
+
+
+def test_strict_names_the_sample(cli, folder: Path, broken_shards: str):
+    options = [*TINY, "--dataset-size", "None", "--data", broken_shards, "--strict", "--out", folder / "strict"]
+    result = cli("emoji-teacher", *options)
+    assert result.code == 2 and "truncated or damaged tar" in result.err and one_sentence(result.err)
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
+    """The script's command line in this process: quicker still, for what ends before training."""
+
+    def call(*arguments, module: str = "tinyclip.train") -> Ended:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
+        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+ERRORS = {
+    "paper preset without data": (["manual-61M-29M"], "--data is missing: it takes image-text shards"),
+    "missing shard": (["emoji-teacher", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
+    "missing teacher": (["emoji", "--init", "None", "--teacher", "/nowhere"], "--teacher /nowhere does not exist"),
+    "missing weights": (["emoji-contrastive", "--init", "/nowhere"], "--init /nowhere does not exist"),
+    "a teacher that is none": (["emoji", "--init", "None", "--teacher", f"{SHARDS}/00000.tar"], "is not a checkpoint"),
+    "unknown weights": (["emoji", "--init", "None", "--teacher", "ViT-B-32@nothing"], "open_clip.list_pretrained()"),
+    "affinity without a teacher": (["emoji", "--teacher", "None"], "affinity mimicking needs --teacher"),
+    "unknown model": (["emoji-teacher", "--model", "RN51"], "--model 'RN51' is none of"),
+    "alpha": (["emoji-teacher", "--alpha", "2"], "--alpha 2.0 is not between 0"),
+    "temperature": (["emoji-teacher", "--logit-scale", "0"], "--logit-scale 0.0 must be above 0"),
+    "pruning too late": (["emoji-auto", "--prune-step", "8"], "--prune-step 8 is not within the 8 steps"),
+    "falling sparsity": (["emoji-auto", *MASKS, "--start-sparsity", "0.9"], "--start-sparsity 0.9"),
+    "nothing to mask": (["emoji-auto", *MASKS, "--mask-types", "hidden"], "--mask-types needs heads or intermediate"),
+    "masks on a ResNet": (["emoji-auto", *MASKS, "--model", "RN50"], "not on the ResNet of RN50"),
+    "too few pairs": (["emoji-teacher", "--batch-size", "97"], "holds 96 pairs, less than one batch"),
+    "no steps": (["emoji-teacher", "--steps", "0"], "--steps must be at least 1"),
+    "no steps between logs": (["emoji-teacher", "--log-every", "0"], "--log-every must be at least 1"),
+    "crops in memory": (["emoji-teacher", "--keep-in-memory"], "it needs --augmentation none"),
+    "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is no multiple of patch_size 8"),
+    "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no evaluation set": (["emoji-teacher", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(in_process, tmp_path: Path, case: str):
+    (preset, *options), message = ERRORS[case]
+    defaults = TINY if preset.startswith("emoji") else []
+    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
+def test_wrong_flags(in_process, arguments: list[str]):
+    result = in_process(*arguments)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(word in result.err for word in arguments[1:2])
+
+
+def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp_path: Path):
+    given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
+    result = in_process("emoji", *given, *TINY, "--lr", "1e-4", "--out", runs["inherited-affinity"])
+    assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
+    result = in_process("emoji", *given, *TINY, "--image-size", "24", "--out", tmp_path / "a")
+    assert result.code == 2 and "the teacher sees 16 pixels" in result.err and one_sentence(result.err)
+    result = in_process("emoji", "--teacher", runs["teacher"], *TINY, "--model", "emoji-100", "--init", runs["auto"])
+    assert result.code == 2 and "more than" in result.err and one_sentence(result.err)
+
+
+def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
+    shard, out = tmp_path / "shard.tar", tmp_path / "run"
+    shutil.copy(SHARDS / "00000.tar", shard)
+    options = [*TINY, "--data", shard, "--model", "emoji-25", "--steps", "3", "--save-every", "2", "--out", out]
+    assert in_process("emoji-teacher", *options).code == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"step": 2}, out / "checkpoint.pt")  # as if it had stopped early
+    shutil.copy(SHARDS / "00001.tar", shard)
+    result = in_process("emoji-teacher", *options)
+    assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
+
+
+def test_help_documents_every_field(in_process):
+    command = [sys.executable, "-m", "tinyclip.train", "emoji", "--help"]
+    environment = os.environ | ENVIRONMENT | {"COLUMNS": "300"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == ""
+    shown = " ".join(re.sub(r"[^\x21-\x7e]+", " ", result.stdout).split())
+    documented = 0
+    for node in ast.parse(Path(config.__file__).read_text()).body:
+        fields = node.body if isinstance(node, ast.ClassDef) else []
+        for field, text in zip(fields, fields[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+                assert f"--{field.target.id.replace('_', '-')}" in shown
+                assert " ".join(text.value.value.split()) in shown, field.target.id
+                documented += 1
+    assert documented == len(dataclasses.fields(config.Config))
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    cfg = config.PRESETS[preset][1]
+    result = in_process(preset, "--dry-run")
+    assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
+    total = int(re.search(r"parameters +([\d,]+) ", result.out)[1].replace(",", ""))
+    with torch.device("meta"):
+        assert total == sum(p.numel() for p in create_model(cfg.model).parameters())
+    assert re.search(rf"^steps +{cfg.steps:,}$", result.out, re.MULTILINE)
+    assert f"{cfg.steps * cfg.batch_size:,}" in result.out and ("masks  " in result.out) == cfg.masks
+    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
+    """The state dict with the keys that the authors' files have."""
+    if layout == "openai":
+        return {f"module.{name}": value for name, value in model.state_dict().items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        tower = (
+            "logit_scale" if name == "logit_scale" else "image_encoder" if name.startswith("visual") else "text_encoder"
+        )
+        state[f"_{tower}.{'module.' if layout == 'towers, distributed' else ''}{name}"] = value
+        if layout == "auto" and tower != "logit_scale":
+            state[f"{tower}_without_ddp.{name}"] = value  # registered twice
+    return state
+
+
+@pytest.mark.parametrize("layout", ["openai", "towers", "towers, distributed", "auto"])
+def test_checkpoints_in_the_authors_layouts(runs: dict[str, Path], tmp_path: Path, layout: str):
+    model = load_clip(runs["auto" if layout == "auto" else "inherited-affinity"])
+    torch.save({"epoch": 6, "name": "x", "state_dict": theirs(model, layout)}, tmp_path / "theirs.pt")
+    loaded = load_clip(tmp_path / "theirs.pt", head_width=32)
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    images, tokens = torch.rand(2, 3, 16, 16), torch.tensor([[49406, 320, 49407] + [0] * 21] * 2)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded(images, tokens), model(images, tokens), strict=True))
+
+
+def test_released_geometries_load(tmp_path: Path):
+    """A file with the keys and shapes of each released model by hand."""
+    for name in ("TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"):
+        model = create_model(name)
+        torch.save({"state_dict": theirs(model, "openai")}, tmp_path / f"{name}.pt")
+        loaded = load_clip(tmp_path / f"{name}.pt")
+        assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+        tower = {key: loaded.geometry["vision"][key] for key in CONFIGS[name]["vision"]}
+        assert tower == CONFIGS[name]["vision"]
+
+
+def test_plain_open_clip_loads_ours(runs: dict[str, Path]):
+    """With the config that training leaves beside the weights, where open_clip has such shapes."""
+    out = runs["inherited-affinity"]
+    cfg = json.loads((out / "open_clip_config.json").read_text())
+    plain, model = open_clip.CLIP(**cfg).eval(), load_clip(out)
+    plain.load_state_dict(torch.load(out / "model.pt", weights_only=True)["state_dict"])
+    images, tokens = torch.rand(2, 3, 16, 16), open_clip.SimpleTokenizer(context_length=24)(["a cat", "two dogs"])
+    with torch.no_grad():
+        torch.testing.assert_close(plain.encode_image(images), model.encode_image(images))
+        torch.testing.assert_close(plain.encode_text(tokens), model.encode_text(tokens))
+    assert not (runs["auto"] / "open_clip_config.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+SETS = tuple(str(ROOT / "data/emoji/eval" / name) for name in ("groups_id", "retrieval_xm_en"))
+
+
+def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    arms = ("teacher", "random-contrastive", "inherited-affinity", "auto")
+    cfg = evaluation.Config(
+        tuple(str(runs[arm]) for arm in arms), sets=SETS, report=str(tmp_path / "results.json"), device="cpu"
+    )
+    monkeypatch.setattr(evaluation, "throughput", lambda *_, **__: {"pairs_per_second": 10.0})
+    monkeypatch.setattr(claims, "claims", lambda: [report.Claim("higher", "+1", "groups_id/top1", arms[2], arms[1])])
+    monkeypatch.setattr(
+        claims, "learning_curve", lambda folder: [(4, 1.0), (8, 3.0 if "affinity" in str(folder) else 2.0)]
+    )
+    for module in (claims, evaluation):
+        monkeypatch.setattr(module, "METRICS", {"groups_id/top1": "groups", "parameters_m": "M", "macs_g": "G"})
+    monkeypatch.setattr(claims, "plot", lambda *_: None)  # reads names_ood
+    evaluation.main(cfg)
+    summary = report.load(tmp_path / "results.json")
+    assert list(summary["arms"]) == list(arms) and summary["seeds"] == [0]
+    values = {arm: json.loads((runs[arm] / "results.json").read_text())["metrics"] for arm in arms}
+    for arm in arms:
+        assert summary["arms"][arm]["groups_id/top1"]["values"] == [values[arm]["groups_id/top1"]]
+    assert values["auto"]["parameters_m"] < values["teacher"]["parameters_m"]
+    assert values["inherited-affinity"]["macs_g"] < values["teacher"]["macs_g"]
+    rows = {row["claim"]: row for row in summary["claims"]}
+    assert rows["steps to the score of random weights, contrastive"]["here"] == "1.33x fewer"  # 8 of 6 steps
+    assert "asked" in rows["sparsity reached as asked (%), auto"]["here"]
+    assert "not testable at this scale" in capsys.readouterr().out
+    assert (tmp_path / "tinyclip_masks.png").stat().st_size > 10_000
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
+    evaluation.main(cfg)
+
+
+def test_curves(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(claims, "learning_curve", lambda folder: [(1, 1.0), (2, 2.0)])
+    spread = report.spread([1.0, 2.0])
+    arms = {"auto": {"names_ood/top1": spread, "parameters_m": spread, "pairs_per_second": spread}}
+    claims.plot({"auto": [tmp_path, tmp_path]}, arms, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_steps_to_reach():
+    curve = [(10, 1.0), (20, 3.0), (30, 3.0)]
+    assert claims.steps_to_reach(curve, 2.0) == 15 and claims.steps_to_reach(curve, 0.5) == 5
+    assert claims.steps_to_reach(curve, 4.0) == math.inf
+
+
+def test_report_refuses(runs: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="ARM-seedN"):
+        claims.compare(["runs/other"], [{}], tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("name, macs", [("TinyCLIP-ViT-61M-32-Text-29M", 5.3), ("TinyCLIP-ResNet-19M-Text-19M", 4.4)])
+def test_macs_are_those_of_the_model_zoo(name: str, macs: float):
+    assert round(evaluation.macs(create_model(name)) / 1e9, 1) == macs
+
+
+def test_throughput():
+    rates = evaluation.throughput(create_model("emoji-25"), batch=2, seconds=0.05)
+    pairs = 1 / (1 / rates["images_per_second"] + 1 / rates["captions_per_second"])
+    assert rates["pairs_per_second"] == pytest.approx(pairs)
+
+
+def test_evaluation_errors(in_process, tmp_path: Path, runs: dict[str, Path]):
+    for arguments, words in (
+        ((tmp_path / "nowhere",), "no checkpoint"),
+        ((runs["auto"], "--sets", tmp_path), str(tmp_path)),
+        ((), "name at least one run folder"),
+        ((f"{SHARDS}/00000.tar",), "is not a checkpoint"),
+    ):
+        result = in_process(*arguments, module="tinyclip.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err)

@@ -1,0 +1,188 @@
+"""What TinyCLIP claims, in the terms of the embedded corpus, and the comparison of its arms.
+
+The arms are run folders ARM-seedN that the Makefile trains and eval.py measures. Verdicts are computed by
+`shared.report.judge` from differences paired by seed.
+"""
+
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from shared import report, run
+
+ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
+    "teacher": "teacher (100 %)",
+    "random-contrastive": "50 %: random weights, contrastive",
+    "random-affinity": "50 %: random weights, affinity",
+    "inherited-contrastive": "50 %: inherited, contrastive",
+    "inherited-affinity": "50 %: inherited, affinity = TinyCLIP by hand",
+    "random-channels": "50 %: random channels and layers, affinity",
+    "auto": "50 %: learned masks = TinyCLIP auto",
+    "auto-half": "50 %: learned masks, half the steps",
+    "auto-progressive": "25 %: from the one above, the other half",
+    "auto-oneshot": "25 %: in one stage, all steps",
+}
+METRICS = {
+    "names_ood/top1": "names OOD",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_ood/mean_recall": "recall OOD",
+    "retrieval_id/mean_recall": "recall ID",
+    "parameters_m": "parameters (M)",
+    "macs_g": "MACs (G)",
+    "pairs_per_second": "pairs/s",
+    "seconds": "seconds",
+}
+
+
+def claims() -> list[report.Claim]:
+    """The paper's claims in the terms of the embedded corpus; IN: ImageNet zero-shot top-1 of the model zoo."""
+    top1, recall = "names_ood/top1", "retrieval_ood/mean_recall"
+    rows = []
+    for metric, what in ((top1, "zero-shot"), (recall, "retrieval")):
+        for start in ("random", "inherited"):
+            rows.append(
+                report.Claim(
+                    f"affinity above contrastive, {start} weights, {what}",
+                    "claimed",
+                    metric,
+                    f"{start}-affinity",
+                    f"{start}-contrastive",
+                )
+            )
+        for loss in ("contrastive", "affinity"):
+            rows.append(
+                report.Claim(
+                    f"inherited above random weights, {loss}, {what}",
+                    "claimed",
+                    metric,
+                    f"inherited-{loss}",
+                    f"random-{loss}",
+                )
+            )
+        rows.append(
+            report.Claim(f"both together, {what}", "claimed", metric, "inherited-affinity", "random-contrastive")
+        )
+    return rows + [
+        report.Claim("half the size against the teacher, by hand", None, top1, "inherited-affinity", "teacher"),
+        report.Claim("half the size against the teacher, learned masks", None, top1, "auto", "teacher"),
+        report.Claim("learned masks above by hand", "+1.6 IN", top1, "auto", "inherited-affinity", 1, 1.6),
+        report.Claim(
+            "first channels and every other layer above random ones",
+            None,
+            top1,
+            "inherited-affinity",
+            "random-channels",
+        ),
+        report.Claim(
+            "progressive above one stage, 25 %, zero-shot", "claimed", top1, "auto-progressive", "auto-oneshot"
+        ),
+        report.Claim(
+            "progressive above one stage, 25 %, retrieval", "claimed", recall, "auto-progressive", "auto-oneshot"
+        ),
+    ]
+
+
+def learning_curve(folder: Path) -> list[tuple[int, float]]:
+    """(step, names OOD top-1 with bare names) of a run."""
+    return [(line["step"], line["zero_shot_top1"]) for line in run.read_metrics(folder) if "zero_shot_top1" in line]
+
+
+def steps_to_reach(curve: list[tuple[int, float]], goal: float) -> float:
+    """The first step at which the curve, linear between its points, reaches `goal`; infinite if it never does."""
+    before, low = 0, 0.0
+    for step, value in curve:
+        if value >= goal:
+            return before + (step - before) * (goal - low) / (value - low) if value > low else float(step)
+        before, low = step, value
+    return math.inf
+
+
+def speed_up(method: list[Path], baseline: list[Path]) -> dict[str, str]:
+    """How many times fewer steps the method needs to where the baseline ends, seed by seed. The paper: 1.4 to 7.8."""
+    ratios = []
+    for ours, theirs in zip(map(learning_curve, method), map(learning_curve, baseline), strict=True):
+        steps, goal = theirs[-1]
+        ratios.append(steps / steps_to_reach(ours, goal))
+    claim = report.Claim("steps to the score of random weights, contrastive", "1.4-7.8x fewer", "", "", "", 1)
+    row = report.judge(claim, ratios, [1.0] * len(ratios))
+    return row | {"here": f"{report.spread(ratios)['mean']:.2f}x fewer"}
+
+
+def sparsity(runs: list[dict[str, float]], arm: str) -> dict[str, str]:
+    """What is pruned away in the end against what was asked for."""
+    misses = [abs(values["sparsity_reached"] - values["target_sparsity"]) for values in runs]
+    reached, target = runs[0]["sparsity_reached"], runs[0]["target_sparsity"]
+    verdict = "reproduced" if max(misses) < 0.05 else "not reproduced"
+    here = f"{100 * reached:.1f} for {100 * target:.0f} asked, at most {100 * max(misses):.1f} off"
+    return {"claim": f"sparsity reached as asked (%), {arm}", "paper": "by design", "here": here, "verdict": verdict}
+
+
+def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
+    """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
+    by_seed, seeds, paths, commits = report.compare_runs(runs, results, ARMS, "step")
+    rows = report.judge_all(claims(), by_seed)
+    if {"inherited-affinity", "random-contrastive"} <= set(by_seed):
+        rows.append(speed_up(paths["inherited-affinity"], paths["random-contrastive"]))
+    rows += [sparsity(by_seed[arm], arm) for arm in by_seed if "sparsity_reached" in by_seed[arm][0]]
+    rows.append(report.untestable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", "needs LAION-400M, YFCC-15M"))
+    rows.append(
+        report.untestable("8.9 % of ViT-B/16's parameters, +3.5 over it", "41.1 against 37.6", "needs YFCC-15M")
+    )
+    summary = report.results("TinyCLIP (arXiv 2309.12314)", seeds, by_seed, rows, commits)
+    report.save(path, summary)
+    plot(paths, summary["arms"], path.parent / "tinyclip_curves.png")
+    if masked := [arm for arm in by_seed if (paths[arm][0] / "masks.pt").exists()]:
+        plot_masks(
+            {arm: run.load_checkpoint(paths[arm][0] / "masks.pt") for arm in masked}, path.parent / "tinyclip_masks.png"
+        )
+    print(
+        f"\nEmbedded emoji corpus, a stand-in for LAION-400M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n"
+    )
+    print(report.arms_table(summary["arms"], METRICS))
+    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+
+
+def plot(paths: dict[str, list[Path]], arms: dict[str, dict], path: Path) -> None:
+    """Accuracy over steps, against parameters and against measured pairs per second; means over seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6))
+    for color, arm in zip(plt.get_cmap("tab10").colors, paths, strict=False):
+        curves = np.array([learning_curve(folder) for folder in paths[arm]])  # (seeds, points, 2)
+        if curves.size:
+            axes[0].plot(*curves.mean(axis=0).T, color=color, marker="o", ms=3, label=ARMS.get(arm, arm))
+        top1 = arms[arm]["names_ood/top1"]
+        for axis, key in zip(axes[1:], ("parameters_m", "pairs_per_second"), strict=True):
+            if key in arms[arm]:
+                axis.errorbar(arms[arm][key]["mean"], top1["mean"], top1["std"], color=color, marker="o", capsize=3)
+    for axis, x in zip(axes, ("step", "parameters without token embedding (M)", "pairs per second"), strict=True):
+        axis.set(xlabel=x, ylabel="emoji names OOD, top-1 (%)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_masks(masks: dict[str, dict], path: Path) -> None:
+    """Which heads, neurons and hidden dimensions are left when the masks are cut, a row of panels for each tower."""
+    rows = [(arm, tower) for arm in masks for tower in ("image", "text")]
+    figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.2 * len(rows)), squeeze=False, width_ratios=[1, 4, 3])
+    for (arm, tower), panel in zip(rows, axes, strict=True):
+        for axis, kind in zip(panel, ("heads", "intermediate", "hidden"), strict=True):
+            if kind not in masks[arm][tower]:
+                axis.axis("off")
+                continue
+            z = masks[arm][tower][kind].reshape(1, -1) if kind == "hidden" else masks[arm][tower][kind]
+            kept = 100 * (z != 0).float().mean().item()
+            order = z.sort(dim=1, descending=True).values if kind == "intermediate" else z
+            axis.imshow(order, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            name = {"heads": "heads", "intermediate": "neurons, sorted", "hidden": "hidden dimensions"}[kind]
+            axis.set_title(f"{arm}, {tower}: {name}, {kept:.0f} % left", fontsize=8)
+            axis.set_ylabel("" if kind == "hidden" else "layer", fontsize=8)
+            axis.set_yticks([] if kind == "hidden" else range(len(z)))
+            axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,264 @@
+"""Every setting of a TinyCLIP stage and run, its presets, and what is refused before a run starts.
+
+`Stage` is the recipe of one distillation stage, `Config` adds where it runs and on what. The presets auto-* and
+manual-* are the scripts of wkcn/TinyCLIP@ad981bf and the rows of its model zoo; `emoji*` are ours.
+"""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from tinyclip.network import CONFIGS
+
+
+@dataclasses.dataclass
+class Stage:
+    """One stage: what is optimised, how fast, and when masks become a smaller network."""
+
+    steps: int = 73_242
+    """Optimizer steps: 6 epochs of 400M pairs at batch 32,768."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup: int = 2_000
+    """Steps of linear warm-up; a stage with masks warms up until `prune_step` instead."""
+    weight_decay: float = 0.2
+    """AdamW's decay of matrices and embeddings; gains, biases and the temperature have none."""
+    beta1: float = 0.9
+    """AdamW's beta1."""
+    beta2: float = 0.98
+    """AdamW's beta2; upstream: 0.98 for a ViT student, 0.999 for a ResNet."""
+    eps: float = 1e-6
+    """AdamW's epsilon; upstream: 1e-6 for a ViT student, 1e-8 for a ResNet."""
+    max_grad_norm: float | None = 5.0
+    """Gradients of all parameters together, those of the masks too, are clipped to this norm; None: not at all."""
+    alpha: float = 1.0
+    """Share of affinity mimicking in the loss; the rest is the contrastive loss. 0 needs no teacher."""
+    weight: float = 1.0
+    """Factor on both losses."""
+    logit_scale: float | None = 50.0
+    """Temperature multiplier of teacher and student, put back after each step; None: learned, and the teacher's own."""
+
+    masks: bool = False
+    """Automatic inheritance: learn masks on both towers until `prune_step`."""
+    mask_types: tuple[Literal["hidden", "heads", "intermediate", "mha", "ffn"], ...] = (
+        "hidden",
+        "heads",
+        "intermediate",
+    )
+    """What masks act on; mha and ffn are gates on whole blocks, which upstream never switches on."""
+    start_sparsity: float = 0.0
+    """Target at step 0: what the stage before has reached."""
+    target_sparsity: float = 0.25
+    """Share of the towers' block parameters to be pruned."""
+    sparsity_warmup: int = 1_000
+    """Steps in which the target rises from start to end."""
+    prune_step: int = 3_000
+    """Step at which the masks become a smaller network, with a new optimizer."""
+    mask_lr: float = 0.02
+    """Learning rate of the masks."""
+    lambda_lr: float = -0.02
+    """Learning rate of the constraint's multipliers; below 0, since they climb."""
+    joint: bool = True
+    """One sparsity constraint over both towers (upstream's --total-loss-flag), or one for each."""
+    two_sided: bool = False
+    """The paper's constraint, which also pulls back from too much sparsity; upstream's is a hinge."""
+    exact_prune: bool = False
+    """Prune to exactly what the masked network computes; upstream's pruning also scales the projections."""
+
+
+@dataclasses.dataclass
+class Config(Stage):
+    """A stage, and the run it is."""
+
+    out: str = "runs/tinyclip"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone.
+    With a checkpoint in it, the run resumes."""
+    data: str = ""
+    """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+
+    model: str = "TinyCLIP-ViT-61M-32-Text-29M"
+    """The student's geometry, by name in tinyclip.network.CONFIGS; with masks, that before pruning."""
+    teacher: str | None = "ViT-B-32@laion2b_e16"
+    """A run folder, a checkpoint in the authors' layout, or MODEL@WEIGHTS of open_clip. The same in all stages."""
+    init: str | None = "ViT-B-32@laion2b_e16"
+    """Where first weights come from, as `teacher`: the teacher, or the stage before. None: random weights."""
+    inherit: Literal["manual", "random"] = "manual"
+    """How weights of another geometry are taken over: front channels and every k-th layer, or (a control) random
+    channels and layers. With masks they are taken over whole, or put back into full size if they were pruned."""
+    depth_rule: Literal["interval_front", "uniform"] = "interval_front"
+    """Which layers: upstream's every (12 // depth)-th from the front, or an even spread."""
+    head_width: int = 64
+    """Width of an attention head in checkpoint files that do not say."""
+    quick_gelu: bool = False
+    """The student's activation is QuickGELU. Weights of OpenAI need it; upstream's configs have GELU nevertheless."""
+    image_size: int | None = None
+    """Image side in pixels; None is the model's own."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    augmentation: Literal["crop", "none"] = "crop"
+    """crop: a random crop of 90 to 100 % of the area. none: the evaluation transform."""
+    keep_in_memory: bool = False
+    """Read all pairs and compute the teacher's features once, before the first step; needs --augmentation none."""
+
+    batch_size: int = 32_768
+    """Pairs per step, over all processes together."""
+    seed: int = 0
+    """Seed of initial weights, shuffles, views and mask samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1_000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between zero-shot evaluations on `eval_set`; 0: never during training."""
+    eval_set: str = "data/emoji/eval/names_ood"
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data and downloads nothing."""
+
+
+MANUAL = Config(grad_checkpointing=True)
+AUTO = replace(MANUAL, model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
+RESNET = replace(MANUAL, model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
+YFCC = replace(  # no script upstream; 25 epochs of 15M pairs
+    MANUAL, model="TinyCLIP-ViT-39M-16-Text-19M", teacher="ViT-B-16@openai", init="ViT-B-16@openai",
+    batch_size=4_096, steps=91_550,
+)  # fmt: skip
+FIRST = "runs/tinyclip/{}"  # where a second stage finds the first, unless --init says otherwise
+
+EMOJI = Config(
+    data="data/emoji/train", model="emoji-50",
+    teacher=FIRST.format("teacher-seed0"), init=FIRST.format("teacher-seed0"), steps=600, batch_size=256, lr=1e-3,
+    warmup=30, augmentation="none", keep_in_memory=True, workers=0, save_every=200, eval_every=60,
+)  # fmt: skip
+# Gates move by at most the mask learning rate a step, from 4.6 to below -4.6: few steps need a larger one.
+EMOJI_AUTO = replace(
+    EMOJI,
+    model="emoji-100",
+    masks=True,
+    target_sparsity=0.5,
+    prune_step=240,
+    sparsity_warmup=120,
+    mask_lr=0.1,
+    lambda_lr=-0.1,
+)
+PRESETS = {
+    "emoji": ("half the teacher by hand, inherited, affinity mimicking; minutes on two CPU cores", EMOJI),
+    "emoji-teacher": (
+        "the teacher of the emoji presets: a CLIP trained from scratch with the contrastive loss",
+        replace(
+            EMOJI, model="emoji-100", teacher=None, init=None, alpha=0.0, logit_scale=None, augmentation="crop",
+            keep_in_memory=False, steps=700,
+        ),
+    ),
+    "emoji-contrastive": (
+        "the same student and weights, contrastive loss", replace(EMOJI, teacher=None, alpha=0.0, logit_scale=None)
+    ),
+    "emoji-auto": ("half the teacher by learned masks", EMOJI_AUTO),
+    "auto-63M-31M": ("ViT-B/32 100 -> 75 %, LAION-400M", AUTO),
+    "auto-45M-18M": (
+        "its 75 -> 50 %",
+        replace(
+            AUTO, model="TinyCLIP-auto-ViT-45M-32-Text-18M", init=FIRST.format("auto-63M-31M"), start_sparsity=0.25,
+            target_sparsity=0.5, prune_step=5_000,
+        ),
+    ),
+    "auto-22M-10M": (
+        "its 50 -> 25 %",
+        replace(
+            AUTO, model="TinyCLIP-auto-ViT-22M-32-Text-10M", init=FIRST.format("auto-45M-18M"), start_sparsity=0.5,
+            target_sparsity=0.75, prune_step=8_000,
+        ),
+    ),
+    "manual-61M-29M": ("ViT-B/32 by hand 100 -> 75 %, LAION-400M", MANUAL),
+    "manual-40M-19M": (
+        "its 75 -> 50 %, 6 epochs as in the script (the released file was named epoch 16)",
+        replace(MANUAL, model="TinyCLIP-ViT-40M-32-Text-19M", init=FIRST.format("manual-61M-29M")),
+    ),
+    "resnet-30M-29M": ("RN50 by hand 100 -> 75 %, LAION-400M", RESNET),
+    "resnet-19M-19M": (
+        "its 75 -> 50 %, 12 epochs as the released file was named",
+        replace(RESNET, model="TinyCLIP-ResNet-19M-Text-19M", init=FIRST.format("resnet-30M-29M"), steps=146_484),
+    ),
+    "yfcc-39M-19M": ("ViT-B/16 by hand, YFCC-15M; recipe pieced together from the authors' answers", YFCC),
+    "yfcc-8M-3M": (
+        "from 39M-19M, YFCC-15M; likewise",
+        replace(YFCC, model="TinyCLIP-ViT-8M-16-Text-3M", init=FIRST.format("yfcc-39M-19M")),
+    ),
+}  # fmt: skip
+PRESETS |= {  # the zoo's second data set has the same recipe
+    f"{name}-laion-yfcc": (f"{name} on LAION-400M and YFCC-15M together", replace(PRESETS[name][1], init=init))
+    for name, init in (("auto-63M-31M", AUTO.init), ("auto-45M-18M", FIRST.format("auto-63M-31M-laion-yfcc")))
+}
+STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    check_stage(cfg)
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'laion/{0000..4140}.tar'"
+        )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    for name in ("teacher", "init"):
+        source = getattr(cfg, name)
+        if source is not None and "@" not in source and not Path(source).exists():
+            raise ValueError(
+                f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip"
+                + (
+                    "; 'python -m tinyclip.train emoji-teacher --out PATH' trains the emoji one"
+                    if "emoji" in cfg.model
+                    else ""
+                )
+            )
+    for name in ("batch_size", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    if cfg.keep_in_memory and cfg.augmentation != "none":
+        raise ValueError("--keep-in-memory computes each view once: it needs --augmentation none")
+    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+def check_stage(cfg: Config) -> None:
+    """The part of `check` that needs no files."""
+    if cfg.model not in CONFIGS:
+        raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
+    if cfg.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {cfg.steps}")
+    if not 0 <= cfg.alpha <= 1:
+        raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
+    if cfg.alpha > 0 and cfg.teacher is None:
+        raise ValueError("affinity mimicking needs --teacher; without one pass --alpha 0")
+    if cfg.logit_scale is not None and cfg.logit_scale <= 0:
+        raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
+    if not cfg.masks:
+        return
+    if not isinstance(CONFIGS[cfg.model]["vision"]["layers"], int):
+        raise ValueError(f"--masks act on transformers, not on the ResNet of {cfg.model}")
+    if not 0 < cfg.prune_step < cfg.steps:
+        raise ValueError(f"--prune-step {cfg.prune_step} is not within the {cfg.steps} steps")
+    if not 0 <= cfg.start_sparsity <= cfg.target_sparsity < 1:
+        raise ValueError(
+            f"--start-sparsity {cfg.start_sparsity} to --target-sparsity {cfg.target_sparsity} do not rise in 0..1"
+        )
+    if not {"heads", "intermediate"} & set(cfg.mask_types):
+        raise ValueError("--mask-types needs heads or intermediate: sparsity counts their parameters")
+    if cfg.inherit == "random":
+        raise ValueError("--inherit random is a control without masks")

@@ -1,0 +1,202 @@
+"""Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+
+The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
+throughput. Works on our run folders, on the authors' checkpoints in either layout, on MODEL@WEIGHTS of
+open_clip, on the embedded corpus and on any CLIP-benchmark evaluation set.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import open_clip
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared import report, run, zeroshot
+from tinyclip.checkpoints import load_clip
+from tinyclip.claims import ARMS, METRICS, compare  # noqa: F401
+from tinyclip.network import CLIP, parameter_counts
+from tinyclip.pairs import image_transform
+
+EMOJI = "data/emoji/eval/"
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders, checkpoint files in one of the authors' layouts, or MODEL@WEIGHTS of open_clip."""
+    sets: tuple[str, ...] = tuple(
+        EMOJI + name
+        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
+    )
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    head_width: int = 64
+    """Width of an attention head in checkpoint files that do not say."""
+    quick_gelu: bool = False
+    """Activation of checkpoint files that do not say: QuickGELU instead of GELU."""
+    throughput: bool = True
+    """Measure pairs per second; the machine should have nothing else to do."""
+    report: str | None = None
+    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    batch_size: int = 256
+    """Images or captions per forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast of the encoders, as in training."""
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def zero_shot_classifier(text_features: Tensor) -> Tensor:
+    """(C, T, D) prompt features of C classes in T templates -> (D, C). U:training/zero_shot.py:29."""
+    return zeroshot.zeroshot_classifier(text_features)
+
+
+def zero_shot_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> list[float]:
+    """Share of (N,) targets within the k largest of logits (N, C), 0..1, one a k. U:training/zero_shot.py:67."""
+    ranks = zeroshot.label_ranks(logits, target)
+    return [(ranks < k).double().mean().item() for k in ks]
+
+
+def retrieval_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
+    """Ranks, from 1, and recalls, 0..1, of N one-to-one pairs (N, D) both ways. U:training/train.py:754 (never called
+    there).
+
+    Equal scores count against, so that collapsed features do not score.
+    """
+    ranks = zeroshot.retrieval_ranks(image, text, torch.arange(len(image)))
+    metrics = {}
+    for way, rank in zip(("image_to_text", "text_to_image"), ranks, strict=True):
+        rank = rank.double()
+        metrics |= {
+            f"{way}_mean_rank": rank.mean().item() + 1,
+            f"{way}_median_rank": rank.quantile(0.5).floor().item() + 1,
+        }
+        metrics |= {f"{way}_R@{k}": (rank < k).double().mean().item() for k in (1, 5, 10)}
+    return metrics
+
+
+def example(model: CLIP, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Images and full-length captions of the model's shapes."""
+    size, text = model.geometry["vision"]["image_size"], model.geometry["text"]
+    tokens = torch.ones(batch, text["context_length"], dtype=torch.long, device=device)
+    tokens[:, -1] = text["vocab_size"] - 1
+    return torch.rand(batch, 3, size, size, device=device), tokens
+
+
+def macs(model: CLIP) -> float:
+    """Multiply-accumulates of one image and one caption of full length, attention included, as the paper counts."""
+    device = model.logit_scale.device
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(*example(model, 1, device))
+    return counter.get_total_flops() / 2
+
+
+@torch.no_grad()
+def throughput(
+    model: CLIP, batch: int = 32, seconds: float = 2.0, device: torch.device | str = "cpu", precision="fp32"
+) -> dict:
+    """Images, captions and pairs per second; 1 / pairs = 1 / images + 1 / captions. U:../measure_throughput.py:32."""
+    device = torch.device(device)
+    images, tokens = example(model, batch, device)
+    rates = {}
+    for name, encode in (
+        ("images", lambda: model.encode_image(images)),
+        ("captions", lambda: model.encode_text(tokens)),
+    ):
+        times, start = [], None
+        while start is None or time.perf_counter() - start < seconds or len(times) < 5:
+            begin = time.perf_counter()
+            with run.autocast(precision, device):
+                encode()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if start is None:  # the first call warms up
+                start = time.perf_counter()
+            else:
+                times.append(time.perf_counter() - begin)
+        rates[f"{name}_per_second"] = batch / sorted(times)[len(times) // 2]
+    pairs = 1 / (1 / rates["images_per_second"] + 1 / rates["captions_per_second"])
+    return rates | {"pairs_per_second": pairs}
+
+
+# ---------------------------------------------------------------------------------------------------- one checkpoint
+
+
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
+    model = load_clip(path, cfg.head_width, cfg.quick_gelu).to(process.device)
+    geometry = model.geometry
+    precision = run.resolve_precision(cfg.precision, process.device)
+    results = zeroshot.evaluate(
+        model,
+        open_clip.SimpleTokenizer(context_length=geometry["text"]["context_length"]),
+        image_transform(geometry["vision"]["image_size"]),
+        cfg.sets,
+        process.device,
+        cfg.batch_size,
+        run.DTYPES[precision],
+        cfg.workers,
+    )
+    flat = {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
+    counts = parameter_counts(model)
+    flat |= {f"{tower}_parameters_m": counts[tower] / 1e6 for tower in ("image", "text", "total")}
+    flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # as the paper's names count: no token embedding
+    flat["macs_g"] = macs(model) / 1e9
+    if cfg.throughput:
+        flat |= throughput(model, device=process.device, precision=precision)
+    if Path(path).is_dir():
+        lines = run.read_metrics(Path(path))
+        flat["seconds"] = next(line["seconds"] for line in reversed(lines) if "seconds" in line)
+        for key in ("sparsity_reached", "expected_sparsity", "target_sparsity"):
+            found = [line[key] for line in lines if key in line]
+            flat |= {key: found[-1]} if found else {}
+    return {name: value for name, value in flat.items() if not math.isnan(value)}  # top-5 of four classes, say
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, kept beside the checkpoint in results.json and results.md and not repeated without need."""
+    if "@" in path and not Path(path).exists():
+        return evaluate_run(path, cfg, process)
+    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
+    unimportant = ("runs", "report", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sources = [checkpoint, *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
+
+    def measure() -> dict[str, float]:
+        metrics = evaluate_run(path, cfg, process)
+        folder.mkdir(exist_ok=True)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder, checkpoint file or MODEL@WEIGHTS")
+    results = []
+    for path in cfg.runs:
+        results.append(evaluated(path, cfg, process))
+        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
+        print(f"{path}: {shown}", flush=True)
+    if cfg.report:
+        compare(list(cfg.runs), results, Path(cfg.report))
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

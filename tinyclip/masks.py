@@ -1,0 +1,322 @@
+"""TinyCLIP's automatic inheritance (arXiv 2309.12314): masks learn which parts of the teacher the student keeps.
+
+Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
+  - masks on hidden dimensions, heads and neurons under a constraint of sparsity    `L0Mask`, `sparsity_loss`
+  - a smaller network out of masks                                                  `prune`
+  - a masked network out of that, for the next stage of progressive distillation    `expand_pruned`
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinyclip.checkpoints import convert_state_dict
+from tinyclip.network import CLIP, Masks, block_sizes, named_towers
+
+# --------------------------------------------------------------------------- hard-concrete gates (Louizos et al., CoFi)
+
+BETA, GAMMA, ZETA, EPSILON, MAGIC = 2 / 3, -0.1, 1.1, 1e-6, 0.8  # U:open_clip/l0module.py:13-25
+KINDS = ("hidden", "heads", "intermediate", "ffn", "mha")
+
+
+def hard_concrete(loga: Tensor, u: Tensor) -> Tensor:
+    """z = clip(sigmoid((ln u - ln(1-u) + a) / beta) (zeta - gamma) + gamma, 0, 1). U:open_clip/l0module.py:230."""
+    s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + loga) / BETA)
+    return torch.nn.functional.hardtanh(s * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+
+
+def hard_concrete_cdf(x: float, loga: Tensor) -> Tensor:
+    """P(z <= x), kept off 0 and 1 by epsilon. U:open_clip/l0module.py:141."""
+    stretched = (x - GAMMA) / (ZETA - GAMMA)
+    logit = math.log(stretched) - math.log(1 - stretched)
+    return torch.sigmoid(logit * BETA - loga).clamp(EPSILON, 1 - EPSILON)
+
+
+def eval_gate(loga: Tensor, soft: bool = True) -> Tensor:
+    """Gates of evaluation and pruning from (groups, n): sigmoid(0.8 a / beta), the smallest ones set to 0.
+
+    As many are 0 in a group as are expected closed, rounded half to even; equal ones close in order of their index. The
+    others keep the soft value. `soft=False` closes none. U:open_clip/l0module.py:241.
+    """
+    gate = torch.sigmoid(loga / BETA * MAGIC)
+    if not soft:
+        return gate
+    opened = (1 - hard_concrete_cdf(0.0, loga)).sum(-1, keepdim=True).double()
+    closed = (loga.shape[-1] - opened).round()
+    order = gate.argsort(dim=-1, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(loga.shape[-1], device=loga.device).expand_as(order)
+    )
+    return gate.masked_fill(rank < closed, 0.0)
+
+
+class L0Mask(nn.Module):
+    """The masks of one tower: log-alphas a of its gates, and the two multipliers of the sparsity constraint.
+
+    hidden (H,) is shared by all layers, heads (L, h) and intermediate (L, I) are each layer's own; `ffn` and `mha`
+    (L,) close whole blocks, which the authors' code has but never switches on. U:open_clip/l0module.py:11.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, heads: int, layers: int,
+        types: Sequence[str] = ("hidden", "heads", "intermediate"), init: float = 10.0,
+    ):  # fmt: skip
+        super().__init__()
+        if unknown := set(types) - set(KINDS):
+            raise ValueError(f"mask type {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+        self.hidden, self.intermediate, self.heads, self.layers, self.types = (
+            hidden,
+            intermediate,
+            heads,
+            layers,
+            tuple(types),
+        )
+        shapes = {"hidden": (hidden,), "heads": (layers, heads), "intermediate": (layers, intermediate)}
+        for kind in self.types:
+            self.register_parameter(f"{kind}_loga", nn.Parameter(torch.full(shapes.get(kind, (layers,)), float(init))))
+        self.lambda_1, self.lambda_2 = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(10.0))
+        # Biases are in both costs; LayerNorms, embeddings and projections are in neither. U:open_clip/l0module.py:39-52
+        self.params_per_head = (4 * hidden * hidden + 4 * hidden) // heads
+        self.params_per_mlp = 2 * hidden * intermediate + hidden + intermediate
+        attention, mlp = layers * heads * self.params_per_head, layers * self.params_per_mlp
+        self.prunable_params = attention * ("heads" in self.types) + mlp * ("intermediate" in self.types)
+
+    @classmethod
+    def of(cls, tower: Mapping, types: Sequence[str] = ("hidden", "heads", "intermediate")) -> "L0Mask":
+        """Masks for an unpruned tower's geometry."""
+        _, heads, neurons = block_sizes(tower)
+        return cls(tower["width"], neurons[0], heads[0], tower["layers"], types)
+
+    def logas(self) -> dict[str, Tensor]:
+        return {kind: getattr(self, f"{kind}_loga") for kind in self.types}
+
+    def sample(self, u: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Training masks, one draw for the whole batch; `u` gives the uniform numbers, else they are drawn."""
+        logas = self.logas()
+        if u is None:
+            u = {kind: torch.empty_like(loga).uniform_(EPSILON, 1 - EPSILON) for kind, loga in logas.items()}
+        return {kind: hard_concrete(loga, u[kind]) for kind, loga in logas.items()}
+
+    @torch.no_grad()
+    def eval_masks(self, soft: bool = True) -> dict[str, Tensor]:
+        """Deterministic masks, rounded layer by layer: see `eval_gate`."""
+        masks = {}
+        for kind, loga in self.logas().items():
+            groups = loga.reshape(1 if kind == "hidden" else self.layers, -1)
+            masks[kind] = eval_gate(groups, soft).view_as(loga)
+        return masks
+
+    @staticmethod
+    def open_prob(loga: Tensor) -> Tensor:
+        """P(z > 0). U:open_clip/l0module.py:147."""
+        return 1 - hard_concrete_cdf(0.0, loga)
+
+    def expected_params(self, hidden: bool | None = None) -> Tensor:
+        """R, the expected number of prunable parameters that stay, () with gradient. U:open_clip/l0module.py:150.
+
+        R = (sum p_hidden) (sum p_heads p_mha) c_head / H + 2 (sum p_hidden) (sum p_int p_ffn); without the hidden
+        factors (`hidden=False`, or no such masks) c_head (sum p_heads p_mha) + (c_mlp // I) (sum p_int p_ffn).
+        """
+        open_ = {kind: self.open_prob(loga) for kind, loga in self.logas().items()}
+        one = self.lambda_1.new_ones(self.layers, 1)
+        heads = open_.get("heads", one.expand(-1, self.heads)) * open_.get("mha", one[:, 0])[:, None]
+        neurons = open_.get("intermediate", one.expand(-1, self.intermediate)) * open_.get("ffn", one[:, 0])[:, None]
+        if hidden is None:
+            hidden = "hidden" in self.types
+        if not hidden:
+            return heads.sum() * self.params_per_head + neurons.sum() * (self.params_per_mlp // self.intermediate)
+        width = open_["hidden"].sum() if "hidden" in open_ else self.lambda_1.new_tensor(float(self.hidden))
+        return width * heads.sum() * (self.params_per_head / self.hidden) + 2 * width * neurons.sum()
+
+    def kept_params(self) -> int:
+        """Prunable weights that the evaluation masks leave, biases not counted; what U:open_clip/l0module.py:266
+        means to log."""
+        kept = {kind: z != 0 for kind, z in self.eval_masks().items()}
+        one = torch.ones(self.layers, 1, dtype=torch.bool, device=self.lambda_1.device)
+        heads = kept.get("heads", one.expand(-1, self.heads)) & kept.get("mha", one[:, 0])[:, None]
+        neurons = kept.get("intermediate", one.expand(-1, self.intermediate)) & kept.get("ffn", one[:, 0])[:, None]
+        width = int(kept["hidden"].sum()) if "hidden" in kept else self.hidden
+        attention = 4 * (self.hidden // self.heads) * int(heads.sum()) * width
+        return attention * ("heads" in self.types) + 2 * int(neurons.sum()) * width * ("intermediate" in self.types)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """a to +-ln 100, after every optimizer step. U:open_clip/l0module.py:136."""
+        for loga in self.logas().values():
+            loga.clamp_(math.log(1e-2), math.log(1e2))
+
+
+def target_sparsity(step: int, start: float, end: float, warmup: int) -> float:
+    """q_t: linear from start to end in `warmup` steps. U:open_clip/l0module.py:204."""
+    return end if warmup <= 0 else start + (end - start) * min(1.0, step / warmup)
+
+
+def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
+    """e = 1 - R / P over all towers together, ()."""
+    return 1 - sum(m.expected_params() for m in masks) / sum(m.prunable_params for m in masks)
+
+
+def reached_sparsity(masks: Sequence[L0Mask]) -> float:
+    """What pruning now would take away, as a share of the prunable parameters of all towers."""
+    return 1 - sum(m.kept_params() for m in masks) / sum(m.prunable_params for m in masks)
+
+
+def sparsity_loss(
+    masks: Sequence[L0Mask], target: float, joint: bool = True, two_sided: bool = False
+) -> tuple[Tensor, Tensor]:
+    """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers. U:training/train.py:260,
+    l0module.py:209.
+
+    joint: one constraint over all towers, with the mean of their lambdas; else one of each tower, summed. The lambdas
+    climb (their learning rate is negative). two_sided: g = q - e, the paper's form, which also pulls back.
+    """
+
+    def lagrangian(group: Sequence[L0Mask]) -> Tensor:
+        gap = target - expected_sparsity(group)
+        gap = gap if two_sided else gap.clamp(min=0)
+        lambda_1, lambda_2 = (sum(getattr(m, name) for m in group) / len(group) for name in ("lambda_1", "lambda_2"))
+        return lambda_1 * gap + lambda_2 * gap.square()
+
+    loss = lagrangian(masks) if joint else sum(lagrangian([mask]) for mask in masks)
+    return loss, expected_sparsity(masks)
+
+
+# ------------------------------------------------------------------------------------ masks -> a really smaller network
+
+
+@torch.no_grad()
+def prune(model: CLIP, masks_image: Masks | None, masks_text: Masks | None, exact: bool = False) -> CLIP:
+    """Cut out what the masks leave: kept rows and columns, times their soft gates. U:open_clip/model.py:1415.
+
+    exact=False is the authors': it also multiplies the rows of `proj` and `text_projection` by z_h, which the masked
+    forward does not, and an attention without heads loses its output bias. exact=True computes what the masked model
+    does. A tower whose masks are None stays whole.
+    """
+    state, shape = dict(model.state_dict()), copy.deepcopy(model.geometry)
+    for name, prefix, tower in named_towers(model):
+        masks = masks_image if name == "image" else masks_text
+        if masks is not None:
+            state, sizes = prune_tower(state, prefix, tower, masks, exact)
+            shape["vision" if name == "image" else "text"] |= sizes
+    pruned = CLIP(**shape).to(model.logit_scale.device)
+    pruned.load_state_dict(state)
+    return pruned.train(model.training)
+
+
+def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: bool) -> tuple[dict, dict]:
+    """(state dict with this tower pruned, its new sizes). The scaling rules are U:open_clip/model.py:70, 139, 170,
+    317, 545, 820."""
+    head_width, heads, _ = block_sizes(tower)
+    z = masks.get("hidden", torch.ones(tower["width"], device=state["logit_scale"].device))
+    kept = z.nonzero().squeeze(1)
+    if not len(kept):
+        raise ValueError("the masks leave no hidden dimension: lower the target sparsity")
+    zk = z[kept]
+    blocks = f"{prefix}transformer.resblocks."
+    state = dict(state)
+
+    def take(name: str) -> Tensor:
+        return state.pop(name)
+
+    # Embeddings, the LayerNorms at both ends, and the projection
+    if prefix:
+        state["visual.conv1.weight"] = take("visual.conv1.weight")[kept] * zk.view(-1, 1, 1, 1)
+        state["visual.class_embedding"] = take("visual.class_embedding")[kept] * zk
+    else:
+        state["token_embedding.weight"] = take("token_embedding.weight")[:, kept] * zk
+    state[prefix + "positional_embedding"] = take(prefix + "positional_embedding")[:, kept] * zk
+    for name in ("visual.ln_pre", "visual.ln_post") if prefix else ("ln_final",):
+        for part in (f"{name}.weight", f"{name}.bias"):
+            state[part] = take(part)[kept]
+    projection = "visual.proj" if prefix else "text_projection"
+    state[projection] = take(projection)[kept] * (1 if exact else zk[:, None])
+
+    # Where a constant that an attention without heads adds goes to: the last bias before it
+    before = "visual.ln_pre.bias" if prefix else "positional_embedding"
+    new_heads, new_neurons = [], []
+    for i, h in enumerate(heads):
+        block = {name: take(name) for name in [n for n in state if n.startswith(f"{blocks}{i}.")]}
+        block = {name.removeprefix(f"{blocks}{i}."): value for name, value in block.items()}
+        mha, ffn = (masks[kind][i] if kind in masks else torch.ones_like(z[0]) for kind in ("mha", "ffn"))
+        new = {}
+        z_heads = masks["heads"][i] if "heads" in masks else torch.ones(h, device=z.device)
+        open_heads = z_heads.nonzero().squeeze(1)
+        new_heads.append(0 if mha == 0 else len(open_heads))
+        if new_heads[-1]:
+            for part in ("ln_1.weight", "ln_1.bias"):
+                new[part] = block[part][kept]
+            weight = block["attn.in_proj_weight"].unflatten(0, (3, h, head_width))
+            new["attn.in_proj_weight"] = weight[:, open_heads][..., kept].flatten(0, 2)
+            bias = block["attn.in_proj_bias"].unflatten(0, (3, h, head_width))
+            new["attn.in_proj_bias"] = bias[:, open_heads].flatten()
+            weight = (block["attn.out_proj.weight"][kept] * zk[:, None]).unflatten(1, (h, head_width))
+            new["attn.out_proj.weight"] = (weight * z_heads[:, None])[:, open_heads].flatten(1) * mha
+            new["attn.out_proj.bias"] = block["attn.out_proj.bias"][kept] * zk * mha
+        elif exact and "attn.out_proj.bias" in block:
+            state[before] = state[before] + block["attn.out_proj.bias"][kept] * zk * mha
+        if ffn == 0 or "mlp.c_fc.weight" not in block:
+            new_neurons.append(None)
+        else:
+            size = len(block["mlp.c_fc.bias"])
+            z_int = masks["intermediate"][i] if "intermediate" in masks else torch.ones(size, device=z.device)
+            open_int = z_int.nonzero().squeeze(1)
+            new_neurons.append(len(open_int))
+            for part in ("ln_2.weight", "ln_2.bias"):
+                new[part] = block[part][kept]
+            new["mlp.c_fc.weight"] = block["mlp.c_fc.weight"][open_int][:, kept]
+            new["mlp.c_fc.bias"] = block["mlp.c_fc.bias"][open_int]
+            weight = (block["mlp.c_proj.weight"] * z_int)[kept] * zk[:, None]
+            new["mlp.c_proj.weight"] = weight[:, open_int] * ffn
+            new["mlp.c_proj.bias"] = block["mlp.c_proj.bias"][kept] * zk * ffn
+            before = f"{blocks}{i}.mlp.c_proj.bias"
+        state |= {f"{blocks}{i}.{name}": value for name, value in new.items()}
+    sizes = {"width": len(kept), "head_width": head_width, "heads": new_heads, "mlp_width": new_neurons}
+    return state, sizes
+
+
+@torch.no_grad()
+def expand_pruned(model: CLIP, image_mask: L0Mask, text_mask: L0Mask, pruned_sd: Mapping[str, Tensor]) -> None:
+    """Put a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
+
+    The rest of `model` becomes 0. Gates are open (a = 10) where the pruned network has something and closed (a = -10)
+    elsewhere; the multipliers start again at 10. Which channels of the teacher these once were is forgotten.
+    """
+    small = convert_state_dict(pruned_sd)
+    state = model.state_dict()  # shares the model's memory
+    if strange := small.keys() - state.keys():
+        raise ValueError(f"the pruned network has {min(strange)}, which the full-size one lacks")
+    for name, full in state.items():
+        full.zero_()
+        if name not in small:
+            if "resblocks" not in name:
+                raise ValueError(f"the pruned weights lack {name}")
+            continue
+        part = small[name].to(full.device)
+        if ".attn.in_proj_" in name and part.numel():
+            tower = model.geometry["vision" if name.startswith("visual") else "text"]
+            split = (3, -1, block_sizes(tower)[0])
+            full, part = full.unflatten(0, split), part.unflatten(0, split)
+        if any(a < b for a, b in zip(full.shape, part.shape, strict=True)):
+            raise ValueError(
+                f"{name} of the pruned network, {tuple(small[name].shape)}, does not fit {tuple(state[name].shape)}"
+            )
+        full[tuple(slice(0, size) for size in part.shape)] = part
+    masks = {"image": image_mask, "text": text_mask}
+    for tower, prefix, shape in named_towers(model):
+        mask, head_width = masks[tower], block_sizes(shape)[0]
+        for loga in mask.logas().values():
+            loga.fill_(10.0)
+        mask.lambda_1.fill_(10.0)
+        mask.lambda_2.fill_(10.0)
+        if "hidden" in mask.types:
+            mask.hidden_loga[small[prefix + "positional_embedding"].shape[1] :] = -10.0
+        for i in range(mask.layers):
+            block = f"{prefix}transformer.resblocks.{i}."
+            qkv, c_fc = (small.get(block + name, torch.empty(0)) for name in ("attn.in_proj_bias", "mlp.c_fc.bias"))
+            if "heads" in mask.types:
+                mask.heads_loga[i, len(qkv) // (3 * head_width) :] = -10.0
+            if "intermediate" in mask.types:
+                mask.intermediate_loga[i, len(c_fc) :] = -10.0
