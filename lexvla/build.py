@@ -1,0 +1,175 @@
+"""Towers by name, the checkpoint's layout, and image transforms.
+
+A checkpoint holds what was trained and no weight of the frozen models (DINOv2, the LM), which come from their own
+sources: `adapter.*`, `image.codebook`, `lora.<module>.A|B`, `logit_scale`, and `vocab_ids` and `bias` beside them.
+"""
+
+import functools
+from pathlib import Path
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from lexvla.config import Config
+from lexvla.model import (
+    BagOfWords,
+    DenseImageEncoder,
+    DenseTextEncoder,
+    ImageEncoder,
+    LexVLA,
+    TextEncoder,
+    VisualAdapter,
+    add_lora,
+)
+from lexvla.text import Bags, Prompts, States, load_lm
+from shared import run
+
+
+def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int]:
+    """(ViT, its width D) whose tokens are [CLS] and patches: transformers for names with a /, else timm."""
+    if name == "vit-emoji":
+        vit = timm.models.VisionTransformer(
+            image_size, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0, dynamic_img_size=True
+        )
+        return vit, vit.num_features
+    try:
+        if "/" in name:
+            from transformers import AutoModel, Dinov2Config, Dinov2Model
+
+            vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config())
+            return vit, vit.config.hidden_size
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"--backbone {name} is neither a folder, a hub name nor a ViT of timm here") from error
+    if vit.num_prefix_tokens != 1:
+        raise ValueError(
+            f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read"
+        )
+    return vit, vit.num_features
+
+
+def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
+    """Backbone and adapter as the configuration says; the codebook (V, d) is copied."""
+    backbone, dim = create_backbone(cfg.backbone, cfg.image_size, pretrained)
+    adapter = VisualAdapter(dim, max(dim // 64, 1), cfg.adapter_hidden, codebook.shape[1])
+    cls = DenseImageEncoder if cfg.head == "dense" else ImageEncoder
+    encoder = cls(backbone, adapter, codebook, cfg.pool_cls, bias, freeze=not cfg.train_backbone)
+    encoder.codebook.requires_grad_(cfg.tune_codebook)
+    if cfg.backbone_from and pretrained:
+        weights = run.load_checkpoint(cfg.backbone_from).get("weights", {})
+        state = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+        try:
+            backbone.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"--backbone-from {cfg.backbone_from} does not hold a trained {cfg.backbone}") from error
+    return encoder
+
+
+def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
+    """LoRA on all linear layers of the LM's blocks; beside cached states on the last MLP, all that still runs."""
+    if cfg.checkpointing:
+        enable = (
+            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        )  # its old name
+        enable({"use_reentrant": False})
+    if cfg.lora_rank:
+        add_lora(lm.model.layers[-1].mlp if cfg.states else lm, cfg.lora_rank, cfg.lora_alpha)
+    return lm
+
+
+def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, pretrained: bool = True) -> LexVLA:
+    """The model of a configuration, its vocabulary and bias. `lm` gets LoRA, in place.
+
+    Image towers of the same seed start alike, whatever the text side draws.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if cfg.head == "dense":
+            width = lm.config.hidden_size
+            codebook, projection = (torch.randn(cfg.dense_dim, width) / width**0.5 for _ in range(2))
+            text: nn.Module = DenseTextEncoder(with_lora(lm, cfg), vocab_ids, projection)
+        elif cfg.text == "bow":
+            codebook = TextEncoder(lm, vocab_ids, bias, cfg.center_codebook).codebook
+            text = BagOfWords(vocab_ids)
+        else:
+            text = TextEncoder(with_lora(lm, cfg), vocab_ids, bias, cfg.center_codebook)
+            codebook = text.codebook
+    return LexVLA(create_image_encoder(cfg, codebook, bias, pretrained), text)
+
+
+def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | States:
+    """What turns captions into the text tower's input."""
+    if cfg.text == "bow":
+        return Bags(tokenizer, vocab_ids)
+    return States(cfg.states, cfg.lm, cfg.max_length) if cfg.states else Prompts(tokenizer, cfg.max_length)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _renamed(name: str) -> str:
+    """Parameter of LexVLA -> name in a checkpoint."""
+    for prefix, short in (("image.adapter.", "adapter."), ("image.backbone.", "backbone."), ("text.lm.", "lora.")):
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name
+
+
+def trained_weights(model: LexVLA) -> dict[str, Tensor]:
+    """What training changes, by the checkpoint's names."""
+    return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_weights(model: LexVLA, weights: dict[str, Tensor]) -> None:
+    """The reverse of `trained_weights`; ValueError if they are of another model."""
+    own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+        raise ValueError("the checkpoint does not hold the weights of the model that its configuration describes")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def load_run(
+    folder: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[LexVLA, Config, object, Prompts | Bags | States]:
+    """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights."""
+    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
+    if "weights" not in state or "vocab_ids" not in state:
+        raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
+    cfg = Config(**state["config"])
+    lm, tokenizer = load_lm(cfg.lm, dtype)
+    model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
+    load_weights(model, state["weights"])
+    read = text_input(cfg, tokenizer, state["vocab_ids"])
+    if isinstance(read, States):
+        read.lm, read.tokenizer = lm, tokenizer  # captions beyond the file: LoRA is behind the states
+    return model.eval(), cfg, tokenizer, read
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def normalize(backbone: str) -> transforms.Normalize:
+    """Mean and deviation with which the backbone was trained: CLIP's, ImageNet's, or 1/2 for one from scratch."""
+    if backbone == "vit-emoji":
+        return transforms.Normalize((0.5,) * 3, (0.5,) * 3)
+    clip = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    return transforms.Normalize(*(clip if "clip" in backbone else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)))
+
+
+@functools.cache
+def train_transform(backbone: str, size: int, crop_scale: float) -> transforms.Compose:
+    """A crop of at least `crop_scale` of the area, resized bicubically. Augmentation is not stated in the paper."""
+    crop = transforms.RandomResizedCrop(size, (crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.ToTensor(), normalize(backbone)])
+
+
+@functools.cache
+def eval_transform(backbone: str, size: int) -> transforms.Compose:
+    """Shorter side to `size`, centre crop."""
+    resize = transforms.Resize(size, interpolation=InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor(), normalize(backbone)])

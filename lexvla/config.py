@@ -1,0 +1,217 @@
+"""Every setting of a LexVLA run, its presets, and what is refused before a run starts.
+
+Presets named cc12m* are the paper's (one setting and its ablations); `emoji*` are ours.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass
+class Config:
+    """Defaults are the paper's; where it does not state a value, the field says so."""
+
+    data: str = ""
+    """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or a .tsv."""
+    out: str = "runs/lexvla/run"
+    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+
+    backbone: str = "facebook/dinov2-base"
+    """Image backbone: a folder or hub name for transformers (with a /), a timm model, or vit-emoji (from scratch)."""
+    backbone_from: str = ""
+    """Start the backbone from an earlier run's checkpoint.pt, that of a run that trained it."""
+    train_backbone: bool = False
+    """Train the backbone, too. Ours, for one that starts from scratch; frozen in the paper."""
+    image_size: int = 224
+    """Image side in pixels. Not stated in the paper."""
+    crop_scale: float = 0.9
+    """Smallest share of the image's area in a training crop. Not stated in the paper."""
+    adapter_hidden: int = 2048
+    """Width of the adapter's second MLP. The adapter's layout is not stated in the paper; this gives its 17M."""
+    pool_cls: bool = True
+    """[CLS] takes part in the maximum over tokens, as eq. 3 and 4 read; not stated in the paper."""
+
+    lm: str = "meta-llama/Llama-2-7b-hf"
+    """Llama-style causal LM: folder or hub name."""
+    states: str = ""
+    """File of `python -m lexvla.text`: captions went through the frozen LM once, and LoRA adapts its last MLP alone.
+    Empty: the LM runs in training."""
+    checkpointing: bool = False
+    """Recompute the LM's blocks in the backward pass instead of keeping them."""
+    text: Literal["lm", "bow"] = "lm"
+    """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
+    head: Literal["lexical", "dense"] = "lexical"
+    """lexical, or dense: our latent baseline, linear maps to `dense_dim` in the codebooks' place."""
+    dense_dim: int = 512
+    """Dimensions of the latent baseline."""
+    lora_rank: int = 8
+    """Rank of LoRA, on all linear layers of the LM's blocks; 0: none. Not stated in the paper."""
+    lora_alpha: float = 16.0
+    """LoRA's scale times its rank. Not stated in the paper."""
+    max_length: int = 128
+    """Tokens of a prompt, its frame included; longer captions are cut. Not stated in the paper."""
+
+    min_count: int = 1
+    """Pieces kept in the vocabulary occur so often in the captions. The rule is not stated in the paper."""
+    max_vocabulary: int | None = 17_149
+    """The most frequent pieces kept; None: no limit. The paper has 17,149."""
+    pattern: str | None = None
+    """Regular expression for pieces to keep, a leading space for the start of a word. Not stated in the paper."""
+    center_codebook: bool = False
+    """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
+    bias: float | None = 0.0
+    """Added to all logits before elu1p; None: minus two standard deviations of the first captions' logits. Ours."""
+    tune_codebook: bool = True
+    """Train the image codebook. Off is our ablation."""
+
+    penalty: Literal["overuse", "flops", "none"] = "overuse"
+    """Eq. 7, or eq. 6 (ablation), or neither. Of the global batch (not stated in the paper)."""
+    lambda_image: float = 5e-4
+    """Final weight of the images' penalty. For flops not stated in the paper."""
+    lambda_text: float = 1e-3
+    """Final weight of the captions' penalty. For flops not stated in the paper."""
+    penalty_warmup: int = 2000
+    """Steps over which both weights rise quadratically."""
+    detach_weight: bool = False
+    """Stop the gradient in the overuse penalty's weight. Not stated in the paper."""
+    topk: int | None = None
+    """Words kept in evaluation; None: those above 1/sqrt(V). Nothing is made sparse in training."""
+
+    epochs: int = 12
+    """Passes over the data."""
+    batch_size: int = 6144
+    """Pairs per step, over all processes together."""
+    lr: float = 5e-4
+    """Peak learning rate, of all that is trained."""
+    warmup: int = 0
+    """Steps of linear warm-up. Not stated in the paper."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices; 0 is plain Adam. Not stated in the paper."""
+    beta1: float = 0.9
+    """Adam's beta1. Not stated in the paper."""
+    beta2: float = 0.98
+    """Adam's beta2. Not stated in the paper."""
+    eps: float = 1e-6
+    """Adam's epsilon. Not stated in the paper."""
+
+    seed: int = 0
+    """Seed of initial weights, shuffles and crops."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Norms, penalties and losses are in fp32 always."""
+    workers: int = 8
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Epochs between retrieval evaluations on `eval_set`; 0: never during training."""
+    eval_set: str = "data/emoji/eval/retrieval_ood"
+    """Retrieval set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
+
+
+PAPER = Config(dataset_size=9_200_000, checkpointing=True)
+EMOJI = Config(
+    data="data/emoji/train",
+    backbone="vit-emoji",
+    train_backbone=True,
+    image_size=48,
+    adapter_hidden=384,
+    lm="data/smollm2-135m",
+    states="data/lexvla/states.pt",
+    lora_rank=16,
+    lora_alpha=32.0,
+    min_count=3,
+    max_vocabulary=None,
+    pattern=" ?[a-z]{2,}",
+    center_codebook=True,
+    bias=None,
+    lambda_image=0.1,
+    lambda_text=0.1,
+    penalty_warmup=150,
+    epochs=14,
+    batch_size=128,
+    lr=1e-3,
+    warmup=50,
+    workers=0,
+    save_every=200,
+    eval_every=2,
+)
+
+
+def _row(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
+    return about, dataclasses.replace(base, **settings)
+
+
+PRESETS = {
+    "emoji": ("LexVLA with the overuse penalty on the embedded corpus, minutes on two CPU cores", EMOJI),
+    "emoji-none": _row("... without a penalty", EMOJI, penalty="none"),
+    "emoji-flops": _row("... with the FLOPs loss", EMOJI, penalty="flops"),
+    "emoji-bow": _row("... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-5.0),
+    "emoji-dense": _row(
+        "a latent baseline of 512 dimensions: same towers, samples and steps",
+        EMOJI,
+        head="dense",
+        penalty="none",
+        bias=0.0,
+    ),
+    "cc12m": _row("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
+    "cc12m-flops": _row("its ablation: FLOPs loss", penalty="flops"),
+    "cc12m-bow": _row("its ablation: bag of words for text", text="bow", lora_rank=0),
+    "cc12m-clip": _row("its ablation: CLIP's image backbone", backbone="vit_base_patch16_clip_224.openai"),
+    "cc12m-top512": _row("its ablation: 512 words kept in evaluation, trained as cc12m", topk=512),
+}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, "
+            "e.g. --data 'cc12m/{00000..01242}.tar'"
+        )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    if cfg.states and not Path(cfg.states).is_file():
+        raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
+    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    check_model(cfg)
+
+
+def check_model(cfg: Config) -> None:
+    for name in ("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    for name in ("lora_rank", "penalty_warmup", "warmup", "lambda_image", "lambda_text", "min_count", "weight_decay"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
+    if cfg.topk is not None and cfg.topk < 1:
+        raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
+    if not 0 < cfg.crop_scale <= 1:
+        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+    if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):
+        raise ValueError("--text bow has no LM: leave --head lexical and --states ''")
+    if cfg.head == "dense" and cfg.penalty != "none":
+        raise ValueError("--head dense has no words to penalise: pass --penalty none")
+    if cfg.pattern is not None:
+        try:
+            re.compile(cfg.pattern)
+        except re.error as error:
+            raise ValueError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
+    if cfg.backbone == "vit-emoji" and (cfg.image_size < 8 or cfg.image_size % 8):
+        raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")

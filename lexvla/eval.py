@@ -1,0 +1,448 @@
+"""Evaluate LexVLA: `python -m lexvla.eval RUN... [--report FILE]`, `python -m lexvla.eval search RUN "red fruit"`.
+
+The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
+3.4), and what words say: word clouds, the patches of a word, the words that make a pair similar. Ours: how often the
+most used words are used, which is what the overuse penalty is about; and search in an inverted index. Plots are in
+plots.py, the comparison of arms in claims.py.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import scipy.sparse
+import torch
+import tyro
+from torch import Tensor
+
+from lexvla.build import eval_transform, load_run
+from lexvla.claims import ARMS, METRICS, compare  # noqa: F401
+from lexvla.model import LexVLA, sparsify
+from lexvla.plots import plot_patches, plot_words
+from lexvla.scenes import labelled_images
+from lexvla.text import leading_space, lm_dtype, pieces
+from shared import report, run
+from shared.evalsets import EvalSet
+from shared.zeroshot import classification_metrics, extract_image_features, image_ranks, text_ranks
+
+EMOJI = "data/emoji/eval/"
+LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both sides
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders."""
+    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
+    """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
+    patchdis: str | None = "data/lexvla/scenes"
+    """Folder of images and masks (see scenes.py) for PatchDis; None leaves it out."""
+    patchdis_side: int = 96
+    """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
+    class_text: str = "prompt"
+    """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
+    in the paper."""
+    background: bool = False
+    """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
+    report: str | None = None
+    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    batch_size: int = 256
+    """Images or captions per forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast of the encoders, as in training."""
+
+
+@dataclasses.dataclass
+class Search:
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder."""
+    query: Annotated[str, tyro.conf.Positional]
+    """Words to search for."""
+    images: str = EMOJI + "names_ood"
+    """Set whose images are searched, in the CLIP-benchmark webdataset layout."""
+    k: int = 10
+    """Images to show."""
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+@torch.no_grad()
+def encode_texts(
+    model: LexVLA, read: Callable, texts: Sequence[str], batch_size: int = 256, device="cpu", dtype=torch.float32
+) -> Tensor:
+    """(N, V) of captions, or (N, E) of the latent baseline."""
+    parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([model.text(*(x.to(device) for x in read(part))).float().cpu() for part in parts])
+
+
+def quick_recall(
+    model: LexVLA, read: Callable, transform: Callable, folder: str, device="cpu", dtype=torch.float32
+) -> dict[str, float]:
+    """R@1 both ways in percent, all words: a point of a learning curve."""
+    was_training = model.training
+    model.eval()
+    s_img, s_txt, image_of_text, _ = encode_pairs(model, read, EvalSet(folder, transform), 256, 0, device, dtype)
+    model.train(was_training)
+    i2t, t2i = retrieval_recall(s_img @ s_txt.T, image_of_text, (1,))
+    return {"image_to_text_R@1": 100 * i2t.item(), "text_to_image_R@1": 100 * t2i.item()}
+
+
+def encode_pairs(
+    model: LexVLA, read: Callable, eval_set: EvalSet, batch_size: int, workers: int, device, dtype
+) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """(s_img (Ni, V), s_txt (Nt, V), image_of_text (Nt,), captions) of a retrieval set."""
+    batches = eval_set.batches(batch_size, workers)
+    s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
+    texts = [caption for of_image in captions for caption in of_image]
+    image_of_text = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    return s_img, encode_texts(model, read, texts, batch_size, device, dtype), image_of_text, texts
+
+
+# ----------------------------------------------------------------------------------------------------------- retrieval
+
+
+def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """R@k, image -> text and text -> image, (len ks,) each in 0..1; sim (Ni, Nt), image_of_text (Nt,).
+
+    An image is a hit if any of its captions is in its top k. Ties count against: at high sparsity most scores are 0,
+    and counting them as hits would reward representations for saying nothing.
+    """
+    to_text = text_ranks(sim, image_of_text, torch.arange(len(sim), device=sim.device))
+    to_image = image_ranks(sim.T, image_of_text)
+    return tuple(torch.stack([(ranks < k).float().mean() for k in ks]) for ranks in (to_text, to_image))
+
+
+def sparsity_sweep(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, levels: Sequence[int]) -> Tensor:
+    """R@1 (len levels, 2), image -> text and text -> image, with the top k words of both sides kept (Fig. 5)."""
+    return torch.stack(
+        [torch.cat(retrieval_recall(sparsify(s_img, k) @ sparsify(s_txt, k).T, image_of_text, (1,))) for k in levels]
+    )
+
+
+def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """R@1/5/10 both ways and their mean, in percent."""
+    recalls = retrieval_recall(s_img @ s_txt.T, image_of_text, (1, 5, 10))
+    ways = ("image_to_text", "text_to_image")
+    values = {
+        f"{way}_R@{k}": 100 * r.item()
+        for way, rs in zip(ways, recalls, strict=True)
+        for k, r in zip((1, 5, 10), rs, strict=True)
+    }
+    return values | {"mean_recall": sum(values.values()) / len(values)}
+
+
+# --------------------------------------------------------------------------------------------------------- words, usage
+
+
+def usage(s: Tensor, k: int = 10) -> dict:
+    """How words are used over samples (N, V); ours, for the overuse claim.
+
+    document_frequency (V,): share of samples with the word among their top k; its maximum; mean_activation (V,);
+    entropy: of it as a distribution, in nats, at most ln V.
+    """
+    document_frequency = (sparsify(s, k) > 0).float().mean(0)
+    mean = s.float().mean(0)
+    share = mean.double() / mean.double().sum()
+    return {
+        "document_frequency": document_frequency,
+        "max_document_frequency": document_frequency.max().item(),
+        "mean_activation": mean,
+        "entropy": torch.special.entr(share).sum().item(),
+    }
+
+
+def top_words(s: Tensor, words: Sequence[str], k: int = 10) -> list[tuple[str, float]]:
+    """The k strongest words of one representation (V,), and their weights; words of weight 0 are none."""
+    values, index = s.sort(descending=True, stable=True)
+    return [(words[i], v) for v, i in zip(values[:k].tolist(), index[:k].tolist(), strict=True) if v > 0]
+
+
+def explain(s_img: Tensor, s_txt: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What makes a pair similar: the k largest of s_img * s_txt (.., V), which add up to the score, and their words."""
+    values, index = (s_img * s_txt).sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], index[..., :k]
+
+
+# ------------------------------------------------------------------------------------------------------------- PatchDis
+
+
+def patchdis(
+    s_patch: Tensor,
+    s_class: Tensor,
+    grid: tuple[int, int],
+    masks: Tensor,
+    ignore: int = 255,
+    present_only: bool = False,
+    background: bool = False,
+) -> tuple[Tensor, Tensor, float]:
+    """Section 3.4: each patch gets the class most similar to it; (intersection (C,), union (C,), mIoU in 0..1).
+
+    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest:
+    row floor(y gh / H)). Both counts add up over images, so that batches can be added, see `mean_iou`. Not stated in
+    the paper: pixels labelled `ignore` are left out (`background`: what is predicted there counts as false); all
+    classes compete (`present_only`: those in the image's mask).
+    """
+    (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
+    sim = s_patch @ s_class.T  # (N, P, C)
+    labelled = masks != ignore
+    if present_only:
+        present = torch.zeros(N, C + 1, dtype=torch.bool, device=masks.device)
+        present.scatter_(1, torch.where(labelled, masks, C).view(N, -1), True)
+        sim = sim.masked_fill(~present[:, None, :C], -math.inf)
+    pred = sim.argmax(-1).view(N, gh, gw)
+    rows, columns = (torch.arange(size, device=masks.device) * g // size for size, g in ((H, gh), (W, gw)))
+    pred = pred[:, rows[:, None], columns]  # (N, H, W)
+    truth, seen = masks[labelled], pred if background else pred[labelled]
+    intersection = torch.bincount(truth[pred[labelled] == truth], minlength=C)
+    union = torch.bincount(seen.flatten(), minlength=C) + torch.bincount(truth, minlength=C) - intersection
+    return intersection.float(), union.float(), mean_iou(intersection, union)
+
+
+def mean_iou(intersection: Tensor, union: Tensor) -> float:
+    """Mean over the classes that occur; NaN if none does."""
+    return (intersection / union)[union > 0].mean().item()
+
+
+@torch.no_grad()
+def patchdis_of_run(model: LexVLA, s_class: Tensor, cfg: Config, backbone: str, device) -> dict[str, float]:
+    """mIoU in percent over a folder: of the model, with the image's classes only, and of random patches."""
+    totals: dict[str, list[Tensor]] = {}
+    noise, C = torch.Generator().manual_seed(0), len(s_class)
+    for pixels, mask, ignore in labelled_images(cfg.patchdis, cfg.patchdis_side, backbone):
+        s_patch = model.image.patches(pixels.to(device)).float().cpu()
+        side = math.isqrt(s_patch.shape[1])
+        random = torch.rand(1, side * side, C, generator=noise)
+        for name, patches, classes in (("", s_patch, s_class), ("random_", random, torch.eye(C))):
+            for kind, present_only in (("miou", False), ("miou_present", True)):
+                counts = patchdis(patches, classes, (side, side), mask, ignore, present_only, cfg.background)[:2]
+                sums = totals.setdefault(name + kind, [torch.zeros(C), torch.zeros(C)])
+                for total, count in zip(sums, counts, strict=True):
+                    total += count
+    return {f"patchdis/{name}": 100 * mean_iou(*sums) for name, sums in totals.items()}
+
+
+def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
+    """(C, V): the mean of the codebook rows of a name's pieces, mapped as a word is; unknown pieces count nothing."""
+    row = torch.full((len(tokenizer),), -1)
+    row[model.text.vocab_ids.cpu()] = torch.arange(len(model.text.vocab_ids))
+    space, rows = leading_space(tokenizer), []
+    for ids in tokenizer([space + name for name in names], add_special_tokens=False)["input_ids"]:
+        known = row[torch.tensor(ids)]
+        rows.append(model.text.codebook[known[known >= 0]].sum(0) / max(int((known >= 0).sum()), 1))
+    return model.text.read(torch.stack(rows)).detach().cpu()
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+class LexicalIndex:
+    """An inverted index of sparse representations: for each word the images that have it, as a scipy CSR (V, N)."""
+
+    def __init__(self, s: Tensor | scipy.sparse.csr_matrix):
+        """s (N, V): a tensor, which is `sparsify`-ed already, or a sparse matrix."""
+        rows = s if scipy.sparse.issparse(s) else scipy.sparse.csr_matrix(s.numpy())
+        self.rows, self.postings = rows, rows.T.tocsr()
+
+    def row(self, i: int) -> Tensor:
+        """s_img (V,) of one image."""
+        return torch.from_numpy(self.rows[i].toarray()[0])
+
+    def scores(self, query: Tensor) -> np.ndarray:
+        """s_img . s_txt of all images, (N,), for a sparse query (V,): only its words' postings are read."""
+        words = query.nonzero()[:, 0].numpy()
+        return self.postings[words].T @ query.numpy()[words]
+
+    def search(self, query: Tensor, k: int = 10) -> list[tuple[int, float]]:
+        """The k best images and their scores; images without a common word are no results."""
+        scores = self.scores(query)
+        best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
+        return [(int(i), float(scores[i])) for i in best[np.lexsort((best, -scores[best]))] if scores[i] > 0]
+
+
+@torch.no_grad()
+def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> LexicalIndex:
+    """The index of a set's images, kept in the run folder as long as the checkpoint is not newer."""
+    file = folder / f"index-{eval_set.name}.npz"
+    if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
+        return LexicalIndex(scipy.sparse.load_npz(file))
+    s_img, _ = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
+    rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
+    scipy.sparse.save_npz(file, rows)
+    return LexicalIndex(rows)
+
+
+def search(cfg: Search) -> None:
+    """Print the best images for a query, and the words that made them so."""
+    device = run.setup(0).device
+    model, train_cfg, tokenizer, read = load_run(cfg.run)
+    if train_cfg.head == "dense":
+        raise ValueError(f"{cfg.run} is a latent baseline: there are no words to search by")
+    model.to(device)
+    eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
+    index = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
+    targets = [target for _, _, target in EvalSet(cfg.images, lambda image: image)]
+    query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
+    words = pieces(tokenizer, model.text.vocab_ids.tolist())
+    print(f"query: {shown(top_words(query, words, 8))}")
+    for i, score in index.search(query, cfg.k):
+        name = eval_set.classnames[targets[i]] if eval_set.kind == "classification" else targets[i][0]
+        values, ids = (x.tolist() for x in explain(index.row(i), query, 5))
+        why = [(words[j], value) for j, value in zip(ids, values, strict=True) if value > 0]
+        print(f"{score:.3f}  {name}: {shown(why)}")
+
+
+def shown(weighted: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{word.strip()} {value:.2f}" for word, value in weighted)
+
+
+# ------------------------------------------------------------------------------------------------------ one checkpoint
+
+
+@torch.no_grad()
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """Every measurement of one run, flat: {"retrieval_ood/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
+    precision = run.resolve_precision(cfg.precision, process.device)
+    dtype = run.DTYPES[precision]
+    model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
+    model.to(process.device)
+    transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
+    lexical = train_cfg.head == "lexical"
+    words = pieces(tokenizer, model.text.vocab_ids.tolist())
+    flat: dict[str, float] = {}
+    for folder in cfg.sets:
+        eval_set = EvalSet(folder, transform)
+        name = eval_set.name
+        if eval_set.kind == "retrieval":
+            encoded = encode_pairs(model, read, eval_set, cfg.batch_size, cfg.workers, process.device, dtype)
+            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, train_cfg.topk).items()}
+            if lexical:
+                s_img, s_txt, image_of_text, texts = encoded
+                said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
+                flat[f"{name}/top5_in_caption"] = said
+                word_plots(Path(path), name, *encoded, words)
+        elif eval_set.kind == "classification":
+            features, labels = extract_image_features(
+                model.image, eval_set.batches(cfg.batch_size, cfg.workers), process.device, dtype, name
+            )
+            classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
+            if lexical:
+                features, classes = sparsify(features, train_cfg.topk), sparsify(classes, train_cfg.topk)
+            flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
+        else:
+            raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
+    if cfg.patchdis:
+        classnames = (Path(cfg.patchdis) / "classnames.txt").read_text(encoding="utf-8").splitlines()
+        if cfg.class_text == "word" and lexical and train_cfg.text == "lm":
+            s_class = class_words(model, tokenizer, classnames)
+        else:
+            s_class = encode_texts(model, read, classnames, cfg.batch_size, process.device, dtype)
+        flat |= patchdis_of_run(model, s_class, cfg, train_cfg.backbone, process.device)
+        if lexical:
+            plot_patches(model, cfg, train_cfg, words, s_class, classnames, Path(path) / "patches.png")
+    return {name: value for name, value in flat.items() if not math.isnan(value)}
+
+
+def retrieval_of_run(
+    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, topk: int | None
+) -> dict[str, float]:
+    """Recall of sparse representations, of dense ones, over the sweep; active words and their use."""
+    if not lexical:
+        return retrieval(s_img, s_txt, image_of_text)
+    sparse = [sparsify(s, topk) for s in (s_img, s_txt)]
+    flat = retrieval(*sparse, image_of_text)
+    flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
+    levels = [k for k in LEVELS if k < s_img.shape[1]]
+    for k, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels), strict=True):
+        flat |= {
+            f"top{k}/{way}_R@1": 100 * r.item()
+            for way, r in zip(("image_to_text", "text_to_image"), recalls, strict=True)
+        }
+    for side, s, few in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
+        used = usage(s)
+        flat[f"{side}/active"] = (few > 0).sum(-1).float().mean().item()
+        flat[f"{side}/sparsity"] = 100 * (1 - flat[f"{side}/active"] / s.shape[1])
+        flat[f"{side}/max_document_frequency"] = 100 * used["max_document_frequency"]
+        flat[f"{side}/entropy"] = used["entropy"]
+    return flat
+
+
+def said_in_captions(s_img: Tensor, image_of_text: Tensor, texts: list[str], tokenizer, vocab_ids: Tensor) -> float:
+    """Percent of the images' five strongest words that are pieces of one of their captions."""
+    space = leading_space(tokenizer)
+    rows = tokenizer([space + text.lower() for text in texts], add_special_tokens=False)["input_ids"]
+    said = torch.zeros(len(s_img), len(tokenizer), dtype=torch.bool)
+    for image, ids in zip(image_of_text.tolist(), rows, strict=True):
+        said[image, ids] = True
+    top = vocab_ids.cpu()[s_img.topk(5).indices]
+    return 100 * said.gather(1, top).float().mean().item()
+
+
+def word_plots(
+    folder: Path, name: str, s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], words: list[str]
+) -> None:
+    """Word clouds of a few images and captions, and words.json: the most used words of both sides."""
+    chosen = torch.linspace(0, len(s_img) - 1, 6).long()
+    captions = [texts[int((image_of_text == i).nonzero()[0])] for i in chosen]
+    first = [int((image_of_text == i).nonzero()[0]) for i in chosen]
+    rows = [(f"image of: {c}", dict(top_words(s_img[i], words, 40))) for i, c in zip(chosen, captions, strict=True)]
+    rows += [(f"caption: {c}", dict(top_words(s_txt[i], words, 40))) for i, c in zip(first, captions, strict=True)]
+    plot_words(rows, folder / f"words_{name}.png")
+    most = {
+        side: [(word, round(100 * share, 1)) for word, share in top_words(usage(s)["document_frequency"], words, 10)]
+        for side, s in (("image", s_img), ("text", s_txt))
+    }
+    run.write_json(folder / f"words_{name}.json", most)
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    folder = Path(path)
+    unimportant = ("runs", "report", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sources = [folder / "checkpoint.pt", *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
+    sources += [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
+    for source in sources:
+        if not source.is_file():
+            hint = "'python -m lexvla.scenes' makes it" if source.name == "classnames.txt" else "train the run first"
+            raise FileNotFoundError(f"{source} does not exist: {hint}")
+
+    def measure() -> dict[str, float]:
+        metrics = evaluate_run(path, cfg, process)
+        metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder")
+    if cfg.class_text not in ("prompt", "word"):
+        raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
+    results = []
+    for path in cfg.runs:
+        results.append(evaluated(path, cfg, process))
+        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
+        print(f"{path}: {shown}", flush=True)
+    if cfg.report:
+        compare(list(cfg.runs), results, Path(cfg.report))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["search"]:
+        run.command_line(lambda: search(tyro.cli(Search, args=sys.argv[2:], prog="lexvla.eval search")))
+    else:
+        run.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,428 @@
+"""LexVLA: Unified Lexical Representation for Interpretable Visual-Language Alignment (arXiv 2407.17827, NeurIPS 2024).
+
+The authors have released no code (Clementine24/LexVLA holds a README). Equations and sections are the camera-ready's;
+`VDR:` is jzhoubu/VDR@12c3e7a and `SPLADE:` naver/splade@8dcd33a, predecessors that compute the same quantities. What
+the paper does not state says so here and is numbered in README.md. The paper's contribution, all of it in this file:
+  - an image and a caption as sparse distributions over one vocabulary of words    `lexical_map`, `sparsify`
+  - two codebooks over it: the LLM's own, frozen, and a trained copy for images    `TextEncoder`, `ImageEncoder`
+  - an LLM as predictor of a caption's words, by an in-context prompt              `lexical_prompt`, `TextEncoder`
+  - the overuse penalty, so that words do not become mere shared dimensions        `overuse_penalty`
+
+Shapes: B batch, N rows, n = 1 + P tokens ([CLS], patches), D backbone width, d lexical width, V words, T text tokens.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+CHUNK = 2**26  # numbers in the largest block of logits that exists at a time: 256 MB of float32
+
+# ------------------------------------------------------------------------------------ lexical representation, eq. 2, 4
+
+
+def elu1p(x: Tensor) -> Tensor:
+    """x + 1 for x >= 0, e^x below: positive, of derivative 1 at 0. Below eq. 2; VDR:src/ir/utils/sparsify_utils.py:6.
+
+    `F.elu(x) + 1`, as VDR has it, cancels to 0 below -17 in float32 and below -6 in bfloat16.
+    """
+    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())  # unclamped, exp overflows where it is not even used
+
+
+def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0.0) -> Tensor:
+    """s = normalize(elu1p(z Z^T + bias)): (.., d) -> (.., V), eq. 2. A row of the text codebook as z: a word's own.
+
+    With `pool`, z (B, n, d) -> (B, V): the maximum over tokens, eq. 4, taken before elu1p, which is increasing (so does
+    VDR:src/ir/encoder/vdr_crossmodal_image.py:221); see `MaxLogits`. Float32 from elu1p on. `bias` is ours, 0 in the
+    paper: a constant added to all logits changes elu1p, but no softmax, so a language model leaves it undetermined.
+    """
+    logits = MaxLogits.apply(z, codebook) if pool else z @ codebook.T
+    logits = (logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits) + bias
+    # Rows below 0 throughout are e^x: shifted to a largest entry of e^0, which cancels in the norm, they cannot vanish.
+    return F.normalize(elu1p(logits - logits.detach().amax(-1, keepdim=True).clamp(max=0)), dim=-1)
+
+
+class MaxLogits(torch.autograd.Function):
+    """max_i z_i Z^T: (B, n, d), (V, d) -> (B, V), of which only the arg-max is kept for the backward pass.
+
+    The (B, n, V) logits exist in blocks of V of at most CHUNK numbers. Backward, word v of image b reaches the one
+    token that won it: both gradients are weighted sums of rows, B * V * d operations where those of the product are
+    n times as many.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, codebook: Tensor) -> Tensor:
+        step = max(1, CHUNK // max(z.shape[0] * z.shape[1], 1))
+        parts = [(z @ rows.T).max(dim=1) for rows in codebook.split(step)]
+        winner = torch.cat([part.indices for part in parts], dim=1)  # (B, V) token of each word's maximum
+        ctx.save_for_backward(z, codebook, winner)
+        return torch.cat([part.values for part in parts], dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        z, codebook, winner = ctx.saved_tensors
+        (B, n, d), grad_z, grad_codebook = z.shape, None, None
+        token = winner + n * torch.arange(B, device=z.device)[:, None]  # (B, V) row of z.view(B * n, d)
+        if ctx.needs_input_grad[0]:  # token i sums the codebook rows of the words that it won
+            order = token.flatten().argsort(stable=True)
+            counts = torch.bincount(token.flatten(), minlength=B * n)
+            grad_z = F.embedding_bag(
+                order % winner.shape[1],
+                codebook,
+                counts.cumsum(0) - counts,
+                mode="sum",
+                per_sample_weights=grad.flatten()[order].to(codebook.dtype),
+            ).view(B, n, d)
+        if ctx.needs_input_grad[1]:  # word v sums its winners
+            weights = grad.T.contiguous().to(z.dtype)
+            grad_codebook = F.embedding_bag(
+                token.T.contiguous(), z.reshape(B * n, d), mode="sum", per_sample_weights=weights
+            )
+        return (
+            None if grad_z is None else grad_z.to(z.dtype),
+            None if grad_codebook is None else grad_codebook.to(codebook.dtype),
+        )
+
+
+def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None) -> Tensor:
+    """Zeros in place of weak words of s (.., V), section 3.1; the others keep their values, without renormalising.
+
+    topk: the k largest stay, of equal ones the first; threshold: those above it. By default the threshold 1/sqrt(V),
+    the entry of a uniform unit row: words used more than average. SPLADE:splade/utils/utils.py:74,
+    VDR:src/ir/utils/sparsify_utils.py:8. Used in evaluation only; nothing in the paper says that training is sparse.
+    """
+    V = s.shape[-1]
+    if topk is None:
+        return s * (s > (1 / math.sqrt(V) if threshold is None else threshold))
+    if topk <= 0:
+        return torch.zeros_like(s)
+    if topk >= V:
+        return s
+    kth = s.topk(topk).values[..., -1:]
+    tied = s == kth
+    room = topk - (s > kth).sum(-1, keepdim=True)
+    return s * ((s > kth) | tied & (tied.cumsum(-1) <= room))
+
+
+# -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
+
+
+def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 5, InfoNCE image -> text and text -> image over rows (N, V); logit_scale is ln(1/tau).
+
+    LexVLA adds the two, where CLIP takes their mean (VDR:src/ir/training/loss_utils.py:266).
+    """
+    logits = logit_scale.exp() * s_img.float() @ s_txt.float().T  # (N, N)
+    labels = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, labels), F.cross_entropy(logits.T, labels)
+
+
+def flops_loss(s: Tensor) -> Tensor:
+    """Eq. 6 of (N, V): sum_j m_j^2, m_j the batch's mean activation. SPLADE:splade/losses/regularization.py:18."""
+    return s.float().mean(0).square().sum()
+
+
+def overuse_penalty(s: Tensor, detach_weight: bool = False) -> Tensor:
+    """Eq. 7 of (N, V): V sum_j w_j m_j^2, w_j = m_j / sum_k m_k, so V sum m^3 / sum m.
+
+    1 where all words are used alike, V where all rows use one word alone (FLOPs: 1 in both). The gradient flows through
+    w, which is part of the formula; `detach_weight`, not stated in the paper, stops it.
+    """
+    m = s.float().mean(0)
+    w = m / m.sum().clamp_min(torch.finfo(m.dtype).tiny)
+    return len(m) * ((w.detach() if detach_weight else w) * m.square()).sum()
+
+
+PENALTIES = {"overuse": overuse_penalty, "flops": flops_loss}
+
+
+def total_loss(
+    s_img: Tensor,
+    s_txt: Tensor,
+    logit_scale: Tensor,
+    lambda_img: float,
+    lambda_txt: float,
+    penalty: str = "overuse",
+    detach_weight: bool = False,
+) -> dict[str, Tensor]:
+    """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of the global batch (N, V).
+
+    `penalty` is overuse, flops (the ablation) or none. Returns `loss` and its unweighted parts.
+    """
+    i2t, t2i = contrastive_loss(s_img, s_txt, logit_scale)
+    losses = {"loss": i2t + t2i, "i2t": i2t, "t2i": t2i}
+    if penalty != "none":
+        options = {"detach_weight": detach_weight} if penalty == "overuse" else {}
+        for name, s, weight in (("image", s_img, lambda_img), ("text", s_txt, lambda_txt)):
+            losses[f"{penalty}_{name}"] = PENALTIES[penalty](s, **options)
+            losses["loss"] = losses["loss"] + weight * losses[f"{penalty}_{name}"]
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------ vocabulary and prompt
+
+FOCUS = 'The focus of "{}" lies on important words:'
+EXAMPLE = FOCUS.format("The man is riding a white horse.") + '"man", "riding", "white", "horse". '
+
+
+def lexical_prompt(caption: str) -> str:
+    """The in-context prompt of section 3.2.1: one solved example, and the caption, to be continued by its words."""
+    return EXAMPLE + FOCUS.format(caption)
+
+
+def refine_vocabulary(
+    counts: Tensor, special_ids: Iterable[int], min_count: int = 1, max_size: int | None = None
+) -> Tensor:
+    """Token ids to keep, ascending: counted (T,) at least `min_count` times and not special, section 3.1.
+
+    `max_size` keeps the most frequent (ties: lower ids). The paper drops "unused and meaningless" pieces, leaving
+    17,149 of Llama 2's 32,000; its rule is not stated.
+    """
+    counts = torch.as_tensor(counts).clone()
+    counts[torch.as_tensor(list(special_ids), dtype=torch.long)] = -1
+    kept = (counts >= max(min_count, 0)).nonzero()[:, 0]
+    if max_size is not None:
+        kept = kept[counts[kept].argsort(descending=True, stable=True)[:max_size]]
+    return kept.sort().values
+
+
+def bag_of_words(token_ids: Tensor, vocab_ids: Tensor) -> Tensor:
+    """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids that were not kept count
+    nothing; negative ones are padding. VDR:src/ir/utils/sparsify_utils.py:21."""
+    size = 1 + max(int(vocab_ids.max()), int(token_ids.max()) if token_ids.numel() else 0)
+    hot = torch.zeros(len(token_ids), size + 1, dtype=torch.float64, device=token_ids.device)
+    hot.scatter_(1, torch.where(token_ids < 0, size, token_ids), 1.0)
+    hot = hot[:, vocab_ids]
+    return (hot / hot.sum(1, keepdim=True).clamp(min=1).sqrt()).float()
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T, d) at the last position that is not padding, on either side: (B, d)."""
+    position = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    last = (attention_mask * position).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA, adapter
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T + b + (alpha / r) x A^T B^T, with W and b frozen and B = 0 at first (section 3.3)."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def merged(self) -> Tensor:
+        """The one matrix (out, in) that does the same."""
+        return self.linear.weight + self.scale * self.B @ self.A
+
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(
+    module: nn.Module, rank: int = 8, alpha: float = 16, targets: tuple[str, ...] = LLAMA_LINEARS
+) -> nn.Module:
+    """Replaces, in place, the linear layers whose name ends in one of `targets`; freezes everything else.
+
+    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. Never on lm_head, which is
+    the text codebook.
+    """
+    if "lm_head" in targets:
+        raise ValueError("LoRA on lm_head would change the frozen text codebook: leave it out of the targets")
+    module.requires_grad_(False)
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    found = [(name, m) for name, m in found if name.rpartition(".")[2] in targets]
+    if not found:
+        raise ValueError(f"none of {', '.join(targets)} is a linear layer of this {type(module).__name__}")
+    for name, linear in found:
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, LoRALinear(linear, rank, alpha))
+    return module
+
+
+class VisualAdapter(nn.Module):
+    """g_img, section 3.2.2: "a self-attention layer and 2 multi-layer perceptrons", (B, n, D) -> (B, n, d).
+
+    Not stated in the paper: the layout. A pre-norm transformer block (attention, first MLP), then a two-layer MLP D ->
+    `hidden` -> d; at 768, 12 heads, 2,048 and 4,096 these are 17.06M parameters, and the paper has 17M.
+    """
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, out_dim: int):
+        super().__init__()
+        self.block = Block(dim, num_heads, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+        self.proj = Mlp(dim, hidden, out_dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.proj(self.block(y))
+
+
+# -------------------------------------------------------------------------------------------------------------- towers
+
+
+class ImageEncoder(nn.Module):
+    """Pixels -> frozen backbone -> adapter -> eq. 4, with an image codebook of its own, trained from a copy.
+
+    `backbone`: a transformers ViT (Dinov2Model) or a timm one, whose tokens after the final LayerNorm are read. It
+    stays in eval mode; `freeze=False` trains it, too (ours, for backbones that start from scratch). Not stated in the
+    paper: whether [CLS] is pooled. Eq. 3 and 4 have it in (`pool_cls`), "image patch token" would leave it out.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        adapter: nn.Module,
+        codebook: Tensor,
+        pool_cls: bool = True,
+        bias: float = 0.0,
+        freeze: bool = True,
+    ):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(not freeze)
+        self.adapter = adapter
+        self.codebook = nn.Parameter(codebook.detach().float().clone())  # (V, d) Z_img
+        self.pool_cls, self.bias, self.freeze = pool_cls, bias, freeze
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        super().train(mode)
+        if self.freeze:
+            self.backbone.eval()  # no drop path in what is frozen
+        return self
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """z_img (B, n, d), eq. 3; token 0 is [CLS]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            if hasattr(self.backbone, "forward_features"):  # timm
+                y = self.backbone.forward_features(pixels)
+            else:
+                y = self.backbone(pixel_values=pixels).last_hidden_state
+        return self.adapter(y)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """s_img (B, V)."""
+        z = self.tokens(pixels)
+        return lexical_map(z if self.pool_cls else z[:, 1:], self.codebook, pool=True, bias=self.bias)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """s_patch (B, P, V): the same of each patch, without pooling (section 3.4)."""
+        return lexical_map(self.tokens(pixels)[:, 1:], self.codebook, bias=self.bias)
+
+
+class TextEncoder(nn.Module):
+    """Prompt -> LLM -> last token -> eq. 2 over the LLM's own output embedding, frozen and reduced to `vocab_ids`.
+
+    `lm`: a causal LM of transformers, with or without `add_lora`. What is read is the state after the final norm at the
+    last token, the one that predicts what comes next; there is no pooling over text tokens. `center`, ours, subtracts
+    the codebook's mean row: softmax does not notice, elu1p does, with small LMs whose logits are all far above 0.
+    """
+
+    def __init__(self, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, center: bool = False):
+        super().__init__()
+        self.lm, self.bias = lm, bias
+        for name, parameter in lm.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[2] in ("A", "B"))
+        head = lm.get_output_embeddings().weight
+        rows = head.detach()[vocab_ids.to(head.device)].float()
+        self.register_buffer("vocab_ids", vocab_ids)
+        self.register_buffer("codebook", rows - rows.mean(0) if center else rows.clone())  # (V, d) Z_txt
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        super().train(mode)
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules())
+        self.lm.train(mode and checkpointing)  # transformers recomputes blocks in train mode alone
+        return self
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """z_txt (B, d) of token ids (B, T)."""
+        output = self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False)
+        return last_token(output.last_hidden_state, attention_mask)
+
+    def hidden_of_states(self, states: Tensor) -> Tensor:
+        """z_txt (B, d) of `states` (B, d): the last block's residual stream between attention and MLP, last token.
+
+        Exact as long as nothing before is trained: text.py computes states once, and LoRA on the last MLP is all that
+        has to run in training.
+        """
+        block = self.lm.model.layers[-1]
+        return self.lm.model.norm(states + block.mlp(block.post_attention_layernorm(states)))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """s_txt (B, V) of token ids (B, T) with their mask, or of float `states` (B, d)."""
+        if input_ids.is_floating_point():
+            return self.read(self.hidden_of_states(input_ids))
+        return self.read(self.hidden(input_ids, attention_mask))
+
+    def read(self, z: Tensor) -> Tensor:
+        """(.., d) -> (.., V)."""
+        return lexical_map(z, self.codebook, bias=self.bias)
+
+    def word(self, ids: Tensor) -> Tensor:
+        """The representation of single words, by row of the codebook: (..) -> (.., V)."""
+        return self.read(self.codebook[ids])
+
+
+class BagOfWords(nn.Module):
+    """The text side of the ablation without an LLM: (B, V) rows of `bag_of_words` as they are."""
+
+    def __init__(self, vocab_ids: Tensor):
+        super().__init__()
+        self.register_buffer("vocab_ids", vocab_ids)
+
+    def forward(self, s: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return s
+
+
+class DenseImageEncoder(ImageEncoder):
+    """The latent baseline: a linear map (E, d) in the codebook's place, of [CLS], without activation."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize((self.tokens(pixels)[:, 0] @ self.codebook.T).float(), dim=-1)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        return F.normalize((self.tokens(pixels)[:, 1:] @ self.codebook.T).float(), dim=-1)
+
+
+class DenseTextEncoder(TextEncoder):
+    """The latent baseline: a linear map (E, d) of z_txt in the codebook's place, trained."""
+
+    def __init__(self, lm: nn.Module, vocab_ids: Tensor, projection: Tensor):
+        super().__init__(lm, vocab_ids)
+        self.projection = nn.Parameter(projection.clone())
+
+    def read(self, z: Tensor) -> Tensor:
+        return F.normalize((z @ self.projection.T).float(), dim=-1)
+
+
+class LexVLA(nn.Module):
+    """Both towers and the temperature: ln(1/tau) from ln(1/0.07), capped by `clamp_logit_scale`."""
+
+    def __init__(self, image: nn.Module, text: nn.Module):
+        super().__init__()
+        self.image, self.text = image, text
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(s_img (B, V), s_txt (B, V), ln(1/tau)); text as its tower reads it."""
+        return self.image(pixels), self.text(input_ids, attention_mask), self.logit_scale
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """1/tau stays at most 100, after every step (inside the forward pass its gradient would die at the cap)."""
+        self.logit_scale.clamp_(max=math.log(100))

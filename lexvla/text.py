@@ -1,0 +1,268 @@
+"""What the text towers read: captions as prompts, as bags of words, or as states that the frozen LM gave once.
+
+    python -m lexvla.text          # states of the embedded corpus, training and evaluation, with SmolLM2-135M
+
+A frozen LM says the same of a caption in every epoch. So for small experiments each distinct caption goes through it
+once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The prompt before the
+caption is the same for all: it is run once, and its keys and values serve every batch.
+"""
+
+import copy
+import dataclasses
+import inspect
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import tyro
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lexvla.model import EXAMPLE, FOCUS, bag_of_words, last_token, lexical_prompt, refine_vocabulary
+from shared import data, run
+from shared.evalsets import EvalSet
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
+EMOJI = "data/emoji/eval/"
+PROMPT = f"{data.stable_hash(EXAMPLE, FOCUS):016x}"  # states of another prompt are refused
+
+
+@dataclasses.dataclass
+class Config:
+    lm: str = "data/smollm2-135m"
+    """Folder or hub name of a causal LM; the default is made by 'python -m shared.smollm2'."""
+    data: str = "data/emoji/train"
+    """Shards whose captions are wanted."""
+    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
+    """Evaluation sets whose captions and class names are wanted, too."""
+    out: str = "data/lexvla/states.pt"
+    """File to write; a finished one is left as it is."""
+    max_length: int = 128
+    """Tokens of a prompt, as in training."""
+    batch_size: int = 128
+    """Captions per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """auto, bf16, fp16 or fp32."""
+
+
+def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "object"]:
+    """(causal LM, its tokenizer) of a folder or hub name; ValueError where there is none."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        hint = "; 'python -m shared.smollm2' makes it" if "smollm2" in name else ""
+        raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
+
+
+def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of the LM's frozen weights: half as large on a GPU, exact on a CPU."""
+    return run.DTYPES[precision] if device.type == "cuda" else torch.float32
+
+
+# ------------------------------------------------------------------------------------------- captions -> model inputs
+
+
+class Prompts:
+    """Captions -> (input_ids (B, T), attention_mask (B, T)): the lexical prompt, padded on the right.
+
+    Beyond `max_length` tokens the caption is cut, never the prompt's end, which is the task. BOS if the tokenizer adds
+    one, no EOS.
+    """
+
+    def __init__(self, tokenizer, max_length: int = 128):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def ids(self, captions: Sequence[str]) -> list[list[int]]:
+        found = self.tokenizer([lexical_prompt(caption) for caption in captions])["input_ids"]
+        pairs = zip(captions, found, strict=True)
+        return [ids if len(ids) <= self.max_length else self._cut(caption) for caption, ids in pairs]
+
+    def _cut(self, caption: str) -> list[int]:
+        """Ids of the prompt with as many of the caption's tokens as there is room for."""
+        pieces = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [0, *(end for _, end in pieces["offset_mapping"])]
+        frame = len(self.tokenizer(lexical_prompt(""))["input_ids"])
+        for room in range(self.max_length - frame, -1, -1):  # at its ends, a caption may join the frame's pieces
+            ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]))["input_ids"]
+            if len(ids) <= self.max_length:
+                return ids
+        raise ValueError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return pad(self.ids(captions))
+
+
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Ragged rows -> (B, T) padded on the right, and its mask."""
+    ids = nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
+    )
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
+
+
+class Bags:
+    """Captions -> (s (B, V),): bags of the pieces of their content words.
+
+    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here scikit-learn's
+    list of English stop words is dropped instead.
+    """
+
+    def __init__(self, tokenizer, vocab_ids: Tensor):
+        self.tokenizer, self.vocab_ids, self.space = tokenizer, vocab_ids, leading_space(tokenizer)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
+        words = [re.findall(r"[^\W_]+", caption.lower()) for caption in captions]
+        kept = [" ".join(word for word in of if word not in ENGLISH_STOP_WORDS) for of in words]
+        texts = [self.space + text if text else "" for text in kept]
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return (bag_of_words(pad(rows, value=-1)[0], self.vocab_ids),)
+
+
+class States:
+    """Captions -> (states (B, d),), looked up in a file of this script. Unknown ones: ValueError, or through `lm`."""
+
+    def __init__(self, file: str, lm_name: str, max_length: int = 128):
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"--states {file} does not exist: make it with 'python -m lexvla.text --out {file}'"
+            )
+        kept = run.load_checkpoint(file)
+        made = {"lm": lm_name, "prompt": PROMPT, "max_length": max_length}
+        for name, value in made.items():
+            if kept.get(name) != value:
+                raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
+        self.file, self.states, self.max_length = file, kept["states"].float(), max_length
+        self.row = {text: row for row, text in enumerate(kept["texts"])}
+        self.lm = self.tokenizer = None
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
+        unknown = [caption for caption in dict.fromkeys(captions) if caption not in self.row]
+        if unknown and self.lm is None:
+            raise ValueError(f"--states {self.file} lacks the caption {unknown[0]!r}: make the file from the same data")
+        if unknown:
+            device = next(self.lm.parameters()).device
+            new = compute_states(self.lm, Prompts(self.tokenizer, self.max_length), unknown, device=device)
+            self.row |= {text: len(self.states) + i for i, text in enumerate(unknown)}
+            self.states = torch.cat([self.states, new.to(self.states)])
+        return (self.states[[self.row[caption] for caption in captions]],)
+
+
+@torch.no_grad()
+def compute_states(
+    lm: nn.Module,
+    prompts: Prompts,
+    captions: Sequence[str],
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> Tensor:
+    """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt."""
+    from transformers import DynamicCache
+
+    renamed = "cache" in inspect.signature(lm.model.forward).parameters  # in the course of transformers 5
+    keyword = "cache" if renamed else "past_key_values"
+    device, rows = torch.device(device), prompts.ids(captions)
+    shortest = min(map(len, rows))
+    common = [tokens for tokens in zip(*(row[: shortest - 1] for row in rows), strict=True)]
+    length = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, common))
+    caught: list[Tensor] = []
+    hook = lm.model.layers[-1].post_attention_layernorm.register_forward_pre_hook(
+        lambda module, inputs: caught.append(inputs[0])
+    )
+    states = torch.empty(len(rows), lm.config.hidden_size)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    try:
+        with run.autocast(precision, device):
+            prefix = DynamicCache()
+            if length:
+                lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True, **{keyword: prefix})
+            for start in tqdm(range(0, len(rows), batch_size), desc="captions", unit="batch", disable=None):
+                chosen = order[start : start + batch_size]
+                ids, mask = (x.to(device) for x in pad([rows[i][length:] for i in chosen]))
+                cache = copy.deepcopy(prefix)
+                if length:
+                    cache.batch_repeat_interleave(len(chosen))
+                whole = torch.cat([mask.new_ones(len(chosen), length), mask], dim=1)
+                caught.clear()
+                lm.model(ids, attention_mask=whole, use_cache=True, **{keyword: cache})
+                states[chosen] = last_token(caught[0], mask).float().cpu()
+    finally:
+        hook.remove()
+    return states
+
+
+# ----------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def leading_space(tokenizer) -> str:
+    """A space where the tokenizer marks word starts by it (SmolLM2), nothing where it adds it itself (Llama)."""
+    return "" if tokenizer.tokenize("a")[0] == "▁a" else " "
+
+
+def pieces(tokenizer, ids: Iterable[int]) -> list[str]:
+    """Token ids as readable text; a leading space stands for the start of a word."""
+    return [str(piece).replace("▁", " ").replace("Ġ", " ") for piece in tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def caption_vocabulary(
+    tokenizer, captions: Iterable[str], min_count: int = 1, max_size: int | None = None, pattern: str | None = None
+) -> Tensor:
+    """`refine_vocabulary` of the pieces that occur in the captions, special and byte pieces left out.
+
+    `pattern` is a regular expression that a piece has to match as a whole (see `pieces`).
+    """
+    size, space = len(tokenizer), leading_space(tokenizer)
+    counts, captions = torch.zeros(size, dtype=torch.long), iter(captions)
+    while batch := list(itertools.islice(captions, 10_000)):
+        rows = tokenizer([space + caption for caption in batch], add_special_tokens=False)["input_ids"]
+        counts += torch.bincount(torch.tensor(list(itertools.chain(*rows)), dtype=torch.long), minlength=size)
+    texts = pieces(tokenizer, range(size))
+    refused = set(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if re.fullmatch("<0x..>", text)}
+    if pattern is not None:
+        refused |= {i for i, text in enumerate(texts) if not re.fullmatch(pattern, text)}
+    kept = refine_vocabulary(counts, [i for i in refused if i < size], min_count, max_size)
+    if len(kept) < 2:
+        raise ValueError(f"{len(kept)} pieces of the vocabulary are left: lower --min-count or change --pattern")
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def main(cfg: Config) -> None:
+    out = Path(cfg.out)
+    if out.exists():
+        States(cfg.out, cfg.lm, cfg.max_length)  # refuses a file of other settings
+        return print(f"{out} is there already")
+    process = run.setup(0, cfg.device)
+    pairs = data.open_pairs(cfg.data)
+    texts = [pairs.caption(row) for row in range(len(pairs))]
+    for folder in cfg.sets:
+        eval_set = EvalSet(folder, lambda image: torch.zeros(1))
+        texts += eval_set.classnames or [text for _, _, captions in eval_set for text in captions]
+    texts = list(dict.fromkeys(filter(None, texts)))
+    lm, tokenizer = load_lm(cfg.lm)
+    lm.eval().requires_grad_(False).to(process.device)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    prompts = Prompts(tokenizer, cfg.max_length)
+    states = compute_states(lm, prompts, texts, cfg.batch_size, process.device, precision)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = {"lm": cfg.lm, "prompt": PROMPT, "max_length": cfg.max_length}
+    run.save_checkpoint(out, made | {"texts": texts, "states": states})
+    print(f"{len(texts):,} captions written to {out}")
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

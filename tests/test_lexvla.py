@@ -1,0 +1,572 @@
+"""LexVLA against independent numbers (tests/golden/lexvla/README.md), and properties beyond.
+
+One golden test per family; everything about a case is read from its file, tolerances are those of the README.
+"""
+
+import math
+
+import conftest
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Case
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
+
+from lexvla import model
+from lexvla.build import with_lora
+from lexvla.config import Config
+from lexvla.eval import explain, patchdis, retrieval_recall, sparsity_sweep, usage
+from lexvla.model import (
+    ImageEncoder,
+    LexVLA,
+    LoRALinear,
+    TextEncoder,
+    VisualAdapter,
+    add_lora,
+    bag_of_words,
+    contrastive_loss,
+    elu1p,
+    flops_loss,
+    last_token,
+    lexical_map,
+    lexical_prompt,
+    overuse_penalty,
+    refine_vocabulary,
+    sparsify,
+    total_loss,
+)
+from lexvla.train import cosine_lr, quadratic_warmup
+
+golden = pytest.mark.golden
+GRADIENT = dict(rtol=1e-4, atol=1e-6)
+
+
+def leaf(x) -> torch.Tensor:
+    return torch.as_tensor(x).clone().requires_grad_()
+
+
+def check(case: Case, rtol: float = 0.0, atol: float = 0.0, **computed) -> None:
+    """`close` for each of the computed arrays that the case has."""
+    for name, value in computed.items():
+        if name in case:
+            case.close(name, value, rtol, atol)
+
+
+def check_gradients(case: Case, rtol: float, **computed) -> None:
+    """`check`, with rtol of the largest entry: small ones are differences of large ones."""
+    for name, value in computed.items():
+        if name in case:
+            case.close(name, value, rtol, rtol * torch.as_tensor(case[name]).abs().max().item())
+
+
+@pytest.fixture(autouse=True)
+def something_was_compared(request: pytest.FixtureRequest):
+    case = request.getfixturevalue("case") if "case" in request.fixturenames else None
+    yield
+    if case is not None and case.path.suffix == ".npz":
+        assert f"lexvla/{case.path.name}" in conftest.deviations
+
+
+# ---------------------------------------------------------------------------------------------------- golden: the map
+
+
+@golden("lexvla", "elu1p")
+def test_elu1p(case):
+    x = leaf(case["x"])
+    y = elu1p(x)
+    y.sum().backward()
+    case.close("y", y, rtol=1e-6)
+    case.close("grad", x.grad, rtol=1e-6)
+    check(case, atol=1e-7, rtol=1e-6, vdr_y=y)
+    assert (x.grad[x == 0] == 1).all()
+
+
+def map_gradients(case: Case, pool: bool) -> None:
+    z, codebook = leaf(case["z"]), leaf(case["codebook"])
+    s = lexical_map(z, codebook, pool)
+    case.close("s", s, atol=1e-6)
+    if "w" in case:
+        (s * case["w"]).sum().backward()
+        check(case, **GRADIENT, grad_z=z.grad, grad_codebook=codebook.grad)
+
+
+@golden("lexvla", "map_text")
+def test_map_text(case):
+    map_gradients(case, pool=False)
+    z, codebook = case["z"], case["codebook"]
+    if "s_bias" in case:
+        case.close("s_bias", lexical_map(z, codebook, bias=case["bias"]), atol=1e-6)
+    if "s_centered" in case:
+        case.close("s_centered", lexical_map(z, codebook - codebook.mean(0)), atol=1e-6)
+
+
+@golden("lexvla", "map_image")
+def test_map_image(case):
+    map_gradients(case, pool=True)
+    z, codebook = case["z"], case["codebook"]
+    if "s_bias" in case:
+        case.close("s_bias", lexical_map(z, codebook, pool=True, bias=case["bias"]), atol=1e-6)
+    if "s_patch" in case:
+        case.close("s_patch", lexical_map(z, codebook), atol=1e-6)
+    if "s_no_cls" in case:
+        case.close("s_no_cls", lexical_map(z[:, 1:], codebook, pool=True), atol=1e-6)
+
+
+@golden("lexvla", "map_word")
+def test_map_word(case):
+    codebook, ids = case["codebook"], case["word_ids"]
+    case.close("s", lexical_map(codebook[ids], codebook), atol=1e-6)
+    lm = tiny_lm(vocab_size=len(codebook), hidden_size=codebook.shape[1])
+    lm.lm_head.weight.data.copy_(codebook)
+    case.close("s", TextEncoder(lm, torch.arange(len(codebook))).word(ids), atol=1e-6)
+
+
+@golden("lexvla", "vdr_image")
+def test_vdr_image(case):
+    s = lexical_map(case["features"], case["codebook"], pool=True)
+    case.close("s", s, atol=1e-6)
+    case.close("embed", sparsify(s, topk=case["topk"]), atol=1e-6)
+
+
+@golden("lexvla", "sparsify")
+def test_sparsify(case):
+    s = case["s"]
+    by_value = sparsify(s)
+    check(case, s_threshold=by_value, active_threshold=(by_value != 0).sum(-1))
+    check(case, rtol=1e-6, threshold=1 / math.sqrt(s.shape[-1]), atol=0)
+    if "sparsity_threshold" in case:
+        ratio = 1 - (by_value != 0).float().sum(-1).mean() / s.shape[-1]
+        check(case, rtol=1e-6, sparsity_threshold=ratio, splade_sparsity_ratio=ratio)
+    if "topk" in case:
+        by_rank = sparsify(s, topk=case["topk"])
+        check(case, s_topk=by_rank, vdr_topk_sparse=by_rank, splade_pruned=by_rank)
+        if "vdr_topk_mask" in case:
+            case.close("vdr_topk_mask", (by_rank != 0).long())
+
+
+# ----------------------------------------------------------------------------------------------------- golden: losses
+
+
+@golden("lexvla", "penalties")
+def test_penalties(case):
+    for name, loss, options in (
+        ("overuse", overuse_penalty, {}),
+        ("overuse_detached", overuse_penalty, {"detach_weight": True}),
+        ("flops", flops_loss, {}),
+    ):
+        s = leaf(case["s"])
+        value = loss(s, **options)
+        value.backward()
+        check_gradients(case, 1e-5, **{f"{name}_grad": s.grad})
+        if name in case:
+            case.close(name, value, rtol=1e-5)
+    if "overuse_weight" in case:
+        case.close("overuse_weight", case["s"].mean(0) / case["s"].mean(0).sum(), rtol=1e-5)
+    check(case, rtol=1e-5, flops=flops_loss(case["s"]), splade_flops=flops_loss(case["s"]))
+
+
+@golden("lexvla", "contrastive")
+def test_contrastive(case):
+    s_img, s_txt, scale = leaf(case["s_img"]), leaf(case["s_txt"]), leaf(case["logit_scale"])
+    rtol = 1e-4 if case["logit_scale"] > math.log(50) else 1e-5  # the README's: hidden set at scale 100
+    i2t, t2i = contrastive_loss(s_img, s_txt, scale)
+    loss = i2t + t2i
+    loss.backward()
+    check(case, rtol, loss_i2t=i2t, loss_t2i=t2i, loss=loss, vdr_symmetric_nll=loss / 2)
+    check_gradients(case, rtol, grad_s_img=s_img.grad, grad_s_txt=s_txt.grad, grad_logit_scale=scale.grad)
+
+
+@golden("lexvla", "total_loss")
+def test_total_loss(case):
+    s_img, s_txt, scale = leaf(case["s_img"]), leaf(case["s_txt"]), leaf(case["logit_scale"])
+    weights = [quadratic_warmup(case["step"], case[f"lambda_{side}"], case["warmup_steps"]) for side in ("img", "txt")]
+    check(case, rtol=1e-5, lambda_img_t=weights[0], lambda_txt_t=weights[1])
+    losses = total_loss(s_img, s_txt, scale, *weights)
+    losses["loss"].backward()
+    check(
+        case,
+        rtol=1e-5,
+        loss=losses["loss"],
+        loss_contrastive=losses["i2t"] + losses["t2i"],
+        overuse_img=losses["overuse_image"],
+        overuse_txt=losses["overuse_text"],
+    )
+    check_gradients(case, 1e-5, grad_s_img=s_img.grad, grad_s_txt=s_txt.grad, grad_logit_scale=scale.grad)
+
+
+@golden("lexvla", "schedules")
+def test_schedules(case):
+    if "lambda_t" in case:
+        value, steps = case["lambda_final"], case["lambda_warmup"]
+        weights = [quadratic_warmup(t, value, steps) for t in case["lambda_steps"].tolist()]
+        check(case, rtol=1e-6, lambda_t=weights, splade_lambda_t=weights)
+    if "lr" in case:
+        base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
+        lrs = [cosine_lr(step, base, total, warmup) for step in case["lr_steps"].tolist()]
+        check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
+
+
+# -------------------------------------------------------------------------------------- golden: words, adapter, towers
+
+
+@golden("lexvla", "prompt")
+def test_prompt(case):
+    for one in case.json["cases"]:
+        assert lexical_prompt(one["caption"]) == one["prompt"]
+
+
+@golden("lexvla", "last_token")
+def test_last_token(case):
+    for side in ("right", "left"):
+        if f"mask_{side}" in case:
+            case.close(f"z_{side}", last_token(case["hidden"], case[f"mask_{side}"]))
+
+
+@golden("lexvla", "vocabulary")
+def test_vocabulary(case):
+    counts, special, least = (case.get(name) for name in ("counts", "special_ids", "min_count"))
+    check(case, kept=refine_vocabulary(counts, torch.as_tensor(special).tolist(), least))
+    if "max_size" in case:
+        case.close("kept_max_size", refine_vocabulary(counts, special, least, case["max_size"]))
+
+
+@golden("lexvla", "bow")
+def test_bow(case):
+    s = bag_of_words(case["token_ids"], case["vocab_ids"])
+    check(case, s=s, bow=(s > 0).float(), vdr_bow=(s > 0).float())
+
+
+@golden("lexvla", "lora")
+def test_lora(case):
+    linear = nn.Linear(case["weight"].shape[1], len(case["weight"]), bias="bias" in case)
+    linear.weight.data = case["weight"]
+    if "bias" in case:
+        linear.bias.data = case["bias"]
+    lora, x = LoRALinear(linear, len(case["A"]), case["alpha"]), leaf(case["x"])
+    lora.A.data = case["A"]
+    check(case, rtol=1e-4, atol=1e-6, y_zero_B=lora(x))
+    lora.B.data = case["B"]
+    y = lora(x)
+    (y * case["w"]).sum().backward()
+    check(case, **GRADIENT, y=y, grad_A=lora.A.grad, grad_B=lora.B.grad, grad_x=x.grad, merged=lora.merged())
+    assert linear.weight.grad is None
+
+
+def adapter_of(state: dict[str, torch.Tensor], num_heads: int) -> VisualAdapter:
+    hidden, dim = state["proj.fc1.weight"].shape
+    adapter = VisualAdapter(dim, num_heads, hidden, len(state["proj.fc2.weight"]))
+    adapter.load_state_dict(state)
+    return adapter
+
+
+@golden("lexvla", "adapter")
+def test_adapter(case):
+    z = adapter_of(case.group("param/"), case["num_heads"])(case["y"])
+    tolerance = 1e-4 * case["z"].abs().max().item()
+    check(case, atol=tolerance, z=z, timm_z=z)
+
+
+@golden("lexvla", "image_encoder")
+def test_image_encoder(case):
+    cfg = {name: value.item() for name, value in case.group("cfg/").items()}
+    backbone = Dinov2Model(Dinov2Config(**cfg)).eval()
+    backbone.load_state_dict(case.group("param/backbone."))
+    adapter = adapter_of(case.group("param/adapter."), cfg["num_attention_heads"])
+    encoder, pixels = ImageEncoder(backbone, adapter, case["codebook"]), case["pixel_values"]
+    with torch.no_grad():
+        check(case, atol=2e-5, features=backbone(pixel_values=pixels).last_hidden_state)
+        check(case, atol=2e-5, z=encoder.tokens(pixels), s=encoder(pixels), s_patch=encoder.patches(pixels))
+        if "s_no_cls" in case:
+            without = ImageEncoder(backbone, adapter, case["codebook"], pool_cls=False)
+            case.close("s_no_cls", without(pixels), atol=2e-5)
+
+
+@golden("lexvla", "text_encoder")
+def test_text_encoder(case):
+    cfg = {name: value.item() for name, value in case.group("cfg/").items()}
+    cfg = {name: value if name == "rms_norm_eps" else int(value) for name, value in cfg.items()}
+    lm = LlamaForCausalLM(LlamaConfig(**cfg, tie_word_embeddings=bool(case["tied"]))).eval()
+    state = case.group("param/")
+    missing = lm.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+    ids, mask = case["input_ids"], case["attention_mask"]
+    encoder, real = TextEncoder(lm, case["vocab_ids"]), mask.bool()
+    case.close("codebook", encoder.codebook)
+    encoder.double()  # as the reference was run: rounding in float32 uses up the tolerance
+
+    def hidden() -> torch.Tensor:
+        return lm.model(ids, attention_mask=mask).last_hidden_state
+
+    with torch.no_grad():
+        for name, suffix in (("hidden_base", "_base"), ("hidden", "")):
+            if not suffix:
+                add_lora(lm, case["lora_rank"], case["lora_alpha"], lora_targets(case)).double()
+                for path, value in case.group("lora/").items():
+                    lm.get_parameter(path).copy_(value)
+            expected, actual = case[name], hidden()
+            torch.testing.assert_close(actual[real], expected[real].double(), rtol=0, atol=3e-5)
+            check(case, atol=3e-5, **{f"z{suffix}": encoder.hidden(ids, mask), f"s{suffix}": encoder(ids, mask)})
+
+
+def lora_targets(case: Case) -> tuple[str, ...]:
+    return tuple(sorted({path.split(".")[-2] for path in case.group("lora/")}))
+
+
+# ------------------------------------------------------------------------------------------------- golden: evaluation
+
+
+@golden("lexvla", "retrieval")
+def test_retrieval(case):
+    image_of_text, ks = case["image_of_text"], torch.as_tensor(case["ks"]).view(-1).tolist() if "ks" in case else [1]
+    s_img, s_txt = case.get("s_img"), case.get("s_txt")
+    sim = case["sim"] if "sim" in case else s_img @ s_txt.T
+    if "i2t_recall" in case:
+        i2t, t2i = retrieval_recall(sim, image_of_text, ks)
+        case.close("i2t_recall", i2t, rtol=1e-6)
+        case.close("t2i_recall", t2i, rtol=1e-6)
+    for k in range(int(max(sim.shape))):  # ranks, through the recall at every cut-off
+        i2t, t2i = retrieval_recall(sim, image_of_text, [k + 1])
+        for recall, rank in ((i2t, "i2t_rank"), (t2i, "t2i_rank")):
+            if rank in case:
+                expected = (case[rank] <= k).double().mean().item()
+                assert abs(float(recall[0]) - expected) < 1e-6
+    if "sweep_topk" in case:
+        sweep = sparsity_sweep(s_img, s_txt, image_of_text, case["sweep_topk"].tolist())
+        case.close("sweep_recall1", sweep, rtol=1e-6)
+    if "threshold_i2t_recall" in case:
+        img, txt = sparsify(s_img), sparsify(s_txt)
+        i2t, t2i = retrieval_recall(img @ txt.T, image_of_text, ks)
+        check(case, rtol=1e-6, threshold_i2t_recall=i2t, threshold_t2i_recall=t2i)
+        check(case, threshold_active_img=(img > 0).sum(1), threshold_active_txt=(txt > 0).sum(1))
+
+
+@golden("lexvla", "patchdis")
+def test_patchdis(case):
+    s_patch, s_class, masks = case["s_patch"], case["s_class"], case["masks"]
+    grid = tuple(case["grid"].tolist())
+    ignore = {"ignore": case["ignore"]} if "ignore" in case else {}
+    for suffix, options in (("", {}), ("_present", {"present_only": True}), ("_bg", {"background": True})):
+        if f"intersection{suffix}" in case:
+            intersection, union, miou = patchdis(s_patch, s_class, grid, masks, **ignore, **options)
+            case.close(f"intersection{suffix}", intersection)
+            case.close(f"union{suffix}", union)
+            case.close(f"miou{suffix}", miou, rtol=1e-6)
+            if not suffix and "iou" in case:
+                case.close("iou", intersection / union, rtol=1e-6)
+    if "sim" in case:
+        sim = s_patch @ s_class.T
+        case.close("sim", sim, rtol=1e-5, atol=1e-6)
+        check(case, pred=sim.argmax(-1).view(len(sim), *grid))
+
+
+@golden("lexvla", "explain")
+def test_explain(case):
+    values, index = explain(case["s_img"], case["s_txt"], case["top_index"].shape[-1])
+    case.close("top_index", index)
+    case.close("top_value", values, atol=1e-7)
+    check(case, atol=1e-7, contribution=case["s_img"] * case["s_txt"])
+    check(case, atol=1e-6, similarity=(case["s_img"] * case["s_txt"]).sum(-1))
+
+
+@golden("lexvla", "usage")
+def test_usage(case):
+    result = usage(case["s"], case["topk"])
+    check(
+        case,
+        rtol=1e-5,
+        document_frequency=result["document_frequency"],
+        max_document_frequency=result["max_document_frequency"],
+        mean_activation=result["mean_activation"],
+        usage_entropy=result["entropy"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- properties: map, losses
+
+
+def tiny_lm(**sizes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    defaults = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**(defaults | sizes), num_key_value_heads=1)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elu1p_of_extremes(dtype):
+    x = leaf(torch.tensor([-1e4, -80.0, -20.0, -1e-30, -0.0, 0.0, 80.0, 1e4], dtype=dtype))
+    y = elu1p(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all() and (x.grad[4:6] == 1).all()
+    assert y[2] > 0  # F.elu(x) + 1 is 0 there
+
+
+def test_max_logits_against_autograd(monkeypatch):
+    torch.manual_seed(0)
+    z, codebook = leaf(torch.randn(3, 5, 7).double()), leaf(torch.randn(11, 7).double())
+    weights = torch.randn(3, 11).double()
+    expected = (z @ codebook.T).amax(1)
+    gradients = torch.autograd.grad((expected * weights).sum(), (z, codebook))
+    for chunk in (1, 40, 2**26):  # a word, a few words, all words at a time
+        monkeypatch.setattr(model, "CHUNK", chunk)
+        actual = model.MaxLogits.apply(z, codebook)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.autograd.grad((actual * weights).sum(), (z, codebook)), gradients)
+    assert torch.autograd.gradcheck(lambda *x: lexical_map(*x, pool=True), (z, codebook))
+    (only_z,) = torch.autograd.grad(model.MaxLogits.apply(z, codebook.detach()).sum(), z)
+    (only_codebook,) = torch.autograd.grad(model.MaxLogits.apply(z.detach(), codebook).sum(), codebook)
+    assert only_z.shape == z.shape and only_codebook.shape == codebook.shape
+
+
+def test_nothing_of_the_size_of_all_logits_is_kept():
+    z, codebook = leaf(torch.randn(4, 50, 8)), leaf(torch.randn(600, 8))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        lexical_map(z, codebook, pool=True)
+    assert max(saved) < 4 * 50 * 600 / 10
+
+
+def test_rows_of_small_logits_have_norm_one():
+    z = torch.tensor([[-300.0], [-30.0], [0.0], [1e4]])
+    s = lexical_map(z, torch.tensor([[1.0], [1.1], [0.9]]))
+    torch.testing.assert_close(s.norm(dim=-1), torch.ones(4))
+    assert (s >= 0).all()
+
+
+def test_bf16_autocast_ends_in_fp32():
+    z, codebook = leaf(torch.randn(2, 5, 8)), leaf(torch.randn(30, 8))
+    exact = lexical_map(z, codebook, pool=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = lexical_map(z, codebook, pool=True)
+        assert lexical_map(z[:, 0], codebook).dtype == torch.float32
+    assert s.dtype == torch.float32
+    torch.testing.assert_close(s, exact, rtol=0.05, atol=0.02)
+    s.square().sum().backward()
+    assert z.grad.isfinite().all() and codebook.grad.isfinite().all()
+
+
+def test_sparsify_edges():
+    uniform = torch.full((2, 256), 1 / 16)
+    assert not sparsify(uniform).any()  # strict
+    assert torch.equal(sparsify(uniform, topk=300), uniform) and not sparsify(uniform, topk=0).any()
+    assert sparsify(uniform, topk=3)[0].nonzero().flatten().tolist() == [0, 1, 2]  # of ties, the first
+    assert torch.equal(sparsify(uniform, threshold=0.05), uniform)
+    s = torch.rand(2, 3, 40)
+    assert ((sparsify(s, topk=7) > 0).sum(-1) == 7).all()
+
+
+def test_penalties_of_known_rows():
+    V, N = 12, 4
+    one_word, hot = torch.eye(V)[[0] * N], torch.eye(V)[:N]
+    uniform = torch.full((N, V), V**-0.5)
+    for s, overuse, flops in ((uniform, 1, 1), (one_word, V, 1), (hot, V / N**2, 1 / N)):
+        torch.testing.assert_close(overuse_penalty(s), torch.tensor(float(overuse)))
+        torch.testing.assert_close(flops_loss(s), torch.tensor(float(flops)))
+    for _ in range(20):
+        s = F.normalize(torch.rand(N, V) ** 3, dim=-1)
+        assert overuse_penalty(s) >= flops_loss(s)
+    assert overuse_penalty(torch.zeros(N, V)) == 0
+    assert torch.equal(overuse_penalty(s), overuse_penalty(s, detach_weight=True))
+
+
+def test_total_loss_adds_only_what_was_asked_for():
+    s, scale = F.normalize(torch.rand(4, 9), dim=-1), torch.tensor(2.0)
+    plain = total_loss(s, s, scale, 1.0, 1.0, penalty="none")
+    assert set(plain) == {"loss", "i2t", "t2i"}
+    torch.testing.assert_close(plain["loss"], sum(contrastive_loss(s, s, scale)))
+    flops = total_loss(s, s, scale, 0.5, 2.0, penalty="flops")
+    torch.testing.assert_close(flops["loss"], plain["loss"] + 2.5 * flops_loss(s))
+
+
+# ------------------------------------------------------------------------------------------------- properties: modules
+
+
+def tiny_model(**options) -> LexVLA:
+    lm = add_lora(tiny_lm(), rank=2)
+    text = TextEncoder(lm, torch.arange(0, 64, 2), **options)
+    backbone = Dinov2Model(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                                        patch_size=4, mlp_ratio=2))  # fmt: skip
+    return LexVLA(ImageEncoder(backbone, VisualAdapter(8, 2, 12, 16), text.codebook), text)
+
+
+def test_what_is_trained():
+    m = tiny_model().train()
+    trained = {name for name, parameter in m.named_parameters() if parameter.requires_grad}
+    groups = ("image.adapter.", "image.codebook", "logit_scale", "text.lm.model.layers.")
+    assert all(name.startswith(groups) for name in trained)
+    assert all(name.endswith((".A", ".B")) for name in trained if name.startswith("text."))
+    assert sum(name.endswith(".A") for name in trained) == 14  # seven linear layers in each of two blocks
+    assert not any("lm_head" in name for name in trained)
+    assert not m.image.backbone.training and not m.text.lm.training and m.image.adapter.training
+    torch.testing.assert_close(m.logit_scale.item(), math.log(1 / 0.07))
+    s_img, s_txt, scale = m(torch.randn(3, 3, 8, 8), torch.randint(0, 64, (3, 5)), torch.ones(3, 5).long())
+    total_loss(s_img, s_txt, scale, 1.0, 1.0)["loss"].backward()
+    assert {name for name, p in m.named_parameters() if p.grad is not None} == trained
+
+
+def test_codebooks_start_equal_and_only_one_moves():
+    m = tiny_model(center=True)
+    assert torch.equal(m.image.codebook, m.text.codebook)
+    head = m.text.lm.lm_head.weight[m.text.vocab_ids]
+    torch.testing.assert_close(m.text.codebook, head - head.mean(0))
+    assert m.image.codebook.requires_grad and not m.text.codebook.requires_grad
+
+
+def test_lora_starts_as_the_pretrained_model():
+    lm, ids = tiny_lm(), torch.randint(0, 64, (2, 6))
+    before = lm(ids).logits
+    add_lora(lm, rank=3)
+    torch.testing.assert_close(lm(ids).logits, before)
+    with pytest.raises(ValueError, match="text codebook"):
+        add_lora(tiny_lm(), targets=("q_proj", "lm_head"))
+    with pytest.raises(ValueError, match="none of nothing"):
+        add_lora(tiny_lm(), targets=("nothing",))
+
+
+def test_lora_of_the_paper_is_a_third_of_a_percent():
+    with torch.device("meta"):
+        lm = LlamaForCausalLM(LlamaConfig())
+        base = sum(p.numel() for p in lm.parameters())
+        add_lora(lm)
+        adapter = VisualAdapter(768, 12, 2048, 4096)
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    assert trained == 19_988_480 and f"{trained / base:.2%}" == "0.30%"
+    assert sum(p.numel() for p in adapter.parameters()) == 17_055_488
+
+
+def test_temperature_is_capped():
+    m = tiny_model()
+    for value, capped in ((9.0, math.log(100)), (-3.0, -3.0)):
+        m.logit_scale.data.fill_(value)
+        m.clamp_logit_scale()
+        assert m.logit_scale.item() == pytest.approx(capped)
+
+
+def test_last_token_is_independent_of_padding():
+    m, ids = tiny_model(), torch.randint(1, 64, (1, 5))
+    alone = m.text(ids, torch.ones_like(ids))
+    for side in ((0, 3), (3, 0)):
+        mask = F.pad(torch.ones_like(ids), side)
+        padded = m.text(F.pad(ids, side), mask)
+        torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    grads, ids = [], torch.randint(0, 64, (3, 6))
+    for checkpointing in (False, True):
+        cfg = Config(lora_rank=2, checkpointing=checkpointing)
+        text = TextEncoder(with_lora(tiny_lm(), cfg), torch.arange(40)).train()
+        calls = []
+        text.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        for name, parameter in text.named_parameters():
+            if name.endswith(".B"):
+                torch.nn.init.constant_(parameter, 0.1)
+        text(ids, torch.ones_like(ids)).square().mul(torch.arange(40)).sum().backward()
+        assert len(calls) == 1 + checkpointing
+        grads.append({name: p.grad for name, p in text.named_parameters() if p.grad is not None and ".B" in name})
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_odd_captions_make_prompts():
+    for caption in ("", 'a "quoted" {word}', "\n"):
+        prompt = lexical_prompt(caption)
+        assert prompt.endswith(f'"{caption}" lies on important words:') and prompt.startswith(model.EXAMPLE)
