@@ -487,11 +487,12 @@ def test_readout_is_before_the_last_block_by_default():
     llm = letters_llm()
     assert llm.layers == (2,)
     ids = torch.randint(2, 258, (2, 9))
+    llm.encode_ids(ids, torch.ones_like(ids))
+    assert not any(m._forward_hooks for m in llm.modules())  # upstream's pile up
     states = llm.lm(input_ids=ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(llm.encode_ids(ids, torch.ones_like(ids))[:, 0], states[2][:, -1])
     both = letters_llm(layers=(1, 2)).encode_ids(ids, torch.ones_like(ids))[:, 0]
     torch.testing.assert_close(both, (states[1][:, -1] + states[2][:, -1]) / 2)
-    assert not any(m._forward_hooks for m in llm.modules())  # upstream's pile up
     with pytest.raises(ValueError, match="layers"):
         letters_llm(layers=(4,))
 
