@@ -29,6 +29,9 @@ METRICS = {
     "retrieval_ood/text_to_image_R@1": "T2I R@1 OOD",
     "subgroups_ood/probe_final": "probe OOD",
     "kept/attentive_share": "kept foreground",
+    "kept/high_drop_share": "... high drop",
+    "kept/centre_share": "... centre",
+    "kept/random_share": "... random",
     "seconds": "seconds",
 }
 
@@ -59,11 +62,12 @@ def within(arms: dict[str, list[dict]]) -> list[report.Claim]:
     """Comparisons of two measurements of one arm, as claims between made-up arms that `judge_all` can read."""
     rows = []
     for arm in ("attentive", "aclip"):
-        for baseline in ("random", "centre"):
+        for baseline in ("random", "centre", "untrained"):
             if arm in arms:
                 ours = [values["kept/attentive_share"] for values in arms[arm]]
                 theirs = [values[f"kept/{baseline}_share"] for values in arms[arm]]
-                claim = f"{arm}: kept patches hold more foreground than {baseline} ones"
+                other = {"random": "random ones", "centre": "the centre's", "untrained": "before training"}[baseline]
+                claim = f"{arm}: kept patches hold more foreground than {other}"
                 paper = "shown in figures" if baseline == "random" else None
                 rows.append(report.judge(report.Claim(claim, paper, "", "", ""), ours, theirs))
     if "aclip" in arms:

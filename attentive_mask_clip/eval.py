@@ -7,6 +7,7 @@ patches hold. A-CLIP is evaluated with its EMA towers, as upstream's suite does;
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -199,7 +200,9 @@ def linear_probe(
     was_training = model.training
     model.eval()
     (train_x, train_y), (test_x, test_y) = (
-        extract_image_features(lambda images: model.visual(images)[0][:, 0], loader, device, precision, "probe")
+        extract_image_features(
+            lambda images: model.visual(images, cls_only=True)[0][:, 0], loader, device, precision, "probe"
+        )
         for loader in dataset
     )
     model.train(was_training)
@@ -230,7 +233,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     was_training = model.training
     model.eval()
     tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
-    _, scores = tower(images, return_scores=True)
+    scores = torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
     model.train(was_training)
     patches = F.max_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N)
     grid = math.isqrt(patches.shape[1])
@@ -350,18 +353,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         for name, value in linear_probe(model, loaders, lr=0.1, device=process.device, precision=dtype).items():
             flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
     if cfg.foreground:
-        images = torch.cat([images for images, _ in EvalSet(cfg.foreground, transform).batches(cfg.batch_size)])
-        parts = [
-            kept_foreground(model, batch, foreground(batch)) | {"count": len(batch)}
-            for batch in images.to(process.device).split(cfg.batch_size)
-        ]
-        for name in parts[0]:
-            if name != "count":
-                flat[f"kept/{name}"] = sum(p[name] * p["count"] for p in parts) / len(images)
+        loader = EvalSet(cfg.foreground, transform).batches(cfg.batch_size, cfg.workers)
+        images = torch.cat([images for images, _ in loader]).to(process.device)
+        kept = kept_foreground(model, images, foreground(images))
+        flat |= {f"kept/{key}": value for key, value in kept.items()}
         if Path(path).is_dir():
-            before = untrained(run.load_checkpoint(Path(path) / "checkpoint.pt"))
+            before = untrained(run.load_checkpoint(Path(path) / "checkpoint.pt")).to(process.device)
+            flat["kept/untrained_share"] = kept_foreground(before, images, foreground(images))["attentive_share"]
             few = images[torch.linspace(0, len(images) - 1, 8).long()]
-            plot_kept(before, model.cpu(), few, Path(path) / "kept.png")
+            plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png")
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
@@ -397,6 +397,9 @@ def main(cfg: Config) -> None:
         print(f"{path}: {shown}", flush=True)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report), report.load(cfg.times) if cfg.times else None)
+        kept = [Path(path) / "kept.png" for path in cfg.runs if Path(path).name == "aclip-seed0"]
+        if kept and kept[0].exists():
+            shutil.copy(kept[0], Path(cfg.report).parent / "attentive_mask_clip_kept.png")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class MaskedViT(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | tuple[int, int],
         patch_size: int,
         width: int,
         depth: int,
@@ -144,12 +144,12 @@ class MaskedViT(nn.Module):
         freeze_patch_proj: bool = True,
     ):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=width, strict_img_size=False)
+        if any(side % patch_size for side in self.patch_embed.img_size):
+            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, width))
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )
@@ -171,7 +171,9 @@ class MaskedViT(nn.Module):
         block leaves out what only the others would need.
         """
         x = self.patch_embed(images)  # (B, N, D)
-        pos_embed = resize_pos_embed(self.pos_embed, *self.patch_embed.dynamic_feat_size(images.shape[2:]))
+        grid, pos_embed = self.patch_embed.dynamic_feat_size(images.shape[2:]), self.pos_embed
+        if grid != self.patch_embed.grid_size:
+            pos_embed = resize_pos_embed(pos_embed, *grid)
         x = x + pos_embed[:, 1:]
         if keep_ids is not None and self.training:
             x = x.gather(1, keep_ids[..., None].expand(-1, -1, x.shape[2]))
@@ -201,9 +203,10 @@ def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) ->
     else:
         q, k, v = attn.qkv(h).chunk(3, dim=-1)
     q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
-    row = ((q[:, :, :1].detach() * attn.scale) @ k.detach().mT).float().softmax(dim=-1)[:, :, 0]
-    x = x + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x)), row
+    row = ((q[:, :, :1] * attn.scale) @ k.mT).float().softmax(dim=-1)
+    y = row @ v if cls_only else F.scaled_dot_product_attention(q, k, v)
+    x = x + attn.proj(y.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x)), row[:, :, 0].detach()
 
 
 class TextTransformer(Transformer):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,7 +97,7 @@ def train_step(
     """One optimizer step on (images, boxes, tokens); returns the losses, averaged over micro-batches. U:main.py:316."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = float(lr)  # a NumPy number would not load with weights_only
     if isinstance(bare, ACLIP):
         bare.update_ema(momentum)  # before the forward pass, and once a step whatever the number of micro-batches
     optimizer.zero_grad()
@@ -116,6 +117,15 @@ def train_step(
         scaler.update()
     bare.clamp_logit_scale()
     return total
+
+
+def over_ranks(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over processes: the losses of the global batch."""
+    if not dist.is_initialized():
+        return losses
+    means = torch.stack(list(losses.values()))
+    dist.all_reduce(means)
+    return dict(zip(losses, means / dist.get_world_size(), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- the script
@@ -250,7 +260,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             boxes, tokens = (x.to(process.device, non_blocking=True) for x in (boxes, tokens))
             losses = train_step(ddp, (images, boxes, tokens), optimizer, lrs[step - 1], momenta[step - 1], cfg, scaler)
             if step % cfg.log_every == 0 or batch == 1:
-                scale = model.logit_scale.exp()
+                scale, losses = model.logit_scale.exp(), over_ranks(losses)
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lrs[step - 1], logit_scale=scale, **losses)
                 if not math.isfinite(losses["loss"]):
                     raise ValueError(

@@ -1,0 +1,332 @@
+"""A-CLIP's speed and memory: `python -m tests.bench.attentive_mask_clip [--upstream PATH] [--geometry small vit_b16]`.
+
+One process, same inputs, same threads; ours and theirs take turns. Prints Markdown tables: medians, the ratio
+theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster), peak memory of a step
+beyond weights and optimizer state; then what the steps of A-CLIP and its baselines cost at ViT-B/16, and where.
+`--upstream` is a clone of microsoft/A-CLIP@0e51942; without it theirs is open_clip's training step alone.
+
+Theirs runs on today's timm with the plain attention of the timm 0.5.4 that it asks for.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from open_clip_train.scheduler import cosine_lr
+from open_clip_train.train import train_one_epoch
+
+from attentive_mask_clip import model, timing, train
+from attentive_mask_clip.config import Config
+from shared import report, run
+
+from ..parity import check_commit
+from ..parity import test_attentive_mask_clip as parity
+
+GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
+    "small": (
+        dict(img_size=28, patch_size=2, embed_dim=128, depth=4, num_heads=4, num_classes=0),
+        dict(context_length=77, vocab_size=49408, transformer_width=128, transformer_heads=4, transformer_layers=2),
+        128, 512, 64, 16,
+    ),
+    "vit_b16": (
+        dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, num_classes=0),
+        dict(context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12),
+        512, 4096, 256, 4,
+    ),
+}  # fmt: skip
+
+
+def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
+    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
+    counted. A call does `per` units of work."""
+    seconds = []
+    for repetition in range(-1, repetitions):
+        turn = {}
+        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
+            gc.collect()
+            start = time.perf_counter()
+            function()
+            turn[function] = (time.perf_counter() - start) / per
+        if repetition >= 0:
+            seconds.append((turn[ours], turn[theirs]))
+        if sys.stderr.isatty():
+            print(f"\r\033[K{name}: {repetition + 1}/{repetitions}", end="", file=sys.stderr, flush=True)
+    return name, seconds
+
+
+def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
+    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = [theirs / ours for ours, theirs in seconds]
+    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def shown(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def peak_memory(step: Callable) -> float | None:
+    """MiB that `step` holds at most beyond what is held before; None where the system does not tell (Linux does)."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but not given back would hide
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = resident("VmRSS")
+        step()
+        return (resident("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def resident(what: str) -> int:
+    """kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(what)))
+
+
+@contextlib.contextmanager
+def attention(flash: bool):
+    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
+
+
+# ------------------------------------------------------------------------------------------------- against the authors
+
+
+def selection(up, repetitions: int, batch: int = 64) -> None:
+    """Scores of an EMA view carried into a view, and its patches selected."""
+    scores, boxes = torch.rand(batch, 196), parity.boxes_of(batch)
+
+    def ours():
+        of_view = model.crop_scores(scores, boxes[:, 0], boxes[:, 2], 14)
+        return model.attentive_keep_ids(of_view)
+
+    def theirs():
+        return up.models.get_att_mask(up.models.ACLIP.get_mask(None, scores, boxes[:, 0], boxes[:, 2]))
+
+    removed = torch.ones(batch, 196, dtype=torch.bool).scatter(1, ours(), False)
+    same = (removed == theirs()).all(1).double().mean().item()
+    name = f"scores into a view and selection, B={batch}"
+    print_row(*race(name, ours, theirs, repetitions), "> 1", f"{same:.0%} of the masks equal")
+
+
+def aclip_step(up, geometry: str, repetitions: int) -> None:
+    """Everything of a training step: EMA, forward, losses, backward, AdamW, clamp. Theirs by `main.py`'s own loop."""
+    vit, text, joint, hidden, out, B = GEOMETRIES[geometry]
+    torch.manual_seed(0)
+    theirs, ours = parity.twins(up, True, vit, text, joint, hidden, out)
+    batch = parity.batch_of(B, vit["img_size"])
+    args = SimpleNamespace(**parity.TRAIN)
+    optimizer = up.main.get_optim(args, theirs)
+    cfg = Config(simclr_pair="same", precision="fp32", weight_decay=args.wd, batch_size=B)
+    adamw = torch.optim.AdamW(train.param_groups(ours, args.wd), betas=args.betas, eps=args.eps, fused=True)
+    images, ema_view, tokens, boxes = batch
+    inputs, losses_seen = ([*images.chunk(2), ema_view], boxes, tokens), {}
+
+    def our_step():
+        losses_seen["ours"] = train.train_step(ours, inputs, adamw, 1e-5, 0.99, cfg)["loss"].item()
+
+    def their_step():
+        losses_seen["theirs"] = parity.their_steps(up, theirs, [batch], optimizer, [1e-5], [0.99], args)["loss"]
+
+    name = f"A-CLIP step, {geometry}, batch {B}, fp32"
+    seconds = race(name, our_step, their_step, repetitions)[1]
+    peaks = []
+    for each, step in ((ours, our_step), (theirs, their_step)):
+        each.zero_grad()
+        peaks.append(peak_memory(step))
+    memory = "" if None in peaks else f"; peak memory {peaks[0]:,.0f} against {peaks[1]:,.0f} MiB"
+    gap = abs(losses_seen["ours"] - losses_seen["theirs"]) / losses_seen["theirs"]
+    print_row(name, seconds, ">= 1.3", f"losses after all steps within {gap:.0e} of each other{memory}")
+
+
+# ------------------------------------------------------------------------------------------------- against open_clip
+
+
+class Loader(list):
+    """Batches in memory that look like open_clip's loader."""
+
+    num_samples = property(lambda self: sum(len(images) for images, _ in self))
+    num_batches = property(len)
+
+
+def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128) -> None:
+    """The CLIP arm's step on the emoji towers against open_clip_train's on towers of the same size (whose ViT has one
+    more LayerNorm, and one bias less)."""
+    towers = model.PRESETS["emoji"]
+    cfg = Config(method="clip", model="emoji", precision=precision, batch_size=batch)
+    torch.manual_seed(0)
+    network = model.create_model("clip", "emoji")
+    adamw = torch.optim.AdamW(train.param_groups(network, 0.2), fused=True)
+    vision = open_clip.CLIPVisionCfg(
+        layers=towers["vision_layers"], width=towers["vision_width"], patch_size=towers["patch_size"],
+        head_width=towers["vision_width"] // towers["vision_heads"], image_size=towers["image_size"],
+    )  # fmt: skip
+    text = open_clip.CLIPTextCfg(
+        context_length=towers["context_length"], width=towers["text_width"], heads=towers["text_heads"],
+        layers=towers["text_layers"],
+    )  # fmt: skip
+    other = open_clip.CLIP(towers["embed_dim"], vision, text, quick_gelu=True, output_dict=True)
+    optimizer = torch.optim.AdamW(train.param_groups(other, 0.2), lr=1e-5)
+    flags = SimpleNamespace(
+        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
+        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
+        grad_clip_norm=None, batch_size=batch, wandb=False,
+    )  # fmt: skip
+    scheduler, loss = cosine_lr(optimizer, 1e-5, 0, 100), open_clip.ClipLoss(cache_labels=True)
+    images = torch.randn(batch, 3, towers["image_size"], towers["image_size"])
+    tokens = parity.tokens_of(batch, towers["context_length"])
+    data = {"train": SimpleNamespace(dataloader=Loader([(images, tokens)] * steps), set_epoch=lambda _: None)}
+
+    def ours():
+        with attention(False):
+            for _ in range(steps):
+                train.train_step(network, ([images], tokens, tokens), adamw, 1e-5, 0.0, cfg)  # boxes: not read
+
+    for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
+
+        def theirs(flash=flash):
+            with attention(flash):
+                train_one_epoch(other, data, loss, 0, optimizer, None, scheduler, None, flags)
+
+        name = f"CLIP step, emoji towers, batch {batch}, {precision}: open_clip {what}"
+        print_row(*race(name, ours, theirs, repetitions, steps), ">= 1")
+
+
+# ------------------------------------------------------------------------------------------- where the time is spent
+
+ARMS = {"clip": "1.00", "aclip-eff": "0.86", "aclip": "1.16", "slip": "2.67"}
+
+
+def parts_of(arm: str, geometry: str, batch: int) -> dict[str, Callable]:
+    """The step of an arm, and its parts on their own, as functions."""
+    settings = timing.ARMS[arm]
+    cfg = dataclasses.replace(Config(model=geometry, batch_size=batch, precision="fp32"), **settings)
+    network = model.create_model(cfg.method, geometry, **cfg.model_settings()).train()
+    adamw = torch.optim.AdamW(train.param_groups(network, cfg.weight_decay), lr=1e-5, fused=True)
+    aclip, size = cfg.method == "aclip", network.image_size
+    side = size // 2 if arm == "aclip-eff" else size
+    views = [torch.randn(batch, 3, size, size) for _ in range({"clip": 1, "aclip": 2, "slip": 3}[cfg.method])]
+    ema_view = torch.randn(batch, 3, side, side)
+    tokens, boxes = parity.tokens_of(batch, network.context_length), parity.boxes_of(batch, released=False)
+    together, inputs = torch.cat(views), ([*views, ema_view][: len(views) + aclip], boxes, tokens)
+    cls = torch.randn(len(views) * batch, network.image_projection.shape[0], requires_grad=True)
+
+    def step():
+        train.train_step(network, inputs, adamw, 1e-5, 0.99, cfg)
+
+    def ema_pass():
+        with torch.no_grad():
+            out, seen["scores"] = network.visual_ema(ema_view, return_scores=True, cls_only=True)
+            network.im_proj_byol_e(out[:, 0])
+
+    def select():
+        noise = torch.rand(len(together), (size // network.patch_size) ** 2)
+        seen["keep_ids"] = network.keep_ids(seen["scores"], boxes, noise)
+
+    def image_tower():
+        network.visual(together, seen.get("keep_ids"), cls_only=True)[0].sum().backward()
+
+    def heads():
+        out = network.image_mlp(cls).sum()
+        if aclip:
+            out = out + network.im_pred_byol(network.im_proj_byol(cls)).sum()
+        out.backward()
+
+    seen: dict = {}
+    parts = {
+        "step": step,
+        "image tower": image_tower,
+        "text tower": lambda: network.encode_text(tokens).sum().backward(),
+    }
+    if aclip:
+        parts = {"step": step, "EMA pass": ema_pass, "selection": select} | parts
+        parts["EMA update"] = lambda: network.update_ema(0.99)
+    if cfg.method != "clip":
+        parts["SSL heads"] = heads
+    return parts | {"AdamW": adamw.step}
+
+
+def profile(geometry: str, batch: int, repetitions: int) -> None:
+    """Steps of all arms as ratios to CLIP's beside the paper's, and what their parts take; one arm in memory at once,
+    CLIP's step before each."""
+    columns = ["EMA pass", "selection", "image tower", "text tower", "SSL heads", "EMA update", "AdamW"]
+    print(f"\nSteps at {geometry}, batch {batch}, fp32; ratios to CLIP's step; parts timed on their own\n")
+    print(
+        "| arm | step | / CLIP | min .. max | paper | " + " | ".join(columns) + " |\n|" + " --- |" * (5 + len(columns))
+    )
+    clip = parts_of("clip", geometry, batch)
+    for arm, paper in ARMS.items():
+        parts = clip if arm == "clip" else parts_of(arm, geometry, batch)
+        seconds: dict[str, list[float]] = {}
+        for repetition in range(-1, repetitions):
+            for name, function in [("clip", clip["step"]), *parts.items()]:
+                start = time.perf_counter()
+                function()
+                if repetition >= 0:
+                    seconds.setdefault(name, []).append(time.perf_counter() - start)
+        ratios = [own / other for own, other in zip(seconds["step"], seconds["clip"], strict=True)]
+        cells = [shown(statistics.median(seconds[name])) if name in seconds else "-" for name in ("step", *columns)]
+        spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+        cells[1:1] = f"{statistics.median(ratios):.2f}", spread, paper
+        print("| " + " | ".join([arm, *cells]) + " |", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, help="clone of microsoft/A-CLIP at 0e51942")
+    parser.add_argument("--repetitions", type=int, default=5, help="of each comparison")
+    parser.add_argument("--geometry", nargs="*", default=list(GEOMETRIES), choices=GEOMETRIES, help="of A-CLIP's step")
+    parser.add_argument(
+        "--profile", default="vit_b16", choices=[*model.PRESETS, "none"], help="towers of the last table"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="of the last table")
+    options = parser.parse_args()
+    if options.upstream is not None and not (options.upstream / "models.py").is_file():
+        parser.error(f"--upstream {options.upstream} is no clone of microsoft/A-CLIP")
+    if options.repetitions < 1 or options.batch_size < 2:
+        parser.error("--repetitions starts at 1, --batch-size at 2")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    run.setup(0, "cpu")
+    libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
+    print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
+    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    if options.upstream is not None:
+        check_commit(options.upstream, "0e51942")
+        with parity.on_cpu():
+            up = parity.load(options.upstream)
+            selection(up, options.repetitions)
+            for geometry in options.geometry:
+                aclip_step(up, geometry, options.repetitions)
+    for precision in ("bf16", "fp32"):
+        clip_step(precision, options.repetitions)
+    if options.profile != "none":
+        profile(options.profile, options.batch_size, options.repetitions)
+    if options.upstream is None:
+        print("\nnot run without --upstream PATH: selection and A-CLIP's step against the authors'")
+
+
+if __name__ == "__main__":
+    main()

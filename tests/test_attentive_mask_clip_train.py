@@ -1,0 +1,525 @@
+"""python -m attentive_mask_clip.train and .timing, end to end on real emoji shards, in processes of their own.
+
+Every arm, kill -9 and resume, two processes against one, broken shards, command-line errors, dry runs. Scripts start in
+forks of a server that has imported torch and the rest already, which saves 4 seconds each.
+"""
+
+import ast
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from attentive_mask_clip import config, timing, train
+from attentive_mask_clip.model import ACLIP, create_model
+from shared import data, run
+
+ROOT = Path(__file__).parent.parent
+SHARDS = ROOT / "data/emoji/train"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.views", "shared.zeroshot", "torch.utils.tensorboard"]
+
+STEPS, PER_EPOCH = 15, 5
+TINY = f"""--data {SHARDS}/00000.tar --dataset-size 160 --image-size 20 --epochs 3 --batch-size 32 --warmup-epochs 1
+    --lr 1e-3 --eps 1e-6 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def corpus():
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """For run folders; emptied at the end, since a checkpoint has 80 MB."""
+    path = tmp_path_factory.mktemp("aclip")
+    yield path
+    shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m module arguments` in this process."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path):
+    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    count = iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+
+        def start(*arguments, module: str = "attentive_mask_clip.train", **environment: str):
+            log = str(folder / f"log{next(count)}")
+            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
+            process.log = log
+            process.start()
+            return process
+
+        yield start
+
+
+def ended(process, timeout: float = 120) -> Ended:
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"still running after {timeout} s")
+    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
+
+
+@pytest.fixture(scope="module")
+def cli(start):
+    return lambda *arguments, **options: ended(start(*arguments, **options))
+
+
+def finished(result: Ended) -> Ended:
+    assert result.code == 0, result.err
+    return result
+
+
+def metrics(out: Path) -> list[dict]:
+    """Without what may differ from run to run."""
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# -------------------------------------------------------------------------------------------------------- end to end
+
+MASKED = ["--views", "1", "--no-ssl"]
+ARMS = {
+    "clip": ["emoji-clip"],
+    "slip": ["emoji-slip"],
+    "random": ["emoji", "--mask", "random", *MASKED],
+    "attentive": ["emoji", *MASKED],
+    "high-drop": ["emoji", "--mask", "high", *MASKED],
+    "aclip": ["emoji"],
+    "aclip-eff": ["emoji", "--ema-image-size", "10"],
+    "unmasked": ["emoji", "--mask", "none"],
+    "released": ["emoji", "--released-boxes", "--simclr-pair", "same"],
+}
+SSL = ("aclip", "aclip-eff", "unmasked", "released")
+
+
+@pytest.fixture(scope="module")
+def arms(cli, folder: Path) -> dict[str, Path]:
+    def train_arm(arm: str) -> Path:
+        finished(cli(*ARMS[arm], *TINY, "--out", folder / arm))
+        return folder / arm
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARMS, pool.map(train_arm, ARMS), strict=True))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains(arms: dict[str, Path], arm: str):
+    out = arms[arm]
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"}
+    assert list((out / "tensorboard").iterdir())
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["epoch"] for line in lines] == [0] * 5 + [1] * 5 + [2] * 5
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["lr"] == pytest.approx(1e-6) and lines[4]["lr"] == lines[5]["lr"] == pytest.approx(1e-3)
+    for line in lines:  # the arm's own losses
+        if arm in ("clip", "slip"):
+            parts = line["clip_loss"] + line.get("ssl_loss", 0)
+            assert ("ssl_loss" in line) == (arm == "slip")
+        else:
+            contrastive = [line[name] for name in ("contra_loss_1", "contra_loss_2") if name in line]
+            assert len(contrastive) == (2 if arm in SSL else 1)
+            assert (line["simclr_loss"] > 0) == (line["im_byol_loss"] > 0) == (arm in SSL)
+            parts = np.mean(contrastive) + line["simclr_loss"] + 2 * line["im_byol_loss"]
+        assert np.isclose(line["loss"], parts, rtol=1e-5)
+    loss = [line["clip_loss"] if "clip_loss" in line else line["contra_loss_1"] for line in lines]
+    assert np.mean(loss[-5:]) < np.mean(loss[:5])
+    state = run.load_checkpoint(out / "checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (3, 0)
+    ema = any(name.startswith("visual_ema.") for name in state["state_dict"])
+    heads = any(name.startswith("im_proj_byol_e.") for name in state["state_dict"])
+    assert ema == (arm not in ("clip", "slip")) and heads == (arm in SSL)
+
+
+def test_frozen_patches_and_moving_ema(arms: dict[str, Path]):
+    state = run.load_checkpoint(arms["aclip"] / "checkpoint.pt")
+    cfg = config.Config(**state["config"])
+    torch.manual_seed(cfg.seed)
+    before = create_model(cfg.method, cfg.model, **cfg.model_settings()).state_dict()
+    after = state["state_dict"]
+    frozen = {name for name in after if "patch_embed.proj" in name}
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    for name in ("visual.blocks.0.attn.qkv.weight", "text_projection", "im_proj_byol.0.weight"):
+        ema = name.replace("visual.", "visual_ema.").replace("projection", "projection_e").replace("byol.", "byol_e.")
+        moved, followed = (after[name] - before[name]).norm(), (after[ema] - before[ema]).norm()
+        assert 0 < followed < moved
+    # The baselines train the patch projection
+    clip = run.load_checkpoint(arms["clip"] / "checkpoint.pt")["state_dict"]
+    assert not torch.equal(clip["visual.patch_embed.proj.weight"], before["visual.patch_embed.proj.weight"])
+
+
+def test_methods_start_from_the_same_towers_and_first_crops():
+    states, samples = [], []
+    pairs = data.open_pairs(f"{SHARDS}/00000.tar", 8)
+    for arm in ("emoji", "emoji-clip", "emoji-slip"):
+        cfg = dataclasses.replace(config.PRESETS[arm][1])
+        torch.manual_seed(cfg.seed)
+        states.append(create_model(cfg.method, cfg.model, **cfg.model_settings()).state_dict())
+        dataset = train.ViewDataset(pairs, cfg, 20, lambda text: torch.zeros(1, 4, dtype=torch.long), (0, 0), True)
+        samples.append([dataset[i][1][0] for i in range(8)])
+    for name in states[1]:
+        assert torch.equal(states[0][name], states[1][name]) and torch.equal(states[2][name], states[1][name]), name
+    assert all(same(boxes, samples[0]) for boxes in samples)
+
+
+def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli):
+    out = arms["aclip"]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+    began = time.monotonic()
+    result = finished(cli(*ARMS["aclip"], *TINY, "--out", out))
+    assert "is finished (3 epochs); nothing to do" in result.out and time.monotonic() - began < 10
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_during_training_changes_nothing(arms: dict[str, Path], cli, folder: Path):
+    out, options = folder / "evaluated", ["--eval-every", "2", "--eval-set", ROOT / "data/emoji/eval/groups_ood"]
+    finished(cli("emoji-clip", *TINY, *options, "--out", out))
+    accuracies = [line for line in metrics(out) if "zero_shot_top1" in line]
+    assert [line["step"] for line in accuracies] == [10, 15]  # after two epochs, and at the end
+    assert all(0 <= line["zero_shot_top1"] <= 100 for line in accuracies)
+    assert [line for line in metrics(out) if "loss" in line] == metrics(arms["clip"])
+
+
+# -------------------------------------------------------------------------------------------------- kill and resume
+
+
+def kill_at(process, out: Path, line: int) -> None:
+    """SIGKILL as soon as metrics.jsonl has so many lines."""
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, ended(process)
+
+
+@pytest.mark.parametrize("arm, workers", [("aclip", 0), ("random", 2), ("slip", 0)])
+def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, folder: Path, arm: str, workers: int):
+    out = folder / f"killed-{arm}"
+    command = [*ARMS[arm], *TINY, "--save-every", "2", "--workers", workers, "--out", out]
+    kills = [random.randint(2, 5), random.randint(8, 13)]
+    for line in kills:
+        kill_at(start(*command), out, line)
+    finished(ended(start(*command)))
+    assert metrics(out) == metrics(arms[arm]), kills
+    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
+    for part in ("state_dict", "optimizer", "epoch", "batch"):
+        assert same(state[part], expected[part]), (part, kills)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Weights, and what is logged of them; Adam turns the rounding of a vanishing gradient into a visible part of a
+    step (lr 1e-3)."""
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-4, err_msg=f"{name} in step {a['step']}")
+    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        if name in ("image_mlp.layer1.bias", "image_mlp.layer2.bias"):  # before BatchNorm: all of it is rounding
+            continue
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path):
+    out = folder / "aclip-2"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "attentive_mask_clip.train", "emoji", *TINY, "--out", out]
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(arms["aclip"], out)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("arm", ["slip", "attentive"])
+def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, arm: str):
+    """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
+    out = folder / f"{arm}-2"
+    command = [*ARMS[arm], *TINY, "--save-every", "3", "--out", out]
+    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    first, second = (start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2))
+    kill_at(first, out, 7)
+    second.kill()
+    second.join()
+    finished(ended(start(*command)))
+    assert_equal_runs(arms[arm], out)
+
+
+# ------------------------------------------------------------------------------------------------------ broken shards
+
+
+@pytest.fixture(scope="module")
+def broken_shards(folder: Path) -> str:
+    """One shard cut in the middle of an image, one of 64 real pairs with two broken samples and one without caption."""
+    cut, mixed = folder / "cut.tar", folder / "mixed.tar"
+    with tarfile.open(SHARDS / "00001.tar") as source, tarfile.open(mixed, "w") as target:
+        members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)
+        for member in members[:128]:
+            target.addfile(member, source.extractfile(member))
+    cut.write_bytes(mixed.read_bytes()[:40_000])
+    with tarfile.open(mixed, "a") as tar:
+        contents = {"bad.png": b"?", "bad.txt": b"bad", "mute.png": b"?", "mute.txt": b"", "x.png": b"?"}
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return f"{cut}::{mixed}"
+
+
+def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Path, broken_shards: str):
+    command = [*ARMS["attentive"], *TINY, "--data", broken_shards, "--out"]
+    result = finished(cli(*command, folder / "broken"))
+    reports = [line for line in result.out.splitlines() if "broken samples" in line]
+    assert len(reports) == 3 and reports[0].startswith("epoch 1: ")
+    assert all("1 missing caption" in line and "truncated or damaged tar" in line for line in reports)
+    assert any("unreadable image" in line for line in reports)
+    assert "fewer than --dataset-size 160" in result.out
+
+    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    both = [
+        start(*command, folder / "broken-2", RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)
+    ]  # with two processes the report counts the samples of both
+    results = [finished(ended(process)) for process in both]
+    assert [line for line in results[0].out.splitlines() if "broken samples" in line] == reports
+    assert "broken samples" not in results[1].out
+
+
+def test_strict_names_the_sample(in_process, folder: Path, broken_shards: str):
+    cut, mixed = broken_shards.split("::")
+    for shards, reason in ((cut, "truncated or damaged tar"), (mixed, "sample x: missing caption")):
+        result = in_process("emoji-clip", *TINY, "--data", shards, "--strict", "--out", folder / "strict")
+        assert result.code == 2 and reason in result.err and one_sentence(result.err)
+
+
+# ------------------------------------------------------------------------------------------------------ command lines
+
+
+def one_sentence(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+ERRORS = {
+    "paper preset without data": (["yfcc15m-vitb16"], "--data is missing: it takes image-text shards"),
+    "missing shard": (["emoji", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
+    "empty folder": (["emoji", "--data", str(ROOT / "shared")], "holds no .tar shard"),
+    "unknown model": (["emoji", "--model", "vit_b32"], "--model is one of vit_s16, vit_b16, vit_l16, emoji"),
+    "patches that do not tile": (["emoji", "--image-size", "22"], "--image-size 22 cannot be cut into patches of 5"),
+    "blocks that do not tile": (["emoji", "--image-size", "25"], "blocks of 2x2 patches do not tile 5 patches a side"),
+    "EMA view that does not tile": (["emoji", "--ema-image-size", "11"], "--ema-image-size 11 cannot be cut"),
+    "nothing kept": (["emoji", "--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, not 0"),
+    "too much kept": (["emoji", "--keep-ratio", "1.5"], "--keep-ratio must be above 0 and at most 1"),
+    "momentum above 1": (["emoji", "--ema-momentum", "1.1"], "--ema-momentum must be in 0..1"),
+    "long warm-up": (["emoji", "--warmup-epochs", "4"], "--warmup-epochs 4.0 must be in 0..3"),
+    "less than a batch": (["emoji", "--dataset-size", "31"], "holds 31 pairs, less than one batch of 32"),
+    "one pair for BatchNorm": (["emoji", "--batch-size", "1"], "too few for BatchNorm"),
+    "uneven micro-batches": (["emoji", "--accumulate", "3"], "--batch-size 32 cannot be shared out evenly"),
+    "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
+    "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no evaluation set": (
+        ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
+        "--eval-set /nowhere does not exist",
+    ),
+}
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
+    """The script's command line in this process: quicker still, for what ends before training."""
+
+    def call(*arguments, module: str = "attentive_mask_clip.train") -> Ended:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
+        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(in_process, tmp_path: Path, case: str):
+    (preset, *options), message = ERRORS[case]
+    defaults = TINY if preset == "emoji" else []
+    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--mask", "low"], ["emoji", "--views", "3"], ["yfcc"], []]
+)
+def test_wrong_flags(in_process, arguments: list[str]):
+    result = in_process(*arguments)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(word in result.err for word in arguments[1:2])
+
+
+def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path], tmp_path: Path):
+    result = in_process(*ARMS["aclip"], *TINY, "--lr", "1e-4", "--out", arms["aclip"])
+    assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
+    (tmp_path / "checkpoint.pt").write_bytes((arms["clip"] / "checkpoint.pt").read_bytes()[:1_000_000])
+    result = in_process(*ARMS["clip"], *TINY, "--out", tmp_path)
+    assert result.code == 2 and "checkpoint.pt is not a checkpoint" in result.err and one_sentence(result.err)
+
+
+def test_a_run_does_not_go_on_with_other_data(in_process, arms: dict[str, Path], tmp_path: Path):
+    shard, out = tmp_path / "shard.tar", tmp_path / "run"
+    shutil.copy(SHARDS / "00001.tar", shard)
+    state = run.load_checkpoint(arms["clip"] / "checkpoint.pt")
+    state["config"] |= {"data": str(shard), "out": str(out)}
+    out.mkdir()
+    torch.save(state | {"epoch": 1}, out / "checkpoint.pt")  # as if it had stopped early
+    result = in_process("emoji-clip", *TINY, "--data", shard, "--out", out)
+    assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
+
+
+def test_one_real_process_and_help_documents_every_field():
+    command = [sys.executable, "-m", "attentive_mask_clip.train", "emoji", "--help"]
+    environment = os.environ | ENVIRONMENT | {"COLUMNS": "300"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == ""
+    shown = " ".join(re.sub(r"[^\x21-\x7e]+", " ", result.stdout).split())
+    tree = ast.parse(Path(config.__file__).read_text())
+    fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config").body
+    documented = 0
+    for field, text in zip(fields, fields[1:], strict=False):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+            assert f"--{field.target.id.replace('_', '-')}" in shown
+            assert " ".join(text.value.value.split()) in shown, field.target.id
+            documented += 1
+    assert documented == len(dataclasses.fields(config.Config))
+
+
+# ----------------------------------------------------------------------------------------------------------- dry run
+
+STEPS_AN_EPOCH = 14_689_580 // 4096
+
+
+@pytest.mark.parametrize("preset", [name for name in config.PRESETS if "vitl" not in name])
+def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    cfg = config.PRESETS[preset][1]
+    if cfg.data:  # counts the samples of the corpus
+        (tmp_path / "data").symlink_to(ROOT / "data")
+    result = in_process(preset, "--dry-run")
+    assert result.code == 0 and result.err == "" and {path.name for path in tmp_path.iterdir()} <= {"data"}
+    assert all(word in result.out for word in ("parameters", "learning rate", "samples", "batch", "patches"))
+    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+    assert ("EMA momentum 0.9" in result.out) == (cfg.method == "aclip")
+    if not cfg.data:
+        assert re.search(rf"^steps +{STEPS_AN_EPOCH * cfg.epochs:,} ", result.out, re.MULTILINE)
+        masked = cfg.method == "aclip"
+        kept = {"random": 98, "attentive": 100, "high": 100}[cfg.mask]
+        assert (f"patches            196, {kept} kept in each of {cfg.views} views" in result.out) == masked
+
+
+@pytest.mark.parametrize("preset", ["yfcc15m-vitl16", "yfcc15m-vitl16-clip", "yfcc15m-vitl16-slip"])
+def test_large_presets(preset: str):
+    cfg = config.PRESETS[preset][1]
+    config.check_model(cfg)
+    with torch.device("meta"):
+        model = create_model(cfg.method, cfg.model, **cfg.model_settings())
+    assert 0.303e9 < sum(p.numel() for p in model.visual.parameters()) < 0.305e9
+
+
+def test_parameters_of_the_paper():
+    for method, expected in {"clip": 149.6, "slip": 170.6, "aclip": 176.9}.items():
+        with torch.device("meta"):
+            model = create_model(
+                method, "vit_b16", **dataclasses.replace(config.Config(), method=method).model_settings()
+            )
+        ema = 0 if not isinstance(model, ACLIP) else sum(online.numel() for _, online in model._pairs())
+        total = sum(p.numel() for p in model.parameters()) - ema
+        assert round(total / 1e6, 1) == expected, (method, total)
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_timing_script(cli, folder: Path):
+    out = folder / "times.json"
+    command = ["--arms", "aclip", "aclip-eff", "slip", "--batch-size", "4", "--rounds", "2", "--out", out]
+    result = finished(cli(*command, module="attentive_mask_clip.timing"))
+    times = json.loads(out.read_text())
+    assert list(times) == ["clip", "aclip", "aclip-eff", "slip"] and times["clip"]["ratio"] == 1
+    assert all(t["low"] <= t["ratio"] <= t["high"] and t["seconds"] > 0 for t in times.values())
+    assert all(ratio in result.out for ratio in timing.PAPER.values())
+
+
+def test_timing_refuses_unknown_names(in_process):
+    for flag, message in {"--arms": "--arms takes clip, random", "--model": "--model is one of vit_s16"}.items():
+        result = in_process(flag, "other", module="attentive_mask_clip.timing")
+        assert result.code == 2 and message in result.err and one_sentence(result.err)
