@@ -116,6 +116,7 @@ EMOJI = Config(
     data="data/emoji/train",
     bank="data/flame/bank",
     captions=tuple(f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")),
+    centre=True,
     model="emoji",
     hidden_dim=512,
     text_width=128,
