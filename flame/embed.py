@@ -322,12 +322,26 @@ class Texts:
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 
-def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", upstream: str | None = None) -> Texts:
-    """Texts of the LLM, layers, mask and prompts with which a bank was made."""
+def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bool = True) -> Texts:
+    """Texts of the LLM, layers, mask and prompts with which a bank was made.
+
+    Without `load`, a text that is not embedded yet is a ValueError.
+    """
+    if not (Path(bank) / "index.json").is_file():
+        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
     index = json.loads((Path(bank) / "index.json").read_text())
     prompts: Prompts = tuple(Prompt(head, tuple(facets), bos) for head, facets, bos in index["prompts"])
     cfg = Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
-    llm = functools.cache(lambda: load_llm(cfg, device))
+
+    @functools.cache
+    def llm() -> FrozenLLM:
+        if not load:
+            raise ValueError(
+                "the texts of this evaluation set are not embedded: name it in --zero-shot-sets of flame.embed,"
+                " or pass --eval-every 0"
+            )
+        return load_llm(cfg, device)
+
     return Texts(Path(bank).parent / "texts", making(cfg, prompts), prompts, llm)
 
 

@@ -179,11 +179,12 @@ def few_shot(
 
 def text_features(
     model: FLAME, cfg: TrainConfig, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32,
-    bank: str | None = None,
+    bank: str | None = None, load: bool = True,
 ) -> TextFeatures:  # fmt: skip
     """How the texts of a run's evaluation are embedded: by its bank's LLM, or its trained text transformer.
 
-    A run that trained on the summary facet alone is asked by the summary alone: its long prompt is the single one.
+    `load`: whether the LLM may be loaded for texts that embed.py has not seen. A run that trained on the summary facets
+    alone is asked by the summary alone: its long prompt is the single one.
     """
     if isinstance(model, TrainedText):
         tokenizer = open_clip.SimpleTokenizer(context_length=cfg.context_length)
@@ -197,7 +198,7 @@ def text_features(
 
         return trained
     bank = bank or cfg.bank
-    frozen = texts_of_bank(bank, device)
+    frozen = texts_of_bank(bank, device, load)
     mean = open_bank(bank).mean if cfg.centre else None
     single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
 

@@ -21,7 +21,7 @@ from flame.bank import AuthorsBank, Bank, open_bank, sample_facets
 from flame.config import PRESETS, Config, check
 from flame.embed import embed_captions  # noqa: F401
 from flame.eval import classifier_of, text_features, zero_shot_top1
-from flame.model import TOWERS, create_model, mp_nce_loss, mp_sigmoid_loss  # noqa: F401
+from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from shared import data, run
 
@@ -278,7 +278,7 @@ def main(cfg: Config) -> Path | None:
     total = per_epoch * cfg.epochs
     curve = None
     if cfg.eval_every and process.main:
-        texts = text_features(model, cfg, process.device, run.DTYPES[precision])
+        texts = text_features(model, cfg, process.device, run.DTYPES[precision], load=False)
         curve = classifier_of(texts, cfg.eval_set)
 
     size = model.visual.image_size[0]

@@ -26,6 +26,7 @@ from flame.model import (
     LONG,
     RAW,
     SHORT,
+    TOWERS,
     FrozenLLM,
     Prompt,
     TrainedText,
@@ -70,20 +71,22 @@ def left_padded(ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def tower(shapes: dict[str, torch.Size], patch: int, heads: int = 1) -> FLAME:
+    """A model whose weights have these shapes."""
+    visual = {k.removeprefix("visual."): v for k, v in shapes.items() if k.startswith("visual.")}
+    width, output_dim = visual["proj"]
+    vision = VisionTransformer(
+        image_size=patch * math.isqrt(visual["positional_embedding"][0] - 1), patch_size=patch, width=width,
+        layers=1 + max(int(m[1]) for k in visual if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))),
+        heads=heads, mlp_ratio=visual["transformer.resblocks.0.mlp.c_fc.weight"][0] / width, output_dim=output_dim,
+        pool_type="avg",
+    )  # fmt: skip
+    return FLAME(vision, width, shapes["mm.3.weight"][0], shapes["mm.0.weight"][0])
+
+
 def tower_of(case: Case) -> FLAME:
     state = case.group("param/")
-    visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
-    width, output_dim = visual["proj"].shape
-    hidden = len(visual["transformer.resblocks.0.mlp.c_fc.weight"])
-    patch = case["patch_size"]
-    model = FLAME(
-        VisionTransformer(
-            image_size=patch * math.isqrt(len(visual["positional_embedding"]) - 1), patch_size=patch, width=width,
-            layers=1 + max(int(m[1]) for k in visual if (m := re.match(r"transformer\.resblocks\.(\d+)\.", k))),
-            heads=case["heads"], mlp_ratio=hidden / width, output_dim=output_dim, pool_type="avg",
-        ),
-        width, len(state["mm.3.weight"]), len(state["mm.0.weight"]),
-    )  # fmt: skip
+    model = tower({name: value.shape for name, value in state.items()}, case["patch_size"], case["heads"])
     model.load_state_dict(state)
     return model
 
@@ -227,7 +230,10 @@ def test_image_tower(case):
 def test_param_groups(case):
     for name, about in case.json.items():
         with torch.device("meta"):
-            model = FLAME(vit(f"ViT-{name}"), train.TOWERS[f"ViT-{name}"]["width"], 5120)
+            if f"ViT-{name}" in TOWERS:
+                model = FLAME(vit(f"ViT-{name}"), TOWERS[f"ViT-{name}"]["width"], about["shapes"]["mm.3.weight"][0])
+            else:
+                model = tower(about["shapes"], about["shapes"]["visual.conv1.weight"][-1])
         names = {id(p): n for n, p in model.named_parameters()}
         plain, decayed = train.param_groups(model, 0.5)
         assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.5)
