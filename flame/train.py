@@ -276,10 +276,10 @@ def main(cfg: Config) -> Path | None:
         raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
     per_epoch = len(pairs) // cfg.batch_size
     total = per_epoch * cfg.epochs
-    curve = None
+    texts_of_curve = None
     if cfg.eval_every and process.main:
-        texts = text_features(model, cfg, process.device, run.DTYPES[precision], load=False)
-        curve = classifier_of(texts, cfg.eval_set)
+        texts_of_curve = text_features(model, cfg, process.device, run.DTYPES[precision], load=False)
+        classifier_of(texts_of_curve, cfg.eval_set)  # fails now if it must
 
     size = model.visual.image_size[0]
     saved = per_epoch * state["epoch"] + state["batch"]  # step of the last checkpoint
@@ -330,9 +330,10 @@ def main(cfg: Config) -> Path | None:
                 save(epoch, batch)
                 saved = step
 
-        if curve is not None and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
+        if texts_of_curve is not None and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
             with clock.paused():
-                top1 = zero_shot_top1(model, curve, cfg.eval_set, process.device, run.DTYPES[precision])
+                classifier = classifier_of(texts_of_curve, cfg.eval_set)
+                top1 = zero_shot_top1(model, classifier, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
         if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
             print(f"epoch {epoch + 1}: {line}")
