@@ -279,7 +279,8 @@ def main(cfg: Config) -> Path | None:
     texts_of_curve = None
     if cfg.eval_every and process.main:
         texts_of_curve = text_features(model, cfg, process.device, run.DTYPES[precision], load=False)
-        classifier_of(texts_of_curve, cfg.eval_set)  # fails now if it must
+        if bank is not None:
+            classifier_of(texts_of_curve, cfg.eval_set)  # fails now if it must
 
     size = model.visual.image_size[0]
     saved = per_epoch * state["epoch"] + state["batch"]  # step of the last checkpoint
