@@ -153,6 +153,7 @@ def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     precision = run.resolve_precision(cfg.precision, torch.device(device))
     source, options = cfg.llm, {}
     if source == SMOLLM2:

@@ -91,7 +91,7 @@ class FacetDataset(Dataset):
         self.pairs, self.cfg, self.seed, self.bank = pairs, cfg, seed, bank
         self.captions, self.tokenizer = captions, tokenizer
         self.view = view(size, True, cfg.crop_scale)
-        self.mean = bank.mean if cfg.centre else None
+        self.mean = bank.mean if cfg.centre and bank is not None else None
 
     def __len__(self) -> int:
         return len(self.pairs)
