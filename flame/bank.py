@@ -1,0 +1,103 @@
+"""The bank: embeddings of every image's captions, computed once by embed.py, so that training never sees the LLM.
+
+Authors' code: MIV-XJTU/FLAME@4d2b9a9:src/training/data.py:393-435 (`U:`). They have one .pth file per image; here a
+folder holds `index.json` (how it was made), `keys.npy` (sample keys, sorted), `rows.npy` (the row of each key; samples
+with the same captions share one), `mean.npy`, and shards `00000.npy`, ... of (n, T, D) float16, which are mapped into
+memory. T = 11 rows of an image: 1 of the raw caption, 3 of the short, 7 of the long one; unit length.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared import run
+
+
+def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None = None) -> Tensor:
+    """(T, D) -> (num, D): rows drawn without replacement, in random order. U:409-411."""
+    if not 1 <= num <= len(bank):
+        raise ValueError(f"{num} of {len(bank)} facets cannot be drawn")
+    return bank[torch.randperm(len(bank), generator=generator)[:num]]
+
+
+class Bank:
+    """`bank[key]` -> (T, D) float32; `bank.check(keys)` raises ValueError if one is not there."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not (self.root / "index.json").is_file():
+            raise FileNotFoundError(f"no bank of caption embeddings at {root}; make it with 'python -m flame.embed'")
+        self.index = json.loads((self.root / "index.json").read_text())
+        for shard in range(self.index["shards"]):
+            if not self.shard_path(self.root, shard).is_file():
+                raise ValueError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
+        if not (self.root / "mean.npy").is_file():
+            raise ValueError(f"{root} is not finished; run 'python -m flame.embed' again")
+        self.keys, self.rows = (np.load(self.root / name, mmap_mode="r") for name in ("keys.npy", "rows.npy"))
+        self.dim, self.count = self.index["dim"], self.index["rows"]
+
+    @staticmethod
+    def shard_path(root: Path, shard: int) -> Path:
+        return root / f"{shard:05d}.npy"
+
+    def check(self, keys: np.ndarray) -> None:
+        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        missing = self.keys[places] != keys
+        if missing.any():
+            raise ValueError(f"{self.root} has no row for sample {keys[missing][0]}: embed the captions of this --data")
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
+    def _shard(self, shard: int) -> np.ndarray:
+        return np.load(self.shard_path(self.root, shard), mmap_mode="r")
+
+    def __getitem__(self, key: str) -> Tensor:
+        place = np.searchsorted(self.keys, key)
+        if place == len(self.keys) or self.keys[place] != key:
+            raise ValueError(f"{self.root} has no row for sample {key}: embed the captions of this --data")
+        shard, row = divmod(int(self.rows[place]), self.index["shard_size"])
+        return torch.from_numpy(self._shard(shard)[row].astype(np.float32))
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) mean of all rows."""
+        return torch.from_numpy(np.load(self.root / "mean.npy"))
+
+
+class AuthorsBank:
+    """The authors' layout: <root>/<folder>/<key>.pth, folder being the key up to `_` (YFCC) or its first 5 letters."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        first = next(self.root.glob("*/*.pth"))
+        self.count, self.dim = read_tensor(first).shape
+
+    def path(self, key: str) -> Path:
+        return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"
+
+    def check(self, keys: np.ndarray) -> None:
+        for key in keys[[0, -1]]:
+            self[str(key)]
+
+    def __getitem__(self, key: str) -> Tensor:
+        if not self.path(key).is_file():
+            raise ValueError(f"{self.path(key)} is missing: embed the captions of this --data")
+        return read_tensor(self.path(key)).float()
+
+
+def read_tensor(path: Path) -> Tensor:
+    """The (T, D) tensor in a .pth file."""
+    value = run.load_checkpoint(path)
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        raise ValueError(f"{path} does not hold embeddings (facets, dimensions)")
+    return value.detach()
+
+
+def open_bank(root: str | Path) -> Bank | AuthorsBank:
+    """A bank of ours, or a folder of the authors' files."""
+    if not (Path(root) / "index.json").exists() and next(Path(root).glob("*/*.pth"), None) is not None:
+        return AuthorsBank(root)
+    return Bank(root)

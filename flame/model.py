@@ -1,0 +1,356 @@
+"""FLAME: Frozen Large Language Models Enable Data-Efficient Language-Image Pre-training (arXiv 2411.11927).
+
+Authors' code: MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The paper's own are the prompts with several
+facets (`Prompt`), reading all facets in one pass (`facet_decoupled_mask`, `FrozenLLM`), the image tower whose MLP maps
+every token into the space of the LLM (`FLAME`), and the losses with several texts an image (`mp_sigmoid_loss`,
+`mp_nce_loss`). Letters: N images, K facets (texts of an image), D width of the LLM, W of the ViT, S tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from shared import run
+from shared.run import gather
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+SLOT = "{caption}"
+
+
+class Prompt(NamedTuple):
+    """A head with the place `{caption}`, and K facets that ask for one word each; U:training/embed_cc3m_mask.py:224.
+
+    The hidden state at a facet's last token, which would predict that word, is the embedding of the facet.
+    """
+
+    head: str
+    facets: tuple[str, ...]
+    bos_before_facets: bool  # a lone space and the start token stand before the first facet, and count as part of it
+
+
+_SUMMARY = ' the whole image, in one word:"'
+_MAIN = (' the kind of its main object, in one word:"', ' the look of its main object, in one word:"')
+_REST = (
+    ' the kind of its second object, in one word:"',
+    ' the look of its second object, in one word:"',
+    ' what happens in it, in one word:"',
+    ' its mood, in one word:"',
+)
+# Our words; the authors', which their checkpoint needs, are read from a clone (`embed.read_prompts`).
+RAW = Prompt(f'Caption of an image: "{SLOT}" . In short ,', (_SUMMARY,), False)
+SHORT = Prompt(f'Caption of an image: "{SLOT}" . In short ,', (_SUMMARY, *_MAIN), True)
+LONG = Prompt(f'Detailed caption of an image: "{SLOT}" . In short ,', (_SUMMARY, *_MAIN, *_REST), True)
+
+
+def clean_caption(text: str) -> str:
+    """Full stop at the end, no double quotes, no question mark at the end: the order of these matters.
+
+    U:open_clip/multiprompteol_embeddings.py:46-50.
+    """
+    if text and text[-1] not in ".?\"'":
+        text += "."
+    text = text.replace('"', "'")
+    return text[:-1] + "." if text.endswith("?") else text
+
+
+# ------------------------------------------------------------------------------------------------------- frozen LLM
+
+
+def facet_decoupled_mask(attention_mask: Tensor, facet_lens: Sequence[int]) -> Tensor:
+    """Left-padded (B, S) 0/1 -> visible (B, 1, S, S) bool; the last sum(facet_lens) tokens are the facets.
+
+    With f(i) = 0 before the facets and k in facet k: visible(i, j) = (j <= i) and (f(j) = 0 or f(j) = f(i)), and j is
+    no padding. Facets read the prefix and themselves, never each other. Padding sees itself, so that no row is empty.
+    Upstream masks rows of padding instead of columns, which lets facets see each other through it;
+    U:open_clip/multiprompteol_embeddings.py:76-114.
+    """
+    size, device = attention_mask.shape[1], attention_mask.device
+    if sum(facet_lens) > size:
+        raise ValueError(f"facets of {sum(facet_lens)} tokens do not fit a sequence of {size}")
+    facet = torch.zeros(size, dtype=torch.long, device=device)
+    lengths = torch.tensor(facet_lens, device=device)
+    facet[size - sum(facet_lens) :] = torch.arange(1, len(lengths) + 1, device=device).repeat_interleave(lengths)
+    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    visible = causal & ((facet == 0) | (facet == facet[:, None]))
+    visible = visible & attention_mask.bool()[:, None, None, :]
+    return visible | torch.eye(size, dtype=torch.bool, device=device)
+
+
+class _Done(Exception):
+    """Ends a forward pass at the last block that is read."""
+
+
+class FrozenLLM(nn.Module):
+    """A causal LM of Hugging Face as text encoder, no gradients; U:open_clip/multiprompteol_embeddings.py.
+
+    layers: 1-based numbers of the blocks whose outputs are averaged (before the final norm); by default the last but
+    one. `decoupled=False` lets each facet read those before it (plain causal mask); `restart_positions` numbers the
+    tokens of each facet on from the prefix, where upstream leaves the positions of the sequence.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        tokenizer,
+        layers: Sequence[int] | None = None,
+        decoupled: bool = True,
+        restart_positions: bool = False,
+        max_caption: int = 1024,
+        max_length: int = 1536,
+    ):
+        super().__init__()
+        self.lm, self.tokenizer = lm.base_model.eval().requires_grad_(False), tokenizer
+        depth = lm.config.get_text_config().num_hidden_layers
+        self.layers = tuple(layers) if layers else (max(depth - 1, 1),)
+        if not all(1 <= n <= depth for n in self.layers):
+            raise ValueError(f"layers {self.layers} are not all in 1..{depth}, the blocks of this language model")
+        self.blocks = next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        self.decoupled, self.restart_positions = decoupled, restart_positions
+        self.max_caption, self.max_length = max_caption, max_length
+
+    @property
+    def dim(self) -> int:
+        return self.lm.config.get_text_config().hidden_size
+
+    @torch.no_grad()
+    def encode_ids(self, input_ids: Tensor, attention_mask: Tensor, facet_lens: Sequence[int] = (1,)) -> Tensor:
+        """Left-padded ids (B, S), mask (B, S) -> hidden states (B, K, D) float32 at the last token of each facet.
+
+        A single prompt needs no lengths. Position ids skip padding and are those of the whole sequence, so that later
+        facets are further from the caption; a facet's state is that of a pass over prefix and facet alone at these
+        positions.
+        """
+        facet_lens, size, device = list(facet_lens), input_ids.shape[1], input_ids.device
+        visible = facet_decoupled_mask(attention_mask, facet_lens if self.decoupled else [sum(facet_lens)])
+        dtype = next(self.lm.parameters()).dtype
+        additive = torch.zeros(visible.shape, dtype=dtype, device=device)  # a boolean one is wrong with eager attention
+        additive.masked_fill_(~visible, torch.finfo(dtype).min)
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        lengths = torch.tensor(facet_lens, device=device)
+        starts = size - sum(facet_lens) + lengths.cumsum(0) - lengths
+        if self.restart_positions:
+            back = (starts - starts[0]).repeat_interleave(lengths)
+            positions[:, starts[0] :] -= back
+        outputs: dict[int, Tensor] = {}
+
+        def keep(number: int):
+            def hook(module, inputs, output):
+                hidden = output[0] if isinstance(output, tuple) else output
+                outputs[number] = hidden[:, starts + lengths - 1].float()
+                if number == max(self.layers):
+                    raise _Done
+
+            return hook
+
+        handles = [self.blocks[number - 1].register_forward_hook(keep(number)) for number in set(self.layers)]
+        try:
+            self.lm(input_ids=input_ids, attention_mask=additive, position_ids=positions, use_cache=False)
+        except _Done:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([outputs[number] for number in self.layers]).mean(0)
+
+    def facet_ids(self, prompt: Prompt) -> list[list[int]]:
+        """Token ids of each facet."""
+        ids = [self.tokenizer(facet, add_special_tokens=False)["input_ids"] for facet in prompt.facets]
+        if prompt.bos_before_facets:
+            space = self.tokenizer(" ", add_special_tokens=False)["input_ids"]
+            bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+            ids[0] = space + bos + ids[0]
+        return ids
+
+    def prefix_ids(self, captions: list[str], prompt: Prompt, room: int) -> list[list[int]]:
+        """Token ids of the head with each caption in its place; a caption is cut where it is too long, not the prompt.
+
+        As upstream, captions lose the special tokens that they contain.
+        """
+        head, tail = prompt.head.lstrip().split(SLOT)
+        room -= len(self.tokenizer(head)["input_ids"]) + len(
+            self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        )
+        room = min(self.max_caption, room - 4)  # pieces joined may be cut into other tokens than alone
+        if not captions:
+            return []
+        ids = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+        texts = [self.tokenizer.decode(each[:room], skip_special_tokens=True) for each in ids]
+        return self.tokenizer([head + clean_caption(text) + tail for text in texts])["input_ids"]
+
+    def forward(self, captions: list[str], prompt: Prompt) -> Tensor:
+        """(B, K, D) float32, not normalised. Each caption's rows are those it would have alone."""
+        facets = self.facet_ids(prompt)
+        lengths = [len(ids) for ids in facets]
+        prefixes = self.prefix_ids(captions, prompt, self.max_length - sum(lengths))
+        if not prefixes:
+            return torch.zeros(0, len(facets), self.dim)
+        after = [token for ids in facets for token in ids]
+        width = max(map(len, prefixes))
+        pad = self.tokenizer.pad_token_id or 0
+        device = next(self.lm.parameters()).device
+        ids = torch.tensor([[pad] * (width - len(p)) + p + after for p in prefixes], device=device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * (len(p) + len(after)) for p in prefixes], device=device)
+        return self.encode_ids(ids, real, lengths)
+
+
+# -------------------------------------------------------------------------------------------------------- image tower
+
+TOWERS = {  # of the released configs, and a small one
+    "ViT-B-16": dict(width=768, layers=12, heads=12, patch_size=16, image_size=224, output_dim=512),
+    "ViT-L-14": dict(width=1024, layers=24, heads=16, patch_size=14, image_size=224, output_dim=768),
+    "ViT-L-16": dict(width=1024, layers=24, heads=16, patch_size=16, image_size=224, output_dim=768),
+    "emoji": dict(width=128, layers=4, heads=4, patch_size=8, image_size=40, output_dim=128),
+}
+
+
+def vit(name: str, image_size: int | None = None) -> VisionTransformer:
+    """An open_clip ViT by its name in TOWERS; its final norm and projection exist, as upstream, but are not used."""
+    if name not in TOWERS:
+        raise ValueError(f"model {name!r} is none of {', '.join(TOWERS)}")
+    sizes = TOWERS[name] | ({} if image_size is None else {"image_size": image_size})
+    if sizes["image_size"] % sizes["patch_size"]:
+        raise ValueError(f"patches of {sizes['patch_size']} pixels do not tile an image of {sizes['image_size']}")
+    return VisionTransformer(mlp_ratio=4.0, pool_type="avg", **sizes)
+
+
+class FLAME(nn.Module):
+    """ViT -> MLP on every token -> mean of patches, in the space of the LLM; U:open_clip/model.py:191-206,442-448.
+
+    The hidden width is at least 4096 upstream, whatever the LLM. Names of weights are upstream's.
+    """
+
+    def __init__(self, visual: VisionTransformer, width: int, text_dim: int, hidden_dim: int | None = None):
+        super().__init__()
+        hidden_dim = max(text_dim, 4096) if hidden_dim is None else hidden_dim
+        self.visual = visual
+        self.mm = nn.Sequential(
+            nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, text_dim), nn.LayerNorm(text_dim)
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def patch_tokens(self, image: Tensor) -> Tensor:
+        """(B, 3, H, H) -> patch tokens (B, N, W) of the last block: no class token, no final norm."""
+        output = self.visual.forward_intermediates(image, indices=1, intermediates_only=True, output_fmt="NLC")
+        return output["image_intermediates"][-1]
+
+    def encode_image(self, image: Tensor, visual_only: bool = False, normalize: bool = False) -> Tensor:
+        """(B, D); `visual_only`: the mean of raw patch tokens (B, W), which the linear probe sees."""
+        tokens = self.patch_tokens(image)
+        features = (tokens if visual_only else self.mm(tokens)).mean(dim=1)
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit image features (B, D) float32, t = exp(logit_scale), b = logit_bias."""
+        return self.encode_image(image, normalize=True), self.logit_scale.exp(), self.logit_bias
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """After each step; U:training/train.py:205."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+
+class TrainedText(FLAME):
+    """The baseline: the same image tower, and a text transformer that is trained with it, as in CLIP."""
+
+    def __init__(self, visual: VisionTransformer, width: int, embed_dim: int, hidden_dim: int, text: dict[str, int]):
+        super().__init__(visual, width, embed_dim, hidden_dim)
+        self.text = TextTransformer(output_dim=embed_dim, **text)
+        self.logit_scale.data.fill_(math.log(1 / 0.07))
+        del self.logit_bias
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """CLIP tokens (B, T) -> (B, E); padding after the longest text of the batch is left out."""
+        longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the highest id
+        embedded, _ = self.text._embeds(tokens[:, :longest])
+        hidden = self.text.transformer(embedded, attn_mask=self.text.attn_mask[:longest, :longest])
+        hidden = self.text.ln_final(hidden)
+        return hidden[torch.arange(len(tokens)), tokens.argmax(dim=1)] @ self.text.text_projection
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features (B, E) float32 of images and texts, t."""
+        text = F.normalize(self.encode_text(tokens).float(), dim=-1)
+        return self.encode_image(image, normalize=True), text, self.logit_scale.exp()
+
+
+def create_model(cfg, text_dim: int) -> FLAME:
+    """The model of a configuration; `text_dim` is the bank's width (the clip method has its own)."""
+    width = TOWERS.get(cfg.model, {}).get("width", 0)
+    visual = vit(cfg.model, cfg.image_size)
+    if cfg.method == "flame":
+        return FLAME(visual, width, text_dim, cfg.hidden_dim)
+    text = {"context_length": cfg.context_length, "vocab_size": 49408, "width": cfg.text_width}
+    text |= {"heads": max(cfg.text_width // 64, 1), "layers": cfg.text_layers}
+    return TrainedText(visual, width, cfg.embed_dim, cfg.hidden_dim or max(cfg.embed_dim, 4096), text)
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def mp_sigmoid_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, negative_only: bool = False
+) -> Tensor:
+    """L = -1/(N K) sum_ij log sigmoid(y_ij (t x_i . y_j + b)), y_ij = 1 if text j is of image i, else -1.
+
+    image (N, D) and text (N*K, D) unit rows; row i*K + k is facet k of image i. K = 1 is SigLIP. In several processes
+    each has its own images against everyone's texts, over its own N K: the mean over processes is the loss of one.
+    `negative_only`: all pairs are negative, and nothing is gathered. U:open_clip/loss.py:417-545.
+    """
+    rows, facets = len(text), len(text) // len(image)
+    everyone = text if negative_only else gather(text)
+    logits = logit_scale * image.float() @ everyone.float().T + logit_bias
+    y = torch.full_like(logits, -1.0)
+    if not negative_only:
+        first = dist.get_rank() * rows if dist.is_initialized() else 0
+        y[:, first : first + rows].unflatten(1, (len(image), facets)).diagonal().fill_(1.0)
+    return -F.logsigmoid(y * logits).sum() / rows
+
+
+def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Mean of (a) each image finding its text among those of the same facet, over facets, and (b) each text its image.
+
+    image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process has its own rows against everyone's
+    columns. U:open_clip/loss.py:548-635.
+    """
+    n, facets = len(image), len(text) // len(image)
+    image, text = image.float(), text.float()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    target = torch.arange(n, device=image.device) + n * rank
+    to_text = logit_scale * image @ gather(text).T  # (N, W*N*K)
+    to_text = to_text.unflatten(1, (-1, facets))  # cross-entropy over dimension 1, for each facet
+    to_image = logit_scale * text @ gather(image).T  # (N*K, W*N)
+    image_finds = F.cross_entropy(to_text, target[:, None].expand(n, facets))
+    text_finds = F.cross_entropy(to_image, target.repeat_interleave(facets))
+    return (image_finds + text_finds) / 2
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
+    """Weights of a run of ours or of the authors' file: `module.` and the LLM (`text.*`) are dropped from the latter.
+
+    ValueError if what remains are not the weights of this model. Upstream loads with strict=False, and leaves
+    logit_bias out of its evaluation models; here it may be missing, nothing else.
+    """
+    state = source if isinstance(source, dict) else run.load_checkpoint(source)
+    state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{'this' if isinstance(source, dict) else source} holds no weights")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if not isinstance(model, TrainedText):
+        state = {name: value for name, value in state.items() if not name.startswith("text.")}
+        state.setdefault("logit_bias", model.logit_bias.detach())
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"the file does not hold the weights of this {type(model).__name__}: {what}") from error

@@ -1,0 +1,91 @@
+"""Short and long captions of the embedded corpus: `python -m flame.recaption`.
+
+The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every image, and keeps the alt text as a third.
+The embedded corpus has no captioner; its captions are put together from the words it has of each emoji: raw is the
+name, short adds a few keywords, long is a few sentences. All drawings of an emoji share them. Files are lists of
+{"__key__": sample, "caption": text}, which is the layout of the authors' caption files.
+"""
+
+import dataclasses
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import tyro
+
+from shared import data, run
+
+KINDS = ("raw", "short", "long")
+SHORT = (
+    "{name} with {tags}",
+    "a drawing of {name}: {tags}",
+    "{name}, {tags}",
+    "an icon of {name} that stands for {tags}",
+)
+LONG = (
+    "A small drawing of {name} on a white background. It belongs to {subgroup}, a part of {group}.{words}",
+    "This icon, from the {subgroup} of {group}, shows {name}.{words} There is nothing behind it.",
+    "We see {name}, drawn with simple shapes.{words} Similar things are found under {subgroup}, in {group}.",
+)
+
+
+@dataclasses.dataclass
+class Config:
+    data: str = "data/emoji/train"
+    """Training shards of the embedded corpus."""
+    out: str = "data/flame/captions"
+    """Folder for raw.json, short.json and long.json."""
+
+
+def captions(about: dict) -> tuple[str, str, str]:
+    """(raw, short, long) of an emoji, from the .json of one of its samples; the same on every call."""
+    rng = random.Random(f"recaption {about['hexcode']}")
+    tags = rng.sample(about["tags"], len(about["tags"]))
+    words = {key: about[key].replace("-", " and " if key == "group" else " ") for key in ("group", "subgroup")}
+    words |= {"name": about["name"], "tags": ", ".join(tags[:3])}
+    keywords = f" It may stand for {', '.join(tags[:7])}." if tags else ""
+    short = rng.choice(SHORT).format(**words) if tags else f"a drawing of {about['name']}"
+    return about["name"], short, rng.choice(LONG).format(words=keywords, **words)
+
+
+def main(cfg: Config) -> None:
+    lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
+    for path in data.expand_shards(cfg.data):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    about = json.load(tar.extractfile(member))
+                    if "hexcode" not in about:
+                        raise ValueError(
+                            f"{path}, {member.name} has no hexcode: these are no shards of the emoji corpus"
+                        )
+                    for kind, text in zip(KINDS, captions(about), strict=True):
+                        lists[kind].append({"__key__": member.name.removesuffix(".json"), "caption": text})
+    if not lists["raw"]:
+        raise ValueError(f"{cfg.data} holds no sample with a .json: 'make data' builds the embedded corpus")
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    for kind, entries in lists.items():
+        run.write_json(Path(cfg.out) / f"{kind}.json", entries)
+    print(f"{cfg.out}: {len(lists['raw']):,} samples, {len({e['caption'] for e in lists['raw']}):,} different names")
+
+
+def read_captions(path: str) -> dict[str, str]:
+    """{sample key: caption} of a file in this layout; the caption's name does not matter (the authors': minicpm)."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"caption file {path} does not exist")
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {}
+        for entry in entries:
+            (text,) = (value for name, value in entry.items() if name != "__key__")
+            found[entry["__key__"]] = str(text)
+        return found
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f'{path} is no caption file: it should be a JSON list of {{"__key__": sample, "caption": text}}'
+        ) from error
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,625 @@
+"""python -m flame.recaption, .embed, .train and .eval, end to end on real emoji shards, in processes of their own.
+
+A language model of two tiny layers stands in for SmolLM2. Every arm, kill -9 and resume of the embedding and of
+training, two processes against one, broken shards, command-line errors, dry runs. Scripts start in forks of a server
+that has imported torch and the rest already.
+"""
+
+import ast
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from flame import config, embed, longsets, train
+from flame.bank import AuthorsBank, Bank, open_bank
+from flame.embed import embed_captions, read_prompts
+from flame.recaption import read_captions
+from shared import data, run
+
+ROOT = Path(__file__).parent.parent
+SHARDS = ROOT / "data/emoji/train"
+EVAL = ROOT / "data/emoji/eval"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+PRELOAD = ["flame.model", "flame.bank", "shared.zeroshot", "transformers", "torch.utils.tensorboard"]
+IMAGES, STEPS, PER_EPOCH = 160, 15, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def corpus():
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    path = tmp_path_factory.mktemp("flame")
+    yield path
+    shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m module arguments` in this process."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path):
+    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    count = iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+
+        def start(*arguments, module: str = "flame.train", **environment: str):
+            log = str(folder / f"log{next(count)}")
+            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
+            process.log = log
+            process.start()
+            return process
+
+        yield start
+
+
+def ended(process, timeout: float = 120) -> Ended:
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"still running after {timeout} s")
+    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
+
+
+@pytest.fixture(scope="module")
+def cli(start):
+    return lambda *arguments, **options: ended(start(*arguments, **options))
+
+
+def finished(result: Ended) -> Ended:
+    assert result.code == 0, result.err
+    return result
+
+
+def one_sentence(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def metrics(out: Path) -> list[dict]:
+    """Without what may differ from run to run."""
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
+    """The script's command line in this process: quicker still, for what ends before training."""
+
+    def call(*arguments, module: str = "flame.train") -> Ended:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
+        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------- embedding
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(folder: Path) -> Path:
+    """A folder as transformers saves them: a Llama of two layers over bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    out = folder / "llm"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>").save_pretrained(out)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), num_key_value_heads=2, **sizes)).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def captions(cli, folder: Path) -> Path:
+    out = folder / "captions"
+    finished(cli("--data", SHARDS / "00000.tar", "--out", out, module="flame.recaption"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def embed_flags(tiny_llm: Path, captions: Path) -> list:
+    flags = [
+        "emoji",
+        "--data",
+        SHARDS / "00000.tar",
+        "--dataset-size",
+        IMAGES,
+        "--llm",
+        tiny_llm,
+        "--precision",
+        "fp32",
+    ]
+    for kind in ("raw", "short", "long"):
+        flags += [f"--{kind}", captions / f"{kind}.json"]
+    flags += ["--shard-size", "32", "--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets"]
+    return [*flags, EVAL / "retrieval_long_ood", "--gallery", "8", "--language-sets", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def bank(cli, embed_flags: list, folder: Path) -> Path:
+    result = finished(cli(*embed_flags, "--out", folder / "banks/bank", module="flame.embed"))
+    assert re.search(r"480 captions in \d+ s, [\d.]+ captions/s", result.out) or "captions/s" in result.out
+    return folder / "banks/bank"
+
+
+def test_recaptions_are_the_same_for_all_drawings_of_an_emoji(captions: Path):
+    lists = {kind: read_captions(captions / f"{kind}.json") for kind in ("raw", "short", "long")}
+    pairs = data.open_pairs(str(SHARDS / "00000.tar"))
+    assert all(set(found) == set(pairs.keys.tolist()) for found in lists.values())
+    by_name: dict[str, set] = {}
+    for key, name in lists["raw"].items():
+        by_name.setdefault(name, set()).add((lists["short"][key], lists["long"][key]))
+    assert all(len(texts) == 1 for texts in by_name.values()) and len(by_name) < len(pairs)
+    words = [np.mean([len(text.split()) for text in lists[kind].values()]) for kind in ("raw", "short", "long")]
+    assert words[0] < words[1] < words[2]
+
+
+def test_bank_holds_the_embeddings_of_each_sample(bank: Path, captions: Path, tiny_llm: Path):
+    opened = Bank(bank)
+    pairs = data.open_pairs(str(SHARDS / "00000.tar"), IMAGES)
+    opened.check(pairs.keys)
+    llm = embed.load_llm(embed.Config(llm=str(tiny_llm), precision="fp32"))
+    lists = [read_captions(captions / f"{kind}.json") for kind in ("raw", "short", "long")]
+    for key in pairs.keys[[0, 7, IMAGES - 1]].tolist():
+        rows = embed_captions(llm, *[[found[key]] for found in lists])[0]
+        torch.testing.assert_close(opened[key], rows, rtol=1e-3, atol=1e-3)
+    assert opened.count == 11 and opened.dim == 16 and opened.index["images"] < IMAGES
+    assert np.load(bank / "00000.npy").dtype == np.float16
+    stored = torch.cat([torch.from_numpy(np.load(file)).float() for file in sorted(bank.glob("0*.npy"))])
+    torch.testing.assert_close(opened.mean, stored.mean((0, 1)), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="no row for sample nobody"):
+        opened["nobody"]
+
+
+def test_embedding_goes_on_where_it_stopped(bank: Path, embed_flags: list, start, cli, folder: Path):
+    out = folder / "killed/bank"
+    process, deadline = start(*embed_flags, "--out", out, module="flame.embed"), time.monotonic() + 60
+    while process.is_alive() and not (out / "00001.npy").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if not (out / "mean.npy").exists():
+        with pytest.raises(ValueError, match="not finished"):
+            Bank(out)
+    began = (out / "00000.npy").stat().st_mtime_ns
+    finished(cli(*embed_flags, "--out", out, module="flame.embed"))
+    assert (out / "00000.npy").stat().st_mtime_ns == began
+    for file in sorted(bank.glob("*.npy")):
+        assert np.array_equal(np.load(file), np.load(out / file.name)), file.name
+    assert "nothing to do" in finished(cli(*embed_flags, "--out", out, module="flame.embed")).out
+
+
+def test_two_processes_embed_the_same_bank(bank: Path, embed_flags: list, start, folder: Path):
+    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    out = folder / "two/bank"
+    both = [
+        start(*embed_flags, "--out", out, module="flame.embed", RANK=str(r), LOCAL_RANK=str(r), **peers)
+        for r in range(2)
+    ]
+    for process in both:
+        finished(ended(process))
+    for file in sorted(bank.glob("*.npy")):
+        np.testing.assert_allclose(np.load(file), np.load(out / file.name), atol=1e-3) if file.stem not in (
+            "keys",
+        ) else None
+
+
+def test_other_settings_do_not_mix_into_a_bank(bank: Path, embed_flags: list, in_process):
+    result = in_process(*embed_flags, "--out", bank, "--mask", "causal", module="flame.embed")
+    assert result.code == 2 and "was made with another mask" in result.err and one_sentence(result.err)
+
+
+def test_authors_banks_are_read(tmp_path: Path):
+    for key, home in (("000001234", "00000"), ("123_456", "123")):
+        (tmp_path / home).mkdir()
+        torch.save(torch.arange(22.0).view(11, 2).half(), tmp_path / home / f"{key}.pth")
+    theirs = open_bank(tmp_path)
+    assert isinstance(theirs, AuthorsBank) and (theirs.count, theirs.dim) == (11, 2)
+    assert theirs["000001234"].dtype == torch.float32 and torch.equal(theirs["123_456"][10], torch.tensor([20.0, 21.0]))
+    with pytest.raises(ValueError, match="000009.pth is missing"):
+        theirs["000009"]
+
+
+def test_texts_need_the_language_model_once(bank: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = embed.texts_of_bank(bank)
+    first = texts(["a cat", "two dogs"])
+    assert first.shape == (2, 16) and torch.allclose(first.norm(dim=1), torch.ones(2))
+    multi = texts(["a cat"], multi=True)
+    llm = texts.llm()
+    mean = llm(["a cat"], embed.LONG).mean(1)  # not normalised before the mean
+    torch.testing.assert_close(multi, F.normalize(mean, dim=-1), rtol=0, atol=2e-3)
+    monkeypatch.setattr(embed, "load_llm", lambda *args: pytest.fail("the language model was loaded"))
+    again = embed.texts_of_bank(bank)
+    assert torch.equal(again(["a cat", "two dogs"]), first) and torch.equal(again(["a cat"], multi=True), multi)
+
+
+# -------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def tiny(bank: Path, captions: Path) -> list:
+    flags = f"""--data {SHARDS}/00000.tar --dataset-size {IMAGES} --image-size 16 --hidden-dim 32 --epochs 3
+        --batch-size 32 --warmup 2 --lr 1e-3 --eps 1e-4 --precision fp32 --workers 0 --eval-every 0 --log-every 1
+        --text-width 32 --text-layers 1 --embed-dim 16 --context-length 32""".split()
+    files = [captions / f"{kind}.json" for kind in ("raw", "short", "long")]
+    return [*flags, "--bank", bank, "--captions", *files]
+
+
+ARMS = {
+    "clip": ["emoji-clip"],
+    "flame": ["emoji"],
+    "raw": ["emoji", "--rows", "0", "--facets", "1"],
+    "summary": ["emoji", "--rows", "0", "1", "4", "--facets", "3"],
+    "nce": ["emoji", "--loss", "mp-nce"],
+}
+
+
+@pytest.fixture(scope="module")
+def arms(cli, tiny: list, folder: Path) -> dict[str, Path]:
+    def train_arm(arm: str) -> Path:
+        finished(cli(*ARMS[arm], *tiny, "--out", folder / f"{arm}-seed0"))
+        return folder / f"{arm}-seed0"
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARMS, pool.map(train_arm, ARMS), strict=True))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains(arms: dict[str, Path], arm: str):
+    out = arms[arm]
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"}
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert ("logit_bias" in lines[0]) == (arm != "clip")
+    state = run.load_checkpoint(out / "checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (3, 0)
+    assert any(name.startswith("text.") for name in state["state_dict"]) == (arm == "clip")
+
+
+def test_training_never_loads_the_language_model(tiny: list, folder: Path, bank: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embed, "load_llm", lambda *args: pytest.fail("the language model was loaded"))
+    cfg = dataclasses.replace(
+        config.EMOJI, data=f"{SHARDS}/00000.tar", dataset_size=64, bank=str(bank), out=str(folder / "curve"), epochs=2,
+        batch_size=32, hidden_dim=16, image_size=16, precision="fp32", eval_every=1, eval_set=str(EVAL / "groups_ood"),
+    )  # fmt: skip
+    train.main(cfg)
+    assert sum("zero_shot_top1" in line for line in metrics(folder / "curve")) == 2
+
+
+def test_facets_change_from_visit_to_visit_and_images_do_not_depend_on_them(bank: Path):
+    pairs = data.open_pairs(str(SHARDS / "00000.tar"), IMAGES)
+    cfg = dataclasses.replace(config.EMOJI, bank=str(bank), centre=False)
+    opened = Bank(bank)
+    first, second = (train.FacetDataset(pairs, cfg, 16, (0, epoch), opened) for epoch in range(2))
+    image, facets, _ = first[3]
+    assert facets.shape == (6, 16) and torch.equal(facets, first[3][1]) and not torch.equal(facets, second[3][1])
+    rows = opened[str(pairs.keys[3])]
+    assert all((rows == facet).all(1).any() for facet in facets)
+    raw = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1), 16, (0, 0), opened)
+    assert torch.equal(raw[3][0], image) and torch.equal(raw[3][1], rows[:1])
+    centred = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1, centre=True), 16, (0, 0), opened)
+    torch.testing.assert_close(centred[3][1], F.normalize(rows[:1] - opened.mean, dim=-1))
+
+
+def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli):
+    out = arms["flame"]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+    result = finished(cli(*ARMS["flame"], *tiny, "--out", out))
+    assert "is finished (3 epochs); nothing to do" in result.out
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
+    sets = ["--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets", EVAL / "retrieval_long_ood", "--gallery", "8"]
+    sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
+    flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
+    runs = [arms["clip"], arms["flame"], arms["summary"]]
+    cfg_error = cli(*runs, *flags, module="flame.eval")
+    assert cfg_error.code == 0, cfg_error.err
+    summary = json.loads((folder / "report/results.json").read_text())
+    assert set(summary["arms"]) == {"clip", "flame", "summary"} and summary["seeds"] == [0]
+    flat = summary["arms"]["flame"]
+    names = "groups_ood/top1 retrieval_long_ood/text_to_image_R@1 language_ja/image_to_text_R@1 seconds"
+    for name in [*names.split(), "languages/text_to_image_R@1", "languages/other_chance", "groups_id/probe_final"]:
+        assert np.isfinite(flat[name]["mean"]), name
+    assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
+    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png"):
+        assert Image.open(folder / "report" / name).size[0] > 300
+    assert "FLAME" in cfg_error.out and "| claim" in cfg_error.out
+
+
+# -------------------------------------------------------------------------------------------------- kill and resume
+
+
+def kill_at(process, out: Path, line: int) -> None:
+    """SIGKILL as soon as metrics.jsonl has so many lines."""
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, ended(process)
+
+
+@pytest.mark.parametrize("arm, workers", [("flame", 0), ("flame", 2), ("clip", 0)])
+def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: Path, arm: str, workers: int):
+    out = folder / f"killed-{arm}-{workers}"
+    command = [*ARMS[arm], *tiny, "--save-every", "2", "--workers", workers, "--out", out]
+    kills = [random.randint(2, 6), random.randint(8, 13)]
+    for line in kills:
+        kill_at(start(*command), out, line)
+    finished(ended(start(*command)))
+    assert metrics(out) == metrics(arms[arm]), kills
+    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
+    for part in ("state_dict", "optimizer", "epoch", "batch"):
+        assert same(state[part], expected[part]), (part, kills)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("arm", ["flame", "nce", "clip"])
+def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str):
+    """The processes get what torchrun would tell them."""
+    out = folder / f"two-{arm}"
+    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    both = [start(*ARMS[arm], *tiny, "--out", out, RANK=str(r), LOCAL_RANK=str(r), **peers) for r in range(2)]
+    for process in both:
+        finished(ended(process))
+    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --------------------------------------------------------------------------------------------------- broken shards
+
+
+def test_broken_shards_are_reported_and_the_run_finishes(tiny: list, cli, folder: Path):
+    mixed = folder / "mixed.tar"
+    with tarfile.open(SHARDS / "00000.tar") as source, tarfile.open(mixed, "w") as target:
+        members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)[:80]
+        for i, member in enumerate(members):
+            content = source.extractfile(member).read()
+            content = {4: b"?", 9: b"", 10: b"?"}.get(i, content)  # an image, a caption, an image
+            member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    result = finished(cli("emoji", *tiny, "--data", mixed, "--out", folder / "broken"))
+    reports = [line for line in result.out.splitlines() if "broken samples" in line]
+    assert len(reports) == 3 and all("unreadable image" in line for line in reports)
+    result = cli("emoji", *tiny, "--data", mixed, "--strict", "--out", folder / "strict")
+    assert result.code == 2 and "--strict: sample" in result.err and one_sentence(result.err)
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+
+ERRORS = {
+    "paper preset without data": (["cc3m-vitb16"], "--data is missing: it takes image-text shards"),
+    "paper preset without bank": (["cc3m-vitb16", "--data", f"{SHARDS}/00000.tar"], "--bank is missing"),
+    "missing shard": (["emoji", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
+    "missing bank": (["emoji", "--bank", "/nowhere"], "no bank of caption embeddings at /nowhere"),
+    "bank of other data": (["emoji", "--data", f"{SHARDS}/00001.tar"], "has no row for sample"),
+    "no caption file": (["emoji-clip", "--captions", "no.json"], "caption file no.json does not exist"),
+    "unknown model": (["emoji", "--model", "RN50"], "--model is one of ViT-B-16"),
+    "image that patches do not tile": (["emoji", "--image-size", "41"], "patches of 8 pixels do not tile"),
+    "more facets than rows": (["emoji", "--rows", "0", "1", "--facets", "3"], "--facets 3 cannot be drawn from 2"),
+    "rows beyond the bank": (["emoji", "--rows", "11", "--facets", "1"], "has 11 rows an image"),
+    "rows twice": (["emoji", "--rows", "1", "1", "--facets", "1"], "should be different numbers"),
+    "cooldown without its schedule": (["emoji", "--cooldown", "5"], "go together"),
+    "less than a batch": (["emoji", "--batch-size", "161"], "less than one batch of 161"),
+    "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
+    "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "/nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(in_process, tiny: list, tmp_path: Path, case: str):
+    (preset, *options), message = ERRORS[case]
+    defaults = tiny if preset.startswith("emoji") else ["--precision", "fp32"]
+    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path):
+    (tmp_path / "bad.json").write_text('{"a": 1}')
+    cases = {
+        "--data is missing": ["cc3m-mistral-nemo", "--precision", "fp32"],
+        "--short is missing": ["cc3m-mistral-nemo", "--precision", "fp32", "--data", SHARDS / "00000.tar"],
+        "has no caption of sample": [*embed_flags, "--data", SHARDS / "00001.tar"],
+        "is no caption file": [*embed_flags, "--long", tmp_path / "bad.json"],
+        "--llm no.gguf does not exist": [*embed_flags, "--llm", "no.gguf"],
+        "could not be loaded": [*embed_flags, "--llm", tmp_path / "nothing"],
+        "--mask is decoupled or causal": [*embed_flags, "--mask", "none"],
+        "is no clone": [*embed_flags, "--upstream", tmp_path],
+    }
+    for message, arguments in cases.items():
+        result = in_process(*arguments, "--out", tmp_path / "bank", module="flame.embed")
+        assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+
+
+def test_evaluation_command_line_errors(in_process, tmp_path: Path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    cases = {
+        "name at least one run folder": [],
+        "no checkpoint at": [tmp_path],
+        "holds no weights of FLAME": [tmp_path / "other.pt"],
+    }
+    for message, arguments in cases.items():
+        result = in_process(*arguments, module="flame.eval")
+        assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+
+
+@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
+def test_wrong_flags(in_process, arguments: list[str]):
+    result = in_process(*arguments)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(word in result.err for word in arguments[1:2])
+
+
+def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path], tiny: list):
+    result = in_process(*ARMS["flame"], *tiny, "--lr", "1e-4", "--out", arms["flame"])
+    assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
+
+
+def test_help_documents_every_field(in_process):
+    for module in (config, embed):
+        tree = ast.parse(Path(module.__file__).read_text())
+        fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config").body
+        documented = 0
+        for field, text in zip(fields, [*fields[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+                documented += 1
+        assert documented == len(dataclasses.fields(module.Config))
+    result = in_process("emoji", "--help")
+    assert result.code == 0 and "--bank" in result.out
+
+
+# ----------------------------------------------------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize("preset", ["emoji", "emoji-clip", "cc3m-vitb16"])
+def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    result = in_process(preset, "--dry-run")
+    assert result.code == 0 and not list(tmp_path.iterdir()), result.err
+    words = ("parameters", "learning rate", "samples", "batch", "steps")
+    assert all(word in result.out for word in words)
+    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+    if preset == "cc3m-vitb16":
+        assert "steps              30,240 (945 an epoch)" in result.out and "327.3 GB" in result.out
+        assert re.search(r"learning rate +5.000e-04 at step 2,000", result.out)
+
+
+def test_dry_run_of_embedding(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    result = in_process("yfcc15m-mistral-nemo", "--dry-run", module="flame.embed")
+    assert result.code == 0 and "112,640 bytes an image" in result.out and "1,697 GB" in result.out, result
+
+
+def test_presets_are_the_published_settings():
+    cfg = config.PRESETS["cc3m-vitb16"][1]
+    assert (cfg.lr, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay) == (5e-4, 0.9, 0.95, 1e-8, 0.5)
+    assert (cfg.batch_size, cfg.epochs, cfg.warmup, cfg.facets, cfg.crop_scale) == (3072, 32, 2000, 6, 0.9)
+    assert (cfg.model, cfg.hidden_dim, cfg.dataset_size) == ("ViT-B-16", None, 2_905_954)
+
+
+# --------------------------------------------------------------------------------------------- sets as they are shipped
+
+
+def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
+    root = tmp_path / "urban"
+    (root / "caption").mkdir(parents=True)
+    for name, text in (("1", "one\nmore"), ("10", "ten"), ("2", "two")):
+        (root / "caption" / f"{name}.txt").write_text(text)
+    pairs = longsets.urban1k(root)
+    assert [text.strip() for _, text in pairs] == ["one", "two", "ten"] and pairs[2][0] == root / "image/10.jpg"
+
+    record = {"image": "coco/1.jpg", "conversations": [{"value": "?"}, {"value": "a\nb"}]}
+    (tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(json.dumps([record] * 1002))
+    pairs = longsets.sharegpt4v(tmp_path)
+    assert len(pairs) == 1000 and pairs[0] == (tmp_path / "coco/1.jpg", "a b")
+
+    lines = [{"split": split, "image_file": f"{split}.jpg", "description": "x\ny"} for split in ("train", "test")]
+    (tmp_path / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert longsets.docci(tmp_path) == [(tmp_path / "images/test.jpg", "x y")]
+
+    home = tmp_path / "densely_captioned_images"
+    (home / "annotations").mkdir(parents=True)
+    (home / "splits.json").write_text(json.dumps({"train": ["a.json"], "test": ["b.json"]}))
+    for name in "ab":
+        about = {"image": f"{name}.jpg", "short_caption": "Short. one", "extra_caption": " extra</s>two\n"}
+        (home / "annotations" / f"{name}.json").write_text(json.dumps(about))
+    assert longsets.dci(tmp_path) == [(home / "photos" / f"{n}.jpg", "Short. one. extra. two") for n in "ab"]
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/k.jpg")
+    about = [{"image/key": key, "sw": {"caption": ["moja", "mbili"]}} for key in ("k", "gone")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, about)))
+    assert longsets.crossmodal3600(tmp_path, "sw") == [(tmp_path / "images/k.jpg", "moja")]
+    assert longsets.read_image(tmp_path / "images/k.jpg").size == (4, 4)
+    for reader in (longsets.urban1k, longsets.sharegpt4v, longsets.docci, longsets.dci):
+        with pytest.raises(FileNotFoundError, match="is missing"):
+            reader(tmp_path / "nowhere")
+
+
+def test_authors_prompts_from_a_clone(upstream: Path):
+    raw, short, long = read_prompts(upstream)
+    assert [len(p.facets) for p in (raw, short, long)] == [1, 3, 7]
+    assert (raw.bos_before_facets, short.bos_before_facets, long.bos_before_facets) == (False, True, True)
