@@ -31,7 +31,7 @@ $(VENV)/.installed-base: pyproject.toml | $(PY)
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed-base
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(subst _,-,$*)]'  # pip before 23.3 knows extras by hyphens only
 	@touch $@
 
 # The small language model: without its plugin's dependencies, which would compile for minutes and are not used.
