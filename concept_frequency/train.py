@@ -134,13 +134,16 @@ def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, d
     """(key, .json, image bytes) of a shard's samples; what cannot be read is appended to `broken`."""
     members: dict[str, dict[str, bytes]] = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, extension = member.name.rpartition(".")
                 content = tar.extractfile(member).read()
                 if len(content) < member.size:
                     raise tarfile.ReadError("truncated")
                 members.setdefault(key, {})[extension] = content
+            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged or cut header
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("truncated")
     except (tarfile.TarError, EOFError):
         broken.append(data.Broken(path, "truncated or damaged tar"))
     for key, files in members.items():

@@ -149,7 +149,9 @@ def forward_loss(model: nn.Module, images: Tensor, texts: Tensor, cfg: Config) -
         return mp_nce_loss(*outputs)  # one text an image: CLIP's loss
     image, scale, bias = outputs
     texts = texts.flatten(0, 1)
-    return mp_sigmoid_loss(image, texts, scale, bias) if cfg.loss == "mp-sigmoid" else mp_nce_loss(image, texts, scale)
+    if cfg.loss == "mp-sigmoid":
+        return mp_sigmoid_loss(image, texts, scale, bias)
+    return mp_nce_loss(image, texts, scale) + 0.0 * bias  # DistributedDataParallel wants a gradient, if zero, of all
 
 
 def train_step(

@@ -604,7 +604,7 @@ def test_index_gives_the_products():
 def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
     for arguments, words in (
         ((tmp_path / "nowhere",), "checkpoint.pt does not exist"),
-        ((arms["none"], "--sets", tmp_path), str(tmp_path)),
+        ((arms["none"], "--patchdis", "None", "--sets", tmp_path), str(tmp_path)),
         ((arms["none"], "--sets", "--patchdis", tmp_path), "classnames.txt does not exist"),
         ((arms["none"], "--class-text", "song"), "--class-text is prompt or word"),
         ((), "name at least one run folder"),
