@@ -1,6 +1,7 @@
 """Every setting of an A-CLIP, SLIP or CLIP run, its presets, and what is refused before a run starts.
 
-Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942); `emoji*` are ours.
+Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which the
+code has; `emoji*` are ours.
 """
 
 import dataclasses
@@ -194,6 +195,8 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     if not 0 < cfg.keep_ratio <= 1:
         raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
+    if cfg.released_boxes and cfg.views == 1:
+        raise ValueError("--released-boxes is a formula of two views: pass --views 2, or --no-released-boxes")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if not 0 <= cfg.ema_momentum <= 1:
@@ -206,5 +209,7 @@ def check_model(cfg: Config) -> None:
     ema = cfg.ema_image_size or size
     if ema < patch or ema % patch:
         raise ValueError(f"--ema-image-size {ema} cannot be cut into patches of {patch} pixels")
+    if cfg.mask == "random" and int((size // patch) ** 2 * cfg.keep_ratio) == 0:
+        raise ValueError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
     if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % 2:
         raise ValueError(f"blocks of 2x2 patches do not tile {size // patch} patches a side: another --image-size")

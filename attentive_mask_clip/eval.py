@@ -47,6 +47,8 @@ class Config:
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     probe: str | None = EMOJI + "subgroups_ood"
     """Set with a train/ split for the linear probe on frozen features of the online tower; None leaves it out."""
+    probe_lr: float | None = 0.1
+    """First learning rate of the probe; None: upstream's 0.00625."""
     foreground: str | None = EMOJI + "names_ood"
     """Set whose images measure the share of foreground among kept patches; None leaves it out."""
     report: str | None = None
@@ -77,7 +79,7 @@ def roc_auc(logits: Tensor, targets: Tensor) -> float:
 
 
 def paper_metric(name: str, metrics: dict[str, float]) -> float:
-    """What the paper's suite reports of a set, by its name (U:eval_zeroshot.py:86); percent.
+    """What the paper's suite reports of a set, by its name (U:eval_zeroshot.py:89-102); percent.
 
     Mean per class for aircraft, pets, caltech101 and flowers, (top1 + top5) / 2 for kinetics, ROC AUC for hateful
     memes, top-1 for all others.
@@ -88,7 +90,7 @@ def paper_metric(name: str, metrics: dict[str, float]) -> float:
     if "kinetics" in name:
         return metrics["top1_top5"]
     if "hateful" in name:
-        return metrics["roc_auc"]
+        return metrics.get("roc_auc", math.nan)
     return metrics["top1"]
 
 
@@ -175,7 +177,7 @@ def retrieval(
 
 
 def linear_probe_lr(base_lr: float, batch: int, world: int, epoch: int, epochs: int) -> float:
-    """Learning rate of an epoch: base_lr * int(batch / world) / 256, along half a cosine to 0. U:main_linear.py:432.
+    """Learning rate of an epoch: base_lr * int(batch / world) / 256, along half a cosine to 0. U:main_linear.py:132,432.
 
     `batch` is one GPU's and divided by the number of GPUs once more, as shipped; 0.00625 for upstream's 0.1, 128, 8.
     """
@@ -191,7 +193,7 @@ def linear_probe(
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Top-1 (percent) of a linear head on frozen [CLS] features of the *online* tower. U:main_linear.py:120-175.
+    """Top-1 (percent) of a linear head on frozen [CLS] features of the *online* tower. U:main_linear.py:118-149.
 
     dataset is (training batches, test batches) of (images, labels). The head starts at N(0, 0.01); SGD, momentum 0.9,
     no weight decay, 90 epochs; lr starts at linear_probe_lr(0.1, 128, 8, 0, ...) = 0.00625 unless given. Features are
@@ -250,7 +252,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
         hits = patches.gather(1, ids).sum()
         results[f"{name}_share"] = 100 * (hits / ids.numel()).item()
         results[f"{name}_recall"] = 100 * (hits / total).item()
-    count = int(patches.shape[1] * keep_ratio)
+    count = int(patches.shape[1] * keep_ratio)  # what random masks keep: single patches, not blocks
     return results | {
         "random_share": 100 * patches.mean().item(),
         "random_recall": 100 * count / patches.shape[1],
@@ -258,8 +260,8 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
 
 
 def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio: float = 0.5) -> None:
-    """Rows: images (B, 3, S, S); columns: image, patches kept by attention before and after training, high-drop after
-    training, random. Dropped patches are grey."""
+    """Rows: images (B, 3, S, S); columns: image, patches kept by attention and by high-drop, both before and after
+    training, at random. Dropped patches are grey."""
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1)
     noise = torch.rand(
@@ -274,6 +276,7 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
         "image": None,
         "attentive,\nuntrained": attentive_keep_ids(scores(before), keep_ratio),
         "attentive": attentive_keep_ids(scores(after), keep_ratio),
+        "high drop,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, drop="high"),
         "high drop": attentive_keep_ids(scores(after), keep_ratio, drop="high"),
         "random": random_keep_ids(noise, keep_ratio),
     }
@@ -350,7 +353,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         loaders = tuple(
             EvalSet(cfg.probe, resize, split).batches(cfg.batch_size, cfg.workers) for split in ("train", "test")
         )
-        for name, value in linear_probe(model, loaders, lr=0.1, device=process.device, precision=dtype).items():
+        for name, value in linear_probe(
+            model, loaders, lr=cfg.probe_lr, device=process.device, precision=dtype
+        ).items():
             flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
     if cfg.foreground:
         loader = EvalSet(cfg.foreground, transform).batches(cfg.batch_size, cfg.workers)

@@ -21,7 +21,7 @@ def _targets(rows: Tensor) -> Tensor:
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """(CE(rows) + CE(columns)) / 2 of scale * cosines; image, text (B, E) of any norm. U:losses.py:66-93."""
+    """(CE(rows) + CE(columns)) / 2 of scale * cosines; image, text (B, E) of any norm. U:losses.py:70-97."""
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
     targets = _targets(image)
     image_to_text = F.cross_entropy(scale * image @ gather(text).T, targets)
@@ -74,8 +74,12 @@ def aclip_loss(
     loss = sum(losses.values()) / len(views)
     losses["simclr_loss"] = losses["im_byol_loss"] = scale.new_zeros(())
     if "image_ssl_embed" in outputs:
-        if len(views) > 1:
-            ssl = outputs["image_ssl_embed"].split(len(text))
+        ssl = outputs["image_ssl_embed"].split(len(text))
+        if len(views) == 1:
+            losses["simclr_loss"] = (
+                0.0 * ssl[0].float().sum()
+            )  # DistributedDataParallel wants gradients, if zero, of all
+        else:
             losses["simclr_loss"] = simclr_loss(ssl[0], ssl[0 if simclr_pair == "same" else 1], temperature)
         losses["im_byol_loss"] = byol_loss(outputs["byol_feats"], outputs["byol_feats_e"].repeat(len(views), 1))
     loss = loss + simclr_weight * losses["simclr_loss"] + byol_weight * losses["im_byol_loss"]

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
@@ -30,6 +31,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attentive_mask_clip.losses import aclip_loss, baseline_loss, byol_loss, clip_loss, simclr_loss  # noqa: F401
+
+_scalar = np.float64(0).__reduce__()[0]  # lives under one of two names, as files of both NumPy 1 and 2 say
+NUMPY_NUMBERS = [
+    np.dtype,
+    np.dtypes.Float64DType,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
 
 # Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
 PRESETS = {
@@ -330,7 +339,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """After every step, the temperature's inverse stays in [1, 100]. U:main.py:343."""
+        """After every step, the temperature's inverse stays in [1, 100]. U:main.py:346."""
         self.logit_scale.clamp_(0, 4.6052)
 
 
@@ -410,7 +419,7 @@ class ACLIP(CLIP):
     def encode_image(self, images: Tensor, keep_ids: Tensor | None = None, ema: bool = False) -> Tensor:
         """(B, 3, H, W) -> (B, E), not normalised; online or EMA tower."""
         if ema:
-            return self.visual_ema(images, keep_ids, cls_only=True)[0][:, 0] @ self.image_projection_e
+            return self.visual_ema(images, cls_only=True)[0][:, 0] @ self.image_projection_e  # never masked
         return self.visual(images, keep_ids, cls_only=True)[0][:, 0] @ self.image_projection
 
     def encode_text(self, tokens: Tensor, ema: bool = False) -> Tensor:
@@ -425,7 +434,7 @@ class ACLIP(CLIP):
 
     def keep_ids(self, scores: Tensor | None, boxes: Tensor, noise: Tensor) -> Tensor | None:
         """Patches (V*B, K) that the views keep. scores (B, n*n) of the EMA view, boxes (B, V+1, 4) with the EMA view's
-        last, noise (V*B, N) for random masks. U:models.py:482-489."""
+        last, noise (V*B, N) for random masks. U:models.py:479-484."""
         if self.mask == "none":
             return None
         if self.mask == "random":
@@ -477,7 +486,8 @@ def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> 
 def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
     """Load the authors' checkpoints, SLIP's, or ours, strictly, with DDP's `module.` prefix or without.
 
-    The authors' files hold their argparse.Namespace, which is allowed beside plain values; nothing else is unpickled.
+    The authors' files hold their argparse.Namespace and learning rates that are NumPy numbers; both are allowed beside
+    plain values, nothing else is unpickled.
     A CLIP model takes a SLIP file's towers and leaves its SimCLR head.
     """
     state = path_or_dict
@@ -485,7 +495,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
         if not Path(state).is_file():
             raise FileNotFoundError(f"no checkpoint at {state}")
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]):
                 state = torch.load(state, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path_or_dict} does not load with weights_only=True ({type(error).__name__})") from error

@@ -45,7 +45,7 @@ def cosine_schedule(
 
 
 def schedules(cfg: Config, per_epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rate and EMA momentum of every step. U:main.py:235-247."""
+    """Learning rate and EMA momentum of every step. U:main.py:240-243."""
     steps = per_epoch * cfg.epochs
     warmup = min(round(cfg.warmup_epochs * per_epoch), steps)
     return (
@@ -94,7 +94,7 @@ def train_step(
     cfg: Config,
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """One optimizer step on (images, boxes, tokens); returns the losses, averaged over micro-batches. U:main.py:316."""
+    """One optimizer step on (images, boxes, tokens); the losses, averaged over micro-batches. U:main.py:307-346."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     for group in optimizer.param_groups:
         group["lr"] = float(lr)  # a NumPy number would not load with weights_only
@@ -266,7 +266,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                     raise ValueError(
                         f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
                     )
-            if step - saved >= cfg.save_every and batch < per_epoch:
+            if step - saved >= cfg.save_every and batch < per_epoch and math.isfinite(losses["loss"]):
                 save(epoch, batch)
                 saved = step
 

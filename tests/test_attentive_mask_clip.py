@@ -1003,7 +1003,8 @@ def authors_file(model: CLIP, path, prefix: str = "module.") -> None:
     args = argparse.Namespace(model="ACLIP_VITB16", lr=5e-4, betas=(0.9, 0.98), wandb=False)
     state = {prefix + name: value for name, value in model.state_dict().items()}
     torch.save(
-        {"epoch": 25, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}, "scaler": {},
+        {"epoch": 25, "state_dict": state, "scaler": {},
+         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-5), "params": []}]},
          "best_acc": 43.9, "args": args}, path,
     )  # fmt: skip
 

@@ -514,7 +514,14 @@ def test_checkpoint(up, table, tmp_path):
     theirs, _ = twins(up)
     state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
     args = up.main.argparse.Namespace(**TRAIN)
-    content = {"epoch": 3, "state_dict": state, "optimizer": {}, "scaler": {}, "best_acc": 0.0, "args": args}
+    content = {
+        "epoch": 3,
+        "state_dict": state,
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-5)}]},
+        "scaler": {},
+        "best_acc": 0.0,
+        "args": args,
+    }
     up.utils.save_on_master(content, False, str(tmp_path))
     ours = model.ACLIP(ssl_hidden=HIDDEN, ssl_dim=OUT, **our_towers(VIT, TEXT, JOINT))
     model.load_checkpoint(ours, tmp_path / "checkpoint.pt")
