@@ -177,7 +177,7 @@ def retrieval(
 
 
 def linear_probe_lr(base_lr: float, batch: int, world: int, epoch: int, epochs: int) -> float:
-    """Learning rate of an epoch: base_lr * int(batch / world) / 256, along half a cosine to 0. U:main_linear.py:132,432.
+    """An epoch's rate: base_lr * int(batch / world) / 256, along half a cosine to 0. U:main_linear.py:132,432.
 
     `batch` is one GPU's and divided by the number of GPUs once more, as shipped; 0.00625 for upstream's 0.1, 128, 8.
     """
