@@ -27,7 +27,14 @@ from attentive_mask_clip.views import MEAN, STD, eval_transform
 from shared import report, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
-from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, retrieval_metrics
+from shared.zeroshot import (
+    classification_metrics,
+    encode_texts,
+    extract_image_features,
+    mean_prompts,
+    owners,
+    retrieval_metrics,
+)
 
 EMOJI = "data/emoji/eval/"
 
@@ -129,12 +136,10 @@ def zero_shot(
     encoded = encode_texts(
         towers.encode_text, lambda rows: torch.stack(rows), list(tokens), batch_size, device, precision, "prompts"
     )
-    of_class = torch.arange(len(counts)).repeat_interleave(counts)
-    sums = torch.zeros(len(counts), encoded.shape[1]).index_add_(0, of_class, F.normalize(encoded, dim=-1))
-    classifier = F.normalize(sums, dim=-1)  # the mean has the direction of the sum
+    classifier = mean_prompts(encoded, counts)
     features, labels = extract_image_features(towers.encode_image, dataset, device, precision, name or None)
     model.train(was_training)
-    logits = F.normalize(features, dim=-1) @ classifier.T
+    logits = F.normalize(features, dim=-1) @ classifier
     metrics = classification_metrics(logits, labels)
     metrics["top1_top5"] = (metrics["top1"] + metrics["top5"]) / 2
     if logits.shape[1] == 2 and len(labels.unique()) == 2:
@@ -167,10 +172,9 @@ def retrieval(
     tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=model.context_length)
     features, captions = extract_image_features(towers.encode_image, pairs, device, precision, "images")
     texts = [caption for of_image in captions for caption in of_image]
-    of_image = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
     encoded = encode_texts(towers.encode_text, tokenizer, texts, batch_size, device, precision, "captions")
     model.train(was_training)
-    return retrieval_metrics(features, encoded, of_image)
+    return retrieval_metrics(features, encoded, owners(captions))
 
 
 # ------------------------------------------------------------------------------------------------------ linear probe
@@ -372,23 +376,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
-    unimportant = ("runs", "report", "times", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sets = [Path(name) for name in (*cfg.sets, cfg.probe, cfg.foreground) if name]
-    sources = [checkpoint, *(tar for each in sets for tar in each.glob("*/*.tar"))]
-
-    def measure() -> dict[str, float]:
-        metrics = evaluate_run(path, cfg, process)
-        if Path(path).is_dir():
-            metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
-        folder.mkdir(exist_ok=True)
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
-        return metrics
-
-    return report.measured(folder / "results.json", setting, sources, measure)
+    sets = (*cfg.sets, cfg.probe, cfg.foreground)
+    return report.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:

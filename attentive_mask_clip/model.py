@@ -12,14 +12,12 @@ The paper's baselines, CLIP and SLIP, are here too.
 Shapes: B batch, V views, g patches a side, N = g*g patches, K kept patches, D tower width, E joint width, S SSL width.
 """
 
-import argparse
 import copy
 import math
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
@@ -31,14 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attentive_mask_clip.losses import aclip_loss, baseline_loss, byol_loss, clip_loss, simclr_loss  # noqa: F401
-
-_scalar = np.float64(0).__reduce__()[0]  # lives under one of two names, as files of both NumPy 1 and 2 say
-NUMPY_NUMBERS = [
-    np.dtype,
-    np.dtypes.Float64DType,
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-]
+from shared import run
 
 # Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
 PRESETS = {
@@ -495,7 +486,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
         if not Path(state).is_file():
             raise FileNotFoundError(f"no checkpoint at {state}")
         try:
-            with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]):
+            with torch.serialization.safe_globals(run.AUTHORS_GLOBALS):
                 state = torch.load(state, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path_or_dict} does not load with weights_only=True ({type(error).__name__})") from error

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +22,7 @@ from attentive_mask_clip.losses import aclip_loss, baseline_loss
 from attentive_mask_clip.model import ACLIP, CLIP, create_model
 from attentive_mask_clip.views import (  # noqa: F401
     ViewDataset,
-    epoch_loader,
+    collate,
     eval_transform,
     three_crops,
     view_transform,
@@ -117,15 +116,6 @@ def train_step(
         scaler.update()
     bare.clamp_logit_scale()
     return total
-
-
-def over_ranks(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Means over processes: the losses of the global batch."""
-    if not dist.is_initialized():
-        return losses
-    means = torch.stack(list(losses.values()))
-    dist.all_reduce(means)
-    return dict(zip(losses, means / dist.get_world_size(), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- the script
@@ -250,9 +240,8 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         broken = list(pairs.broken)
         dataset = ViewDataset(pairs, cfg, model.image_size, tokenizer, (cfg.seed, epoch), ema_view)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
-        batches = run.progress(
-            epoch_loader(cfg, process, dataset, start), per_epoch - start, label, cfg.batch_size, process
-        )
+        loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
+        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, boxes, tokens, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # of random masks: resume agrees
@@ -260,7 +249,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             boxes, tokens = (x.to(process.device, non_blocking=True) for x in (boxes, tokens))
             losses = train_step(ddp, (images, boxes, tokens), optimizer, lrs[step - 1], momenta[step - 1], cfg, scaler)
             if step % cfg.log_every == 0 or batch == 1:
-                scale, losses = model.logit_scale.exp(), over_ranks(losses)
+                scale, losses = model.logit_scale.exp(), run.over_ranks(losses)
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lrs[step - 1], logit_scale=scale, **losses)
                 if not math.isfinite(losses["loss"]):
                     raise ValueError(

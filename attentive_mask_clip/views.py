@@ -6,12 +6,12 @@ Authors' code: microsoft/A-CLIP@0e51942, cited as `U:`, and facebookresearch/SLI
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
-from shared import data, run
+from shared import data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in training and evaluation
 RATIO = (3 / 4, 4 / 3)
@@ -159,18 +159,3 @@ def collate(items: list) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken
     images, boxes, tokens, broken = zip(*items, strict=True)
     stacked = [torch.stack(view) for view in zip(*images, strict=True)]
     return stacked, torch.stack(boxes), torch.stack(tokens), [b for each in broken for b in each]
-
-
-def epoch_loader(cfg, process: run.Process, dataset: ViewDataset, start: int = 0) -> DataLoader:
-    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out."""
-    size = cfg.batch_size // process.world_size
-    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
-    whole = len(dataset) // cfg.batch_size - start
-    return DataLoader(
-        dataset,
-        batch_sampler=batches[:whole],
-        num_workers=cfg.workers,
-        collate_fn=collate,
-        pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
-    )

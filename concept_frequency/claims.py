@@ -7,14 +7,11 @@ The arms are run folders ARM-seedN that the Makefile trains and eval.py measures
 import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from concept_frequency.curves import log_linear_curve, slope_per_decade
 from shared import report, run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ARMS = {  # run folders ARM-seedN
     "zipf": "Zipf frequencies",

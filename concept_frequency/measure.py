@@ -9,7 +9,6 @@ Writes their JSON: `<set>_<prompts>_results.json` with percent, `<set>_<t2i|i2t>
 Sets are in the CLIP-benchmark layout; a set's own templates are the `ensemble`.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +101,7 @@ def _run_folder(folder: Path) -> tuple[nn.Module, Callable, Callable]:
 
 def _checkpoint(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
     """Weights in open_clip's layout, under `state_dict` or not, with `module.` before them or not; or SLIP's."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # SLIP keeps its arguments
+    with torch.serialization.safe_globals(run.AUTHORS_GLOBALS):  # SLIP keeps its arguments and learning rates
         state = run.load_checkpoint(path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     if "image_projection" in weights:

@@ -13,16 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
 from concept_frequency import curves
 from concept_frequency.concepts import load_counts, load_json, load_results, mean_scores
 from shared import report, run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 CLASSIFICATION = (  # 17 datasets; ImageNet-Sketch is the 18th, without text counts
     "imagenet cifar10 cifar100 caltech101 caltech256 sun397 birdsnap country211 cub dtd eurosat fgvcaircraft "

@@ -141,8 +141,7 @@ def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, d
                 if len(content) < member.size:
                     raise tarfile.ReadError("truncated")
                 members.setdefault(key, {})[extension] = content
-            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged or cut header
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if not data.ended_whole(tar):
                 raise tarfile.ReadError("truncated")
     except (tarfile.TarError, EOFError):
         broken.append(data.Broken(path, "truncated or damaged tar"))

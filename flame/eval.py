@@ -29,7 +29,7 @@ from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from shared import report, run
 from shared.evalsets import EvalSet
 from shared.probes import Probe, adamw_probe
-from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, retrieval_ranks
+from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, owners, retrieval_ranks
 
 TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
 
@@ -255,7 +255,7 @@ def retrieval(
     """R@1, 5, 10 both ways in percent, and what chance would give at 1."""
     batches = ((torch.stack(images[i : i + batch_size]), torch.zeros(0)) for i in range(0, len(images), batch_size))
     features, _ = image_features(model, batches, device, precision)
-    of_image = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    of_image = owners(captions)
     embeds = texts([caption for each in captions for caption in each], multi)
     recalls = retrieval_recall(features, embeds, of_image)
     names = {"image_retrieval_recall": "text_to_image_R", "text_retrieval_recall": "image_to_text_R"}
@@ -379,23 +379,8 @@ def plot_similarity(bank: Bank, path: Path) -> None:
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
-    unimportant = ("runs", "report", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sets = [Path(name) for name in (*cfg.zero_shot_sets, *cfg.retrieval_sets, *cfg.language_sets, cfg.probe) if name]
-    sources = [checkpoint, *(tar for each in sets for tar in each.glob("*/*.tar"))]
-
-    def measure() -> dict[str, float]:
-        metrics = evaluate_run(path, cfg, process)
-        if Path(path).is_dir():
-            metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
-        folder.mkdir(exist_ok=True)
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
-        return metrics
-
-    return report.measured(folder / "results.json", setting, sources, measure)
+    sets = (*cfg.zero_shot_sets, *cfg.retrieval_sets, *cfg.language_sets, cfg.probe)
+    return report.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:

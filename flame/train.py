@@ -15,7 +15,7 @@ import tyro
 from open_clip.transform import image_transform
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from flame.bank import AuthorsBank, Bank, open_bank, sample_facets
 from flame.config import PRESETS, Config, check
@@ -122,20 +122,6 @@ def centred(rows: Tensor, mean: Tensor) -> Tensor:
 def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
     images, texts, broken = zip(*items, strict=True)
     return torch.stack(images), torch.stack(texts), [b for each in broken for b in each]
-
-
-def epoch_loader(cfg: Config, process: run.Process, dataset: FacetDataset, start: int = 0) -> DataLoader:
-    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out."""
-    size = cfg.batch_size // process.world_size
-    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches[: len(dataset) // cfg.batch_size - start],
-        num_workers=cfg.workers,
-        collate_fn=collate,
-        pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ model and step
@@ -314,9 +300,8 @@ def main(cfg: Config) -> Path | None:
         broken = list(pairs.broken)
         dataset = FacetDataset(pairs, cfg, size, (cfg.seed, epoch), bank, captions, tokenizer)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
-        batches = run.progress(
-            epoch_loader(cfg, process, dataset, start), per_epoch - start, label, cfg.batch_size, process
-        )
+        loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
+        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             images, texts = (x.to(process.device, non_blocking=True) for x in (images, texts))

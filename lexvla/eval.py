@@ -27,7 +27,7 @@ from lexvla.scenes import labelled_images
 from lexvla.text import leading_space, lm_dtype, pieces
 from shared import report, run
 from shared.evalsets import EvalSet
-from shared.zeroshot import classification_metrics, extract_image_features, image_ranks, text_ranks
+from shared.zeroshot import classification_metrics, extract_image_features, image_ranks, owners, text_ranks
 
 EMOJI = "data/emoji/eval/"
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both sides
@@ -104,7 +104,7 @@ def encode_pairs(
     batches = eval_set.batches(batch_size, workers)
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
-    image_of_text = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    image_of_text = owners(captions)
     return s_img, encode_texts(model, read, texts, batch_size, device, dtype), image_of_text, texts
 
 
@@ -406,24 +406,12 @@ def word_plots(
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    folder = Path(path)
-    unimportant = ("runs", "report", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sources = [folder / "checkpoint.pt", *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
-    sources += [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
-    for source in sources:
-        if not source.is_file():
-            hint = "'python -m lexvla.scenes' makes it" if source.name == "classnames.txt" else "train the run first"
-            raise FileNotFoundError(f"{source} does not exist: {hint}")
-
-    def measure() -> dict[str, float]:
-        metrics = evaluate_run(path, cfg, process)
-        metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
-        return metrics
-
-    return report.measured(folder / "results.json", setting, sources, measure)
+    scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
+    for file in (Path(path) / "checkpoint.pt", *scenes):
+        if not file.is_file():
+            hint = "'python -m lexvla.scenes' makes it" if file in scenes else "train the run first"
+            raise FileNotFoundError(f"{file} does not exist: {hint}")
+    return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)
 
 
 def main(cfg: Config) -> None:

@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lexvla.build import create_model, eval_transform, load_weights, text_input, train_transform, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
@@ -78,20 +78,6 @@ class Collate:
     def __call__(self, items: list) -> tuple[Tensor, tuple[Tensor, ...], list[data.Broken]]:
         images, captions, broken = zip(*items, strict=True)
         return torch.stack(images), self.read(captions), [b for each in broken for b in each]
-
-
-def epoch_loader(cfg: Config, process: run.Process, pairs, read: Callable, epoch: int, start: int) -> DataLoader:
-    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out."""
-    seed, size = (cfg.seed, epoch), cfg.batch_size // process.world_size
-    batches = data.batches(len(pairs), size, seed, process.rank, process.world_size, start)
-    return DataLoader(
-        PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), seed),
-        batch_sampler=batches[: len(pairs) // cfg.batch_size - start],
-        num_workers=cfg.workers,
-        collate_fn=Collate(read),
-        pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
-    )
 
 
 @torch.no_grad()
@@ -283,7 +269,9 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         model.train()
         start = state["batch"] if epoch == state["epoch"] else 0
         broken = list(pairs.broken)
-        loader = epoch_loader(cfg, process, pairs, read, epoch, start)
+        seed = (cfg.seed, epoch)
+        dataset = PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), seed)
+        loader = data.epoch_loader(dataset, Collate(read), cfg, process, seed, start)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (pixels, text, _) in enumerate(data.watch(batches, broken), start + 1):

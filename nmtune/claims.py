@@ -7,14 +7,11 @@ that their interval is over pre-training seeds; claims about heads compare heads
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from nmtune.config import NOISE
 from shared import report
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 KINDS = {"sup": "labels", "clip": "captions"}
 METHODS = {

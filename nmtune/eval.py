@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -32,9 +32,6 @@ from nmtune.features import encode_set
 from nmtune.model import head_from, split_upstream, transformed
 from nmtune.train import Source, test_metrics
 from shared import report, run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclasses.dataclass

@@ -12,7 +12,6 @@ Beside it what every arm needs: the linear classifier (LP) and the frozen encode
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -267,7 +266,7 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
 
 def _state_dict(checkpoint: str) -> dict[str, Tensor]:
     path = Path(checkpoint)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their command line
+    with torch.serialization.safe_globals(run.AUTHORS_GLOBALS):  # timm's checkpoints hold their command line
         state = run.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     return split_upstream(weights)[1] if any(key.startswith("image_encoder.") for key in weights) else weights

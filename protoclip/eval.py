@@ -248,29 +248,19 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, and features.npz for plots.
 
-    Not repeated while nothing has changed (`report.measured`).
+    Not repeated while nothing has changed (`report.measured_run`).
     """
-    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
-    unimportant = ("runs", "report", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sets = [Path(name) for name in (*cfg.sets, *cfg.probe, *([cfg.gap] if cfg.gap else []))]
-    sources = [checkpoint, *(tar for each in sets for tar in each.glob("*/*.tar"))]
 
-    def measure() -> dict[str, float]:
+    def measure(folder: Path) -> dict[str, float]:
         metrics, shown = evaluate_run(path, cfg, process)
-        if Path(path).is_dir():
-            metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
-        folder.mkdir(exist_ok=True)
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
         if shown is not None:
+            folder.mkdir(exist_ok=True)
             x, y, names = shown
             np.savez(folder / "features.npz", x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
             plot_features([(title(path), *shown)], folder / "features.png")
         return metrics
 
-    return report.measured(folder / "results.json", setting, sources, measure)
+    return report.measured_run(path, cfg, (*cfg.sets, *cfg.probe, cfg.gap), measure)
 
 
 def title(path: str) -> str:

@@ -17,13 +17,15 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
@@ -82,6 +84,12 @@ class ShardIndex(NamedTuple):
     broken: list[Broken]
 
 
+def ended_whole(tar: tarfile.TarFile) -> bool:
+    """Whether a tar that was gone through ends as it should: tarfile stops without a word at a damaged header."""
+    tar.fileobj.seek(tar.offset)
+    return tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
 def index_shard(path: str) -> ShardIndex:
     """Read one tar's headers. Broken: samples without image or caption, and what lies behind a damaged header."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
@@ -100,8 +108,7 @@ def index_shard(path: str) -> ShardIndex:
                         broken.append(Broken(key, "key occurs twice in its shard"))
                     files[extension.lower() if sum(span) <= size else "truncated"] = span
                 tar.members.clear()  # tarfile would keep every header
-            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged or cut header
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if not ended_whole(tar):
                 broken.append(Broken(path, "truncated or damaged tar"))
     except tarfile.TarError:
         broken.append(Broken(path, "truncated or damaged tar"))
@@ -296,6 +303,22 @@ def batches(
     size = batch_size * world_size
     firsts = range(start * size, n, size)
     return [order[first : first + size][rank * batch_size : (rank + 1) * batch_size] for first in firsts]
+
+
+def epoch_loader(dataset: Dataset, collate: Callable, cfg, process, seed: Sequence[int], start: int = 0) -> DataLoader:
+    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out.
+
+    `cfg` has the global batch_size and the number of loader `workers`, `process` is a `run.Process`.
+    """
+    order = batches(len(dataset), cfg.batch_size // process.world_size, seed, process.rank, process.world_size, start)
+    return DataLoader(
+        dataset,
+        batch_sampler=order[: len(dataset) // cfg.batch_size - start],
+        num_workers=cfg.workers,
+        collate_fn=collate,
+        pin_memory=process.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
+    )
 
 
 def stable_hash(*parts: int | str) -> int:

@@ -3,6 +3,7 @@
 A verdict is computed from per-seed numbers, never typed.
 """
 
+import dataclasses
 import importlib
 import json
 import math
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import t as student_t
 
-from shared.run import commit, load_checkpoint, write_json
+from shared.run import commit, load_checkpoint, read_metrics, write_json
 
 
 class Claim(NamedTuple):
@@ -112,6 +113,38 @@ def measured(file: Path, setting: dict, sources: Sequence[Path], measure: Callab
     metrics = measure()
     save(file, {"setting": setting, "metrics": metrics})
     return metrics
+
+
+def measured_run(
+    path: str | Path,
+    cfg: Any,
+    sets: Iterable[str | Path | None],
+    measure: Callable[[Path], dict[str, float]],
+    files: Iterable[Path] = (),
+) -> dict[str, float]:
+    """`measured` of a run folder or a checkpoint file, kept beside it (FILE.eval/ for a file) with a table, results.md.
+
+    measure(folder) -> metrics; a run folder's training seconds join them. Anew if the checkpoint, the shards of an
+    evaluation set, one of `files`, or a field of `cfg` has changed, other than those that change no number.
+    """
+    path = Path(path)
+    checkpoint = path / "checkpoint.pt" if path.is_dir() else path
+    folder = path if path.is_dir() else path.with_suffix(".eval")
+    unimportant = ("runs", "report", "times", "workers", "device")
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    sources = [checkpoint, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
+
+    def measure_and_show() -> dict[str, float]:
+        metrics = measure(folder)
+        if path.is_dir():
+            seconds = [line["seconds"] for line in read_metrics(folder) if "seconds" in line]
+            metrics["seconds"] = seconds[-1]
+        folder.mkdir(exist_ok=True)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(table(rows) + "\n")
+        return metrics
+
+    return measured(folder / "results.json", setting, sources, measure_and_show)
 
 
 class Comparison(NamedTuple):

@@ -3,6 +3,7 @@
 Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothing here knows of any paper.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -90,6 +91,15 @@ def gather_lists(items: list, process: Process) -> list:
     return [item for box in boxes for item in box]
 
 
+def over_ranks(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means over all processes of scalars by name: what is logged of a step is of its global batch."""
+    if not dist.is_initialized():
+        return values
+    means = torch.stack([value.detach().float() for value in values.values()])
+    dist.all_reduce(means)
+    return dict(zip(values, means / dist.get_world_size(), strict=True))
+
+
 def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
     """Rows of all ranks, in rank order: (B, D) -> (W*B, D).
 
@@ -142,6 +152,18 @@ def save_checkpoint(path: Path, state: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+# What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers
+# (which live under one of two names, as files of NumPy 1 and 2 say). Harmless; for `torch.serialization.safe_globals`.
+_scalar = np.float64(0).__reduce__()[0]
+AUTHORS_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:

@@ -97,9 +97,20 @@ def build_classifier(
     if not len(counts) or counts.min() == 0:
         raise ValueError("Every class needs at least one name and one template.")
     embeddings = encode_texts(encode_text, tokenizer, prompts, batch_size, device, precision, desc="prompts")
-    class_of_prompt = torch.arange(len(names)).repeat_interleave(counts)
-    total = torch.zeros(len(names), embeddings.shape[1]).index_add_(0, class_of_prompt, F.normalize(embeddings, dim=-1))
+    return mean_prompts(embeddings, counts)
+
+
+def mean_prompts(embeddings: Tensor, counts: Tensor) -> Tensor:
+    """(P, D) raw embeddings of all prompts, class by class, counts (C,) prompts a class -> (D, C) unit columns."""
+    total = torch.zeros(len(counts), embeddings.shape[1]).index_add_(0, owners(counts), F.normalize(embeddings, dim=-1))
     return F.normalize(total, dim=-1).T  # the mean has the direction of the sum
+
+
+def owners(counts: Tensor | Sequence) -> Tensor:
+    """Whose each of consecutive items is, if owner i has counts[i] of them, or counts[i] is their list -> int64."""
+    if not torch.is_tensor(counts):
+        counts = torch.tensor([len(items) for items in counts])
+    return torch.arange(len(counts)).repeat_interleave(counts)
 
 
 def _fill(template: str | Callable[[str], str], name: str) -> str:
@@ -265,10 +276,8 @@ def evaluate(
             features, targets = extract_image_features(model.encode_image, loader, device, precision, eval_set.name)
             if eval_set.kind == "retrieval":
                 captions = [caption for of_image in targets for caption in of_image]
-                counts = torch.tensor([len(of_image) for of_image in targets])
                 texts = encode_texts(model.encode_text, tokenizer, captions, batch_size, device, precision, "captions")
-                text_to_image = torch.arange(len(targets)).repeat_interleave(counts)
-                results[eval_set.name] = retrieval_metrics(features, texts, text_to_image)
+                results[eval_set.name] = retrieval_metrics(features, texts, owners(targets))
                 continue
             names, templates = eval_set.classnames, eval_set.templates
             classifier = build_classifier(model.encode_text, tokenizer, names, templates, batch_size, device, precision)

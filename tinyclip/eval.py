@@ -158,7 +158,6 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         flat |= throughput(model, device=process.device, precision=precision)
     if Path(path).is_dir():
         lines = run.read_metrics(Path(path))
-        flat["seconds"] = next(line["seconds"] for line in reversed(lines) if "seconds" in line)
         for key in ("sparsity_reached", "expected_sparsity", "target_sparsity"):
             found = [line[key] for line in lines if key in line]
             flat |= {key: found[-1]} if found else {}
@@ -166,23 +165,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint in results.json and results.md and not repeated without need."""
+    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     if "@" in path and not Path(path).exists():
         return evaluate_run(path, cfg, process)
-    checkpoint = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    folder = checkpoint.parent if Path(path).is_dir() else checkpoint.with_suffix(".eval")
-    unimportant = ("runs", "report", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sources = [checkpoint, *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
-
-    def measure() -> dict[str, float]:
-        metrics = evaluate_run(path, cfg, process)
-        folder.mkdir(exist_ok=True)
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
-        return metrics
-
-    return report.measured(folder / "results.json", setting, sources, measure)
+    return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:

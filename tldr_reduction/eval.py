@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared import data, report, run
 from shared.evalsets import EvalSet
-from shared.zeroshot import evaluate
+from shared.zeroshot import evaluate, owners
 from tldr_reduction.claims import ARMS, METRICS, compare  # noqa: F401
 from tldr_reduction.model import BLIP
 from tldr_reduction.reduce import itm_histogram  # noqa: F401
@@ -121,7 +121,7 @@ def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Conf
     batches = list(EvalSet(folder, transform).batches(cfg.batch_size, cfg.workers))
     images = torch.cat([images for images, _ in batches])
     captions = [of_image for _, targets in batches for of_image in targets]
-    of_text = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(each) for each in captions]))
+    of_text = owners(captions)
     own = [(of_text == image).nonzero().flatten() for image in range(len(captions))]
     ids, mask = tokenizer([pre_caption(text) for texts in captions for text in texts], max_tokens)
     return retrieval_recall(*rerank_scores(blip, images, ids, mask, cfg.k_test), of_text, own)
@@ -193,21 +193,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    folder = Path(path)
-    unimportant = ("runs", "report", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sources = [folder / "checkpoint.pt", *(tar for each in cfg.sets for tar in Path(each).glob("*/*.tar"))]
-    if not sources[0].is_file():
+    if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
-
-    def measure() -> dict[str, float]:
-        metrics = evaluate_run(path, cfg, process)
-        metrics["seconds"] = run.read_metrics(folder)[-1]["seconds"]
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
-        return metrics
-
-    return report.measured(folder / "results.json", setting, sources, measure)
+    return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:

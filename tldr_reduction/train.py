@@ -15,7 +15,6 @@ from pathlib import Path
 
 import open_clip
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from tldr_reduction.model import (
     sampled_codebook,
 )
 from tldr_reduction.text import PROMPT, WordPiece, pre_caption
-from tldr_reduction.views import PairDataset, epoch_loader, eval_transform, open_pairs, train_transform
+from tldr_reduction.views import Collate, PairDataset, eval_transform, open_pairs, train_transform
 
 # --------------------------------------------------------------------------------------------------------- schedules
 
@@ -209,15 +208,6 @@ def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], cfg: Confi
     return {"loss": sum(losses.values()), **losses}, None
 
 
-def over_ranks(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Means over all processes, for the log."""
-    if not dist.is_initialized():
-        return losses
-    values = torch.stack([value.detach().float() for value in losses.values()])
-    dist.all_reduce(values)
-    return dict(zip(losses, values / dist.get_world_size(), strict=True))
-
-
 # -------------------------------------------------------------------------------------------------------- the script
 
 
@@ -343,7 +333,8 @@ def train(cfg: Config, process: run.Process) -> Path:
         broken = list(pairs.broken)
         dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
-        loader = epoch_loader(cfg, process, dataset, tokenizer, start)
+        collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
+        loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (_, images, ids, mask, _) in enumerate(data.watch(batches, broken), start):
             step = per_epoch * epoch + batch + 1
@@ -367,7 +358,7 @@ def train(cfg: Config, process: run.Process) -> Path:
             if codes is not None:
                 used += torch.bincount(run.gather(codes).flatten(), minlength=cfg.num_codes)
             if step % cfg.log_every == 0 or batch == 0:
-                losses = over_ranks(losses)
+                losses = run.over_ranks(losses)
                 if codes is not None:
                     losses["codes_used"] = (used > 0).sum()
                     losses["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)

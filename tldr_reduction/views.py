@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from shared import data, run
-from tldr_reduction.text import PROMPT, WordPiece, pre_caption
+from shared import data
+from tldr_reduction.text import WordPiece, pre_caption
 
 # ------------------------------------------------------------------------------------------------------- transforms
 
@@ -148,20 +148,6 @@ class Collate:
             ids = self.tokenizer(list(captions))
             mask = (ids != 0).long()
         return torch.tensor(rows), torch.stack(images), ids, mask, [b for each in broken for b in each]
-
-
-def epoch_loader(cfg, process: run.Process, dataset: PairDataset, tokenizer, start: int = 0) -> DataLoader:
-    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out."""
-    size = cfg.batch_size // process.world_size
-    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches[: len(dataset) // cfg.batch_size - start],
-        num_workers=cfg.workers,
-        collate_fn=Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else ""),
-        pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
-    )
 
 
 class Rows(Dataset):
