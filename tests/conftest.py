@@ -21,6 +21,9 @@ import torch
 
 from shared import pytest_options
 
+pytest.register_assert_rewrite("scripts")
+from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
+
 DEFAULT = Path(__file__).resolve().parent / "golden"
 deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)
 

@@ -8,33 +8,28 @@ import ast
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
 from attentive_mask_clip import config, timing, train
 from attentive_mask_clip.model import ACLIP, create_model
 from shared import data, run
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCRIPT, SECONDS = "attentive_mask_clip.train", 120
 PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.views", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS, PER_EPOCH = 9, 3
@@ -54,80 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("aclip")
     yield path
     shutil.rmtree(path)
-
-
-# ----------------------------------------------------------------------------------------------------------- scripts
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    count = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-
-        def start(*arguments, module: str = "attentive_mask_clip.train", **environment: str):
-            log = str(folder / f"log{next(count)}")
-            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 120) -> Ended:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
-
-
-@pytest.fixture(scope="module")
-def cli(start):
-    return lambda *arguments, **options: ended(start(*arguments, **options))
-
-
-def finished(result: Ended) -> Ended:
-    assert result.code == 0, result.err
-    return result
-
-
-def metrics(out: Path) -> list[dict]:
-    """Without what may differ from run to run."""
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 # -------------------------------------------------------------------------------------------------------- end to end
@@ -239,24 +160,13 @@ def test_evaluation_during_training_changes_nothing(arms: dict[str, Path], cli, 
 # -------------------------------------------------------------------------------------------------- kill and resume
 
 
-def kill_at(process, out: Path, line: int) -> None:
-    """SIGKILL as soon as metrics.jsonl has so many lines."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
-    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
-
-
 @pytest.mark.parametrize("arm, workers", [("aclip", 0), ("random", 2), ("slip", 0)])
 def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, folder: Path, arm: str, workers: int):
     out = folder / f"killed-{arm}"
     command = [*ARMS[arm], *TINY, "--save-every", "2", "--workers", workers, "--out", out]
     kills = [random.randint(2, 4), random.randint(5, 8)]
     for line in kills:
-        kill_at(start(*command), out, line)
+        kill_at(start(*command), out, line, timeout=120)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(arms[arm]), kills
     state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
@@ -290,20 +200,13 @@ def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path
     assert_equal_runs(arms["aclip"], out)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("arm", ["slip", "attentive"])
 def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, arm: str):
     """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
     out = folder / f"{arm}-2"
     command = [*ARMS[arm], *TINY, "--save-every", "3", "--out", out]
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    first, second = (start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2))
-    kill_at(first, out, 5)
+    first, second = start_two(start, *command)
+    kill_at(first, out, 5, timeout=120)
     second.kill()
     second.join()
     finished(ended(start(*command)))
@@ -345,10 +248,7 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Pat
     assert any("unreadable image" in line for line in reports)
     assert "fewer than --dataset-size 96" in result.out
 
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    both = [
-        start(*command, folder / "broken-2", RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)
-    ]  # with two processes the report counts the samples of both
+    both = start_two(start, *command, folder / "broken-2")  # the report counts the samples of both
     results = [finished(ended(process)) for process in both]
     again = [line for line in results[0].out.splitlines() if "broken samples" in line]
     assert [counts(line) for line in again] == [counts(line) for line in reports]
@@ -363,10 +263,6 @@ def test_strict_names_the_sample(in_process, folder: Path, broken_shards: str):
 
 
 # ------------------------------------------------------------------------------------------------------ command lines
-
-
-def one_sentence(err: str) -> bool:
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
 ERRORS = {
@@ -391,25 +287,6 @@ ERRORS = {
         "--eval-set /nowhere does not exist",
     ),
 }
-
-
-@pytest.fixture
-def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
-    """The script's command line in this process: quicker still, for what ends before training."""
-
-    def call(*arguments, module: str = "attentive_mask_clip.train") -> Ended:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
-        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return Ended(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.mark.parametrize("case", ERRORS)

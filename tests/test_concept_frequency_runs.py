@@ -7,15 +7,10 @@ import argparse
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
-import signal
-import socket
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from scripts import ROOT, ended, kill_when, start_two
 
 from concept_frequency import count, eval, let_it_wag, measure, replay, tagger, train
 from concept_frequency.concepts import load_counts, read_concepts
@@ -32,7 +28,6 @@ from concept_frequency.config import MODELS, PRESETS, Config, check
 from concept_frequency.model import InvertedIndex, query_terms
 from shared import data, run
 
-ROOT = Path(__file__).parent.parent
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
 PIPELINE = "en_core_web_sm"
 TINY = Config(
@@ -40,6 +35,8 @@ TINY = Config(
     image_size=16, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
 )  # fmt: skip
 STEPS = 30
+SCRIPT, SECONDS = "concept_frequency.train", 120
+PRELOAD = ["concept_frequency.eval", "torch.utils.tensorboard"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,44 +61,12 @@ def arms(folder) -> dict[str, Path]:
     return {a: train.main(dataclasses.replace(TINY, out=str(folder / f"{a}-seed0"), **s)) for a, s in settings.items()}
 
 
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
 @pytest.fixture(scope="module")
-def start(folder):
-    """start(module, *arguments, **environment) -> a running script, from a server that has imported what they need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["concept_frequency.eval", "torch.utils.tensorboard"])
-    count_ = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(ROOT))
-
-        def start(module: str, *arguments, **environment: str):
-            log = str(folder / f"log{next(count_)}")
-            where = f"concept_frequency.{module}"
-            process = context.Process(target=script, args=(where, [str(a) for a in arguments], log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 120) -> tuple[int, str, str]:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text()
+def start(start):
+    """start(module, *arguments, **environment) -> a running script of this folder."""
+    return lambda module, *arguments, **environment: start(
+        *arguments, module=f"concept_frequency.{module}", **environment
+    )
 
 
 def flags(cfg, *names: str) -> list[str]:
@@ -159,12 +124,7 @@ def test_finished_run_is_not_run_twice(arms, capsys):
 
 def test_killed_run_ends_with_the_same_weights(arms, start, folder):
     out = folder / "killed"
-    process = start("train", "emoji", *TINY_FLAGS, "--out", out)
-    deadline = time.time() + 100
-    while time.time() < deadline and not (out / "checkpoint.pt").exists():
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill_when(start("train", "emoji", *TINY_FLAGS, "--out", out), (out / "checkpoint.pt").exists, timeout=100)
     assert 0 < run.load_checkpoint(out / "checkpoint.pt")["step"] < STEPS
     code, _, err = ended(start("train", "emoji", *TINY_FLAGS, "--out", out))
     assert code == 0, err
@@ -173,13 +133,8 @@ def test_killed_run_ends_with_the_same_weights(arms, start, folder):
 
 
 def test_two_processes_equal_one(arms, start, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     out = folder / "two"
-    both = [start("train", "emoji", *TINY_FLAGS, "--out", out, **rank, RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)]
-    for process in both:
+    for process in start_two(start, "train", "emoji", *TINY_FLAGS, "--out", out):
         code, _, err = ended(process)
         assert code == 0, err
     same(weights(out), weights(arms["zipf"]), rtol=1e-3, atol=1e-4)
@@ -339,12 +294,7 @@ def test_killed_count_goes_on(tmp_path, start):
         "1",
     ]
     arguments += ["--spacy", PIPELINE, "--query-spacy", PIPELINE]
-    process = start(*arguments)
-    deadline = time.time() + 100
-    while time.time() < deadline and not list(out.glob("parts/*/*.npz")):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill_when(start(*arguments), lambda: list(out.glob("parts/*/*.npz")), timeout=100)
     finished = {
         path: path.stat().st_mtime_ns for path in out.glob("parts/*/*.json") if path.with_suffix(".npz").exists()
     }

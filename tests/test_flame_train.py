@@ -9,26 +9,22 @@ import ast
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import socket
-import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
 from flame import config, embed, longsets, train
 from flame.bank import AuthorsBank, Bank, open_bank
@@ -36,10 +32,10 @@ from flame.embed import embed_captions, read_prompts
 from flame.recaption import read_captions
 from shared import data, run
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
 EVAL = ROOT / "data/emoji/eval"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+SCRIPT, SECONDS = "flame.train", 120
 PRELOAD = ["flame.model", "flame.bank", "shared.zeroshot", "transformers", "torch.utils.tensorboard"]
 IMAGES, STEPS, PER_EPOCH = 160, 15, 5
 
@@ -55,103 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("flame")
     yield path
     shutil.rmtree(path)
-
-
-# ----------------------------------------------------------------------------------------------------------- scripts
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    count = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-
-        def start(*arguments, module: str = "flame.train", **environment: str):
-            log = str(folder / f"log{next(count)}")
-            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 120) -> Ended:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
-
-
-@pytest.fixture(scope="module")
-def cli(start):
-    return lambda *arguments, **options: ended(start(*arguments, **options))
-
-
-def finished(result: Ended) -> Ended:
-    assert result.code == 0, result.err
-    return result
-
-
-def one_sentence(err: str) -> bool:
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-
-
-def metrics(out: Path) -> list[dict]:
-    """Without what may differ from run to run."""
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-@pytest.fixture
-def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
-    """The script's command line in this process: quicker still, for what ends before training."""
-
-    def call(*arguments, module: str = "flame.train") -> Ended:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
-        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return Ended(code, *capsys.readouterr())
-
-    return call
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -256,13 +155,8 @@ def test_embedding_goes_on_where_it_stopped(bank: Path, embed_flags: list, start
 
 
 def test_two_processes_embed_the_same_bank(bank: Path, embed_flags: list, start, folder: Path):
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     out = folder / "two/bank"
-    both = [
-        start(*embed_flags, "--out", out, module="flame.embed", RANK=str(r), LOCAL_RANK=str(r), **peers)
-        for r in range(2)
-    ]
-    for process in both:
+    for process in start_two(start, *embed_flags, "--out", out, module="flame.embed"):
         finished(ended(process))
     for file in sorted(bank.glob("*.npy")):
         np.testing.assert_allclose(np.load(file), np.load(out / file.name), atol=1e-3) if file.stem not in (
@@ -399,17 +293,6 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
 # -------------------------------------------------------------------------------------------------- kill and resume
 
 
-def kill_at(process, out: Path, line: int) -> None:
-    """SIGKILL as soon as metrics.jsonl has so many lines."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
-    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
-
-
 @pytest.mark.parametrize("arm, workers", [("flame", 0), ("flame", 2), ("clip", 0)])
 def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: Path, arm: str, workers: int):
     out = folder / f"killed-{arm}-{workers}"
@@ -427,18 +310,11 @@ def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: P
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("arm", ["flame", "nce", "clip"])
 def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str):
     """The processes get what torchrun would tell them."""
     out = folder / f"two-{arm}"
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    both = [start(*ARMS[arm], *tiny, "--out", out, RANK=str(r), LOCAL_RANK=str(r), **peers) for r in range(2)]
+    both = start_two(start, *ARMS[arm], *tiny, "--out", out)
     for process in both:
         finished(ended(process))
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))

@@ -8,24 +8,17 @@ import ast
 import dataclasses
 import io
 import json
-import multiprocessing
-import os
 import random
 import re
-import runpy
 import shutil
-import signal
-import socket
-import sys
 import tarfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import timm
 import torch
+from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,9 +28,8 @@ from lexvla import text as texts
 from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
 from shared import data, report, run, smollm2
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCRIPT, SECONDS = "lexvla.train", 120
 PRELOAD = ["lexvla.eval", "lexvla.build", "lexvla.text", "transformers.models.llama.modeling_llama",
            "torch.utils.tensorboard"]  # fmt: skip
 STEPS, PER_EPOCH = 15, 5
@@ -86,103 +78,6 @@ def tiny(lm: Path, states: Path) -> list[str]:
     return f"""--data {SHARDS}/00000.tar --dataset-size 160 --lm {lm} --states {states} --image-size 16 --epochs 3
         --adapter-hidden 32 --batch-size 32 --lora-rank 2 --min-count 2 --eval-every 0 --warmup 2 --penalty-warmup 4
         --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1""".split()
-
-
-# ----------------------------------------------------------------------------------------------------------- scripts
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    count = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-
-        def start(*arguments, module: str = "lexvla.train", **environment: str):
-            log = str(folder / f"log{next(count)}")
-            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 120) -> Ended:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
-
-
-@pytest.fixture(scope="module")
-def cli(start):
-    return lambda *arguments, **options: ended(start(*arguments, **options))
-
-
-@pytest.fixture
-def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
-    """The script's command line in this process: quicker still, for what ends before training."""
-
-    def call(*arguments, module: str = "lexvla.train") -> Ended:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
-        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return Ended(code, *capsys.readouterr())
-
-    return call
-
-
-def finished(result: Ended) -> Ended:
-    assert result.code == 0, result.err
-    return result
-
-
-def metrics(out: Path) -> list[dict]:
-    """Without what may differ from run to run."""
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def one_sentence(err: str) -> bool:
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
 # ------------------------------------------------------------------------------------------------------------ captions
@@ -332,17 +227,6 @@ def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path):
     torch.testing.assert_close(plain(ids).logits, model.text.lm(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def kill_at(process, out: Path, line: int) -> None:
-    """SIGKILL as soon as metrics.jsonl has so many lines."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
-    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
-
-
 @pytest.mark.parametrize("arm, workers", [("overuse", 0), ("whole-lm", 2)])
 def test_kill_and_resume_equals_uninterrupted(
     arms: dict[str, Path], start, folder: Path, tiny: list[str], arm: str, workers: int
@@ -351,7 +235,7 @@ def test_kill_and_resume_equals_uninterrupted(
     command = [preset, *tiny, *options, "--save-every", "2", "--workers", workers, "--out", out]
     kills = [random.randint(2, 5), random.randint(7, 13)]
     for line in kills:
-        kill_at(start(*command), out, line)
+        kill_at(start(*command), out, line, timeout=120)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(arms[arm]), kills
     state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
@@ -359,20 +243,13 @@ def test_kill_and_resume_equals_uninterrupted(
         assert same(state[part], expected[part]), (part, kills)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("arm", ["overuse", "dense"])
 def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tiny: list[str], arm: str):
     """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
     out, (preset, *options) = folder / f"two-{arm}", ARMS[arm]
     command = [preset, *tiny, *options, "--save-every", "3", "--out", out]
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    first, second = (start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2))
-    kill_at(first, out, 10)
+    first, second = start_two(start, *command)
+    kill_at(first, out, 10, timeout=120)
     second.kill()
     second.join()
     finished(ended(start(*command)))

@@ -9,9 +9,7 @@ import io
 import json
 import os
 import re
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import metrics, same, start_two
 
 from nmtune import config, datasets, features, finetune, pretrain, study, train
 from nmtune import eval as evaluation
@@ -78,22 +77,9 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def in_process(capsys, monkeypatch):
+def in_process(in_process):
     """A script's command line in this process -> (exit code, stdout, stderr)."""
-
-    def call(module: str, *arguments):
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
-        monkeypatch.setattr(sys, "meta_path", plain)
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+    return lambda module, *arguments: in_process(*arguments, module=module)
 
 
 def start(module: str, *arguments, **environment) -> subprocess.Popen:
@@ -106,20 +92,6 @@ def finished(process: subprocess.Popen) -> str:
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     return out
-
-
-def metrics(out: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def kill_at(process: subprocess.Popen, out: Path, line: int) -> None:
@@ -320,11 +292,7 @@ def test_swapped_captions_are_those_of_other_pairs(pairs):
 
 
 def two(module: str, *arguments) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    both = [start(module, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)]
-    for process in both:
+    for process in start_two(start, module, *arguments):
         finished(process)
 
 

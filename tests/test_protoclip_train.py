@@ -8,34 +8,29 @@ import ast
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
 from protoclip import config, train
 from protoclip.teacher import Teacher
 from shared import data, run
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
 TEACHER = ROOT / "data/emoji/teacher.npz"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCRIPT, SECONDS = "protoclip.train", 60
 PRELOAD = ["protoclip.episodes", "protoclip.model", "protoclip.teacher", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS, PER_EPISODE = 15, 5
@@ -57,80 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("protoclip")
     yield path
     shutil.rmtree(path)
-
-
-# ----------------------------------------------------------------------------------------------------------- scripts
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    count = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-
-        def start(*arguments, module: str = "protoclip.train", **environment: str):
-            log = str(folder / f"log{next(count)}")
-            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 60) -> Ended:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
-
-
-@pytest.fixture(scope="module")
-def cli(start):
-    return lambda *arguments, **options: ended(start(*arguments, **options))
-
-
-def finished(result: Ended) -> Ended:
-    assert result.code == 0, result.err
-    return result
-
-
-def metrics(out: Path) -> list[dict]:
-    """Without what may differ from run to run."""
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -211,17 +132,6 @@ def test_warm_up_and_lit_episodes_are_not_extracted(folder: Path, monkeypatch: p
 # -------------------------------------------------------------------------------------------------- kill and resume
 
 
-def kill_at(process, out: Path, line: int) -> None:
-    """SIGKILL as soon as metrics.jsonl has so many lines."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
-    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, folder: Path, workers: int):
     out = folder / f"killed-{workers}"
@@ -267,22 +177,11 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     assert_equal_runs(one, two)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_two_processes_equal_one_clip(arms: dict[str, Path], start, folder: Path):
     """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
     out = folder / "clip-2"
     command = ["emoji-clip", *TINY, "--save-every", "3", "--out", out]
-
-    def start_two():
-        peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        return [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)]
-
-    first, second = start_two()
+    first, second = start_two(start, *command)
     kill_at(first, out, 7)
     second.kill()
     second.join()
@@ -335,10 +234,7 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Pat
     assert all("1 missing caption" in line and "truncated or damaged tar" in line for line in reports)
     assert any("unreadable image" in line for line in reports)
 
-    port = free_port()  # with two processes the report counts the samples of both
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = ["emoji-clip", *TINY, "--data", broken_shards, "--out", folder / "broken-2"]
-    both = [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)]
+    both = start_two(start, *command, folder / "broken-2")  # the report counts the samples of both
     results = [finished(ended(process)) for process in both]
     assert [line for line in results[0].out.splitlines() if "broken samples" in line] == reports
     assert "broken samples" not in results[1].out
@@ -421,10 +317,6 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
 # ---------------------------------------------------------------------------------------------------- command lines
 
 
-def one_sentence(err: str) -> bool:
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-
-
 ERRORS = {
     "paper preset without data": (["cc3m-rn50"], "--data is missing: it takes image-text shards"),
     "paper preset without teacher": (["cc3m-rn50", "--data", f"{SHARDS}/00000.tar"], "--external-teacher is missing"),
@@ -446,25 +338,6 @@ ERRORS = {
     ),
     "too large a window": (["emoji", "--episode-shards", "2"], "--episode-shards 2 of 1 shards"),
 }
-
-
-@pytest.fixture
-def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
-    """The script's command line in this process: quicker still, for what ends before training."""
-
-    def call(*arguments, module: str = "protoclip.train") -> Ended:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
-        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return Ended(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.mark.parametrize("case", ERRORS)

@@ -9,25 +9,20 @@ import dataclasses
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
 from shared import report, run
 from tinyclip import claims, config, train
@@ -36,9 +31,8 @@ from tinyclip.checkpoints import load_clip
 from tinyclip.inheritance import first_weights
 from tinyclip.network import CLIP, CONFIGS, create_model
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCRIPT, SECONDS = "tinyclip.train", 90
 PRELOAD = ["tinyclip.model", "tinyclip.pairs", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS = 8
@@ -59,84 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("tinyclip")
     yield path
     shutil.rmtree(path)
-
-
-# ----------------------------------------------------------------------------------------------------------- scripts
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported by this test file, but a script starts without
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    count = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-
-        def start(*arguments, module: str = "tinyclip.train", **environment: str):
-            log = str(folder / f"log{next(count)}")
-            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 90) -> Ended:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
-
-
-@pytest.fixture(scope="module")
-def cli(start):
-    return lambda *arguments, **options: ended(start(*arguments, **options))
-
-
-def finished(result: Ended) -> Ended:
-    assert result.code == 0, result.err
-    return result
-
-
-def metrics(out: Path) -> list[dict]:
-    """Without what may differ from run to run."""
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def one_sentence(err: str) -> bool:
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -240,17 +156,6 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
 # -------------------------------------------------------------------------------------------------- kill and resume
 
 
-def kill_at(process, out: Path, line: int) -> None:
-    """SIGKILL as soon as metrics.jsonl has so many lines."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
-    while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= line):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
-
-
 @pytest.mark.parametrize("arm", ["auto", "crops"])
 def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
     """Once before the masks are cut, once after, and in a run that reads and crops while it trains."""
@@ -271,20 +176,13 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("arm", ["auto", "inherited-affinity"])
 def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
     """The processes get what torchrun would tell them."""
     out, teacher = folder / f"two-{arm}", runs["teacher"]
     preset = ["emoji-auto", *MASKS] if arm == "auto" else ["emoji"]
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [*preset, "--teacher", teacher, "--init", teacher, *TINY, "--out", out]
-    for process in [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), **peers) for rank in range(2)]:
+    for process in start_two(start, *command):
         finished(ended(process))
     one, two = ([line for line in metrics(path) if "loss" in line] for path in (runs[arm], out))
     for a, b in zip(one, two, strict=True):
@@ -350,25 +248,6 @@ def test_strict_names_the_sample(cli, folder: Path, broken_shards: str):
 
 
 # ---------------------------------------------------------------------------------------------------- command lines
-
-
-@pytest.fixture
-def in_process(capsys, monkeypatch: pytest.MonkeyPatch):
-    """The script's command line in this process: quicker still, for what ends before training."""
-
-    def call(*arguments, module: str = "tinyclip.train") -> Ended:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
-        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return Ended(code, *capsys.readouterr())
-
-    return call
 
 
 ERRORS = {

@@ -8,24 +8,17 @@ import csv
 import dataclasses
 import io
 import json
-import multiprocessing
-import os
 import random
-import runpy
 import shutil
-import signal
-import socket
-import sys
 import tarfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scripts import ROOT, Ended, ended, finished, free_port, kill_at, kill_when, metrics, same, start_two
 
 from shared import data, run
 from tldr_reduction import config, corpus, train
@@ -33,9 +26,8 @@ from tldr_reduction.reduce import gathered_codes
 from tldr_reduction.text import build_vocab
 from tldr_reduction.views import open_pairs
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
 PRELOAD = ["tldr_reduction.train", "tldr_reduction.views", "shared.zeroshot", "torch.utils.tensorboard"]
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
     --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
@@ -65,83 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 # ----------------------------------------------------------------------------------------------------------- scripts
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    count = iter(range(10**6))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-
-        def start(*arguments, module: str = "train", **environment: str):
-            log = str(folder / f"log{next(count)}")
-            strings = [str(a) for a in arguments]
-            process = context.Process(target=script, args=(f"tldr_reduction.{module}", strings, log, environment))
-            process.log = log
-            process.start()
-            return process
-
-        yield start
-
-
-def ended(process, timeout: float = 120) -> Ended:
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"still running after {timeout} s")
-    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
-
-
-@pytest.fixture(scope="module")
-def cli(start):
-    return lambda *arguments, **options: ended(start(*arguments, **options))
-
-
-def finished(result: Ended) -> Ended:
-    assert result.code == 0, result.err
-    return result
-
-
 def refused(result: Ended, words: str) -> None:
     """Exit code 2 and one sentence with these words."""
     assert result.code == 2, result.err
     lines = result.err.strip().splitlines()
     assert words in result.err and "Traceback" not in result.err, result.err
     assert len([line for line in lines if line.startswith("error:")]) == 1 and len(lines) == 1, result.err
-
-
-def metrics(out: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 # --------------------------------------------------------------------------------------------------------- the chain
@@ -162,7 +83,7 @@ def chain(folder: Path, cli, tiny) -> dict[str, Path]:
     out["models"] = ["--captioner", out["captioner"], "--caption-model", out["finetune"], "--scorer", out["scorer"]]
     reduce = [folder / "pool", "--keep", "0.5", "--clusters", "4", "--chunk", "48", "--max-length", "10"]
     out["command"] = [*reduce, *out["models"]]
-    out["printed"] = finished(cli(*out["command"], "--out", out["reduced"], module="reduce")).out
+    out["printed"] = finished(cli(*out["command"], "--out", out["reduced"], module=REDUCE)).out
     reduced = [*tiny, "--data", out["reduced"] / "shards", "--epochs", "2", "--dataset-size", "64"]
     finished(cli("emoji-clip", *reduced, "--out", out["clip"]))
     finished(cli("emoji-blip", *reduced, "--out", out["blip"]))
@@ -222,10 +143,10 @@ def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
 def test_a_finished_reduction_is_not_run_twice(chain, cli):
     out = chain["reduced"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    result = finished(cli(*chain["command"], "--out", out, module="reduce"))
+    result = finished(cli(*chain["command"], "--out", out, module=REDUCE))
     assert "is finished; nothing to do" in result.out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
-    refused(cli(*chain["command"], "--keep", "0.3", "--out", out, module="reduce"), "another --keep")
+    refused(cli(*chain["command"], "--keep", "0.3", "--out", out, module=REDUCE), "another --keep")
 
 
 ARMS = {
@@ -249,7 +170,7 @@ def test_every_way_to_reduce(chain, cli, folder):
     for name, flags in ARMS.items():
         match = ["--match", chain["reduced"]] if name in ("random", "first", "itm") else []
         out = folder / f"reduced-{name}"
-        finished(cli(*chain["command"], *work, *flags, *match, "--out", out, module="reduce"))
+        finished(cli(*chain["command"], *work, *flags, *match, "--out", out, module=REDUCE))
         with open(out / "report.csv", newline="") as file:
             kept[name] = [line for line in csv.DictReader(file) if line["kept"] == "1"]
         if match:
@@ -274,7 +195,7 @@ def test_annotation_json_in_and_out(chain, cli, folder, tiny):
     (folder / "all.json").write_text(json.dumps(entries))
     out = folder / "from-json"
     options = ["--keep", "0.5", "--clusters", "3", "--captioner", chain["captioner"], "--image-root", folder]
-    finished(cli(folder / "all.json", *options, "--out", out, module="reduce"))
+    finished(cli(folder / "all.json", *options, "--out", out, module=REDUCE))
     written = json.loads((out / "annotation.json").read_text())
     assert 48 <= len(written) <= 51 and all(entry in entries for entry in written) and not (out / "shards").exists()
     data_flags = ["--data", out / "annotation.json", "--image-root", folder, "--dataset-size", "32"]
@@ -284,7 +205,7 @@ def test_annotation_json_in_and_out(chain, cli, folder, tiny):
 def test_the_tool_alone_trains_its_captioner(cli, folder):
     out = folder / "alone"
     command = [folder / "pool", "--keep", "0.25", "--out", out, "--captioner-epochs", "1"]
-    assert "kept" in finished(cli(*command, module="reduce")).out
+    assert "kept" in finished(cli(*command, module=REDUCE)).out
     assert (out / "captioner/checkpoint.pt").exists() and (out / "shards/00000.tar").exists()
     report = json.loads((out / "report.json").read_text())
     assert report["clusters"] == 5 and 40 <= report["kept"] <= 45 and "itm" not in report
@@ -295,37 +216,27 @@ def test_evaluation(chain, cli, folder):
     for arm, run_folder in (("tldr", chain["clip"]), ("blip-tldr", chain["blip"])):
         shutil.copytree(run_folder, folder / f"{arm}-seed0")
     runs = [folder / "tldr-seed0", folder / "blip-tldr-seed0"]
-    result = finished(cli(*runs, *sets, "--k-test", "2", "--report", folder / "report/results.json", module="eval"))
+    result = finished(
+        cli(*runs, *sets, "--k-test", "2", "--report", folder / "report/results.json", module="tldr_reduction.eval")
+    )
     assert "not testable at this scale" in result.out
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
     assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
-    refused(cli(chain["captioner"], *sets, module="eval"), "stage captioner")
+    refused(cli(chain["captioner"], *sets, module="tldr_reduction.eval"), "stage captioner")
 
 
 # --------------------------------------------------------------------------------------------------- kill and resume
-
-
-def kill_at(process, ready) -> None:
-    """SIGKILL as soon as `ready()`."""
-    deadline = time.monotonic() + 120
-    while process.is_alive() and not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
 
 
 @pytest.mark.parametrize("stage", ["captioner", "scorer"])
 def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage):
     out = folder / f"killed-{stage}"
     command = [f"emoji-{stage}", *tiny, "--save-every", "3", "--out", out]
-    log = out / "metrics.jsonl"
     for line in (random.randint(2, 5), random.randint(7, 11)):
-        kill_at(start(*command), lambda line=line: log.exists() and log.read_bytes().count(b"\n") >= line)
+        kill_at(start(*command), out, line, timeout=120)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(chain[stage])
     state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, chain[stage]))
@@ -336,9 +247,9 @@ def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage)
 def test_a_killed_reduction_goes_on(chain, start, cli, folder):
     out = folder / "killed-reduction"
     command = [*chain["command"], "--out", out]
-    kill_at(start(*command, module="reduce"), lambda: len(list(out.glob("work/codes-*/0*.npz"))) >= 2)
+    kill_when(start(*command, module=REDUCE), lambda: len(list(out.glob("work/codes-*/0*.npz"))) >= 2, timeout=120)
     before = {path: path.stat().st_mtime_ns for path in out.glob("work/codes-*/0*.npz")}
-    finished(cli(*command, module="reduce"))
+    finished(cli(*command, module=REDUCE))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar"):
         assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
@@ -347,16 +258,8 @@ def test_a_killed_reduction_goes_on(chain, start, cli, folder):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def peers() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-
-
 def two(start, *arguments, **options) -> list[Ended]:
-    shared = peers()
-    both = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **options) for rank in range(2)]
-    return [finished(ended(process)) for process in both]
+    return [finished(ended(process)) for process in start_two(start, *arguments, **options)]
 
 
 @pytest.mark.parametrize("stage", ["captioner", "clip"])
@@ -372,7 +275,7 @@ def test_two_processes_equal_one(start, cli, folder, tiny, stage):
 
 def test_two_processes_reduce_as_one(chain, start, folder):
     out = folder / "reduced-by-two"
-    two(start, *chain["command"], "--out", out, module="reduce")
+    two(start, *chain["command"], "--out", out, module=REDUCE)
     for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar", "shards/00002.tar"):
         assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
 
@@ -410,7 +313,7 @@ def blip_rank(rank: int, world: int, port: str, path: str) -> None:
 
 def test_two_processes_give_one_blips_gradients(tmp_path):
     blip_rank(0, 1, "", str(tmp_path / "one.pt"))
-    mp.spawn(blip_rank, (2, peers()["MASTER_PORT"], str(tmp_path / "two.pt")), nprocs=2)
+    mp.spawn(blip_rank, (2, free_port(), str(tmp_path / "two.pt")), nprocs=2)
     one, both = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     for name, expected in one.items():
         torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -440,7 +343,7 @@ def test_broken_samples_are_counted(cli, folder, tiny, chain, broken):
     reports = [line for line in result.out.splitlines() if "broken samples" in line]
     assert len(reports) == 3 and all("truncated or damaged tar" in line for line in reports)
     options = ["--clusters", "3", "--captioner", chain["captioner"]]
-    result = finished(cli(broken, *options, "--out", folder / "broken-reduction", module="reduce"))
+    result = finished(cli(broken, *options, "--out", folder / "broken-reduction", module=REDUCE))
     assert "broken samples, left out" in result.out and "unreadable image" in result.out
     with open(folder / "broken-reduction/report.csv", newline="") as file:
         lines = {line["key"]: line for line in csv.DictReader(file)}
@@ -448,7 +351,7 @@ def test_broken_samples_are_counted(cli, folder, tiny, chain, broken):
     assert lines["mute"]["reason"] == "broken: empty caption"
     refused(cli(*flags, "--strict", "--out", folder / "strict"), "--strict")
     flags = [broken, *options, "--strict", "--out", folder / "strict-reduction"]
-    refused(cli(*flags, module="reduce"), "--strict")
+    refused(cli(*flags, module=REDUCE), "--strict")
 
 
 # --------------------------------------------------------------------------------------------------- command lines
@@ -491,9 +394,9 @@ def test_wrong_reduction_flags(cli, folder, chain):
         ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
         ([pool, "--match", folder], "holds no report.json"),
     ):
-        refused(cli(*arguments, *out, module="reduce"), words)
+        refused(cli(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
-    refused(cli("--source", folder, module="corpus"), "is not the embedded corpus")
+    refused(cli("--source", folder, module="tldr_reduction.corpus"), "is not the embedded corpus")
 
 
 def test_a_run_never_goes_on_as_another(chain, cli, tiny, folder):

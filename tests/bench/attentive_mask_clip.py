@@ -9,13 +9,11 @@ Theirs runs on today's timm with the plain attention of the timm 0.5.4 that it a
 """
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import gc
 import logging
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_attentive_mask_clip as parity
+from . import attention, print_row, race, shown
 
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
     "small": (
@@ -46,36 +45,6 @@ GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, preci
         512, 4096, 256, 4,
     ),
 }  # fmt: skip
-
-
-def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
-    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
-    counted. A call does `per` units of work."""
-    seconds = []
-    for repetition in range(-1, repetitions):
-        turn = {}
-        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
-            gc.collect()
-            start = time.perf_counter()
-            function()
-            turn[function] = (time.perf_counter() - start) / per
-        if repetition >= 0:
-            seconds.append((turn[ours], turn[theirs]))
-        if sys.stderr.isatty():
-            print(f"\r\033[K{name}: {repetition + 1}/{repetitions}", end="", file=sys.stderr, flush=True)
-    return name, seconds
-
-
-def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
-    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
-    ratios = [theirs / ours for ours, theirs in seconds]
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
-    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def shown(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def peak_memory(step: Callable) -> float | None:
@@ -95,17 +64,6 @@ def resident(what: str) -> int:
     """kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(what)))
-
-
-@contextlib.contextmanager
-def attention(flash: bool):
-    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(flash)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_flash_sdp(before)
 
 
 # ------------------------------------------------------------------------------------------------- against the authors

@@ -13,11 +13,8 @@ import dataclasses
 import io
 import logging
 import statistics
-import sys
-import time
 import warnings
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,36 +30,7 @@ from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_flame as parity
-
-
-def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
-    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
-    counted. A call does `per` units of work."""
-    seconds = []
-    for repetition in range(-1, repetitions):
-        turn = {}
-        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
-            start = time.perf_counter()
-            function()
-            turn[function] = (time.perf_counter() - start) / per
-        if repetition >= 0:
-            seconds.append((turn[ours], turn[theirs]))
-        if sys.stderr.isatty():
-            print(f"\r\033[K{name}: {repetition + 1}/{repetitions}", end="", file=sys.stderr, flush=True)
-    return name, seconds
-
-
-def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
-    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
-    ratios = [theirs / ours for ours, theirs in seconds]
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
-    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def shown(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
+from . import print_row, race
 
 # --------------------------------------------------------------------------------------------------------- embedding
 

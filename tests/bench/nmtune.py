@@ -24,6 +24,7 @@ from shared.report import machine
 
 from ..parity import check_commit
 from ..parity import test_nmtune as parity
+from . import race
 
 WEIGHTS = (1.0, 0.04, 0.001)
 
@@ -35,20 +36,6 @@ def row(name: str, seconds: list[tuple[float, float]], target: str = "", note: s
     spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
     cells = name, f"{ours:.2f} ms", f"{theirs:.2f} ms", f"{statistics.median(ratios):.2f}", spread, str(len(ratios))
     print("| " + " | ".join((*cells, target, note)) + " |", flush=True)
-
-
-def race(ours, theirs, repetitions: int) -> list[tuple[float, float]]:
-    """Seconds of each repetition, the two taking turns at going first; the first repetition is not counted."""
-    seconds = []
-    for repetition in range(-1, repetitions):
-        turn = {}
-        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
-            start = time.perf_counter()
-            function()
-            turn[function] = time.perf_counter() - start
-        if repetition >= 0:
-            seconds.append((turn[ours], turn[theirs]))
-    return seconds
 
 
 def textbook_terms() -> dict:
@@ -72,10 +59,11 @@ def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
         )
         gap = (gradient - own_gradient).abs().max().item()
         seconds = race(
+            "",
             lambda name=name: parity.value_and_gradient(parity.OUR_TERMS[name], z, f),
             lambda name=name: parity.value_and_gradient(theirs[name], z, f),
             repetitions,
-        )
+        )[1]
         note = f"values within {(value - own_value).abs().item():.0e}, gradients within {gap:.0e}"
         row(f"L_{name.upper()}, n={n}, D={dim}, forward and backward", seconds, target, note)
 
@@ -129,7 +117,7 @@ def clip_step(repetitions: int) -> None:
             out = theirs(images, tokens)
             loss(**out).backward()
 
-    row("CLIP step, ViT-emoji, batch 128, bf16, against open_clip", race(ours, open_clips, repetitions), ">= 1")
+    row("CLIP step, ViT-emoji, batch 128, bf16, against open_clip", race("", ours, open_clips, repetitions)[1], ">= 1")
 
 
 def main() -> None:

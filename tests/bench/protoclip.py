@@ -6,12 +6,8 @@ of megvii-research/protoclip@fde1933; without it only open_clip's training step 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import logging
-import platform
-import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -28,64 +24,19 @@ from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
 from protoclip import model, train
-from shared import run
+from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_protoclip as parity
+from . import attention, print_row, race
 
 CPU = run.Process(0, 1, torch.device("cpu"))
-
-
-def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
-    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
-    counted. A call does `per` units of work.
-    """
-    seconds = []
-    for repetition in range(-1, repetitions):
-        turn = {}
-        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
-            start = time.perf_counter()
-            function()
-            turn[function] = (time.perf_counter() - start) / per
-        if repetition >= 0:
-            seconds.append((turn[ours], turn[theirs]))
-        progress(f"{name}: {repetition + 1}/{repetitions}")
-    progress("")
-    return name, seconds
-
-
-def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
-    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
-    ratios = [theirs / ours for ours, theirs in seconds]
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
-    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def shown(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def clustered(n: int, k: int, dim: int) -> torch.Tensor:
     """(n, dim) unit rows around k directions."""
     centres = F.normalize(torch.randn(k, dim), dim=-1)
     return F.normalize(centres[torch.randint(0, k, (n,))] + 0.6 * torch.randn(n, dim) / dim**0.5, dim=-1)
-
-
-@contextlib.contextmanager
-def attention(flash: bool):
-    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(flash)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_flash_sdp(before)
 
 
 # ------------------------------------------------------------------------------------------------------- prototypes
@@ -243,14 +194,6 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ script
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, help="clone of megvii-research/protoclip at fde1933")
@@ -267,8 +210,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
-    libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
-    print(f"{processor()}, {torch.get_num_threads()} threads, {libraries}\n")
+    libraries = f"open_clip {open_clip.__version__}"
+    print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
     print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
 
     if options.upstream is not None:

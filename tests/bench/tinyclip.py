@@ -7,13 +7,9 @@ step is left out.
 """
 
 import argparse
-import contextlib
 import logging
-import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +20,7 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
-from shared import run
+from shared import report, run
 from tinyclip import model, network, train
 from tinyclip.checkpoints import open_clip_config
 from tinyclip.config import Stage
@@ -32,45 +28,7 @@ from tinyclip.eval import macs, throughput
 
 from ..parity import check_commit
 from ..parity import test_tinyclip as parity
-
-
-def race(ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> list[tuple[float, float]]:
-    """Seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before is not
-    counted. A call does `per` units of work.
-    """
-    seconds = []
-    for repetition in range(-1, repetitions):
-        turn = {}
-        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
-            start = time.perf_counter()
-            function()
-            turn[function] = (time.perf_counter() - start) / per
-        if repetition >= 0:
-            seconds.append((turn[ours], turn[theirs]))
-    return seconds
-
-
-def print_row(name: str, seconds: list, target: str = "") -> None:
-    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
-    ratios = [theirs / ours for ours, theirs in seconds]
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
-    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def shown(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-@contextlib.contextmanager
-def attention(flash: bool):
-    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(flash)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_flash_sdp(before)
+from . import attention, print_row, race
 
 
 def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
@@ -92,7 +50,7 @@ def affinity(up, n: int, repetitions: int) -> None:
         lambda *x: theirs(*x, 50.0, *teacher, 50.0),
     )
     ours, theirs = (partial(parity.with_gradients, function, *features) for function in functions)
-    print_row(f"affinity mimicking, {n} pairs, forward and backward", race(ours, theirs, repetitions))
+    print_row(*race(f"affinity mimicking, {n} pairs, forward and backward", ours, theirs, repetitions))
 
 
 def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what: str) -> None:
@@ -116,8 +74,8 @@ def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what:
             train.train_step(student, answer, images, text, step, stage, optimizers)
 
     epochs = iter(range(10, 10**6))
-    seconds = race(ours, lambda: one_pass(batches, next(epochs)), repetitions, steps)
-    print_row(f"masked step, ViT-B/32, batch {batch}, fp32, {what}", seconds, ">= 1.2")
+    name = f"masked step, ViT-B/32, batch {batch}, fp32, {what}"
+    print_row(*race(name, ours, lambda: one_pass(batches, next(epochs)), repetitions, steps), ">= 1.2")
 
 
 def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: int = 256) -> None:
@@ -154,8 +112,8 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
             train.train_step(student, None, images, tokens, step, stage, optimizers, precision)
 
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
-        seconds = race(ours, partial(theirs, flash), repetitions, steps)
-        print_row(f"contrastive step, emoji-50, batch {batch}, {precision}: open_clip {what}", seconds, ">= 1")
+        name = f"contrastive step, emoji-50, batch {batch}, {precision}: open_clip {what}"
+        print_row(*race(name, ours, partial(theirs, flash), repetitions, steps), ">= 1")
 
 
 # --------------------------------------------------------------------------------------------------------- throughput
@@ -213,14 +171,6 @@ def proportions(rounds: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- script
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, help="clone of wkcn/TinyCLIP at ad981bf")
@@ -235,11 +185,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
-    libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
-    print(f"{processor()}, {torch.get_num_threads()} threads, {libraries}\n")
+    libraries = f"open_clip {open_clip.__version__}"
+    print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
     if options.only != "throughput":
         print(
-            "| what | ours | theirs | theirs/ours | min .. max | repetitions | target |\n|" + " --- |" * 7, flush=True
+            "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True
         )
         if options.upstream is not None:
             check_commit(options.upstream, "ad981bf")

@@ -7,10 +7,46 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
+import torch.nn.functional as F
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """For suites that import it."""
+    torch.manual_seed(0)
+
+
+def clone_of(request: pytest.FixtureRequest, repository: str, commit: str) -> Path:
+    """What --upstream names; without it the tests are skipped."""
+    path = request.config.getoption("--upstream", default=None)
+    if path is None:
+        pytest.skip(f"needs --upstream PATH, a clone of {repository} at {commit}")
+    check_commit(path, commit)
+    return path
+
+
+def printed(request: pytest.FixtureRequest, table: "Table", title: str) -> Iterator["Table"]:
+    """The body of a suite's `table` fixture: shown after the last test, captured or not."""
+    yield table
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\n{title} against ours\n\n{table}\n")
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def with_gradients(function, *inputs):
+    """(value, gradients of all inputs) of a scalar function."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    return value.detach(), torch.autograd.grad(value, inputs)
 
 
 def check_commit(path: Path, commit: str) -> None:

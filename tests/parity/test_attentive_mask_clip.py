@@ -27,7 +27,7 @@ from PIL import Image
 from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip import losses, model, train, views
 
-from . import Table, check_commit, import_beside, race
+from . import Table, check_commit, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
 
 GRID = 14  # hard-wired upstream
 VIT = dict(img_size=28, patch_size=2, embed_dim=24, depth=3, num_heads=3, num_classes=0)
@@ -60,10 +60,7 @@ def on_cpu():
 
 @pytest.fixture(scope="module")
 def up(request):
-    path = request.config.getoption("--upstream", default=None)
-    if path is None:
-        pytest.skip("needs --upstream PATH, a clone of microsoft/A-CLIP at 0e51942")
-    check_commit(path, "0e51942")
+    path = clone_of(request, "microsoft/A-CLIP", "0e51942")
     with on_cpu():
         yield load(path)
 
@@ -89,15 +86,7 @@ class TwoClones(Table):
 
 @pytest.fixture(scope="module")
 def table(request, up):
-    table = TwoClones(up.root)
-    yield table
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\nA-CLIP, microsoft/A-CLIP@0e51942 against ours\n\n{table}\n")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+    yield from printed(request, TwoClones(up.root), "A-CLIP, microsoft/A-CLIP@0e51942")
 
 
 # -------------------------------------------------------------------------------------------------------------- twins

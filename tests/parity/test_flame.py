@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flame import bank, embed, model, train
 from flame import eval as evaluation
 
-from . import Table, check_commit, import_beside, race
+from . import Table, clone_of, import_beside, printed, race, seeded, unit, with_gradients  # noqa: F401  (seeded: autouse)
 
 VISION = dict(image_size=24, layers=2, width=32, head_width=8, patch_size=8, pool_type="avg")
 
@@ -39,35 +39,13 @@ def load(path: str | Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def up(request):
-    path = request.config.getoption("--upstream", default=None)
-    if path is None:
-        pytest.skip("needs --upstream PATH, a clone of MIV-XJTU/FLAME at 4d2b9a9")
-    check_commit(path, "4d2b9a9")
+    path = clone_of(request, "MIV-XJTU/FLAME", "4d2b9a9")
     return load(path)
 
 
 @pytest.fixture(scope="module")
 def table(request, up):
-    table = Table(up.root)
-    yield table
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\nFLAME, MIV-XJTU/FLAME@4d2b9a9:src/ against ours\n\n{table}\n")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape), dim=-1)
-
-
-def with_gradients(function, *inputs):
-    """(value, gradients of all inputs) of a scalar function."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    value = function(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs)
+    yield from printed(request, Table(up.root), "FLAME, MIV-XJTU/FLAME@4d2b9a9:src/")
 
 
 # ------------------------------------------------------------------------------------------------------------- texts

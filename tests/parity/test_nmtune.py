@@ -21,7 +21,7 @@ from torch import nn
 
 from nmtune import analysis, features, finetune, model, noise, train
 
-from . import Table, check_commit, import_beside, race
+from . import Table, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
 
 D, CLASSES, BATCH = 24, 5, 8
 ARGS = dict(  # their flags, those of their README where the scale allows
@@ -105,24 +105,13 @@ def on_cpu():
 
 @pytest.fixture(scope="module")
 def up(request):
-    path = request.config.getoption("--upstream", default=None)
-    if path is None:
-        pytest.skip("needs --upstream PATH, a clone of Hhhhhhao/Noisy-Model-Learning at f249dce")
-    check_commit(path, "f249dce")
+    path = clone_of(request, "Hhhhhhao/Noisy-Model-Learning", "f249dce")
     return load(path)
 
 
 @pytest.fixture(scope="module")
 def table(request, up):
-    table = Table(up.root)
-    yield table
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\nNMTune, Hhhhhhao/Noisy-Model-Learning@f249dce against ours\n\n{table}\n")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+    yield from printed(request, Table(up.root), "NMTune, Hhhhhhao/Noisy-Model-Learning@f249dce")
 
 
 class Block:

@@ -23,7 +23,7 @@ from protoclip import episodes, model, teacher, train
 from protoclip import eval as evaluation
 from shared import data, run, zeroshot
 
-from . import Table, check_commit, import_beside, race, run_block, run_line
+from . import Table, clone_of, import_beside, printed, race, run_block, run_line, seeded, unit, with_gradients  # noqa: F401  (seeded: autouse)
 
 VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 RESNET = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "head_width": 16}
@@ -94,36 +94,14 @@ def on_cpu():
 
 @pytest.fixture(scope="module")
 def up(request):
-    path = request.config.getoption("--upstream", default=None)
-    if path is None:
-        pytest.skip("needs --upstream PATH, a clone of megvii-research/protoclip at fde1933")
-    check_commit(path, "fde1933")
+    path = clone_of(request, "megvii-research/protoclip", "fde1933")
     with on_cpu():
         yield load(path)
 
 
 @pytest.fixture(scope="module")
 def table(request, up):
-    table = Table(up.root)
-    yield table
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\nProtoCLIP, megvii-research/protoclip@fde1933:src/ against ours\n\n{table}\n")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape), dim=-1)
-
-
-def with_gradients(function, *inputs):
-    """(value, gradients of all inputs) of a scalar function."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    value = function(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs)
+    yield from printed(request, Table(up.root), "ProtoCLIP, megvii-research/protoclip@fde1933:src/")
 
 
 def twins(up, vision=VIT, embed_dim=24, text=TEXT, **heads):

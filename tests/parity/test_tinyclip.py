@@ -16,7 +16,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from tinyclip import checkpoints, inheritance, model, network, pairs, train
@@ -24,7 +23,7 @@ from tinyclip import eval as evaluation
 from tinyclip import masks as own_masks
 from tinyclip.config import Stage
 
-from . import Table, check_commit, import_beside, race
+from . import Table, clone_of, import_beside, printed, race, seeded, unit  # noqa: F401  (seeded: autouse)
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 3, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 3}
@@ -70,29 +69,14 @@ def process_group():
 
 @pytest.fixture(scope="module")
 def up(request):
-    path = request.config.getoption("--upstream", default=None)
-    if path is None:
-        pytest.skip("needs --upstream PATH, a clone of wkcn/TinyCLIP at ad981bf")
-    check_commit(path, "ad981bf")
+    path = clone_of(request, "wkcn/TinyCLIP", "ad981bf")
     with process_group():
         yield load(path)
 
 
 @pytest.fixture(scope="module")
 def table(request, up):
-    table = Table(up.root)
-    yield table
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\nTinyCLIP, wkcn/TinyCLIP@ad981bf:src/ against ours\n\n{table}\n")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape), dim=-1)
+    yield from printed(request, Table(up.root), "TinyCLIP, wkcn/TinyCLIP@ad981bf:src/")
 
 
 def inputs(n=4, vision=VISION, text=TEXT):

@@ -22,7 +22,7 @@ from shared import run
 from tldr_reduction import cluster, model, output, reduce, towers, train
 from tldr_reduction.checkpoints import load_blip
 
-from . import Table, check_commit, import_beside, race
+from . import Table, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
 
 VISION, TEXT = (
     dict(image_size=32, patch_size=8, width=32, layers=2, heads=4),
@@ -125,24 +125,13 @@ def statements(path: Path, first: str, last: str, **names) -> dict:
 
 @pytest.fixture(scope="module")
 def up(request):
-    path = request.config.getoption("--upstream", default=None)
-    if path is None:
-        pytest.skip("needs --upstream PATH, a clone of showlab/datacentric.vlp at a488102")
-    check_commit(path, "a488102")
+    path = clone_of(request, "showlab/datacentric.vlp", "a488102")
     return load(path)
 
 
 @pytest.fixture(scope="module")
 def table(request, up):
-    table = Table(up.root)
-    yield table
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n\nTL;DR, showlab/datacentric.vlp@a488102 against ours\n\n{table}\n")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+    yield from printed(request, Table(up.root), "TL;DR, showlab/datacentric.vlp@a488102")
 
 
 # ------------------------------------------------------------------------------------------------------------ models

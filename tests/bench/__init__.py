@@ -1,0 +1,59 @@
+"""What the benches share: two functions raced in turns, the row that shows it, attention's kernel set aside."""
+
+import contextlib
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
+    """name, and seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before
+    is not counted. A call does `per` units of work.
+    """
+    seconds = []
+    for repetition in range(-1, repetitions):
+        turn = {}
+        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
+            gc.collect()
+            start = time.perf_counter()
+            function()
+            turn[function] = (time.perf_counter() - start) / per
+        if repetition >= 0:
+            seconds.append((turn[ours], turn[theirs]))
+        progress(f"{name}: {repetition + 1}/{repetitions}")
+    progress("")
+    return name, seconds
+
+
+def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
+    """Medians, the median of ratios theirs/ours with its extremes, and the number of repetitions, as a Markdown row."""
+    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = [theirs / ours for ours, theirs in seconds]
+    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def shown(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def progress(text: str) -> None:
+    """One line on a terminal, which the next replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def attention(flash: bool):
+    """With or without the flash kernel of attention, which `shared.run.setup` switches off on a CPU."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)

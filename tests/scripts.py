@@ -1,0 +1,155 @@
+"""What the end-to-end tests share: scripts started in processes of their own, waited for, killed, compared.
+
+A test module says which script it is about and what that imports:
+
+    SCRIPT = "protoclip.train"              # what `start`, `cli` and `in_process` run unless told otherwise
+    PRELOAD = ["protoclip.model", ...]      # imported by the server whose forks the scripts are: 4 seconds less each
+    SECONDS = 60                            # how long `ended` waits
+    ENVIRONMENT = {...}                     # optional, of the scripts; the default is below
+
+and has a fixture `folder`, of module scope, for logs and run folders.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from shared import run
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m module arguments` in this process."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # imported by a test file, but a script starts without
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def start(request: pytest.FixtureRequest, folder: Path):
+    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
+    tests = request.module
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(tests.PRELOAD)
+    count = iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in getattr(tests, "ENVIRONMENT", ENVIRONMENT).items():
+            patch.setenv(name, value)
+
+        def start(*arguments, module: str = tests.SCRIPT, **environment: str):
+            log = str(folder / f"log{next(count)}")
+            process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
+            process.log, process.seconds = log, tests.SECONDS
+            process.start()
+            return process
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def cli(start):
+    return lambda *arguments, **options: ended(start(*arguments, **options))
+
+
+@pytest.fixture
+def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.MonkeyPatch):
+    """The script's command line in this process: quicker still, for what ends before training."""
+
+    def call(*arguments, module: str | None = None) -> Ended:
+        module = module or request.module.SCRIPT
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
+        monkeypatch.setattr(sys, "meta_path", plain)  # pytest's loader, which runpy cannot use
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+def ended(process) -> Ended:
+    process.join(process.seconds)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"still running after {process.seconds} s")
+    return Ended(process.exitcode, Path(process.log + ".out").read_text(), Path(process.log + ".err").read_text())
+
+
+def finished(result: Ended) -> Ended:
+    assert result.code == 0, result.err
+    return result
+
+
+def one_sentence(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def kill_when(process, ready: Callable[[], bool], timeout: float = 60) -> None:
+    """SIGKILL as soon as `ready()`."""
+    deadline = time.monotonic() + timeout
+    while process.is_alive() and not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, ended(process)
+
+
+def kill_at(process, out: Path, line: int, timeout: float = 60) -> None:
+    """SIGKILL as soon as metrics.jsonl has so many lines."""
+    log = out / "metrics.jsonl"
+    kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, timeout)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_two(start, *arguments, **options) -> list:
+    """The script in two processes, which get what torchrun would tell them."""
+    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **peers, **options) for rank in range(2)]
+
+
+def metrics(out: Path) -> list[dict]:
+    """Without what may differ from run to run."""
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
