@@ -182,7 +182,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         for folder in cfg.rerank:
             recall = reranked(model, tokenizer, transform, folder, cfg, settings.max_tokens)
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
-    if Path(settings.data).is_dir():
+    if settings.data and Path(settings.data).is_dir():
         flat |= data_metrics(settings.data)
     flat["samples_seen"] = settings.epochs * (flat.get("data/pairs", 0) // settings.batch_size) * settings.batch_size
     lines = [line for line in run.read_metrics(Path(path)) if "loss_ita" in line]
