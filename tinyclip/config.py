@@ -140,8 +140,8 @@ FIRST = "runs/tinyclip/{}"  # where a second stage finds the first, unless --ini
 
 EMOJI = Config(
     data="data/emoji/train", model="emoji-50",
-    teacher=FIRST.format("teacher-seed0"), init=FIRST.format("teacher-seed0"), steps=600, batch_size=256, lr=1e-3,
-    warmup=30, augmentation="none", keep_in_memory=True, workers=0, save_every=200, eval_every=60,
+    teacher=FIRST.format("teacher-seed0"), init=FIRST.format("teacher-seed0"), steps=300, batch_size=256, lr=1e-3,
+    warmup=30, augmentation="none", keep_in_memory=True, workers=0, save_every=100, eval_every=30,
 )  # fmt: skip
 # Gates move by at most the mask learning rate a step, from 4.6 to below -4.6: few steps need a larger one.
 EMOJI_AUTO = replace(
@@ -160,7 +160,7 @@ PRESETS = {
         "the teacher of the emoji presets: a CLIP trained from scratch with the contrastive loss",
         replace(
             EMOJI, model="emoji-100", teacher=None, init=None, alpha=0.0, logit_scale=None, augmentation="crop",
-            keep_in_memory=False, steps=700,
+            keep_in_memory=False, steps=700, save_every=200, eval_every=60,
         ),
     ),
     "emoji-contrastive": (
