@@ -20,9 +20,9 @@ ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "inherited-affinity": "50 %: inherited, affinity = TinyCLIP by hand",
     "random-channels": "50 %: random channels and layers, affinity",
     "auto": "50 %: learned masks = TinyCLIP auto",
-    "auto-half": "50 %: learned masks, half the steps",
-    "auto-progressive": "25 %: from the one above, the other half",
-    "auto-oneshot": "25 %: in one stage, all steps",
+    "auto-half": "50 %: learned masks, 200 steps",
+    "auto-progressive": "25 %: from the one above, 200 steps more",
+    "auto-oneshot": "25 %: in one stage of 400 steps",
 }
 METRICS = {
     "names_ood/top1": "names OOD",
