@@ -168,7 +168,7 @@ SMALL = dict(
     min_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
 EMOJI = Config(data=POOL, epochs=10, lr_decay_rate=0.75, **SMALL)
-EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=8, lr_decay_rate=0.65, warmup_steps=15, eval_every=2)
+EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup_steps=15, eval_every=2)
 PRESETS = {
     "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
     "emoji-finetune": (

@@ -34,10 +34,7 @@ EMOJI = "data/emoji/eval/"
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of stages clip or blip."""
-    sets: tuple[str, ...] = tuple(
-        EMOJI + name
-        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
-    )
+    sets: tuple[str, ...] = tuple(EMOJI + name for name in ("names_id", "names_ood", "subgroups_ood", "retrieval_ood"))
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     rerank: tuple[str, ...] = (EMOJI + "retrieval_ood",)
     """Retrieval sets on which a blip's candidates are ranked again by matching."""

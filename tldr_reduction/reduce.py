@@ -345,8 +345,9 @@ def main(cfg: Config) -> None:
         join = refined if cfg.captions == "refined" else lambda original, text: text
         captions = {row: join(captions[row], text) if text else captions[row] for row, text in generated.items()}
     seconds["captions"] = time.perf_counter() - started
-    mark = data.stable_hash(*captions.items()) if cfg.scorer else 0
-    after = reduction.scores(ascending, captions, f"itm-after-{mark:016x}") if cfg.scorer else None
+    after = before[ascending] if cfg.scorer else None
+    if cfg.scorer and cfg.captions != "original":
+        after = reduction.scores(ascending, captions, f"itm-after-{data.stable_hash(*captions.items()):016x}")
 
     # Output
     started = time.perf_counter()

@@ -25,13 +25,16 @@ tldr/reduce/tldr50      = --keep 0.5
 $(foreach p,10 30 50 70,$(foreach s,random itm,$(eval tldr/reduce/drop-$(s)$(p) = --select $(s) --captions original --keep 0.$(shell expr 100 - $(p)))))
 
 # arms: ARM trains on reduction ARM (full: the pool); ARM-steps as many steps as the pool gives, with the same decay
-tldr/steps        = --epochs 31 --lr-decay-rate 0.895 --eval-every 8
-tldr/steps/tldr10 = --epochs 77 --lr-decay-rate 0.956 --eval-every 20
-tldr/steps/tldr50 = --epochs 16 --lr-decay-rate 0.806 --eval-every 4
+tldr/steps        = --epochs 27 --lr-decay-rate 0.876 --eval-every 7
+tldr/steps/tldr10 = --epochs 68 --lr-decay-rate 0.949
+tldr/steps/tldr50 = --epochs 14 --lr-decay-rate 0.775
+tldr/steps/blip   = --epochs 20 --lr-decay-rate 0.836 --batch-size 64 --eval-every 5
+TLDR_CURVES       = full full-refined random-steps random-refined-steps codes-steps tldr-steps blip-tldr-steps
 TLDR_from   = $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_arm)))
 TLDR_data   = $(if $(filter-out full,$(TLDR_from)),--data $(TLDR)/reduced/$(TLDR_from)-seed$(TLDR_seed)/shards)
 TLDR_preset = $(if $(filter blip-%,$(TLDR_arm)),emoji-blip,emoji-clip)
-TLDR_budget = $(if $(filter %-steps,$(TLDR_arm)),$(or $(tldr/steps/$(TLDR_from)),$(tldr/steps)))
+TLDR_budget = $(if $(filter %-steps,$(TLDR_arm)),$(or $(tldr/steps/$(if $(filter blip-%,$(TLDR_arm)),blip,$(TLDR_from))),$(tldr/steps))) \
+	$(if $(filter $(TLDR_CURVES),$(TLDR_arm)),,--eval-every 0)
 
 TLDR_ARMS = $(or $(TLDR_ARMS_$(ARMS)),$(ARMS))
 TLDR_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(TLDR_ARMS),$(TLDR)/$(arm)-seed$(seed)))

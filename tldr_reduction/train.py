@@ -309,6 +309,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     size = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
     size = size[0] if isinstance(size, tuple) else size
     view = train_transform(size, cfg.min_scale, cfg.flip, cfg.augment)
+    collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
@@ -334,7 +335,6 @@ def train(cfg: Config, process: run.Process) -> Path:
         broken = list(pairs.broken)
         dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
-        collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
         loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (_, images, ids, mask, _) in enumerate(data.watch(batches, broken), start):
