@@ -223,6 +223,7 @@ def test_evaluation(chain, cli, folder):
     assert "not testable at this scale" in result.out
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
     assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
+    assert 0 <= clip["data/generated_right"] <= 100 and "itm/auc" not in clip  # all captions here are true
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000

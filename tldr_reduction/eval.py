@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
 from torch import Tensor
 
 from shared import data, report, run
@@ -139,7 +139,8 @@ def descriptions(folder: str | Path) -> dict[str, dict]:
 
 
 def data_metrics(spec: str) -> dict[str, float]:
-    """What a run was trained on: pairs, distinct emoji, ITM before and after, agreement of clusters and subgroups."""
+    """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
+    generated captions with true names, ITM scores with the injected noise."""
     samples = descriptions(spec)
     metrics = {"data/pairs": len(samples), "data/emoji": len({d.get("hexcode") for d in samples.values()})}
     if all("noise" in d for d in samples.values()):
@@ -151,12 +152,19 @@ def data_metrics(spec: str) -> dict[str, float]:
     for when, values in summary.get("itm", {}).items():
         metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
-    if "clusters" in summary:
-        everything = descriptions(json.loads((folder / "config.json").read_text())["data"])
-        with open(folder / "report.csv", newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file) if line["cluster"]]
-        subgroups = [everything[line["key"]]["subgroup"] for line in lines]
-        metrics["data/nmi"] = 100 * normalized_mutual_info_score(subgroups, [line["cluster"] for line in lines])
+    everything = descriptions(json.loads((folder / "config.json").read_text())["data"])
+    with open(folder / "report.csv", newline="", encoding="utf-8") as file:
+        lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
+    if clustered := [line for line in lines if line.get("cluster")]:
+        labels = ([line[name] for line in clustered] for name in ("subgroup", "cluster"))
+        metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
+    if written := [line for line in lines if line["generated"]]:  # T_g that is the emoji's true name
+        right = sum(pre_caption(line["name"]) == line["generated"] for line in written)
+        metrics["data/generated_right"] = 100 * right / len(written)
+    told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
+    if len({line["noise"] for line in told}) == 2:  # do scores tell true names from those of other emoji?
+        labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in told), strict=True)
+        metrics["itm/auc"] = 100 * roc_auc_score(labels, scores)
     return metrics
 
 
