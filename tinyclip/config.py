@@ -211,12 +211,18 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
     for name in ("teacher", "init"):
         source = getattr(cfg, name)
-        if source is not None and "@" not in source and not Path(source).exists():
+        if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
+            continue
+        if Path(source).is_dir() and not (Path(source) / "model.pt").exists():
+            raise ValueError(
+                f"--{name} {source} has no model.pt: its run is not finished; let it go on to its end first"
+            )
+        if not Path(source).exists():
             raise ValueError(
                 f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip"
                 + (
                     "; 'python -m tinyclip.train emoji-teacher --out PATH' trains the emoji one"
-                    if "emoji" in cfg.model
+                    if "emoji" in cfg.model and "teacher" in Path(source).name
                     else ""
                 )
             )
@@ -227,6 +233,8 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
     if cfg.keep_in_memory and cfg.augmentation != "none":
         raise ValueError("--keep-in-memory computes each view once: it needs --augmentation none")
+    if cfg.eval_every < 0:
+        raise ValueError(f"--eval-every must be at least 0 (never), not {cfg.eval_every}")
     if cfg.eval_every and not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
@@ -241,6 +249,8 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
     if cfg.alpha > 0 and cfg.teacher is None:
         raise ValueError("affinity mimicking needs --teacher; without one pass --alpha 0")
+    if cfg.image_size is not None and cfg.image_size < 1:
+        raise ValueError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
     if cfg.logit_scale is not None and cfg.logit_scale <= 0:
         raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
     if not cfg.masks:
@@ -253,7 +263,7 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(
             f"--start-sparsity {cfg.start_sparsity} to --target-sparsity {cfg.target_sparsity} do not rise in 0..1"
         )
-    if not {"heads", "intermediate"} & set(cfg.mask_types):
-        raise ValueError("--mask-types needs heads or intermediate: sparsity counts their parameters")
+    if not {"heads", "intermediate"} <= set(cfg.mask_types):
+        raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
     if cfg.inherit == "random":
         raise ValueError("--inherit random is a control without masks")
