@@ -152,13 +152,15 @@ def data_metrics(spec: str) -> dict[str, float]:
     for when, values in summary.get("itm", {}).items():
         metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
-    everything = descriptions(json.loads((folder / "config.json").read_text())["data"])
+    settings = json.loads((folder / "config.json").read_text())
+    everything = descriptions(settings["data"])
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
     if clustered := [line for line in lines if line.get("cluster")]:
         labels = ([line[name] for line in clustered] for name in ("subgroup", "cluster"))
         metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
-    if written := [line for line in lines if line["generated"]]:  # T_g that is the emoji's true name
+    if settings["captions"] != "original":  # T_g that is the emoji's true name
+        written = [line for line in lines if line["kept"] == "1"]
         right = sum(pre_caption(line["name"]) == line["generated"] for line in written)
         metrics["data/generated_right"] = 100 * right / len(written)
     told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
