@@ -28,7 +28,7 @@ def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
 
 
 def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
-    """Chances of hard negatives: softmax of similarities (B, W*B) + 1e-4, none for the own pair. BLIP:...:152.
+    """Chances of hard negatives: softmax of similarities (B, W*B) + 1e-4, none for the own pair. BLIP:...:155-158.
 
     `own` is the number of this process's first pair in the global batch.
     """
@@ -191,7 +191,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        """p_m <- m p_m + (1 - m) p. BLIP:...:217."""
+        """p_m <- m p_m + (1 - m) p. BLIP:...:225."""
         for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
             online = list(getattr(self, name).parameters())
             slow = list(getattr(self, f"{name}_m").parameters())
@@ -200,7 +200,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
-        """Replace the oldest keys by those of the global batch. BLIP:...:223."""
+        """Replace the oldest keys by those of the global batch. BLIP:...:232."""
         size, count = self.image_queue.shape[1], len(image_features)
         if count > size:
             raise ValueError(f"a queue of {size} keys is smaller than the batch of {count}: raise --queue-size")

@@ -92,7 +92,7 @@ def init_vision(tower: VisionTransformer, name: str) -> None:
 def init_text(model: nn.Module, name: str) -> None:
     """BERT's weights (bert-base-uncased), LM head included, in the text towers of a captioner or BLIP.
 
-    Cross-attention, [DEC] and [ENC], which BERT lacks, stay random. U:models/blip_pretrain_vq_compress.py:52,90.
+    Cross-attention, [DEC] and [ENC], which BERT lacks, stay random. U:models/blip_pretrain_vq_compress.py:52, 90.
     """
     import transformers
 

@@ -42,7 +42,7 @@ ROWS = 2048  # token rows compared with the codebook at a time
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     """i_n = argmin_k |z_n|^2 + |e_k|^2 - 2 z_n e_k, ties to the lowest k: (n, c), (K, c) -> (n,) int64.
 
-    U:models/quantize.py:271-277. In blocks of rows, so that n x K distances are never held.
+    U:models/quantize.py:282-286. In blocks of rows, so that n x K distances are never held.
     """
     squares, indices = codebook.square().sum(1), []
     for rows in z.split(ROWS):
@@ -147,7 +147,7 @@ class EMAVectorQuantizer(nn.Module):
 
 
 def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
-    """exp(-sum_k p_k log(p_k + 1e-10)) of the codes' frequencies, () fp32. U:models/quantize.py:68-70."""
+    """exp(-sum_k p_k log(p_k + 1e-10)) of the codes' frequencies, () fp32. U:models/quantize.py:84-85."""
     p = torch.bincount(codes.flatten(), minlength=num_codes).float() / codes.numel()
     return torch.exp(-(p * torch.log(p + 1e-10)).sum())
 
@@ -269,7 +269,7 @@ class CodebookCaptioner(nn.Module):
         sample: bool = False,
         top_p: float = 0.9,
     ) -> Tensor:
-        """Captions (B, <= max_length) of ids, prompt included; lengths count the prompt. U:models/blip.py:118-162.
+        """Captions (B, <= max_length) of ids, prompt included; lengths count the prompt. U:models/blip.py:121-162.
 
         prompt_ids (P,) may begin with [CLS] and end with [SEP], as a tokenizer gives them: [CLS] becomes [DEC], and
         [SEP] is dropped. `sample` draws by nucleus sampling instead of beam search.

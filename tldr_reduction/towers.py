@@ -59,7 +59,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Post-LN multi-head attention of queries (B, T, C) over `context` (B, L, E). U:models/med.py:97-282."""
+    """Post-LN multi-head attention of queries (B, T, C) over `context` (B, L, E). U:models/med.py:87-280."""
 
     def __init__(self, width: int, heads: int, context_width: int, dropout: float):
         super().__init__()
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Self-attention, cross-attention if there are image tokens, feed-forward. U:models/med.py:324-407."""
+    """Self-attention, cross-attention if there are image tokens, feed-forward. U:models/med.py:312-375."""
 
     def __init__(self, width: int, heads: int, hidden: int, vision_width: int, dropout: float):
         super().__init__()
@@ -211,7 +211,7 @@ class LMHead(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """A causal `TextTransformer` with an LM head. U:models/med.py:792-947."""
+    """A causal `TextTransformer` with an LM head. U:models/med.py:803-947."""
 
     def __init__(self, bert: TextTransformer):
         super().__init__()
@@ -223,7 +223,7 @@ class TextDecoder(nn.Module):
         return self.cls["predictions"](self.bert(input_ids, attention_mask, image_embeds, True, cache))
 
     def losses(self, input_ids, attention_mask, image_embeds, prompt_length: int = 0, label_smoothing: float = 0.0):
-        """Cross-entropy of each next token that is neither padding nor prompt: (M,) fp32. U:models/med.py:899-908.
+        """Cross-entropy of each next token that is neither padding nor prompt: (M,) fp32. U:models/med.py:901-908.
 
         Logits are computed at those M positions only.
         """
@@ -330,7 +330,7 @@ def nucleus_sampling(
     top_p: float = 0.9,
     repetition_penalty: float = 1.1,
 ) -> Tensor:
-    """Samples from the smallest set of tokens with probability `top_p`: ids as `beam_search`. U:models/blip.py:129."""
+    """Samples from the smallest set of tokens with probability `top_p`: ids as `beam_search`. U:models/blip.py:135-147."""
     ids, order = prompt_ids.expand(batch, -1), torch.arange(batch, device=prompt_ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
     while ids.shape[1] < max_length and not bool(done.all()):
