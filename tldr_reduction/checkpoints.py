@@ -80,7 +80,7 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
 
 
 def init_vision(tower: VisionTransformer, name: str) -> None:
-    """Supervised ImageNet weights of a timm model (deit_base_patch16_224); the head is dropped. U:...compress.py:36."""
+    """Supervised ImageNet weights of a timm model (deit_base_patch16_224); the head is dropped. U:...compress.py:38."""
     import timm
 
     state = timm.create_model(name, pretrained=True).state_dict()
