@@ -23,11 +23,10 @@ class Config:
     """Folder for copies of remote shards."""
 
     backbone: str = "facebook/dinov2-base"
-    """Image backbone: a folder or hub name for transformers (with a /), a timm model, or vit-emoji (from scratch)."""
-    backbone_from: str = ""
-    """Start the backbone from an earlier run's checkpoint.pt, that of a run that trained it."""
-    train_backbone: bool = False
-    """Train the backbone, too. Ours, for one that starts from scratch; frozen in the paper."""
+    """Frozen image backbone: a .pt file of `python -m lexvla.backbone`, a folder or hub name for transformers (with a
+    /), or a timm model."""
+    encode_once: bool = False
+    """Run the backbone over all images once, uncropped, and train on the tokens, which stay in memory. Ours."""
     image_size: int = 224
     """Image side in pixels. Not stated in the paper."""
     crop_scale: float = 0.9
@@ -125,9 +124,9 @@ class Config:
 PAPER = Config(dataset_size=9_200_000, checkpointing=True)
 EMOJI = Config(
     data="data/emoji/train",
-    backbone="vit-emoji",
-    train_backbone=True,
-    image_size=48,
+    backbone="data/lexvla/backbone.pt",
+    encode_once=True,
+    image_size=40,
     adapter_hidden=384,
     lm="data/smollm2-135m",
     states="data/lexvla/states.pt",
@@ -184,6 +183,8 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    if cfg.backbone.endswith(".pt") and not Path(cfg.backbone).is_file():
+        raise FileNotFoundError(f"--backbone {cfg.backbone} does not exist: 'python -m lexvla.backbone' makes it")
     if cfg.states and not Path(cfg.states).is_file():
         raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
     if cfg.eval_every and not Path(cfg.eval_set).is_dir():
@@ -213,5 +214,5 @@ def check_model(cfg: Config) -> None:
             re.compile(cfg.pattern)
         except re.error as error:
             raise ValueError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
-    if cfg.backbone == "vit-emoji" and (cfg.image_size < 8 or cfg.image_size % 8):
+    if cfg.backbone.endswith(".pt") and (cfg.image_size < 8 or cfg.image_size % 8):
         raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")
