@@ -26,13 +26,13 @@ from lexvla.model import (
     add_lora,
 )
 from lexvla.text import Bags, Prompts, States, load_lm
-from shared import run
+from shared import data, run
 
 
 def small_vit(image_size: int) -> nn.Module:
-    """The ViT that backbone.py trains: width 192, 4 blocks, patches of 8 pixels, at other image sizes, too."""
+    """The ViT that backbone.py trains: width 128, 6 blocks, patches of 8 pixels, at other image sizes, too."""
     return timm.models.VisionTransformer(
-        image_size, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0, dynamic_img_size=True
+        image_size, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0, dynamic_img_size=True
     )
 
 
@@ -131,8 +131,16 @@ def trained_weights(model: LexVLA) -> dict[str, Tensor]:
     return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_weights(model: LexVLA, weights: dict[str, Tensor]) -> None:
-    """The reverse of `trained_weights`; ValueError if they are of another model."""
+def frozen_fingerprint(model: LexVLA) -> str:
+    """Tells one image backbone from another, which a checkpoint names but does not hold."""
+    return data.fingerprint(*(x.cpu().numpy().tobytes() for x in model.image.backbone.state_dict().values()))
+
+
+def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
+    """Weights of `trained_weights` from a checkpoint's state; ValueError if they are of another model."""
+    if frozen_fingerprint(model) != state["backbone"]:
+        raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
+    weights = state["weights"]
     own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
         raise ValueError("the checkpoint does not hold the weights of the model that its configuration describes")
@@ -151,7 +159,7 @@ def load_run(
     cfg = Config(**state["config"])
     lm, tokenizer = load_lm(cfg.lm, dtype)
     model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
-    load_weights(model, state["weights"])
+    load_weights(model, state, folder)
     read = text_input(cfg, tokenizer, state["vocab_ids"])
     if isinstance(read, States):
         read.lm, read.tokenizer = lm, tokenizer  # captions beyond the file: LoRA is behind the states

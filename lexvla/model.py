@@ -105,9 +105,12 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
     if topk >= V:
         return s
     kth = s.topk(topk).values[..., -1:]
-    tied = s == kth
-    room = topk - (s > kth).sum(-1, keepdim=True)
-    return s * ((s > kth) | tied & (tied.cumsum(-1) <= room))
+    keep = s >= kth
+    if (keep.sum(-1) > topk).any():  # ties at the edge
+        above = s > kth
+        tied = keep & ~above
+        keep = above | tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True))
+    return s * keep
 
 
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8

