@@ -66,9 +66,9 @@ class Config:
 
 @dataclasses.dataclass
 class Search:
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    query: Annotated[str, tyro.conf.Positional]
+    query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """Words to search for."""
     images: str = EMOJI + "names_ood"
     """Set whose images are searched, in the CLIP-benchmark webdataset layout."""
@@ -78,11 +78,11 @@ class Search:
 
 @dataclasses.dataclass
 class Explain:
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    image: Annotated[str, tyro.conf.Positional]
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """Image file."""
-    caption: Annotated[str, tyro.conf.Positional]
+    caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
     """What is said of it."""
     k: int = 10
     """Words to list."""
