@@ -140,13 +140,13 @@ EMOJI = Config(
     lambda_image=0.1,
     lambda_text=0.1,
     penalty_warmup=150,
-    epochs=14,
+    epochs=10,
     batch_size=128,
     lr=1e-3,
     warmup=50,
     workers=0,
     save_every=200,
-    eval_every=2,
+    eval_every=5,
 )
 
 

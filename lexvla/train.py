@@ -323,10 +323,8 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             if step % cfg.log_every == 0 or batch == 1:
                 scale = model.logit_scale.exp()
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, logit_scale=scale, **losses)
-                if not math.isfinite(losses["loss"]):
-                    raise ValueError(
-                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
-                    )
+                if not math.isfinite(loss := losses["loss"].item()):
+                    raise ValueError(f"the loss is {loss} at step {step}: lower --lr, or use --precision fp32")
             if step - saved >= cfg.save_every and batch < per_epoch:
                 save(epoch, batch)
                 saved = step

@@ -473,6 +473,8 @@ def test_report(measured: evaluation.Config, capsys):
     with pytest.MonkeyPatch.context() as patch:  # what has been measured is not measured again
         patch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
         evaluation.main(measured)
+    with pytest.raises(ValueError, match="--report compares runs on retrieval_ood"):
+        claims.compare(measured.runs[:1], [{"seconds": 1.0}], Path(measured.report))
     with pytest.raises(ValueError, match="ARM-seedN"):
         claims.compare(["runs/other"], [{}], Path(measured.report))
 
