@@ -19,7 +19,7 @@ help:
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
-	@echo 'make readme              put results/*.json into the READMEs'
+	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html'
 
 # ---- installation: base + one extra per folder
 $(PY):
@@ -67,3 +67,4 @@ clean:
 
 readme: $(VENV)/.installed-base
 	$(PY) -m shared.report $(patsubst results/%.json,%,$(wildcard results/*.json))
+	$(PY) -m shared.overview

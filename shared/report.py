@@ -86,7 +86,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str:
+def arms_rows(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> list[dict[str, str]]:
     """One row an arm, one column a metric (key -> heading): mean ± std over seeds."""
 
     def cell(value: dict | None) -> str:
@@ -94,9 +94,14 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str
             return "-"
         return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if len(value["values"]) > 1 else "")
 
-    return table(
-        [{"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()]
-    )
+    return [
+        {"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()
+    ]
+
+
+def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str:
+    """`arms_rows` as a Markdown table."""
+    return table(arms_rows(arms, metrics))
 
 
 # ------------------------------------------------------------------------------------------- run folders ARM-seedN

@@ -1,10 +1,11 @@
 """Verdicts, tables and the README's numbers."""
 
+import html
 from pathlib import Path
 
 import pytest
 
-from shared import report
+from shared import overview, report
 
 ROOT = Path(__file__).parent.parent
 CLAIM = report.Claim("higher", "+2", "m", "ours", "base", sign=1, effect=2.0)
@@ -73,3 +74,24 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(set(row) == {"claim", "paper", "here", "verdict"} for row in summary["claims"])
     assert {row["verdict"] for row in summary["claims"]} <= verdicts
     assert report.update_readme(file.stem, write=False), "run `make readme`"
+
+
+def test_the_page_of_results_is_made_of_the_files():
+    found = overview.read(ROOT / "results")
+    assert (ROOT / "RESULTS.md").read_text() == overview.markdown(found), "run `make readme`"
+
+
+def test_the_page_with_plots_needs_nothing_else():
+    found = overview.read(ROOT / "results")
+    page = overview.html_page(found, ROOT / "results")
+    plots = sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)
+    assert plots and page.count('src="data:image/png;base64,') == page.count("<img") == plots
+    assert "http" not in page and "<script" not in page
+    for summary in found.values():
+        assert all(html.escape(row["claim"]) in page for row in summary["claims"])
+
+
+def test_what_files_say_cannot_become_markup():
+    row = {"claim": "<b>", "paper": "-", "here": "&", "verdict": "reproduced"}
+    table = overview.html_table([row])
+    assert "<b>" not in table and "&lt;b&gt;" in table and 'class="reproduced"' in table

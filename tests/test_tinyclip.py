@@ -702,6 +702,8 @@ def some_masks(tower: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
     masks = {"hidden": soft(tower["width"]), "heads": soft(3, heads), "intermediate": soft(3, 4 * tower["width"])}
     masks |= {"mha": torch.tensor([0.7, 0.9, 0.0]), "ffn": torch.tensor([0.5, 0.0, 0.8])}
+    if seed % 2:  # the bias that the second layer loses has only the first attention before it
+        masks["ffn"][0] = 0
     masks["heads"][1] = 0
     masks["heads"][0, 0] = masks["heads"][2, 0] = 1.0
     masks["intermediate"][2] = 0

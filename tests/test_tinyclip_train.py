@@ -256,14 +256,16 @@ ERRORS = {
     "missing teacher": (["emoji", "--init", "None", "--teacher", "/nowhere"], "--teacher /nowhere does not exist"),
     "missing weights": (["emoji-contrastive", "--init", "/nowhere"], "--init /nowhere does not exist"),
     "a teacher that is none": (["emoji", "--init", "None", "--teacher", f"{SHARDS}/00000.tar"], "is not a checkpoint"),
-    "unknown weights": (["emoji", "--init", "None", "--teacher", "ViT-B-32@nothing"], "open_clip.list_pretrained()"),
+    "unknown weights": (["emoji", "--init", "None", "--teacher", "ViT-B-32@nothing"], "weights of open_clip that fit"),
+    "other weights": (["emoji", "--init", "None", "--teacher", "ViT-L-14@openai"], "weights of open_clip that fit"),
     "affinity without a teacher": (["emoji", "--teacher", "None"], "affinity mimicking needs --teacher"),
     "unknown model": (["emoji-teacher", "--model", "RN51"], "--model 'RN51' is none of"),
     "alpha": (["emoji-teacher", "--alpha", "2"], "--alpha 2.0 is not between 0"),
     "temperature": (["emoji-teacher", "--logit-scale", "0"], "--logit-scale 0.0 must be above 0"),
     "pruning too late": (["emoji-auto", "--prune-step", "8"], "--prune-step 8 is not within the 8 steps"),
     "falling sparsity": (["emoji-auto", *MASKS, "--start-sparsity", "0.9"], "--start-sparsity 0.9"),
-    "nothing to mask": (["emoji-auto", *MASKS, "--mask-types", "hidden"], "--mask-types needs heads or intermediate"),
+    "nothing to mask": (["emoji-auto", *MASKS, "--mask-types", "hidden"], "--mask-types needs both heads"),
+    "half of what counts": (["emoji-auto", *MASKS, "--mask-types", "heads"], "--mask-types needs both heads"),
     "masks on a ResNet": (["emoji-auto", *MASKS, "--model", "RN50"], "not on the ResNet of RN50"),
     "too few pairs": (["emoji-teacher", "--batch-size", "97"], "holds 96 pairs, less than one batch"),
     "no steps": (["emoji-teacher", "--steps", "0"], "--steps must be at least 1"),
@@ -271,6 +273,8 @@ ERRORS = {
     "crops in memory": (["emoji-teacher", "--keep-in-memory"], "it needs --augmentation none"),
     "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is no multiple of patch_size 8"),
     "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no pixels": (["emoji-teacher", "--image-size", "0"], "--image-size must be at least 1 pixel"),
+    "evaluation before it starts": (["emoji-teacher", "--eval-every", "-1"], "--eval-every must be at least 0"),
     "no evaluation set": (["emoji-teacher", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere"),
 }
 
@@ -295,6 +299,11 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
     result = in_process("emoji", *given, *TINY, "--lr", "1e-4", "--out", runs["inherited-affinity"])
     assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
+    (tmp_path / "unfinished").mkdir()
+    result = in_process("emoji-contrastive", *TINY, "--init", tmp_path / "unfinished", "--out", tmp_path / "a")
+    assert result.code == 2 and "its run is not finished" in result.err and one_sentence(result.err)
+    result = in_process("emoji", *given, *TINY, "--inherit", "random", "--quick-gelu", "--out", tmp_path / "a")
+    assert result.code == 2 and "--inherit random cannot cut emoji-50" in result.err and one_sentence(result.err)
     result = in_process("emoji", *given, *TINY, "--image-size", "24", "--out", tmp_path / "a")
     assert result.code == 2 and "the teacher sees 16 pixels" in result.err and one_sentence(result.err)
     result = in_process("emoji", "--teacher", runs["teacher"], *TINY, "--model", "emoji-100", "--init", runs["auto"])
@@ -385,6 +394,27 @@ def test_released_geometries_load(tmp_path: Path):
         assert tower == CONFIGS[name]["vision"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"state_dict": None}, {"state_dict": {1: torch.zeros(1)}}, {"state_dict": {"a": 1}},
+     {"positional_embedding": torch.zeros(3)}, {"state_dict": {}, "geometry": {"width": 1}}],
+    ids=["list", "nothing", "numbered", "no tensor", "too few axes", "strange geometry"],
+)  # fmt: skip
+def test_files_that_hold_no_clip(tmp_path: Path, content):
+    run.save_checkpoint(tmp_path / "file.pt", content)
+    with pytest.raises(ValueError):
+        load_clip(tmp_path / "file.pt")
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def offline(*_, **__):
+        raise RuntimeError("Failed to download weights")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(ValueError, match="ViT-B-32@laion2b_e16: open_clip could not download"):
+        load_clip("ViT-B-32@laion2b_e16")
+
+
 def test_plain_open_clip_loads_ours(runs: dict[str, Path]):
     """With the config that training leaves beside the weights, where open_clip has such shapes."""
     out = runs["inherited-affinity"]
@@ -426,7 +456,7 @@ def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert values["inherited-affinity"]["macs_g"] < values["teacher"]["macs_g"]
     rows = {row["claim"]: row for row in summary["claims"]}
     assert rows["steps to the score of random weights, contrastive"]["here"] == "1.33x fewer"  # 8 of 6 steps
-    assert "asked" in rows["sparsity reached as asked (%), auto"]["here"]
+    assert "asked" in rows["sparsity reached within 5 points, auto"]["here"]
     assert "not testable at this scale" in capsys.readouterr().out
     assert (tmp_path / "tinyclip_masks.png").stat().st_size > 10_000
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
@@ -447,7 +477,42 @@ def test_steps_to_reach():
     assert claims.steps_to_reach(curve, 4.0) == math.inf
 
 
+def test_speed_up_says_who_never_gets_there(monkeypatch):
+    curves = {
+        "a0": [(4, 2.0), (8, 3.0)],
+        "b0": [(4, 1.0), (8, 2.0)],
+        "a1": [(8, 1.0)],
+        "b1": [(8, 2.0)],
+        "zero": [(8, 0)],
+    }
+    monkeypatch.setattr(claims, "learning_curve", curves.get)
+    row = claims.speed_up(["a0", "a1"], ["b0", "b1"])  # twice as fast, and never
+    assert row["here"].startswith("1.00 ± ") and row["here"].endswith("x fewer, 1 of 2 never")
+    assert row["verdict"] == "not resolved at this scale"
+    assert claims.speed_up(["a0"], ["zero"])["here"] == "8.00x fewer"  # a baseline that ends at 0
+
+
+@pytest.mark.parametrize(
+    ("gain", "size", "verdict"),
+    [
+        (1.0, 1.01, "reproduced"),
+        (1.0, 0.9, "reproduced"),
+        (1.0, 1.1, "not resolved at this scale"),
+        (-1.0, 0.9, "not resolved at this scale"),
+        (-1.0, 1.1, "not reproduced"),
+    ],
+)
+def test_sizes_may_take_a_verdict(gain: float, size: float, verdict: str):
+    claim = report.Claim("higher", "claimed", "m", "auto", "manual")
+    method, baseline = ([{"m": m, "block_parameters_m": s}] * 2 for m, s in ((10 + gain, size), (10.0, 1.0)))
+    row = report.judge(claim, [10 + gain] * 2, [10.0] * 2)
+    row = claims.with_sizes(row, claim, method, baseline)
+    assert row["verdict"] == verdict and row["here"].endswith(f"{size:.2f}x the size")
+
+
 def test_report_refuses(runs: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="give --sets those sets, too"):
+        claims.compare([str(runs["teacher"])], [{"seconds": 1.0}], tmp_path / "r.json")
     with pytest.raises(ValueError, match="ARM-seedN"):
         claims.compare(["runs/other"], [{}], tmp_path / "r.json")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
-from tldr_reduction import checkpoints, cluster, config, output, text
+from tldr_reduction import checkpoints, cluster, config, output, text, train
 from tldr_reduction.blip import negative_weights
 from tldr_reduction.eval import itm_histogram, rerank_scores, retrieval_recall
 from tldr_reduction.model import (
@@ -638,6 +638,49 @@ def test_hugging_face_blip_agrees():
         torch.testing.assert_close(ours.itc(image, ids, mask), cosines.itm_score, rtol=1e-4, atol=1e-5)
 
 
+def test_a_released_file_becomes_a_run(tmp_path, capsys):
+    """A scorer's file without decoder, as BLIP's for retrieval are; its sizes are read from the tensors."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(24))]) + "\n")
+    torch.manual_seed(2)
+    source = tiny_blip()
+    state = {name: value for name, value in source.state_dict().items() if not name.startswith("text_decoder")}
+    torch.save({"model": state}, tmp_path / "retrieval.pth")
+    flags = dict(source=str(tmp_path / "retrieval.pth"), vocab=str(tmp_path / "vocab.txt"))
+    checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
+    model, settings, _ = train.load_run(tmp_path / "scorer")
+    assert settings.stage == "blip" and settings.image_size == 16 and f"{settings.width}" in capsys.readouterr().out
+    kept = {name: value for name, value in model.state_dict().items() if name in state and "queue" not in name}
+    assert all(torch.equal(value, state[name]) for name, value in kept.items()) and "itm_head.weight" in kept
+    checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "larger"), image_size=24))
+    assert train.load_run(tmp_path / "larger")[0].visual_encoder.pos_embed.shape[1] == 10
+    with pytest.raises(ValueError, match="cannot serve as --stage finetune"):
+        checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "writer"), stage="finetune"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
+
+
+def test_bert_starts_the_text_towers(tmp_path):
+    """Encoder, decoder with its own self-attention, LM head; cross-attention, [DEC] and [ENC] stay as they were."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=28, max_position_embeddings=24, **sizes))
+    bert.save_pretrained(tmp_path)
+    theirs, model = bert.state_dict(), tiny_blip()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoints.init_text(model, str(tmp_path))
+    for name, value in model.state_dict().items():
+        if "crossattention" in name or not name.startswith(("text_encoder.", "text_decoder.")):
+            assert torch.equal(value, before[name])
+        else:
+            tower, _, rest = name.partition(".")
+            expected = theirs[("bert." if tower == "text_encoder" else "") + rest]
+            assert torch.equal(value[: len(expected)], expected)
+            assert torch.equal(value[len(expected) :], before[name][len(expected) :])
+    with pytest.raises(ValueError, match="does not fit"):
+        wider = TextTransformer(30, 32, 2, 4, 24, 16)
+        checkpoints.init_text(CodebookCaptioner(VisionTransformer(16, 8, 16, 2, 4), wider, None), str(tmp_path))
+
+
 def test_vision_tower_is_timms():
     import timm
 
@@ -651,8 +694,11 @@ def test_vision_tower_is_timms():
 
 def test_presets_are_the_tables():
     assert {"paper", "release_comment", "cc12m", "yfcc15m", "laion40m", "ratio-10", "clusters-10000"} <= set(RECIPES)
-    assert {"captioner", "captioner-paper", "finetune", "blip-cc3m", "blip-laion40m", "clip-cc3m"} <= set(
-        config.PRESETS
-    )
-    assert config.PRESETS["captioner-paper"][1].num_codes == 3000 and config.PRESETS["captioner"][1].num_codes == 1024
-    assert config.PRESETS["blip-laion40m"][1].image_size == 128
+    presets = {name: cfg for name, (_, cfg) in config.PRESETS.items()}
+    for name, (full, reduced, size) in config.SETS.items():
+        assert (presets[f"blip-{name}"].expected, presets[f"blip-{name}-tldr"].expected) == (full, reduced)
+        assert presets[f"blip-{name}"].image_size == size
+    starts = {name: presets[f"captioner{name}"] for name in ("", "-paper", "-xavier", "-tags")}
+    assert [cfg.num_codes for cfg in starts.values()] == [1024, 3000, 3000, 1600]
+    assert [cfg.codebook_init for cfg in starts.values()] == ["uniform", "keywords", "xavier", "keywords"]
+    assert all(cfg.text_init == "bert-base-uncased" for cfg in starts.values())

@@ -32,8 +32,8 @@ PRELOAD = ["tldr_reduction.train", "tldr_reduction.views", "shared.zeroshot", "t
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
     --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
 STEPS, PER_EPOCH = 12, 4
-COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --warmup-steps 4 --precision fp32 --workers 0 --eval-every 0
-    --log-every 1 --dataset-size 128""".split()
+COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --lr-decay-rate 0.85 --warmup-steps 4 --precision fp32 --workers 0
+    --eval-every 0 --log-every 1 --dataset-size 128""".split()
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,7 @@ ARMS = {
     "all": ["--select", "all"],
     "farthest": ["--select", "farthest"],
     "image": ["--features", "image"],
+    "blip": ["--features", "blip"],
     "text": ["--features", "text"],
     "generated": ["--captions", "generated"],
     "release": ["--recipe", "release_comment", "--clusters", "4"],
@@ -222,6 +223,7 @@ def test_evaluation(chain, cli, folder):
     assert "not testable at this scale" in result.out
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
     assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
+    assert 0 <= clip["data/generated_right"] <= 100 and "itm/auc" not in clip  # all captions here are true
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
@@ -393,9 +395,12 @@ def test_wrong_reduction_flags(cli, folder, chain):
         ([pool, "--captioner", folder], "is no run folder"),
         ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
         ([pool, "--match", folder], "holds no report.json"),
+        ([pool, "--precision", "fp16"], "fp16 needs a GPU"),
+        ([pool, "--caption-model", chain["captioner"]], "where one of stage finetune"),
     ):
         refused(cli(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
+    refused(cli(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
     refused(cli("--source", folder, module="tldr_reduction.corpus"), "is not the embedded corpus")
 
 
@@ -416,6 +421,15 @@ def test_dry_runs_need_no_data(preset, capsys):
         assert word in printed
 
 
+def test_dry_run_of_a_reduction(cli, folder):
+    """Sizes of what is there, or of the recipe's data set; nothing is written."""
+    out = folder / "dry"
+    printed = finished(cli(folder / "pool", "--keep", "0.5", "--dry-run", "--out", out, module=REDUCE)).out
+    assert "160 (" in printed and "80, and up to one more in each of 5 clusters" in printed
+    printed = finished(cli("gone/{0..9}.tar", "--recipe", "yfcc15m", "--dry-run", "--out", out, module=REDUCE)).out
+    assert "14,900,000 (yfcc15m" in printed and "2,488,300" in printed and not out.exists()
+
+
 def test_keyword_start(folder, monkeypatch, tiny):
     """The paper's codebook: keywords by a text encoder, onto the tokens' mean and spread; same on every call."""
     monkeypatch.setattr(train, "text_embedder", lambda name, dim: lambda texts: torch.eye(len(texts), dim))
@@ -432,6 +446,14 @@ def test_keyword_start(folder, monkeypatch, tiny):
         weights.append(model.quantize.embedding.weight.detach().clone())
     assert torch.equal(*weights)
     assert 0.3 < weights[0].std() < 3
+    (folder / "tags.txt").write_text("".join(f"tag {i}\n" for i in range(24)))
+    for other in (dict(keywords=str(folder / "tags.txt")), dict(codebook_init="xavier")):
+        train.start_codebook(model, dataclasses.replace(cfg, **other), pairs, run.Process(0, 1, torch.device("cpu")))
+        assert not torch.equal(model.quantize.embedding.weight, weights[0])
+    assert model.quantize.embedding.weight.abs().max() <= (6 / (24 + 16)) ** 0.5
+    short = dataclasses.replace(cfg, keywords=str(folder / "tags.txt"), num_codes=25)
+    with pytest.raises(ValueError, match="holds 24 keywords, fewer than --num-codes 25"):
+        config.check(short, 1)
 
 
 def test_corpus_is_declared(tmp_path):

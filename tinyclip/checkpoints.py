@@ -39,6 +39,8 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
     Shapes do not tell the width of a head, of both towers or of (image, text): all released models have 64.
     """
     widths = head_width if isinstance(head_width, tuple) else (head_width, head_width)
+    if min(widths) < 1:
+        raise ValueError(f"a head is at least 1 wide, not {min(widths)}")
 
     def depth(pattern: str) -> int:
         return 1 + max((int(m[1]) for key in state_dict if (m := re.match(pattern + r"\.(\d+)\.", key))), default=-1)
@@ -78,6 +80,8 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
         return {"embed_dim": state_dict["text_projection"].shape[1], "vision": vision, "text": text}
     except KeyError as error:
         raise ValueError(f"these are not the weights of a CLIP: {error.args[0]} is missing") from error
+    except IndexError as error:
+        raise ValueError("these are not the weights of a CLIP: a table or projection has too few axes") from error
 
 
 def resize_positional_embedding(table: Tensor, grid: int) -> Tensor:
@@ -96,16 +100,27 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
     """
     if "@" in str(source) and not Path(source).exists():
         name, _, tag = str(source).partition("@")
-        if name not in CONFIGS or tag not in open_clip.list_pretrained_tags_by_model(name):
-            raise ValueError(f"{source}: open_clip.list_pretrained() lists the MODEL@WEIGHTS that there are")
-        state = open_clip.create_model(name, pretrained=tag).state_dict()
+        tags = {known: open_clip.list_pretrained_tags_by_model(known) for known in ("ViT-B-32", "ViT-B-16", "RN50")}
+        if tag not in tags.get(name, ()):
+            known = "; ".join(f"{model}@ {', '.join(weights)}" for model, weights in tags.items())
+            raise ValueError(f"{source} is not among the weights of open_clip that fit here: {known}")
+        try:
+            state = open_clip.create_model(name, pretrained=tag).state_dict()
+        except (RuntimeError, OSError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{source}: open_clip could not download these weights ({why}); name a file") from error
         quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", tag == "openai"))
         shape = CONFIGS[name]
     else:
         path = Path(source)
         file = next((path / n for n in ("model.pt", "checkpoint.pt") if (path / n).exists()), path)
         content = run.load_checkpoint(file)
-        state = convert_state_dict(content.get("state_dict", content))
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+            raise ValueError(
+                f"{source} holds no weights by name: a checkpoint is a dict of tensors, or has one as state_dict"
+            )
+        state = convert_state_dict(state)
         if "masks" in content and content["masks"] is not None:
             raise ValueError(f"{source} is in the middle of learning its masks; let it run past its --prune-step")
         if "geometry" in content:
@@ -114,7 +129,10 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
             raise ValueError(f"{source} still has its masks; prune it with the authors' code, or load its last stage")
         else:
             shape = geometry(state, head_width)
-    model = CLIP(**({"quick_gelu": quick_gelu} | shape))
+    try:
+        model = CLIP(**({"quick_gelu": quick_gelu} | shape))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{source} says a geometry that no CLIP here has: {error}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -129,8 +147,9 @@ def open_clip_config(model: CLIP) -> dict | None:
     towers = {}
     for name in ("vision", "text"):
         tower = model.geometry[name]
-        cfg = {key: tower[key] for key in tower.keys() - {"heads", "mlp_width", "head_width"}}
+        cfg = {key: tower[key] for key in tower.keys() - {"heads", "mlp_width"}}
         if isinstance(tower["layers"], int):
+            cfg.pop("head_width", None)
             head_width, heads, neurons = block_sizes(tower)
             width, mlp = tower["width"], neurons[0]
             if set(heads) != {width / head_width} or set(neurons) != {mlp} or mlp is None:

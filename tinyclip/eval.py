@@ -153,6 +153,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     counts = parameter_counts(model)
     flat |= {f"{tower}_parameters_m": counts[tower] / 1e6 for tower in ("image", "text", "total")}
     flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # as the paper's names count: no token embedding
+    blocks = (p.numel() for name, p in model.named_parameters() if "resblocks" in name)
+    flat["block_parameters_m"] = sum(blocks) / 1e6  # what masks can prune
     flat["macs_g"] = macs(model) / 1e9
     if cfg.throughput:
         flat |= throughput(model, device=process.device, precision=precision)

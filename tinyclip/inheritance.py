@@ -137,8 +137,16 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         expand_pruned(clip, *masks, state)
     elif cfg.inherit == "random":
         generator = torch.Generator().manual_seed(stable_hash(cfg.seed, "inherit"))
-        towers = (random_masks(source.geometry[t], clip.geometry[t], generator) for t in ("vision", "text"))
-        clip = without_empty_blocks(prune(source, *towers, exact=True))
+        towers = [(source.geometry[tower], clip.geometry[tower]) for tower in ("vision", "text")]
+        if not all(isinstance(tower["layers"], int) for pair in towers for tower in pair):
+            raise ValueError("--inherit random cuts transformers, and a ResNet is none")
+        clip = without_empty_blocks(prune(source, *(random_masks(*pair, generator) for pair in towers), exact=True))
+        shapes = {name: value.shape for name, value in clip.state_dict().items()}
+        if (
+            shapes != {name: value.shape for name, value in own.items()}
+            or source.geometry["quick_gelu"] != cfg.quick_gelu
+        ):
+            raise ValueError(f"--inherit random cannot cut {cfg.model} with these flags out of {cfg.init}")
         clip.logit_scale.data.copy_(own["logit_scale"])
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]

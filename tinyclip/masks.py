@@ -18,7 +18,7 @@ from tinyclip.network import CLIP, Masks, block_sizes, named_towers
 
 # --------------------------------------------------------------------------- hard-concrete gates (Louizos et al., CoFi)
 
-BETA, GAMMA, ZETA, EPSILON, MAGIC = 2 / 3, -0.1, 1.1, 1e-6, 0.8  # U:open_clip/l0module.py:13-25
+BETA, GAMMA, ZETA, EPSILON, MAGIC = 2 / 3, -0.1, 1.1, 1e-6, 0.8  # U:open_clip/l0module.py:12-25
 KINDS = ("hidden", "heads", "intermediate", "ffn", "mha")
 
 
@@ -255,6 +255,7 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
             weight = (block["attn.out_proj.weight"][kept] * zk[:, None]).unflatten(1, (h, head_width))
             new["attn.out_proj.weight"] = (weight * z_heads[:, None])[:, open_heads].flatten(1) * mha
             new["attn.out_proj.bias"] = block["attn.out_proj.bias"][kept] * zk * mha
+            before = f"{blocks}{i}.attn.out_proj.bias"
         elif exact and "attn.out_proj.bias" in block:
             state[before] = state[before] + block["attn.out_proj.bias"][kept] * zk * mha
         if ffn == 0 or "mlp.c_fc.weight" not in block:
@@ -320,3 +321,6 @@ def expand_pruned(model: CLIP, image_mask: L0Mask, text_mask: L0Mask, pruned_sd:
                 mask.heads_loga[i, len(qkv) // (3 * head_width) :] = -10.0
             if "intermediate" in mask.types:
                 mask.intermediate_loga[i, len(c_fc) :] = -10.0
+            for kind, weight in (("mha", "attn.in_proj_weight"), ("ffn", "mlp.c_fc.weight")):
+                if kind in mask.types and block + weight not in small:
+                    mask.logas()[kind][i] = -10.0

@@ -138,7 +138,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Self-attention of `heads` heads of width d, which need not fill the width H. U:open_clip/model.py:170, 238."""
+    """Self-attention of `heads` heads of width d, which need not fill the width H. U:open_clip/model.py:169, 238."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()

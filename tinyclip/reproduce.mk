@@ -11,9 +11,10 @@ tinyclip/inherited-contrastive = emoji-contrastive --init $(tinyclip-teacher)
 tinyclip/inherited-affinity    = emoji $(tinyclip-from)
 tinyclip/random-channels       = emoji $(tinyclip-from) --inherit random
 tinyclip/auto                  = emoji-auto $(tinyclip-from)
-tinyclip-half                  = --steps 300 --prune-step 120 --sparsity-warmup 60
-tinyclip/auto-half             = emoji-auto $(tinyclip-from) $(tinyclip-half)
-tinyclip/auto-oneshot          = emoji-auto $(tinyclip-from) --target-sparsity 0.75
+# one stage to a quarter, or two of half as many steps each, by way of a half
+tinyclip/auto-oneshot          = emoji-auto $(tinyclip-from) --steps 400 --prune-step 160 --sparsity-warmup 80 --target-sparsity 0.75
+tinyclip-half                  = --steps 200 --prune-step 80 --sparsity-warmup 40 --mask-lr 0.3 --lambda-lr -0.3
+tinyclip/auto-half             = emoji-auto $(tinyclip-from) $(tinyclip-half) --target-sparsity 0.5
 tinyclip/auto-progressive      = emoji-auto --teacher $(tinyclip-teacher) --init runs/tinyclip/auto-half-seed$(tinyclip-seed) \
                                  $(tinyclip-half) --start-sparsity 0.5 --target-sparsity 0.75
 TINYCLIP_ARMS = $(or $(TINYCLIP_ARMS_$(ARMS)),$(ARMS))

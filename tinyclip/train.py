@@ -398,14 +398,15 @@ def main(cfg: Config) -> Path | None:
             log.write(done, seconds=clock.read(), zero_shot_top1=top1)
         if done % per_epoch == 0 or done == cfg.steps:
             report(step // per_epoch)
+        if done == cfg.steps and process.main:  # before the last checkpoint, which is what says that all is done
+            weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+            run.save_checkpoint(folder / "model.pt", weights)
+            if not write_open_clip_config(student.clip, folder / "open_clip_config.json"):
+                print(f"{folder} has no open_clip_config.json: open_clip has no layers of different widths")
         if done - saved >= cfg.save_every or done == cfg.steps:
             save(done)
             saved = done
     log.close()
-    if process.main:
-        weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
-        run.save_checkpoint(folder / "model.pt", weights)
-        write_open_clip_config(student.clip, folder / "open_clip_config.json")
     return folder
 
 

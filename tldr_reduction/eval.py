@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
 from torch import Tensor
 
 from shared import data, report, run
@@ -34,10 +34,7 @@ EMOJI = "data/emoji/eval/"
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of stages clip or blip."""
-    sets: tuple[str, ...] = tuple(
-        EMOJI + name
-        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
-    )
+    sets: tuple[str, ...] = tuple(EMOJI + name for name in ("names_id", "names_ood", "subgroups_ood", "retrieval_ood"))
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     rerank: tuple[str, ...] = (EMOJI + "retrieval_ood",)
     """Retrieval sets on which a blip's candidates are ranked again by matching."""
@@ -142,7 +139,8 @@ def descriptions(folder: str | Path) -> dict[str, dict]:
 
 
 def data_metrics(spec: str) -> dict[str, float]:
-    """What a run was trained on: pairs, distinct emoji, ITM before and after, agreement of clusters and subgroups."""
+    """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
+    generated captions with true names, ITM scores with the injected noise."""
     samples = descriptions(spec)
     metrics = {"data/pairs": len(samples), "data/emoji": len({d.get("hexcode") for d in samples.values()})}
     if all("noise" in d for d in samples.values()):
@@ -154,12 +152,21 @@ def data_metrics(spec: str) -> dict[str, float]:
     for when, values in summary.get("itm", {}).items():
         metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
-    if "clusters" in summary:
-        everything = descriptions(json.loads((folder / "config.json").read_text())["data"])
-        with open(folder / "report.csv", newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.DictReader(file) if line["cluster"]]
-        subgroups = [everything[line["key"]]["subgroup"] for line in lines]
-        metrics["data/nmi"] = 100 * normalized_mutual_info_score(subgroups, [line["cluster"] for line in lines])
+    settings = json.loads((folder / "config.json").read_text())
+    everything = descriptions(settings["data"])
+    with open(folder / "report.csv", newline="", encoding="utf-8") as file:
+        lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
+    if clustered := [line for line in lines if line.get("cluster")]:
+        labels = ([line[name] for line in clustered] for name in ("subgroup", "cluster"))
+        metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
+    if settings["captions"] != "original":  # T_g that is the emoji's true name
+        written = [line for line in lines if line["kept"] == "1"]
+        right = sum(pre_caption(line["name"]) == line["generated"] for line in written)
+        metrics["data/generated_right"] = 100 * right / len(written)
+    told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
+    if len({line["noise"] for line in told}) == 2:  # do scores tell true names from those of other emoji?
+        labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in told), strict=True)
+        metrics["itm/auc"] = 100 * roc_auc_score(labels, scores)
     return metrics
 
 
@@ -182,7 +189,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         for folder in cfg.rerank:
             recall = reranked(model, tokenizer, transform, folder, cfg, settings.max_tokens)
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
-    if Path(settings.data).is_dir():
+    if settings.data and Path(settings.data).is_dir():
         flat |= data_metrics(settings.data)
     flat["samples_seen"] = settings.epochs * (flat.get("data/pairs", 0) // settings.batch_size) * settings.batch_size
     lines = [line for line in run.read_metrics(Path(path)) if "loss_ita" in line]

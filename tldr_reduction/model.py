@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor, nn
 
 from tldr_reduction.blip import BLIP  # noqa: F401
@@ -161,6 +160,8 @@ def keyword_codebook(captions: Iterable[str], num_codes: int, embed: Callable[[l
 
     Stop words are left out and end a phrase; a keyword counts once a caption; ties are in alphabetical order.
     """
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
     counts: Counter[str] = Counter()
     for caption in captions:
         words = [word.strip(",'?") for word in pre_caption(caption).split()]

@@ -12,8 +12,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from shared import run
+from tldr_reduction.cluster import in_cluster
+from tldr_reduction.rows import gathered_codes
 
 
 def refined(original: str, generated: str) -> str:
@@ -107,3 +110,98 @@ def first_of_equal(hashes: np.ndarray) -> np.ndarray:
     """(N,) for each entry the lowest row that holds the same."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse.ravel()]
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def reasons_of(cfg, kept: np.ndarray, selected: np.ndarray) -> list[str]:
+    """Why each readable sample was kept or not."""
+    rules = {
+        "stride": (f"evenly spaced {cfg.keep:g} of its cluster", "passed over in its cluster"),
+        "nearest": (f"nearest {cfg.keep:g} of its cluster", "far from its centroid"),
+        "farthest": (f"farthest {cfg.keep:g} of its cluster", "near its centroid"),
+        "random": ("drawn", "not drawn"),
+        "first": ("first of the file", "behind the first of the file"),
+        "itm": ("high ITM score", "low ITM score"),
+        "all": ("all are kept", ""),
+    }[cfg.select]
+    return [rules[0] if k else (rules[1] if not s else "low ITM score") for k, s in zip(kept, selected, strict=True)]
+
+
+def describe(cfg, reduction, good, selected, kept, extra, pixels, reasons) -> tuple[dict, dict]:
+    """Columns of report.csv, and report.json."""
+    pairs, rows = reduction.pairs, reduction.rows
+    n = len(rows)
+    is_kept, is_selected = np.isin(rows, kept), np.isin(rows, selected)
+    why = np.array(reasons_of(cfg, is_kept, is_selected), dtype=object)
+    why[reasons != ""] = [f"broken: {reason}" for reason in reasons[reasons != ""]]
+    columns = {"key": pairs.keys.tolist(), "kept": is_kept.astype(int).tolist(), "reason": why.tolist()}
+    report = {"samples": n, "broken": int((reasons != "").sum()) + len(pairs.broken), "kept": len(kept)}
+    report |= {"kept_share": len(kept) / max(len(good), 1), "selected": len(selected)}
+    if pixels is not None:
+        first = first_of_equal(pixels[good])
+        copies = first != np.arange(len(good))
+        duplicate_of = np.full(n, "", dtype=object)
+        duplicate_of[good[copies]] = pairs.keys[good[first[copies]]]
+        columns["duplicate_of"] = duplicate_of.tolist()
+        codes = (
+            gathered_codes(reduction.codes_folder, good, cfg.chunk) if reduction.merged is None else reduction.merged
+        )
+        distinct = len(np.unique(row_hashes(codes)))
+        num_codes = int(codes.max()) + 1 if len(codes) else 0
+        counts = np.zeros(num_codes, dtype=np.int64)
+        for first_row in range(0, len(codes), 2**16):
+            counts += np.bincount(codes[first_row : first_row + 2**16].ravel(), minlength=num_codes)
+        p = counts / counts.sum()
+        report |= {
+            "identical_images": int(copies.sum()),
+            "identical_code_vectors": len(good) - distinct,
+            "codes_used": int((counts > 0).sum()),
+            "perplexity": float(np.exp(-(p * np.log(p + 1e-10)).sum())),
+        }
+    if "clusters" in extra:
+        clusters = extra["clusters"]
+        order, position, sizes = in_cluster(clusters.assignment, cfg.clusters)
+        for name, values, blank in (
+            ("cluster", clusters.assignment.tolist(), ""),
+            ("distance", [round(d, 4) for d in clusters.dist2.clamp(min=0).sqrt().tolist()], ""),
+            ("position", position[torch.argsort(order)].tolist(), ""),
+        ):
+            column = [blank] * n
+            for row, value in zip(good.tolist(), values, strict=True):
+                column[row] = value
+            columns[name] = column
+        quantiles = torch.quantile(sizes.float(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+        report |= {
+            "clusters": cfg.clusters,
+            "empty_clusters": int((sizes == 0).sum()),
+            "cluster_sizes": quantiles.tolist(),
+            "whitened_axes": clusters.dim,
+            "objective": clusters.objective.tolist(),
+        }
+    return columns, report
+
+
+def print_report(report: dict) -> None:
+    """What one wants to know at once."""
+    print(f"kept               {report['kept']:,} of {report['samples']:,} ({100 * report['kept_share']:.1f} %)")
+    if "identical_images" in report:
+        print(
+            f"duplicates         {report['identical_images']:,} identical images, "
+            f"{report['identical_code_vectors']:,} code vectors that occurred before"
+        )
+        print(f"codebook           {report['codes_used']:,} codes used, perplexity {report['perplexity']:.1f}")
+    if "clusters" in report:
+        low, _, middle, _, high = report["cluster_sizes"]
+        print(
+            f"clusters           {report['clusters']:,} of {low:.0f} to {high:.0f} samples, median {middle:.0f}; "
+            f"{report['empty_clusters']:,} empty; {report['whitened_axes']} axes"
+        )
+    if "itm" in report:
+        before, after = report["itm"]["before"], report["itm"]["after"]
+        print(
+            f"ITM score          mean {before['mean']:.3f} before, {after['mean']:.3f} after; "
+            f"below 0.5: {before['below_half']:.1f} %, {after['below_half']:.1f} %"
+        )
+    print("seconds            " + ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()))

@@ -3,17 +3,20 @@ TLDR = runs/tldr_reduction
 TLDR_ARMS_core = full random random-refined tldr random-steps random-refined-steps tldr-steps
 TLDR_ARMS_all  = $(TLDR_ARMS_core) codes codes-steps full-refined generated-steps first-steps itm-steps image-steps \
 	text-steps farthest-steps tldr10-steps tldr50-steps drop-random10 drop-itm10 drop-random30 drop-itm30 \
-	drop-random50 drop-itm50 drop-random70 drop-itm70 blip-random-refined blip-tldr
+	drop-random50 drop-itm50 drop-random70 drop-itm70 blip-random-refined-steps blip-tldr-steps
+TLDR_seed = $(lastword $(subst -seed, ,$*))
+TLDR_arm  = $(firstword $(subst -seed, ,$*))
 
 # reductions: what python -m tldr_reduction.reduce is called with; random, first and itm keep as many pairs as tldr does
+TLDR_match              = --match $(TLDR)/reduced/tldr-seed$*
 tldr/reduce/tldr        =
 tldr/reduce/codes       = --captions original
 tldr/reduce/generated   = --captions generated
-tldr/reduce/random      = --select random --match $(TLDR)/reduced/tldr-seed$* --captions original
-tldr/reduce/random-refined = --select random --match $(TLDR)/reduced/tldr-seed$*
-tldr/reduce/first       = --select first --match $(TLDR)/reduced/tldr-seed$*
-tldr/reduce/itm         = --select itm --match $(TLDR)/reduced/tldr-seed$*
-tldr/reduce/all         = --select all
+tldr/reduce/random      = --select random $(TLDR_match) --captions original
+tldr/reduce/random-refined = --select random $(TLDR_match)
+tldr/reduce/first       = --select first $(TLDR_match)
+tldr/reduce/itm         = --select itm $(TLDR_match)
+tldr/reduce/full-refined = --select all
 tldr/reduce/image       = --features image
 tldr/reduce/text        = --features text
 tldr/reduce/farthest    = --select farthest
@@ -21,42 +24,40 @@ tldr/reduce/tldr10      = --keep 0.1
 tldr/reduce/tldr50      = --keep 0.5
 $(foreach p,10 30 50 70,$(foreach s,random itm,$(eval tldr/reduce/drop-$(s)$(p) = --select $(s) --captions original --keep 0.$(shell expr 100 - $(p)))))
 
-# arms: reduction (none: the pool), preset and flags; -steps: as many steps as the whole pool gives, with the same decay
-TLDR_STEPS = --epochs 76 --lr-decay-rate 0.967
-tldr/arm/full           = emoji-clip
-tldr/arm/full-refined   = emoji-clip
-tldr/from/full-refined  = all
-$(foreach arm,random random-refined tldr codes,$(eval tldr/from/$(arm) = $(arm))$(eval tldr/arm/$(arm) = emoji-clip))
-$(foreach arm,random random-refined tldr codes generated first itm image text farthest,$(eval tldr/from/$(arm)-steps = $(arm))$(eval tldr/arm/$(arm)-steps = emoji-clip $(TLDR_STEPS)))
-$(foreach p,10 30 50 70,$(foreach s,random itm,$(eval tldr/from/drop-$(s)$(p) = drop-$(s)$(p))$(eval tldr/arm/drop-$(s)$(p) = emoji-clip)))
-tldr/from/tldr10-steps  = tldr10
-tldr/arm/tldr10-steps   = emoji-clip --epochs 190 --lr-decay-rate 0.987
-tldr/from/tldr50-steps  = tldr50
-tldr/arm/tldr50-steps   = emoji-clip --epochs 39 --lr-decay-rate 0.937
-tldr/from/blip-random-refined = random-refined
-tldr/arm/blip-random-refined  = emoji-blip
-tldr/from/blip-tldr     = tldr
-tldr/arm/blip-tldr      = emoji-blip
+# arms: ARM trains on reduction ARM (full: the pool); ARM-steps as many steps as the pool gives, with the same decay
+tldr/steps        = --epochs 27 --lr-decay-rate 0.876 --eval-every 7
+tldr/steps/tldr10 = --epochs 68 --lr-decay-rate 0.949
+tldr/steps/tldr50 = --epochs 14 --lr-decay-rate 0.775
+tldr/steps/blip   = --epochs 20 --lr-decay-rate 0.836 --batch-size 64 --eval-every 5
+TLDR_CURVES       = full full-refined random-steps random-refined-steps codes-steps tldr-steps blip-tldr-steps
+TLDR_from   = $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_arm)))
+TLDR_data   = $(if $(filter-out full,$(TLDR_from)),--data $(TLDR)/reduced/$(TLDR_from)-seed$(TLDR_seed)/shards)
+TLDR_preset = $(if $(filter blip-%,$(TLDR_arm)),emoji-blip,emoji-clip)
+TLDR_budget = $(if $(filter %-steps,$(TLDR_arm)),$(or $(tldr/steps/$(if $(filter blip-%,$(TLDR_arm)),blip,$(TLDR_from))),$(tldr/steps))) \
+	$(if $(filter $(TLDR_CURVES),$(TLDR_arm)),,--eval-every 0)
 
 TLDR_ARMS = $(or $(TLDR_ARMS_$(ARMS)),$(ARMS))
 TLDR_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(TLDR_ARMS),$(TLDR)/$(arm)-seed$(seed)))
-TLDR_REDUCTIONS = tldr $(filter-out tldr,$(sort $(foreach arm,$(TLDR_ARMS),$(tldr/from/$(arm)))))
+TLDR_REDUCTIONS = tldr $(filter-out tldr full,$(sort $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_ARMS)))))
+TLDR_MAKE = OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS)
 
 .PHONY: reproduce-tldr-reduction reproduce-tldr_reduction
 reproduce-tldr_reduction: reproduce-tldr-reduction
 reproduce-tldr-reduction: $(VENV)/.installed-tldr_reduction data
 	$(if $(filter-out $(TLDR_ARMS_all),$(TLDR_ARMS)),$(error ARMS is core, all, or some of: $(TLDR_ARMS_all)))
 	$(PY) -m tldr_reduction.corpus
-	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(foreach seed,$(SEEDS),$(TLDR)/finetune-seed$(seed) $(TLDR)/scorer-seed$(seed))
-	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(SEEDS:%=$(TLDR)/reduced/all-of-seed%)
-	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(TLDR_RUNS)
+	$(TLDR_MAKE) $(SEEDS:%=$(TLDR)/captioner-seed%)
+	$(TLDR_MAKE) $(SEEDS:%=$(TLDR)/finetune-seed%) $(SEEDS:%=$(TLDR)/scorer-seed%)
+	$(TLDR_MAKE) $(SEEDS:%=$(TLDR)/reduced/all-of-seed%)
+	$(TLDR_MAKE) $(TLDR_RUNS)
 	$(PY) -m tldr_reduction.eval $(TLDR_RUNS) --report $(or $(RESULTS),$(TLDR)/results.json)
 
+$(TLDR)/captioner-seed%: FORCE
+	$(PY) -m tldr_reduction.train emoji-captioner --seed $* --out $@
 $(TLDR)/finetune-seed%: FORCE
-	$(PY) -m tldr_reduction.train emoji-captioner --seed $* --out $(TLDR)/captioner-seed$*
 	$(PY) -m tldr_reduction.train emoji-finetune --init $(TLDR)/captioner-seed$* --seed $* --out $@
 $(TLDR)/scorer-seed%: FORCE
-	$(PY) -m tldr_reduction.train emoji-scorer --seed $* --out $@
+	$(PY) -m tldr_reduction.train emoji-scorer --init $(TLDR)/captioner-seed$* --seed $* --out $@
 
 # one after the other: they share codes, scores and captions
 $(TLDR)/reduced/all-of-seed%: FORCE
@@ -64,9 +65,5 @@ $(TLDR)/reduced/all-of-seed%: FORCE
 		--captioner $(TLDR)/captioner-seed$* --caption-model $(TLDR)/finetune-seed$* --scorer $(TLDR)/scorer-seed$* \
 		--work $(TLDR)/work-seed$* --seed $* --out $(TLDR)/reduced/$(name)-seed$* $(tldr/reduce/$(name)) &&) true
 
-# ARM-seedN trains ARM's preset on its reduction of seed N
-TLDR_arm = $(firstword $(subst -seed, ,$*))
-TLDR_from = $(tldr/from/$(TLDR_arm))
 $(TLDR)/%: FORCE
-	$(PY) -m tldr_reduction.train $(tldr/arm/$(TLDR_arm)) $(if $(TLDR_from),--data $(TLDR)/reduced/$(TLDR_from)-seed$(lastword $(subst -seed, ,$*))/shards) \
-		--seed $(lastword $(subst -seed, ,$*)) --out $@
+	$(PY) -m tldr_reduction.train $(TLDR_preset) $(TLDR_data) $(TLDR_budget) --seed $(TLDR_seed) --out $@

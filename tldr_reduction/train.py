@@ -116,14 +116,10 @@ def tokenizer_of(cfg: Config):
 
 def initialise(model: nn.Module, cfg: Config) -> None:
     """Weights from elsewhere, where the settings name some."""
-    if cfg.stage == "clip":
-        if cfg.init:
-            model.load_state_dict(run.load_checkpoint(cfg.init))
-        return
     if cfg.vision_init:
         init_vision(model.visual_encoder, cfg.vision_init)
     if cfg.text_init:
-        init_text(model.text_encoder if cfg.stage == "blip" else model.text_decoder.bert, cfg.text_init)
+        init_text(model, cfg.text_init)
     if cfg.init:
         path = Path(cfg.init)
         missing = load_blip(model, path / "checkpoint.pt" if path.is_dir() else path)
@@ -140,10 +136,13 @@ def initialise(model: nn.Module, cfg: Config) -> None:
 
 @torch.no_grad()
 def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: run.Process) -> None:
-    """Codebook from the data's own tokens, or from keywords moved and scaled onto them; the same on every rank."""
+    """Xavier's codebook, or one of the data's own tokens, or of keywords moved and scaled onto them; by seed alone."""
     generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
     weight = captioner.quantize.embedding.weight
-    codes_per_image = (captioner.visual_encoder.pos_embed.shape[1]) * cfg.width // cfg.code_dim
+    if cfg.codebook_init == "xavier":
+        weight.copy_(nn.init.xavier_uniform_(torch.empty(weight.shape), generator=generator))
+        return
+    codes_per_image = captioner.visual_encoder.pos_embed.shape[1] * cfg.width // cfg.code_dim
     rows = torch.randperm(len(pairs), generator=generator)[: -(-4 * cfg.num_codes // codes_per_image)]
     dataset = PairDataset(pairs, eval_transform(cfg.image_size), (cfg.seed,), cfg.max_words)
     images = torch.stack([dataset[int(row)][1] for row in rows]).to(process.device)
@@ -151,8 +150,11 @@ def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: ru
     if cfg.codebook_init == "data":
         weight.copy_(sampled_codebook(tokens, cfg.num_codes, generator))
     else:
-        captions = (pairs.caption(row) for row in range(len(pairs)))
-        codebook = keyword_codebook(captions, cfg.num_codes, text_embedder(cfg.keyword_model, cfg.code_dim))
+        embed = text_embedder(cfg.keyword_model, cfg.code_dim)
+        if cfg.keywords is not None:
+            codebook = embed(Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes])
+        else:
+            codebook = keyword_codebook((pairs.caption(row) for row in range(len(pairs))), cfg.num_codes, embed)
         weight.copy_(rescaled(codebook.to(process.device), tokens))
 
 
@@ -213,13 +215,12 @@ def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], cfg: Confi
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, samples, steps, learning rates, memory of the training step."""
-    vocab = 30524 if cfg.vocab == "bert-base-uncased" or not Path(cfg.vocab).exists() else len(tokenizer_of(cfg))
-    model = build(cfg, vocab)
+    model = build(cfg, len(WordPiece(cfg.vocab)) if Path(cfg.vocab).is_file() else 30524)  # else BERT's
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    n = cfg.dataset_size or 0
-    if not n and cfg.data and Path(cfg.data).exists():
-        n = len(open_pairs(cfg.data, cfg.image_root, None, cfg.strict, cfg.cache))
+    n = cfg.dataset_size or cfg.expected or 0
+    if cfg.data and Path(cfg.data).exists():
+        n = len(open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache))
     per_epoch = n // cfg.batch_size
     print(f"parameters         {trained:,} trained, {frozen:,} momentum copies")
     if cfg.stage == "captioner":
@@ -257,9 +258,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def main(cfg: Config) -> Path | None:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
+    check(cfg, process.world_size)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
-    check(cfg, process.world_size)
     return train(cfg, process)
 
 
@@ -308,6 +309,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     size = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
     size = size[0] if isinstance(size, tuple) else size
     view = train_transform(size, cfg.min_scale, cfg.flip, cfg.augment)
+    collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
@@ -333,7 +335,6 @@ def train(cfg: Config, process: run.Process) -> Path:
         broken = list(pairs.broken)
         dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
-        collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
         loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (_, images, ids, mask, _) in enumerate(data.watch(batches, broken), start):

@@ -8,7 +8,6 @@ size, where they would hold 13 GB.
 
 import argparse
 import os
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +18,7 @@ import open_clip
 import torch
 
 from shared import run
+from tests.bench import print_row, race
 from tests.parity import check_commit
 from tests.parity import test_tldr_reduction as parity
 from tldr_reduction import cluster, model, train
@@ -39,27 +39,6 @@ def growth(function) -> float:
     peak = resident("VmHWM")
     del result
     return peak - before
-
-
-def alternate(ours, theirs, repetitions: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call; the two take turns, after one call of each that does not count."""
-    seconds = [], []
-    for repetition in range(repetitions + 1):
-        for side, function in zip(seconds, (ours, theirs), strict=True):
-            began = time.perf_counter()
-            function()
-            if repetition:
-                side.append(time.perf_counter() - began)
-    return seconds
-
-
-def print_row(what: str, ours: list[float], theirs: list[float], target: str = "", note: str = "") -> None:
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    times = " | ".join(f"{1e3 * statistics.median(side):.0f} ms" for side in (ours, theirs))
-    print(
-        f"| {what} | {times} | {middle:.2f} | {low:.2f} .. {high:.2f} | {len(ours)} | {target} | {note} |", flush=True
-    )
 
 
 def quantiser(up, repetitions: int) -> None:
@@ -85,15 +64,10 @@ def quantiser(up, repetitions: int) -> None:
     del expected
     memory = [growth(lambda side=side: step(side)) for side in (ours, theirs)]
     name = "quantiser forward + backward, [64, 197, 768], K=1024"
-    print_row(
-        name,
-        *alternate(lambda: step(ours), lambda: step(theirs), repetitions),
-        ">= 1.2",
-        f"gradients within {difference:.0e}",
-    )
-    share = memory[0] / memory[1]
+    seconds = race(name, lambda: step(ours), lambda: step(theirs), repetitions)
+    print_row(*seconds, ">= 1.2", f"gradients within {difference:.0e}")
     sizes = " | ".join(f"{size:.0f} MiB" for size in memory)
-    print(f"| its peak memory | {sizes} | {share:.2f} (ours/theirs) | - | 1 | <= 0.60 | |", flush=True)
+    print(f"| its peak memory | {sizes} | | | 1 | ours <= 60 % | {100 * memory[0] / memory[1]:.0f} % |", flush=True)
 
 
 def code_vectors(n: int, length: int, patterns: int = 500) -> np.ndarray:
@@ -127,9 +101,8 @@ def clustering(up, n: int, k: int, repetitions: int) -> None:
         features = cluster.whiten(codes, 64)
         objectives["ours"] = cluster.kmeans(features, k, seed)[2][-1].item()
 
-    times = alternate(ours, theirs, repetitions)
-    note = f"objective {objectives['ours']:.1f}, theirs {objectives['theirs']:.1f}"
-    print_row(f"whitening + k-means, {n:,} x 197, k={k}", *times, ">= 1", note)
+    seconds = race(f"whitening + k-means, {n:,} x 197, k={k}", ours, theirs, repetitions)
+    print_row(*seconds, ">= 1", f"objective {objectives['ours']:.1f}, theirs {objectives['theirs']:.1f}")
 
 
 def a_million(n: int, k: int, folder: Path) -> None:
@@ -148,24 +121,25 @@ def a_million(n: int, k: int, folder: Path) -> None:
     seconds = time.perf_counter() - began
     path.unlink()
     size = n * 197 * 2 / 2**20
-    note = f"codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
-    took = f"{seconds:.0f} s, {memory:.0f} MiB"
-    print(f"| {n:,} code vectors clustered, selected | {took} | - | - | - | 1 | bounded | {note} |", flush=True)
+    note = f"+{memory:.0f} MiB, codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
+    print(f"| {n:,} code vectors clustered, selected | {seconds:.0f} s | | | | 1 | bounded | {note} |", flush=True)
 
 
 def clip_step(repetitions: int, batch: int = 64) -> None:
     """The CLIP arm's training step against open_clip's loss and model as its own trainer calls them."""
     cfg = PRESETS["emoji-clip"][1]
     clip = train.build(cfg, 0)
-    images = torch.randn(batch, 3, 40, 40)
+    side = clip.visual.image_size
+    images = torch.randn(batch, 3, *(side if isinstance(side, tuple) else (side, side)))
     ids = torch.randint(1, 49406, (batch, clip.context_length))
     ids[:, -1] = 49407
     optimizers = [torch.optim.AdamW(clip.parameters(), lr=1e-5, fused=True) for _ in range(2)]
+    mask = torch.ones_like(ids)
     loss = open_clip.ClipLoss(cache_labels=True)
     precision = run.resolve_precision("auto", torch.device("cpu"))
 
     def ours():
-        losses, _ = train.losses_of(clip, (images, ids, ids), cfg, 0.0, 0)
+        losses, _ = train.losses_of(clip, (images, ids, mask), cfg, 0.0, 0)
         optimizers[0].zero_grad()
         losses["loss"].backward()
         optimizers[0].step()
@@ -178,7 +152,7 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
         optimizers[1].step()
 
     print_row(
-        f"CLIP step, ViT-emoji, batch {batch}, {precision}: open_clip", *alternate(ours, theirs, repetitions), ">= 1"
+        *race(f"CLIP step, {cfg.clip_model}, batch {batch}, {precision}: open_clip", ours, theirs, repetitions), ">= 1"
     )
 
 

@@ -1,0 +1,129 @@
+"""One page of all results: `python -m shared.overview` writes RESULTS.md, and report.html with the plots in it.
+
+Both are made of results/*.json and results/*.png alone; nothing is typed. The HTML page holds its pictures and opens
+offline.
+"""
+
+import base64
+import html
+import importlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from shared import report
+
+VERDICTS = {  # as `report.judge` words them, and what each means
+    "reproduced": "the 95 % interval over seeds lies on the paper's side and reaches its effect, where it is a number",
+    "same direction": "on the paper's side, short of its effect",
+    "not reproduced": "the interval lies on the other side",
+    "not resolved at this scale": "the interval holds zero",
+    "no claim": "the paper claims nothing here; the difference is only shown",
+    "not testable at this scale": "needs the paper's data or machines",
+}
+INTRODUCTION = (
+    "Everything here was measured on the embedded emoji corpus, a stand-in for the papers' data that fits on a laptop: "
+    "it shows whether an effect is there at its scale, never a paper's number."
+)
+
+
+def command(folder: str, summary: dict) -> str:
+    """The command that measures a folder's results again."""
+    seeds = " ".join(map(str, summary["seeds"]))
+    return f'make reproduce-{folder.replace("_", "-")} SEEDS="{seeds}" ARMS=all RESULTS=results/{folder}.json'
+
+
+def provenance(summary: dict) -> str:
+    seeds = ", ".join(map(str, summary["seeds"]))
+    return f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']} on {summary['machine']}."
+
+
+def counts(summary: dict) -> dict[str, int]:
+    """How many of a paper's claims have each verdict."""
+    found = Counter(row["verdict"] for row in summary["claims"])
+    return {verdict: found[verdict] for verdict in VERDICTS}
+
+
+def named_arms(folder: str, summary: dict) -> tuple[dict[str, dict], dict[str, str]]:
+    """(metrics of each arm by its heading, heading of each metric), as the folder's README shows them."""
+    evaluation = importlib.import_module(f"{folder}.eval")
+    return {evaluation.ARMS.get(arm, arm): values for arm, values in summary["arms"].items()}, evaluation.METRICS
+
+
+# ------------------------------------------------------------------------------------------------------------ Markdown
+
+
+def markdown(summaries: dict[str, dict]) -> str:
+    """RESULTS.md: how the claims of each paper came out, then claim by claim."""
+    overview = [
+        {"paper": f"[{summary['paper']}](#{folder})"} | {verdict: n or "" for verdict, n in counts(summary).items()}
+        for folder, summary in summaries.items()
+    ]
+    page = ["# Results", INTRODUCTION, report.table(overview)]
+    page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
+    for folder, summary in summaries.items():
+        page += [
+            f'<a id="{folder}"></a>\n\n## {summary["paper"]}',
+            f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
+            f"    {command(folder, summary)}",
+            report.table(summary["claims"]),
+        ]
+    return "\n\n".join(page) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- HTML
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem } th { text-align: left; background: #f2f2f2 }
+th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; vertical-align: top } img { max-width: 100% }
+.wide { overflow-x: auto } code { background: #f2f2f2; padding: 0.1rem 0.3rem } nav a { margin-right: 1rem }
+.reproduced { color: #176f2c } .same-direction { color: #6b6b00 } .not-reproduced { color: #b00020 }
+"""
+
+
+def html_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as an HTML table; a cell that is a verdict gets its colour."""
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
+    body = []
+    for row in rows:
+        cells = []
+        for value in map(str, row.values()):
+            kind = f' class="{value.replace(" ", "-")}"' if value in VERDICTS else ""
+            cells.append(f"<td{kind}>{html.escape(value)}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+
+
+def picture(path: Path) -> str:
+    """A PNG inside the page."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{content}" alt="{html.escape(path.stem.replace("_", " "))}">'
+
+
+def html_page(summaries: dict[str, dict], pictures: Path) -> str:
+    """report.html: the page of RESULTS.md with the arms' tables and the plots, in one file."""
+    overview = [{"paper": summary["paper"]} | counts(summary) for summary in summaries.values()]
+    links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in summaries)
+    meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
+    page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>{html_table(overview)}<ul>{meanings}</ul>"]
+    for folder, summary in summaries.items():
+        arms, metrics = named_arms(folder, summary)
+        page.append(f'<h2 id="{folder}">{html.escape(summary["paper"])}</h2><p>{html.escape(provenance(summary))}</p>')
+        page.append(f"<p><code>{html.escape(command(folder, summary))}</code></p>{html_table(summary['claims'])}")
+        page.append(html_table(report.arms_rows(arms, metrics)))
+        page += [picture(path) for path in sorted(pictures.glob(f"{folder}_*.png"))]
+    head = f'<meta charset="utf-8"><title>paper-clips: results</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(page)}</body></html>\n'
+
+
+def read(folder: Path) -> dict[str, dict]:
+    """{paper folder: its results}, in the order of the files' names."""
+    return {path.stem: report.load(path) for path in sorted(folder.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    found = read(Path("results"))
+    Path("RESULTS.md").write_text(markdown(found))
+    Path("report.html").write_text(html_page(found, Path("results")))
+    print(f"RESULTS.md and report.html: {len(found)} papers")
