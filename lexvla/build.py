@@ -26,22 +26,37 @@ from lexvla.model import (
     add_lora,
 )
 from lexvla.text import Bags, Prompts, States, load_lm
-from shared import run
+from shared import data, run
 
 
-def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int]:
-    """(ViT, its width D) whose tokens are [CLS] and patches: transformers for names with a /, else timm."""
-    if name == "vit-emoji":
-        vit = timm.models.VisionTransformer(
-            image_size, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0, dynamic_img_size=True
-        )
-        return vit, vit.num_features
+def small_vit(image_size: int) -> nn.Module:
+    """The ViT that backbone.py trains: width 128, 6 blocks, patches of 8 pixels, at other image sizes, too."""
+    return timm.models.VisionTransformer(
+        image_size, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0, dynamic_img_size=True
+    )
+
+
+def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int, int]:
+    """(ViT whose tokens are [CLS] and patches, its width D, pixels of a patch's side).
+
+    A .pt file of backbone.py, transformers for other names with a /, else timm.
+    """
+    if name.endswith(".pt"):
+        vit = small_vit(image_size)
+        if pretrained:
+            try:
+                vit.load_state_dict(run.load_checkpoint(name)["weights"])
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(
+                    f"--backbone {name} at {image_size} pixels is no file of 'python -m lexvla.backbone'"
+                ) from error
+        return vit, vit.num_features, 8
     try:
         if "/" in name:
             from transformers import AutoModel, Dinov2Config, Dinov2Model
 
-            vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config())
-            return vit, vit.config.hidden_size
+            vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config(patch_size=14))
+            return vit, vit.config.hidden_size, vit.config.patch_size
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"--backbone {name} is neither a folder, a hub name nor a ViT of timm here") from error
@@ -49,23 +64,16 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
         raise ValueError(
             f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read"
         )
-    return vit, vit.num_features
+    return vit, vit.num_features, vit.patch_embed.patch_size[0]
 
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
     """Backbone and adapter as the configuration says; the codebook (V, d) is copied."""
-    backbone, dim = create_backbone(cfg.backbone, cfg.image_size, pretrained)
+    backbone, dim, _ = create_backbone(cfg.backbone, cfg.image_size, pretrained)
     adapter = VisualAdapter(dim, max(dim // 64, 1), cfg.adapter_hidden, codebook.shape[1])
     cls = DenseImageEncoder if cfg.head == "dense" else ImageEncoder
-    encoder = cls(backbone, adapter, codebook, cfg.pool_cls, bias, freeze=not cfg.train_backbone)
+    encoder = cls(backbone, adapter, codebook, cfg.pool_cls, bias)
     encoder.codebook.requires_grad_(cfg.tune_codebook)
-    if cfg.backbone_from and pretrained:
-        weights = run.load_checkpoint(cfg.backbone_from).get("weights", {})
-        state = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
-        try:
-            backbone.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"--backbone-from {cfg.backbone_from} does not hold a trained {cfg.backbone}") from error
     return encoder
 
 
@@ -112,7 +120,7 @@ def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | St
 
 def _renamed(name: str) -> str:
     """Parameter of LexVLA -> name in a checkpoint."""
-    for prefix, short in (("image.adapter.", "adapter."), ("image.backbone.", "backbone."), ("text.lm.", "lora.")):
+    for prefix, short in (("image.adapter.", "adapter."), ("text.lm.", "lora.")):
         if name.startswith(prefix):
             return short + name.removeprefix(prefix)
     return name
@@ -123,8 +131,16 @@ def trained_weights(model: LexVLA) -> dict[str, Tensor]:
     return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_weights(model: LexVLA, weights: dict[str, Tensor]) -> None:
-    """The reverse of `trained_weights`; ValueError if they are of another model."""
+def frozen_fingerprint(model: LexVLA) -> str:
+    """Tells one image backbone from another, which a checkpoint names but does not hold."""
+    return data.fingerprint(*(x.cpu().numpy().tobytes() for x in model.image.backbone.state_dict().values()))
+
+
+def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
+    """Weights of `trained_weights` from a checkpoint's state; ValueError if they are of another model."""
+    if frozen_fingerprint(model) != state["backbone"]:
+        raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
+    weights = state["weights"]
     own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
         raise ValueError("the checkpoint does not hold the weights of the model that its configuration describes")
@@ -143,7 +159,7 @@ def load_run(
     cfg = Config(**state["config"])
     lm, tokenizer = load_lm(cfg.lm, dtype)
     model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
-    load_weights(model, state["weights"])
+    load_weights(model, state, folder)
     read = text_input(cfg, tokenizer, state["vocab_ids"])
     if isinstance(read, States):
         read.lm, read.tokenizer = lm, tokenizer  # captions beyond the file: LoRA is behind the states
@@ -154,8 +170,8 @@ def load_run(
 
 
 def normalize(backbone: str) -> transforms.Normalize:
-    """Mean and deviation with which the backbone was trained: CLIP's, ImageNet's, or 1/2 for one from scratch."""
-    if backbone == "vit-emoji":
+    """Mean and deviation with which the backbone was trained: CLIP's, ImageNet's, or 1/2 for backbone.py's."""
+    if backbone.endswith(".pt"):
         return transforms.Normalize((0.5,) * 3, (0.5,) * 3)
     clip = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return transforms.Normalize(*(clip if "clip" in backbone else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)))

@@ -15,7 +15,7 @@ from shared import report
 SET = "retrieval_ood"
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "none": "no penalty",
-    "flops": "FLOPs loss",
+    "flops": "FLOPs loss, of equal weight at the start",
     "overuse": "LexVLA: overuse penalty",
     "overuse-weak": "overuse, weight / 10",
     "overuse-strong": "overuse, weight x 10",
@@ -91,7 +91,10 @@ def within(arms: dict[str, list[dict]]) -> list[dict[str, str]]:
 def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
     """Judge the claims, print the tables, write `path` and the plots beside it."""
     arms, seeds, folders, commits = report.compare_runs(runs, results, ARMS)
-    rows = report.judge_all(claims(), arms) + within(arms)
+    if any(RECALL not in seed for of_arm in arms.values() for seed in of_arm):
+        raise ValueError(f"--report compares runs on {SET}: have it among --sets")
+    known = [c for c in claims() if all(c.metric in arms[arm][0] for arm in (c.method, c.baseline) if arm in arms)]
+    rows = report.judge_all(known, arms) + within(arms)  # of the sets that were measured
     rows.append(
         report.untestable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", "needs CC12M, Llama 2")
     )

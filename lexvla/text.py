@@ -49,7 +49,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: str = "auto"
-    """auto, bf16, fp16 or fp32."""
+    """Number type of the LM's weights: bf16, fp16, fp32, or auto."""
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "object"]:
@@ -166,9 +166,9 @@ def compute_states(
     captions: Sequence[str],
     batch_size: int = 128,
     device: str | torch.device = "cpu",
-    precision: str = "fp32",
 ) -> Tensor:
-    """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt."""
+    """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt. In the number
+    type of the LM's weights."""
     from transformers import DynamicCache
 
     renamed = "cache" in inspect.signature(lm.model.forward).parameters  # in the course of transformers 5
@@ -184,20 +184,19 @@ def compute_states(
     states = torch.empty(len(rows), lm.config.hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     try:
-        with run.autocast(precision, device):
-            prefix = DynamicCache()
+        prefix = DynamicCache()
+        if length:
+            lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True, **{keyword: prefix})
+        for start in tqdm(range(0, len(rows), batch_size), desc="captions", unit="batch", disable=None):
+            chosen = order[start : start + batch_size]
+            ids, mask = (x.to(device) for x in pad([rows[i][length:] for i in chosen]))
+            cache = copy.deepcopy(prefix)
             if length:
-                lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True, **{keyword: prefix})
-            for start in tqdm(range(0, len(rows), batch_size), desc="captions", unit="batch", disable=None):
-                chosen = order[start : start + batch_size]
-                ids, mask = (x.to(device) for x in pad([rows[i][length:] for i in chosen]))
-                cache = copy.deepcopy(prefix)
-                if length:
-                    cache.batch_repeat_interleave(len(chosen))
-                whole = torch.cat([mask.new_ones(len(chosen), length), mask], dim=1)
-                caught.clear()
-                lm.model(ids, attention_mask=whole, use_cache=True, **{keyword: cache})
-                states[chosen] = last_token(caught[0], mask).float().cpu()
+                cache.batch_repeat_interleave(len(chosen))
+            whole = torch.cat([mask.new_ones(len(chosen), length), mask], dim=1)
+            caught.clear()
+            lm.model(ids, attention_mask=whole, use_cache=True, **{keyword: cache})
+            states[chosen] = last_token(caught[0], mask).float().cpu()
     finally:
         hook.remove()
     return states
@@ -253,11 +252,9 @@ def main(cfg: Config) -> None:
         eval_set = EvalSet(folder, lambda image: torch.zeros(1))
         texts += eval_set.classnames or [text for _, _, captions in eval_set for text in captions]
     texts = list(dict.fromkeys(filter(None, texts)))
-    lm, tokenizer = load_lm(cfg.lm)
+    lm, tokenizer = load_lm(cfg.lm, run.DTYPES[run.resolve_precision(cfg.precision, process.device)])
     lm.eval().requires_grad_(False).to(process.device)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    prompts = Prompts(tokenizer, cfg.max_length)
-    states = compute_states(lm, prompts, texts, cfg.batch_size, process.device, precision)
+    states = compute_states(lm, Prompts(tokenizer, cfg.max_length), texts, cfg.batch_size, process.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = {"lm": cfg.lm, "prompt": PROMPT, "max_length": cfg.max_length}
     run.save_checkpoint(out, made | {"texts": texts, "states": states})

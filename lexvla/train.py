@@ -14,12 +14,22 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from lexvla.build import create_model, eval_transform, load_weights, text_input, train_transform, trained_weights
+from lexvla.build import (
+    create_backbone,
+    create_model,
+    eval_transform,
+    frozen_fingerprint,
+    load_weights,
+    text_input,
+    train_transform,
+    trained_weights,
+)
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.eval import quick_recall
-from lexvla.model import LexVLA, TextEncoder, total_loss
+from lexvla.model import ImageEncoder, LexVLA, TextEncoder, total_loss
 from lexvla.text import caption_vocabulary, lm_dtype, load_lm
 from shared import data, run
 
@@ -69,8 +79,29 @@ class PairDataset(Dataset):
         return self.transform(pair.image), pair.caption, broken
 
 
+class TokenDataset(Dataset):
+    """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples passed over)."""
+
+    def __init__(self, pairs, transform: Callable, image: ImageEncoder, device: torch.device, precision: str):
+        items = DataLoader(PairDataset(pairs, transform, ()), batch_size=256, collate_fn=lambda items: items)
+        tokens, self.captions, self.broken = [], [], []
+        for batch in tqdm(items, desc="images through the frozen backbone", unit="batch", disable=None):
+            pixels = torch.stack([pixels for pixels, _, _ in batch]).to(device)
+            with run.autocast(precision, device):
+                tokens.append(image.frozen(pixels).half().cpu())
+            self.captions += [caption for _, caption, _ in batch]
+            self.broken += [broken for _, _, broken in batch]
+        self.tokens = torch.cat(tokens)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str, list[data.Broken]]:
+        return self.tokens[i].float(), self.captions[i], self.broken[i]
+
+
 class Collate:
-    """Items -> (pixels (B, 3, S, S), the text tower's input, broken samples)."""
+    """Items -> (pixels (B, 3, S, S) or tokens (B, n, D), the text tower's input, broken samples)."""
 
     def __init__(self, read: Callable[[Sequence[str]], tuple[Tensor, ...]]):
         self.read = read
@@ -150,6 +181,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.lm) if local else LlamaConfig())
         model = create_model(cfg, lm, torch.arange(V), cfg.bias or 0.0, pretrained=False)
+        patch = create_backbone(cfg.backbone, cfg.image_size, pretrained=False)[2]
     sizes = {
         "adapter": model.image.adapter,
         "backbone": model.image.backbone,
@@ -176,9 +208,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             print(f"learning rate      {lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}")
     gib, size, d = 2**30, cfg.batch_size // world_size, lm.config.hidden_size
     D = model.image.adapter.proj.fc1.in_features
-    tokens = (cfg.image_size // (8 if cfg.backbone == "vit-emoji" else 14)) ** 2 + 1
+    tokens = (cfg.image_size // patch) ** 2 + 1
     weights = (16 * trained + 2 * frozen) / gib
-    image = size * tokens * (34 * D * (1 + 4 * cfg.train_backbone) + 4 * d) / gib  # 34 D: a block's tokens in bf16
+    image = size * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
     rows = (20 * size + 24 * cfg.batch_size) * V / gib
     blocks = lm.config.num_hidden_layers
     text = size * cfg.max_length * d * (2 * blocks + 34 if cfg.checkpointing else 34 * blocks) / gib
@@ -230,7 +262,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     torch.manual_seed(cfg.seed)
     model: LexVLA = create_model(cfg, lm, vocab_ids, bias).to(process.device)
     if "weights" in state:
-        load_weights(model, state["weights"])
+        load_weights(model, state, folder)
     groups = param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
@@ -245,6 +277,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
     clock, commit = run.Stopwatch(state["seconds"]), run.commit()
+    backbone = frozen_fingerprint(model)
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
@@ -256,6 +289,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                     "weights": trained_weights(model),
                     "vocab_ids": vocab_ids,
                     "bias": bias,
+                    "backbone": backbone,
                     "optimizer": optimizer.state_dict(),
                     **({"scaler": scaler.state_dict()} if scaler is not None else {}),
                     "seconds": clock.read(),
@@ -265,12 +299,17 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                 },
             )
 
+    encoded = None
+    if cfg.encode_once:
+        transform = eval_transform(cfg.backbone, cfg.image_size)
+        encoded = TokenDataset(pairs, transform, model.image, process.device, precision)
+
     for epoch in range(state["epoch"], cfg.epochs):
         model.train()
         start = state["batch"] if epoch == state["epoch"] else 0
         broken = list(pairs.broken)
         seed = (cfg.seed, epoch)
-        dataset = PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), seed)
+        dataset = encoded or PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), seed)
         loader = data.epoch_loader(dataset, Collate(read), cfg, process, seed, start)
         label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
@@ -284,10 +323,8 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             if step % cfg.log_every == 0 or batch == 1:
                 scale = model.logit_scale.exp()
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, logit_scale=scale, **losses)
-                if not math.isfinite(losses["loss"]):
-                    raise ValueError(
-                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
-                    )
+                if not math.isfinite(loss := losses["loss"].item()):
+                    raise ValueError(f"the loss is {loss} at step {step}: lower --lr, or use --precision fp32")
             if step - saved >= cfg.save_every and batch < per_epoch:
                 save(epoch, batch)
                 saved = step

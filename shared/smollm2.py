@@ -43,6 +43,7 @@ def main(out: Path = Path("data/smollm2-135m")) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / "model"
+        vars(model.config).pop("quantization_config", None)  # nothing is quantized any more, and .float() would refuse
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})  # the head is the tied embedding

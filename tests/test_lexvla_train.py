@@ -22,13 +22,15 @@ from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same,
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lexvla import build, claims, config, scenes
+from lexvla import backbone as backbones
+from lexvla import build, claims, config, scenes, train
 from lexvla import eval as evaluation
 from lexvla import text as texts
 from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
 from shared import data, report, run, smollm2
 
 SHARDS = ROOT / "data/emoji/train"
+GROUPS = ROOT / "data/emoji/eval/groups_id"
 SCRIPT, SECONDS = "lexvla.train", 120
 PRELOAD = ["lexvla.eval", "lexvla.build", "lexvla.text", "transformers.models.llama.modeling_llama",
            "torch.utils.tensorboard"]  # fmt: skip
@@ -74,10 +76,17 @@ def states(folder: Path, lm: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(lm: Path, states: Path) -> list[str]:
-    return f"""--data {SHARDS}/00000.tar --dataset-size 160 --lm {lm} --states {states} --image-size 16 --epochs 3
-        --adapter-hidden 32 --batch-size 32 --lora-rank 2 --min-count 2 --eval-every 0 --warmup 2 --penalty-warmup 4
-        --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1""".split()
+def backbone(folder: Path) -> Path:
+    cfg = backbones.Config(f"{SHARDS}/00000.tar", 300, str(folder / "backbone.pt"), image_size=16, epochs=2)
+    backbones.main(dataclasses.replace(cfg, batch_size=32, device="cpu", precision="fp32"))
+    return folder / "backbone.pt"
+
+
+@pytest.fixture(scope="module")
+def tiny(lm: Path, states: Path, backbone: Path) -> list[str]:
+    return f"""--data {SHARDS}/00000.tar --dataset-size 160 --lm {lm} --states {states} --backbone {backbone}
+        --image-size 16 --epochs 3 --adapter-hidden 32 --batch-size 32 --lora-rank 2 --min-count 2 --eval-every 0
+        --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1""".split()
 
 
 # ------------------------------------------------------------------------------------------------------------ captions
@@ -141,7 +150,7 @@ ARMS = {
     "overuse": ["emoji"],
     "bow": ["emoji-bow", "--states", "", "--lora-rank", "0"],
     "dense": ["emoji-dense"],
-    "whole-lm": ["emoji", "--states", ""],
+    "whole-models": ["emoji", "--states", "", "--no-encode-once"],
 }
 
 
@@ -159,7 +168,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    penalty = {"flops": "flops", "overuse": "overuse", "whole-lm": "overuse", "bow": "overuse"}.get(arm)
+    penalty = {"flops": "flops", "overuse": "overuse", "whole-models": "overuse", "bow": "overuse"}.get(arm)
     for line in lines:
         parts = line["i2t"] + line["t2i"]
         if penalty:
@@ -168,11 +177,11 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
         assert np.isclose(line["loss"], parts, rtol=1e-5)
     state = run.load_checkpoint(out / "checkpoint.pt")
     weights = state["weights"]
-    assert {name.split(".")[0] for name in weights} == {"adapter", "backbone", "image", "logit_scale"} | (
+    assert {name.split(".")[0] for name in weights} == {"adapter", "image", "logit_scale"} | (
         set() if arm == "bow" else {"lora"} | ({"text"} if arm == "dense" else set())
     )
     lora = {name for name in weights if name.startswith("lora.")}
-    assert len(lora) == {"bow": 0, "whole-lm": 28}.get(arm, 6)
+    assert len(lora) == {"bow": 0, "whole-models": 28}.get(arm, 6)
     assert not any("lm_head" in name for name in weights)
     assert state["vocab_ids"].diff().min() > 0 and (state["bias"] < 0) == (arm != "dense")
 
@@ -197,28 +206,54 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli, tiny: list[
 
 def test_what_was_trained_comes_back(arms: dict[str, Path]):
     model, cfg, tokenizer, read = build.load_run(arms["overuse"])
-    weights = run.load_checkpoint(arms["overuse"] / "checkpoint.pt")["weights"]
+    state = run.load_checkpoint(arms["overuse"] / "checkpoint.pt")
+    weights = state["weights"]
     assert same(build.trained_weights(model), weights) and not model.training
     with pytest.raises(ValueError, match="does not hold the weights"):
-        build.load_weights(model, {name: value for name, value in weights.items() if "lora" not in name})
+        build.load_weights(model, state | {"weights": {k: v for k, v in weights.items() if "lora" not in k}}, "RUN")
+    model.image.backbone.cls_token.data.add_(1)
+    with pytest.raises(ValueError, match="RUN was trained on another backbone than"):
+        build.load_weights(model, state, "RUN")
 
 
-def test_a_trained_backbone_can_be_frozen(arms: dict[str, Path], folder: Path, cli, tiny: list[str]):
-    out, source = folder / "frozen", arms["dense"] / "checkpoint.pt"
-    options = ["--backbone-from", source, "--no-train-backbone", "--epochs", "1"]
-    finished(cli("emoji", *tiny, *options, "--out", out))
-    assert not any(name.startswith("backbone.") for name in run.load_checkpoint(out / "checkpoint.pt")["weights"])
-    backbone = build.load_run(out)[0].image.backbone.state_dict()
-    kept = run.load_checkpoint(source)["weights"]
-    assert all(torch.equal(value, kept[f"backbone.{name}"]) for name, value in backbone.items())
+def test_backbone_learns_which_drawings_are_of_one_emoji(backbone: Path, capsys):
+    with tarfile.open(SHARDS / "00000.tar") as tar:
+        names = {m.name: json.load(tar.extractfile(m))["hexcode"] for m in tar if m.name.endswith(".json")}
+    pairs = data.open_pairs(f"{SHARDS}/00000.tar")
+    rows = backbones.drawings(f"{SHARDS}/00000.tar", list(pairs.keys))
+    assert sorted(row for of_one in rows for row in of_one) == list(range(len(pairs)))
+    assert all(len({names[f"{pairs.keys[row]}.json"] for row in of_one}) == 1 for of_one in rows)
+    assert len(rows) == len(set(names.values()))
+    views = backbones.Views(pairs, [[0], [1, 2]], build.train_transform("x.pt", 16, 0.5), (0, 1))
+    assert views[0].shape == (2, 3, 16, 16) and torch.equal(views[1], views[1])
+    tokens = torch.randn(2, 8, 5, 64)
+    equal = torch.stack([tokens[0], tokens[0]])
+    assert backbones.drawing_loss(equal, 0.01) < 1e-3 < backbones.drawing_loss(tokens, 0.01)
+    backbones.main(backbones.Config(out=str(backbone)))  # is there already, and stays
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has to end in .pt"):
+        backbones.main(backbones.Config(out="backbone"))
+    with pytest.raises(ValueError, match="has no .json with a hexcode"):
+        backbones.drawings(f"{SHARDS}/00000.tar", ["another"])
 
 
-def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path):
-    state = run.load_checkpoint(arms["whole-lm"] / "checkpoint.pt")
-    backbone = {k.removeprefix("backbone."): v for k, v in state["weights"].items() if k.startswith("backbone.")}
-    vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=192, depth=4, num_heads=3, num_classes=0)
-    vit.load_state_dict(backbone)
-    model = build.load_run(arms["whole-lm"])[0]
+def test_frozen_tokens_are_the_backbones(backbone: Path):
+    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16)
+    image = build.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
+    pairs, cpu = data.open_pairs(f"{SHARDS}/00000.tar", 30), torch.device("cpu")
+    transform = build.eval_transform(cfg.backbone, 16)
+    encoded = train.TokenDataset(pairs, transform, image, cpu, "fp32")
+    pixels = torch.stack([transform(pairs.read(row).image) for row in range(30)])
+    tokens = torch.stack([encoded[i][0] for i in range(30)])
+    torch.testing.assert_close(tokens, image.frozen(pixels), rtol=1e-3, atol=1e-3)  # kept in half precision
+    torch.testing.assert_close(image(tokens), image(pixels), rtol=1e-2, atol=1e-2)
+    assert [encoded[i][1] for i in range(30)] == [pairs.caption(row) for row in range(30)]
+
+
+def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path, backbone: Path):
+    vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0)
+    vit.load_state_dict(run.load_checkpoint(backbone)["weights"])
+    model = build.load_run(arms["whole-models"])[0]
     plain = texts.load_lm(str(lm))[0]
     for name, module in model.text.lm.named_modules():  # merged, LoRA is an ordinary Llama
         if isinstance(module, LoRALinear):
@@ -227,7 +262,7 @@ def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path):
     torch.testing.assert_close(plain(ids).logits, model.text.lm(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm, workers", [("overuse", 0), ("whole-lm", 2)])
+@pytest.mark.parametrize("arm, workers", [("overuse", 0), ("whole-models", 2)])
 def test_kill_and_resume_equals_uninterrupted(
     arms: dict[str, Path], start, folder: Path, tiny: list[str], arm: str, workers: int
 ):
@@ -302,6 +337,8 @@ ERRORS = {
     "missing states": (["emoji", "--states", "no.pt"], "--states no.pt does not exist"),
     "states of another LM": (["emoji", "--max-length", "64"], "was made with max_length 128"),
     "unknown LM": (["emoji", "--lm", "/nowhere"], "--lm /nowhere is no folder or hub name"),
+    "missing backbone": (["emoji", "--backbone", "no.pt"], "--backbone no.pt does not exist: 'python -m lexvla.b"),
+    "backbone of another size": (["emoji", "--image-size", "24"], "at 24 pixels is no file of 'python -m lexvla.b"),
     "unknown backbone": (["emoji", "--backbone", "vit_nothing"], "--backbone vit_nothing is neither"),
     "no patches": (["emoji", "--image-size", "20"], "--image-size 20 cannot be cut into patches of 8"),
     "less than a batch": (["emoji", "--batch-size", "161"], "holds 160 pairs, less than one batch of 161"),
@@ -314,7 +351,6 @@ ERRORS = {
     "penalty of nothing": (["emoji-dense", "--penalty", "flops"], "--head dense has no words to penalise"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere does not"),
-    "no backbone in it": (["emoji", "--backbone-from", "{out}"], "no checkpoint at"),
 }
 
 
@@ -322,7 +358,6 @@ ERRORS = {
 def test_command_line_errors(in_process, tmp_path: Path, tiny: list[str], case: str):
     (preset, *options), message = ERRORS[case]
     defaults = tiny if preset.startswith("emoji") else []
-    options = [option.replace("{out}", str(tmp_path / "none.pt")) for option in options]
     result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
     assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -397,7 +432,7 @@ def small_scenes(folder: Path) -> Path:
 def test_scenes_have_exact_masks(small_scenes: Path):
     names = (small_scenes / "classnames.txt").read_text().splitlines()
     found = set()
-    for pixels, mask, ignore in scenes.labelled_images(str(small_scenes), 96, "vit-emoji"):
+    for pixels, mask, ignore in scenes.labelled_images(str(small_scenes), 96, "x.pt"):
         labels = set(mask.unique().tolist()) - {ignore}
         assert 2 <= len(labels) <= 4 and pixels.shape == (1, 3, 96, 96) and mask.shape == (1, 96, 96)
         drawn = (pixels[0] < -0.1).any(0)  # covered by more than half, so with a label
@@ -414,7 +449,7 @@ def measured(arms: dict[str, Path], folder: Path, small_set: Path, small_scenes:
         for seed in (0, 1):
             runs.append(str(folder / "eval" / f"{arm}-seed{seed}"))
             shutil.copytree(arms[arm], runs[-1])
-    sets = (str(small_set), str(ROOT / "data/emoji/eval/groups_id"))
+    sets = (str(small_set), str(GROUPS))
     cfg = evaluation.Config(
         runs=tuple(runs), sets=sets, patchdis=str(small_scenes), report=str(folder / "eval/results.json"), device="cpu"
     )
@@ -438,6 +473,8 @@ def test_report(measured: evaluation.Config, capsys):
     with pytest.MonkeyPatch.context() as patch:  # what has been measured is not measured again
         patch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
         evaluation.main(measured)
+    with pytest.raises(ValueError, match="--report compares runs on retrieval_ood"):
+        claims.compare(measured.runs[:1], [{"seconds": 1.0}], Path(measured.report))
     with pytest.raises(ValueError, match="ARM-seedN"):
         claims.compare(["runs/other"], [{}], Path(measured.report))
 
@@ -462,9 +499,29 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     scores = [float(line.split()[0]) for line in lines]
     assert 1 <= len(lines) <= 10 and scores == sorted(scores, reverse=True)
     again = in_process("search", arms["overuse"], "red fruit", "--images", small_set, module="lexvla.eval")
-    assert again.out == result.out and (arms["overuse"] / "index-retrieval_ood.npz").is_file()
+    assert again.out == result.out and len(list(arms["overuse"].glob("index-retrieval_ood-*.npz"))) == 1
+    other = in_process("search", arms["overuse"], "red fruit", "--images", GROUPS, "--k", 3, module="lexvla.eval")
+    assert other.code == 0 and len(other.out.splitlines()) <= 4, other.err
     result = in_process("search", arms["dense"], "red fruit", "--images", small_set, module="lexvla.eval")
-    assert result.code == 2 and "no words to search by" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "its dimensions are no words" in result.err and one_sentence(result.err)
+    result = in_process("search", arms["overuse"], "red fruit", "--k", "0", module="lexvla.eval")
+    assert result.code == 2 and "--k must be at least 1" in result.err and one_sentence(result.err)
+
+
+@pytest.mark.parametrize("arm", ["overuse", "bow"])
+def test_explanation_of_a_pair(arms: dict[str, Path], in_process, tmp_path: Path, arm: str):
+    image, picture = tmp_path / "image.png", tmp_path / "explain.png"
+    data.open_pairs(f"{SHARDS}/00000.tar", 1).read(0).image.save(image)
+    caption = data.open_pairs(f"{SHARDS}/00000.tar", 1).caption(0)
+    result = in_process("explain", arms[arm], image, caption, "--out", picture, module="lexvla.eval")
+    assert result.code == 0 and picture.stat().st_size > 5_000, result.err
+    first, *reasons, _ = result.out.splitlines()
+    values = [float(line.split()[0]) for line in reasons]
+    assert values == sorted(values, reverse=True) and sum(values) <= float(first.split()[1].rstrip(":")) + 0.01
+    (tmp_path / "text.png").write_text("no image")
+    for file, words in ((tmp_path / "nothing.png", "does not exist"), (tmp_path / "text.png", "cannot be read")):
+        result = in_process("explain", arms[arm], file, "a cat", module="lexvla.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
 
 
 def test_index_gives_the_products():
@@ -475,6 +532,8 @@ def test_index_gives_the_products():
     np.testing.assert_allclose(index.scores(query), (s @ query).numpy(), rtol=1e-5, atol=1e-7)
     best = index.search(query, 5)
     assert [i for i, _ in best] == (s @ query).sort(descending=True, stable=True).indices[:5].tolist()
+    found = [i for i, _ in best]
+    torch.testing.assert_close(index.common(query, found), s[found] * (query > 0))
     assert index.search(torch.zeros(30)) == [] and len(index.search(query, 500)) == int(((s @ query) > 0).sum())
 
 
@@ -484,6 +543,7 @@ def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
         ((arms["none"], "--patchdis", "None", "--sets", tmp_path), str(tmp_path)),
         ((arms["none"], "--sets", "--patchdis", tmp_path), "classnames.txt does not exist"),
         ((arms["none"], "--class-text", "song"), "--class-text is prompt or word"),
+        ((arms["none"], "--topk", "0"), "--topk must be at least 1"),
         ((), "name at least one run folder"),
     ):
         result = in_process(*arguments, module="lexvla.eval")

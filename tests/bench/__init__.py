@@ -1,11 +1,13 @@
-"""What the benches share: two functions raced in turns, the row that shows it, attention's kernel set aside."""
+"""What the benches share: a race of two functions in turns, its row, peak memory, attention's kernel set aside."""
 
 import contextlib
+import ctypes
 import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -57,3 +59,22 @@ def attention(flash: bool):
         yield
     finally:
         torch.backends.cuda.enable_flash_sdp(before)
+
+
+def peak_memory(step: Callable) -> float | None:
+    """MiB that `step` holds at most beyond what is held before; None where the system does not tell (Linux does)."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but not given back would hide
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = resident("VmRSS")
+        step()
+        return (resident("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def resident(what: str) -> int:
+    """kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(what)))

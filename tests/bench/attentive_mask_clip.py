@@ -9,9 +9,7 @@ Theirs runs on today's timm with the plain attention of the timm 0.5.4 that it a
 """
 
 import argparse
-import ctypes
 import dataclasses
-import gc
 import logging
 import statistics
 import time
@@ -31,7 +29,7 @@ from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_attentive_mask_clip as parity
-from . import attention, print_row, race, shown
+from . import attention, peak_memory, print_row, race, shown
 
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
     "small": (
@@ -45,25 +43,6 @@ GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, preci
         512, 4096, 256, 4,
     ),
 }  # fmt: skip
-
-
-def peak_memory(step: Callable) -> float | None:
-    """MiB that `step` holds at most beyond what is held before; None where the system does not tell (Linux does)."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but not given back would hide
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = resident("VmRSS")
-        step()
-        return (resident("VmHWM") - before) / 1024
-    except OSError:
-        return None
-
-
-def resident(what: str) -> int:
-    """kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(what)))
 
 
 # ------------------------------------------------------------------------------------------------- against the authors
