@@ -7,6 +7,7 @@ step is left out.
 """
 
 import argparse
+import itertools
 import logging
 import statistics
 import warnings
@@ -44,10 +45,10 @@ def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torc
 def affinity(up, n: int, repetitions: int) -> None:
     """The loss of n pairs with its gradient, D = 512."""
     features, teacher = ([F.normalize(torch.randn(n, 512), dim=-1) for _ in range(2)] for _ in range(2))
-    theirs = up.clip_soft_loss.ClipSoftLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
+    soft_loss = up.clip_soft_loss.ClipSoftLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
     functions = (
         lambda *x: sum(model.affinity_mimicking_loss(*x, 50.0, *teacher, 50.0)) / 2,
-        lambda *x: theirs(*x, 50.0, *teacher, 50.0),
+        lambda *x: soft_loss(*x, 50.0, *teacher, 50.0),
     )
     ours, theirs = (partial(parity.with_gradients, function, *features) for function in functions)
     print_row(*race(f"affinity mimicking, {n} pairs, forward and backward", ours, theirs, repetitions))
@@ -119,6 +120,15 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
 # --------------------------------------------------------------------------------------------------------- throughput
 
 
+def uneven(shape: dict, millions: float, choice: tuple[int, int, int]) -> float:
+    """How far a tower of (heads, width, neurons) is from a size (M parameters), and how unevenly it keeps the three."""
+    heads, width, neurons = choice
+    blocks = shape["layers"] * (4 * width * 64 * heads + 2 * width * neurons)
+    ends = 512 * width + (3 * 32 * 32 + 50 if "patch_size" in shape else 77) * width
+    kept = (heads * 64 / shape["width"], width / shape["width"], neurons / (4 * shape["width"]))
+    return abs((blocks + ends) / 1e6 - millions) + 3 * (max(kept) - min(kept))
+
+
 def pruned_like(image_m: float, text_m: float) -> network.CLIP:
     """ViT-B/32 pruned at random to about the sizes (M parameters) of a released automatic student.
 
@@ -129,16 +139,12 @@ def pruned_like(image_m: float, text_m: float) -> network.CLIP:
     masks = []
     for tower, size in (("vision", image_m), ("text", text_m)):
         shape = whole.geometry[tower]
-        best = None
-        for heads in range(1, shape["width"] // 64 + 1):
-            for width in range(64, shape["width"] + 1, 64):
-                for neurons in range(128, 4 * shape["width"] + 1, 128):
-                    blocks = shape["layers"] * (4 * width * 64 * heads + 2 * width * neurons)
-                    ends = 512 * width + (3 * 32 * 32 + 50 if tower == "vision" else 77) * width
-                    kept = (heads * 64 / shape["width"], width / shape["width"], neurons / (4 * shape["width"]))
-                    cost = abs((blocks + ends) / 1e6 - size) + 3 * (max(kept) - min(kept))
-                    best = min(best or (cost, None), (cost, (heads, width, neurons)))
-        heads, width, neurons = best[1]
+        choices = itertools.product(
+            range(1, shape["width"] // 64 + 1),
+            range(64, shape["width"] + 1, 64),
+            range(128, 4 * shape["width"] + 1, 128),
+        )
+        heads, width, neurons = min(choices, key=partial(uneven, shape, size))
         small = {"width": width, "layers": shape["layers"], "head_width": 64, "heads": heads, "mlp_width": neurons}
         masks.append(model.random_masks(shape, small, torch.Generator().manual_seed(0)))
     return model.prune(whole, *masks)
