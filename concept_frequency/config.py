@@ -37,7 +37,7 @@ class Config:
     """Any open_clip config."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
-    epochs: int = 20
+    epochs: int = 7
     """Passes over the corpus."""
     batch_size: int = 128
     """Pairs a step, over all processes together."""

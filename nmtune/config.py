@@ -70,7 +70,7 @@ class PretrainConfig:
 EMOJI_SUPERVISED = PretrainConfig(  # little augmentation and decay: it is to memorise a part of the wrong labels
     data="data/emoji:subgroup:pretrain",
     model="resnet_emoji",
-    epochs=30,
+    epochs=20,
     batch_size=128,
     optimizer="adamw",
     lr=3e-3,
@@ -402,7 +402,7 @@ class StudyConfig:
     """Tuning seeds of every head."""
     bank: int = 8
     """Training views of an image that are encoded once; two of them are drawn in every step."""
-    epochs: int = 30
+    epochs: int = 15
     """Passes over the training set."""
     batch_size: int = 64
     """Images per step."""
