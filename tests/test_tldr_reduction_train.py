@@ -432,7 +432,12 @@ def test_dry_run_of_a_reduction(cli, folder):
 
 def test_keyword_start(folder, monkeypatch, tiny):
     """The paper's codebook: keywords by a text encoder, onto the tokens' mean and spread; same on every call."""
-    monkeypatch.setattr(train, "text_embedder", lambda name, dim: lambda texts: torch.eye(len(texts), dim))
+
+    def embed(texts: list[str]) -> torch.Tensor:  # a vector of its own for every text
+        seeds = [torch.Generator().manual_seed(data.stable_hash(text)) for text in texts]
+        return torch.stack([torch.randn(16, generator=seed) for seed in seeds])
+
+    monkeypatch.setattr(train, "text_embedder", lambda name, dim: embed)
     cfg = dataclasses.replace(
         config.EMOJI, data=str(folder / "pool"), vocab=str(folder / "vocab.txt"), image_size=16, patch_size=8, width=32,
         layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, code_dim=16, num_codes=24,
