@@ -9,12 +9,13 @@ JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help data test readme clean FORCE
+.PHONY: help data test readme clean reproduce-all FORCE
 .SECONDARY:
 
 help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
 	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens do, too'
+	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all)'
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
@@ -48,6 +49,16 @@ FOLDERS = $(patsubst %/reproduce.mk,%,$(wildcard */reproduce.mk))
 empty  :=
 comma  := ,
 EXTRAS = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
+
+# ---- all papers; results are kept in runs/FOLDER/results.json, and a paper that has them is not trained again
+upper  = $(shell echo $(1) | tr a-z A-Z)
+PAPERS = $(foreach f,$(sort $(FOLDERS)),$(f):$(subst $(empty) $(empty),$(comma),$(strip $($(call upper,$(f))_ARMS_$(ARMS)))):$($(call upper,$(f))_MINUTES_$(ARMS)))
+LEFT   = $(PY) -m shared.remaining "$(SEEDS)" $(PAPERS)
+reproduce-all: $(VENV)/.installed-base
+	$(if $(filter core all,$(ARMS)),,$(error ARMS is core or all, since every paper has its own))
+	@for folder in $$($(LEFT) 2>/dev/null); do \
+		$(LEFT) >/dev/null && $(MAKE) --no-print-directory reproduce-$$folder RESULTS=runs/$$folder/results.json || exit 1; \
+	done; $(LEFT)
 
 # ---- checks
 test: $(VENV)/.installed-$(EXTRAS),test data

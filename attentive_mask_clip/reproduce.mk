@@ -8,6 +8,8 @@ attentive_mask_clip/high-drop = emoji --mask high --views 1 --no-ssl
 attentive_mask_clip/aclip     = emoji
 attentive_mask_clip/aclip-eff = emoji --ema-image-size 20
 attentive_mask_clip/slip      = emoji-slip
+ATTENTIVE_MASK_CLIP_MINUTES_core = 9
+ATTENTIVE_MASK_CLIP_MINUTES_all  = 18
 ATTENTIVE_MASK_CLIP_ARMS = $(or $(ATTENTIVE_MASK_CLIP_ARMS_$(ARMS)),$(ARMS))
 ATTENTIVE_MASK_CLIP_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(ATTENTIVE_MASK_CLIP_ARMS),runs/attentive_mask_clip/$(arm)-seed$(seed)))
 

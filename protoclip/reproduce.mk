@@ -7,6 +7,8 @@ protoclip/clip-equal-time  = emoji-clip --episodes 58
 protoclip/proto-no-pbt     = emoji --w-external 0 --no-back-translate
 protoclip/proto-pbt        = emoji --w-external 0
 protoclip/protoclip        = emoji
+PROTOCLIP_MINUTES_core = 12
+PROTOCLIP_MINUTES_all  = 14
 PROTOCLIP_ARMS = $(or $(PROTOCLIP_ARMS_$(ARMS)),$(ARMS))
 PROTOCLIP_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(PROTOCLIP_ARMS),runs/protoclip/$(arm)-seed$(seed)))
 

@@ -1,11 +1,12 @@
 """Verdicts, tables and the README's numbers."""
 
 import html
+import json
 from pathlib import Path
 
 import pytest
 
-from shared import overview, report
+from shared import overview, remaining, report
 
 ROOT = Path(__file__).parent.parent
 CLAIM = report.Claim("higher", "+2", "m", "ours", "base", sign=1, effect=2.0)
@@ -95,3 +96,17 @@ def test_what_files_say_cannot_become_markup():
     row = {"claim": "<b>", "paper": "-", "here": "&", "verdict": "reproduced"}
     table = overview.html_table([row])
     assert "<b>" not in table and "&lt;b&gt;" in table and 'class="reproduced"' in table
+
+
+def test_remaining_papers_are_those_without_all_seeds_and_arms(tmp_path):
+    papers = ["protoclip:clip,protoclip:12", "flame:flame:", "tinyclip:auto:20"]
+    assert list(remaining.remaining({0, 1}, papers, tmp_path)) == ["protoclip", "flame", "tinyclip"]
+    for folder, seeds, arms in (("protoclip", [0, 1, 2], ("clip", "protoclip")), ("tinyclip", [0], ("auto",))):
+        (tmp_path / folder).mkdir()
+        summary = {"paper": folder, "seeds": seeds, "arms": dict.fromkeys(arms, {}), "claims": []}
+        (tmp_path / folder / "results.json").write_text(json.dumps(summary))
+    left = remaining.remaining({0, 1}, papers, tmp_path)
+    assert left == {"flame": None, "tinyclip": 40.0}  # tinyclip lacks seed 1
+    text = remaining.sentence(left, 3)
+    assert text.startswith("2 of 3 papers left: flame (? min), tinyclip (40 min); about 0 h 40 min")
+    assert remaining.sentence({}, 3) == "all 3 papers are done"

@@ -1,7 +1,7 @@
 # TL;DR; a seed's stages: codebook captioner, the captioner on clean captions, ITM scorer; reductions; then the arms
 TLDR = runs/tldr_reduction
-TLDR_ARMS_core = full random random-refined tldr random-steps random-refined-steps tldr-steps
-TLDR_ARMS_all  = $(TLDR_ARMS_core) codes codes-steps full-refined generated-steps first-steps itm-steps image-steps \
+TLDR_REDUCTION_ARMS_core = full random random-refined tldr random-steps random-refined-steps tldr-steps
+TLDR_REDUCTION_ARMS_all  = $(TLDR_REDUCTION_ARMS_core) codes codes-steps full-refined generated-steps first-steps itm-steps image-steps \
 	text-steps farthest-steps tldr10-steps tldr50-steps drop-random10 drop-itm10 drop-random30 drop-itm30 \
 	drop-random50 drop-itm50 drop-random70 drop-itm70 blip-random-refined-steps blip-tldr-steps
 TLDR_seed = $(lastword $(subst -seed, ,$*))
@@ -36,15 +36,15 @@ TLDR_preset = $(if $(filter blip-%,$(TLDR_arm)),emoji-blip,emoji-clip)
 TLDR_budget = $(if $(filter %-steps,$(TLDR_arm)),$(or $(tldr/steps/$(if $(filter blip-%,$(TLDR_arm)),blip,$(TLDR_from))),$(tldr/steps))) \
 	$(if $(filter $(TLDR_CURVES),$(TLDR_arm)),,--eval-every 0)
 
-TLDR_ARMS = $(or $(TLDR_ARMS_$(ARMS)),$(ARMS))
-TLDR_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(TLDR_ARMS),$(TLDR)/$(arm)-seed$(seed)))
-TLDR_REDUCTIONS = tldr $(filter-out tldr full,$(sort $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_ARMS)))))
+TLDR_REDUCTION_ARMS = $(or $(TLDR_REDUCTION_ARMS_$(ARMS)),$(ARMS))
+TLDR_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(TLDR_REDUCTION_ARMS),$(TLDR)/$(arm)-seed$(seed)))
+TLDR_REDUCTIONS = tldr $(filter-out tldr full,$(sort $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_REDUCTION_ARMS)))))
 TLDR_MAKE = OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS)
 
 .PHONY: reproduce-tldr-reduction reproduce-tldr_reduction
 reproduce-tldr_reduction: reproduce-tldr-reduction
 reproduce-tldr-reduction: $(VENV)/.installed-tldr_reduction data
-	$(if $(filter-out $(TLDR_ARMS_all),$(TLDR_ARMS)),$(error ARMS is core, all, or some of: $(TLDR_ARMS_all)))
+	$(if $(filter-out $(TLDR_REDUCTION_ARMS_all),$(TLDR_REDUCTION_ARMS)),$(error ARMS is core, all, or some of: $(TLDR_REDUCTION_ARMS_all)))
 	$(PY) -m tldr_reduction.corpus
 	$(TLDR_MAKE) $(SEEDS:%=$(TLDR)/captioner-seed%)
 	$(TLDR_MAKE) $(SEEDS:%=$(TLDR)/finetune-seed%) $(SEEDS:%=$(TLDR)/scorer-seed%)

@@ -1,0 +1,44 @@
+"""What `make reproduce-all` has still to do, and for how long: `python -m shared.remaining SEEDS FOLDER:ARMS:MINUTES ...`
+
+A paper is done when runs/FOLDER/results.json holds the seeds and arms that are asked for; what is not is printed with
+the minutes that reproduce.mk says, on stderr, and named on stdout for the Makefile. Single runs resume by themselves.
+"""
+
+import sys
+from pathlib import Path
+
+from shared import report
+
+
+def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
+    """Whether a results file has all of these seeds and arms."""
+    if not file.exists():
+        return False
+    found = report.load(file)
+    return seeds <= set(found["seeds"]) and arms <= set(found["arms"])
+
+
+def remaining(seeds: set[int], papers: list[str], runs: Path = Path("runs")) -> dict[str, float | None]:
+    """{folder: minutes on two cores, None if it was never measured} of what is not done, in the order given."""
+    left = {}
+    for folder, arms, minutes in (paper.split(":") for paper in papers):
+        if not done(runs / folder / "results.json", seeds, set(arms.split(","))):
+            left[folder] = float(minutes) * len(seeds) if minutes else None
+    return left
+
+
+def sentence(left: dict[str, float | None], total: int) -> str:
+    """What is left, in words."""
+    if not left:
+        return f"all {total} papers are done"
+    names = ", ".join(f"{name} ({'?' if m is None else f'{m:.0f}'} min)" for name, m in left.items())
+    known = [minutes for minutes in left.values() if minutes is not None]
+    hours, minutes = divmod(round(sum(known)), 60)
+    unknown = "" if len(known) == len(left) else f", and {len(left) - len(known)} whose time was not measured"
+    return f"{len(left)} of {total} papers left: {names}; about {hours} h {minutes:02d} min on two cores{unknown}"
+
+
+if __name__ == "__main__":
+    left = remaining({int(seed) for seed in sys.argv[1].split()}, sys.argv[2:])
+    print(sentence(left, len(sys.argv) - 2), file=sys.stderr)
+    print(*left)
