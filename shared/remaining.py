@@ -1,4 +1,4 @@
-"""What `make reproduce-all` has still to do, and for how long: `python -m shared.remaining SEEDS FOLDER:ARMS:MINUTES ...`
+"""What is left of `make reproduce-all`, and for how long: `python -m shared.remaining SEEDS FOLDER:ARMS:MINUTES ...`
 
 A paper is done when runs/FOLDER/results.json holds the seeds and arms that are asked for; what is not is printed with
 the minutes that reproduce.mk says, on stderr, and named on stdout for the Makefile. Single runs resume by themselves.
