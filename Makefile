@@ -9,7 +9,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help data test readme clean reproduce-all FORCE
+.PHONY: help presets data test readme clean reproduce-all FORCE
 .SECONDARY:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
+	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html'
 
@@ -42,6 +43,9 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed-base
 
 data: $(VENV)/.installed-base
 	$(PY) -m shared.emoji --out data/emoji
+
+presets: $(VENV)/.installed-base
+	$(PY) -m shared.presets $(FOLDER)
 
 # ---- one reproduce.mk a folder: its arms, the presets and flags they stand for, and how they are trained and compared
 include $(wildcard */reproduce.mk)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
+from shared.presets import EMBEDDED, Row
 
 
 @dataclasses.dataclass
@@ -213,3 +214,36 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
     if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % 2:
         raise ValueError(f"blocks of 2x2 patches do not tile {size // patch} patches a side: another --image-size")
+
+
+def _paper(source: str, imagenet: float, flickr: str, coco: str) -> Row:
+    number = f"ImageNet zero-shot {imagenet} %" + (
+        f"; R@1 (I2T/T2I) Flickr30K {flickr}, COCO {coco} %" if flickr else ""
+    )
+    return Row(source, "YFCC15M", "64", number)
+
+
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys(("emoji", "emoji-slip", "emoji-clip"), EMBEDDED),
+        "yfcc15m-vitb16": _paper("main table, A-CLIP", 43.9, "62.7/42.1", "38.0/23.2"),
+        "yfcc15m-vitb16-eff": _paper("main table, A-CLIP-eff", 42.9, "62.7/40.6", "37.4/22.5"),
+        "yfcc15m-vitb16-50ep": _paper("longer training, A-CLIP, 50 epochs", 46.3, "66.7/43.2", "39.8/24.4"),
+        "yfcc15m-vitb16-100ep": _paper("longer training, A-CLIP, 100 epochs", 48.0, "66.3/45.7", "40.7/25.1"),
+        "yfcc15m-vitl16": _paper("larger model, A-CLIP, ViT-L", 48.9, "64.1/48.2", "39.1/26.9"),
+        "yfcc15m-vits16": Row("released code, ViT-S; not in the paper", "YFCC15M"),
+        "yfcc15m-vitb16-random-1x50": _paper("Table 2a, random 1x50 %", 35.0, "48.8/32.5", "28.9/16.6"),
+        "yfcc15m-vitb16-random-2x50": _paper("Table 2a, random 2x50 %", 38.0, "54.6/34.4", "31.1/18.7"),
+        "yfcc15m-vitb16-attentive-1x50": _paper("Table 2a, attentive 1x50 %", 39.5, "57.6/36.6", "34.2/19.8"),
+        "yfcc15m-vitb16-attentive-2x50": _paper("Table 2a, attentive 2x50 %", 41.3, "59.3/38.4", "35.1/21.3"),
+        "yfcc15m-vitb16-high-2x50": _paper("Table 2b, high scores dropped", 28.5, "42.6/29.0", "23.5/13.6"),
+        "yfcc15m-vitb16-clip": _paper("main table, CLIP", 37.6, "51.4/32.6", "27.9/17.6"),
+        "yfcc15m-vitb16-clip-50ep": _paper("longer training, CLIP, 50 epochs", 39.4, "", ""),
+        "yfcc15m-vitb16-clip-100ep": _paper("longer training, CLIP, 100 epochs", 42.7, "", ""),
+        "yfcc15m-vitl16-clip": _paper("larger model, CLIP, ViT-L", 40.4, "", ""),
+        "yfcc15m-vitb16-slip": _paper("main table, SLIP", 42.8, "57.2/41.2", "33.6/21.9"),
+        "yfcc15m-vitb16-slip-50ep": _paper("longer training, SLIP, 50 epochs", 44.1, "", ""),
+        "yfcc15m-vitb16-slip-100ep": _paper("longer training, SLIP, 100 epochs", 45.0, "", ""),
+        "yfcc15m-vitl16-slip": _paper("larger model, SLIP, ViT-L", 46.2, "", ""),
+    }
+}

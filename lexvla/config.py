@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from shared.presets import EMBEDDED, Row
+
 
 @dataclasses.dataclass
 class Config:
@@ -218,3 +220,16 @@ def check_model(cfg: Config) -> None:
             raise ValueError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
     if cfg.backbone.endswith(".pt") and (cfg.image_size < 8 or cfg.image_size % 8):
         raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")
+
+
+CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys(("emoji", "emoji-none", "emoji-flops", "emoji-bow", "emoji-dense"), EMBEDDED),
+        "cc12m": Row("Tables 1 and 2, LexVLA", CC12M, A100, "active words 1,081 of 17,149"),
+        "cc12m-flops": Row("Table 1, FLOPs loss", CC12M, A100),
+        "cc12m-bow": Row("Table 1, bag of words", CC12M, A100),
+        "cc12m-clip": Row("Tables 1 and 2, CLIP's image backbone", CC12M, A100),
+        "cc12m-top512": Row("Table 1, top 512 words", CC12M, A100),
+    }
+}

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Literal
 
+from shared.presets import EMBEDDED, Row
+
 
 @dataclasses.dataclass
 class Config:
@@ -207,3 +209,20 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.eval_every and not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+README = "authors' README, results: "
+CC3M, ONE, EIGHT = "CC3M, 2.5M pairs", "1", "8 x 2080 Ti"
+NUMBERS = "ImageNet zero-shot {}, linear probe {} %; COCO mean recall {} %"
+PAPER_ROWS = {
+    "train": {
+        "emoji": EMBEDDED,
+        "emoji-clip": EMBEDDED,
+        "cc3m-rn50": Row(README + "ProtoCLIP, 8 GPUs", CC3M, EIGHT, NUMBERS.format(21.47, 55.22, 35.69)),
+        "cc3m-rn50-clip": Row(README + "CLIP, 8 GPUs", CC3M, EIGHT, NUMBERS.format(19.46, 49.41, 36.48)),
+        "cc3m-rn50-clip-light": Row("ours: control of the augmentation", CC3M, EIGHT, "none: not in the paper"),
+        "cc3m-rn50-1gpu": Row(README + "ProtoCLIP, 1 GPU", CC3M, ONE, NUMBERS.format(14.50, 44.55, 28.26)),
+        "cc3m-rn50-1gpu-clip": Row(README + "CLIP, 1 GPU", CC3M, ONE, NUMBERS.format(12.29, 38.95, 26.20)),
+    },
+    "teacher": {"roberta-large": Row("external teacher of ProtoCLIP", CC3M + " (captions)"), "minilm": EMBEDDED},
+}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from shared.presets import EMBEDDED, NOT_STATED, Row
 from tinyclip.network import CONFIGS
 
 
@@ -267,3 +268,26 @@ def check_stage(cfg: Config) -> None:
         raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
     if cfg.inherit == "random":
         raise ValueError("--inherit random is a control without masks")
+
+
+def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:
+    return Row(f"model zoo, {row}", data, gpus, f"ImageNet zero-shot {imagenet} %")
+
+
+BOTH = "LAION-400M + YFCC-15M"
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys(("emoji", "emoji-teacher", "emoji-contrastive", "emoji-auto"), EMBEDDED),
+        "auto-63M-31M": _zoo("auto, ViT-63M/32 Text-31M", 63.9),
+        "auto-45M-18M": _zoo("auto, ViT-45M/32 Text-18M", 61.4),
+        "auto-22M-10M": _zoo("auto, ViT-22M/32 Text-10M", 53.7),
+        "manual-61M-29M": _zoo("manual, ViT-61M/32 Text-29M", 62.4),
+        "manual-40M-19M": _zoo("manual, ViT-40M/32 Text-19M", 59.8),
+        "resnet-30M-29M": _zoo("manual, ResNet-30M Text-29M", 59.1),
+        "resnet-19M-19M": _zoo("manual, ResNet-19M Text-19M", 56.4),
+        "yfcc-39M-19M": _zoo("manual, ViT-39M/16 Text-19M", 63.5, "YFCC-15M", NOT_STATED),
+        "yfcc-8M-3M": _zoo("manual, ViT-8M/16 Text-3M", 41.1, "YFCC-15M", NOT_STATED),
+        "auto-63M-31M-laion-yfcc": _zoo("auto, ViT-63M/32 Text-31M, second data set", 64.5, BOTH),
+        "auto-45M-18M-laion-yfcc": _zoo("auto, ViT-45M/32 Text-18M, second data set", 62.7, BOTH),
+    }
+}

@@ -8,6 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from shared.presets import EMBEDDED, Row
+
 
 @dataclasses.dataclass
 class Config:
@@ -263,3 +265,47 @@ def check_sizes(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--min-scale {cfg.min_scale} is not in (0, 1]")
     if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
         raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
+
+
+VLP, A100 = "2 nodes of 16", "8 x A100"
+ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
+OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
+TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys((name for name in PRESETS if name.startswith("emoji-")), EMBEDDED),
+        "captioner": Row("released config", "CC3M", "4 nodes of 8"),
+        "captioner-paper": Row("codebook ablation, keywords", "CC3M", number=TUNED.format("72.8/54.8")),
+        "captioner-xavier": Row("codebook ablation, xavier", "CC3M", number=TUNED.format("72.0/54.1")),
+        "captioner-tags": Row("codebook ablation, object tags", "CC3M", number=TUNED.format("72.5/54.4")),
+        "finetune": Row("BLIP's COCO captioning", "COCO"),
+        "blip-cc3m": Row("main table, BLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("42.3/31.5", "75.1/60.6")),
+        "blip-cc3m-tldr": Row("main table, BLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("48.7/36.7", "76.3/61.0")),
+        "clip-cc3m": Row("main table, CLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("36.2/29.9", "67.4/54.3")),
+        "clip-cc3m-tldr": Row("main table, CLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("37.7/30.7", "68.5/55.6")),
+        "blip-cc12m": Row("other data sets, full", "CC12M", VLP, OTHER.format(65.3, "84.7/75.3")),
+        "blip-cc12m-tldr": Row("other data sets, TL;DR", "CC12M", VLP, OTHER.format(63.8, "85.5/76.3")),
+        "blip-yfcc15m": Row("other data sets, full", "YFCC15M", VLP, OTHER.format(67.8, "81.5/72.4")),
+        "blip-yfcc15m-tldr": Row("other data sets, TL;DR", "YFCC15M", VLP, OTHER.format(67.3, "82.3/74.3")),
+        "blip-laion40m": Row("other data sets, full", "LAION-40M", VLP, OTHER.format(71.3, "83.2/74.9")),
+        "blip-laion40m-tldr": Row("other data sets, TL;DR", "LAION-40M", VLP, OTHER.format(70.4, "82.8/76.1")),
+    },
+    "reduce --recipe": {
+        "paper": Row("main table, TL;DR", "CC3M", A100, "2.82M -> 0.67M pairs; " + TUNED.format("72.8/54.8")),
+        "release_comment": Row("released script, its comment", "CC3M"),
+        "release_script": Row("released script, its values", "CC3M"),
+        "cc12m": Row("other data sets", "CC12M", A100, "10.8M -> 2.4M pairs"),
+        "yfcc15m": Row("other data sets", "YFCC15M", A100, "14.9M -> 2.5M pairs"),
+        "laion40m": Row("other data sets", "LAION-40M", A100, "40M -> 8.04M pairs"),
+        **{
+            f"ratio-{percent}": Row(f"ratio ablation, {percent} %", "CC3M", A100, TUNED.format(recall))
+            for percent, recall in ((10, "68.9/52.3"), (25, "72.8/54.8"), (50, "74.8/55.2"), (100, "75.1/57.7"))
+        },
+        **{
+            f"clusters-{k}": Row(f"cluster ablation, {k:,}", "CC3M", A100, TUNED.format(recall))
+            for k, recall in (
+                (100, "71.8/53.9"), (1000, "72.4/54.5"), (3000, "72.8/54.8"), (5000, "72.9/54.4"), (10000, "72.3/54.2"),
+            )
+        },
+    },
+}  # fmt: skip
