@@ -43,7 +43,7 @@ class Config:
     states: str = ""
     """File of `python -m lexvla.text`: captions went through the frozen LM once, and LoRA adapts its last MLP alone.
     Empty: the LM runs in training."""
-    checkpointing: bool = False
+    grad_checkpointing: bool = False
     """Recompute the LM's blocks in the backward pass instead of keeping them."""
     text: Literal["lm", "bow"] = "lm"
     """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
@@ -64,7 +64,7 @@ class Config:
     """The most frequent pieces kept; None: no limit. The paper has 17,149."""
     pattern: str | None = None
     """Regular expression for pieces to keep, a leading space for the start of a word. Not stated in the paper."""
-    center_codebook: bool = False
+    centre_codebook: bool = False
     """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
     bias: float | None = 0.0
     """Added to all logits before elu1p; None: minus two standard deviations of the first captions' logits. Ours."""
@@ -123,7 +123,7 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
 
 
-PAPER = Config(dataset_size=9_200_000, checkpointing=True)
+PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True)
 EMOJI = Config(
     data="data/emoji/train",
     backbone="data/lexvla/backbone.pt",
@@ -137,7 +137,7 @@ EMOJI = Config(
     min_count=5,
     max_vocabulary=None,
     pattern=" ?[a-z]{2,}",
-    center_codebook=True,
+    centre_codebook=True,
     bias=None,
     lambda_image=0.1,
     lambda_text=0.1,
