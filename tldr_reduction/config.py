@@ -105,7 +105,7 @@ class Config:
     """Floor of the learning rate."""
     warmup_lr: float = 1e-6
     """Learning rate of step 0."""
-    warmup_steps: int = 3000
+    warmup: int = 3000
     """Steps of linear warm-up, which takes place in epoch 0 only, finished or not."""
     lr_decay_rate: float = 0.85
     """Factor of the learning rate per epoch; finetune has a cosine instead."""
@@ -113,8 +113,8 @@ class Config:
     """AdamW's, on all parameters: biases, norms, positions and the codebook, too."""
     eps: float = 1e-8
     """AdamW's epsilon."""
-    min_scale: float = 0.2
-    """Smallest area of the random crop."""
+    crop_scale: float = 0.2
+    """Smallest share of the image's area in a training crop."""
     flip: bool = True
     """Random horizontal flips."""
     augment: bool = True
@@ -157,7 +157,7 @@ CAPTIONER = Config(
     expected=CC3M,
 )
 FINETUNE = Config(
-    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, min_scale=0.5,
+    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, crop_scale=0.5,
     expected=566_747,
 )  # fmt: skip
 BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased")
@@ -166,11 +166,11 @@ POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoj
 SMALL = dict(
     vocab=VOCAB, image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
     max_positions=40, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True, keyword_model="minilm",
-    embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup_steps=100,
-    min_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
+    embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup=100,
+    crop_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
 EMOJI = Config(data=POOL, epochs=10, lr_decay_rate=0.75, **SMALL)
-EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup_steps=15, eval_every=2)
+EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup=15, eval_every=2)
 PRESETS = {
     "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
     "emoji-finetune": (
@@ -261,8 +261,8 @@ def check_sizes(cfg: Config, world_size: int) -> None:
             raise ValueError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
     if not 2 <= cfg.max_tokens <= cfg.max_positions:
         raise ValueError(f"--max-tokens {cfg.max_tokens} is not in 2..{cfg.max_positions} (--max-positions)")
-    if not 0 < cfg.min_scale <= 1:
-        raise ValueError(f"--min-scale {cfg.min_scale} is not in (0, 1]")
+    if not 0 < cfg.crop_scale <= 1:
+        raise ValueError(f"--crop-scale {cfg.crop_scale} is not in (0, 1]")
     if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
         raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
 
