@@ -19,7 +19,7 @@ class Config:
     data: str = ""
     """Shards in img2dataset layout ('a/{00000..00331}.tar', several lists joined by '::', a folder), or one .tsv."""
     out: str = "runs/attentive_mask_clip/run"
-    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"
@@ -104,7 +104,7 @@ class Config:
     eval_set: str = "data/emoji/eval/names_ood"
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
-    """Print sizes, schedules and a memory estimate, and stop; needs no data."""
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
     def model_settings(self) -> dict:
         """Keyword arguments of `model.create_model` beside method and preset."""

@@ -15,7 +15,7 @@ from shared.presets import EMBEDDED, Row
 class Config:
     """One arm: a corpus with chosen concept frequencies, and a small CLIP trained on it."""
 
-    out: str = "runs/concept_frequency"
+    out: str = "runs/concept_frequency/run"
     """Run folder: config.json, pairs.parquet, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the
     run resumes."""
     data: str = ""
@@ -42,7 +42,7 @@ class Config:
     epochs: int = 7
     """Passes over the corpus."""
     batch_size: int = 128
-    """Pairs a step, over all processes together."""
+    """Pairs per step, over all processes together."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 64

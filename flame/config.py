@@ -29,7 +29,7 @@ class Config:
     bank: str = ""
     """Embeddings of the captions: a folder that `python -m flame.embed` made, or the authors' folder of .pth files."""
     out: str = "runs/flame/run"
-    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"

@@ -18,7 +18,7 @@ class Config:
     data: str = ""
     """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or a .tsv."""
     out: str = "runs/lexvla/run"
-    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"

@@ -305,7 +305,7 @@ class FinetuneConfig:
     """The journal extension: the encoder itself is tuned, wholly or by LoRA, with two of the regularisers."""
 
     out: str = "runs/nmtune/finetune"
-    """Run folder, as in training."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     encoder: str = ""
     """Encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
     checkpoint: str = ""

@@ -15,7 +15,7 @@ from shared.presets import EMBEDDED, Row
 class Config:
     """Fields named as upstream's flags where those are clear; an upstream "epoch" is an episode here."""
 
-    out: str = "runs/protoclip"
+    out: str = "runs/protoclip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     data: str = ""
     """Training pairs: shards 'cc3m/{00000..00331}.tar', a folder of them, or a .tsv with columns title and filepath."""

@@ -72,7 +72,7 @@ class Stage:
 class Config(Stage):
     """A stage, and the run it is."""
 
-    out: str = "runs/tinyclip"
+    out: str = "runs/tinyclip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone.
     With a checkpoint in it, the run resumes."""
     data: str = ""

@@ -16,7 +16,7 @@ class Config:
     stage: Literal["captioner", "finetune", "blip", "clip"] = "captioner"
     """captioner: with the codebook, on the noisy data. finetune: captioner on clean captions. blip, clip: training on
     the (reduced) data; blip also trains the ITM scorer."""
-    out: str = "runs/tldr"
+    out: str = "runs/tldr_reduction/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     data: str = ""
     """Shards 'cc3m/{00000..00331}.tar', a folder of them, a .tsv (title, filepath), or an annotation .json."""
