@@ -4,11 +4,14 @@ import ast
 import dataclasses
 import importlib
 import re
+import subprocess
+import sys
 import typing
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tyro
 
 from shared.presets import folders
 
@@ -84,14 +87,16 @@ def documented(path: Path, name: str) -> dict[str, str]:
     return found
 
 
-def config(folder: str, script: str) -> type:
-    """The dataclass that a script's presets are of."""
-    source = (ROOT / folder / f"{script}.py").read_text()
-    presets = getattr(
-        importlib.import_module(f"{folder}.{script}"), re.search(r"overridable_config_cli\((\w+)\)", source)[1]
-    )
-    (found,) = {type(cfg) for _, cfg in presets.values()}
+def presets(folder: str, script: str) -> dict[str, tuple[str, object]]:
+    """A script's presets, all of one dataclass."""
+    table = re.search(r"overridable_config_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
+    found = getattr(importlib.import_module(f"{folder}.{script}"), table)
+    assert len({type(cfg) for _, cfg in found.values()}) == 1
     return found
+
+
+def config(folder: str, script: str) -> type:
+    return type(next(iter(presets(folder, script).values()))[1])
 
 
 @pytest.mark.parametrize("folder", folders())
@@ -149,6 +154,24 @@ def test_training_flags(folder: str, script: str):
         assert re.match(start, helps[name]), (name, helps[name])
     assert set(hints["precision"].__args__) == {"auto", "bf16", "fp16", "fp32"}
     assert cls().out.startswith(f"runs/{folder}/") and cls().data == ""
+
+
+@pytest.mark.parametrize(("folder", "script"), TRAINING)
+def test_help_says_what_each_field_is(folder: str, script: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    offered = presets(folder, script)
+    with pytest.raises(SystemExit) as stop:
+        tyro.extras.overridable_config_cli(offered, args=[next(iter(offered)), "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(re.sub(r"[^\x21-\x7e]+", " ", capsys.readouterr().out).split())
+    for name, text in documented(ROOT / folder / "config.py", config(folder, script).__name__).items():
+        assert f"--{name.replace('_', '-')}" in shown and text in shown, name
+
+
+def test_help_of_a_real_process():
+    command = [sys.executable, "-m", "protoclip.train", "emoji", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == "" and "--external-teacher" in result.stdout
 
 
 @pytest.mark.parametrize("folder", folders())
