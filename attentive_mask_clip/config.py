@@ -5,10 +5,10 @@ code has; `emoji*` are ours.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
+from shared import run
 from shared.presets import EMBEDDED, Row
 
 
@@ -170,15 +170,8 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'yfcc/{00000..01468}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
-    for name in ("epochs", "batch_size", "accumulate", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_data(cfg, "yfcc/{00000..01468}.tar")
+    run.check_counts(cfg, "epochs", "batch_size", "accumulate", "save_every", "log_every")
     if cfg.batch_size % (world_size * cfg.accumulate):
         raise ValueError(
             f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes"
@@ -186,8 +179,6 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.batch_size == world_size * cfg.accumulate and cfg.method != "clip" and (cfg.ssl or cfg.method == "slip"):
         raise ValueError("one pair a process and micro-batch is too few for BatchNorm: raise --batch-size")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
     check_model(cfg)
 
 

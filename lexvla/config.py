@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from shared import run
 from shared.presets import EMBEDDED, Row
 
 
@@ -180,28 +181,19 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, "
-            "e.g. --data 'cc12m/{00000..01242}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "cc12m/{00000..01242}.tar")
     if cfg.backbone.endswith(".pt") and not Path(cfg.backbone).is_file():
         raise FileNotFoundError(f"--backbone {cfg.backbone} does not exist: 'python -m lexvla.backbone' makes it")
     if cfg.states and not Path(cfg.states).is_file():
         raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_batch(cfg, world_size)
     check_model(cfg)
 
 
 def check_model(cfg: Config) -> None:
-    for name in ("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_counts(
+        cfg, "epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length"
+    )
     for name in ("lora_rank", "penalty_warmup", "warmup", "lambda_image", "lambda_text", "min_count", "weight_decay"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")

@@ -5,9 +5,9 @@ Presets named cc3m-* are the commands in the README of megvii-research/protoclip
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Literal
 
+from shared import run
 from shared.presets import EMBEDDED, Row
 
 
@@ -177,12 +177,7 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "cc3m/{00000..00331}.tar")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "
@@ -190,11 +185,8 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.w_external != 0 and not cfg.back_translate:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
-    for name in ("episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
+    run.check_batch(cfg, world_size)
     if cfg.episode_size < cfg.batch_size:
         raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")
     if cfg.heads and cfg.k > cfg.episode_size:
@@ -207,8 +199,6 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(
             f"--augmentation light blurs over 21 pixels and needs --image-size above 10, not {cfg.image_size}"
         )
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
 README = "authors' README, results: "

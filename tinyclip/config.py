@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from shared import run
 from shared.presets import EMBEDDED, NOT_STATED, Row
 from tinyclip.network import CONFIGS
 
@@ -204,12 +205,7 @@ STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
     check_stage(cfg)
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'laion/{0000..4140}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "laion/{0000..4140}.tar")
     for name in ("teacher", "init"):
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
@@ -227,17 +223,12 @@ def check(cfg: Config, world_size: int) -> None:
                     else ""
                 )
             )
-    for name in ("batch_size", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "batch_size", "save_every", "log_every")
+    run.check_batch(cfg, world_size)
     if cfg.keep_in_memory and cfg.augmentation != "none":
         raise ValueError("--keep-in-memory computes each view once: it needs --augmentation none")
     if cfg.eval_every < 0:
         raise ValueError(f"--eval-every must be at least 0 (never), not {cfg.eval_every}")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
 def check_stage(cfg: Config) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from shared import run
 from shared.presets import EMBEDDED, Row
 
 
@@ -247,11 +248,8 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_sizes(cfg: Config, world_size: int) -> None:
     """What --dry-run refuses, too."""
-    for name in ("epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
+    run.check_batch(cfg, world_size)
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
     if (cfg.stage == "captioner" or cfg.quantize) and cfg.width % cfg.code_dim:

@@ -275,10 +275,7 @@ def train(cfg: Config, process: run.Process) -> Path:
 
     # Data
     pairs = open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
-    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
-    if len(pairs) < cfg.batch_size:
-        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
+    data.check_pairs(pairs, cfg, state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
     # Model, tokenizer, optimizer
