@@ -195,3 +195,22 @@ def test_log_and_run_files(folder: str, script: str):
     source = path.read_text()
     assert '"checkpoint.pt"' in source and "RunLog(" in source and "command_line(" in source
     assert '"loss"' in source or "loss=" in source
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "RESULTS.md", *(f"{f}/README.md" for f in folders())])
+def test_links_of_a_page_lead_somewhere(page: str):
+    """Other than to the plots of a folder that `results/` holds nothing of yet."""
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), Path(page).parent.name
+    measured = not folder or (ROOT / f"results/{folder}.json").exists()
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not target.startswith(("http:", "https:")) and (measured or f"results/{folder}_" not in target):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_root_readme_and_packaging_know_all_papers():
+    readme, project = (ROOT / "README.md").read_text(), (ROOT / "pyproject.toml").read_text()
+    for folder in folders():
+        assert f"[`{folder}/`]({folder}/README.md)" in readme
+        assert f'"{folder}"' in project and re.search(rf"^{folder.replace('_', '-')} = \[", project, re.M)
+    first_screen = readme.split("| folder |")[0]
+    assert re.search(r"!\[.+\]\(results/\w+\.png\)", first_screen) and "make test" in first_screen
