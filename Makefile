@@ -9,7 +9,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help presets data test readme clean reproduce-all FORCE
+.PHONY: help presets data test bench readme clean reproduce-all FORCE
 .SECONDARY:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
+	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html'
@@ -73,6 +74,11 @@ test: $(VENV)/.installed-$(EXTRAS),test data
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
 	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py --upstream $(UPSTREAM)
+
+# CLONES=PATH: where clones of the authors' repositories lie, each under its own name
+bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
+	$(PY) -m flame.recaption
+	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES))
 
 bench-%: $(VENV)/.installed-%,test
 	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM))

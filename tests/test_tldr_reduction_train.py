@@ -388,6 +388,7 @@ def test_wrong_reduction_flags(cli, folder, chain):
         (["nowhere.tar"], "nowhere.tar does not exist"),
         (["x.tsv"], "reduce takes .tar files"),
         ([pool, "--keep", "1.5"], "--keep 1.5 is not in (0, 1]"),
+        ([pool, "--max-length", "3"], "--max-length 3 must exceed the prompt's 4 tokens"),
         ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
         ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
         ([pool, "--captions", "refined"], "needs --caption-model"),
