@@ -22,11 +22,13 @@ import torch
 from PIL import Image
 from scripts import ROOT, ended, kill_when, start_two
 
-from concept_frequency import captions, corpus, count, eval, let_it_wag, measure, pairs, replay, tagger, train
+from concept_frequency import captions, corpus, count, eval, let_it_wag, measure, pairs, tagger, train
 from concept_frequency.concepts import load_counts, read_concepts
 from concept_frequency.config import MODELS, PRESETS, Config, check
 from concept_frequency.count_config import check as check_count
 from concept_frequency.model import InvertedIndex, noun_set, query_terms
+from concept_frequency.published import IMAGENET
+from concept_frequency.published import MODELS as CURVES
 from shared import data, run
 
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
@@ -521,7 +523,7 @@ def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
 
 
 def test_models_of_the_paper():
-    assert set(replay.MODELS) <= set(MODELS) and set(replay.IMAGENET) <= set(MODELS) and len(MODELS) == 41
+    assert set(CURVES) <= set(MODELS) and set(IMAGENET) <= set(MODELS) and len(MODELS) == 41
     for name, tag in MODELS.values():
         assert name.startswith("hf-hub:") or not tag or tag in open_clip.list_pretrained_tags_by_model(name), (
             name,
