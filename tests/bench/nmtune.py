@@ -68,7 +68,7 @@ def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
             parity.value_and_gradient(term, z, f) for term in (theirs[name], parity.OUR_TERMS[name])
         )
         gap = (gradient - own_gradient).abs().max().item()
-        calls = [lambda term=side[name]: ten_times(term, z, f) for side in (parity.OUR_TERMS, theirs)]
+        calls = [lambda term=side[name], z=z: ten_times(term, z, f) for side in (parity.OUR_TERMS, theirs)]
         seconds = race("", *calls, repetitions, per=10)[1]
         note = f"values within {(value - own_value).abs().item():.0e}, gradients within {gap:.0e}"
         row(f"L_{name.upper()}, n={n}, D={dim},{what} forward and backward", seconds, target, note)
