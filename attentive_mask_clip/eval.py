@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from attentive_mask_clip.claims import ARMS, METRICS, compare  # noqa: F401
 from attentive_mask_clip.config import Config as TrainConfig
+from attentive_mask_clip.export import export_model
 from attentive_mask_clip.model import ACLIP, CLIP, attentive_keep_ids, create_model, load_checkpoint, random_keep_ids
 from attentive_mask_clip.views import MEAN, STD, eval_transform
-from shared import report, run
+from shared import export, report, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (
@@ -58,6 +59,8 @@ class Config:
     """First learning rate of the probe; None: upstream's 0.00625."""
     foreground: str | None = EMOJI + "names_ood"
     """Set whose images measure the share of foreground among kept patches; None leaves it out."""
+    export: str | None = None
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     times: str | None = None
@@ -384,6 +387,8 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder or checkpoint file")
+    if cfg.export:
+        return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
     results = []
     for path in cfg.runs:
         results.append(evaluated(path, cfg, process))
