@@ -62,7 +62,7 @@ def export_model(model: CLIP, folder: str | Path) -> None:
     if name is None:
         name = f"local-dir:{Path(folder).resolve()}"
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tower = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": shape}
+        tower = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"num_classes": 0}, "model_args": shape}
         run.write_json(Path(folder) / "config.json", tower)
     width = model.token_embedding.embedding_dim
     config = {

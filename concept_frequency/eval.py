@@ -149,7 +149,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
 
 
 def export_run(path: str, folder: str) -> None:
-    """The model as one of open_clip's, whose preprocessing can only come near to `train.views`: it has no such resize."""
+    """The model as one of open_clip's, whose preprocessing lacks the resize of `train.views` and only comes near."""
     state = run.load_checkpoint(Path(path) / "checkpoint.pt")
     settings = state["config"]
     model = train.create_model(settings["model"], settings["image_size"]).eval()
