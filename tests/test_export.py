@@ -52,7 +52,7 @@ def runs(cli, folder: Path) -> dict[str, Path]:
     """A run of each folder whose model open_clip has, and a TinyCLIP pruned by masks."""
     (folder / "parts").mkdir()
     given = commands(small_corpus(folder / "corpus"), folder / "parts")
-    given["tldr_reduction"][0] = "emoji-clip"
+    given["tldr_reduction"] = ["emoji-clip", *given["tldr_reduction"][1:], "--lr", "1e-3"]
     done = {name: folder / name for name in (*TOLERANCES, "pruned")}
     for name in TOLERANCES:
         finished(cli(*given[name], "--out", done[name], module=SCRIPTS[name]))
