@@ -121,10 +121,10 @@ def kill_when(process, ready: Callable[[], bool], timeout: float = 60, how: int 
     assert process.exitcode == -how, ended(process)
 
 
-def kill_at(process, out: Path, line: int, how: int = signal.SIGKILL) -> None:
+def kill_at(process, out: Path, line: int, timeout: float = 60, how: int = signal.SIGKILL) -> None:
     """The signal `how` as soon as metrics.jsonl has so many lines."""
     log = out / "metrics.jsonl"
-    kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, how=how)
+    kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, timeout, how)
 
 
 def free_port() -> str:

@@ -72,7 +72,7 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
     """SIGTERM, SIGKILL, a full disk and a shard that vanishes, in one and the same run."""
     out, module, rng = folder / name / "run", SCRIPTS[name], random.Random(name)
     command, expected = [*given[name], "--out", out], whole(name)
-    kill_at(start(*command, module=module), out, rng.randint(1, 3), signal.SIGTERM)
+    kill_at(start(*command, module=module), out, rng.randint(1, 3), how=signal.SIGTERM)
     kill_at(start(*command, module=module), out, rng.randint(4, 6))
     before = (out / "checkpoint.pt").read_bytes()
     refused(
@@ -158,7 +158,7 @@ def test_hostile_data_are_counted_and_trained_around(name: str, given, hostile: 
     assert not [path for path in (folder, folder.parent) if list(path.glob("evil*"))]
 
 
-# --------------------------------------------------------------------------------------------------- hostile run folders
+# -------------------------------------------------------------------------------------------------- hostile run folders
 
 
 class Malicious:
