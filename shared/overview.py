@@ -77,8 +77,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem } th { text-align: left; background: #f2f2f2 }
 th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; vertical-align: top } img { max-width: 100% }
-.wide { overflow-x: auto } td + td { white-space: nowrap } nav a { margin-right: 1rem }
-code { background: #f2f2f2; padding: 0.1rem 0.3rem }
+.wide { overflow-x: auto } code { background: #f2f2f2; padding: 0.1rem 0.3rem } nav a { margin-right: 1rem }
 .reproduced { color: #176f2c } .same-direction { color: #6b6b00 } .not-reproduced { color: #b00020 }
 """
 
