@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from scripts import ROOT
 
+from shared.data import open_pairs
+
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval"
 FOLDERS = (
     "attentive_mask_clip", "concept_frequency", "flame", "lexvla", "nmtune", "protoclip", "tinyclip", "tldr_reduction",
@@ -50,18 +52,19 @@ def add_sample(shard: Path, key: str, image: bytes, caption: bytes, description:
             tar.addfile(member, io.BytesIO(content))
 
 
-def language_model(folder: Path) -> Path:
-    """A random Llama of one small block over bytes, as transformers saves it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def language_model(folder: Path, data: Path) -> Path:
+    """A random Llama of one small block, with a tokenizer trained on the captions, as transformers saves them."""
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġcat", "Ġface"]
-    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    pairs, bpe = open_pairs(str(data)), ByteLevelBPETokenizer()
+    captions = (" " + pairs.caption(row) for row in range(len(pairs)))
+    bpe.train_from_iterator(captions, vocab_size=500, special_tokens=["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(letters), num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -77,7 +80,6 @@ def backbone(folder: Path, data: Path) -> Path:
 
 def vocabulary(folder: Path, data: Path) -> Path:
     """A WordPiece vocabulary of the captions."""
-    from shared.data import open_pairs
     from tldr_reduction.text import build_vocab
 
     pairs = open_pairs(str(data))
@@ -95,7 +97,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
             --eval-set {EVAL}/names_ood""",
         "flame": """emoji-clip --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
             --warmup 2""",
-        "lexvla": f"""emoji-bow --lm {language_model(parts / "lm")} --backbone {backbone(parts, data)} --states=
+        "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
             --lora-rank 0 --image-size 16 --adapter-hidden 32 --min-count 1 --epochs 2 --warmup 2""",
         "nmtune": "emoji-clip-30 --epochs 2 --warmup 2",
         "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
