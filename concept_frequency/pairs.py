@@ -115,7 +115,7 @@ def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, d
     members: dict[str, dict[str, bytes]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
                 key, _, extension = member.name.rpartition(".")
                 content = tar.extractfile(member).read()
                 if len(content) < member.size:

@@ -58,6 +58,8 @@ class Config:
     """Images kept of each language."""
     probe: str | None = EVAL + "subgroups_ood"
     """Set with a train/ split for the linear probe; None leaves it out."""
+    export: str | None = None
+    """Refused: open_clip has no tower like FLAME's."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -387,6 +389,8 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder or checkpoint file")
+    if cfg.export:
+        raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
     results = []
     for path in cfg.runs:
         results.append(evaluated(path, cfg, process))

@@ -52,6 +52,8 @@ class Config:
     in the paper."""
     background: bool = False
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
+    export: str | None = None
+    """Refused: open_clip has no towers like LexVLA's."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -483,6 +485,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    if cfg.export:
+        raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
     if cfg.topk is not None and cfg.topk < 1:
         raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
     if cfg.class_text not in ("prompt", "word"):

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import open_clip
 import torch
 import tyro
 
@@ -27,11 +28,13 @@ from nmtune.analysis import (  # noqa: F401
 )
 from nmtune.claims import ARMS, METRICS, compare  # noqa: F401
 from nmtune.config import Config as TrainConfig
+from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
 from nmtune.features import encode_set
 from nmtune.model import head_from, split_upstream, transformed
+from nmtune.pretrain import build
 from nmtune.train import Source, test_metrics
-from shared import report, run
+from shared import export, report, run
 
 
 @dataclasses.dataclass
@@ -44,6 +47,8 @@ class Config:
     """A state dict exported from the authors' tuned model, in the place of the run's own head."""
     center: str = "sample"
     """Centring before the spectrum: sample (svd.py), none (the paper's words), sample+feature (pca.py)."""
+    export: str | None = None
+    """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, and measure nothing."""
     report: str | None = None
     """Compare all encoders and write this file with claims and verdicts."""
     device: str = "auto"
@@ -81,6 +86,19 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     return results, spectra
 
 
+def export_run(path: str, folder: str) -> None:
+    """A CLIP of nmtune.pretrain as an open_clip model; tuned heads and encoders of labels have no text tower."""
+    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
+    if state["config"].get("kind") != "clip":
+        raise ValueError(f"{path} cannot be exported: it has no text tower, which a model of open_clip needs")
+    settings = PretrainConfig(**state["config"])
+    model, *_ = build(settings)
+    model.load_state_dict(state["state_dict"])
+    model.output_dict = False
+    *_, transform = open_clip.create_model_and_transforms(settings.model)
+    export.write(folder, model.eval(), export.named_config(settings.model), model.state_dict(), transform)
+
+
 def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
     """Share of each singular value, before (F) and after (z) tuning, a panel a test set."""
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in spectra))
@@ -102,6 +120,8 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
+    if cfg.export:
+        return export_run(export.single(cfg.runs), cfg.export)
     if cfg.center not in CENTRES:
         raise ValueError(f"--center is one of {', '.join(CENTRES)}, not {cfg.center!r}")
     if cfg.report:

@@ -29,7 +29,7 @@ from torch import Tensor
 from protoclip.claims import ARMS, METRICS, compare
 from protoclip.episodes import image_transform
 from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
-from shared import report, run
+from shared import export, report, run
 from shared.evalsets import EvalSet
 from shared.probes import logistic_probe, sgd_probe
 from shared.zeroshot import (
@@ -62,6 +62,8 @@ class Config:
     """Retrieval set whose images and first captions measure the modality gap; None leaves it out."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    export: str | None = None
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -170,6 +172,16 @@ def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
     return model.eval(), name
 
 
+def export_run(path: str, folder: str, name: str) -> None:
+    """The towers as an open_clip model; the projection heads stay behind, since evaluation reads z."""
+    model, name = load_model(path, name)
+    quick_gelu = "timm_model_name" not in export.open_clip_config(name)["vision_cfg"]  # see `create_model`
+    config = export.named_config(name, image_side(model), quick_gelu=quick_gelu)
+    extra = ("text_projection_head.", "image_projection_head.", "logit_scale_proto")
+    towers = {key: value for key, value in model.state_dict().items() if not key.startswith(extra)}
+    export.write(folder, model, config, towers, image_transform(image_side(model), train=False))
+
+
 # ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
@@ -270,6 +282,8 @@ def title(path: str) -> str:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    if cfg.export:
+        return export_run(export.single(cfg.runs), cfg.export, cfg.model)
     results = report.evaluate_runs(
         cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )

@@ -31,6 +31,7 @@ from webdataset.shardlists import expand_urls
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
+MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
 
 
 class Pair(NamedTuple):
@@ -65,14 +66,14 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def decode_caption(data: bytes) -> str:
-    """Bytes -> stripped text. BrokenSample if it is empty or not UTF-8."""
+    """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8."""
     try:
         caption = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BrokenSample("caption is not UTF-8") from error
     if not caption:
         raise BrokenSample("empty caption")
-    return caption
+    return caption[:MAX_CHARACTERS]
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -214,11 +215,11 @@ class Shards:
             return Pair(str(self.keys[row]), decode_image(file.read(size)), caption)
 
     def caption(self, row: int) -> str:
-        """The caption alone, as it stands in the file; undecodable bytes are replaced."""
+        """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
         _, _, offset, size = self._spans[row].tolist()
         with open(self.paths[self._shard[row]], "rb") as file:
             file.seek(offset)
-            return file.read(size).decode("utf-8", errors="replace").strip()
+            return file.read(size).decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
 class TSV:
@@ -261,8 +262,8 @@ class TSV:
         return Pair(str(self.keys[row]), decode_image(data), caption)
 
     def caption(self, row: int) -> str:
-        """The caption alone; undecodable bytes are replaced."""
-        return self._caption(row).decode("utf-8", errors="replace")
+        """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
+        return self._caption(row).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
 
 
 def open_pairs(spec: str, limit: int | None = None, strict: bool = False, cache: Path | None = None) -> Shards | TSV:

@@ -6,6 +6,8 @@ Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothi
 import argparse
 import contextlib
 import dataclasses
+import fcntl
+import itertools
 import json
 import math
 import os
@@ -145,13 +147,28 @@ def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autoca
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` so that `path` always holds a whole file: temporary file, fsync, atomic replace."""
+    """Write `state` so that `path` always holds a whole file: temporary file, fsync, atomic replace.
+
+    ValueError if its weights are not finite, OSError if they cannot be written: what `path` held before is then kept.
+    """
+    for name, value in state.get("state_dict", {}).items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise ValueError(
+                f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
+            )
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
+        temporary.unlink(missing_ok=True)
+        why = str(error).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written, and is left as it was ({why}): make room, and start again"
+        ) from error
 
 
 # What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers
@@ -203,7 +220,8 @@ def resume(folder: Path, config: Any) -> dict | None:
     now, then = dataclasses.asdict(config), state.get("config", {})
     changed = [name for name in now if name not in free and now[name] != then.get(name)]
     if changed:
-        what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed)
+        what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
+        what += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
             f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
         )
@@ -217,7 +235,8 @@ class RunLog:
     """A run folder's config.json, metrics.jsonl and tensorboard/; silent on ranks other than 0.
 
     On resume at `step`, lines of later steps (written after the last checkpoint) are dropped, so that the file reads
-    as if the run had never stopped.
+    as if the run had never stopped. The process that writes it has it locked, as long as it lives: ValueError if
+    another one does.
     """
 
     def __init__(self, folder: Path, config: Any, process: Process, step: int = 0):
@@ -227,12 +246,15 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "metrics.jsonl", "a+")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no loader worker inherits it
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
         write_json(folder / "config.json", dataclasses.asdict(config))
-        self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept) if step else "")
-        self.file = open(self.path, "a")
+        self.file.seek(0)
+        kept = itertools.takewhile(lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step, self.file)
+        self.file.truncate(sum(len(line.encode()) for line in kept) if step else 0)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def write(self, step: int, **values: float) -> None:
@@ -338,10 +360,13 @@ def command_line(main: Callable[[], Any]) -> None:
     """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if text.startswith("Caught "):  # a loader worker's, whose traceback came along
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -110,21 +110,21 @@ def one_sentence(err: str) -> bool:
     return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
-def kill_when(process, ready: Callable[[], bool], timeout: float = 60) -> None:
-    """SIGKILL as soon as `ready()`."""
+def kill_when(process, ready: Callable[[], bool], timeout: float = 60, how: int = signal.SIGKILL) -> None:
+    """The signal `how` as soon as `ready()`."""
     deadline = time.monotonic() + timeout
     while process.is_alive() and not ready():
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, how)
     process.join()
-    assert process.exitcode == -signal.SIGKILL, ended(process)
+    assert process.exitcode == -how, ended(process)
 
 
-def kill_at(process, out: Path, line: int, timeout: float = 60) -> None:
-    """SIGKILL as soon as metrics.jsonl has so many lines."""
+def kill_at(process, out: Path, line: int, timeout: float = 60, how: int = signal.SIGKILL) -> None:
+    """The signal `how` as soon as metrics.jsonl has so many lines."""
     log = out / "metrics.jsonl"
-    kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, timeout)
+    kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, timeout, how)
 
 
 def free_port() -> str:

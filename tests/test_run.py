@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT
 from torch import nn
 
 from shared import run
@@ -56,6 +58,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     assert path.read_bytes() == before and run.load_checkpoint(path) == {"step": 1}
     run.save_checkpoint(path, {"step": 2})  # what the crash left behind is in nobody's way
     assert run.load_checkpoint(path) == {"step": 2} and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, value: float):
+    path = tmp_path / "checkpoint.pt"
+    run.save_checkpoint(path, {"state_dict": {"weight": torch.ones(2)}})
+    with pytest.raises(ValueError, match="weight is no longer finite, and .*checkpoint.pt is left as it was"):
+        run.save_checkpoint(path, {"state_dict": {"weight": torch.tensor([1.0, value])}})
+    assert run.load_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1]
 
 
 class Malicious:
@@ -124,6 +135,28 @@ def test_new_log_starts_empty(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a run that was killed before its first checkpoint
     run.RunLog(tmp_path, Config(), ALONE).close()
     assert run.read_metrics(tmp_path) == []
+
+
+def test_a_run_folder_has_one_writer(tmp_path: Path):
+    """Another process is refused while it lives, and whatever way it ends, the folder is free."""
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        sys.path.append("tests")
+        from test_run import ALONE, Config, run
+        log = run.RunLog(Path(sys.argv[1]), Config(), ALONE)
+        log.write(1, loss=1.0)
+        print("here", flush=True)
+        time.sleep(60)"""
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "here\n"
+    with pytest.raises(ValueError, match="belongs to a run that is still going"):
+        run.RunLog(tmp_path, Config(lr=0.2), ALONE)
+    assert len(run.read_metrics(tmp_path)) == 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
+    other.kill()
+    other.wait()
+    run.RunLog(tmp_path, Config(), ALONE, step=1).close()
+    assert len(run.read_metrics(tmp_path)) == 1
 
 
 def test_other_ranks_write_nothing(tmp_path: Path):
@@ -203,7 +236,7 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch):
 # ------------------------------------------------------------------------------------------------------ command lines
 
 
-@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, IsADirectoryError, PermissionError])
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, IsADirectoryError, PermissionError, OSError])
 def test_what_the_user_can_mend_is_one_sentence(error: type, capsys, monkeypatch: pytest.MonkeyPatch):
     def main():
         raise error("a\n  b")
@@ -215,6 +248,20 @@ def test_what_the_user_can_mend_is_one_sentence(error: type, capsys, monkeypatch
     monkeypatch.setenv("PAPER_CLIPS_TRACEBACK", "1")
     with pytest.raises(error):
         run.command_line(main)
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row: int):
+        raise ValueError(f"sample {row} is broken")
+
+
+def test_an_error_of_a_loader_worker_is_one_sentence_too(capsys):
+    with pytest.raises(SystemExit):
+        run.command_line(lambda: list(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
+    assert capsys.readouterr().err == "error: sample 0 is broken\n"
 
 
 def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():

@@ -3,7 +3,6 @@
 Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,11 +160,3 @@ def open_clip_config(model: CLIP) -> dict | None:
         towers[f"{name}_cfg"] = cfg
     quick_gelu = model.geometry["quick_gelu"]
     return {"embed_dim": model.geometry["embed_dim"], "quick_gelu": quick_gelu, **towers}
-
-
-def write_open_clip_config(model: CLIP, path: Path) -> bool:
-    """Write `open_clip_config` as JSON; False, and nothing written, where there is none."""
-    config = open_clip_config(model)
-    if config is not None:
-        path.write_text(json.dumps(config, indent=2) + "\n")
-    return config is not None

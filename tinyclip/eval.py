@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import report, run, zeroshot
-from tinyclip.checkpoints import load_clip
+from shared import export, report, run, zeroshot
+from tinyclip.checkpoints import load_clip, open_clip_config
 from tinyclip.claims import ARMS, METRICS, compare  # noqa: F401
 from tinyclip.network import CLIP, parameter_counts
 from tinyclip.pairs import image_transform
@@ -45,6 +45,8 @@ class Config:
     """Measure pairs per second; the machine should have nothing else to do."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
+    export: str | None = None
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -134,6 +136,15 @@ def throughput(
 # ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
+def export_run(path: str, folder: str, cfg: Config) -> None:
+    """The model as one of open_clip's. ValueError if it was pruned to layers of different widths."""
+    model = load_clip(path, cfg.head_width, cfg.quick_gelu)
+    config = open_clip_config(model)
+    if config is None:
+        raise ValueError(f"{path} cannot be exported: its masks left layers of different widths, which open_clip lacks")
+    export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
+
+
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu).to(process.device)
@@ -175,6 +186,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    if cfg.export:
+        return export_run(export.single(cfg.runs), cfg.export, cfg)
     results = report.evaluate_runs(
         cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder, checkpoint file or MODEL@WEIGHTS"
     )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from shared import data, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
-from tinyclip.checkpoints import load_clip, write_open_clip_config
+from tinyclip.checkpoints import load_clip
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
 from tinyclip.inheritance import first_weights
 from tinyclip.masks import L0Mask, expected_sparsity, reached_sparsity, sparsity_loss, target_sparsity
@@ -401,8 +401,6 @@ def main(cfg: Config) -> Path | None:
         if done == cfg.steps and process.main:  # before the last checkpoint, which is what says that all is done
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
             run.save_checkpoint(folder / "model.pt", weights)
-            if not write_open_clip_config(student.clip, folder / "open_clip_config.json"):
-                print(f"{folder} has no open_clip_config.json: open_clip has no layers of different widths")
         if done - saved >= cfg.save_every or done == cfg.steps:
             save(done)
             saved = done

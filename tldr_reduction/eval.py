@@ -17,10 +17,11 @@ import tyro
 from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
 from torch import Tensor
 
-from shared import data, report, run
+from shared import data, export, report, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.claims import ARMS, METRICS, compare  # noqa: F401
+from tldr_reduction.export import export_model
 from tldr_reduction.model import BLIP
 from tldr_reduction.reduce import itm_histogram  # noqa: F401
 from tldr_reduction.text import WordPiece, pre_caption
@@ -40,6 +41,8 @@ class Config:
     """Retrieval sets on which a blip's candidates are ranked again by matching."""
     k_test: int = 16
     """Candidates that are ranked again (paper scale: 256 for COCO, 128 for Flickr30K)."""
+    export: str | None = None
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -207,6 +210,9 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    if cfg.export:
+        model, settings, _ = load_run(export.single(cfg.runs))
+        return export_model(model, settings, cfg.export)
     results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))

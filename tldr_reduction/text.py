@@ -14,11 +14,12 @@ from torch import Tensor
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPT = "a picture of "
+PUNCTUATION = r"[.!\"()*#:;~]"
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:
     """Lower case, punctuation to spaces, runs of white space to one space, first words. BLIP:data/utils.py:10."""
-    text = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", text.lower()))
+    text = re.sub(r"\s{2,}", " ", re.sub(PUNCTUATION, " ", text.lower()))
     words = text.rstrip("\n").strip(" ").split(" ")
     return " ".join(words[:max_words])
 

@@ -1,0 +1,112 @@
+"""Dual encoders as folders that open_clip loads, and all that builds on it: `python -m FOLDER.eval RUN --export DIR`.
+
+    DIR/open_clip_config.json       architecture and preprocessing
+        open_clip_model.safetensors weights
+
+    model, _, transform = open_clip.create_model_and_transforms("local-dir:DIR")
+    tokenizer = open_clip.get_tokenizer("local-dir:DIR")
+
+    clip_benchmark eval --model local-dir:DIR --pretrained "" --no_amp --batch_size 256 --output names_ood.json \\
+        --dataset wds/names_ood --dataset_root 'data/emoji/eval/{dataset}' --task zeroshot_classification
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared import run
+
+TOLERANCE = 1e-5  # of unit features: rounding of another order of sums, no more
+
+
+def single(runs: Sequence[str]) -> str:
+    """The one run that is exported. ValueError if there are several, or none."""
+    if len(runs) != 1:
+        raise ValueError(f"--export takes one run or checkpoint, not {len(runs)}")
+    return runs[0]
+
+
+def named_config(name: str, image_size: int | None = None, **changes: Any) -> dict:
+    """open_clip's config of this name, at another image size, with other top-level entries."""
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in open_clip_config(name).items()}
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
+    return config | changes
+
+
+def open_clip_config(name: str) -> dict:
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
+    return config
+
+
+def write(
+    folder: str | Path,
+    model: Any,
+    config: Mapping,
+    weights: Mapping[str, Tensor],
+    transform: Callable[[Image.Image], Tensor],
+    **preprocess: Any,
+) -> dict[str, float]:
+    """Write the folder, load it as its users will, and print and return how far that is from what was exported.
+
+    model: `encode_image(images)` and `encode_text(tokens)` on the CPU, in eval mode. config: embed_dim, vision_cfg,
+    text_cfg, quick_gelu. weights: by open_clip's names. transform: PIL RGB -> (3, S, S) of `model`; `preprocess` says
+    it in open_clip's words where it is not the default (shorter side to S, bicubic, centre crop, OpenAI's statistics).
+    Returns the largest differences of unit image and text features and of a preprocessed image.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--export {folder} is a file: name a folder")
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"--export {folder} is a run folder: name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    settings = statistics | {"interpolation": "bicubic", "resize_mode": "shortest"} | preprocess
+    temporary = folder / "open_clip_model.safetensors.tmp"
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, temporary)
+    os.replace(temporary, folder / "open_clip_model.safetensors")
+    run.write_json(folder / "open_clip_config.json", {"model_cfg": dict(config), "preprocess_cfg": settings})
+
+    differences = compare(folder, model, transform)
+    if max(differences["image features"], differences["text features"]) > TOLERANCE:
+        raise RuntimeError(f"{folder} gives other features than the model that was exported: {differences}")
+    shown = ", ".join(f"{name} {value:.1e}" if value else f"{name} 0" for name, value in differences.items())
+    print(f"{folder}: open_clip loads it as 'local-dir:{folder}'; largest differences: {shown}")
+    return differences
+
+
+@torch.no_grad()
+def compare(folder: Path, model: Any, transform: Callable[[Image.Image], Tensor]) -> dict[str, float]:
+    """Largest differences between `model` and what open_clip makes of the folder, on seeded noise."""
+    loaded, _, loaded_transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    loaded.eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    length, vocabulary = loaded.context_length, loaded.vocab_size
+    tokens = torch.randint(1, vocabulary - 2, (8, length), generator=generator)
+    tokens[:, 0] = vocabulary - 2
+    for row, end in zip(tokens, torch.linspace(1, length - 1, len(tokens)).long(), strict=True):
+        row[end], row[end + 1 :] = vocabulary - 1, 0
+    images = torch.randn(8, *loaded_transform(image).shape, generator=generator)
+
+    def difference(method: str, inputs: Tensor) -> float:
+        ours, theirs = (F.normalize(getattr(each, method)(inputs).float(), dim=-1) for each in (model, loaded))
+        return (ours - theirs).abs().max().item()
+
+    return {
+        "image features": difference("encode_image", images),
+        "text features": difference("encode_text", tokens),
+        "preprocessing": (transform(image) - loaded_transform(image)).abs().max().item(),
+    }

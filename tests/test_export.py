@@ -1,0 +1,175 @@
+"""--export: open_clip loads what was trained here, and clip-benchmark's command line gives the numbers of eval.py."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import clip_benchmark.cli as their_cli
+import clip_benchmark.metrics.zeroshot_classification as their_classification
+import numpy as np
+import open_clip
+import pytest
+import torch
+from scripts import finished, one_sentence
+from tiny import EVAL, PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+
+from shared import export, run
+from tldr_reduction.train import eval_tokenizer, load_run
+
+SCRIPT, SECONDS = "protoclip.train", 90
+TOLERANCES = {  # of image features, text features, a preprocessed image; 0 where it is the very model of open_clip
+    "attentive_mask_clip": (1e-6, 1e-6, 0),
+    "concept_frequency": (0, 0, 1.0),  # of noise in -1..1, by another kernel
+    "nmtune": (0, 0, 0),
+    "protoclip": (0, 0, 0),
+    "tinyclip": (1e-6, 1e-6, 0),
+    "tldr_reduction": (0, 0, 1e-6),
+}
+SETS = ("subgroups_ood", "retrieval_ood")
+WITHOUT = {  # measurements that clip-benchmark has not
+    "attentive_mask_clip": {"probe": None, "foreground": None},
+    "protoclip": {"probe": (), "gap": None},
+    "tinyclip": {"throughput": False},
+    "tldr_reduction": {"rerank": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+    path = tmp_path_factory.mktemp("export")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def runs(cli, folder: Path) -> dict[str, Path]:
+    """A run of each folder whose model open_clip has, and a TinyCLIP pruned by masks."""
+    (folder / "parts").mkdir()
+    given = commands(small_corpus(folder / "corpus"), folder / "parts")
+    given["tldr_reduction"] = ["emoji-clip", *given["tldr_reduction"][1:], "--lr", "1e-3"]
+    done = {name: folder / name for name in (*TOLERANCES, "pruned")}
+    for name in TOLERANCES:
+        finished(cli(*given[name], "--out", done[name], module=SCRIPTS[name]))
+    first = ["--teacher", done["tinyclip"], "--init", done["tinyclip"], "--mask-lr", "1.0", "--lambda-lr", "-1.0"]
+    masks = ["emoji-auto", *given["tinyclip"][1:], *first, "--prune-step", "4", "--sparsity-warmup", "2"]
+    finished(cli(*masks, "--out", done["pruned"], module="tinyclip.train"))
+    return done
+
+
+@pytest.fixture(scope="module")
+def small_sets(folder: Path) -> Path:
+    """The first 200 images of `SETS`."""
+    for name in SETS:
+        shutil.copytree(EVAL / name, folder / "sets" / name, ignore=shutil.ignore_patterns("*.tar", "train"))
+        with (
+            tarfile.open(EVAL / name / "test/0.tar") as source,
+            tarfile.open(folder / "sets" / name / "test/0.tar", "w") as target,
+        ):
+            for member in source.getmembers()[:400]:
+                target.addfile(member, source.extractfile(member))
+    return folder / "sets"
+
+
+@pytest.fixture(scope="module")
+def exported(cli, folder: Path, runs: dict[str, Path]) -> dict[str, tuple[Path, str]]:
+    """Folder and what was printed of each export."""
+    out = {name: folder / f"{name}-exported" for name in TOLERANCES}
+    return {n: (path, finished(cli(runs[n], "--export", path, module=f"{n}.eval")).out) for n, path in out.items()}
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_open_clip_loads_it(exported: dict, runs: dict[str, Path], name: str):
+    path, printed = exported[name]
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{path}")
+    trained = run.load_checkpoint(runs[name] / "checkpoint.pt")["state_dict"]
+    assert torch.equal(model.logit_scale, trained["logit_scale"])
+    measured = re.search(r"image features (\S+), text features (\S+), preprocessing (\S+)", printed).groups()
+    for value, bound in zip(map(float, measured), TOLERANCES[name], strict=True):
+        assert value <= bound
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_texts_are_read_alike(exported: dict, runs: dict[str, Path], name: str):
+    """As open_clip reads them, and TL;DR's after its own preparation, up to the first end token."""
+    path, _ = exported[name]
+    theirs = open_clip.get_tokenizer(f"local-dir:{path}")
+    ours = open_clip.SimpleTokenizer(context_length=theirs.context_length)
+    if name == "tldr_reduction":
+        _, settings, tokenizer = load_run(runs[name])
+        ours = eval_tokenizer(tokenizer, settings)
+    texts = ["A cat, (drawn): #1!  ~", "café's 12 déjà-vu", "ça va? 中文 🎉 é", "wow!!! *really*", "x " * 60, "..."]
+    a, b = ours(texts), theirs(texts)
+    for mine, other in zip(a, b, strict=True):
+        end = int(mine.argmax())
+        assert int(other.argmax()) == end and torch.equal(mine[: end + 1], other[: end + 1])
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_clip_benchmark_gives_the_same_numbers(exported, runs, small_sets, name: str, tmp_path: Path, monkeypatch):
+    evaluation, (path, _) = importlib.import_module(f"{name}.eval"), exported[name]
+    sets = tuple(str(small_sets / each) for each in SETS)
+    cfg = evaluation.Config((str(runs[name]),), sets=sets, precision="fp32", batch_size=256, **WITHOUT[name])
+    ours = evaluation.evaluate_run(str(runs[name]), cfg, run.Process(0, 1, torch.device("cpu")))
+    ours = ours[0] if isinstance(ours, tuple) else ours
+
+    # clip-benchmark 1.6.2 takes float() of one-element arrays, which numpy 2.4 refuses; nothing else is changed
+    one_element = lambda value: value.item() if isinstance(value, np.ndarray) else float(value)  # noqa: E731
+    monkeypatch.setattr(their_classification, "float", one_element, raising=False)
+    theirs = {}
+    for each, task in zip(SETS, ("zeroshot_classification", "zeroshot_retrieval"), strict=True):
+        command = f"""clip_benchmark eval --model local-dir:{path} --dataset wds/{each} --task {task}
+            --dataset_root {small_sets}/{{dataset}} --no_amp --batch_size 256 --num_workers 0 --recall_k 1 5 10
+            --output {tmp_path}/{each}.json"""
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--pretrained", ""])
+        their_cli.main()
+        theirs |= json.loads((tmp_path / f"{each}.json").read_text())["metrics"]
+    names = {f"{SETS[0]}/top1": "acc1", f"{SETS[0]}/top5": "acc5"}
+    for k in (1, 5, 10):
+        names[f"{SETS[1]}/image_to_text_R@{k}"] = f"text_retrieval_recall@{k}"
+        names[f"{SETS[1]}/text_to_image_R@{k}"] = f"image_retrieval_recall@{k}"
+    for mine, other in names.items():
+        assert ours[mine] == pytest.approx(100 * theirs[other], rel=1e-6), (mine, name)
+    assert ours[f"{SETS[1]}/text_to_image_R@10"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------- what cannot be
+
+
+def test_what_open_clip_has_not_is_refused(in_process, runs: dict[str, Path], tmp_path: Path):
+    cases = {
+        "flame": ("run", "no image tower that averages an MLP"),
+        "lexvla": ("run", "no towers that end in a vocabulary"),
+        "tinyclip": (runs["pruned"], "its masks left layers of different widths"),
+    }
+    for name, (path, words) in cases.items():
+        result = in_process(path, "--export", tmp_path / "out", module=f"{name}.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_places(in_process, runs: dict[str, Path], tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    two = [runs["protoclip"], runs["protoclip"]]
+    for paths, out, words in (
+        (two, tmp_path / "out", "--export takes one run or checkpoint, not 2"),
+        (two[:1], tmp_path / "file", "is a file: name a folder"),
+        (two[:1], runs["tinyclip"], "is a run folder: name another"),
+    ):
+        result = in_process(*paths, "--export", out, module="protoclip.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
+    assert (tmp_path / "file").read_text() == "mine" and not (runs["tinyclip"] / "open_clip_config.json").exists()
+
+
+def test_other_features_are_an_error(tmp_path: Path, exported: dict):
+    """A wrong architecture does not get out unnoticed."""
+    path, _ = exported["protoclip"]
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
+    config = json.loads((path / "open_clip_config.json").read_text())["model_cfg"] | {"quick_gelu": False}
+    with pytest.raises(RuntimeError, match="gives other features"):
+        export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)

@@ -1,0 +1,113 @@
+"""One small run of every training script, for tests that concern them all: seconds each, on real emoji shards.
+
+`small_corpus` is their data, `commands` their command lines, less --out.
+"""
+
+import dataclasses
+import io
+import tarfile
+from pathlib import Path
+
+import torch
+from scripts import ROOT
+
+from shared.data import open_pairs
+
+SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval"
+FOLDERS = (
+    "attentive_mask_clip", "concept_frequency", "flame", "lexvla", "nmtune", "protoclip", "tinyclip", "tldr_reduction",
+)  # fmt: skip
+SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
+PRELOAD = [
+    *("open_clip", "timm", "faiss", "pyarrow.parquet", "transformers", "shared.zeroshot", "torch.utils.tensorboard"),
+    *("transformers.models.llama.modeling_llama", "timm.optim"),
+]
+
+
+def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:
+    """Shards of the first pairs of the embedded corpus, whole samples of image, caption and description."""
+    folder.mkdir(parents=True)
+    with tarfile.open(SHARDS / "00000.tar") as source:
+        samples: dict[str, list] = {}
+        for member in source:
+            samples.setdefault(member.name.partition(".")[0], []).append(member)
+        keys = list(samples)[:pairs]
+        for i in range(shards):
+            with tarfile.open(folder / f"{i:05}.tar", "w") as target:
+                for key in keys[i * pairs // shards : (i + 1) * pairs // shards]:
+                    for member in samples[key]:
+                        target.addfile(member, source.extractfile(member))
+    return folder
+
+
+def add_sample(shard: Path, key: str, image: bytes, caption: bytes, description: bytes | None = None) -> None:
+    """Append a sample to a shard; the description is that of the shard's first sample, unless given."""
+    if description is None:
+        with tarfile.open(shard) as tar:
+            description = tar.extractfile(next(m for m in tar if m.name.endswith(".json"))).read()
+    with tarfile.open(shard, "a") as tar:
+        for extension, content in (("png", image), ("txt", caption), ("json", description)):
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def language_model(folder: Path, data: Path) -> Path:
+    """A random Llama of one small block, with a tokenizer trained on the captions, as transformers saves them."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    pairs, bpe = open_pairs(str(data)), ByteLevelBPETokenizer()
+    captions = (" " + pairs.caption(row) for row in range(len(pairs)))
+    bpe.train_from_iterator(captions, vocab_size=500, special_tokens=["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def backbone(folder: Path, data: Path) -> Path:
+    """LexVLA's image tower, trained for one epoch."""
+    from lexvla import backbone
+
+    cfg = backbone.Config(f"{data}/00000.tar", 64, str(folder / "backbone.pt"), image_size=16, epochs=1)
+    backbone.main(dataclasses.replace(cfg, batch_size=32, device="cpu", precision="fp32"))
+    return folder / "backbone.pt"
+
+
+def vocabulary(folder: Path, data: Path) -> Path:
+    """A WordPiece vocabulary of the captions."""
+    from tldr_reduction.text import build_vocab
+
+    pairs = open_pairs(str(data))
+    words = build_vocab(pairs.caption(row) for row in range(len(pairs)))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder / "vocab.txt"
+
+
+def commands(data: Path, parts: Path) -> dict[str, list[str]]:
+    """Arguments of each folder's script: the paper's method, or its arm that needs least; ten steps, a checkpoint every
+    two. `parts` is a folder for what must be there first."""
+    arms = {
+        "attentive_mask_clip": "emoji --image-size 20 --epochs 2 --warmup-epochs 1",
+        "concept_frequency": f"""emoji --image-size 16 --num-concepts 12 --total 160 --epochs 2 --warmup 2
+            --eval-set {EVAL}/names_ood""",
+        "flame": """emoji-clip --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
+            --warmup 2""",
+        "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
+            --lora-rank 0 --image-size 16 --adapter-hidden 32 --min-count 1 --epochs 2 --warmup 2""",
+        "nmtune": "emoji-clip-30 --epochs 2 --warmup 2",
+        "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
+            --hidden-dim 32 --projection-dim 16 --warmup 2""",
+        "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2",
+        "tldr_reduction": f"""emoji-captioner --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
+            --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
+            --epochs 2 --warmup-steps 2""",
+    }
+    common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
+    workers = {folder: ["--workers", "0"] for folder in FOLDERS} | {"concept_frequency": []}
+    evaluation = {folder: ["--eval-every", "0"] for folder in FOLDERS} | {"nmtune": []}
+    return {folder: [*arms[folder].split(), *common, *workers[folder], *evaluation[folder]] for folder in FOLDERS}
