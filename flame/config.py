@@ -43,8 +43,8 @@ class Config:
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
     """Sigmoid of every pair, or softmax over the batch; both with K texts an image."""
     centre: bool = False
-    """Subtract the bank's mean from all texts, in training and evaluation (not in the paper: for small LLMs, whose
-    states share one large direction)."""
+    """Subtract from each facet its mean over the bank, in training and evaluation (not in the paper: for small LLMs,
+    whose states share one large direction)."""
     captions: tuple[str, ...] = ()
     """Caption files of the clip method, of which each visit draws one; none given: the shards' own captions."""
 

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from flame.bank import Bank
+from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
@@ -256,17 +256,16 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
                 f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
             )
     missing = [shard for shard in range(shards) if not Bank.shard_path(out, shard).exists()]
-    if not missing and (out / "mean.npy").exists():
+    if not missing and (out / "centres.npy").exists():
         if process.main:
             print(f"{out} holds {len(keys):,} samples already; nothing to do")
         return
-    dim = llm().dim
-    if process.main:
+    if process.main and missing:
         out.mkdir(parents=True, exist_ok=True)
         order = np.argsort(keys)
         np.save(out / "keys.npy", keys[order])
         np.save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
-        index = made | {"dim": dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
+        index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
         index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
         run.write_json(out / "index.json", index)
     run.gather_lists([], process)  # waits
@@ -285,9 +284,11 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     seconds = time.perf_counter() - start
     run.gather_lists([], process)
     if process.main:
-        sums = [np.load(Bank.shard_path(out, s), mmap_mode="r").sum((0, 1), dtype=np.float64) for s in range(shards)]
-        np.save(out / "mean.npy", (sum(sums) / (len(distinct) * index["rows"])).astype(np.float32))
-        print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
+        multi = slice(-len(prompts[2].facets), None)
+        total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
+        np.save(out / "centres.npy", (total_sums / len(distinct)).astype(np.float32))
+        if missing:
+            print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
 
 
 # -------------------------------------------------------------------------------------------------- evaluation texts

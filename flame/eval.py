@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from flame.bank import Bank, open_bank
+from flame.bank import Bank, centred, open_bank
 from flame.claims import ARMS, METRICS, compare  # noqa: F401
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
@@ -199,12 +199,13 @@ def text_features(
         return trained
     bank = bank or cfg.bank
     frozen = texts_of_bank(bank, device, load)
-    mean = open_bank(bank).mean if cfg.centre else None
+    centres = open_bank(bank).centres if cfg.centre else None
     single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
 
     def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
-        features = frozen(texts, multi and not single_only)
-        return features if mean is None else F.normalize(features - mean, dim=-1)
+        multi = multi and not single_only
+        features = frozen(texts, multi)
+        return features if centres is None else centred(features, centres[-1 if multi else 0])
 
     return embedded
 
@@ -360,12 +361,12 @@ def facet_similarity(bank: Bank, images: int = 500) -> Tensor:
 
 
 def plot_similarity(bank: Bank, path: Path) -> None:
-    """Left: facets as they are; right: less the bank's mean."""
+    """Left: facets as they are; right: each less its mean over images."""
     shard = torch.from_numpy(bank._shard(0)[:500].astype("float32"))
-    less = F.normalize(shard - bank.mean, dim=-1)
+    less = centred(shard, bank.centres[: bank.count])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
-    for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "less the bank's mean"), strict=True):
+    for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "each less its mean"), strict=True):
         cosines = (rows @ rows.transpose(1, 2)).mean(0)
         shown = axis.imshow(cosines, vmin=float(cosines.min()), vmax=1.0)
         axis.set_xticks(range(len(cosines)), names[: len(cosines)], rotation=90, fontsize=7)

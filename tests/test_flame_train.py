@@ -130,7 +130,8 @@ def test_bank_holds_the_embeddings_of_each_sample(bank: Path, captions: Path, ti
     assert opened.count == 11 and opened.dim == 16 and opened.index["images"] < IMAGES
     assert np.load(bank / "00000.npy").dtype == np.float16
     stored = torch.cat([torch.from_numpy(np.load(file)).float() for file in sorted(bank.glob("0*.npy"))])
-    torch.testing.assert_close(opened.mean, stored.mean((0, 1)), rtol=0, atol=1e-4)
+    multi = F.normalize(stored[:, 4:].mean(1), dim=-1).mean(0)
+    torch.testing.assert_close(opened.centres, torch.cat([stored.mean(0), multi[None]]), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="no row for sample nobody"):
         opened["nobody"]
 
@@ -143,7 +144,7 @@ def test_embedding_goes_on_where_it_stopped(bank: Path, embed_flags: list, start
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    if not (out / "mean.npy").exists():
+    if not (out / "centres.npy").exists():
         with pytest.raises(ValueError, match="not finished"):
             Bank(out)
     began = (out / "00000.npy").stat().st_mtime_ns
@@ -260,7 +261,7 @@ def test_facets_change_from_visit_to_visit_and_images_do_not_depend_on_them(bank
     raw = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1), 16, (0, 0), opened)
     assert torch.equal(raw[3][0], image) and torch.equal(raw[3][1], rows[:1])
     centred = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1, centre=True), 16, (0, 0), opened)
-    torch.testing.assert_close(centred[3][1], F.normalize(rows[:1] - opened.mean, dim=-1))
+    torch.testing.assert_close(centred[3][1], F.normalize(rows[:1] - opened.centres[:1], dim=-1))
 
 
 def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli):
