@@ -118,18 +118,18 @@ EMOJI = Config(
     captions=tuple(f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")),
     centre=True,
     model="emoji",
-    hidden_dim=512,
+    hidden_dim=256,
     text_width=128,
-    text_layers=2,
+    text_layers=1,
     embed_dim=128,
-    epochs=20,
+    epochs=12,
     batch_size=128,
     lr=1e-3,
     warmup=100,
     weight_decay=0.2,
     workers=0,
     save_every=200,
-    eval_every=2,
+    eval_every=3,
 )
 
 

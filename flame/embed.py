@@ -282,7 +282,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
             np.save(temporary, bank.half().numpy())
             os.replace(temporary, Bank.shard_path(out, shard))
     seconds = time.perf_counter() - start
-    run.gather_lists([], process)
+    total = sum(run.gather_lists([total], process))  # waits
     if process.main:
         multi = slice(-len(prompts[2].facets), None)
         total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))

@@ -52,10 +52,10 @@ class Config:
     """Long-context sets as their authors ship them: urban1k:FOLDER, sharegpt4v:FOLDER, docci:FOLDER, dci:FOLDER."""
     crossmodal: str | None = None
     """Folder of Crossmodal-3600 (captions.jsonl, images/): its 36 languages in the place of `language_sets`."""
-    gallery: int | None = 500
+    gallery: int | None = None
     """Images kept of each retrieval set, evenly spaced; None keeps all."""
-    language_gallery: int | None = 125
-    """Images kept of each language."""
+    language_gallery: int | None = None
+    """Images kept of each language; None keeps all."""
     probe: str | None = EVAL + "subgroups_ood"
     """Set with a train/ split for the linear probe; None leaves it out."""
     report: str | None = None
