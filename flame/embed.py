@@ -165,9 +165,7 @@ def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
         source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=run.DTYPES[precision], attn_implementation="sdpa", **options
-        )
+        lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=run.DTYPES[precision], **options)
     except OSError as error:
         raise ValueError(
             f"language model {cfg.llm!r} could not be loaded from disk or the Hugging Face hub; offline, pass a folder"

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import Case
 from open_clip.transformer import VisionTransformer
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from flame import embed, train
 from flame.bank import sample_facets
@@ -145,19 +145,61 @@ def test_facet_hidden(case, attention):
     assert (F.normalize(causal, dim=-1) - F.normalize(together, dim=-1)).abs().max() > 1e-2
 
 
+def facet_alone(llm: FrozenLLM, ids: torch.Tensor, lens: list[int], k: int) -> torch.Tensor:
+    """A plain causal pass of the library's own over prefix and facet k, at the positions these have in the sequence."""
+    prefix = len(ids) - sum(lens)
+    start = prefix + sum(lens[:k])
+    places = torch.cat([torch.arange(prefix), torch.arange(start, start + lens[k])])[None]
+    outputs = llm.lm(
+        input_ids=ids[places], attention_mask=torch.ones_like(places), position_ids=places, output_hidden_states=True
+    )
+    return torch.stack([outputs.hidden_states[n][0, -1] for n in llm.layers]).mean(0)
+
+
 @golden("flame", "facet_hidden")
 def test_one_pass_equals_one_pass_a_facet(case):
-    """The proof of decoupling, with plain causal passes of the library's own over prefix and facet."""
+    """The proof of decoupling."""
     llm, lens = llm_of(case), case["facet_lens"].tolist()
-    ids = numbered(case, "input_ids")[0]
-    prefix = len(ids) - sum(lens)
-    together = llm.encode_ids(ids[None], torch.ones_like(ids)[None], lens)[0]
-    for k, length in enumerate(lens):
-        start = prefix + sum(lens[:k])
-        places = torch.cat([torch.arange(prefix), torch.arange(start, start + length)])
-        outputs = llm.lm(input_ids=ids[places][None], position_ids=places[None], output_hidden_states=True)
-        states = [outputs.hidden_states[n][0, -1] for n in llm.layers]
-        torch.testing.assert_close(together[k], torch.stack(states).mean(0), rtol=1e-4, atol=1e-4)
+    for ids in numbered(case, "input_ids"):
+        together = llm.encode_ids(ids[None], torch.ones_like(ids)[None], lens)[0]
+        for k in range(len(lens)):
+            torch.testing.assert_close(together[k], facet_alone(llm, ids, lens, k), rtol=1e-4, atol=1e-4)
+
+
+ARCHITECTURES = {  # rotary positions, windows, learned positions
+    "mistral": {"sliding_window": 64},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
+    "gpt_neox": {},
+    "gpt2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+ATTENTIONS = [
+    (name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")
+]
+
+
+@pytest.mark.parametrize("architecture, attention", ATTENTIONS)
+def test_any_causal_lm_serves(architecture: str, attention: str):
+    """A padded batch in one pass equals each caption and facet in a pass of its own in other families of models, too."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=100, bos_token_id=1)
+    sizes |= dict(eos_token_id=2, pad_token_id=0) | ARCHITECTURES[architecture]
+    if architecture not in ("gpt_neox", "gpt2", "opt"):
+        sizes |= dict(num_key_value_heads=2, head_dim=8)
+    config = AutoConfig.for_model(architecture, **sizes)
+    llm = FrozenLLM(AutoModelForCausalLM.from_config(config, attn_implementation=attention), None)
+    with torch.no_grad():
+        for parameter in llm.lm.parameters():
+            parameter.mul_(4)  # states that depend on the text
+    captions, lens = [torch.randint(3, 100, (n,)) for n in (30, 41)], [5, 7, 4]
+    together = llm.encode_ids(*left_padded(captions), lens)
+    for ids, rows in zip(captions, together, strict=True):
+        for k in range(len(lens)):
+            torch.testing.assert_close(rows[k], facet_alone(llm, ids, lens, k), rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
 
 
 @golden("flame", "single_prompt_hidden")
