@@ -183,7 +183,7 @@ ATTENTIONS = [
 
 @pytest.mark.parametrize("architecture, attention", ATTENTIONS)
 def test_any_causal_lm_serves(architecture: str, attention: str):
-    """A padded batch in one pass equals each caption and facet in a pass of its own in other families of models, too."""
+    """In other families of models, too, a padded batch in one pass equals a pass for each caption and facet."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=100, bos_token_id=1)
     sizes |= dict(eos_token_id=2, pad_token_id=0) | ARCHITECTURES[architecture]
