@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,8 +149,8 @@ def read_prompts(clone: str | Path) -> Prompts:
 # --------------------------------------------------------------------------------------------------------------- LLM
 
 
-def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
-    """The LLM and tokenizer of `cfg.llm`, in the number type of `cfg.precision`."""
+def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Any]:
+    """The causal LM and tokenizer of `cfg.llm`, in the number type of `cfg.precision`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -170,7 +171,12 @@ def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
         raise ValueError(
             f"language model {cfg.llm!r} could not be loaded from disk or the Hugging Face hub; offline, pass a folder"
         ) from error
-    return FrozenLLM(lm, tokenizer, cfg.layers or None, decoupled=cfg.mask == "decoupled").to(device)
+    return lm.to(device), tokenizer
+
+
+def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
+    """The text encoder that `cfg` says."""
+    return FrozenLLM(*load_causal_lm(cfg, device), cfg.layers or None, decoupled=cfg.mask == "decoupled")
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -322,16 +328,22 @@ class Texts:
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 
+def made_with(bank: str | Path) -> Config:
+    """LLM, layers and mask of a bank."""
+    if not (Path(bank) / "index.json").is_file():
+        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
+    index = json.loads((Path(bank) / "index.json").read_text())
+    return Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
+
+
 def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bool = True) -> Texts:
     """Texts of the LLM, layers, mask and prompts with which a bank was made.
 
     Without `load`, a text that is not embedded yet is a ValueError.
     """
-    if not (Path(bank) / "index.json").is_file():
-        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
+    cfg = made_with(bank)
     index = json.loads((Path(bank) / "index.json").read_text())
     prompts: Prompts = tuple(Prompt(head, tuple(facets), bos) for head, facets, bos in index["prompts"])
-    cfg = Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
 
     @functools.cache
     def llm() -> FrozenLLM:

@@ -21,6 +21,7 @@ from flame import embed, train
 from flame.bank import sample_facets
 from flame.embed import embed_captions, parse_prompt, render
 from flame.eval import few_shot, linear_probe, nearest_tokens, pool_patches, retrieval_recall, zero_shot_classifier
+from flame.incontext import episodes
 from flame.model import (
     FLAME,
     LONG,
@@ -667,6 +668,19 @@ def test_words_of_patches_and_few_shot():
 
     for query, answer in (("red", "cat"), ("blue", "dog")):
         assert few_shot(Echo(), Letters(), ["red", "blue", query], ["cat", "dog"]) == answer
+
+
+def test_episodes_have_an_example_of_each_class_and_another_image_as_query():
+    labels, queries = torch.tensor([0, 1, 0, 1, 2, 2, 3]), set()
+    for *examples, query in episodes(labels, 2, 1, 60):
+        of_examples = labels[examples].tolist()
+        assert len(set(of_examples)) == 2 and 3 not in of_examples  # class 3 has one image
+        assert labels[query] in of_examples and query not in examples
+        queries.add((of_examples.index(labels[query]), query))
+    assert queries == {(i, query) for i in range(2) for query in range(6)}
+    assert list(episodes(labels, 2, 1, 3, seed=1)) != list(episodes(labels, 2, 1, 3, seed=2))
+    with pytest.raises(ValueError, match="as many with more than 2 images"):
+        list(episodes(labels, 2, 2, 1))
 
 
 # ------------------------------------------------------------------------------------------ properties: checkpoints

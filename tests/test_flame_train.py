@@ -275,6 +275,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli)
 def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
     sets = ["--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets", EVAL / "retrieval_long_ood", "--gallery", "8"]
     sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
+    sets += ["--few-shot", EVAL / "groups_ood", "--episodes", "3"]
     flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
     runs = [arms["clip"], arms["flame"], arms["summary"]]
     cfg_error = cli(*runs, *flags, module="flame.eval")
@@ -285,6 +286,7 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     names = "groups_ood/top1 retrieval_long_ood/text_to_image_R@1 language_ja/image_to_text_R@1 seconds"
     for name in [*names.split(), "languages/text_to_image_R@1", "languages/other_chance", "groups_id/probe_final"]:
         assert np.isfinite(flat[name]["mean"]), name
+    assert 0 <= flat["groups_ood/few_shot"]["mean"] <= 100 and "groups_ood/few_shot" not in summary["arms"]["clip"]
     assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
     for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
