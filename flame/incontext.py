@@ -99,7 +99,7 @@ def few_shot_accuracy(
     """Percent of queries whose class the LLM names; images (3, H, H), each as at most 16 words."""
     grid = model.visual.grid_size[0]
     kernel = -(-grid // 4)
-    padding = (4 * kernel - grid) // 2
+    padding = min((4 * kernel - grid) // 2, kernel // 2)
     device, hits = next(model.parameters()).device, 0
     for places in episodes(labels, ways, shots, count):
         batch = torch.stack([images[place] for place in places]).to(device)

@@ -288,7 +288,7 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
         assert np.isfinite(flat[name]["mean"]), name
     assert 0 <= flat["groups_ood/few_shot"]["mean"] <= 100 and "groups_ood/few_shot" not in summary["arms"]["clip"]
     assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
-    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png"):
+    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "FLAME" in cfg_error.out and "| claim" in cfg_error.out
 
