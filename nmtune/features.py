@@ -5,7 +5,8 @@ image (`Stream`), of one view each (LP), or what any other program wrote into a 
 Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,7 +226,8 @@ class FeatureSets(NamedTuple):
 
 def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> FeatureSets:
     """A features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and tests `NAME_features`,
-    `NAME_labels`. Without a test set, `holdout` of every class is kept from training and is the set `test`.
+    `NAME_labels`. Classes are the labels that occur, in their order; a test has no others. Without a test set,
+    `holdout` of every class is kept from training and is the set `test`. ValueError says what is wrong with a file.
     """
     path = Path(path)
     if not path.is_file():
@@ -233,26 +235,29 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} is no .npz file of plain arrays ({type(error).__name__})") from error
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no .npz file of plain arrays: write it by np.savez, names as np.array(names, dtype=str)"
+        ) from error
     if "features" not in arrays or "labels" not in arrays:
         found = ", ".join(arrays) or "nothing"
         raise ValueError(f"{path} needs the arrays `features` (N, D) and `labels` (N,); it holds {found}")
-    labels, classnames = np.unique(arrays["labels"], return_inverse=True)[::-1]
-    if np.issubdtype(arrays["labels"].dtype, np.integer):
-        if arrays["labels"].min(initial=0) < 0:
-            raise ValueError(f"`labels` of {path} has negative numbers; classes are 0, 1, 2 ...")
-        labels, classnames = arrays["labels"], np.arange(int(arrays["labels"].max(initial=-1)) + 1)
+    names = {key.removesuffix("_features").removesuffix("_labels") for key in arrays} - {"features", "labels"}
+    tests = sorted(name for name in names if f"{name}_features" in arrays or f"{name}_labels" in arrays)
+    for name in tests:
+        for have, lack in (("features", "labels"), ("labels", "features")):
+            if f"{name}_{lack}" not in arrays:
+                raise ValueError(f"{path} has {name}_{have} without {name}_{lack}")
+    classnames, labels = np.unique(_checked_labels(path, "labels", arrays["labels"]), return_inverse=True)
+    if len(classnames) < 2:
+        raise ValueError(f"`labels` of {path} has {len(classnames)} class: at least 2 are wanted")
     known = {name: i for i, name in enumerate(classnames.tolist())}
     features = arrays["features"]
     features = _checked(path, "features", features[None] if features.ndim == 2 else features, labels)
-    train = Bank(features, torch.from_numpy(labels.astype(np.int64)))
-    tests = {}
-    for name in [key.removesuffix("_features") for key in arrays if key.endswith("_features")]:
-        if f"{name}_labels" not in arrays:
-            raise ValueError(f"{path} has {name}_features without {name}_labels")
-        given = arrays[f"{name}_labels"]
-        unknown = [label for label in given.tolist() if label not in known]
+    train, sets = Bank(features, torch.from_numpy(labels.astype(np.int64))), {}
+    for name in tests:
+        given = _checked_labels(path, f"{name}_labels", arrays[f"{name}_labels"]).tolist()
+        unknown = [label for label in given if label not in known]
         if unknown:
             raise ValueError(f"{name}_labels of {path} has the label {unknown[0]!r}, which `labels` has not")
         rows = _checked(path, f"{name}_features", arrays[f"{name}_features"][None], given)[0]
@@ -260,25 +265,41 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
             raise ValueError(
                 f"{name}_features of {path} has {rows.shape[1]} columns, `features` has {features.shape[2]}"
             )
-        tests[name] = rows, torch.tensor([known[label] for label in given.tolist()])
-    if not tests:
+        sets[name] = rows, torch.tensor([known[label] for label in given])
+    if not sets:
         rng = np.random.RandomState(seed)
         kept = np.sort(subset_per_class(labels, 1 - holdout, rng))
         rest = np.setdiff1d(np.arange(len(labels)), kept)
         if not len(kept) or not len(rest):
             raise ValueError(f"{path} has too few rows to keep some for testing; add test_features and test_labels")
-        tests["test"] = train.features[0, rest], train.labels[rest]
+        sets["test"] = train.features[0, rest], train.labels[rest]
         train = Bank(train.features[:, kept], train.labels[kept])
-    return FeatureSets(train, tests, [str(name) for name in classnames])
+    return FeatureSets(train, sets, [str(name) for name in classnames])
 
 
-def _checked(path: Path, name: str, features: np.ndarray, labels: np.ndarray) -> Tensor:
+def _checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
+    """Labels (N,): names, or whole numbers as integers."""
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"`{name}` of {path} has the shape {labels.shape}: one label a row, (rows,), is wanted")
+    if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
+        return labels.astype(np.int64)
+    if labels.dtype.kind not in "iubUS":
+        raise ValueError(f"`{name}` of {path} has to hold whole numbers or names, not {labels.dtype} like {labels[0]}")
+    return labels
+
+
+def _checked(path: Path, name: str, features: np.ndarray, labels: Sequence) -> Tensor:
     """Features as (V, N, D) fp32, of the right shape and finite."""
-    if features.ndim != 3 or labels.ndim != 1 or features.shape[1] != len(labels):
+    if features.ndim != 3 or features.shape[1] != len(labels) or not features.size:
         raise ValueError(
-            f"`{name}` of {path} has the shape {features.shape[1:] if len(features) == 1 else features.shape}, which "
-            f"does not fit {len(labels)} labels: (rows, dimensions), or (views, rows, dimensions), is wanted"
+            f"`{name}` of {path} has the shape {features.shape[1:] if len(features) == 1 else features.shape}, not "
+            f"one that fits {len(labels)} labels: (rows, dimensions), or of several views (views, rows, dimensions)"
         )
-    if not np.issubdtype(features.dtype, np.number) or not np.isfinite(features).all():
-        raise ValueError(f"`{name}` of {path} has values that are no finite numbers")
-    return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+    if features.dtype.kind not in "fiu":
+        raise ValueError(f"`{name}` of {path} has to hold real numbers, not {features.dtype}")
+    with np.errstate(over="ignore"):
+        features = np.ascontiguousarray(features, dtype=np.float32)
+    if not np.isfinite(features).all():
+        row = np.argwhere(~np.isfinite(features))[0][1]
+        raise ValueError(f"`{name}` of {path} has values that are no finite 32-bit numbers, first in row {row}")
+    return torch.from_numpy(features)

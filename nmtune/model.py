@@ -105,12 +105,14 @@ def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor]:
     its own size of the exact one, or nearer to it than that of an SVD in fp32.
     """
     with torch.autocast(z.device.type, enabled=False):
-        if z.shape[1] >= 4 * len(z):
-            eigenvalues, vectors = torch.linalg.eigh(z @ z.T)
+        if z.shape[1] >= 4 * len(z) and (product := z @ z.T).isfinite().all():
+            eigenvalues, vectors = torch.linalg.eigh(product)
             if eigenvalues[-1] < 300 * eigenvalues[0]:
                 return eigenvalues, vectors
-        exact = z.double()
-        return torch.linalg.eigh(exact @ exact.T)
+        product = z.double() @ z.double().T
+        if not product.isfinite().all():
+            raise ValueError("L_SVD of features that are not finite: lower the learning rate")
+        return torch.linalg.eigh(product)
 
 
 def nmtune_loss(
