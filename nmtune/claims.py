@@ -13,7 +13,7 @@ import numpy as np
 from nmtune.config import NOISE
 from shared import report
 
-KINDS = {"sup": "labels", "clip": "captions"}
+KINDS = {"sup": "label", "clip": "caption"}
 METHODS = {
     "lp": "LP",
     "lp-views": "LP, NMTune's views",
@@ -21,7 +21,7 @@ METHODS = {
     "nmtune": "NMTune",
     "nmtune-lambda": "NMTune, one lambda",
 }
-ARMS = {f"{kind}-{level:02d}": f"{level} % of {what} noisy" for kind, what in KINDS.items() for level in NOISE}
+ARMS = {f"{kind}-{level:02d}": f"{level} % {what} noise" for kind, what in KINDS.items() for level in NOISE}
 METRICS = {
     "lp/id": "LP ID",
     "lp/ood": "LP OOD",
@@ -72,7 +72,7 @@ def noise_claims(studies: Studies, seeds: list[int]) -> list[dict[str, str]]:
             rows.append(report.judge(report.Claim(text, paper, metric, "", "", sign), *means))
 
     for kind, what in KINDS.items():
-        said = f"{what}: " if kind == "clip" else ""
+        said = f"{what}s: " if kind == "clip" else ""
         row(f"C1 {said}5-10 % noise raises LP ID over 0 %", "up", kind, "lp/id", (5, 10), (0,), 1)
         row(f"C1 {said}30 % lowers LP ID under 5-10 %", "down", kind, "lp/id", (30,), (5, 10), -1)
         row(f"C2 {said}any noise (mean of 5-30 %) lowers LP OOD", "down", kind, "lp/ood", NOISE[1:], (0,), -1)
@@ -96,22 +96,33 @@ def noise_claims(studies: Studies, seeds: list[int]) -> list[dict[str, str]]:
 
 def head_claims(studies: Studies, seeds: list[int]) -> list[dict[str, str]]:
     """C4 and the mechanism: differences between heads on one encoder, over all encoders."""
-    encoders = [by_seed[seed] for by_seed in studies.values() for seed in seeds]
+    everywhere = [by_seed[seed] for by_seed in studies.values() for seed in seeds]
+    noisiest = [by_seed[seed] for arm, by_seed in studies.items() if arm.endswith("-30") for seed in seeds]
     rows = []
 
-    def row(text: str, paper: str | None, part: str, method: str, baseline: str, sign: int = 1):
-        if all(f"{name}/{part}" in one for one in encoders for name in (method, baseline)):
+    def row(
+        text: str,
+        paper: str | None,
+        part: str,
+        method: str,
+        baseline: str,
+        sign: int = 1,
+        effect: float | None = None,
+        encoders: list[dict[str, float]] = everywhere,
+    ):
+        if encoders and all(f"{name}/{part}" in one for one in encoders for name in (method, baseline)):
             values = [[one[f"{name}/{part}"] for one in encoders] for name in (method, baseline)]
-            claim = report.Claim(f"{text} ({len(encoders)} encoders)", paper, part, method, baseline, sign)
+            claim = report.Claim(f"{text} ({len(encoders)} encoders)", paper, part, method, baseline, sign, effect)
             rows.append(report.judge(claim, *values))
 
     for part in ("id", "ood"):
-        row(f"C4 NMTune above MLP, {part.upper()}", "about +1", part, "nmtune", "mlp")
+        row(f"C4 NMTune above MLP, {part.upper()}", "about +1", part, "nmtune", "mlp", effect=1)
+        row(f"C4 the same at 30 % noise, {part.upper()}", "up", part, "nmtune", "mlp", encoders=noisiest)
         row(f"C4 NMTune above LP, {part.upper()}", "up", part, "nmtune", "lp")
-        row(f"... LP on NMTune's views, {part.upper()}", None, part, "nmtune", "lp-views")
-        row(f"... one lambda = 0.01, k = 1, against MLP, {part.upper()}", None, part, "nmtune-lambda", "mlp")
-    row("mechanism: L_COV of z lower than MLP's, ID", "down", "cov_id", "nmtune", "mlp", -1)
-    row("mechanism: top-5 share of z (%) higher than MLP's, ID", "up", "top5_id", "nmtune", "mlp")
+        row(f"NMTune above LP on the same views, {part.upper()}", None, part, "nmtune", "lp-views")
+        row(f"NMTune with one lambda = 0.01, k = 1, above MLP, {part.upper()}", None, part, "nmtune-lambda", "mlp")
+    row("mechanism: NMTune's z has lower L_COV than MLP's, ID", "down", "cov_id", "nmtune", "mlp", -1)
+    row("mechanism: NMTune's z has a higher top-5 share (%) than MLP's, ID", "up", "top5_id", "nmtune", "mlp")
     return rows
 
 
@@ -166,21 +177,32 @@ def plot_noise(studies: Studies, seeds: list[int], path: Path) -> None:
         for axis, metric in zip(row, ("sve", "lsvr"), strict=False):
             for part, name in (("id", "in domain"), ("ood", "out of domain")):
                 line(axis, kind, f"{metric}_{part}", name)
-            axis.set_ylabel(f"{metric.upper()} of F (nats)")
+            axis.set(title=f"{metric.upper()} of the encoder's features", ylabel=f"{metric.upper()} (nats)")
         known = next(iter(studies.values()))[seeds[0]]
-        for axis, part in zip(row[2:], ("id", "ood"), strict=True):
+        for axis, part, where in zip(row[2:], ("id", "ood"), ("in domain", "out of domain"), strict=True):
             for method, name in METHODS.items():
                 if f"{method}/{part}" in known:
                     line(axis, kind, f"{method}/{part}", name)
-            axis.set_ylabel(f"top-1 {part.upper()} (%)")
+            axis.set(title=f"accuracy {where}", ylabel="top-1 (%)")
         for axis in row:
-            axis.set(xlabel=f"{KINDS[kind]} noise in pre-training (%)")
+            axis.set(xlabel=f"{KINDS[kind]} noise in pre-training (%)", xticks=NOISE)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    axes[0][2].legend(fontsize=8)
+            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_spectrum(axis: plt.Axes, s: np.ndarray, label: str, **style) -> None:
+    """Share of each singular value, but for those that centring makes 0."""
+    share = s / s.sum()
+    axis.plot(np.arange(1, len(s) + 1)[share > 1e-6], share[share > 1e-6], label=label, **style)
+
+
+def finish_spectra(axis: plt.Axes, title: str) -> None:
+    axis.set(title=title, xlabel="i", ylabel="$\\sigma_i$ / sum of all", xscale="log", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
 
 
 def plot_spectra(folders: list[Path], path: Path) -> None:
@@ -188,27 +210,20 @@ def plot_spectra(folders: list[Path], path: Path) -> None:
     highest; first seed, first task."""
     first = [folder for folder in folders if folder.name.endswith(folders[0].name.rpartition("-")[2])]
     kinds = [kind for kind in KINDS if any(folder.name.startswith(kind) for folder in first)]
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4 * len(kinds)), squeeze=False)
-
-    def line(axis, s: np.ndarray, label: str, color=None) -> None:
-        axis.plot(np.arange(1, len(s) + 1), s / s.sum(), label=label, color=color)
-
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(11, 4 * len(kinds)), squeeze=False, sharey="row")
     for row, kind in zip(axes, kinds, strict=True):
         own = sorted(folder for folder in first if folder.name.startswith(kind))
-        shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(own)))
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(own)))
         for folder, shade in zip(own, shades, strict=True):
             with np.load(folder / "spectra.npz") as file:
                 spectra = {key.partition("/")[2]: file[key] for key in reversed(file.files)}
-            line(row[0], spectra["F/ood"], f"{int(folder.name.split('-')[1])} % noise", shade)
-        for key, label in (("F/ood", "F"), ("mlp/ood", "z, MLP"), ("nmtune/ood", "z, NMTune")):
+            draw_spectrum(row[0], spectra["F/ood"], f"{int(folder.name.split('-')[1])} %", color=shade)
+        for key, label in (("F/ood", "F, before tuning"), ("mlp/ood", "z of the MLP"), ("nmtune/ood", "z of NMTune")):
             if key in spectra:
-                line(row[1], spectra[key], label)
-        row[0].set_title(f"encoder features F, {KINDS[kind]} noise")
-        row[1].set_title(f"before and after tuning, {own[-1].name}")
-        for axis in row:
-            axis.set(xlabel="i", ylabel="share of the i-th singular value", xscale="log", yscale="log", ylim=(1e-4, 1))
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+                draw_spectrum(row[1], spectra[key], label)
+        finish_spectra(row[0], f"OOD features F, {KINDS[kind]} noise in pre-training")
+        finish_spectra(row[1], f"OOD features, encoder of {int(own[-1].name.split('-')[1])} % {KINDS[kind]} noise")
+        row[1].set_ylabel("")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -26,7 +26,7 @@ from nmtune.analysis import (  # noqa: F401
     project_logits,
     singular_value_entropy,
 )
-from nmtune.claims import ARMS, METRICS, compare  # noqa: F401
+from nmtune.claims import ARMS, METRICS, compare, draw_spectrum, finish_spectra  # noqa: F401
 from nmtune.config import Config as TrainConfig
 from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
@@ -106,11 +106,8 @@ def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
     for axis, name in zip(axes[0], names, strict=True):
         for key, s in spectra.items():
             if key.rpartition("/")[0] == name:
-                axis.plot(np.arange(1, len(s) + 1), s / s.sum(), label=key.rpartition("/")[2])
-        axis.set(title=name, xlabel="i", ylabel="share of the i-th singular value", xscale="log", yscale="log")
-        axis.set_ylim(bottom=1e-5)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
+                draw_spectrum(axis, s, {"F": "F, before tuning", "z": "z, after"}[key.rpartition("/")[2]])
+        finish_spectra(axis, name)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
