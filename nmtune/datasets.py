@@ -110,6 +110,8 @@ def clip_benchmark(folder: Path, split: str) -> LabelledImages:
     tars = sorted((folder / split).glob("*.tar"), key=lambda path: (len(path.name), path.name))
     if not tars:
         raise FileNotFoundError(f"{folder / split} holds no .tar file; a set is named DIR:test or DIR:train")
+    if not (folder / "classnames.txt").is_file():
+        raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
     names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
     spans, labels = [], []
     for i, tar in enumerate(tars):
@@ -225,22 +227,20 @@ def open_labelled(spec: str) -> LabelledImages:
 
 # ------------------------------------------------------------------------------------------------- the paper's sets
 
-ID_SETS = {  # folders of the CLIP-benchmark webdatasets; classes and sizes are read from them
-    "cifar10": "wds_cifar10", "cifar100": "wds_cifar100", "flowers102": "wds_vtab-flowers", "food101": "wds_food101",
-    "oxford_pet": "wds_vtab-pets", "stanford_cars": "wds_cars", "fgvc_aircraft": "wds_fgvc_aircraft",
-    "svhn": "wds_vtab-svhn", "dtd": "wds_vtab-dtd", "caltech101": "wds_vtab-caltech101",
-    "eurosat": "wds_vtab-eurosat", "pcam": "wds_vtab-pcam", "resisc45": "wds_vtab-resisc45",
-    "rendered_sst2": "wds_renderedsst2",
+ID_SETS = {  # what CLIP-benchmark calls them; classes and sizes are read from the data
+    "cifar10": "cifar10", "cifar100": "cifar100", "flowers102": "flowers", "food101": "food101", "oxford_pet": "pets",
+    "stanford_cars": "cars", "fgvc_aircraft": "fgvc_aircraft", "svhn": "svhn", "dtd": "dtd", "caltech101": "caltech101",
+    "eurosat": "eurosat", "pcam": "pcam", "resisc45": "resisc45", "rendered_sst2": "renderedsst2",
 }  # fmt: skip
 DOMAINS = ("real", "sketch", "painting", "clipart")
-IMAGENET = {
-    "imagenet": "imagenet/val",
-    "imagenet_v2": "imagenetv2",
-    "imagenet_r": "imagenet-r",
-    "imagenet_a": "imagenet-a",
-    "imagenet_sketch": "sketch",
-    "objectnet": "objectnet-1.0/images",
-    "vid_robust": "imagenet-vid-robust/val",
+IMAGENET = {  # image folder, and the webdataset of CLIP-benchmark that stands in where there is none
+    "imagenet": ("imagenet/val", "wds_imagenet1k"),
+    "imagenet_v2": ("imagenetv2", "wds_imagenetv2"),
+    "imagenet_r": ("imagenet-r", "wds_imagenet-r"),
+    "imagenet_a": ("imagenet-a", "wds_imagenet-a"),
+    "imagenet_sketch": ("sketch", "wds_imagenet_sketch"),
+    "objectnet": ("objectnet-1.0/images", "wds_objectnet"),
+    "vid_robust": ("imagenet-vid-robust/val", ""),
 }
 
 
@@ -248,21 +248,41 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
     """(training set, {test name: test set}) of one of the paper's downstream tasks, below the folder `root`.
 
     cifar10 ... rendered_sst2: in-domain transfer. domainnet-real ...: tuned on one domain, tested on four.
-    imagenet: tested on itself and on those of its variants that are there.
+    imagenet: tested on itself and on those of its variants that are there. FileNotFoundError says what is missing.
     """
     base = Path(root)
     if name in ID_SETS:
-        folder = base / ID_SETS[name]
-        return f"{folder}:train", {name: f"{folder}:test"}
-    if name.startswith("domainnet-") and name.removeprefix("domainnet-") in DOMAINS:
+        webdatasets = [base / f"wds_{prefix}{ID_SETS[name]}" for prefix in ("vtab-", "")]
+        for folder in webdatasets:
+            if folder.is_dir():
+                return f"{folder}:train", {name: f"{folder}:test"}
+        wanted = (
+            f"a webdataset {' or '.join(map(str, webdatasets))}, or image folders {base / name}/(train|test)/CLASS/"
+        )
+        training, tests = f"{base / name}/train", {name: f"{base / name}/test"}
+    elif name.startswith("domainnet-") and name.removeprefix("domainnet-") in DOMAINS:
         folder = base / "domainnet"
+        wanted = f"DomainNet's folders and its lists {folder}/DOMAIN_(train|test).txt of lines `path label`"
         tests = {domain: f"{folder}/{domain}_test.txt" for domain in DOMAINS}
-        return f"{folder}/{name.removeprefix('domainnet-')}_train.txt", tests
-    if name == "imagenet":
-        tests = {test: f"{base}/{path}" for test, path in IMAGENET.items() if (base / path).is_dir()}
-        return f"{base}/imagenet/train", tests
-    names = ", ".join([*ID_SETS, *(f"domainnet-{domain}" for domain in DOMAINS), "imagenet"])
-    raise ValueError(f"--benchmark is one of {names}, not {name!r}")
+        training = f"{folder}/{name.removeprefix('domainnet-')}_train.txt"
+    elif name == "imagenet":
+        wanted = f"image folders {base}/imagenet/(train|val)/CLASS/, or a webdataset {base}/wds_imagenet1k"
+        tests = {}
+        for test, (images, webdataset) in IMAGENET.items():
+            if (base / images).is_dir():
+                tests[test] = f"{base / images}"
+            elif webdataset and (base / webdataset).is_dir():
+                tests[test] = f"{base / webdataset}:test"
+        training = f"{base}/imagenet/train"
+        if not Path(training).is_dir() and "imagenet" in tests:
+            training = f"{base}/wds_imagenet1k:train"
+    else:
+        names = ", ".join([*ID_SETS, *(f"domainnet-{domain}" for domain in DOMAINS), "imagenet"])
+        raise ValueError(f"--benchmark is one of {names}, not {name!r}")
+    missing = [path for path in (training, *tests.values()) if not Path(path.partition(":")[0]).exists()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is not there: --benchmark {name} --root {base} wants {wanted}")
+    return training, tests
 
 
 def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[list[int]] | None]:

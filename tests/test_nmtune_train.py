@@ -416,12 +416,73 @@ def test_objectnet_and_vid_robust(tmp_path):
     assert groups == [[0, 2], [1]] and accepted == [[1], [0, 1]] and sets == [[1, 0]] and len(frames) == 2
 
 
-def test_benchmarks_are_named():
-    training, tests = datasets.benchmark("domainnet-sketch", "/d")
-    assert training == "/d/domainnet/sketch_train.txt" and list(tests) == ["real", "sketch", "painting", "clipart"]
-    assert len(datasets.ID_SETS) == 14 and datasets.benchmark("pcam", "/d")[0] == "/d/wds_vtab-pcam:train"
+def webdataset(folder: Path, pictures: list, labels: list[int], names: list[str], split: str) -> None:
+    (folder / split).mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
+    with tarfile.open(folder / split / "0.tar", "w") as tar:
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            content = io.BytesIO()
+            picture.save(content, "webp", lossless=True)
+            for ending, value in (("webp", content.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"s{i:05d}.{ending}")
+                member.size = len(value)
+                tar.addfile(member, io.BytesIO(value))
+
+
+@pytest.mark.parametrize("name", datasets.ID_SETS)
+@pytest.mark.parametrize("layout", ["vtab-", "", "folders"])
+def test_the_fourteen_sets_of_in_domain_transfer(tmp_path, images, name, layout):
+    with pytest.raises(FileNotFoundError, match=f"{name} --root .* wants a webdataset .*wds_.*, or image folders"):
+        datasets.benchmark(name, str(tmp_path))
+    source = datasets.open_labelled(str(images))
+    pictures, rows = [source.read(row)[0].convert("L") for row in (0, 13, 40)], source.labels[[0, 13, 40]]
+    for split in ("train", "test"):
+        if layout == "folders":
+            for picture, label in zip(pictures, rows, strict=True):
+                (tmp_path / name / split / f"class{label}").mkdir(parents=True)
+                picture.save(tmp_path / name / split / f"class{label}" / "a.png")
+        else:
+            folder = tmp_path / f"wds_{layout}{datasets.ID_SETS[name]}"
+            webdataset(folder, pictures, [0, 1, 2], [f"class{label}" for label in rows], split)
+    training, tests = datasets.benchmark(name, str(tmp_path))
+    found = datasets.open_labelled(training)
+    test, groups = datasets.open_test(tests[name], found.classnames)
+    assert found.classnames == ["class0", "class1", "class3"] and len(test) == 3 and groups is None
+    assert found.read(1)[0].mode == "RGB" and found.read(1)[1] == 1  # grey images, which upstream fails on
+
+
+def test_domainnet_and_imagenet(tmp_path, images):
+    for name, wanted in (
+        ("domainnet-sketch", "lists .*DOMAIN_"),
+        ("imagenet", "image folders .*CLASS/, or a webdataset"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"is not there: --benchmark {name} --root .* wants .*{wanted}"):
+            datasets.benchmark(name, str(tmp_path))
     with pytest.raises(ValueError, match="--benchmark is one of cifar10"):
-        datasets.benchmark("mnist", "/d")
+        datasets.benchmark("mnist", str(tmp_path))
+    source = datasets.open_labelled(str(images))
+    pictures = [source.read(row)[0] for row in (0, 13, 40)]
+    for domain in datasets.DOMAINS:
+        for picture, label in zip(pictures, "xyz", strict=True):
+            (tmp_path / "domainnet" / domain / label).mkdir(parents=True)
+            picture.save(tmp_path / "domainnet" / domain / label / "a b.png")
+        lines = "".join(f"{domain}/{label}/a b.png {i}\n" for i, label in enumerate("xyz"))
+        for split in ("train", "test"):
+            (tmp_path / "domainnet" / f"{domain}_{split}.txt").write_text(lines)
+    training, tests = datasets.benchmark("domainnet-sketch", str(tmp_path))
+    names = datasets.open_labelled(training).classnames
+    assert training.endswith("sketch_train.txt") and list(tests) == list(datasets.DOMAINS) and names == ["x", "y", "z"]
+    assert all(datasets.open_test(test, names)[1] is None for test in tests.values())
+    for split, name in (("train", "imagenet"), ("val", "imagenet"), ("", "imagenet-a")):
+        for i, synset in enumerate(("n1", "n2", "n3")):
+            if name == "imagenet" or synset != "n1":
+                (tmp_path / name / split / synset).mkdir(parents=True)
+                pictures[i].save(tmp_path / name / split / synset / "a.png")
+    webdataset(tmp_path / "wds_imagenetv2", pictures, [0, 1, 2], ["tench", "goldfish", "shark"], "test")
+    training, tests = datasets.benchmark("imagenet", str(tmp_path))
+    names = datasets.open_labelled(training).classnames
+    groups = {name: datasets.open_test(path, names)[1] for name, path in tests.items()}
+    assert groups == {"imagenet": None, "imagenet_v2": None, "imagenet_a": [[1], [2]]}
 
 
 def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
