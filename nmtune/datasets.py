@@ -233,6 +233,14 @@ ID_SETS = {  # what CLIP-benchmark calls them; classes and sizes are read from t
     "eurosat": "eurosat", "pcam": "pcam", "resisc45": "resisc45", "rendered_sst2": "renderedsst2",
 }  # fmt: skip
 DOMAINS = ("real", "sketch", "painting", "clipart")
+SIZES = {  # training images and classes as published, for --dry-run alone
+    "cifar10": (50_000, 10), "cifar100": (50_000, 100), "flowers102": (1_020, 102), "food101": (75_750, 101),
+    "oxford_pet": (3_680, 37), "stanford_cars": (8_144, 196), "fgvc_aircraft": (3_334, 100), "svhn": (73_257, 10),
+    "dtd": (1_880, 47), "caltech101": (3_060, 102), "eurosat": (21_600, 10), "pcam": (294_912, 2),
+    "resisc45": (25_200, 45), "rendered_sst2": (6_920, 2), "domainnet-real": (120_906, 345),
+    "domainnet-sketch": (48_212, 345), "domainnet-painting": (50_416, 345), "domainnet-clipart": (33_525, 345),
+    "imagenet": (1_281_167, 1000),
+}  # fmt: skip
 IMAGENET = {  # image folder, and the webdataset of CLIP-benchmark that stands in where there is none
     "imagenet": ("imagenet/val", "wds_imagenet1k"),
     "imagenet_v2": ("imagenetv2", "wds_imagenetv2"),

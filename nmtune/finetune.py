@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,7 @@ from nmtune.config import FINETUNE_PRESETS, FinetuneConfig, check_finetune
 from nmtune.datasets import open_labelled, open_test
 from nmtune.features import Views, collate, encode_set
 from nmtune.model import finetune_loss, load_encoder, make_classifier
-from nmtune.train import cosine_lr, data_sets, make_optimizer, split_encoder
+from nmtune.train import cosine_lr, data_sets, make_optimizer, plan, planned_encoder, planned_samples, split_encoder
 from shared import data, run
 
 LORA_TARGETS = {"timm": r".*\.mlp\.fc\d", "open_clip": r".*\.mlp\.(c_fc|c_proj)"}  # U:src/models/nml_finetune.py:68-81
@@ -71,15 +72,19 @@ def test_metrics(
 
 
 def dry_run(cfg: FinetuneConfig) -> None:
-    """Print what a run would be."""
-    samples = 2_681 if "emoji" in cfg.data else 50_000
-    steps = math.ceil(samples / cfg.batch_size)
-    total = steps * cfg.epochs
+    """Print what a run would be: parameters, steps, learning rates, memory of the step."""
+    source, name = planned_encoder(cfg, ("open_clip", "ViT-B-16") if cfg.lora else ("timm", "resnet50"))
+    encoder, dim, _, view = load_encoder(source, name)
+    samples, classes, remark = planned_samples(cfg)
+    model = ImageClassifier(encoder.requires_grad_(True), dim, classes)
+    model = add_lora(model, source) if cfg.lora else model
+    tuned, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
     print(f"tuned              {'LoRA, rank 8' if cfg.lora else 'all weights'}; cov {cfg.w_cov:g}, svd {cfg.w_svd:g}")
-    print(f"samples            {samples:,} an epoch, {cfg.epochs} epochs")
-    print(f"steps              {total:,} ({steps:,} an epoch)")
-    for step in sorted({0, total // 2, total - 1}):
-        print(f"learning rate      {cosine_lr(cfg.lr, cfg.warmup, total, step):.3e} at step {step:,}")
+    print(f"parameters         {tuned:,} tuned of {whole:,} of {source}:{name}, D = {dim:,}")
+    plan(cfg, samples, classes, remark, cfg.batch_size)
+    images = view(Image.new("RGB", (64, 64)))[None].repeat(2, 1, 1, 1)
+    activations = run.activation_bytes(lambda: model(images)) / 2 * cfg.batch_size
+    print(f"memory estimate    {(4 * whole + 12 * tuned + activations) / 2**30:.1f} GiB in fp32")
 
 
 def main(cfg: FinetuneConfig) -> Path | None:

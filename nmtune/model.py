@@ -12,6 +12,7 @@ Beside it what every arm needs: the linear classifier (LP) and the frozen encode
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -271,7 +272,7 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
         if checkpoint and weights is None and checkpoint not in open_clip.list_pretrained_tags_by_model(name):
             raise FileNotFoundError(f"{checkpoint} is neither a file nor a tag of open_clip's {name}")
         tag = checkpoint if weights is None else None
-        model, *views = open_clip.create_model_and_transforms(name, pretrained=tag or None)
+        model, *views = create_clip(name, tag or None)
         encoder, dim = model.visual, config["embed_dim"]
         if weights is not None:
             weights = {key.removeprefix("visual."): w for key, w in weights.items() if key.startswith("visual.")}
@@ -280,6 +281,15 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
     if weights is not None:
         _load(encoder, weights, source, name, checkpoint)
     return encoder.eval().requires_grad_(False), dim, *views
+
+
+def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
+    """(model with a dict as output, training and evaluation transform) of open_clip, weights by tag or random."""
+    logging.disable(logging.WARNING)  # of random weights, which are meant, or about to be replaced
+    try:
+        return open_clip.create_model_and_transforms(name, pretrained=tag, output_dict=True)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _state_dict(checkpoint: str) -> dict[str, Tensor]:

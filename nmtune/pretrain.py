@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.datasets import open_labelled
-from nmtune.model import timm_transforms
+from nmtune.model import create_clip, timm_transforms
 from nmtune.noise import flip_labels, flip_labels_per_sample, swap_captions  # noqa: F401
 from nmtune.train import cosine_lr
 from shared import data, run
@@ -96,7 +96,7 @@ def build(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Module, Call
     if cfg.kind == "clip":
         if open_clip.get_model_config(cfg.model) is None:
             raise ValueError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
-        model, transform, _ = open_clip.create_model_and_transforms(cfg.model, output_dict=True)
+        model, transform, _ = create_clip(cfg.model)
         size = model.visual.image_size
         return model, transform, size[0] if isinstance(size, tuple) else size
     if not timm.is_model(cfg.model):

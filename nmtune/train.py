@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nmtune.analysis import accuracy, balanced_accuracy, project_logits
-from nmtune.config import PRESETS, Config, check
-from nmtune.datasets import LabelledImages, benchmark, open_labelled, open_test
+from nmtune.config import EMOJI, PRESETS, Config, FinetuneConfig, check
+from nmtune.datasets import SIZES, LabelledImages, benchmark, open_labelled, open_test
 from nmtune.features import (
     Bank,
     FeatureSets,
@@ -267,41 +267,61 @@ def test_metrics(head: nn.Module, source: Source) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-def dry_run(cfg: Config) -> None:
-    """Print what a run would be: parameters, steps, learning rates, memory of the head's step."""
-    samples, dim, classes = 50_000, 2048, 1000
-    if cfg.features and Path(cfg.features).is_file():
-        sets = read_features(cfg.features)
-        samples, dim, classes = len(sets.train.labels), sets.train.features.shape[2], len(sets.classnames)
-    elif cfg.encoder:
-        source, name, _ = split_encoder(cfg.encoder, None) if ":" in cfg.encoder else ("timm", "resnet_emoji", None)
-        with torch.device("meta"):
-            import open_clip
-            import timm
+def planned_encoder(cfg: Config | FinetuneConfig, default: tuple[str, str]) -> tuple[str, str]:
+    """(source, name) for a dry run: a run folder of the embedded corpus need not be there, nor any be named."""
+    if ":" in cfg.encoder or (Path(cfg.encoder) / "checkpoint.pt").is_file():
+        return split_encoder(cfg.encoder, None)[:2]
+    if not cfg.encoder:
+        return default
+    return ("open_clip", "ViT-emoji") if "clip" in Path(cfg.encoder).name else ("timm", "resnet_emoji")
 
-            model = timm.create_model(name, num_classes=0) if source == "timm" else None
-        dim = open_clip.get_model_config(name)["embed_dim"] if model is None else model.num_features
-        if "emoji" in cfg.data:
-            samples, classes = 2_681, 98
-    with torch.device("meta"):
-        head = make_head(cfg, dim, classes)
-    parameters = sum(p.numel() for p in head.parameters())
-    samples = int(samples * cfg.train_fraction)
+
+def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
+    """(training images, classes, remark) for a dry run, without data."""
+    if cfg.benchmark in SIZES:
+        return *SIZES[cfg.benchmark], f"{cfg.benchmark} as published"
+    if cfg.data == EMOJI["data"]:
+        return 2_681, 98, "embedded corpus"
+    return *SIZES["cifar100"], "as many as in CIFAR-100, where data are not known yet"
+
+
+def plan(cfg: Config | FinetuneConfig, samples: int, classes: int, remark: str, rows: int) -> None:
+    """Print samples, batch, steps and learning rates."""
     steps = math.ceil(samples / cfg.batch_size)
     total = steps * cfg.epochs
-    rows = cfg.batch_size * (1 if cfg.method == "lp" and cfg.views == "eval" else 2)
-    print("method             {}, weights mse {:g}, cov {:g}, svd {:g}".format(cfg.method, *cfg.weights))
-    print(
-        f"parameters         {parameters:,} trained (D = {dim:,}, {classes:,} classes assumed where data are missing)"
-    )
-    print(f"samples            {samples:,} an epoch, {cfg.epochs} epochs")
+    print(f"samples            {samples:,} an epoch, {cfg.epochs} epochs, {classes:,} classes ({remark})")
     print(f"batch              {cfg.batch_size} images, {rows} rows")
     print(f"steps              {total:,} ({steps:,} an epoch)")
     for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
         print(f"learning rate      {cosine_lr(cfg.lr, cfg.warmup, total, step):.3e} at step {step:,}")
+
+
+def dry_run(cfg: Config) -> None:
+    """Print what a run would be: parameters, steps, learning rates, memory of the step."""
+    frozen = 0
+    if cfg.features:
+        sets = read_features(cfg.features, seed=cfg.seed)
+        dim, classes, remark = sets.train.features.shape[2], len(sets.classnames), cfg.features
+        samples = len(reduced(sets.train.labels.numpy(), cfg))
+    else:
+        source, name = planned_encoder(cfg, ("timm", "resnet50"))
+        encoder, dim, *_ = load_encoder(source, name)
+        frozen = sum(p.numel() for p in encoder.parameters())
+        samples, classes, remark = planned_samples(cfg)
+        samples = int(samples * cfg.train_fraction)
+    with torch.device("meta"):
+        head = make_head(cfg, dim, classes)
+    parameters = sum(p.numel() for p in head.parameters())
+    rows = cfg.batch_size * (1 if cfg.method == "lp" and cfg.views == "eval" else 2)
+    print("method             {}, weights mse {:g}, cov {:g}, svd {:g}".format(cfg.method, *cfg.weights))
+    what = f"{frozen:,} frozen of {source}:{name}" if frozen else "features from a file"
+    print(f"parameters         {parameters:,} tuned; {what}, D = {dim:,}")
+    plan(cfg, samples, classes, remark, rows)
     hidden = int(dim * cfg.ratio) if cfg.method != "lp" else 0
     gib = (16 * parameters + 4 * rows * (6 * dim + 4 * hidden + 2 * classes)) / 2**30
-    print(f"memory estimate    {gib:.2f} GiB for the head in fp32, plus the frozen encoder's forward pass")
+    print(
+        f"memory estimate    {gib:.2f} GiB of the head's step, {4 * frozen / 2**30:.2f} GiB of frozen weights, in fp32"
+    )
 
 
 def main(cfg: Config) -> Path | None:
