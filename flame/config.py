@@ -131,7 +131,7 @@ EMOJI = Config(
     embed_dim=128,
     epochs=12,
     batch_size=128,
-    lr=1e-3,
+    lr=3e-3,
     warmup=100,
     weight_decay=0.2,
     workers=0,
@@ -146,7 +146,9 @@ def _row(about: str, base: Config, **settings) -> tuple[str, Config]:
 
 PRESETS = {
     "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
-    "emoji-clip": _row("a text encoder trained on the same captions, same images and steps", EMOJI, method="clip"),
+    "emoji-clip": _row(
+        "a text encoder trained on the same captions, same images and steps", EMOJI, method="clip", lr=1e-3
+    ),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
     "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce"),
     "cc3m-vitb16-raw": _row("raw captions, one facet", CC3M, rows=(0,), facets=1),
