@@ -262,7 +262,7 @@ def test_ray_counts_alike_from_any_folder(tmp_path):
         command += ["--concepts", "names.txt", "--caption-column", "1", "--out", "out", "--memory", "1"]
         command += ["--spacy", PIPELINE, "--query-spacy", PIPELINE, "--address", address]
         done = subprocess.run(
-            command, cwd=tmp_path, env=plain | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200
+            command, cwd=tmp_path, env=plain | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
         )
         assert done.returncode == 0, done.stderr
     finally:
