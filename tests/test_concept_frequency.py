@@ -522,9 +522,7 @@ def test_claims_follow_the_effect():
     assert len(of_frequency) == 4 and len(planted) == 13
     assert {planted[name] for name in of_frequency} == {"reproduced"}
     assert "reproduced" not in {none[name] for name in of_frequency}
-    joint = [name for name in one if "bootstrap" in name]  # over concepts: the one claim that a single seed can carry
-    assert {verdict for name, verdict in one.items() if name not in joint} == {"not resolved at this scale"}
-    assert one[joint[0]] == "reproduced"
+    assert set(one.values()) == {"not resolved at this scale"}
 
 
 def write_published(folder: Path) -> None:
