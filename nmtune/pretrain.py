@@ -8,6 +8,7 @@ The authors trained with stock timm and OpenCLIP 2.16.0; so do we: timm's and op
 """
 
 import dataclasses
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ class NoisyLabels(Dataset):
         labels = flip_labels(self.images.labels, self.images.num_classes, cfg.noise, rng, cfg.exclude_true)
         self.noisy = labels != self.images.labels
         self.images.labels = labels
+        self.broken: list[data.Broken] = []  # known before anything is read
         self.fingerprint = self.images.fingerprint
 
     def __len__(self) -> int:
@@ -62,6 +64,7 @@ class SwappedCaptions(Dataset):
     def __init__(self, cfg: PretrainConfig, transform: Callable, tokenizer: Callable):
         path, _, rest = cfg.data.partition(":") if ":pretrain" in cfg.data else (cfg.data, "", "")
         self.pairs = data.open_pairs(f"{path}/train" if rest else path, strict=cfg.strict)
+        self.broken = self.pairs.broken
         self.rows = np.arange(len(self.pairs))
         if rest:  # of the embedded corpus, the emoji that are not held out
             self.rows = np.flatnonzero(np.isin(self.pairs.keys, open_labelled(cfg.data).keys))
@@ -96,7 +99,11 @@ def build(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Module, Call
     if cfg.kind == "clip":
         if open_clip.get_model_config(cfg.model) is None:
             raise ValueError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
-        model, transform, _ = open_clip.create_model_and_transforms(cfg.model, output_dict=True)
+        logging.disable(logging.WARNING)  # of random weights, which are meant
+        try:
+            model, transform, _ = open_clip.create_model_and_transforms(cfg.model, output_dict=True)
+        finally:
+            logging.disable(logging.NOTSET)
         size = model.visual.image_size
         return model, transform, size[0] if isinstance(size, tuple) else size
     if not timm.is_model(cfg.model):
@@ -212,7 +219,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     model.train()
     for epoch in range(state["epoch"], cfg.epochs):
         start = state["batch"] if epoch == state["epoch"] else 0
-        samples.epoch, broken = epoch, []
+        samples.epoch, broken = epoch, list(samples.broken)
         order = data.batches(
             len(samples),
             cfg.batch_size // process.world_size,

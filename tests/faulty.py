@@ -45,7 +45,7 @@ def nan(step: str) -> None:
 
     def spoil(images: torch.Tensor):
         images = images.clone()
-        images.view(-1)[0] = torch.nan
+        images[0, 0, 0, 0] = torch.nan
         return (images,)
 
     at_step(int(step), spoil)
