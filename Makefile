@@ -9,7 +9,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
 THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help data browser test readme clean reproduce-all FORCE
+.PHONY: help presets data browser test bench readme clean reproduce-all FORCE
 .SECONDARY:
 
 help:
@@ -19,6 +19,8 @@ help:
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
+	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
+	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make browser             install the browser that looks at report.html in a test'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html'
@@ -49,6 +51,9 @@ browser: $(VENV)/.installed-base
 data: $(VENV)/.installed-base
 	$(PY) -m shared.emoji --out data/emoji
 
+presets: $(VENV)/.installed-base
+	$(PY) -m shared.presets $(FOLDER)
+
 # ---- one reproduce.mk a folder: its arms, the presets and flags they stand for, and how they are trained and compared
 include $(wildcard */reproduce.mk)
 FOLDERS = $(patsubst %/reproduce.mk,%,$(wildcard */reproduce.mk))
@@ -75,6 +80,11 @@ test: $(VENV)/.installed-$(EXTRAS),test data browser
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
 	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py --upstream $(UPSTREAM)
+
+# CLONES=PATH: where clones of the authors' repositories lie, each under its own name
+bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
+	$(PY) -m flame.recaption
+	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES))
 
 bench-%: $(VENV)/.installed-%,test
 	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM))

@@ -5,10 +5,11 @@ code has; `emoji*` are ours.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
+from shared import run
+from shared.presets import EMBEDDED, Row
 
 
 @dataclasses.dataclass
@@ -18,7 +19,7 @@ class Config:
     data: str = ""
     """Shards in img2dataset layout ('a/{00000..00331}.tar', several lists joined by '::', a folder), or one .tsv."""
     out: str = "runs/attentive_mask_clip/run"
-    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"
@@ -103,7 +104,7 @@ class Config:
     eval_set: str = "data/emoji/eval/names_ood"
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
-    """Print sizes, schedules and a memory estimate, and stop; needs no data."""
+    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
     def model_settings(self) -> dict:
         """Keyword arguments of `model.create_model` beside method and preset."""
@@ -169,15 +170,8 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'yfcc/{00000..01468}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
-    for name in ("epochs", "batch_size", "accumulate", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_data(cfg, "yfcc/{00000..01468}.tar")
+    run.check_counts(cfg, "epochs", "batch_size", "accumulate", "save_every", "log_every")
     if cfg.batch_size % (world_size * cfg.accumulate):
         raise ValueError(
             f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes"
@@ -185,8 +179,6 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.batch_size == world_size * cfg.accumulate and cfg.method != "clip" and (cfg.ssl or cfg.method == "slip"):
         raise ValueError("one pair a process and micro-batch is too few for BatchNorm: raise --batch-size")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
     check_model(cfg)
 
 
@@ -213,3 +205,36 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
     if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % 2:
         raise ValueError(f"blocks of 2x2 patches do not tile {size // patch} patches a side: another --image-size")
+
+
+def _paper(source: str, imagenet: float, flickr: str, coco: str) -> Row:
+    number = f"ImageNet zero-shot {imagenet} %" + (
+        f"; R@1 (I2T/T2I) Flickr30K {flickr}, COCO {coco} %" if flickr else ""
+    )
+    return Row(source, "YFCC15M", "64", number)
+
+
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys(("emoji", "emoji-slip", "emoji-clip"), EMBEDDED),
+        "yfcc15m-vitb16": _paper("main table, A-CLIP", 43.9, "62.7/42.1", "38.0/23.2"),
+        "yfcc15m-vitb16-eff": _paper("main table, A-CLIP-eff", 42.9, "62.7/40.6", "37.4/22.5"),
+        "yfcc15m-vitb16-50ep": _paper("longer training, A-CLIP, 50 epochs", 46.3, "66.7/43.2", "39.8/24.4"),
+        "yfcc15m-vitb16-100ep": _paper("longer training, A-CLIP, 100 epochs", 48.0, "66.3/45.7", "40.7/25.1"),
+        "yfcc15m-vitl16": _paper("larger model, A-CLIP, ViT-L", 48.9, "64.1/48.2", "39.1/26.9"),
+        "yfcc15m-vits16": Row("released code, ViT-S; not in the paper", "YFCC15M"),
+        "yfcc15m-vitb16-random-1x50": _paper("Table 2a, random 1x50 %", 35.0, "48.8/32.5", "28.9/16.6"),
+        "yfcc15m-vitb16-random-2x50": _paper("Table 2a, random 2x50 %", 38.0, "54.6/34.4", "31.1/18.7"),
+        "yfcc15m-vitb16-attentive-1x50": _paper("Table 2a, attentive 1x50 %", 39.5, "57.6/36.6", "34.2/19.8"),
+        "yfcc15m-vitb16-attentive-2x50": _paper("Table 2a, attentive 2x50 %", 41.3, "59.3/38.4", "35.1/21.3"),
+        "yfcc15m-vitb16-high-2x50": _paper("Table 2b, high scores dropped", 28.5, "42.6/29.0", "23.5/13.6"),
+        "yfcc15m-vitb16-clip": _paper("main table, CLIP", 37.6, "51.4/32.6", "27.9/17.6"),
+        "yfcc15m-vitb16-clip-50ep": _paper("longer training, CLIP, 50 epochs", 39.4, "", ""),
+        "yfcc15m-vitb16-clip-100ep": _paper("longer training, CLIP, 100 epochs", 42.7, "", ""),
+        "yfcc15m-vitl16-clip": _paper("larger model, CLIP, ViT-L", 40.4, "", ""),
+        "yfcc15m-vitb16-slip": _paper("main table, SLIP", 42.8, "57.2/41.2", "33.6/21.9"),
+        "yfcc15m-vitb16-slip-50ep": _paper("longer training, SLIP, 50 epochs", 44.1, "", ""),
+        "yfcc15m-vitb16-slip-100ep": _paper("longer training, SLIP, 100 epochs", 45.0, "", ""),
+        "yfcc15m-vitl16-slip": _paper("larger model, SLIP, ViT-L", 46.2, "", ""),
+    }
+}

@@ -385,15 +385,11 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
-    if not cfg.runs:
-        raise ValueError("name at least one run folder or checkpoint file")
     if cfg.export:
         return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
-    results = []
-    for path in cfg.runs:
-        results.append(evaluated(path, cfg, process))
-        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
-        print(f"{path}: {shown}", flush=True)
+    results = report.evaluate_runs(
+        cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
+    )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report), report.load(cfg.times) if cfg.times else None)
         kept = [Path(path) / "kept.png" for path in cfg.runs if Path(path).name == "aclip-seed0"]

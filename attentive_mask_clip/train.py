@@ -202,12 +202,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
     # Data
     pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
-    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
-    if len(pairs) < cfg.batch_size:
-        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
-    if process.main and len(pairs) < (cfg.dataset_size or 0):
-        print(f"{cfg.data} holds {len(pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+    data.check_pairs(pairs, cfg, state, process)
     per_epoch = len(pairs) // cfg.batch_size
     lrs, momenta = schedules(cfg, per_epoch)
     ema_view = isinstance(model, ACLIP) and model.needs_ema_view

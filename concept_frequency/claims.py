@@ -4,14 +4,16 @@ The arms are run folders ARM-seedN that the Makefile trains and eval.py measures
 `shared.report.judge` from differences paired by seed.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from concept_frequency.curves import log_linear_curve, slope_per_decade
-from shared import report, run
+from concept_frequency.curves import log_linear_curve, slope_per_decade, within_slope
+from shared import report
+
+Table = dict[str, dict[str, float]]  # of one run: concept -> assigned, text, image, integrated, accuracy
 
 ARMS = {  # run folders ARM-seedN
     "zipf": "Zipf frequencies",
@@ -21,6 +23,7 @@ ARMS = {  # run folders ARM-seedN
 METRICS = {
     "top1": "top-1",
     "slope": "points a decade",
+    "within": "... same concept",
     "rho": "ρ, bins 1:-1",
     "rho_null": "ρ, shuffled",
     "rho_counted": "ρ on our counts",
@@ -35,17 +38,22 @@ PLANTED = 20  # percent of captions exchanged, to see whether the misalignment d
 
 
 def claims() -> list[report.Claim]:
-    """Differences between arms, or between two measures of one arm ("arm:metric" stands for the baseline)."""
+    """Differences between arms, or between two measures of one arm ("arm:metric" stands for the baseline; "0")."""
     return [
-        report.Claim("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "zipf", "0", 1),
-        report.Claim("... and not on the same concepts, made equal", "implied", "slope_on_zipf", "zipf", "uniform", 1),
-        report.Claim("... and for another assignment of frequencies", "log-linear", "slope", "reassigned", "0", 1),
-        report.Claim("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "zipf", "zipf:rho_null", 1),
-        report.Claim("accuracy changes with frequency (r of changes)", "implied", "difference_r", "reassigned", "0", 1),
-        report.Claim("log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear", 1),
-        report.Claim("points lost on the tail benchmark", "22.7", "rest", "zipf", "zipf:tail", 1),
-        report.Claim("... fewer with equal frequencies", "implied", "tail", "uniform", "zipf", 1),
-        report.Claim("frequent tenth of concepts above equal frequencies", "implied", "head", "zipf", "uniform", 1),
+        report.Claim("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "zipf", "0"),
+        report.Claim("... and not on the same concepts, made equal", "implied", "slope_on_zipf", "zipf", "uniform"),
+        report.Claim("... and for another assignment of frequencies", "log-linear", "slope", "reassigned", "0"),
+        report.Claim("same concept at another frequency (points a decade)", "implied", "within", "reassigned", "0"),
+        report.Claim("... from equal frequency to Zipf's", "implied", "within", "uniform", "0"),
+        report.Claim("log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear"),
+        report.Claim(
+            "... and its change more than the change of frequency (r)", "implied", "change_r_log", "reassigned",
+            "reassigned:change_r_linear",
+        ),
+        report.Claim("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "zipf", "zipf:rho_null"),
+        report.Claim("points lost on the tail benchmark", "22.7", "rest", "zipf", "zipf:tail"),
+        report.Claim("... fewer with equal frequencies", "implied", "tail", "uniform", "zipf"),
+        report.Claim("frequent tenth of concepts above equal frequencies", "implied", "head", "zipf", "uniform"),
         report.Claim(
             f"misalignment degree with {PLANTED} % of captions exchanged", f"{PLANTED} planted", "misaligned_planted",
             "zipf", "zipf:misaligned", 1, PLANTED,
@@ -53,96 +61,131 @@ def claims() -> list[report.Claim]:
     ]  # fmt: skip
 
 
-def across_arms(by_arm: dict[str, dict], tables: dict[str, dict[str, dict]]) -> None:
-    """Add to one seed's metrics what takes more than one arm; `tables` are concept -> assigned, accuracy."""
-    names = list(tables["zipf"])
-    accuracy = {arm: np.array([table[name]["accuracy"] for name in names]) for arm, table in tables.items()}
-    frequency = {arm: np.array([table[name]["assigned"] for name in names]) for arm, table in tables.items()}
-    frequent = frequency["zipf"] >= np.quantile(frequency["zipf"], 0.9)
-    for arm in tables:
-        by_arm[arm]["slope_on_zipf"] = slope_per_decade(frequency["zipf"], accuracy[arm], 1)["slope"]
-        by_arm[arm]["head"] = float(accuracy[arm][frequent].mean())
-        change = np.log(frequency["zipf"]) - np.log(frequency[arm])
-        gain = accuracy["zipf"] - accuracy[arm]
-        if arm == "reassigned":
-            by_arm[arm]["difference_r"] = float(np.corrcoef(change, gain)[0, 1])
+def column(table: Table, key: str) -> np.ndarray:
+    """(K,) of one run, concepts in the order of the table."""
+    return np.array([row[key] for row in table.values()], dtype=np.float64)
 
 
-def compare(runs: list[str], results: list[tuple[dict, dict]], path: Path, replay: str | None) -> None:
-    """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
-    arms: dict[str, dict[int, dict]] = {}
-    tables: dict[str, dict[int, dict]] = {}
-    commits: set[str] = set()
-    for folder, (metrics, table) in zip(map(Path, runs), results, strict=True):
-        arm, _, seed = folder.name.rpartition("-seed")
-        if not arm or not seed.isdigit():
-            raise ValueError(f"--report compares run folders named ARM-seedN, not {folder}")
-        state = run.load_checkpoint(folder / "checkpoint.pt")
-        cfg = state["config"]
-        if state["step"] < cfg["epochs"] * (cfg["total"] // cfg["batch_size"]):
-            raise ValueError(f"{folder} is not finished: it stands at step {state['step']}")
-        commits.add(state.get("commit", "unknown"))
-        arms.setdefault(arm, {})[int(seed)] = dict(metrics)
-        tables.setdefault(arm, {})[int(seed)] = table
-    if "zipf" not in arms:
-        raise ValueError("--report needs the arm zipf among the runs")
-    order = [arm for arm in ARMS if arm in arms] + sorted(set(arms) - set(ARMS))
-    seeds = sorted(arms["zipf"])
-    for arm in order:
-        if sorted(arms[arm]) != seeds:
-            raise ValueError(f"arm {arm} has seeds {sorted(arms[arm])}, but zipf has {seeds}")
-    for seed in seeds:
-        across_arms({arm: arms[arm][seed] for arm in order}, {arm: tables[arm][seed] for arm in order})
-    by_seed = {arm: [arms[arm][seed] for seed in seeds] for arm in order}
+def changes(reference: Sequence[Table], other: Sequence[Table]) -> tuple[np.ndarray, np.ndarray]:
+    """(change of log10 frequency, gain in accuracy), (S, K) each, of the reference over another arm, by seed."""
+    pairs = list(zip(reference, other, strict=True))
+    frequency = [np.log10(column(a, "assigned")) - np.log10(column(b, "assigned")) for a, b in pairs]
+    return np.stack(frequency), np.stack([column(a, "accuracy") - column(b, "accuracy") for a, b in pairs])
 
+
+def across_arms(metrics: dict[str, list[dict]], tables: dict[str, list[Table]]) -> None:
+    """Add to each run's metrics what takes two arms: the run's own and zipf's of the same seed."""
+    for arm, runs in tables.items():
+        for found, own, zipf in zip(metrics[arm], runs, tables["zipf"], strict=True):
+            frequency, accuracy = column(zipf, "assigned"), column(own, "accuracy")
+            found["slope_on_zipf"] = slope_per_decade(frequency, accuracy, 1)["slope"]
+            found["head"] = float(accuracy[frequency >= np.quantile(frequency, 0.9)].mean())
+            if arm == "zipf":
+                continue
+            (change,), (gain,) = changes([zipf], [own])
+            found["within"] = within_slope(change, gain, 1)["slope"]
+            found["change_r_log"] = float(np.corrcoef(change, gain)[0, 1])
+            found["change_r_linear"] = float(np.corrcoef(frequency - column(own, "assigned"), gain)[0, 1])
+
+
+def pooled_within(tables: dict[str, list[Table]], seeds: int) -> dict[str, str]:
+    """A claims row: the slope within concepts of all seeds together, judged by its bootstrap over concepts."""
+    found = within_slope(*changes(tables["zipf"], tables["reassigned"]))
+    low, high = found["low"], found["high"]
+    return {
+        "claim": f"... all seeds ({seeds}) together, 95 % bootstrap over concepts", "paper": "implied",
+        "here": f"{found['slope']:+.2f} ({low:.2f} to {high:.2f})",
+        "verdict": "reproduced" if low > 0 else "not reproduced" if high < 0 else "not resolved at this scale",
+    }  # fmt: skip
+
+
+def judged(metrics: dict[str, list[dict]], tables: dict[str, list[Table]]) -> list[dict[str, str]]:
+    """A row for each claim whose arms were run."""
     rows = []
     for claim in claims():
         arm, _, metric = claim.baseline.partition(":")
-        if claim.method not in by_seed or (arm != "0" and arm not in by_seed):
+        if claim.method not in metrics or (arm != "0" and arm not in metrics):
             continue
-        method = [values[claim.metric] for values in by_seed[claim.method]]
-        baseline = [0.0] * len(seeds) if arm == "0" else [values[metric or claim.metric] for values in by_seed[arm]]
+        method = [values[claim.metric] for values in metrics[claim.method]]
+        baseline = [values[metric or claim.metric] for values in metrics[arm]] if arm != "0" else [0.0] * len(method)
         rows.append(report.judge(claim, method, baseline))
+        if claim.metric == "within" and claim.method == "reassigned":
+            rows.append(pooled_within(tables, len(method)))
+    return rows
+
+
+def compare(runs: Sequence[str], results: Sequence[tuple[dict, Table]], path: Path, replay: str | None) -> None:
+    """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
+    found = report.compare_runs(runs, [{"metrics": dict(m), "table": t} for m, t in results], ARMS)
+    if "zipf" not in found.arms:
+        raise ValueError("--report needs the arm zipf among the runs")
+    metrics = {arm: [each["metrics"] for each in of_seed] for arm, of_seed in found.arms.items()}
+    tables = {arm: [each["table"] for each in of_seed] for arm, of_seed in found.arms.items()}
+    across_arms(metrics, tables)
+    rows = judged(metrics, tables)
     if replay:
-        rows += json.loads(Path(replay).read_text())["claims"]
+        rows += report.load(Path(replay))["claims"]
     else:
         rows.append(report.untestable("published files: all correlations", "0.83 to 1.00", "name RESULTS=CLONE"))
     rows.append(report.untestable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora"))
     title = 'No "zero-shot" without exponential data (arXiv 2404.04125)'
-    summary = report.results(title, seeds, by_seed, rows, commits)
+    summary = report.results(title, found.seeds, metrics, rows, found.commits)
     report.save(path, summary)
-    plot_curves({arm: [tables[arm][seed] for seed in seeds] for arm in order}, path.parent)
-    slopes = ", ".join(f"{m['slope']:.1f} ({m['slope_low']:.1f} to {m['slope_high']:.1f})" for m in by_seed["zipf"])
-    print(f"\nEmbedded emoji corpus, a stand-in; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
+    plot_curves(tables, path.parent)
+    slopes = ", ".join(f"{m['slope']:.1f} ({m['slope_low']:.1f} to {m['slope_high']:.1f})" for m in metrics["zipf"])
+    print(f"\nEmbedded emoji corpus, a stand-in; seeds {', '.join(map(str, found.seeds))}; percent; mean ± std\n")
     print(report.arms_table(summary["arms"], METRICS))
     print(f"\nPoints a decade of the Zipf arm, 95 % bootstrap over concepts, by seed: {slopes}")
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
 
 
-def plot_curves(tables: dict[str, list[dict[str, dict]]], out: Path) -> None:
-    """concept_frequency_curves.png: accuracy on the Zipf arm's frequencies; differences of two assignments."""
+COLORS = plt.get_cmap("tab10").colors
+
+
+def plot_curves(tables: dict[str, list[Table]], out: Path) -> None:
+    """concept_frequency_curves.png: accuracy against frequency; the change of both for the same concept."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    names = [list(table) for table in tables["zipf"]]
-    column = lambda arm, key: np.concatenate(  # noqa: E731
-        [[table[name][key] for name in order] for table, order in zip(tables[arm], names, strict=True)]
-    )
-    frequency = column("zipf", "assigned")
-    for color, (arm, label) in zip(plt.get_cmap("tab10").colors, ARMS.items(), strict=False):
+    for color, (arm, label) in zip(COLORS, ARMS.items(), strict=False):
         if arm in tables:
-            own = column(arm, "assigned") if arm == "reassigned" else frequency
-            curve = log_linear_curve(own, column(arm, "accuracy"), 8)
-            error = 1.96 * curve.std / np.sqrt(curve.size)
-            left.errorbar(curve.position, curve.mean, error, marker="o", capsize=2, color=color, label=label)
-    left.set(xscale="log", xlabel="concept frequency (equal arm: of the Zipf arm)", ylabel="accuracy, unseen style (%)")
+            plot_arm(left, tables, arm, color, label)
+    left.set(
+        xscale="log", xlabel="concept frequency, right edge of the bin", ylabel="accuracy, unseen style (%)",
+        title="between concepts: mean of a bin, ± 95 % over concepts",
+    )  # fmt: skip
     left.legend(fontsize=8)
     if "reassigned" in tables:
-        change = np.log10(frequency) - np.log10(column("reassigned", "assigned"))
-        gain = column("zipf", "accuracy") - column("reassigned", "accuracy")
-        right.scatter(change, gain, s=4, alpha=0.3)
-        right.plot(np.sort(change), np.polyval(np.polyfit(change, gain, 1), np.sort(change)), color="black")
-        right.set(xlabel="change of log10 frequency between two assignments", ylabel="change of accuracy (points)")
+        plot_changes(right, *changes(tables["zipf"], tables["reassigned"]))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(out / "concept_frequency_curves.png", dpi=110)
     plt.close(figure)
+
+
+def plot_arm(axis: plt.Axes, tables: dict[str, list[Table]], arm: str, color, label: str) -> None:
+    """Bins of an arm, all seeds pooled; equal frequencies are drawn at those of the Zipf arm, where they are flat."""
+    placed = tables["zipf" if arm == "uniform" else arm]
+    frequency = np.concatenate([column(table, "assigned") for table in placed])
+    curve = log_linear_curve(frequency, np.concatenate([column(table, "accuracy") for table in tables[arm]]), 8)
+    error = 1.96 * curve.std / np.sqrt(np.maximum(curve.size / len(placed), 1))  # seeds share their concepts
+    label += ", at the Zipf arm's" * (arm == "uniform")
+    axis.errorbar(curve.position, curve.mean, error, marker="o", capsize=2, color=color, label=label)
+
+
+def plot_changes(axis: plt.Axes, change: np.ndarray, gain: np.ndarray) -> None:
+    """Every concept of every seed, their means in ten bins of equal size, and the line of `within_slope`."""
+    found = within_slope(change, gain)
+    axis.scatter(change, gain, s=4, alpha=0.15, color="grey", label="a concept in one seed")
+    order = np.argsort(change, axis=None)
+    bins = np.array_split(order, 10)
+    x, y = ([values.flat[rows].mean() for rows in bins] for values in (change, gain))
+    error = [1.96 * gain.flat[rows].std() / np.sqrt(len(rows) / len(gain)) for rows in bins]
+    axis.errorbar(x, y, error, fmt="o", capsize=2, color=COLORS[2], label="mean of a tenth of them")
+    ends = np.array([change.min(), change.max()])
+    label = f"{found['slope']:.1f} points a decade ({found['low']:.1f} to {found['high']:.1f})"
+    axis.plot(ends, gain.mean() + found["slope"] * (ends - change.mean()), color="black", label=label)
+    axis.set(
+        xlabel="change of log10 frequency between two assignments", ylabel="change of accuracy (points)",
+        title="within concepts: the same one at two frequencies",
+    )  # fmt: skip
+    axis.legend(fontsize=8)

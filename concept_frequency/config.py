@@ -8,12 +8,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from shared.presets import EMBEDDED, Row
+
 
 @dataclasses.dataclass
 class Config:
     """One arm: a corpus with chosen concept frequencies, and a small CLIP trained on it."""
 
-    out: str = "runs/concept_frequency"
+    out: str = "runs/concept_frequency/run"
     """Run folder: config.json, pairs.parquet, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the
     run resumes."""
     data: str = ""
@@ -40,7 +42,7 @@ class Config:
     epochs: int = 7
     """Passes over the corpus."""
     batch_size: int = 128
-    """Pairs a step, over all processes together."""
+    """Pairs per step, over all processes together."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 64
@@ -167,4 +169,37 @@ MODELS = {
     "ViT-B-16|siglip": ("ViT-B-16-SigLIP", "webli"),
     "ViT-L-16|siglip": ("ViT-L-16-SigLIP-256", "webli"),
     "SO400M|siglip": ("ViT-SO400M-14-SigLIP", "webli"),
+}
+
+# Pearson's r of log frequency and accuracy; zero-shot classification with the bare class name, integrated counts
+CURVES = {
+    "RN50|cc3m": 0.966, "ViT-B-16|cc3m": 0.931, "RN50|cc12m": 0.928, "ViT-B-16|cc12m": 0.829, "RN50|yfcc15m": 0.958,
+    "RN101|yfcc15m": 0.951, "ViT-B-16|yfcc15m": 0.963, "ViT-B-32|laion400m": 0.957, "ViT-B-16|laion400m": 0.916,
+    "ViT-L-14|laion400m": 0.855, "ViT-B-16|synthci30m": 0.82,
+}  # fmt: skip
+MISALIGNED = {"cc3m": 16.81, "cc12m": 17.26, "yfcc15m": 36.49, "laion400m": 5.31, "laion-aesthetics": 14.34}
+PAPER_ROWS = {
+    "train": dict.fromkeys(("emoji", "emoji-uniform", "emoji-reassigned"), EMBEDDED)
+    | {
+        "shards": Row("ours: the experiment on other data", "any shards with concepts", number="none: not in the paper")
+    },
+    "count": {
+        "shards": Row("the search, on other data", "any shards", number="none: not in the paper"),
+        **{
+            name: Row("misalignment, " + name, name, number=f"misalignment degree {degree} %")
+            for name, degree in MISALIGNED.items()
+        },
+        "laion2b": Row("the search", "laion2b"),
+        "synthci30m": Row("synthetic pretraining data", "synthci30m"),
+        "emoji": EMBEDDED,
+    },
+    "measure": {
+        **{
+            f"'{model}'": Row("curves, classification, " + model.split("|")[0], model.split("|")[1], number=f"r = {r}")
+            for model, r in CURVES.items()
+        },
+        "'ViT-B-32|laion200m_train_test_sim_normalized'": Row(
+            "similarity control, ViT-B-32", "200M pairs of LAION", number="r = 0.97 (images' counts)"
+        ),
+    },
 }

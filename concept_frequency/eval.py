@@ -9,7 +9,6 @@ compared.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from concept_frequency import count, let_it_wag, train
+from concept_frequency import count, let_it_wag, pairs, train
 from concept_frequency.claims import ARMS, METRICS, PLANTED, compare  # noqa: F401
 from concept_frequency.concepts import (  # noqa: F401
     Concepts,
@@ -32,6 +31,7 @@ from concept_frequency.concepts import (  # noqa: F401
     prompts_with_concept,
     read_concepts,
 )
+from concept_frequency.config import Config as Arm
 from concept_frequency.curves import (  # noqa: F401
     Curve,
     correlation,
@@ -44,6 +44,7 @@ from concept_frequency.curves import (  # noqa: F401
     slope_per_decade,
     two_slopes,
     unbinned,
+    within_slope,
 )
 from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
 from shared import export, report, run, zeroshot
@@ -196,9 +197,9 @@ def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
 
 def count_exchanged(folder: Path, settings: dict, names: list[str], pipeline: str) -> count.Counted:
     """The same corpus with a known share of its captions exchanged."""
-    cfg = train.Config(**settings | {"misaligned": PLANTED / 100, "groups": tuple(settings["groups"])})
-    corpus = train.read_corpus(cfg.data, names, (), len(names), False)
-    train.write_pairs(folder / "exchanged.parquet", corpus, train.make_pairs(cfg, corpus)[1])
+    cfg = Arm(**settings | {"misaligned": PLANTED / 100, "groups": tuple(settings["groups"])})
+    corpus = pairs.read_corpus(cfg.data, names, (), len(names), False)
+    pairs.write_pairs(folder / "exchanged.parquet", corpus, pairs.make_pairs(cfg, corpus)[1])
     return count_pairs(folder / "exchanged.parquet", names, pipeline)
 
 
@@ -237,17 +238,16 @@ def tail_accuracy(run_folder: Path, table: dict[str, dict], benchmark: Path, cfg
 def evaluated(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
     """`evaluate_run`, kept beside the checkpoint (results.json, results.md), and not repeated while nothing changed."""
     folder = Path(path)
-    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "precision")} | {"code": run.commit()}
-    file, checkpoint = folder / "results.json", folder / "checkpoint.pt"
-    if file.exists() and checkpoint.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
-        kept = json.loads(file.read_text())
-        if kept["setting"] == setting:
-            return kept["metrics"], kept["concepts"]
-    metrics, table = evaluate_run(folder, cfg, process)
-    rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-    (folder / "results.md").write_text(report.table(rows) + "\n")
-    run.write_json(file, {"setting": setting, "metrics": metrics, "concepts": table})
-    return metrics, table
+    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "precision")}
+
+    def measure() -> dict:
+        metrics, table = evaluate_run(folder, cfg, process)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(report.table(rows) + "\n")
+        return {"metrics": metrics, "concepts": table}
+
+    found = report.measured(folder / "results.json", setting, [folder / "checkpoint.pt"], measure)
+    return found["metrics"], found["concepts"]
 
 
 def main(cfg: Config) -> None:

@@ -208,7 +208,7 @@ def main(cfg: Config) -> None:
         loader = evaluation.batches(cfg.batch_size, cfg.workers)
         features, targets = extract_image_features(model.encode_image, loader, process.device, dtype, evaluation.name)
         if evaluation.kind == "retrieval":
-            from concept_frequency.count import load_spacy
+            from concept_frequency.captions import load_spacy
 
             n = min(5, *map(len, targets))  # the first five of each image, as upstream
             captions = [caption for of_image in targets for caption in of_image[:n]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from flame.model import TOWERS
+from shared.presets import EMBEDDED, Row
 
 EVAL = "data/emoji/eval/"
 ZERO_SHOT_SETS = tuple(EVAL + name for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood"))
@@ -28,7 +29,7 @@ class Config:
     bank: str = ""
     """Embeddings of the captions: a folder that `python -m flame.embed` made, or the authors' folder of .pth files."""
     out: str = "runs/flame/run"
-    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"
@@ -180,3 +181,30 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.rows)} --rows")
     if (cfg.cooldown > 0) != (cfg.schedule == "const-cooldown"):
         raise ValueError("--cooldown and --schedule const-cooldown go together")
+
+
+URBAN = "Urban-1k R@1 (I2T/T2I) "
+PAPER_ROWS = {
+    "train": {
+        "emoji": EMBEDDED,
+        "emoji-clip": EMBEDDED,
+        "cc3m-vitb16": Row("long-context figure, FLAME", "CC3M", "8", f"{URBAN}65.3/66.6 %; ImageNet +4.9 (abstract)"),
+        "cc3m-vitb16-nce": Row("option of the released code", "CC3M", "8"),
+        "cc3m-vitb16-raw": Row("ablation", "CC3M", "8"),
+        "cc3m-vitb16-summary": Row("ablation", "CC3M", "8"),
+        "cc3m-vitb16-clip": Row("long-context figure, CLIP", "CC3M", "8", f"{URBAN}10.7/9.6 %"),
+        "cc3m-vitl14": Row("released config", "CC3M", "8"),
+        "cc3m-vitl16": Row("ViT-L/16", "CC3M", "8"),
+        "yfcc15m-vitb16": Row(
+            "long-context and multilingual figures, FLAME", "YFCC15M",
+            number=f"{URBAN}84.0/87.9 %; Crossmodal-3600, 36 languages, R@1 (I2T/T2I) 51.72/49.00 %",
+        ),
+        "yfcc15m-vitl14": Row("ViT-L/14", "YFCC15M"),
+        "yfcc15m-vitl16": Row("ViT-L/16", "YFCC15M"),
+    },
+    "embed": {
+        "emoji": EMBEDDED,
+        "cc3m-mistral-nemo": Row("bank of CC3M", "CC3M"),
+        "yfcc15m-mistral-nemo": Row("bank of YFCC15M", "YFCC15M"),
+    },
+}  # fmt: skip

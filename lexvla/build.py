@@ -79,7 +79,7 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
     """LoRA on all linear layers of the LM's blocks; beside cached states on the last MLP, all that still runs."""
-    if cfg.checkpointing:
+    if cfg.grad_checkpointing:
         enable = (
             getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         )  # its old name
@@ -100,10 +100,10 @@ def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.
             codebook, projection = (torch.randn(cfg.dense_dim, width) / width**0.5 for _ in range(2))
             text: nn.Module = DenseTextEncoder(with_lora(lm, cfg), vocab_ids, projection)
         elif cfg.text == "bow":
-            codebook = TextEncoder(lm, vocab_ids, bias, cfg.center_codebook).codebook
+            codebook = TextEncoder(lm, vocab_ids, bias, cfg.centre_codebook).codebook
             text = BagOfWords(vocab_ids)
         else:
-            text = TextEncoder(with_lora(lm, cfg), vocab_ids, bias, cfg.center_codebook)
+            text = TextEncoder(with_lora(lm, cfg), vocab_ids, bias, cfg.centre_codebook)
             codebook = text.codebook
     return LexVLA(create_image_encoder(cfg, codebook, bias, pretrained), text)
 

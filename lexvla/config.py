@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from shared import run
+from shared.presets import EMBEDDED, Row
+
 
 @dataclasses.dataclass
 class Config:
@@ -16,7 +19,7 @@ class Config:
     data: str = ""
     """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or a .tsv."""
     out: str = "runs/lexvla/run"
-    """Run folder; a run that was interrupted goes on from its checkpoint."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"
@@ -41,7 +44,7 @@ class Config:
     states: str = ""
     """File of `python -m lexvla.text`: captions went through the frozen LM once, and LoRA adapts its last MLP alone.
     Empty: the LM runs in training."""
-    checkpointing: bool = False
+    grad_checkpointing: bool = False
     """Recompute the LM's blocks in the backward pass instead of keeping them."""
     text: Literal["lm", "bow"] = "lm"
     """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
@@ -62,7 +65,7 @@ class Config:
     """The most frequent pieces kept; None: no limit. The paper has 17,149."""
     pattern: str | None = None
     """Regular expression for pieces to keep, a leading space for the start of a word. Not stated in the paper."""
-    center_codebook: bool = False
+    centre_codebook: bool = False
     """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
     bias: float | None = 0.0
     """Added to all logits before elu1p; None: minus two standard deviations of the first captions' logits. Ours."""
@@ -121,7 +124,7 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
 
 
-PAPER = Config(dataset_size=9_200_000, checkpointing=True)
+PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True)
 EMOJI = Config(
     data="data/emoji/train",
     backbone="data/lexvla/backbone.pt",
@@ -135,7 +138,7 @@ EMOJI = Config(
     min_count=5,
     max_vocabulary=None,
     pattern=" ?[a-z]{2,}",
-    center_codebook=True,
+    centre_codebook=True,
     bias=None,
     lambda_image=0.1,
     lambda_text=0.1,
@@ -178,28 +181,19 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, "
-            "e.g. --data 'cc12m/{00000..01242}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "cc12m/{00000..01242}.tar")
     if cfg.backbone.endswith(".pt") and not Path(cfg.backbone).is_file():
         raise FileNotFoundError(f"--backbone {cfg.backbone} does not exist: 'python -m lexvla.backbone' makes it")
     if cfg.states and not Path(cfg.states).is_file():
         raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_batch(cfg, world_size)
     check_model(cfg)
 
 
 def check_model(cfg: Config) -> None:
-    for name in ("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_counts(
+        cfg, "epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length"
+    )
     for name in ("lora_rank", "penalty_warmup", "warmup", "lambda_image", "lambda_text", "min_count", "weight_decay"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
@@ -218,3 +212,16 @@ def check_model(cfg: Config) -> None:
             raise ValueError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
     if cfg.backbone.endswith(".pt") and (cfg.image_size < 8 or cfg.image_size % 8):
         raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")
+
+
+CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys(("emoji", "emoji-none", "emoji-flops", "emoji-bow", "emoji-dense"), EMBEDDED),
+        "cc12m": Row("Tables 1 and 2, LexVLA", CC12M, A100, "active words 1,081 of 17,149"),
+        "cc12m-flops": Row("Table 1, FLOPs loss", CC12M, A100),
+        "cc12m-bow": Row("Table 1, bag of words", CC12M, A100),
+        "cc12m-clip": Row("Tables 1 and 2, CLIP's image backbone", CC12M, A100),
+        "cc12m-top512": Row("Table 1, top 512 words", CC12M, A100),
+    }
+}

@@ -485,19 +485,13 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
-    if not cfg.runs:
-        raise ValueError("name at least one run folder")
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
     if cfg.topk is not None and cfg.topk < 1:
         raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
-    results = []
-    for path in cfg.runs:
-        results.append(evaluated(path, cfg, process))
-        line = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
-        print(f"{path}: {line}", flush=True)
+    results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 

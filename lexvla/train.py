@@ -128,7 +128,7 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer) -> tuple[T
         return vocab_ids, 0.0
     first = list(filter(None, (pairs.caption(row) for row in range(min(len(pairs), 256)))))
     return vocab_ids, first_bias(
-        TextEncoder(lm, vocab_ids, center=cfg.center_codebook), text_input(cfg, tokenizer, vocab_ids)(first)
+        TextEncoder(lm, vocab_ids, center=cfg.centre_codebook), text_input(cfg, tokenizer, vocab_ids)(first)
     )
 
 
@@ -213,7 +213,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     image = size * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
     rows = (20 * size + 24 * cfg.batch_size) * V / gib
     blocks = lm.config.num_hidden_layers
-    text = size * cfg.max_length * d * (2 * blocks + 34 if cfg.checkpointing else 34 * blocks) / gib
+    text = size * cfg.max_length * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
     text = 0.0 if cfg.states or cfg.text == "bow" else text
     print(
         f"memory estimate    {weights + image + rows + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
@@ -244,12 +244,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
     # Data
     pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
-    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
-    if len(pairs) < cfg.batch_size:
-        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
-    if process.main and len(pairs) < (cfg.dataset_size or 0):
-        print(f"{cfg.data} holds {len(pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+    data.check_pairs(pairs, cfg, state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
     # Model, vocabulary, optimizer

@@ -7,6 +7,8 @@ commands, pre-training presets what its checkpoint names tell; `emoji*` are ours
 import dataclasses
 from typing import Literal
 
+from shared.presets import EMBEDDED, NOT_STATED, Row
+
 NOISE = (0, 5, 10, 20, 30)  # per cent
 
 # -------------------------------------------------------------------------------------------------------- pre-training
@@ -303,7 +305,7 @@ class FinetuneConfig:
     """The journal extension: the encoder itself is tuned, wholly or by LoRA, with two of the regularisers."""
 
     out: str = "runs/nmtune/finetune"
-    """Run folder, as in training."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     encoder: str = ""
     """Encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
     checkpoint: str = ""
@@ -408,3 +410,42 @@ class StudyConfig:
     """Images per step."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+# ---------------------------------------------------------------------------------------- rows of the paper's tables
+
+KNOWN = {  # as far as a text that could be read quotes the paper
+    "swin-l-lp": "accuracy, 14 ID sets 81.91, 4 DomainNet sets 50.88 % (quoted by others)",
+    "swin-l-nmtune": "accuracy, 14 ID sets 84.16, 4 DomainNet sets 52.35 % (quoted by others)",
+    "convnext-l-lp": "accuracy, 4 DomainNet sets 66.86 % (quoted by others)",
+    "convnext-l-nmtune": "accuracy, 4 DomainNet sets 70.30 % (quoted by others)",
+}
+TASKS, STUDY = "14 ID sets, 4 DomainNet sets", "figures, controlled study"
+SOURCES = {"in1k-rn50": "ImageNet-1K", "yfcc15m-rn50": "YFCC15M", "cc12m-yfcc15m-vit-b-16": "CC12M + YFCC15M"}
+
+
+def _tuning(name: str) -> Row:
+    if name in METHODS:
+        return Row("authors' README, any encoder", TASKS)
+    encoder, method = name.rsplit("-", 1)
+    return Row(
+        f"{STUDY if encoder in SOURCES else 'public models'}, {ENCODERS[encoder][0]}, {method}",
+        TASKS,
+        number=KNOWN.get(name, NOT_STATED),
+    )
+
+
+def _pretraining(name: str) -> Row:
+    encoder, noise = name.rsplit("-", 1)
+    paper = "journal" if encoder.startswith("cc12m") else STUDY
+    return Row(f"{paper}, {int(noise)} % noise", SOURCES[encoder])
+
+
+PAPER_ROWS = {
+    script: {name: EMBEDDED if name.startswith("emoji") else row(name) for name in presets}
+    for script, presets, row in (
+        ("pretrain", PRETRAIN_PRESETS, _pretraining),
+        ("train", PRESETS, _tuning),
+        ("finetune", FINETUNE_PRESETS, lambda name: Row(f"journal, {name}", TASKS)),
+    )
+}

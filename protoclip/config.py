@@ -5,15 +5,17 @@ Presets named cc3m-* are the commands in the README of megvii-research/protoclip
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Literal
+
+from shared import run
+from shared.presets import EMBEDDED, Row
 
 
 @dataclasses.dataclass
 class Config:
     """Fields named as upstream's flags where those are clear; an upstream "epoch" is an episode here."""
 
-    out: str = "runs/protoclip"
+    out: str = "runs/protoclip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     data: str = ""
     """Training pairs: shards 'cc3m/{00000..00331}.tar', a folder of them, or a .tsv with columns title and filepath."""
@@ -175,12 +177,7 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "cc3m/{00000..00331}.tar")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "
@@ -188,11 +185,8 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.w_external != 0 and not cfg.back_translate:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
-    for name in ("episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
+    run.check_batch(cfg, world_size)
     if cfg.episode_size < cfg.batch_size:
         raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")
     if cfg.heads and cfg.k > cfg.episode_size:
@@ -205,5 +199,20 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(
             f"--augmentation light blurs over 21 pixels and needs --image-size above 10, not {cfg.image_size}"
         )
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+README = "authors' README, results: "
+CC3M, ONE, EIGHT = "CC3M, 2.5M pairs", "1", "8 x 2080 Ti"
+NUMBERS = "ImageNet zero-shot {}, linear probe {} %; COCO mean recall {} %"
+PAPER_ROWS = {
+    "train": {
+        "emoji": EMBEDDED,
+        "emoji-clip": EMBEDDED,
+        "cc3m-rn50": Row(README + "ProtoCLIP, 8 GPUs", CC3M, EIGHT, NUMBERS.format(21.47, 55.22, 35.69)),
+        "cc3m-rn50-clip": Row(README + "CLIP, 8 GPUs", CC3M, EIGHT, NUMBERS.format(19.46, 49.41, 36.48)),
+        "cc3m-rn50-clip-light": Row("ours: control of the augmentation", CC3M, EIGHT, "none: not in the paper"),
+        "cc3m-rn50-1gpu": Row(README + "ProtoCLIP, 1 GPU", CC3M, ONE, NUMBERS.format(14.50, 44.55, 28.26)),
+        "cc3m-rn50-1gpu-clip": Row(README + "CLIP, 1 GPU", CC3M, ONE, NUMBERS.format(12.29, 38.95, 26.20)),
+    },
+    "teacher": {"roberta-large": Row("external teacher of ProtoCLIP", CC3M + " (captions)"), "minilm": EMBEDDED},
+}

@@ -275,6 +275,19 @@ def open_pairs(spec: str, limit: int | None = None, strict: bool = False, cache:
     return Shards([fetch(url, cache or Path("data/cache")) for url in expand_shards(spec)], limit, strict)
 
 
+def check_pairs(pairs: Shards | TSV, cfg, state: dict, process) -> None:
+    """ValueError if `pairs` are not those of the run's checkpoint `state`, or fewer than one batch of `cfg`.
+
+    Fewer than its `dataset_size` are only reported. `process` is a `run.Process`.
+    """
+    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
+        raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now: choose another --out")
+    if len(pairs) < cfg.batch_size:
+        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
+    if process.main and len(pairs) < (cfg.dataset_size or 0):
+        print(f"{cfg.data} holds {len(pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+
+
 # ------------------------------------------------------------------------------------------- order, reading, report
 
 

@@ -152,6 +152,22 @@ def measured_run(
     return measured(folder / "results.json", setting, sources, measure_and_show)
 
 
+def evaluate_runs(
+    runs: Sequence[str], measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder"
+) -> list[dict]:
+    """`measure(path)` of each run, printed as far as it has a heading. ValueError if there are no runs."""
+    if not runs:
+        raise ValueError(f"name at least one {kinds}")
+    results = []
+    for path in runs:
+        results.append(measure(path))
+        shown = ", ".join(
+            f"{heading} {results[-1][key]:.2f}" for key, heading in headings.items() if key in results[-1]
+        )
+        print(f"{path}: {shown}", flush=True)
+    return results
+
+
 class Comparison(NamedTuple):
     arms: dict[str, list[dict]]  # by arm, the measurements of each seed
     seeds: list[int]

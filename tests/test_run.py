@@ -1,11 +1,14 @@
 """shared/run.py: checkpoints that are whole, harmless and of the same run; logs that resume; errors of one sentence."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -274,3 +277,23 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():
         run.command_line(interrupted)
     assert stop.value.code == 130
     run.command_line(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": ""}, "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'x.tar'"),
+        ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist: 'make data' builds the embedded corpus"),
+        ({"eval_every": 1}, "--eval-set /nowhere does not exist: name a folder, or pass --eval-every 0"),
+        ({"save_every": 0}, "--save-every must be at least 1, not 0"),
+        ({"batch_size": 9}, "--batch-size 9 cannot be shared out evenly over 2 processes"),
+        ({}, None),
+    ],
+)
+def test_configurations_that_are_refused(changed: dict, message: str | None):
+    usual = {"data": "x.tar", "eval_every": 0, "eval_set": "/nowhere", "save_every": 1, "batch_size": 8}
+    config = types.SimpleNamespace(**(usual | changed))
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
+        run.check_data(config, "x.tar")
+        run.check_counts(config, "save_every", "batch_size")
+        run.check_batch(config, 2)

@@ -32,7 +32,7 @@ PRELOAD = ["tldr_reduction.train", "tldr_reduction.views", "shared.zeroshot", "t
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
     --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
 STEPS, PER_EPOCH = 12, 4
-COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --lr-decay-rate 0.85 --warmup-steps 4 --precision fp32 --workers 0
+COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --lr-decay-rate 0.85 --warmup 4 --precision fp32 --workers 0
     --eval-every 0 --log-every 1 --dataset-size 128""".split()
 
 
@@ -388,6 +388,7 @@ def test_wrong_reduction_flags(cli, folder, chain):
         (["nowhere.tar"], "nowhere.tar does not exist"),
         (["x.tsv"], "reduce takes .tar files"),
         ([pool, "--keep", "1.5"], "--keep 1.5 is not in (0, 1]"),
+        ([pool, "--max-length", "3"], "--max-length 3 must exceed the prompt's 4 tokens"),
         ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
         ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
         ([pool, "--captions", "refined"], "needs --caption-model"),

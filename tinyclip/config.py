@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from shared import run
+from shared.presets import EMBEDDED, NOT_STATED, Row
 from tinyclip.network import CONFIGS
 
 
@@ -71,7 +73,7 @@ class Stage:
 class Config(Stage):
     """A stage, and the run it is."""
 
-    out: str = "runs/tinyclip"
+    out: str = "runs/tinyclip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone.
     With a checkpoint in it, the run resumes."""
     data: str = ""
@@ -203,12 +205,7 @@ STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
     check_stage(cfg)
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'laion/{0000..4140}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "laion/{0000..4140}.tar")
     for name in ("teacher", "init"):
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
@@ -226,17 +223,12 @@ def check(cfg: Config, world_size: int) -> None:
                     else ""
                 )
             )
-    for name in ("batch_size", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "batch_size", "save_every", "log_every")
+    run.check_batch(cfg, world_size)
     if cfg.keep_in_memory and cfg.augmentation != "none":
         raise ValueError("--keep-in-memory computes each view once: it needs --augmentation none")
     if cfg.eval_every < 0:
         raise ValueError(f"--eval-every must be at least 0 (never), not {cfg.eval_every}")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
 def check_stage(cfg: Config) -> None:
@@ -267,3 +259,26 @@ def check_stage(cfg: Config) -> None:
         raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
     if cfg.inherit == "random":
         raise ValueError("--inherit random is a control without masks")
+
+
+def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:
+    return Row(f"model zoo, {row}", data, gpus, f"ImageNet zero-shot {imagenet} %")
+
+
+BOTH = "LAION-400M + YFCC-15M"
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys(("emoji", "emoji-teacher", "emoji-contrastive", "emoji-auto"), EMBEDDED),
+        "auto-63M-31M": _zoo("auto, ViT-63M/32 Text-31M", 63.9),
+        "auto-45M-18M": _zoo("auto, ViT-45M/32 Text-18M", 61.4),
+        "auto-22M-10M": _zoo("auto, ViT-22M/32 Text-10M", 53.7),
+        "manual-61M-29M": _zoo("manual, ViT-61M/32 Text-29M", 62.4),
+        "manual-40M-19M": _zoo("manual, ViT-40M/32 Text-19M", 59.8),
+        "resnet-30M-29M": _zoo("manual, ResNet-30M Text-29M", 59.1),
+        "resnet-19M-19M": _zoo("manual, ResNet-19M Text-19M", 56.4),
+        "yfcc-39M-19M": _zoo("manual, ViT-39M/16 Text-19M", 63.5, "YFCC-15M", NOT_STATED),
+        "yfcc-8M-3M": _zoo("manual, ViT-8M/16 Text-3M", 41.1, "YFCC-15M", NOT_STATED),
+        "auto-63M-31M-laion-yfcc": _zoo("auto, ViT-63M/32 Text-31M, second data set", 64.5, BOTH),
+        "auto-45M-18M-laion-yfcc": _zoo("auto, ViT-45M/32 Text-18M, second data set", 62.7, BOTH),
+    }
+}

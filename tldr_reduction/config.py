@@ -8,13 +8,16 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from shared import run
+from shared.presets import EMBEDDED, Row
+
 
 @dataclasses.dataclass
 class Config:
     stage: Literal["captioner", "finetune", "blip", "clip"] = "captioner"
     """captioner: with the codebook, on the noisy data. finetune: captioner on clean captions. blip, clip: training on
     the (reduced) data; blip also trains the ITM scorer."""
-    out: str = "runs/tldr"
+    out: str = "runs/tldr_reduction/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     data: str = ""
     """Shards 'cc3m/{00000..00331}.tar', a folder of them, a .tsv (title, filepath), or an annotation .json."""
@@ -103,7 +106,7 @@ class Config:
     """Floor of the learning rate."""
     warmup_lr: float = 1e-6
     """Learning rate of step 0."""
-    warmup_steps: int = 3000
+    warmup: int = 3000
     """Steps of linear warm-up, which takes place in epoch 0 only, finished or not."""
     lr_decay_rate: float = 0.85
     """Factor of the learning rate per epoch; finetune has a cosine instead."""
@@ -111,8 +114,8 @@ class Config:
     """AdamW's, on all parameters: biases, norms, positions and the codebook, too."""
     eps: float = 1e-8
     """AdamW's epsilon."""
-    min_scale: float = 0.2
-    """Smallest area of the random crop."""
+    crop_scale: float = 0.2
+    """Smallest share of the image's area in a training crop."""
     flip: bool = True
     """Random horizontal flips."""
     augment: bool = True
@@ -155,7 +158,7 @@ CAPTIONER = Config(
     expected=CC3M,
 )
 FINETUNE = Config(
-    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, min_scale=0.5,
+    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, crop_scale=0.5,
     expected=566_747,
 )  # fmt: skip
 BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased")
@@ -164,11 +167,11 @@ POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoj
 SMALL = dict(
     vocab=VOCAB, image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
     max_positions=40, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True, keyword_model="minilm",
-    embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup_steps=100,
-    min_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
+    embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup=100,
+    crop_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
 EMOJI = Config(data=POOL, epochs=10, lr_decay_rate=0.75, **SMALL)
-EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup_steps=15, eval_every=2)
+EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup=15, eval_every=2)
 PRESETS = {
     "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
     "emoji-finetune": (
@@ -245,11 +248,8 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_sizes(cfg: Config, world_size: int) -> None:
     """What --dry-run refuses, too."""
-    for name in ("epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
+    run.check_batch(cfg, world_size)
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
     if (cfg.stage == "captioner" or cfg.quantize) and cfg.width % cfg.code_dim:
@@ -259,7 +259,51 @@ def check_sizes(cfg: Config, world_size: int) -> None:
             raise ValueError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
     if not 2 <= cfg.max_tokens <= cfg.max_positions:
         raise ValueError(f"--max-tokens {cfg.max_tokens} is not in 2..{cfg.max_positions} (--max-positions)")
-    if not 0 < cfg.min_scale <= 1:
-        raise ValueError(f"--min-scale {cfg.min_scale} is not in (0, 1]")
+    if not 0 < cfg.crop_scale <= 1:
+        raise ValueError(f"--crop-scale {cfg.crop_scale} is not in (0, 1]")
     if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
         raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
+
+
+VLP, A100 = "2 nodes of 16", "8 x A100"
+ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
+OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
+TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
+PAPER_ROWS = {
+    "train": {
+        **dict.fromkeys((name for name in PRESETS if name.startswith("emoji-")), EMBEDDED),
+        "captioner": Row("released config", "CC3M", "4 nodes of 8"),
+        "captioner-paper": Row("codebook ablation, keywords", "CC3M", number=TUNED.format("72.8/54.8")),
+        "captioner-xavier": Row("codebook ablation, xavier", "CC3M", number=TUNED.format("72.0/54.1")),
+        "captioner-tags": Row("codebook ablation, object tags", "CC3M", number=TUNED.format("72.5/54.4")),
+        "finetune": Row("BLIP's COCO captioning", "COCO"),
+        "blip-cc3m": Row("main table, BLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("42.3/31.5", "75.1/60.6")),
+        "blip-cc3m-tldr": Row("main table, BLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("48.7/36.7", "76.3/61.0")),
+        "clip-cc3m": Row("main table, CLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("36.2/29.9", "67.4/54.3")),
+        "clip-cc3m-tldr": Row("main table, CLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("37.7/30.7", "68.5/55.6")),
+        "blip-cc12m": Row("other data sets, full", "CC12M", VLP, OTHER.format(65.3, "84.7/75.3")),
+        "blip-cc12m-tldr": Row("other data sets, TL;DR", "CC12M", VLP, OTHER.format(63.8, "85.5/76.3")),
+        "blip-yfcc15m": Row("other data sets, full", "YFCC15M", VLP, OTHER.format(67.8, "81.5/72.4")),
+        "blip-yfcc15m-tldr": Row("other data sets, TL;DR", "YFCC15M", VLP, OTHER.format(67.3, "82.3/74.3")),
+        "blip-laion40m": Row("other data sets, full", "LAION-40M", VLP, OTHER.format(71.3, "83.2/74.9")),
+        "blip-laion40m-tldr": Row("other data sets, TL;DR", "LAION-40M", VLP, OTHER.format(70.4, "82.8/76.1")),
+    },
+    "reduce --recipe": {
+        "paper": Row("main table, TL;DR", "CC3M", A100, "2.82M -> 0.67M pairs; " + TUNED.format("72.8/54.8")),
+        "release_comment": Row("released script, its comment", "CC3M"),
+        "release_script": Row("released script, its values", "CC3M"),
+        "cc12m": Row("other data sets", "CC12M", A100, "10.8M -> 2.4M pairs"),
+        "yfcc15m": Row("other data sets", "YFCC15M", A100, "14.9M -> 2.5M pairs"),
+        "laion40m": Row("other data sets", "LAION-40M", A100, "40M -> 8.04M pairs"),
+        **{
+            f"ratio-{percent}": Row(f"ratio ablation, {percent} %", "CC3M", A100, TUNED.format(recall))
+            for percent, recall in ((10, "68.9/52.3"), (25, "72.8/54.8"), (50, "74.8/55.2"), (100, "75.1/57.7"))
+        },
+        **{
+            f"clusters-{k}": Row(f"cluster ablation, {k:,}", "CC3M", A100, TUNED.format(recall))
+            for k, recall in (
+                (100, "71.8/53.9"), (1000, "72.4/54.5"), (3000, "72.8/54.8"), (5000, "72.9/54.4"), (10000, "72.3/54.2"),
+            )
+        },
+    },
+}  # fmt: skip

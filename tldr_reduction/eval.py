@@ -210,16 +210,10 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
-    if not cfg.runs:
-        raise ValueError("name at least one run folder")
     if cfg.export:
         model, settings, _ = load_run(export.single(cfg.runs))
         return export_model(model, settings, cfg.export)
-    results = []
-    for path in cfg.runs:
-        results.append(evaluated(path, cfg, process))
-        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
-        print(f"{path}: {shown}", flush=True)
+    results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 

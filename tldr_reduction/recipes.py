@@ -113,6 +113,10 @@ def check(cfg: Config, n: int) -> Config:
     for name in ("chunk", "batch_size", "niter", "whiten_dim", "num_beams"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
+        raise ValueError(
+            f"--max-length {cfg.max_length} must exceed the prompt's 4 tokens and reach --min-length {cfg.min_length}"
+        )
     if captions != "original" and not cfg.caption_model:
         raise ValueError(f"--captions {captions} needs --caption-model, a run folder of stage finetune")
     if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:

@@ -69,7 +69,7 @@ def alpha_ramp(epoch: int, step: int, steps_per_epoch: int, alpha: float) -> flo
 def learning_rate(cfg: Config, epoch: int, step: int) -> float:
     if cfg.stage == "finetune":
         return cosine_lr(epoch, cfg.epochs, cfg.lr, cfg.min_lr)
-    return warmup_step_lr(epoch, step, cfg.lr, cfg.min_lr, cfg.warmup_lr, cfg.warmup_steps, cfg.lr_decay_rate)
+    return warmup_step_lr(epoch, step, cfg.lr, cfg.min_lr, cfg.warmup_lr, cfg.warmup, cfg.lr_decay_rate)
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -233,7 +233,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
     if per_epoch:
         print(f"steps              {per_epoch * cfg.epochs:,} ({per_epoch:,} an epoch)")
-    for epoch, step in ((0, 0), (0, cfg.warmup_steps), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0)):
+    for epoch, step in ((0, 0), (0, cfg.warmup), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0)):
         if not per_epoch or step <= per_epoch:
             print(f"learning rate      {learning_rate(cfg, epoch, step):.3e} in epoch {epoch} at its step {step:,}")
     side = (
@@ -275,10 +275,7 @@ def train(cfg: Config, process: run.Process) -> Path:
 
     # Data
     pairs = open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
-    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
-    if len(pairs) < cfg.batch_size:
-        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
+    data.check_pairs(pairs, cfg, state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
     # Model, tokenizer, optimizer
@@ -308,7 +305,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     clock, commit = run.Stopwatch(state["seconds"]), run.commit()
     size = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
     size = size[0] if isinstance(size, tuple) else size
-    view = train_transform(size, cfg.min_scale, cfg.flip, cfg.augment)
+    view = train_transform(size, cfg.crop_scale, cfg.flip, cfg.augment)
     collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
 
     def save(epoch: int, batch: int) -> None:

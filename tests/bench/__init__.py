@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import statistics
 import sys
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+HEAD = "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8
 
 
 def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
@@ -38,6 +42,46 @@ def print_row(name: str, seconds: list, target: str = "", note: str = "") -> Non
     spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
     cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
     print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def step_row(
+    name: str,
+    images: int,
+    precision: str,
+    ours: Callable,
+    theirs: Callable,
+    repetitions: int,
+    per: int = 1,
+    target: str = "",
+    note: str = "",
+) -> None:
+    """The row of a training step on `images` images: besides the race, what `speed_of` says of ours."""
+    name, seconds = race(name, ours, theirs, repetitions, per)
+    speed = speed_of(ours, statistics.median(mine for mine, _ in seconds), images, precision, per)
+    print_row(name, seconds, target, "; ".join(filter(None, (speed, note))))
+
+
+def speed_of(step: Callable, seconds: float, images: int, precision: str, per: int = 1) -> str:
+    """Images/s, the share of this machine's matrix-product peak that the matrix products alone reach, and peak memory
+    of a step that takes `seconds`; one call of `step` is `per` steps. A fused attention's own products do not count."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    share = counter.get_total_flops() / per / seconds / matmul_peak(precision)
+    memory = peak_memory(step)
+    parts = f"{images / seconds:,.0f} images/s", f"{share:.0%} of peak", f"{memory:.0f} MiB" if memory else ""
+    return ", ".join(filter(None, parts))
+
+
+@functools.cache
+def matmul_peak(precision: str, size: int = 2048) -> float:
+    """Operations per second of a matrix product of `size`, the best of ten."""
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def shown(seconds: float) -> str:

@@ -29,7 +29,7 @@ from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_attentive_mask_clip as parity
-from . import attention, peak_memory, print_row, race, shown
+from . import HEAD, attention, peak_memory, print_row, race, shown, speed_of, step_row
 
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
     "small": (
@@ -86,13 +86,14 @@ def aclip_step(up, geometry: str, repetitions: int) -> None:
 
     name = f"A-CLIP step, {geometry}, batch {B}, fp32"
     seconds = race(name, our_step, their_step, repetitions)[1]
+    speed = speed_of(our_step, statistics.median(mine for mine, _ in seconds), B, "fp32")
     peaks = []
     for each, step in ((ours, our_step), (theirs, their_step)):
         each.zero_grad()
         peaks.append(peak_memory(step))
     memory = "" if None in peaks else f"; peak memory {peaks[0]:,.0f} against {peaks[1]:,.0f} MiB"
     gap = abs(losses_seen["ours"] - losses_seen["theirs"]) / losses_seen["theirs"]
-    print_row(name, seconds, ">= 1.3", f"losses after all steps within {gap:.0e} of each other{memory}")
+    print_row(name, seconds, ">= 1.3", f"{speed}; losses after all steps within {gap:.0e} of each other{memory}")
 
 
 # ------------------------------------------------------------------------------------------------- against open_clip
@@ -145,7 +146,7 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
                 train_one_epoch(other, data, loss, 0, optimizer, None, scheduler, None, flags)
 
         name = f"CLIP step, emoji towers, batch {batch}, {precision}: open_clip {what}"
-        print_row(*race(name, ours, theirs, repetitions, steps), ">= 1")
+        step_row(name, batch, precision, ours, theirs, repetitions, steps, ">= 1")
 
 
 # ------------------------------------------------------------------------------------------- where the time is spent
@@ -249,7 +250,7 @@ def main() -> None:
     run.setup(0, "cpu")
     libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
     print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
     if options.upstream is not None:
         check_commit(options.upstream, "0e51942")
         with parity.on_cpu():

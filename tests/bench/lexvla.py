@@ -22,7 +22,7 @@ from lexvla import model
 from lexvla.eval import LexicalIndex
 from lexvla.model import contrastive_loss, lexical_map, total_loss
 from shared import run
-from tests.bench import peak_memory, print_row, race
+from tests.bench import HEAD, peak_memory, print_row, race, step_row
 
 
 def vdr_map(z: torch.Tensor, codebook: torch.Tensor, pool: bool = True, bias: float = 0.0) -> torch.Tensor:
@@ -47,7 +47,7 @@ def pooled_map(B: int, n: int, V: int, d: int, repetitions: int) -> None:
         return one
 
     name = f"pooled map, forward and backward, B={B}, n={n}, V={V:,}, d={d:,}"
-    print_row(*race(name, step(lexical_map), step(vdr_map), repetitions), "> 1")
+    step_row(name, B, "fp32", step(lexical_map), step(vdr_map), repetitions, target="> 1")
 
 
 def pooled_memory(B: int, n: int, V: int, d: int) -> None:
@@ -121,7 +121,7 @@ def training_step(repetitions: int) -> None:
         return one
 
     name = f"training step, emoji preset, batch {B}, V={V:,}"
-    print_row(*race(name, step(lexical_map), step(vdr_map), repetitions), "> 1")
+    step_row(name, B, "fp32", step(lexical_map), step(vdr_map), repetitions, target="> 1")
 
 
 def infonce(repetitions: int) -> None:
@@ -143,7 +143,7 @@ def main() -> None:
         parser.error("--repetitions, --images and --representations start at 1")
     run.setup(0, "cpu")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
     pooled_map(options.images, 257, 17_149, 4096, min(options.repetitions, 3))
     pooled_memory(16 * options.images, 257, 17_149, 4096)
     search(options.representations, 17_149, 300, min(10_000, options.representations), options.repetitions)

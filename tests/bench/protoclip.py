@@ -28,7 +28,7 @@ from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_protoclip as parity
-from . import attention, print_row, race
+from . import HEAD, attention, print_row, race, step_row
 
 CPU = run.Process(0, 1, torch.device("cpu"))
 
@@ -152,7 +152,9 @@ def clip_step(precision: str, repetitions: int, steps: int) -> None:
 
     name = f"CLIP step, ViT-emoji, batch 128, {precision}"
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
-        print_row(*race(f"{name}: open_clip {what}", ours, partial(open_clips, flash), repetitions, steps), ">= 1")
+        step_row(
+            f"{name}: open_clip {what}", 128, precision, ours, partial(open_clips, flash), repetitions, steps, ">= 1"
+        )
 
 
 def protoclip_step(up, repetitions: int, steps: int) -> None:
@@ -188,7 +190,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
 
     name = f"ProtoCLIP step, ViT-emoji, batch {cfg.batch_size}, K={k}, fp32"
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
-        print_row(*race(f"{name}: theirs {what}", ours, partial(theirs, flash), repetitions, steps))
+        step_row(f"{name}: theirs {what}", cfg.batch_size, "fp32", ours, partial(theirs, flash), repetitions, steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ script
@@ -212,7 +214,7 @@ def main() -> None:
     run.setup(0, "cpu")
     libraries = f"open_clip {open_clip.__version__}"
     print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
 
     if options.upstream is not None:
         check_commit(options.upstream, "fde1933")

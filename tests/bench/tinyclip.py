@@ -29,7 +29,7 @@ from tinyclip.eval import macs, throughput
 
 from ..parity import check_commit
 from ..parity import test_tinyclip as parity
-from . import attention, print_row, race
+from . import HEAD, attention, print_row, race, step_row
 
 
 def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
@@ -76,7 +76,7 @@ def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what:
 
     epochs = iter(range(10, 10**6))
     name = f"masked step, ViT-B/32, batch {batch}, fp32, {what}"
-    print_row(*race(name, ours, lambda: one_pass(batches, next(epochs)), repetitions, steps), ">= 1.2")
+    step_row(name, batch, "fp32", ours, lambda: one_pass(batches, next(epochs)), repetitions, steps, ">= 1.2")
 
 
 def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: int = 256) -> None:
@@ -114,7 +114,7 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
 
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
         name = f"contrastive step, emoji-50, batch {batch}, {precision}: open_clip {what}"
-        print_row(*race(name, ours, partial(theirs, flash), repetitions, steps), ">= 1")
+        step_row(name, batch, precision, ours, partial(theirs, flash), repetitions, steps, ">= 1")
 
 
 # --------------------------------------------------------------------------------------------------------- throughput
@@ -194,9 +194,7 @@ def main() -> None:
     libraries = f"open_clip {open_clip.__version__}"
     print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
     if options.only != "throughput":
-        print(
-            "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True
-        )
+        print(HEAD, flush=True)
         if options.upstream is not None:
             check_commit(options.upstream, "ad981bf")
             up = parity.load(options.upstream)

@@ -18,7 +18,7 @@ import open_clip
 import torch
 
 from shared import run
-from tests.bench import print_row, race
+from tests.bench import HEAD, print_row, race, step_row
 from tests.parity import check_commit
 from tests.parity import test_tldr_reduction as parity
 from tldr_reduction import cluster, model, train
@@ -151,9 +151,8 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
         total.backward()
         optimizers[1].step()
 
-    print_row(
-        *race(f"CLIP step, {cfg.clip_model}, batch {batch}, {precision}: open_clip", ours, theirs, repetitions), ">= 1"
-    )
+    name = f"CLIP step, {cfg.clip_model}, batch {batch}, {precision}: open_clip"
+    step_row(name, batch, precision, ours, theirs, repetitions, target=">= 1")
 
 
 def main() -> None:
@@ -175,7 +174,7 @@ def main() -> None:
     faiss.omp_set_num_threads(torch.get_num_threads())
     libraries = f"torch {torch.__version__}, faiss {faiss.__version__}"
     print(f"{libraries}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
     wanted = lambda part: options.only in (None, part)  # noqa: E731
     if options.upstream is not None:
         check_commit(options.upstream, "a488102")

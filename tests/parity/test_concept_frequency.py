@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from concept_frequency import concepts, curves, eval, model, replay, tagger
+from concept_frequency import concepts, curves, eval, model, tagger
+from concept_frequency.published import BINS, Results
 
 from . import Table, check_commit, import_beside, race
 
@@ -198,13 +199,13 @@ def test_curves(table, task, prompts):
         pickle=SimpleNamespace(dump=dump), results_dir=str(table.root / place),
         search_counts_dir=str(table.root / "search_counts"), open=lambda p, m="r": None if "w" in m else open(p),
     )  # fmt: skip
-    published = replay.Results(table.root)
+    published = Results(table.root)
     for name in ("RN50|cc3m", "ViT-B-16|yfcc15m", "ViT-B-32|laion400m"):
         backbone, _, pretraining = name.partition("|")
 
         def ours(name=name):
-            counts, scores, _ = replay.Results(table.root).pairs(task, "integrated", name, prompts)
-            return curves.log_linear_curve(counts, scores, replay.BINS[task])
+            counts, scores, _ = Results(table.root).pairs(task, "integrated", name, prompts)
+            return curves.log_linear_curve(counts, scores, BINS[task])
 
         (_, curve), seconds = race(lambda b=backbone, p=pretraining: function(b, p, prompts), ours, 2)
         theirs = [kept["curve"][key] for key in ("exp_bins", "cum_means", "cum_stds")]

@@ -1,0 +1,243 @@
+"""A corpus on disk or behind URLs: its parts, their captions, and which row of the captions an image is.
+
+Ids: a document is a row of its part; rows are numbered in the order of the file, empty captions included (but for
+`also`, where rows that lack a caption or that column are dropped first, as for LAION upstream). Authors' code:
+bethgelab/frequency_determines_performance@11ef009, `U:`.
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shared import data
+
+KINDS = (".tar", ".parquet", ".tsv", ".txt")
+
+
+class Part(NamedTuple):
+    """Rows start..stop of a file; a tar is one part."""
+
+    path: str  # as it was named, a URL perhaps
+    kind: str  # one of KINDS
+    file: str  # where it is read: a local file, or for a remote tar the URL
+    number: int  # of the file among those given
+    start: int = 0
+    stop: int = -1
+    offset: int = 0  # position of row `start` in a text file, for seek()
+
+    def name(self) -> str:
+        """Of this part's results; another content has another name (but behind a URL)."""
+        if data.is_remote(self.path):
+            identity = data.stable_hash(self.path, self.start, self.stop)
+        else:
+            stat, path = os.stat(self.file), os.path.abspath(self.file)
+            identity = data.stable_hash(path, stat.st_size, stat.st_mtime_ns, self.start, self.stop)
+        return f"{Path(self.path).stem[:80]}-{self.start}-{identity:016x}"
+
+    @contextlib.contextmanager
+    def local(self) -> Iterator[str]:
+        """The file on this machine; a remote tar is fetched to a temporary place that is gone afterwards."""
+        if data.is_remote(self.file):
+            with tempfile.TemporaryDirectory() as folder:
+                yield data.fetch(self.file, Path(folder))
+        else:
+            yield self.file
+
+
+def list_parts(specs: Sequence[str], part_captions: int, cache: Path) -> list[Part]:
+    """Parts of the files of brace patterns, folders and URLs (http, gs, hf: webdataset's); tables in slices of rows.
+
+    A remote table is fetched into `cache`, where it stays; remote tars are fetched part by part, by who needs them.
+    """
+    parts: list[Part] = []
+    for number, path in enumerate(expand(specs)):
+        kind = Path(urlsplit(path).path).suffix if data.is_remote(path) else Path(path).suffix
+        if kind not in KINDS:
+            raise ValueError(f"{path} is none of {', '.join(KINDS)}")
+        if kind == ".tar":
+            file = path if data.is_remote(path) else os.path.abspath(path.removeprefix("file:"))
+            parts.append(Part(path, kind, file, number))
+            continue
+        file = os.path.abspath(data.fetch(path, cache))
+        bounds = list(row_positions(file, kind, part_captions))
+        parts += [
+            Part(path, kind, file, number, start, stop, offset)
+            for (start, offset), (stop, _) in itertools.pairwise(bounds)
+        ]
+    return parts
+
+
+def expand(specs: Sequence[str]) -> list[str]:
+    """Files of brace patterns and folders."""
+    paths: list[str] = []
+    for spec in specs:
+        if Path(spec).is_dir():
+            found = sorted(str(p) for p in Path(spec).iterdir() if p.suffix in KINDS)
+            if not found:
+                raise FileNotFoundError(f"folder {spec} holds none of {', '.join(KINDS)}")
+            paths += found
+        else:
+            paths += data.expand_shards(spec)
+    return paths
+
+
+def row_positions(file: str, kind: str, step: int) -> Iterator[tuple[int, int]]:
+    """(row, position for seek()) of every `step`-th row of a table, and of its end."""
+    if kind == ".parquet":
+        total = pq.ParquetFile(file).metadata.num_rows
+        yield from ((row, 0) for row in (*range(0, total, step), total))
+        return
+    with open_text(file) as text:
+        total = position = 0
+        for total, _ in enumerate(rows_of(text, kind), 1):
+            if total % step == 1 or step == 1:
+                yield total - 1, position
+            if total % step == 0:
+                position = text.tell()
+        yield total, 0
+
+
+def open_text(file: str) -> TextIO:
+    """Undecodable bytes are replaced."""
+    return open(file, newline="", encoding="utf-8", errors="replace")
+
+
+def rows_of(text: TextIO, kind: str) -> Iterator[list[str]]:
+    """Rows of a tab-separated file, or lines; `tell` works between rows."""
+    lines = iter(text.readline, "")
+    if kind == ".tsv":
+        csv.field_size_limit(2**31 - 1)
+        return csv.reader(lines, delimiter="\t")
+    return ([line.rstrip("\r\n")] for line in lines)
+
+
+def read_columns(part: Part, names: Sequence[str]) -> Iterator[tuple]:
+    """Rows of a parquet part, some columns of it, read a piece at a time."""
+    file, row = pq.ParquetFile(part.file), 0
+    missing = [name for name in names if name not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{part.path} has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
+    for group in range(file.num_row_groups):
+        length = file.metadata.row_group(group).num_rows
+        if row + length > part.start and row < part.stop:
+            at = row
+            for batch in file.iter_batches(4096, row_groups=[group], columns=list(names)):
+                rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+                yield from (r for i, r in enumerate(rows, at) if part.start <= i < part.stop)
+                at += batch.num_rows
+        row += length
+
+
+def read_cells(part: Part, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Rows of a part of a tsv file, columns by number, or the lines of a text file; missing cells are empty."""
+    if part.kind == ".txt":
+        columns = ["0"]
+    elif not all(column.isdecimal() for column in columns):
+        raise ValueError(f"columns of {part.path} are numbers from 0, not {', '.join(columns)}: name --caption-column")
+    places = [int(column) for column in columns]
+    with open_text(part.file) as text:
+        text.seek(part.offset)
+        for row in itertools.islice(rows_of(text, part.kind), part.stop - part.start):
+            yield tuple(row[place] if place < len(row) else "" for place in places)
+
+
+def read_captions(part: Part, column: str, also: str, broken: list[data.Broken]) -> Iterator[str]:
+    """The captions of a part, a missing one as the empty string; what is broken is noted."""
+    if part.kind == ".tar":
+        with part.local() as file:
+            yield from read_tar_captions(file, broken)
+        return
+    columns = [column, also] if also else [column]
+    rows = read_columns(part, columns) if part.kind == ".parquet" else read_cells(part, columns)
+    for i, (caption, *others) in enumerate(rows, part.start):
+        if also and not (caption and others[0]):
+            continue
+        if not caption:
+            broken.append(data.Broken(f"{part.path} row {i}", "empty caption"))
+        yield caption or ""
+
+
+def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
+    shard = data.index_shard(file)
+    broken += shard.broken
+    with open(file, "rb") as tar:
+        for key, (_, _, offset, size) in zip(shard.keys, shard.spans.tolist(), strict=True):
+            tar.seek(offset)
+            try:
+                yield data.decode_caption(tar.read(size))
+            except data.BrokenSample as error:
+                broken.append(data.Broken(key, str(error)))
+                yield ""
+
+
+# ------------------------------------------------------------------------------- which row of the captions an image is
+
+
+def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | None = None) -> int:
+    """The row of the captions that an image is, from its key in the image shards; KeyError if there is none.
+
+    Sources: U:ram_model/image_search_run_rampp.py:112, U:src/utils/map_cc12m_shard_to_tsv_indices.py:44,
+    U:src/image_search_inverted_index_creation.py:54. CC-3M and LAION-400M: the number in the key; SynthCI-30M: the
+    number behind the slash; LAION-Aesthetics: number + 10,000 x shard; CC-12M and YFCC-15M: `table` gives the row of
+    the exact caption, or of the url, which then is the key (of equal captions the last row).
+    """
+    if corpus in ("cc12m", "yfcc15m"):
+        return (table or {})[key]
+    number = int(Path(key).name.partition(".")[0])
+    return number + 10_000 * shard if corpus == "laion_aesthetics" else number
+
+
+class RowTable(Mapping):
+    """text -> row by 64-bit hashes, 16 bytes a row; of equal texts the last row."""
+
+    def __init__(self, hashes: NDArray[np.int64], rows: NDArray[np.int64]):
+        self.hashes, self.rows = hashes, rows
+
+    @classmethod
+    def build(cls, texts: Iterable[str]) -> "RowTable":
+        hashes = np.fromiter(map(data.stable_hash, texts), dtype=np.int64)
+        rows = np.argsort(hashes, kind="stable")
+        return cls(hashes[rows], rows)
+
+    def save(self, path: str) -> None:
+        np.savez(path, hashes=self.hashes, rows=self.rows)
+
+    @classmethod
+    def load(cls, path: str) -> "RowTable":
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["hashes"], file["rows"])
+
+    def __getitem__(self, text: str) -> int:
+        place = np.searchsorted(self.hashes, hash_ := data.stable_hash(text), side="right") - 1
+        if place < 0 or self.hashes[place] != hash_:
+            raise KeyError(text)
+        return int(self.rows[place])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self):
+        raise TypeError("only hashes are kept")
+
+
+def row_keys(file: str, corpus: str, keys: Sequence[str]) -> list[str]:
+    """What `sample_id` looks up for each sample of an image shard: its key, caption or url."""
+    if corpus == "cc12m":
+        return [text.strip() for text in read_tar_captions(file, [])]
+    if corpus == "yfcc15m":
+        with tarfile.open(file) as tar:
+            about = {m.name[:-5]: json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")}
+        return [about.get(key, {}).get("url", "") for key in keys]
+    return list(keys)

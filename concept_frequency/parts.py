@@ -1,0 +1,204 @@
+"""The work on one part of a corpus, in whatever process: its index, its tags, and its share of the counts.
+
+A part gives a file with the index of its captions' nouns, and one with its images' concepts. A file is there whole or
+not at all, so that a killed count goes on with what is missing; other concepts later cost no tagging of captions.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from concept_frequency.captions import batched, tag_captions
+from concept_frequency.concepts import load_json
+from concept_frequency.corpus import Part, RowTable, read_captions, read_columns, row_keys, sample_id
+from concept_frequency.count_config import Config
+from concept_frequency.curves import misalignment
+from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
+from concept_frequency.tagger import Tagger, load_tagger, tag_images
+from shared import data, run
+
+
+class Job(NamedTuple):
+    part: Part
+    cfg: Config
+    target: str  # file to write
+    names: tuple[str, ...] = ()
+    table: str = ""  # file of a RowTable
+
+
+class Done(NamedTuple):
+    target: str
+    documents: int
+    broken: list[data.Broken]
+
+
+def index_part(job: Job) -> Done:
+    """Tag the captions of a part and write their index."""
+    cfg, broken = job.cfg, []
+    captions = read_captions(job.part, cfg.caption_column, cfg.also, broken)
+    index = InvertedIndex.build(tag_captions(captions, cfg.spacy, cfg.exact, cfg.casefold, cfg.batch_captions))
+    return finish(job.target, index.save, index.num_documents, broken)
+
+
+def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
+    """Write a part's result so that `target` is there whole or not at all, with what a later run asks of it."""
+    temporary = f"{target}.{os.getpid()}"
+    run.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
+    with open(temporary, "wb") as file:
+        save(file)
+    os.replace(temporary, target)
+    return Done(target, documents, broken)
+
+
+def done_before(target: str) -> Done:
+    about = load_json(Path(target).with_suffix(".json"))
+    return Done(target, about["documents"], [data.Broken(*each) for each in about["broken"]])
+
+
+def label_part(job: Job) -> Done:
+    """The image side where labels are at hand: (document, concept, 1) of the label column."""
+    cfg, place = job.cfg, {name: c for c, name in enumerate(job.names)}
+    columns = [cfg.caption_column, cfg.label_column] + ([cfg.also] if cfg.also else [])
+    rows = (row for row in read_columns(job.part, columns) if not cfg.also or (row[0] and row[2]))
+    concepts = np.array([place.get(row[1], -1) for row in rows], dtype=np.int64)
+    documents = np.flatnonzero(concepts >= 0)
+    save = tags_writer(documents, concepts[documents], np.ones(len(documents)))
+    return finish(job.target, save, len(concepts), [])
+
+
+@cache
+def tagger_of(settings: str, names: tuple[str, ...]) -> tuple[Tagger, str]:
+    """This process' tagger and its device, made once."""
+    cfg, device = Config(**json.loads(settings)), "cuda" if torch.cuda.is_available() else "cpu"
+    return load_tagger(
+        cfg.tagger, names, cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions or None, cfg.average, device
+    ), device
+
+
+def tag_part(job: Job) -> Done:
+    """Tag the images of a shard: (document, concept, probability) of all above one half, or a lower threshold."""
+    cfg, broken = job.cfg, []
+    if job.part.kind != ".tar":
+        raise ValueError(f"--tagger needs images, and {job.part.path} is no .tar shard")
+    tagger, device = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names)
+    table = RowTable.load(job.table) if job.table else None
+    found = [(np.zeros(0),) * 3]
+    with job.part.local() as file:
+        shard = data.index_shard(file)
+        for batch in batched(read_images(file, shard, job.part.number, cfg.ids, table, tagger, broken), 64):
+            documents = np.array([document for document, _ in batch])
+            probabilities = tag_images([torch.stack([image for _, image in batch]).to(device)], tagger.probabilities)
+            row, concept = np.nonzero(tag_presence(probabilities, min(0.5, cfg.threshold)))
+            found.append((documents[row], concept, probabilities[row, concept]))
+    save = tags_writer(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return finish(job.target, save, len(shard.keys), broken + shard.broken * bool(cfg.images))
+
+
+def read_images(
+    file: str, shard: data.ShardIndex, number: int, ids: str, table: RowTable | None, tagger: Tagger,
+    broken: list[data.Broken],
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """(document, image) of the samples of shard `number`; what cannot be read or placed is noted."""
+    wanted = row_keys(file, ids, shard.keys)
+    with open(file, "rb") as tar:
+        for row, (offset, size, *_) in enumerate(shard.spans.tolist()):
+            tar.seek(offset)
+            try:
+                document = row if ids == "row" else sample_id(ids, wanted[row], number, table)
+                yield document, tagger.transform(data.decode_image(tar.read(size)))
+            except data.BrokenSample as error:
+                broken.append(data.Broken(shard.keys[row], str(error)))
+            except (KeyError, ValueError):
+                broken.append(data.Broken(shard.keys[row], "not among the captions"))
+
+
+def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[BinaryIO], None]:
+    columns = {
+        "document": documents.astype(np.int64),
+        "concept": concepts.astype(np.int32),
+        "probability": probabilities.astype(np.float16),
+    }
+    return lambda file: np.savez(file, **columns)
+
+
+def read_tags(path: str, threshold: float) -> NDArray[np.int64]:
+    """(document, concept) rows (n, 2) above the threshold."""
+    with np.load(path, allow_pickle=False) as file:
+        rows = tag_presence(file["probability"], threshold)
+        return np.stack([file["document"][rows], file["concept"][rows]], axis=1).astype(np.int64)
+
+
+def parts_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
+    """Numbers of the parts that documents of a file of tags are in; job: the file, the parts' first documents."""
+    path, bases = job
+    with np.load(path, allow_pickle=False) as file:
+        return set(np.unique(np.searchsorted(bases, file["document"], side="right") - 1).tolist())
+
+
+class CountJob(NamedTuple):
+    index: str  # file of a part's index
+    base: int  # number of its first document
+    documents: int
+    tags: tuple[tuple[str, int], ...]  # files of tags that can hold its documents, and their first document
+    queries: tuple[tuple[str, ...], ...]  # known terms
+    threshold: float
+
+
+class Counted(NamedTuple):
+    """Sums over parts; arrays are (K,)."""
+
+    text: NDArray[np.int64]
+    both: NDArray[np.int64]
+    documents: int
+    with_text: int  # documents with a concept in the caption
+    misaligned: int  # documents with concepts on both sides, and none in common
+    image: NDArray[np.int64]
+    kept: NDArray[np.int64]  # images among those that the similarity control keeps
+    with_image: int
+
+
+def known_terms(job: tuple[str, frozenset[str]]) -> set[str]:
+    """Which of the terms an index knows."""
+    return job[1] & InvertedIndex.load(job[0]).place.keys()
+
+
+def count_part(job: CountJob) -> Counted:
+    """Counts of one part: a concept's documents hold all of its known terms."""
+    index, k = InvertedIndex.load(job.index), len(job.queries)
+    hits = [index.search(terms, unknown="zero") for terms in job.queries]
+    text = np.stack([np.concatenate(hits), np.repeat(np.arange(k), [len(rows) for rows in hits])], axis=1)
+    rows = [read_tags(path, job.threshold) + (base - job.base, 0) for path, base in job.tags]
+    image = np.concatenate([np.zeros((0, 2), dtype=np.int64), *rows])
+    image = image[(image[:, 0] >= 0) & (image[:, 0] < job.documents)]
+    number, _, _ = misalignment(text, image, 1)
+    nothing = np.zeros(k, dtype=np.int64)
+    return Counted(
+        np.bincount(text[:, 1], minlength=k), matched_counts(text, image, k), job.documents,
+        len(np.unique(text[:, 0])), number, nothing, nothing, 0,
+    )  # fmt: skip
+
+
+class TagJob(NamedTuple):
+    tags: str
+    base: int
+    num_concepts: int
+    threshold: float
+    keep: str
+
+
+def count_tags(job: TagJob) -> Counted:
+    """The image side of one file of tags, and of those that the similarity control keeps."""
+    pairs = read_tags(job.tags, job.threshold) + (job.base, 0)
+    nothing = np.zeros(job.num_concepts, dtype=np.int64)
+    kept = controlled_counts(pairs, np.load(job.keep, allow_pickle=False), job.num_concepts) if job.keep else nothing
+    image = np.bincount(pairs[:, 1], minlength=job.num_concepts)
+    return Counted(nothing, nothing, 0, 0, 0, image, kept, len(np.unique(pairs[:, 0])))

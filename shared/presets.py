@@ -1,0 +1,75 @@
+"""All presets of all papers in one table: `python -m shared.presets [FOLDER] [--json]` (`make presets`).
+
+PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, says which row of the paper a preset stands for, which
+`python -m FOLDER.SCRIPT PRESET` starts. The numbers are the authors'; what was measured here is in RESULTS.md.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from shared import report, run
+
+NOT_STATED = "not stated"
+NOTE = f"""
+
+{{}} presets, each run by `python -m FOLDER.PRESET`, words as in the table; `--dry-run` shows sizes and schedule.
+"{NOT_STATED}": neither the authors' pages nor what could be read of the paper says it."""
+
+
+class Row(NamedTuple):
+    """What a preset stands for, in the paper's terms."""
+
+    source: str  # table or figure of the paper or of the authors' page, and the row in it
+    data: str = NOT_STATED
+    gpus: str = NOT_STATED
+    number: str = NOT_STATED  # what the authors report for this setting, metric first
+
+
+EMBEDDED = Row("ours", "embedded corpus", "none: CPU", "none: other data")
+
+
+def folders() -> list[str]:
+    """The papers: folders with a reproduce.mk, by name."""
+    return sorted(path.parent.name for path in Path(__file__).parent.parent.glob("*/reproduce.mk"))
+
+
+def rows(folder: str) -> list[dict[str, str]]:
+    """A folder's presets as rows of the table."""
+    scripts: dict[str, dict[str, Row]] = importlib.import_module(f"{folder}.config").PAPER_ROWS
+    return [
+        {
+            "folder": folder,
+            "paper's table and row": row.source,
+            "preset": f"{script} {preset}",
+            "data": row.data,
+            "GPUs": row.gpus,
+            "the authors' number": row.number,
+        }
+        for script, presets in scripts.items()
+        for preset, row in presets.items()
+    ]
+
+
+def main(
+    folder: Annotated[str | None, tyro.conf.Positional] = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Every preset, and the row of the paper's tables that it stands for.
+
+    Args:
+        folder: One paper's only.
+        as_json: Print a JSON list of rows.
+    """
+    name = folder and folder.replace("-", "_")
+    if name not in (None, *folders()):
+        raise ValueError(f"{folder} is no paper's folder; those are {', '.join(folders())}")
+    found = [row for each in folders() if name in (None, each) for row in rows(each)]
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else report.table(found) + NOTE.format(len(found)))
+
+
+if __name__ == "__main__":
+    run.command_line(lambda: tyro.cli(main, prog="python -m shared.presets"))

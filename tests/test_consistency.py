@@ -1,0 +1,216 @@
+"""What is the same in all folders has the same name: modules, flags, their help, log keys, run files."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+import typing
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import tyro
+
+from shared.presets import folders
+
+ROOT = Path(__file__).parent.parent
+TOOLS = {  # of shared/: run by the Makefile or by pytest, not imported by the papers
+    "emoji", "overview", "presets", "pytest_options", "remaining", "smollm2",
+}  # fmt: skip
+TRAINING = [(folder, "train") for folder in folders()] + [("nmtune", "pretrain"), ("nmtune", "finetune")]
+FREE = {"out", "device", "save_every", "log_every", "dry_run", "strict"}  # every training script has these
+HELP = {  # field: (type, start of its help)
+    "out": (str, "Run folder: config.json,"),
+    "data": (str, ""),
+    "dataset_size": (int | None, "Keep the first so many rows of the data; None keeps all."),
+    "cache": (str, "Folder for copies of remote shards"),
+    "epochs": (int, "Passes over the "),
+    "batch_size": (int, "(Pairs|Images) per step"),
+    "lr": (float, "(Peak|AdamW's) learning rate"),
+    "warmup": (int, "Steps of linear warm-up"),
+    "weight_decay": (float, "(AdamW's|Decay)"),
+    "crop_scale": (float, "Smallest share of "),
+    "grad_checkpointing": (bool, ""),
+    "seed": (int, "Seed of "),
+    "device": (str, "auto, cpu, cuda or cuda:N."),
+    "workers": (int, "Loader processes"),
+    "strict": (bool, "Stop at the first broken (sample|image) instead of counting"),
+    "save_every": (int, "Steps between checkpoints; there is one at the end, too."),
+    "log_every": (int, "Steps between lines of metrics.jsonl."),
+    "eval_every": (int, "(Steps|Epochs|Episodes) between .*; 0: never during training."),
+    "eval_set": (str, "(Classification|Retrieval) set "),
+    "dry_run": (bool, "Print sizes"),
+}
+OTHER_NAMES = {  # what these fields are called elsewhere, and must not be called here
+    "output", "output_dir", "save_dir", "train_data", "num_epochs", "bs", "learning_rate", "wd", "warmup_steps",
+    "min_scale", "checkpointing", "gradient_checkpointing", "num_workers", "save_interval", "log_interval",
+}  # fmt: skip
+EVALUATION = {
+    "runs": "Run folders",
+    "report": "(Also compare|Compare) all .* and write this file with claims and verdicts.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "batch_size": "Images or .* per forward pass.",
+    "workers": "Loader processes.",
+    "precision": "Autocast of the .*, as in training.",
+}
+LOG_NAMES = {"epoch", "episode", "seconds", "lr", "lr_visual", "lr_rest", "loss", "logit_scale", "gradient_norm"} | {
+    "zero_shot_top1", "codes_restarted", "sparsity_reached",
+}  # fmt: skip
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, as `package.module` where it says so."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def documented(path: Path, name: str) -> dict[str, str]:
+    """{field: help} of a dataclass and of those it is derived from in the same file."""
+    classes = {node.name: node for node in tree(path).body if isinstance(node, ast.ClassDef)}
+    found: dict[str, str] = {}
+    for base in classes[name].bases:
+        found |= documented(path, base.id)
+    for field, text in zip(classes[name].body, classes[name].body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def presets(folder: str, script: str) -> dict[str, tuple[str, object]]:
+    """A script's presets, all of one dataclass."""
+    table = re.search(r"overridable_config_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
+    found = getattr(importlib.import_module(f"{folder}.{script}"), table)
+    assert len({type(cfg) for _, cfg in found.values()}) == 1
+    return found
+
+
+def config(folder: str, script: str) -> type:
+    return type(next(iter(presets(folder, script).values()))[1])
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_no_paper_imports_another(folder: str):
+    for file in (ROOT / folder).glob("*.py"):
+        roots = {name.split(".")[0] for name in imports(file)}
+        assert not roots & (set(folders()) - {folder}), f"{file} imports another paper"
+        assert "tests" not in roots, f"{file} imports tests"
+
+
+def test_shared_imports_no_paper():
+    for file in (ROOT / "shared").glob("*.py"):
+        assert not {name.split(".")[0] for name in imports(file)} & set(folders()), file
+
+
+def test_shared_holds_what_three_papers_use():
+    users = defaultdict(set)
+    for folder in folders():
+        for name in set().union(*(imports(file) for file in (ROOT / folder).glob("*.py"))):
+            if name.startswith("shared."):
+                users[name.split(".")[1]].add(folder)
+    for module in {file.stem for file in (ROOT / "shared").glob("*.py")} - TOOLS - {"__init__"}:
+        assert len(users[module]) >= 3, f"shared/{module}.py is used by {sorted(users[module])} alone"
+
+
+def test_tools_of_shared_are_run():
+    said = (ROOT / "Makefile").read_text() + (ROOT / "pyproject.toml").read_text()
+    said += "".join(file.read_text() for file in ROOT.glob("*/reproduce.mk"))
+    for tool in TOOLS:
+        assert f"shared.{tool}" in said, tool
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_files_of_a_folder(folder: str):
+    for name in ("README.md", "config.py", "model.py", "train.py", "eval.py", "claims.py", "reproduce.mk"):
+        assert (ROOT / folder / name).is_file(), name
+    makefile = (ROOT / folder / "reproduce.mk").read_text()
+    for name in ("ARMS_core", "ARMS_all"):
+        assert re.search(rf"^{folder.upper()}_{name}\b", makefile, re.M), name
+    assert "--report $(or $(" in makefile and "--seed " in makefile and "--out " in makefile
+
+
+@pytest.mark.parametrize(("folder", "script"), TRAINING)
+def test_training_flags(folder: str, script: str):
+    cls = config(folder, script)
+    hints = typing.get_type_hints(cls)
+    helps = documented(ROOT / folder / "config.py", cls.__name__)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    assert fields == set(helps), "each field has its docstring"
+    assert fields >= FREE | {"data", "seed", "precision", "batch_size", "lr", "weight_decay"}
+    assert not fields & OTHER_NAMES
+    for name in fields & set(HELP):
+        kind, start = HELP[name]
+        assert hints[name] == kind, (name, hints[name])
+        assert re.match(start, helps[name]), (name, helps[name])
+    assert set(hints["precision"].__args__) == {"auto", "bf16", "fp16", "fp32"}
+    assert cls().out.startswith(f"runs/{folder}/") and cls().data == ""
+
+
+@pytest.mark.parametrize(("folder", "script"), TRAINING)
+def test_help_says_what_each_field_is(folder: str, script: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    offered = presets(folder, script)
+    with pytest.raises(SystemExit) as stop:
+        tyro.extras.overridable_config_cli(offered, args=[next(iter(offered)), "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(re.sub(r"[^\x21-\x7e]+", " ", capsys.readouterr().out).split())
+    for name, text in documented(ROOT / folder / "config.py", config(folder, script).__name__).items():
+        assert f"--{name.replace('_', '-')}" in shown and text in shown, name
+
+
+def test_help_of_a_real_process():
+    command = [sys.executable, "-m", "protoclip.train", "emoji", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == "" and "--external-teacher" in result.stdout
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_evaluation_flags(folder: str):
+    cls = importlib.import_module(f"{folder}.eval").Config
+    helps = documented(ROOT / folder / "eval.py", "Config")
+    assert {"runs", "report", "device"} <= set(helps) == {field.name for field in dataclasses.fields(cls)}
+    for name in set(helps) & set(EVALUATION):
+        assert re.match(EVALUATION[name], helps[name]), (name, helps[name])
+
+
+@pytest.mark.parametrize(("folder", "script"), TRAINING)
+def test_log_and_run_files(folder: str, script: str):
+    """Lines of metrics.jsonl name what they all have alike; the run folder's files have the same names everywhere."""
+    path = ROOT / folder / f"{script}.py"
+    names = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "write":
+            names |= {keyword.arg for keyword in node.keywords} - {None}
+    assert "seconds" in names and names <= LOG_NAMES, names - LOG_NAMES
+    source = path.read_text()
+    assert '"checkpoint.pt"' in source and "RunLog(" in source and "command_line(" in source
+    assert '"loss"' in source or "loss=" in source
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "RESULTS.md", *(f"{f}/README.md" for f in folders())])
+def test_links_of_a_page_lead_somewhere(page: str):
+    """Other than to the plots of a folder that `results/` holds nothing of yet."""
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), Path(page).parent.name
+    measured = not folder or (ROOT / f"results/{folder}.json").exists()
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not target.startswith(("http:", "https:")) and (measured or f"results/{folder}_" not in target):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_root_readme_and_packaging_know_all_papers():
+    readme, project = (ROOT / "README.md").read_text(), (ROOT / "pyproject.toml").read_text()
+    for folder in folders():
+        assert f"[`{folder}/`]({folder}/README.md)" in readme
+        assert f'"{folder}"' in project and re.search(rf"^{folder.replace('_', '-')} = \[", project, re.M)
+    first_screen = readme.split("| folder |")[0]
+    assert re.search(r"!\[.+\]\(results/\w+\.png\)", first_screen) and "make test" in first_screen

@@ -1,0 +1,71 @@
+"""`make presets`: one row for each preset, in the words of the paper."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared import presets
+
+ROOT = Path(__file__).parent.parent
+
+
+def offered(folder: str) -> set[str]:
+    """Presets as the folder's scripts offer them: `SCRIPT PRESET`."""
+    found = set()
+    for file in (ROOT / folder).glob("*.py"):
+        for table in re.findall(r"overridable_config_cli\((\w+)\)", file.read_text()):
+            names = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
+            found |= {f"{file.stem} {name}" for name in names}
+    if folder == "tldr_reduction":
+        found |= {f"reduce --recipe {name}" for name in importlib.import_module("tldr_reduction.recipes").RECIPES}
+    return found
+
+
+@pytest.mark.parametrize("folder", presets.folders())
+def test_each_preset_has_a_row_and_each_row_a_preset(folder: str):
+    listed = [row["preset"] for row in presets.rows(folder)]
+    models = [name for name in listed if name.startswith("measure ")]  # of a table of models, not of presets
+    assert len(listed) == len(set(listed)) and set(listed) - set(models) == offered(folder)
+    known = importlib.import_module(f"{folder}.config").MODELS if models else {}
+    assert {name.removeprefix("measure ").strip("'") for name in models} <= set(known)
+
+
+@pytest.mark.parametrize("folder", presets.folders())
+def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
+    for row in presets.rows(folder):
+        name = row["preset"].split()[-1]
+        assert (row["data"] == "embedded corpus") == (name.split("-")[0] in ("emoji", "minilm")), row
+        assert all(row.values()), row
+
+
+def test_numbers_of_claims_are_the_papers():
+    """The differences that claims.py says the papers report follow from this table's numbers."""
+    number = {
+        row["preset"]: row["the authors' number"]
+        for f in ("protoclip", "attentive_mask_clip")
+        for row in presets.rows(f)
+    }
+
+    def imagenet(name: str) -> float:
+        return float(re.search(r"ImageNet zero-shot ([\d.]+)", number["train " + name])[1])
+
+    assert imagenet("cc3m-rn50") - imagenet("cc3m-rn50-clip") == pytest.approx(2.01)
+    one, none = imagenet("yfcc15m-vitb16-attentive-1x50"), imagenet("yfcc15m-vitb16-random-1x50")
+    assert one - none == pytest.approx(4.5)
+
+
+def test_command_line():
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "shared.presets", *words], cwd=ROOT, capture_output=True, text=True
+        )
+
+    found = run("flame", "--json")
+    assert json.loads(found.stdout) == presets.rows("flame")
+    wrong = run("blip")
+    assert wrong.returncode == 2 and "blip is no paper's folder" in wrong.stderr and "Traceback" not in wrong.stderr
