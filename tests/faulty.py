@@ -27,12 +27,14 @@ def full_disk(room: str = "300000") -> None:
 
 
 def at_step(step: int, action) -> None:
-    """Run `action(image tower, its input)` at the step-th training batch of images."""
+    """Run `action(images)` before the step-th time that an image tower reads a training batch."""
     seen = 0
 
     def hook(module: nn.Module, inputs: tuple):
         nonlocal seen
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and torch.is_grad_enabled():
+        if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+            return None
+        if torch.is_grad_enabled() or not module.weight.requires_grad:  # trained, or a frozen tower's
             seen += 1
             if seen == step:
                 return action(*inputs)

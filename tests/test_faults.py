@@ -95,10 +95,13 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
 def test_a_nan_never_gets_into_a_checkpoint(name: str, given, cli, folder: Path):
     """Though nobody looks at the losses. TinyCLIP leaves such a step out, as its authors do, and goes on."""
     out = folder / name / "nan"
-    result = cli("nan,4", SCRIPTS[name], *given[name], "--log-every", "1000", "--out", out)
-    assert result.code == 0 or refused(result, "no longer finite", "the loss is nan") is None
-    assert all(tensor.isfinite().all() for _, tensor in run.tensors(trained(out)))
-    assert (result.code == 0) == (name == "tinyclip")
+    batch = 1 if name == "lexvla" else 7  # LexVLA encodes images but once, before training
+    result = cli(f"nan,{batch}", SCRIPTS[name], *given[name], "--log-every", "1000", "--out", out)
+    if name == "tinyclip":
+        finished(result)
+    else:
+        refused(result, "no longer finite", "the loss is nan")
+    assert name == "lexvla" or all(tensor.isfinite().all() for _, tensor in run.tensors(trained(out)))
 
 
 # ------------------------------------------------------------------------------------------------------- hostile data
