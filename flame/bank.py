@@ -2,8 +2,8 @@
 
 Authors' code: MIV-XJTU/FLAME@4d2b9a9:src/training/data.py:393-435 (`U:`). They have one .pth file per image; here a
 folder holds `index.json` (how it was made), `keys.npy` (sample keys, sorted), `rows.npy` (the row of each key; samples
-with the same captions share one), `mean.npy`, and shards `00000.npy`, ... of (n, T, D) float16, which are mapped into
-memory. T = 11 rows of an image: 1 of the raw caption, 3 of the short, 7 of the long one; unit length.
+with the same captions share one), `centres.npy`, and shards `00000.npy`, ... of (n, T, D) float16, which are mapped
+into memory. T = 11 rows of an image: 1 of the raw caption, 3 of the short, 7 of the long one; unit length.
 """
 
 import functools
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared import run
@@ -35,7 +36,7 @@ class Bank:
         for shard in range(self.index["shards"]):
             if not self.shard_path(self.root, shard).is_file():
                 raise ValueError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
-        if not (self.root / "mean.npy").is_file():
+        if not (self.root / "centres.npy").is_file():
             raise ValueError(f"{root} is not finished; run 'python -m flame.embed' again")
         self.keys, self.rows = (np.load(self.root / name, mmap_mode="r") for name in ("keys.npy", "rows.npy"))
         self.dim, self.count = self.index["dim"], self.index["rows"]
@@ -61,10 +62,23 @@ class Bank:
         shard, row = divmod(int(self.rows[place]), self.index["shard_size"])
         return torch.from_numpy(self._shard(shard)[row].astype(np.float32))
 
-    @property
-    def mean(self) -> Tensor:
-        """(D,) mean of all rows."""
-        return torch.from_numpy(np.load(self.root / "mean.npy"))
+    @functools.cached_property
+    def centres(self) -> Tensor:
+        """(T + 1, D) float32: the mean of each row over images, and of what stands for a caption in evaluation with the
+        long prompt, the unit mean of its facets."""
+        return torch.from_numpy(np.load(self.root / "centres.npy"))
+
+
+def sums(rows: np.ndarray, multi: slice) -> np.ndarray:
+    """(n, T, D) rows of images -> (T + 1, D) float64: a share of `centres`; `multi`: rows of the long caption."""
+    mean = rows[:, multi].astype(np.float32).mean(1)
+    mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
+    return np.concatenate([rows.sum(0, dtype=np.float64), mean.sum(0, dtype=np.float64)[None]])
+
+
+def centred(rows: Tensor, centre: Tensor) -> Tensor:
+    """Unit rows (..., D) less their centre (..., D), unit again."""
+    return F.normalize(rows - centre.to(rows.device), dim=-1)
 
 
 class AuthorsBank:

@@ -80,6 +80,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     summary = report.results("FLAME (arXiv 2411.11927)", seeds, arms, rows, commits)
     report.save(path, summary)
     plot_curves(folders, path.parent)
+    plot_arms(arms, path.parent)
     plot_languages(arms, path.parent)
     print(f"\nEmbedded emoji corpus, a stand-in for CC3M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
     print(report.arms_table(summary["arms"], METRICS))
@@ -103,6 +104,23 @@ def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "flame_curves.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
+    """flame_arms.png: each arm's accuracy and recall; mean of seeds, bars of one standard deviation."""
+    shown = [key for key in METRICS if key != "seconds" and key in next(iter(arms.values()))[0]]
+    figure, axis = plt.subplots(figsize=(11, 3.8))
+    width = 0.8 / len(arms)
+    for i, (arm, seeds) in enumerate(arms.items()):
+        values = np.array([[seed[key] for key in shown] for seed in seeds])
+        places = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * width
+        axis.bar(places, values.mean(0), width, yerr=values.std(0), label=ARMS.get(arm, arm))
+    axis.set_xticks(range(len(shown)), [METRICS[key] for key in shown], fontsize=8)
+    axis.set(ylabel="top-1 and R@1 (%)")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "flame_arms.png", dpi=110)
     plt.close(figure)
 
 

@@ -43,9 +43,13 @@ class Config:
     """Rows drawn per image and visit, without replacement: K."""
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
     """Sigmoid of every pair, or softmax over the batch; both with K texts an image."""
+    logit_scale: float = 10.0
+    """t at the start (of the flame method; CLIP's is 1 / 0.07)."""
+    logit_bias: float = -10.0
+    """b at the start: about minus the log of the batch size, so that positives and negatives weigh alike."""
     centre: bool = False
-    """Subtract the bank's mean from all texts, in training and evaluation (not in the paper: for small LLMs, whose
-    states share one large direction)."""
+    """Subtract from each facet its mean over the bank, in training and evaluation (not in the paper: for small LLMs,
+    whose states share one large direction)."""
     captions: tuple[str, ...] = ()
     """Caption files of the clip method, of which each visit draws one; none given: the shards' own captions."""
 
@@ -117,20 +121,22 @@ EMOJI = Config(
     data="data/emoji/train",
     bank="data/flame/bank",
     captions=tuple(f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")),
+    logit_scale=20.0,
+    logit_bias=-5.0,
     centre=True,
     model="emoji",
-    hidden_dim=512,
+    hidden_dim=256,
     text_width=128,
-    text_layers=2,
+    text_layers=1,
     embed_dim=128,
-    epochs=20,
+    epochs=12,
     batch_size=128,
-    lr=1e-3,
+    lr=3e-3,
     warmup=100,
     weight_decay=0.2,
     workers=0,
     save_every=200,
-    eval_every=2,
+    eval_every=3,
 )
 
 
@@ -140,7 +146,9 @@ def _row(about: str, base: Config, **settings) -> tuple[str, Config]:
 
 PRESETS = {
     "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
-    "emoji-clip": _row("a text encoder trained on the same captions, same images and steps", EMOJI, method="clip"),
+    "emoji-clip": _row(
+        "a text encoder trained on the same captions, same images and steps", EMOJI, method="clip", lr=1e-3
+    ),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
     "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce"),
     "cc3m-vitb16-raw": _row("raw captions, one facet", CC3M, rows=(0,), facets=1),
@@ -173,6 +181,8 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
     if cfg.model not in TOWERS:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
+    if cfg.logit_scale < 1:
+        raise ValueError(f"--logit-scale must be at least 1, not {cfg.logit_scale}: it is kept in 1..100")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if len(set(cfg.rows)) < len(cfg.rows) or min(cfg.rows, default=0) < 0:

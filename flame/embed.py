@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from flame.bank import Bank
+from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
@@ -148,8 +149,8 @@ def read_prompts(clone: str | Path) -> Prompts:
 # --------------------------------------------------------------------------------------------------------------- LLM
 
 
-def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
-    """The LLM and tokenizer of `cfg.llm`, in the number type of `cfg.precision`."""
+def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Any]:
+    """The causal LM and tokenizer of `cfg.llm`, in the number type of `cfg.precision`."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -165,14 +166,17 @@ def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
         source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=run.DTYPES[precision], attn_implementation="sdpa", **options
-        )
+        lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=run.DTYPES[precision], **options)
     except OSError as error:
         raise ValueError(
             f"language model {cfg.llm!r} could not be loaded from disk or the Hugging Face hub; offline, pass a folder"
         ) from error
-    return FrozenLLM(lm, tokenizer, cfg.layers or None, decoupled=cfg.mask == "decoupled").to(device)
+    return lm.to(device), tokenizer
+
+
+def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
+    """The text encoder that `cfg` says."""
+    return FrozenLLM(*load_causal_lm(cfg, device), cfg.layers or None, decoupled=cfg.mask == "decoupled")
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -256,17 +260,16 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
                 f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
             )
     missing = [shard for shard in range(shards) if not Bank.shard_path(out, shard).exists()]
-    if not missing and (out / "mean.npy").exists():
+    if not missing and (out / "centres.npy").exists():
         if process.main:
             print(f"{out} holds {len(keys):,} samples already; nothing to do")
         return
-    dim = llm().dim
-    if process.main:
+    if process.main and missing:
         out.mkdir(parents=True, exist_ok=True)
         order = np.argsort(keys)
         np.save(out / "keys.npy", keys[order])
         np.save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
-        index = made | {"dim": dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
+        index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
         index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
         run.write_json(out / "index.json", index)
     run.gather_lists([], process)  # waits
@@ -283,11 +286,13 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
             np.save(temporary, bank.half().numpy())
             os.replace(temporary, Bank.shard_path(out, shard))
     seconds = time.perf_counter() - start
-    run.gather_lists([], process)
+    total = sum(run.gather_lists([total], process))  # waits
     if process.main:
-        sums = [np.load(Bank.shard_path(out, s), mmap_mode="r").sum((0, 1), dtype=np.float64) for s in range(shards)]
-        np.save(out / "mean.npy", (sum(sums) / (len(distinct) * index["rows"])).astype(np.float32))
-        print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
+        multi = slice(-len(prompts[2].facets), None)
+        total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
+        np.save(out / "centres.npy", (total_sums / len(distinct)).astype(np.float32))
+        if missing:
+            print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
 
 
 # -------------------------------------------------------------------------------------------------- evaluation texts
@@ -323,16 +328,22 @@ class Texts:
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 
+def made_with(bank: str | Path) -> Config:
+    """LLM, layers and mask of a bank."""
+    if not (Path(bank) / "index.json").is_file():
+        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
+    index = json.loads((Path(bank) / "index.json").read_text())
+    return Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
+
+
 def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bool = True) -> Texts:
     """Texts of the LLM, layers, mask and prompts with which a bank was made.
 
     Without `load`, a text that is not embedded yet is a ValueError.
     """
-    if not (Path(bank) / "index.json").is_file():
-        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
+    cfg = made_with(bank)
     index = json.loads((Path(bank) / "index.json").read_text())
     prompts: Prompts = tuple(Prompt(head, tuple(facets), bos) for head, facets, bos in index["prompts"])
-    cfg = Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
 
     @functools.cache
     def llm() -> FrozenLLM:

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from flame.bank import Bank, open_bank
+from flame.bank import Bank, centred, open_bank
 from flame.claims import ARMS, METRICS, compare  # noqa: F401
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
-from flame.embed import prompts_of, read_pairs, texts_of_bank
+from flame.embed import load_causal_lm, made_with, prompts_of, read_pairs, texts_of_bank
+from flame.incontext import few_shot, few_shot_accuracy, nearest_tokens, pool_patches  # noqa: F401
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from shared import report, run
@@ -52,14 +53,18 @@ class Config:
     """Long-context sets as their authors ship them: urban1k:FOLDER, sharegpt4v:FOLDER, docci:FOLDER, dci:FOLDER."""
     crossmodal: str | None = None
     """Folder of Crossmodal-3600 (captions.jsonl, images/): its 36 languages in the place of `language_sets`."""
-    gallery: int | None = 500
+    gallery: int | None = None
     """Images kept of each retrieval set, evenly spaced; None keeps all."""
-    language_gallery: int | None = 125
-    """Images kept of each language."""
+    language_gallery: int | None = None
+    """Images kept of each language; None keeps all."""
     probe: str | None = EVAL + "subgroups_ood"
     """Set with a train/ split for the linear probe; None leaves it out."""
     export: str | None = None
     """Refused: open_clip has no tower like FLAME's."""
+    few_shot: str | None = None
+    """Classification set for episodes of two classes with an example each, in the context of the bank's LLM."""
+    episodes: int = 100
+    """How many of them."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -117,65 +122,6 @@ def linear_probe(
     )  # fmt: skip
 
 
-def pool_patches(tokens: Tensor, kernel: int, padding: int = 0) -> Tensor:
-    """(B, N, D) patches of a square grid -> (B, M, D): means of kernel x kernel patches, zeros of the padding counted.
-
-    U:training/eval_semantic_interpretation.py:55 (kernel 2: 196 -> 49), eval_fs_classification.py:133 (4, 1: -> 16).
-    """
-    grid = math.isqrt(tokens.shape[1])
-    maps = tokens.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(maps, kernel, kernel, padding).flatten(2).transpose(1, 2)
-
-
-@torch.no_grad()
-def nearest_tokens(
-    model: FLAME, lm_head: torch.nn.Module, image: Tensor, kernel: int = 2, padding: int = 0, rank: int = 0
-) -> Tensor:
-    """Token ids (B, M) that the LLM's head gives to pooled patches of images (B, 3, H, H); rank 0 is the best one.
-
-    Upstream's script prints rank 49, U:training/eval_semantic_interpretation.py:65. The head gets the features as they
-    are, without the final norm it was trained behind, as upstream.
-    """
-    logits = lm_head(
-        pool_patches(model.mm(model.patch_tokens(image)), kernel, padding).to(lm_head.weight.dtype)
-    ).float()
-    return logits.topk(rank + 1, dim=-1).indices[..., rank]
-
-
-@torch.no_grad()
-def few_shot(
-    lm: torch.nn.Module,
-    tokenizer,
-    words: Sequence[str],
-    classes: Sequence[str],
-    names: Sequence[str] | None = None,
-    repeat: int = 3,
-) -> str:
-    """The class that a causal LM names for the last image, after examples of (words of an image, its class).
-
-    words: for each image, the words of its patches (`nearest_tokens`), the query last; classes: of the examples.
-    names: the classes to choose from (default: those of the examples). Each token is the likeliest of those that
-    continue a name, where upstream takes the likeliest of those that any name has at that place. The examples are shown
-    1 + repeat times. U:training/eval_fs_classification.py:84-165, 263-290.
-    """
-    names = sorted(set(classes)) if names is None else list(names)
-    options = " or ".join(f"'{name}'" for name in names)
-    text = f"Every input below has an output, which is {options}.\n"
-    shots = "".join(
-        f"###\nInput: < {shown} >\nOutput: {name}\n" for shown, name in zip(words[:-1], classes, strict=True)
-    )
-    text += shots * (1 + repeat) + f"###\nInput: < {words[-1]} >\nOutput: "
-    ids = tokenizer(text)["input_ids"]
-    left = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in names}
-    place = 0
-    while len(left) > 1 and all(len(tokens) > place for tokens in left.values()):
-        logits = lm(input_ids=torch.tensor([ids], device=next(lm.parameters()).device), use_cache=False).logits[0, -1]
-        best = max({tokens[place] for tokens in left.values()}, key=lambda token: logits[token].item())
-        left = {name: tokens for name, tokens in left.items() if tokens[place] == best}
-        ids, place = [*ids, best], place + 1
-    return min(left, key=lambda name: len(left[name]))
-
-
 # ------------------------------------------------------------------------------------------------------------- texts
 
 
@@ -201,12 +147,13 @@ def text_features(
         return trained
     bank = bank or cfg.bank
     frozen = texts_of_bank(bank, device, load)
-    mean = open_bank(bank).mean if cfg.centre else None
+    centres = open_bank(bank).centres if cfg.centre else None
     single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
 
     def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
-        features = frozen(texts, multi and not single_only)
-        return features if mean is None else F.normalize(features - mean, dim=-1)
+        multi = multi and not single_only
+        features = frozen(texts, multi)
+        return features if centres is None else centred(features, centres[-1 if multi else 0])
 
     return embedded
 
@@ -290,7 +237,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "languages/text_to_image_R@1": ..., ...}."""
     model, train_cfg = load_model(path, cfg)
     model = model.to(process.device)
-    if isinstance(model, TrainedText) is False and not (cfg.bank or train_cfg.bank):
+    if not isinstance(model, TrainedText) and not (cfg.bank or train_cfg.bank):
         raise ValueError(f"{path} says no bank: name one with --bank, for its LLM and prompts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
@@ -316,6 +263,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat |= languages(model, texts, cfg, device, dtype)
     if cfg.probe:
         flat |= probe_metrics(model, cfg, device, dtype)
+    if cfg.few_shot and not isinstance(model, TrainedText):
+        eval_set = EvalSet(cfg.few_shot, view_of(model))
+        images, labels = zip(*((image, label) for _, image, label in eval_set), strict=True)
+        lm, tokenizer = load_causal_lm(made_with(cfg.bank or train_cfg.bank), device)
+        flat[f"{Path(cfg.few_shot).name}/few_shot"] = few_shot_accuracy(
+            model, lm, tokenizer, images, torch.tensor(labels), eval_set.classnames, count=cfg.episodes
+        )
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
@@ -362,12 +316,12 @@ def facet_similarity(bank: Bank, images: int = 500) -> Tensor:
 
 
 def plot_similarity(bank: Bank, path: Path) -> None:
-    """Left: facets as they are; right: less the bank's mean."""
+    """Left: facets as they are; right: each less its mean over images."""
     shard = torch.from_numpy(bank._shard(0)[:500].astype("float32"))
-    less = F.normalize(shard - bank.mean, dim=-1)
+    less = centred(shard, bank.centres[: bank.count])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
-    for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "less the bank's mean"), strict=True):
+    for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "each less its mean"), strict=True):
         cosines = (rows @ rows.transpose(1, 2)).mean(0)
         shown = axis.imshow(cosines, vmin=float(cosines.min()), vmax=1.0)
         axis.set_xticks(range(len(cosines)), names[: len(cosines)], rotation=90, fontsize=7)
@@ -381,7 +335,7 @@ def plot_similarity(bank: Bank, path: Path) -> None:
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    sets = (*cfg.zero_shot_sets, *cfg.retrieval_sets, *cfg.language_sets, cfg.probe)
+    sets = (*cfg.zero_shot_sets, *cfg.retrieval_sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
     return report.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 

@@ -207,7 +207,7 @@ TOWERS = {  # of the released configs, and a small one
     "ViT-B-16": dict(width=768, layers=12, heads=12, patch_size=16, image_size=224, output_dim=512),
     "ViT-L-14": dict(width=1024, layers=24, heads=16, patch_size=14, image_size=224, output_dim=768),
     "ViT-L-16": dict(width=1024, layers=24, heads=16, patch_size=16, image_size=224, output_dim=768),
-    "emoji": dict(width=128, layers=4, heads=4, patch_size=8, image_size=40, output_dim=128),
+    "emoji": dict(width=128, layers=3, heads=4, patch_size=8, image_size=32, output_dim=128),
 }
 
 
@@ -268,12 +268,15 @@ class TrainedText(FLAME):
         del self.logit_bias
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """CLIP tokens (B, T) -> (B, E); padding after the longest text of the batch is left out."""
-        longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the highest id
-        embedded, _ = self.text._embeds(tokens[:, :longest])
-        hidden = self.text.transformer(embedded, attn_mask=self.text.attn_mask[:longest, :longest])
-        hidden = self.text.ln_final(hidden)
-        return hidden[torch.arange(len(tokens)), tokens.argmax(dim=1)] @ self.text.text_projection
+        """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each without padding after its longest."""
+        ends = tokens.argmax(dim=1)  # the end token has the highest id
+        embedded, _ = self.text._embeds(tokens[:, : int(ends.max()) + 1])
+        order, groups = ends.argsort(), []
+        for rows in order.chunk(4):
+            length = int(ends[rows].max()) + 1
+            hidden = self.text.transformer(embedded[rows, :length], attn_mask=self.text.attn_mask[:length, :length])
+            groups.append(hidden[torch.arange(len(rows)), ends[rows]])
+        return self.text.ln_final(torch.cat(groups)[order.argsort()]) @ self.text.text_projection
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features (B, E) float32 of images and texts, t."""
@@ -286,7 +289,10 @@ def create_model(cfg, text_dim: int) -> FLAME:
     width = TOWERS.get(cfg.model, {}).get("width", 0)
     visual = vit(cfg.model, cfg.image_size)
     if cfg.method == "flame":
-        return FLAME(visual, width, text_dim, cfg.hidden_dim)
+        model = FLAME(visual, width, text_dim, cfg.hidden_dim)
+        model.logit_scale.data.fill_(math.log(cfg.logit_scale))
+        model.logit_bias.data.fill_(cfg.logit_bias)
+        return model
     text = {"context_length": cfg.context_length, "vocab_size": 49408, "width": cfg.text_width}
     text |= {"heads": max(cfg.text_width // 64, 1), "layers": cfg.text_layers}
     return TrainedText(visual, width, cfg.embed_dim, cfg.hidden_dim or max(cfg.embed_dim, 4096), text)

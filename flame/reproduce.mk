@@ -17,7 +17,7 @@ reproduce-flame: $(VENV)/.installed-flame $(VENV)/.installed-smollm2 data
 	$(PY) -m flame.embed emoji
 	$(if $(filter causal,$(FLAME_ARMS)),$(PY) -m flame.embed emoji --mask causal --out data/flame/bank-causal)
 	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(FLAME_RUNS)
-	$(PY) -m flame.eval $(FLAME_RUNS) --report $(or $(RESULTS),runs/flame/results.json)
+	$(PY) -m flame.eval $(FLAME_RUNS) --gallery 500 --language-gallery 125 --report $(or $(RESULTS),runs/flame/results.json)
 
 runs/flame/%: FORCE
 	$(PY) -m flame.train $(flame/$(firstword $(subst -seed, ,$*))) --seed $(lastword $(subst -seed, ,$*)) --out $@

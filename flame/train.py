@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from flame.bank import AuthorsBank, Bank, open_bank, sample_facets
+from flame.bank import AuthorsBank, Bank, centred, open_bank, sample_facets
 from flame.config import PRESETS, Config, check
 from flame.embed import embed_captions  # noqa: F401
 from flame.eval import classifier_of, text_features, zero_shot_top1
@@ -91,15 +91,14 @@ class FacetDataset(Dataset):
         self.pairs, self.cfg, self.seed, self.bank = pairs, cfg, seed, bank
         self.captions, self.tokenizer = captions, tokenizer
         self.view = view(size, True, cfg.crop_scale)
-        self.mean = bank.mean if cfg.centre and bank is not None else None
+        self.centres = bank.centres[: bank.count] if cfg.centre and bank is not None else None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def facets(self, key: str) -> Tensor:
-        rows = self.bank[key]
-        rows = sample_facets(rows[list(self.cfg.rows)] if self.cfg.rows else rows, self.cfg.facets)
-        return rows if self.mean is None else centred(rows, self.mean)
+        rows = self.bank[key] if self.centres is None else centred(self.bank[key], self.centres)
+        return sample_facets(rows[list(self.cfg.rows)] if self.cfg.rows else rows, self.cfg.facets)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
@@ -112,11 +111,6 @@ class FacetDataset(Dataset):
         if self.captions:
             caption = self.captions[int(torch.randint(len(self.captions), (1,)))][pair.key]
         return image, self.tokenizer([caption])[0], broken
-
-
-def centred(rows: Tensor, mean: Tensor) -> Tensor:
-    """Unit rows (..., D) less the bank's mean, unit again."""
-    return nn.functional.normalize(rows - mean.to(rows.device), dim=-1)
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
@@ -219,7 +213,7 @@ def open_texts(cfg: Config, pairs) -> tuple[Bank | AuthorsBank | None, list[dict
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
         raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
     if cfg.centre and not isinstance(bank, Bank):
-        raise ValueError("--centre needs a bank made by 'python -m flame.embed', which knows its mean")
+        raise ValueError("--centre needs a bank made by 'python -m flame.embed', which knows its centres")
     return bank, []
 
 

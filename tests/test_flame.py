@@ -15,12 +15,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import Case
 from open_clip.transformer import VisionTransformer
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from flame import embed, train
 from flame.bank import sample_facets
 from flame.embed import embed_captions, parse_prompt, render
 from flame.eval import few_shot, linear_probe, nearest_tokens, pool_patches, retrieval_recall, zero_shot_classifier
+from flame.incontext import episodes
 from flame.model import (
     FLAME,
     LONG,
@@ -145,19 +146,61 @@ def test_facet_hidden(case, attention):
     assert (F.normalize(causal, dim=-1) - F.normalize(together, dim=-1)).abs().max() > 1e-2
 
 
+def facet_alone(llm: FrozenLLM, ids: torch.Tensor, lens: list[int], k: int) -> torch.Tensor:
+    """A plain causal pass of the library's own over prefix and facet k, at the positions these have in the sequence."""
+    prefix = len(ids) - sum(lens)
+    start = prefix + sum(lens[:k])
+    places = torch.cat([torch.arange(prefix), torch.arange(start, start + lens[k])])[None]
+    outputs = llm.lm(
+        input_ids=ids[places], attention_mask=torch.ones_like(places), position_ids=places, output_hidden_states=True
+    )
+    return torch.stack([outputs.hidden_states[n][0, -1] for n in llm.layers]).mean(0)
+
+
 @golden("flame", "facet_hidden")
 def test_one_pass_equals_one_pass_a_facet(case):
-    """The proof of decoupling, with plain causal passes of the library's own over prefix and facet."""
+    """The proof of decoupling."""
     llm, lens = llm_of(case), case["facet_lens"].tolist()
-    ids = numbered(case, "input_ids")[0]
-    prefix = len(ids) - sum(lens)
-    together = llm.encode_ids(ids[None], torch.ones_like(ids)[None], lens)[0]
-    for k, length in enumerate(lens):
-        start = prefix + sum(lens[:k])
-        places = torch.cat([torch.arange(prefix), torch.arange(start, start + length)])
-        outputs = llm.lm(input_ids=ids[places][None], position_ids=places[None], output_hidden_states=True)
-        states = [outputs.hidden_states[n][0, -1] for n in llm.layers]
-        torch.testing.assert_close(together[k], torch.stack(states).mean(0), rtol=1e-4, atol=1e-4)
+    for ids in numbered(case, "input_ids"):
+        together = llm.encode_ids(ids[None], torch.ones_like(ids)[None], lens)[0]
+        for k in range(len(lens)):
+            torch.testing.assert_close(together[k], facet_alone(llm, ids, lens, k), rtol=1e-4, atol=1e-4)
+
+
+ARCHITECTURES = {  # rotary positions, windows, learned positions
+    "mistral": {"sliding_window": 64},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "olmo2": {},
+    "gpt_neox": {},
+    "gpt2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+ATTENTIONS = [
+    (name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")
+]
+
+
+@pytest.mark.parametrize("architecture, attention", ATTENTIONS)
+def test_any_causal_lm_serves(architecture: str, attention: str):
+    """In other families of models, too, a padded batch in one pass equals a pass for each caption and facet."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=100, bos_token_id=1)
+    sizes |= dict(eos_token_id=2, pad_token_id=0) | ARCHITECTURES[architecture]
+    if architecture not in ("gpt_neox", "gpt2", "opt"):
+        sizes |= dict(num_key_value_heads=2, head_dim=8)
+    config = AutoConfig.for_model(architecture, **sizes)
+    llm = FrozenLLM(AutoModelForCausalLM.from_config(config, attn_implementation=attention), None)
+    with torch.no_grad():
+        for parameter in llm.lm.parameters():
+            parameter.mul_(4)  # states that depend on the text
+    captions, lens = [torch.randint(3, 100, (n,)) for n in (30, 41)], [5, 7, 4]
+    together = llm.encode_ids(*left_padded(captions), lens)
+    for ids, rows in zip(captions, together, strict=True):
+        for k in range(len(lens)):
+            torch.testing.assert_close(rows[k], facet_alone(llm, ids, lens, k), rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
 
 
 @golden("flame", "single_prompt_hidden")
@@ -570,10 +613,10 @@ def test_flame_starts_as_published():
 
 def test_image_features_do_not_depend_on_the_class_token_after_the_vit():
     model = FLAME(vit("emoji"), 128, 32, 64).eval()
-    images, seen = torch.randn(2, 3, 40, 40), []
+    images, seen = torch.randn(2, 3, 32, 32), []
     model.mm[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     model.encode_image(images)
-    assert seen == [(2, 25, 64)]  # upstream maps the class token as well, and drops it
+    assert seen == [(2, 16, 64)]  # upstream maps the class token as well, and drops it
 
 
 def test_trained_text_leaves_padding_out():
@@ -582,7 +625,7 @@ def test_trained_text_leaves_padding_out():
     model = TrainedText(vit("emoji"), 128, 24, 32, text).eval()
     tokens = torch.tensor([[98, 5, 99] + [0] * 13, [98, 5, 6, 7, 99] + [0] * 11])
     torch.testing.assert_close(model.encode_text(tokens), model.text(tokens), rtol=1e-4, atol=1e-5)
-    image, texts, scale = model(torch.randn(2, 3, 40, 40), tokens)
+    image, texts, scale = model(torch.randn(2, 3, 32, 32), tokens)
     assert image.shape == texts.shape == (2, 24) and math.isclose(scale.item(), 1 / 0.07, rel_tol=1e-5)
 
 
@@ -606,7 +649,7 @@ def test_linear_probe_learns_and_normalises():
 
 def test_words_of_patches_and_few_shot():
     model, head = FLAME(vit("emoji"), 128, 16, 32).eval(), torch.nn.Linear(16, 258, bias=False)
-    ids = nearest_tokens(model, head, torch.randn(2, 3, 40, 40), kernel=5)
+    ids = nearest_tokens(model, head, torch.randn(2, 3, 32, 32), kernel=4)
     assert ids.shape == (2, 1) and ids.max() < 258
 
     class Echo(torch.nn.Module):
@@ -625,6 +668,19 @@ def test_words_of_patches_and_few_shot():
 
     for query, answer in (("red", "cat"), ("blue", "dog")):
         assert few_shot(Echo(), Letters(), ["red", "blue", query], ["cat", "dog"]) == answer
+
+
+def test_episodes_have_an_example_of_each_class_and_another_image_as_query():
+    labels, queries = torch.tensor([0, 1, 0, 1, 2, 2, 3]), set()
+    for *examples, query in episodes(labels, 2, 1, 60):
+        of_examples = labels[examples].tolist()
+        assert len(set(of_examples)) == 2 and 3 not in of_examples  # class 3 has one image
+        assert labels[query] in of_examples and query not in examples
+        queries.add((of_examples.index(labels[query]), query))
+    assert queries == {(i, query) for i in range(2) for query in range(6)}
+    assert list(episodes(labels, 2, 1, 3, seed=1)) != list(episodes(labels, 2, 1, 3, seed=2))
+    with pytest.raises(ValueError, match="as many with more than 2 images"):
+        list(episodes(labels, 2, 2, 1))
 
 
 # ------------------------------------------------------------------------------------------ properties: checkpoints
@@ -671,7 +727,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
 
 def test_visual_loads_into_open_clip():
     model = FLAME(vit("emoji"), 128, 32, 16)
-    sizes = dict(width=128, layers=4, heads=4, patch_size=8, image_size=40, output_dim=128)
+    sizes = dict(width=128, layers=3, heads=4, patch_size=8, image_size=32, output_dim=128)
     theirs = VisionTransformer(mlp_ratio=4.0, pool_type="avg", **sizes)
     theirs.load_state_dict(model.visual.state_dict())
 

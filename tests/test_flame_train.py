@@ -130,7 +130,8 @@ def test_bank_holds_the_embeddings_of_each_sample(bank: Path, captions: Path, ti
     assert opened.count == 11 and opened.dim == 16 and opened.index["images"] < IMAGES
     assert np.load(bank / "00000.npy").dtype == np.float16
     stored = torch.cat([torch.from_numpy(np.load(file)).float() for file in sorted(bank.glob("0*.npy"))])
-    torch.testing.assert_close(opened.mean, stored.mean((0, 1)), rtol=0, atol=1e-4)
+    multi = F.normalize(stored[:, 4:].mean(1), dim=-1).mean(0)
+    torch.testing.assert_close(opened.centres, torch.cat([stored.mean(0), multi[None]]), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="no row for sample nobody"):
         opened["nobody"]
 
@@ -143,7 +144,7 @@ def test_embedding_goes_on_where_it_stopped(bank: Path, embed_flags: list, start
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    if not (out / "mean.npy").exists():
+    if not (out / "centres.npy").exists():
         with pytest.raises(ValueError, match="not finished"):
             Bank(out)
     began = (out / "00000.npy").stat().st_mtime_ns
@@ -260,7 +261,7 @@ def test_facets_change_from_visit_to_visit_and_images_do_not_depend_on_them(bank
     raw = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1), 16, (0, 0), opened)
     assert torch.equal(raw[3][0], image) and torch.equal(raw[3][1], rows[:1])
     centred = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1, centre=True), 16, (0, 0), opened)
-    torch.testing.assert_close(centred[3][1], F.normalize(rows[:1] - opened.mean, dim=-1))
+    torch.testing.assert_close(centred[3][1], F.normalize(rows[:1] - opened.centres[:1], dim=-1))
 
 
 def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli):
@@ -274,6 +275,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli)
 def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
     sets = ["--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets", EVAL / "retrieval_long_ood", "--gallery", "8"]
     sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
+    sets += ["--few-shot", EVAL / "groups_ood", "--episodes", "3"]
     flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
     runs = [arms["clip"], arms["flame"], arms["summary"]]
     cfg_error = cli(*runs, *flags, module="flame.eval")
@@ -284,8 +286,9 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     names = "groups_ood/top1 retrieval_long_ood/text_to_image_R@1 language_ja/image_to_text_R@1 seconds"
     for name in [*names.split(), "languages/text_to_image_R@1", "languages/other_chance", "groups_id/probe_final"]:
         assert np.isfinite(flat[name]["mean"]), name
+    assert 0 <= flat["groups_ood/few_shot"]["mean"] <= 100 and "groups_ood/few_shot" not in summary["arms"]["clip"]
     assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
-    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png"):
+    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "FLAME" in cfg_error.out and "| claim" in cfg_error.out
 

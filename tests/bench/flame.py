@@ -104,7 +104,7 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
     network = train.create_model(cfg, 576)
     optimizer = torch.optim.AdamW(train.param_groups(network, 0.2), lr=1e-4, fused=True)
     batches = [
-        (torch.randn(size, 3, 40, 40), F.normalize(torch.randn(size, cfg.facets, 576), dim=-1)) for _ in range(steps)
+        (torch.randn(size, 3, 32, 32), F.normalize(torch.randn(size, cfg.facets, 576), dim=-1)) for _ in range(steps)
     ]
 
     def ours():
@@ -125,14 +125,14 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
 def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
     """FLAME's step, and its trained-text baseline's, against open_clip's with towers of the same sizes."""
     cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], precision=precision, batch_size=size)
-    towers = open_clip.create_model("ViT-emoji", output_dict=True)
+    towers = open_clip.create_model("ViT-emoji-32", output_dict=True)
     flags = SimpleNamespace(
         device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
         local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
         grad_clip_norm=None, batch_size=size, wandb=False,
     )  # fmt: skip
-    images = [torch.randn(size, 3, 40, 40) for _ in range(steps)]
-    tokens = torch.zeros(size, 24, dtype=torch.long)
+    images = [torch.randn(size, 3, 32, 32) for _ in range(steps)]
+    tokens = torch.zeros(size, 16, dtype=torch.long)
     tokens[:, :12], tokens[:, 12] = torch.randint(1, 49406, (size, 12)), 49407
     theirs_optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-4)
     scheduler = cosine_lr(theirs_optimizer, 1e-4, 10, 1000)
