@@ -6,6 +6,8 @@ import resource
 import runpy
 import socket
 import sys
+import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -58,6 +60,17 @@ def vanish(step: str, path: str) -> None:
     at_step(int(step), lambda _: os.remove(path))
 
 
+def pause(step: str, path: str) -> None:
+    """Before that batch, make the file `path` and wait until it is gone."""
+
+    def wait(_) -> None:
+        Path(path).touch()
+        while os.path.exists(path):
+            time.sleep(0.01)
+
+    at_step(int(step), wait)
+
+
 def read_only(path: str) -> None:
     """Nothing under `path` can be made or changed (root is not held back by permissions)."""
 
@@ -72,6 +85,6 @@ def read_only(path: str) -> None:
 if __name__ == "__main__":
     fault, module, *arguments = sys.argv[1:]
     name, *options = fault.split(",")
-    {each.__name__: each for each in (no_network, full_disk, nan, vanish, read_only)}[name](*options)
+    {each.__name__: each for each in (no_network, full_disk, nan, vanish, pause, read_only)}[name](*options)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

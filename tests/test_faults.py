@@ -194,15 +194,14 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
 @pytest.mark.parametrize("name", FOLDERS)
 def test_two_runs_in_one_folder(name: str, given, whole, start, cli, folder: Path):
     """The second is refused, and the first does not notice."""
-    out = folder / name / "two"
-    first = start(*given[name], "--out", out, module=SCRIPTS[name])
-    while first.is_alive() and not (out / "metrics.jsonl").exists():
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGSTOP)
+    out, here = folder / name / "two", folder / name / "paused"
+    first = start(f"pause,{1 if name == 'lexvla' else 3},{here}", SCRIPTS[name], *given[name], "--out", out)
+    while first.is_alive() and not here.exists():
+        time.sleep(0.01)
     try:
         refused(cli(*given[name], "--out", out, module=SCRIPTS[name]), "belongs to a run that is still going")
     finally:
-        os.kill(first.pid, signal.SIGCONT)
+        here.unlink()
     finished(ended(first))
     assert metrics(out) == metrics(whole(name)) and same(trained(out), trained(whole(name)))
 
