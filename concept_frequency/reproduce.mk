@@ -3,6 +3,8 @@
 # to, as in the other folders; with both, name the clone as UPSTREAM).
 CONCEPT_FREQUENCY_ARMS_core = zipf uniform reassigned
 CONCEPT_FREQUENCY_ARMS_all  = $(CONCEPT_FREQUENCY_ARMS_core)
+CONCEPT_FREQUENCY_MINUTES_core = 6
+CONCEPT_FREQUENCY_MINUTES_all  = 6
 concept_frequency/zipf        = emoji
 concept_frequency/uniform     = emoji-uniform
 concept_frequency/reassigned  = emoji-reassigned
