@@ -503,7 +503,7 @@ def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
     torch.manual_seed(0)
     feats, labels = torch.randn(64, 24).relu(), torch.arange(64) % 3
     start, parts = NMTuneHead(24, 3).state_dict(), {}
-    for name, weights in {"none": (0, 0, 0), "mse": (10, 0, 0), "cov": (0, 1, 0), "svd": (0, 0, 1)}.items():
+    for name, weights in {"none": (0, 0, 0), "mse": (10, 0, 0), "cov": (0, 1, 0), "svd": (0, 0, 20)}.items():
         head = NMTuneHead(24, 3)
         head.load_state_dict(start)
         tune("nmtune", head, [(feats, labels)], 40, 1e-3, 1e-4, weights)
