@@ -12,7 +12,8 @@ class Config:
     """What is counted, in what, and how."""
 
     data: tuple[str, ...] = ()
-    """Captions: .tar shards (img2dataset layout), .parquet, .tsv or .txt (one a line); braces {00000..00331} expand."""
+    """Captions: .tar shards (img2dataset layout), .parquet, .tsv or .txt (one a line), folders of them, or URLs; braces
+    {00000..00331} expand."""
     concepts: tuple[str, ...] = ()
     """Lists of concepts: folders with classnames.txt, .txt (one a line), .json. Each gets its own files of counts."""
     out: str = "runs/count"
@@ -70,9 +71,10 @@ class Config:
     workers: int = 0
     """Processes on this machine; 0: one a core."""
     address: str = ""
-    """Ray cluster (`auto`, `ray://HOST:PORT`), or `local` for Ray on this machine; needs the extra `ray`."""
+    """Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for Ray on this machine; the extra `ray`."""
     memory: int = 256
-    """MiB a worker may use for captions and postings, beside its spaCy pipeline: the size of parts and batches."""
+    """MiB a worker may use for captions and postings, beside its spaCy pipeline: the size of parts and batches. A
+    tar is not cut."""
     merge: bool = False
     """Also write one index of all captions, index.npz; it must fit in memory (8 bytes a posting)."""
     strict: bool = False

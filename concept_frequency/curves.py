@@ -96,7 +96,8 @@ def permutation_null(
     x = np.log(curve.position[bins])
     held = ~np.isnan(means[0])
     x, means = x[held] - x[held].mean(), means[:, held] - means[:, held].mean(axis=1, keepdims=True)
-    return means @ x / np.sqrt((means**2).sum(axis=1) * (x @ x))
+    with np.errstate(invalid="ignore"):  # constant means have no correlation: NaN
+        return means @ x / np.sqrt((means**2).sum(axis=1) * (x @ x))
 
 
 def unbinned(counts: ArrayLike, scores: ArrayLike) -> dict[str, float]:

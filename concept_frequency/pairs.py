@@ -82,7 +82,7 @@ def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_conc
     rows: dict[str, list[tuple[str, bytes]]] = {}
     words: dict[str, list[str]] = {}
     for path in data.expand_shards(spec):
-        for key, about, image in read_labelled(path, broken):
+        for key, about, image in read_labelled(data.fetch(path, Path("data/cache")), broken):
             if about["name"] in wanted and (not groups or about.get("group") in groups):
                 rows.setdefault(about["name"], []).append((key, image))
                 words[about["name"]] = list(about.get("tags", ()))

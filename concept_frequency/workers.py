@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 SECONDS = 5.0  # that a Ray head may take to answer a knock
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # preface, empty SETTINGS frame
 
 
 def run_jobs(
@@ -62,7 +63,7 @@ def connect(address: str) -> None:
     try:
         import ray
     except ImportError:
-        raise ValueError("--address needs Ray: pip install 'paper-clips[ray]'") from None
+        raise ValueError("--address needs Ray: pip install 'ray>=2.9'") from None
     if address not in ("auto", "local"):
         knock(address)
     folders = [str(Path(__file__).resolve().parents[1]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
@@ -73,11 +74,15 @@ def connect(address: str) -> None:
             runtime_env=environment,
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--address {address}: no Ray cluster to connect to ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"--address {address}: no Ray cluster to connect to ({why})") from None
 
 
 def knock(address: str) -> None:
-    """ValueError unless something listens at [ray://]HOST:PORT."""
+    """ValueError unless what listens at [ray://]HOST:PORT speaks HTTP/2, as gRPC and so Ray's servers do.
+
+    It is answered with a SETTINGS frame: length (3 bytes), type 4, flags, stream.
+    """
     where = urlsplit(address if "://" in address else f"ray://{address}")
     try:
         host, port = where.hostname, where.port
@@ -86,6 +91,12 @@ def knock(address: str) -> None:
     if not host or not port:
         raise ValueError(f"--address is auto, local, HOST:PORT or ray://HOST:PORT, not {address!r}")
     try:
-        socket.create_connection((host, port), timeout=SECONDS).close()
+        with socket.create_connection((host, port), timeout=SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            connection.sendall(HTTP2)
+            answer = connection.recv(9)
     except OSError as error:
         raise ValueError(f"--address {address}: nothing answers there ({error}); `ray status` names the head") from None
+    if answer[3:4] != b"\x04":
+        raise ValueError(f"--address {address}: what answers there is no Ray head; `ray status` names it")

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
-import open_clip
 import torch
 import tyro
+from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from nmtune.analysis import (  # noqa: F401
     CENTRES,
@@ -92,10 +92,10 @@ def export_run(path: str, folder: str) -> None:
     if state["config"].get("kind") != "clip":
         raise ValueError(f"{path} cannot be exported: it has no text tower, which a model of open_clip needs")
     settings = PretrainConfig(**state["config"])
-    model, *_ = build(settings)
+    model, _, side = build(settings)
     model.load_state_dict(state["state_dict"])
     model.output_dict = False
-    *_, transform = open_clip.create_model_and_transforms(settings.model)
+    transform = image_transform_v2(PreprocessCfg(side), is_train=False)
     export.write(folder, model.eval(), export.named_config(settings.model), model.state_dict(), transform)
 
 

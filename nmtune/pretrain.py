@@ -44,6 +44,7 @@ class NoisyLabels(Dataset):
         labels = flip_labels(self.images.labels, self.images.num_classes, cfg.noise, rng, cfg.exclude_true)
         self.noisy = labels != self.images.labels
         self.images.labels = labels
+        self.broken: list[data.Broken] = []  # known before anything is read
         self.fingerprint = self.images.fingerprint
 
     def __len__(self) -> int:
@@ -62,6 +63,7 @@ class SwappedCaptions(Dataset):
     def __init__(self, cfg: PretrainConfig, transform: Callable, tokenizer: Callable):
         path, _, rest = cfg.data.partition(":") if ":pretrain" in cfg.data else (cfg.data, "", "")
         self.pairs = data.open_pairs(f"{path}/train" if rest else path, strict=cfg.strict)
+        self.broken = self.pairs.broken
         self.rows = np.arange(len(self.pairs))
         if rest:  # of the embedded corpus, the emoji that are not held out
             self.rows = np.flatnonzero(np.isin(self.pairs.keys, open_labelled(cfg.data).keys))
@@ -212,7 +214,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     model.train()
     for epoch in range(state["epoch"], cfg.epochs):
         start = state["batch"] if epoch == state["epoch"] else 0
-        samples.epoch, broken = epoch, []
+        samples.epoch, broken = epoch, list(samples.broken)
         order = data.batches(
             len(samples),
             cfg.batch_size // process.world_size,

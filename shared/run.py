@@ -15,7 +15,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,10 +149,10 @@ def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autoca
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` so that `path` always holds a whole file: temporary file, fsync, atomic replace.
 
-    ValueError if its weights are not finite, OSError if they cannot be written: what `path` held before is then kept.
+    ValueError if a tensor is not finite, OSError if `state` cannot be written: what `path` held before is then kept.
     """
-    for name, value in state.get("state_dict", {}).items():
-        if torch.is_tensor(value) and not value.isfinite().all():
+    for name, tensor in tensors(state):
+        if not tensor.isfinite().all():
             raise ValueError(
                 f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
             )
@@ -163,12 +163,21 @@ def save_checkpoint(path: Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a write that fails
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        why = str(error).splitlines()[0]
-        raise OSError(
-            f"{path} could not be written, and is left as it was ({why}): make room, and start again"
-        ) from error
+        why = error if isinstance(error, OSError) else error.__context__  # torch makes a RuntimeError of a failed write
+        if not isinstance(why, OSError):
+            raise
+        raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
+
+
+def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors(part, str(key))
 
 
 # What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers

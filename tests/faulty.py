@@ -6,6 +6,8 @@ import resource
 import runpy
 import socket
 import sys
+import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,12 +29,14 @@ def full_disk(room: str = "300000") -> None:
 
 
 def at_step(step: int, action) -> None:
-    """Run `action(image tower, its input)` at the step-th training batch of images."""
+    """Run `action(images)` before the step-th time that an image tower reads a training batch."""
     seen = 0
 
     def hook(module: nn.Module, inputs: tuple):
         nonlocal seen
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and torch.is_grad_enabled():
+        if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+            return None
+        if torch.is_grad_enabled() or not module.weight.requires_grad:  # trained, or a frozen tower's
             seen += 1
             if seen == step:
                 return action(*inputs)
@@ -45,7 +49,7 @@ def nan(step: str) -> None:
 
     def spoil(images: torch.Tensor):
         images = images.clone()
-        images.view(-1)[0] = torch.nan
+        images[0, 0, 0, 0] = torch.nan
         return (images,)
 
     at_step(int(step), spoil)
@@ -54,6 +58,17 @@ def nan(step: str) -> None:
 def vanish(step: str, path: str) -> None:
     """A file is gone from that batch on."""
     at_step(int(step), lambda _: os.remove(path))
+
+
+def pause(step: str, path: str) -> None:
+    """Before that batch, make the file `path` and wait until it is gone."""
+
+    def wait(_) -> None:
+        Path(path).touch()
+        while os.path.exists(path):
+            time.sleep(0.01)
+
+    at_step(int(step), wait)
 
 
 def read_only(path: str) -> None:
@@ -70,6 +85,6 @@ def read_only(path: str) -> None:
 if __name__ == "__main__":
     fault, module, *arguments = sys.argv[1:]
     name, *options = fault.split(",")
-    {each.__name__: each for each in (no_network, full_disk, nan, vanish, read_only)}[name](*options)
+    {each.__name__: each for each in (no_network, full_disk, nan, vanish, pause, read_only)}[name](*options)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

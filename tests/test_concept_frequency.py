@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
-from concept_frequency import curves, eval, model
+from concept_frequency import claims, count, curves, eval, model, replay, train
 from concept_frequency.concepts import concept_scores, mean_scores, read_concepts
 from concept_frequency.eval import (
     balance_classes,
@@ -53,7 +53,7 @@ from concept_frequency.model import (
     query_terms,
     tag_presence,
 )
-from concept_frequency.published import Results
+from concept_frequency.published import CLASSIFICATION, IMAGENET, METHODS, RETRIEVAL, Results
 from concept_frequency.train import zipf_counts
 
 golden = pytest.mark.golden
@@ -475,6 +475,107 @@ def test_slope_per_decade():
     assert found["low"] < 12 < found["high"] and found["high"] - found["low"] < 2
 
 
+def test_within_slope_is_free_of_what_concepts_differ_in():
+    """Accuracy that goes with the concept, and not with its frequency, misleads the slope between concepts alone."""
+    rng = np.random.default_rng(0)
+    frequency = 10 ** np.linspace(0, 3, 200)
+    for effect in (0.0, 5.0):
+        easy = 10 * np.log10(frequency)  # frequent concepts happen to be easy
+        first, second = frequency, rng.permutation(frequency)
+        scores = [
+            easy + effect * np.log10(f) + rng.normal(0, 2, 200) + better for f, better in ((first, 7), (second, 0))
+        ]
+        between = curves.slope_per_decade(first, scores[0])
+        within = curves.within_slope(np.log10(first) - np.log10(second), scores[0] - scores[1])
+        assert between["low"] > effect + 8
+        assert within["low"] < effect < within["high"] and within["high"] - within["low"] < 2
+        two = curves.within_slope(*(np.stack([x, x]) for x in (np.log10(first / second), scores[0] - scores[1])))
+        assert two == pytest.approx(within)  # the same seed twice is no more evidence
+
+
+def synthetic_arms(effect: float, seeds: int) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """(metrics, tables) of arms in which a decade of frequency brings `effect` points."""
+    rng, names = np.random.default_rng(0), [f"c{i}" for i in range(120)]
+    hard = rng.normal(0, 10, len(names))
+    metrics, tables = ({arm: [] for arm in claims.ARMS} for _ in range(2))
+    for seed in range(seeds):
+        for arm in claims.ARMS:
+            rank = rng.permutation(len(names)) + 1
+            frequency = 1000 // rank if arm != "uniform" else np.full(len(names), 50)
+            accuracy = 40 + hard + effect * np.log10(frequency) + rng.normal(0, 3, len(names))
+            found = eval.curve_metrics(frequency, accuracy, frequency) if arm != "uniform" else {}
+            found |= {"rest": 40.0 + seed, "tail": 30.0, "misaligned": 0.0, "misaligned_planted": 20.0 + seed}
+            metrics[arm].append(found)
+            rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
+            tables[arm].append({name: {"assigned": f, "accuracy": a} for name, f, a in rows})
+    claims.across_arms(metrics, tables)
+    return metrics, tables
+
+
+def verdicts(effect: float, seeds: int) -> dict[str, str]:
+    return {row["claim"]: row["verdict"] for row in claims.judged(*synthetic_arms(effect, seeds))}
+
+
+def test_claims_follow_the_effect():
+    planted, none, one = verdicts(8.0, 3), verdicts(0.0, 3), verdicts(8.0, 1)
+    of_frequency = [name for name in planted if "decade" in name or "made equal" in name or "bootstrap" in name]
+    assert len(of_frequency) == 4 and len(planted) == 13
+    assert {planted[name] for name in of_frequency} == {"reproduced"}
+    assert "reproduced" not in {none[name] for name in of_frequency}
+    assert set(one.values()) == {"not resolved at this scale"}
+
+
+def write_published(folder: Path) -> None:
+    """Files in the authors' layout: every score is linear in log frequency, counts of concepts differ by corpus."""
+    (folder / "let_it_wag_datasets/evaluations").mkdir(parents=True)
+    for name in ("search_counts", "zero_shot_evaluations", "retrieval_evaluations", "misalignment_metrics"):
+        (folder / name).mkdir()
+    rng = np.random.default_rng(0)
+    for dataset in [*CLASSIFICATION, "imagenet-sketch", *RETRIEVAL]:
+        names = [f"{dataset} {i}" for i in range(60)]
+        count = dict(zip(names, (10 ** rng.uniform(0, 4, 60)).astype(int).tolist(), strict=True))
+        scores = {name: 5 + 4 * math.log(n + 1) + rng.normal() for name, n in count.items()}
+        for pretraining in ("cc3m", "cc12m"):
+            for method in METHODS.values():
+                path = folder / f"search_counts/{dataset}_{pretraining}_{method}_search_counts.json"
+                path.write_text(json.dumps(count))
+        models = {
+            f"backbone{m.partition('|')[0]}_pretrained{m.partition('|')[2]}": {
+                "full": 40.0, "classwise": scores, "conceptwise": scores,
+            }
+            for m in ("RN50|cc3m", "ViT-B-16|cc3m", "RN50|cc12m", "ViT-B-16|cc12m")
+        }  # fmt: skip
+        places = ["retrieval_evaluations"] if dataset in RETRIEVAL else ["zero_shot_evaluations"]
+        prompts = ["t2i_k=10"] if dataset in RETRIEVAL else ["class", "simple", "ensemble"]
+        for place in places:
+            for prompt in prompts:
+                (folder / place / f"{dataset}_{prompt}_results.json").write_text(json.dumps(models))
+    degree = {"misalignment_degree (percent); fixed conservative dataset size": 0.1681}
+    (folder / "misalignment_metrics/cc3m_misalignment_degree.json").write_text(json.dumps(degree))
+    wag = {
+        f"backbone{m.partition('|')[0]}_pretrained{m.partition('|')[2]}": {"full": value - 20 + 0.01 * value}
+        for m, value in IMAGENET.items()
+    }
+    path = folder / "let_it_wag_datasets/evaluations/let_it_wag_ensemble_results.json"
+    path.write_text(json.dumps(wag | {"backboneRN50_pretrainedcc3m": {"full": 10.0}}))
+
+
+def test_replay_of_files_in_the_authors_layout(tmp_path, capsys):
+    write_published(tmp_path / "clone")
+    replay.main(replay.Config(str(tmp_path / "clone"), str(tmp_path / "out")))
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    rows = found["tables"]["rho, classification, integrated counts"]
+    assert [(row["corpus"], row["model"]) for row in rows] == [
+        ("CC-3M", "RN50"), ("CC-3M", "ViT-B-16"), ("CC-12M", "RN50"), ("CC-12M", "ViT-B-16"),
+    ]  # fmt: skip
+    assert all(float(row["here"]) > 0.98 and abs(float(row["shuffled"])) < 0.2 for row in rows)
+    verdict = {row["claim"]: row["verdict"] for row in found["claims"]}
+    assert verdict["published files: misalignment degree"] == "reproduced"
+    assert verdict["published files: rho, classification, integrated counts"] != "reproduced"  # not the authors' scores
+    assert verdict["published files: points lost on Let It Wag!"] == "not reproduced"
+    assert (tmp_path / "out/main_figure.png").is_file() and "## agreement of counts" in capsys.readouterr().out
+
+
 def test_frequency_buckets():
     counts = np.concatenate([np.repeat(7, 150), np.repeat(5, 60), np.repeat(3, 60), np.repeat(0, 500), [1] * 99])
     assert curves.frequency_buckets(counts) == [(7.0, 7.0), (3.0, 5.0)]
@@ -547,3 +648,5 @@ def test_contract_is_importable():
         "prompts_with_concept load_counts load_results"
     ).split():
         assert hasattr(eval, name)
+    assert all(hasattr(count, name) for name in ("tag_captions", "tag_images", "sample_id"))
+    assert all(hasattr(train, name) for name in ("zipf_counts", "sample_pairs", "train"))

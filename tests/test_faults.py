@@ -55,8 +55,10 @@ def whole(cli, given, folder: Path):
     return make
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return run.load_checkpoint(out / "checkpoint.pt")["state_dict"]
+def trained(out: Path) -> dict:
+    """A run's checkpoint, less what may differ from run to run."""
+    state = run.load_checkpoint(out / "checkpoint.pt")
+    return {key: value for key, value in state.items() if key not in ("seconds", "config", "name")}
 
 
 def refused(result, *words: str) -> None:
@@ -75,9 +77,7 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
     kill_at(start(*command, module=module), out, rng.randint(1, 3), how=signal.SIGTERM)
     kill_at(start(*command, module=module), out, rng.randint(4, 6))
     before = (out / "checkpoint.pt").read_bytes()
-    refused(
-        ended(start("full_disk", module, *command)), "could not be written, and is left as it was", "File too large"
-    )
+    refused(ended(start("full_disk", module, *command)), "could not be written and is left as it was (File too large)")
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.tmp"))
 
     shard = folder / "corpus/00001.tar"
@@ -88,17 +88,20 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
         refused(result, "00001.tar")
         finished(ended(start(*command, module=module)))
     assert metrics(out) == metrics(expected)
-    assert same(weights(out), weights(expected))
+    assert same(trained(out), trained(expected))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_nan_never_gets_into_a_checkpoint(name: str, given, cli, folder: Path):
     """Though nobody looks at the losses. TinyCLIP leaves such a step out, as its authors do, and goes on."""
     out = folder / name / "nan"
-    result = cli("nan,4", SCRIPTS[name], *given[name], "--log-every", "1000", "--out", out)
-    assert result.code == 0 or refused(result, "no longer finite", "the loss is nan") is None
-    assert all(x.isfinite().all() for x in weights(out).values())
-    assert (result.code == 0) == (name == "tinyclip")
+    batch = 1 if name == "lexvla" else 7  # LexVLA encodes images but once, before training
+    result = cli(f"nan,{batch}", SCRIPTS[name], *given[name], "--log-every", "1000", "--out", out)
+    if name == "tinyclip":
+        finished(result)
+    else:
+        refused(result, "no longer finite", "the loss is nan")
+    assert name == "lexvla" or all(tensor.isfinite().all() for _, tensor in run.tensors(trained(out)))
 
 
 # ------------------------------------------------------------------------------------------------------- hostile data
@@ -189,18 +192,18 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_two_runs_in_one_folder(name: str, given, start, cli, folder: Path):
+def test_two_runs_in_one_folder(name: str, given, whole, start, cli, folder: Path):
     """The second is refused, and the first does not notice."""
-    out = folder / name / "two"
-    first = start(*given[name], "--out", out, module=SCRIPTS[name])
-    while first.is_alive() and not (out / "metrics.jsonl").exists():
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGSTOP)
-    refused(cli(*given[name], "--out", out, module=SCRIPTS[name]), "belongs to a run that is still going")
-    os.kill(first.pid, signal.SIGCONT)
+    out, here = folder / name / "two", folder / name / "paused"
+    first = start(f"pause,{1 if name == 'lexvla' else 3},{here}", SCRIPTS[name], *given[name], "--out", out)
+    while first.is_alive() and not here.exists():
+        time.sleep(0.01)
+    try:
+        refused(cli(*given[name], "--out", out, module=SCRIPTS[name]), "belongs to a run that is still going")
+    finally:
+        here.unlink()
     finished(ended(first))
-    steps = [line["step"] for line in metrics(out)]
-    assert steps == sorted(set(steps)) and len(steps) == 10
+    assert metrics(out) == metrics(whole(name)) and same(trained(out), trained(whole(name)))
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -95,8 +95,8 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "attentive_mask_clip": "emoji --image-size 20 --epochs 2 --warmup-epochs 1",
         "concept_frequency": f"""emoji --image-size 16 --num-concepts 12 --total 160 --epochs 2 --warmup 2
             --eval-set {EVAL}/names_ood""",
-        "flame": """emoji-clip --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
-            --warmup 2""",
+        "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
+            --epochs 2 --warmup 2""",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
             --lora-rank 0 --image-size 16 --adapter-hidden 32 --min-count 1 --epochs 2 --warmup 2""",
         "nmtune": "emoji-clip-30 --epochs 2 --warmup 2",

@@ -2,7 +2,7 @@
 
 One process, same inputs; ours and theirs take turns. Prints a Markdown table of medians and of the ratio theirs/ours
 (above 1: ours is faster). `--upstream` is a clone of bethgelab/frequency_determines_performance@11ef009, whose search
-is run; without it, the same loop (a set of each posting list, intersected) is written out here.
+and dictionary are run; without it, the same work is written out here.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from concept_frequency import count
+from concept_frequency.captions import load_spacy, tag_captions
 from concept_frequency.model import InvertedIndex, noun_set
 from shared import data, run
 
@@ -112,23 +113,40 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
     print(f"\nbytes a posting: ours {own:.1f}, theirs {theirs_bytes:.1f} ({own / theirs_bytes:.2f}; target <= 0.33)\n")
 
 
-def tagging(nouns_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
-    nlp = count.load_spacy(pipeline)
-    results = {}
+def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
+    """Captions to an inverted index: all of spaCy and their dictionary, against ours."""
+    nlp = load_spacy(pipeline)
+    results: dict[str, Any] = {}
 
     def theirs():
-        results["theirs"] = nouns_of(list(nlp.pipe(captions, batch_size=5000, n_process=1)))
+        results["theirs"] = index_of(list(nlp.pipe(captions, batch_size=5000, n_process=1)))
 
     print("\n| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8)
     for exact, target in ((True, ">= 2"), (False, "")):
 
         def ours(exact=exact):
-            results["ours"] = list(count.tag_captions(captions, nlp, exact))
+            results["ours"] = InvertedIndex.build(tag_captions(captions, nlp, exact))
 
         mine, other = race(ours, theirs, repetitions)
-        differ = sum(a != b for a, b in zip(results["ours"], results["theirs"], strict=True))
+        index, lists = results["ours"], results["theirs"]
+        differ = [set(lists.get(t, ())) ^ set(index.postings(t).tolist()) for t in {*index.terms, *lists}]
         name = f"tagging {len(captions):,} captions, {pipeline}, {'exact' if exact else 'without the parser'}"
-        row(name, mine, other, target, f"{differ} noun sets differ")
+        row(name, mine, other, target, f"{len(set().union(*differ))} noun sets differ")
+
+
+def plain_index(docs: list) -> dict[str, list[int]]:
+    """Their dictionary, as far as its content goes."""
+    found: dict[str, list[int]] = {}
+    for i, doc in enumerate(docs):
+        for noun in noun_set((token.lemma_, token.pos_) for token in doc):
+            found.setdefault(noun, []).append(i)
+    return found
+
+
+def plain_search(_, lists: dict[str, list[int]], query: list[str], name: str) -> tuple[int, str]:
+    """Their loop, as far as its work goes."""
+    sets = [set(lists[term]) for term in query if term in lists]
+    return len(set.intersection(*sets)) if sets else 0, name
 
 
 def upstream_functions(root: Path) -> SimpleNamespace:
@@ -154,22 +172,14 @@ def main() -> None:
     options = parser.parse_args()
     run.setup(0, "cpu")
 
-    def plain_search(_, lists, query, name):
-        sets = [set(lists[term]) for term in query if term in lists]
-        return len(set.intersection(*sets)) if sets else 0, name
-
-    search_for_text = upstream_functions(options.upstream).search if options.upstream else plain_search
+    up = upstream_functions(options.upstream) if options.upstream else None
+    search_for_text, index_of = (up.search, up.index) if up else (plain_search, plain_index)
     print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
     search(search_for_text, options.postings, options.repetitions)
 
     shards = data.Shards(data.expand_shards("data/emoji/train"), options.captions)
     captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # all different: nothing to save there
-    tagging(
-        lambda docs: [noun_set((t.lemma_, t.pos_) for t in doc) for doc in docs],
-        options.spacy,
-        captions,
-        options.repetitions,
-    )
+    tagging(index_of, options.spacy, captions, options.repetitions)
 
 
 if __name__ == "__main__":
