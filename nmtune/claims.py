@@ -25,6 +25,7 @@ ARMS = {f"{kind}-{level:02d}": f"{level} % {what} noise" for kind, what in KINDS
 METRICS = {
     "lp/id": "LP ID",
     "lp/ood": "LP OOD",
+    "lp-views/id": "LP, two views, ID",
     "lp-views/ood": "LP, two views, OOD",
     "mlp/id": "MLP ID",
     "mlp/ood": "MLP OOD",

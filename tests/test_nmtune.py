@@ -34,6 +34,7 @@ from nmtune.model import (
     nmtune_loss,
     split_upstream,
     timm_transforms,
+    transformed,
 )
 from nmtune.pretrain import flip_labels, flip_labels_per_sample, swap_captions
 from nmtune.train import cosine_lr, make_optimizer, subset_per_class, train_step, tune
@@ -495,3 +496,19 @@ def test_wrong_checkpoints_are_named(tmp_path):
         load_encoder("timm", "resnet_emoji", "nowhere.pt")
     with pytest.raises(ValueError, match="not from 'clip'"):
         load_encoder("clip", "RN50")
+
+
+def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
+    """From the same start, on the same batches: the parts of z after tuning with one term, and with none."""
+    torch.manual_seed(0)
+    feats, labels = torch.randn(64, 24).relu(), torch.arange(64) % 3
+    start, parts = NMTuneHead(24, 3).state_dict(), {}
+    for name, weights in {"none": (0, 0, 0), "mse": (10, 0, 0), "cov": (0, 1, 0), "svd": (0, 0, 20)}.items():
+        head = NMTuneHead(24, 3)
+        head.load_state_dict(start)
+        tune("nmtune", head, [(feats, labels)], 40, 1e-3, 1e-4, weights)
+        with torch.no_grad():
+            z, logits = transformed(head.eval(), feats)
+            parts[name] = nmtune_loss(logits, labels, z, feats, (1, 1, 1))[1]
+    for name in ("mse", "cov", "svd"):
+        assert parts[name][name] < parts["none"][name] - 0.05 * abs(parts["none"][name]), name

