@@ -105,7 +105,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2",
         "tldr_reduction": f"""emoji-captioner --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
             --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
-            --epochs 2 --warmup-steps 2""",
+            --epochs 2 --warmup 2""",
     }
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
     workers = {folder: ["--workers", "0"] for folder in FOLDERS} | {"concept_frequency": []}
