@@ -1,6 +1,8 @@
 # TinyCLIP; arms: {random, inherited} x {contrastive, affinity}; then learned masks, random channels, one stage or two
 TINYCLIP_ARMS_core = random-contrastive random-affinity inherited-contrastive inherited-affinity
 TINYCLIP_ARMS_all  = $(TINYCLIP_ARMS_core) random-channels auto auto-half auto-oneshot auto-progressive
+TINYCLIP_MINUTES_core = 12
+TINYCLIP_MINUTES_all  = 24
 tinyclip-seed      = $(lastword $(subst -seed, ,$*))
 tinyclip-teacher   = runs/tinyclip/teacher-seed$(tinyclip-seed)
 tinyclip-from      = --teacher $(tinyclip-teacher) --init $(tinyclip-teacher)
