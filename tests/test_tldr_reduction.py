@@ -3,6 +3,7 @@
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
 
+import dataclasses
 import re
 
 import numpy as np
@@ -454,6 +455,28 @@ def test_generation_by_hand():
     assert sampled.shape[0] == 3 and sampled.shape[1] <= 9
     with pytest.raises(ValueError, match="max-length 3 must exceed"):
         model.generate(image, prompt, 3, 3)
+
+
+def test_a_learned_caption_is_written(tmp_path):
+    """Stage finetune, tokenizer and generation together: [SEP] has another id in every vocabulary."""
+    (tmp_path / "vocab.txt").write_text("\n".join(text.build_vocab(["red apple", "blue car"])) + "\n")
+    cfg = dataclasses.replace(
+        config.PRESETS["emoji-finetune"][1], vocab=str(tmp_path / "vocab.txt"), image_size=16, patch_size=8, width=32,
+        layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, dropout=0.0,
+    )  # fmt: skip
+    tokenizer = train.tokenizer_of(cfg)
+    torch.manual_seed(0)
+    captioner = train.build_for(cfg, tokenizer)
+    images, captions = torch.randn(2, 3, 16, 16), ["red apple", "blue car"]
+    ids, mask = tokenizer([text.PROMPT + caption for caption in captions])
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        captioner(images, ids, mask, prompt_length=4)[0].backward()
+        optimizer.step()
+    captioner.eval()
+    assert tokenizer.sep != 102 and captioner.sep_token_id == tokenizer.sep
+    assert tokenizer.decode(captioner.generate(images, tokenizer.prompt_ids())) == captions
 
 
 def test_extract_codes_is_by_index():

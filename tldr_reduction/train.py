@@ -26,6 +26,7 @@ from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
 from tldr_reduction.model import (
     BLIP,
+    SEP,
     CodebookCaptioner,
     TextDecoder,
     TextTransformer,
@@ -75,8 +76,8 @@ def learning_rate(cfg: Config, epoch: int, step: int) -> float:
 # ------------------------------------------------------------------------------------------------------------ models
 
 
-def build(cfg: Config, vocab_size: int) -> nn.Module:
-    """The stage's model, randomly initialised."""
+def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
+    """The stage's model, randomly initialised; `sep_token_id` is the vocabulary's [SEP], which ends a caption."""
     if cfg.stage == "clip":
         settings = open_clip.get_model_config(cfg.clip_model)
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
@@ -91,7 +92,12 @@ def build(cfg: Config, vocab_size: int) -> nn.Module:
     quantize = None
     if cfg.stage == "captioner" or cfg.quantize:
         quantize = VectorQuantizer(cfg.num_codes, cfg.code_dim, cfg.beta, cfg.legacy)
-    return CodebookCaptioner(vision, TextDecoder(text), quantize)
+    return CodebookCaptioner(vision, TextDecoder(text), quantize, sep_token_id=sep_token_id)
+
+
+def build_for(cfg: Config, tokenizer) -> nn.Module:
+    """`build` for that tokenizer's vocabulary."""
+    return build(cfg, 0) if cfg.stage == "clip" else build(cfg, len(tokenizer), tokenizer.sep)
 
 
 def load_run(path: str | Path) -> tuple[nn.Module, Config, WordPiece | open_clip.SimpleTokenizer]:
@@ -101,7 +107,7 @@ def load_run(path: str | Path) -> tuple[nn.Module, Config, WordPiece | open_clip
     state = run.load_checkpoint(Path(path) / "checkpoint.pt")
     cfg = Config(**state["config"])
     tokenizer = tokenizer_of(cfg)
-    model = build(cfg, 0 if cfg.stage == "clip" else len(tokenizer))
+    model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
     return model.eval(), cfg, tokenizer
 
@@ -281,7 +287,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     # Model, tokenizer, optimizer
     tokenizer = tokenizer_of(cfg)
     prompt_length = len(tokenizer.prompt_ids(PROMPT)) - 1 if cfg.stage == "finetune" else 0
-    model = build(cfg, 0 if cfg.stage == "clip" else len(tokenizer)).to(process.device)
+    model = build_for(cfg, tokenizer).to(process.device)
     if "state_dict" in state:
         model.load_state_dict(state["state_dict"])
     else:
