@@ -36,8 +36,8 @@ ARMS = {  # run folders ARM-seedN, in the order of the paper's argument; -steps:
     "tldr50-steps": "TL;DR 50 %, equal steps",
     **{f"drop-random{p}": f"{p} % dropped at random, T_o" for p in (10, 30, 50, 70)},
     **{f"drop-itm{p}": f"{p} % of lowest ITM dropped, T_o" for p in (10, 30, 50, 70)},
-    "blip-random-refined-steps": "BLIP: 25 % at random, T_o; T_g, equal steps",
-    "blip-tldr-steps": "BLIP: TL;DR, equal steps",
+    "blip-random-refined-steps": "BLIP: 25 % at random, T_o; T_g",
+    "blip-tldr-steps": "BLIP: TL;DR",
 }
 METRICS = {
     "names_ood/top1": "names OOD",
@@ -47,6 +47,7 @@ METRICS = {
     "retrieval_ood/image_to_text_R@1": "I2T R@1 OOD",
     "retrieval_ood/text_to_image_R@1": "T2I R@1 OOD",
     "data/pairs": "pairs",
+    "steps": "steps",
     "data/emoji": "distinct emoji",
     "itm/after_mean": "ITM mean",
     "itm/after_below_half": "ITM < 0.5",
@@ -75,14 +76,14 @@ def claims() -> list[report.Claim]:
         ]
     rows += [
         ("refining above T_o, full data", "+4.5", "full-refined", "full"),
-        ("TL;DR below full data, refined", "-2.3", "tldr-steps", "full-refined"),
-        ("codes above image embeddings", "+2.2", "tldr-steps", "image-steps"),
-        ("codes above text embeddings", "+3.8", "tldr-steps", "text-steps"),
-        ("stride above largest distance", "+0.5", "tldr-steps", "farthest-steps"),
-        ("10 % below 25 %", "-3.9", "tldr10-steps", "tldr-steps"),
-        ("50 % above 25 %", "+2.0", "tldr50-steps", "tldr-steps"),
-        ("TL;DR above the first quarter", None, "tldr-steps", "first-steps"),
-        ("TL;DR above highest ITM", None, "tldr-steps", "itm-steps"),
+        ("TL;DR below full data, refined (equal steps)", "-2.3", "tldr-steps", "full-refined"),
+        ("codes above image embeddings (equal steps)", "+2.2", "tldr-steps", "image-steps"),
+        ("codes above text embeddings (equal steps)", "+3.8", "tldr-steps", "text-steps"),
+        ("stride above largest distance (equal steps)", "+0.5", "tldr-steps", "farthest-steps"),
+        ("10 % below 25 % (equal steps)", "-3.9", "tldr10-steps", "tldr-steps"),
+        ("50 % above 25 % (equal steps)", "+2.0", "tldr50-steps", "tldr-steps"),
+        ("TL;DR above the first quarter (equal steps)", None, "tldr-steps", "first-steps"),
+        ("TL;DR above highest ITM (equal steps)", None, "tldr-steps", "itm-steps"),
         ("BLIP: TL;DR above random, refined", "+3.4", "blip-tldr-steps", "blip-random-refined-steps"),
     ]
     for percent, paper in ((10, "+1.3"), (30, "+3.2"), (50, "+4.4"), (70, "+2.4")):
@@ -153,7 +154,7 @@ def plot_itm(reduction: Path, out: Path) -> None:
 
 
 def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 8) -> None:
-    """tldr_reduction_clusters.png: members of a few clusters, kept ones framed, with their refined captions."""
+    """tldr_reduction_clusters.png: members of some clusters; kept ones framed, with T_o; T_g, dropped ones with T_o."""
     from tldr_reduction.views import open_pairs
 
     pairs = open_pairs(json.loads((reduction / "config.json").read_text())["data"])
@@ -170,13 +171,14 @@ def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 
     figure, axes = plt.subplots(len(chosen), columns, figsize=(1.7 * columns, 1.9 * len(chosen)), squeeze=False)
     for axis_row, cluster in zip(axes, chosen, strict=True):
         for axis, line in zip(axis_row, members[cluster], strict=False):
-            axis.imshow(pairs.read(row_of[line["key"]]).image)
+            pair = pairs.read(row_of[line["key"]])
+            axis.imshow(pair.image)
             axis.set(xticks=[], yticks=[])
             kept = line["kept"] == "1"
             for spine in axis.spines.values():
                 spine.set(color="tab:green" if kept else "lightgrey", linewidth=3 if kept else 1)
-            text = line["caption"] if kept else "dropped"
-            axis.set_xlabel(textwrap.fill(text, 24, max_lines=3), fontsize=6)
+            text = textwrap.fill(line["caption"] if kept else f"dropped: {pair.caption}", 24, max_lines=3)
+            axis.set_xlabel(text, fontsize=6, color="black" if kept else "grey")
         axis_row[0].set_ylabel(f"cluster {cluster}", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "tldr_reduction_clusters.png", dpi=110)

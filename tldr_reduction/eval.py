@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import tarfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -141,6 +142,11 @@ def descriptions(folder: str | Path) -> dict[str, dict]:
     return found
 
 
+def plain(text: str) -> str:
+    """Letters and digits alone, without accents: WordPiece drops those, and puts spaces around a hyphen."""
+    return "".join(character for character in unicodedata.normalize("NFKD", text.lower()) if character.isalnum())
+
+
 def data_metrics(spec: str) -> dict[str, float]:
     """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
     generated captions with true names, ITM scores with the injected noise."""
@@ -164,7 +170,7 @@ def data_metrics(spec: str) -> dict[str, float]:
         metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
     if settings["captions"] != "original":  # T_g that is the emoji's true name
         written = [line for line in lines if line["kept"] == "1"]
-        right = sum(pre_caption(line["name"]) == line["generated"] for line in written)
+        right = sum(plain(line["name"]) == plain(line["generated"]) for line in written)
         metrics["data/generated_right"] = 100 * right / len(written)
     told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
     if len({line["noise"] for line in told}) == 2:  # do scores tell true names from those of other emoji?
@@ -194,7 +200,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
     if settings.data and Path(settings.data).is_dir():
         flat |= data_metrics(settings.data)
-    flat["samples_seen"] = settings.epochs * (flat.get("data/pairs", 0) // settings.batch_size) * settings.batch_size
+    flat["steps"] = settings.epochs * (flat.get("data/pairs", 0) // settings.batch_size)
     lines = [line for line in run.read_metrics(Path(path)) if "loss_ita" in line]
     early = [line["loss_ita"] for line in lines if line["epoch"] < 3]
     flat["early_loss_ita"] = sum(early) / max(len(early), 1)

@@ -24,7 +24,9 @@ tldr/reduce/tldr10      = --keep 0.1
 tldr/reduce/tldr50      = --keep 0.5
 $(foreach p,10 30 50 70,$(foreach s,random itm,$(eval tldr/reduce/drop-$(s)$(p) = --select $(s) --captions original --keep 0.$(shell expr 100 - $(p)))))
 
-# arms: ARM trains on reduction ARM (full: the pool); ARM-steps as many steps as the pool gives, with the same decay
+# arms: ARM trains on reduction ARM (full: the pool); ARM-steps as many steps as the pool gives (406 of batch 128), with
+# the same decay in all; blip-ARM-steps, for which there is no full data, 600 of batch 64. The loss of the first epochs is
+# compared, so it is logged often.
 tldr/steps        = --epochs 27 --lr-decay-rate 0.876 --eval-every 7
 tldr/steps/tldr10 = --epochs 68 --lr-decay-rate 0.949
 tldr/steps/tldr50 = --epochs 14 --lr-decay-rate 0.775
@@ -34,7 +36,7 @@ TLDR_from   = $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_arm)))
 TLDR_data   = $(if $(filter-out full,$(TLDR_from)),--data $(TLDR)/reduced/$(TLDR_from)-seed$(TLDR_seed)/shards)
 TLDR_preset = $(if $(filter blip-%,$(TLDR_arm)),emoji-blip,emoji-clip)
 TLDR_budget = $(if $(filter %-steps,$(TLDR_arm)),$(or $(tldr/steps/$(if $(filter blip-%,$(TLDR_arm)),blip,$(TLDR_from))),$(tldr/steps))) \
-	$(if $(filter $(TLDR_CURVES),$(TLDR_arm)),,--eval-every 0)
+	$(if $(filter $(TLDR_CURVES),$(TLDR_arm)),,--eval-every 0) --log-every 5
 
 TLDR_REDUCTION_ARMS = $(or $(TLDR_REDUCTION_ARMS_$(ARMS)),$(ARMS))
 TLDR_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(TLDR_REDUCTION_ARMS),$(TLDR)/$(arm)-seed$(seed)))
