@@ -520,9 +520,9 @@ def test_selections():
     for n in (1, 2, 4, 1000):
         kept = select_every_nth(assignment, 7, n)
         assert torch.equal(torch.bincount(assignment[kept], minlength=7), -(-sizes // n))
-    for fraction in (0.22, 0.167, 0.5, 1.0):
+    for fraction in (0.0002, 0.22, 0.167, 0.5, 1.0):
         kept = select_fraction(assignment, 7, fraction)
-        assert torch.equal(torch.bincount(assignment[kept], minlength=7), (sizes * fraction - 1e-4).ceil().long())
+        assert torch.equal(torch.bincount(assignment[kept], minlength=7), (sizes * fraction - 1e-5).ceil().long())
     dist2 = torch.rand(300, generator=generator)
     far, near = (select_by_distance(assignment, dist2, 7, 0.25, largest) for largest in (True, False))
     assert torch.equal(torch.bincount(assignment[far], minlength=7), -(-sizes // 4))
@@ -557,6 +557,9 @@ def test_itm_histogram_is_a_density():
 
 
 def test_word_pieces(tmp_path):
+    assert len(text.build_vocab(f"word{i}" for i in range(99))) == 5 + 2 * 22 + 2 + 99  # letters, picture, of
+    few = text.build_vocab([chr(0x4E00 + i) for i in range(2000)] + ["rare", *["frequent"] * 3], 2008)
+    assert len(few) == 2008 and {"picture", "of", "frequent"} < set(few) and "rare" not in few
     vocab = text.build_vocab(["a red car", "blue car", "café"])
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(vocab) + "\n")

@@ -18,11 +18,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from scripts import ROOT, Ended, ended, finished, free_port, kill_at, kill_when, metrics, same, start_two
 
 from shared import data, run
 from tldr_reduction import config, corpus, train
+from tldr_reduction.eval import plain
+from tldr_reduction.output import write_shards
 from tldr_reduction.reduce import gathered_codes
+from tldr_reduction.rows import cached_rows, read_rows
 from tldr_reduction.text import build_vocab
 from tldr_reduction.views import open_pairs
 
@@ -159,6 +163,7 @@ ARMS = {
     "blip": ["--features", "blip"],
     "text": ["--features", "text"],
     "generated": ["--captions", "generated"],
+    "cls": ["--select", "all", "--cls-scores"],
     "release": ["--recipe", "release_comment", "--clusters", "4"],
 }
 
@@ -182,6 +187,7 @@ def test_every_way_to_reduce(chain, cli, folder):
     scores = sorted((float(line["itm"]) for line in kept["all"]), reverse=True)
     assert min(float(line["itm"]) for line in kept["itm"]) >= scores[full - 1] - 1e-4
     assert 0 < len(kept["release"]) < 80
+    assert [line["itm"] for line in kept["cls"]] != [line["itm"] for line in kept["all"]]  # not the scores in work/
     assert all(float(line["itm"]) >= scores[79] - 1e-4 for line in kept["release"])
 
 
@@ -223,7 +229,8 @@ def test_evaluation(chain, cli, folder):
     assert "not testable at this scale" in result.out
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
     assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
-    assert 0 <= clip["data/generated_right"] <= 100 and "itm/auc" not in clip  # all captions here are true
+    assert clip["steps"] == 2 * (clip["data/pairs"] // 32) and 0 <= clip["data/generated_right"] <= 100
+    assert plain("Piñata: T-shirt") == plain("pinata t - shirt") and "itm/auc" not in clip  # all captions here are true
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
@@ -351,6 +358,11 @@ def test_broken_samples_are_counted(cli, folder, tiny, chain, broken):
         lines = {line["key"]: line for line in csv.DictReader(file)}
     assert lines["bad"]["reason"].startswith("broken: unreadable") and lines["bad"]["kept"] == "0"
     assert lines["mute"]["reason"] == "broken: empty caption"
+    options = ["--select", "random", "--keep", "1", "--out", folder / "broken-random"]  # no captioner looks at these
+    result = finished(cli(broken, *options, module=REDUCE))
+    assert "broken samples, left out" in result.out and "identical images that occurred before" in result.out
+    with open(folder / "broken-random/report.csv", newline="") as file:
+        assert {line["key"] for line in csv.DictReader(file) if line["kept"] == "0"} == {"bad", "mute"}
     refused(cli(*flags, "--strict", "--out", folder / "strict"), "--strict")
     flags = [broken, *options, "--strict", "--out", folder / "strict-reduction"]
     refused(cli(*flags, module=REDUCE), "--strict")
@@ -384,6 +396,8 @@ def test_wrong_training_flags(cli, case):
 
 def test_wrong_reduction_flags(cli, folder, chain):
     pool, out = folder / "pool", ["--out", folder / "wrong"]
+    (folder / "words.json").write_text('[{"image": "a.png", "caption": ["a", "b"]}]')
+    (folder / "gone.json").write_text('[{"image": "a.png", "caption": "a"}]')
     for arguments, words in (
         (["nowhere.tar"], "nowhere.tar does not exist"),
         (["x.tsv"], "reduce takes .tar files"),
@@ -396,12 +410,19 @@ def test_wrong_reduction_flags(cli, folder, chain):
         ([pool, "--captioner", folder], "is no run folder"),
         ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
         ([pool, "--match", folder], "holds no report.json"),
+        ([pool, "--match", chain["reduced"]], "--match goes with --select random, first or itm, not stride"),
+        ([chain["reduced"] / "shards", "--match", chain["reduced"], "--select", "all"], "not all"),
+        ([folder / "words.json"], "the caption of a.png is no text (entry 0)"),
+        ([folder / "gone.json", "--select", "random"], "none of the 1 images"),
         ([pool, "--precision", "fp16"], "fp16 needs a GPU"),
         ([pool, "--caption-model", chain["captioner"]], "where one of stage finetune"),
     ):
         refused(cli(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
     refused(cli(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
+    own = chain["reduced"].parent / "own"  # shards as input, which the output would be mixed with
+    shutil.copytree(chain["reduced"] / "shards", own / "shards")
+    refused(cli(own / "shards", "--out", own, module=REDUCE), "choose another --out")
     refused(cli("--source", folder, module="tldr_reduction.corpus"), "is not the embedded corpus")
 
 
@@ -481,6 +502,41 @@ def test_merged_codes_are_memory_mapped(chain):
     codes_folder = next(path for path in (chain["reduced"] / "work").glob("codes-*"))
     merged = gathered_codes(codes_folder, np.arange(160), 48)
     assert isinstance(merged, np.memmap) and merged.shape == (160, 5 * 2) and merged.dtype == np.uint16
+
+
+def test_rows_are_kept_and_mended(tmp_path):
+    """Only what is missing is worked out; a file that is no longer whole is made again."""
+    rows, asked = np.array([0, 1, 5, 9, 10, 11]), []
+
+    def compute(missing: np.ndarray) -> dict:
+        asked.append(missing.tolist())
+        return {"squares": missing**2}
+
+    def squares(wanted: np.ndarray) -> list[int]:
+        cached_rows(tmp_path, wanted, 5, run.Process(0, 1, torch.device("cpu")), "", compute)
+        return read_rows(tmp_path, wanted, 5, "squares").tolist()
+
+    assert squares(rows[1::2]) == [1, 81, 121] and asked == [[1], [9], [11]]
+    assert squares(rows) == [0, 1, 25, 81, 100, 121] and asked[3:] == [[0], [5], [10]]
+    path = tmp_path / "000001.npz"
+    for whole in (path.read_bytes()[:100], b""):
+        path.write_bytes(whole)
+        assert squares(rows) == [0, 1, 25, 81, 100, 121] and asked[-1] == [5, 9]
+
+
+def test_only_the_caption_file_is_rewritten(tmp_path):
+    """Other texts of a sample stay as they are."""
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for name, content in (("a.png", png.getvalue()), ("a.txt", b"old"), ("a.alt.txt", b"other")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    pairs = open_pairs(str(tmp_path / "in.tar"))
+    write_shards(pairs, {0: "new"}, tmp_path / "out", run.Process(0, 1, torch.device("cpu")))
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        assert [tar.extractfile(name).read() for name in ("a.txt", "a.alt.txt")] == [b"new", b"other"]
 
 
 def test_rows_of_shards(folder):

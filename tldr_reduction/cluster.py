@@ -146,6 +146,11 @@ def in_cluster(assignment: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[assignment[order]], sizes
 
 
+def share_of(fraction: float) -> Fraction:
+    """0.25 as 1/4: the share that was meant, so that ceil(size * share) is not one too many by rounding."""
+    return Fraction(fraction).limit_denominator(10**6)
+
+
 def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
     """Rows at positions 0, n, 2n... of each cluster, cluster by cluster: ceil(size/n) of each.
 
@@ -157,7 +162,7 @@ def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
 
 def select_fraction(assignment: Tensor, k: int, fraction: float) -> Tensor:
     """`select_every_nth` for shares that are no 1/n: ceil(size * fraction) rows of each cluster, evenly spaced."""
-    share = Fraction(fraction).limit_denominator(1000)
+    share = share_of(fraction)
     order, position, _ = in_cluster(assignment, k)
     up_to = lambda p: -(-p * share.numerator // share.denominator)  # noqa: E731  kept of the first p
     return order[up_to(position + 1) > up_to(position)]
@@ -165,7 +170,7 @@ def select_fraction(assignment: Tensor, k: int, fraction: float) -> Tensor:
 
 def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float, largest: bool = True) -> Tensor:
     """The ceil(size * fraction) rows of each cluster farthest from (or nearest to) its centroid; an ablation."""
-    share = Fraction(fraction).limit_denominator(1000)
+    share = share_of(fraction)
     assignment, dist2 = torch.as_tensor(assignment), torch.as_tensor(dist2)
     by_distance = torch.argsort(-dist2 if largest else dist2, stable=True)
     order, position, sizes = in_cluster(assignment[by_distance], k)

@@ -65,7 +65,7 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
         temporary = path.with_name(path.name + ".tmp")
         with tarfile.open(temporary, "w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
-                if name.lower().endswith(".txt"):
+                if os.path.basename(name).partition(".")[2].lower() == "txt":
                     content = captions[key].encode()
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
@@ -139,12 +139,13 @@ def describe(cfg, reduction, good, selected, kept, extra, pixels, reasons) -> tu
     columns = {"key": pairs.keys.tolist(), "kept": is_kept.astype(int).tolist(), "reason": why.tolist()}
     report = {"samples": n, "broken": int((reasons != "").sum()) + len(pairs.broken), "kept": len(kept)}
     report |= {"kept_share": len(kept) / max(len(good), 1), "selected": len(selected)}
-    if pixels is not None:
-        first = first_of_equal(pixels[good])
-        copies = first != np.arange(len(good))
-        duplicate_of = np.full(n, "", dtype=object)
-        duplicate_of[good[copies]] = pairs.keys[good[first[copies]]]
-        columns["duplicate_of"] = duplicate_of.tolist()
+    first = first_of_equal(pixels[good])
+    copies = first != np.arange(len(good))
+    duplicate_of = np.full(n, "", dtype=object)
+    duplicate_of[good[copies]] = pairs.keys[good[first[copies]]]
+    columns["duplicate_of"] = duplicate_of.tolist()
+    report["identical_images"] = int(copies.sum())
+    if reduction.coded:
         codes = (
             gathered_codes(reduction.codes_folder, good, cfg.chunk) if reduction.merged is None else reduction.merged
         )
@@ -155,7 +156,6 @@ def describe(cfg, reduction, good, selected, kept, extra, pixels, reasons) -> tu
             counts += np.bincount(codes[first_row : first_row + 2**16].ravel(), minlength=num_codes)
         p = counts / counts.sum()
         report |= {
-            "identical_images": int(copies.sum()),
             "identical_code_vectors": len(good) - distinct,
             "codes_used": int((counts > 0).sum()),
             "perplexity": float(np.exp(-(p * np.log(p + 1e-10)).sum())),
@@ -186,11 +186,9 @@ def describe(cfg, reduction, good, selected, kept, extra, pixels, reasons) -> tu
 def print_report(report: dict) -> None:
     """What one wants to know at once."""
     print(f"kept               {report['kept']:,} of {report['samples']:,} ({100 * report['kept_share']:.1f} %)")
-    if "identical_images" in report:
-        print(
-            f"duplicates         {report['identical_images']:,} identical images, "
-            f"{report['identical_code_vectors']:,} code vectors that occurred before"
-        )
+    vectors = f", {report['identical_code_vectors']:,} code vectors" if "codes_used" in report else ""
+    print(f"duplicates         {report['identical_images']:,} identical images{vectors} that occurred before")
+    if "codes_used" in report:
         print(f"codebook           {report['codes_used']:,} codes used, perplexity {report['perplexity']:.1f}")
     if "clusters" in report:
         low, _, middle, _, high = report["cluster_sizes"]

@@ -4,6 +4,7 @@ TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,7 +57,7 @@ class Config:
     cls_scores: bool = False
     """Score with [CLS] at position 0, as upstream does, instead of [ENC], with which BLIP trains."""
     match: str | None = None
-    """For random, first, itm: keep as many samples as the reduction in this folder did."""
+    """For random, first, itm: keep as many samples as the reduction in this folder did, whatever --keep says."""
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from."""
     work: str | None = None
@@ -123,9 +124,21 @@ def check(cfg: Config, n: int) -> Config:
         raise ValueError("ITM scores, blip and text features need --scorer, a run folder of stage blip")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise NotADirectoryError(f"--out {cfg.out} is a file, where a folder is wanted")
-    if cfg.match and not (Path(cfg.match) / "report.json").is_file():
-        raise FileNotFoundError(f"--match {cfg.match} holds no report.json of a finished reduction")
+    if cfg.match and not 0 < kept_by(cfg.match) <= n:
+        raise ValueError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, which {cfg.data} has not: {n:,}")
+    if cfg.match and cfg.select not in ("random", "first", "itm"):
+        raise ValueError(f"--match goes with --select random, first or itm, not {cfg.select}")
+    if cfg.match and itm_keep is not None:
+        raise ValueError("--match says how many samples are kept, of which an ITM filter would drop some: choose one")
     return dataclasses.replace(cfg, clusters=clusters, keep=keep, itm_keep=itm_keep, captions=captions)
+
+
+def kept_by(folder: str) -> int:
+    """Samples that a finished reduction kept."""
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--match {folder} holds no report.json of a finished reduction")
+    return json.loads(path.read_text())["kept"]
 
 
 def dry_run(cfg: Config) -> None:

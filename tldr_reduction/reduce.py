@@ -46,10 +46,10 @@ from tldr_reduction.output import (  # noqa: F401
     write_csv,
     write_shards,
 )
-from tldr_reduction.recipes import RECIPES, Config, check, dry_run  # noqa: F401
+from tldr_reduction.recipes import RECIPES, Config, check, dry_run, kept_by  # noqa: F401
 from tldr_reduction.rows import cached_rows, gathered_codes, read_rows
 from tldr_reduction.text import WordPiece, build_vocab, pre_caption
-from tldr_reduction.views import eval_transform, open_pairs, rows_loader
+from tldr_reduction.views import eval_transform, no_pixels, open_pairs, rows_loader
 
 # --------------------------------------------------------------------------------------------------- forward passes
 
@@ -116,6 +116,7 @@ class Reduction:
         self.seconds: dict[str, float] = {}
         self.loaded: dict[str, tuple] = {}
         self.merged: np.ndarray | None = None
+        self.coded = False  # whether a captioner has seen the images
         self.codes_folder = self.folder("codes", cfg.captioner or str(self.out / "captioner"))
 
     def folder(self, what: str, model: str) -> Path:
@@ -146,7 +147,9 @@ class Reduction:
         folder, vocab = self.out / "captioner", self.out / "vocab.txt"
         self.out.mkdir(parents=True, exist_ok=True)
         if self.process.main and not vocab.exists():
-            vocab.write_text("\n".join(build_vocab(self.pairs.caption(row) for row in self.rows)) + "\n")
+            temporary = vocab.with_name("vocab.txt.tmp")
+            temporary.write_text("\n".join(build_vocab(self.pairs.caption(row) for row in self.rows)) + "\n")
+            os.replace(temporary, vocab)
         if self.process.world_size > 1:
             dist.barrier()
         settings = dataclasses.replace(
@@ -177,6 +180,19 @@ class Reduction:
             return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": np.array(reasons, "U80")}
 
         cached_rows(self.codes_folder, self.rows, self.cfg.chunk, self.process, "codes", compute)
+        self.coded = True
+
+    def look(self) -> Path:
+        """Pixel hashes and reasons of the broken, of all rows, where no captioner is wanted; -> their folder."""
+
+        def compute(rows: np.ndarray) -> dict:
+            parts = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
+            pixels, reasons = ([value for part in each for value in part] for each in zip(*parts, strict=True))
+            return {"pixels": np.array(pixels, np.uint64), "reasons": np.array(reasons, "U80")}
+
+        folder = self.work / f"images-{self.pairs.fingerprint}"
+        cached_rows(folder, self.rows, self.cfg.chunk, self.process, "images", compute)
+        return folder
 
     def image_features(self, captioner: str | None) -> None:
         """Continuous features of all images, for the ablations: the captioner's, or the scorer's embedding."""
@@ -210,7 +226,7 @@ class Reduction:
                     parts.append(itm_scores(scorer, tokenizer, images, texts, cfg.cls_scores).float().cpu())
             return {"scores": torch.cat(parts).numpy()}
 
-        folder = self.folder(what, cfg.scorer)
+        folder = self.folder(what + "-cls" * cfg.cls_scores, cfg.scorer)
         cached_rows(folder, rows, cfg.chunk, self.process, what, compute)
         return read_rows(folder, rows, cfg.chunk, "scores")
 
@@ -250,7 +266,7 @@ class Reduction:
         cfg, n = self.cfg, len(good)
         keep = cfg.keep
         if cfg.match:
-            keep = json.loads((Path(cfg.match) / "report.json").read_text())["kept"] / n
+            keep = kept_by(cfg.match) / n
         if cfg.select == "all":
             return torch.arange(n), {}
         if cfg.select == "random":
@@ -298,6 +314,8 @@ def main(cfg: Config) -> None:
             if process.main:
                 print(f"{out} is finished; nothing to do")
             return
+    elif list((out / "shards").glob("*.tar")):
+        raise ValueError(f"{out}/shards holds shards that no reduction into {out} has written: choose another --out")
     if process.main:
         out.mkdir(parents=True, exist_ok=True)
         run.write_json(out / "config.json", settings)
@@ -310,15 +328,17 @@ def main(cfg: Config) -> None:
     pairs, rows = reduction.pairs, reduction.rows
     seconds = reduction.seconds
     seconds["captioner"] = time.perf_counter() - started
-    reasons, pixels = np.full(len(rows), "", dtype="U80"), None
+    started = time.perf_counter()
     if captioner:
-        started = time.perf_counter()
         reduction.codes(captioner)
-        pixels, reasons = (read_rows(reduction.codes_folder, rows, cfg.chunk, n) for n in ("pixels", "reasons"))
-        seconds["codes"] = time.perf_counter() - started
+    folder = reduction.codes_folder if captioner else reduction.look()
+    pixels, reasons = (read_rows(folder, rows, cfg.chunk, name) for name in ("pixels", "reasons"))
+    seconds["codes"] = time.perf_counter() - started
     if clustered and cfg.features in ("image", "blip"):
         reduction.image_features(captioner)
     good = rows[reasons == ""]
+    if not len(good):
+        raise ValueError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
     started = time.perf_counter()
     before = reduction.scores(rows, None, "itm") if cfg.scorer else None
     seconds["itm"] = time.perf_counter() - started

@@ -1,6 +1,7 @@
 """Results of the costly passes, kept by row of the data, so that a reduction that was killed goes on from them."""
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def cached_rows(
     folder.mkdir(parents=True, exist_ok=True)
     chunks = np.unique(rows // size)[process.rank :: process.world_size]
     for number in run.progress(chunks, len(chunks), label, size, process):
-        path, wanted = folder / f"{number:06}.npz", rows[rows // size == number]
-        kept = dict(np.load(path, allow_pickle=False)) if path.exists() else None
+        path, wanted = folder / f"{number:06}.npz", rows_in(rows, number, size)
+        kept = load_part(path)
         missing = wanted if kept is None else np.setdiff1d(wanted, kept["rows"])
         if not len(missing):
             continue
@@ -38,12 +39,26 @@ def cached_rows(
         dist.barrier()
 
 
+def rows_in(rows: np.ndarray, number: int, size: int) -> np.ndarray:
+    """Those of `rows` (ascending) that are in the file of that number."""
+    return rows[slice(*np.searchsorted(rows, (number * size, (number + 1) * size)))]
+
+
+def load_part(path: Path) -> dict[str, np.ndarray] | None:
+    """All arrays of a file, or None if it does not exist or cannot be read: it is then made again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
 def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarray:
     """Array `name` of those rows (ascending)."""
     parts = []
     for number in np.unique(rows // size):
         with np.load(folder / f"{number:06}.npz", allow_pickle=False) as file:
-            places = np.searchsorted(file["rows"], rows[rows // size == number])
+            places = np.searchsorted(file["rows"], rows_in(rows, number, size))
             parts.append(file[name][places])
     return np.concatenate(parts)
 
@@ -57,7 +72,7 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     merged = np.lib.format.open_memmap(temporary, "w+", first.dtype, shape)
     done = 0
     for number in np.unique(rows // size):
-        part = read_rows(folder, rows[rows // size == number], size, "codes")
+        part = read_rows(folder, rows_in(rows, number, size), size, "codes")
         merged[done : done + len(part)] = part
         done += len(part)
     merged.flush()

@@ -24,17 +24,18 @@ def pre_caption(text: str, max_words: int = 30) -> str:
     return " ".join(words[:max_words])
 
 
-def build_vocab(captions: Iterable[str]) -> list[str]:
-    """A WordPiece vocabulary of whole words, the frequent first, with single characters for all that is not in it.
-
-    The prompt's words are in it, too.
-    """
+def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
+    """A WordPiece vocabulary of at most `size` (BERT's) pieces: whole words, the frequent first, and single characters,
+    the 1000 most frequent, for all that is not in it. The prompt's words are in it, too."""
     texts = (pre_caption(caption) for caption in (PROMPT, *captions))
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
-    characters = sorted({character for word in words for character in word})
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        letters.update(dict.fromkeys(word, count))
+    characters = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:1000])
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
     ranked = sorted(words, key=lambda word: (-words[word], word))
-    return pieces + [word for word in ranked if word not in set(pieces)]
+    return list(dict.fromkeys([*pieces, *PROMPT.split(), *ranked]))[:size]
 
 
 class WordPiece:

@@ -28,6 +28,11 @@ def eval_transform(size: int) -> transforms.Compose:
     return transforms.Compose([transforms.Resize((size, size), InterpolationMode.BICUBIC), normalised])
 
 
+def no_pixels(image: Image.Image) -> Tensor:
+    """For a pass that only wants to know which images can be read."""
+    return torch.empty(0)
+
+
 def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augment: bool = True) -> transforms.Compose:
     """Random crop (scale 0.2-1 in pre-training, 0.5-1 otherwise), flip, `RandomAugment`. BLIP:data/__init__.py:18."""
     steps = [transforms.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)]
@@ -91,6 +96,8 @@ class Annotations:
             ) from error
         if not len(self.keys):
             raise ValueError(f"{path} has no entry")
+        if other := [row for row, caption in enumerate(self._captions) if not isinstance(caption, str)]:
+            raise ValueError(f"{path}: the caption of {self.keys[other[0]]} is no text (entry {other[0]})")
         self.fingerprint = data.fingerprint(self.keys.tobytes(), "\0".join(self._captions).encode())
 
     def __len__(self) -> int:
@@ -185,11 +192,11 @@ class Rows(Dataset):
         return row, self.transform(pair.image), pair.caption, pixels, ""
 
 
+def collate_rows(items: list) -> tuple[Tensor, Tensor, list[str], list[int], list[str]]:
+    rows, images, captions, pixels, reasons = zip(*items, strict=True)
+    return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
+
+
 def rows_loader(pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0) -> DataLoader:
     """Batches (rows (b,), images, captions, hashes, reasons) of `Rows`."""
-
-    def collate(items: list):
-        rows, images, captions, pixels, reasons = zip(*items, strict=True)
-        return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
-
-    return DataLoader(Rows(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate)
+    return DataLoader(Rows(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate_rows)
