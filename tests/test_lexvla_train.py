@@ -139,6 +139,9 @@ def test_bags_hold_content_words_alone(lm: Path):
     (s,) = bags(["The cat is of a face", "cat, FACE!", "is the of"])
     torch.testing.assert_close(s[0], s[1])
     assert not s[2].any() and s[0].norm() == pytest.approx(1)
+    (s,) = bags(["fire front", "the fire is in front of it", "from them"])  # nouns that scikit-learn's list would drop
+    assert s[0].any() and torch.equal(s[0], s[1]) and not s[2].any()
+    assert set(texts.CONTENT.split()) < texts.ENGLISH_STOP_WORDS
 
 
 # --------------------------------------------------------------------------------------------------------- end to end
