@@ -16,8 +16,9 @@ from lexvla.scenes import labelled_images
 
 
 def word_cloud(weights: dict[str, float]) -> WordCloud:
-    """A picture of words, each as large as its weight."""
-    weights = {word.strip() or word: value for word, value in weights.items()} or {"(none)": 1.0}
+    """A picture of words, each as large as its weight; of a piece with and without its space, the larger one."""
+    ascending = sorted(weights.items(), key=lambda item: item[1])
+    weights = {word.strip() or word: value for word, value in ascending} or {"(none)": 1.0}
     cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
     return cloud.generate_from_frequencies(weights)
 

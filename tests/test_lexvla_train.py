@@ -452,7 +452,7 @@ def test_report(measured: evaluation.Config, capsys):
                  "groups_id/top1", "retrieval_ood/top5_in_caption"):  # fmt: skip
         assert name in overuse
     assert any("PatchDis above random" in row["claim"] for row in summary["claims"])
-    for name in ("lexvla_sparsity.png", "lexvla_words.png"):
+    for name in ("lexvla_sparsity.png", "lexvla_words.png", "lexvla_clouds.png", "lexvla_patches.png"):
         assert (Path(measured.report).parent / name).stat().st_size > 5_000
     first = Path(measured.runs[0])
     assert (first / "patches.png").is_file() and (first / "words_retrieval_ood.png").is_file()
