@@ -7,6 +7,7 @@ once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_
 caption is the same for all: it is run once, and its keys and values serve every batch.
 """
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -14,7 +15,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Config:
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.smollm2'."""
     data: str = "data/emoji/train"
     """Shards whose captions are wanted."""
-    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
+    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "retrieval_id", EMOJI + "names_ood")
     """Evaluation sets whose captions and class names are wanted, too."""
     out: str = "data/lexvla/states.pt"
     """File to write; a finished one is left as it is."""
@@ -150,6 +151,13 @@ class States:
                 raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
         self.file, self.states, self.max_length = file, kept["states"].float(), max_length
         self.row = {text: row for row, text in enumerate(kept["texts"])}
+        self.lm = self.tokenizer = None
+
+    @contextlib.contextmanager
+    def unknown_through(self, lm: nn.Module, tokenizer) -> Iterator[None]:
+        """Inside, captions that the file lacks go through `lm`, whose LoRA is behind the states."""
+        self.lm, self.tokenizer = lm, tokenizer
+        yield
         self.lm = self.tokenizer = None
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
