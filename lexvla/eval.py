@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from lexvla.build import eval_transform, load_run
+from lexvla.build import eval_transform, load_run, patch_side
 from lexvla.claims import ARMS, METRICS, compare  # noqa: F401
 from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
@@ -323,16 +323,19 @@ def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
 
 def search(cfg: Search) -> None:
     """Print the best images for a query, and the words that made them so."""
-    if cfg.k < 1:
-        raise ValueError(f"--k must be at least 1, not {cfg.k}")
+    run.check_counts(cfg, "k")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
     eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
     index, names = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
     query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
+    if not query.any():
+        raise ValueError(f"none of the {len(words):,} words that this run knows is in {cfg.query!r}")
     print(f"query: {listed(top_words(query, words, 8))}")
     found = index.search(query, cfg.k)
+    if not found:
+        print("no image has one of these words")
     common = index.common(query, [i for i, _ in found])
     for (i, score), s_img in zip(found, common, strict=True):
         print(f"{score:.3f}  {names[i]}: {listed(reasons(s_img, query, words, 5))}")
@@ -351,6 +354,9 @@ def listed(weighted: Sequence[tuple[str, float]]) -> str:
 @torch.no_grad()
 def explain_pair(cfg: Explain) -> None:
     """Print what an image and a caption have in common, word by word, and draw it."""
+    run.check_counts(cfg, "k")
+    if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
+        raise ValueError(f"--out {cfg.out} is no .png in a folder that exists")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
@@ -368,7 +374,7 @@ def explain_pair(cfg: Explain) -> None:
     for word, value in because:
         print(f"{value:.3f}  {100 * value / score:3.0f} %  {word.strip()}")
     clouds = {"image": dict(top_words(s_img, words, 40)), "caption": dict(top_words(s_txt, words, 40))}
-    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, 4)[1]
+    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, min(4, len(because)))[1]
     plot_pair(pixels[0].cpu(), cfg.caption, clouds, s_patch, word_rows(model, chosen), [words[i] for i in chosen],
               Path(cfg.out))  # fmt: skip
     print(f"drawn in {cfg.out}")
@@ -384,6 +390,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     dtype = run.DTYPES[precision]
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
+    if cfg.patchdis and cfg.patchdis_side % (patch := patch_side(model.image.backbone)):
+        raise ValueError(f"--patchdis-side {cfg.patchdis_side} is no multiple of {path}'s patches of {patch} pixels")
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
@@ -487,8 +495,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
-    if cfg.topk is not None and cfg.topk < 1:
-        raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
+    run.check_counts(cfg, "batch_size", "patchdis_side", *(["topk"] if cfg.topk is not None else []))
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)

@@ -66,10 +66,13 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+        lm, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         hint = "; 'python -m shared.smollm2' makes it" if "smollm2" in name else ""
         raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
+    if not hasattr(getattr(lm, "model", None), "layers"):
+        raise ValueError(f"--lm {name} is a {type(lm).__name__}; a model in Llama's layout is needed")
+    return lm, tokenizer
 
 
 def lm_dtype(precision: str, device: torch.device) -> torch.dtype:

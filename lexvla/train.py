@@ -125,8 +125,6 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer) -> tuple[T
     vocab_ids = caption_vocabulary(tokenizer, captions, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     if cfg.bias is not None:
         return vocab_ids, cfg.bias
-    if cfg.text == "bow":
-        return vocab_ids, 0.0
     first = list(filter(None, (pairs.caption(row) for row in range(min(len(pairs), 256)))))
     return vocab_ids, first_bias(
         TextEncoder(lm, vocab_ids, center=cfg.centre_codebook), text_input(cfg, tokenizer, vocab_ids)(first)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -350,6 +351,9 @@ ERRORS = {
     "no word left": (["emoji", "--min-count", "9999"], "0 pieces of the vocabulary are left"),
     "bad pattern": (["emoji", "--pattern", "["], "is no regular expression"),
     "words without an LM": (["emoji-bow"], "--text bow has no LM"),
+    "bias of bags": (["emoji-bow", "--states", "", "--bias", "None"], "--text bow has no logits"),
+    "no vocabulary": (["emoji", "--max-vocabulary", "-1"], "--max-vocabulary must be at least 2"),
+    "no pixels": (["cc12m", "--data", f"{SHARDS}/00000.tar", "--image-size", "0"], "--image-size must be at least 1"),
     "penalty of nothing": (["emoji-dense", "--penalty", "flops"], "--head dense has no words to penalise"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere does not"),
@@ -492,6 +496,11 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     assert other.code == 0 and len(other.out.splitlines()) <= 4, other.err
     result = in_process("search", arms["dense"], "red fruit", "--images", small_set, module="lexvla.eval")
     assert result.code == 2 and "its dimensions are no words" in result.err and one_sentence(result.err)
+    unknown = in_process("search", arms["bow"], "qqqq of the", "--images", small_set, module="lexvla.eval")
+    assert unknown.code == 2 and "is in 'qqqq of the'" in unknown.err and one_sentence(unknown.err), unknown.err
+    for query in ("", "qqqq zzzz", '"quotes" ' * 200):  # a language model says something of everything
+        result = in_process("search", arms["overuse"], query, "--images", small_set, module="lexvla.eval")
+        assert result.code == 0 and result.out.startswith("query: "), result.err
     result = in_process("search", arms["overuse"], "red fruit", "--k", "0", module="lexvla.eval")
     assert result.code == 2 and "--k must be at least 1" in result.err and one_sentence(result.err)
 
@@ -506,6 +515,11 @@ def test_explanation_of_a_pair(arms: dict[str, Path], in_process, tmp_path: Path
     first, *reasons, _ = result.out.splitlines()
     values = [float(line.split()[0]) for line in reasons]
     assert values == sorted(values, reverse=True) and sum(values) <= float(first.split()[1].rstrip(":")) + 0.01
+    nothing = in_process("explain", arms[arm], image, "", "--out", tmp_path / "empty.png", module="lexvla.eval")
+    assert nothing.code == 0 and (arm != "bow" or nothing.out.startswith("score 0.000")), nothing.err
+    for options in (["--out", tmp_path / "nowhere/x.png"], ["--out", tmp_path / "x.gif"], ["--k", "-1"]):
+        result = in_process("explain", arms[arm], image, caption, *options, module="lexvla.eval")
+        assert result.code == 2 and options[0] in result.err and one_sentence(result.err), result.err
     (tmp_path / "text.png").write_text("no image")
     for file, words in ((tmp_path / "nothing.png", "does not exist"), (tmp_path / "text.png", "cannot be read")):
         result = in_process("explain", arms[arm], file, "a cat", module="lexvla.eval")
@@ -526,12 +540,20 @@ def test_index_gives_the_products():
 
 
 def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
+    few = tmp_path / "few"
+    for part in ("images", "masks"):
+        (few / part).mkdir(parents=True)
+        Image.new("L", (16, 16), 1).save(few / part / "0.png")
+    (few / "classnames.txt").write_text("cat\n")
     for arguments, words in (
         ((tmp_path / "nowhere",), "checkpoint.pt does not exist"),
         ((arms["none"], "--patchdis", "None", "--sets", tmp_path), str(tmp_path)),
         ((arms["none"], "--sets", "--patchdis", tmp_path), "classnames.txt does not exist"),
         ((arms["none"], "--class-text", "song"), "--class-text is prompt or word"),
         ((arms["none"], "--topk", "0"), "--topk must be at least 1"),
+        ((arms["none"], "--batch-size", "0"), "--batch-size must be at least 1"),
+        ((arms["none"], "--patchdis", few, "--patchdis-side", "97"), "no multiple of"),
+        ((arms["none"], "--patchdis", few, "--sets", "--precision", "fp32"), "has class 1, but classnames.txt has 1"),
         ((), "name at least one run folder"),
     ):
         result = in_process(*arguments, module="lexvla.eval")
