@@ -15,12 +15,12 @@ from lexvla.model import LexVLA, TextEncoder
 from lexvla.scenes import labelled_images
 
 
-def word_cloud(weights: dict[str, float]) -> WordCloud:
+def word_cloud(weights: dict[str, float]) -> np.ndarray:
     """A picture of words, each as large as its weight; of a piece with and without its space, the larger one."""
     ascending = sorted(weights.items(), key=lambda item: item[1])
     weights = {word.strip() or word: value for word, value in ascending} or {"(none)": 1.0}
     cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
-    return cloud.generate_from_frequencies(weights)
+    return cloud.generate_from_frequencies(weights).to_array()
 
 
 def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:

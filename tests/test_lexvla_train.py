@@ -20,7 +20,14 @@ import torch
 from PIL import Image
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lexvla import backbone as backbones
 from lexvla import build, claims, config, scenes, train
@@ -132,6 +139,13 @@ def test_vocabulary_of_captions(lm: Path):
     assert " cat" in words and "," not in words
     with pytest.raises(ValueError, match="lower --min-count"):
         texts.caption_vocabulary(tokenizer, captions, 100)
+
+
+def test_models_in_another_layout_are_refused(lm: Path, tmp_path: Path):
+    AutoTokenizer.from_pretrained(lm).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=700, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a GPT2LMHeadModel; a model in Llama's layout is needed"):
+        texts.load_lm(str(tmp_path))
 
 
 def test_bags_hold_content_words_alone(lm: Path):
