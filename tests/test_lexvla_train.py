@@ -490,6 +490,18 @@ def test_word_classes_and_background(arms: dict[str, Path], small_scenes: Path):
     assert 0 <= flat["patchdis/miou"] <= flat["patchdis/miou_present"] <= 100
 
 
+def test_renormalizing_after_sparsifying(arms: dict[str, Path], small_set: Path):
+    """Keeps which words are there, and with all words kept changes nothing."""
+    process, found = run.Process(0, 1, torch.device("cpu")), []
+    for topk, renormalize in ((None, False), (None, True), (10_000, False), (10_000, True)):
+        cfg = evaluation.Config((), (str(small_set),), None, topk=topk, renormalize=renormalize)
+        found.append(evaluation.evaluate_run(str(arms["overuse"]), cfg, process))
+    for a, b in (found[:2], found[2:]):
+        assert a["retrieval_ood/image/active"] == b["retrieval_ood/image/active"]
+    assert found[2]["retrieval_ood/mean_recall"] == found[2]["retrieval_ood/dense/mean_recall"]
+    assert abs(found[2]["retrieval_ood/mean_recall"] - found[3]["retrieval_ood/mean_recall"]) < 1
+
+
 def test_evaluation_during_training(cli, folder: Path, tiny: list[str], small_set: Path):
     """On captions that the file of states does not have."""
     options = ["--epochs", "1", "--eval-every", "1", "--eval-set", small_set]
