@@ -56,7 +56,7 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
             from transformers import AutoModel, Dinov2Config, Dinov2Model
 
             vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config(patch_size=14))
-            return vit, vit.config.hidden_size, vit.config.patch_size
+            return vit, vit.config.hidden_size, patch_side(vit)
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"--backbone {name} is neither a folder, a hub name nor a ViT of timm here") from error
@@ -64,7 +64,12 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
         raise ValueError(
             f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read"
         )
-    return vit, vit.num_features, vit.patch_embed.patch_size[0]
+    return vit, vit.num_features, patch_side(vit)
+
+
+def patch_side(backbone: nn.Module) -> int:
+    """Pixels of a patch's side, of transformers' ViTs and timm's."""
+    return backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else backbone.config.patch_size
 
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:

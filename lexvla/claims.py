@@ -5,6 +5,7 @@ The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures
 side of a row is a direction and where it stands.
 """
 
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -103,6 +104,10 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     report.save(path, summary)
     plot_sweep(arms, path.parent / "lexvla_sparsity.png")
     plot_usage(folders, path.parent / "lexvla_words.png")
+    if "overuse" in folders:  # what the method's first seed says, as eval.py drew it
+        for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches")):
+            if (drawn := folders["overuse"][0] / file).exists():
+                shutil.copyfile(drawn, path.parent / f"lexvla_{name}.png")
     print(f"\nEmbedded emoji corpus, a stand-in for CC12M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
     print(report.arms_table(summary["arms"], METRICS))
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
@@ -140,7 +145,8 @@ def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
         most = report.load(folder / f"words_{SET}.json")
         for axis, side in zip(column, ("image", "text"), strict=True):
             words, shares = zip(*reversed(most[side]), strict=True)
-            axis.barh([word.strip() or word for word in words], shares)
+            axis.barh(range(len(words)), shares)  # by number: a piece may be there with and without its space
+            axis.set_yticks(range(len(words)), [word.strip() or word for word in words])
             axis.set_title(f"{arm}: {side}s", fontsize=8)
             axis.tick_params(labelsize=7)
     figure.supxlabel("among the ten strongest words of so many percent", fontsize=8)

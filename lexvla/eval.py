@@ -17,14 +17,15 @@ from typing import Annotated
 import numpy as np
 import scipy.sparse
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from lexvla.build import eval_transform, load_run
+from lexvla.build import eval_transform, load_run, patch_side
 from lexvla.claims import ARMS, METRICS, compare  # noqa: F401
 from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
-from lexvla.plots import plot_pair, plot_patches, plot_words, word_rows
+from lexvla.plots import patch_set_words, plot_pair, plot_patches, plot_words, word_mask, word_rows
 from lexvla.scenes import labelled_images
 from lexvla.text import leading_space, lm_dtype, pieces
 from shared import data, report, run
@@ -47,6 +48,8 @@ class Config:
     """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
     topk: int | None = None
     """Words kept of each representation; None: as the run's configuration says."""
+    renormalize: bool = False
+    """Unit rows again after sparsifying. Not stated in the paper; VDR and SPLADE leave values as they are."""
     class_text: str = "prompt"
     """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
     in the paper."""
@@ -89,7 +92,8 @@ class Explain:
     k: int = 10
     """Words to list."""
     out: str = "explain.png"
-    """Picture to write: word clouds of both, and where in the image the most important common words are."""
+    """Picture to write: word clouds of the image, of the caption and of the patches where the most important common
+    word is; and where in the image this word and the next ones are."""
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -323,16 +327,19 @@ def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
 
 def search(cfg: Search) -> None:
     """Print the best images for a query, and the words that made them so."""
-    if cfg.k < 1:
-        raise ValueError(f"--k must be at least 1, not {cfg.k}")
+    run.check_counts(cfg, "k")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
     eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
     index, names = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
     query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
+    if not query.any():
+        raise ValueError(f"none of the {len(words):,} words that this run knows is in {cfg.query!r}")
     print(f"query: {listed(top_words(query, words, 8))}")
     found = index.search(query, cfg.k)
+    if not found:
+        print("no image has one of these words")
     common = index.common(query, [i for i, _ in found])
     for (i, score), s_img in zip(found, common, strict=True):
         print(f"{score:.3f}  {names[i]}: {listed(reasons(s_img, query, words, 5))}")
@@ -351,6 +358,9 @@ def listed(weighted: Sequence[tuple[str, float]]) -> str:
 @torch.no_grad()
 def explain_pair(cfg: Explain) -> None:
     """Print what an image and a caption have in common, word by word, and draw it."""
+    run.check_counts(cfg, "k")
+    if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
+        raise ValueError(f"--out {cfg.out} is no .png in a folder that exists")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
@@ -368,9 +378,14 @@ def explain_pair(cfg: Explain) -> None:
     for word, value in because:
         print(f"{value:.3f}  {100 * value / score:3.0f} %  {word.strip()}")
     clouds = {"image": dict(top_words(s_img, words, 40)), "caption": dict(top_words(s_txt, words, 40))}
-    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, 4)[1]
-    plot_pair(pixels[0].cpu(), cfg.caption, clouds, s_patch, word_rows(model, chosen), [words[i] for i in chosen],
-              Path(cfg.out))  # fmt: skip
+    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, min(4, len(because)))[1]
+    side = math.isqrt(len(s_patch))
+    masks = [word_mask(s_patch, s_word, (side, side)) for s_word in word_rows(model, chosen)]
+    names = [words[i].strip() for i in chosen]
+    for name, mask in zip(names[:1], masks, strict=False):
+        said = patch_set_words(s_patch, mask.flatten() > 0.5)
+        clouds[f"patches of {name}"] = dict(top_words(said, words, 40))
+    plot_pair(pixels[0].cpu(), cfg.caption, clouds, dict(zip(names, masks, strict=True)), Path(cfg.out))
     print(f"drawn in {cfg.out}")
 
 
@@ -384,8 +399,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     dtype = run.DTYPES[precision]
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
+    if cfg.patchdis and cfg.patchdis_side % (patch := patch_side(model.image.backbone)):
+        raise ValueError(f"--patchdis-side {cfg.patchdis_side} is no multiple of {path}'s patches of {patch} pixels")
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
+
+    def few(s: Tensor) -> Tensor:
+        sparse = sparsify(s, topk)
+        return F.normalize(sparse, dim=-1) if cfg.renormalize else sparse
+
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
     flat: dict[str, float] = {}
     for folder in cfg.sets:
@@ -393,7 +415,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         name = eval_set.name
         if eval_set.kind == "retrieval":
             encoded = encode_pairs(model, read, eval_set, cfg.batch_size, cfg.workers, process.device, dtype)
-            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, topk).items()}
+            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, few).items()}
             if lexical:
                 s_img, s_txt, image_of_text, texts = encoded
                 said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
@@ -405,7 +427,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             )
             classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
             if lexical:
-                features, classes = sparsify(features, topk), sparsify(classes, topk)
+                features, classes = few(features), few(classes)
             flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
         else:
             raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
@@ -422,12 +444,12 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def retrieval_of_run(
-    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, topk: int | None
+    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, few: Callable
 ) -> dict[str, float]:
-    """Recall of sparse representations, of dense ones, over the sweep; active words and their use."""
+    """Recall of sparse representations few(s), of dense ones, over the sweep; active words and their use."""
     if not lexical:
         return retrieval(s_img, s_txt, image_of_text)
-    sparse = [sparsify(s, topk) for s in (s_img, s_txt)]
+    sparse = [few(s) for s in (s_img, s_txt)]
     flat = retrieval(*sparse, image_of_text)
     flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
     levels = [k for k in LEVELS if k < s_img.shape[1]]
@@ -436,9 +458,9 @@ def retrieval_of_run(
             f"top{k}/{way}_R@1": 100 * r.item()
             for way, r in zip(("image_to_text", "text_to_image"), recalls, strict=True)
         }
-    for side, s, few in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
+    for side, s, kept in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
         used = usage(s)
-        flat[f"{side}/active"] = (few > 0).sum(-1).float().mean().item()
+        flat[f"{side}/active"] = (kept > 0).sum(-1).float().mean().item()
         flat[f"{side}/sparsity"] = 100 * (1 - flat[f"{side}/active"] / s.shape[1])
         flat[f"{side}/max_document_frequency"] = 100 * used["max_document_frequency"]
         flat[f"{side}/entropy"] = used["entropy"]
@@ -487,8 +509,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
-    if cfg.topk is not None and cfg.topk < 1:
-        raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
+    run.check_counts(cfg, "batch_size", "patchdis_side", *(["topk"] if cfg.topk is not None else []))
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)

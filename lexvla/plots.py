@@ -15,11 +15,12 @@ from lexvla.model import LexVLA, TextEncoder
 from lexvla.scenes import labelled_images
 
 
-def word_cloud(weights: dict[str, float]) -> WordCloud:
-    """A picture of words, each as large as its weight."""
-    weights = {word.strip() or word: value for word, value in weights.items()} or {"(none)": 1.0}
+def word_cloud(weights: dict[str, float]) -> np.ndarray:
+    """A picture of words, each as large as its weight; of a piece with and without its space, the larger one."""
+    ascending = sorted(weights.items(), key=lambda item: item[1])
+    weights = {word.strip() or word: value for word, value in ascending} or {"(none)": 1.0}
     cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
-    return cloud.generate_from_frequencies(weights)
+    return cloud.generate_from_frequencies(weights).to_array()
 
 
 def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:
@@ -61,17 +62,10 @@ def picture_of(pixels: Tensor) -> np.ndarray:
 
 
 def plot_pair(
-    pixels: Tensor,
-    caption: str,
-    clouds: dict[str, dict],
-    s_patch: Tensor,
-    s_words: Tensor,
-    words: list[str],
-    path: Path,
+    pixels: Tensor, caption: str, clouds: dict[str, dict[str, float]], masks: dict[str, Tensor], path: Path
 ) -> None:
-    """An image and its caption: word clouds of both, and how much each patch is of each of `words`."""
-    side = math.isqrt(len(s_patch))
-    figure, axes = plt.subplots(2, max(3, len(words)), figsize=(10, 4.4), squeeze=False)
+    """An image and its caption: word clouds by title, and how much each patch is of a word (`word_mask`), by word."""
+    figure, axes = plt.subplots(2, max(1 + len(clouds), len(masks)), figsize=(10, 4.4), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     axes[0, 0].imshow(picture_of(pixels))
@@ -79,9 +73,9 @@ def plot_pair(
     for axis, (title, weights) in zip(axes[0, 1:], clouds.items(), strict=False):
         axis.imshow(word_cloud(weights), interpolation="bilinear")
         axis.set_title(title, fontsize=8)
-    for axis, word, s_word in zip(axes[1], words, s_words, strict=False):
-        axis.imshow(word_mask(s_patch, s_word, (side, side)), vmin=0, vmax=1, cmap="magma")
-        axis.set_title(word.strip(), fontsize=8)
+    for axis, (word, mask) in zip(axes[1], masks.items(), strict=False):
+        axis.imshow(mask.numpy(), vmin=0, vmax=1, cmap="magma")
+        axis.set_title(word, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -102,7 +96,8 @@ def plot_patches(
         row[0].imshow(picture_of(pixels[0]))
         for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
             word = s_class[label].argmax()
-            axis.imshow(word_mask(s_patch, word_rows(model, word), (side, side)), vmin=0, vmax=1, cmap="magma")
+            mask_of_word = word_mask(s_patch, word_rows(model, word), (side, side))
+            axis.imshow(mask_of_word.numpy(), vmin=0, vmax=1, cmap="magma")
             inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
             said = ", ".join(words[i].strip() for i in patch_set_words(s_patch, inside).topk(3).indices.tolist())
             axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{said}", fontsize=7)

@@ -32,6 +32,7 @@ def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Ten
     """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
     resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([resize, transforms.ToTensor(), normalize(backbone)])
+    classes = len((Path(folder) / "classnames.txt").read_text(encoding="utf-8").splitlines())
     masks = sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:
         raise FileNotFoundError(f"{folder}/masks holds no .png; 'python -m lexvla.scenes' makes such a folder")
@@ -43,6 +44,8 @@ def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Ten
         if mask.ndim != 2:
             raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
         ignore = 255 if mask.dtype == np.uint8 else IGNORE
+        if (largest := mask[mask != ignore].max(initial=0)) >= classes:
+            raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
         yield transform(Image.open(image).convert("RGB"))[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
 
 

@@ -7,6 +7,7 @@ once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_
 caption is the same for all: it is run once, and its keys and values serve every batch.
 """
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -14,7 +15,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ from shared.evalsets import EvalSet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
 EMOJI = "data/emoji/eval/"
 PROMPT = f"{data.stable_hash(EXAMPLE, FOCUS):016x}"  # states of another prompt are refused
+# Nouns, adjectives and verbs that scikit-learn's list of stop words has among its pronouns, prepositions and numerals
+CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
+    go interest keep last made mill move name next part put see seem seemed seeming seems serious show side sincere
+    system take thick thin third top"""
+STOP_WORDS = ENGLISH_STOP_WORDS - set(CONTENT.split())
 
 
 @dataclasses.dataclass
@@ -38,7 +44,7 @@ class Config:
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.smollm2'."""
     data: str = "data/emoji/train"
     """Shards whose captions are wanted."""
-    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
+    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "retrieval_id", EMOJI + "names_ood")
     """Evaluation sets whose captions and class names are wanted, too."""
     out: str = "data/lexvla/states.pt"
     """File to write; a finished one is left as it is."""
@@ -60,10 +66,13 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+        lm, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         hint = "; 'python -m shared.smollm2' makes it" if "smollm2" in name else ""
         raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
+    if not hasattr(getattr(lm, "model", None), "layers"):
+        raise ValueError(f"--lm {name} is a {type(lm).__name__}; a model in Llama's layout is needed")
+    return lm, tokenizer
 
 
 def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -115,8 +124,8 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
 class Bags:
     """Captions -> (s (B, V),): bags of the pieces of their content words.
 
-    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here scikit-learn's
-    list of English stop words is dropped instead.
+    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here a list of the
+    other words is dropped instead: scikit-learn's stop words less `CONTENT`.
     """
 
     def __init__(self, tokenizer, vocab_ids: Tensor):
@@ -124,7 +133,7 @@ class Bags:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
         words = [re.findall(r"[^\W_]+", caption.lower()) for caption in captions]
-        kept = [" ".join(word for word in of if word not in ENGLISH_STOP_WORDS) for of in words]
+        kept = [" ".join(word for word in of if word not in STOP_WORDS) for of in words]
         texts = [self.space + text if text else "" for text in kept]
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return (bag_of_words(pad(rows, value=-1)[0], self.vocab_ids),)
@@ -145,6 +154,13 @@ class States:
                 raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
         self.file, self.states, self.max_length = file, kept["states"].float(), max_length
         self.row = {text: row for row, text in enumerate(kept["texts"])}
+        self.lm = self.tokenizer = None
+
+    @contextlib.contextmanager
+    def unknown_through(self, lm: nn.Module, tokenizer) -> Iterator[None]:
+        """Inside, captions that the file lacks go through `lm`, whose LoRA is behind the states."""
+        self.lm, self.tokenizer = lm, tokenizer
+        yield
         self.lm = self.tokenizer = None
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:

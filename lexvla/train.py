@@ -5,6 +5,7 @@ processes; summed InfoNCE and the penalties with their weights of this step (eq.
 Settings are in config.py, towers by name in build.py, what captions become in text.py.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from lexvla.build import (
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.eval import quick_recall
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, total_loss
-from lexvla.text import caption_vocabulary, lm_dtype, load_lm
+from lexvla.text import States, caption_vocabulary, lm_dtype, load_lm
 from shared import data, run
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -124,8 +125,6 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer) -> tuple[T
     vocab_ids = caption_vocabulary(tokenizer, captions, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     if cfg.bias is not None:
         return vocab_ids, cfg.bias
-    if cfg.text == "bow":
-        return vocab_ids, 0.0
     first = list(filter(None, (pairs.caption(row) for row in range(min(len(pairs), 256)))))
     return vocab_ids, first_bias(
         TextEncoder(lm, vocab_ids, center=cfg.centre_codebook), text_input(cfg, tokenizer, vocab_ids)(first)
@@ -327,7 +326,8 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         if cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs) and process.main:
             with clock.paused():
                 transform = eval_transform(cfg.backbone, cfg.image_size)
-                recall = quick_recall(model, read, transform, cfg.eval_set, process.device, run.DTYPES[precision])
+                with read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext():
+                    recall = quick_recall(model, read, transform, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), **recall)
         if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
             print(f"epoch {epoch + 1}: {line}")

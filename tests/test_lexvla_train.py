@@ -17,9 +17,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lexvla import backbone as backbones
 from lexvla import build, claims, config, scenes, train
@@ -133,12 +141,22 @@ def test_vocabulary_of_captions(lm: Path):
         texts.caption_vocabulary(tokenizer, captions, 100)
 
 
+def test_models_in_another_layout_are_refused(lm: Path, tmp_path: Path):
+    AutoTokenizer.from_pretrained(lm).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=700, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a GPT2LMHeadModel; a model in Llama's layout is needed"):
+        texts.load_lm(str(tmp_path))
+
+
 def test_bags_hold_content_words_alone(lm: Path):
     tokenizer = AutoTokenizer.from_pretrained(lm)
     bags = texts.Bags(tokenizer, torch.arange(2, 700))
     (s,) = bags(["The cat is of a face", "cat, FACE!", "is the of"])
     torch.testing.assert_close(s[0], s[1])
     assert not s[2].any() and s[0].norm() == pytest.approx(1)
+    (s,) = bags(["fire front", "the fire is in front of it", "from them"])  # nouns that scikit-learn's list would drop
+    assert s[0].any() and torch.equal(s[0], s[1]) and not s[2].any()
+    assert set(texts.CONTENT.split()) < texts.ENGLISH_STOP_WORDS
 
 
 # --------------------------------------------------------------------------------------------------------- end to end
@@ -347,6 +365,9 @@ ERRORS = {
     "no word left": (["emoji", "--min-count", "9999"], "0 pieces of the vocabulary are left"),
     "bad pattern": (["emoji", "--pattern", "["], "is no regular expression"),
     "words without an LM": (["emoji-bow"], "--text bow has no LM"),
+    "bias of bags": (["emoji-bow", "--states", "", "--bias", "None"], "--text bow has no logits"),
+    "no vocabulary": (["emoji", "--max-vocabulary", "-1"], "--max-vocabulary must be at least 2"),
+    "no pixels": (["cc12m", "--data", f"{SHARDS}/00000.tar", "--image-size", "0"], "--image-size must be at least 1"),
     "penalty of nothing": (["emoji-dense", "--penalty", "flops"], "--head dense has no words to penalise"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere does not"),
@@ -449,7 +470,7 @@ def test_report(measured: evaluation.Config, capsys):
                  "groups_id/top1", "retrieval_ood/top5_in_caption"):  # fmt: skip
         assert name in overuse
     assert any("PatchDis above random" in row["claim"] for row in summary["claims"])
-    for name in ("lexvla_sparsity.png", "lexvla_words.png"):
+    for name in ("lexvla_sparsity.png", "lexvla_words.png", "lexvla_clouds.png", "lexvla_patches.png"):
         assert (Path(measured.report).parent / name).stat().st_size > 5_000
     first = Path(measured.runs[0])
     assert (first / "patches.png").is_file() and (first / "words_retrieval_ood.png").is_file()
@@ -469,8 +490,21 @@ def test_word_classes_and_background(arms: dict[str, Path], small_scenes: Path):
     assert 0 <= flat["patchdis/miou"] <= flat["patchdis/miou_present"] <= 100
 
 
+def test_renormalizing_after_sparsifying(arms: dict[str, Path], small_set: Path):
+    """Keeps which words are there, and with all words kept changes nothing."""
+    process, found = run.Process(0, 1, torch.device("cpu")), []
+    for topk, renormalize in ((None, False), (None, True), (10_000, False), (10_000, True)):
+        cfg = evaluation.Config((), (str(small_set),), None, topk=topk, renormalize=renormalize)
+        found.append(evaluation.evaluate_run(str(arms["overuse"]), cfg, process))
+    for a, b in (found[:2], found[2:]):
+        assert a["retrieval_ood/image/active"] == b["retrieval_ood/image/active"]
+    assert found[2]["retrieval_ood/mean_recall"] == found[2]["retrieval_ood/dense/mean_recall"]
+    assert abs(found[2]["retrieval_ood/mean_recall"] - found[3]["retrieval_ood/mean_recall"]) < 1
+
+
 def test_evaluation_during_training(cli, folder: Path, tiny: list[str], small_set: Path):
-    options = ["--states", "", "--epochs", "1", "--eval-every", "1", "--eval-set", small_set]
+    """On captions that the file of states does not have."""
+    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", small_set]
     finished(cli("emoji", *tiny, *options, "--out", folder / "evaluated"))
     last = metrics(folder / "evaluated")[-1]
     assert last["step"] == PER_EPOCH and 0 <= last["text_to_image_R@1"] <= 100
@@ -488,6 +522,11 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     assert other.code == 0 and len(other.out.splitlines()) <= 4, other.err
     result = in_process("search", arms["dense"], "red fruit", "--images", small_set, module="lexvla.eval")
     assert result.code == 2 and "its dimensions are no words" in result.err and one_sentence(result.err)
+    unknown = in_process("search", arms["bow"], "qqqq of the", "--images", small_set, module="lexvla.eval")
+    assert unknown.code == 2 and "is in 'qqqq of the'" in unknown.err and one_sentence(unknown.err), unknown.err
+    for query in ("", "qqqq zzzz", '"quotes" ' * 200):  # a language model says something of everything
+        result = in_process("search", arms["overuse"], query, "--images", small_set, module="lexvla.eval")
+        assert result.code == 0 and result.out.startswith("query: "), result.err
     result = in_process("search", arms["overuse"], "red fruit", "--k", "0", module="lexvla.eval")
     assert result.code == 2 and "--k must be at least 1" in result.err and one_sentence(result.err)
 
@@ -502,6 +541,11 @@ def test_explanation_of_a_pair(arms: dict[str, Path], in_process, tmp_path: Path
     first, *reasons, _ = result.out.splitlines()
     values = [float(line.split()[0]) for line in reasons]
     assert values == sorted(values, reverse=True) and sum(values) <= float(first.split()[1].rstrip(":")) + 0.01
+    nothing = in_process("explain", arms[arm], image, "", "--out", tmp_path / "empty.png", module="lexvla.eval")
+    assert nothing.code == 0 and (arm != "bow" or nothing.out.startswith("score 0.000")), nothing.err
+    for options in (["--out", tmp_path / "nowhere/x.png"], ["--out", tmp_path / "x.gif"], ["--k", "-1"]):
+        result = in_process("explain", arms[arm], image, caption, *options, module="lexvla.eval")
+        assert result.code == 2 and options[0] in result.err and one_sentence(result.err), result.err
     (tmp_path / "text.png").write_text("no image")
     for file, words in ((tmp_path / "nothing.png", "does not exist"), (tmp_path / "text.png", "cannot be read")):
         result = in_process("explain", arms[arm], file, "a cat", module="lexvla.eval")
@@ -522,12 +566,20 @@ def test_index_gives_the_products():
 
 
 def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
+    few = tmp_path / "few"
+    for part in ("images", "masks"):
+        (few / part).mkdir(parents=True)
+        Image.new("L", (16, 16), 1).save(few / part / "0.png")
+    (few / "classnames.txt").write_text("cat\n")
     for arguments, words in (
         ((tmp_path / "nowhere",), "checkpoint.pt does not exist"),
         ((arms["none"], "--patchdis", "None", "--sets", tmp_path), str(tmp_path)),
         ((arms["none"], "--sets", "--patchdis", tmp_path), "classnames.txt does not exist"),
         ((arms["none"], "--class-text", "song"), "--class-text is prompt or word"),
         ((arms["none"], "--topk", "0"), "--topk must be at least 1"),
+        ((arms["none"], "--batch-size", "0"), "--batch-size must be at least 1"),
+        ((arms["none"], "--patchdis", few, "--patchdis-side", "97"), "no multiple of"),
+        ((arms["none"], "--patchdis", few, "--sets", "--precision", "fp32"), "has class 1, but classnames.txt has 1"),
         ((), "name at least one run folder"),
     ):
         result = in_process(*arguments, module="lexvla.eval")
