@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
-from flame import config, embed, longsets, train
+from flame import claims, config, embed, longsets, train
 from flame.bank import AuthorsBank, Bank, open_bank
 from flame.embed import embed_captions, read_prompts
 from flame.recaption import read_captions
-from shared import data, run
+from shared import data, report, run
 
 SHARDS = ROOT / "data/emoji/train"
 EVAL = ROOT / "data/emoji/eval"
@@ -291,6 +291,23 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "FLAME" in cfg_error.out and "| claim" in cfg_error.out
+
+
+def test_claims_are_judged_from_the_arms():
+    assert sorted([*sum(claims.SCRIPTS.values(), []), "en"]) == sorted(config.LANGUAGES)
+    chance, flat = 0.8, {"languages/other_chance": 0.8, "languages/chance": 0.8}
+    for language in config.LANGUAGES:
+        recall = 5.8 if language in claims.SCRIPTS["Latin script"] else chance
+        flat |= {f"language_{language}/{way}_R@1": recall for way in ("image_to_text", "text_to_image")}
+    latin, other = claims.above_chance({"flame": [flat, flat]})
+    assert latin["here"].startswith("+5.00") and "22 languages in Latin script" in latin["claim"]
+    assert other["here"].startswith("+0.00") and "13 languages in other scripts" in other["claim"]
+    assert claims.above_chance({"raw": [flat]}) == []
+
+    metric = "retrieval_long_ood/image_to_text_R@1"
+    arms = {"flame": [{metric: 20.0}, {metric: 20.1}], "clip": [{metric: 10.0}, {metric: 10.0}]}
+    (row,) = report.judge_all([claim for claim in claims.claims() if claim.metric == metric], arms)
+    assert row["verdict"] == "same direction"  # far from the paper's +54.6
 
 
 # -------------------------------------------------------------------------------------------------- kill and resume
