@@ -19,6 +19,10 @@ ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "flame": "FLAME: 3 captions, 11 facets, decoupled",
     "flame-raw-states": "FLAME, states not centred",
 }
+SCRIPTS = {  # of the languages of Crossmodal-3600 other than English
+    "Latin script": "cs da de es fi fil fr hr hu id it mi nl no pl pt quz ro sv sw tr vi".split(),
+    "other scripts": "ar bn el fa he hi ja ko ru te th uk zh".split(),
+}
 METRICS = {
     "names_ood/top1": "names OOD",
     "names_id/top1": "names ID",
@@ -33,7 +37,12 @@ METRICS = {
 
 
 def claims() -> list[report.Claim]:
-    """Differences of arms. The paper compares with a CLIP trained on 400M pairs; here CLIP has the same data."""
+    """Differences of arms, all trained on the same images.
+
+    The paper's numbers: ImageNet over the best before; Urban-1k over CLIP on the same CC3M; Crossmodal-3600 over a CLIP
+    on 400M other pairs. Long captions and languages here are easier to come by than the paper's (composed sentences, an
+    English LLM): these claims count as reproduced only with an effect as large as the paper's.
+    """
     names, names_id = "names_ood/top1", "names_id/top1"
     to_text, to_image = "retrieval_long_ood/image_to_text_R@1", "retrieval_long_ood/text_to_image_R@1"
     i2t, t2i = "languages/other_image_to_text_R@1", "languages/other_text_to_image_R@1"
@@ -44,10 +53,10 @@ def claims() -> list[report.Claim]:
         report.Claim(
             "zero-shot above a trained text encoder, seen styles", "+4.9 IN (CC3M)", names_id, "flame", "clip", 1
         ),
-        report.Claim("long captions, image to text", "+54.6 Urban-1k", to_text, "flame", "clip", 1),
-        report.Claim("long captions, text to image", "+57.0 Urban-1k", to_image, "flame", "clip", 1),
-        report.Claim("35 other languages, image to text", "+44.4 XM3600", i2t, "flame", "clip", 1),
-        report.Claim("35 other languages, text to image", "+44.5 XM3600", t2i, "flame", "clip", 1),
+        report.Claim("long captions, image to text", "+54.6 Urban-1k", to_text, "flame", "clip", 1, 54.6),
+        report.Claim("long captions, text to image", "+57.0 Urban-1k", to_image, "flame", "clip", 1, 57.0),
+        report.Claim("35 other languages, image to text", "+44.4 XM3600", i2t, "flame", "clip", 1, 44.4),
+        report.Claim("35 other languages, text to image", "+44.5 XM3600", t2i, "flame", "clip", 1, 44.5),
         report.Claim("several facets above one of each caption", "claimed", names, "flame", "summary", 1),
         report.Claim("three captions above the raw one", "claimed", names, "summary", "raw", 1),
         report.Claim("decoupled facets above a causal mask, zero-shot", "claimed", names, "flame", "causal", 1),
@@ -57,14 +66,18 @@ def claims() -> list[report.Claim]:
 
 
 def above_chance(arms: dict[str, list[dict]]) -> list[dict[str, str]]:
-    """Each arm's recall in the other languages less chance."""
+    """Each arm's text-to-image recall in the other languages less chance; Latin script may help by names that look
+    alike, other scripts cannot."""
     rows = []
     for arm in ("flame", "clip"):
-        if arm in arms and "languages/other_chance" in arms[arm][0]:
-            ours = [values["languages/other_text_to_image_R@1"] for values in arms[arm]]
+        for script, languages in SCRIPTS.items():
+            keys = [f"language_{language}/text_to_image_R@1" for language in languages]
+            if arm not in arms or not all(key in arms[arm][0] for key in keys):
+                continue
+            ours = [sum(values[key] for key in keys) / len(keys) for values in arms[arm]]
             chance = [values["languages/other_chance"] for values in arms[arm]]
-            claim = report.Claim(f"{ARMS[arm].split(':')[0]}: 35 other languages above chance", None, "", "", "")
-            rows.append(report.judge(claim, ours, chance))
+            text = f"{ARMS[arm].split(':')[0]}: {len(keys)} languages in {script} above chance"
+            rows.append(report.judge(report.Claim(text, None, "", "", ""), ours, chance))
     return rows
 
 
@@ -125,23 +138,26 @@ def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
 
 
 def plot_languages(arms: dict[str, list[dict]], out: Path) -> None:
-    """flame_languages.png: recall per language, text to image, and chance; mean of seeds."""
-    key = "text_to_image_R@1"
+    """flame_languages.png: recall of each language both ways, and chance; mean of seeds, other scripts on the right."""
     first = next(iter(arms.values()))[0]
-    names = sorted(name.removeprefix("language_").partition("/")[0] for name in first if name.startswith("language_"))
-    names = list(dict.fromkeys(names))
+    names = [name[9:].partition("/")[0] for name in first if name.startswith("language_")]
+    names = sorted(dict.fromkeys(names), key=lambda name: (name in SCRIPTS["other scripts"], name))
     if not names:
         return
-    figure, axis = plt.subplots(figsize=(11, 3.8))
+    figure, axes = plt.subplots(2, 1, figsize=(11, 6), sharex=True)
     shown = [arm for arm in ("clip", "flame") if arm in arms] or list(arms)[:2]
     width = 0.8 / len(shown)
-    for i, arm in enumerate(shown):
-        values = [np.mean([seed[f"language_{name}/{key}"] for seed in arms[arm]]) for name in names]
-        axis.bar(np.arange(len(names)) + (i - (len(shown) - 1) / 2) * width, values, width, label=ARMS.get(arm, arm))
-    axis.axhline(first["languages/chance"], color="black", lw=0.8, ls="--", label="chance")
-    axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set(ylabel="R@1 text to image (%)", title="trained in English; SmolLM2 is an English language model")
-    axis.legend(fontsize=8)
+    directions = {"image_to_text_R@1": "R@1 image to text (%)", "text_to_image_R@1": "R@1 text to image (%)"}
+    for axis, (key, label) in zip(axes, directions.items(), strict=True):
+        for i, arm in enumerate(shown):
+            values = [np.mean([seed[f"language_{name}/{key}"] for seed in arms[arm]]) for name in names]
+            places = np.arange(len(names)) + (i - (len(shown) - 1) / 2) * width
+            axis.bar(places, values, width, label=ARMS.get(arm, arm))
+        axis.axhline(first["languages/chance"], color="black", lw=0.8, ls="--", label="chance")
+        axis.set_ylabel(label)
+    axes[1].set_xticks(range(len(names)), names, fontsize=8)
+    axes[0].set_title("trained in English; SmolLM2 is an English language model")
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "flame_languages.png", dpi=110)
     plt.close(figure)

@@ -162,27 +162,25 @@ PRESETS = {
 }
 
 
+LEAST = {name: 1 for name in "epochs batch_size facets save_every log_every dataset_size image_size hidden_dim".split()}
+LEAST |= {"text_width": 1, "text_layers": 1, "embed_dim": 1, "context_length": 3}  # start, a token, end
+LEAST |= {"warmup": 0, "cooldown": 0, "weight_decay": 0, "eval_every": 0, "workers": 0}
+
+
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{0000..0575}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
-    if cfg.method == "flame" and not cfg.bank:
-        raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
-    for name in ("epochs", "batch_size", "facets", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    for name, least in LEAST.items():
+        value = getattr(cfg, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if not cfg.lr > 0:
+        raise ValueError(f"--lr must be above 0, not {cfg.lr}")
     if cfg.batch_size % world_size:
         raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
     if cfg.model not in TOWERS:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
-    if cfg.logit_scale < 1:
-        raise ValueError(f"--logit-scale must be at least 1, not {cfg.logit_scale}: it is kept in 1..100")
+    if not 1 <= cfg.logit_scale <= 100:
+        raise ValueError(f"--logit-scale must be in 1..100, where it is kept, not {cfg.logit_scale}")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if len(set(cfg.rows)) < len(cfg.rows) or min(cfg.rows, default=0) < 0:
@@ -191,6 +189,20 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.rows)} --rows")
     if (cfg.cooldown > 0) != (cfg.schedule == "const-cooldown"):
         raise ValueError("--cooldown and --schedule const-cooldown go together")
+
+
+def check_inputs(cfg: Config) -> None:
+    """Data, bank and evaluation set have to be named and there; a dry run needs none."""
+    if not cfg.data:
+        raise ValueError(
+            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{0000..0575}.tar'"
+        )
+    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
+        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    if cfg.method == "flame" and not cfg.bank:
+        raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
+    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
+        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
 URBAN = "Urban-1k R@1 (I2T/T2I) "

@@ -233,6 +233,8 @@ def captions_of(cfg: Config) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
         if missing is not None:
             raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
         columns.append([found[key] for key in pairs.keys.tolist()])
+        if empty := sum(not caption.strip() for caption in columns[-1]):
+            print(f"{path}: {empty:,} of {len(pairs):,} captions are empty")
     return pairs.keys, list(zip(*columns, strict=True))
 
 
@@ -357,6 +359,14 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
     return Texts(Path(bank).parent / "texts", making(cfg, prompts), prompts, llm)
 
 
+def open_set(folder: str | Path, transform: Callable, kind: str, split: str = "test") -> EvalSet:
+    """An evaluation set, which has to be of this kind (classification or retrieval)."""
+    eval_set = EvalSet(folder, transform, split)
+    if eval_set.kind != kind:
+        raise ValueError(f"{folder} is a {eval_set.kind} set where a {kind} set is wanted")
+    return eval_set
+
+
 def prompts_of(eval_set: EvalSet) -> list[str]:
     """(C * T) texts of a classification set: names x templates."""
     return [template.replace("{c}", name) for name in eval_set.classnames for template in eval_set.templates]
@@ -366,25 +376,28 @@ def read_pairs(
     folder: str | Path, transform: Callable, limit: int | None = None
 ) -> tuple[list[Tensor], list[list[str]]]:
     """Images and captions of a retrieval set, at most `limit`, evenly spaced."""
-    samples = [(image, captions) for _, image, captions in EvalSet(folder, transform)]
+    if limit is not None and limit < 1:
+        raise ValueError(f"--gallery and --language-gallery must be at least 1, not {limit}")
+    samples = [(image, captions) for _, image, captions in open_set(folder, transform, "retrieval")]
     if limit is not None and limit < len(samples):
         samples = [samples[round(i)] for i in np.linspace(0, len(samples) - 1, limit)]
     images, captions = zip(*samples, strict=True)
     return list(images), list(captions)
 
 
-def embed_sets(cfg: Config, texts: Texts) -> None:
-    """Evaluation texts, so that eval.py and the curves of train.py find them."""
+def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
+    """(texts, whether with the long prompt) of each evaluation set."""
 
     def nothing(image):
         return torch.zeros(0)
 
-    for folder in cfg.zero_shot_sets:
-        texts(prompts_of(EvalSet(folder, nothing)))
+    texts = [(prompts_of(open_set(folder, nothing, "classification")), False) for folder in cfg.zero_shot_sets]
     for folder in cfg.retrieval_sets:
-        texts([caption for of_image in read_pairs(folder, nothing, cfg.gallery)[1] for caption in of_image], multi=True)
+        captions = read_pairs(folder, nothing, cfg.gallery)[1]
+        texts.append(([caption for of_image in captions for caption in of_image], True))
     for folder in cfg.language_sets:
-        texts([of_image[0] for of_image in read_pairs(folder, nothing, cfg.language_gallery)[1]])
+        texts.append(([of_image[0] for of_image in read_pairs(folder, nothing, cfg.language_gallery)[1]], False))
+    return texts
 
 
 # ------------------------------------------------------------------------------------------------------------ script
@@ -411,14 +424,16 @@ def main(cfg: Config) -> None:
         raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
-    for name in ("batch_size", "shard_size"):
-        if getattr(cfg, name) < 1:
+    for name in ("batch_size", "shard_size", "dataset_size"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    sets = read_sets(cfg) if process.main else []  # fails now if it must
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     llm = functools.cache(lambda: load_llm(cfg, process.device))
     embed_bank(cfg, prompts, llm, process)
-    if process.main:
-        embed_sets(cfg, Texts(Path(cfg.out).parent / "texts", making(cfg, prompts), prompts, llm))
+    texts = Texts(Path(cfg.out).parent / "texts", making(cfg, prompts), prompts, llm)
+    for strings, multi in sets:
+        texts(strings, multi)  # kept, so that eval.py and the curves of train.py find them
 
 
 if __name__ == "__main__":

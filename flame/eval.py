@@ -7,8 +7,9 @@ the files that embed.py keeps; an LLM is loaded only for texts that are not ther
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,11 @@ from flame.bank import Bank, centred, open_bank
 from flame.claims import ARMS, METRICS, compare  # noqa: F401
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
-from flame.embed import load_causal_lm, made_with, prompts_of, read_pairs, texts_of_bank
+from flame.embed import load_causal_lm, made_with, open_set, prompts_of, read_pairs, texts_of_bank
 from flame.incontext import few_shot, few_shot_accuracy, nearest_tokens, pool_patches  # noqa: F401
-from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image
+from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from shared import report, run
-from shared.evalsets import EvalSet
 from shared.probes import Probe, adamw_probe
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, owners, retrieval_ranks
 
@@ -160,7 +160,7 @@ def text_features(
 
 def classifier_of(texts: TextFeatures, folder: str | Path) -> Tensor:
     """(D, C) of a classification set, its names in its templates."""
-    eval_set = EvalSet(folder, lambda image: image)
+    eval_set = open_set(folder, lambda image: image, "classification")
     embeds = texts(prompts_of(eval_set), False)
     return zero_shot_classifier(embeds.unflatten(0, (len(eval_set.classnames), -1)))
 
@@ -188,7 +188,7 @@ def zero_shot(
     precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
-    batches = EvalSet(folder, view_of(model)).batches(batch_size, workers)
+    batches = open_set(folder, view_of(model), "classification").batches(batch_size, workers)
     features, labels = image_features(model, batches, device, precision)
     return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
 
@@ -197,19 +197,28 @@ def zero_shot_top1(model: FLAME, classifier: Tensor, folder: str, device, precis
     return zero_shot(model, classifier, folder, device, precision)["top1"]
 
 
+def encode(
+    model: FLAME, images: Iterable[Tensor], device: torch.device | str, precision: torch.dtype, batch_size: int
+) -> Tensor:
+    """(I, D) features of images (3, H, H), of which no more than a batch is held."""
+
+    def batches():
+        source = iter(images)
+        while batch := list(itertools.islice(source, batch_size)):
+            yield torch.stack(batch), torch.zeros(0)
+
+    return image_features(model, batches(), device, precision)[0]
+
+
 def retrieval(
-    model: FLAME, images: Sequence[Tensor], captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool,
-    device: torch.device | str = "cpu", precision: torch.dtype = torch.float32, batch_size: int = 256,
-) -> dict[str, float]:  # fmt: skip
-    """R@1, 5, 10 both ways in percent, and what chance would give at 1."""
-    batches = ((torch.stack(images[i : i + batch_size]), torch.zeros(0)) for i in range(0, len(images), batch_size))
-    features, _ = image_features(model, batches, device, precision)
-    of_image = owners(captions)
+    features: Tensor, captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool
+) -> dict[str, float]:
+    """R@1, 5, 10 both ways in percent, and what chance would give at 1; features (I, D), captions of each image."""
     embeds = texts([caption for each in captions for caption in each], multi)
-    recalls = retrieval_recall(features, embeds, of_image)
+    recalls = retrieval_recall(features, embeds, owners(captions))
     names = {"image_retrieval_recall": "text_to_image_R", "text_retrieval_recall": "image_to_text_R"}
     named = {names[key.split("@")[0]] + "@" + key.split("@")[1]: 100 * value for key, value in recalls.items()}
-    return named | {"chance": 100 / len(images)}
+    return named | {"chance": 100 / len(features)}
 
 
 def load_model(path: str | Path, cfg: Config) -> tuple[FLAME, TrainConfig]:
@@ -217,13 +226,15 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME, TrainConfig]:
     path = Path(path)
     if path.is_dir():
         state = run.load_checkpoint(path / "checkpoint.pt")
-        settings = state["config"]
-        train_cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        text_dim = state["text_dim"]
+        try:
+            settings, text_dim = state["config"], state["text_dim"]
+            train_cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path} is no run of flame.train") from error
     else:
         state = run.load_checkpoint(path)
         train_cfg = TrainConfig(model=cfg.model, bank=cfg.bank or "")
-        weights = state.get("state_dict", state)
+        weights = state.get("state_dict", state) if isinstance(state, dict) else {}
         last = next((value for name, value in weights.items() if name.endswith("mm.3.weight")), None)
         if last is None:
             raise ValueError(f"{path} holds no weights of FLAME: mm.3.weight is missing")
@@ -248,7 +259,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
     for folder in cfg.retrieval_sets:
         images, captions = read_pairs(folder, view_of(model), cfg.gallery)
-        metrics = retrieval(model, images, captions, texts, True, device, dtype, cfg.batch_size)
+        metrics = retrieval(encode(model, images, device, dtype, cfg.batch_size), captions, texts, True)
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
     for entry in cfg.long_sets:
         name, _, folder = entry.partition(":")
@@ -256,15 +267,16 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             raise ValueError(
                 f"--long-sets {entry} should be one of {', '.join(LONG_SET_READERS)}, a colon and a folder"
             )
-        pairs = LONG_SET_READERS[name](Path(folder))
-        images = [view_of(model)(read_image(path)) for path, _ in pairs]
-        metrics = retrieval(model, images, [[text] for _, text in pairs], texts, True, device, dtype, cfg.batch_size)
+        pairs, view = read_set(LONG_SET_READERS[name], folder), view_of(model)
+        images = (view(read_image(path)) for path, _ in pairs)
+        features = encode(model, images, device, dtype, cfg.batch_size)
+        metrics = retrieval(features, [[text] for _, text in pairs], texts, True)
         flat |= {f"{name}/{key}": value for key, value in metrics.items()}
     flat |= languages(model, texts, cfg, device, dtype)
     if cfg.probe:
         flat |= probe_metrics(model, cfg, device, dtype)
     if cfg.few_shot and not isinstance(model, TrainedText):
-        eval_set = EvalSet(cfg.few_shot, view_of(model))
+        eval_set = open_set(cfg.few_shot, view_of(model), "classification")
         images, labels = zip(*((image, label) for _, image, label in eval_set), strict=True)
         lm, tokenizer = load_causal_lm(made_with(cfg.bank or train_cfg.bank), device)
         flat[f"{Path(cfg.few_shot).name}/few_shot"] = few_shot_accuracy(
@@ -273,20 +285,31 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
+def language_sets(
+    model: FLAME, cfg: Config, device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor, list[list[str]]]]:
+    """(language, image features (I, D), first caption of each image); Crossmodal-3600's images are the same in all."""
+    view = view_of(model)
+    if cfg.crossmodal:
+        pairs = {language: read_set(crossmodal3600, cfg.crossmodal, language) for language in LANGUAGES}
+        files = list(dict.fromkeys(path for each in pairs.values() for path, _ in each))
+        features = encode(model, (view(read_image(path)) for path in files), device, dtype, cfg.batch_size)
+        row = {path: i for i, path in enumerate(files)}
+        for language, each in pairs.items():
+            yield language, features[[row[path] for path, _ in each]], [[text] for _, text in each]
+        return
+    for folder in cfg.language_sets:
+        images, captions = read_pairs(folder, view, cfg.language_gallery)
+        features = encode(model, images, device, dtype, cfg.batch_size)
+        yield Path(folder).name.rpartition("_")[2], features, [of_image[:1] for of_image in captions]
+
+
 def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
     """R@1 both ways of each language and their means, by the first caption of an image."""
     flat: dict[str, float] = {}
     of_all: dict[str, dict[str, float]] = {}
-    if cfg.crossmodal:
-        pairs = {language: crossmodal3600(Path(cfg.crossmodal), language) for language in LANGUAGES}
-        view = view_of(model)
-        sets = {name: ([view(read_image(f)) for f, _ in each], [[t] for _, t in each]) for name, each in pairs.items()}
-    else:
-        names = {Path(folder).name.rpartition("_")[2]: folder for folder in cfg.language_sets}
-        sets = {name: read_pairs(folder, view_of(model), cfg.language_gallery) for name, folder in names.items()}
-    for language, (images, captions) in sets.items():
-        firsts = [of_image[:1] for of_image in captions]
-        metrics = retrieval(model, images, firsts, texts, False, device, dtype, cfg.batch_size)
+    for language, features, firsts in language_sets(model, cfg, device, dtype):
+        metrics = retrieval(features, firsts, texts, False)
         of_all[language] = metrics
         flat |= {f"language_{language}/{key}": metrics[key] for key in ("image_to_text_R@1", "text_to_image_R@1")}
     if of_all:
@@ -300,7 +323,8 @@ def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: tor
 
 def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
     loaders = [
-        EvalSet(cfg.probe, view_of(model), split).batches(cfg.batch_size, cfg.workers) for split in ("train", "test")
+        open_set(cfg.probe, view_of(model), "classification", split).batches(cfg.batch_size, cfg.workers)
+        for split in ("train", "test")
     ]
     (train_x, train_y), (test_x, test_y) = (
         image_features(model, loader, device, dtype, visual_only=True) for loader in loaders
@@ -309,20 +333,19 @@ def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict
     return {f"{Path(cfg.probe).name}/probe_final": probe.final}
 
 
-def facet_similarity(bank: Bank, images: int = 500) -> Tensor:
-    """(T, T) mean cosines between the facets of an image, over the first images of a bank of ours."""
+def facet_similarity(rows: Tensor) -> Tensor:
+    """(I, T, D) unit rows of images -> (T, T) mean cosines between the facets of an image."""
+    return (rows @ rows.transpose(1, 2)).mean(0)
+
+
+def plot_similarity(bank: Bank, path: Path, images: int = 500) -> None:
+    """Left: facets as they are; right: each less its mean over images. Of the bank's first file."""
     shard = torch.from_numpy(bank._shard(0)[:images].astype("float32"))
-    return (shard @ shard.transpose(1, 2)).mean(0)
-
-
-def plot_similarity(bank: Bank, path: Path) -> None:
-    """Left: facets as they are; right: each less its mean over images."""
-    shard = torch.from_numpy(bank._shard(0)[:500].astype("float32"))
     less = centred(shard, bank.centres[: bank.count])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
     for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "each less its mean"), strict=True):
-        cosines = (rows @ rows.transpose(1, 2)).mean(0)
+        cosines = facet_similarity(rows)
         shown = axis.imshow(cosines, vmin=float(cosines.min()), vmax=1.0)
         axis.set_xticks(range(len(cosines)), names[: len(cosines)], rotation=90, fontsize=7)
         axis.set_yticks(range(len(cosines)), names[: len(cosines)], fontsize=7)
@@ -345,6 +368,11 @@ def main(cfg: Config) -> None:
         raise ValueError("name at least one run folder or checkpoint file")
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
+    if cfg.report and Path(cfg.report).suffix != ".json":
+        raise ValueError(f"--report {cfg.report} should end in .json")
+    for name in ("batch_size", "episodes"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     results = []
     for path in cfg.runs:
         results.append(evaluated(path, cfg, process))
@@ -352,9 +380,9 @@ def main(cfg: Config) -> None:
         print(f"{path}: {shown}", flush=True)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
-        banks = {run.load_checkpoint(Path(path) / "checkpoint.pt")["config"]["bank"] for path in cfg.runs}
-        bank = open_bank(sorted(banks, key=len)[0])
-        if isinstance(bank, Bank):
+        settings = [run.load_checkpoint(Path(path) / "checkpoint.pt")["config"] for path in cfg.runs]
+        banks = [each["bank"] for each in settings if each["method"] == "flame"]
+        if banks and isinstance(bank := open_bank(min(banks, key=len)), Bank):
             plot_similarity(bank, Path(cfg.report).parent / "flame_facets.png")
 
 

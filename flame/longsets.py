@@ -5,6 +5,7 @@ As FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -17,7 +18,7 @@ Pairs = list[tuple[Path, str]]
 def urban1k(root: Path) -> Pairs:
     """image/N.jpg and caption/N.txt, of which the first line counts; in the order of N."""
     files = sorted(_folder(root / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
-    return [(root / "image" / f"{file.stem}.jpg", _text(file).splitlines(keepends=True)[0]) for file in files]
+    return [(root / "image" / f"{file.stem}.jpg", (_text(file).splitlines(True) or [""])[0]) for file in files]
 
 
 def sharegpt4v(root: Path, count: int = 1000) -> Pairs:
@@ -58,6 +59,17 @@ def crossmodal3600(root: Path, language: str) -> Pairs:
 
 
 LONG_SET_READERS = {"urban1k": urban1k, "sharegpt4v": sharegpt4v, "docci": docci, "dci": dci}
+
+
+def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pairs:
+    """What a reader finds below `root`, at least one pair. ValueError if the files do not say what they should."""
+    try:
+        pairs = reader(Path(root), *more)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{root} is no {reader.__name__} as its authors ship it ({error!r})") from error
+    if not pairs:
+        raise ValueError(f"{root} holds no image with a caption for {' '.join((reader.__name__, *more))}")
+    return pairs
 
 
 def read_image(path: Path) -> Image.Image:

@@ -178,7 +178,7 @@ class FrozenLLM(nn.Module):
         room -= len(self.tokenizer(head)["input_ids"]) + len(
             self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         )
-        room = min(self.max_caption, room - 4)  # pieces joined may be cut into other tokens than alone
+        room = max(min(self.max_caption, room - 4), 0)  # pieces joined may be cut into other tokens than alone
         if not captions:
             return []
         ids = self.tokenizer(captions, add_special_tokens=False)["input_ids"]

@@ -71,7 +71,10 @@ def main(cfg: Config) -> None:
 
 
 def read_captions(path: str) -> dict[str, str]:
-    """{sample key: caption} of a file in this layout; the caption's name does not matter (the authors': minicpm)."""
+    """{sample key: caption} of a file in this layout; the caption's name does not matter (the authors': minicpm).
+
+    A caption that is null is an empty one.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"caption file {path} does not exist")
     try:
@@ -79,7 +82,7 @@ def read_captions(path: str) -> dict[str, str]:
         found = {}
         for entry in entries:
             (text,) = (value for name, value in entry.items() if name != "__key__")
-            found[entry["__key__"]] = str(text)
+            found[entry["__key__"]] = "" if text is None else str(text)
         return found
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(

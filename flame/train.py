@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from flame.bank import AuthorsBank, Bank, centred, open_bank, sample_facets
-from flame.config import PRESETS, Config, check
-from flame.embed import embed_captions  # noqa: F401
+from flame.config import PRESETS, Config, check, check_inputs
+from flame.embed import embed_captions, open_set  # noqa: F401
 from flame.eval import classifier_of, text_features, zero_shot_top1
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
@@ -170,6 +170,8 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     samples = cfg.dataset_size or 8913
     per_epoch = samples // cfg.batch_size
     total = per_epoch * cfg.epochs
+    if not total:
+        raise ValueError(f"{samples:,} samples are less than one batch of {cfg.batch_size}")
     print(f"parameters         {parameters:,} (MLP {mlp:,}); no language model")
     print(f"samples            {samples:,} an epoch, {per_epoch * cfg.batch_size * cfg.epochs:,} in all")
     print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
@@ -220,9 +222,10 @@ def open_texts(cfg: Config, pairs) -> tuple[Bank | AuthorsBank | None, list[dict
 def main(cfg: Config) -> Path | None:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
+    check(cfg, process.world_size)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
-    check(cfg, process.world_size)
+    check_inputs(cfg)
     precision = run.resolve_precision(cfg.precision, process.device)
     folder = Path(cfg.out)
 
@@ -258,9 +261,12 @@ def main(cfg: Config) -> Path | None:
         raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
     per_epoch = len(pairs) // cfg.batch_size
     total = per_epoch * cfg.epochs
+    if cfg.cooldown > total:
+        raise ValueError(f"--cooldown {cfg.cooldown} is longer than the {total} steps of the run")
     texts_of_curve = None
     if cfg.eval_every and process.main:
         texts_of_curve = text_features(model, cfg, process.device, run.DTYPES[precision], load=False)
+        open_set(cfg.eval_set, lambda image: image, "classification")
         if bank is not None:
             classifier_of(texts_of_curve, cfg.eval_set)  # fails now if it must
 

@@ -18,6 +18,7 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,11 +27,12 @@ import torch.nn.functional as F
 from PIL import Image
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
-from flame import config, embed, longsets, train
+from flame import claims, config, embed, longsets, train
+from flame import eval as evaluation
 from flame.bank import AuthorsBank, Bank, open_bank
 from flame.embed import embed_captions, read_prompts
 from flame.recaption import read_captions
-from shared import data, run
+from shared import data, report, run
 
 SHARDS = ROOT / "data/emoji/train"
 EVAL = ROOT / "data/emoji/eval"
@@ -179,6 +181,20 @@ def test_authors_banks_are_read(tmp_path: Path):
     assert theirs["000001234"].dtype == torch.float32 and torch.equal(theirs["123_456"][10], torch.tensor([20.0, 21.0]))
     with pytest.raises(ValueError, match="000009.pth is missing"):
         theirs["000009"]
+    theirs.check(np.array(["000001234", "123_456"]))
+    with pytest.raises(ValueError, match="000009.pth is missing"):
+        theirs.check(np.array(["000001234", "000009", "123_456"]))
+
+
+def test_null_captions_are_empty_and_counted(captions: Path, tmp_path: Path, capsys):
+    entries = json.loads((captions / "short.json").read_text())
+    entries[0]["caption"], entries[1]["caption"] = None, " "
+    (tmp_path / "short.json").write_text(json.dumps(entries))
+    files = {kind: str(captions / f"{kind}.json") for kind in ("raw", "long")}
+    cfg = embed.Config(data=f"{SHARDS}/00000.tar", dataset_size=10, short=str(tmp_path / "short.json"), **files)
+    keys, triples = embed.captions_of(cfg)
+    assert len(keys) == len(triples) == 10 and [triple[1] for triple in triples[:2]] == ["", " "]
+    assert "short.json: 2 of 10 captions are empty" in capsys.readouterr().out
 
 
 def test_texts_need_the_language_model_once(bank: Path, monkeypatch: pytest.MonkeyPatch):
@@ -293,6 +309,23 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     assert "FLAME" in cfg_error.out and "| claim" in cfg_error.out
 
 
+def test_claims_are_judged_from_the_arms():
+    assert sorted([*sum(claims.SCRIPTS.values(), []), "en"]) == sorted(config.LANGUAGES)
+    chance, flat = 0.8, {"languages/other_chance": 0.8, "languages/chance": 0.8}
+    for language in config.LANGUAGES:
+        recall = 5.8 if language in claims.SCRIPTS["Latin script"] else chance
+        flat |= {f"language_{language}/{way}_R@1": recall for way in ("image_to_text", "text_to_image")}
+    latin, other = claims.above_chance({"flame": [flat, flat]})
+    assert latin["here"].startswith("+5.00") and "22 languages in Latin script" in latin["claim"]
+    assert other["here"].startswith("+0.00") and "13 languages in other scripts" in other["claim"]
+    assert claims.above_chance({"raw": [flat]}) == []
+
+    metric = "retrieval_long_ood/image_to_text_R@1"
+    arms = {"flame": [{metric: 20.0}, {metric: 20.1}], "clip": [{metric: 10.0}, {metric: 10.0}]}
+    (row,) = report.judge_all([claim for claim in claims.claims() if claim.metric == metric], arms)
+    assert row["verdict"] == "same direction"  # far from the paper's +54.6
+
+
 # -------------------------------------------------------------------------------------------------- kill and resume
 
 
@@ -362,6 +395,21 @@ ERRORS = {
     "less than a batch": (["emoji", "--batch-size", "161"], "less than one batch of 161"),
     "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no learning": (["emoji", "--lr", "0"], "--lr must be above 0"),
+    "no width": (["emoji", "--hidden-dim", "0"], "--hidden-dim must be at least 1, not 0"),
+    "negative decay": (["emoji", "--weight-decay", "-1"], "--weight-decay must be at least 0"),
+    "scale beyond its clamp": (["emoji", "--logit-scale", "1000"], "--logit-scale must be in 1..100"),
+    "negative size": (["emoji", "--dataset-size", "-3"], "--dataset-size must be at least 1"),
+    "no text layers": (["emoji-clip", "--text-layers", "0"], "--text-layers must be at least 1"),
+    "no room for a word": (["emoji-clip", "--context-length", "2"], "--context-length must be at least 3"),
+    "cooldown beyond the run": (
+        ["emoji", "--schedule", "const-cooldown", "--cooldown", "16"],
+        "--cooldown 16 is longer than the 15 steps",
+    ),
+    "curve of a retrieval set": (
+        ["emoji-clip", "--eval-every", "1", "--eval-set", EVAL / "retrieval_ood"],
+        "is a retrieval set where a classification set is wanted",
+    ),
     "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "/nowhere does not exist"),
 }
 
@@ -386,15 +434,30 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
         "could not be loaded": [*embed_flags, "--llm", tmp_path / "nothing"],
         "--mask is decoupled or causal": [*embed_flags, "--mask", "none"],
         "is no clone": [*embed_flags, "--upstream", tmp_path],
+        "must be at least 1, not 0": [*embed_flags, "--gallery", "0"],
+        "--dataset-size must be at least 1": [*embed_flags, "--dataset-size", "-1"],
+        "is a retrieval set where a classification": [*embed_flags, "--zero-shot-sets", EVAL / "retrieval_ood"],
+        "is a classification set where a retrieval": [*embed_flags, "--retrieval-sets", EVAL / "groups_ood"],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, "--out", tmp_path / "bank", module="flame.embed")
         assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
 
 
-def test_evaluation_command_line_errors(in_process, tmp_path: Path):
+def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_path: Path):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    (tmp_path / "other").mkdir()
+    torch.save({"config": {"protos": 3}, "text_dim": 3}, tmp_path / "other/checkpoint.pt")
+    flame = [arms["flame"], "--probe", "None", "--zero-shot-sets", "--retrieval-sets", "--language-sets"]
+    classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
     cases = {
+        "is no run of flame.train": [tmp_path / "other"],
+        "should end in .json": [*flame, "--report", tmp_path / "results.png"],
+        "--episodes must be at least 1": [*flame, "--few-shot", classes, "--episodes", "0"],
+        "groups_ood is a classification set": [*flame, "--language-sets", classes],
+        "retrieval_ood is a retrieval set": [arms["clip"], *flame[1:], "--zero-shot-sets", pairs],
+        "--gallery and --language-gallery must be": [*flame, "--retrieval-sets", pairs, "--gallery", "-1"],
+        "long-sets photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
         "name at least one run folder": [],
         "no checkpoint at": [tmp_path],
         "holds no weights of FLAME": [tmp_path / "other.pt"],
@@ -493,9 +556,42 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, about)))
     assert longsets.crossmodal3600(tmp_path, "sw") == [(tmp_path / "images/k.jpg", "moja")]
     assert longsets.read_image(tmp_path / "images/k.jpg").size == (4, 4)
-    for reader in (longsets.urban1k, longsets.sharegpt4v, longsets.docci, longsets.dci):
+    for reader in longsets.LONG_SET_READERS.values():
         with pytest.raises(FileNotFoundError, match="is missing"):
-            reader(tmp_path / "nowhere")
+            longsets.read_set(reader, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is no crossmodal3600 as its authors ship it .KeyError"):
+        longsets.read_set(longsets.crossmodal3600, tmp_path, "quz")
+    (tmp_path / "images/k.jpg").unlink()
+    with pytest.raises(ValueError, match="no image with a caption for crossmodal3600 sw"):
+        longsets.read_set(longsets.crossmodal3600, tmp_path, "sw")
+    (root / "caption/1.txt").write_text("")
+    assert longsets.read_set(longsets.urban1k, root)[0][1] == ""
+
+
+def test_crossmodal_images_are_encoded_once_and_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i, key in enumerate("abcde"):
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"images/{key}.jpg")
+        lines.append({"image/key": key} | {name: {"caption": [f"{name} {key}", "?"]} for name in config.LANGUAGES})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sizes, seen = [], {}
+
+    class Red(torch.nn.Module):
+        visual = SimpleNamespace(image_size=(8, 8))
+
+        def encode_image(self, images, visual_only=False):
+            sizes.append(len(images))
+            return F.one_hot((images[:, 0].mean((1, 2)) * 5.8).round().long() % 7, 7).float()
+
+    def texts(strings, multi):
+        seen[strings[0].split()[0]] = strings, multi
+        return torch.randn(len(strings), 7)
+
+    cfg = evaluation.Config(runs=(), crossmodal=str(tmp_path), batch_size=2)
+    flat = evaluation.languages(Red(), texts, cfg, "cpu", torch.float32)
+    assert sizes == [2, 2, 1] and set(seen) == set(config.LANGUAGES)
+    assert seen["quz"] == ([f"quz {key}" for key in "abcde"], False) and flat["languages/other_chance"] == 20
 
 
 def test_authors_prompts_from_a_clone(upstream: Path):

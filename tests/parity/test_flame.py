@@ -3,7 +3,7 @@ MIV-XJTU/FLAME@4d2b9a9. Both sides get the same seeded inputs on the CPU in fp32
 
 Their text encoder runs on today's transformers, whose blocks give tensors where it expects tuples and whose tokenizers
 lack `batch_encode_plus`; both are stood in for. It embeds one caption at a time, or captions of equal length: in padded
-batches it lets facets see each other (detail 1 of the README).
+batches it lets facets see each other (detail 4 of the README).
 """
 
 import contextlib
