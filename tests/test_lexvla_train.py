@@ -203,6 +203,29 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     assert state["vocab_ids"].diff().min() > 0 and (state["bias"] < 0) == (arm != "dense")
 
 
+def test_arms_differ_in_what_they_are_named_after():
+    """Presets against LexVLA's, and the weights that reproduce.mk gives against the preset's."""
+    base = dataclasses.asdict(config.EMOJI)
+    allowed = {
+        "emoji-none": {"penalty"},
+        "emoji-flops": {"penalty", "lambda_image", "lambda_text"},
+        "emoji-bow": {"text", "states", "lora_rank", "bias"},
+        "emoji-dense": {"head", "penalty", "bias"},
+    }
+    for preset, names in allowed.items():
+        other = dataclasses.asdict(config.PRESETS[preset][1])
+        assert {name for name in base if base[name] != other[name]} == names
+    page = (ROOT / "lexvla/reproduce.mk").read_text()
+    for arm, preset, factor in (("flops-strong", "emoji-flops", 10), ("overuse-weak", "emoji", 0.1),
+                                ("overuse-strong", "emoji", 10)):  # fmt: skip
+        cfg = config.PRESETS[preset][1]
+        given = re.search(rf"^lexvla/{arm} += {preset} --lambda-image (\S+) --lambda-text (\S+)$", page, re.MULTILINE)
+        assert given, f"{arm} is not there"
+        assert [float(x) for x in given.groups()] == pytest.approx(
+            [factor * cfg.lambda_image, factor * cfg.lambda_text]
+        )
+
+
 def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
     starts = []
     for out in (arms["none"], arms["dense"]):
