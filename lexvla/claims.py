@@ -103,9 +103,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     report.save(path, summary)
     plot_sweep(arms, path.parent / "lexvla_sparsity.png")
     plot_usage(folders, path.parent / "lexvla_words.png")
-    print(f"\nEmbedded emoji corpus, a stand-in for CC12M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "CC12M", path)
 
 
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:

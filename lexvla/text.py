@@ -35,7 +35,7 @@ PROMPT = f"{data.stable_hash(EXAMPLE, FOCUS):016x}"  # states of another prompt 
 @dataclasses.dataclass
 class Config:
     lm: str = "data/smollm2-135m"
-    """Folder or hub name of a causal LM; the default is made by 'python -m shared.smollm2'."""
+    """Folder or hub name of a causal LM; the default is made by 'python -m lexvla.smollm2'."""
     data: str = "data/emoji/train"
     """Shards whose captions are wanted."""
     sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
@@ -62,7 +62,7 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        hint = "; 'python -m shared.smollm2' makes it" if "smollm2" in name else ""
+        hint = "; 'python -m lexvla.smollm2' makes it" if "smollm2" in name else ""
         raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
 
 

@@ -95,7 +95,7 @@ def embed_flags(tiny_llm: Path, captions: Path) -> list:
     ]
     for kind in ("raw", "short", "long"):
         flags += [f"--{kind}", captions / f"{kind}.json"]
-    flags += ["--shard-size", "32", "--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets"]
+    flags += ["--shard-size", "32", "--sets", EVAL / "groups_ood"]
     return [*flags, EVAL / "retrieval_long_ood", "--gallery", "8", "--language-sets", "--batch-size", "16"]
 
 
@@ -273,7 +273,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli)
 
 
 def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
-    sets = ["--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets", EVAL / "retrieval_long_ood", "--gallery", "8"]
+    sets = ["--sets", EVAL / "groups_ood", EVAL / "retrieval_long_ood", "--gallery", "8"]
     sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
     sets += ["--few-shot", EVAL / "groups_ood", "--episodes", "3"]
     flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
