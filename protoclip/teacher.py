@@ -161,7 +161,7 @@ def main(cfg: Config) -> Path:
         raise ValueError(f"--out {out} should end in .npz")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
-    setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "max_length", "dim")}
+    setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
     made = json.dumps(setting | {"captions": data.fingerprint("\n".join(captions).encode())}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
