@@ -95,16 +95,14 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path, times:
     summary = report.results("Attentive Mask CLIP (arXiv 2212.08653)", seeds, arms, rows, commits)
     report.save(path, summary)
     plot_curves(folders, path.parent)
-    print(f"\nEmbedded emoji corpus, a stand-in for YFCC15M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "YFCC15M", path)
 
 
 def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
     """attentive_mask_clip_curves.png: zero-shot accuracy of the online towers over steps and seconds; mean of seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for color, (arm, of_arm) in zip(plt.get_cmap("tab10").colors, folders.items(), strict=False):
-        points = [[line for line in run.read_metrics(folder) if "zero_shot_top1" in line] for folder in of_arm]
+        points = [run.read_metrics(folder, "zero_shot_top1") for folder in of_arm]
         mean = {key: np.mean([[p[key] for p in each] for each in points], axis=0) for key in ("step", "seconds")}
         top1 = np.mean([[p["zero_shot_top1"] for p in each] for each in points], axis=0)
         for axis, key in zip(axes, ("step", "seconds"), strict=True):

@@ -70,9 +70,9 @@ class Config:
     """Micro-batches a step; each has its own contrastive softmax, so that this is not the same as a larger batch."""
     lr: float = 5e-4
     """Peak learning rate."""
-    lr_start: float = 1e-6
+    warmup_lr: float = 1e-6
     """Learning rate of the first step."""
-    lr_end: float = 1e-5
+    min_lr: float = 1e-5
     """Learning rate towards which the cosine falls."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up."""
@@ -130,7 +130,7 @@ EMOJI = Config(
     epochs=8,
     batch_size=128,
     lr=1e-3,
-    lr_end=1e-5,
+    min_lr=1e-5,
     weight_decay=0.2,
     workers=0,
     save_every=200,

@@ -48,7 +48,7 @@ def schedules(cfg: Config, per_epoch: int) -> tuple[np.ndarray, np.ndarray]:
     steps = per_epoch * cfg.epochs
     warmup = min(round(cfg.warmup_epochs * per_epoch), steps)
     return (
-        cosine_schedule(cfg.lr, cfg.lr_end, steps, warmup, cfg.lr_start),
+        cosine_schedule(cfg.lr, cfg.min_lr, steps, warmup, cfg.warmup_lr),
         cosine_schedule(cfg.ema_momentum, 1.0, steps),
     )
 
@@ -246,10 +246,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             if step % cfg.log_every == 0 or batch == 1:
                 scale, losses = model.logit_scale.exp(), run.over_ranks(losses)
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lrs[step - 1], logit_scale=scale, **losses)
-                if not math.isfinite(losses["loss"]):
-                    raise ValueError(
-                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
-                    )
+                run.check_loss(losses["loss"], step)
             if step - saved >= cfg.save_every and batch < per_epoch and math.isfinite(losses["loss"]):
                 save(epoch, batch)
                 saved = step
@@ -259,8 +256,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                 transform = eval_transform(model.image_size)
                 top1 = quick_top1(model, tokenizer, transform, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
         if per_epoch * (epoch + 1) - saved >= cfg.save_every or epoch + 1 == cfg.epochs:
             save(epoch + 1, 0)
             saved = per_epoch * (epoch + 1)

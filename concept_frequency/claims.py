@@ -139,10 +139,8 @@ def compare(runs: Sequence[str], results: Sequence[tuple[dict, Table]], path: Pa
     report.save(path, summary)
     plot_curves(tables, path.parent)
     slopes = ", ".join(f"{m['slope']:.1f} ({m['slope_low']:.1f} to {m['slope_high']:.1f})" for m in metrics["zipf"])
-    print(f"\nEmbedded emoji corpus, a stand-in; seeds {', '.join(map(str, found.seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
+    report.show(summary, METRICS, "CC3M to LAION-400M", path)
     print(f"\nPoints a decade of the Zipf arm, 95 % bootstrap over concepts, by seed: {slopes}")
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
 
 
 COLORS = plt.get_cmap("tab10").colors

@@ -104,10 +104,22 @@ class Config:
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     replay: str | None = None
     """results.json of `concept_frequency.replay`, whose claims join the table."""
+    batch_size: int = 256
+    """Images or captions per forward pass."""
+    workers: int = 0
+    """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
+
+
+def scored(
+    model: torch.nn.Module, tokenizer, test: train.TestSet, names: list[str], cfg: Config, process: run.Process
+) -> Tensor:
+    """`train.zero_shot`, (K,) percent, as the flags say."""
+    precision = run.resolve_precision(cfg.precision, process.device)
+    return train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision, cfg.batch_size)
 
 
 def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
@@ -119,9 +131,8 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
     assigned = load_counts(folder / "frequencies.json")
     names = list(assigned)
-    test = train.read_test_set(cfg.eval_set, names)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    accuracy = train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision).double().numpy()
+    test = train.read_test_set(cfg.eval_set, names, cfg.workers)
+    accuracy = scored(model, tokenizer, test, names, cfg, process).double().numpy()
 
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
     exchanged = count_exchanged(folder, settings, names, cfg.spacy)
@@ -228,9 +239,8 @@ def tail_accuracy(run_folder: Path, table: dict[str, dict], benchmark: Path, cfg
     model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
     model.load_state_dict(state["state_dict"])
     tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    test, tail = train.read_test_set(str(benchmark), names), read_concepts(benchmark)
-    accuracy = train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision)
+    test, tail = train.read_test_set(str(benchmark), names, cfg.workers), read_concepts(benchmark)
+    accuracy = scored(model, tokenizer, test, names, cfg, process)
     rest = [row["accuracy"] for name, row in table.items() if name not in tail]
     return {"tail": accuracy.nanmean().item(), "rest": float(np.mean(rest)), "tail_classes": len(tail)}
 
@@ -238,7 +248,7 @@ def tail_accuracy(run_folder: Path, table: dict[str, dict], benchmark: Path, cfg
 def evaluated(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
     """`evaluate_run`, kept beside the checkpoint (results.json, results.md), and not repeated while nothing changed."""
     folder = Path(path)
-    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "precision")}
+    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "batch_size", "precision")}
 
     def measure() -> dict:
         metrics, table = evaluate_run(folder, cfg, process)

@@ -18,8 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
-import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.pairs import SIDE, make_pairs, read_corpus, sample_pairs, write_pairs, zipf_counts  # noqa: F401
-from shared import data, run
+from shared import data, export, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -52,8 +50,7 @@ def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
 
 def create_model(name: str, image_size: int | None = None) -> nn.Module:
     """A randomly initialised open_clip model, with a plain text tower's context length."""
-    if open_clip.get_model_config(name) is None:
-        raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
+    export.open_clip_config(name)
     override = {} if image_size is None else {"force_image_size": image_size}
     logging.disable(logging.WARNING)  # of random weights, which are meant
     try:
@@ -65,13 +62,6 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
 def image_side(model: nn.Module) -> int:
     size = model.visual.image_size
     return size[0] if isinstance(size, tuple) else size
-
-
-def gather(features: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, with their gradients: (B, D) -> (W*B, D)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    return torch.cat(torch.distributed.nn.all_gather(features))
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -97,12 +87,14 @@ class TestSet(NamedTuple):
     labels: Tensor  # (T,) int64 concept
 
 
-def read_test_set(folder: str, names: Sequence[str]) -> TestSet:
+def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSet:
     """The evaluation set's images of these concepts."""
     place = {name: c for c, name in enumerate(names)}
     evaluation = EvalSet(folder, lambda image: torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1))
-    rows = [(image, place[evaluation.classnames[y]]) for _, image, y in evaluation if evaluation.classnames[y] in place]
-    return TestSet(torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows]))
+    concept = torch.tensor([place.get(name, -1) for name in evaluation.classnames])
+    images, labels = map(torch.cat, zip(*evaluation.batches(256, workers), strict=True))
+    kept = concept[labels] >= 0
+    return TestSet(images[kept], concept[labels[kept]])
 
 
 @torch.no_grad()
@@ -114,17 +106,18 @@ def zero_shot(
     num_views: int,
     device: torch.device,
     precision: str,
+    batch_size: int = 256,
 ) -> Tensor:
     """Percent (K,) of each concept among all K, prompt `{c}`, over `num_views` fixed views of each test image."""
     was_training = model.training
     model.eval()
     dtype = run.DTYPES[precision]
-    classifier = build_classifier(model.encode_text, tokenizer, list(names), ["{c}"], 256, device, dtype)
+    classifier = build_classifier(model.encode_text, tokenizer, list(names), ["{c}"], batch_size, device, dtype)
     noise = torch.rand(num_views, NOISE, generator=torch.Generator().manual_seed(0))
     noise[0] = 0.5
     hits = []
     for view in noise:
-        for rows in torch.arange(len(test.labels)).split(256):
+        for rows in torch.arange(len(test.labels)).split(batch_size):
             x = views(test.images[rows].to(device), view.expand(len(rows), NOISE).to(device), image_side(model))
             with run.autocast(precision, device):
                 features = F.normalize(model.encode_image(x).float(), dim=-1).cpu()
@@ -246,7 +239,7 @@ def train(cfg: Config) -> Path | None:
             torch.manual_seed(data.stable_hash(cfg.seed, step, rank))  # for towers with dropout: resume agrees
             with run.autocast(precision, process.device):
                 image_features, text_features, scale, *_ = ddp(x, tokens[rows].to(process.device))
-            loss = clip_loss(gather(image_features), gather(text_features), scale)
+            loss = clip_loss(run.gather(image_features), run.gather(text_features), scale)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -256,15 +249,17 @@ def train(cfg: Config) -> Path | None:
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
             if (step + 1) % cfg.log_every == 0 or step == 0:
-                log.write(step + 1, seconds=clock.read(), lr=learning_rate(step, cfg), loss=loss, gradient_norm=norm)
-                if not torch.isfinite(loss):
-                    raise ValueError(f"the loss is {loss.item()} at step {step}: lower --lr, or use --precision fp32")
+                log.write(
+                    step + 1, epoch=epoch, seconds=clock.read(), lr=learning_rate(step, cfg), loss=loss,
+                    logit_scale=scale, gradient_norm=norm,
+                )  # fmt: skip
+                run.check_loss(loss, step)
             if (step + 1) % cfg.save_every == 0 and step + 1 < total_steps:
                 save(step + 1)
         if process.main and (epoch + 1 == cfg.epochs or (cfg.eval_every and (epoch + 1) % cfg.eval_every == 0)):
             with clock.paused():
                 accuracy = zero_shot(model, tokenizer, test, names, 1, process.device, precision).nanmean().item()
-            log.write((epoch + 1) * steps, seconds=clock.read(), zero_shot_top1=accuracy)
+            log.write((epoch + 1) * steps, epoch=epoch, seconds=clock.read(), zero_shot_top1=accuracy)
     save(total_steps)
     log.close()
     return folder

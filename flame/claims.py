@@ -95,16 +95,14 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     plot_curves(folders, path.parent)
     plot_arms(arms, path.parent)
     plot_languages(arms, path.parent)
-    print(f"\nEmbedded emoji corpus, a stand-in for CC3M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "CC3M", path)
 
 
 def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
     """flame_curves.png: zero-shot accuracy of each arm over steps and seconds; mean of seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for color, (arm, of_arm) in zip(plt.get_cmap("tab10").colors, folders.items(), strict=False):
-        points = [[line for line in run.read_metrics(folder) if "zero_shot_top1" in line] for folder in of_arm]
+        points = [run.read_metrics(folder, "zero_shot_top1") for folder in of_arm]
         if not all(points):
             continue
         mean = {key: np.mean([[p[key] for p in each] for each in points], axis=0) for key in ("step", "seconds")}

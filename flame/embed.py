@@ -23,11 +23,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from flame import smollm2
 from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
-from shared import data, run, smollm2
+from shared import data, run
 from shared.evalsets import EvalSet
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
@@ -63,10 +64,8 @@ class Config:
     """Captions per forward pass; they are sorted by length before."""
     shard_size: int = 8192
     """Images per file of the bank."""
-    zero_shot_sets: tuple[str, ...] = ()
-    """Classification sets whose names are embedded as well (single prompt)."""
-    retrieval_sets: tuple[str, ...] = ()
-    """Retrieval sets whose captions are embedded as well (long prompt, mean of facets)."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets of which names (single prompt) or captions (long prompt, mean of facets) are embedded as well."""
     language_sets: tuple[str, ...] = ()
     """Retrieval sets in languages, of whose captions the first is embedded as well (single prompt)."""
     gallery: int | None = None
@@ -88,8 +87,7 @@ EMOJI = Config(
     long="data/flame/captions/long.json",
     llm=SMOLLM2,
     shard_size=256,
-    zero_shot_sets=ZERO_SHOT_SETS,
-    retrieval_sets=LONG_SETS,
+    sets=ZERO_SHOT_SETS + LONG_SETS,
     language_sets=LANGUAGE_SETS,
     gallery=500,
     language_gallery=125,
@@ -351,7 +349,7 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
     def llm() -> FrozenLLM:
         if not load:
             raise ValueError(
-                "the texts of this evaluation set are not embedded: name it in --zero-shot-sets of flame.embed,"
+                "the texts of this evaluation set are not embedded: name it in --sets of flame.embed,"
                 " or pass --eval-every 0"
             )
         return load_llm(cfg, device)
@@ -370,6 +368,11 @@ def open_set(folder: str | Path, transform: Callable, kind: str, split: str = "t
 def prompts_of(eval_set: EvalSet) -> list[str]:
     """(C * T) texts of a classification set: names x templates."""
     return [template.replace("{c}", name) for name in eval_set.classnames for template in eval_set.templates]
+
+
+def is_retrieval(folder: str | Path) -> bool:
+    """Whether an evaluation set is one of captions; else it is of classes."""
+    return EvalSet(folder, lambda image: image).kind == "retrieval"
 
 
 def read_pairs(
@@ -391,10 +394,13 @@ def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
     def nothing(image):
         return torch.zeros(0)
 
-    texts = [(prompts_of(open_set(folder, nothing, "classification")), False) for folder in cfg.zero_shot_sets]
-    for folder in cfg.retrieval_sets:
-        captions = read_pairs(folder, nothing, cfg.gallery)[1]
-        texts.append(([caption for of_image in captions for caption in of_image], True))
+    texts: list[tuple[list[str], bool]] = []
+    for folder in cfg.sets:
+        if is_retrieval(folder):
+            captions = read_pairs(folder, nothing, cfg.gallery)[1]
+            texts.append(([caption for of_image in captions for caption in of_image], True))
+        else:
+            texts.append((prompts_of(EvalSet(folder, nothing)), False))
     for folder in cfg.language_sets:
         texts.append(([of_image[0] for of_image in read_pairs(folder, nothing, cfg.language_gallery)[1]], False))
     return texts

@@ -24,12 +24,13 @@ from flame.bank import Bank, centred, open_bank
 from flame.claims import ARMS, METRICS, compare  # noqa: F401
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
-from flame.embed import load_causal_lm, made_with, open_set, prompts_of, read_pairs, texts_of_bank
+from flame.embed import is_retrieval, load_causal_lm, made_with, open_set, prompts_of, read_pairs, texts_of_bank
 from flame.incontext import few_shot, few_shot_accuracy, nearest_tokens, pool_patches  # noqa: F401
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
+from flame.probe import adamw_probe
 from shared import report, run
-from shared.probes import Probe, adamw_probe
+from shared.probes import Probe
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, owners, retrieval_ranks
 
 TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
@@ -43,10 +44,9 @@ class Config:
     """Image tower of checkpoint files: ViT-B-16, ViT-L-14 or ViT-L-16."""
     bank: str | None = None
     """Bank whose LLM and prompts embed the texts; None: that of the run (checkpoint files: say which)."""
-    zero_shot_sets: tuple[str, ...] = ZERO_SHOT_SETS
-    """Classification sets in the CLIP-benchmark webdataset layout; single prompt."""
-    retrieval_sets: tuple[str, ...] = LONG_SETS
-    """Retrieval sets, short captions (COCO, Flickr30k) or long; long prompt, mean of its facets."""
+    sets: tuple[str, ...] = ZERO_SHOT_SETS + LONG_SETS
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification (single prompt) or retrieval (long
+    prompt, mean of its facets) as each says."""
     language_sets: tuple[str, ...] = LANGUAGE_SETS
     """Retrieval sets whose names end in _LANGUAGE; first caption, single prompt."""
     long_sets: tuple[str, ...] = ()
@@ -253,13 +253,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}
-    for folder in cfg.zero_shot_sets:
-        classifier = classifier_of(texts, folder)
-        metrics = zero_shot(model, classifier, folder, device, dtype, cfg.batch_size, cfg.workers)
-        flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
-    for folder in cfg.retrieval_sets:
-        images, captions = read_pairs(folder, view_of(model), cfg.gallery)
-        metrics = retrieval(encode(model, images, device, dtype, cfg.batch_size), captions, texts, True)
+    for folder in cfg.sets:
+        if is_retrieval(folder):
+            images, captions = read_pairs(folder, view_of(model), cfg.gallery)
+            metrics = retrieval(encode(model, images, device, dtype, cfg.batch_size), captions, texts, True)
+        else:
+            classifier = classifier_of(texts, folder)
+            metrics = zero_shot(model, classifier, folder, device, dtype, cfg.batch_size, cfg.workers)
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
     for entry in cfg.long_sets:
         name, _, folder = entry.partition(":")
@@ -358,14 +358,12 @@ def plot_similarity(bank: Bank, path: Path, images: int = 500) -> None:
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    sets = (*cfg.zero_shot_sets, *cfg.retrieval_sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
+    sets = (*cfg.sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
     return report.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
-    if not cfg.runs:
-        raise ValueError("name at least one run folder or checkpoint file")
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
     if cfg.report and Path(cfg.report).suffix != ".json":
@@ -373,11 +371,9 @@ def main(cfg: Config) -> None:
     for name in ("batch_size", "episodes"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
-    results = []
-    for path in cfg.runs:
-        results.append(evaluated(path, cfg, process))
-        shown = ", ".join(f"{heading} {results[-1][key]:.2f}" for key, heading in METRICS.items() if key in results[-1])
-        print(f"{path}: {shown}", flush=True)
+    results = report.evaluate_runs(
+        cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
+    )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
         settings = [run.load_checkpoint(Path(path) / "checkpoint.pt")["config"] for path in cfg.runs]

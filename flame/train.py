@@ -312,8 +312,7 @@ def main(cfg: Config) -> Path | None:
                     step, epoch=epoch, seconds=clock.read(), lr=lr, loss=loss, logit_scale=model.logit_scale.exp(),
                     **({"logit_bias": model.logit_bias} if cfg.method == "flame" else {}),
                 )  # fmt: skip
-                if not torch.isfinite(loss):
-                    raise ValueError(f"the loss is {loss.item()} at step {step}: lower --lr, or use --precision fp32")
+                run.check_loss(loss, step)
             if step - saved >= cfg.save_every and batch < per_epoch:
                 save(epoch, batch)
                 saved = step
@@ -323,8 +322,7 @@ def main(cfg: Config) -> Path | None:
                 classifier = classifier_of(texts_of_curve, cfg.eval_set)
                 top1 = zero_shot_top1(model, classifier, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
         if per_epoch * (epoch + 1) - saved >= cfg.save_every or epoch + 1 == cfg.epochs:
             save(epoch + 1, 0)
             saved = per_epoch * (epoch + 1)

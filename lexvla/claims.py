@@ -108,9 +108,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
         for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches")):
             if (drawn := folders["overuse"][0] / file).exists():
                 shutil.copyfile(drawn, path.parent / f"lexvla_{name}.png")
-    print(f"\nEmbedded emoji corpus, a stand-in for CC12M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "CC12M", path)
 
 
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:

@@ -30,7 +30,7 @@ from lexvla.scenes import labelled_images
 from lexvla.text import leading_space, lm_dtype, pieces
 from shared import data, report, run
 from shared.evalsets import EvalSet
-from shared.zeroshot import classification_metrics, extract_image_features, image_ranks, owners, text_ranks
+from shared.zeroshot import classification_metrics, extract_image_features, owners, retrieval_ranks_from_scores
 
 EMOJI = "data/emoji/eval/"
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both sides
@@ -141,9 +141,8 @@ def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> t
     An image is a hit if any of its captions is in its top k. Ties count against: at high sparsity most scores are 0,
     and counting them as hits would reward representations for saying nothing.
     """
-    to_text = text_ranks(sim, image_of_text, torch.arange(len(sim), device=sim.device))
-    to_image = image_ranks(sim.T, image_of_text)
-    return tuple(torch.stack([(ranks < k).float().mean() for k in ks]) for ranks in (to_text, to_image))
+    both = retrieval_ranks_from_scores(sim, image_of_text)
+    return tuple(torch.stack([(ranks < k).float().mean() for k in ks]) for ranks in both)
 
 
 def sparsity_sweep(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, levels: Sequence[int]) -> Tensor:

@@ -317,8 +317,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             if step % cfg.log_every == 0 or batch == 1:
                 scale = model.logit_scale.exp()
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, logit_scale=scale, **losses)
-                if not math.isfinite(loss := losses["loss"].item()):
-                    raise ValueError(f"the loss is {loss} at step {step}: lower --lr, or use --precision fp32")
+                run.check_loss(losses["loss"], step)
             if step - saved >= cfg.save_every and batch < per_epoch:
                 save(epoch, batch)
                 saved = step
@@ -329,8 +328,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                 with read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext():
                     recall = quick_recall(model, read, transform, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), **recall)
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
         if per_epoch * (epoch + 1) - saved >= cfg.save_every or epoch + 1 == cfg.epochs:
             save(epoch + 1, 0)
             saved = per_epoch * (epoch + 1)

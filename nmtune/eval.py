@@ -30,7 +30,6 @@ from nmtune.claims import ARMS, METRICS, compare, draw_spectrum, finish_spectra 
 from nmtune.config import Config as TrainConfig
 from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
-from nmtune.features import encode_set
 from nmtune.model import head_from, split_upstream, transformed
 from nmtune.pretrain import build
 from nmtune.train import Source, test_metrics
@@ -45,14 +44,20 @@ class Config:
     """Test sets as NAME=PATH instead of the run's own."""
     head: str = ""
     """A state dict exported from the authors' tuned model, in the place of the run's own head."""
-    center: str = "sample"
+    centre: str = "sample"
     """Centring before the spectrum: sample (svd.py), none (the paper's words), sample+feature (pca.py)."""
     export: str | None = None
     """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, and measure nothing."""
     report: str | None = None
     """Compare all encoders and write this file with claims and verdicts."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: int = 0
+    """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: str = "fp32"
+    """Autocast of the encoder, as in training."""
 
 
 @torch.no_grad()
@@ -61,10 +66,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     state = run.load_checkpoint(Path(path) / "checkpoint.pt")
     if "head" not in state:
         raise ValueError(f"{path} holds no head of nmtune.train; encoders are compared with --report")
-    settings = TrainConfig(**{**state["config"], "tests": tuple(state["config"]["tests"])})
-    if cfg.tests:
-        settings = dataclasses.replace(settings, tests=cfg.tests)
-    source = Source(settings, process)
+    settings = state["config"] | {"tests": tuple(cfg.tests or state["config"]["tests"])}
+    settings |= {"workers": cfg.workers, "precision": cfg.precision}
+    source = Source(TrainConfig(**settings), process, cfg.batch_size)
     weights = split_upstream(run.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
     head = head_from(weights).to(process.device)
     results, spectra = test_metrics(head, source), {}
@@ -72,14 +76,14 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
         features, *_ = source.test_set(name)
         z, _ = transformed(head.cpu(), features)
         for what, x in (("F", features), ("z", z)):
-            s = feature_spectrum(x, center=cfg.center)
+            s = feature_spectrum(x, center=cfg.centre)
             spectra[f"{name}/{what}"] = s.numpy()
             results[f"{name}/sve_{what}"] = singular_value_entropy(s).item()
             results[f"{name}/lsvr_{what}"] = largest_singular_value_ratio(s).item()
             results[f"{name}/share_{what}"] = 100 * (s.max() / s.sum()).item()
         if name == "vid_robust":
             frames, groups, accepted, sets = vid_robust(Path(source.tests[name]).parent)
-            features, _ = encode_set(source.encoder, frames, source.eval_view, process, label=name)
+            features, _ = source.encoded(frames, source.eval_view, 1, name)
             classes = project_logits(head(features[0]), groups)
             pm = pmk_accuracy(classes, accepted, sets)
             results |= {"vid_robust/pm0": 100 * pm[0], "vid_robust/pm10": 100 * pm[1]}
@@ -119,8 +123,8 @@ def main(cfg: Config) -> None:
         raise ValueError("name at least one run folder")
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)
-    if cfg.center not in CENTRES:
-        raise ValueError(f"--center is one of {', '.join(CENTRES)}, not {cfg.center!r}")
+    if cfg.centre not in CENTRES:
+        raise ValueError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
     if cfg.report:
         compare([Path(path) for path in cfg.runs], Path(cfg.report))
         return

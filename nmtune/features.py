@@ -138,8 +138,7 @@ def encode_set(
     for batch, batch_labels, _ in data.watch(bar, broken):
         features.append(encode(encoder, batch, process.device, precision).cpu())
         labels.append(batch_labels)
-    if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-        print(f"{label}: {line}")
+    data.report_broken(broken, process, label)
     features = run.gather_lists(features, process)
     return torch.cat(features, dim=1), torch.cat(run.gather_lists(labels, process))
 

@@ -154,13 +154,11 @@ def main(cfg: FinetuneConfig) -> Path | None:
             scaler.update()
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 log.write(step + 1, epoch=epoch, seconds=clock.read(), lr=lr, loss=loss, **parts)
-                if not torch.isfinite(loss):
-                    raise ValueError(f"the loss is {loss.item()} at step {step}: lower --lr")
+                run.check_loss(loss, step)
             if step + 1 - saved >= cfg.save_every and step + 1 < total:
                 save(epoch + (i + 1) // steps, (i + 1) % steps)
                 saved = step + 1
-        if line := data.broken_report(broken):
-            print(f"epoch {epoch + 1}: {line}")
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
     results = test_metrics(model, tests, images.classnames, eval_view, process, cfg)
     log.write(total, epoch=cfg.epochs - 1, seconds=clock.read(), **results)
     save(cfg.epochs, 0)

@@ -243,13 +243,11 @@ def main(cfg: PretrainConfig) -> Path | None:
                     model.logit_scale.clamp_(0, np.log(100))
             if (step + 1) % cfg.log_every == 0:
                 log.write(step + 1, epoch=epoch, seconds=clock.read(), lr=optimizer.param_groups[0]["lr"], **parts)
-                if not torch.isfinite(parts["loss"]):
-                    raise ValueError(f"the loss is {parts['loss'].item()} at step {step}: lower --lr")
+                run.check_loss(parts["loss"], step)
             if step + 1 - saved >= cfg.save_every:
                 save(epoch, i + 1)
                 saved = step + 1
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
     save(cfg.epochs, 0)
     log.close()
     return folder

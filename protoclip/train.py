@@ -340,10 +340,7 @@ def main(cfg: Config) -> Path:
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
                 log.write(step + 1, episode=episode, seconds=clock.read(), lr_visual=visual, lr_rest=rest, **losses)
-                if not torch.isfinite(losses["loss"]):
-                    raise ValueError(
-                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
-                    )
+                run.check_loss(losses["loss"], step)
             if step + 1 - saved >= cfg.save_every and batch < per_episode:
                 save(episode, batch, prototypes)
                 saved = step + 1
@@ -353,8 +350,7 @@ def main(cfg: Config) -> Path:
                 view = image_transform(size, train=False)
                 top1 = quick_top1(model, tokenizer, view, cfg.eval_set, process.device, run.DTYPES[precision])
             log.write(per_episode * (episode + 1), episode=episode, seconds=clock.read(), zero_shot_top1=top1)
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"episode {episode + 1}: {line}")
+        data.report_broken(broken, process, f"episode {episode + 1}")
         if per_episode * (episode + 1) - saved >= cfg.save_every or episode + 1 == cfg.episodes:
             save(episode + 1, 0, None)
             saved = per_episode * (episode + 1)

@@ -29,6 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
+from shared import run
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
@@ -275,10 +277,10 @@ def open_pairs(spec: str, limit: int | None = None, strict: bool = False, cache:
     return Shards([fetch(url, cache or Path("data/cache")) for url in expand_shards(spec)], limit, strict)
 
 
-def check_pairs(pairs: Shards | TSV, cfg, state: dict, process) -> None:
+def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
     """ValueError if `pairs` are not those of the run's checkpoint `state`, or fewer than one batch of `cfg`.
 
-    Fewer than its `dataset_size` are only reported. `process` is a `run.Process`.
+    Fewer than its `dataset_size` are only reported.
     """
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
         raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now: choose another --out")
@@ -319,10 +321,12 @@ def batches(
     return [order[first : first + size][rank * batch_size : (rank + 1) * batch_size] for first in firsts]
 
 
-def epoch_loader(dataset: Dataset, collate: Callable, cfg, process, seed: Sequence[int], start: int = 0) -> DataLoader:
+def epoch_loader(
+    dataset: Dataset, collate: Callable, cfg, process: run.Process, seed: Sequence[int], start: int = 0
+) -> DataLoader:
     """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out.
 
-    `cfg` has the global batch_size and the number of loader `workers`, `process` is a `run.Process`.
+    `cfg` has the global batch_size and the number of loader `workers`.
     """
     order = batches(len(dataset), cfg.batch_size // process.world_size, seed, process.rank, process.world_size, start)
     return DataLoader(
@@ -363,3 +367,10 @@ def broken_report(broken: Iterable[Broken]) -> str | None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(distinct.values()).most_common())
     names = ", ".join(sorted(distinct)[:3]) + (", ..." if len(distinct) > 3 else "")
     return f"{len(distinct)} broken samples, replaced by their neighbours: {reasons} ({names})"
+
+
+def report_broken(broken: list[Broken], process: run.Process, label: str) -> None:
+    """Print `broken_report` of all ranks' samples behind a label, and forget them."""
+    if (line := broken_report(run.gather_lists(broken, process))) and process.main:
+        print(f"{label}: {line}")
+    broken.clear()

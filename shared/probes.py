@@ -1,19 +1,17 @@
-"""Linear probes on frozen features: SGD and AdamW recipes of the papers, and L-BFGS logistic regression.
+"""Linear probes on frozen features: the loop, and the papers' SGD recipe. FLAME has AdamW's, ProtoCLIP L-BFGS, too.
 
 Functions take features (N, D) and labels (N,) int64, and return accuracies in percent.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from shared.zeroshot import chunks, per_class_accuracy, percent
+from shared.zeroshot import chunks, percent
 
 
 class Probe(NamedTuple):
@@ -56,48 +54,10 @@ def sgd_probe(
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     data = train_x, train_y, test_x, test_y
-    return Probe(*_fit(*data, optimizer, init, epochs, batch_size, shuffle, seed, by_step=False), weight_decay)
+    return Probe(*fit(*data, optimizer, init, epochs, batch_size, shuffle, seed, by_step=False), weight_decay)
 
 
-def adamw_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    *,
-    epochs: int = 20,
-    lr: float = 0.1,
-    weight_decay: float = 0.0,
-    batch_size: int = 512,
-    shuffle: bool = True,
-    init: tuple[Tensor, Tensor] | None = None,
-    validation: tuple[Tensor, Tensor] | None = None,
-    seed: int = 0,
-) -> Probe:
-    """clip-benchmark's probe: AdamW, cosine by step to 0 without warm-up; it is given unit features there.
-
-    init: by default that of nn.Linear. validation: features and labels on which the weight decay is chosen from
-    1e-6..1e2 (`log_sweep`) before the probe is fitted to training and validation split together.
-    """
-    if init is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            layer = torch.nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
-        init = layer.weight.detach(), layer.bias.detach()
-
-    def fit(x, y, test_x, test_y, decay):
-        def optimizer(parameters):
-            return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-
-        return Probe(*_fit(x, y, test_x, test_y, optimizer, init, epochs, batch_size, shuffle, seed, True), decay)
-
-    if validation is None:
-        return fit(train_x, train_y, test_x, test_y, weight_decay)
-    best = log_sweep(lambda decay: fit(train_x, train_y, *validation, decay).final, -6, 2)
-    return fit(torch.cat([train_x, validation[0]]), torch.cat([train_y, validation[1]]), test_x, test_y, best)
-
-
-def _fit(
+def fit(
     train_x: Tensor,
     train_y: Tensor,
     test_x: Tensor,
@@ -133,50 +93,3 @@ def _fit(
         final = percent(predictions == test_y)
         best = max(best, final)
     return best, final, weight.detach(), bias.detach()
-
-
-def logistic_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    C: float = 0.316,
-    max_iter: int = 1000,
-    validation: tuple[Tensor, Tensor] | None = None,
-) -> dict[str, float]:
-    """CLIP's linear probe: scikit-learn's L-BFGS logistic regression -> {"top1", "mean_per_class", "C"}, in percent.
-
-    C: inverse L2 strength (CLIP's example: 0.316). validation: features and labels on which C is chosen from 1e-6..1e6
-    as in CLIP's appendix A.3 (`log_sweep`) before the probe is fitted to training and validation split together.
-    """
-
-    def hits(C, x, y, test_x, test_y):
-        model = LogisticRegression(C=C, max_iter=max_iter, random_state=0).fit(x.cpu().numpy(), y.cpu().numpy())
-        return torch.from_numpy(model.predict(test_x.cpu().numpy())) == test_y.cpu()
-
-    if validation is not None:
-        C = log_sweep(lambda C: percent(hits(C, train_x, train_y, *validation)), -6, 6)
-        train_x, train_y = torch.cat([train_x, validation[0]]), torch.cat([train_y, validation[1]])
-    hit = hits(C, train_x, train_y, test_x, test_y)
-    per_class = per_class_accuracy(hit, test_y.cpu(), int(test_y.max()) + 1)
-    return {"top1": percent(hit), "mean_per_class": per_class.nanmean().item(), "C": C}
-
-
-def log_sweep(score: Callable[[float], float], low: int, high: int) -> float:
-    """The best of 97 log-spaced values from 10^low to 10^high, by CLIP's parametric binary search (appendix A.3).
-
-    Scores 7 of them, then twice as finely around the peak, four times over. Of equal scores the smaller value wins.
-    """
-    values = np.logspace(low, high, 97).tolist()
-    scores: dict[int, float] = {}
-
-    def peak(candidates: Iterable[int]) -> int:
-        for i in candidates:
-            if i not in scores:
-                scores[i] = score(values[i])
-        return max(candidates, key=scores.__getitem__)
-
-    best = peak(range(0, 97, 16))
-    for span in (8, 4, 2, 1):
-        best = peak([max(best - span, 0), best, min(best + span, 96)])
-    return values[best]

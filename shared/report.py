@@ -104,6 +104,14 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str
     return table(arms_rows(arms, metrics))
 
 
+def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:
+    """Print what `results` gave and `path` holds: arms by `metrics` (key -> heading), then claims."""
+    seeds = ", ".join(map(str, summary["seeds"]))
+    print(f"\nEmbedded emoji corpus, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
+    print(arms_table(summary["arms"], metrics))
+    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{table(summary['claims'])}\n\nwritten to {path}")
+
+
 # ------------------------------------------------------------------------------------------- run folders ARM-seedN
 
 
@@ -142,8 +150,7 @@ def measured_run(
     def measure_and_show() -> dict[str, float]:
         metrics = measure(folder)
         if path.is_dir():
-            seconds = [line["seconds"] for line in read_metrics(folder) if "seconds" in line]
-            metrics["seconds"] = seconds[-1]
+            metrics["seconds"] = read_metrics(folder, "seconds")[-1]["seconds"]
         folder.mkdir(exist_ok=True)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
         (folder / "results.md").write_text(table(rows) + "\n")

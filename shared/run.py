@@ -296,9 +296,16 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+def check_loss(loss: torch.Tensor, step: int) -> None:
+    """ValueError if the loss of a step, (), is no longer finite."""
+    if not math.isfinite(value := loss.item()):
+        raise ValueError(f"the loss is {value} at step {step}: lower --lr, or use --precision fp32")
+
+
+def read_metrics(folder: Path, key: str = "step") -> list[dict]:
+    """The lines of a run's metrics.jsonl that have this key."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -199,12 +199,9 @@ def retrieval_ranks(image_features: Tensor, text_features: Tensor, text_to_image
     )
 
 
-def retrieval_ranks_from_scores(
-    scores: Tensor, text_to_image: Tensor, text_image_scores: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same from scores (I, T); `text_image_scores` (T, I) where re-ranking gave text -> image its own."""
-    transposed = scores.T if text_image_scores is None else text_image_scores
-    return _ranks(lambda rows: scores[rows], lambda rows: transposed[rows], *scores.shape, text_to_image)
+def retrieval_ranks_from_scores(scores: Tensor, text_to_image: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from scores (I, T)."""
+    return _ranks(lambda rows: scores[rows], lambda rows: scores.T[rows], *scores.shape, text_to_image)
 
 
 def _ranks(

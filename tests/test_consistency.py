@@ -16,9 +16,13 @@ import tyro
 from shared.presets import folders
 
 ROOT = Path(__file__).parent.parent
-TOOLS = {  # of shared/: run by the Makefile or by pytest, not imported by the papers
-    "emoji", "overview", "presets", "pytest_options", "remaining", "smollm2",
-}  # fmt: skip
+TOOLS = {
+    "emoji",
+    "overview",
+    "presets",
+    "pytest_options",
+    "remaining",
+}  # of shared/: all papers', run by make or pytest
 TRAINING = [(folder, "train") for folder in folders()] + [("nmtune", "pretrain"), ("nmtune", "finetune")]
 FREE = {"out", "device", "save_every", "log_every", "dry_run", "strict"}  # every training script has these
 HELP = {  # field: (type, start of its help)
@@ -45,16 +49,49 @@ HELP = {  # field: (type, start of its help)
 }
 OTHER_NAMES = {  # what these fields are called elsewhere, and must not be called here
     "output", "output_dir", "save_dir", "train_data", "num_epochs", "bs", "learning_rate", "wd", "warmup_steps",
-    "min_scale", "checkpointing", "gradient_checkpointing", "num_workers", "save_interval", "log_interval",
+    "min_scale", "checkpointing", "gradient_checkpointing", "num_workers", "save_interval", "log_interval", "center",
+    "lr_start", "lr_end", "length", "zero_shot_sets", "retrieval_sets", "datasets",
 }  # fmt: skip
+THINGS = {  # what a field's help says in any dataclass: what that field is called, so that no thing has two names
+    "Loader processes": "workers",
+    r"(Pairs|Images|Captions|Emoji)( or \w+)? (per|a) (step|forward pass)": "batch_size",
+    "auto, cpu, cuda": "device",
+    "Passes over": "epochs",
+    "Keep the first so many": "dataset_size",
+    "Smallest share of": "crop_scale",
+    r"Image side( S)? (in|that)": "image_size",
+    "Steps of linear warm-up": "warmup",
+    "Learning rate of (step 0|the first step)": "warmup_lr",
+    "(Floor of the learning rate|Learning rate towards which)": "min_lr",
+    "(AdamW|Adam)'s beta1": "beta1",
+    "(AdamW|Adam)'s beta2": "beta2",
+    "(AdamW|Adam)'s epsilon": "eps",
+    "Gradients of all parameters": "max_grad_norm",
+    "K-means iterations": "niter",
+    "K-means restarts": "nredo",
+    "Token(s of a| positions)": "max_length",
+    "(Centring|Subtract) ": "centre(_codebook)?",
+    "(Evaluation|Classification|Retrieval)[a-z ]* sets? in the CLIP-benchmark": "sets|eval_set",
+    "Folder for copies of": "cache",
+    "Run folders": "runs",
+    "Run folder of stage": "scorer|captioner|caption_model",
+    "Run folder: ": "out",
+    "Stop at the first broken": "strict",
+    "Steps between checkpoints": "save_every",
+    "Steps between lines": "log_every",
+    "(Steps|Epochs|Episodes) between .* evaluations": "eval_every",
+    "Print (sizes|what would be)": "dry_run",
+}
 EVALUATION = {
     "runs": "Run folders",
     "report": "(Also compare|Compare) all .* and write this file with claims and verdicts.",
+    "export": "(Write .* as a folder that open_clip loads as `local-dir:DIR`|Refused: )",
     "device": "auto, cpu, cuda or cuda:N.",
-    "batch_size": "Images or .* per forward pass.",
+    "batch_size": "Images( or .*)? per forward pass.",
     "workers": "Loader processes.",
     "precision": "Autocast of the .*, as in training.",
 }
+CHECKPOINT = ("optimizer", "seconds", "commit", "data", "config")
 LOG_NAMES = {"epoch", "episode", "seconds", "lr", "lr_visual", "lr_rest", "loss", "logit_scale", "gradient_norm"} | {
     "zero_shot_top1", "codes_restarted", "sparsity_reached",
 }  # fmt: skip
@@ -87,6 +124,43 @@ def documented(path: Path, name: str) -> dict[str, str]:
     return found
 
 
+def dataclasses_of(folder: str) -> list[tuple[Path, str]]:
+    """(file, class) of all dataclasses of a folder that have documented fields: what its command lines take."""
+    found = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+                found.append((path, node.name))
+    return found
+
+
+def used(path: Path, own: str | None = None) -> set[tuple[str, str]]:
+    """(module, name) of what a file uses of shared/; `own`: the file is that module, and its own names count, too."""
+    alias, found = {}, set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module == "shared":
+            alias |= {name.asname or name.name: name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared."):
+            found |= {(node.module.removeprefix("shared."), name.name) for name in node.names}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in alias:
+            found.add((alias[node.value.id], node.attr))
+        elif own and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.add((own, node.id))
+    return found
+
+
+def public(path: Path) -> set[str]:
+    """Functions, classes and constants of a module."""
+    names = set()
+    for node in tree(path).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
 def presets(folder: str, script: str) -> dict[str, tuple[str, object]]:
     """A script's presets, all of one dataclass."""
     table = re.search(r"overridable_config_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
@@ -105,6 +179,8 @@ def test_no_paper_imports_another(folder: str):
         roots = {name.split(".")[0] for name in imports(file)}
         assert not roots & (set(folders()) - {folder}), f"{file} imports another paper"
         assert "tests" not in roots, f"{file} imports tests"
+    makefile = (ROOT / folder / "reproduce.mk").read_text()
+    assert set(re.findall(r"\$\(PY\) -m (\w+)", makefile)) <= {folder, "shared"}, "runs another paper"
 
 
 def test_shared_imports_no_paper():
@@ -120,6 +196,18 @@ def test_shared_holds_what_three_papers_use():
                 users[name.split(".")[1]].add(folder)
     for module in {file.stem for file in (ROOT / "shared").glob("*.py")} - TOOLS - {"__init__"}:
         assert len(users[module]) >= 3, f"shared/{module}.py is used by {sorted(users[module])} alone"
+
+
+def test_what_shared_offers_is_used_by_two_papers_or_within():
+    users: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for folder in folders():
+        for name in set().union(*(used(file) for file in (ROOT / folder).glob("*.py"))):
+            users[name].add(folder)
+    within = set().union(*(used(file, file.stem) for file in (ROOT / "shared").glob("*.py")))
+    for file in (ROOT / "shared").glob("*.py"):
+        for name in public(file) if file.stem not in TOOLS else ():
+            offered = (file.stem, name)
+            assert offered in within or len(users[offered]) >= 2, f"{offered}: used by {sorted(users[offered])} alone"
 
 
 def test_tools_of_shared_are_run():
@@ -156,6 +244,16 @@ def test_training_flags(folder: str, script: str):
     assert cls().out.startswith(f"runs/{folder}/") and cls().data == ""
 
 
+@pytest.mark.parametrize("folder", folders())
+def test_no_thing_has_two_names(folder: str):
+    for path, name in dataclasses_of(folder):
+        for field, text in documented(path, name).items():
+            where = f"{path.relative_to(ROOT)}, {name}.{field}: {text}"
+            assert field not in OTHER_NAMES and "center" not in field, where
+            for start, called in THINGS.items():
+                assert not re.match(start, text) or re.fullmatch(called, field), f"{where}; elsewhere {called}"
+
+
 @pytest.mark.parametrize(("folder", "script"), TRAINING)
 def test_help_says_what_each_field_is(folder: str, script: str, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "300")
@@ -178,7 +276,7 @@ def test_help_of_a_real_process():
 def test_evaluation_flags(folder: str):
     cls = importlib.import_module(f"{folder}.eval").Config
     helps = documented(ROOT / folder / "eval.py", "Config")
-    assert {"runs", "report", "device"} <= set(helps) == {field.name for field in dataclasses.fields(cls)}
+    assert set(EVALUATION) <= set(helps) == {field.name for field in dataclasses.fields(cls)}
     for name in set(helps) & set(EVALUATION):
         assert re.match(EVALUATION[name], helps[name]), (name, helps[name])
 
@@ -190,10 +288,14 @@ def test_log_and_run_files(folder: str, script: str):
     names = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "write":
-            names |= {keyword.arg for keyword in node.keywords} - {None}
-    assert "seconds" in names and names <= LOG_NAMES, names - LOG_NAMES
+            line = {keyword.arg for keyword in node.keywords} - {None}
+            assert "seconds" in line and len(line & {"epoch", "episode"}) == 1, f"line {node.lineno} logs {line}"
+            names |= line
+    assert names and names <= LOG_NAMES, names - LOG_NAMES
     source = path.read_text()
     assert '"checkpoint.pt"' in source and "RunLog(" in source and "command_line(" in source
+    for key in CHECKPOINT:
+        assert re.search(rf'"{key}s?":', source), f"checkpoints of {path} do not hold {key!r}"
     assert '"loss"' in source or "loss=" in source
 
 

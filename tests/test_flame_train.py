@@ -97,7 +97,7 @@ def embed_flags(tiny_llm: Path, captions: Path) -> list:
     ]
     for kind in ("raw", "short", "long"):
         flags += [f"--{kind}", captions / f"{kind}.json"]
-    flags += ["--shard-size", "32", "--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets"]
+    flags += ["--shard-size", "32", "--sets", EVAL / "groups_ood"]
     return [*flags, EVAL / "retrieval_long_ood", "--gallery", "8", "--language-sets", "--batch-size", "16"]
 
 
@@ -289,7 +289,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli)
 
 
 def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
-    sets = ["--zero-shot-sets", EVAL / "groups_ood", "--retrieval-sets", EVAL / "retrieval_long_ood", "--gallery", "8"]
+    sets = ["--sets", EVAL / "groups_ood", EVAL / "retrieval_long_ood", "--gallery", "8"]
     sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
     sets += ["--few-shot", EVAL / "groups_ood", "--episodes", "3"]
     flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
@@ -436,8 +436,7 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
         "is no clone": [*embed_flags, "--upstream", tmp_path],
         "must be at least 1, not 0": [*embed_flags, "--gallery", "0"],
         "--dataset-size must be at least 1": [*embed_flags, "--dataset-size", "-1"],
-        "is a retrieval set where a classification": [*embed_flags, "--zero-shot-sets", EVAL / "retrieval_ood"],
-        "is a classification set where a retrieval": [*embed_flags, "--retrieval-sets", EVAL / "groups_ood"],
+        "is a classification set where a retrieval": [*embed_flags, "--language-sets", EVAL / "groups_ood"],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, "--out", tmp_path / "bank", module="flame.embed")
@@ -448,15 +447,15 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     (tmp_path / "other").mkdir()
     torch.save({"config": {"protos": 3}, "text_dim": 3}, tmp_path / "other/checkpoint.pt")
-    flame = [arms["flame"], "--probe", "None", "--zero-shot-sets", "--retrieval-sets", "--language-sets"]
+    flame = [arms["flame"], "--probe", "None", "--sets", "--language-sets"]
     classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
     cases = {
         "is no run of flame.train": [tmp_path / "other"],
         "should end in .json": [*flame, "--report", tmp_path / "results.png"],
         "--episodes must be at least 1": [*flame, "--few-shot", classes, "--episodes", "0"],
         "groups_ood is a classification set": [*flame, "--language-sets", classes],
-        "retrieval_ood is a retrieval set": [arms["clip"], *flame[1:], "--zero-shot-sets", pairs],
-        "--gallery and --language-gallery must be": [*flame, "--retrieval-sets", pairs, "--gallery", "-1"],
+        "retrieval_ood is a retrieval set": [*flame, "--few-shot", pairs],
+        "--gallery and --language-gallery must be": [*flame, "--sets", pairs, "--gallery", "-1"],
         "long-sets photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
         "name at least one run folder": [],
         "no checkpoint at": [tmp_path],

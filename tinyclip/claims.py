@@ -87,7 +87,7 @@ def claims() -> list[report.Claim]:
 
 def learning_curve(folder: Path) -> list[tuple[int, float]]:
     """(step, names OOD top-1 with bare names) of a run."""
-    return [(line["step"], line["zero_shot_top1"]) for line in run.read_metrics(folder) if "zero_shot_top1" in line]
+    return [(line["step"], line["zero_shot_top1"]) for line in run.read_metrics(folder, "zero_shot_top1")]
 
 
 def steps_to_reach(curve: list[tuple[int, float]], goal: float) -> float:
@@ -160,11 +160,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
         plot_masks(
             {arm: run.load_checkpoint(paths[arm][0] / "masks.pt") for arm in masked}, path.parent / "tinyclip_masks.png"
         )
-    print(
-        f"\nEmbedded emoji corpus, a stand-in for LAION-400M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n"
-    )
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "LAION-400M", path)
 
 
 def plot(paths: dict[str, list[Path]], arms: dict[str, dict], path: Path) -> None:

@@ -135,7 +135,7 @@ def train_step(
         image, text, scale = student(images, tokens, u)
     spread = gather if isinstance(student, DistributedDataParallel) else None
     loss = distillation_loss(image, text, scale, *(teacher or (None, None, None)), stage.alpha, stage.weight, spread)
-    logged = {"distillation": loss.detach(), "lr": lr}
+    logged = {"distillation": loss.detach(), "lr": lr, "logit_scale": scale.detach()}
     if masks:
         target = target_sparsity(step, stage.start_sparsity, stage.target_sparsity, stage.sparsity_warmup)
         constraint, expected = sparsity_loss(masks, target, stage.joint, stage.two_sided)
@@ -314,12 +314,7 @@ def main(cfg: Config) -> Path | None:
     # Data
     broken: list[data.Broken] = []
     source = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
-    if state is not None and state["data"] != source.fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
-    if len(source) < cfg.batch_size:
-        raise ValueError(
-            f"{cfg.data} holds {len(source)} pairs, less than one batch: lower --batch-size {cfg.batch_size}"
-        )
+    data.check_pairs(source, cfg, state or {}, process)
     tokenizer = open_clip.SimpleTokenizer(context_length=context)
     pairs = Pairs(source, image_transform(size, cfg.augmentation == "crop"), tokenizer)
     broken += source.broken
@@ -347,27 +342,24 @@ def main(cfg: Config) -> Path | None:
     def wrapped() -> nn.Module:
         return DistributedDataParallel(student) if process.world_size > 1 else student
 
-    def report(epoch: int) -> None:
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
-        broken.clear()
-
     # The stage
     network, skipped, saved, per_epoch = wrapped(), 0, step, len(source) // cfg.batch_size
     if memory is None:
         stream = data.watch(loaded(cfg, pairs, process, step), broken)
     else:
-        report(0)
+        data.report_broken(broken, process, "epoch 1")
         stream = remembered(cfg, memory.images, memory.tokens, process, step)
     steps = range(step, cfg.steps)
     bar: tqdm = run.progress(zip(steps, stream, strict=False), len(steps), folder.name, cfg.batch_size, process)
     for step, (rows, images, tokens, *_) in bar:
+        epoch = step // per_epoch
         if student.masks and step == cfg.prune_step:
             if process.main:
                 run.save_checkpoint(
                     folder / "masks.pt", dict(zip(("image", "text"), student.eval_masks(), strict=True))
                 )
-                log.write(step + 1, sparsity_reached=reached_sparsity(student.masks))
+                reached = reached_sparsity(student.masks)
+                log.write(step + 1, epoch=epoch, seconds=clock.read(), sparsity_reached=reached)
             student = student.pruned(cfg.exact_prune)
             student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
             optimizers, network = make_optimizers(student, cfg), wrapped()
@@ -389,15 +381,15 @@ def main(cfg: Config) -> Path | None:
             )
         done = step + 1
         if done % cfg.log_every == 0 or done in (1, cfg.steps):
-            log.write(done, seconds=clock.read(), **logged)
+            log.write(done, epoch=epoch, seconds=clock.read(), **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps) and process.main:
             with clock.paused():
                 top1 = quick_top1(
                     student, tokenizer, image_transform(size), cfg.eval_set, device, run.DTYPES[precision]
                 )
-            log.write(done, seconds=clock.read(), zero_shot_top1=top1)
+            log.write(done, epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
         if done % per_epoch == 0 or done == cfg.steps:
-            report(step // per_epoch)
+            data.report_broken(broken, process, f"epoch {epoch + 1}")
         if done == cfg.steps and process.main:  # before the last checkpoint, which is what says that all is done
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
             run.save_checkpoint(folder / "model.pt", weights)

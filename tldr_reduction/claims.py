@@ -129,9 +129,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
         if (data / "report.json").is_file():
             plot_itm(data, path.parent)
             plot_clusters(data, path.parent)
-    print(f"\nEmbedded emoji corpus, a stand-in for CC3M; seeds {', '.join(map(str, seeds))}; percent; mean ± std\n")
-    print(report.arms_table(summary["arms"], METRICS))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    report.show(summary, METRICS, "CC3M", path)
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
@@ -216,7 +214,7 @@ def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for arm in CURVES:
         curves = [
-            [(line["step"], line["zero_shot_top1"]) for line in read_metrics(folder) if "zero_shot_top1" in line]
+            [(line["step"], line["zero_shot_top1"]) for line in read_metrics(folder, "zero_shot_top1")]
             for folder in folders.get(arm, ())
         ]
         if curves and curves[0]:

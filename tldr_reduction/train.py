@@ -367,10 +367,7 @@ def train(cfg: Config, process: run.Process) -> Path:
                     losses["codes_used"] = (used > 0).sum()
                     losses["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, **losses)
-                if not math.isfinite(losses["loss"].item()):
-                    raise ValueError(
-                        f"the loss is {losses['loss'].item()} at step {step}: lower --lr, or use --precision fp32"
-                    )
+                run.check_loss(losses["loss"], step)
             if step - saved >= cfg.save_every and batch + 1 < per_epoch:
                 save(epoch, batch + 1)
                 saved = step
@@ -391,8 +388,7 @@ def train(cfg: Config, process: run.Process) -> Path:
                     dtype = run.DTYPES[precision]
                     top1 = quick_top1(model, tokens, eval_transform(size), cfg.eval_set, process.device, dtype)
                 log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
-        if (line := data.broken_report(run.gather_lists(broken, process))) and process.main:
-            print(f"epoch {epoch + 1}: {line}")
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
         if per_epoch * (epoch + 1) - saved >= cfg.save_every or last:
             save(epoch + 1, 0)
             saved = per_epoch * (epoch + 1)
