@@ -388,7 +388,7 @@ def main(cfg: Config) -> None:
     if cfg.export:
         return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
     results = report.evaluate_runs(
-        cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
+        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report), report.load(cfg.times) if cfg.times else None)

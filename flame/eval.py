@@ -366,13 +366,11 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
-    if cfg.report and Path(cfg.report).suffix != ".json":
-        raise ValueError(f"--report {cfg.report} should end in .json")
     for name in ("batch_size", "episodes"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     results = report.evaluate_runs(
-        cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
+        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))

@@ -511,7 +511,7 @@ def main(cfg: Config) -> None:
     run.check_counts(cfg, "batch_size", "patchdis_side", *(["topk"] if cfg.topk is not None else []))
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
-    results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)
+    results = report.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 

@@ -121,6 +121,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
+    report.check_report(cfg.report)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)
     if cfg.centre not in CENTRES:

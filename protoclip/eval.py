@@ -293,7 +293,7 @@ def main(cfg: Config) -> None:
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg.model)
     results = report.evaluate_runs(
-        cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
+        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))

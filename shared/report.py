@@ -159,14 +159,24 @@ def measured_run(
     return measured(folder / "results.json", setting, sources, measure_and_show)
 
 
+def check_report(path: str | None) -> None:
+    """ValueError if --report names no .json: plots are drawn beside it, and it is replaced."""
+    if path and Path(path).suffix != ".json":
+        raise ValueError(f"--report {path} should end in .json")
+
+
 def evaluate_runs(
-    runs: Sequence[str], measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder"
+    cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder"
 ) -> list[dict]:
-    """`measure(path)` of each run, printed as far as it has a heading. ValueError if there are no runs."""
-    if not runs:
+    """`measure(path)` of each of `cfg.runs`, printed as far as it has a heading.
+
+    ValueError if there are no runs, or `cfg.report` would overwrite something else than results.
+    """
+    if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")
+    check_report(cfg.report)
     results = []
-    for path in runs:
+    for path in cfg.runs:
         results.append(measure(path))
         shown = ", ".join(
             f"{heading} {results[-1][key]:.2f}" for key, heading in headings.items() if key in results[-1]

@@ -281,6 +281,13 @@ def test_evaluation_flags(folder: str):
         assert re.match(EVALUATION[name], helps[name]), (name, helps[name])
 
 
+@pytest.mark.parametrize("folder", folders())
+def test_a_report_replaces_nothing_but_results(folder: str, tmp_path: Path):
+    evaluation = importlib.import_module(f"{folder}.eval")
+    with pytest.raises(ValueError, match=r"notes\.md should end in \.json"):
+        evaluation.main(evaluation.Config(runs=(str(tmp_path),), report=str(tmp_path / "notes.md"), device="cpu"))
+
+
 @pytest.mark.parametrize(("folder", "script"), TRAINING)
 def test_log_and_run_files(folder: str, script: str):
     """Lines of metrics.jsonl name what they all have alike; the run folder's files have the same names everywhere."""

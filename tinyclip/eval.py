@@ -189,7 +189,7 @@ def main(cfg: Config) -> None:
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg)
     results = report.evaluate_runs(
-        cfg.runs, lambda path: evaluated(path, cfg, process), METRICS, "run folder, checkpoint file or MODEL@WEIGHTS"
+        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder, checkpoint file or MODEL@WEIGHTS"
     )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))

@@ -219,7 +219,7 @@ def main(cfg: Config) -> None:
     if cfg.export:
         model, settings, _ = load_run(export.single(cfg.runs))
         return export_model(model, settings, cfg.export)
-    results = report.evaluate_runs(cfg.runs, lambda path: evaluated(path, cfg, process), METRICS)
+    results = report.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 
