@@ -166,14 +166,18 @@ CLIP = Config(stage="clip")
 POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
 SMALL = dict(
     vocab=VOCAB, image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
-    max_positions=40, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True, keyword_model="minilm",
+    max_positions=40, dropout=0.0, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True,
+    keyword_model="minilm", legacy=False, beta=0.1,
     embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup=100,
     crop_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
-EMOJI = Config(data=POOL, epochs=10, lr_decay_rate=0.75, **SMALL)
+EMOJI = Config(data=POOL, **SMALL)
 EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup=15, eval_every=2)
 PRESETS = {
-    "emoji-captioner": ("codebook captioner on the noisy pool of the embedded corpus", EMOJI),
+    "emoji-captioner": (
+        "codebook captioner on the noisy pool of the embedded corpus",
+        dataclasses.replace(EMOJI, epochs=30, lr=1.5e-3, lr_decay_rate=0.94, warmup=200),
+    ),
     "emoji-finetune": (
         "the captioner on the clean style; writes the refined captions",
         dataclasses.replace(EMOJI, stage="finetune", data=CLEAN, epochs=12, lr=5e-4, min_lr=0.0),
