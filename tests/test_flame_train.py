@@ -306,7 +306,7 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
     for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
-    assert "FLAME" in cfg_error.out and "| claim" in cfg_error.out
+    assert "| flame" in cfg_error.out and "| claim" in cfg_error.out
 
 
 def test_claims_are_judged_from_the_arms():
