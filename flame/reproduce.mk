@@ -1,6 +1,8 @@
 # FLAME; arms: a trained text encoder, the frozen LLM with all facets, with fewer captions or facets, without decoupling
 FLAME_ARMS_core = clip flame
 FLAME_ARMS_all  = $(FLAME_ARMS_core) raw summary causal flame-raw-states
+FLAME_MINUTES_core = 15
+FLAME_MINUTES_all  = 32
 flame/clip             = emoji-clip
 flame/flame            = emoji
 flame/raw              = emoji --rows 0 --facets 1
