@@ -176,28 +176,34 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def assert_equal_runs(one: Path, two: Path) -> None:
-    """TINY has a large Adam eps: else the rounding of a vanishing gradient becomes a visible step. Rounding adds up."""
-    for a, b in zip(metrics(one), metrics(two), strict=True):
+def assert_equal_lines(one: Path, two: Path, steps: int | None = None) -> None:
+    for a, b in list(zip(metrics(one), metrics(two), strict=True))[:steps]:
         assert a.keys() == b.keys()
         for name in a:
-            rtol = 1e-4 if a["step"] == 1 else 1e-3
-            np.testing.assert_allclose(b[name], a[name], rtol, 1e-5, err_msg=f"{name} in step {a['step']}")
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
+
+
+def assert_equal_weights(one: Path, two: Path) -> None:
+    """TINY has a large Adam eps: else the rounding of a vanishing gradient becomes a visible step."""
     a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path):
-    out = folder / "aclip-2"
+@pytest.mark.parametrize("arm", ["aclip", "slip"])
+def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path, arm: str):
+    """A-CLIP to the first steps only: of two tokens of nearly equal attention, rounding decides later on."""
+    out = folder / f"{arm}-2"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "attentive_mask_clip.train", "emoji", *TINY, "--out", out]
+    command = [*torchrun, "-m", "attentive_mask_clip.train", *ARMS[arm], *TINY, "--out", out]
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert_equal_runs(arms["aclip"], out)
+    assert_equal_lines(arms[arm], out, 4 if arm == "aclip" else None)
+    if arm == "slip":
+        assert_equal_weights(arms[arm], out)
 
 
 @pytest.mark.parametrize("arm", ["slip", "attentive"])
@@ -210,7 +216,8 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, arm
     second.kill()
     second.join()
     finished(ended(start(*command)))
-    assert_equal_runs(arms[arm], out)
+    assert_equal_lines(arms[arm], out)
+    assert_equal_weights(arms[arm], out)
 
 
 # ------------------------------------------------------------------------------------------------------ broken shards
