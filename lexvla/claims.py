@@ -16,7 +16,7 @@ from shared import report
 SET = "retrieval_ood"
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "none": "no penalty",
-    "flops": "FLOPs loss, of equal weight at the start",
+    "flops": "FLOPs loss",
     "overuse": "LexVLA: overuse penalty",
     "overuse-weak": "overuse, weight / 10",
     "overuse-strong": "overuse, weight x 10",

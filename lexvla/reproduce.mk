@@ -1,12 +1,14 @@
 # LexVLA; arms: no penalty, FLOPs, overuse (other weights), frozen codebook, bags of words, latent baseline
 LEXVLA_ARMS_core = none flops overuse
 LEXVLA_ARMS_all  = $(LEXVLA_ARMS_core) flops-strong overuse-weak overuse-strong frozen-codebook bow dense
+LEXVLA_MINUTES_core = 17
+LEXVLA_MINUTES_all  = 29
 lexvla/none            = emoji-none
 lexvla/flops           = emoji-flops
 lexvla/overuse         = emoji
 lexvla/flops-strong    = emoji-flops --lambda-image 30 --lambda-text 30
-lexvla/overuse-weak    = emoji --lambda-image 0.01 --lambda-text 0.01
-lexvla/overuse-strong  = emoji --lambda-image 1 --lambda-text 1
+lexvla/overuse-weak    = emoji --lambda-image 0.03 --lambda-text 0.03
+lexvla/overuse-strong  = emoji --lambda-image 3 --lambda-text 3
 lexvla/frozen-codebook = emoji --no-tune-codebook
 lexvla/bow             = emoji-bow
 lexvla/dense           = emoji-dense
