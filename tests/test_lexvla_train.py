@@ -189,7 +189,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     for line in lines:
         parts = line["i2t"] + line["t2i"]
         if penalty:
-            weight = (3 if arm == "flops" else 0.1) * min(1, line["step"] / 4) ** 2
+            weight = (3 if arm == "flops" else 0.3) * min(1, line["step"] / 4) ** 2
             parts += weight * (line[f"{penalty}_image"] + line[f"{penalty}_text"])
         assert np.isclose(line["loss"], parts, rtol=1e-5)
     state = run.load_checkpoint(out / "checkpoint.pt")
