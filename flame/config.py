@@ -5,10 +5,10 @@ but the data and the model, so that the rest is CC3M's. `emoji*` are ours.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from flame.model import TOWERS
+from shared import run
 from shared.presets import EMBEDDED, Row
 
 EVAL = "data/emoji/eval/"
@@ -162,21 +162,15 @@ PRESETS = {
 }
 
 
-LEAST = {name: 1 for name in "epochs batch_size facets save_every log_every dataset_size image_size hidden_dim".split()}
-LEAST |= {"text_width": 1, "text_layers": 1, "embed_dim": 1, "context_length": 3}  # start, a token, end
-LEAST |= {"warmup": 0, "cooldown": 0, "weight_decay": 0, "eval_every": 0, "workers": 0}
-
-
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    for name, least in LEAST.items():
-        value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    run.check_counts(cfg, "epochs", "batch_size", "facets", "save_every", "log_every", "dataset_size", "image_size")
+    run.check_counts(cfg, "hidden_dim", "text_width", "text_layers", "embed_dim")
+    run.check_counts(cfg, "context_length", least=3)  # start, a token, end
+    run.check_counts(cfg, "warmup", "cooldown", "weight_decay", "eval_every", "workers", least=0)
     if not cfg.lr > 0:
         raise ValueError(f"--lr must be above 0, not {cfg.lr}")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_batch(cfg, world_size)
     if cfg.model not in TOWERS:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
     if not 1 <= cfg.logit_scale <= 100:
@@ -193,16 +187,9 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_inputs(cfg: Config) -> None:
     """Data, bank and evaluation set have to be named and there; a dry run needs none."""
-    if not cfg.data:
-        raise ValueError(
-            "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{0000..0575}.tar'"
-        )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    run.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
         raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
-    if cfg.eval_every and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
 URBAN = "Urban-1k R@1 (I2T/T2I) "

@@ -23,12 +23,11 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from flame import smollm2
 from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
-from shared import data, run
+from shared import data, run, smollm2
 from shared.evalsets import EvalSet
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
@@ -430,9 +429,7 @@ def main(cfg: Config) -> None:
         raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
-    for name in ("batch_size", "shard_size", "dataset_size"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
     sets = read_sets(cfg) if process.main else []  # fails now if it must
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     llm = functools.cache(lambda: load_llm(cfg, process.device))

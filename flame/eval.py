@@ -366,9 +366,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
-    for name in ("batch_size", "episodes"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_counts(cfg, "batch_size", "episodes")
     results = report.evaluate_runs(
         cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )

@@ -195,13 +195,10 @@ def check_model(cfg: Config) -> None:
         cfg,
         *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),
     )
-    for name in ("lora_rank", "penalty_warmup", "warmup", "lambda_image", "lambda_text", "min_count", "weight_decay"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
-    if cfg.max_vocabulary is not None and cfg.max_vocabulary < 2:
-        raise ValueError(f"--max-vocabulary must be at least 2, not {cfg.max_vocabulary}")
-    if cfg.topk is not None and cfg.topk < 1:
-        raise ValueError(f"--topk must be at least 1, not {cfg.topk}")
+    run.check_counts(cfg, "topk")
+    run.check_counts(cfg, "max_vocabulary", least=2)
+    zero = "lora_rank", "penalty_warmup", "warmup", "lambda_image", "lambda_text", "min_count", "weight_decay"
+    run.check_counts(cfg, *zero, least=0)
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):

@@ -508,7 +508,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
-    run.check_counts(cfg, "batch_size", "patchdis_side", *(["topk"] if cfg.topk is not None else []))
+    run.check_counts(cfg, "batch_size", "patchdis_side", "topk")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = report.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)

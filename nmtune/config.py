@@ -7,6 +7,7 @@ commands, pre-training presets what its checkpoint names tell; `emoji*` are ours
 import dataclasses
 from typing import Literal
 
+from shared import run
 from shared.presets import EMBEDDED, NOT_STATED, Row
 
 NOISE = (0, 5, 10, 20, 30)  # per cent
@@ -128,9 +129,8 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
         raise ValueError(f"--data is missing: it takes {wanted}")
     if not 0 <= cfg.noise <= 1:
         raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
-    _positive(cfg, "epochs", "batch_size", "save_every", "log_every")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
+    run.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
+    run.check_batch(cfg, world_size)
 
 
 # -------------------------------------------------------------------------------------------------------------- tuning
@@ -284,17 +284,8 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
     if cfg.bank == 1 or cfg.bank < 0:
         raise ValueError(f"--bank {cfg.bank} has to be 0, or at least 2 views to draw two of")
-    if cfg.svd_k < 1:
-        raise ValueError(f"--svd-k must be at least 1, not {cfg.svd_k}")
-    _positive(cfg, "epochs", "batch_size", "save_every", "log_every")
-    if cfg.batch_size % world_size:
-        raise ValueError(f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes")
-
-
-def _positive(cfg: object, *names: str) -> None:
-    for name in names:
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
+    run.check_counts(cfg, "svd_k", "epochs", "batch_size", "save_every", "log_every")
+    run.check_batch(cfg, world_size)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -384,7 +375,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
         raise ValueError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
     if bool(cfg.data) == bool(cfg.benchmark):
         raise ValueError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
-    _positive(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
+    run.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
 
 
 # ----------------------------------------------------------------------------------------------------- controlled study

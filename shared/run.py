@@ -356,11 +356,11 @@ def check_data(config: Any, example: str) -> None:
         raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
-def check_counts(config: Any, *names: str) -> None:
-    """ValueError if a field of these is less than 1."""
+def check_counts(config: Any, *names: str, least: int = 1) -> None:
+    """ValueError if a field of these is less than `least`; None, where a field may be that, is none."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def check_batch(config: Any, world_size: int) -> None:

