@@ -83,14 +83,18 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 
 
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
-    """LoRA on all linear layers of the LM's blocks; beside cached states on the last MLP, all that still runs."""
+    """LoRA on the LM's layers of those names; beside cached states on the last MLP's, all that still runs."""
     if cfg.grad_checkpointing:
         enable = (
             getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         )  # its old name
         enable({"use_reentrant": False})
     if cfg.lora_rank:
-        add_lora(lm.model.layers[-1].mlp if cfg.states else lm, cfg.lora_rank, cfg.lora_alpha)
+        linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+        if unknown := set(cfg.lora_targets) - linear:
+            wrong, found = (", ".join(sorted(names)) for names in (unknown, linear - {"lm_head"}))
+            raise ValueError(f"--lora-targets {wrong}: the LM's layers are {found}")
+        add_lora(lm.model.layers[-1].mlp if cfg.states else lm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     return lm
 
 
@@ -117,7 +121,9 @@ def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | St
     """What turns captions into the text tower's input."""
     if cfg.text == "bow":
         return Bags(tokenizer, vocab_ids)
-    return States(cfg.states, cfg.lm, cfg.max_length) if cfg.states else Prompts(tokenizer, cfg.max_length)
+    if cfg.states:
+        return States(cfg.states, cfg.lm, cfg.max_length, cfg.prompt_end)
+    return Prompts(tokenizer, cfg.max_length, cfg.prompt_end)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

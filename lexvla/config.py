@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from lexvla.model import LLAMA_LINEARS
 from shared import run
 from shared.presets import EMBEDDED, Row
 
@@ -53,9 +54,14 @@ class Config:
     dense_dim: int = 512
     """Dimensions of the latent baseline."""
     lora_rank: int = 8
-    """Rank of LoRA, on all linear layers of the LM's blocks; 0: none. Not stated in the paper."""
+    """Rank of LoRA; 0: none. Not stated in the paper."""
     lora_alpha: float = 16.0
     """LoRA's scale times its rank. Not stated in the paper."""
+    lora_targets: tuple[str, ...] = LLAMA_LINEARS
+    """Linear layers of the LM's blocks with LoRA; beside `states` those of the last MLP. Not stated in the paper."""
+    prompt_end: str = ""
+    """Text after the prompt's "words:", where the paper's printed prompt ends; a quotation mark, say. Whether more
+    follows is not stated in the paper."""
     max_length: int = 128
     """Tokens of a prompt, its frame included; longer captions are cut. Not stated in the paper."""
 
@@ -83,7 +89,9 @@ class Config:
     detach_weight: bool = False
     """Stop the gradient in the overuse penalty's weight. Not stated in the paper."""
     topk: int | None = None
-    """Words kept in evaluation; None: those above 1/sqrt(V). Nothing is made sparse in training."""
+    """Words kept where rows are made sparse; None: those above 1/sqrt(V)."""
+    sparse_training: bool = False
+    """Make rows sparse before the contrastive loss, too, not in evaluation alone. Not stated in the paper."""
 
     epochs: int = 12
     """Passes over the data."""
@@ -207,6 +215,8 @@ def check_model(cfg: Config) -> None:
         raise ValueError("--text bow has no logits to take a bias from: pass a number as --bias")
     if cfg.head == "dense" and cfg.penalty != "none":
         raise ValueError("--head dense has no words to penalise: pass --penalty none")
+    if cfg.head == "dense" and cfg.sparse_training:
+        raise ValueError("--head dense has no words to leave out: pass --no-sparse-training")
     if cfg.pattern is not None:
         try:
             re.compile(cfg.pattern)

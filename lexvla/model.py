@@ -13,7 +13,7 @@ Shapes: B batch, N rows, n = 1 + P tokens ([CLS], patches), D backbone width, d 
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 
     topk: the k largest stay, of equal ones the first; threshold: those above it. By default the threshold 1/sqrt(V),
     the entry of a uniform unit row: words used more than average. SPLADE:splade/utils/utils.py:74,
-    VDR:src/ir/utils/sparsify_utils.py:8. Used in evaluation only; nothing in the paper says that training is sparse.
+    VDR:src/ir/utils/sparsify_utils.py:8. Used in evaluation; nothing in the paper says that training is sparse, too.
     """
     V = s.shape[-1]
     if topk is None:
@@ -153,12 +153,14 @@ def total_loss(
     lambda_txt: float,
     penalty: str = "overuse",
     detach_weight: bool = False,
+    sparse: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> dict[str, Tensor]:
     """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of the global batch (N, V).
 
-    `penalty` is overuse, flops (the ablation) or none. Returns `loss` and its unweighted parts.
+    `penalty` is overuse, flops (the ablation) or none, of dense rows; `sparse` makes those of the contrastive loss
+    sparse, which is not stated in the paper. Returns `loss` and its unweighted parts.
     """
-    i2t, t2i = contrastive_loss(s_img, s_txt, logit_scale)
+    i2t, t2i = contrastive_loss(sparse(s_img), sparse(s_txt), logit_scale)
     losses = {"loss": i2t + t2i, "i2t": i2t, "t2i": t2i}
     if penalty != "none":
         options = {"detach_weight": detach_weight} if penalty == "overuse" else {}

@@ -30,7 +30,6 @@ from shared.evalsets import EvalSet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
 EMOJI = "data/emoji/eval/"
-PROMPT = f"{data.stable_hash(EXAMPLE, FOCUS):016x}"  # states of another prompt are refused
 # Nouns, adjectives and verbs that scikit-learn's list of stop words has among its pronouns, prepositions and numerals
 CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
     go interest keep last made mill move name next part put see seem seemed seeming seems serious show side sincere
@@ -50,6 +49,8 @@ class Config:
     """File to write; a finished one is left as it is."""
     max_length: int = 128
     """Tokens of a prompt, as in training."""
+    prompt_end: str = ""
+    """Text after the prompt's "words:", as in training."""
     batch_size: int = 128
     """Captions per forward pass."""
     device: str = "auto"
@@ -90,11 +91,11 @@ class Prompts:
     one, no EOS.
     """
 
-    def __init__(self, tokenizer, max_length: int = 128):
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer, max_length: int = 128, end: str = ""):
+        self.tokenizer, self.max_length, self.end = tokenizer, max_length, end
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
-        found = self.tokenizer([lexical_prompt(caption) for caption in captions])["input_ids"]
+        found = self.tokenizer([lexical_prompt(caption) + self.end for caption in captions])["input_ids"]
         pairs = zip(captions, found, strict=True)
         return [ids if len(ids) <= self.max_length else self._cut(caption) for caption, ids in pairs]
 
@@ -102,9 +103,9 @@ class Prompts:
         """Ids of the prompt with as many of the caption's tokens as there is room for."""
         pieces = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
         ends = [0, *(end for _, end in pieces["offset_mapping"])]
-        frame = len(self.tokenizer(lexical_prompt(""))["input_ids"])
+        frame = len(self.tokenizer(lexical_prompt("") + self.end)["input_ids"])
         for room in range(self.max_length - frame, -1, -1):  # at its ends, a caption may join the frame's pieces
-            ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]))["input_ids"]
+            ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]) + self.end)["input_ids"]
             if len(ids) <= self.max_length:
                 return ids
         raise ValueError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")
@@ -139,20 +140,26 @@ class Bags:
         return (bag_of_words(pad(rows, value=-1)[0], self.vocab_ids),)
 
 
+def made_with(lm_name: str, max_length: int, end: str) -> dict[str, str | int]:
+    """What states depend on beside the captions; a file made with anything else is refused."""
+    prompt = data.stable_hash(EXAMPLE, FOCUS + end)
+    return {"lm": lm_name, "prompt": f"{prompt:016x}", "max_length": max_length}
+
+
 class States:
     """Captions -> (states (B, d),), looked up in a file of this script. Unknown ones: ValueError, or through `lm`."""
 
-    def __init__(self, file: str, lm_name: str, max_length: int = 128):
+    def __init__(self, file: str, lm_name: str, max_length: int = 128, end: str = ""):
         if not Path(file).is_file():
             raise FileNotFoundError(
                 f"--states {file} does not exist: make it with 'python -m lexvla.text --out {file}'"
             )
         kept = run.load_checkpoint(file)
-        made = {"lm": lm_name, "prompt": PROMPT, "max_length": max_length}
+        made = made_with(lm_name, max_length, end)
         for name, value in made.items():
             if kept.get(name) != value:
                 raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
-        self.file, self.states, self.max_length = file, kept["states"].float(), max_length
+        self.file, self.states, self.max_length, self.end = file, kept["states"].float(), max_length, end
         self.row = {text: row for row, text in enumerate(kept["texts"])}
         self.lm = self.tokenizer = None
 
@@ -169,7 +176,8 @@ class States:
             raise ValueError(f"--states {self.file} lacks the caption {unknown[0]!r}: make the file from the same data")
         if unknown:
             device = next(self.lm.parameters()).device
-            new = compute_states(self.lm, Prompts(self.tokenizer, self.max_length), unknown, device=device)
+            prompts = Prompts(self.tokenizer, self.max_length, self.end)
+            new = compute_states(self.lm, prompts, unknown, device=device)
             self.row |= {text: len(self.states) + i for i, text in enumerate(unknown)}
             self.states = torch.cat([self.states, new.to(self.states)])
         return (self.states[[self.row[caption] for caption in captions]],)
@@ -259,7 +267,7 @@ def caption_vocabulary(
 def main(cfg: Config) -> None:
     out = Path(cfg.out)
     if out.exists():
-        States(cfg.out, cfg.lm, cfg.max_length)  # refuses a file of other settings
+        States(cfg.out, cfg.lm, cfg.max_length, cfg.prompt_end)  # refuses a file of other settings
         return print(f"{out} is there already")
     process = run.setup(0, cfg.device)
     pairs = data.open_pairs(cfg.data)
@@ -270,9 +278,10 @@ def main(cfg: Config) -> None:
     texts = list(dict.fromkeys(filter(None, texts)))
     lm, tokenizer = load_lm(cfg.lm, run.DTYPES[run.resolve_precision(cfg.precision, process.device)])
     lm.eval().requires_grad_(False).to(process.device)
-    states = compute_states(lm, Prompts(tokenizer, cfg.max_length), texts, cfg.batch_size, process.device)
+    prompts = Prompts(tokenizer, cfg.max_length, cfg.prompt_end)
+    states = compute_states(lm, prompts, texts, cfg.batch_size, process.device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = {"lm": cfg.lm, "prompt": PROMPT, "max_length": cfg.max_length}
+    made = made_with(cfg.lm, cfg.max_length, cfg.prompt_end)
     run.save_checkpoint(out, made | {"texts": texts, "states": states})
     print(f"{len(texts):,} captions written to {out}")
 

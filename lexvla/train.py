@@ -7,6 +7,7 @@ Settings are in config.py, towers by name in build.py, what captions become in t
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from lexvla.build import (
 )
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.eval import quick_recall
-from lexvla.model import ImageEncoder, LexVLA, TextEncoder, total_loss
+from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import States, caption_vocabulary, lm_dtype, load_lm
 from shared import data, run
 
@@ -151,7 +152,9 @@ def train_step(
     with run.autocast(run.resolve_precision(cfg.precision, pixels.device), pixels.device):
         s_img, s_txt, logit_scale = model(pixels, *text)
     weights = (quadratic_warmup(step, value, cfg.penalty_warmup) for value in (cfg.lambda_image, cfg.lambda_text))
-    losses = total_loss(run.gather(s_img), run.gather(s_txt), logit_scale, *weights, cfg.penalty, cfg.detach_weight)
+    options = {"sparse": functools.partial(sparsify, topk=cfg.topk)} if cfg.sparse_training else {}
+    rows = run.gather(s_img), run.gather(s_txt)
+    losses = total_loss(*rows, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
     optimizer.zero_grad()
     (losses["loss"] if scaler is None else scaler.scale(losses["loss"])).backward()
     if scaler is None:

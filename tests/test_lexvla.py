@@ -475,6 +475,10 @@ def test_total_loss_adds_only_what_was_asked_for():
     torch.testing.assert_close(plain["loss"], sum(contrastive_loss(s, s, scale)))
     flops = total_loss(s, s, scale, 0.5, 2.0, penalty="flops")
     torch.testing.assert_close(flops["loss"], plain["loss"] + 2.5 * flops_loss(s))
+    few = total_loss(s, s, scale, 0.5, 2.0, penalty="flops", sparse=lambda s: sparsify(s, 2))  # penalties see all words
+    of_few = sum(contrastive_loss(sparsify(s, 2), sparsify(s, 2), scale))
+    torch.testing.assert_close(few["loss"], of_few + 2.5 * flops_loss(s))
+    assert few["i2t"] != plain["i2t"]
 
 
 # ------------------------------------------------------------------------------------------------- properties: modules
@@ -520,6 +524,21 @@ def test_lora_starts_as_the_pretrained_model():
         add_lora(tiny_lm(), targets=("q_proj", "lm_head"))
     with pytest.raises(ValueError, match="none of nothing"):
         add_lora(tiny_lm(), targets=("nothing",))
+
+
+def test_lora_targets_of_a_run():
+    lm = with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj", "down_proj")))
+    assert sum(isinstance(module, LoRALinear) for module in lm.modules()) == 4  # two layers in each of two blocks
+    lm = with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj", "down_proj"), states="states.pt"))
+    assert [name for name, m in lm.named_modules() if isinstance(m, LoRALinear)] == ["model.layers.1.mlp.down_proj"]
+    for targets, sentence in (
+        (("q_proj", "v_prj"), "--lora-targets v_prj: the LM's layers are down_proj, gate_proj"),
+        (("q_proj", "lm_head"), "text codebook"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=targets))
+    with pytest.raises(ValueError, match="none of q_proj"):
+        with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj",), states="states.pt"))
 
 
 def test_lora_of_the_paper_is_a_third_of_a_percent():

@@ -114,7 +114,7 @@ def test_states_are_the_lm_up_to_its_last_mlp(lm: Path, states: Path):
     kept.lm, kept.tokenizer = model, tokenizer
     expected = texts.compute_states(model, prompts, ["no such caption"])
     torch.testing.assert_close(kept(["no such caption"])[0], expected, rtol=1e-4, atol=1e-5)
-    for arguments in ((str(states), "another"), (str(states), str(lm), 64)):
+    for arguments in ((str(states), "another"), (str(states), str(lm), 64), (str(states), str(lm), 128, '"')):
         with pytest.raises(ValueError, match="was made with"):
             texts.States(*arguments)
 
@@ -126,6 +126,8 @@ def test_long_captions_are_cut_and_the_prompt_keeps_its_end(lm: Path):
         ids, mask = texts.Prompts(tokenizer, frame + 10)([caption, "short"])
         assert ids.shape[1] <= frame + 10 and mask.sum(1)[0] == ids.shape[1] > frame + 4
         assert ids[0, -len(end) + 1 :].tolist() == end[1:]
+    ids, _ = texts.Prompts(tokenizer, frame + 12, end=' "')(["word " * 300])
+    assert ids.shape[1] <= frame + 12 and tokenizer.decode(ids[0]).endswith('" lies on important words: "')
     with pytest.raises(ValueError, match=f"the prompt alone has {frame} tokens"):
         texts.Prompts(tokenizer, frame - 1)(["word"])
 
