@@ -181,7 +181,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
     # Model, tokenizer, optimizer
     model: CLIP = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(process.device)
-    tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(
         param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True

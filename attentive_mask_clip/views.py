@@ -99,7 +99,7 @@ def view_transform(kind: str = "aclip") -> transforms.Compose:
         ],
         "plain": [],
     }
-    return transforms.Compose([*steps[kind], transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    return transforms.Compose([*steps[kind], data.ToNormalizedTensor(MEAN, STD)])
 
 
 def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Compose:
@@ -109,8 +109,7 @@ def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Com
         [
             transforms.Resize(resize or size),
             transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            data.ToNormalizedTensor(MEAN, STD),
         ]
     )
 

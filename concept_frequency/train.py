@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.pairs import SIDE, make_pairs, read_corpus, sample_pairs, write_pairs, zipf_counts  # noqa: F401
 from shared import data, export, run
+from shared.clip import without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -54,7 +55,7 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
     override = {} if image_size is None else {"force_image_size": image_size}
     logging.disable(logging.WARNING)  # of random weights, which are meant
     try:
-        return open_clip.create_model(name, load_weights=False, **override)
+        return without_padding(open_clip.create_model(name, load_weights=False, **override))
     finally:
         logging.disable(logging.NOTSET)
 

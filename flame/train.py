@@ -16,6 +16,7 @@ from open_clip.transform import image_transform
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from flame.bank import AuthorsBank, Bank, centred, open_bank, sample_facets
 from flame.config import PRESETS, Config, check, check_inputs
@@ -78,7 +79,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def view(size: int, train: bool, crop_scale: float = 0.9):
     """RandomResizedCrop (bicubic, no flip) or resize of the short side and centre crop; OpenAI's mean and deviation."""
-    return image_transform(size, is_train=train, aug_cfg={"scale": (crop_scale, 1.0)} if train else None)
+    crop = {"scale": (crop_scale, 1.0)} if train else None
+    *steps, _, normalize = image_transform(size, train, aug_cfg=crop).transforms
+    return Compose([*steps, data.ToNormalizedTensor(normalize.mean, normalize.std)])
 
 
 class FacetDataset(Dataset):
@@ -241,7 +244,9 @@ def main(cfg: Config) -> Path | None:
     # Model, optimizer
     model = create_model(cfg, text_dim).to(process.device)
     model.visual.set_grad_checkpointing(cfg.grad_checkpointing)
-    tokenizer = open_clip.SimpleTokenizer(context_length=cfg.context_length) if cfg.method == "clip" else None
+    tokenizer = None
+    if cfg.method == "clip":
+        tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.context_length))
     groups = param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None

@@ -180,23 +180,23 @@ def load_run(
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def normalize(backbone: str) -> transforms.Normalize:
+def normalize(backbone: str) -> data.ToNormalizedTensor:
     """Mean and deviation with which the backbone was trained: CLIP's, ImageNet's, or 1/2 for backbone.py's."""
     if backbone.endswith(".pt"):
-        return transforms.Normalize((0.5,) * 3, (0.5,) * 3)
+        return data.ToNormalizedTensor((0.5,) * 3, (0.5,) * 3)
     clip = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    return transforms.Normalize(*(clip if "clip" in backbone else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)))
+    return data.ToNormalizedTensor(*(clip if "clip" in backbone else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)))
 
 
 @functools.cache
 def train_transform(backbone: str, size: int, crop_scale: float) -> transforms.Compose:
     """A crop of at least `crop_scale` of the area, resized bicubically. Augmentation is not stated in the paper."""
     crop = transforms.RandomResizedCrop(size, (crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    return transforms.Compose([crop, transforms.ToTensor(), normalize(backbone)])
+    return transforms.Compose([crop, normalize(backbone)])
 
 
 @functools.cache
 def eval_transform(backbone: str, size: int) -> transforms.Compose:
     """Shorter side to `size`, centre crop."""
     resize = transforms.Resize(size, interpolation=InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor(), normalize(backbone)])
+    return transforms.Compose([resize, transforms.CenterCrop(size), normalize(backbone)])

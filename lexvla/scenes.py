@@ -31,7 +31,7 @@ IGNORE = 65535
 def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
     resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([resize, transforms.ToTensor(), normalize(backbone)])
+    transform = transforms.Compose([resize, normalize(backbone)])
     classes = len((Path(folder) / "classnames.txt").read_text(encoding="utf-8").splitlines())
     masks = sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:

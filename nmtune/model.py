@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision import transforms
 
-from shared import run
+from shared import data, run
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
@@ -239,12 +239,12 @@ def timm_transforms(config: dict, crop_scale: float = 0.8) -> tuple[Callable, Ca
     """
     size = config["input_size"][-1]
     mode = transforms.InterpolationMode(config["interpolation"])
-    normalize = [transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])]
+    normalize = data.ToNormalizedTensor(config["mean"], config["std"])
     crop = transforms.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=mode)
     resize = transforms.Resize(math.ceil(size / config["crop_pct"]), interpolation=mode)
     return (
-        transforms.Compose([crop, transforms.RandomHorizontalFlip(), *normalize]),
-        transforms.Compose([resize, transforms.CenterCrop(size), *normalize]),
+        transforms.Compose([crop, transforms.RandomHorizontalFlip(), normalize]),
+        transforms.Compose([resize, transforms.CenterCrop(size), normalize]),
     )
 
 

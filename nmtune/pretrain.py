@@ -29,6 +29,7 @@ from nmtune.model import create_clip, timm_transforms
 from nmtune.noise import flip_labels, flip_labels_per_sample, swap_captions  # noqa: F401
 from nmtune.train import cosine_lr
 from shared import data, run
+from shared.clip import without_padding
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -99,6 +100,7 @@ def build(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Module, Call
         if open_clip.get_model_config(cfg.model) is None:
             raise ValueError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
         model, transform, _ = create_clip(cfg.model)
+        without_padding(model)
         size = model.visual.image_size
         return model, transform, size[0] if isinstance(size, tuple) else size
     if not timm.is_model(cfg.model):
@@ -187,7 +189,7 @@ def main(cfg: PretrainConfig) -> Path | None:
 
     # Data and its noise
     if cfg.kind == "clip":
-        samples = SwappedCaptions(cfg, transform, open_clip.get_tokenizer(cfg.model))
+        samples = SwappedCaptions(cfg, transform, data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model)))
     else:
         samples = NoisyLabels(cfg, transform)
     if state.get("data", samples.fingerprint) != samples.fingerprint:

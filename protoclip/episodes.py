@@ -32,8 +32,8 @@ def image_transform(size: int, train: bool, light: bool = False) -> transforms.C
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([transforms.GaussianBlur(kernel_size=21)], p=0.2),
         ]
-    normalise = transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return transforms.Compose([*steps, transforms.ToTensor(), normalise])
+    normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return transforms.Compose([*steps, normalise])
 
 
 def ascii_caption(caption: str) -> str:

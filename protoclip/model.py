@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import export
+from shared import clip, export
 
 # ------------------------------------------------------------------------------------------------- encoders and heads
 
@@ -74,6 +74,9 @@ class ProtoCLIP(open_clip.CLIP):
             self.text_projection_head = projection_head(embed_dim, hidden_dim, projection_dim, num_layers)
             self.image_projection_head = copy.deepcopy(self.text_projection_head)  # both start equal: U:...:434
             self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        return clip.encode_text(self, text, normalize)  # open_clip's, without padding
 
     def forward(self, image: Tensor, text: Tensor) -> ProtoCLIPOutput:
         """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast."""

@@ -246,7 +246,7 @@ def main(cfg: Config) -> Path:
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size).to(
         process.device
     )
-    tokenizer = open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
+    tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
     groups = parameter_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None

