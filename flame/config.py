@@ -65,8 +65,8 @@ class Config:
     """Width of the clip method's text transformer."""
     text_layers: int = 12
     """Its layers."""
-    context_length: int = 77
-    """Its tokens; longer captions are cut."""
+    max_length: int = 77
+    """Tokens of a caption there, start and end included; longer ones are cut."""
     embed_dim: int = 512
     """The clip method's common space."""
 
@@ -166,7 +166,7 @@ def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
     run.check_counts(cfg, "epochs", "batch_size", "facets", "save_every", "log_every", "dataset_size", "image_size")
     run.check_counts(cfg, "hidden_dim", "text_width", "text_layers", "embed_dim")
-    run.check_counts(cfg, "context_length", least=3)  # start, a token, end
+    run.check_counts(cfg, "max_length", least=3)  # start, a token, end
     run.check_counts(cfg, "warmup", "cooldown", "weight_decay", "eval_every", "workers", least=0)
     if not cfg.lr > 0:
         raise ValueError(f"--lr must be above 0, not {cfg.lr}")

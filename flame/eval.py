@@ -135,7 +135,7 @@ def text_features(
     alone is asked by the summary alone: its long prompt is the single one.
     """
     if isinstance(model, TrainedText):
-        tokenizer = open_clip.SimpleTokenizer(context_length=cfg.context_length)
+        tokenizer = open_clip.SimpleTokenizer(context_length=cfg.max_length)
 
         def trained(texts: Sequence[str], multi: bool = False) -> Tensor:
             was_training = model.training

@@ -293,7 +293,7 @@ def create_model(cfg, text_dim: int) -> FLAME:
         model.logit_scale.data.fill_(math.log(cfg.logit_scale))
         model.logit_bias.data.fill_(cfg.logit_bias)
         return model
-    text = {"context_length": cfg.context_length, "vocab_size": 49408, "width": cfg.text_width}
+    text = {"context_length": cfg.max_length, "vocab_size": 49408, "width": cfg.text_width}
     text |= {"heads": max(cfg.text_width // 64, 1), "layers": cfg.text_layers}
     return TrainedText(visual, width, cfg.embed_dim, cfg.hidden_dim or max(cfg.embed_dim, 4096), text)
 

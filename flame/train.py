@@ -191,7 +191,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     images = torch.zeros(2, 3, side, side)
     texts = torch.zeros(2, cfg.facets, text_dim)
     if cfg.method == "clip":
-        texts = torch.ones(2, cfg.context_length, dtype=torch.long)
+        texts = torch.ones(2, cfg.max_length, dtype=torch.long)
     fp32 = dataclasses.replace(cfg, precision="fp32")
     gib = 2**30
     activations = run.activation_bytes(lambda: forward_loss(model, images, texts, fp32)) / 2
@@ -246,7 +246,7 @@ def main(cfg: Config) -> Path | None:
     model.visual.set_grad_checkpointing(cfg.grad_checkpointing)
     tokenizer = None
     if cfg.method == "clip":
-        tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.context_length))
+        tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     groups = param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None

@@ -116,7 +116,7 @@ def losses(cfg: PretrainConfig, model: nn.Module, images: Tensor, targets: Tenso
     if cfg.kind == "clip":
         clip_loss = open_clip.ClipLoss(gather_with_grad=True, rank=process.rank, world_size=process.world_size)
         features = output["image_features"].float(), output["text_features"].float()
-        return {"loss": clip_loss(*features, output["logit_scale"])}
+        return {"loss": clip_loss(*features, output["logit_scale"]), "logit_scale": output["logit_scale"].detach()}
     each = F.cross_entropy(output.float(), targets, label_smoothing=cfg.label_smoothing, reduction="none")
     parts = {"loss": each.mean()}
     with torch.no_grad():

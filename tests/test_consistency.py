@@ -51,7 +51,7 @@ HELP = {  # field: (type, start of its help)
 OTHER_NAMES = {  # what these fields are called elsewhere, and must not be called here
     "output", "output_dir", "save_dir", "train_data", "num_epochs", "bs", "learning_rate", "wd", "warmup_steps",
     "min_scale", "checkpointing", "gradient_checkpointing", "num_workers", "save_interval", "log_interval", "center",
-    "lr_start", "lr_end", "length", "zero_shot_sets", "retrieval_sets", "datasets",
+    "lr_start", "lr_end", "length", "max_tokens", "context_length", "zero_shot_sets", "retrieval_sets", "datasets",
 }  # fmt: skip
 THINGS = {  # what a field's help says in any dataclass: what that field is called, so that no thing has two names
     "Loader processes": "workers",
@@ -305,6 +305,8 @@ def test_log_and_run_files(folder: str, script: str):
     for key in CHECKPOINT:
         assert re.search(rf'"{key}s?":', source), f"checkpoints of {path} do not hold {key!r}"
     assert '"loss"' in source or "loss=" in source
+    if path.parent.name != "nmtune" or path.stem == "pretrain":  # a temperature is learned
+        assert '"logit_scale"' in source or "logit_scale=" in source
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "RESULTS.md", *(f"{f}/README.md" for f in folders())])

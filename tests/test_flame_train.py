@@ -217,7 +217,7 @@ def test_texts_need_the_language_model_once(bank: Path, monkeypatch: pytest.Monk
 def tiny(bank: Path, captions: Path) -> list:
     flags = f"""--data {SHARDS}/00000.tar --dataset-size {IMAGES} --image-size 16 --hidden-dim 32 --epochs 3
         --batch-size 32 --warmup 2 --lr 1e-3 --eps 1e-4 --precision fp32 --workers 0 --eval-every 0 --log-every 1
-        --text-width 32 --text-layers 1 --embed-dim 16 --context-length 32""".split()
+        --text-width 32 --text-layers 1 --embed-dim 16 --max-length 32""".split()
     files = [captions / f"{kind}.json" for kind in ("raw", "short", "long")]
     return [*flags, "--bank", bank, "--captions", *files]
 
@@ -401,7 +401,7 @@ ERRORS = {
     "scale beyond its clamp": (["emoji", "--logit-scale", "1000"], "--logit-scale must be in 1..100"),
     "negative size": (["emoji", "--dataset-size", "-3"], "--dataset-size must be at least 1"),
     "no text layers": (["emoji-clip", "--text-layers", "0"], "--text-layers must be at least 1"),
-    "no room for a word": (["emoji-clip", "--context-length", "2"], "--context-length must be at least 3"),
+    "no room for a word": (["emoji-clip", "--max-length", "2"], "--context-length must be at least 3"),
     "cooldown beyond the run": (
         ["emoji", "--schedule", "const-cooldown", "--cooldown", "16"],
         "--cooldown 16 is longer than the 15 steps",

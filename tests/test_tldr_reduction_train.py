@@ -380,7 +380,7 @@ WRONG = {
     "patch": (["emoji-captioner", "--data", "x.tar", "--image-size", "60"], "no multiple of --patch-size 16"),
     "codes": (["emoji-captioner", "--data", "x.tar", "--code-dim", "48"], "cannot be cut into codes of --code-dim 48"),
     "queue": (["emoji-blip", "--data", "x.tar", "--queue-size", "8", "--eval-every", "0"], "--queue-size 8 is smaller"),
-    "tokens": (["emoji-clip", "--data", "x.tar", "--max-tokens", "99"], "--max-tokens 99 is not in 2..40"),
+    "tokens": (["emoji-clip", "--data", "x.tar", "--max-length", "99"], "--max-length 99 is not in 2..40"),
     "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
     "device": (["emoji-clip", "--device", "cuda"], "--device cpu"),
 }

@@ -61,9 +61,9 @@ class Config:
     dropout: float = 0.1
     """Dropout of the text tower."""
     max_words: int = 30
-    """Captions are cut to so many words, then ..."""
-    max_tokens: int = 30
-    """... to so many tokens."""
+    """Words of a caption; longer ones are cut."""
+    max_length: int = 30
+    """Tokens of a caption, after that; longer ones are cut."""
 
     num_codes: int = 1024
     """Codes K."""
@@ -158,7 +158,7 @@ CAPTIONER = Config(
     expected=CC3M,
 )
 FINETUNE = Config(
-    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_tokens=40, crop_scale=0.5,
+    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_length=40, crop_scale=0.5,
     expected=566_747,
 )  # fmt: skip
 BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased")
@@ -261,8 +261,8 @@ def check_sizes(cfg: Config, world_size: int) -> None:
     for width, heads, what in ((cfg.width, cfg.heads, ""), (cfg.text_width, cfg.text_heads, "text-")):
         if width % heads:
             raise ValueError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
-    if not 2 <= cfg.max_tokens <= cfg.max_positions:
-        raise ValueError(f"--max-tokens {cfg.max_tokens} is not in 2..{cfg.max_positions} (--max-positions)")
+    if not 2 <= cfg.max_length <= cfg.max_positions:
+        raise ValueError(f"--max-length {cfg.max_length} is not in 2..{cfg.max_positions} (--max-positions)")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale {cfg.crop_scale} is not in (0, 1]")
     if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:

@@ -117,14 +117,14 @@ def retrieval_recall(
     return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2}
 
 
-def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config, max_tokens: int) -> dict:
+def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config, max_length: int) -> dict:
     """`retrieval_recall` of a retrieval set."""
     batches = list(EvalSet(folder, transform).batches(cfg.batch_size, cfg.workers))
     images = torch.cat([images for images, _ in batches])
     captions = [of_image for _, targets in batches for of_image in targets]
     of_text = owners(captions)
     own = [(of_text == image).nonzero().flatten() for image in range(len(captions))]
-    ids, mask = tokenizer([pre_caption(text) for texts in captions for text in texts], max_tokens)
+    ids, mask = tokenizer([pre_caption(text) for texts in captions for text in texts], max_length)
     return retrieval_recall(*rerank_scores(blip, images, ids, mask, cfg.k_test), of_text, own)
 
 
@@ -196,7 +196,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat = {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
     if settings.stage == "blip":
         for folder in cfg.rerank:
-            recall = reranked(model, tokenizer, transform, folder, cfg, settings.max_tokens)
+            recall = reranked(model, tokenizer, transform, folder, cfg, settings.max_length)
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
     if settings.data and Path(settings.data).is_dir():
         flat |= data_metrics(settings.data)

@@ -248,7 +248,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         if cfg.stage == "clip"
         else cfg.image_size
     )
-    length = model.context_length if cfg.stage == "clip" else cfg.max_tokens
+    length = model.context_length if cfg.stage == "clip" else cfg.max_length
     batch = torch.zeros(2, 3, side, side), torch.ones(2, length, dtype=torch.long), torch.ones(2, length)
     fp32 = dataclasses.replace(cfg, precision="fp32")
     if cfg.stage == "blip":
@@ -313,7 +313,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     size = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
     size = size[0] if isinstance(size, tuple) else size
     view = train_transform(size, cfg.crop_scale, cfg.flip, cfg.augment)
-    collate = Collate(tokenizer, cfg.max_tokens, PROMPT if cfg.stage == "finetune" else "")
+    collate = Collate(tokenizer, cfg.max_length, PROMPT if cfg.stage == "finetune" else "")
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
@@ -367,6 +367,10 @@ def train(cfg: Config, process: run.Process) -> Path:
                 if codes is not None:
                     losses["codes_used"] = (used > 0).sum()
                     losses["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)
+                if cfg.stage == "clip":
+                    losses["logit_scale"] = model.logit_scale.exp()
+                elif cfg.stage == "blip":
+                    losses["logit_scale"] = 1 / model.temp
                 log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, **losses)
                 run.check_loss(losses["loss"], step)
             if step - saved >= cfg.save_every and batch + 1 < per_epoch:
@@ -402,7 +406,7 @@ def eval_tokenizer(tokenizer, cfg: Config):
 
     def tokens(texts) -> Tensor:
         texts = [pre_caption(text, cfg.max_words) for text in texts]
-        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, cfg.max_tokens)[0]
+        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, cfg.max_length)[0]
 
     return tokens
 

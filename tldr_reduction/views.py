@@ -142,15 +142,15 @@ class Collate:
     The tokenizer is WordPiece, or open_clip's.
     """
 
-    def __init__(self, tokenizer, max_tokens: int, prompt: str = ""):
-        self.tokenizer, self.max_tokens, self.prompt = tokenizer, max_tokens, prompt
+    def __init__(self, tokenizer, max_length: int, prompt: str = ""):
+        self.tokenizer, self.max_length, self.prompt = tokenizer, max_length, prompt
         if not isinstance(tokenizer, WordPiece):
             self.tokenizer = data.RememberingTokenizer(tokenizer)
 
     def __call__(self, items: list) -> tuple[Tensor, Tensor, Tensor, Tensor, list[data.Broken]]:
         rows, images, captions, broken = zip(*items, strict=True)
         if isinstance(self.tokenizer, WordPiece):
-            ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_tokens)
+            ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_length)
         else:
             ids = self.tokenizer(captions)
             mask = (ids != 0).long()
