@@ -182,6 +182,8 @@ def test_setup_seeds_and_names_a_missing_device():
     first = torch.rand(2)
     run.setup(3, "cpu")
     assert torch.equal(first, torch.rand(2))
+    with pytest.raises(ValueError, match="no device 'tpu': --device is auto, cpu, cuda or cuda:N"):
+        run.setup(0, "tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda:1' was asked for.*--device cpu"):
             run.setup(0, "cuda:1")

@@ -81,8 +81,8 @@ def main(cfg: Config) -> None:
     if not (source / "manifest.json").is_file():
         raise FileNotFoundError(f"{source} is not the embedded corpus: 'make data' builds it")
     version = json.loads((source / "manifest.json").read_text())["version"]
-    marker = out / "noise.json"
-    if marker.is_file() and json.loads(marker.read_text())["version"] == version:
+    made, marker = {"version": version, "seed": SEED, "shares": SHARES}, out / "noise.json"
+    if marker.is_file() and made.items() <= json.loads(marker.read_text()).items():
         print(f"{out} is up to date")
         return
     everything = list(samples(source))
@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
     write(out / "pool", pool)
     vocab = build_vocab(caption for *_, caption, _ in clean + pool)
     (out / "vocab.txt").write_text("\n".join(vocab) + "\n")
-    run.write_json(marker, {"version": version, "seed": SEED, "shares": SHARES, "counts": kinds, "clean": len(clean)})
+    run.write_json(marker, made | {"counts": kinds, "clean": len(clean)})
     print(f"{out}: {len(clean):,} clean pairs, {len(pool):,} noisy ones ({dict(kinds)}), {len(vocab):,} word pieces")
 
 

@@ -27,12 +27,12 @@ tldr/reduce/tldr50      = --keep 0.5
 $(foreach p,10 30 50 70,$(foreach s,random itm,$(eval tldr/reduce/drop-$(s)$(p) = --select $(s) --captions original --keep 0.$(shell expr 100 - $(p)))))
 
 # arms: ARM trains on reduction ARM (full: the pool); ARM-steps as many steps as the pool gives (406 of batch 128), with
-# the same decay in all; blip-ARM-steps, for which there is no full data, 600 of batch 64. The loss of the first epochs is
+# the same decay in all; blip-ARM-steps, for which there is no full data, 2,400 of batch 64. The loss of the first epochs is
 # compared, so it is logged often.
 tldr/steps        = --epochs 27 --lr-decay-rate 0.876 --eval-every 7
 tldr/steps/tldr10 = --epochs 68 --lr-decay-rate 0.949
 tldr/steps/tldr50 = --epochs 14 --lr-decay-rate 0.775
-tldr/steps/blip   = --epochs 20 --lr-decay-rate 0.836 --batch-size 64 --eval-every 5
+tldr/steps/blip   = --epochs 80 --lr-decay-rate 0.956 --batch-size 64 --eval-every 20
 TLDR_CURVES       = full full-refined random-steps random-refined-steps codes-steps tldr-steps blip-tldr-steps
 TLDR_from   = $(patsubst blip-%,%,$(patsubst %-steps,%,$(TLDR_arm)))
 TLDR_data   = $(if $(filter-out full,$(TLDR_from)),--data $(TLDR)/reduced/$(TLDR_from)-seed$(TLDR_seed)/shards)
