@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -232,7 +233,7 @@ def test_files_of_a_folder(folder: str):
 def test_training_flags(folder: str, script: str):
     cls = config(folder, script)
     hints = typing.get_type_hints(cls)
-    helps = documented(ROOT / folder / "config.py", cls.__name__)
+    helps = documented(Path(inspect.getfile(cls)), cls.__name__)
     fields = {field.name for field in dataclasses.fields(cls)}
     assert fields == set(helps), "each field has its docstring"
     assert fields >= FREE | {"data", "seed", "precision", "batch_size", "lr", "weight_decay"}
@@ -263,7 +264,8 @@ def test_help_says_what_each_field_is(folder: str, script: str, capsys, monkeypa
         tyro.extras.overridable_config_cli(offered, args=[next(iter(offered)), "--help"])
     assert stop.value.code == 0
     shown = " ".join(re.sub(r"[^\x21-\x7e]+", " ", capsys.readouterr().out).split())
-    for name, text in documented(ROOT / folder / "config.py", config(folder, script).__name__).items():
+    cls = config(folder, script)
+    for name, text in documented(Path(inspect.getfile(cls)), cls.__name__).items():
         assert f"--{name.replace('_', '-')}" in shown and text in shown, name
 
 
