@@ -356,11 +356,11 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
     return Texts(Path(bank).parent / "texts", making(cfg, prompts), prompts, llm)
 
 
-def open_set(folder: str | Path, transform: Callable, kind: str, split: str = "test") -> EvalSet:
-    """An evaluation set, which has to be of this kind (classification or retrieval)."""
+def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = "test") -> EvalSet:
+    """An evaluation set, which has to be of one of these kinds (classification, retrieval)."""
     eval_set = EvalSet(folder, transform, split)
-    if eval_set.kind != kind:
-        raise ValueError(f"{folder} is a {eval_set.kind} set where a {kind} set is wanted")
+    if eval_set.kind not in kinds:
+        raise ValueError(f"{folder} is a {eval_set.kind} set where a {' or '.join(kinds)} set is wanted")
     return eval_set
 
 
@@ -369,18 +369,11 @@ def prompts_of(eval_set: EvalSet) -> list[str]:
     return [template.replace("{c}", name) for name in eval_set.classnames for template in eval_set.templates]
 
 
-def is_retrieval(folder: str | Path) -> bool:
-    """Whether an evaluation set is one of captions; else it is of classes."""
-    return EvalSet(folder, lambda image: image).kind == "retrieval"
-
-
-def read_pairs(
-    folder: str | Path, transform: Callable, limit: int | None = None
-) -> tuple[list[Tensor], list[list[str]]]:
+def read_pairs(eval_set: EvalSet, limit: int | None = None) -> tuple[list[Tensor], list[list[str]]]:
     """Images and captions of a retrieval set, at most `limit`, evenly spaced."""
     if limit is not None and limit < 1:
         raise ValueError(f"--gallery and --language-gallery must be at least 1, not {limit}")
-    samples = [(image, captions) for _, image, captions in open_set(folder, transform, "retrieval")]
+    samples = [(image, captions) for _, image, captions in eval_set]
     if limit is not None and limit < len(samples):
         samples = [samples[round(i)] for i in np.linspace(0, len(samples) - 1, limit)]
     images, captions = zip(*samples, strict=True)
@@ -395,13 +388,15 @@ def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
 
     texts: list[tuple[list[str], bool]] = []
     for folder in cfg.sets:
-        if is_retrieval(folder):
-            captions = read_pairs(folder, nothing, cfg.gallery)[1]
+        eval_set = EvalSet(folder, nothing)
+        if eval_set.kind == "retrieval":
+            captions = read_pairs(eval_set, cfg.gallery)[1]
             texts.append(([caption for of_image in captions for caption in of_image], True))
         else:
-            texts.append((prompts_of(EvalSet(folder, nothing)), False))
+            texts.append((prompts_of(eval_set), False))
     for folder in cfg.language_sets:
-        texts.append(([of_image[0] for of_image in read_pairs(folder, nothing, cfg.language_gallery)[1]], False))
+        captions = read_pairs(open_set(folder, nothing, "retrieval"), cfg.language_gallery)[1]
+        texts.append(([of_image[0] for of_image in captions], False))
     return texts
 
 

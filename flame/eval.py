@@ -24,12 +24,13 @@ from flame.bank import Bank, centred, open_bank
 from flame.claims import ARMS, METRICS, compare  # noqa: F401
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
-from flame.embed import is_retrieval, load_causal_lm, made_with, open_set, prompts_of, read_pairs, texts_of_bank
+from flame.embed import load_causal_lm, made_with, open_set, prompts_of, read_pairs, texts_of_bank
 from flame.incontext import few_shot, few_shot_accuracy, nearest_tokens, pool_patches  # noqa: F401
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from flame.probe import adamw_probe
 from shared import report, run
+from shared.evalsets import EvalSet
 from shared.probes import Probe
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, owners, retrieval_ranks
 
@@ -158,9 +159,8 @@ def text_features(
     return embedded
 
 
-def classifier_of(texts: TextFeatures, folder: str | Path) -> Tensor:
+def classifier_of(texts: TextFeatures, eval_set: EvalSet) -> Tensor:
     """(D, C) of a classification set, its names in its templates."""
-    eval_set = open_set(folder, lambda image: image, "classification")
     embeds = texts(prompts_of(eval_set), False)
     return zero_shot_classifier(embeds.unflatten(0, (len(eval_set.classnames), -1)))
 
@@ -184,17 +184,16 @@ def image_features(
 
 
 def zero_shot(
-    model: FLAME, classifier: Tensor, folder: str | Path, device: torch.device | str = "cpu",
+    model: FLAME, classifier: Tensor, eval_set: EvalSet, device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
-    batches = open_set(folder, view_of(model), "classification").batches(batch_size, workers)
-    features, labels = image_features(model, batches, device, precision)
+    features, labels = image_features(model, eval_set.batches(batch_size, workers), device, precision)
     return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
 
 
-def zero_shot_top1(model: FLAME, classifier: Tensor, folder: str, device, precision: torch.dtype) -> float:
-    return zero_shot(model, classifier, folder, device, precision)["top1"]
+def zero_shot_top1(model: FLAME, classifier: Tensor, eval_set: EvalSet, device, precision: torch.dtype) -> float:
+    return zero_shot(model, classifier, eval_set, device, precision)["top1"]
 
 
 def encode(
@@ -254,12 +253,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}
     for folder in cfg.sets:
-        if is_retrieval(folder):
-            images, captions = read_pairs(folder, view_of(model), cfg.gallery)
+        eval_set = open_set(folder, view_of(model), "classification", "retrieval")
+        if eval_set.kind == "retrieval":
+            images, captions = read_pairs(eval_set, cfg.gallery)
             metrics = retrieval(encode(model, images, device, dtype, cfg.batch_size), captions, texts, True)
         else:
-            classifier = classifier_of(texts, folder)
-            metrics = zero_shot(model, classifier, folder, device, dtype, cfg.batch_size, cfg.workers)
+            classifier = classifier_of(texts, eval_set)
+            metrics = zero_shot(model, classifier, eval_set, device, dtype, cfg.batch_size, cfg.workers)
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
     for entry in cfg.long_sets:
         name, _, folder = entry.partition(":")
@@ -299,7 +299,7 @@ def language_sets(
             yield language, features[[row[path] for path, _ in each]], [[text] for _, text in each]
         return
     for folder in cfg.language_sets:
-        images, captions = read_pairs(folder, view, cfg.language_gallery)
+        images, captions = read_pairs(open_set(folder, view, "retrieval"), cfg.language_gallery)
         features = encode(model, images, device, dtype, cfg.batch_size)
         yield Path(folder).name.rpartition("_")[2], features, [of_image[:1] for of_image in captions]
 
@@ -323,7 +323,7 @@ def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: tor
 
 def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
     loaders = [
-        open_set(cfg.probe, view_of(model), "classification", split).batches(cfg.batch_size, cfg.workers)
+        open_set(cfg.probe, view_of(model), "classification", split=split).batches(cfg.batch_size, cfg.workers)
         for split in ("train", "test")
     ]
     (train_x, train_y), (test_x, test_y) = (

@@ -21,7 +21,7 @@ from torchvision.transforms import Compose
 from flame.bank import AuthorsBank, Bank, centred, open_bank, sample_facets
 from flame.config import PRESETS, Config, check, check_inputs
 from flame.embed import embed_captions, open_set  # noqa: F401
-from flame.eval import classifier_of, text_features, zero_shot_top1
+from flame.eval import classifier_of, text_features, view_of, zero_shot_top1
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from shared import data, run
@@ -271,9 +271,9 @@ def main(cfg: Config) -> Path | None:
     texts_of_curve = None
     if cfg.eval_every and process.main:
         texts_of_curve = text_features(model, cfg, process.device, run.DTYPES[precision], load=False)
-        open_set(cfg.eval_set, lambda image: image, "classification")
+        eval_set = open_set(cfg.eval_set, view_of(model), "classification")
         if bank is not None:
-            classifier_of(texts_of_curve, cfg.eval_set)  # fails now if it must
+            classifier_of(texts_of_curve, eval_set)  # fails now if it must
 
     size = model.visual.image_size[0]
     saved = per_epoch * state["epoch"] + state["batch"]  # step of the last checkpoint
@@ -324,8 +324,8 @@ def main(cfg: Config) -> Path | None:
 
         if texts_of_curve is not None and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
             with clock.paused():
-                classifier = classifier_of(texts_of_curve, cfg.eval_set)
-                top1 = zero_shot_top1(model, classifier, cfg.eval_set, process.device, run.DTYPES[precision])
+                classifier = classifier_of(texts_of_curve, eval_set)
+                top1 = zero_shot_top1(model, classifier, eval_set, process.device, run.DTYPES[precision])
             log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if per_epoch * (epoch + 1) - saved >= cfg.save_every or epoch + 1 == cfg.epochs:

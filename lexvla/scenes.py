@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from lexvla.build import normalize
-from shared import emoji, run
+from shared import emoji, emoji_sources, run
 
 CELL = 48  # pixels; a scene has 2 x 2 cells
 IGNORE = 65535
@@ -81,10 +81,10 @@ def main(out: Path = Path("data/lexvla/scenes"), corpus: Path = Path("data/emoji
     if not (corpus / "manifest.json").is_file():
         raise FileNotFoundError(f"{corpus} holds no corpus: 'make data' builds it")
     try:
-        modules = emoji.install(corpus.parent / ".npm")
-    except emoji.BuildError as error:
+        modules = emoji_sources.install(corpus.parent / ".npm")
+    except emoji_sources.BuildError as error:
         raise ValueError(str(error)) from error
-    drawings, _ = emoji.collect(modules, emoji.read_emoji(modules, None))
+    drawings, _ = emoji.collect(modules, emoji_sources.read_emoji(modules, None))
     drawings = [drawing for drawing in drawings if drawing.split == "ood"]
     rng = random.Random(emoji.SEED)
     chosen = []

@@ -5,6 +5,7 @@
 A frozen LM says the same of a caption in every epoch. So for small experiments each distinct caption goes through it
 once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The prompt before the
 caption is the same for all: it is run once, and its keys and values serve every batch.
+`encode_texts` is a whole tower's pass over captions.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lexvla.model import EXAMPLE, FOCUS, bag_of_words, last_token, lexical_prompt, refine_vocabulary
+from lexvla.model import EXAMPLE, FOCUS, LexVLA, bag_of_words, last_token, lexical_prompt, refine_vocabulary
 from shared import data, run
 from shared.evalsets import EvalSet
 
@@ -224,6 +225,19 @@ def compute_states(
     finally:
         hook.remove()
     return states
+
+
+# ------------------------------------------------------------------------------------------------------------- encoding
+
+
+@torch.no_grad()
+def encode_texts(
+    model: LexVLA, read: Callable, texts: Sequence[str], batch_size: int = 256, device="cpu", dtype=torch.float32
+) -> Tensor:
+    """(N, V) of captions, or (N, E) of the latent baseline."""
+    parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        return torch.cat([model.text(*(x.to(device) for x in read(part))).float().cpu() for part in parts])
 
 
 # ----------------------------------------------------------------------------------------------------------- vocabulary

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nmtune.config import NOISE
+from nmtune.pretrain_config import NOISE
 from shared import report
 
 KINDS = {"sup": "label", "clip": "caption"}

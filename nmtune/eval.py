@@ -28,10 +28,10 @@ from nmtune.analysis import (  # noqa: F401
 )
 from nmtune.claims import ARMS, METRICS, compare, draw_spectrum, finish_spectra  # noqa: F401
 from nmtune.config import Config as TrainConfig
-from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
 from nmtune.model import head_from, split_upstream, transformed
 from nmtune.pretrain import build
+from nmtune.pretrain_config import PretrainConfig
 from nmtune.train import Source, test_metrics
 from shared import export, report, run
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.datasets import open_labelled
 from nmtune.model import create_clip, timm_transforms
 from nmtune.noise import flip_labels, flip_labels_per_sample, swap_captions  # noqa: F401
+from nmtune.pretrain_config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.train import cosine_lr
 from shared import data, run
 from shared.clip import without_padding

