@@ -401,7 +401,7 @@ ERRORS = {
     "scale beyond its clamp": (["emoji", "--logit-scale", "1000"], "--logit-scale must be in 1..100"),
     "negative size": (["emoji", "--dataset-size", "-3"], "--dataset-size must be at least 1"),
     "no text layers": (["emoji-clip", "--text-layers", "0"], "--text-layers must be at least 1"),
-    "no room for a word": (["emoji-clip", "--max-length", "2"], "--context-length must be at least 3"),
+    "no room for a word": (["emoji-clip", "--max-length", "2"], "--max-length must be at least 3"),
     "cooldown beyond the run": (
         ["emoji", "--schedule", "const-cooldown", "--cooldown", "16"],
         "--cooldown 16 is longer than the 15 steps",
