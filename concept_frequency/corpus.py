@@ -8,9 +8,7 @@ bethgelab/frequency_determines_performance@11ef009, `U:`.
 import contextlib
 import csv
 import itertools
-import json
 import os
-import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -237,7 +235,6 @@ def row_keys(file: str, corpus: str, keys: Sequence[str]) -> list[str]:
     if corpus == "cc12m":
         return [text.strip() for text in read_tar_captions(file, [])]
     if corpus == "yfcc15m":
-        with tarfile.open(file) as tar:
-            about = {m.name[:-5]: json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")}
+        about = dict(data.descriptions([file]))
         return [about.get(key, {}).get("url", "") for key in keys]
     return list(keys)

@@ -4,7 +4,6 @@ The treatment of the experiment; all ours. An arm's pairs are a function of its 
 """
 
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -113,25 +112,16 @@ def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_conc
 def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, dict, bytes]]:
     """(key, .json, image bytes) of a shard's samples; what cannot be read is appended to `broken`."""
     members: dict[str, dict[str, bytes]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                key, _, extension = member.name.rpartition(".")
-                content = tar.extractfile(member).read()
-                if len(content) < member.size:
-                    raise tarfile.ReadError("truncated")
-                members.setdefault(key, {})[extension] = content
-            if not data.ended_whole(tar):
-                raise tarfile.ReadError("truncated")
-    except (tarfile.TarError, EOFError):
-        broken.append(data.Broken(path, "truncated or damaged tar"))
+    for name, content in data.read_tar(path, broken, {"json", *data.IMAGE_EXTENSIONS}):
+        key, extension = data.key_of(name)
+        members.setdefault(key, {})[extension] = content
     for key, files in members.items():
         image = next((files[e] for e in data.IMAGE_EXTENSIONS if e in files), None)
         try:
             about = json.loads(files["json"])
-            if image is None or "name" not in about:
+            if image is None or not isinstance(about["name"], str):
                 raise KeyError
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             broken.append(data.Broken(key, "no image, or no .json with a name"))
             continue
         yield key, about, image

@@ -9,7 +9,6 @@ name, short adds a few keywords, long is a few sentences. All drawings of an emo
 import dataclasses
 import json
 import random
-import tarfile
 from pathlib import Path
 
 import tyro
@@ -51,17 +50,11 @@ def captions(about: dict) -> tuple[str, str, str]:
 
 def main(cfg: Config) -> None:
     lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
-    for path in data.expand_shards(cfg.data):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    about = json.load(tar.extractfile(member))
-                    if "hexcode" not in about:
-                        raise ValueError(
-                            f"{path}, {member.name} has no hexcode: these are no shards of the emoji corpus"
-                        )
-                    for kind, text in zip(KINDS, captions(about), strict=True):
-                        lists[kind].append({"__key__": member.name.removesuffix(".json"), "caption": text})
+    for key, about in data.descriptions(data.expand_shards(cfg.data)):
+        if "hexcode" not in about:
+            raise ValueError(f"{cfg.data}, sample {key} has no hexcode: these are no shards of the emoji corpus")
+        for kind, text in zip(KINDS, captions(about), strict=True):
+            lists[kind].append({"__key__": key, "caption": text})
     if not lists["raw"]:
         raise ValueError(f"{cfg.data} holds no sample with a .json: 'make data' builds the embedded corpus")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,6 @@ No word is used, and every arm and seed of the experiment reads the same weights
 """
 
 import dataclasses
-import json
-import tarfile
 from pathlib import Path
 
 import torch
@@ -56,11 +54,8 @@ class Config:
 def drawings(spec: str, keys: list[str]) -> list[list[int]]:
     """Rows of each emoji: which of `keys` are drawings of the same one, by the `hexcode` in a sample's .json."""
     emoji_of = {}
-    for shard in data.expand_shards(spec):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    emoji_of[member.name.removesuffix(".json")] = json.load(tar.extractfile(member)).get("hexcode")
+    for key, about in data.descriptions(data.expand_shards(spec)):
+        emoji_of[key] = about.get("hexcode")
     rows: dict[str, list[int]] = {}
     for row, key in enumerate(keys):
         if emoji_of.get(key) is None:

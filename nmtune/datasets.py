@@ -9,7 +9,6 @@ A set is named by a path:
 """
 
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,15 @@ import numpy as np
 from PIL import Image
 
 from shared import data
-from shared.data import IMAGE_EXTENSIONS, BrokenSample, decode_image, stable_hash
+from shared.data import (
+    IMAGE_EXTENSIONS,
+    Broken,
+    BrokenSample,
+    decode_image,
+    key_of,
+    stable_hash,
+    tar_files,
+)
 
 SMALL = 2**25  # sets of less than 32 MB in files are kept decoded
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees: downstream tasks are made of them
@@ -85,13 +92,12 @@ class LabelledImages:
 def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {ending: (offset, size)}} of a tar, in its order."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _, ending = member.name.partition(".")
-                members.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a tar file ({error})") from error
+    broken: list[Broken] = []
+    for member in tar_files(path, broken):
+        key, ending = key_of(member.name)
+        members.setdefault(key, {})[ending] = (member.offset_data, member.size)
+    if broken:
+        raise ValueError(f"{path} cannot be read as a tar file: {broken[0].reason} ({broken[0].key})")
     return members
 
 

@@ -8,16 +8,18 @@ Broken samples (truncated tar, unreadable image, missing or empty caption, wrong
 next readable row takes their place, and `Broken` records are handed on for the report at the end of the epoch.
 """
 
+import codecs
 import csv
 import fcntl
 import hashlib
 import io
 import itertools
+import json
 import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +36,9 @@ from shared import run
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
+MAX_BYTES = 2**28  # of one file
+MAX_KEY = 2**10  # characters of a key, which all rows of an array of keys take
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
 
 
 class Pair(NamedTuple):
@@ -54,7 +59,7 @@ class BrokenSample(Exception):
 def decode_image(data: bytes) -> Image.Image:
     """Bytes -> RGB image; transparency is composited on white. BrokenSample if it is unreadable or over MAX_PIXELS."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BrokenSample(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
         if image.has_transparency_data:
@@ -65,6 +70,20 @@ def decode_image(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError, struct.error ...
         raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
+
+
+def read_file(path: str | Path) -> bytes:
+    """An image file's bytes. BrokenSample if it is no regular file (a device or a pipe is none) or over MAX_BYTES."""
+    try:
+        if not os.path.isfile(path):
+            raise BrokenSample("missing image")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise BrokenSample("missing image") from error
+    if len(content) > MAX_BYTES:
+        raise BrokenSample(f"file of more than {MAX_BYTES} bytes")
+    return content
 
 
 class ToNormalizedTensor:
@@ -94,9 +113,13 @@ class RememberingTokenizer:
 
 
 def decode_caption(data: bytes) -> str:
-    """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8."""
+    """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8.
+
+    Only the first 4 * MAX_CHARACTERS bytes are looked at, where a character may be cut.
+    """
     try:
-        caption = data.decode("utf-8").strip()
+        decoder, limit = codecs.getincrementaldecoder("utf-8")(), 4 * MAX_CHARACTERS
+        caption = decoder.decode(data[:limit], final=len(data) <= limit).strip()
     except UnicodeDecodeError as error:
         raise BrokenSample("caption is not UTF-8") from error
     if not caption:
@@ -113,34 +136,78 @@ class ShardIndex(NamedTuple):
     broken: list[Broken]
 
 
-def ended_whole(tar: tarfile.TarFile) -> bool:
-    """Whether a tar that was gone through ends as it should: tarfile stops without a word at a damaged header."""
-    tar.fileobj.seek(tar.offset)
-    return tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+def key_of(name: str) -> tuple[str, str]:
+    """A file's name in a shard -> (key of its sample, extension in lower case), parted by the name's first dot."""
+    folder, file = os.path.split(name)
+    stem, _, extension = file.partition(".")
+    return os.path.join(folder, stem), extension.lower()
+
+
+def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInfo]:
+    """Headers of a tar's regular files, in order. What lies behind a damaged header is lost, which `broken` then says;
+    so it does of sparse files and of names of more than MAX_KEY characters. The last file may reach beyond the end.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile would keep every header
+                if member.size < 0 or tar.offset <= member.offset:  # leads back: tarfile would go on forever
+                    raise tarfile.ReadError("damaged")
+                if len(member.name) > MAX_KEY:
+                    broken.append(Broken(member.name[:64] + "...", f"name of more than {MAX_KEY} characters"))
+                elif member.issparse():
+                    broken.append(Broken(key_of(member.name)[0], "sparse file"))
+                elif member.isfile():
+                    yield member
+            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged header
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("damaged")
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, TypeError):  # malformed headers raise all of these
+        broken.append(Broken(str(path), "truncated or damaged tar"))
+
+
+def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] | None = None) -> Iterator:
+    """(name, content) of a tar's files, or of those with such an extension; see `tar_files`."""
+    with open(path, "rb") as file:
+        for member in tar_files(path, broken):
+            if extensions is not None and key_of(member.name)[1] not in extensions:
+                continue
+            file.seek(member.offset_data)
+            content = file.read(min(member.size, MAX_BYTES + 1))
+            if len(content) > MAX_BYTES:
+                broken.append(Broken(key_of(member.name)[0], f"file of more than {MAX_BYTES} bytes"))
+            elif len(content) == member.size:
+                yield member.name, content
+
+
+def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    """(key, its .json) of all samples that have one; ValueError names a shard or sample that cannot be read."""
+    for shard in shards:
+        broken: list[Broken] = []
+        for name, content in read_tar(shard, broken, {"json"}):
+            try:
+                about = json.loads(content)
+            except ValueError:
+                about = None
+            if not isinstance(about, dict):
+                raise ValueError(f"{shard}, {name} is no JSON object")
+            yield key_of(name)[0], about
+        if broken:
+            raise ValueError(f"{shard}: {broken[0].reason} ({broken[0].key})")
 
 
 def index_shard(path: str) -> ShardIndex:
-    """Read one tar's headers. Broken: samples without image or caption, and what lies behind a damaged header."""
+    """Read one tar's headers. Broken: samples without image or caption, and what `tar_files` says."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    broken = []
+    broken: list[Broken] = []
     size = os.path.getsize(path)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, name = os.path.split(member.name)
-                    stem, _, extension = name.partition(".")
-                    span = (member.offset_data, member.size)
-                    key = os.path.join(folder, stem)
-                    files = members.setdefault(key, {})
-                    if extension.lower() in files:
-                        broken.append(Broken(key, "key occurs twice in its shard"))
-                    files[extension.lower() if sum(span) <= size else "truncated"] = span
-                tar.members.clear()  # tarfile would keep every header
-            if not ended_whole(tar):
-                broken.append(Broken(path, "truncated or damaged tar"))
-    except tarfile.TarError:
-        broken.append(Broken(path, "truncated or damaged tar"))
+    for member in tar_files(path, broken):
+        key, extension = key_of(member.name)
+        span = (member.offset_data, member.size)
+        files = members.setdefault(key, {})
+        if extension in files:
+            broken.append(Broken(key, "key occurs twice in its shard"))
+        files[extension if sum(span) <= size else "truncated"] = span
     keys, spans = [], []
     for key, files in members.items():
         image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
@@ -148,6 +215,8 @@ def index_shard(path: str) -> ShardIndex:
             broken.append(Broken(key, "truncated or damaged tar"))
         elif image is None or "txt" not in files:
             broken.append(Broken(key, "missing image" if image is None else "missing caption"))
+        elif image[1] > MAX_BYTES:
+            broken.append(Broken(key, f"file of more than {MAX_BYTES} bytes"))
         else:
             keys.append(key)
             spans.append((*image, *files["txt"]))
@@ -194,7 +263,7 @@ def fetch(url: str, folder: Path) -> str:
             try:
                 with gopen(url) as source, open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-            except OSError as error:
+            except Exception as error:  # gopen's libraries have exceptions of their own
                 temporary.unlink(missing_ok=True)
                 raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
             os.replace(temporary, path)
@@ -238,7 +307,7 @@ class Shards:
         offset, size, text_offset, text_size = self._spans[row].tolist()
         with open(self.paths[self._shard[row]], "rb") as file:
             file.seek(text_offset)
-            caption = decode_caption(file.read(text_size))
+            caption = decode_caption(file.read(min(text_size, 4 * MAX_CHARACTERS + 1)))
             file.seek(offset)
             return Pair(str(self.keys[row]), decode_image(file.read(size)), caption)
 
@@ -247,7 +316,8 @@ class Shards:
         _, _, offset, size = self._spans[row].tolist()
         with open(self.paths[self._shard[row]], "rb") as file:
             file.seek(offset)
-            return file.read(size).decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
+            text = file.read(min(size, 4 * MAX_CHARACTERS))
+            return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
 class TSV:
@@ -283,11 +353,7 @@ class TSV:
     def read(self, row: int) -> Pair:
         """Pair of that row. Raises BrokenSample."""
         caption = decode_caption(self._caption(row))
-        try:
-            data = Path(self.keys[row]).read_bytes()
-        except OSError as error:
-            raise BrokenSample("missing image") from error
-        return Pair(str(self.keys[row]), decode_image(data), caption)
+        return Pair(str(self.keys[row]), decode_image(read_file(self.keys[row])), caption)
 
     def caption(self, row: int) -> str:
         """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""

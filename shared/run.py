@@ -207,6 +207,13 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         ) from error
 
 
+class State(dict):
+    """What a run's checkpoint holds; ValueError for what it lacks."""
+
+    def __missing__(self, key: str):
+        raise ValueError(f"the checkpoint holds no {key!r}: it is of another script; choose another --out")
+
+
 def resume(folder: Path, config: Any) -> dict | None:
     """The state in `folder`/checkpoint.pt, or None if the run is new.
 
@@ -217,6 +224,8 @@ def resume(folder: Path, config: Any) -> dict | None:
     if not path.exists():
         return None
     state = load_checkpoint(path)
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise ValueError(f"{path} is no checkpoint of this script: choose another --out, or remove the folder")
     free = {
         "out",
         "device",
@@ -229,7 +238,7 @@ def resume(folder: Path, config: Any) -> dict | None:
         "strict",
         "dry_run",
     }
-    now, then = dataclasses.asdict(config), state.get("config", {})
+    now, then = dataclasses.asdict(config), state["config"]
     changed = [name for name in now if name not in free and now[name] != then.get(name)]
     if changed:
         what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
@@ -237,7 +246,7 @@ def resume(folder: Path, config: Any) -> dict | None:
         raise ValueError(
             f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
         )
-    return state
+    return State(state)
 
 
 # ------------------------------------------------------------------------------------------------------------- logs
@@ -375,6 +384,12 @@ def check_batch(config: Any, world_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------- command lines
 
 
+def fail(sentence: str) -> None:
+    """Exit code 2 and one sentence on stderr."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def command_line(main: Callable[[], Any]) -> None:
     """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2."""
     try:
@@ -385,8 +400,15 @@ def command_line(main: Callable[[], Any]) -> None:
         text = str(error)
         if text.startswith("Caught "):  # a loader worker's, whose traceback came along
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(text)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail(f"the checkpoint holds weights of another model: {str(error)[:300]}")
+    except MemoryError:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail("not enough memory for this data and these settings")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

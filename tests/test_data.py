@@ -1,6 +1,8 @@
 """shared/data.py: order, resume and workers; every kind of broken input counted; shard lists, remote shards, TSV."""
 
 import io
+import signal
+import subprocess
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,6 +330,90 @@ def test_tsv_row_without_a_path_is_broken(tmp_path: Path):
     samples, broken = read_all(data.open_pairs(str(tmp_path / "t.tsv")))
     assert [sample.caption for sample in samples] == ["a", "a"]
     assert [b.reason for b in broken] == ["missing image"]
+
+
+# -------------------------------------------------------------------------------------------------- hostile headers
+
+
+def binary_size(size: int) -> bytes:
+    """A header whose size is in base 256, as GNU tar writes large ones, and tarfile reads negative ones."""
+    header = bytearray(tarfile.TarInfo("x.png").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = (size % 256**12).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax(**headers: str) -> bytes:
+    info = tarfile.TarInfo("x.png")
+    info.pax_headers = {key.replace("_", "."): value for key, value in headers.items()}
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+HOSTILE = {
+    "a size that leads back to itself": binary_size(-512),
+    "a negative size": binary_size(-5),
+    "a size of 2^80": binary_size(2**80),
+    "a sparse map of letters": pax(GNU_sparse_map="a,b"),
+    "a sparse size of letters": pax(GNU_sparse_size="abc"),
+    "a size of 25 digits": pax(size="9" * 25),
+    "a size that leads back, in pax": pax(size="-512"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_end_their_shard_and_are_told(name: str, tmp_path: Path):
+    three(tmp_path / "good.tar")
+    good = (tmp_path / "good.tar").read_bytes().rstrip(b"\0")
+    good += bytes(-len(good) % 512)
+    (tmp_path / "bad.tar").write_bytes(good + HOSTILE[name] + bytes(1024))
+    signal.alarm(30)  # instead of going on forever
+    try:
+        shard = data.index_shard(str(tmp_path / "bad.tar"))
+        files = [name for name, _ in data.read_tar(tmp_path / "bad.tar", [])]
+    finally:
+        signal.alarm(0)
+    assert shard.keys == ["a", "b", "c"] and files[:6] == [f"{k}.{e}" for k in "abc" for e in ("png", "txt")]
+    assert {b.reason for b in shard.broken} == {"truncated or damaged tar"}, shard.broken
+    with pytest.raises(ValueError, match="truncated or damaged tar"):
+        list(data.descriptions([str(tmp_path / "bad.tar")]))
+
+
+def test_names_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long, sparse = "n" * 2000, tarfile.TarInfo("s.png")
+    path = write_tar(tmp_path / "a.tar", *pair("a"), *pair(long), *pair("b", "é" * 10_000))
+    shards = data.Shards([str(path)])
+    assert shards.keys.tolist() == ["a", "b"] and shards.keys.itemsize < 100
+    assert {b.reason for b in shards.broken} == {"name of more than 1024 characters"}
+    assert shards.read(1).caption == shards.caption(1) == "é" * 4096
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(sparse)
+        for name, content in pair("a"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content if isinstance(content, bytes) else content.encode()))
+    assert data.Shards([str(path)]).broken == [data.Broken("s", "sparse file")]
+    table = tmp_path / "t.tsv"
+    table.write_text("title\tfilepath\nendless\t/dev/zero\na folder\t/\n")
+    for row in range(2):
+        with pytest.raises(data.BrokenSample, match="missing image"):
+            data.TSV(str(table)).read(row)
+    monkeypatch.setattr(data, "MAX_BYTES", 20)
+    assert {b.reason for b in data.index_shard(str(three(tmp_path / "three.tar"))).broken} == {
+        "file of more than 20 bytes"
+    }
+    (tmp_path / "i.png").write_bytes(png())
+    with pytest.raises(data.BrokenSample, match="file of more than 20 bytes"):
+        data.read_file(tmp_path / "i.png")
+
+
+def test_images_of_other_formats_start_no_interpreter(monkeypatch: pytest.MonkeyPatch):
+    """PIL hands PostScript to Ghostscript."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(data.BrokenSample, match="unreadable image"):
+        data.decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
 
 
 # ------------------------------------------------------------------------------------------- pixels, tokens, text tower

@@ -186,6 +186,17 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
         path.write_bytes(content)
         refused(in_process(*given[name], "--out", path.parent, module=SCRIPTS[name]), words)
         assert path.read_bytes() == content and not victim.exists()
+    mine = run.load_checkpoint(whole(name) / "checkpoint.pt")
+    mine |= {key: 0 for key in ("epoch", "episode", "step", "batch") if key in mine}
+    foreign = {"weights" if "weights" in mine else "state_dict": {"foreign": torch.zeros(1)}}
+    for content, words in (
+        ([1, 2], "is no checkpoint of this script"),
+        ({"config": [1]}, "is no checkpoint of this script"),
+        ({"config": mine["config"]}, "the checkpoint holds no '"),
+        (mine | foreign, "the checkpoint (holds weights of another|does not hold the weights of the) model"),
+    ):
+        torch.save(content, path)
+        refused(in_process(*given[name], "--out", path.parent, module=SCRIPTS[name]), words)
     torch.save({"config": Malicious(victim)}, path)
     refused(in_process(*given[name], "--out", path.parent, module=SCRIPTS[name]), "is not a checkpoint")
     assert not victim.exists() and os.listdir(path.parent) == ["checkpoint.pt"]

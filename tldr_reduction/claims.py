@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import report
+from shared import data, report
 from shared.run import read_metrics
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument; -steps: as many steps as the full data
@@ -125,10 +125,10 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     plot_curves(folders, path.parent)
     reduced = next((folders[arm][0] for arm in ("tldr", "tldr-steps") if arm in folders), None)
     if reduced is not None:
-        data = Path(json.loads((reduced / "config.json").read_text())["data"]).parent
-        if (data / "report.json").is_file():
-            plot_itm(data, path.parent)
-            plot_clusters(data, path.parent)
+        reduction = Path(json.loads((reduced / "config.json").read_text())["data"]).parent
+        if (reduction / "report.json").is_file():
+            plot_itm(reduction, path.parent)
+            plot_clusters(reduction, path.parent)
     report.show(summary, METRICS, "CC3M", path)
 
 
@@ -155,7 +155,10 @@ def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 
     """tldr_reduction_clusters.png: members of some clusters; kept ones framed, with T_o; T_g, dropped ones with T_o."""
     from tldr_reduction.views import open_pairs
 
-    pairs = open_pairs(json.loads((reduction / "config.json").read_text())["data"])
+    source = json.loads((reduction / "config.json").read_text())["data"]
+    if any(map(data.is_remote, source.split("::"))):  # a file's word is no reason to fetch, or to run pipe:COMMAND
+        return
+    pairs = open_pairs(source)
     row_of = {str(key): row for row, key in enumerate(pairs.keys)}
     members: dict[str, list[dict]] = {}
     with open(reduction / "report.csv", newline="", encoding="utf-8") as file:

@@ -39,14 +39,16 @@ class Config:
 def samples(folder: Path):
     """(key, image bytes, description) of the corpus' training shards, in order."""
     for shard in data.expand_shards(str(folder / "train")):
-        with tarfile.open(shard) as tar:
-            files: dict[str, bytes] = {}
-            for member in tar:
-                stem, _, extension = member.name.partition(".")
-                files[extension] = tar.extractfile(member).read()
-                if len(files) == 3:
-                    yield stem, files["png"], json.loads(files["json"])
-                    files = {}
+        broken: list[data.Broken] = []
+        files: dict[str, bytes] = {}
+        for name, content in data.read_tar(shard, broken):
+            key, extension = data.key_of(name)
+            files[extension] = content
+            if len(files) == 3:
+                yield key, files["png"], json.loads(files["json"])
+                files = {}
+        if broken:
+            raise ValueError(f"{shard} is damaged: 'make data' builds the corpus anew")
 
 
 def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, str]:

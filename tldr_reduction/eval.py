@@ -7,7 +7,6 @@ shared code, and what a reduction kept. salesforce/BLIP@056a169 is cited as `BLI
 import csv
 import dataclasses
 import json
-import tarfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,17 +130,6 @@ def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Conf
 # -------------------------------------------------------------------------------------------------- the data of a run
 
 
-def descriptions(folder: str | Path) -> dict[str, dict]:
-    """Key -> .json of every sample of a folder of shards."""
-    found = {}
-    for shard in data.expand_shards(str(folder)):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    found[member.name.removesuffix(".json")] = json.loads(tar.extractfile(member).read())
-    return found
-
-
 def plain(text: str) -> str:
     """Letters and digits alone, without accents: WordPiece drops those, and puts spaces around a hyphen."""
     return "".join(character for character in unicodedata.normalize("NFKD", text.lower()) if character.isalnum())
@@ -150,7 +138,7 @@ def plain(text: str) -> str:
 def data_metrics(spec: str) -> dict[str, float]:
     """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
     generated captions with true names, ITM scores with the injected noise."""
-    samples = descriptions(spec)
+    samples = dict(data.descriptions(data.expand_shards(spec)))
     metrics = {"data/pairs": len(samples), "data/emoji": len({d.get("hexcode") for d in samples.values()})}
     if all("noise" in d for d in samples.values()):
         metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples.values()) / len(samples)
@@ -162,7 +150,7 @@ def data_metrics(spec: str) -> dict[str, float]:
         metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
     settings = json.loads((folder / "config.json").read_text())
-    everything = descriptions(settings["data"])
+    everything = dict(data.descriptions(data.expand_shards(settings["data"])))
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
     if clustered := [line for line in lines if line.get("cluster")]:

@@ -3,7 +3,6 @@
 Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared import run
+from shared import data, run
 from tldr_reduction.cluster import in_cluster
 from tldr_reduction.rows import gathered_codes
 
@@ -65,7 +64,7 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
         temporary = path.with_name(path.name + ".tmp")
         with tarfile.open(temporary, "w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
-                if os.path.basename(name).partition(".")[2].lower() == "txt":
+                if data.key_of(name)[1] == "txt":
                     content = captions[key].encode()
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
@@ -75,12 +74,10 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
 
 def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]:
     """Name, key and content of the files that belong to the samples `keys`; up to the damage, if the tar has some."""
-    with contextlib.suppress(tarfile.ReadError), tarfile.open(path) as source:
-        for member in source:
-            head, name = os.path.split(member.name)
-            key = os.path.join(head, name.partition(".")[0])
-            if member.isfile() and key in keys:
-                yield member.name, key, source.extractfile(member).read()
+    for name, content in data.read_tar(path, []):
+        key, _ = data.key_of(name)
+        if key in keys:
+            yield name, key, content
 
 
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:

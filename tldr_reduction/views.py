@@ -101,10 +101,7 @@ class Annotations:
     def read(self, row: int) -> data.Pair:
         """Pair of that row. Raises BrokenSample."""
         caption = data.decode_caption(self._captions[row].encode())
-        try:
-            image = (self.root / str(self.keys[row])).read_bytes()
-        except OSError as error:
-            raise data.BrokenSample("missing image") from error
+        image = data.read_file(self.root / str(self.keys[row]))
         return data.Pair(str(self.keys[row]), data.decode_image(image), caption)
 
 
