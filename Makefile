@@ -15,7 +15,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
 	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens do, too'
-	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all)'
+	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all),'
+	@echo '                         and makes runs/report.html of what was measured'
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
@@ -23,7 +24,7 @@ help:
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make browser             install the browser that looks at report.html in a test'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
-	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html'
+	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
 
 # ---- installation: base + one extra per folder
 $(PY):
@@ -69,7 +70,7 @@ reproduce-all: $(VENV)/.installed-base
 	$(if $(filter core all,$(ARMS)),,$(error ARMS is core or all, since every paper has its own))
 	@for folder in $$($(LEFT) 2>/dev/null); do \
 		$(LEFT) >/dev/null && $(MAKE) --no-print-directory reproduce-$$folder RESULTS=runs/$$folder/results.json || exit 1; \
-	done; $(LEFT)
+	done; $(LEFT) && $(PY) -m shared.overview runs
 
 # ---- checks
 test: $(VENV)/.installed-$(EXTRAS),test data browser
@@ -92,6 +93,6 @@ bench-%: $(VENV)/.installed-%,test
 clean:
 	rm -rf runs data
 
-readme: $(VENV)/.installed-base
+readme: $(VENV)/.installed-$(EXTRAS)
 	$(PY) -m shared.report $(patsubst results/%.json,%,$(wildcard results/*.json))
 	$(PY) -m shared.overview

@@ -1,36 +1,41 @@
 """One page of all results: `python -m shared.overview` writes RESULTS.md, and report.html with the plots in it.
 
 Both are made of results/*.json and results/*.png alone; nothing is typed. The HTML page holds its pictures and opens
-offline.
+offline. `python -m shared.overview runs` makes runs/report.html of what was reproduced here, runs/FOLDER/results.json.
 """
 
+import argparse
 import base64
 import html
 import importlib
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from shared import report
+from shared import presets, report, run
 
 VERDICTS = {  # as `report.judge` words them, and what each means
-    "reproduced": "the 95 % interval over seeds lies on the paper's side and reaches its effect, where it is a number",
+    "reproduced": "the 95 % interval lies on the paper's side, and reaches its effect where both are in one unit",
     "same direction": "on the paper's side, short of its effect",
     "not reproduced": "the interval lies on the other side",
-    "not resolved at this scale": "the interval holds zero",
+    "not resolved at this scale": "the interval holds zero, or there is one seed and no interval",
     "no claim": "the paper claims nothing here; the difference is only shown",
     "not testable at this scale": "needs the paper's data or machines",
 }
 INTRODUCTION = (
     "Everything here was measured on the embedded emoji corpus, a stand-in for the papers' data that fits on a laptop: "
-    "it shows whether an effect is there at its scale, never a paper's number."
+    "it shows whether an effect is there at its scale, never a paper's number. Intervals are of differences paired by "
+    "seed, unless a row says by what (encoders, concepts)."
 )
 
 
 def command(folder: str, summary: dict) -> str:
     """The command that measures a folder's results again."""
-    seeds = " ".join(map(str, summary["seeds"]))
-    return f'make reproduce-{folder.replace("_", "-")} SEEDS="{seeds}" ARMS=all RESULTS=results/{folder}.json'
+    seeds, rules = " ".join(map(str, summary["seeds"])), Path(folder, "reproduce.mk").read_text(encoding="utf-8")
+    core = re.search(rf"^{folder.upper()}_ARMS_core *=(.*)$", rules, re.MULTILINE)[1].split()
+    every = "" if set(summary["arms"]) <= set(core) else " ARMS=all"
+    return f'make reproduce-{folder.replace("_", "-")} SEEDS="{seeds}"{every} RESULTS=results/{folder}.json'
 
 
 def provenance(summary: dict) -> str:
@@ -112,18 +117,31 @@ def html_page(summaries: dict[str, dict], pictures: Path) -> str:
         page.append(f'<h2 id="{folder}">{html.escape(summary["paper"])}</h2><p>{html.escape(provenance(summary))}</p>')
         page.append(f"<p><code>{html.escape(command(folder, summary))}</code></p>{html_table(summary['claims'])}")
         page.append(html_table(report.arms_rows(arms, metrics)))
-        page += [picture(path) for path in sorted(pictures.glob(f"{folder}_*.png"))]
+        found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
+        page += [picture(path) for path in sorted(found)]
     head = f'<meta charset="utf-8"><title>paper-clips: results</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(page)}</body></html>\n'
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{paper folder: its results}, in the order of the files' names."""
-    return {path.stem: report.load(path) for path in sorted(folder.glob("*.json"))}
+    """{paper: its results}, of folder/PAPER.json or folder/PAPER/results.json."""
+    files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
+    return {paper: report.load(path) for paper, paths in files.items() for path in paths if path.is_file()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results, or runs")
+    folder = parser.parse_args().folder
+    if not (found := read(folder)):
+        raise ValueError(f"{folder} holds no results: 'make reproduce-all' makes some")
+    committed = folder == Path("results")
+    if committed:
+        Path("RESULTS.md").write_text(markdown(found))
+    page = Path("report.html") if committed else folder / "report.html"
+    page.write_text(html_page(found, folder))
+    print(f"{'RESULTS.md and ' * committed}{page}: {len(found)} papers")
 
 
 if __name__ == "__main__":
-    found = read(Path("results"))
-    Path("RESULTS.md").write_text(markdown(found))
-    Path("report.html").write_text(html_page(found, Path("results")))
-    print(f"RESULTS.md and report.html: {len(found)} papers")
+    run.command_line(main)

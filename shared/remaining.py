@@ -5,17 +5,30 @@ the minutes that reproduce.mk says, on stderr, and named on stdout for the Makef
 """
 
 import sys
+from collections.abc import Container
 from pathlib import Path
 
-from shared import report
+from shared import report, run
 
 
 def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
     """Whether a results file has all of these seeds and arms."""
-    if not file.exists():
+    try:
+        found = report.load(file)
+        return seeds <= set(found["seeds"]) and arms <= set(found["arms"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return False
-    found = report.load(file)
-    return seeds <= set(found["seeds"]) and arms <= set(found["arms"])
+
+
+def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) -> list[str]:
+    """A sentence for each paper that is done, but with other code than there is now."""
+    names = [name for name in (paper.partition(":")[0] for paper in papers) if name not in left]
+    then, now = {name: report.load(runs / name / "results.json")["commit"] for name in names}, run.commit()
+    return [
+        f"{name} was measured at commit {commit}, the code is at {now} now: without runs/{name} it is measured again"
+        for name, commit in then.items()
+        if commit != now
+    ]
 
 
 def remaining(seeds: set[int], papers: list[str], runs: Path = Path("runs")) -> dict[str, float | None]:
@@ -40,5 +53,5 @@ def sentence(left: dict[str, float | None], total: int) -> str:
 
 if __name__ == "__main__":
     left = remaining({int(seed) for seed in sys.argv[1].split()}, sys.argv[2:])
-    print(sentence(left, len(sys.argv) - 2), file=sys.stderr)
+    print(*older(sys.argv[2:], left), sentence(left, len(sys.argv) - 2), sep="\n", file=sys.stderr)
     print(*left)

@@ -49,13 +49,16 @@ def interval(differences: Sequence[float]) -> float | None:
 def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> dict[str, str]:
     """One row of the claims table.
 
-    reproduced: the interval over seeds excludes 0 on the paper's side, and reaches the paper's effect where it has one;
+    reproduced: the interval excludes 0 on the paper's side, and reaches the paper's effect where `effect` says one;
     same direction: on the paper's side, but short of its effect; not reproduced: on the other side;
     not resolved at this scale: the interval holds 0, or there is one seed. Where the paper claims nothing: no claim.
     """
     differences = [m - b for m, b in zip(method, baseline, strict=True)]
     mean, half = spread(differences)["mean"], interval(differences)
-    here = f"{mean:+.2f}" + ("" if half is None else f" ± {half:.2f}")
+    here = f"{mean:+.2f}"
+    if half is not None:  # two digits of the interval, or it may seem to hold zero where it does not
+        digits = 3 if 0.0005 < half < 0.0995 else 2
+        here = f"{mean:+.{digits}f} ± {half:.{digits}f}"
     if claim.paper is None:
         verdict = "no claim"
     elif half is None or abs(mean) <= half:
@@ -110,6 +113,8 @@ def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) 
     print(f"\nEmbedded emoji corpus, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
     print(arms_table(summary["arms"], metrics))
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{table(summary['claims'])}\n\nwritten to {path}")
+    if len(summary["seeds"]) == 1:
+        print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
 
 
 # ------------------------------------------------------------------------------------------- run folders ARM-seedN
@@ -283,7 +288,8 @@ def readme_block(folder: str) -> str:
     return (
         f"Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
         f"{arms_table(named, evaluation.METRICS)}\n\n"
-        f"Differences are paired by seed, ± half the 95 % interval.\n\n{table(summary['claims'])}\n"
+        "Differences are paired by seed, unless the row says by what, ± half the 95 % interval."
+        f"\n\n{table(summary['claims'])}\n"
     )
 
 

@@ -110,3 +110,28 @@ def test_remaining_papers_are_those_without_all_seeds_and_arms(tmp_path):
     text = remaining.sentence(left, 3)
     assert text.startswith("2 of 3 papers left: flame (? min), tinyclip (40 min); about 0 h 40 min")
     assert remaining.sentence({}, 3) == "all 3 papers are done"
+    (tmp_path / "tinyclip/results.json").write_text('{"seeds": [0, 1], "arms"')  # damaged
+    assert list(remaining.remaining({0, 1}, papers, tmp_path)) == ["flame", "tinyclip"]
+
+
+def test_results_of_other_code_are_named(tmp_path):
+    (tmp_path / "flame").mkdir()
+    (tmp_path / "flame/results.json").write_text(json.dumps({"commit": "0000000"}))
+    (sentence,) = remaining.older(["flame:a:1", "protoclip:b:2"], {"protoclip": 2.0}, tmp_path)
+    assert sentence.startswith("flame was measured at commit 0000000, the code is at ")
+
+
+def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):
+    summary = report.load(ROOT / "results/protoclip.json")
+    (tmp_path / "runs/protoclip").mkdir(parents=True)
+    (tmp_path / "runs/protoclip/results.json").write_text(json.dumps(summary))
+    (tmp_path / "runs/protoclip/protoclip_curves.png").write_bytes(b"plot")
+    (tmp_path / "runs/<img>.json").write_text(json.dumps(summary))  # no paper's
+    monkeypatch.setattr("sys.argv", ["overview", str(tmp_path / "runs")])
+    overview.main()
+    page = (tmp_path / "runs/report.html").read_text()
+    assert "cGxvdA==" in page and html.escape(summary["paper"]) in page and page.count("<h2") == 1
+    assert str(tmp_path / "runs/report.html: 1 papers") in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["overview", str(tmp_path)])
+    with pytest.raises(ValueError, match="holds no results"):
+        overview.main()
