@@ -4,8 +4,8 @@ TLDR_REDUCTION_ARMS_core = full random random-refined tldr random-steps random-r
 TLDR_REDUCTION_ARMS_all  = $(TLDR_REDUCTION_ARMS_core) codes codes-steps full-refined generated-steps first-steps itm-steps image-steps \
 	text-steps farthest-steps tldr10-steps tldr50-steps drop-random10 drop-itm10 drop-random30 drop-itm30 \
 	drop-random50 drop-itm50 drop-random70 drop-itm70 blip-random-refined-steps blip-tldr-steps
-TLDR_REDUCTION_MINUTES_core = 16
-TLDR_REDUCTION_MINUTES_all  = 30
+TLDR_REDUCTION_MINUTES_core = 12
+TLDR_REDUCTION_MINUTES_all  = 25
 TLDR_seed = $(lastword $(subst -seed, ,$*))
 TLDR_arm  = $(firstword $(subst -seed, ,$*))
 
