@@ -90,6 +90,9 @@ def tag_stage(
         return [], []
     settings = (names, cfg.tagger, cfg.label_column, cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions)
     settings += (cfg.average, cfg.ids, cfg.caption_column, cfg.also, min(cfg.threshold, 0.5))
+    settings += tuple(stamp(path) for path in settings[3:7] if os.path.isfile(path))
+    if cfg.ids in ("cc12m", "yfcc15m"):  # which row an image is depends on all captions
+        settings += tuple(part.name() for part in parts)
     folder = out / "parts" / f"images-{data.stable_hash(*map(str, settings)):016x}"
     table = ""
     if cfg.ids in ("cc12m", "yfcc15m"):
@@ -97,16 +100,25 @@ def tag_stage(
         if not Path(table).exists():
             folder.mkdir(parents=True, exist_ok=True)
             column = cfg.caption_column if cfg.ids == "cc12m" else "0"
-            RowTable.build(text.strip() for part in parts for text in read_captions(part, column, "", [])).save(table)
+            rows = RowTable.build(text.strip() for part in parts for text in read_captions(part, column, "", []))
+            rows.save(f"{table}.tmp.npz")
+            os.replace(f"{table}.tmp.npz", table)
     shards = list_parts(cfg.images, cfg.part_captions, out / "cache") if cfg.images else parts
     jobs = [Job(part, cfg, str(folder / f"{part.name()}.npz"), names, table) for part in shards]
     done = stage(tag_part if cfg.tagger else label_part, jobs, cfg, "images")
     return done, [b for each in done for b in each.broken]
 
 
+def stamp(path: str) -> str:
+    """Tells a file from one that is put in its place."""
+    return f"{os.path.getsize(path)} {os.stat(path).st_mtime_ns}"
+
+
 def stage(work: Callable, jobs: list[Job], cfg: Config, label: str) -> list[Done]:
     """Run what is not there yet; -> results of all jobs, in order. Shows parts, their rate in `label`, time left."""
     done = {i: done_before(job.target) for i, job in enumerate(jobs) if Path(job.target).exists()}
+    for result in done.values():
+        refuse_broken(result, cfg)
     todo = [i for i in range(len(jobs)) if i not in done]
     for folder in {Path(job.target).parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,9 +129,14 @@ def stage(work: Callable, jobs: list[Job], cfg: Config, label: str) -> list[Done
             seen += result.documents
             bar.set_postfix_str(f"{seen / (time.perf_counter() - start):,.0f} {label}/s")
             bar.update()
-            if cfg.strict and result.broken:
-                raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
+            refuse_broken(result, cfg)
     return [done[i] for i in range(len(jobs))]
+
+
+def refuse_broken(result: Done, cfg: Config) -> None:
+    """With --strict, ValueError for a part with a broken sample, whenever it was made."""
+    if cfg.strict and result.broken:
+        raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
 
 def spread(work: Callable, jobs: Sequence, cfg: Config) -> Iterator[tuple[int, Any]]:
@@ -209,8 +226,9 @@ def main(cfg: Config) -> None:
         raise ValueError(f"lists of concepts need different names, not {', '.join(cfg.concepts)}")
     names = list(dict.fromkeys(name for wanted in lists.values() for name in wanted))
     start = time.perf_counter()
-    counted = count_corpus(cfg, names)
-    write_counts(cfg, lists, names, counted)
+    with run.lock(Path(cfg.out)):
+        counted = count_corpus(cfg, names)
+        write_counts(cfg, lists, names, counted)
     seconds, never = time.perf_counter() - start, int((counted.text == 0).sum())
     print(f"{counted.documents:,} captions, {len(names):,} concepts, {seconds:.1f} s; {never:,} concepts in no caption")
     top = np.argsort(-counted.text, kind="stable")[:10]

@@ -247,10 +247,10 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     distinct = list(dict.fromkeys(triples))  # samples with the same captions share their rows
     row_of = {triple: row for row, triple in enumerate(distinct)}
     made = json.loads(json.dumps(making(cfg, prompts)))
-    made["captions"] = data.fingerprint(json.dumps([keys.tolist(), triples]).encode())
-    shards = -(-len(distinct) // cfg.shard_size)
-    if (out / "index.json").exists():
-        index = json.loads((out / "index.json").read_text())
+    made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode()), "precision": cfg.precision}
+    shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
+    if begun:
+        index = {"precision": cfg.precision} | json.loads((out / "index.json").read_text())  # older ones do not say
         changed = [
             name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
         ]
@@ -258,40 +258,42 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
             raise ValueError(
                 f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
             )
-    missing = [shard for shard in range(shards) if not Bank.shard_path(out, shard).exists()]
+    missing = [shard for shard in range(shards) if not (begun and Bank.shard_path(out, shard).exists())]
+    missing = run.broadcast(missing, process)
     if not missing and (out / "centres.npy").exists():
         if process.main:
             print(f"{out} holds {len(keys):,} samples already; nothing to do")
         return
-    if process.main and missing:
-        out.mkdir(parents=True, exist_ok=True)
-        order = np.argsort(keys)
-        np.save(out / "keys.npy", keys[order])
-        np.save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
-        index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
-        index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
-        run.write_json(out / "index.json", index)
-    run.gather_lists([], process)  # waits
-    mine = missing[process.rank :: process.world_size]
-    total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
-    start = time.perf_counter()
-    with tqdm(total=total, desc=str(out), unit="caption", disable=None if process.main else True) as bar:
-        for shard in mine:
-            rows = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
-            bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, bar.update)
-            if not bank.isfinite().all():
-                raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
-            temporary = out / f"{shard:05d}.tmp.npy"
-            np.save(temporary, bank.half().numpy())
-            os.replace(temporary, Bank.shard_path(out, shard))
-    seconds = time.perf_counter() - start
-    total = sum(run.gather_lists([total], process))  # waits
-    if process.main:
-        multi = slice(-len(prompts[2].facets), None)
-        total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
-        np.save(out / "centres.npy", (total_sums / len(distinct)).astype(np.float32))
-        if missing:
-            print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
+    with run.lock(out, process):
+        if process.main and missing:
+            order = np.argsort(keys)
+            np.save(out / "keys.npy", keys[order])
+            np.save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
+            index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
+            index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
+            run.write_json(out / "index.json", index)
+        run.gather_lists([], process)  # waits
+        mine = missing[process.rank :: process.world_size]
+        total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
+        start = time.perf_counter()
+        with tqdm(total=total, desc=str(out), unit="caption", disable=None if process.main else True) as bar:
+            for shard in mine:
+                rows = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
+                bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, bar.update)
+                if not bank.isfinite().all():
+                    raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
+                temporary = out / f"{shard:05d}.tmp.npy"
+                np.save(temporary, bank.half().numpy())
+                os.replace(temporary, Bank.shard_path(out, shard))
+        seconds = time.perf_counter() - start
+        total = sum(run.gather_lists([total], process))  # waits
+        if process.main:
+            multi = slice(-len(prompts[2].facets), None)
+            total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
+            np.save(out / "centres.tmp.npy", (total_sums / len(distinct)).astype(np.float32))
+            os.replace(out / "centres.tmp.npy", out / "centres.npy")
+            if missing:
+                print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
 
 
 # -------------------------------------------------------------------------------------------------- evaluation texts

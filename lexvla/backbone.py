@@ -3,9 +3,13 @@
 Like DINOv2 it has seen images alone, and stays frozen afterwards: drawings of one emoji, in different styles where
 there are several, are each other's positives among a batch of other emoji (InfoNCE of [CLS], and of the mean patch).
 No word is used, and every arm and seed of the experiment reads the same weights.
+
+A finished file is left as it is; one of other settings or other data is refused. Until then a checkpoint of each epoch
+is in a folder beside it (backbone.work), from which a run that was killed goes on.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,7 +30,8 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     out: str = "data/lexvla/backbone.pt"
-    """File to write; a finished one is left as it is."""
+    """File to write; a finished one is left as it is. With a checkpoint in the folder beside it (.work), the run
+    resumes."""
     image_size: int = 40
     """Image side in pixels; a patch has 8."""
     crop_scale: float = 0.5
@@ -65,7 +70,10 @@ def drawings(spec: str, keys: list[str]) -> list[list[int]]:
 
 
 class Views(Dataset):
-    """Item i: crops (2, 3, S, S) of two drawings of emoji i, a function of (seed, i); of one twice where it has one."""
+    """Item i: (crops (2, 3, S, S) of two drawings of emoji i, or of its only one; broken samples passed over).
+
+    A function of (seed, i).
+    """
 
     def __init__(self, pairs, rows: list[list[int]], transform, seed: tuple[int, ...]):
         self.pairs, self.rows, self.transform, self.seed = pairs, rows, transform, seed
@@ -73,12 +81,19 @@ class Views(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: int) -> tuple[Tensor, list[data.Broken]]:
+        broken: list[data.Broken] = []
         torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))
         rows = self.rows[i]
         chosen = [rows[j] for j in torch.randperm(len(rows))[:2]]
-        images = [data.read_or_next(self.pairs, row, []).image for row in (chosen * 2)[:2]]
-        return torch.stack([self.transform(image) for image in images])
+        images = [data.read_or_next(self.pairs, row, broken).image for row in (chosen * 2)[:2]]
+        return torch.stack([self.transform(image) for image in images]), broken
+
+
+def collate(items: list) -> tuple[Tensor, list[data.Broken]]:
+    """Views (B, 2, 3, S, S) and broken samples."""
+    views, broken = zip(*items, strict=True)
+    return torch.stack(views), [b for each in broken for b in each]
 
 
 def drawing_loss(tokens: Tensor, temperature: float) -> Tensor:
@@ -92,21 +107,30 @@ def drawing_loss(tokens: Tensor, temperature: float) -> Tensor:
     return loss
 
 
-def train(cfg: Config, process: run.Process) -> nn.Module:
-    pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> nn.Module:
+    """The trained ViT; `work` holds the checkpoint of the last epoch."""
+    state = run.resume(work, cfg)
+    data.check_pairs(pairs, cfg, state or {}, process)
     rows = drawings(cfg.data, list(pairs.keys))
     per_epoch = len(rows) // cfg.batch_size
     if not per_epoch:
         raise ValueError(f"{cfg.data} draws {len(rows)} emoji, less than one batch of {cfg.batch_size}")
     vit = small_vit(cfg.image_size).to(process.device).train()
     optimizer = torch.optim.AdamW(param_groups(vit, cfg.weight_decay), lr=cfg.lr, fused=True)
+    first = 0
+    if state is not None:
+        vit.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epoch"]
+        print(f"going on after epoch {first} of {cfg.epochs}", flush=True)
     transform = train_transform(cfg.out, cfg.image_size, cfg.crop_scale)
     precision = run.resolve_precision(cfg.precision, process.device)
-    for epoch in range(cfg.epochs):
-        seed, losses = (cfg.seed, epoch), []
-        loader = data.epoch_loader(Views(pairs, rows, transform, seed), torch.stack, cfg, process, seed)
+    for epoch in range(first, cfg.epochs):
+        seed, losses, broken = (cfg.seed, epoch), [], list(pairs.broken)
+        loader = data.epoch_loader(Views(pairs, rows, transform, seed), collate, cfg, process, seed)
         label = f"backbone epoch {epoch + 1}/{cfg.epochs}"
-        for step, views in enumerate(run.progress(loader, per_epoch, label, 2 * cfg.batch_size), epoch * per_epoch):
+        bar = run.progress(data.watch(loader, broken), per_epoch, label, 2 * cfg.batch_size)
+        for step, (views, _) in enumerate(bar, epoch * per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(step, cfg.lr, per_epoch * cfg.epochs, 50)
             pixels = views.to(process.device).transpose(0, 1)  # (2, B, 3, S, S)
@@ -117,8 +141,33 @@ def train(cfg: Config, process: run.Process) -> nn.Module:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        print(f"backbone epoch {epoch + 1}: loss {sum(losses) / per_epoch:.3f}", flush=True)
+        mean = sum(losses) / per_epoch
+        run.check_loss(torch.tensor(mean), (epoch + 1) * per_epoch)
+        print(f"backbone epoch {epoch + 1}: loss {mean:.3f}", flush=True)
+        data.report_broken(broken, process, f"backbone epoch {epoch + 1}")
+        state = {"model": vit.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        state |= {"data": pairs.fingerprint, "config": dataclasses.asdict(cfg)}
+        run.save_checkpoint(work / "checkpoint.pt", state)
     return vit
+
+
+def check_made(out: Path, cfg: Config) -> None:
+    """ValueError if the finished file `out` was made with other settings than `cfg`, or from other data.
+
+    Where, on what and with how many workers changes nothing. An older file does not say what its data held: its
+    --data and --dataset-size have to be the same.
+    """
+    kept = run.load_checkpoint(out)
+    if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict) or "weights" not in kept:
+        raise ValueError(f"{out} is no file of this script: choose another --out")
+    free = {"out", "device", "workers"} | ({"data", "dataset_size"} if "data" in kept else set())
+    now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
+    if what := run.changes(kept["config"], now):
+        raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
+    if "data" in kept and kept["data"] != data.open_pairs(cfg.data, cfg.dataset_size).fingerprint:
+        raise ValueError(
+            f"{out} was made from other data than {cfg.data} holds now: choose another --out, or remove it"
+        )
 
 
 def main(cfg: Config) -> None:
@@ -126,10 +175,18 @@ def main(cfg: Config) -> None:
     if out.suffix != ".pt":
         raise ValueError(f"--out {out} has to end in .pt: by that a backbone of this script is known")
     if out.exists():
+        check_made(out, cfg)
         return print(f"{out} is there already")
-    vit = train(cfg, run.setup(cfg.seed, cfg.device))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    run.save_checkpoint(out, {"weights": vit.cpu().state_dict(), "config": dataclasses.asdict(cfg)})
+    run.check_counts(cfg, "batch_size", "epochs", "dataset_size")
+    process, work = run.setup(cfg.seed, cfg.device), out.with_suffix(".work")
+    if process.world_size > 1:
+        raise ValueError("the backbone is trained by one process: start it without torchrun")
+    with run.lock(work, process):
+        pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+        vit = train(cfg, process, pairs, work)
+        made = {"config": dataclasses.asdict(cfg), "data": pairs.fingerprint}
+        run.save_checkpoint(out, {"weights": vit.cpu().state_dict()} | made)
+        shutil.rmtree(work)
     print(f"{out} written")
 
 

@@ -6,10 +6,14 @@ or any other of the same layout, is what eval.py reads:
     classnames.txt     one class a line
     images/KEY.png     (or .jpg)
     masks/KEY.png      class of each pixel; the largest value of the mask's type, 255 or 65535, is ignored
+
+`scenes.json` beside them says how this script made them; where it is there already, it has to be what is asked for.
 """
 
 import io
+import json
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from lexvla.build import normalize
-from shared import emoji, emoji_sources, run
+from shared import data, emoji, emoji_sources, run
 
 CELL = 48  # pixels; a scene has 2 x 2 cells
 IGNORE = 65535
@@ -40,19 +44,34 @@ def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Ten
         image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
         if image is None:
             raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
-        mask = np.asarray(Image.open(file))
+        mask = read_mask(file)
         if mask.ndim != 2:
             raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
         ignore = 255 if mask.dtype == np.uint8 else IGNORE
         if (largest := mask[mask != ignore].max(initial=0)) >= classes:
             raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
-        yield transform(Image.open(image).convert("RGB"))[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
+        try:
+            picture = data.decode_image(data.read_file(image))
+        except data.BrokenSample as error:
+            raise ValueError(f"{image}: {error}") from error
+        yield transform(picture)[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """The values of a .png as they are. ValueError if it cannot be read, or has more pixels than an image may have."""
+    try:
+        image = Image.open(io.BytesIO(data.read_file(file)), formats=("PNG",))
+        if image.width * image.height > data.MAX_PIXELS:
+            raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
+        return np.asarray(image)
+    except Exception as error:  # PIL's are of many kinds
+        raise ValueError(f"{file} cannot be read as a mask: {error}") from error
 
 
 def draw(svg: str, side: int) -> Image.Image:
     """RGBA picture of an SVG document, transparent where it draws nothing."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(png)), formats=("PNG",)).convert("RGBA")
 
 
 def compose(drawings: list, classes: list[int], rng: random.Random) -> tuple[Image.Image, np.ndarray]:
@@ -68,24 +87,49 @@ def compose(drawings: list, classes: list[int], rng: random.Random) -> tuple[Ima
     return canvas.convert("RGB"), mask
 
 
+def check_made(out: Path, made: dict) -> None:
+    """ValueError if the folder `out` was made otherwise; an older one does not say more than how many scenes it has."""
+    try:
+        kept = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        kept = made | {"scenes": len(list((out / "masks").glob("*.png")))}
+    if what := run.changes(kept, made):
+        raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
+
+
 def main(out: Path = Path("data/lexvla/scenes"), corpus: Path = Path("data/emoji"), scenes: int = 200) -> None:
-    """Writes the scenes; a finished folder is left as it is.
+    """Writes the scenes; a finished folder is left as it is, and refused if it is not what is asked for.
 
     Args:
         out: Folder to write. It appears there only when it is complete.
         corpus: The embedded corpus; its npm packages are beside it.
         scenes: Number of scenes.
     """
-    if out.exists():
-        return
+    if scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, not {scenes}")
     if not (corpus / "manifest.json").is_file():
         raise FileNotFoundError(f"{corpus} holds no corpus: 'make data' builds it")
+    packages = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))["packages"]
+    versions = " ".join(f"{name} {about['version']}" for name, about in sorted(packages.items()))
+    made = {"scenes": scenes, "seed": emoji.SEED, "cell": CELL, "packages": data.fingerprint(versions.encode())}
+    if out.exists():
+        check_made(out, made)
+        return print(f"{out} is there already")
     try:
         modules = emoji_sources.install(corpus.parent / ".npm")
     except emoji_sources.BuildError as error:
         raise ValueError(str(error)) from error
     drawings, _ = emoji.collect(modules, emoji_sources.read_emoji(modules, None))
-    drawings = [drawing for drawing in drawings if drawing.split == "ood"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        write([drawing for drawing in drawings if drawing.split == "ood"], Path(scratch) / "scenes", scenes)
+        run.write_json(Path(scratch) / "scenes/scenes.json", made)
+        (Path(scratch) / "scenes").rename(out)
+    print(f"{out}: {scenes} scenes")
+
+
+def write(drawings: list, folder: Path, scenes: int) -> None:
+    """So many scenes of these drawings into a new folder."""
     rng = random.Random(emoji.SEED)
     chosen = []
     while len(chosen) < scenes:
@@ -94,15 +138,13 @@ def main(out: Path = Path("data/lexvla/scenes"), corpus: Path = Path("data/emoji
             chosen.append(some)
     names = sorted({drawing.emoji.name for some in chosen for drawing in some})
     label = {name: i for i, name in enumerate(names)}
-    scratch = out.with_name(out.name + ".tmp")
-    for folder in ("images", "masks"):
-        (scratch / folder).mkdir(parents=True, exist_ok=True)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
     for i, some in enumerate(chosen):
         picture, mask = compose(some, [label[drawing.emoji.name] for drawing in some], rng)
-        picture.save(scratch / f"images/{i:05d}.png")
-        Image.fromarray(mask).save(scratch / f"masks/{i:05d}.png")
-    (scratch / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    scratch.rename(out)
+        picture.save(folder / f"images/{i:05d}.png")
+        Image.fromarray(mask).save(folder / f"masks/{i:05d}.png")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 if __name__ == "__main__":

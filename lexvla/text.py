@@ -47,7 +47,7 @@ class Config:
     sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "retrieval_id", EMOJI + "names_ood")
     """Evaluation sets whose captions and class names are wanted, too."""
     out: str = "data/lexvla/states.pt"
-    """File to write; a finished one is left as it is."""
+    """File to write; a finished one is left as it is, and refused if it is not what is asked for."""
     max_length: int = 128
     """Tokens of a prompt, as in training."""
     prompt_end: str = ""
@@ -278,24 +278,44 @@ def caption_vocabulary(
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def main(cfg: Config) -> None:
-    out = Path(cfg.out)
-    if out.exists():
-        States(cfg.out, cfg.lm, cfg.max_length, cfg.prompt_end)  # refuses a file of other settings
-        return print(f"{out} is there already")
-    process = run.setup(0, cfg.device)
+def texts_of(cfg: Config) -> list[str]:
+    """The distinct captions and class names that are wanted."""
     pairs = data.open_pairs(cfg.data)
     texts = [pairs.caption(row) for row in range(len(pairs))]
     for folder in cfg.sets:
         eval_set = EvalSet(folder, lambda image: torch.zeros(1))
         texts += eval_set.classnames or [text for _, _, captions in eval_set for text in captions]
-    texts = list(dict.fromkeys(filter(None, texts)))
+    return list(dict.fromkeys(filter(None, texts)))
+
+
+def check_made(cfg: Config) -> None:
+    """ValueError if the finished file was made with other settings, or lacks captions of the data."""
+    kept = States(cfg.out, cfg.lm, cfg.max_length, cfg.prompt_end)
+    then = run.load_checkpoint(cfg.out).get("precision", cfg.precision)  # older files do not say
+    if then != cfg.precision:
+        raise ValueError(
+            f"{cfg.out} was made with precision {then!r}, not {cfg.precision!r}: choose another --out, or remove it"
+        )
+    if lacking := [text for text in texts_of(cfg) if text not in kept.row]:
+        raise ValueError(
+            f"{cfg.out} lacks {len(lacking):,} captions of --data and --sets, such as {lacking[0][:80]!r}: it was made"
+            " from other data; choose another --out, or remove it"
+        )
+
+
+def main(cfg: Config) -> None:
+    out = Path(cfg.out)
+    if out.exists():
+        check_made(cfg)
+        return print(f"{out} is there already")
+    process = run.setup(0, cfg.device)
+    texts = texts_of(cfg)
     lm, tokenizer = load_lm(cfg.lm, run.DTYPES[run.resolve_precision(cfg.precision, process.device)])
     lm.eval().requires_grad_(False).to(process.device)
     prompts = Prompts(tokenizer, cfg.max_length, cfg.prompt_end)
     states = compute_states(lm, prompts, texts, cfg.batch_size, process.device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = made_with(cfg.lm, cfg.max_length, cfg.prompt_end)
+    made = made_with(cfg.lm, cfg.max_length, cfg.prompt_end) | {"precision": cfg.precision}
     run.save_checkpoint(out, made | {"texts": texts, "states": states})
     print(f"{len(texts):,} captions written to {out}")
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -214,6 +214,13 @@ class State(dict):
         raise ValueError(f"the checkpoint holds no {key!r}: it is of another script; choose another --out")
 
 
+def changes(then: dict, now: dict) -> str:
+    """ "lr (was 0.1, now 0.2) and 3 more": the settings of `now` that differ in `then`; "" if none does."""
+    changed = [name for name in now if now[name] != then.get(name)]
+    what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
+    return what + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
 def resume(folder: Path, config: Any) -> dict | None:
     """The state in `folder`/checkpoint.pt, or None if the run is new.
 
@@ -238,11 +245,8 @@ def resume(folder: Path, config: Any) -> dict | None:
         "strict",
         "dry_run",
     }
-    now, then = dataclasses.asdict(config), state["config"]
-    changed = [name for name in now if name not in free and now[name] != then.get(name)]
-    if changed:
-        what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
-        what += f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    if what := changes(state["config"], now):
         raise ValueError(
             f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
         )
@@ -250,6 +254,23 @@ def resume(folder: Path, config: Any) -> dict | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- logs
+
+
+def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> IO[str] | contextlib.nullcontext:
+    """Make a folder this process' own, as long as the file that this returns is open and the process lives.
+
+    ValueError if it is another process' already. Ranks other than 0 get nothing: their rank 0 has it for them.
+    """
+    if process is not None and not process.main:
+        return contextlib.nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / name, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no loader worker inherits it
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
+    return file
 
 
 class RunLog:
@@ -266,12 +287,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "metrics.jsonl", "a+")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no loader worker inherits it
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
+        self.file = lock(folder, process, "metrics.jsonl")
         write_json(folder / "config.json", dataclasses.asdict(config))
         self.file.seek(0)
         kept = itertools.takewhile(lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step, self.file)

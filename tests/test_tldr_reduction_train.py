@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
-from scripts import ROOT, Ended, ended, finished, free_port, kill_at, kill_when, metrics, same, start_two
+from scripts import ROOT, Ended, ended, finished, free_port, held, kill_at, kill_when, metrics, same, start_two
 
 from shared import data, run
 from tldr_reduction import config, corpus, train
@@ -151,6 +151,21 @@ def test_a_finished_reduction_is_not_run_twice(chain, cli):
     assert "is finished; nothing to do" in result.out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
     refused(cli(*chain["command"], "--keep", "0.3", "--out", out, module=REDUCE), "another --keep")
+
+
+def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_path):
+    shutil.copytree(folder / "pool", tmp_path / "pool")
+    out = tmp_path / "out"
+    command = [tmp_path / "pool", "--keep", "0.5", "--clusters", "2", "--select", "random", "--out", out]
+    with held(out):
+        refused(in_process(*command, module=REDUCE), "belongs to a run that is still going")
+    assert in_process(*command, module=REDUCE).code == 0
+    settings = json.loads((out / "config.json").read_text())
+    (tmp_path / "pool/00001.tar").unlink()
+    refused(in_process(*command, module=REDUCE), "reduces other data than")
+    settings.pop("fingerprint")  # an older folder, which does not say
+    (out / "config.json").write_text(json.dumps(settings))
+    assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
 
 
 ARMS = {
@@ -496,6 +511,24 @@ def test_corpus_is_declared(tmp_path):
     assert corpus.noisy_caption("7", {"name": "a", "tags": ["t"]}, names) == corpus.noisy_caption(
         "7", {"name": "a", "tags": ["t"]}, names
     )
+
+
+def test_a_corpus_of_another_version_leaves_nothing_behind(tmp_path):
+    """Neither shards beyond the new ones, nor a word that all is up to date before it is."""
+    about = [{"name": f"n{i}", "tags": ["t"], "style": "noto" if i % 2 else "twemoji"} for i in range(6)]
+    source, out = tmp_path / "emoji", tmp_path / "tldr"
+    corpus.write(source / "train", [(str(i), b"png", "", each) for i, each in enumerate(about)])
+    (source / "manifest.json").write_text('{"version": "new"}')
+    corpus.write(out / "pool", [(str(i), b"png", "", {}) for i in range(4)], size=1)
+    (out / "noise.json").write_text(json.dumps({"version": "old", "seed": corpus.SEED, "shares": corpus.SHARES}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "build_vocab", lambda captions: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            corpus.main(corpus.Config(str(source), str(out)))
+    assert [path.name for path in sorted((out / "pool").iterdir())] == ["00000.tar"]
+    assert not (out / "noise.json").exists()
+    corpus.main(corpus.Config(str(source), str(out)))
+    assert json.loads((out / "noise.json").read_text())["version"] == "new"
 
 
 def test_merged_codes_are_memory_mapped(chain):

@@ -64,8 +64,10 @@ def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, s
 
 
 def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int = 1000) -> None:
-    """Shards in img2dataset layout; the same entries give the same bytes."""
+    """Shards in img2dataset layout, the folder's only ones; the same entries give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.tar"):
+        old.unlink()
     for first in range(0, len(entries), size):
         path = folder / f"{first // size:05}.tar"
         with tarfile.open(path.with_suffix(".tmp"), "w") as tar:
@@ -87,6 +89,7 @@ def main(cfg: Config) -> None:
     if marker.is_file() and made.items() <= json.loads(marker.read_text()).items():
         print(f"{out} is up to date")
         return
+    marker.unlink(missing_ok=True)  # until all is written, the folder is nobody's
     everything = list(samples(source))
     names = sorted({description["name"] for *_, description in everything})
     clean, pool, kinds = [], [], Counter()

@@ -305,8 +305,11 @@ def main(cfg: Config) -> None:
             reduction.model(path, stage)
     settings, out = json.loads(json.dumps(dataclasses.asdict(cfg))), reduction.out
     free = ("out", "workers", "device", "batch_size", "cache", "work")
+    settings["fingerprint"] = reduction.pairs.fingerprint
     if (out / "config.json").exists():
         then = json.loads((out / "config.json").read_text())
+        if then.setdefault("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older ones lack it
+            raise ValueError(f"{out} reduces other data than {cfg.data} holds now: choose another --out")
         changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
         if changed:
             raise ValueError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
@@ -316,9 +319,15 @@ def main(cfg: Config) -> None:
             return
     elif list((out / "shards").glob("*.tar")):
         raise ValueError(f"{out}/shards holds shards that no reduction into {out} has written: choose another --out")
-    if process.main:
-        out.mkdir(parents=True, exist_ok=True)
-        run.write_json(out / "config.json", settings)
+    with run.lock(out, process):
+        if process.main:
+            run.write_json(out / "config.json", settings)
+        reduce(reduction)
+
+
+def reduce(reduction: Reduction) -> None:
+    """All passes and what they write; the folder has its config.json."""
+    cfg, process, out = reduction.cfg, reduction.process, reduction.out
     clustered = cfg.select in ("stride", "nearest", "farthest")
 
     # Costly passes: codes, ITM scores, captions

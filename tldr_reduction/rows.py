@@ -31,7 +31,7 @@ def cached_rows(
         if kept is not None:
             fresh = {name: np.concatenate([kept[name], fresh[name]]) for name in fresh}
         order = np.argsort(fresh["rows"])
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # reductions may share the folder
         with open(temporary, "wb") as file:
             np.savez(file, **{name: values[order] for name, values in fresh.items()})
         os.replace(temporary, path)
@@ -68,7 +68,7 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     path = folder / "codes.npy"
     first = read_rows(folder, rows[:1], size, "codes")
     shape = (len(rows), first.shape[1])
-    temporary = folder / "codes.tmp.npy"
+    temporary = folder / f"codes.{os.getpid()}.tmp.npy"
     merged = np.lib.format.open_memmap(temporary, "w+", first.dtype, shape)
     done = 0
     for number in np.unique(rows // size):
