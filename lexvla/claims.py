@@ -113,7 +113,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
 
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
     """Recall against active words (Fig. 5); a dot where the threshold stands, a dashed line for the latent baseline."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2))
     for axis, way in zip(axes, ("image_to_text", "text_to_image"), strict=True):
         for color, (arm, seeds) in zip(plt.get_cmap("tab10").colors, arms.items(), strict=False):
             levels = [int(key.split("/")[1][3:]) for key in seeds[0] if key.startswith(f"{SET}/top") and way in key]
@@ -127,7 +127,7 @@ def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
             axis.plot(active, recall, "o", color=color)
         axis.set(xscale="log", xlabel="words kept on both sides", ylabel=f"{way.replace('_', ' ')} R@1 (%), OOD")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,8 +1,8 @@
 # LexVLA; arms: no penalty, FLOPs, overuse (other weights), frozen codebook, bags of words, latent baseline
 LEXVLA_ARMS_core = none flops overuse
 LEXVLA_ARMS_all  = $(LEXVLA_ARMS_core) flops-strong overuse-weak overuse-strong frozen-codebook bow dense
-LEXVLA_MINUTES_core = 17
-LEXVLA_MINUTES_all  = 29
+LEXVLA_MINUTES_core = 11
+LEXVLA_MINUTES_all  = 16
 lexvla/none            = emoji-none
 lexvla/flops           = emoji-flops
 lexvla/overuse         = emoji
