@@ -285,6 +285,8 @@ def main(cfg: Config) -> None:
         return print(f"{out} is there already")
     process = run.setup(0, cfg.device)
     pairs = data.open_pairs(cfg.data)
+    if line := data.broken_report(pairs.broken, "left out"):
+        print(line)
     texts = [pairs.caption(row) for row in range(len(pairs))]
     for folder in cfg.sets:
         eval_set = EvalSet(folder, lambda image: torch.zeros(1))

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -150,7 +150,7 @@ def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autoca
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` so that `path` always holds a whole file: temporary file, fsync, atomic replace.
+    """Write `state` so that `path` always holds a whole file.
 
     ValueError if a tensor is not finite, OSError if `state` cannot be written: what `path` held before is then kept.
     """
@@ -159,10 +159,20 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise ValueError(
                 f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
             )
+    with replaced(path) as file:
+        torch.save(state, file)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place when it is whole: temporary file, fsync, atomic replace.
+
+    OSError if it cannot be written, which names `path`: what that held before is then kept.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -283,8 +293,13 @@ class RunLog:
         if not self.active:
             return
         values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.close()  # else Python tries again at its end, and complains
+            raise OSError(f"{self.file.name} could not be written ({error.strerror})") from error
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.board.add_scalar(name, value, step)
@@ -322,9 +337,9 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, replaced atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replaced(path) as file:
+        file.write(text.encode())
 
 
 def activation_bytes(forward: Callable[[], Any]) -> int:

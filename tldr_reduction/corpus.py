@@ -12,7 +12,6 @@ style fluent-emoji-flat, on which everything is evaluated, is in neither.
 import dataclasses
 import io
 import json
-import os
 import random
 import tarfile
 from collections import Counter
@@ -68,14 +67,13 @@ def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int =
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(entries), size):
         path = folder / f"{first // size:05}.tar"
-        with tarfile.open(path.with_suffix(".tmp"), "w") as tar:
+        with run.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for key, image, caption, description in entries[first : first + size]:
                 text = json.dumps(description, ensure_ascii=False, sort_keys=True)
                 for extension, content in (("png", image), ("txt", caption.encode()), ("json", text.encode())):
                     info = tarfile.TarInfo(f"{key}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-        os.replace(path.with_suffix(".tmp"), path)
 
 
 def main(cfg: Config) -> None:
@@ -100,7 +98,8 @@ def main(cfg: Config) -> None:
     write(out / "clean", clean)
     write(out / "pool", pool)
     vocab = build_vocab(caption for *_, caption, _ in clean + pool)
-    (out / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    with run.replaced(out / "vocab.txt") as file:
+        file.write(("\n".join(vocab) + "\n").encode())
     run.write_json(marker, made | {"counts": kinds, "clean": len(clean)})
     print(f"{out}: {len(clean):,} clean pairs, {len(pool):,} noisy ones ({dict(kinds)}), {len(vocab):,} word pieces")
 

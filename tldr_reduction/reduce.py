@@ -147,9 +147,9 @@ class Reduction:
         folder, vocab = self.out / "captioner", self.out / "vocab.txt"
         self.out.mkdir(parents=True, exist_ok=True)
         if self.process.main and not vocab.exists():
-            temporary = vocab.with_name("vocab.txt.tmp")
-            temporary.write_text("\n".join(build_vocab(self.pairs.caption(row) for row in self.rows)) + "\n")
-            os.replace(temporary, vocab)
+            words = build_vocab(self.pairs.caption(row) for row in self.rows)
+            with run.replaced(vocab) as file:
+                file.write(("\n".join(words) + "\n").encode())
         if self.process.world_size > 1:
             dist.barrier()
         settings = dataclasses.replace(
@@ -391,8 +391,8 @@ def main(cfg: Config) -> None:
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     run.write_json(out / "report.json", report)
     broken = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in rows[reasons != ""]]
-    if line := data.broken_report([*pairs.broken, *broken]):
-        print(line.replace("replaced by their neighbours", "left out"))
+    if line := data.broken_report([*pairs.broken, *broken], "left out"):
+        print(line)
     print_report(report)
 
 

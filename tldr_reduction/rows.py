@@ -31,10 +31,8 @@ def cached_rows(
         if kept is not None:
             fresh = {name: np.concatenate([kept[name], fresh[name]]) for name in fresh}
         order = np.argsort(fresh["rows"])
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with run.replaced(path) as file:
             np.savez(file, **{name: values[order] for name, values in fresh.items()})
-        os.replace(temporary, path)
     if process.world_size > 1:
         dist.barrier()
 
