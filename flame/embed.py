@@ -259,7 +259,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     made["captions"] = data.fingerprint(json.dumps([keys.tolist(), triples]).encode())
     shards = -(-len(distinct) // cfg.shard_size)
     if (out / "index.json").exists():
-        index = json.loads((out / "index.json").read_text())
+        index = run.read_json(out / "index.json")
         changed = [
             name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
         ]

@@ -217,6 +217,14 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         ) from error
 
 
+def config_in(state: Any, config: type, path: str | Path) -> Any:
+    """The `config`, a dataclass, in a checkpoint that was read from `path`. ValueError if that is another script's."""
+    values = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
+        raise ValueError(f"{path} is no run of {config.__module__.partition('.')[0]}'s that can be used here")
+    return config(**values)
+
+
 class State(dict):
     """What a run's checkpoint holds; ValueError for what it lacks."""
 
@@ -333,6 +341,17 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
     """The lines of a run's metrics.jsonl that have this key."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if key in line]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError names a file that holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: remove it, or name another folder")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

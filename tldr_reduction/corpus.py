@@ -39,14 +39,15 @@ def samples(folder: Path):
     """(key, image bytes, description) of the corpus' training shards, in order."""
     for shard in data.expand_shards(str(folder / "train")):
         broken: list[data.Broken] = []
-        files: dict[str, bytes] = {}
+        unfinished: dict[str, dict[str, bytes]] = {}
         for name, content in data.read_tar(shard, broken):
             key, extension = data.key_of(name)
+            files = unfinished.setdefault(key, {})
             files[extension] = content
-            if len(files) == 3:
+            if files.keys() >= {"png", "txt", "json"}:
                 yield key, files["png"], json.loads(files["json"])
-                files = {}
-        if broken:
+                del unfinished[key]
+        if broken or unfinished:
             raise ValueError(f"{shard} is damaged: 'make data' builds the corpus anew")
 
 
@@ -80,9 +81,9 @@ def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
         raise FileNotFoundError(f"{source} is not the embedded corpus: 'make data' builds it")
-    version = json.loads((source / "manifest.json").read_text())["version"]
+    version = run.read_json(source / "manifest.json").get("version")
     made, marker = {"version": version, "seed": SEED, "shares": SHARES}, out / "noise.json"
-    if marker.is_file() and made.items() <= json.loads(marker.read_text()).items():
+    if marker.is_file() and made.items() <= run.read_json(marker).items():
         print(f"{out} is up to date")
         return
     everything = list(samples(source))

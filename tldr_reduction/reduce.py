@@ -306,7 +306,7 @@ def main(cfg: Config) -> None:
     settings, out = json.loads(json.dumps(dataclasses.asdict(cfg))), reduction.out
     free = ("out", "workers", "device", "batch_size", "cache", "work")
     if (out / "config.json").exists():
-        then = json.loads((out / "config.json").read_text())
+        then = run.read_json(out / "config.json")
         changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
         if changed:
             raise ValueError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
