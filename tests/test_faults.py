@@ -428,14 +428,56 @@ HOSTILE = {  # what a stage reports of hostile data beside what the headers show
     "flame.recaption": None,
     "lexvla.text": {},
     "protoclip.teacher": {},
+    "tldr_reduction.corpus": None,
     "tldr_reduction.reduce": {BOMB: 4, PIXELS: 4, ENCODING: 4},
 }
 
 
 @pytest.mark.parametrize("module", HOSTILE)
 def test_a_stage_on_hostile_data(module: str, stage, hostile: Path, tmp_path: Path):
-    result = stage(module, tmp_path / "out", data=hostile)
+    arguments = []
+    if module == "tldr_reduction.corpus":
+        (tmp_path / "manifest.json").write_text('{"version": "hostile"}')
+        (tmp_path / "train").symlink_to(hostile)
+        arguments = ["--source", tmp_path]
+    result = stage(module, tmp_path / "out", *arguments, data=hostile)
     if HOSTILE[module] is None:
-        refused(result, "00001.tar: truncated or damaged tar")
+        refused(result, "00001.tar: truncated or damaged tar", "00000.tar is damaged")
     else:
         assert reported(finished(result).out) == SEEN_IN_HEADERS | HOSTILE[module], result.out
+
+
+GOES_ON_FROM = {
+    "flame.embed": "run/index.json", "lexvla.text": "states.pt", "nmtune.finetune": "run/checkpoint.pt",
+    "nmtune.train": "run/checkpoint.pt", "protoclip.teacher": "teacher.npz", "tldr_reduction.reduce": "run/config.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", GOES_ON_FROM)
+def test_a_stage_over_files_of_something_else(module: str, stage, tmp_path: Path):
+    """They are refused, and left alone."""
+    path = tmp_path / GOES_ON_FROM[module]
+    path.parent.mkdir(exist_ok=True)
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    torch.save({"config": {"a": 1}}, tmp_path / "other.pt")
+    npz, pt = ((tmp_path / f"other.{kind}").read_bytes() for kind in ("npz", "pt"))
+    for content in (b"", b"[1]", b'{"a": 1}', npz, npz[:50], pt):
+        path.write_bytes(content)
+        refused(stage(module, tmp_path), str(path.parent))
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_runs_of_other_scripts_are_named_where_one_of_ones_own_is_wanted(name: str, given, whole, in_process, tmp_path):
+    for other in {"lexvla", "tldr_reduction"} - {name}:
+        commands = [[f"{name}.eval", whole(other)]]
+        if name == "nmtune":
+            commands += [["nmtune.finetune", *given["nmtune.finetune"], "--encoder", whole(other)]]
+        for module, *arguments in commands:
+            out = ["--out", tmp_path / "run"] * (not module.endswith("eval"))
+            refused(in_process(*arguments, *out, module=module), str(whole(other)))
+    if name == "tldr_reduction":
+        reduce = given["tldr_reduction.reduce"]
+        for flag in ("--captioner", "--scorer", "--caption-model"):
+            command = [*reduce, flag, whole("lexvla"), "--out", tmp_path / "run"]
+            refused(in_process(*command, module="tldr_reduction.reduce"), str(whole("lexvla")))
