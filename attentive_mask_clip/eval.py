@@ -315,14 +315,14 @@ def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16")
         load_checkpoint(model, path)
         return model.eval()
     state = run.load_checkpoint(path / "checkpoint.pt")
-    model = untrained(state)
+    model = untrained(state, path)
     load_checkpoint(model, state)
     return model.eval()
 
 
-def untrained(state: dict) -> CLIP:
-    """The model with which the run of this checkpoint began."""
-    cfg = TrainConfig(**state["config"])
+def untrained(state: dict, path: str | Path) -> CLIP:
+    """The model with which the run of this checkpoint in the folder `path` began."""
+    cfg = run.config_in(state, TrainConfig, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return create_model(cfg.method, cfg.model, **cfg.model_settings()).eval()
@@ -370,7 +370,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         kept = kept_foreground(model, images, foreground(images))
         flat |= {f"kept/{key}": value for key, value in kept.items()}
         if Path(path).is_dir():
-            before = untrained(run.load_checkpoint(Path(path) / "checkpoint.pt")).to(process.device)
+            before = untrained(run.load_checkpoint(Path(path) / "checkpoint.pt"), path).to(process.device)
             flat["kept/untrained_share"] = kept_foreground(before, images, foreground(images))["attentive_share"]
             few = images[torch.linspace(0, len(images) - 1, 8).long()]
             plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png")

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared import data
+from shared import data, run
 
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
 
@@ -210,7 +210,8 @@ class RowTable(Mapping):
         return cls(hashes[rows], rows)
 
     def save(self, path: str) -> None:
-        np.savez(path, hashes=self.hashes, rows=self.rows)
+        with run.replaced(Path(path)) as file:
+            np.savez(file, hashes=self.hashes, rows=self.rows)
 
     @classmethod
     def load(cls, path: str) -> "RowTable":

@@ -58,8 +58,9 @@ def count_corpus(cfg: Config, names: Sequence[str]) -> Counted:
     parts = list_parts(cfg.data, cfg.part_captions, out / "cache")
     texts = text_stage(cfg, parts, out)
     tags, broken = tag_stage(cfg, names, parts, out)
-    if line := data.broken_report([b for done in texts for b in done.broken] + broken):
-        print(line.replace("replaced by their neighbours", "kept as documents without concepts"))
+    broken += [b for done in texts for b in done.broken]
+    if line := data.broken_report(broken, "kept as documents without concepts"):
+        print(line)
     total = add_up(cfg, names, texts, tags)
     if cfg.merge:
         InvertedIndex.merge([InvertedIndex.load(done.target) for done in texts]).save(out / "index.npz")

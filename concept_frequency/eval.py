@@ -125,7 +125,7 @@ def scored(
 def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
     """(metrics, {concept: {"assigned", "text", "image", "integrated", "accuracy"}}) of one run."""
     state = run.load_checkpoint(folder / "checkpoint.pt")
-    settings = state["config"]
+    settings = vars(run.config_in(state, train.Config, folder))
     model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
     model.load_state_dict(state["state_dict"])
     tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
@@ -163,7 +163,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
 def export_run(path: str, folder: str) -> None:
     """The model as one of open_clip's, whose preprocessing lacks the resize of `train.views` and only comes near."""
     state = run.load_checkpoint(Path(path) / "checkpoint.pt")
-    settings = state["config"]
+    settings = vars(run.config_in(state, train.Config, path))
     model = train.create_model(settings["model"], settings["image_size"]).eval()
     model.load_state_dict(state["state_dict"])
     side = train.image_side(model)

@@ -87,8 +87,8 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
 
 def _run_folder(folder: Path) -> tuple[nn.Module, Callable, Callable]:
     state = run.load_checkpoint(folder / "checkpoint.pt")
-    name, size = state["config"]["model"], state["config"]["image_size"]
-    model = train.create_model(name, size)
+    cfg = run.config_in(state, train.Config, folder)
+    model = train.create_model(cfg.model, cfg.image_size)
     model.load_state_dict(state["state_dict"])
     side, plain = train.image_side(model), torch.full((1, train.NOISE), 0.5)
 
@@ -96,7 +96,7 @@ def _run_folder(folder: Path) -> tuple[nn.Module, Callable, Callable]:
         pixels = torch.from_numpy(np.array(image.resize((train.SIDE, train.SIDE)))).permute(2, 0, 1)
         return train.views(pixels[None], plain, side)[0]
 
-    return model, transform, open_clip.get_tokenizer(name, context_length=model.context_length)
+    return model, transform, open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
 
 
 def _checkpoint(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,8 @@ def embed_captions(
 def captions_of(cfg: Config) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
     """Sample keys and (raw, short, long) of each."""
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+    if line := data.broken_report(pairs.broken, "left out"):
+        print(line)
     columns = []
     for kind in ("raw", "short", "long"):
         path = getattr(cfg, kind)
@@ -240,6 +243,12 @@ def making(cfg: Config, prompts: Prompts) -> dict:
     return {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "prompts": [list(p) for p in prompts]}
 
 
+def save(path: Path, array: np.ndarray) -> None:
+    """np.save, whole or not at all."""
+    with run.replaced(path) as file:
+        np.save(SimpleNamespace(write=file.write), array)  # into a file itself, NumPy overlooks that a disk is full
+
+
 def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], process: run.Process) -> None:
     """Write the bank, or what is missing of it."""
     out = Path(cfg.out)
@@ -250,7 +259,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode()), "precision": cfg.precision}
     shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
     if begun:
-        index = {"precision": cfg.precision} | json.loads((out / "index.json").read_text())  # older ones do not say
+        index = {"precision": cfg.precision} | run.read_json(out / "index.json")  # older ones do not say
         changed = [
             name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
         ]
@@ -267,8 +276,8 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     with run.lock(out, process):
         if process.main and missing:
             order = np.argsort(keys)
-            np.save(out / "keys.npy", keys[order])
-            np.save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
+            save(out / "keys.npy", keys[order])
+            save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
             index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
             run.write_json(out / "index.json", index)
@@ -282,16 +291,13 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
                 bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, bar.update)
                 if not bank.isfinite().all():
                     raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
-                temporary = out / f"{shard:05d}.tmp.npy"
-                np.save(temporary, bank.half().numpy())
-                os.replace(temporary, Bank.shard_path(out, shard))
+                save(Bank.shard_path(out, shard), bank.half().numpy())
         seconds = time.perf_counter() - start
         total = sum(run.gather_lists([total], process))  # waits
         if process.main:
             multi = slice(-len(prompts[2].facets), None)
             total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
-            np.save(out / "centres.tmp.npy", (total_sums / len(distinct)).astype(np.float32))
-            os.replace(out / "centres.tmp.npy", out / "centres.npy")
+            save(out / "centres.npy", (total_sums / len(distinct)).astype(np.float32))
             if missing:
                 print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
 
@@ -323,9 +329,9 @@ class Texts:
             with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
                 hidden = embed_batches(self.llm(), texts, prompt, tick=bar.update)
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(temporary, F.normalize(hidden.mean(1), dim=-1).half().numpy())
-            os.replace(temporary, path)
+            own = path.with_suffix(f".{os.getpid()}.npy")  # several evaluations may want the same texts
+            save(own, F.normalize(hidden.mean(1), dim=-1).half().numpy())
+            os.replace(own, path)
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 

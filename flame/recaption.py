@@ -51,8 +51,9 @@ def captions(about: dict) -> tuple[str, str, str]:
 def main(cfg: Config) -> None:
     lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
     for key, about in data.descriptions(data.expand_shards(cfg.data)):
-        if "hexcode" not in about:
-            raise ValueError(f"{cfg.data}, sample {key} has no hexcode: these are no shards of the emoji corpus")
+        if lacking := {"hexcode", "name", "tags", "group", "subgroup"} - about.keys():
+            missing = ", ".join(sorted(lacking))
+            raise ValueError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")
         for kind, text in zip(KINDS, captions(about), strict=True):
             lists[kind].append({"__key__": key, "caption": text})
     if not lists["raw"]:

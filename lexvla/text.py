@@ -281,6 +281,8 @@ def caption_vocabulary(
 def texts_of(cfg: Config) -> list[str]:
     """The distinct captions and class names that are wanted."""
     pairs = data.open_pairs(cfg.data)
+    if line := data.broken_report(pairs.broken, "left out"):
+        print(line)
     texts = [pairs.caption(row) for row in range(len(pairs))]
     for folder in cfg.sets:
         eval_set = EvalSet(folder, lambda image: torch.zeros(1))

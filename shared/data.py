@@ -451,14 +451,14 @@ def watch(batches: Iterable, broken: list[Broken]) -> Iterable:
         yield batch
 
 
-def broken_report(broken: Iterable[Broken]) -> str | None:
+def broken_report(broken: Iterable[Broken], fate: str = "replaced by their neighbours") -> str | None:
     """One line for the end of an epoch, or None: how many distinct samples were broken, why, and the first few keys."""
     distinct = dict(broken)
     if not distinct:
         return None
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(distinct.values()).most_common())
     names = ", ".join(sorted(distinct)[:3]) + (", ..." if len(distinct) > 3 else "")
-    return f"{len(distinct)} broken samples, replaced by their neighbours: {reasons} ({names})"
+    return f"{len(distinct)} broken samples, {fate}: {reasons} ({names})"
 
 
 def report_broken(broken: list[Broken], process: run.Process, label: str) -> None:

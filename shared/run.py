@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -150,7 +150,7 @@ def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autoca
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` so that `path` always holds a whole file: temporary file, fsync, atomic replace.
+    """Write `state` so that `path` always holds a whole file.
 
     ValueError if a tensor is not finite, OSError if `state` cannot be written: what `path` held before is then kept.
     """
@@ -159,10 +159,20 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise ValueError(
                 f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
             )
-    temporary = path.with_name(path.name + ".tmp")
+    with replaced(path) as file:
+        torch.save(state, file)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place when it is whole: temporary file, fsync, atomic replace.
+
+    OSError if it cannot be written, which names `path`: what that held before is then kept.
+    """
+    temporary = path.with_name(path.name + ending)
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -205,6 +215,14 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise ValueError(
             f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
         ) from error
+
+
+def config_in(state: Any, config: type, path: str | Path) -> Any:
+    """The `config`, a dataclass, in a checkpoint that was read from `path`. ValueError if that is another script's."""
+    values = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
+        raise ValueError(f"{path} is no run of {config.__module__.partition('.')[0]}'s that can be used here")
+    return config(**values)
 
 
 class State(dict):
@@ -299,8 +317,13 @@ class RunLog:
         if not self.active:
             return
         values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.close()  # else Python tries again at its end, and complains
+            raise OSError(f"{self.file.name} could not be written ({error.strerror})") from error
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.board.add_scalar(name, value, step)
@@ -336,11 +359,22 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
     return [line for line in lines if key in line]
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError names a file that holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: remove it, or name another folder")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, replaced atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replaced(path) as file:
+        file.write(text.encode())
 
 
 def activation_bytes(forward: Callable[[], Any]) -> int:

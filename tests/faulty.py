@@ -1,9 +1,12 @@
 """`python -m faulty FAULT MODULE ARGUMENTS...`: a script in a world that is against it, for test_faults.py."""
 
+import builtins
 import errno
+import io
 import os
 import resource
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -15,9 +18,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def no_network() -> None:
-    """Every connection fails, as every name does."""
+    """Every connection fails, as every name does, but those to loader workers."""
+    connect = socket.socket.connect
 
-    def fail(*_, **__):
+    def fail(*arguments, **__):
+        if getattr(arguments[0], "family", None) == socket.AF_UNIX:
+            return connect(*arguments)
         raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
 
     socket.socket.connect = socket.create_connection = socket.getaddrinfo = fail
@@ -26,6 +32,44 @@ def no_network() -> None:
 def full_disk(room: str = "300000") -> None:
     """No file can grow beyond so many bytes: logs fit, checkpoints do not."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), resource.RLIM_INFINITY))
+
+
+class Full(io.FileIO):
+    """A file on a disk that has room for so many writes more."""
+
+    left = 0
+
+    def write(self, content) -> int:
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.left -= 1
+        return super().write(content)
+
+
+def no_space(name: str, left: str) -> None:
+    """The disk is full after so many writes to a file of that name."""
+    Full.left, original = int(left), io.open
+
+    def opened(file, mode: str = "r", *rest, **options):
+        if os.path.basename(str(file)) == name and mode == "a+":
+            return io.TextIOWrapper(io.BufferedRandom(Full(file, mode)))
+        return original(file, mode, *rest, **options)
+
+    builtins.open = io.open = opened
+
+
+def die_saving(count: str) -> None:
+    """Killed when the count-th checkpoint is written, but not in its place yet."""
+    left, original = int(count), os.replace
+
+    def replace(source, target) -> None:
+        nonlocal left
+        left -= os.path.basename(target) == "checkpoint.pt"
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(source, target)
+
+    os.replace = replace
 
 
 def at_step(step: int, action) -> None:
@@ -44,10 +88,11 @@ def at_step(step: int, action) -> None:
     register_module_forward_pre_hook(hook)
 
 
-def nan(step: str) -> None:
-    """One batch of images holds a NaN."""
+def nan(step: str, path: str) -> None:
+    """One batch of images holds a NaN; the file `path` says that it was read."""
 
     def spoil(images: torch.Tensor):
+        Path(path).touch()
         images = images.clone()
         images[0, 0, 0, 0] = torch.nan
         return (images,)
@@ -85,6 +130,7 @@ def read_only(path: str) -> None:
 if __name__ == "__main__":
     fault, module, *arguments = sys.argv[1:]
     name, *options = fault.split(",")
-    {each.__name__: each for each in (no_network, full_disk, nan, vanish, pause, read_only)}[name](*options)
+    faults = (no_network, full_disk, no_space, die_saving, nan, vanish, pause, read_only)
+    {each.__name__: each for each in faults}[name](*options)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,13 +1,15 @@
 """One small run of every training script, for tests that concern them all: seconds each, on real emoji shards.
 
-`small_corpus` is their data, `commands` their command lines, less --out.
+`small_corpus` is their data, `commands` their command lines, less --out; `stages` those of the scripts around them.
 """
 
 import dataclasses
 import io
+import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from scripts import ROOT
 
@@ -18,6 +20,7 @@ FOLDERS = (
     "attentive_mask_clip", "concept_frequency", "flame", "lexvla", "nmtune", "protoclip", "tinyclip", "tldr_reduction",
 )  # fmt: skip
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
+SCRIPTS["tldr_reduction-clip"] = "tldr_reduction.train"  # the one script whose stages have little in common
 PRELOAD = [
     *("open_clip", "timm", "faiss", "pyarrow.parquet", "transformers", "shared.zeroshot", "torch.utils.tensorboard"),
     *("transformers.models.llama.modeling_llama", "timm.optim"),
@@ -106,8 +109,54 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "tldr_reduction": f"""emoji-captioner --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
             --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
             --epochs 2 --warmup 2""",
+        "tldr_reduction-clip": f"""emoji-clip --vocab {parts / "vocab.txt"} --image-size 16 --epochs 2 --warmup 2""",
     }
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
-    workers = {folder: ["--workers", "0"] for folder in FOLDERS} | {"concept_frequency": []}
-    evaluation = {folder: ["--eval-every", "0"] for folder in FOLDERS} | {"nmtune": []}
-    return {folder: [*arms[folder].split(), *common, *workers[folder], *evaluation[folder]] for folder in FOLDERS}
+    workers = {name: ["--workers", "0"] for name in arms} | {"concept_frequency": []}
+    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": []}
+    return {name: [*arms[name].split(), *common, *workers[name], *evaluation[name]] for name in arms}
+
+
+def image_folder(folder: Path, data: Path) -> Path:
+    """Image folders of two classes, twelve pictures each."""
+    pairs = open_pairs(str(data))
+    for row in range(24):
+        path = folder / f"class{row % 2}/{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs.read(row).image.resize((16, 16)).save(path)
+    return folder
+
+
+def features(path: Path) -> Path:
+    """Features of three classes."""
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    np.savez(path, features=rng.standard_normal((60, 8)) + labels[:, None], labels=labels)
+    return path
+
+
+def stages(data: Path, parts: Path) -> dict[str, list[str]]:
+    """Arguments of the scripts that make what training reads, or go on from what it made, less --out: a second or two
+    each. `parts` is what `commands` has filled."""
+    (parts / "source").mkdir()
+    (parts / "source/manifest.json").write_text('{"version": "test"}')
+    (parts / "source/train").symlink_to(data)
+    (parts / "names.txt").write_text("cat\nred heart\nface\n")
+    for kind in ("short", "long"):
+        entries = [{"__key__": key, "caption": f"a {kind} one"} for key in open_pairs(str(data), 8).keys.tolist()]
+        (parts / f"{kind}.json").write_text(json.dumps(entries))
+    tune = "--epochs 2 --log-every 1 --save-every 2 --workers 0 --precision fp32"
+    pipeline = "--spacy en_core_web_sm --query-spacy en_core_web_sm --workers 1"
+    arguments = {
+        "nmtune.train": f"--features {features(parts / 'features.npz')} --batch-size 12 {tune}",
+        "nmtune.finetune": f"""full --encoder timm:resnet_emoji --data {image_folder(parts / "images", data)} {tune}
+            --batch-size 8""",
+        "protoclip.teacher": f"roberta-large --data {data} --model {parts / 'lm'} --dim 8",
+        "flame.recaption": f"--data {data}",
+        "flame.embed": f"""cc3m-mistral-nemo --data {data} --dataset-size 8 --llm {parts / "lm"} --layers 1 --precision
+            fp32 --short {parts / "short.json"} --long {parts / "long.json"} --shard-size 4""",
+        "lexvla.text": f"--data {data} --lm {parts / 'lm'} --precision fp32 --sets",
+        "tldr_reduction.reduce": f"{data} --select random --keep 0.5 --chunk 50 --workers 0 --precision fp32",
+        "tldr_reduction.corpus": f"--source {parts / 'source'}",
+        "concept_frequency.count": f"shards --data {data} --concepts {parts / 'names.txt'} {pipeline}",
+    }
+    return {module: text.split() for module, text in arguments.items()}

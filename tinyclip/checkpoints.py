@@ -127,7 +127,10 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
         elif any("mask." in key for key in state):
             raise ValueError(f"{source} still has its masks; prune it with the authors' code, or load its last stage")
         else:
-            shape = geometry(state, head_width)
+            try:
+                shape = geometry(state, head_width)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
     try:
         model = CLIP(**({"quick_gelu": quick_gelu} | shape))
     except (TypeError, KeyError) as error:

@@ -12,7 +12,6 @@ style fluent-emoji-flat, on which everything is evaluated, is in neither.
 import dataclasses
 import io
 import json
-import os
 import random
 import tarfile
 from collections import Counter
@@ -40,14 +39,15 @@ def samples(folder: Path):
     """(key, image bytes, description) of the corpus' training shards, in order."""
     for shard in data.expand_shards(str(folder / "train")):
         broken: list[data.Broken] = []
-        files: dict[str, bytes] = {}
+        unfinished: dict[str, dict[str, bytes]] = {}
         for name, content in data.read_tar(shard, broken):
             key, extension = data.key_of(name)
+            files = unfinished.setdefault(key, {})
             files[extension] = content
-            if len(files) == 3:
+            if files.keys() >= {"png", "txt", "json"}:
                 yield key, files["png"], json.loads(files["json"])
-                files = {}
-        if broken:
+                del unfinished[key]
+        if broken or unfinished:
             raise ValueError(f"{shard} is damaged: 'make data' builds the corpus anew")
 
 
@@ -70,23 +70,22 @@ def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int =
         old.unlink()
     for first in range(0, len(entries), size):
         path = folder / f"{first // size:05}.tar"
-        with tarfile.open(path.with_suffix(".tmp"), "w") as tar:
+        with run.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for key, image, caption, description in entries[first : first + size]:
                 text = json.dumps(description, ensure_ascii=False, sort_keys=True)
                 for extension, content in (("png", image), ("txt", caption.encode()), ("json", text.encode())):
                     info = tarfile.TarInfo(f"{key}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-        os.replace(path.with_suffix(".tmp"), path)
 
 
 def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
         raise FileNotFoundError(f"{source} is not the embedded corpus: 'make data' builds it")
-    version = json.loads((source / "manifest.json").read_text())["version"]
+    version = run.read_json(source / "manifest.json").get("version")
     made, marker = {"version": version, "seed": SEED, "shares": SHARES}, out / "noise.json"
-    if marker.is_file() and made.items() <= json.loads(marker.read_text()).items():
+    if marker.is_file() and made.items() <= run.read_json(marker).items():
         print(f"{out} is up to date")
         return
     marker.unlink(missing_ok=True)  # until all is written, the folder is nobody's
@@ -103,7 +102,8 @@ def main(cfg: Config) -> None:
     write(out / "clean", clean)
     write(out / "pool", pool)
     vocab = build_vocab(caption for *_, caption, _ in clean + pool)
-    (out / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    with run.replaced(out / "vocab.txt") as file:
+        file.write(("\n".join(vocab) + "\n").encode())
     run.write_json(marker, made | {"counts": kinds, "clean": len(clean)})
     print(f"{out}: {len(clean):,} clean pairs, {len(pool):,} noisy ones ({dict(kinds)}), {len(vocab):,} word pieces")
 

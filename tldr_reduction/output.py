@@ -5,7 +5,6 @@ Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 
 import csv
 import io
-import os
 import tarfile
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -61,15 +60,13 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
         path = folder / f"{number:05}.tar"
         if not captions or path.exists():
             continue
-        temporary = path.with_name(path.name + ".tmp")
-        with tarfile.open(temporary, "w") as target:
+        with run.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
                 if data.key_of(name)[1] == "txt":
                     content = captions[key].encode()
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 target.addfile(info, io.BytesIO(content))
-        os.replace(temporary, path)
 
 
 def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]:
@@ -82,12 +79,12 @@ def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]
 
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
     """One line a sample, replaced atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+    with run.replaced(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.writer(text)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-    os.replace(temporary, path)
+        text.detach()
 
 
 def row_hashes(codes: np.ndarray, chunk: int = 2**16) -> np.ndarray:

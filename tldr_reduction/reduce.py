@@ -147,9 +147,9 @@ class Reduction:
         folder, vocab = self.out / "captioner", self.out / "vocab.txt"
         self.out.mkdir(parents=True, exist_ok=True)
         if self.process.main and not vocab.exists():
-            temporary = vocab.with_name("vocab.txt.tmp")
-            temporary.write_text("\n".join(build_vocab(self.pairs.caption(row) for row in self.rows)) + "\n")
-            os.replace(temporary, vocab)
+            words = build_vocab(self.pairs.caption(row) for row in self.rows)
+            with run.replaced(vocab) as file:
+                file.write(("\n".join(words) + "\n").encode())
         if self.process.world_size > 1:
             dist.barrier()
         settings = dataclasses.replace(
@@ -307,7 +307,7 @@ def main(cfg: Config) -> None:
     free = ("out", "workers", "device", "batch_size", "cache", "work")
     settings["fingerprint"] = reduction.pairs.fingerprint
     if (out / "config.json").exists():
-        then = json.loads((out / "config.json").read_text())
+        then = run.read_json(out / "config.json")
         if then.setdefault("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older ones lack it
             raise ValueError(f"{out} reduces other data than {cfg.data} holds now: choose another --out")
         changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
@@ -400,8 +400,8 @@ def reduce(reduction: Reduction) -> None:
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     run.write_json(out / "report.json", report)
     broken = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in rows[reasons != ""]]
-    if line := data.broken_report([*pairs.broken, *broken]):
-        print(line.replace("replaced by their neighbours", "left out"))
+    if line := data.broken_report([*pairs.broken, *broken], "left out"):
+        print(line)
     print_report(report)
 
 

@@ -31,10 +31,8 @@ def cached_rows(
         if kept is not None:
             fresh = {name: np.concatenate([kept[name], fresh[name]]) for name in fresh}
         order = np.argsort(fresh["rows"])
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # reductions may share the folder
-        with open(temporary, "wb") as file:
+        with run.replaced(path, f".{os.getpid()}.tmp") as file:  # reductions may share the folder
             np.savez(file, **{name: values[order] for name, values in fresh.items()})
-        os.replace(temporary, path)
     if process.world_size > 1:
         dist.barrier()
 

@@ -106,7 +106,7 @@ def load_run(path: str | Path) -> tuple[nn.Module, Config, WordPiece | open_clip
     if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
     state = run.load_checkpoint(Path(path) / "checkpoint.pt")
-    cfg = Config(**state["config"])
+    cfg = run.config_in(state, Config, path)
     tokenizer = tokenizer_of(cfg)
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
