@@ -202,7 +202,8 @@ def write_counts(cfg: Config, lists: dict[str, list[str]], names: Sequence[str],
         methods |= {"image": f"{kind}{cfg.threshold}", "integrated": f"integrated_t{text_method}_i{cfg.threshold}"}
     if cfg.keep:
         columns["kept"], methods["kept"] = counted.kept, f"kept_{methods['image']}"
-    pq.write_table(pa.table({"concept": list(names)} | columns), out / "counts.parquet")
+    with run.replaced(out / "counts.parquet") as file:
+        pq.write_table(pa.table({"concept": list(names)} | columns), file)
     place = {name: i for i, name in enumerate(names)}
     for title, wanted in lists.items():
         for key, method in methods.items():

@@ -192,8 +192,8 @@ def train(cfg: Config) -> Path | None:
     if state.get("data", fingerprint) != fingerprint:
         raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main:
-        if line := data.broken_report(corpus.broken):
-            print(line.replace("replaced by their neighbours", "left out"))
+        if line := data.broken_report(corpus.broken, "left out"):
+            print(line)
         folder.mkdir(parents=True, exist_ok=True)
         write_pairs(folder / "pairs.parquet", corpus, pairs)
         run.write_json(folder / "frequencies.json", dict(zip(names, counts.tolist(), strict=True)))
