@@ -385,7 +385,7 @@ def activation_bytes(forward: Callable[[], Any]) -> int:
         if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would be kept by the graph that it keeps, for good
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()  # kept alive, so that no address is used twice
