@@ -36,6 +36,7 @@ from shared import run
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
+CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
 MAX_BYTES = 2**28  # of one file
 MAX_KEY = 2**10  # characters of a key, which all rows of an array of keys take
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
@@ -115,11 +116,11 @@ class RememberingTokenizer:
 def decode_caption(data: bytes) -> str:
     """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8.
 
-    Only the first 4 * MAX_CHARACTERS bytes are looked at, where a character may be cut.
+    Only the first CAPTION_BYTES are looked at, where a character may be cut.
     """
     try:
-        decoder, limit = codecs.getincrementaldecoder("utf-8")(), 4 * MAX_CHARACTERS
-        caption = decoder.decode(data[:limit], final=len(data) <= limit).strip()
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        caption = decoder.decode(data[:CAPTION_BYTES], final=len(data) <= CAPTION_BYTES).strip()
     except UnicodeDecodeError as error:
         raise BrokenSample("caption is not UTF-8") from error
     if not caption:
@@ -307,7 +308,7 @@ class Shards:
         offset, size, text_offset, text_size = self._spans[row].tolist()
         with open(self.paths[self._shard[row]], "rb") as file:
             file.seek(text_offset)
-            caption = decode_caption(file.read(min(text_size, 4 * MAX_CHARACTERS + 1)))
+            caption = decode_caption(file.read(min(text_size, CAPTION_BYTES + 1)))
             file.seek(offset)
             return Pair(str(self.keys[row]), decode_image(file.read(size)), caption)
 
@@ -316,7 +317,7 @@ class Shards:
         _, _, offset, size = self._spans[row].tolist()
         with open(self.paths[self._shard[row]], "rb") as file:
             file.seek(offset)
-            text = file.read(min(size, 4 * MAX_CHARACTERS))
+            text = file.read(min(size, CAPTION_BYTES))
             return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
