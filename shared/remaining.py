@@ -23,7 +23,7 @@ def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
 def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) -> list[str]:
     """A sentence for each paper that is done, but with other code than there is now."""
     names = [name for name in (paper.partition(":")[0] for paper in papers) if name not in left]
-    then, now = {name: report.load(runs / name / "results.json")["commit"] for name in names}, run.commit()
+    then, now = {name: report.load(runs / name / "results.json").get("commit") for name in names}, run.commit()
     return [
         f"{name} was measured at commit {commit}, the code is at {now} now: without runs/{name} it is measured again"
         for name, commit in then.items()
