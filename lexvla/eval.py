@@ -224,8 +224,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     dtype = run.DTYPES[precision]
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
-    if cfg.patchdis and cfg.patchdis_side % (patch := patch_side(model.image.backbone)):
-        raise ValueError(f"--patchdis-side {cfg.patchdis_side} is no multiple of {path}'s patches of {patch} pixels")
+    if cfg.patchdis:
+        if not (names := Path(cfg.patchdis) / "classnames.txt").is_file():
+            raise FileNotFoundError(f"{names} does not exist: 'python -m lexvla.scenes' makes it")
+        if cfg.patchdis_side % (patch := patch_side(model.image.backbone)):
+            raise ValueError(
+                f"--patchdis-side {cfg.patchdis_side} is no multiple of {path}'s patches of {patch} pixels"
+            )
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
 
@@ -257,7 +262,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         else:
             raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
     if cfg.patchdis:
-        classnames = (Path(cfg.patchdis) / "classnames.txt").read_text(encoding="utf-8").splitlines()
+        classnames = names.read_text(encoding="utf-8").splitlines()
         if cfg.class_text == "word" and lexical and train_cfg.text == "lm":
             s_class = class_words(model, tokenizer, classnames)
         else:
@@ -322,11 +327,9 @@ def word_plots(
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    if not (checkpoint := Path(path) / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
     scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
-    for file in (Path(path) / "checkpoint.pt", *scenes):
-        if not file.is_file():
-            hint = "'python -m lexvla.scenes' makes it" if file in scenes else "train the run first"
-            raise FileNotFoundError(f"{file} does not exist: {hint}")
     return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)
 
 
