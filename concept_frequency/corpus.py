@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared import data, run
+from shared import data, run, tars
 
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
 
@@ -168,7 +168,7 @@ def read_captions(part: Part, column: str, also: str, broken: list[data.Broken])
 
 
 def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
-    shard = data.index_shard(file)
+    shard = tars.index_shard(file)
     broken += shard.broken
     with open(file, "rb") as tar:
         for key, (_, _, offset, size) in zip(shard.keys, shard.spans.tolist(), strict=True):
@@ -236,6 +236,6 @@ def row_keys(file: str, corpus: str, keys: Sequence[str]) -> list[str]:
     if corpus == "cc12m":
         return [text.strip() for text in read_tar_captions(file, [])]
     if corpus == "yfcc15m":
-        about = dict(data.descriptions([file]))
+        about = dict(tars.descriptions([file]))
         return [about.get(key, {}).get("url", "") for key in keys]
     return list(keys)

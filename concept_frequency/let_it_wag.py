@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.fft import dct
 
 from concept_frequency.concepts import load_counts
-from shared import data, run
+from shared import data, run, tars
 from shared.emoji import write_split
 from shared.evalsets import EvalSet
 
@@ -123,7 +123,7 @@ def collect(folders: Sequence[str], names: set[str]) -> dict[str, list[Image.Ima
         for place in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
             if (name := plain.get(place.name.replace("_", " "))) is not None:
                 for file in sorted(place.iterdir()):
-                    if file.suffix.lower().lstrip(".") in data.IMAGE_EXTENSIONS:
+                    if file.suffix.lower().lstrip(".") in tars.IMAGE_EXTENSIONS:
                         found[name].append(data.decode_image(file.read_bytes()))
     return found
 

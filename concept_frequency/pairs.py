@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from concept_frequency.config import Config
-from shared import data, run
+from shared import data, run, tars
 
 SIDE = 64  # pixels of the images kept in memory
 
@@ -112,11 +112,11 @@ def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_conc
 def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, dict, bytes]]:
     """(key, .json, image bytes) of a shard's samples; what cannot be read is appended to `broken`."""
     members: dict[str, dict[str, bytes]] = {}
-    for name, content in data.read_tar(path, broken, {"json", *data.IMAGE_EXTENSIONS}):
-        key, extension = data.key_of(name)
+    for name, content in tars.read_tar(path, broken, {"json", *tars.IMAGE_EXTENSIONS}):
+        key, extension = tars.key_of(name)
         members.setdefault(key, {})[extension] = content
     for key, files in members.items():
-        image = next((files[e] for e in data.IMAGE_EXTENSIONS if e in files), None)
+        image = next((files[e] for e in tars.IMAGE_EXTENSIONS if e in files), None)
         try:
             about = json.loads(files["json"])
             if image is None or not isinstance(about["name"], str):

@@ -24,7 +24,7 @@ from concept_frequency.count_config import Config
 from concept_frequency.curves import misalignment
 from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
 from concept_frequency.tagger import Tagger, load_tagger, tag_images
-from shared import data, run
+from shared import data, run, tars
 
 
 class Job(NamedTuple):
@@ -93,7 +93,7 @@ def tag_part(job: Job) -> Done:
     table = RowTable.load(job.table) if job.table else None
     found = [(np.zeros(0),) * 3]
     with job.part.local() as file:
-        shard = data.index_shard(file)
+        shard = tars.index_shard(file)
         for batch in batched(read_images(file, shard, job.part.number, cfg.ids, table, tagger, broken), 64):
             documents = np.array([document for document, _ in batch])
             probabilities = tag_images([torch.stack([image for _, image in batch]).to(device)], tagger.probabilities)
@@ -104,7 +104,7 @@ def tag_part(job: Job) -> Done:
 
 
 def read_images(
-    file: str, shard: data.ShardIndex, number: int, ids: str, table: RowTable | None, tagger: Tagger,
+    file: str, shard: tars.ShardIndex, number: int, ids: str, table: RowTable | None, tagger: Tagger,
     broken: list[data.Broken],
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """(document, image) of the samples of shard `number`; what cannot be read or placed is noted."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from shared import data, run
+from shared import data, run, tars
 
 KINDS = ("raw", "short", "long")
 SHORT = (
@@ -50,7 +50,7 @@ def captions(about: dict) -> tuple[str, str, str]:
 
 def main(cfg: Config) -> None:
     lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
-    for key, about in data.descriptions(data.expand_shards(cfg.data)):
+    for key, about in tars.descriptions(data.expand_shards(cfg.data)):
         if lacking := {"hexcode", "name", "tags", "group", "subgroup"} - about.keys():
             missing = ", ".join(sorted(lacking))
             raise ValueError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lexvla.build import small_vit, train_transform
 from lexvla.train import cosine_lr, param_groups
-from shared import data, run
+from shared import data, run, tars
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class Config:
 def drawings(spec: str, keys: list[str]) -> list[list[int]]:
     """Rows of each emoji: which of `keys` are drawings of the same one, by the `hexcode` in a sample's .json."""
     emoji_of = {}
-    for key, about in data.descriptions(data.expand_shards(spec)):
+    for key, about in tars.descriptions(data.expand_shards(spec)):
         emoji_of[key] = about.get("hexcode")
     rows: dict[str, list[int]] = {}
     for row, key in enumerate(keys):

@@ -111,10 +111,10 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
     """(index, names) of a set's images, kept in the run folder as long as checkpoint and images are not newer. A name
     is that of the image's class, or its first caption."""
     where = eval_set.folder.resolve()
-    file = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
+    path = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
     sources = [folder / "checkpoint.pt", *eval_set.shards]
-    if file.exists() and file.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-        kept = np.load(file)
+    if path.exists() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        kept = np.load(path)
         rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
         return LexicalIndex(rows), kept["names"].tolist()
     s_img, targets = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
@@ -125,7 +125,10 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
     else:
         raise ValueError(f"{where} is a {eval_set.kind} set; classification and retrieval sets are searched")
     rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
-    np.savez(file, values=rows.data, words=rows.indices, starts=rows.indptr, shape=rows.shape, names=np.array(names))
+    with run.replaced(path) as file:
+        np.savez(
+            file, values=rows.data, words=rows.indices, starts=rows.indptr, shape=rows.shape, names=np.array(names)
+        )
     return LexicalIndex(rows), names
 
 

@@ -16,15 +16,8 @@ import numpy as np
 from PIL import Image
 
 from shared import data
-from shared.data import (
-    IMAGE_EXTENSIONS,
-    Broken,
-    BrokenSample,
-    decode_image,
-    key_of,
-    stable_hash,
-    tar_files,
-)
+from shared.data import BrokenSample, decode_image, stable_hash
+from shared.tars import IMAGE_EXTENSIONS, Broken, key_of, tar_files
 
 SMALL = 2**25  # sets of less than 32 MB in files are kept decoded
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees: downstream tasks are made of them

@@ -118,7 +118,8 @@ def main(cfg: StudyConfig) -> None:
         shown = {m: [np.mean(tasks[task][f"{m}/{part}"]) for part in ("id", "ood")] for m in cfg.methods}
         line = ", ".join(f"{method} {i:.2f} / {o:.2f}" for method, (i, o) in shown.items())
         print(f"{folder.name}, {task}, top-1 ID / OOD in %: {line}", flush=True)
-    np.savez(folder / "spectra.npz", **spectra)
+    with run.replaced(folder / "spectra.npz") as kept:
+        np.savez(kept, **spectra)
     about = {"setting": setting, "noise": state["noise"], "kind": state["config"]["kind"], "commit": state["commit"]}
     seconds = {"pretrain_seconds": state["seconds"], "study_seconds": time.perf_counter() - start}
     run.write_json(file, about | seconds | {"tasks": tasks})

@@ -276,7 +276,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
         if shown is not None:
             folder.mkdir(exist_ok=True)
             x, y, names = shown
-            np.savez(folder / "features.npz", x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
+            with run.replaced(folder / "features.npz") as file:
+                np.savez(file, x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
             plot_features([(title(path), *shown)], folder / "features.png")
         return metrics
 

@@ -14,12 +14,10 @@ import fcntl
 import hashlib
 import io
 import itertools
-import json
 import os
 import shutil
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,13 +30,11 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
+from shared.tars import MAX_BYTES, Broken, index_shard
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
-MAX_BYTES = 2**28  # of one file
-MAX_KEY = 2**10  # characters of a key, which all rows of an array of keys take
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
 
 
@@ -46,11 +42,6 @@ class Pair(NamedTuple):
     key: str
     image: Image.Image  # RGB
     caption: str
-
-
-class Broken(NamedTuple):
-    key: str
-    reason: str
 
 
 class BrokenSample(Exception):
@@ -128,100 +119,7 @@ def decode_caption(data: bytes) -> str:
     return caption[:MAX_CHARACTERS]
 
 
-# ----------------------------------------------------------------------------------------------------------- shards
-
-
-class ShardIndex(NamedTuple):
-    keys: list[str]
-    spans: np.ndarray  # (n, 4) int64: image offset, image size, caption offset, caption size
-    broken: list[Broken]
-
-
-def key_of(name: str) -> tuple[str, str]:
-    """A file's name in a shard -> (key of its sample, extension in lower case), parted by the name's first dot."""
-    folder, file = os.path.split(name)
-    stem, _, extension = file.partition(".")
-    return os.path.join(folder, stem), extension.lower()
-
-
-def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInfo]:
-    """Headers of a tar's regular files, in order. What lies behind a damaged header is lost, which `broken` then says;
-    so it does of sparse files and of names of more than MAX_KEY characters. The last file may reach beyond the end.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep every header
-                if member.size < 0 or tar.offset <= member.offset:  # leads back: tarfile would go on forever
-                    raise tarfile.ReadError("damaged")
-                if len(member.name) > MAX_KEY:
-                    broken.append(Broken(member.name[:64] + "...", f"name of more than {MAX_KEY} characters"))
-                elif member.issparse():
-                    broken.append(Broken(key_of(member.name)[0], "sparse file"))
-                elif member.isfile():
-                    yield member
-            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged header
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("damaged")
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, TypeError):  # malformed headers raise all of these
-        broken.append(Broken(str(path), "truncated or damaged tar"))
-
-
-def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] | None = None) -> Iterator:
-    """(name, content) of a tar's files, or of those with such an extension; see `tar_files`."""
-    with open(path, "rb") as file:
-        for member in tar_files(path, broken):
-            if extensions is not None and key_of(member.name)[1] not in extensions:
-                continue
-            file.seek(member.offset_data)
-            content = file.read(min(member.size, MAX_BYTES + 1))
-            if len(content) > MAX_BYTES:
-                broken.append(Broken(key_of(member.name)[0], f"file of more than {MAX_BYTES} bytes"))
-            elif len(content) == member.size:
-                yield member.name, content
-
-
-def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
-    """(key, its .json) of all samples that have one; ValueError names a shard or sample that cannot be read."""
-    for shard in shards:
-        broken: list[Broken] = []
-        for name, content in read_tar(shard, broken, {"json"}):
-            try:
-                about = json.loads(content)
-            except ValueError:
-                about = None
-            if not isinstance(about, dict):
-                raise ValueError(f"{shard}, {name} is no JSON object")
-            yield key_of(name)[0], about
-        if broken:
-            raise ValueError(f"{shard}: {broken[0].reason} ({broken[0].key})")
-
-
-def index_shard(path: str) -> ShardIndex:
-    """Read one tar's headers. Broken: samples without image or caption, and what `tar_files` says."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    broken: list[Broken] = []
-    size = os.path.getsize(path)
-    for member in tar_files(path, broken):
-        key, extension = key_of(member.name)
-        span = (member.offset_data, member.size)
-        files = members.setdefault(key, {})
-        if extension in files:
-            broken.append(Broken(key, "key occurs twice in its shard"))
-        files[extension if sum(span) <= size else "truncated"] = span
-    keys, spans = [], []
-    for key, files in members.items():
-        image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
-        if "truncated" in files:
-            broken.append(Broken(key, "truncated or damaged tar"))
-        elif image is None or "txt" not in files:
-            broken.append(Broken(key, "missing image" if image is None else "missing caption"))
-        elif image[1] > MAX_BYTES:
-            broken.append(Broken(key, f"file of more than {MAX_BYTES} bytes"))
-        else:
-            keys.append(key)
-            spans.append((*image, *files["txt"]))
-    return ShardIndex(keys, np.array(spans, dtype=np.int64).reshape(-1, 4), broken)
+# ------------------------------------------------------------------------------------------------------------ pairs
 
 
 def is_remote(url: str) -> bool:

@@ -21,7 +21,8 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shared.data import IMAGE_EXTENSIONS, BrokenSample, decode_image
+from shared.data import BrokenSample, decode_image
+from shared.tars import IMAGE_EXTENSIONS
 
 KINDS = ("classification", "multilabel", "retrieval")
 

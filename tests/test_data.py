@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 from protoclip.episodes import EpisodeDataset, episode_loader
-from shared import clip, data, run
+from shared import clip, data, run, tars
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (6, 4), colour="red", **options) -> bytes:
@@ -369,14 +369,14 @@ def test_hostile_headers_end_their_shard_and_are_told(name: str, tmp_path: Path)
     (tmp_path / "bad.tar").write_bytes(good + HOSTILE[name] + bytes(1024))
     signal.alarm(30)  # instead of going on forever
     try:
-        shard = data.index_shard(str(tmp_path / "bad.tar"))
-        files = [name for name, _ in data.read_tar(tmp_path / "bad.tar", [])]
+        shard = tars.index_shard(str(tmp_path / "bad.tar"))
+        files = [name for name, _ in tars.read_tar(tmp_path / "bad.tar", [])]
     finally:
         signal.alarm(0)
     assert shard.keys == ["a", "b", "c"] and files[:6] == [f"{k}.{e}" for k in "abc" for e in ("png", "txt")]
     assert {b.reason for b in shard.broken} == {"truncated or damaged tar"}, shard.broken
     with pytest.raises(ValueError, match="truncated or damaged tar"):
-        list(data.descriptions([str(tmp_path / "bad.tar")]))
+        list(tars.descriptions([str(tmp_path / "bad.tar")]))
 
 
 def test_names_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -399,8 +399,9 @@ def test_names_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for row in range(2):
         with pytest.raises(data.BrokenSample, match="missing image"):
             data.TSV(str(table)).read(row)
-    monkeypatch.setattr(data, "MAX_BYTES", 20)
-    assert {b.reason for b in data.index_shard(str(three(tmp_path / "three.tar"))).broken} == {
+    for module in (data, tars):
+        monkeypatch.setattr(module, "MAX_BYTES", 20)
+    assert {b.reason for b in tars.index_shard(str(three(tmp_path / "three.tar"))).broken} == {
         "file of more than 20 bytes"
     }
     (tmp_path / "i.png").write_bytes(png())

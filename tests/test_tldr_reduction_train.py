@@ -168,6 +168,19 @@ def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_p
     assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
 
 
+def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path):
+    scorer = tmp_path / "scorer"
+    shutil.copytree(chain["scorer"], scorer)
+    command = [*chain["command"][:1], "--select", "itm", "--keep", "0.5", "--captions", "original"]
+    command += ["--scorer", scorer, "--out", tmp_path / "out"]
+    assert in_process(*command, module=REDUCE).code == 0
+    assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
+    state = run.load_checkpoint(scorer / "checkpoint.pt")
+    next(iter(state["state_dict"].values())).add_(1)
+    run.save_checkpoint(scorer / "checkpoint.pt", state)
+    refused(in_process(*command, module=REDUCE), f"was made by other weights than {scorer} holds")
+
+
 ARMS = {
     "random": ["--select", "random", "--captions", "original"],
     "first": ["--select", "first"],

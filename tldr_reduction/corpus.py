@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from shared import data, run
+from shared import data, run, tars
 from tldr_reduction.text import build_vocab
 
 CLEAN_STYLE = "noto"
@@ -40,8 +40,8 @@ def samples(folder: Path):
     for shard in data.expand_shards(str(folder / "train")):
         broken: list[data.Broken] = []
         unfinished: dict[str, dict[str, bytes]] = {}
-        for name, content in data.read_tar(shard, broken):
-            key, extension = data.key_of(name)
+        for name, content in tars.read_tar(shard, broken):
+            key, extension = tars.key_of(name)
             files = unfinished.setdefault(key, {})
             files[extension] = content
             if files.keys() >= {"png", "txt", "json"}:

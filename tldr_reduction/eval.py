@@ -17,7 +17,7 @@ import tyro
 from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
 from torch import Tensor
 
-from shared import data, export, report, run
+from shared import data, export, report, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.claims import ARMS, METRICS, compare  # noqa: F401
@@ -138,7 +138,7 @@ def plain(text: str) -> str:
 def data_metrics(spec: str) -> dict[str, float]:
     """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
     generated captions with true names, ITM scores with the injected noise."""
-    samples = dict(data.descriptions(data.expand_shards(spec)))
+    samples = dict(tars.descriptions(data.expand_shards(spec)))
     metrics = {"data/pairs": len(samples), "data/emoji": len({d.get("hexcode") for d in samples.values()})}
     if all("noise" in d for d in samples.values()):
         metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples.values()) / len(samples)
@@ -150,7 +150,7 @@ def data_metrics(spec: str) -> dict[str, float]:
         metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
     settings = json.loads((folder / "config.json").read_text())
-    everything = dict(data.descriptions(data.expand_shards(settings["data"])))
+    everything = dict(tars.descriptions(data.expand_shards(settings["data"])))
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
     if clustered := [line for line in lines if line.get("cluster")]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared import data, run
+from shared import run, tars
 from tldr_reduction.cluster import in_cluster
 from tldr_reduction.rows import gathered_codes
 
@@ -62,7 +62,7 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
             continue
         with run.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
-                if data.key_of(name)[1] == "txt":
+                if tars.key_of(name)[1] == "txt":
                     content = captions[key].encode()
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
@@ -71,8 +71,8 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
 
 def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]:
     """Name, key and content of the files that belong to the samples `keys`; up to the damage, if the tar has some."""
-    for name, content in data.read_tar(path, []):
-        key, _ = data.key_of(name)
+    for name, content in tars.read_tar(path, []):
+        key, _ = tars.key_of(name)
         if key in keys:
             yield name, key, content
 

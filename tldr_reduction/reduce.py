@@ -300,16 +300,21 @@ def main(cfg: Config) -> None:
         return dry_run(cfg) if process.main else None
     reduction = Reduction(cfg, process)
     cfg = reduction.cfg = check(cfg, len(reduction.pairs))
+    weights = {}
     for path, stage in ((cfg.captioner, "captioner"), (cfg.caption_model, "finetune"), (cfg.scorer, "blip")):
         if path:
             reduction.model(path, stage)
+            weights[path] = data.fingerprint(np.memmap(Path(path) / "checkpoint.pt", mode="r"))
     settings, out = json.loads(json.dumps(dataclasses.asdict(cfg))), reduction.out
-    free = ("out", "workers", "device", "batch_size", "cache", "work")
-    settings["fingerprint"] = reduction.pairs.fingerprint
+    free = ("out", "workers", "device", "batch_size", "cache", "work", "weights")
+    settings |= {"fingerprint": reduction.pairs.fingerprint, "weights": weights}
     if (out / "config.json").exists():
         then = run.read_json(out / "config.json")
         if then.setdefault("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older ones lack it
             raise ValueError(f"{out} reduces other data than {cfg.data} holds now: choose another --out")
+        for path, made in then.get("weights", {}).items():
+            if weights.get(path, made) != made:  # another path is another flag, below
+                raise ValueError(f"{out} was made by other weights than {path} holds now: choose another --out")
         changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
         if changed:
             raise ValueError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
