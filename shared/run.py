@@ -34,7 +34,7 @@ matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
 
 
-_patient = None  # process group of `broadcast`
+_patient = None  # process group of `broadcast` and `gather_lists`
 
 
 class Process(NamedTuple):
@@ -62,7 +62,7 @@ def setup(seed: int, device: str = "auto") -> Process:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
     info = init_distributed_device_so(device)
-    if info["distributed"]:  # for what rank 0 works out on its own while the others wait, for hours if need be
+    if info["distributed"]:  # for ranks that wait, for hours if need be, while others work something out
         global _patient
         _patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     random.seed(seed)
@@ -88,11 +88,11 @@ def broadcast(value: Any, process: Process) -> Any:
 
 
 def gather_lists(items: list, process: Process) -> list:
-    """The items of all ranks, on every rank."""
+    """The items of all ranks, on every rank; each waits for the slowest, as long as that takes."""
     if process.world_size == 1:
         return items
     boxes: list = [None] * process.world_size
-    dist.all_gather_object(boxes, items)
+    dist.all_gather_object(boxes, items, group=_patient)
     return [item for box in boxes for item in box]
 
 

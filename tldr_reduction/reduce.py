@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
 
@@ -150,8 +149,7 @@ class Reduction:
             words = build_vocab(self.pairs.caption(row) for row in self.rows)
             with run.replaced(vocab) as file:
                 file.write(("\n".join(words) + "\n").encode())
-        if self.process.world_size > 1:
-            dist.barrier()
+        run.gather_lists([], self.process)  # until it is written
         settings = dataclasses.replace(
             EMOJI, data=self.cfg.data, image_root=self.cfg.image_root, vocab=str(vocab), out=str(folder),
             epochs=self.cfg.captioner_epochs, seed=self.cfg.seed, device=self.cfg.device, workers=self.cfg.workers,
@@ -387,8 +385,7 @@ def reduce(reduction: Reduction) -> None:
     started = time.perf_counter()
     if isinstance(pairs, data.Shards):
         write_shards(pairs, captions, out / "shards", process)
-        if process.world_size > 1:
-            dist.barrier()
+        run.gather_lists([], process)  # until all ranks have written theirs
     if not process.main:
         return
     run.write_json(

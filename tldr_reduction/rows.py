@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from shared import run
 
@@ -33,8 +32,7 @@ def cached_rows(
         order = np.argsort(fresh["rows"])
         with run.replaced(path, f".{os.getpid()}.tmp") as file:  # reductions may share the folder
             np.savez(file, **{name: values[order] for name, values in fresh.items()})
-    if process.world_size > 1:
-        dist.barrier()
+    run.gather_lists([], process)  # until all ranks have written their chunks
 
 
 def rows_in(rows: np.ndarray, number: int, size: int) -> np.ndarray:
