@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from tiny import small_set
 
 from protoclip import claims, config, train
 from protoclip import eval as evaluation
@@ -14,7 +15,6 @@ from shared import report, run
 
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "data/emoji"
-SETS = tuple(str(EMOJI / "eval" / name) for name in ("groups_id", "retrieval_xm_en"))
 
 
 def trained(folder: Path, preset: str, seed: int) -> str:
@@ -47,8 +47,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
+    sets = tuple(small_set(name, tmp_path / "sets") for name in ("groups_id", "retrieval_xm_en"))
     return evaluation.Config(
-        runs=tuple(runs), sets=SETS, probe=(SETS[0],), gap=SETS[1], report=str(tmp_path / "results.json"), device="cpu"
+        runs=tuple(runs), sets=sets, probe=sets[:1], gap=sets[1], report=str(tmp_path / "results.json"), device="cpu"
     )
 
 

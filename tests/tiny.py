@@ -6,6 +6,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:
                     for member in samples[key]:
                         target.addfile(member, source.extractfile(member))
     return folder
+
+
+def small_set(name: str, folder: Path, every: int = 8) -> str:
+    """An evaluation set of the embedded corpus in `folder`, with one sample of so many."""
+    target = folder / name
+    shutil.copytree(EVAL / name, target, ignore=shutil.ignore_patterns("*.tar"))
+    for shard in (EVAL / name).glob("*/*.tar"):
+        with tarfile.open(shard) as source, tarfile.open(target / shard.relative_to(EVAL / name), "w") as tar:
+            keys: dict[str, int] = {}
+            for member in source:
+                if keys.setdefault(member.name.partition(".")[0], len(keys)) % every == 0:
+                    tar.addfile(member, source.extractfile(member))
+    return str(target)
 
 
 def add_sample(shard: Path, key: str, image: bytes, caption: bytes, description: bytes | None = None) -> None:
