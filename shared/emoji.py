@@ -368,7 +368,7 @@ def main(out: Path = Path("data/emoji"), limit: int | None = None, npm: Path | N
     if manifest_file.exists():
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
         if manifest["recipe"] == recipe(limit):
-            print("\n".join([f"{out} is complete (version {manifest['version']})", *summary(manifest)]))
+            print(f"{out} is complete (version {manifest['version']})")
             return
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(f"{out} exists and is not an emoji corpus; move it away or choose another --out.")
