@@ -34,6 +34,8 @@ def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Cur
     y = np.asarray(scores, dtype=np.float64)
     if len(x) != len(y) or not len(x):
         raise ValueError(f"{len(x)} counts and {len(y)} scores make no curve")
+    if num_bins < 2:
+        raise ValueError(f"a curve has two bins or more, not {num_bins}")
     edges = np.linspace(x.min(), x.max(), num_bins)
     index = np.digitize(x, edges, right=True)
     size = np.bincount(index, minlength=num_bins)

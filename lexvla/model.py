@@ -119,11 +119,12 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 5, InfoNCE image -> text and text -> image over rows (N, V); logit_scale is ln(1/tau).
 
-    LexVLA adds the two, where CLIP takes their mean (VDR:src/ir/training/loss_utils.py:266).
+    LexVLA adds the two, where CLIP takes their mean (VDR:src/ir/training/loss_utils.py:266). From the scores on in
+    float64: of pairs that are told apart well, float32 loses the loss, a small difference of large logits.
     """
-    logits = logit_scale.exp() * s_img.float() @ s_txt.float().T  # (N, N)
+    logits = logit_scale.double().exp() * (s_img.float() @ s_txt.float().T).double()  # (N, N)
     labels = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, labels), F.cross_entropy(logits.T, labels)
+    return F.cross_entropy(logits, labels).float(), F.cross_entropy(logits.T, labels).float()
 
 
 def flops_loss(s: Tensor) -> Tensor:

@@ -239,12 +239,14 @@ def test_bow(case):
 
 @golden("lexvla", "lora")
 def test_lora(case):
+    case.update({name: value.double() for name, value in case.group("").items()})  # as the reference was run
     linear = nn.Linear(case["weight"].shape[1], len(case["weight"]), bias="bias" in case)
     linear.weight.data = case["weight"]
     if "bias" in case:
         linear.bias.data = case["bias"]
-    lora, x = LoRALinear(linear, len(case["A"]), case["alpha"]), leaf(case["x"])
+    lora, x = LoRALinear(linear, len(case["A"]), case["alpha"].item()), leaf(case["x"])
     lora.A.data = case["A"]
+    lora.B.data = torch.zeros_like(case["B"])
     check(case, rtol=1e-4, atol=1e-6, y_zero_B=lora(x))
     lora.B.data = case["B"]
     y = lora(x)
@@ -466,6 +468,13 @@ def test_penalties_of_known_rows():
         assert overuse_penalty(s) >= flops_loss(s)
     assert overuse_penalty(torch.zeros(N, V)) == 0
     assert torch.equal(overuse_penalty(s), overuse_penalty(s, detach_weight=True))
+
+
+def test_losses_of_pairs_told_apart():
+    """log(1 + 3 e^-20) = 6.2e-9, which a difference of float32 logits of 20 cannot hold."""
+    for loss in contrastive_loss(torch.eye(4), torch.eye(4), torch.tensor(20.0).log()):
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(math.log1p(3 * math.exp(-20)), rel=1e-5)
 
 
 def test_total_loss_adds_only_what_was_asked_for():
