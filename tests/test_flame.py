@@ -535,7 +535,7 @@ def test_batch_equals_each_caption_alone(prompt):
 def test_too_long_captions_are_cut_and_prompts_are_not():
     llm = letters_llm(max_caption=20, max_length=1000)
     (prefix,) = llm.prefix_ids(["x" * 50], RAW, 1000)
-    assert text_of(prefix) == "<s>" + RAW.head.replace("{caption}", "x" * 20 + ".")
+    assert text_of(prefix) == "<s>" + RAW.head.replace("{caption}", "x" * 19 + ".")  # the start token is the 20th
     llm = letters_llm(max_length=600)
     prefix = llm.prefix_ids(["y" * 5000], LONG, 600 - sum(map(len, llm.facet_ids(LONG))))[0]
     assert len(prefix) + sum(map(len, llm.facet_ids(LONG))) <= 600 and text_of(prefix).endswith(LONG.head[-12:])
