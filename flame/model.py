@@ -172,13 +172,14 @@ class FrozenLLM(nn.Module):
     def prefix_ids(self, captions: list[str], prompt: Prompt, room: int) -> list[list[int]]:
         """Token ids of the head with each caption in its place; a caption is cut where it is too long, not the prompt.
 
-        As upstream, captions lose the special tokens that they contain.
+        As upstream, captions lose the special tokens that they contain, and the start token counts in `max_caption`.
         """
         head, tail = prompt.head.lstrip().split(SLOT)
         room -= len(self.tokenizer(head)["input_ids"]) + len(
             self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         )
-        room = max(min(self.max_caption, room - 4), 0)  # pieces joined may be cut into other tokens than alone
+        limit = self.max_caption - len(self.tokenizer("")["input_ids"])
+        room = max(min(limit, room - 4), 0)  # pieces joined may be cut into other tokens than alone
         if not captions:
             return []
         ids = self.tokenizer(captions, add_special_tokens=False)["input_ids"]

@@ -266,7 +266,7 @@ def test_pos_embed_resize(case):
 def test_checkpoint_keys(case):
     for keys in case.values():
         theirs = {key: torch.full((), float(i)) for i, key in enumerate(keys)}
-        ours = convert_state_dict(theirs)
+        ours = convert_state_dict(sd=theirs)
         expected = convert_state_dict({upstream: theirs[key] for key, upstream in keys.items()})
         assert ours == expected and len(ours) == len(set(keys.values()))
         for upstream in keys.values():
@@ -289,7 +289,7 @@ def test_inherit(case):
     inherited = {}
     for tower in ("image", "text"):
         part = {name: value for name, value in blank.items() if name.startswith("visual") == (tower == "image")}
-        inherited |= inherit_weights(part, teacher, case[f"head_dim_{tower}"])
+        inherited |= inherit_weights(student_sd=part, teacher_sd=teacher, head_dim=case[f"head_dim_{tower}"])
     names = dict(zip(student, case.group("student/"), strict=True))
     assert inherited.keys() == student.keys()
     for name, value in inherited.items():
@@ -424,11 +424,8 @@ def test_masked_clip(case):
             gradients |= {names[f"{tower}_mask.{n}"]: p.grad for n, p in mask.named_parameters()}
         for name in case.group("train/grad/"):
             gradient = gradients[name]
-            case.close(
-                f"train/grad/{name}",
-                torch.zeros_like(case[f"train/grad/{name}"]) if gradient is None else gradient,
-                atol=2e-5,
-            )
+            zero = torch.zeros(torch.as_tensor(case[f"train/grad/{name}"]).shape)
+            case.close(f"train/grad/{name}", zero if gradient is None else gradient, atol=2e-5)
 
     small = prune(model, *eval_masks)
     pruned = convert_state_dict(case.group("pruned/param/"))

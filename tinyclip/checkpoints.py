@@ -16,7 +16,7 @@ from shared import run
 from tinyclip.network import CLIP, CONFIGS, block_sizes
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of the authors' layouts -> OpenAI's; masks become `image_mask.*` and `text_mask.*`.
     U:open_clip/model.py:1115.
 
@@ -24,7 +24,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with or without `module.`; automatic checkpoints hold the towers twice, again as `image_encoder_without_ddp.*`.
     """
     converted = {}
-    for key, value in state_dict.items():
+    for key, value in sd.items():
         key = re.sub(r"(^|\.)module\.", r"\1", key)
         key = re.sub(r"^_?(image_encoder|text_encoder|logit_scale)(_without_ddp)?\.", r"\1:", key)
         key = re.sub(r"^(image|text)_encoder:l0_module\.", r"\1_mask.", key)

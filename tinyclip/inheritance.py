@@ -36,13 +36,16 @@ BLOCK = re.compile(r"(.*(?:resblocks|layer\d))\.(\d+)\.(.+)")  # transformer blo
 
 
 def inherit_weights(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], head_dim: int = 64, depth_rule: str = "interval_front"
+    student_sd: Mapping[str, Tensor],
+    teacher_sd: Mapping[str, Tensor],
+    head_dim: int = 64,
+    depth_rule: str = "interval_front",
 ) -> dict[str, Tensor]:
     """The student's state dict, cut out of the teacher's; logit_scale is not inherited.
     U:open_clip/weight_inherit.py:71.
 
     Layers by `depth_indices` in each transformer or ResNet stage, the front slice on every axis, and of the fused
-    (3 h d, H) projection the first heads of each of q, k and v. Of `student` only names and shapes are used.
+    (3 h d, H) projection the first heads of each of q, k and v. Of `student_sd` only names and shapes are used.
     """
 
     def depths(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -51,17 +54,17 @@ def inherit_weights(
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
         return counts
 
-    ours, theirs = depths(student), depths(teacher)
+    ours, theirs = depths(student_sd), depths(teacher_sd)
     layers = {stage: depth_indices(theirs.get(stage, 0), depth, depth_rule) for stage, depth in ours.items()}
     inherited = {}
-    for name, target in student.items():
+    for name, target in student_sd.items():
         if name == "logit_scale":
             continue
         match = BLOCK.fullmatch(name)
         source = name if match is None else f"{match[1]}.{layers[match[1]][int(match[2])]}.{match[3]}"
-        if source not in teacher:
+        if source not in teacher_sd:
             raise ValueError(f"the student's {name} has nothing to inherit from: the teacher has no {source}")
-        value = teacher[source]
+        value = teacher_sd[source]
         if "visual" in name and name.endswith("positional_embedding") and len(value) != len(target):
             raise ValueError(
                 f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, whose front "
