@@ -573,6 +573,15 @@ def test_repeated_and_unknown_predictions():
     assert refine_annotations(rows, generated, annotations) == [{"image": "d/1.jpg", "caption": "a; c; d"}]
 
 
+def test_recall_takes_blips_dicts_and_images_without_captions():
+    i2t = np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.2], [0.0, 0.3, 0.1]], np.float32)
+    own = {0: [0], 1: [], 2: [2, 1]}  # the second image has none: no rank, a miss
+    of_text = {0: 0, 1: 2, 2: 2}
+    metrics = retrieval_recall(i2t, i2t.T.copy(), of_text, own)
+    assert metrics["txt_r1"] == metrics["txt_r10"] == pytest.approx(200 / 3)
+    assert metrics == retrieval_recall(torch.tensor(i2t), torch.tensor(i2t.T.copy()), [0, 2, 2], list(own.values()))
+
+
 def test_itm_histogram_is_a_density():
     scores = torch.tensor([0.0, 0.05, 0.55, 1.0])
     assert itm_histogram(scores).tolist() == [5.0, 0, 0, 0, 0, 2.5, 0, 0, 0, 2.5]
