@@ -92,14 +92,14 @@ class DominantShare(torch.autograd.Function):
         total, share = sigma.sum().item(), (sigma[-k:].sum() / sigma.sum()).item()
         w = torch.full_like(sigma, -share / (k * total))  # ascending, as sigma
         w[-k:] += 1 / (k * total)
-        ctx.save_for_backward(*((u * (w / sigma) @ u.T).float(), wide) if full_rank else (u * w, vh))
+        ctx.save_for_backward(*(u * (w / sigma) @ u.T, wide) if full_rank else (u * w, vh))
         return z.new_tensor(share / k, dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
-        left, right = ctx.saved_tensors
-        gradient = (slope * left) @ right
+        left, right = ctx.saved_tensors  # left is fp64 where small singular values cancel large numbers in the product
+        gradient = slope * (left @ right.to(left.dtype)).float()
         return gradient.T if ctx.tall else gradient, None
 
 

@@ -384,6 +384,17 @@ def test_the_gradient_of_l_svd_is_exact_or_nearer_to_it_than_an_svds(n, dim, mea
     assert ours < max(1.01 * theirs, 1e-4), (ours, theirs)
 
 
+@pytest.mark.parametrize("n, dim", [(16, 32), (64, 24), (12, 12)])
+def test_the_gradient_of_l_svd_of_a_decaying_spectrum_is_exact(n, dim):
+    torch.manual_seed(0)
+    z = (torch.randn(n, dim) * torch.logspace(0, -3, dim)).requires_grad_()
+    dominant_singular_value_loss(z).backward()
+    exact = z.detach().double().requires_grad_()
+    s = torch.linalg.svdvals(exact)
+    (-(s[:5] / s.sum()).mean()).backward()
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=0, atol=1e-7)
+
+
 def test_l_svd_is_fp32_inside_autocast():
     torch.manual_seed(0)
     z = torch.randn(16, 128)
