@@ -358,6 +358,11 @@ def test_covariance_of_nearly_uncorrelated_features_is_no_difference_of_large_nu
     z[:, 1] += z[:, 0] * (0.02 - torch.cov(z.T)[0, 1] / z[:, 0].var())
     expected = torch.cov(z.double().T)[0, 1].square().item()  # 4e-4 of the variances
     assert covariance_loss(z).item() == pytest.approx(expected, rel=1e-5)
+    z = torch.randn(4, 6) * 0.01
+    z[:, 0] += torch.randn(4)  # fewer rows than dimensions, one of which outweighs the others
+    c = torch.cov(z.double().T)
+    expected = (c - c.diagonal().diag()).square().sum().item() / 6
+    assert covariance_loss(z).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("twins", [0.5, 0.1, 0.02, 0.003])
