@@ -46,13 +46,19 @@ def covariance_loss(z: Tensor) -> Tensor:
 
     U:src/models/nml_tune.py:34,164. The D x D covariance is not formed where n < D: with X = z - mean, the squares
     of X^T X and of the n x n matrix X X^T have the same sum, so that sum_{i != j} C_ij^2 is
-    (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2, X_j the columns.
+    (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2, X_j the columns: a difference of large numbers where features are nearly
+    uncorrelated, hence in fp64.
     """
     n, dim = z.shape
-    x = z.float() - z.float().mean(dim=0)
     with torch.autocast(z.device.type, enabled=False):
-        gram = x @ x.T if n < dim else x.T @ x
-    return (gram.square().sum() - x.square().sum(dim=0).square().sum()) / ((n - 1) ** 2 * dim)
+        if n < dim:
+            x = z.double() - z.double().mean(dim=0)
+            off_diagonal = (x @ x.T).square().sum() - x.square().sum(dim=0).square().sum()
+        else:
+            x = z.float() - z.float().mean(dim=0)
+            scatter = x.T @ x
+            off_diagonal = (scatter - scatter.diagonal().diag()).square().sum()
+    return (off_diagonal / ((n - 1) ** 2 * dim)).float()
 
 
 def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
@@ -87,14 +93,14 @@ class DominantShare(torch.autograd.Function):
         total, share = sigma.sum().item(), (sigma[-k:].sum() / sigma.sum()).item()
         w = torch.full_like(sigma, -share / (k * total))  # ascending, as sigma
         w[-k:] += 1 / (k * total)
-        ctx.save_for_backward(*((u * (w / sigma) @ u.T).float(), wide) if full_rank else (u * w, vh))
+        ctx.save_for_backward(*(u * (w / sigma) @ u.T, wide) if full_rank else (u * w, vh))
         return z.new_tensor(share / k, dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
-        left, right = ctx.saved_tensors
-        gradient = (slope * left) @ right
+        left, right = ctx.saved_tensors  # left is fp64 where small singular values cancel large numbers in the product
+        gradient = slope * (left @ right.to(left.dtype)).float()
         return gradient.T if ctx.tall else gradient, None
 
 

@@ -6,6 +6,7 @@ One golden test per family; everything about a case is read from its file, toler
 import dataclasses
 import re
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,11 @@ golden = pytest.mark.golden
 
 def leaf(x) -> torch.Tensor:
     return torch.as_tensor(x).clone().requires_grad_()
+
+
+def exact(number: float) -> float:
+    """Settings are stored as float32: 0.9, not 0.899999976."""
+    return float(f"{number:.6g}")
 
 
 def depth(state: dict, pattern: str) -> int:
@@ -158,7 +164,8 @@ def test_codebook_perplexity(case):
 @golden("tldr_reduction", "vq_ema")
 def test_ema_quantizer(case):
     weight = case["param/weight"]
-    quantize = EMAVectorQuantizer(*weight.shape, case["beta"], case["decay"], case["eps"], start_size=0.0)
+    beta, decay, eps = (exact(case[name]) for name in ("beta", "decay", "eps"))
+    quantize = EMAVectorQuantizer(*weight.shape, beta, decay, eps, start_size=0.0)
     quantize.load_state_dict({"weight": weight, "cluster_size": torch.zeros(len(weight)), "embed_avg": weight})
     _, b, _, h, w = case["z_nchw"].shape
     nchw = lambda x: x.detach().transpose(1, 2).reshape(b, -1, h, w)  # noqa: E731
@@ -293,14 +300,14 @@ def test_retrieval_recall(case):
 
 @golden("tldr_reduction", "schedules")
 def test_schedules(case):
-    rates = [case[name] for name in ("init_lr", "min_lr", "warmup_lr", "warmup_steps", "lr_decay_rate")]
+    rates = [exact(case[name]) for name in ("init_lr", "min_lr", "warmup_lr", "warmup_steps", "lr_decay_rate")]
     epochs, steps = case["pretrain_lr"].shape
     grid = [(epoch, step) for epoch in range(epochs) for step in range(steps)]
     lr = torch.tensor([warmup_step_lr(*at, *rates) for at in grid], dtype=torch.float64)
     case.close("pretrain_lr", lr.view(epochs, steps), rtol=1e-6)
-    ramp = [alpha_ramp(*at, case["steps_per_epoch"], case["alpha"]) for at in grid]
+    ramp = [alpha_ramp(*at, case["steps_per_epoch"], exact(case["alpha"])) for at in grid]
     case.close("alpha_ramp", torch.tensor(ramp, dtype=torch.float64).view(epochs, steps), rtol=1e-6)
-    last, ends = case["finetune_max_epoch"], (case["finetune_init_lr"], case["finetune_min_lr"])
+    last, ends = case["finetune_max_epoch"], [exact(case[f"finetune_{name}"]) for name in ("init_lr", "min_lr")]
     case.close("finetune_lr", torch.tensor([cosine_lr(e, last, *ends) for e in range(last)]).double(), rtol=1e-6)
 
 
@@ -502,6 +509,20 @@ def test_whitening_of_constant_positions():
     assert assignment.max() < 3
 
 
+def test_whitening_is_trained_on_the_rows_that_faiss_takes():
+    codes = torch.randint(0, 50, (2600, 2), generator=torch.Generator().manual_seed(0))  # over 1000 rows a dimension
+    pca = faiss.PCAMatrix(2, 2, -0.5)
+    pca.train(codes.float().numpy())
+    theirs = F.normalize(torch.from_numpy(pca.apply(codes.float().numpy())), dim=1)
+    ours = whiten(codes, 2)
+    torch.testing.assert_close(ours @ ours[:50].T, theirs @ theirs[:50].T, rtol=0, atol=3e-4)
+
+
+def test_objective_of_zero_does_not_end_k_means_as_it_does_not_in_faiss():
+    two = torch.tensor([[1.0], [-1.0]]).repeat(20, 1)
+    assert kmeans(two, 2, init_index=torch.tensor([0, 1]))[2].tolist() == [0] * 20
+
+
 def test_clusters_in_chunks(monkeypatch):
     codes = torch.randint(0, 9, (900, 10), generator=torch.Generator().manual_seed(0)).numpy().astype(np.uint16)
     whole = cluster.cluster_codes(codes, 12)
@@ -550,6 +571,15 @@ def test_repeated_and_unknown_predictions():
     rows, annotations = [["a", "x_1"], ["b", "2"]], [{"image": "d/1.jpg", "caption": "?"}]
     generated = [{"image_id": 0, "caption": "c"}, {"image_id": 0, "caption": "d"}, {"image_id": 9, "caption": "e"}]
     assert refine_annotations(rows, generated, annotations) == [{"image": "d/1.jpg", "caption": "a; c; d"}]
+
+
+def test_recall_takes_blips_dicts_and_images_without_captions():
+    i2t = np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.2], [0.0, 0.3, 0.1]], np.float32)
+    own = {0: [0], 1: [], 2: [2, 1]}  # the second image has none: no rank, a miss
+    of_text = {0: 0, 1: 2, 2: 2}
+    metrics = retrieval_recall(i2t, i2t.T.copy(), of_text, own)
+    assert metrics["txt_r1"] == metrics["txt_r10"] == pytest.approx(200 / 3)
+    assert metrics == retrieval_recall(torch.tensor(i2t), torch.tensor(i2t.T.copy()), [0, 2, 2], list(own.values()))
 
 
 def test_itm_histogram_is_a_density():

@@ -57,9 +57,12 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
 
 
 def whiten(x, dim: int = 256) -> Tensor:
-    """(N, L') -> (N, d <= dim) float32: whitened, then unit rows. Trained on at most 1000 L' rows, as faiss does."""
-    limit = 1000 * x.shape[1]
-    rows = np.sort(np.random.default_rng(0).permutation(len(x))[:limit]) if len(x) > limit else slice(None)
+    """(N, L') -> (N, d <= dim) float32: whitened, then unit rows. Trained on at most 1000 L' rows, faiss' choice."""
+    limit, rows = 1000 * x.shape[1], slice(None)
+    if len(x) > limit:
+        order = np.empty(len(x), np.int32)
+        faiss.rand_perm(faiss.swig_ptr(order), len(x), 1234)
+        rows = np.sort(order[:limit])
     whitening = fit_whitening(x[rows], dim)
     return torch.cat([whitening(x[first : first + CHUNK]) for first in range(0, len(x), CHUNK)])
 
@@ -101,7 +104,7 @@ def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | 
     centroids = torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1).copy())
     stats = clustering.iteration_stats
     objective = torch.tensor([stats.at(i).obj for i in range(stats.size())])
-    still = (objective[1:] == objective[:-1]).nonzero().flatten()  # newer versions of faiss stop here
+    still = ((objective[1:] == objective[:-1]) & (objective[1:] != 0)).nonzero().flatten()  # newer faiss stops here
     return centroids, objective[: int(still[0]) + 2] if len(still) else objective
 
 

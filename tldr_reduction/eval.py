@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -89,26 +89,32 @@ def rerank_scores(
 
 
 def retrieval_recall(
-    scores_i2t: Tensor, scores_t2i: Tensor, txt2img: Sequence[int] | Tensor, img2txt: Sequence[Sequence[int]]
+    scores_i2t: Tensor,
+    scores_t2i: Tensor,
+    txt2img: Mapping[int, int] | Sequence[int] | Tensor,
+    img2txt: Mapping[int, Sequence[int]] | Sequence[Sequence[int]],
 ) -> dict[str, float]:
     """Recall in percent, txt_* of texts for an image (the best of its captions counts), img_* of images for a text.
 
-    BLIP:train_retrieval.py:171-225, with its order of equal scores (numpy's argsort, reversed).
+    scores (n, m) and (m, n); txt2img and img2txt by number, BLIP's dicts or sequences. BLIP:train_retrieval.py:171-225,
+    with its order of equal scores (numpy's argsort, reversed). An image without captions is a miss.
     """
-    of_text = torch.as_tensor(txt2img)
-    own = torch.zeros(len(scores_i2t), len(of_text), dtype=torch.bool)
-    for image, texts in enumerate(img2txt):
-        own[image, torch.as_tensor(texts)] = True
+    n = len(scores_i2t)
+    own = torch.zeros(n, len(scores_t2i), dtype=torch.bool)
+    for image in range(n):
+        own[image, torch.as_tensor(img2txt[image], dtype=torch.long)] = True
+    of_text = torch.tensor([int(txt2img[text]) for text in range(len(scores_t2i))])
 
     def ranks(scores: Tensor, hits: Tensor) -> Tensor:
-        """(q,) place of the first hit of each query."""
+        """(q,) place of the first hit of each query, behind all places if there is none."""
         places = []
         for part, hit in zip(torch.as_tensor(scores).split(512), hits.split(512), strict=True):
             order = torch.from_numpy(part.numpy().argsort(axis=1)[:, ::-1].copy())
-            places.append(hit.gather(1, order).byte().argmax(dim=1))
+            first = hit.gather(1, order).byte().argmax(dim=1)
+            places.append(torch.where(hit.any(dim=1), first, 10**9))
         return torch.cat(places)
 
-    to_text, to_image = ranks(scores_i2t, own), ranks(scores_t2i, own.T.contiguous())
+    to_text, to_image = ranks(scores_i2t, own), ranks(scores_t2i, of_text[:, None] == torch.arange(n))
     result = {}
     for name, places in (("txt", to_text), ("img", to_image)):
         result |= {f"{name}_r{k}": 100 * (places < k).double().mean().item() for k in (1, 5, 10)}
