@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -67,20 +68,23 @@ def crop_scores(scores: Tensor, boxes: Tensor, ref_boxes: Tensor, grid: int) -> 
 
 def _resample(n: int, ref_length: Tensor, offset: Tensor, length: Tensor, grid: int) -> Tensor:
     """(B, grid, n): weight of each of n cells, stretched over `ref_length` pixels, in each of `grid` cells stretched
-    over the `length` pixels that start at pixel `offset`; bilinear both ways, all arguments (B,) but n and grid."""
+    over the `length` pixels that start at pixel `offset`; bilinear both ways, all arguments (B,) but n and grid.
+    Sources are rounded to float32 where torch's own resize rounds them, which upstream uses."""
     ref_length, offset, length = (x[:, None].double() for x in (ref_length, offset, length))
-    cells = torch.arange(n, dtype=torch.double, device=length.device)
+    cells, positions = (torch.arange(k, dtype=torch.double, device=length.device) for k in (n, grid))
+
+    def source(position: Tensor, scale: Tensor) -> Tensor:
+        return ((position + 0.5) * scale.float().double() - 0.5).float().double().clamp(min=0)
 
     def enlarged(pixel: Tensor) -> Tensor:  # pixels (B, grid) of the enlarged map -> weights (B, grid, n)
-        source = ((pixel + 0.5) * n / ref_length - 0.5).clamp(0, n - 1)
+        cell = source(pixel, n / ref_length).clamp(max=n - 1)
         inside = (pixel >= 0) & (pixel < ref_length)
-        return (1 - (source[..., None] - cells).abs()).clamp(min=0) * inside[..., None]
+        return (1 - (cell[..., None] - cells).abs()).clamp(min=0) * inside[..., None]
 
-    position = torch.arange(grid, dtype=torch.double, device=length.device) + 0.5
-    source = (position * length / grid - 0.5).clamp(min=0)  # (B, grid), in pixels of the crop
-    first = source.floor()
+    pixel = source(positions, length / grid)  # (B, grid), of the crop
+    first = pixel.floor()
     second = torch.minimum(first + 1, length - 1)
-    weight = (source - first)[..., None]
+    weight = (pixel - first)[..., None]
     return ((1 - weight) * enlarged(first + offset) + weight * enlarged(second + offset)).float()
 
 
@@ -94,7 +98,7 @@ def attentive_keep_ids(scores: Tensor, keep_ratio: float = 0.5, block: int = 2, 
     if grid * grid != scores.shape[1] or grid % block:
         raise ValueError(f"{scores.shape[1]} patches are no square grid that blocks of {block} x {block} tile")
     side = grid // block
-    blocks = scores.unflatten(1, (side, block, side, block)).mean(4).mean(2).flatten(1)  # rounds as upstream's resize
+    blocks = F.avg_pool2d(scores.unflatten(1, (1, grid, grid)), block).flatten(1)  # rounds as upstream's resize
     order = blocks.argsort(dim=1, descending=drop == "low", stable=True)
     kept = order[:, : int(side * side * keep_ratio) + 1]
     within = torch.arange(block, device=scores.device)

@@ -131,9 +131,10 @@ def image_side(model: open_clip.CLIP) -> int:
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """L_CLIP, symmetric InfoNCE over unit rows (B, E) x (B, E) -> (). U:training/loss.py:84."""
-    logits = logit_scale * image_features @ text_features.T  # (B, B)
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    image_logits = logit_scale * image_features @ text_features.T  # (B, B)
+    text_logits = logit_scale * text_features @ image_features.T  # a product of its own, which rounds as upstream's
+    labels = torch.arange(len(image_logits), device=image_logits.device)
+    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
 def prototypical_loss(
@@ -159,10 +160,15 @@ def prototypical_loss(
     return F.cross_entropy(logits, targets)
 
 
-def assignment_accuracy(student_features: Tensor, student_prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Top-1 agreement of the student with the teacher's clusters, in percent; only monitored. U:training/loss.py:130"""
+def assignment_accuracy(
+    student_features: Tensor, student_prototypes: Tensor, logit_scale: Tensor, labels: Tensor
+) -> Tensor:
+    """Top-1 agreement of the student with the teacher's clusters, in percent; only monitored. U:training/loss.py:130
+
+    The scale decides nothing but how equal logits round, hence which of equal prototypes counts.
+    """
     with torch.no_grad():
-        predicted = (student_features @ student_prototypes.T).argmax(dim=1)
+        predicted = (logit_scale * student_features @ student_prototypes.T).argmax(dim=1)
         return 100 * (predicted == labels).float().mean()
 
 
@@ -201,8 +207,8 @@ def protoclip_loss(
             prototypical_loss(h_image, image_targets, scale, text_labels, p.text, target_temperature)
             + prototypical_loss(h_text, text_targets, scale, image_labels, p.image, target_temperature)
         )
-        losses["accuracy_image_to_text"] = assignment_accuracy(h_image, image_targets, text_labels)
-        losses["accuracy_text_to_image"] = assignment_accuracy(h_text, text_targets, image_labels)
+        losses["accuracy_image_to_text"] = assignment_accuracy(h_image, image_targets, scale, text_labels)
+        losses["accuracy_text_to_image"] = assignment_accuracy(h_text, text_targets, scale, image_labels)
 
     if w_external != 0 and prototypes is not None and prototypes.external_labels is not None:
         p = prototypes
@@ -211,8 +217,8 @@ def protoclip_loss(
             prototypical_loss(h_image, p.image_from_external, scale, labels)
             + prototypical_loss(h_text, p.text_from_external, scale, labels)
         )
-        losses["accuracy_image_to_external"] = assignment_accuracy(h_image, p.image_from_external, labels)
-        losses["accuracy_text_to_external"] = assignment_accuracy(h_text, p.text_from_external, labels)
+        losses["accuracy_image_to_external"] = assignment_accuracy(h_image, p.image_from_external, scale, labels)
+        losses["accuracy_text_to_external"] = assignment_accuracy(h_text, p.text_from_external, scale, labels)
 
     loss = w_clip * losses["clip"] + w_proto * losses["proto"] + w_external * losses["external"]
     if scale is not None:
@@ -260,8 +266,8 @@ def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> T
     Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored.
     """
     labels = labels[: len(features)]
-    sums = features.new_zeros(k, features.shape[1]).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=k).clamp(min=1)[:, None]
+    sums = features.new_zeros(k, features.shape[1], dtype=torch.double).index_add_(0, labels, features.double())
+    return (sums / torch.bincount(labels, minlength=k).clamp(min=1)[:, None]).to(features.dtype)
 
 
 def build_prototypes(

@@ -117,7 +117,7 @@ def test_proto_loss(case):
     loss = prototypical_loss(student, prototypes, log_scale.exp(), labels, *teacher)
     loss.backward()
     case.close("loss", loss, rtol=1e-5, atol=1e-5)
-    case.close("accuracy", assignment_accuracy(student, prototypes, labels), rtol=1e-5, atol=1e-5)
+    case.close("accuracy", assignment_accuracy(student, prototypes, log_scale.exp(), labels), rtol=1e-5, atol=1e-5)
     case.close("grad_student_features", student.grad, rtol=1e-5, atol=1e-5)
     case.close("grad_log_logit_scale", log_scale.grad, rtol=1e-5, atol=1e-5)
 
@@ -581,6 +581,34 @@ def test_back_translation_is_the_mean_of_each_cluster():
     for cluster in labels.unique():
         naive[cluster] = features[labels == cluster].mean(0)
     torch.testing.assert_close(prototypical_back_translation(features, labels, k), naive)
+
+
+def test_back_translation_of_a_large_cluster():
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(5000, 16), dim=-1) + 0.5
+    centroid = prototypical_back_translation(features, torch.zeros(5000, dtype=torch.long), 1)
+    torch.testing.assert_close(centroid, features.double().mean(0, keepdim=True).float(), rtol=0, atol=1e-7)
+
+
+def test_clip_loss_of_equal_pairs_at_the_largest_scale():
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(6, 10), dim=-1)
+    x[3:] = x[:3]
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        image, text = leaf(x.to(dtype)), leaf(x.to(dtype))
+        clip_loss(image, text, torch.tensor(100.0, dtype=dtype)).backward()
+        gradients.append([image.grad.float(), text.grad.float()])
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_accuracy_among_equal_prototypes_is_that_of_the_logits():
+    torch.manual_seed(0)
+    features, prototypes, scale = F.normalize(torch.randn(500, 5)), F.normalize(torch.randn(3, 5)), torch.tensor(14.88)
+    prototypes = prototypes.repeat(3, 1)
+    labels = (scale * features @ prototypes.T).argmax(1)
+    assert assignment_accuracy(features, prototypes, scale, labels) == 100
 
 
 def test_too_few_samples_to_cluster():

@@ -210,7 +210,7 @@ def test_proto_loss(up, table, temperature):
         return loss
 
     def ours(features, scale):
-        seen["ours"] = model.assignment_accuracy(features, prototypes, labels)
+        seen["ours"] = model.assignment_accuracy(features, prototypes, scale, labels)
         return model.prototypical_loss(features, prototypes, scale, labels, teachers, temperature)
 
     inputs = student, torch.tensor(14.3)
