@@ -176,11 +176,13 @@ def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
     """Image -> text, (i,) int64: captions of other images ranked before the best of the image's own captions.
 
     scores: (i, T) of the images whose numbers are `images` (i,); text_to_image: (T,) image of each caption.
-    Ties count against: another image's caption with the same score is ranked before. So does a NaN score.
+    Ties count against: another image's caption with the same score is ranked before. So does a NaN score. An image
+    without captions, which no evaluation set has, is a miss at any k, as in CLIP_benchmark.
     """
     own = text_to_image == images[:, None]
     best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
-    return (~(scores < best) & ~own).sum(dim=1)
+    ranks = (~(scores < best) & ~own).sum(dim=1)
+    return ranks.masked_fill(~own.any(dim=1), torch.iinfo(ranks.dtype).max)
 
 
 def image_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
@@ -215,9 +217,6 @@ def _ranks(
         raise ValueError(f"{len(text_to_image)} entries of text_to_image do not fit {num_texts} texts.")
     if not 0 <= int(text_to_image.min()) <= int(text_to_image.max()) < num_images:
         raise ValueError(f"text_to_image goes beyond the {num_images} images.")
-    missing = (torch.bincount(text_to_image, minlength=num_images) == 0).nonzero().flatten()
-    if len(missing):
-        raise ValueError(f"Image {int(missing[0])} has no caption, so that image -> text recall is not defined.")
     index = torch.arange(num_images, device=text_to_image.device)
     to_text = [text_ranks(image_rows(r), text_to_image, index[r]) for r in chunks(num_images, num_texts)]
     to_image = [image_ranks(text_rows(r), text_to_image[r]) for r in chunks(num_texts, num_images)]

@@ -417,9 +417,14 @@ def test_collapsed_features_score_nothing():
     assert metrics["mean_recall"] == 0
 
 
+def test_an_image_without_captions_is_a_miss():
+    metrics = zeroshot.retrieval_metrics(torch.eye(3), torch.eye(3)[:2], torch.tensor([0, 1]))
+    assert metrics["image_to_text_R@1"] == metrics["image_to_text_R@10"] == pytest.approx(200 / 3)
+
+
 @pytest.mark.parametrize(
     ("text_to_image", "message"),
-    [([0, 1, 1], "Image 2 has no caption"), ([0, 1, 5], "beyond the 3 images"), ([0, 1], "do not fit 3 texts")],
+    [([0, 1, 5], "beyond the 3 images"), ([0, 1], "do not fit 3 texts")],
 )
 def test_wrong_text_to_image(text_to_image, message):
     with pytest.raises(ValueError, match=message):
