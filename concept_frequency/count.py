@@ -101,9 +101,7 @@ def tag_stage(
         if not Path(table).exists():
             folder.mkdir(parents=True, exist_ok=True)
             column = cfg.caption_column if cfg.ids == "cc12m" else "0"
-            rows = RowTable.build(text.strip() for part in parts for text in read_captions(part, column, "", []))
-            rows.save(f"{table}.tmp.npz")
-            os.replace(f"{table}.tmp.npz", table)
+            RowTable.build(text.strip() for part in parts for text in read_captions(part, column, "", [])).save(table)
     shards = list_parts(cfg.images, cfg.part_captions, out / "cache") if cfg.images else parts
     jobs = [Job(part, cfg, str(folder / f"{part.name()}.npz"), names, table) for part in shards]
     done = stage(tag_part if cfg.tagger else label_part, jobs, cfg, "images")

@@ -52,10 +52,8 @@ def index_part(job: Job) -> Done:
 def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
     """Write a part's result so that `target` is there whole or not at all, with what a later run asks of it."""
     run.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
-    own = Path(f"{target}.{os.getpid()}")  # a worker that outlived its run may be at the same part
-    with run.replaced(own) as file:
+    with run.replaced(Path(target), f".{os.getpid()}.tmp") as file:  # a worker that outlived its run may be at it, too
         save(file)
-    os.replace(own, target)
     return Done(target, documents, broken)
 
 

@@ -162,6 +162,7 @@ class States:
                 raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
         self.file, self.states, self.max_length, self.end = file, kept["states"].float(), max_length, end
         self.row = {text: row for row, text in enumerate(kept["texts"])}
+        self.precision = kept.get("precision")  # older files do not say
         self.lm = self.tokenizer = None
 
     @contextlib.contextmanager
@@ -293,10 +294,10 @@ def texts_of(cfg: Config) -> list[str]:
 def check_made(cfg: Config) -> None:
     """ValueError if the finished file was made with other settings, or lacks captions of the data."""
     kept = States(cfg.out, cfg.lm, cfg.max_length, cfg.prompt_end)
-    then = run.load_checkpoint(cfg.out).get("precision", cfg.precision)  # older files do not say
-    if then != cfg.precision:
+    if kept.precision not in (None, cfg.precision):
         raise ValueError(
-            f"{cfg.out} was made with precision {then!r}, not {cfg.precision!r}: choose another --out, or remove it"
+            f"{cfg.out} was made with precision {kept.precision!r}, not {cfg.precision!r}: choose another --out, or"
+            " remove it"
         )
     if lacking := [text for text in texts_of(cfg) if text not in kept.row]:
         raise ValueError(
