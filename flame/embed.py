@@ -243,9 +243,9 @@ def making(cfg: Config, prompts: Prompts) -> dict:
     return {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "prompts": [list(p) for p in prompts]}
 
 
-def save(path: Path, array: np.ndarray) -> None:
+def save(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
     """np.save, whole or not at all."""
-    with run.replaced(path) as file:
+    with run.replaced(path, ending) as file:
         np.save(SimpleNamespace(write=file.write), array)  # into a file itself, NumPy overlooks that a disk is full
 
 
@@ -329,9 +329,8 @@ class Texts:
             with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
                 hidden = embed_batches(self.llm(), texts, prompt, tick=bar.update)
             self.folder.mkdir(parents=True, exist_ok=True)
-            own = path.with_suffix(f".{os.getpid()}.npy")  # several evaluations may want the same texts
-            save(own, F.normalize(hidden.mean(1), dim=-1).half().numpy())
-            os.replace(own, path)
+            unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
+            save(path, unit, f".{os.getpid()}.tmp")  # several evaluations may want the same texts
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 
