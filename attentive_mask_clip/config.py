@@ -8,7 +8,7 @@ import dataclasses
 from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, Row
 
 
@@ -170,8 +170,8 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    run.check_data(cfg, "yfcc/{00000..01468}.tar")
-    run.check_counts(cfg, "epochs", "batch_size", "accumulate", "save_every", "log_every")
+    cli.check_data(cfg, "yfcc/{00000..01468}.tar")
+    cli.check_counts(cfg, "epochs", "batch_size", "accumulate", "save_every", "log_every")
     if cfg.batch_size % (world_size * cfg.accumulate):
         raise ValueError(
             f"--batch-size {cfg.batch_size} cannot be shared out evenly over {world_size} processes"

@@ -25,7 +25,7 @@ from attentive_mask_clip.config import Config as TrainConfig
 from attentive_mask_clip.export import export_model
 from attentive_mask_clip.model import ACLIP, CLIP, attentive_keep_ids, create_model, load_checkpoint, random_keep_ids
 from attentive_mask_clip.views import MEAN, STD, eval_transform
-from shared import export, report, run
+from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (
@@ -314,7 +314,7 @@ def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16")
         model = create_model(method, preset)
         load_checkpoint(model, path)
         return model.eval()
-    state = run.load_checkpoint(path / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(path / "checkpoint.pt")
     model = untrained(state, path)
     load_checkpoint(model, state)
     return model.eval()
@@ -322,7 +322,7 @@ def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16")
 
 def untrained(state: dict, path: str | Path) -> CLIP:
     """The model with which the run of this checkpoint in the folder `path` began."""
-    cfg = run.config_in(state, TrainConfig, path)
+    cfg = checkpoints.config_in(state, TrainConfig, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return create_model(cfg.method, cfg.model, **cfg.model_settings()).eval()
@@ -370,7 +370,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         kept = kept_foreground(model, images, foreground(images))
         flat |= {f"kept/{key}": value for key, value in kept.items()}
         if Path(path).is_dir():
-            before = untrained(run.load_checkpoint(Path(path) / "checkpoint.pt"), path).to(process.device)
+            before = untrained(checkpoints.load_checkpoint(Path(path) / "checkpoint.pt"), path).to(process.device)
             flat["kept/untrained_share"] = kept_foreground(before, images, foreground(images))["attentive_share"]
             few = images[torch.linspace(0, len(images) - 1, 8).long()]
             plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png")
@@ -380,22 +380,22 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     sets = (*cfg.sets, cfg.probe, cfg.foreground)
-    return report.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
+    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
-    results = report.evaluate_runs(
+    results = evaluation.evaluate_runs(
         cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report), report.load(cfg.times) if cfg.times else None)
+        compare(list(cfg.runs), results, Path(cfg.report), checkpoints.read_json(cfg.times) if cfg.times else None)
         kept = [Path(path) / "kept.png" for path in cfg.runs if Path(path).name == "aclip-seed0"]
         if kept and kept[0].exists():
             shutil.copy(kept[0], Path(cfg.report).parent / "attentive_mask_clip_kept.png")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

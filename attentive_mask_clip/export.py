@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from attentive_mask_clip.model import ACLIP, CLIP, PRESETS
 from attentive_mask_clip.views import MEAN, STD, eval_transform
-from shared import export, run
+from shared import checkpoints, export
 
 TIMM_TOWERS = {"vit_b16": "vit_base_patch16_224", "vit_l16": "vit_large_patch16_224"}
 
@@ -63,7 +63,7 @@ def export_model(model: CLIP, folder: str | Path) -> None:
         name = f"local-dir:{Path(folder).resolve()}"
         Path(folder).mkdir(parents=True, exist_ok=True)
         tower = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"num_classes": 0}, "model_args": shape}
-        run.write_json(Path(folder) / "config.json", tower)
+        checkpoints.write_json(Path(folder) / "config.json", tower)
     width = model.token_embedding.embedding_dim
     config = {
         "embed_dim": model.image_projection.shape[1],

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attentive_mask_clip.losses import aclip_loss, baseline_loss, byol_loss, clip_loss, simclr_loss  # noqa: F401
 from attentive_mask_clip.towers import MaskedViT, TextTransformer, byol_head, simclr_head
-from shared import run
+from shared import checkpoints
 
 # Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
 PRESETS = {
@@ -331,7 +331,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
         if not Path(state).is_file():
             raise FileNotFoundError(f"no checkpoint at {state}")
         try:
-            with torch.serialization.safe_globals(run.AUTHORS_GLOBALS):
+            with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):
                 state = torch.load(state, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path_or_dict} does not load with weights_only=True ({type(error).__name__})") from error

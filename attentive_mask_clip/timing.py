@@ -17,7 +17,7 @@ from attentive_mask_clip.config import Config as TrainConfig
 from attentive_mask_clip.config import check_model
 from attentive_mask_clip.model import ACLIP, create_model
 from attentive_mask_clip.train import param_groups, train_step
-from shared import report, run
+from shared import checkpoints, cli, evaluation, run
 
 ARMS = {  # overrides of the training settings; "eff" halves the EMA view
     "clip": dict(method="clip"),
@@ -114,11 +114,11 @@ def main(cfg: Config) -> None:
         }
         for arm, r in results.items()
     ]
-    print(f"{cfg.model}, batch {cfg.batch_size}, {torch.get_num_threads()} threads, {report.machine()}\n")
-    print(report.table(rows))
+    print(f"{cfg.model}, batch {cfg.batch_size}, {torch.get_num_threads()} threads, {run.machine()}\n")
+    print(evaluation.table(rows))
     if cfg.out:
-        report.save(Path(cfg.out), results)
+        checkpoints.write_json(Path(cfg.out), results)
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

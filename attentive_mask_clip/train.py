@@ -27,7 +27,7 @@ from attentive_mask_clip.views import (  # noqa: F401
     three_crops,
     view_transform,
 )
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from shared.zeroshot import quick_top1
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
@@ -148,7 +148,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         images.append(torch.zeros(2, 3, side, side))
     tokens = torch.ones(2, model.context_length, dtype=torch.long)
     fp32 = dataclasses.replace(cfg, precision="fp32")
-    activations = run.activation_bytes(lambda: forward_losses(model, images, boxes, tokens, fp32))
+    activations = cli.activation_bytes(lambda: forward_losses(model, images, boxes, tokens, fp32))
     gib = 2**30
     activations = activations / 2 * cfg.batch_size / world_size / cfg.accumulate / gib
     weights = (16 * trained + 4 * frozen) / gib
@@ -189,7 +189,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
 
     # Resume
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if "state_dict" in state:
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -214,7 +214,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
-            run.save_checkpoint(
+            checkpoints.save_checkpoint(
                 folder / "checkpoint.pt",
                 {
                     "epoch": epoch,
@@ -265,4 +265,4 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

@@ -1,7 +1,7 @@
 """What the paper claims, in the terms of the controlled experiment, and the comparison of its arms.
 
 The arms are run folders ARM-seedN that the Makefile trains and eval.py measures. Verdicts are computed by
-`shared.report.judge` from differences paired by seed.
+`shared.statistics.judge` from differences paired by seed.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from concept_frequency.curves import log_linear_curve, slope_per_decade, within_slope
-from shared import report
+from shared import checkpoints
+from shared.study import report, statistics
 
 Table = dict[str, dict[str, float]]  # of one run: concept -> assigned, text, image, integrated, accuracy
 
@@ -37,24 +38,24 @@ METRICS = {
 PLANTED = 20  # percent of captions exchanged, to see whether the misalignment degree shows it
 
 
-def claims() -> list[report.Claim]:
+def claims() -> list[statistics.Claim]:
     """Differences between arms, or between two measures of one arm ("arm:metric" stands for the baseline; "0")."""
     return [
-        report.Claim("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "zipf", "0"),
-        report.Claim("... and not on the same concepts, made equal", "implied", "slope_on_zipf", "zipf", "uniform"),
-        report.Claim("... and for another assignment of frequencies", "log-linear", "slope", "reassigned", "0"),
-        report.Claim("same concept at another frequency (points a decade)", "implied", "within", "reassigned", "0"),
-        report.Claim("... from equal frequency to Zipf's", "implied", "within", "uniform", "0"),
-        report.Claim("log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear"),
-        report.Claim(
+        statistics.Claim("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "zipf", "0"),
+        statistics.Claim("... and not on the same concepts, made equal", "implied", "slope_on_zipf", "zipf", "uniform"),
+        statistics.Claim("... and for another assignment of frequencies", "log-linear", "slope", "reassigned", "0"),
+        statistics.Claim("same concept at another frequency (points a decade)", "implied", "within", "reassigned", "0"),
+        statistics.Claim("... from equal frequency to Zipf's", "implied", "within", "uniform", "0"),
+        statistics.Claim("log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear"),
+        statistics.Claim(
             "... and its change more than the change of frequency (r)", "implied", "change_r_log", "reassigned",
             "reassigned:change_r_linear",
         ),
-        report.Claim("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "zipf", "zipf:rho_null"),
-        report.Claim("points lost on the tail benchmark", "22.7", "rest", "zipf", "zipf:tail"),
-        report.Claim("... fewer with equal frequencies", "implied", "tail", "uniform", "zipf"),
-        report.Claim("frequent tenth of concepts above equal frequencies", "implied", "head", "zipf", "uniform"),
-        report.Claim(
+        statistics.Claim("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "zipf", "zipf:rho_null"),
+        statistics.Claim("points lost on the tail benchmark", "22.7", "rest", "zipf", "zipf:tail"),
+        statistics.Claim("... fewer with equal frequencies", "implied", "tail", "uniform", "zipf"),
+        statistics.Claim("frequent tenth of concepts above equal frequencies", "implied", "head", "zipf", "uniform"),
+        statistics.Claim(
             f"misalignment degree with {PLANTED} % of captions exchanged", f"{PLANTED} planted", "misaligned_planted",
             "zipf", "zipf:misaligned", 1, PLANTED,
         ),
@@ -114,7 +115,7 @@ def judged(metrics: dict[str, list[dict]], tables: dict[str, list[Table]]) -> li
             continue
         method = [values[claim.metric] for values in metrics[claim.method]]
         baseline = [values[metric or claim.metric] for values in metrics[arm]] if arm != "0" else [0.0] * len(method)
-        rows.append(report.judge(claim, method, baseline))
+        rows.append(statistics.judge(claim, method, baseline))
         if claim.metric == "within" and claim.method == "reassigned":
             rows.append(pooled_within(tables))
     return rows
@@ -130,13 +131,13 @@ def compare(runs: Sequence[str], results: Sequence[tuple[dict, Table]], path: Pa
     across_arms(metrics, tables)
     rows = judged(metrics, tables)
     if replay:
-        rows += report.load(Path(replay))["claims"]
+        rows += checkpoints.read_json(Path(replay))["claims"]
     else:
-        rows.append(report.untestable("published files: all correlations", "0.83 to 1.00", "name RESULTS=CLONE"))
-    rows.append(report.untestable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora"))
+        rows.append(statistics.untestable("published files: all correlations", "0.83 to 1.00", "name RESULTS=CLONE"))
+    rows.append(statistics.untestable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora"))
     title = 'No "zero-shot" without exponential data (arXiv 2404.04125)'
     summary = report.results(title, found.seeds, metrics, rows, found.commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot_curves(tables, path.parent)
     slopes = ", ".join(f"{m['slope']:.1f} ({m['slope_low']:.1f} to {m['slope_high']:.1f})" for m in metrics["zipf"])
     report.show(summary, METRICS, "CC3M to LAION-400M", path)

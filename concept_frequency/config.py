@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, Row
 
 
@@ -110,8 +110,8 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
     if not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
-    run.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every")
-    run.check_batch(cfg, world_size)
+    cli.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every")
+    cli.check_batch(cfg, world_size)
     if cfg.total < cfg.num_concepts:
         raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
     if cfg.total < cfg.batch_size:

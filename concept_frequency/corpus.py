@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared import data, run, tars
+from shared import checkpoints, data, tars
 
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
 
@@ -210,7 +210,7 @@ class RowTable(Mapping):
         return cls(hashes[rows], rows)
 
     def save(self, path: str) -> None:
-        with run.replaced(Path(path)) as file:
+        with checkpoints.replaced(Path(path)) as file:
             np.savez(file, hashes=self.hashes, rows=self.rows)
 
     @classmethod

@@ -46,7 +46,7 @@ from concept_frequency.parts import (
 )
 from concept_frequency.tagger import tag_images  # noqa: F401
 from concept_frequency.workers import connect, run_jobs
-from shared import data, report, run
+from shared import checkpoints, cli, data, evaluation, run
 
 
 def count_corpus(cfg: Config, names: Sequence[str]) -> Counted:
@@ -200,16 +200,16 @@ def write_counts(cfg: Config, lists: dict[str, list[str]], names: Sequence[str],
         methods |= {"image": f"{kind}{cfg.threshold}", "integrated": f"integrated_t{text_method}_i{cfg.threshold}"}
     if cfg.keep:
         columns["kept"], methods["kept"] = counted.kept, f"kept_{methods['image']}"
-    with run.replaced(out / "counts.parquet") as file:
+    with checkpoints.replaced(out / "counts.parquet") as file:
         pq.write_table(pa.table({"concept": list(names)} | columns), file)
     place = {name: i for i, name in enumerate(names)}
     for title, wanted in lists.items():
         for key, method in methods.items():
             counts = {name: columns[key][place[name]].item() for name in wanted}
-            run.write_json(out / f"{title}_{cfg.corpus}_{method}_search_counts.json", counts)
+            checkpoints.write_json(out / f"{title}_{cfg.corpus}_{method}_search_counts.json", counts)
     if with_images:
         larger, size = max(counted.with_text, counted.with_image, 1), cfg.size or max(counted.documents, 1)
-        run.write_json(
+        checkpoints.write_json(
             out / f"{cfg.corpus}_misalignment_degree.json",
             {
                 "misalignment_counts": counted.misaligned,
@@ -232,7 +232,7 @@ def main(cfg: Config) -> None:
     seconds, never = time.perf_counter() - start, int((counted.text == 0).sum())
     print(f"{counted.documents:,} captions, {len(names):,} concepts, {seconds:.1f} s; {never:,} concepts in no caption")
     top = np.argsort(-counted.text, kind="stable")[:10]
-    print(report.table([
+    print(evaluation.table([
         {"concept": names[i], "captions": f"{counted.text[i]:,}", "images": f"{counted.image[i]:,}",
          "both": f"{counted.both[i]:,}"} for i in top
     ]))  # fmt: skip
@@ -243,4 +243,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

@@ -47,7 +47,7 @@ from concept_frequency.curves import (  # noqa: F401
     within_slope,
 )
 from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
-from shared import export, report, run, zeroshot
+from shared import checkpoints, cli, evaluation, export, run, zeroshot
 
 NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
 
@@ -124,8 +124,8 @@ def scored(
 
 def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
     """(metrics, {concept: {"assigned", "text", "image", "integrated", "accuracy"}}) of one run."""
-    state = run.load_checkpoint(folder / "checkpoint.pt")
-    settings = vars(run.config_in(state, train.Config, folder))
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+    settings = vars(checkpoints.config_in(state, train.Config, folder))
     model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
     model.load_state_dict(state["state_dict"])
     tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
@@ -162,8 +162,8 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
 
 def export_run(path: str, folder: str) -> None:
     """The model as one of open_clip's, whose preprocessing lacks the resize of `train.views` and only comes near."""
-    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
-    settings = vars(run.config_in(state, train.Config, path))
+    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
+    settings = vars(checkpoints.config_in(state, train.Config, path))
     model = train.create_model(settings["model"], settings["image_size"]).eval()
     model.load_state_dict(state["state_dict"])
     side = train.image_side(model)
@@ -222,7 +222,7 @@ def tail_benchmark(folder: Path, table: dict[str, dict], cfg: Config) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts, out = folder / "counts.json", folder / "set"
-    run.write_json(counts, {name: row["integrated"] for name, row in table.items()})
+    checkpoints.write_json(counts, {name: row["integrated"] for name, row in table.items()})
     images = (cfg.eval_set, *filter(lambda path: Path(path).is_dir(), [cfg.eval_set.replace("_ood", "_id")]))
     let_it_wag.build(
         let_it_wag.Config(
@@ -234,7 +234,7 @@ def tail_benchmark(folder: Path, table: dict[str, dict], cfg: Config) -> Path:
 
 def tail_accuracy(run_folder: Path, table: dict[str, dict], benchmark: Path, cfg: Config, process: run.Process) -> dict:
     """{"tail", "rest"}: percent on the benchmark, and on the other concepts' images, among all K concepts."""
-    state, names = run.load_checkpoint(run_folder / "checkpoint.pt"), list(table)
+    state, names = checkpoints.load_checkpoint(run_folder / "checkpoint.pt"), list(table)
     settings = state["config"]
     model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
     model.load_state_dict(state["state_dict"])
@@ -253,10 +253,10 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, f
     def measure() -> dict:
         metrics, table = evaluate_run(folder, cfg, process)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
+        (folder / "results.md").write_text(evaluation.table(rows) + "\n")
         return {"metrics": metrics, "concepts": table}
 
-    found = report.measured(folder / "results.json", setting, [folder / "checkpoint.pt"], measure)
+    found = evaluation.measured(folder / "results.json", setting, [folder / "checkpoint.pt"], measure)
     return found["metrics"], found["concepts"]
 
 
@@ -264,7 +264,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
-    report.check_report(cfg.report)
+    evaluation.check_report(cfg.report)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)
     results = []
@@ -286,4 +286,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

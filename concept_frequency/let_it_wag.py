@@ -19,8 +19,8 @@ from PIL import Image
 from scipy.fft import dct
 
 from concept_frequency.concepts import load_counts
-from shared import data, run, tars
-from shared.emoji import write_split
+from shared import cli, data, tars
+from shared.tars import write_split
 from shared.evalsets import EvalSet
 
 
@@ -149,19 +149,15 @@ def build(cfg: Config) -> dict[str, int]:
 
 def write_set(folder: Path, classes: Sequence[str], rows: Sequence[tuple[int, Image.Image]]) -> None:
     """An evaluation set with the plain class name as its prompt; rows are (label, image)."""
-    drawings = [_Encoded(image) for _, image in rows]
-    write_split(folder / "test", drawings, "cls", [str(label) for label, _ in rows])
+    write_split(folder / "test", (png(image) for _, image in rows), "cls", [str(label) for label, _ in rows])
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
 
 
-class _Encoded:
-    """What `write_split` asks of a drawing: its PNG."""
-
-    def __init__(self, image: Image.Image):
-        file = io.BytesIO()
-        image.save(file, format="PNG")
-        self.png = file.getvalue()
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
 
 
 def main(cfg: Config) -> None:
@@ -173,4 +169,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -26,7 +26,7 @@ from concept_frequency import train
 from concept_frequency.concepts import caption_concepts, load_json, model_key
 from concept_frequency.config import MODELS
 from concept_frequency.eval import concept_recall, per_class_accuracy
-from shared import run
+from shared import checkpoints, cli, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
@@ -86,8 +86,8 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
 
 
 def _run_folder(folder: Path) -> tuple[nn.Module, Callable, Callable]:
-    state = run.load_checkpoint(folder / "checkpoint.pt")
-    cfg = run.config_in(state, train.Config, folder)
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+    cfg = checkpoints.config_in(state, train.Config, folder)
     model = train.create_model(cfg.model, cfg.image_size)
     model.load_state_dict(state["state_dict"])
     side, plain = train.image_side(model), torch.full((1, train.NOISE), 0.5)
@@ -101,8 +101,8 @@ def _run_folder(folder: Path) -> tuple[nn.Module, Callable, Callable]:
 
 def _checkpoint(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
     """Weights in open_clip's layout, under `state_dict` or not, with `module.` before them or not; or SLIP's."""
-    with torch.serialization.safe_globals(run.AUTHORS_GLOBALS):  # SLIP keeps its arguments and learning rates
-        state = run.load_checkpoint(path)
+    with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # SLIP keeps its arguments and learning rates
+        state = checkpoints.load_checkpoint(path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     if "image_projection" in weights:
         return slip(weights)
@@ -185,7 +185,7 @@ def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min
 def write(folder: Path, title: str, key: str, result: dict) -> None:
     """Add a model's result to a file in the authors' layout."""
     path = folder / f"{title}_results.json"
-    run.write_json(path, (load_json(path) if path.exists() else {}) | {key: result})
+    checkpoints.write_json(path, (load_json(path) if path.exists() else {}) | {key: result})
 
 
 def main(cfg: Config) -> None:
@@ -229,4 +229,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from concept_frequency.config import Config
-from shared import data, run, tars
+from shared import checkpoints, data, tars
 
 SIDE = 64  # pixels of the images kept in memory
 
@@ -184,5 +184,5 @@ def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
             "concept": [names[c] for c in pairs.concept],
         }
     )
-    with run.replaced(path) as file:
+    with checkpoints.replaced(path) as file:
         pq.write_table(table, file)

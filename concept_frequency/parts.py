@@ -24,7 +24,7 @@ from concept_frequency.count_config import Config
 from concept_frequency.curves import misalignment
 from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
 from concept_frequency.tagger import Tagger, load_tagger, tag_images
-from shared import data, run, tars
+from shared import checkpoints, data, tars
 
 
 class Job(NamedTuple):
@@ -51,8 +51,10 @@ def index_part(job: Job) -> Done:
 
 def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
     """Write a part's result so that `target` is there whole or not at all, with what a later run asks of it."""
-    run.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
-    with run.replaced(Path(target), f".{os.getpid()}.tmp") as file:  # a worker that outlived its run may be at it, too
+    checkpoints.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
+    with checkpoints.replaced(
+        Path(target), f".{os.getpid()}.tmp"
+    ) as file:  # a worker that outlived its run may be at it, too
         save(file)
     return Done(target, documents, broken)
 

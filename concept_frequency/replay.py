@@ -31,7 +31,7 @@ from concept_frequency.published import (
     Results,
     plotted_bins,
 )
-from shared import report, run
+from shared import checkpoints, cli, evaluation
 
 
 class Panel(NamedTuple):
@@ -311,13 +311,13 @@ def main(cfg: Config) -> None:
     results, out = Results(cfg.results), Path(cfg.out)
     tables, claims, figures = derive(results)
     out.mkdir(parents=True, exist_ok=True)
-    sections = [f"## {heading}\n\n{report.table(rows)}\n" for heading, rows in tables.items() if rows]
+    sections = [f"## {heading}\n\n{evaluation.table(rows)}\n" for heading, rows in tables.items() if rows]
     (out / "results.md").write_text("\n".join(sections))
-    run.write_json(out / "results.json", {"tables": tables, "claims": claims})
+    checkpoints.write_json(out / "results.json", {"tables": tables, "claims": claims})
     plot(results, figures, out / "main_figure.png")
     print("\n".join(sections))
-    print(f"{report.table(claims)}\n\nwritten to {out}")
+    print(f"{evaluation.table(claims)}\n\nwritten to {out}")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from concept_frequency.concepts import read_descriptions
 from concept_frequency.model import OpenSetHead, label_embedding
-from shared import run
+from shared import checkpoints
 from shared.zeroshot import encode_texts
 
 PLAIN = ("a photo.", "an image.", "a picture of something.")  # what a concept has to beat
@@ -174,7 +174,7 @@ def load_ram_plus(
     from concept_frequency.measure import load_model
 
     place = torch.device(device)
-    state = run.load_checkpoint(checkpoint)
+    state = checkpoints.load_checkpoint(checkpoint)
     model = RAMPlus(image_size=image_size)
     model.load_checkpoint(state.get("model", state))
     model.to(place).eval()

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.pairs import SIDE, make_pairs, read_corpus, sample_pairs, write_pairs, zipf_counts  # noqa: F401
-from shared import data, export, run
+from shared import checkpoints, cli, data, export, run
 from shared.clip import without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
@@ -145,7 +145,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
         print(f"learning rate      {learning_rate(step, cfg):.3e} at step {step:,}")
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
-    activations = run.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / world_size / 2**30
+    activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / world_size / 2**30
     weights = 16 * parameters / 2**30
     print(f"memory estimate    {weights + activations:.1f} GiB a process in fp32: {weights:.1f} weights and AdamW;")
     print(f"                   {activations:.1f} activations")
@@ -173,7 +173,7 @@ def train(cfg: Config) -> Path | None:
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
 
     # Resume
-    state = run.resume(folder, cfg) or {"step": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"step": 0, "seconds": 0.0}
     if "state_dict" in state:
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -196,7 +196,7 @@ def train(cfg: Config) -> Path | None:
             print(line)
         folder.mkdir(parents=True, exist_ok=True)
         write_pairs(folder / "pairs.parquet", corpus, pairs)
-        run.write_json(folder / "frequencies.json", dict(zip(names, counts.tolist(), strict=True)))
+        checkpoints.write_json(folder / "frequencies.json", dict(zip(names, counts.tolist(), strict=True)))
     tokens = tokenizer(pairs.caption)
     test = read_test_set(cfg.eval_set, names)
     size = image_side(model)
@@ -207,7 +207,7 @@ def train(cfg: Config) -> Path | None:
 
     def save(step: int) -> None:
         if process.main:
-            run.save_checkpoint(
+            checkpoints.save_checkpoint(
                 folder / "checkpoint.pt",
                 {
                     "name": cfg.out,
@@ -267,4 +267,4 @@ def train(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: train(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: train(tyro.extras.overridable_config_cli(PRESETS)))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared import run
+from shared import checkpoints
 
 
 def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class AuthorsBank:
 
 def read_tensor(path: Path) -> Tensor:
     """The (T, D) tensor in a .pth file."""
-    value = run.load_checkpoint(path)
+    value = checkpoints.load_checkpoint(path)
     if not isinstance(value, Tensor) or value.ndim != 2:
         raise ValueError(f"{path} does not hold embeddings (facets, dimensions)")
     return value.detach()

@@ -1,7 +1,7 @@
 """What FLAME claims, in the terms of the embedded corpus, and the comparison of its arms.
 
 The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures. Verdicts are computed by
-`shared.report.judge` from differences paired by seed.
+`shared.statistics.judge` from differences paired by seed.
 """
 
 from pathlib import Path
@@ -9,7 +9,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import report, run
+from shared import checkpoints, run
+from shared.study import report, statistics
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "clip": "CLIP: trained text encoder",
@@ -36,7 +37,7 @@ METRICS = {
 }
 
 
-def claims() -> list[report.Claim]:
+def claims() -> list[statistics.Claim]:
     """Differences of arms, all trained on the same images.
 
     The paper's numbers: ImageNet over the best before; Urban-1k over CLIP on the same CC3M; Crossmodal-3600 over a CLIP
@@ -47,21 +48,23 @@ def claims() -> list[report.Claim]:
     to_text, to_image = "retrieval_long_ood/image_to_text_R@1", "retrieval_long_ood/text_to_image_R@1"
     i2t, t2i = "languages/other_image_to_text_R@1", "languages/other_text_to_image_R@1"
     return [
-        report.Claim(
+        statistics.Claim(
             "zero-shot above a trained text encoder, unseen style", "+4.9 IN (CC3M)", names, "flame", "clip", 1
         ),
-        report.Claim(
+        statistics.Claim(
             "zero-shot above a trained text encoder, seen styles", "+4.9 IN (CC3M)", names_id, "flame", "clip", 1
         ),
-        report.Claim("long captions, image to text", "+54.6 Urban-1k", to_text, "flame", "clip", 1, 54.6),
-        report.Claim("long captions, text to image", "+57.0 Urban-1k", to_image, "flame", "clip", 1, 57.0),
-        report.Claim("35 other languages, image to text", "+44.4 XM3600", i2t, "flame", "clip", 1, 44.4),
-        report.Claim("35 other languages, text to image", "+44.5 XM3600", t2i, "flame", "clip", 1, 44.5),
-        report.Claim("several facets above one of each caption", "claimed", names, "flame", "summary", 1),
-        report.Claim("three captions above the raw one", "claimed", names, "summary", "raw", 1),
-        report.Claim("decoupled facets above a causal mask, zero-shot", "claimed", names, "flame", "causal", 1),
-        report.Claim("decoupled facets above a causal mask, long captions", "claimed", to_image, "flame", "causal", 1),
-        report.Claim("centring (not in the paper)", None, names, "flame", "flame-raw-states", 1),
+        statistics.Claim("long captions, image to text", "+54.6 Urban-1k", to_text, "flame", "clip", 1, 54.6),
+        statistics.Claim("long captions, text to image", "+57.0 Urban-1k", to_image, "flame", "clip", 1, 57.0),
+        statistics.Claim("35 other languages, image to text", "+44.4 XM3600", i2t, "flame", "clip", 1, 44.4),
+        statistics.Claim("35 other languages, text to image", "+44.5 XM3600", t2i, "flame", "clip", 1, 44.5),
+        statistics.Claim("several facets above one of each caption", "claimed", names, "flame", "summary", 1),
+        statistics.Claim("three captions above the raw one", "claimed", names, "summary", "raw", 1),
+        statistics.Claim("decoupled facets above a causal mask, zero-shot", "claimed", names, "flame", "causal", 1),
+        statistics.Claim(
+            "decoupled facets above a causal mask, long captions", "claimed", to_image, "flame", "causal", 1
+        ),
+        statistics.Claim("centring (not in the paper)", None, names, "flame", "flame-raw-states", 1),
     ]
 
 
@@ -77,7 +80,7 @@ def above_chance(arms: dict[str, list[dict]]) -> list[dict[str, str]]:
             ours = [sum(values[key] for key in keys) / len(keys) for values in arms[arm]]
             chance = [values["languages/other_chance"] for values in arms[arm]]
             text = f"{ARMS[arm].split(':')[0]}: {len(keys)} languages in {script} above chance"
-            rows.append(report.judge(report.Claim(text, None, "", "", ""), ours, chance))
+            rows.append(statistics.judge(statistics.Claim(text, None, "", "", ""), ours, chance))
     return rows
 
 
@@ -85,13 +88,13 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     """Judge the claims, print the tables, write `path` and the plots beside it."""
     arms, seeds, folders, commits = report.compare_runs(runs, results, ARMS)
     known = set(next(iter(arms.values()))[0])  # evaluations with other sets judge what they can
-    rows = report.judge_all([claim for claim in claims() if claim.metric in known], arms) + above_chance(arms)
+    rows = statistics.judge_all([claim for claim in claims() if claim.metric in known], arms) + above_chance(arms)
     rows.append(
-        report.untestable("absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers", "51.7 XM3600", "needs CC3M")
+        statistics.untestable("absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers", "51.7 XM3600", "needs CC3M")
     )
-    rows.append(report.untestable("languages of a 12B multilingual LLM", "claimed", "SmolLM2 is English"))
+    rows.append(statistics.untestable("languages of a 12B multilingual LLM", "claimed", "SmolLM2 is English"))
     summary = report.results("FLAME (arXiv 2411.11927)", seeds, arms, rows, commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot_curves(folders, path.parent)
     plot_arms(arms, path.parent)
     plot_languages(arms, path.parent)

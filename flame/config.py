@@ -8,7 +8,7 @@ import dataclasses
 from typing import Literal
 
 from flame.model import TOWERS
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, Row
 
 EVAL = "data/emoji/eval/"
@@ -164,13 +164,13 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    run.check_counts(cfg, "epochs", "batch_size", "facets", "save_every", "log_every", "dataset_size", "image_size")
-    run.check_counts(cfg, "hidden_dim", "text_width", "text_layers", "embed_dim")
-    run.check_counts(cfg, "max_length", least=3)  # start, a token, end
-    run.check_counts(cfg, "warmup", "cooldown", "weight_decay", "eval_every", "workers", least=0)
+    cli.check_counts(cfg, "epochs", "batch_size", "facets", "save_every", "log_every", "dataset_size", "image_size")
+    cli.check_counts(cfg, "hidden_dim", "text_width", "text_layers", "embed_dim")
+    cli.check_counts(cfg, "max_length", least=3)  # start, a token, end
+    cli.check_counts(cfg, "warmup", "cooldown", "weight_decay", "eval_every", "workers", least=0)
     if not cfg.lr > 0:
         raise ValueError(f"--lr must be above 0, not {cfg.lr}")
-    run.check_batch(cfg, world_size)
+    cli.check_batch(cfg, world_size)
     if cfg.model not in TOWERS:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
     if not 1 <= cfg.logit_scale <= 100:
@@ -187,7 +187,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_inputs(cfg: Config) -> None:
     """Data, bank and evaluation set have to be named and there; a dry run needs none."""
-    run.check_data(cfg, "cc3m/{0000..0575}.tar")
+    cli.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
         raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
 

@@ -28,7 +28,7 @@ from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
-from shared import data, run, smollm2
+from shared import checkpoints, cli, data, run, smollm2
 from shared.evalsets import EvalSet
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
@@ -245,7 +245,7 @@ def making(cfg: Config, prompts: Prompts) -> dict:
 
 def save(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
     """np.save, whole or not at all."""
-    with run.replaced(path, ending) as file:
+    with checkpoints.replaced(path, ending) as file:
         np.save(SimpleNamespace(write=file.write), array)  # into a file itself, NumPy overlooks that a disk is full
 
 
@@ -259,7 +259,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode()), "precision": cfg.precision}
     shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
     if begun:
-        index = {"precision": cfg.precision} | run.read_json(out / "index.json")  # older ones do not say
+        index = {"precision": cfg.precision} | checkpoints.read_json(out / "index.json")  # older ones do not say
         changed = [
             name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
         ]
@@ -280,7 +280,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
             save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
             index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
-            run.write_json(out / "index.json", index)
+            checkpoints.write_json(out / "index.json", index)
         run.gather_lists([], process)  # waits
         mine = missing[process.rank :: process.world_size]
         total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
@@ -431,7 +431,7 @@ def main(cfg: Config) -> None:
         raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
-    run.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
+    cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
     sets = read_sets(cfg) if process.main else []  # fails now if it must
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     llm = functools.cache(lambda: load_llm(cfg, process.device))
@@ -442,4 +442,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

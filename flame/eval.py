@@ -29,7 +29,7 @@ from flame.incontext import few_shot, few_shot_accuracy, nearest_tokens, pool_pa
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from flame.probe import adamw_probe
-from shared import report, run
+from shared import checkpoints, cli, evaluation, run
 from shared.evalsets import EvalSet
 from shared.probes import Probe
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, owners, retrieval_ranks
@@ -224,14 +224,14 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME, TrainConfig]:
     """Model in eval mode and configuration of a run folder, or of an authors' checkpoint file."""
     path = Path(path)
     if path.is_dir():
-        state = run.load_checkpoint(path / "checkpoint.pt")
+        state = checkpoints.load_checkpoint(path / "checkpoint.pt")
         try:
             settings, text_dim = state["config"], state["text_dim"]
             train_cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} is no run of flame.train") from error
     else:
-        state = run.load_checkpoint(path)
+        state = checkpoints.load_checkpoint(path)
         train_cfg = TrainConfig(model=cfg.model, bank=cfg.bank or "")
         weights = state.get("state_dict", state) if isinstance(state, dict) else {}
         last = next((value for name, value in weights.items() if name.endswith("mm.3.weight")), None)
@@ -359,24 +359,24 @@ def plot_similarity(bank: Bank, path: Path, images: int = 500) -> None:
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     sets = (*cfg.sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
-    return report.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
+    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
-    run.check_counts(cfg, "batch_size", "episodes")
-    results = report.evaluate_runs(
+    cli.check_counts(cfg, "batch_size", "episodes")
+    results = evaluation.evaluate_runs(
         cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
     )
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
-        settings = [run.load_checkpoint(Path(path) / "checkpoint.pt")["config"] for path in cfg.runs]
+        settings = [checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")["config"] for path in cfg.runs]
         banks = [each["bank"] for each in settings if each["method"] == "flame"]
         if banks and isinstance(bank := open_bank(min(banks, key=len)), Bank):
             plot_similarity(bank, Path(cfg.report).parent / "flame_facets.png")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from shared import run
+from shared import checkpoints
 from shared.run import gather
 
 # ----------------------------------------------------------------------------------------------------------- prompts
@@ -348,7 +348,7 @@ def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
     ValueError if what remains are not the weights of this model. Upstream loads with strict=False, and leaves
     logit_bias out of its evaluation models; here it may be missing, nothing else.
     """
-    state = source if isinstance(source, dict) else run.load_checkpoint(source)
+    state = source if isinstance(source, dict) else checkpoints.load_checkpoint(source)
     state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{'this' if isinstance(source, dict) else source} holds no weights")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from shared import data, run, tars
+from shared import checkpoints, cli, data, tars
 
 KINDS = ("raw", "short", "long")
 SHORT = (
@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{cfg.data} holds no sample with a .json: 'make data' builds the embedded corpus")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     for kind, entries in lists.items():
-        run.write_json(Path(cfg.out) / f"{kind}.json", entries)
+        checkpoints.write_json(Path(cfg.out) / f"{kind}.json", entries)
     print(f"{cfg.out}: {len(lists['raw']):,} samples, {len({e['caption'] for e in lists['raw']}):,} different names")
 
 
@@ -85,4 +85,4 @@ def read_captions(path: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config, description=__doc__)))
+    cli.command_line(lambda: main(tyro.cli(Config, description=__doc__)))

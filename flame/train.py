@@ -24,7 +24,7 @@ from flame.embed import embed_captions, open_set  # noqa: F401
 from flame.eval import classifier_of, text_features, view_of, zero_shot_top1
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
-from shared import data, run
+from shared import checkpoints, cli, data, run
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -194,7 +194,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         texts = torch.ones(2, cfg.max_length, dtype=torch.long)
     fp32 = dataclasses.replace(cfg, precision="fp32")
     gib = 2**30
-    activations = run.activation_bytes(lambda: forward_loss(model, images, texts, fp32)) / 2
+    activations = cli.activation_bytes(lambda: forward_loss(model, images, texts, fp32)) / 2
     activations *= cfg.batch_size / world_size / gib
     weights = 16 * parameters / gib
     print(
@@ -252,7 +252,7 @@ def main(cfg: Config) -> Path | None:
     scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
 
     # Resume
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if "state_dict" in state:
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -283,7 +283,7 @@ def main(cfg: Config) -> Path | None:
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
-            run.save_checkpoint(
+            checkpoints.save_checkpoint(
                 folder / "checkpoint.pt",
                 {
                     "epoch": epoch,
@@ -336,4 +336,4 @@ def main(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lexvla.build import small_vit, train_transform
 from lexvla.train import cosine_lr, param_groups
-from shared import data, run, tars
+from shared import checkpoints, cli, data, run, tars
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ def drawing_loss(tokens: Tensor, temperature: float) -> Tensor:
 
 def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> nn.Module:
     """The trained ViT; `work` holds the checkpoint of the last epoch."""
-    state = run.resume(work, cfg)
+    state = checkpoints.resume(work, cfg)
     data.check_pairs(pairs, cfg, state or {}, process)
     rows = drawings(cfg.data, list(pairs.keys))
     per_epoch = len(rows) // cfg.batch_size
@@ -147,7 +147,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
         data.report_broken(broken, process, f"backbone epoch {epoch + 1}")
         state = {"model": vit.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         state |= {"data": pairs.fingerprint, "config": dataclasses.asdict(cfg)}
-        run.save_checkpoint(work / "checkpoint.pt", state)
+        checkpoints.save_checkpoint(work / "checkpoint.pt", state)
     return vit
 
 
@@ -157,12 +157,12 @@ def check_made(out: Path, cfg: Config) -> None:
     Where, on what and with how many workers changes nothing. An older file does not say what its data held: its
     --data and --dataset-size have to be the same.
     """
-    kept = run.load_checkpoint(out)
+    kept = checkpoints.load_checkpoint(out)
     if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict) or "weights" not in kept:
         raise ValueError(f"{out} is no file of this script: choose another --out")
     free = {"out", "device", "workers"} | ({"data", "dataset_size"} if "data" in kept else set())
     now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
-    if what := run.changes(kept["config"], now):
+    if what := checkpoints.changes(kept["config"], now):
         raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
     if "data" in kept and kept["data"] != data.open_pairs(cfg.data, cfg.dataset_size).fingerprint:
         raise ValueError(
@@ -177,7 +177,7 @@ def main(cfg: Config) -> None:
     if out.exists():
         check_made(out, cfg)
         return print(f"{out} is there already")
-    run.check_counts(cfg, "batch_size", "epochs", "dataset_size")
+    cli.check_counts(cfg, "batch_size", "epochs", "dataset_size")
     process, work = run.setup(cfg.seed, cfg.device), out.with_suffix(".work")
     if process.world_size > 1:
         raise ValueError("the backbone is trained by one process: start it without torchrun")
@@ -185,10 +185,10 @@ def main(cfg: Config) -> None:
         pairs = data.open_pairs(cfg.data, cfg.dataset_size)
         vit = train(cfg, process, pairs, work)
         made = {"config": dataclasses.asdict(cfg), "data": pairs.fingerprint}
-        run.save_checkpoint(out, {"weights": vit.cpu().state_dict()} | made)
+        checkpoints.save_checkpoint(out, {"weights": vit.cpu().state_dict()} | made)
         shutil.rmtree(work)
     print(f"{out} written")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -26,7 +26,7 @@ from lexvla.model import (
     add_lora,
 )
 from lexvla.text import Bags, Prompts, States, load_lm
-from shared import data, run
+from shared import checkpoints, data
 
 
 def small_vit(image_size: int) -> nn.Module:
@@ -45,7 +45,7 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
         vit = small_vit(image_size)
         if pretrained:
             try:
-                vit.load_state_dict(run.load_checkpoint(name)["weights"])
+                vit.load_state_dict(checkpoints.load_checkpoint(name)["weights"])
             except (KeyError, RuntimeError) as error:
                 raise ValueError(
                     f"--backbone {name} at {image_size} pixels is no file of 'python -m lexvla.backbone'"
@@ -164,7 +164,7 @@ def load_run(
     folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[LexVLA, Config, object, Prompts | Bags | States]:
     """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights."""
-    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     if "weights" not in state or "vocab_ids" not in state:
         raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
     cfg = Config(**state["config"])

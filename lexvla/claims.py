@@ -1,7 +1,7 @@
 """What LexVLA claims, in the terms of the embedded corpus, and the comparison of its arms.
 
 The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures. Verdicts are computed by
-`shared.report.judge` from differences paired by seed. The paper's tables are pictures that could not be read, so its
+`shared.statistics.judge` from differences paired by seed. The paper's tables are pictures that could not be read, so its
 side of a row is a direction and where it stands.
 """
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import report
+from shared import checkpoints
+from shared.study import report, statistics
 
 SET = "retrieval_ood"
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
@@ -46,23 +47,23 @@ RECALL, IMAGE_DF, TEXT_DF = (
 )
 
 
-def claims() -> list[report.Claim]:
+def claims() -> list[statistics.Claim]:
     """Differences of arms; document frequencies and recalls in percent."""
     figure6, table1, table2 = "Fig. 6: shared words removed", "Table 1", "Table 2"
     return [
-        report.Claim("overuse: images' top word rarer than with FLOPs", figure6, IMAGE_DF, "overuse", "flops", -1),
-        report.Claim("... the captions' too", figure6, TEXT_DF, "overuse", "flops", -1),
-        report.Claim("overuse: images' top word rarer than without", figure6, IMAGE_DF, "overuse", "none", -1),
-        report.Claim("... the captions' too", figure6, TEXT_DF, "overuse", "none", -1),
-        report.Claim("overuse retrieves better than FLOPs", f"{table1}: in most cases", RECALL, "overuse", "flops"),
-        report.Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
-        report.Claim("LLM text retrieves better than bags of words", table1, RECALL, "overuse", "bow"),
-        report.Claim("sparse words retrieve better than 512 latent dimensions", "Fig. 5", RECALL, "overuse", "dense"),
-        report.Claim("a tuned image codebook better than a frozen one", None, RECALL, "overuse", "frozen-codebook"),
-        report.Claim(
+        statistics.Claim("overuse: images' top word rarer than with FLOPs", figure6, IMAGE_DF, "overuse", "flops", -1),
+        statistics.Claim("... the captions' too", figure6, TEXT_DF, "overuse", "flops", -1),
+        statistics.Claim("overuse: images' top word rarer than without", figure6, IMAGE_DF, "overuse", "none", -1),
+        statistics.Claim("... the captions' too", figure6, TEXT_DF, "overuse", "none", -1),
+        statistics.Claim("overuse retrieves better than FLOPs", f"{table1}: in most cases", RECALL, "overuse", "flops"),
+        statistics.Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
+        statistics.Claim("LLM text retrieves better than bags of words", table1, RECALL, "overuse", "bow"),
+        statistics.Claim("sparse words retrieve better than 512 latent dimensions", "Fig. 5", RECALL, "overuse", "dense"),
+        statistics.Claim("a tuned image codebook better than a frozen one", None, RECALL, "overuse", "frozen-codebook"),
+        statistics.Claim(
             "PatchDis: words above the latent baseline", table2, "patchdis/miou_present", "overuse", "dense"
         ),
-        report.Claim("... among all classes", table2, "patchdis/miou", "overuse", "dense"),
+        statistics.Claim("... among all classes", table2, "patchdis/miou", "overuse", "dense"),
     ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def within(arms: dict[str, list[dict]]) -> list[dict[str, str]]:
     def row(arm: str, claim: str, paper: str | None, ours: str, theirs: str) -> None:
         if arm in arms and ours in arms[arm][0] and theirs in arms[arm][0]:
             values = ([run_[key] for run_ in arms[arm]] for key in (ours, theirs))
-            rows.append(report.judge(report.Claim(claim, paper, "", "", ""), *values))
+            rows.append(statistics.judge(statistics.Claim(claim, paper, "", "", ""), *values))
 
     row(
         "overuse",
@@ -95,13 +96,15 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     if any(RECALL not in seed for of_arm in arms.values() for seed in of_arm):
         raise ValueError(f"--report compares runs on {SET}: have it among --sets")
     known = [c for c in claims() if all(c.metric in arms[arm][0] for arm in (c.method, c.baseline) if arm in arms)]
-    rows = report.judge_all(known, arms) + within(arms)  # of the sets that were measured
+    rows = statistics.judge_all(known, arms) + within(arms)  # of the sets that were measured
     rows.append(
-        report.untestable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", "needs CC12M, Llama 2")
+        statistics.untestable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", "needs CC12M, Llama 2")
     )
-    rows.append(report.untestable("above CLIP at 0.4B and 1.1B pairs, VDR, STAIR", "Table 1", "needs CC12M, Llama 2"))
+    rows.append(
+        statistics.untestable("above CLIP at 0.4B and 1.1B pairs, VDR, STAIR", "Table 1", "needs CC12M, Llama 2")
+    )
     summary = report.results("LexVLA (arXiv 2407.17827)", seeds, arms, rows, commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot_sweep(arms, path.parent / "lexvla_sparsity.png")
     plot_usage(folders, path.parent / "lexvla_words.png")
     if "overuse" in folders:  # what the method's first seed says, as eval.py drew it
@@ -140,7 +143,7 @@ def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
         return
     figure, axes = plt.subplots(2, len(lexical), figsize=(2.3 * len(lexical), 5), squeeze=False, sharex="row")
     for column, (arm, folder) in zip(axes.T, lexical.items(), strict=True):
-        most = report.load(folder / f"words_{SET}.json")
+        most = checkpoints.read_json(folder / f"words_{SET}.json")
         for axis, side in zip(column, ("image", "text"), strict=True):
             words, shares = zip(*reversed(most[side]), strict=True)
             axis.barh(range(len(words)), shares)  # by number: a piece may be there with and without its space

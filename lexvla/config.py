@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lexvla.model import LLAMA_LINEARS
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, Row
 
 
@@ -189,24 +189,24 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    run.check_data(cfg, "cc12m/{00000..01242}.tar")
+    cli.check_data(cfg, "cc12m/{00000..01242}.tar")
     if cfg.backbone.endswith(".pt") and not Path(cfg.backbone).is_file():
         raise FileNotFoundError(f"--backbone {cfg.backbone} does not exist: 'python -m lexvla.backbone' makes it")
     if cfg.states and not Path(cfg.states).is_file():
         raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
-    run.check_batch(cfg, world_size)
+    cli.check_batch(cfg, world_size)
     check_model(cfg)
 
 
 def check_model(cfg: Config) -> None:
-    run.check_counts(
+    cli.check_counts(
         cfg,
         *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),
     )
-    run.check_counts(cfg, "topk")
-    run.check_counts(cfg, "max_vocabulary", least=2)
+    cli.check_counts(cfg, "topk")
+    cli.check_counts(cfg, "max_vocabulary", least=2)
     zero = "lora_rank", "penalty_warmup", "warmup", "lambda_image", "lambda_text", "min_count", "weight_decay"
-    run.check_counts(cfg, *zero, least=0)
+    cli.check_counts(cfg, *zero, least=0)
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):

@@ -26,7 +26,7 @@ from lexvla.plots import plot_patches, plot_words
 from lexvla.scenes import labelled_images
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
-from shared import report, run
+from shared import checkpoints, cli, evaluation, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -322,7 +322,7 @@ def word_plots(
         side: [(word, round(100 * share, 1)) for word, share in top_words(usage(s)["document_frequency"], words, 10)]
         for side, s in (("image", s_img), ("text", s_txt))
     }
-    run.write_json(folder / f"words_{name}.json", most)
+    checkpoints.write_json(folder / f"words_{name}.json", most)
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -330,17 +330,17 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
     scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
-    return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)
+    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)
 
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
-    run.check_counts(cfg, "batch_size", "patchdis_side", "topk")
+    cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
-    results = report.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 
@@ -350,6 +350,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in commands:
         name = sys.argv[1]
         cls, function = commands[name]
-        run.command_line(lambda: function(tyro.cli(cls, args=sys.argv[2:], prog=f"lexvla.eval {name}")))
+        cli.command_line(lambda: function(tyro.cli(cls, args=sys.argv[2:], prog=f"lexvla.eval {name}")))
     else:
-        run.command_line(lambda: main(tyro.cli(Config)))
+        cli.command_line(lambda: main(tyro.cli(Config)))

@@ -26,7 +26,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from lexvla.build import normalize
-from shared import data, emoji, emoji_sources, run
+from shared import checkpoints, cli, data
+from shared.corpora import emoji, emoji_sources
 
 CELL = 48  # pixels; a scene has 2 x 2 cells
 IGNORE = 65535
@@ -93,7 +94,7 @@ def check_made(out: Path, made: dict) -> None:
         kept = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         kept = made | {"scenes": len(list((out / "masks").glob("*.png")))}
-    if what := run.changes(kept, made):
+    if what := checkpoints.changes(kept, made):
         raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
 
 
@@ -123,7 +124,7 @@ def main(out: Path = Path("data/lexvla/scenes"), corpus: Path = Path("data/emoji
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         write([drawing for drawing in drawings if drawing.split == "ood"], Path(scratch) / "scenes", scenes)
-        run.write_json(Path(scratch) / "scenes/scenes.json", made)
+        checkpoints.write_json(Path(scratch) / "scenes/scenes.json", made)
         (Path(scratch) / "scenes").rename(out)
     print(f"{out}: {scenes} scenes")
 
@@ -148,4 +149,4 @@ def write(drawings: list, folder: Path, scenes: int) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: tyro.cli(main))
+    cli.command_line(lambda: tyro.cli(main))

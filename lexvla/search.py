@@ -21,7 +21,7 @@ from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
 from lexvla.plots import patch_set_words, plot_pair, word_mask, word_rows
 from lexvla.text import encode_texts, pieces
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features
 
@@ -125,7 +125,7 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
     else:
         raise ValueError(f"{where} is a {eval_set.kind} set; classification and retrieval sets are searched")
     rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
-    with run.replaced(path) as file:
+    with checkpoints.replaced(path) as file:
         np.savez(
             file, values=rows.data, words=rows.indices, starts=rows.indptr, shape=rows.shape, names=np.array(names)
         )
@@ -145,7 +145,7 @@ def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
 
 def search(cfg: Search) -> None:
     """Print the best images for a query, and the words that made them so."""
-    run.check_counts(cfg, "k")
+    cli.check_counts(cfg, "k")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
@@ -166,7 +166,7 @@ def search(cfg: Search) -> None:
 @torch.no_grad()
 def explain_pair(cfg: Explain) -> None:
     """Print what an image and a caption have in common, word by word, and draw it."""
-    run.check_counts(cfg, "k")
+    cli.check_counts(cfg, "k")
     if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
         raise ValueError(f"--out {cfg.out} is no .png in a folder that exists")
     device = run.setup(0).device

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lexvla.model import EXAMPLE, FOCUS, LexVLA, bag_of_words, last_token, lexical_prompt, refine_vocabulary
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
@@ -155,7 +155,7 @@ class States:
             raise FileNotFoundError(
                 f"--states {file} does not exist: make it with 'python -m lexvla.text --out {file}'"
             )
-        kept = run.load_checkpoint(file)
+        kept = checkpoints.load_checkpoint(file)
         made = made_with(lm_name, max_length, end)
         for name, value in made.items():
             if kept.get(name) != value:
@@ -319,9 +319,9 @@ def main(cfg: Config) -> None:
     states = compute_states(lm, prompts, texts, cfg.batch_size, process.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = made_with(cfg.lm, cfg.max_length, cfg.prompt_end) | {"precision": cfg.precision}
-    run.save_checkpoint(out, made | {"texts": texts, "states": states})
+    checkpoints.save_checkpoint(out, made | {"texts": texts, "states": states})
     print(f"{len(texts):,} captions written to {out}")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -33,7 +33,7 @@ from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.eval import quick_recall
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import States, caption_vocabulary, lm_dtype, load_lm
-from shared import data, run
+from shared import checkpoints, cli, data, run
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 
@@ -238,7 +238,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     precision = run.resolve_precision(cfg.precision, process.device)
     folder = Path(cfg.out)
 
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if state["epoch"] >= cfg.epochs:
         if process.main:
             print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
@@ -278,7 +278,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
-            run.save_checkpoint(
+            checkpoints.save_checkpoint(
                 folder / "checkpoint.pt",
                 {
                     "epoch": epoch,
@@ -340,4 +340,4 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from nmtune.pretrain_config import NOISE
-from shared import report
+from shared import checkpoints, evaluation
+from shared.study import report, statistics
 
 KINDS = {"sup": "label", "clip": "caption"}
 METHODS = {
@@ -46,7 +47,7 @@ def read_study(folder: Path) -> dict[str, float]:
     """An encoder's numbers: means over tasks and tuning seeds; spectra of the default centring by their bare names."""
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(f"{folder} has no study.json: run python -m nmtune.study --encoder {folder}")
-    study = report.load(folder / "study.json")
+    study = checkpoints.read_json(folder / "study.json")
     tasks = list(study["tasks"].values())
     numbers = {metric: float(np.mean([np.mean(task[metric]) for task in tasks])) for metric in tasks[0]}
     numbers |= {
@@ -70,7 +71,7 @@ def noise_claims(studies: Studies, seeds: list[int]) -> list[dict[str, str]]:
         series = [over_noise(studies, kind, metric, seed) for seed in seeds]
         if all(level in series[0] for level in (*more, *less)):
             means = [[np.mean([one[level] for level in levels]) for one in series] for levels in (more, less)]
-            rows.append(report.judge(report.Claim(text, paper, metric, "", "", sign), *means))
+            rows.append(statistics.judge(statistics.Claim(text, paper, metric, "", "", sign), *means))
 
     for kind, what in KINDS.items():
         said = f"{what}s: " if kind == "clip" else ""
@@ -90,8 +91,8 @@ def noise_claims(studies: Studies, seeds: list[int]) -> list[dict[str, str]]:
         ):
             pairs = [[list(over_noise(studies, "sup", metric, seed).values()) for metric in (x, y)] for seed in seeds]
             r = [float(np.corrcoef(*pair)[0, 1]) for pair in pairs]
-            claim = report.Claim(text, "positive" if sign > 0 else "negative", "", "", "", sign)
-            rows.append(report.judge(claim, r, [0.0] * len(r)))
+            claim = statistics.Claim(text, "positive" if sign > 0 else "negative", "", "", "", sign)
+            rows.append(statistics.judge(claim, r, [0.0] * len(r)))
     return rows
 
 
@@ -113,8 +114,8 @@ def head_claims(studies: Studies, seeds: list[int]) -> list[dict[str, str]]:
     ):
         if encoders and all(f"{name}/{part}" in one for one in encoders for name in (method, baseline)):
             values = [[one[f"{name}/{part}"] for one in encoders] for name in (method, baseline)]
-            claim = report.Claim(f"{text} ({len(encoders)} encoders)", paper, part, method, baseline, sign, effect)
-            rows.append(report.judge(claim, *values))
+            claim = statistics.Claim(f"{text} ({len(encoders)} encoders)", paper, part, method, baseline, sign, effect)
+            rows.append(statistics.judge(claim, *values))
 
     for part in ("id", "ood"):
         row(f"C4 NMTune above MLP, {part.upper()}", "about +1", part, "nmtune", "mlp", effect=1)
@@ -136,17 +137,17 @@ def compare(folders: list[Path], path: Path) -> None:
         if arm not in ARMS or not seed.isdigit():
             raise ValueError(f"--report compares encoder folders such as sup-30-seed0, not {folder}")
         studies.setdefault(arm, {})[int(seed)] = read_study(folder)
-        commits.add(report.load(folder / "study.json")["commit"])
+        commits.add(checkpoints.read_json(folder / "study.json")["commit"])
     studies = {arm: studies[arm] for arm in ARMS if arm in studies}
     seeds = sorted(next(iter(studies.values())))
     for arm, by_seed in studies.items():
         if sorted(by_seed) != seeds:
             raise ValueError(f"arm {arm} has seeds {sorted(by_seed)}, but {next(iter(studies))} has {seeds}")
     rows = noise_claims(studies, seeds) + head_claims(studies, seeds)
-    rows.append(report.untestable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets"))
+    rows.append(statistics.untestable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets"))
     by_arm = {arm: [by_seed[seed] for seed in seeds] for arm, by_seed in studies.items()}
     summary = report.results("NMTune (arXiv 2309.17002)", seeds, by_arm, rows, commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot_noise(studies, seeds, path.parent / "nmtune_noise.png")
     plot_spectra(folders, path.parent / "nmtune_spectra.png")
     named = {ARMS[arm]: metrics for arm, metrics in summary["arms"].items()}
@@ -154,7 +155,7 @@ def compare(folders: list[Path], path: Path) -> None:
         f"\nEmbedded emoji corpus, a stand-in; pre-training seeds {', '.join(map(str, seeds))}; percent; mean ± std\n"
     )
     print(report.arms_table(named, METRICS))
-    print(f"\nDifferences, ± 95 % interval\n\n{report.table(rows)}\n\nwritten to {path}")
+    print(f"\nDifferences, ± 95 % interval\n\n{evaluation.table(rows)}\n\nwritten to {path}")
 
 
 # --------------------------------------------------------------------------------------------------------------- plots

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Literal
 
 from nmtune.pretrain_config import PRETRAIN_PRESETS
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, NOT_STATED, Row
 
 # -------------------------------------------------------------------------------------------------------------- tuning
@@ -162,8 +162,8 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
     if cfg.bank == 1 or cfg.bank < 0:
         raise ValueError(f"--bank {cfg.bank} has to be 0, or at least 2 views to draw two of")
-    run.check_counts(cfg, "svd_k", "epochs", "batch_size", "save_every", "log_every")
-    run.check_batch(cfg, world_size)
+    cli.check_counts(cfg, "svd_k", "epochs", "batch_size", "save_every", "log_every")
+    cli.check_batch(cfg, world_size)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -253,7 +253,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
         raise ValueError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
     if bool(cfg.data) == bool(cfg.benchmark):
         raise ValueError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
-    run.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
+    cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
 
 
 # ----------------------------------------------------------------------------------------------------- controlled study

@@ -33,7 +33,7 @@ from nmtune.model import head_from, split_upstream, transformed
 from nmtune.pretrain import build
 from nmtune.pretrain_config import PretrainConfig
 from nmtune.train import Source, test_metrics
-from shared import export, report, run
+from shared import checkpoints, cli, evaluation, export, run
 
 
 @dataclasses.dataclass
@@ -63,13 +63,13 @@ class Config:
 @torch.no_grad()
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """({"SET/METRIC": number}, singular values by name) of one tuned head."""
-    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if "head" not in state:
         raise ValueError(f"{path} holds no head of nmtune.train; encoders are compared with --report")
     settings = state["config"] | {"tests": tuple(cfg.tests or state["config"]["tests"])}
     settings |= {"workers": cfg.workers, "precision": cfg.precision}
     source = Source(TrainConfig(**settings), process, cfg.batch_size)
-    weights = split_upstream(run.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
+    weights = split_upstream(checkpoints.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
     head = head_from(weights).to(process.device)
     results, spectra = test_metrics(head, source), {}
     for name in source.tests:
@@ -92,7 +92,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
 
 def export_run(path: str, folder: str) -> None:
     """A CLIP of nmtune.pretrain as an open_clip model; tuned heads and encoders of labels have no text tower."""
-    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if state["config"].get("kind") != "clip":
         raise ValueError(f"{path} cannot be exported: it has no text tower, which a model of open_clip needs")
     settings = PretrainConfig(**state["config"])
@@ -121,7 +121,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
-    report.check_report(cfg.report)
+    evaluation.check_report(cfg.report)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)
     if cfg.centre not in CENTRES:
@@ -132,9 +132,9 @@ def main(cfg: Config) -> None:
     for path in cfg.runs:
         metrics, spectra = evaluate_run(path, cfg, process)
         folder = Path(path)
-        run.write_json(folder / "results.json", {"metrics": metrics})
+        checkpoints.write_json(folder / "results.json", {"metrics": metrics})
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(report.table(rows) + "\n")
+        (folder / "results.md").write_text(evaluation.table(rows) + "\n")
         if spectra:
             plot_spectra(spectra, folder / "spectra.png")
         shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if key.endswith(("top1", "pm10")))
@@ -142,4 +142,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

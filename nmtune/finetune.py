@@ -21,7 +21,7 @@ from nmtune.datasets import open_labelled, open_test
 from nmtune.features import Views, collate, encode_set
 from nmtune.model import finetune_loss, load_encoder, make_classifier
 from nmtune.train import cosine_lr, data_sets, make_optimizer, plan, planned_encoder, planned_samples, split_encoder
-from shared import data, run
+from shared import checkpoints, cli, data, run
 
 LORA_TARGETS = {"timm": r".*\.mlp\.fc\d", "open_clip": r".*\.mlp\.(c_fc|c_proj)"}  # U:src/models/nml_finetune.py:68-81
 
@@ -83,7 +83,7 @@ def dry_run(cfg: FinetuneConfig) -> None:
     print(f"parameters         {tuned:,} tuned of {whole:,} of {source}:{name}, D = {dim:,}")
     plan(cfg, samples, classes, remark, cfg.batch_size)
     images = view(Image.new("RGB", (64, 64)))[None].repeat(2, 1, 1, 1)
-    activations = run.activation_bytes(lambda: model(images)) / 2 * cfg.batch_size
+    activations = cli.activation_bytes(lambda: model(images)) / 2 * cfg.batch_size
     print(f"memory estimate    {(4 * whole + 12 * tuned + activations) / 2**30:.1f} GiB in fp32")
 
 
@@ -95,7 +95,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     check_finetune(cfg, process.world_size)
     precision = run.resolve_precision(cfg.precision, process.device)
     folder = Path(cfg.out)
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if state["epoch"] >= cfg.epochs:
         print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
         return folder
@@ -131,7 +131,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
         values = {"epoch": epoch, "batch": batch, "seconds": clock.read(), "commit": commit}
         about = {"data": images.fingerprint, "classnames": images.classnames, "config": dataclasses.asdict(cfg)}
         states = {name: part.state_dict() for name, part in parts.items()}
-        run.save_checkpoint(folder / "checkpoint.pt", states | values | about)
+        checkpoints.save_checkpoint(folder / "checkpoint.pt", states | values | about)
 
     for epoch in range(state["epoch"], cfg.epochs):
         start = state["batch"] if epoch == state["epoch"] else 0
@@ -169,4 +169,4 @@ def main(cfg: FinetuneConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(FINETUNE_PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(FINETUNE_PRESETS)))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision import transforms
 
-from shared import data, run
+from shared import checkpoints, data
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
@@ -300,8 +300,8 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
 
 def _state_dict(checkpoint: str) -> dict[str, Tensor]:
     path = Path(checkpoint)
-    with torch.serialization.safe_globals(run.AUTHORS_GLOBALS):  # timm's checkpoints hold their command line
-        state = run.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # timm's checkpoints hold their command line
+        state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     return split_upstream(weights)[1] if any(key.startswith("image_encoder.") for key in weights) else weights
 

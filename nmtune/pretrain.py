@@ -28,7 +28,7 @@ from nmtune.model import create_clip, timm_transforms
 from nmtune.noise import flip_labels, flip_labels_per_sample, swap_captions  # noqa: F401
 from nmtune.pretrain_config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.train import cosine_lr
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from shared.clip import without_padding
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -150,7 +150,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     inputs = [torch.zeros(2, 3, size, size)]
     if cfg.kind == "clip":
         inputs.append(torch.ones(2, model.context_length, dtype=torch.long))
-    activations = run.activation_bytes(lambda: model(*inputs)) / 2 * cfg.batch_size / world_size / 2**30
+    activations = cli.activation_bytes(lambda: model(*inputs)) / 2 * cfg.batch_size / world_size / 2**30
     weights = 16 * parameters / 2**30
     print(
         f"memory estimate    {weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations)"
@@ -177,7 +177,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
 
     # Resume
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if "state_dict" in state:
         model.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -211,7 +211,7 @@ def main(cfg: PretrainConfig) -> Path | None:
             values = {"epoch": epoch, "batch": batch, "seconds": clock.read(), "noise": measured, "commit": commit}
             states = {name: part.state_dict() for name, part in parts.items()}
             about = {"data": samples.fingerprint, "config": dataclasses.asdict(cfg)}
-            run.save_checkpoint(folder / "checkpoint.pt", states | values | about)
+            checkpoints.save_checkpoint(folder / "checkpoint.pt", states | values | about)
 
     model.train()
     for epoch in range(state["epoch"], cfg.epochs):
@@ -256,4 +256,4 @@ def main(cfg: PretrainConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRETRAIN_PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRETRAIN_PRESETS)))

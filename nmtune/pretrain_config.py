@@ -7,7 +7,7 @@ tell; `emoji*` are ours.
 import dataclasses
 from typing import Literal
 
-from shared import run
+from shared import cli
 
 NOISE = (0, 5, 10, 20, 30)  # per cent
 
@@ -126,5 +126,5 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
         raise ValueError(f"--data is missing: it takes {wanted}")
     if not 0 <= cfg.noise <= 1:
         raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
-    run.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
-    run.check_batch(cfg, world_size)
+    cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
+    cli.check_batch(cfg, world_size)

@@ -29,7 +29,7 @@ from nmtune.datasets import open_labelled
 from nmtune.features import Bank, BankLoader, encode_set
 from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
 from nmtune.train import make_head, split_encoder, tune
-from shared import report, run
+from shared import checkpoints, cli, run
 
 
 def spectrum_metrics(features: Tensor, center: str = "sample") -> dict[str, float]:
@@ -99,7 +99,7 @@ def study_task(
 def main(cfg: StudyConfig) -> None:
     process = run.setup(0, cfg.device)
     folder = Path(cfg.encoder)
-    state = run.load_checkpoint(folder / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
     if state["epoch"] < state["config"]["epochs"]:
         raise ValueError(f"{folder} is not finished: {state['epoch']} of {state['config']['epochs']} epochs")
     unknown = [method for method in cfg.methods if method not in PRESETS]
@@ -108,7 +108,7 @@ def main(cfg: StudyConfig) -> None:
         raise ValueError(f"{what}; methods are presets of nmtune.train")
     file, setting = folder / "study.json", json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": run.commit()}))
     if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
-        if report.load(file)["setting"] == setting:
+        if checkpoints.read_json(file)["setting"] == setting:
             print(f"{file} is there, of the same checkpoint and settings; nothing to do")
             return
     start, tasks, spectra = time.perf_counter(), {}, {}
@@ -118,12 +118,12 @@ def main(cfg: StudyConfig) -> None:
         shown = {m: [np.mean(tasks[task][f"{m}/{part}"]) for part in ("id", "ood")] for m in cfg.methods}
         line = ", ".join(f"{method} {i:.2f} / {o:.2f}" for method, (i, o) in shown.items())
         print(f"{folder.name}, {task}, top-1 ID / OOD in %: {line}", flush=True)
-    with run.replaced(folder / "spectra.npz") as kept:
+    with checkpoints.replaced(folder / "spectra.npz") as kept:
         np.savez(kept, **spectra)
     about = {"setting": setting, "noise": state["noise"], "kind": state["config"]["kind"], "commit": state["commit"]}
     seconds = {"pretrain_seconds": state["seconds"], "study_seconds": time.perf_counter() - start}
-    run.write_json(file, about | seconds | {"tasks": tasks})
+    checkpoints.write_json(file, about | seconds | {"tasks": tasks})
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(StudyConfig)))
+    cli.command_line(lambda: main(tyro.cli(StudyConfig)))

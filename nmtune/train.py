@@ -42,7 +42,7 @@ from nmtune.features import (
 from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed
 from nmtune.noise import flip_labels
 from nmtune.pretrain_config import PretrainConfig
-from shared import data, run
+from shared import checkpoints, cli, data, run
 
 # ------------------------------------------------------------------------------------------------------------ one step
 
@@ -127,7 +127,9 @@ def tune(
 def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | None]:
     """`timm:NAME`, `open_clip:NAME` or a run folder of pretrain -> (source, name, checkpoint)."""
     if (Path(name) / "checkpoint.pt").is_file():
-        pretrained = run.config_in(run.load_checkpoint(Path(name) / "checkpoint.pt"), PretrainConfig, name)
+        pretrained = checkpoints.config_in(
+            checkpoints.load_checkpoint(Path(name) / "checkpoint.pt"), PretrainConfig, name
+        )
         return "open_clip" if pretrained.kind == "clip" else "timm", pretrained.model, name
     source, _, model = name.partition(":")
     if source not in ("timm", "open_clip") or not model:
@@ -332,7 +334,7 @@ def main(cfg: Config) -> Path | None:
         return dry_run(cfg) if process.main else None
     check(cfg, process.world_size)
     folder = Path(cfg.out)
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if state["epoch"] >= cfg.epochs:
         if process.main:
             print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
@@ -359,7 +361,7 @@ def main(cfg: Config) -> Path | None:
             about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint, "commit": commit}
             where = {"epoch": epoch, "batch": batch, "seconds": clock.read(), "config": dataclasses.asdict(cfg)}
             weights = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save_checkpoint(folder / "checkpoint.pt", weights | where | about)
+            checkpoints.save_checkpoint(folder / "checkpoint.pt", weights | where | about)
 
     for epoch in range(state["epoch"], cfg.epochs):
         start = state["batch"] if epoch == state["epoch"] else 0
@@ -394,4 +396,4 @@ def command() -> Config:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(command()))
+    cli.command_line(lambda: main(command()))

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, Row
 
 
@@ -177,7 +177,7 @@ PRESETS = {
 
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
-    run.check_data(cfg, "cc3m/{00000..00331}.tar")
+    cli.check_data(cfg, "cc3m/{00000..00331}.tar")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "
@@ -185,8 +185,8 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.w_external != 0 and not cfg.back_translate:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
-    run.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
-    run.check_batch(cfg, world_size)
+    cli.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
+    cli.check_batch(cfg, world_size)
     if cfg.episode_size < cfg.batch_size:
         raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")
     if cfg.heads and cfg.k > cfg.episode_size:

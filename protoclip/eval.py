@@ -27,10 +27,9 @@ from sklearn.metrics import (
 )
 from torch import Tensor
 
-from protoclip.claims import ARMS, METRICS, compare
 from protoclip.episodes import image_transform
 from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
-from shared import export, report, run
+from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (
@@ -43,6 +42,18 @@ from shared.zeroshot import (
 )
 
 EMOJI = "data/emoji/eval/"
+METRICS = {  # what is shown of a run, and its heading
+    "names_ood/top1": "names OOD",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "subgroups_ood/probe_best": "probe OOD (best)",
+    "subgroups_ood/probe_final": "probe OOD (final)",
+    "subgroups_id/probe_best": "probe ID (best)",
+    "subgroups_ood/ami": "AMI OOD (0-1)",
+    "retrieval_ood/mean_recall": "recall OOD",
+    "modality_gap": "gap (0-2)",
+    "seconds": "seconds",
+}
 
 
 @dataclasses.dataclass
@@ -162,7 +173,7 @@ def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
     weights do not fit the config.
     """
     path = Path(path)
-    state = run.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     config = state.get("config", {})
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     linears = [weights[k] for k in sorted(weights) if k.startswith("text_projection_head.") and weights[k].ndim == 2]
@@ -268,7 +279,7 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, and features.npz for plots.
 
-    Not repeated while nothing has changed (`report.measured_run`).
+    Not repeated while nothing has changed (`evaluation.measured_run`).
     """
 
     def measure(folder: Path) -> dict[str, float]:
@@ -276,37 +287,25 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
         if shown is not None:
             folder.mkdir(exist_ok=True)
             x, y, names = shown
-            with run.replaced(folder / "features.npz") as file:
+            with checkpoints.replaced(folder / "features.npz") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
-            plot_features([(title(path), *shown)], folder / "features.png")
+            plot_features([(Path(path).name, *shown)], folder / "features.png")
         return metrics
 
-    return report.measured_run(path, cfg, (*cfg.sets, *cfg.probe, cfg.gap), measure)
+    return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.probe, cfg.gap), measure)
 
 
-def title(path: str) -> str:
-    arm = Path(path).name.rpartition("-seed")[0]
-    return ARMS.get(arm, Path(path).name)
-
-
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict[str, float]] | None:
+    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg.model)
-    results = report.evaluate_runs(
-        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
-    )
+    kinds = "run folder or checkpoint file"
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report))
-        pair = [path for arm in ("clip", "protoclip") for path in cfg.runs if Path(path).name == f"{arm}-seed0"]
-        if len(pair) == 2 and cfg.probe:
-            files = [np.load(Path(path) / "features.npz", allow_pickle=False) for path in pair]
-            panels = [
-                (title(path), torch.from_numpy(file["x"]), torch.from_numpy(file["y"]), file["names"].tolist())
-                for path, file in zip(pair, files, strict=True)
-            ]
-            plot_features(panels, Path(cfg.report).parent / "protoclip_features.png")
+        evaluation.compare("protoclip", cfg.runs, results, cfg.report)
+    return results
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from shared import data, run
+from shared import checkpoints, cli, data, run
 
 
 @dataclasses.dataclass
@@ -183,7 +183,7 @@ def main(cfg: Config) -> Path:
         )
     features = pca(rows, cfg.dim)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with run.replaced(out) as file:
+    with checkpoints.replaced(out) as file:
         np.savez(file, keys=pairs.keys, features=features.numpy(), made=np.array(made))
     if line := data.broken_report(pairs.broken, "left out"):
         print(line)
@@ -192,4 +192,4 @@ def main(cfg: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

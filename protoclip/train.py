@@ -10,10 +10,9 @@ Losses, heads and prototypes are in model.py, settings in config.py, sampling an
 the teacher's features in teacher.py.
 """
 
-import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import faiss
@@ -29,7 +28,7 @@ from protoclip.config import PRESETS, Config, check
 from protoclip.episodes import EpisodeDataset, Episodes, episode_loader, image_transform, sample_episode  # noqa: F401
 from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
 from protoclip.teacher import Teacher
-from shared import data, run
+from shared import cli, data, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
 
@@ -42,6 +41,11 @@ def loss_weights(
     """(w_clip, w_proto, w_external) in force; (1, 0, 0) in InfoNCE warm-up and LiT. U:training/train.py:67-85."""
     lit = lit_start is not None and lit_start > 0 and episode >= lit_start - 1
     return (1.0, 0.0, 0.0) if episode < infonce_warmup or lit else tuple(weights)
+
+
+def weights_in(cfg: Config, episode: int) -> tuple[float, float, float]:
+    """`loss_weights` of a run."""
+    return loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
 
 
 def learning_rates(
@@ -161,38 +165,32 @@ def train_episode(
     scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """One pass over an episode from batch `start` on; yields (global step, losses) per step. U:training/train.py:49."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
-    per_episode = cfg.steps_per_episode()
-    precision = run.resolve_precision(cfg.precision, process.device)
+    bare, device = model.module if isinstance(model, DistributedDataParallel) else model, process.device
+    weights = weights_in(cfg, episode)
+    precision = run.resolve_precision(cfg.precision, device)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     if prototypes is not None:
-        prototypes = Prototypes(*(x if x is None else x.to(process.device) for x in prototypes))
+        prototypes = Prototypes(*(x if x is None else x.to(device) for x in prototypes))
     model.train()
     for i, (index, images, tokens, *_) in enumerate(loader, start):
         if i >= cfg.episode_size // cfg.batch_size:
             continue  # the short last batch, on every rank
-        step = per_episode * episode + i
+        step = cfg.steps_per_episode() * episode + i
         visual, rest = schedule(cfg, step)
         for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
-        with run.autocast(precision, process.device):
-            output = model(images.to(process.device, non_blocking=True), tokens.to(process.device, non_blocking=True))
+        with run.autocast(precision, device):
+            output = model(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
         losses = protoclip_loss(
-            gather_output(output), gather(index.to(process.device)), prototypes, weights, cfg.target_temperature
+            gather_output(output), gather(index.to(device)), prototypes, weights, cfg.target_temperature
         )
         optimizer.zero_grad()
-        if scaler is None:
-            losses["loss"].backward()
-        else:
-            scaler.scale(losses["loss"]).backward()
-            scaler.unscale_(optimizer)
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
         losses["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         bare.clamp_logit_scales()
         with torch.no_grad():  # U:training/evaluations/analyze_features.py:33, on the local batch
             losses["modality_gap"] = (output.image_features.mean(0) - output.text_features.mean(0)).norm()
@@ -207,156 +205,140 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
     parameters = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
-    per_episode = cfg.steps_per_episode()
-    total, samples = per_episode * cfg.episodes, cfg.episode_size * cfg.episodes
-    print(f"parameters         {parameters:,} (projection heads {heads:,})")
+    total, samples = cfg.steps_per_episode() * cfg.episodes, cfg.episode_size * cfg.episodes
     rows = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
-    print(f"samples            {samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows")
-    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
-    print(f"steps              {total:,} ({per_episode:,} an episode)")
-    for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
-        visual, rest = schedule(cfg, step)
-        print(f"learning rate      {visual:.3e} image tower, {rest:.3e} rest, at step {step:,}")
-    for episode in sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1}):
-        clip, proto, external = loss_weights(
-            episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start
-        )
-        print(f"loss weights       clip {clip:g}, proto {proto:g}, external {external:g} in episode {episode}")
+    episodes = sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1})
     size = image_side(model)
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
-    gib = 2**30
-    activations = run.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / world_size / gib
-    weights = (16 * parameters + (24 * cfg.k * cfg.projection_dim if cfg.heads else 0)) / gib
-    print(
-        f"memory estimate    {weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):"
+    cli.show_plan(
+        [
+            ("parameters", f"{parameters:,} (projection heads {heads:,})"),
+            ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows"),
+            cli.batch_row(cfg, world_size),
+            cli.step_row(total, cfg.steps_per_episode(), "episode"),
+            *cli.rate_rows(
+                lambda step: "{:.3e} image tower, {:.3e} rest,".format(*schedule(cfg, step)), cfg.warmup, total
+            ),
+            *(
+                (
+                    "loss weights",
+                    "clip {:g}, proto {:g}, external {:g} in episode {}".format(*weights_in(cfg, episode), episode),
+                )
+                for episode in episodes
+            ),
+            *cli.memory_rows(
+                lambda: model(images, tokens),
+                cfg.batch_size / world_size,
+                parameters,
+                24 * cfg.k * cfg.projection_dim if cfg.heads else 0,
+                "gradients, AdamW, prototypes",
+            ),
+        ]
     )
-    print(f"                   {weights:.1f} weights, gradients, AdamW, prototypes; {activations:.1f} activations")
 
 
-def main(cfg: Config) -> Path:
+class EpisodicData:
+    """What the script reads of an episode: the loader of its extraction pass and that of its training pass."""
+
+    def __init__(self, cfg: Config, process: run.Process, size: int, tokenizer: Callable):
+        self.cfg, self.process, self.tokenizer, self.broken = cfg, process, tokenizer, []
+        self.episodes = Episodes(cfg)
+        pairs = self.episodes.pairs
+        self.fingerprint = None if pairs is None else pairs.fingerprint
+        if process.main and pairs is not None and len(pairs) < (cfg.dataset_size or 0):
+            print(f"{cfg.data} holds {len(pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+        self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
+        if self.teacher is not None and pairs is not None:  # else a hole would show after the first episode only
+            self.teacher.find(pairs, np.arange(len(pairs)))
+        self.train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
+        self.eval_view = image_transform(size, train=False)
+
+    def draw(self, episode: int) -> None:
+        """Draw the rows of an episode."""
+        self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
+        self.broken = list(self.pairs.broken)
+
+    def loader(self, what: str, start: int = 0) -> Iterable:
+        """Batches of the drawn rows, from batch `start` on, to "extract" features from or to "train" on."""
+        cfg, training = self.cfg, what == "train"
+        view = self.train_view if training or cfg.extraction_view == "train" else self.eval_view
+        seed = (cfg.seed, self.episode, int(training))
+        dataset = EpisodeDataset(self.pairs, self.rows, view, self.tokenizer, seed)
+        loader = episode_loader(cfg, self.process, dataset, start)
+        label = f"{Path(cfg.out).name} {what} {self.episode + 1}/{cfg.episodes}"
+        bar = run.progress(loader, cfg.steps_per_episode() - start, label, cfg.batch_size, self.process)
+        return data.watch(bar, self.broken) if training else bar
+
+    def prototypes(self, model: nn.Module, precision: str) -> Prototypes | None:
+        """The episode's prototypes; None where their losses have weight 0."""
+        cfg, weights = self.cfg, weights_in(self.cfg, self.episode)
+        if weights[1] == 0 and weights[2] == 0:
+            return None
+        found = None
+        h_image, h_text = extract_features(
+            model, self.loader("extract"), len(self.rows), self.process.device, precision
+        )
+        if self.process.main:
+            external = self.teacher.rows(self.pairs, self.rows) if weights[2] != 0 else None
+            found = build_prototypes(h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo)
+        return run.broadcast(found, self.process)
+
+
+def main(cfg: Config) -> Path | None:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    folder = Path(cfg.out)
+    precision, per_episode = run.resolve_precision(cfg.precision, process.device), cfg.steps_per_episode()
 
-    # Model, tokenizer, optimizer
-    model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size).to(
-        process.device
-    )
+    # Model, tokenizer, optimizer; from the checkpoint if there is one
+    model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
+    model.to(process.device)
     tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
-    groups = parameter_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
-    scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
-
-    # Resume
-    state = run.resume(folder, cfg) or {"episode": 0, "batch": 0, "seconds": 0.0, "prototypes": None}
-    if "state_dict" in state:
-        model.load_state_dict(state["state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(state["scaler"])
-    if state["episode"] >= cfg.episodes:
-        if process.main:
-            print(f"{folder} is finished ({cfg.episodes} episodes); nothing to do")
-        return folder
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw(), fused=True)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
+    folder = run.RunFolder(cfg, process, episode=0, batch=0, prototypes=None)
+    folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
+    if folder.finished(episode=cfg.episodes):
+        return folder.path
+    first, start, prototypes = (folder.state[name] for name in ("episode", "batch", "prototypes"))
 
     # Data
-    episodes = Episodes(cfg)
-    fingerprint = None if episodes.pairs is None else episodes.pairs.fingerprint
-    if state.get("data", fingerprint) != fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
-    teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
-    if teacher is not None and episodes.pairs is not None:  # else a hole would show after the first episode only
-        teacher.find(episodes.pairs, np.arange(len(episodes.pairs)))
     size = image_side(model)
-    train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
-    extraction_view = train_view if cfg.extraction_view == "train" else image_transform(size, train=False)
-
-    if process.main and episodes.pairs is not None and len(episodes.pairs) < (cfg.dataset_size or 0):
-        print(f"{cfg.data} holds {len(episodes.pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+    episodes = EpisodicData(cfg, process, size, tokenizer)
+    if folder.state.get("data", episodes.fingerprint) != episodes.fingerprint:
+        raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
-    per_episode = cfg.steps_per_episode()
-    saved = per_episode * state["episode"] + state["batch"]  # step of the last checkpoint
-    log = run.RunLog(folder, cfg, process, step=saved)
+    folder.start(per_episode * first + start, data=episodes.fingerprint, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
-    clock, commit = run.Stopwatch(state["seconds"]), run.commit()
 
-    def save(episode: int, batch: int, prototypes: Prototypes | None) -> None:
-        if process.main:
-            parts = prototypes._asdict() if prototypes is not None and batch else None
-            run.save_checkpoint(
-                folder / "checkpoint.pt",
-                {
-                    "name": cfg.out,
-                    "epoch": episode,
-                    "state_dict": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    **({"scaler": scaler.state_dict()} if scaler is not None else {}),
-                    "episode": episode,
-                    "batch": batch,
-                    "prototypes": parts,
-                    "seconds": clock.read(),
-                    "commit": commit,
-                    "data": fingerprint,
-                    "config": dataclasses.asdict(cfg),
-                },
-            )
-
-    def progress(what: str, batches: Iterable, total: int) -> Iterable:
-        label = f"{folder.name} {what} {episode + 1}/{cfg.episodes}"
-        return run.progress(batches, total, label, cfg.batch_size, process)
-
-    for episode in range(state["episode"], cfg.episodes):
-        start = state["batch"] if episode == state["episode"] else 0
-        pairs, rows = episodes.episode(episode)
-        broken = list(pairs.broken)
-        weights = loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
-
-        # Prototypes of the episode; not where their losses have weight 0
-        prototypes = None
-        if start and state["prototypes"] is not None:
-            prototypes = Prototypes(**state["prototypes"])
-        elif weights[1] != 0 or weights[2] != 0:
-            dataset = EpisodeDataset(pairs, rows, extraction_view, tokenizer, (cfg.seed, episode, 0))
-            loader = progress("extract", episode_loader(cfg, process, dataset), per_episode)
-            h_image, h_text = extract_features(model, loader, len(rows), process.device, precision)
-            if process.main:
-                external = teacher.rows(pairs, rows) if teacher is not None and weights[2] != 0 else None
-                prototypes = build_prototypes(
-                    h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo
-                )
-            prototypes = run.broadcast(prototypes, process)
-
-        # One pass over the same rows: new shuffle, new views
-        dataset = EpisodeDataset(pairs, rows, train_view, tokenizer, (cfg.seed, episode, 1))
-        bar = progress("train", episode_loader(cfg, process, dataset, start), per_episode - start)
-        seen = data.watch(bar, broken)
-        for step, losses in train_episode(ddp, seen, optimizer, prototypes, episode, cfg, process, start, scaler):
+    for episode in range(first, cfg.episodes):
+        episodes.draw(episode)
+        prototypes = Prototypes(**prototypes) if prototypes else episodes.prototypes(ddp, precision)
+        loader = episodes.loader("train", start)
+        for step, losses in train_episode(ddp, loader, optimizer, prototypes, episode, cfg, process, start, scaler):
             batch = step - per_episode * episode + 1
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
-                log.write(step + 1, episode=episode, seconds=clock.read(), lr_visual=visual, lr_rest=rest, **losses)
-                run.check_loss(losses["loss"], step)
-            if step + 1 - saved >= cfg.save_every and batch < per_episode:
-                save(episode, batch, prototypes)
-                saved = step + 1
+                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **losses)
+            if folder.due(step + 1) and batch < per_episode:
+                kept = prototypes and prototypes._asdict()
+                folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)
 
-        if cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or episode + 1 == cfg.episodes) and process.main:
-            with clock.paused():
-                view = image_transform(size, train=False)
-                top1 = quick_top1(model, tokenizer, view, cfg.eval_set, process.device, run.DTYPES[precision])
-            log.write(per_episode * (episode + 1), episode=episode, seconds=clock.read(), zero_shot_top1=top1)
-        data.report_broken(broken, process, f"episode {episode + 1}")
-        if per_episode * (episode + 1) - saved >= cfg.save_every or episode + 1 == cfg.episodes:
-            save(episode + 1, 0, None)
-            saved = per_episode * (episode + 1)
-    log.close()
-    return folder
+        done, last, start, prototypes = per_episode * (episode + 1), episode + 1 == cfg.episodes, 0, None
+        if process.main and cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or last):
+            with folder.clock.paused():
+                view, dtype = image_transform(size, train=False), run.DTYPES[precision]
+                top1 = quick_top1(model, tokenizer, view, cfg.eval_set, process.device, dtype)
+            folder.log(done, episode=episode, zero_shot_top1=top1)
+        data.report_broken(episodes.broken, process, f"episode {episode + 1}")
+        if folder.due(done) or last:
+            folder.save(done, episode=episode + 1, epoch=episode + 1, batch=0, prototypes=None)
+    folder.close()
+    return folder.path
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

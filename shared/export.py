@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared import run
+from shared import checkpoints
 
 TOLERANCE = 1e-5  # of unit features: rounding of another order of sums, no more
 
@@ -76,7 +76,7 @@ def write(
     temporary = folder / "open_clip_model.safetensors.tmp"
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, temporary)
     os.replace(temporary, folder / "open_clip_model.safetensors")
-    run.write_json(folder / "open_clip_config.json", {"model_cfg": dict(config), "preprocess_cfg": settings})
+    checkpoints.write_json(folder / "open_clip_config.json", {"model_cfg": dict(config), "preprocess_cfg": settings})
 
     differences = compare(folder, model, transform)
     if max(differences["image features"], differences["text features"]) > TOLERANCE:

@@ -11,7 +11,8 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from shared import report, run
+from shared import cli
+from shared.evaluation import table
 
 NOT_STATED = "not stated"
 NOTE = f"""
@@ -33,8 +34,10 @@ EMBEDDED = Row("ours", "embedded corpus", "none: CPU", "none: other data")
 
 
 def folders() -> list[str]:
-    """The papers: folders with a reproduce.mk, by name."""
-    return sorted(path.parent.name for path in Path(__file__).parent.parent.glob("*/reproduce.mk"))
+    """The papers, by name: folders with model.py, train.py and eval.py."""
+    parts = ("model.py", "train.py", "eval.py")
+    found = Path(__file__).parent.parent.glob("*/model.py")
+    return sorted(path.parent.name for path in found if all((path.parent / part).is_file() for part in parts))
 
 
 def rows(folder: str) -> list[dict[str, str]]:
@@ -68,8 +71,8 @@ def main(
     if name not in (None, *folders()):
         raise ValueError(f"{folder} is no paper's folder; those are {', '.join(folders())}")
     found = [row for each in folders() if name in (None, each) for row in rows(each)]
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else report.table(found) + NOTE.format(len(found)))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else table(found) + NOTE.format(len(found)))
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: tyro.cli(main, prog="python -m shared.presets"))
+    cli.command_line(lambda: tyro.cli(main, prog="python -m shared.presets"))

@@ -1,9 +1,8 @@
-"""Process plumbing of every train.py and eval.py: start-up, precision, checkpoints, logs, progress, error messages.
+"""A process and its run folder: start-up, gathering over processes, precision, resume, save, log, progress.
 
 Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothing here knows of any paper.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -11,15 +10,16 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -28,7 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 from open_clip_train.distributed import init_distributed_device_so
+from torch.amp import GradScaler
 from tqdm import tqdm
+
+from shared.checkpoints import resume, save_checkpoint, write_json
 
 matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
@@ -146,132 +149,7 @@ def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autoca
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` so that `path` always holds a whole file.
-
-    ValueError if a tensor is not finite, OSError if `state` cannot be written: what `path` held before is then kept.
-    """
-    for name, tensor in tensors(state):
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
-            )
-    with replaced(path) as file:
-        torch.save(state, file)
-
-
-@contextlib.contextmanager
-def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place when it is whole: temporary file, fsync, atomic replace.
-
-    OSError if it cannot be written, which names `path`: what that held before is then kept.
-    """
-    temporary = path.with_name(path.name + ending)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        why = error if isinstance(error, OSError) else error.__context__  # torch makes a RuntimeError of a failed write
-        if not isinstance(why, OSError):
-            raise
-        raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
-
-
-def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from tensors(part, str(key))
-
-
-# What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers
-# (which live under one of two names, as files of NumPy 1 and 2 say). Harmless; for `torch.serialization.safe_globals`.
-_scalar = np.float64(0).__reduce__()[0]
-AUTHORS_GLOBALS = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-]
-
-
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
-    """Load a checkpoint without running code from it (`weights_only=True`). ValueError if it is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
-        ) from error
-
-
-def config_in(state: Any, config: type, path: str | Path) -> Any:
-    """The `config`, a dataclass, in a checkpoint that was read from `path`. ValueError if that is another script's."""
-    values = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
-        raise ValueError(f"{path} is no run of {config.__module__.partition('.')[0]}'s that can be used here")
-    return config(**values)
-
-
-class State(dict):
-    """What a run's checkpoint holds; ValueError for what it lacks."""
-
-    def __missing__(self, key: str):
-        raise ValueError(f"the checkpoint holds no {key!r}: it is of another script; choose another --out")
-
-
-def changes(then: dict, now: dict) -> str:
-    """ "lr (was 0.1, now 0.2) and 3 more": the settings of `now` that differ in `then`; "" if none does."""
-    changed = [name for name in now if now[name] != then.get(name)]
-    what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
-    return what + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-
-
-def resume(folder: Path, config: Any) -> dict | None:
-    """The state in `folder`/checkpoint.pt, or None if the run is new.
-
-    ValueError if the checkpoint was written with another configuration: a run never goes on as something else. Fields
-    that do not change the result may differ.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise ValueError(f"{path} is no checkpoint of this script: choose another --out, or remove the folder")
-    free = {
-        "out",
-        "device",
-        "workers",
-        "save_every",
-        "log_every",
-        "eval_every",
-        "eval_set",
-        "cache",
-        "strict",
-        "dry_run",
-    }
-    now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    if what := changes(state["config"], now):
-        raise ValueError(
-            f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
-        )
-    return State(state)
-
-
-# ------------------------------------------------------------------------------------------------------------- logs
+# ------------------------------------------------------------------------------------------------------ run folders
 
 
 def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> IO[str] | contextlib.nullcontext:
@@ -334,6 +212,105 @@ class RunLog:
             self.board.close()
 
 
+class Stopwatch:
+    """Seconds of training proper, evaluation left out; survives a resume through `seconds`."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self._start = seconds, time.perf_counter()
+
+    def read(self) -> float:
+        return self.seconds + time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.seconds = self.read()
+        yield
+        self._start = time.perf_counter()
+
+
+class RunFolder:
+    """A run folder: resumes from its checkpoint.pt, logs to metrics.jsonl and TensorBoard, saves.
+
+        folder = RunFolder(cfg, process, epoch=0, batch=0)         # state of a new run, else the checkpoint's
+        if folder.finished(epoch=cfg.epochs):
+            return folder.path
+        folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
+        folder.start(step, data=pairs.fingerprint)
+        ...
+            folder.log(step, epoch=epoch, loss=loss)
+            if folder.due(step):
+                folder.save(step, epoch=epoch, batch=batch)
+        folder.close()
+
+    `cfg` is the run's dataclass, with `out` and `save_every`. Ranks other than 0 write nothing.
+    """
+
+    def __init__(self, cfg: Any, process: Process, **first: Any):
+        self.cfg, self.process, self.path = cfg, process, Path(cfg.out)
+        found = resume(self.path, cfg)
+        self.resumed, self.state = found is not None, first if found is None else found
+        self.parts: dict[str, Any] = {}
+
+    def finished(self, **totals: int) -> bool:
+        """Whether the checkpoint has reached this total, given by its name: `epoch=cfg.epochs`. Says so if it has."""
+        ((name, total),) = totals.items()
+        done = self.state[name] >= total
+        if done and self.process.main:
+            print(f"{self.path} is finished ({total} {name}s); nothing to do")
+        return done
+
+    def restore(self, **parts: Any) -> None:
+        """Load what has a state_dict from the checkpoint, by its name there, and save it from now on."""
+        self.parts = parts
+        for name, part in parts.items() if self.resumed else ():
+            if not disabled(part):
+                part.load_state_dict(self.state[name])
+
+    def start(self, step: int, **fixed: Any) -> None:
+        """Open the log behind `step`, the last one saved, and start the clock. Each checkpoint also holds `fixed`."""
+        self.saved, self.fixed, self.commit = step, fixed, commit()
+        self.metrics = RunLog(self.path, self.cfg, self.process, step)
+        self.clock = Stopwatch(self.state["seconds"] if self.resumed else 0.0)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Write a line of metrics with the seconds so far. ValueError if `loss` is among them and not finite."""
+        self.metrics.write(step, seconds=self.clock.read(), **values)
+        if "loss" in values:
+            check_loss(values["loss"], step)
+
+    def due(self, step: int) -> bool:
+        """Whether `save_every` steps have gone by since the last checkpoint."""
+        return step - self.saved >= self.cfg.save_every
+
+    def save(self, step: int, **values: Any) -> None:
+        """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings."""
+        self.saved = step
+        if self.process.main:
+            parts = {name: part.state_dict() for name, part in self.parts.items() if not disabled(part)}
+            about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
+            save_checkpoint(self.path / "checkpoint.pt", parts | values | self.fixed | about)
+
+    def close(self) -> None:
+        self.metrics.close()
+
+
+def disabled(part: Any) -> bool:
+    """Whether `part` is a gradient scaler that does nothing, and so has no state."""
+    return isinstance(part, GradScaler) and not part.is_enabled()
+
+
+def machine() -> str:
+    """Processor and cores, as the results were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next(
+            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
+        )
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
 def commit() -> str:
     """The repository's commit, with + if its code differs from it; "unknown" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent.parent)]
@@ -359,124 +336,9 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
     return [line for line in lines if key in line]
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; ValueError names a file that holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: remove it, or name another folder")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, replaced atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replaced(path) as file:
-        file.write(text.encode())
-
-
-def activation_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward()`, each tensor once; parameters not counted."""
-    seen: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would be kept by the graph that it keeps, for good
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # kept alive, so that no address is used twice
-    total = sum(seen.values())
-    del result
-    return total
-
-
 def progress(items: Iterable, total: int, label: str, images: int, process: Process | None = None) -> tqdm:
     """tqdm over batches of `images` samples, counting images/s; nothing is shown when stderr is not a terminal."""
     hidden = not sys.stderr.isatty() or (process is not None and not process.main)
-    bar = tqdm(
+    return tqdm(
         items, total=total, desc=label, disable=hidden, leave=False, unit="img", unit_scale=images, dynamic_ncols=True
     )
-    return bar
-
-
-# ---------------------------------------------------------------------------------------------- what runs are refused
-
-
-def check_data(config: Any, example: str) -> None:
-    """ValueError if no data are named, the embedded corpus is not built, or the evaluation set is not there."""
-    if not config.data:
-        raise ValueError(
-            f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'"
-        )
-    if config.data.startswith("data/emoji") and not Path(config.data).exists():
-        raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
-    if config.eval_every and not Path(config.eval_set).is_dir():
-        raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
-
-
-def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """ValueError if a field of these is less than `least`; None, where a field may be that, is none."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-
-
-def check_batch(config: Any, world_size: int) -> None:
-    """ValueError if processes cannot have equal shares of a batch."""
-    if config.batch_size % world_size:
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared out evenly over {world_size} processes")
-
-
-# ---------------------------------------------------------------------------------------------------- command lines
-
-
-def fail(sentence: str) -> None:
-    """Exit code 2 and one sentence on stderr."""
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def command_line(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        text = str(error)
-        if text.startswith("Caught "):  # a loader worker's, whose traceback came along
-            text = text.rstrip().splitlines()[-1].partition(": ")[2]
-        fail(text)
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail(f"the checkpoint holds weights of another model: {str(error)[:300]}")
-    except MemoryError:
-        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail("not enough memory for this data and these settings")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        with contextlib.suppress(Exception):
-            finish()
-
-
-class Stopwatch:
-    """Seconds of training proper, evaluation left out; survives a resume through `seconds`."""
-
-    def __init__(self, seconds: float = 0.0):
-        self.seconds, self._start = seconds, time.perf_counter()
-
-    def read(self) -> float:
-        return self.seconds + time.perf_counter() - self._start
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.seconds = self.read()
-        yield
-        self._start = time.perf_counter()

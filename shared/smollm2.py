@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from shared import run
+from shared import cli
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -56,4 +56,4 @@ def main(out: Path = Path("data/smollm2-135m")) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: tyro.cli(main))
+    cli.command_line(lambda: tyro.cli(main))

@@ -1,5 +1,7 @@
-"""Tar files as untrusted input: headers, contents and indices of webdataset shards. What is damaged, too large or
-malformed in any other way is passed over and handed on as `Broken` records, never followed and never an endless loop.
+"""Tar files as untrusted input: headers, contents and indices of webdataset shards; and writing such shards.
+
+What is damaged, too large or malformed in any other way is passed over and handed on as `Broken` records, never
+followed and never an endless loop.
 """
 
 import json
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from webdataset import TarWriter
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 2**28  # of one file
@@ -112,3 +115,21 @@ def index_shard(path: str) -> ShardIndex:
             keys.append(key)
             spans.append((*image, *files["txt"]))
     return ShardIndex(keys, np.array(spans, dtype=np.int64).reshape(-1, 4), broken)
+
+
+def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
+    """A webdataset shard whose bytes depend on nothing but the samples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
+        for sample in samples:
+            tar.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
+
+
+def write_split(folder: Path, images: Iterable[bytes], kind: str, values: Iterable[str]) -> None:
+    """One split of an evaluation set in the CLIP-benchmark layout, of PNG files.
+
+    `kind` is the file ending of `values`: cls (class index) or txt (captions, one a line).
+    """
+    samples = enumerate(zip(images, values, strict=True))
+    write_tar(folder / "0.tar", ({"__key__": f"s{i:07d}", "png": png, kind: value} for i, (png, value) in samples))
+    (folder / "nshards.txt").write_text("1\n")

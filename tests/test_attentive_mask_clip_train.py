@@ -25,7 +25,7 @@ from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_se
 
 from attentive_mask_clip import config, timing, train
 from attentive_mask_clip.model import ACLIP, create_model
-from shared import data, run
+from shared import checkpoints, data
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
@@ -39,7 +39,7 @@ TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 
 @pytest.fixture(scope="module", autouse=True)
 def corpus():
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
         assert np.isclose(line["loss"], parts, rtol=1e-5)
     loss = [line["clip_loss"] if "clip_loss" in line else line["contra_loss_1"] for line in lines]
     assert np.mean(loss[-PER_EPOCH:]) < np.mean(loss[:PER_EPOCH])
-    state = run.load_checkpoint(out / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     assert (state["epoch"], state["batch"]) == (3, 0)
     ema = any(name.startswith("visual_ema.") for name in state["state_dict"])
     heads = any(name.startswith("im_proj_byol_e.") for name in state["state_dict"])
@@ -108,7 +108,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
 
 
 def test_frozen_patches_and_moving_ema(arms: dict[str, Path]):
-    state = run.load_checkpoint(arms["aclip"] / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(arms["aclip"] / "checkpoint.pt")
     cfg = config.Config(**state["config"])
     torch.manual_seed(cfg.seed)
     before = create_model(cfg.method, cfg.model, **cfg.model_settings()).state_dict()
@@ -120,7 +120,7 @@ def test_frozen_patches_and_moving_ema(arms: dict[str, Path]):
         moved, followed = (after[name] - before[name]).norm(), (after[ema] - before[ema]).norm()
         assert 0 < followed < moved
     # The baselines train the patch projection
-    clip = run.load_checkpoint(arms["clip"] / "checkpoint.pt")["state_dict"]
+    clip = checkpoints.load_checkpoint(arms["clip"] / "checkpoint.pt")["state_dict"]
     assert not torch.equal(clip["visual.patch_embed.proj.weight"], before["visual.patch_embed.proj.weight"])
 
 
@@ -168,7 +168,7 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
         kill_at(start(*command), out, line, timeout=120)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(arms[arm]), kills
-    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
+    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
     for part in ("state_dict", "optimizer", "epoch", "batch"):
         assert same(state[part], expected[part]), (part, kills)
 
@@ -185,7 +185,7 @@ def assert_equal_lines(one: Path, two: Path, steps: int | None = None) -> None:
 
 def assert_equal_weights(one: Path, two: Path) -> None:
     """TINY has a large Adam eps: else the rounding of a vanishing gradient becomes a visible step."""
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -325,7 +325,7 @@ def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path]
 def test_a_run_does_not_go_on_with_other_data(in_process, arms: dict[str, Path], tmp_path: Path):
     shard, out = tmp_path / "shard.tar", tmp_path / "run"
     shutil.copy(SHARDS / "00001.tar", shard)
-    state = run.load_checkpoint(arms["clip"] / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(arms["clip"] / "checkpoint.pt")
     state["config"] |= {"data": str(shard), "out": str(out)}
     out.mkdir()
     torch.save(state | {"epoch": 1}, out / "checkpoint.pt")  # as if it had stopped early

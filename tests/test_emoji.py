@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from shared import emoji, emoji_sources
+from shared.corpora import emoji, emoji_sources
 
 ROOT = Path(__file__).parent.parent
 NPM = ROOT / "data/.npm"
@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "shared.emoji", *map(str, arguments)]
+    command = [sys.executable, "-m", "shared.corpora.emoji", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 

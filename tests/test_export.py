@@ -17,7 +17,7 @@ import torch
 from scripts import finished, one_sentence
 from tiny import EVAL, PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
 
-from shared import export, run
+from shared import checkpoints, export, run
 from tldr_reduction.train import eval_tokenizer, load_run
 
 SCRIPT, SECONDS = "protoclip.train", 90
@@ -41,7 +41,7 @@ WITHOUT = {  # measurements that clip-benchmark has not
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     path = tmp_path_factory.mktemp("export")
     yield path
     shutil.rmtree(path)
@@ -87,7 +87,7 @@ def exported(cli, folder: Path, runs: dict[str, Path]) -> dict[str, tuple[Path, 
 def test_open_clip_loads_it(exported: dict, runs: dict[str, Path], name: str):
     path, printed = exported[name]
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{path}")
-    trained = run.load_checkpoint(runs[name] / "checkpoint.pt")["state_dict"]
+    trained = checkpoints.load_checkpoint(runs[name] / "checkpoint.pt")["state_dict"]
     assert torch.equal(model.logit_scale, trained["logit_scale"])
     measured = re.search(r"image features (\S+), text features (\S+), preprocessing (\S+)", printed).groups()
     for value, bound in zip(map(float, measured), TOLERANCES[name], strict=True):

@@ -25,7 +25,7 @@ import torch
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same
 from tiny import FOLDERS, PRELOAD, SCRIPTS, SHARDS, add_sample, commands, small_corpus, stages  # noqa: F401
 
-from shared import run
+from shared import checkpoints
 
 SCRIPT, SECONDS = "faulty", 120
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
@@ -66,7 +66,7 @@ KILLED = {  # where arms and scripts that are not killed here are
 
 def test_no_script_is_forgotten():
     scripts = {f"{path.parent.name}.{path.stem}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
-               if "run.command_line(" in path.read_text()}  # fmt: skip
+               if "cli.command_line(" in path.read_text()}  # fmt: skip
     known = [*set(SCRIPTS.values()), *STAGES, *EVALUATIONS, *ELSEWHERE]
     assert sorted(known) == sorted(scripts)
     for test in (*ELSEWHERE.values(), *KILLED.values()):
@@ -83,7 +83,7 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     path = tmp_path_factory.mktemp("faults")
     yield path
     shutil.rmtree(path)
@@ -112,7 +112,7 @@ def whole(cli, given, folder: Path):
 
 def trained(out: Path) -> dict:
     """A run's checkpoint, less what may differ from run to run."""
-    state = run.load_checkpoint(out / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     return {key: value for key, value in state.items() if key not in ("seconds", "config", "name")}
 
 
@@ -189,7 +189,7 @@ def test_a_nan_never_gets_into_a_checkpoint(name: str, given, cli, folder: Path)
         refused(result, "no longer finite", "the loss is nan")
     assert (out / "checkpoint.pt").exists() or name == "lexvla"  # where the first batch can be the spoiled one
     if (out / "checkpoint.pt").exists():
-        assert all(tensor.isfinite().all() for _, tensor in run.tensors(trained(out)))
+        assert all(tensor.isfinite().all() for _, tensor in checkpoints.tensors(trained(out)))
 
 
 # ------------------------------------------------------------------------------------------------------- hostile data
@@ -306,7 +306,7 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
         path.write_bytes(content)
         refused(in_process(*given[name], "--out", path.parent, module=SCRIPTS[name]), words)
         assert path.read_bytes() == content and not victim.exists()
-    mine = run.load_checkpoint(whole(name) / "checkpoint.pt")
+    mine = checkpoints.load_checkpoint(whole(name) / "checkpoint.pt")
     mine |= {key: 0 for key in ("epoch", "episode", "step", "batch") if key in mine}
     foreign = {"weights" if "weights" in mine else "state_dict": {"foreign": torch.zeros(1)}}
     for content, words in (
@@ -367,7 +367,9 @@ def target(module: str, folder: Path) -> Path:
 
 def made(folder: Path) -> dict:
     """Contents of what a script wrote into a folder, less what may differ from run to run."""
-    read = {".pt": lambda path: trained(path.parent) if path.name == "checkpoint.pt" else run.load_checkpoint(path)}
+    read = {
+        ".pt": lambda path: trained(path.parent) if path.name == "checkpoint.pt" else checkpoints.load_checkpoint(path)
+    }
     read |= {".jsonl": lambda path: metrics(path.parent)}
     files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
     free = ("config.json", "report.json")

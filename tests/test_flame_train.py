@@ -32,7 +32,8 @@ from flame import eval as evaluation
 from flame.bank import AuthorsBank, Bank, open_bank
 from flame.embed import embed_captions, read_prompts
 from flame.recaption import read_captions
-from shared import data, report, run
+from shared import checkpoints, data
+from shared.study import statistics
 
 SHARDS = ROOT / "data/emoji/train"
 EVAL = ROOT / "data/emoji/eval"
@@ -45,7 +46,7 @@ IMAGES, STEPS, PER_EPOCH = 160, 15, 5
 @pytest.fixture(scope="module", autouse=True)
 def corpus():
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert ("logit_bias" in lines[0]) == (arm != "clip")
-    state = run.load_checkpoint(out / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     assert (state["epoch"], state["batch"]) == (3, 0)
     assert any(name.startswith("text.") for name in state["state_dict"]) == (arm == "clip")
 
@@ -338,7 +339,7 @@ def test_claims_are_judged_from_the_arms():
 
     metric = "retrieval_long_ood/image_to_text_R@1"
     arms = {"flame": [{metric: 20.0}, {metric: 20.1}], "clip": [{metric: 10.0}, {metric: 10.0}]}
-    (row,) = report.judge_all([claim for claim in claims.claims() if claim.metric == metric], arms)
+    (row,) = statistics.judge_all([claim for claim in claims.claims() if claim.metric == metric], arms)
     assert row["verdict"] == "same direction"  # far from the paper's +54.6
 
 
@@ -354,7 +355,7 @@ def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: P
         kill_at(start(*command), out, line)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(arms[arm]), kills
-    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
+    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
     for part in ("state_dict", "optimizer", "epoch", "batch"):
         assert same(state[part], expected[part]), (part, kills)
 
@@ -369,7 +370,7 @@ def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folde
     both = start_two(start, *ARMS[arm], *tiny, "--out", out)
     for process in both:
         finished(ended(process))
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 

@@ -15,7 +15,7 @@ from scripts import ROOT, finished, held, kill_when, same
 from tiny import add_sample, language_model, small_corpus
 
 from lexvla import backbone, scenes, text
-from shared import data, run
+from shared import checkpoints, data
 
 SCRIPT, SECONDS = "lexvla.backbone", 120
 PRELOAD = ["lexvla.train", "timm"]
@@ -57,16 +57,16 @@ def test_a_finished_backbone_is_what_is_asked_for_or_refused(cfg: backbone.Confi
 
 
 def test_an_older_backbone_says_no_more_than_its_settings(cfg: backbone.Config, tmp_path: Path, capsys):
-    state = run.load_checkpoint(cfg.out)
+    state = checkpoints.load_checkpoint(cfg.out)
     state.pop("data")
     older = dataclasses.replace(cfg, out=str(tmp_path / "older.pt"))
-    run.save_checkpoint(Path(older.out), state)
+    checkpoints.save_checkpoint(Path(older.out), state)
     backbone.main(older)
     assert "is there already" in capsys.readouterr().out
     for change in ({"data": "elsewhere"}, {"dataset_size": 150}, {"epochs": 4}):
         with pytest.raises(ValueError, match=f"other settings: {next(iter(change))} "):
             backbone.main(dataclasses.replace(older, **change))
-    run.save_checkpoint(Path(older.out), {"step": 1})
+    checkpoints.save_checkpoint(Path(older.out), {"step": 1})
     with pytest.raises(ValueError, match="is no file of this script"):
         backbone.main(older)
 
@@ -81,7 +81,7 @@ def test_a_killed_backbone_goes_on(cfg: backbone.Config, folder: Path, start, cl
     with held(folder / "killed.work"), pytest.raises(ValueError, match="belongs to a run that is still going"):
         backbone.main(dataclasses.replace(cfg, out=str(out)))
     assert "going on after epoch" in finished(cli(*command)).out
-    assert same(run.load_checkpoint(out)["weights"], run.load_checkpoint(cfg.out)["weights"])
+    assert same(checkpoints.load_checkpoint(out)["weights"], checkpoints.load_checkpoint(cfg.out)["weights"])
     assert not (folder / "killed.work").exists()
 
 

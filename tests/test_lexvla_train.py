@@ -35,7 +35,7 @@ from lexvla import eval as evaluation
 from lexvla import text as texts
 from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
 from lexvla.search import LexicalIndex
-from shared import data, report, run, smollm2
+from shared import checkpoints, data, run, smollm2
 
 SHARDS = ROOT / "data/emoji/train"
 GROUPS = ROOT / "data/emoji/eval/groups_id"
@@ -195,7 +195,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
             weight = (3 if arm == "flops" else 0.3) * min(1, line["step"] / 4) ** 2
             parts += weight * (line[f"{penalty}_image"] + line[f"{penalty}_text"])
         assert np.isclose(line["loss"], parts, rtol=1e-5)
-    state = run.load_checkpoint(out / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     weights = state["weights"]
     assert {name.split(".")[0] for name in weights} == {"adapter", "image", "logit_scale"} | (
         set() if arm == "bow" else {"lora"} | ({"text"} if arm == "dense" else set())
@@ -232,7 +232,7 @@ def test_arms_differ_in_what_they_are_named_after():
 def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
     starts = []
     for out in (arms["none"], arms["dense"]):
-        state = run.load_checkpoint(out / "checkpoint.pt")
+        state = checkpoints.load_checkpoint(out / "checkpoint.pt")
         torch.manual_seed(0)
         model = build.create_model(config.Config(**state["config"]), texts.load_lm(str(lm))[0], state["vocab_ids"])
         starts.append(model.image)
@@ -249,7 +249,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli, tiny: list[
 
 def test_what_was_trained_comes_back(arms: dict[str, Path]):
     model, cfg, tokenizer, read = build.load_run(arms["overuse"])
-    state = run.load_checkpoint(arms["overuse"] / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(arms["overuse"] / "checkpoint.pt")
     weights = state["weights"]
     assert same(build.trained_weights(model), weights) and not model.training
     with pytest.raises(ValueError, match="does not hold the weights"):
@@ -293,7 +293,7 @@ def test_frozen_tokens_are_the_backbones(backbone: Path):
 
 def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path, backbone: Path):
     vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0)
-    vit.load_state_dict(run.load_checkpoint(backbone)["weights"])
+    vit.load_state_dict(checkpoints.load_checkpoint(backbone)["weights"])
     model = build.load_run(arms["whole-models"])[0]
     plain = texts.load_lm(str(lm))[0]
     for name, module in model.text.lm.named_modules():  # merged, LoRA is an ordinary Llama
@@ -314,7 +314,7 @@ def test_kill_and_resume_equals_uninterrupted(
         kill_at(start(*command), out, line, timeout=120)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(arms[arm]), kills
-    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
+    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
     for part in ("weights", "optimizer", "epoch", "batch", "vocab_ids", "bias"):
         assert same(state[part], expected[part]), (part, kills)
 
@@ -332,7 +332,7 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tin
     for a, b in zip(metrics(arms[arm]), metrics(out), strict=True):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")["weights"] for path in (arms[arm], out))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["weights"] for path in (arms[arm], out))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -487,7 +487,7 @@ def measured(arms: dict[str, Path], folder: Path, small_set: Path, small_scenes:
 
 
 def test_report(measured: evaluation.Config, capsys):
-    summary = report.load(measured.report)
+    summary = checkpoints.read_json(measured.report)
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"overuse", "dense"}
     overuse = summary["arms"]["overuse"]
     for name in ("retrieval_ood/top16/text_to_image_R@1", "retrieval_ood/image/active", "patchdis/random_miou_present",

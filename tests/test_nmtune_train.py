@@ -23,7 +23,7 @@ from scripts import metrics, same, start_two
 
 from nmtune import config, datasets, features, finetune, pretrain, pretrain_config, study, train
 from nmtune import eval as evaluation
-from shared import report, run
+from shared import checkpoints, run
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
@@ -134,7 +134,7 @@ def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
         "tensorboard",
         "checkpoint.pt",
     }
-    state = run.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state["classnames"] == [f"class {i}" for i in range(6)] and "classification_head.weight" in state["head"]
     code, out, _ = in_process(
         "nmtune.train", "--features", features_file, "--batch-size", "16", "--out", tmp_path / "run"
@@ -142,7 +142,7 @@ def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
     assert code == 0 and "is finished (30 epochs); nothing to do" in out
     code, out, err = in_process("nmtune.eval", tmp_path / "run")
     assert code == 0 and "test/top1" in out, err
-    results = report.load(tmp_path / "run/results.json")["metrics"]
+    results = checkpoints.read_json(tmp_path / "run/results.json")["metrics"]
     assert {"test/top1", "test/balanced", "test/sve_F", "test/lsvr_z"} <= set(results)
     assert (tmp_path / "run/spectra.png").is_file()
 
@@ -237,7 +237,7 @@ def test_fresh_views_kill_and_resume(in_process, tmp_path, images):
         kill_at(start("nmtune.train", *command, tmp_path / "killed"), tmp_path / "killed", line)
     finished(start("nmtune.train", *command, tmp_path / "killed"))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    states = [run.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("head", "optimizer", "epoch"))
 
 
@@ -260,7 +260,7 @@ def test_pretraining_on_labels_kill_and_resume(in_process, tmp_path, images):
     kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
     finished(start("nmtune.pretrain", *command, tmp_path / "killed"))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    states = [run.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
     # the encoder loads where it is wanted: in timm, in nmtune.train and in nmtune.finetune
     code, out, err = in_process(
@@ -269,8 +269,8 @@ def test_pretraining_on_labels_kill_and_resume(in_process, tmp_path, images):
     )  # fmt: skip
     assert code == 0 and "again/top1" in out, err
     assert {"ce", "cov", "svd"} <= set(metrics(tmp_path / "tuned")[0]) and "mse" not in metrics(tmp_path / "tuned")[0]
-    state = run.load_checkpoint(tmp_path / "tuned/checkpoint.pt")["state_dict"]
-    before = run.load_checkpoint(tmp_path / "whole/checkpoint.pt")["state_dict"]
+    state = checkpoints.load_checkpoint(tmp_path / "tuned/checkpoint.pt")["state_dict"]
+    before = checkpoints.load_checkpoint(tmp_path / "whole/checkpoint.pt")["state_dict"]
     assert not torch.equal(state["image_encoder.conv1.weight"], before["conv1.weight"])
 
 
@@ -286,7 +286,7 @@ def test_fine_tuning_kill_and_resume(in_process, tmp_path, images, preset):
     kill_at(start("nmtune.finetune", *command, tmp_path / "killed"), tmp_path / "killed", 4)
     finished(start("nmtune.finetune", *command, tmp_path / "killed"))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    states = [run.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch"))
 
 
@@ -302,7 +302,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     assert code == 0 and "again/top1" in out, err
     tuned, whole = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) of ([\d,]+) parameters", out).groups())
     assert tuned < 0.2 * whole
-    state = run.load_checkpoint(tmp_path / "lora/checkpoint.pt")["state_dict"]
+    state = checkpoints.load_checkpoint(tmp_path / "lora/checkpoint.pt")["state_dict"]
     assert any("lora_A" in key and "c_fc" in key for key in state)
 
 
@@ -327,7 +327,7 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
     for a, b in zip(metrics(one), metrics(other), strict=True):
         for name in a.keys() - {"accuracy_clean", "accuracy_noisy"}:  # of the local batch
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=2e-5, err_msg=f"{name} in step {a['step']}")
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")[part] for path in (one, other))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")[part] for path in (one, other))
     for name in a:
         if name in ("mlp_after.0.bias", "mlp_after.1.running_mean"):
             continue  # true gradient 0, of which AdamW makes steps from rounding
@@ -555,9 +555,9 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
     assert "nothing to do" in capsys.readouterr().out
     runs = tuple(str(path) for path in sorted(tmp_path.glob("sup-*")))
     evaluation.main(evaluation.Config(runs=runs, report=str(tmp_path / "results.json"), device="cpu"))
-    shown, summary = capsys.readouterr().out, report.load(tmp_path / "results.json")
+    shown, summary = capsys.readouterr().out, checkpoints.read_json(tmp_path / "results.json")
     assert summary["seeds"] == [0, 1] and list(summary["arms"]) == ["sup-00", "sup-30"]
-    kept = report.load(tmp_path / "sup-30-seed1/study.json")["tasks"]["group"]
+    kept = checkpoints.read_json(tmp_path / "sup-30-seed1/study.json")["tasks"]["group"]
     assert summary["arms"]["sup-30"]["nmtune/ood"]["values"][1] == kept["nmtune/ood"][0]
     assert summary["arms"]["sup-30"]["noise"]["mean"] == pytest.approx(30)
     assert {"mlp/cov_id", "nmtune/top5_id", "sve_id@none", "lsvr_ood@sample+feature"} <= set(kept)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny import small_set
 
-from protoclip import claims, config, train
+from protoclip import config, study, train
 from protoclip import eval as evaluation
-from shared import report, run
+from shared import checkpoints, cli
+from shared.study import statistics
 
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "data/emoji"
@@ -54,11 +55,11 @@ def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
 
 
 def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch):
-    for module in (claims, evaluation):
-        monkeypatch.setattr(module, "METRICS", {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"})
-    monkeypatch.setattr(claims, "claims", lambda: [report.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")])
+    metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
+    claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim,)))
     evaluation.main(cfg)
-    summary = report.load(cfg.report)
+    summary = checkpoints.read_json(cfg.report)
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"clip", "protoclip"}
     top1 = {arm: metrics["groups_id/top1"]["values"] for arm, metrics in summary["arms"].items()}
     for arm, values in top1.items():  # what stands in the report was measured on that arm's checkpoints
@@ -66,7 +67,7 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
             folder = next(Path(path) for path in cfg.runs if path.endswith(f"{arm}-seed{seed}"))
             assert json.loads((folder / "results.json").read_text())["metrics"]["groups_id/top1"] == value
             assert (folder / "results.md").is_file() and (folder / "features.png").is_file()
-    expected = report.judge(claims.claims()[0], top1["protoclip"], top1["clip"])
+    expected = statistics.judge(claim, top1["protoclip"], top1["clip"])
     assert summary["claims"][0] == expected
     assert expected["verdict"] in capsys.readouterr().out
     for name in ("protoclip_curves.png", "protoclip_features.png"):
@@ -79,9 +80,9 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
 
 def test_report_refuses_uneven_seeds(cfg: evaluation.Config):
     with pytest.raises(ValueError, match=r"arm protoclip has seeds \[0\], but clip has \[0, 1\]"):
-        claims.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))
+        study.STUDY.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))
     with pytest.raises(ValueError, match="ARM-seedN"):
-        claims.compare(["runs/other"], [{}], Path(cfg.report))
+        study.STUDY.compare(["runs/other"], [{}], Path(cfg.report))
 
 
 def test_towers_load_into_open_clip(runs: list[str]):
@@ -119,6 +120,6 @@ def test_errors_are_one_sentence(tmp_path: Path, runs: list[str], capsys: pytest
     ):
         with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["protoclip.eval", *arguments])
-            run.command_line(lambda: evaluation.main(evaluation.tyro.cli(evaluation.Config)))
+            cli.command_line(lambda: evaluation.main(evaluation.tyro.cli(evaluation.Config)))
         assert exit.value.code == 2
         assert words in capsys.readouterr().err

@@ -25,7 +25,7 @@ from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_se
 
 from protoclip import config, train
 from protoclip.teacher import Teacher
-from shared import data, run
+from shared import checkpoints, data
 
 SHARDS = ROOT / "data/emoji/train"
 TEACHER = ROOT / "data/emoji/teacher.npz"
@@ -40,7 +40,7 @@ TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 1
 
 @pytest.fixture(scope="module", autouse=True)
 def corpus():
-    for path, command in {SHARDS / "00000.tar": "shared.emoji", TEACHER: "protoclip.teacher minilm"}.items():
+    for path, command in {SHARDS / "00000.tar": "shared.corpora.emoji", TEACHER: "protoclip.teacher minilm"}.items():
         if not path.is_file():
             pytest.fail(f"{path} is missing: `make test` makes it with 'python -m {command}'", pytrace=False)
 
@@ -87,7 +87,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
         assert (line["proto"] != 0) == (arm != "clip" and line["episode"] > 0)
         assert (line["external"] != 0) == (arm == "external" and line["episode"] > 0)
         assert np.isclose(line["loss"], line["clip"] + line["proto"] + line["external"], rtol=1e-5)
-    state = run.load_checkpoint(out / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     assert (state["episode"], state["batch"], state["prototypes"]) == (3, 0, None)
     assert ("logit_scale_proto" in state["state_dict"]) == (arm != "clip")
 
@@ -139,11 +139,11 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
     for line in kills:
         kill_at(start(*command), out, line)
         if (out / "checkpoint.pt").exists():
-            state = run.load_checkpoint(out / "checkpoint.pt")
+            state = checkpoints.load_checkpoint(out / "checkpoint.pt")
             assert (state["prototypes"] is not None) == (state["episode"] > 0 and state["batch"] > 0), kills
     finished(ended(start(*command)))
     assert metrics(out) == metrics(arms["external"]), kills
-    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, arms["external"]))
+    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms["external"]))
     for part in ("state_dict", "optimizer", "episode", "batch"):
         assert same(state[part], expected[part]), (part, kills)
 
@@ -158,7 +158,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
         for name in a.keys() - {"modality_gap"}:  # of the local batch, as upstream's
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
     # TINY has the golden episodes' large Adam eps: else the rounding of a vanishing gradient becomes a visible step
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -259,7 +259,7 @@ def test_windows_of_shards_train_and_resume(cli, start, folder: Path, small_shar
     kill_at(start(*command, outs[1]), outs[1], 5)
     finished(cli(*command, outs[1]))
     assert metrics(outs[0]) == metrics(outs[1]) and len(metrics(outs[0])) == 8
-    states = [run.load_checkpoint(out / "checkpoint.pt")["state_dict"] for out in outs]
+    states = [checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"] for out in outs]
     assert same(*states)
     copies = [path for path in cache.iterdir() if path.name != "precious.tar"]
     assert len(copies) == (2 if remote else 0) and (cache / "precious.tar").exists()  # this window and the last

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from shared import overview, remaining, report
+from shared import checkpoints, evaluation
+from shared.study import overview, remaining, report, statistics
 
 ROOT = Path(__file__).parent.parent
-CLAIM = report.Claim("higher", "+2", "m", "ours", "base", sign=1, effect=2.0)
-SAME = report.Claim("lower", "-", "m", "ours", "base", sign=-1)
+CLAIM = statistics.Claim("higher", "+2", "m", "ours", "base", sign=1, effect=2.0)
+SAME = statistics.Claim("lower", "-", "m", "ours", "base", sign=-1)
 
 
 @pytest.mark.parametrize(
@@ -25,32 +26,32 @@ SAME = report.Claim("lower", "-", "m", "ours", "base", sign=-1)
         (SAME, [12.0, 12.1, 11.9], "not reproduced"),
     ],
 )
-def test_verdicts(claim: report.Claim, method: list[float], verdict: str):
-    assert report.judge(claim, method, [10.0, 10.0, 10.0])["verdict"] == verdict
+def test_verdicts(claim: statistics.Claim, method: list[float], verdict: str):
+    assert statistics.judge(claim, method, [10.0, 10.0, 10.0])["verdict"] == verdict
 
 
 def test_where_the_paper_claims_nothing():
-    assert report.judge(CLAIM._replace(paper=None), [12.0, 12.1, 11.9], [10.0] * 3)["verdict"] == "no claim"
+    assert statistics.judge(CLAIM._replace(paper=None), [12.0, 12.1, 11.9], [10.0] * 3)["verdict"] == "no claim"
 
 
 def test_one_seed_proves_nothing():
-    row = report.judge(CLAIM, [50.0], [10.0])
+    row = statistics.judge(CLAIM, [50.0], [10.0])
     assert row["verdict"] == "not resolved at this scale" and row["here"] == "+40.00"
 
 
 def test_interval_is_students():
     # scipy.stats.t.interval(0.95, 2, loc=2, scale=1 / sqrt(3)): 2 ± 2.4841
-    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(2.48414, abs=1e-4)
-    assert report.interval([1.0]) is None
+    assert statistics.interval([1.0, 2.0, 3.0]) == pytest.approx(2.48414, abs=1e-4)
+    assert statistics.interval([1.0]) is None
 
 
 def test_pairing_by_seed_removes_what_seeds_share():
-    row = report.judge(CLAIM, [12.0, 22.0, 32.0], [10.0, 20.0, 30.0])
+    row = statistics.judge(CLAIM, [12.0, 22.0, 32.0], [10.0, 20.0, 30.0])
     assert row["verdict"] == "reproduced" and row["here"] == "+2.00 ± 0.00"
 
 
 def test_tables_are_markdown():
-    lines = report.table([{"a": 1, "b": "x"}, {"a": 22, "b": "y"}]).splitlines()
+    lines = evaluation.table([{"a": 1, "b": "x"}, {"a": 22, "b": "y"}]).splitlines()
     assert lines == ["| a  | b |", "| -- | - |", "| 1  | x |", "| 22 | y |"]
 
 
@@ -58,7 +59,7 @@ def test_tables_are_markdown():
 def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     """One schema, three seeds (NMTune: two, of five of tuning each), and the README's numbers are the file's."""
     monkeypatch.chdir(ROOT)
-    summary = report.load(file)
+    summary = checkpoints.read_json(file)
     assert set(summary) == {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
     assert len(summary["seeds"]) >= (2 if file.stem == "nmtune" else 3)
     for metrics in summary["arms"].values():
@@ -122,7 +123,7 @@ def test_results_of_other_code_are_named(tmp_path):
 
 
 def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):
-    summary = report.load(ROOT / "results/protoclip.json")
+    summary = checkpoints.read_json(ROOT / "results/protoclip.json")
     (tmp_path / "runs/protoclip").mkdir(parents=True)
     (tmp_path / "runs/protoclip/results.json").write_text(json.dumps(summary))
     (tmp_path / "runs/protoclip/protoclip_curves.png").write_bytes(b"plot")

@@ -16,7 +16,7 @@ import torch
 from scripts import ROOT
 from torch import nn
 
-from shared import run
+from shared import checkpoints, cli, run
 
 CPU = torch.device("cpu")
 ALONE = run.Process(0, 1, CPU)
@@ -35,8 +35,8 @@ class Config:
 
 def test_checkpoint_round_trip(tmp_path: Path):
     state = {"state_dict": nn.Linear(2, 3).state_dict(), "step": 7, "config": {"lr": 0.1}, "nothing": None}
-    run.save_checkpoint(tmp_path / "checkpoint.pt", state)
-    loaded = run.load_checkpoint(tmp_path / "checkpoint.pt")
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    loaded = checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
     assert torch.equal(loaded["state_dict"]["weight"], state["state_dict"]["weight"])
     assert loaded["step"] == 7 and loaded["nothing"] is None
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
@@ -44,7 +44,7 @@ def test_checkpoint_round_trip(tmp_path: Path):
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "checkpoint.pt"
-    run.save_checkpoint(path, {"step": 1})
+    checkpoints.save_checkpoint(path, {"step": 1})
     before = path.read_bytes()
 
     def half(state, file):
@@ -54,19 +54,19 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
         with pytest.raises(OSError, match="no space left"):
-            run.save_checkpoint(path, {"step": 2})
-    assert path.read_bytes() == before and run.load_checkpoint(path) == {"step": 1}
-    run.save_checkpoint(path, {"step": 2})  # what the crash left behind is in nobody's way
-    assert run.load_checkpoint(path) == {"step": 2} and os.listdir(tmp_path) == ["checkpoint.pt"]
+            checkpoints.save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == before and checkpoints.load_checkpoint(path) == {"step": 1}
+    checkpoints.save_checkpoint(path, {"step": 2})  # what the crash left behind is in nobody's way
+    assert checkpoints.load_checkpoint(path) == {"step": 2} and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, value: float):
     path = tmp_path / "checkpoint.pt"
-    run.save_checkpoint(path, {"state_dict": {"weight": torch.ones(2)}})
+    checkpoints.save_checkpoint(path, {"state_dict": {"weight": torch.ones(2)}})
     with pytest.raises(ValueError, match="weight is no longer finite, and .*checkpoint.pt is left as it was"):
-        run.save_checkpoint(path, {"state_dict": {"weight": torch.tensor([1.0, value])}})
-    assert run.load_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1]
+        checkpoints.save_checkpoint(path, {"state_dict": {"weight": torch.tensor([1.0, value])}})
+    assert checkpoints.load_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1]
 
 
 class Malicious:
@@ -82,7 +82,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, save):
     path, victim = tmp_path / "checkpoint.pt", tmp_path / "victim"
     save({"state_dict": {}, "extra": Malicious(victim)}, path)
     with pytest.raises(ValueError, match="checkpoint.pt is not a checkpoint that loads with weights_only=True"):
-        run.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     assert not victim.exists()
 
 
@@ -90,18 +90,18 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, save):
 def test_garbage_is_no_checkpoint(tmp_path: Path, content: bytes):
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        run.resume(tmp_path, Config())
+        checkpoints.resume(tmp_path, Config())
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        run.load_checkpoint(tmp_path / "none.pt")
+        checkpoints.load_checkpoint(tmp_path / "none.pt")
 
 
 def test_resume_refuses_another_configuration(tmp_path: Path):
-    assert run.resume(tmp_path, Config()) is None
-    run.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3, "config": dataclasses.asdict(Config())})
-    assert run.resume(tmp_path, Config())["step"] == 3
-    assert run.resume(tmp_path, Config(out="there", workers=4))["step"] == 3  # these do not change the result
+    assert checkpoints.resume(tmp_path, Config()) is None
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3, "config": dataclasses.asdict(Config())})
+    assert checkpoints.resume(tmp_path, Config())["step"] == 3
+    assert checkpoints.resume(tmp_path, Config(out="there", workers=4))["step"] == 3  # these do not change the result
     with pytest.raises(ValueError) as error:
-        run.resume(tmp_path, Config(lr=0.2, model="ViT"))
+        checkpoints.resume(tmp_path, Config(lr=0.2, model="ViT"))
     message = str(error.value)
     assert str(tmp_path) in message and "choose another --out" in message
     assert "lr (was 0.1, now 0.2), model (was None, now 'ViT')" in message
@@ -168,9 +168,9 @@ def test_other_ranks_write_nothing(tmp_path: Path):
 
 def test_write_json_is_atomic(tmp_path: Path):
     path = tmp_path / "x.json"
-    run.write_json(path, {"a": "é"})
+    checkpoints.write_json(path, {"a": "é"})
     with pytest.raises(TypeError):
-        run.write_json(path, {"a": object()})
+        checkpoints.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": "é"} and os.listdir(tmp_path) == ["x.json"]
 
 
@@ -208,11 +208,11 @@ def test_autocast():
 
 def test_activation_bytes():
     x = torch.zeros(4, 30)
-    assert run.activation_bytes(lambda: nn.Linear(30, 50)(x)) == 4 * 4 * 30  # the input, not the weights
+    assert cli.activation_bytes(lambda: nn.Linear(30, 50)(x)) == 4 * 4 * 30  # the input, not the weights
     net = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 7))
-    assert run.activation_bytes(lambda: net(x)) == 4 * 4 * (30 + 50)  # the ReLU's output is kept once
+    assert cli.activation_bytes(lambda: net(x)) == 4 * 4 * (30 + 50)  # the ReLU's output is kept once
     with torch.no_grad():
-        assert run.activation_bytes(lambda: net(x)) == 0
+        assert cli.activation_bytes(lambda: net(x)) == 0
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -244,12 +244,12 @@ def test_what_the_user_can_mend_is_one_sentence(error: type, capsys, monkeypatch
         raise error("a\n  b")
 
     with pytest.raises(SystemExit) as stop:
-        run.command_line(main)
+        cli.command_line(main)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err == "error: a b\n"
     monkeypatch.setenv("PAPER_CLIPS_TRACEBACK", "1")
     with pytest.raises(error):
-        run.command_line(main)
+        cli.command_line(main)
 
 
 class Unreadable(torch.utils.data.Dataset):
@@ -262,7 +262,7 @@ class Unreadable(torch.utils.data.Dataset):
 
 def test_an_error_of_a_loader_worker_is_one_sentence_too(capsys):
     with pytest.raises(SystemExit):
-        run.command_line(lambda: list(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
+        cli.command_line(lambda: list(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
     assert capsys.readouterr().err == "error: sample 0 is broken\n"
 
 
@@ -274,11 +274,11 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():
         raise KeyboardInterrupt
 
     with pytest.raises(RuntimeError):
-        run.command_line(bug)
+        cli.command_line(bug)
     with pytest.raises(SystemExit) as stop:
-        run.command_line(interrupted)
+        cli.command_line(interrupted)
     assert stop.value.code == 130
-    run.command_line(lambda: None)
+    cli.command_line(lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,6 @@ def test_configurations_that_are_refused(changed: dict, message: str | None):
     usual = {"data": "x.tar", "eval_every": 0, "eval_set": "/nowhere", "save_every": 1, "batch_size": 8}
     config = types.SimpleNamespace(**(usual | changed))
     with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
-        run.check_data(config, "x.tar")
-        run.check_counts(config, "save_every", "batch_size")
-        run.check_batch(config, 2)
+        cli.check_data(config, "x.tar")
+        cli.check_counts(config, "save_every", "batch_size")
+        cli.check_batch(config, 2)

@@ -23,7 +23,8 @@ import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
-from shared import report, run
+from shared import checkpoints
+from shared.study import statistics
 from tinyclip import claims, config, train
 from tinyclip import eval as evaluation
 from tinyclip.checkpoints import load_clip
@@ -43,7 +44,7 @@ MASKS = "--prune-step 4 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0".spli
 @pytest.fixture(scope="module", autouse=True)
 def corpus():
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_every_stage_trains(runs: dict[str, Path]):
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         assert all(np.isfinite(value) for line in lines for value in line.values())
         assert [("constraint" in line) for line in lines] == ["auto" in arm] * 4 + [False] * 4
-        state = run.load_checkpoint(out / "checkpoint.pt")
+        state = checkpoints.load_checkpoint(out / "checkpoint.pt")
         assert state["step"] == STEPS and state["masks"] is None
         scale = state["state_dict"]["logit_scale"].exp().item()
         assert math.isclose(scale, 50, rel_tol=1e-5) == (arm not in ("teacher", "random-contrastive"))
@@ -167,7 +168,7 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
         kill_at(start(*command), out, line)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(runs[arm]), kills
-    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, runs[arm]))
+    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, runs[arm]))
     for part in ("state_dict", "optimizers", "geometry", "step"):
         assert same(state[part], expected[part]), (part, kills)
 
@@ -189,7 +190,7 @@ def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm
             if name in a:
                 np.testing.assert_allclose(b[name], a[name], rtol=2e-3, err_msg=f"{name} in step {a['step']}")
     # `distillation` is each process's own part; Adam turns the rounding of a vanishing gradient into part of a step
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (runs[arm], out))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (runs[arm], out))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
@@ -204,7 +205,7 @@ def test_torchrun(cli, folder: Path):
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert run.load_checkpoint(folder / "torchrun/checkpoint.pt")["step"] == 2
+    assert checkpoints.load_checkpoint(folder / "torchrun/checkpoint.pt")["step"] == 2
 
 
 # --------------------------------------------------------------------------------------------------- broken shards
@@ -382,7 +383,7 @@ def test_released_geometries_load(tmp_path: Path):
     ids=["list", "nothing", "numbered", "no tensor", "too few axes", "strange geometry"],
 )  # fmt: skip
 def test_files_that_hold_no_clip(tmp_path: Path, content):
-    run.save_checkpoint(tmp_path / "file.pt", content)
+    checkpoints.save_checkpoint(tmp_path / "file.pt", content)
     with pytest.raises(ValueError):
         load_clip(tmp_path / "file.pt")
 
@@ -407,7 +408,9 @@ def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
         tuple(str(runs[arm]) for arm in arms), sets=SETS, report=str(tmp_path / "results.json"), device="cpu"
     )
     monkeypatch.setattr(evaluation, "throughput", lambda *_, **__: {"pairs_per_second": 10.0})
-    monkeypatch.setattr(claims, "claims", lambda: [report.Claim("higher", "+1", "groups_id/top1", arms[2], arms[1])])
+    monkeypatch.setattr(
+        claims, "claims", lambda: [statistics.Claim("higher", "+1", "groups_id/top1", arms[2], arms[1])]
+    )
     monkeypatch.setattr(
         claims, "learning_curve", lambda folder: [(4, 1.0), (8, 3.0 if "affinity" in str(folder) else 2.0)]
     )
@@ -415,7 +418,7 @@ def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
         monkeypatch.setattr(module, "METRICS", {"groups_id/top1": "groups", "parameters_m": "M", "macs_g": "G"})
     monkeypatch.setattr(claims, "plot", lambda *_: None)  # reads names_ood
     evaluation.main(cfg)
-    summary = report.load(tmp_path / "results.json")
+    summary = checkpoints.read_json(tmp_path / "results.json")
     assert list(summary["arms"]) == list(arms) and summary["seeds"] == [0]
     values = {arm: json.loads((runs[arm] / "results.json").read_text())["metrics"] for arm in arms}
     for arm in arms:
@@ -433,7 +436,7 @@ def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_curves(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(claims, "learning_curve", lambda folder: [(1, 1.0), (2, 2.0)])
-    spread = report.spread([1.0, 2.0])
+    spread = statistics.spread([1.0, 2.0])
     arms = {"auto": {"names_ood/top1": spread, "parameters_m": spread, "pairs_per_second": spread}}
     claims.plot({"auto": [tmp_path, tmp_path]}, arms, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -471,9 +474,9 @@ def test_speed_up_says_who_never_gets_there(monkeypatch):
     ],
 )
 def test_sizes_may_take_a_verdict(gain: float, size: float, verdict: str):
-    claim = report.Claim("higher", "claimed", "m", "auto", "manual")
+    claim = statistics.Claim("higher", "claimed", "m", "auto", "manual")
     method, baseline = ([{"m": m, "block_parameters_m": s}] * 2 for m, s in ((10 + gain, size), (10.0, 1.0)))
-    row = report.judge(claim, [10 + gain] * 2, [10.0] * 2)
+    row = statistics.judge(claim, [10 + gain] * 2, [10.0] * 2)
     row = claims.with_sizes(row, claim, method, baseline)
     assert row["verdict"] == verdict and row["here"].endswith(f"{size:.2f}x the size")
 

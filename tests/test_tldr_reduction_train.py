@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from scripts import ROOT, Ended, ended, finished, free_port, held, kill_at, kill_when, metrics, same, start_two
 
-from shared import data, run
+from shared import checkpoints, data, run
 from tldr_reduction import config, corpus, train
 from tldr_reduction.eval import plain
 from tldr_reduction.output import write_shards
@@ -44,7 +44,7 @@ COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --lr-decay-rate 0.85 --warmup 4
 def folder(tmp_path_factory: pytest.TempPathFactory):
     """Shards and a vocabulary of 160 pairs in the layout of `corpus`, and room for runs; emptied at the end."""
     if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.emoji'", pytrace=False)
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     path = tmp_path_factory.mktemp("tldr")
     entries, captions = [], []
     for key, image, description in corpus.samples(SHARDS.parent):
@@ -110,7 +110,7 @@ def test_every_stage_trains(chain):
     assert sum("codes_restarted" in line for line in lines) == 2
     lrs = [line["lr"] for line in lines if "lr" in line]
     assert lrs[0] == pytest.approx(1e-6) and lrs[4] == pytest.approx(1e-3 * 0.85)
-    assert not run.load_checkpoint(chain["finetune"] / "checkpoint.pt")["state_dict"].keys() & {
+    assert not checkpoints.load_checkpoint(chain["finetune"] / "checkpoint.pt")["state_dict"].keys() & {
         "quantize.embedding.weight"
     }
 
@@ -175,9 +175,9 @@ def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path
     command += ["--scorer", scorer, "--out", tmp_path / "out"]
     assert in_process(*command, module=REDUCE).code == 0
     assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
-    state = run.load_checkpoint(scorer / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(scorer / "checkpoint.pt")
     next(iter(state["state_dict"].values())).add_(1)
-    run.save_checkpoint(scorer / "checkpoint.pt", state)
+    checkpoints.save_checkpoint(scorer / "checkpoint.pt", state)
     refused(in_process(*command, module=REDUCE), f"was made by other weights than {scorer} holds")
 
 
@@ -276,7 +276,7 @@ def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage)
         kill_at(start(*command), out, line, timeout=120)
     finished(ended(start(*command)))
     assert metrics(out) == metrics(chain[stage])
-    state, expected = (run.load_checkpoint(path / "checkpoint.pt") for path in (out, chain[stage]))
+    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, chain[stage]))
     for part in ("state_dict", "optimizer", "used", "epoch", "batch"):
         assert same(state[part], expected[part]), part
 
@@ -305,7 +305,7 @@ def test_two_processes_equal_one(start, cli, folder, tiny, stage):
     one, both = folder / f"{stage}-1", folder / f"{stage}-2"
     finished(cli(*flags, "--out", one))
     two(start, *flags, "--out", both)
-    a, b = (run.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, both))
+    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, both))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 

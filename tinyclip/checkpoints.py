@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared import run
+from shared import checkpoints
 from tinyclip.network import CLIP, CONFIGS, block_sizes
 
 
@@ -113,7 +113,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
     else:
         path = Path(source)
         file = next((path / n for n in ("model.pt", "checkpoint.pt") if (path / n).exists()), path)
-        content = run.load_checkpoint(file)
+        content = checkpoints.load_checkpoint(file)
         state = content.get("state_dict", content) if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
             raise ValueError(

@@ -1,7 +1,7 @@
 """What TinyCLIP claims, in the terms of the embedded corpus, and the comparison of its arms.
 
 The arms are run folders ARM-seedN that the Makefile trains and eval.py measures. Verdicts are computed by
-`shared.report.judge` from differences paired by seed.
+`shared.statistics.judge` from differences paired by seed.
 """
 
 import math
@@ -10,7 +10,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import report, run
+from shared import checkpoints, run
+from shared.study import report, statistics
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument
     "teacher": "teacher (100 %)",
@@ -37,14 +38,14 @@ METRICS = {
 }
 
 
-def claims() -> list[report.Claim]:
+def claims() -> list[statistics.Claim]:
     """The paper's claims in the terms of the embedded corpus; IN: ImageNet zero-shot top-1 of the model zoo."""
     top1, recall = "names_ood/top1", "retrieval_ood/mean_recall"
     rows = []
     for metric, what in ((top1, "zero-shot"), (recall, "retrieval")):
         for start in ("random", "inherited"):
             rows.append(
-                report.Claim(
+                statistics.Claim(
                     f"affinity above contrastive, {start} weights, {what}",
                     "claimed",
                     metric,
@@ -54,7 +55,7 @@ def claims() -> list[report.Claim]:
             )
         for loss in ("contrastive", "affinity"):
             rows.append(
-                report.Claim(
+                statistics.Claim(
                     f"inherited above random weights, {loss}, {what}",
                     "claimed",
                     metric,
@@ -63,23 +64,23 @@ def claims() -> list[report.Claim]:
                 )
             )
         rows.append(
-            report.Claim(f"both together, {what}", "claimed", metric, "inherited-affinity", "random-contrastive")
+            statistics.Claim(f"both together, {what}", "claimed", metric, "inherited-affinity", "random-contrastive")
         )
     return rows + [
-        report.Claim("half the size against the teacher, by hand", None, top1, "inherited-affinity", "teacher"),
-        report.Claim("half the size against the teacher, learned masks", None, top1, "auto", "teacher"),
-        report.Claim("learned masks above by hand", "+1.6 IN", top1, "auto", "inherited-affinity", 1, 1.6),
-        report.Claim(
+        statistics.Claim("half the size against the teacher, by hand", None, top1, "inherited-affinity", "teacher"),
+        statistics.Claim("half the size against the teacher, learned masks", None, top1, "auto", "teacher"),
+        statistics.Claim("learned masks above by hand", "+1.6 IN", top1, "auto", "inherited-affinity", 1, 1.6),
+        statistics.Claim(
             "first channels and every other layer above random ones",
             None,
             top1,
             "inherited-affinity",
             "random-channels",
         ),
-        report.Claim(
+        statistics.Claim(
             "progressive above one stage, 25 %, zero-shot", "claimed", top1, "auto-progressive", "auto-oneshot"
         ),
-        report.Claim(
+        statistics.Claim(
             "progressive above one stage, 25 %, retrieval", "claimed", recall, "auto-progressive", "auto-oneshot"
         ),
     ]
@@ -106,14 +107,16 @@ def speed_up(method: list[Path], baseline: list[Path]) -> dict[str, str]:
     for ours, theirs in zip(map(learning_curve, method), map(learning_curve, baseline), strict=True):
         steps, goal = theirs[-1]
         ratios.append(steps / max(steps_to_reach(ours, goal), 1.0))  # a baseline at 0 is reached by the first step
-    claim = report.Claim("steps to the score of random weights, contrastive", "1.4-7.8x fewer", "", "", "", 1, 0.4)
-    row = report.judge(claim, ratios, [1.0] * len(ratios))
-    half, never = report.interval(ratios), sum(ratio == 0 for ratio in ratios)
-    here = f"{report.spread(ratios)['mean']:.2f}" + ("" if half is None else f" ± {half:.2f}") + "x fewer"
+    claim = statistics.Claim("steps to the score of random weights, contrastive", "1.4-7.8x fewer", "", "", "", 1, 0.4)
+    row = statistics.judge(claim, ratios, [1.0] * len(ratios))
+    half, never = statistics.interval(ratios), sum(ratio == 0 for ratio in ratios)
+    here = f"{statistics.spread(ratios)['mean']:.2f}" + ("" if half is None else f" ± {half:.2f}") + "x fewer"
     return row | {"here": here + (f", {never} of {len(ratios)} never" if never else "")}
 
 
-def with_sizes(row: dict[str, str], claim: report.Claim, method: list[dict], baseline: list[dict]) -> dict[str, str]:
+def with_sizes(
+    row: dict[str, str], claim: statistics.Claim, method: list[dict], baseline: list[dict]
+) -> dict[str, str]:
     """The row with the sizes it compares; no verdict where the better arm is also larger by more than 2 %."""
     gain, growth = (
         sum(values[metric] for values in method) / sum(values[metric] for values in baseline) - 1
@@ -128,7 +131,7 @@ def sparsity(runs: list[dict[str, float]], arm: str) -> dict[str, str]:
     reached = [100 * values["sparsity_reached"] for values in runs]
     target = 100 * runs[0]["target_sparsity"]
     worst = max(abs(value - target) for value in reached)
-    here = f"{report.spread(reached)['mean']:.1f} for {target:.1f} asked, at most {worst:.1f} off"
+    here = f"{statistics.spread(reached)['mean']:.1f} for {target:.1f} asked, at most {worst:.1f} off"
     verdict = "reproduced" if worst < 5 else "not reproduced"
     return {"claim": f"sparsity reached within 5 points, {arm}", "paper": "by design", "here": here, "verdict": verdict}
 
@@ -141,7 +144,7 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
         raise ValueError(f"--report compares by {', '.join(sorted(missing))}: give --sets those sets, too")
     rows = []
     for claim in claims():
-        for row in report.judge_all([claim], by_seed):
+        for row in statistics.judge_all([claim], by_seed):
             masked = claim.method.startswith("auto") and claim.baseline != "teacher"  # sizes only come out close
             pair = by_seed[claim.method], by_seed[claim.baseline]
             rows.append(with_sizes(row, claim, *pair) if masked else row)
@@ -149,16 +152,19 @@ def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> Non
     if all(curves) and all(map(learning_curve, curves[0] + curves[1])):
         rows.append(speed_up(*curves))
     rows += [sparsity(by_seed[arm], arm) for arm in by_seed if "sparsity_reached" in by_seed[arm][0]]
-    rows.append(report.untestable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", "needs LAION-400M, YFCC-15M"))
     rows.append(
-        report.untestable("8.9 % of ViT-B/16's parameters, +3.5 over it", "41.1 against 37.6", "needs YFCC-15M")
+        statistics.untestable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", "needs LAION-400M, YFCC-15M")
+    )
+    rows.append(
+        statistics.untestable("8.9 % of ViT-B/16's parameters, +3.5 over it", "41.1 against 37.6", "needs YFCC-15M")
     )
     summary = report.results("TinyCLIP (arXiv 2309.12314)", seeds, by_seed, rows, commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot(paths, summary["arms"], path.parent / "tinyclip_curves.png")
     if masked := [arm for arm in by_seed if (paths[arm][0] / "masks.pt").exists()]:
         plot_masks(
-            {arm: run.load_checkpoint(paths[arm][0] / "masks.pt") for arm in masked}, path.parent / "tinyclip_masks.png"
+            {arm: checkpoints.load_checkpoint(paths[arm][0] / "masks.pt") for arm in masked},
+            path.parent / "tinyclip_masks.png",
         )
     report.show(summary, METRICS, "LAION-400M", path)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, NOT_STATED, Row
 from tinyclip.network import CONFIGS
 
@@ -205,7 +205,7 @@ STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
 def check(cfg: Config, world_size: int) -> None:
     """What would fail late or train something else than asked for fails here, in a sentence."""
     check_stage(cfg)
-    run.check_data(cfg, "laion/{0000..4140}.tar")
+    cli.check_data(cfg, "laion/{0000..4140}.tar")
     for name in ("teacher", "init"):
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
@@ -223,8 +223,8 @@ def check(cfg: Config, world_size: int) -> None:
                     else ""
                 )
             )
-    run.check_counts(cfg, "batch_size", "save_every", "log_every")
-    run.check_batch(cfg, world_size)
+    cli.check_counts(cfg, "batch_size", "save_every", "log_every")
+    cli.check_batch(cfg, world_size)
     if cfg.keep_in_memory and cfg.augmentation != "none":
         raise ValueError("--keep-in-memory computes each view once: it needs --augmentation none")
     if cfg.eval_every < 0:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import export, report, run, zeroshot
+from shared import cli, evaluation, export, run, zeroshot
 from tinyclip.checkpoints import load_clip, open_clip_config
 from tinyclip.claims import ARMS, METRICS, compare  # noqa: F401
 from tinyclip.network import CLIP, parameter_counts
@@ -181,14 +181,14 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     if "@" in path and not Path(path).exists():
         return evaluate_run(path, cfg, process)
-    return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
+    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg)
-    results = report.evaluate_runs(
+    results = evaluation.evaluate_runs(
         cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder, checkpoint file or MODEL@WEIGHTS"
     )
     if cfg.report:
@@ -196,4 +196,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

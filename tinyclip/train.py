@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.checkpoints import load_clip
@@ -259,7 +259,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, shape["text"]["context_length"], dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
     gib = 2**30
-    activations = run.activation_bytes(lambda: student(images, tokens)) / 2 * cfg.batch_size / world_size / gib
+    activations = cli.activation_bytes(lambda: student(images, tokens)) / 2 * cfg.batch_size / world_size / gib
     weights = 16 * sum(p.numel() for p in student.parameters()) / gib
     print(
         f"memory estimate    {weights + activations:.1f} GiB a process in fp32, the teacher and checkpointing left out:"
@@ -287,7 +287,7 @@ def main(cfg: Config) -> Path | None:
     device, precision, folder = process.device, run.resolve_precision(cfg.precision, process.device), Path(cfg.out)
 
     # Student and teacher
-    state = run.resume(folder, cfg)
+    state = checkpoints.resume(folder, cfg)
     step = 0 if state is None else state["step"]
     if step >= cfg.steps:
         if process.main:
@@ -337,7 +337,7 @@ def main(cfg: Config) -> Path | None:
                 "data": source.fingerprint,
                 "config": dataclasses.asdict(cfg),
             }
-            run.save_checkpoint(folder / "checkpoint.pt", content)
+            checkpoints.save_checkpoint(folder / "checkpoint.pt", content)
 
     def wrapped() -> nn.Module:
         return DistributedDataParallel(student) if process.world_size > 1 else student
@@ -355,7 +355,7 @@ def main(cfg: Config) -> Path | None:
         epoch = step // per_epoch
         if student.masks and step == cfg.prune_step:
             if process.main:
-                run.save_checkpoint(
+                checkpoints.save_checkpoint(
                     folder / "masks.pt", dict(zip(("image", "text"), student.eval_masks(), strict=True))
                 )
                 reached = reached_sparsity(student.masks)
@@ -392,7 +392,7 @@ def main(cfg: Config) -> Path | None:
             data.report_broken(broken, process, f"epoch {epoch + 1}")
         if done == cfg.steps and process.main:  # before the last checkpoint, which is what says that all is done
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
-            run.save_checkpoint(folder / "model.pt", weights)
+            checkpoints.save_checkpoint(folder / "model.pt", weights)
         if done - saved >= cfg.save_every or done == cfg.steps:
             save(done)
             saved = done
@@ -401,4 +401,4 @@ def main(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

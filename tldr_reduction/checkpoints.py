@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from shared import run
+from shared import checkpoints, cli
 from tldr_reduction.towers import VisionTransformer, resize_pos_embed
 
 HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this order
@@ -56,7 +56,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
     """State dict under BLIP's names of any of the layouts: {"model": ...} (theirs), {"state_dict": ...} (ours),
     transformers' BLIP, or a bare state dict."""
-    state = run.load_checkpoint(source) if not isinstance(source, dict) else source
+    state = checkpoints.load_checkpoint(source) if not isinstance(source, dict) else source
     state = state.get("model", state.get("state_dict", state))
     return from_hugging_face(state) if any(key.startswith("vision_model.") for key in state) else state
 
@@ -154,7 +154,7 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.out)
     if (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} holds a run already: choose another --out")
-    state = run.load_checkpoint(cfg.source)
+    state = checkpoints.load_checkpoint(cfg.source)
     if "stage" in state.get("config", {}):
         raise ValueError(f"{cfg.source} is of a run folder already")
     state = blip_state(state)
@@ -169,12 +169,12 @@ def main(cfg: Config) -> None:
     if lost := [name for name in missing if name.startswith(NEEDED[cfg.stage])]:
         raise ValueError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_json(folder / "config.json", dataclasses.asdict(settings))
+    checkpoints.write_json(folder / "config.json", dataclasses.asdict(settings))
     (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # as of a run that took no time
     position = {"epoch": 1, "batch": 0, "seconds": 0.0, "config": dataclasses.asdict(settings)}
-    run.save_checkpoint(folder / "checkpoint.pt", {**position, "state_dict": model.state_dict()})
+    checkpoints.save_checkpoint(folder / "checkpoint.pt", {**position, "state_dict": model.state_dict()})
     print(f"{folder}: stage {cfg.stage}, {sum(p.numel() for p in model.parameters()):,} parameters, {sizes}")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -1,7 +1,7 @@
 """What TL;DR claims, in the terms of the embedded corpus, and the comparison of its arms.
 
 The arms are run folders ARM-seedN that reproduce.mk trains and eval.py measures. Verdicts are computed by
-`shared.report.judge` from differences paired by seed.
+`shared.statistics.judge` from differences paired by seed.
 """
 
 import csv
@@ -12,8 +12,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from shared import data, report
+from shared import checkpoints, data
 from shared.run import read_metrics
+from shared.study import report, statistics
 
 ARMS = {  # run folders ARM-seedN, in the order of the paper's argument; -steps: as many steps as the full data
     "full": "full, T_o",
@@ -63,7 +64,7 @@ METRICS = {
 SCORE = "names_ood/top5"  # what verdicts are about: top-1 at this scale counts a few dozen images of 1,500
 
 
-def claims() -> list[report.Claim]:
+def claims() -> list[statistics.Claim]:
     """Differences of arms. The paper's numbers are BLIP on CC3M, fine-tuned COCO TR@1: another unit, so signs count."""
     rows = []  # claim, paper, method, baseline
     for suffix, when in (("-steps", "equal steps"), ("", "equal epochs")):
@@ -91,15 +92,15 @@ def claims() -> list[report.Claim]:
             (f"{percent} % dropped: lowest ITM above random", paper, f"drop-itm{percent}", f"drop-random{percent}")
         ]
     made = [
-        report.Claim(text, paper, SCORE, method, baseline, -1 if (paper or "+").startswith("-") else 1)
+        statistics.Claim(text, paper, SCORE, method, baseline, -1 if (paper or "+").startswith("-") else 1)
         for text, paper, method, baseline in rows
     ]
     alone = "generated-steps", "tldr-steps"
     return [
         *made,
-        report.Claim("T_g alone below T_o; T_g", "collapses", SCORE, *alone, -1),
-        report.Claim("T_g alone: lower ITC loss at first", "shown", "early_loss_ita", *alone, -1),
-        report.Claim("distinct emoji kept, codes above random", None, "data/emoji", "tldr", "random"),
+        statistics.Claim("T_g alone below T_o; T_g", "collapses", SCORE, *alone, -1),
+        statistics.Claim("T_g alone: lower ITC loss at first", "shown", "early_loss_ita", *alone, -1),
+        statistics.Claim("distinct emoji kept, codes above random", None, "data/emoji", "tldr", "random"),
     ]
 
 
@@ -109,18 +110,20 @@ def itm_rows(arms: dict[str, list[dict]]) -> list[dict]:
     if arm is None or "itm/after_mean" not in arms[arm][0]:
         return []
     values = {key: [run[f"itm/{key}"] for run in arms[arm]] for key in ("before_below_half", "after_below_half")}
-    claim = report.Claim("share of ITM scores below 0.5, after - before", "-21 (37 to 16)", "", "", "", -1, -21.0)
-    return [report.judge(claim, values["after_below_half"], values["before_below_half"])]
+    claim = statistics.Claim("share of ITM scores below 0.5, after - before", "-21 (37 to 16)", "", "", "", -1, -21.0)
+    return [statistics.judge(claim, values["after_below_half"], values["before_below_half"])]
 
 
 def compare(runs: list[str], results: list[dict[str, float]], path: Path) -> None:
     """Judge the claims, print the tables, write `path` and the plots beside it."""
     arms, seeds, folders, commits = report.compare_runs(runs, results, ARMS)
-    rows = report.judge_all(claims(), arms) + itm_rows(arms)
-    rows.append(report.untestable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"))
-    rows.append(report.untestable("training time at 25 %", "19 h to 4.7 h", "follows from the number of steps"))
+    rows = statistics.judge_all(claims(), arms) + itm_rows(arms)
+    rows.append(
+        statistics.untestable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO")
+    )
+    rows.append(statistics.untestable("training time at 25 %", "19 h to 4.7 h", "follows from the number of steps"))
     summary = report.results("TL;DR (arXiv 2305.20087)", seeds, arms, rows, commits)
-    report.save(path, summary)
+    checkpoints.write_json(path, summary)
     plot_fractions(summary["arms"], path.parent)
     plot_curves(folders, path.parent)
     reduced = next((folders[arm][0] for arm in ("tldr", "tldr-steps") if arm in folders), None)

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from shared import run
+from shared import cli
 from shared.presets import EMBEDDED, Row
 
 
@@ -252,8 +252,8 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_sizes(cfg: Config, world_size: int) -> None:
     """What --dry-run refuses, too."""
-    run.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
-    run.check_batch(cfg, world_size)
+    cli.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
+    cli.check_batch(cfg, world_size)
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
     if (cfg.stage == "captioner" or cfg.quantize) and cfg.width % cfg.code_dim:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from shared import data, run, tars
+from shared import checkpoints, cli, data, tars
 from tldr_reduction.text import build_vocab
 
 CLEAN_STYLE = "noto"
@@ -30,7 +30,7 @@ SEED = 0
 @dataclasses.dataclass
 class Config:
     source: str = "data/emoji"
-    """The embedded corpus, as `python -m shared.emoji` builds it."""
+    """The embedded corpus, as `python -m shared.corpora.emoji` builds it."""
     out: str = "data/emoji_tldr"
     """Folder to write."""
 
@@ -70,7 +70,7 @@ def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int =
         old.unlink()
     for first in range(0, len(entries), size):
         path = folder / f"{first // size:05}.tar"
-        with run.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        with checkpoints.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for key, image, caption, description in entries[first : first + size]:
                 text = json.dumps(description, ensure_ascii=False, sort_keys=True)
                 for extension, content in (("png", image), ("txt", caption.encode()), ("json", text.encode())):
@@ -83,9 +83,9 @@ def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
         raise FileNotFoundError(f"{source} is not the embedded corpus: 'make data' builds it")
-    version = run.read_json(source / "manifest.json").get("version")
+    version = checkpoints.read_json(source / "manifest.json").get("version")
     made, marker = {"version": version, "seed": SEED, "shares": SHARES}, out / "noise.json"
-    if marker.is_file() and made.items() <= run.read_json(marker).items():
+    if marker.is_file() and made.items() <= checkpoints.read_json(marker).items():
         print(f"{out} is up to date")
         return
     marker.unlink(missing_ok=True)  # until all is written, the folder is nobody's
@@ -102,11 +102,11 @@ def main(cfg: Config) -> None:
     write(out / "clean", clean)
     write(out / "pool", pool)
     vocab = build_vocab(caption for *_, caption, _ in clean + pool)
-    with run.replaced(out / "vocab.txt") as file:
+    with checkpoints.replaced(out / "vocab.txt") as file:
         file.write(("\n".join(vocab) + "\n").encode())
-    run.write_json(marker, made | {"counts": kinds, "clean": len(clean)})
+    checkpoints.write_json(marker, made | {"counts": kinds, "clean": len(clean)})
     print(f"{out}: {len(clean):,} clean pairs, {len(pool):,} noisy ones ({dict(kinds)}), {len(vocab):,} word pieces")
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

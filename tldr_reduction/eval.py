@@ -17,7 +17,7 @@ import tyro
 from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
 from torch import Tensor
 
-from shared import data, export, report, run, tars
+from shared import cli, data, evaluation, export, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.claims import ARMS, METRICS, compare  # noqa: F401
@@ -205,7 +205,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
-    return report.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
+    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> None:
@@ -213,10 +213,10 @@ def main(cfg: Config) -> None:
     if cfg.export:
         model, settings, _ = load_run(export.single(cfg.runs))
         return export_model(model, settings, cfg.export)
-    results = report.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         compare(list(cfg.runs), results, Path(cfg.report))
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared import run, tars
+from shared import checkpoints, run, tars
 from tldr_reduction.cluster import in_cluster
 from tldr_reduction.rows import gathered_codes
 
@@ -60,7 +60,7 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
         path = folder / f"{number:05}.tar"
         if not captions or path.exists():
             continue
-        with run.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as target:
+        with checkpoints.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
                 if tars.key_of(name)[1] == "txt":
                     content = captions[key].encode()
@@ -79,7 +79,7 @@ def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]
 
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
     """One line a sample, replaced atomically."""
-    with run.replaced(path) as file:
+    with checkpoints.replaced(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         writer = csv.writer(text)
         writer.writerow(columns)

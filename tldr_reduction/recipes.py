@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from shared import run
+from shared import cli
 from tldr_reduction.config import SETS
 from tldr_reduction.views import open_pairs
 
@@ -112,7 +112,7 @@ def check(cfg: Config, n: int) -> Config:
             raise ValueError(f"--{name} {value} is not in (0, 1]")
     if not 1 <= clusters <= n:
         raise ValueError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
-    run.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams")
+    cli.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams")
     if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
         raise ValueError(
             f"--max-length {cfg.max_length} must exceed the prompt's 4 tokens and reach --min-length {cfg.min_length}"

@@ -24,7 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from tldr_reduction.cluster import (  # noqa: F401
     cluster_codes,
     keep_top,
@@ -147,7 +147,7 @@ class Reduction:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.process.main and not vocab.exists():
             words = build_vocab(self.pairs.caption(row) for row in self.rows)
-            with run.replaced(vocab) as file:
+            with checkpoints.replaced(vocab) as file:
                 file.write(("\n".join(words) + "\n").encode())
         run.gather_lists([], self.process)  # until it is written
         settings = dataclasses.replace(
@@ -307,7 +307,7 @@ def main(cfg: Config) -> None:
     free = ("out", "workers", "device", "batch_size", "cache", "work", "weights")
     settings |= {"fingerprint": reduction.pairs.fingerprint, "weights": weights}
     if (out / "config.json").exists():
-        then = run.read_json(out / "config.json")
+        then = checkpoints.read_json(out / "config.json")
         if then.setdefault("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older ones lack it
             raise ValueError(f"{out} reduces other data than {cfg.data} holds now: choose another --out")
         for path, made in then.get("weights", {}).items():
@@ -324,7 +324,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{out}/shards holds shards that no reduction into {out} has written: choose another --out")
     with run.lock(out, process):
         if process.main:
-            run.write_json(out / "config.json", settings)
+            checkpoints.write_json(out / "config.json", settings)
         reduce(reduction)
 
 
@@ -388,7 +388,7 @@ def reduce(reduction: Reduction) -> None:
         run.gather_lists([], process)  # until all ranks have written theirs
     if not process.main:
         return
-    run.write_json(
+    checkpoints.write_json(
         out / "annotation.json", [{"image": str(pairs.keys[row]), "caption": captions[row]} for row in kept.tolist()]
     )
     columns, report = describe(cfg, reduction, good, selected, kept, extra, pixels, reasons)
@@ -400,7 +400,7 @@ def reduce(reduction: Reduction) -> None:
     write_csv(out / "report.csv", columns)
     seconds["output"] = time.perf_counter() - started
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-    run.write_json(out / "report.json", report)
+    checkpoints.write_json(out / "report.json", report)
     broken = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in rows[reasons != ""]]
     if line := data.broken_report([*pairs.broken, *broken], "left out"):
         print(line)
@@ -408,4 +408,4 @@ def reduce(reduction: Reduction) -> None:
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

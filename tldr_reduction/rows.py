@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared import run
+from shared import checkpoints, run
 
 
 def cached_rows(
@@ -30,7 +30,7 @@ def cached_rows(
         if kept is not None:
             fresh = {name: np.concatenate([kept[name], fresh[name]]) for name in fresh}
         order = np.argsort(fresh["rows"])
-        with run.replaced(path, f".{os.getpid()}.tmp") as file:  # reductions may share the folder
+        with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:  # reductions may share the folder
             np.savez(file, **{name: values[order] for name, values in fresh.items()})
     run.gather_lists([], process)  # until all ranks have written their chunks
 

@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import data, run
+from shared import checkpoints, cli, data, run
 from shared.clip import without_padding
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
@@ -105,8 +105,8 @@ def load_run(path: str | Path) -> tuple[nn.Module, Config, WordPiece | open_clip
     """Model in eval mode, settings and tokenizer of a run folder."""
     if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
-    state = run.load_checkpoint(Path(path) / "checkpoint.pt")
-    cfg = run.config_in(state, Config, path)
+    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
+    cfg = checkpoints.config_in(state, Config, path)
     tokenizer = tokenizer_of(cfg)
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
@@ -253,7 +253,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     fp32 = dataclasses.replace(cfg, precision="fp32")
     if cfg.stage == "blip":
         model.queue_ptr.zero_()
-    activations = run.activation_bytes(lambda: losses_of(model.train(), batch, fp32, 0.4, 0))
+    activations = cli.activation_bytes(lambda: losses_of(model.train(), batch, fp32, 0.4, 0))
     gib = 2**30
     activations, weights = activations / 2 * cfg.batch_size / world_size / gib, (16 * trained + 4 * frozen) / gib
     print(
@@ -274,7 +274,7 @@ def main(cfg: Config) -> Path | None:
 def train(cfg: Config, process: run.Process) -> Path:
     """The training loop; `main` is its command line."""
     folder = Path(cfg.out)
-    state = run.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
+    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
     if state["epoch"] >= cfg.epochs:
         if process.main:
             print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
@@ -317,7 +317,7 @@ def train(cfg: Config, process: run.Process) -> Path:
 
     def save(epoch: int, batch: int) -> None:
         if process.main:
-            run.save_checkpoint(
+            checkpoints.save_checkpoint(
                 folder / "checkpoint.pt",
                 {
                     "epoch": epoch,
@@ -412,4 +412,4 @@ def eval_tokenizer(tokenizer, cfg: Config):
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))

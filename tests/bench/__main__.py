@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared import report
+from shared import run
 
 from . import HEAD
 
@@ -32,7 +32,7 @@ def main() -> None:
     if options.clones is not None and not options.clones.is_dir():
         parser.error(f"--clones {options.clones} is no folder")
     head, rule = HEAD.split("\n")
-    print(f"{report.machine()}\n\n| folder {head}\n| --- {rule}", flush=True)
+    print(f"{run.machine()}\n\n| folder {head}\n| --- {rule}", flush=True)
     rest, failed = [], []
     for folder in options.only:
         clone = options.clones and CLONES[folder] and options.clones / CLONES[folder]

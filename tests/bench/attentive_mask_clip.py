@@ -25,7 +25,7 @@ from open_clip_train.train import train_one_epoch
 
 from attentive_mask_clip import model, timing, train
 from attentive_mask_clip.config import Config
-from shared import report, run
+from shared import run
 
 from ..parity import check_commit
 from ..parity import test_attentive_mask_clip as parity
@@ -249,7 +249,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
     libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
-    print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
+    print(f"{run.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
     print(HEAD, flush=True)
     if options.upstream is not None:
         check_commit(options.upstream, "0e51942")

@@ -29,7 +29,7 @@ from open_clip_train.train import train_one_epoch
 from flame import embed, model, train
 from flame.bank import Bank
 from flame.recaption import read_captions
-from shared import report, run
+from shared import checkpoints, run
 
 from ..parity import check_commit
 from ..parity import test_flame as parity
@@ -163,7 +163,7 @@ def written_bank(folder: Path, images: int) -> list[str]:
     np.save(folder / "rows.npy", np.arange(images))
     np.save(folder / "centres.npy", np.zeros((12, 576), dtype=np.float32))
     np.save(folder / "00000.npy", F.normalize(torch.randn(images, 11, 576), dim=-1).half().numpy())
-    run.write_json(folder / "index.json", {"dim": 576, "rows": 11, "shards": 1, "shard_size": images})
+    checkpoints.write_json(folder / "index.json", {"dim": 576, "rows": 11, "shards": 1, "shard_size": images})
     return keys
 
 
@@ -229,7 +229,7 @@ def main() -> None:
     llm = embed.load_llm(embed.EMOJI)
     every = sorted(set(read_captions(str(long)).values()), key=lambda text: zlib.crc32(text.encode()))
     captions = every[: options.captions]
-    print(f"{report.machine()}, {torch.get_num_threads()} threads, LLM in {precision}\n")
+    print(f"{run.machine()}, {torch.get_num_threads()} threads, LLM in {precision}\n")
     print(HEAD, flush=True)
     one_pass(llm, captions, options.repetitions)
     if options.upstream is not None:

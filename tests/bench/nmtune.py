@@ -17,10 +17,10 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
+from shared.report import machine
 
 from nmtune import model, pretrain, pretrain_config, train
 from shared import run
-from shared.report import machine
 
 from ..parity import check_commit
 from ..parity import test_nmtune as parity

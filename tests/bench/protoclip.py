@@ -24,7 +24,7 @@ from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
 from protoclip import model, train
-from shared import report, run
+from shared import run
 
 from ..parity import check_commit
 from ..parity import test_protoclip as parity
@@ -213,7 +213,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
     libraries = f"open_clip {open_clip.__version__}"
-    print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
+    print(f"{run.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
     print(HEAD, flush=True)
 
     if options.upstream is not None:

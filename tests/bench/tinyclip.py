@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
-from shared import report, run
+from shared import run
 from tinyclip import model, network, train
 from tinyclip.checkpoints import open_clip_config
 from tinyclip.config import Stage
@@ -192,7 +192,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
     libraries = f"open_clip {open_clip.__version__}"
-    print(f"{report.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
+    print(f"{run.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
     if options.only != "throughput":
         print(HEAD, flush=True)
         if options.upstream is not None:

@@ -1,6 +1,6 @@
 """Builds the embedded corpus: every emoji, drawn in several art styles, with words in many languages.
 
-    python -m shared.emoji --out data/emoji
+    python -m shared.corpora.emoji --out data/emoji
 
 One concept (an emoji) has up to eight drawings, so the corpus has style shift, redundancy, a class hierarchy and a long
 tail of words, like web image-text pairs, at a size that trains on a laptop. It stands in for CC3M / YFCC15M.
@@ -26,7 +26,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,7 +35,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from shared.emoji_sources import (
+from shared.corpora.emoji_sources import (
     OOD_STYLE,
     SIZE,
     STYLES,
@@ -54,6 +54,7 @@ from shared.emoji_sources import (
     read_names,
     render,
 )
+from shared.tars import write_split, write_tar
 
 SEED = 0
 SHARD = 1000  # samples of a training shard
@@ -152,16 +153,6 @@ def long_caption(emoji: Emoji, neighbours: list[Emoji]) -> str:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
-    """A webdataset shard whose bytes depend on nothing but the samples."""
-    from webdataset import TarWriter
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
-
-
 def write_train(folder: Path, drawings: list[Drawing]) -> None:
     """Training shards in img2dataset layout; the order of `drawings` is the order of the samples."""
     for shard in range(0, len(drawings), SHARD):
@@ -177,19 +168,9 @@ def write_train(folder: Path, drawings: list[Drawing]) -> None:
         write_tar(folder / f"{shard // SHARD:05d}.tar", samples)
 
 
-def write_split(folder: Path, drawings: list[Drawing], kind: str, values: Iterable[str]) -> None:
-    """One split of an evaluation set; `kind` is the file ending of `values`: cls (class index) or txt (captions)."""
-    samples = zip(drawings, values, strict=True)
-    write_tar(
-        folder / "0.tar",
-        ({"__key__": f"s{i:07d}", "png": drawing.png, kind: value} for i, (drawing, value) in enumerate(samples)),
-    )
-    (folder / "nshards.txt").write_text("1\n")
-
-
 def write_retrieval(folder: Path, drawings: list[Drawing], captions: list[str]) -> None:
     """A retrieval set: `captions[i]` holds the captions of `drawings[i]`, one a line."""
-    write_split(folder / "test", drawings, "txt", captions)
+    write_split(folder / "test", [drawing.png for drawing in drawings], "txt", captions)
     (folder / "dataset_type.txt").write_text("retrieval\n")
 
 
@@ -208,7 +189,7 @@ def write_classification(folder: Path, drawings: list[Drawing], attribute: str, 
     for split in ("id", "ood", "train"):
         chosen = [d for d in drawings if d.split == split and d.emoji.words[attribute] in index]
         target = first_train if split == "train" else folder / f"{attribute}s_{split}/test"
-        write_split(target, chosen, "cls", [str(index[d.emoji.words[attribute]]) for d in chosen])
+        write_split(target, [d.png for d in chosen], "cls", [str(index[d.emoji.words[attribute]]) for d in chosen])
     shutil.copytree(first_train, folder / f"{attribute}s_ood/train", copy_function=link)
     for split in ("id", "ood"):
         home = folder / f"{attribute}s_{split}"
@@ -386,7 +367,7 @@ def main(out: Path = Path("data/emoji"), limit: int | None = None, npm: Path | N
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, prog="python -m shared.emoji", description=main.__doc__.splitlines()[0])
+        tyro.cli(main, prog="python -m shared.corpora.emoji", description=main.__doc__.splitlines()[0])
     except BuildError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,21 +1,24 @@
-"""One page of all results: `python -m shared.overview` writes RESULTS.md, and report.html with the plots in it.
+"""One page of all results: `python -m shared.study.overview` writes RESULTS.md, and report.html with the plots in it.
 
 Both are made of results/*.json and results/*.png alone; nothing is typed. The HTML page holds its pictures and opens
-offline. `python -m shared.overview runs` makes runs/report.html of what was reproduced here, runs/FOLDER/results.json.
+offline. `python -m shared.study.overview runs` makes runs/report.html of what was reproduced here.
 """
 
 import argparse
 import base64
 import html
 import importlib
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from shared import presets, report, run
+from shared import cli, presets
+from shared.checkpoints import read_json
+from shared.evaluation import table
+from shared.study import report
+from shared.study.runner import Study
 
-VERDICTS = {  # as `report.judge` words them, and what each means
+VERDICTS = {  # as `statistics.judge` words them, and what each means
     "reproduced": "the 95 % interval lies on the paper's side, and reaches its effect where both are in one unit",
     "same direction": "on the paper's side, short of its effect",
     "not reproduced": "the interval lies on the other side",
@@ -30,11 +33,14 @@ INTRODUCTION = (
 )
 
 
+def study_of(folder: str) -> Study:
+    return importlib.import_module(f"{folder}.study").STUDY
+
+
 def command(folder: str, summary: dict) -> str:
     """The command that measures a folder's results again."""
-    seeds, rules = " ".join(map(str, summary["seeds"])), Path(folder, "reproduce.mk").read_text(encoding="utf-8")
-    core = re.search(rf"^{folder.upper()}_ARMS_core *=(.*)$", rules, re.MULTILINE)[1].split()
-    every = "" if set(summary["arms"]) <= set(core) else " ARMS=all"
+    seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study_of(folder).chosen("core")}
+    every = "" if set(summary["arms"]) <= core else " ARMS=all"
     return f'make reproduce-{folder.replace("_", "-")} SEEDS="{seeds}"{every} RESULTS=results/{folder}.json'
 
 
@@ -51,8 +57,8 @@ def counts(summary: dict) -> dict[str, int]:
 
 def named_arms(folder: str, summary: dict) -> tuple[dict[str, dict], dict[str, str]]:
     """(metrics of each arm by its heading, heading of each metric), as the folder's README shows them."""
-    evaluation = importlib.import_module(f"{folder}.eval")
-    return {evaluation.ARMS.get(arm, arm): values for arm, values in summary["arms"].items()}, evaluation.METRICS
+    study = study_of(folder)
+    return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}, study.metrics
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
@@ -64,14 +70,14 @@ def markdown(summaries: dict[str, dict]) -> str:
         {"paper": f"[{summary['paper']}](#{folder})"} | {verdict: n or "" for verdict, n in counts(summary).items()}
         for folder, summary in summaries.items()
     ]
-    page = ["# Results", INTRODUCTION, report.table(overview)]
+    page = ["# Results", INTRODUCTION, table(overview)]
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
     for folder, summary in summaries.items():
         page += [
             f'<a id="{folder}"></a>\n\n## {summary["paper"]}',
             f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
             f"    {command(folder, summary)}",
-            report.table(summary["claims"]),
+            table(summary["claims"]),
         ]
     return "\n\n".join(page) + "\n"
 
@@ -126,7 +132,7 @@ def html_page(summaries: dict[str, dict], pictures: Path) -> str:
 def read(folder: Path) -> dict[str, dict]:
     """{paper: its results}, of folder/PAPER.json or folder/PAPER/results.json."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
-    return {paper: report.load(path) for paper, paths in files.items() for path in paths if path.is_file()}
+    return {paper: read_json(path) for paper, paths in files.items() for path in paths if path.is_file()}
 
 
 def main() -> None:
@@ -138,10 +144,12 @@ def main() -> None:
     committed = folder == Path("results")
     if committed:
         Path("RESULTS.md").write_text(markdown(found))
+        for paper in found:
+            report.update_readme(paper)
     page = Path("report.html") if committed else folder / "report.html"
     page.write_text(html_page(found, folder))
-    print(f"{'RESULTS.md and ' * committed}{page}: {len(found)} papers")
+    print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(found)} papers")
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    cli.command_line(main)

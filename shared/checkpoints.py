@@ -1,0 +1,161 @@
+"""Files that a run keeps: checkpoints, JSON, and anything else that must be whole or not there.
+
+Nothing that is read here runs code (`weights_only=True`); nothing that is written replaces a whole file by half a one.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` so that `path` always holds a whole file.
+
+    ValueError if a tensor is not finite, OSError if `state` cannot be written: what `path` held before is then kept.
+    """
+    for name, tensor in tensors(state):
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
+            )
+    with replaced(path) as file:
+        torch.save(state, file)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place when it is whole: temporary file, fsync, atomic replace.
+
+    OSError if it cannot be written, which names `path`: what that held before is then kept.
+    """
+    temporary = path.with_name(path.name + ending)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        why = error if isinstance(error, OSError) else error.__context__  # torch makes a RuntimeError of a failed write
+        if not isinstance(why, OSError):
+            raise
+        raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
+
+
+def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors(part, str(key))
+
+
+# What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers
+# (which live under one of two names, as files of NumPy 1 and 2 say). Harmless; for `torch.serialization.safe_globals`.
+_scalar = np.float64(0).__reduce__()[0]
+AUTHORS_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
+    """Load a checkpoint without running code from it (`weights_only=True`). ValueError if it is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
+        ) from error
+
+
+def config_in(state: Any, config: type, path: str | Path) -> Any:
+    """The `config`, a dataclass, in a checkpoint that was read from `path`. ValueError if that is another script's."""
+    values = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
+        raise ValueError(f"{path} is no run of {config.__module__.partition('.')[0]}'s that can be used here")
+    return config(**values)
+
+
+class State(dict):
+    """What a run's checkpoint holds; ValueError for what it lacks."""
+
+    def __missing__(self, key: str):
+        raise ValueError(f"the checkpoint holds no {key!r}: it is of another script; choose another --out")
+
+
+def changes(then: dict, now: dict) -> str:
+    """ "lr (was 0.1, now 0.2) and 3 more": the settings of `now` that differ in `then`; "" if none does."""
+    changed = [name for name in now if now[name] != then.get(name)]
+    what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
+    return what + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
+def resume(folder: Path, config: Any) -> dict | None:
+    """The state in `folder`/checkpoint.pt, or None if the run is new.
+
+    ValueError if the checkpoint was written with another configuration: a run never goes on as something else. Fields
+    that do not change the result may differ.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise ValueError(f"{path} is no checkpoint of this script: choose another --out, or remove the folder")
+    free = {
+        "out",
+        "device",
+        "workers",
+        "save_every",
+        "log_every",
+        "eval_every",
+        "eval_set",
+        "cache",
+        "strict",
+        "dry_run",
+    }
+    now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    if what := changes(state["config"], now):
+        raise ValueError(
+            f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
+        )
+    return State(state)
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object; ValueError names a file that holds none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: remove it, or name another folder")
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Indented JSON, replaced atomically; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replaced(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,139 @@
+"""Command lines: refuse settings before work starts, print dry runs, end errors in one sentence and exit code 2."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.run import finish
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def check_data(config: Any, example: str) -> None:
+    """ValueError if no data are named, the embedded corpus is not built, or the evaluation set is not there."""
+    if not config.data:
+        raise ValueError(
+            f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'"
+        )
+    if config.data.startswith("data/emoji") and not Path(config.data).exists():
+        raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
+    if config.eval_every and not Path(config.eval_set).is_dir():
+        raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+def check_counts(config: Any, *names: str, least: int = 1) -> None:
+    """ValueError if a field of these is less than `least`. Fields set to None are skipped."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def check_batch(config: Any, world_size: int) -> None:
+    """ValueError if processes cannot have equal shares of a batch."""
+    if config.batch_size % world_size:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared out evenly over {world_size} processes")
+
+
+# ---------------------------------------------------------------------------------------------------------- dry runs
+
+
+def show_plan(rows: Iterable[tuple[str, str]]) -> None:
+    """Print what a run would be, a line for each (label, text)."""
+    for label, text in rows:
+        print(f"{label:<19}{text}")
+
+
+def batch_row(config: Any, world_size: int) -> tuple[str, str]:
+    size = config.batch_size
+    return "batch", f"{size} ({size // world_size} in each of {world_size} processes)"
+
+
+def step_row(total: int, each: int, passes: str = "epoch") -> tuple[str, str]:
+    return "steps", f"{total:,} ({each:,} an {passes})"
+
+
+def rate_rows(describe: Callable[[int], str], warmup: int, total: int) -> list[tuple[str, str]]:
+    """`describe(step)`, "1.000e-03 and what else", of the first step, the end of warm-up, the middle and the last."""
+    steps = sorted({0, min(warmup, total - 1), total // 2, total - 1}) if total else []
+    return [("learning rate", f"{describe(step)} at step {step:,}") for step in steps]
+
+
+def memory_rows(
+    forward: Callable[[], Any], samples: float, trained: int, other_bytes: float = 0, kept: str = "gradients, AdamW"
+) -> list[tuple[str, str]]:
+    """Memory of a training step in fp32, in GiB, of one process.
+
+    `forward` runs the model on two samples, whose activations are measured and scaled to `samples`. A trained
+    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` come on top.
+    """
+    activations = activation_bytes(forward) / 2 * samples / 2**30
+    weights = (16 * trained + other_bytes) / 2**30
+    return [
+        (
+            "memory estimate",
+            f"{weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):",
+        ),
+        ("", f"{weights:.1f} weights, {kept}; {activations:.1f} activations"),
+    ]
+
+
+def activation_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward()`, each tensor once; parameters not counted."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would be kept by the graph that it keeps, for good
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # kept alive, so that no address is used twice
+    total = sum(seen.values())
+    del result
+    return total
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def fail(sentence: str) -> None:
+    """Exit code 2 and one sentence on stderr."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def command_line(main: Callable[[], Any]) -> None:
+    """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        text = str(error)
+        if text.startswith("Caught "):  # a loader worker's, whose traceback came along
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
+        fail(text)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail(f"the checkpoint holds weights of another model: {str(error)[:300]}")
+    except MemoryError:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail("not enough memory for this data and these settings")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        with contextlib.suppress(Exception):
+            finish()

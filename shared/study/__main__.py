@@ -1,0 +1,90 @@
+"""All studies, one after the other: `python -m shared.study` (`make reproduce-all`).
+
+A paper is done when runs/FOLDER/results.json holds the seeds and arms that are asked for. What is left is printed with
+the minutes that its study.py says; single runs go on where they stopped. Ends with runs/report.html.
+"""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from shared import cli, presets, run
+from shared.checkpoints import read_json
+from shared.study.runner import Study
+
+
+@dataclass
+class Options:
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of every arm."""
+    arms: Literal["core", "all"] = "core"
+    """Which arms of each paper."""
+
+
+def studies() -> dict[str, Study]:
+    """{folder: its study} of all papers."""
+    return {folder: importlib.import_module(f"{folder}.study").STUDY for folder in presets.folders()}
+
+
+def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
+    """Whether a results file has all of these seeds and arms."""
+    try:
+        found = read_json(file)
+        return seeds <= set(found["seeds"]) and arms <= set(found["arms"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        return False
+
+
+def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) -> list[str]:
+    """A sentence for each paper that is done, but with other code than there is now."""
+    names = [name for name in papers if name not in left]
+    then, now = {name: read_json(runs / name / "results.json").get("commit") for name in names}, run.commit()
+    return [
+        f"{name} was measured at commit {commit}, the code is at {now} now: without runs/{name} it is measured again"
+        for name, commit in then.items()
+        if commit != now
+    ]
+
+
+def remaining(options: Options, papers: dict[str, Study], runs: Path = Path("runs")) -> dict[str, float]:
+    """{folder: minutes on two cores} of what is not done, in the order given."""
+    return {
+        folder: study.minutes[options.arms] * len(options.seeds)
+        for folder, study in papers.items()
+        if not done(
+            runs / folder / "results.json", set(options.seeds), {arm.name for arm in study.chosen(options.arms)}
+        )
+    }
+
+
+def sentence(left: dict[str, float], total: int) -> str:
+    """What is left, in words."""
+    if not left:
+        return f"all {total} papers are done"
+    names = ", ".join(f"{name} ({minutes:.0f} min)" for name, minutes in left.items())
+    hours, minutes = divmod(round(sum(left.values())), 60)
+    return f"{len(left)} of {total} papers left: {names}; about {hours} h {minutes:02d} min on two cores"
+
+
+def main(options: Options) -> None:
+    papers = studies()
+    if not options.seeds:
+        raise ValueError("--seeds names at least one seed")
+    print(*older(list(papers), remaining(options, papers)), sep="\n")
+    for folder in list(remaining(options, papers)):
+        print(sentence(remaining(options, papers), len(papers)), flush=True)
+        command = [sys.executable, "-m", f"{folder}.study", "--seeds", *map(str, options.seeds), "--arms", options.arms]
+        if subprocess.run(command).returncode:
+            raise ValueError(f"'python -m {' '.join(command[2:])}' failed; the same command goes on from there")
+    print(sentence(remaining(options, papers), len(papers)))
+    subprocess.run([sys.executable, "-m", "shared.study.overview", "runs"], check=True)
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Options, prog="python -m shared.study", description=__doc__)))

@@ -1,0 +1,234 @@
+"""Runs a study: the arms of a paper times seeds, side by side, then their evaluation and comparison.
+
+A paper's study.py declares a `Study`; `python -m FOLDER.study` (`make reproduce-FOLDER`) runs it. Arms are commands
+that go on where they were stopped by themselves; what an arm starts from is trained before it.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from shared import cli
+from shared.checkpoints import write_json
+from shared.study import report
+from shared.study.statistics import Claim, judge_all
+
+PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or the name of a stage or arm: its run folder of the same seed
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of each seed that arms start from, and that is not compared itself.
+
+    `command` is what follows `python -m FOLDER.`: script, preset, overrides. `{captioner}` stands for the run folder of
+    the stage or arm of that name and seed, which is waited for. `--seed` and `--out` are added, unless it says `{out}`.
+    Several commands run one after the other.
+    """
+
+    name: str
+    command: str | tuple[str, ...]
+    after: tuple[str, ...] = ()  # stages to wait for that the command does not name
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        return (self.command,) if isinstance(self.command, str) else self.command
+
+    @property
+    def needs(self) -> set[str]:
+        """Names of what must be there first."""
+        return {*self.after, *PLACE.findall(" ".join(self.commands))} - {"seed", "out"}
+
+
+@dataclass(frozen=True)
+class Arm(Stage):
+    """A stage whose measurements are compared. `heading` names it in tables; `core`: part of the default run."""
+
+    heading: str = ""
+    core: bool = True
+
+
+@dataclass(frozen=True)
+class Once:
+    """A command that runs before all arms, on all cores, and leaves finished work as it is: data, features, a teacher.
+
+    It follows `python -m `. With `arms`, it runs only if one of these is trained.
+    """
+
+    command: str
+    arms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that `make reproduce-FOLDER` does, and how its results are shown."""
+
+    folder: str
+    paper: str
+    """Title, as results say it."""
+    stands_for: str
+    """The paper's data, which the embedded corpus stands in for."""
+    arms: tuple[Arm, ...]
+    minutes: dict[str, float]
+    """Measured minutes a seed on two cores, by "core" and "all"."""
+    evaluate: Callable[[Sequence[str]], list[dict[str, Any]]]
+    """Run folders -> measurements of each: {metric: number}. The folder's eval.py."""
+    metrics: dict[str, str]
+    """Metrics of the table of arms: key -> heading."""
+    claims: tuple[Claim, ...] = ()
+    """Differences between two arms, paired by seed."""
+    more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
+    """Further rows of the table of claims, computed from a `report.Comparison`."""
+    plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
+    """Draws plots of arms into a folder."""
+    before: tuple[Once, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    passes: str = "epoch"
+    """What a checkpoint counts, by which a run is known to be finished: epoch, episode or step."""
+    upstream: Callable[[Path], dict[str, Any]] | None = None
+    """What a clone of the authors' repository adds (--upstream): keyword arguments of `more_rows`."""
+
+    @property
+    def headings(self) -> dict[str, str]:
+        return {arm.name: arm.heading for arm in self.arms}
+
+    def chosen(self, arms: str) -> list[Arm]:
+        """The arms that "core", "all" or names with spaces between them stand for. ValueError for other names."""
+        if arms in ("core", "all"):
+            return [arm for arm in self.arms if arm.core or arms == "all"]
+        if unknown := set(arms.split()) - set(self.headings):
+            known = ", ".join(self.headings)
+            raise ValueError(f"there is no arm {sorted(unknown)[0]!r}: --arms is core, all, or some of {known}")
+        return [arm for arm in self.arms if arm.name in arms.split()]
+
+    def jobs(self, arms: Sequence[Stage]) -> list[Stage]:
+        """Arms and all that they start from, what is waited for first."""
+        known = {job.name: job for job in (*self.stages, *self.arms)}
+        found: dict[str, Stage] = {}
+
+        def add(job: Stage) -> None:
+            for name in sorted(job.needs, key=list(known).index):
+                add(known[name])
+            found.setdefault(job.name, job)
+
+        for arm in arms:
+            add(arm)
+        return list(found.values())
+
+    def out(self, name: str, seed: int) -> str:
+        """Run folder of an arm or stage."""
+        return f"runs/{self.folder}/{name}-seed{seed}"
+
+    def words(self, job: Stage, seed: int) -> list[list[str]]:
+        """The job's command lines, as lists of words."""
+
+        def fill(match: re.Match) -> str:
+            name = match[1]
+            return {"seed": str(seed), "out": self.out(job.name, seed)}.get(name) or self.out(name, seed)
+
+        lines = []
+        for command in job.commands:
+            if "{out}" not in command:
+                command += " --seed {seed} --out {out}"
+            lines.append([sys.executable, "-m", *PLACE.sub(fill, f"{self.folder}.{command}").split()])
+        return lines
+
+    def compare(self, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
+        """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
+        found = report.compare_runs(runs, results, self.headings, self.passes)
+        rows = judge_all(self.claims, found.arms) + self.more_rows(found, **more)
+        summary = report.results(self.paper, found.seeds, found.arms, rows, found.commits)
+        write_json(path, summary)
+        self.plot(found, path.parent)
+        report.show(summary, self.metrics, self.stands_for, path)
+
+
+@dataclass
+class Options:
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of every arm."""
+    arms: str = "core"
+    """core, all, or names of arms with spaces between them."""
+    results: str | None = None
+    """File for the results; by default runs/FOLDER/results.json."""
+    upstream: str | None = None
+    """Clone of the authors' repository, for studies that read it."""
+    jobs: int = min(cli.cores(), 4)
+    """Runs side by side, each with its share of the cores."""
+
+
+def depth(study: Study, job: Stage) -> int:
+    """How many jobs must run one after the other before this one."""
+    known = {each.name: each for each in (*study.stages, *study.arms)}
+    return max((1 + depth(study, known[name]) for name in job.needs), default=0)
+
+
+def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
+    """Train arms and what they start from, `at_once` side by side. ValueError names a command that failed."""
+    jobs = sorted(study.jobs(arms), key=lambda job: depth(study, job))  # what is waited for is started first
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(cli.cores() // at_once, 1))}
+    estimate = "" if minutes is None else f"; about {minutes * len(seeds):.0f} minutes on two cores if none is done"
+    total, start = len(jobs) * len(seeds), time.perf_counter()
+    print(f"{study.folder}: {total} runs, {at_once} side by side{estimate}", flush=True)
+    futures: dict[tuple[str, int], Future] = {}
+    finished = itertools.count(1)
+
+    def work(job: Stage, seed: int) -> None:
+        for name in job.needs:
+            futures[name, seed].result()
+        for words in study.words(job, seed):
+            subprocess.run(words, env=environment, check=True)
+        minutes = (time.perf_counter() - start) / 60
+        print(f"[{next(finished)}/{total}] {study.out(job.name, seed)}, {minutes:.1f} minutes so far", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for job, seed in itertools.product(jobs, seeds):
+            futures[job.name, seed] = pool.submit(work, job, seed)
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+        except subprocess.CalledProcessError as error:
+            command = " ".join(["python", *error.cmd[1:]])
+            raise ValueError(f"'{command}' failed; what was trained is kept, and goes on from there") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run(study: Study, options: Options) -> None:
+    """Everything: what runs once, the arms, their evaluation, the comparison."""
+    arms = study.chosen(options.arms)
+    path, clone = options.results, options.upstream
+    if path is not None and not path.endswith(".json"):  # `make reproduce-FOLDER RESULTS=<clone>`
+        if study.upstream is None:
+            raise ValueError(f"--results {path} should end in .json")
+        path, clone = None, clone or path
+    if clone is not None and study.upstream is None:
+        raise ValueError(f"{study.folder}'s study reads no clone: leave out --upstream")
+    if not options.seeds or options.jobs < 1:
+        raise ValueError("--seeds names at least one seed, and --jobs is at least 1")
+    more = study.upstream(Path(clone)) if clone is not None else {}
+    for once in study.before:
+        if not once.arms or {arm.name for arm in arms} & set(once.arms):
+            if code := subprocess.run([sys.executable, "-m", *once.command.split()]).returncode:
+                raise ValueError(f"'python -m {once.command}' failed (exit code {code})")
+    train(study, arms, options.seeds, options.jobs, study.minutes.get(options.arms))
+    compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
+    runs = [study.out(arm.name, seed) for seed in options.seeds for arm in compared]
+    results = study.evaluate(runs)
+    study.compare(runs, results, Path(path or f"runs/{study.folder}/results.json"), **more)
+
+
+def main(study: Study) -> None:
+    """The command line of a study.py."""
+    cli.command_line(
+        lambda: run(study, tyro.cli(Options, prog=f"python -m {study.folder}.study", description=f"{study.paper}."))
+    )

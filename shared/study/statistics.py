@@ -1,0 +1,72 @@
+"""Claims of a paper and their verdicts, computed from numbers by seed, never typed."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student_t
+
+
+class Claim(NamedTuple):
+    """`method` minus `baseline` in `metric`, paired by seed; the paper reports `paper` with this sign."""
+
+    claim: str
+    paper: str | None  # the paper's number or word; None: it claims nothing, the difference is only shown
+    metric: str
+    method: str
+    baseline: str
+    sign: int = 1  # +1: the paper says higher, -1: lower
+    effect: float | None = None  # the paper's difference in the same unit, where it is one
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "std", "values"} over seeds; std is the sample's (n-1), 0 for one seed."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}
+
+
+def interval(differences: Sequence[float]) -> float | None:
+    """Half width of the 95 % Student interval of the mean, or None for fewer than two seeds."""
+    n = len(differences)
+    return None if n < 2 else float(student_t.ppf(0.975, n - 1)) * spread(differences)["std"] / math.sqrt(n)
+
+
+def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> dict[str, str]:
+    """One row of the claims table.
+
+    reproduced: the interval excludes 0 on the paper's side, and reaches the paper's effect where `effect` says one;
+    same direction: on the paper's side, but short of its effect; not reproduced: on the other side;
+    not resolved at this scale: the interval holds 0, or there is one seed. Where the paper claims nothing: no claim.
+    """
+    differences = [m - b for m, b in zip(method, baseline, strict=True)]
+    mean, half = spread(differences)["mean"], interval(differences)
+    here = f"{mean:+.2f}"
+    if half is not None:  # two digits of the interval, or it may seem to hold zero where it does not
+        digits = 3 if 0.0005 < half < 0.0995 else 2
+        here = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    if claim.paper is None:
+        verdict = "no claim"
+    elif half is None or abs(mean) <= half:
+        verdict = "not resolved at this scale"
+    elif mean * claim.sign <= 0:
+        verdict = "not reproduced"
+    elif claim.effect is not None and abs(mean) + half < abs(claim.effect):
+        verdict = "same direction"
+    else:
+        verdict = "reproduced"
+    return {"claim": claim.claim, "paper": claim.paper or "-", "here": here, "verdict": verdict}
+
+
+def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict[str, str]]:
+    """A row for each claim whose two arms were run."""
+    return [
+        judge(claim, *([values[claim.metric] for values in arms[arm]] for arm in (claim.method, claim.baseline)))
+        for claim in claims
+        if claim.method in arms and claim.baseline in arms
+    ]
+
+
+def untestable(claim: str, paper: str, why: str) -> dict[str, str]:
+    """A row for what this scale cannot show."""
+    return {"claim": claim, "paper": paper, "here": why, "verdict": "not testable at this scale"}
