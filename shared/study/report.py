@@ -35,7 +35,8 @@ def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) 
     seeds = ", ".join(map(str, summary["seeds"]))
     print(f"\nEmbedded emoji corpus, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
     print(arms_table(summary["arms"], metrics))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{table(summary['claims'])}\n\nwritten to {path}")
+    claims = table(summary["claims"]) if summary["claims"] else "No claim compares these arms."
+    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims}\n\nwritten to {path}")
     if len(summary["seeds"]) == 1:
         print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
 
