@@ -4,12 +4,10 @@ import dataclasses
 import json
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from shared.study import __main__ as everything
 from shared.study import runner
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.statistics import Claim
@@ -136,22 +134,3 @@ def test_a_run_that_is_not_finished_is_not_compared(study: Study):
     torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")
     with pytest.raises(ValueError, match="base-seed0 is not finished: 1 of 2 epochs"):
         study.compare(["runs/paper/base-seed0"], [{"top1": 1.0}], Path("results.json"))
-
-
-def test_all_studies_one_after_the_other(study: Study, monkeypatch, capfd):
-    calls = []
-
-    def call(words: list[str], **more: bool) -> SimpleNamespace:
-        calls.append(words[1:])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(everything, "studies", lambda: {"paper": study})
-    monkeypatch.setattr(everything, "subprocess", SimpleNamespace(run=call))
-    everything.main(everything.Options(seeds=(0, 1)))
-    assert calls == [
-        ["-m", "paper.study", "--seeds", "0", "1", "--arms", "core"],
-        ["-m", "shared.study.overview", "runs"],
-    ]
-    assert "1 of 1 papers left: paper (2 min); about 0 h 02 min on two cores" in capfd.readouterr().out
-    with pytest.raises(ValueError, match="at least one seed"):
-        everything.main(everything.Options(seeds=()))
