@@ -18,6 +18,11 @@ from shared.presets import folders
 
 ROOT = Path(__file__).parent.parent
 TOOLS = {
+    "corpora.captions",
+    "corpora.layout",
+    "corpora.photos",
+    "corpora.scenes",
+    "corpora.sprites",
     "emoji",
     "emoji_sources",
     "overview",
@@ -137,6 +142,12 @@ def dataclasses_of(folder: str) -> list[tuple[Path, str]]:
     return found
 
 
+def modules() -> dict[str, Path]:
+    """{name below shared, such as "corpora.scenes": file} of all modules of shared/."""
+    files = (file for file in (ROOT / "shared").rglob("*.py") if file.stem != "__init__")
+    return {".".join(file.relative_to(ROOT / "shared").with_suffix("").parts): file for file in files}
+
+
 def used(path: Path, own: str | None = None) -> set[tuple[str, str]]:
     """(module, name) of what a file uses of shared/; `own`: the file is that module, and its own names count, too."""
     alias, found = {}, set()
@@ -187,7 +198,7 @@ def test_no_paper_imports_another(folder: str):
 
 
 def test_shared_imports_no_paper():
-    for file in (ROOT / "shared").glob("*.py"):
+    for file in (ROOT / "shared").rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(file)} & set(folders()), file
 
 
@@ -196,9 +207,10 @@ def test_shared_holds_what_three_papers_use():
     for folder in folders():
         for name in set().union(*(imports(file) for file in (ROOT / folder).glob("*.py"))):
             if name.startswith("shared."):
-                users[name.split(".")[1]].add(folder)
-    for module in {file.stem for file in (ROOT / "shared").glob("*.py")} - TOOLS - {"__init__"}:
-        assert len(users[module]) >= 3, f"shared/{module}.py is used by {sorted(users[module])} alone"
+                users[name.removeprefix("shared.")].add(folder)
+    for module in set(modules()) - TOOLS:
+        folders_of = set().union(*(of for name, of in users.items() if f"{name}.".startswith(f"{module}.")))
+        assert len(folders_of) >= 3, f"shared/{module} is used by {sorted(folders_of)} alone"
 
 
 def test_what_shared_offers_is_used_by_two_papers_or_within():
@@ -206,17 +218,17 @@ def test_what_shared_offers_is_used_by_two_papers_or_within():
     for folder in folders():
         for name in set().union(*(used(file) for file in (ROOT / folder).glob("*.py"))):
             users[name].add(folder)
-    within = set().union(*(used(file, file.stem) for file in (ROOT / "shared").glob("*.py")))
-    for file in (ROOT / "shared").glob("*.py"):
-        for name in public(file) if file.stem not in TOOLS else ():
-            offered = (file.stem, name)
+    within = set().union(*(used(file, module) for module, file in modules().items()))
+    for module, file in modules().items():
+        for name in public(file) if module not in TOOLS else ():
+            offered = (module, name)
             assert offered in within or len(users[offered]) >= 2, f"{offered}: used by {sorted(users[offered])} alone"
 
 
 def test_tools_of_shared_are_run():
     said = (ROOT / "Makefile").read_text() + (ROOT / "pyproject.toml").read_text()
     said += "".join(file.read_text() for file in ROOT.glob("*/reproduce.mk"))
-    parts = set().union(*(imports(ROOT / f"shared/{tool}.py") for tool in TOOLS))
+    parts = set().union(*(imports(modules()[tool]) for tool in TOOLS))
     for tool in TOOLS:
         assert f"shared.{tool}" in said or f"shared.{tool}" in parts, tool
 

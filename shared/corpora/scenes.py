@@ -424,9 +424,7 @@ def labelled(scenes: Scenes, count: int) -> Iterator[dict]:
 
 def several(scenes: Scenes, count: int) -> Iterator[tuple[int, Scene]]:
     """The first `count` scenes that differ in what they show."""
-    seen, most = set(), math.comb(len(scenes.emoji), scenes.setting.captioned[1])
-    if count > most // 2:
-        raise ValueError(f"--eval-samples {count} scenes cannot differ with so few concepts: {most} sets of them")
+    seen: set[frozenset[int]] = set()
     index = 0
     while len(seen) < count:
         scene = scenes.draw(index)
@@ -438,14 +436,18 @@ def several(scenes: Scenes, count: int) -> Iterator[tuple[int, Scene]]:
 
 def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_samples: int) -> dict[str, int]:
     """Writes shards and evaluation sets; returns the number of samples of each and of concepts."""
-    train = Scenes(cfg, "train", samples, sprites=sprites)
-    counts = {"concepts": len(train.emoji), "train": layout.write_pairs(folder / "train", training_samples(train))}
     plain = dataclasses.replace(cfg, captioned=(1, 1), noise=0.0, distinct=None)
     together = dataclasses.replace(
         plain,
         captioned=tuple(max(2, number) for number in cfg.captioned),
         captioned_size=tuple(min(share, 0.5) for share in cfg.captioned_size),  # so that two have room
     )
+    train = Scenes(cfg, "train", samples, sprites=sprites)
+    if eval_samples > (most := math.comb(len(train.emoji), together.captioned[0])) // 2:
+        raise ValueError(
+            f"--eval-samples {eval_samples} scenes cannot differ with so few concepts: {most} sets of them"
+        )
+    counts = {"concepts": len(train.emoji), "train": layout.write_pairs(folder / "train", training_samples(train))}
     for split in ("id", "ood"):
         names = folder / f"eval/names_{split}"
         scenes = Scenes(plain, split, sprites=sprites)

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -45,18 +46,33 @@ def render_sprites(modules: Path, chosen: list[emoji_sources.Emoji]) -> Sprites:
 def load_sprites(corpus: Path) -> Sprites:
     """All drawings of the emoji corpus, from `corpus`/sprites.npz, which is made where it is absent or outdated."""
     file, versions = corpus / "sprites.npz", json.dumps([SPRITE, packages(corpus)], sort_keys=True)
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as stored:
-            if stored["versions"].item() == versions:
-                listed, ends, content = json.loads(stored["drawings"].item()), stored["ends"], stored["pngs"].tobytes()
-                words = [emoji_sources.Emoji(a, b, tuple(tags), *rest) for a, b, tags, *rest in listed["emoji"]]
-                pngs = [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-                return Sprites([words[i] for i in listed["of"]], listed["styles"], pngs)
+    if file.is_file() and (sprites := read_sprites(file, versions)):
+        return sprites
     try:
         modules = emoji_sources.install(corpus.parent / ".npm")
     except emoji_sources.BuildError as error:
         raise ValueError(str(error)) from error
     sprites = render_sprites(modules, emoji_sources.read_emoji(modules, None))
+    write_sprites(file, versions, sprites)
+    return sprites
+
+
+def read_sprites(file: Path, versions: str) -> Sprites | None:
+    """What `write_sprites` wrote; None if it is of other `versions`. ValueError if it cannot be read."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            if stored["versions"].item() != versions:
+                return None
+            listed, ends, content = json.loads(stored["drawings"].item()), stored["ends"], stored["pngs"].tobytes()
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read ({error}): remove it, and it is made again") from error
+    words = [emoji_sources.Emoji(a, b, tuple(tags), *rest) for a, b, tags, *rest in listed["emoji"]]
+    pngs = [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return Sprites([words[i] for i in listed["of"]], listed["styles"], pngs)
+
+
+def write_sprites(file: Path, versions: str, sprites: Sprites) -> None:
+    """Writes drawings into one .npz, which replaces `file` when it is whole."""
     row = {one: i for i, one in enumerate(dict.fromkeys(sprites.emoji))}
     listed = {
         "emoji": [dataclasses.astuple(one) for one in row],
@@ -71,7 +87,6 @@ def load_sprites(corpus: Path) -> Sprites:
             ends=np.cumsum([len(png) for png in sprites.pngs]),
             pngs=np.frombuffer(b"".join(sprites.pngs), np.uint8),
         )
-    return sprites
 
 
 def packages(corpus: Path) -> dict[str, dict]:
