@@ -129,6 +129,16 @@ def test_results_and_clones(study: Study):
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
 
 
+def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path: Path, capfd: pytest.CaptureFixture):
+    runs = [f"{arm}-seed0" for arm in ("base", "method")]
+    for name in runs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
+    study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
+    assert json.loads(Path("results.json").read_text())["claims"] == []
+    assert "claims about top1 are left out: give --sets those sets, too" in capfd.readouterr().out
+
+
 def test_a_run_that_is_not_finished_is_not_compared(study: Study):
     Path("runs/paper/base-seed0").mkdir(parents=True)
     torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")

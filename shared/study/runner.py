@@ -21,7 +21,7 @@ import tyro
 from shared import cli
 from shared.checkpoints import write_json
 from shared.study import report
-from shared.study.statistics import Claim, judge_all
+from shared.study.statistics import Claim, judge_all, measured
 
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or the name of a stage or arm: its run folder of the same seed
 
@@ -145,6 +145,9 @@ class Study:
     def compare(self, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
         """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
         found = report.compare_runs(runs, results, self.headings, self.passes)
+        trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
+        if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
+            print(f"claims about {', '.join(sorted(left_out))} are left out: give --sets those sets, too")
         rows = judge_all(self.claims, found.arms) + self.more_rows(found, **more)
         summary = report.results(self.paper, found.seeds, found.arms, rows, found.commits)
         write_json(path, summary)
