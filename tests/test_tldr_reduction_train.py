@@ -23,16 +23,16 @@ from scripts import ROOT, Ended, ended, finished, free_port, held, kill_at, kill
 
 from shared import checkpoints, data, run
 from tldr_reduction import config, corpus, train
+from tldr_reduction.datasets import open_pairs
 from tldr_reduction.eval import plain
-from tldr_reduction.output import write_shards
-from tldr_reduction.reduce import gathered_codes
-from tldr_reduction.rows import cached_rows, read_rows
-from tldr_reduction.text import build_vocab
-from tldr_reduction.views import open_pairs
+from tldr_reduction.inference import cached_rows, gathered_codes, read_rows
+from tldr_reduction.model import build
+from tldr_reduction.reduce import write_shards
+from tldr_reduction.tokenizer import build_vocab
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
-PRELOAD = ["tldr_reduction.train", "tldr_reduction.views", "shared.zeroshot", "torch.utils.tensorboard"]
+PRELOAD = ["tldr_reduction.train", "tldr_reduction.inference", "shared.zeroshot", "torch.utils.tensorboard"]
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
     --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
 STEPS, PER_EPOCH = 12, 4
@@ -496,7 +496,7 @@ def test_keyword_start(folder, monkeypatch, tiny):
     pairs, weights = open_pairs(cfg.data), []
     for _ in range(2):
         torch.manual_seed(0)
-        model = train.build(cfg, 300)
+        model = build(cfg, 300)
         train.start_codebook(model, cfg, pairs, run.Process(0, 1, torch.device("cpu")))
         weights.append(model.quantize.embedding.weight.detach().clone())
     assert torch.equal(*weights)
