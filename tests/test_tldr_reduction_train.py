@@ -7,6 +7,7 @@ command-line errors, dry runs. Scripts start in forks of a server that has impor
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import random
 import shutil
@@ -18,16 +19,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import tyro
 from PIL import Image
 from scripts import ROOT, Ended, ended, finished, free_port, held, kill_at, kill_when, metrics, same, start_two
 
 from shared import checkpoints, data, run
+from shared.study.runner import Stage
 from tldr_reduction import config, corpus, train
 from tldr_reduction.datasets import open_pairs
 from tldr_reduction.eval import plain
 from tldr_reduction.inference import cached_rows, gathered_codes, read_rows
 from tldr_reduction.model import build
 from tldr_reduction.reduce import write_shards
+from tldr_reduction.study import EVALUATED, STUDY
 from tldr_reduction.tokenizer import build_vocab
 
 SHARDS = ROOT / "data/emoji/train"
@@ -509,6 +513,44 @@ def test_keyword_start(folder, monkeypatch, tiny):
     short = dataclasses.replace(cfg, keywords=str(folder / "tags.txt"), num_codes=25)
     with pytest.raises(ValueError, match="holds 24 keywords, fewer than --num-codes 25"):
         config.check(short, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ study
+
+
+def test_reductions_of_a_seed_take_turns():
+    """They write into one work folder; and an arm makes no reduction that comes after its own."""
+
+    def reductions(arms: str) -> list[Stage]:
+        return [job for job in STUDY.jobs(STUDY.chosen(arms)) if job.name.startswith("reduced/")]
+
+    everything = reductions("all")
+    assert len(everything) == len({job.name for job in everything}) == 21
+    for before, job in itertools.pairwise(everything):
+        assert before.name in job.needs
+    assert [job.name for job in reductions("core")] == [f"reduced/{n}" for n in ("tldr", "random", "random-refined")]
+    assert not reductions("full")
+
+
+def test_arms_are_trained_on_the_reduction_they_are_named_after():
+    runs = "runs/tldr_reduction"
+    for arm in STUDY.arms:
+        (words,) = STUDY.words(arm, 7)
+        reduction = arm.name.removeprefix("blip-").removesuffix("-steps")
+        expected = None if reduction == "full" else f"{runs}/reduced/{reduction}-seed7/shards"
+        assert (words[words.index("--data") + 1] if "--data" in words else None) == expected
+        assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"]
+        assert ("--epochs" in words) == arm.name.endswith("-steps")
+        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[3:])
+        assert (parsed.stage, parsed.data) == ("blip" if "blip" in arm.name else "clip", expected or config.POOL)
+        assert (parsed.eval_every > 0) == (arm.name in EVALUATED)
+    for stage in STUDY.stages:
+        (words,) = STUDY.words(stage, 7)
+        if stage.name.startswith("reduced/"):
+            parsed = tyro.cli(config.ReduceConfig, args=words[3:])
+            assert parsed.out == f"{runs}/{stage.name}-seed7" and parsed.work == f"{runs}/work-seed7"
+            assert parsed.match in (None, f"{runs}/reduced/tldr-seed7") and parsed.seed == 7
+            assert parsed.captioner == f"{runs}/captioner-seed7" and parsed.caption_model == f"{runs}/finetune-seed7"
 
 
 def test_corpus_is_declared(tmp_path):
