@@ -22,7 +22,7 @@ def offered(folder: str) -> set[str]:
             names = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
             found |= {f"{file.stem} {name}" for name in names}
     if folder == "tldr_reduction":
-        found |= {f"reduce --recipe {name}" for name in importlib.import_module("tldr_reduction.recipes").RECIPES}
+        found |= {f"reduce --recipe {name}" for name in importlib.import_module("tldr_reduction.config").RECIPES}
     return found
 
 
