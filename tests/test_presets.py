@@ -44,7 +44,7 @@ def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
 
 
 def test_numbers_of_claims_are_the_papers():
-    """The differences that claims.py says the papers report follow from this table's numbers."""
+    """The differences that study.py says the papers report follow from this table's numbers."""
     number = {
         row["preset"]: row["the authors' number"]
         for f in ("protoclip", "attentive_mask_clip")
