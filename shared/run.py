@@ -272,7 +272,7 @@ class RunFolder:
         self.metrics = RunLog(self.path, self.cfg, self.process, step)
         self.clock = Stopwatch(self.state["seconds"] if self.resumed else 0.0)
 
-    def log(self, step: int, **values: Any) -> None:
+    def log(self, step: int, /, **values: Any) -> None:
         """Write a line of metrics with the seconds so far. ValueError if `loss` is among them and not finite."""
         self.metrics.write(step, seconds=self.clock.read(), **values)
         if "loss" in values:
@@ -282,7 +282,7 @@ class RunFolder:
         """Whether `save_every` steps have gone by since the last checkpoint."""
         return step - self.saved >= self.cfg.save_every
 
-    def save(self, step: int, **values: Any) -> None:
+    def save(self, step: int, /, **values: Any) -> None:
         """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings."""
         self.saved = step
         if self.process.main:
