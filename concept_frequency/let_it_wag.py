@@ -20,8 +20,8 @@ from scipy.fft import dct
 
 from concept_frequency.concepts import load_counts
 from shared import cli, data, tars
-from shared.tars import write_split
 from shared.evalsets import EvalSet
+from shared.tars import write_split
 
 
 def select_tail(counts: Sequence[dict[str, int]], n: int = 290) -> list[str]:
