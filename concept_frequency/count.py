@@ -5,18 +5,23 @@
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Read in this order:
   corpus.py    files to parts (a tar, or a slice of a table), their captions, ids of images
-  captions.py  captions to nouns          tagger.py    images to concepts
-  parts.py     what is done with a part   workers.py   where: here, on local processes, on a Ray cluster
+  tagging.py   captions to nouns, images to concepts
+  search.py    what is done with one part, in any process
   this file    all parts: index and tag what is not there yet, exchange which terms they know, add up their counts
-So one index of everything is never built, and N machines exchange a few thousand words and numbers.
+One index of everything is never built, and N machines exchange a few thousand words and numbers.
 """
 
 import dataclasses
+import itertools
+import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +29,11 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
-from concept_frequency.captions import lemmas_of, tag_captions  # noqa: F401
 from concept_frequency.concepts import read_concepts
+from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
 from concept_frequency.corpus import Part, RowTable, list_parts, read_captions, sample_id  # noqa: F401
-from concept_frequency.count_config import PRESETS, Config, check
 from concept_frequency.model import InvertedIndex, query_terms
-from concept_frequency.parts import (
+from concept_frequency.search import (
     Counted,
     CountJob,
     Done,
@@ -44,12 +48,13 @@ from concept_frequency.parts import (
     parts_of_tags,
     tag_part,
 )
-from concept_frequency.tagger import tag_images  # noqa: F401
-from concept_frequency.workers import connect, run_jobs
+from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
 from shared import checkpoints, cli, data, evaluation, run
 
+CONNECT_SECONDS = 5.0  # that a Ray head may take to answer
 
-def count_corpus(cfg: Config, names: Sequence[str]) -> Counted:
+
+def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
     """Counts of the concepts `names` in the corpus of `cfg`; parts that are there already are not redone."""
     cfg, names = absolute(cfg), tuple(names)
     if cfg.address:
@@ -67,8 +72,8 @@ def count_corpus(cfg: Config, names: Sequence[str]) -> Counted:
     return total
 
 
-def absolute(cfg: Config) -> Config:
-    """Files by their whole path: a process elsewhere has another working folder."""
+def absolute(cfg: CountConfig) -> CountConfig:
+    """The same settings with absolute paths: processes elsewhere have another working folder."""
     paths = {
         name: getattr(cfg, name) for name in ("keep", "checkpoint", "descriptions", "model", "pretrained", "spacy")
     }
@@ -76,7 +81,7 @@ def absolute(cfg: Config) -> Config:
     return dataclasses.replace(cfg, out=os.path.abspath(cfg.out), **found)
 
 
-def text_stage(cfg: Config, parts: list[Part], out: Path) -> list[Done]:
+def text_stage(cfg: CountConfig, parts: list[Part], out: Path) -> list[Done]:
     """An index of the nouns of every part."""
     settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.exact, cfg.casefold)
     folder = out / "parts" / f"text-{data.stable_hash(*map(str, settings)):016x}"
@@ -84,14 +89,15 @@ def text_stage(cfg: Config, parts: list[Part], out: Path) -> list[Done]:
 
 
 def tag_stage(
-    cfg: Config, names: tuple[str, ...], parts: list[Part], out: Path
+    cfg: CountConfig, names: tuple[str, ...], parts: list[Part], out: Path
 ) -> tuple[list[Done], list[data.Broken]]:
-    """The image side of every part, or of the image shards; (nothing, nothing) without one."""
+    """(tags of every part or image shard, broken samples); nothing without a tagger or labels."""
     if not (cfg.tagger or cfg.label_column):
         return [], []
-    settings = (names, cfg.tagger, cfg.label_column, cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions)
+    files = (cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions)
+    settings = (names, cfg.tagger, cfg.label_column, *files)
     settings += (cfg.average, cfg.ids, cfg.caption_column, cfg.also, min(cfg.threshold, 0.5))
-    settings += tuple(stamp(path) for path in settings[3:7] if os.path.isfile(path))
+    settings += tuple(stamp(path) for path in files if os.path.isfile(path))
     if cfg.ids in ("cc12m", "yfcc15m"):  # which row an image is depends on all captions
         settings += tuple(part.name() for part in parts)
     folder = out / "parts" / f"images-{data.stable_hash(*map(str, settings)):016x}"
@@ -109,12 +115,12 @@ def tag_stage(
 
 
 def stamp(path: str) -> str:
-    """Tells a file from one that is put in its place."""
+    """Size and time of a file: another file in its place has another stamp."""
     return f"{os.path.getsize(path)} {os.stat(path).st_mtime_ns}"
 
 
-def stage(work: Callable, jobs: list[Job], cfg: Config, label: str) -> list[Done]:
-    """Run what is not there yet; -> results of all jobs, in order. Shows parts, their rate in `label`, time left."""
+def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list[Done]:
+    """Run the jobs whose results are not there yet; returns all results, in order. Shows parts, rate and time left."""
     done = {i: done_before(job.target) for i, job in enumerate(jobs) if Path(job.target).exists()}
     for result in done.values():
         refuse_broken(result, cfg)
@@ -132,29 +138,20 @@ def stage(work: Callable, jobs: list[Job], cfg: Config, label: str) -> list[Done
     return [done[i] for i in range(len(jobs))]
 
 
-def refuse_broken(result: Done, cfg: Config) -> None:
+def refuse_broken(result: Done, cfg: CountConfig) -> None:
     """With --strict, ValueError for a part with a broken sample, whenever it was made."""
     if cfg.strict and result.broken:
         raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
 
-def spread(work: Callable, jobs: Sequence, cfg: Config) -> Iterator[tuple[int, Any]]:
-    """(number of the job, its result), as they come from this machine's workers or the cluster's."""
-    return run_jobs(work, jobs, cfg.workers or num_cores(), cfg.address, gpu=work is tag_part)
-
-
-def shown(work: Callable, jobs: Sequence, cfg: Config, label: str) -> Iterator[Any]:
+def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
     """Results as they come, under a progress bar."""
     results = (result for _, result in spread(work, jobs, cfg))
     return tqdm(results, label, len(jobs), unit="part", leave=False, disable=None, dynamic_ncols=True)
 
 
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def add_up(cfg: Config, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:
-    """Which terms does any part know? With that each part is counted by itself, and counts are sums."""
+def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:
+    """Sums over parts, each of which is counted by itself with the terms that any part knows."""
     lemmas = lemmas_of(cfg.query_spacy) if cfg.lemmatize else None
     queries = [query_terms(name, lemmas, cfg.last_token, cfg.clean_terms) for name in names]
     if cfg.unknown == "drop":
@@ -188,7 +185,100 @@ def add_up(cfg: Config, names: tuple[str, ...], texts: list[Done], tags: list[Do
     return total
 
 
-def write_counts(cfg: Config, lists: dict[str, list[str]], names: Sequence[str], counted: Counted) -> None:
+# ------------------------------------------------------------------------------------------------------- where jobs run
+
+
+def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[int, Any]]:
+    """(number of the job, its result) as they come, from this process, processes of this machine, or a Ray cluster.
+
+    Jobs and results are pickled; functions are found by name, so that the project is importable where they run.
+    """
+    workers = cfg.workers or cli.cores()
+    if cfg.address:
+        yield from run_on_ray(work, jobs, gpu=work is tag_part)
+    elif workers == 1 or len(jobs) < 2:
+        yield from ((i, work(job)) for i, job in enumerate(jobs))
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes to come
+        with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(work, job): i for i, job in enumerate(jobs)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def run_on_ray(work: Callable, jobs: Sequence, gpu: bool) -> Iterator[tuple[int, Any]]:
+    """The same on the cluster that `connect` has connected to, a few jobs ahead for each of its processors."""
+    import ray
+
+    resources = ray.cluster_resources()
+    remote = ray.remote(num_gpus=1 if gpu and resources.get("GPU") else 0)(work)
+    todo = iter(enumerate(jobs))
+    running = {remote.remote(job): i for i, job in itertools.islice(todo, 4 * int(resources.get("CPU", 1)))}
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        try:
+            yield running.pop(ready), ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # a sentence, not a report of both machines
+        running |= {remote.remote(job): i for i, job in itertools.islice(todo, 1)}
+
+
+def connect(address: str) -> None:
+    """Connect to the Ray cluster at HOST:PORT, ray://HOST:PORT or `auto`, or start one here (`local`).
+
+    Its processes import this project, and modules in the working folder, from where this process does: machines share
+    a file system, or have the project installed. Where nothing answers: ValueError in seconds, where Ray tries minutes.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--address needs Ray: pip install 'ray>=2.9'") from None
+    if address not in ("auto", "local"):
+        check_head(address)
+    folders = [str(Path(__file__).resolve().parents[1]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}}
+    try:
+        ray.init(
+            address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False,
+            runtime_env=environment,
+        )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"--address {address}: no Ray cluster to connect to ({why})") from None
+
+
+def check_head(address: str) -> None:
+    """ValueError unless a gRPC server, as a Ray head is one, answers at [ray://]HOST:PORT."""
+    import grpc
+
+    where = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        host, port = where.hostname, where.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise ValueError(f"--address is auto, local, HOST:PORT or ray://HOST:PORT, not {address!r}")
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ValueError(f"--address {address}: nothing answers there ({error}); `ray status` names the head") from None
+    if os.environ.get("RAY_USE_TLS", "0") == "1":
+        return
+    with grpc.insecure_channel(where.netloc, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            text = f"--address {address}: what answers there is no Ray head; `ray status` names it"
+            raise ValueError(text) from None
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[str], counted: Counted) -> None:
     """counts.parquet of all concepts, and the authors' <list>_<corpus>_<method>_search_counts.json of each list."""
     out, with_images = Path(cfg.out), bool(cfg.tagger or cfg.label_column)
     columns = {"text": counted.text}
@@ -219,8 +309,9 @@ def write_counts(cfg: Config, lists: dict[str, list[str]], names: Sequence[str],
         )
 
 
-def main(cfg: Config) -> None:
-    check(cfg)
+def main(cfg: CountConfig) -> None:
+    """Count the concepts of the lists, write the counts, print the most frequent."""
+    check_count(cfg)
     lists = {Path(path).stem if Path(path).is_file() else Path(path).name: read_concepts(path) for path in cfg.concepts}
     if len(lists) < len(cfg.concepts):
         raise ValueError(f"lists of concepts need different names, not {', '.join(cfg.concepts)}")
@@ -243,4 +334,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(COUNT_PRESETS)))

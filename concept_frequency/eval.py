@@ -1,56 +1,67 @@
 """Evaluate the controlled experiment: `python -m concept_frequency.eval RUN... [--report FILE] [--replay FILE]`.
 
 The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009, `U:`) puts accuracy of
-each concept against its count. Here are the scores of concepts (zero-shot, retrieval); statistics are in curves.py,
-the tail benchmark in let_it_wag.py, lists in concepts.py, all under one name here. Any open_clip model: measure.py;
-the authors' published files: replay.py. For each run: concepts are counted in its captions with our own pipeline,
-scored on a drawing style never trained on, and put on the curve; with `--report` all runs, named ARM-seedN, are
-compared.
+each concept against its count. Scores of concepts (zero-shot, retrieval) are here; counts of concepts are in count.py,
+curves and statistics in curves.py, the tail benchmark in let_it_wag.py. Any CLIP model is scored by measure.py, the
+authors' published files are replayed by replay.py. For each run: concepts are counted in its captions with our own
+pipeline, scored on a drawing style never trained on, and put on the curve; with `--report` all runs, named ARM-seedN,
+are compared.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import open_clip
 import torch
 import tyro
-from PIL import Image
 from torch import Tensor
 
-from concept_frequency import count, let_it_wag, pairs, train
-from concept_frequency.claims import ARMS, METRICS, PLANTED, compare  # noqa: F401
+from concept_frequency import count, let_it_wag, train
 from concept_frequency.concepts import (  # noqa: F401
     Concepts,
     caption_concepts,
-    concept_scores,
     load_counts,
     load_results,
-    mean_scores,
     prompts_with_concept,
     read_concepts,
 )
-from concept_frequency.config import Config as Arm
+from concept_frequency.config import CountConfig
 from concept_frequency.curves import (  # noqa: F401
     Curve,
     correlation,
     frequency_agreement,
-    frequency_buckets,
     log_linear_curve,
     long_tail,
     misalignment,
     permutation_null,
     slope_per_decade,
-    two_slopes,
     unbinned,
     within_slope,
 )
+from concept_frequency.images import TestSet, plain_view, read_corpus, read_test_set
 from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 
+METRICS = {  # what is shown of a run, and its heading
+    "top1": "top-1",
+    "slope": "points a decade",
+    "within": "... same concept",
+    "rho": "ρ, bins 1:-1",
+    "rho_null": "ρ, shuffled",
+    "rho_counted": "ρ on our counts",
+    "spearman": "rank r, no bins",
+    "tail": "tail benchmark",
+    "rest": "the rest",
+    "counted_both": "rank r of our counts",
+    "misaligned": "misaligned (%)",
+    "seconds": "seconds",
+}
 NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
-
+PLANTED = 20  # percent of captions exchanged, to see whether the misalignment degree shows it
+Table = dict[str, dict[str, float]]  # of one run: concept -> assigned, text, image, integrated, accuracy
 
 # -------------------------------------------------------------------------------------------------- scores of a concept
 
@@ -115,24 +126,21 @@ class Config:
 
 
 def scored(
-    model: torch.nn.Module, tokenizer, test: train.TestSet, names: list[str], cfg: Config, process: run.Process
+    model: torch.nn.Module, test: TestSet, names: list[str], settings: train.Config, cfg: Config, process: run.Process
 ) -> Tensor:
-    """`train.zero_shot`, (K,) percent, as the flags say."""
+    """`train.zero_shot`, (K,) percent, of a model that was trained with `settings`."""
+    tokenizer = open_clip.get_tokenizer(settings.model, context_length=model.context_length)
     precision = run.resolve_precision(cfg.precision, process.device)
     return train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision, cfg.batch_size)
 
 
-def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
+def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], Table]:
     """(metrics, {concept: {"assigned", "text", "image", "integrated", "accuracy"}}) of one run."""
-    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
-    settings = vars(checkpoints.config_in(state, train.Config, folder))
-    model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
-    model.load_state_dict(state["state_dict"])
-    tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
+    settings, model = train.load_run(folder, process.device)
     assigned = load_counts(folder / "frequencies.json")
     names = list(assigned)
-    test = train.read_test_set(cfg.eval_set, names, cfg.workers)
-    accuracy = scored(model, tokenizer, test, names, cfg, process).double().numpy()
+    test = read_test_set(cfg.eval_set, names, cfg.workers)
+    accuracy = scored(model, test, names, settings, cfg, process).double().numpy()
 
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
     exchanged = count_exchanged(folder, settings, names, cfg.spacy)
@@ -145,10 +153,9 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     }
     if np.ptp(frequency) > 1:  # else all are equally frequent, and there is no curve
         metrics |= curve_metrics(frequency, accuracy, counted.both)
-        counts = (
-            {name: n.item() for name, n in zip(names, each, strict=True)} for each in (counted.text, counted.both)
-        )
-        metrics["counted_text"], metrics["counted_both"] = (frequency_agreement(assigned, each)[0] for each in counts)
+        for key, counts in (("counted_text", counted.text), ("counted_both", counted.both)):
+            ours = dict(zip(names, counts.tolist(), strict=True))
+            metrics[key], _ = frequency_agreement(assigned, ours)
     columns = {
         "assigned": frequency,
         "text": counted.text,
@@ -158,23 +165,6 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     }
     table = {name: {key: values[i].item() for key, values in columns.items()} for i, name in enumerate(names)}
     return metrics, table
-
-
-def export_run(path: str, folder: str) -> None:
-    """The model as one of open_clip's, whose preprocessing lacks the resize of `train.views` and only comes near."""
-    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
-    settings = vars(checkpoints.config_in(state, train.Config, path))
-    model = train.create_model(settings["model"], settings["image_size"]).eval()
-    model.load_state_dict(state["state_dict"])
-    side = train.image_side(model)
-
-    def transform(image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image.resize((train.SIDE, train.SIDE)))).permute(2, 0, 1)
-        return train.views(pixels[None], torch.full((1, train.NOISE), 0.5), side)[0]
-
-    config, half = export.named_config(settings["model"], side), (0.5, 0.5, 0.5)
-    near = {"mean": half, "std": half, "interpolation": "bilinear", "resize_mode": "squash"}
-    export.write(folder, model, config, model.state_dict(), transform, **near)
 
 
 def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
@@ -199,22 +189,79 @@ def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarr
 
 def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
     """Concepts of an arm's corpus by our own count: nouns of captions, labels of images, and both."""
-    cfg = count.Config(
+    cfg = CountConfig(
         data=(str(path),), out=str(path.with_suffix("")), spacy=pipeline, query_spacy=pipeline, label_column="concept",
         workers=1,
     )  # fmt: skip
     return count.count_corpus(cfg, names)
 
 
-def count_exchanged(folder: Path, settings: dict, names: list[str], pipeline: str) -> count.Counted:
+def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipeline: str) -> count.Counted:
     """The same corpus with a known share of its captions exchanged."""
-    cfg = Arm(**settings | {"misaligned": PLANTED / 100, "groups": tuple(settings["groups"])})
-    corpus = pairs.read_corpus(cfg.data, names, (), len(names), False)
-    pairs.write_pairs(folder / "exchanged.parquet", corpus, pairs.make_pairs(cfg, corpus)[1])
+    corpus = read_corpus(settings.data, names, (), len(names), False)
+    _, pairs = train.make_pairs(dataclasses.replace(settings, misaligned=PLANTED / 100), corpus)
+    train.write_pairs(folder / "exchanged.parquet", corpus, pairs)
     return count_pairs(folder / "exchanged.parquet", names, pipeline)
 
 
-def tail_benchmark(folder: Path, table: dict[str, dict], cfg: Config) -> Path:
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
+    """Metrics of a run and, as "concepts", its table: `evaluate_run`, kept beside the checkpoint.
+
+    Files are results.json and results.md. Not repeated while nothing has changed.
+    """
+    folder = Path(path)
+    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "batch_size", "precision")}
+
+    def measure() -> dict:
+        metrics, table = evaluate_run(folder, cfg, process)
+        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+        (folder / "results.md").write_text(evaluation.table(rows) + "\n")
+        return {"metrics": metrics, "concepts": table}
+
+    found = evaluation.measured(folder / "results.json", setting, [folder / "checkpoint.pt"], measure)
+    return found["metrics"] | {"concepts": found["concepts"]}
+
+
+def export_run(path: str, folder: str) -> None:
+    """The model as one of open_clip's, whose preprocessing lacks the resize of `views` and only comes near."""
+    settings, model = train.load_run(path, "cpu")
+    side, half = train.image_side(model), (0.5, 0.5, 0.5)
+    near = {"mean": half, "std": half, "interpolation": "bilinear", "resize_mode": "squash"}
+    config = export.named_config(settings.model, side)
+    export.write(folder, model, config, model.state_dict(), plain_view(side), **near)
+
+
+# ------------------------------------------------------------------------------------------------------------- two arms
+
+
+def column(table: Table, key: str) -> np.ndarray:
+    """(K,) of one run, concepts in the order of the table."""
+    return np.array([row[key] for row in table.values()], dtype=np.float64)
+
+
+def changes(reference: Sequence[Table], other: Sequence[Table]) -> tuple[np.ndarray, np.ndarray]:
+    """(change of log10 frequency, gain in accuracy), (S, K) each, of the reference over another arm, by seed."""
+    pairs = list(zip(reference, other, strict=True))
+    frequency = [np.log10(column(a, "assigned")) - np.log10(column(b, "assigned")) for a, b in pairs]
+    return np.stack(frequency), np.stack([column(a, "accuracy") - column(b, "accuracy") for a, b in pairs])
+
+
+def beside_zipf(own: Table, zipf: Table) -> dict[str, float]:
+    """What takes two arms: an arm's accuracies on the Zipf arm's frequencies, and changes of both for a concept."""
+    frequency, accuracy = column(zipf, "assigned"), column(own, "accuracy")
+    found = {
+        "slope_on_zipf": slope_per_decade(frequency, accuracy, 1)["slope"],
+        "head": float(accuracy[frequency >= np.quantile(frequency, 0.9)].mean()),
+    }
+    if own is not zipf:
+        (change,), (gain,) = changes([zipf], [own])
+        found["within"] = within_slope(change, gain, 1)["slope"]
+        found["change_r_log"] = float(np.corrcoef(change, gain)[0, 1])
+        found["change_r_linear"] = float(np.corrcoef(frequency - column(own, "assigned"), gain)[0, 1])
+    return found
+
+
+def tail_benchmark(folder: Path, table: Table, cfg: Config) -> Path:
     """Let It Wag! of one seed: the least frequent half of the concepts, by our counts in the Zipf arm.
 
     Images that no arm was trained on: the unseen style and the held-out drawings of the others, less near-duplicates,
@@ -232,57 +279,43 @@ def tail_benchmark(folder: Path, table: dict[str, dict], cfg: Config) -> Path:
     return out
 
 
-def tail_accuracy(run_folder: Path, table: dict[str, dict], benchmark: Path, cfg: Config, process: run.Process) -> dict:
+def tail_accuracy(
+    run_folder: Path, table: Table, benchmark: Path, cfg: Config, process: run.Process
+) -> dict[str, float]:
     """{"tail", "rest"}: percent on the benchmark, and on the other concepts' images, among all K concepts."""
-    state, names = checkpoints.load_checkpoint(run_folder / "checkpoint.pt"), list(table)
-    settings = state["config"]
-    model = train.create_model(settings["model"], settings["image_size"]).to(process.device)
-    model.load_state_dict(state["state_dict"])
-    tokenizer = open_clip.get_tokenizer(settings["model"], context_length=model.context_length)
-    test, tail = train.read_test_set(str(benchmark), names, cfg.workers), read_concepts(benchmark)
-    accuracy = scored(model, tokenizer, test, names, cfg, process)
+    settings, model = train.load_run(run_folder, process.device)
+    names, tail = list(table), read_concepts(benchmark)
+    test = read_test_set(str(benchmark), names, cfg.workers)
+    accuracy = scored(model, test, names, settings, cfg, process)
     rest = [row["accuracy"] for name, row in table.items() if name not in tail]
     return {"tail": accuracy.nanmean().item(), "rest": float(np.mean(rest)), "tail_classes": len(tail)}
 
 
-def evaluated(path: str, cfg: Config, process: run.Process) -> tuple[dict[str, float], dict[str, dict]]:
-    """`evaluate_run`, kept beside the checkpoint (results.json, results.md), and not repeated while nothing changed."""
-    folder = Path(path)
-    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "batch_size", "precision")}
-
-    def measure() -> dict:
-        metrics, table = evaluate_run(folder, cfg, process)
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(evaluation.table(rows) + "\n")
-        return {"metrics": metrics, "concepts": table}
-
-    found = evaluation.measured(folder / "results.json", setting, [folder / "checkpoint.pt"], measure)
-    return found["metrics"], found["concepts"]
+def add_comparisons(results: list[dict[str, Any]], cfg: Config, process: run.Process) -> None:
+    """Add to what was measured of runs ARM-seedN what takes the run zipf-seedN, too, where that is among them."""
+    by_name = {Path(path).name: found for path, found in zip(cfg.runs, results, strict=True)}
+    for folder, found in zip(map(Path, cfg.runs), results, strict=True):
+        seed = folder.name.rpartition("-seed")[2]
+        if (zipf := by_name.get(f"zipf-seed{seed}")) is not None:
+            benchmark = tail_benchmark(folder.parent / f"let_it_wag-seed{seed}", zipf["concepts"], cfg)
+            found |= tail_accuracy(folder, found["concepts"], benchmark, cfg, process)
+            found |= beside_zipf(found["concepts"], zipf["concepts"])
 
 
-def main(cfg: Config) -> None:
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def main(cfg: Config) -> list[dict[str, Any]] | None:
+    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
-    if not cfg.runs:
-        raise ValueError("name at least one run folder")
-    evaluation.check_report(cfg.report)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)
-    results = []
-    for path in cfg.runs:
-        results.append(evaluated(path, cfg, process))
-        metrics = results[-1][0]
-        print(
-            f"{path}: "
-            + ", ".join(f"{heading} {metrics[key]:.2f}" for key, heading in METRICS.items() if key in metrics)
-        )
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
-        zipf = {Path(p).name: table for p, (_, table) in zip(cfg.runs, results, strict=True)}
-        for path, (metrics, table) in zip(cfg.runs, results, strict=True):
-            seed = path.rpartition("-seed")[2]
-            if (reference := zipf.get(f"zipf-seed{seed}")) is not None:
-                benchmark = tail_benchmark(Path(path).parent / f"let_it_wag-seed{seed}", reference, cfg)
-                metrics |= tail_accuracy(Path(path), table, benchmark, cfg, process)
-        compare(list(cfg.runs), results, Path(cfg.report), cfg.replay)
+        add_comparisons(results, cfg, process)
+        more = {"replayed": checkpoints.read_json(cfg.replay)["claims"]} if cfg.replay else {}
+        evaluation.compare("concept_frequency", cfg.runs, results, cfg.report, **more)
+    return results
 
 
 if __name__ == "__main__":

@@ -14,18 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2 as transforms
 import tyro
 from torch import Tensor, nn
 
-from concept_frequency import train
+from concept_frequency.clip_models import load_model
 from concept_frequency.concepts import caption_concepts, load_json, model_key
 from concept_frequency.config import MODELS
 from concept_frequency.eval import concept_recall, per_class_accuracy
+from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
@@ -63,98 +61,6 @@ class Config:
     """auto, cpu, cuda or cuda:N."""
     precision: str = "auto"
     """Autocast of the encoders."""
-
-
-# --------------------------------------------------------------------------------------------------------------- models
-
-
-def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or a run folder."""
-    if (Path(name) / "checkpoint.pt").is_file():
-        model, transform, tokenizer = _run_folder(Path(name))
-    elif Path(pretrained).is_file():
-        model, transform, tokenizer = _checkpoint(name, pretrained)
-    else:
-        if open_clip.get_model_config(name) is None and not name.startswith("hf-hub:"):
-            raise ValueError(f"model {name!r} is no open_clip config, no model of the paper and no run folder")
-        try:
-            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
-        except RuntimeError as error:
-            raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
-        tokenizer = open_clip.get_tokenizer(name)
-    return model.to(device).eval(), transform, tokenizer
-
-
-def _run_folder(folder: Path) -> tuple[nn.Module, Callable, Callable]:
-    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
-    cfg = checkpoints.config_in(state, train.Config, folder)
-    model = train.create_model(cfg.model, cfg.image_size)
-    model.load_state_dict(state["state_dict"])
-    side, plain = train.image_side(model), torch.full((1, train.NOISE), 0.5)
-
-    def transform(image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image.resize((train.SIDE, train.SIDE)))).permute(2, 0, 1)
-        return train.views(pixels[None], plain, side)[0]
-
-    return model, transform, open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
-
-
-def _checkpoint(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
-    """Weights in open_clip's layout, under `state_dict` or not, with `module.` before them or not; or SLIP's."""
-    with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # SLIP keeps its arguments and learning rates
-        state = checkpoints.load_checkpoint(path)
-    weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
-    if "image_projection" in weights:
-        return slip(weights)
-    model, _, transform = open_clip.create_model_and_transforms(name, load_weights=False)
-    _load(model, weights, path, name)
-    return model, transform, open_clip.get_tokenizer(name)
-
-
-def _load(model: nn.Module, weights: dict[str, Tensor], path: str, name: str) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        why = str(error).splitlines()[-1].strip()[:200]
-        raise ValueError(f"{path} does not hold the weights of {name}: {why}") from error
-
-
-def slip(weights: dict[str, Tensor]) -> tuple[nn.Module, Callable, Callable]:
-    """CLIP of the SLIP repository, ViT-B-16 in the paper, as an open_clip model on timm's vision transformer.
-
-    Source: U:src/slip/models.py. Projections are matrices (width, embed_dim); QuickGELU in the text tower.
-    """
-    width, layers = weights["ln_final.weight"].shape[0], {key.split(".")[2] for key in weights if ".resblocks." in key}
-    size = {384: "small", 768: "base", 1024: "large"}[weights["visual.cls_token"].shape[-1]]
-    context, vocabulary = len(weights["positional_embedding"]), len(weights["token_embedding.weight"])
-    side = 16 * round((weights["visual.pos_embed"].shape[1] - 1) ** 0.5)
-    vision = {"timm_model_name": f"vit_{size}_patch16_224", "timm_pool": "token", "timm_proj": "linear"}
-    text = {"context_length": context, "vocab_size": vocabulary, "width": width, "heads": width // 64}
-    model = open_clip.CustomTextCLIP(
-        weights["text_projection"].shape[1],
-        vision | {"image_size": side},
-        text | {"layers": len(layers)},
-        quick_gelu=True,
-    )
-    state = {"logit_scale": weights["logit_scale"], "text.text_projection": weights["text_projection"]}
-    for key, value in weights.items():
-        if key == "image_projection":
-            state["visual.head.proj.weight"] = value.T
-        elif key.startswith("visual."):
-            state[f"visual.trunk.{key.removeprefix('visual.')}"] = value
-        elif key.startswith(("transformer.", "token_embedding.", "positional_embedding", "ln_final.")):
-            state[f"text.{key}"] = value
-    _load(model, state, "the checkpoint", "SLIP's CLIP")
-    transform = transforms.Compose(
-        [
-            transforms.Resize(side),
-            transforms.CenterCrop(side),
-            transforms.PILToTensor(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    return model, transform, open_clip.SimpleTokenizer(context_length=context)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -208,8 +114,6 @@ def main(cfg: Config) -> None:
         loader = evaluation.batches(cfg.batch_size, cfg.workers)
         features, targets = extract_image_features(model.encode_image, loader, process.device, dtype, evaluation.name)
         if evaluation.kind == "retrieval":
-            from concept_frequency.captions import load_spacy
-
             n = min(5, *map(len, targets))  # the first five of each image, as upstream
             captions = [caption for of_image in targets for caption in of_image[:n]]
             texts = encode_texts(model.encode_text, tokenizer, captions, cfg.batch_size, process.device, dtype)

@@ -2,14 +2,16 @@
 
     python -m concept_frequency.replay CLONE [--out runs/concept_frequency/replay]
 
-CLONE is a clone of bethgelab/frequency_determines_performance (its folders search_counts, zero_shot_evaluations,
-retrieval_evaluations, misalignment_metrics, let_it_wag_datasets). Nothing is counted or trained here: this shows that
-curve, bins and correlation are the authors', and how much of each correlation is left in the diagnostics that the paper
-lacks: all bins, no bins, scores shuffled across everything and within each dataset.
+CLONE is a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`), its folders search_counts,
+zero_shot_evaluations, retrieval_evaluations, misalignment_metrics, let_it_wag_datasets. None of its files are in this
+project; values that are printed in the authors' figures and notebooks are. Nothing is counted or trained here: this
+shows that curve, bins and correlation are the authors', and how much of each correlation is left in the diagnostics
+that the paper lacks: all bins, no bins, scores shuffled across everything and within each dataset.
 """
 
 import dataclasses
 import itertools
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -18,20 +20,137 @@ import numpy as np
 import tyro
 
 from concept_frequency import curves
-from concept_frequency.concepts import load_counts, load_json, mean_scores
-from concept_frequency.published import (
-    AGREEMENT,
-    BINS,
-    CORPORA,
-    DERIVED,
-    METHODS,
-    MISALIGNED,
-    MODELS,
-    PRINTED,
-    Results,
-    plotted_bins,
-)
+from concept_frequency.concepts import load_counts, load_json, load_results, mean_scores
 from shared import checkpoints, cli, evaluation
+
+Rows = list[dict[str, str]]  # of a table
+
+# --------------------------------------------------------------------------------------------------- the authors' files
+
+CLASSIFICATION = (  # 17 datasets; ImageNet-Sketch is the 18th, without text counts
+    "imagenet cifar10 cifar100 caltech101 caltech256 sun397 birdsnap country211 cub dtd eurosat fgvcaircraft "
+    "flowers102 food101 oxfordpets stanfordcars ucf101"
+).split()
+RETRIEVAL = ["coco", "flickr"]
+METHODS = {"integrated": "integrated_tlemmatized_i0.7", "image": "rampp0.7", "text": "lemmatized"}
+BINS = {"classification": 12, "retrieval": 7, "generation": 7}
+CORPORA = {
+    "cc3m": "CC-3M",
+    "cc12m": "CC-12M",
+    "yfcc15m": "YFCC-15M",
+    "laion400m": "LAION-400M",
+    "synthci30m": "SynthCI-30M",
+    "laion200m_train_test_sim_normalized": "LAION-200M",
+}
+MODELS = (
+    ("RN50|cc3m", "ViT-B-16|cc3m", "RN50|cc12m", "ViT-B-16|cc12m", "RN50|yfcc15m", "RN101|yfcc15m", "ViT-B-16|yfcc15m")
+    + ("ViT-B-32|laion400m", "ViT-B-16|laion400m", "ViT-L-14|laion400m", "ViT-B-16|synthci30m")
+    + ("ViT-B-32|laion200m_train_test_sim_normalized",)
+)
+
+# Values printed in the legends of the authors' figures, in the order of MODELS; None: no such figure.
+PRINTED = {
+    ("classification", "integrated"): (0.97, 0.93, 0.93, 0.83, 0.96, 0.95, 0.96, None, None, None, 0.82, None),
+    ("classification", "image"): (0.98, 0.97, 0.97, 0.95, 0.82, 0.89, 0.92, 0.95, 0.91, 0.87, 0.93, 0.97),
+    ("classification", "text"): (0.92, 0.91, 0.95, 0.94, 0.85, 0.89, 0.88, 0.92, 0.85, 0.83, 0.89, None),
+    ("retrieval", "integrated"): (1.00, 1.00, 0.98, 0.98, 1.00, 1.00, 0.99, 0.97, 0.97, 0.96, None, None),
+    ("retrieval", "image"): (None,) * 11 + (0.99,),
+}
+DERIVED = {  # LAION-400M in the main figure, whose file the repository lacks: recomputed, three digits
+    "ViT-B-32|laion400m": 0.957,
+    "ViT-B-16|laion400m": 0.916,
+    "ViT-L-14|laion400m": 0.855,
+}
+MISALIGNED = {"cc3m": 16.81, "cc12m": 17.26, "yfcc15m": 36.49, "laion_aesthetics": 14.34, "laion400m": 5.31}  # percent
+AGREEMENT = {  # Spearman, as U:notebooks/correlations_between_pretraining_frequencies.ipynb shows it
+    ("cc3m", "cc12m"): 0.79, ("cc12m", "yfcc15m"): 0.96, ("cc3m", "laion400m"): 0.63, ("cc12m", "laion400m"): 0.74,
+    ("yfcc15m", "laion400m"): 0.76,
+}  # fmt: skip
+IMAGENET = {  # percent, of open_clip's table, as U:notebooks/let_it_wag_eval.ipynb cell 5 has them
+    "RN50|openai": 59.82, "RN101|openai": 62.28, "ViT-B-32|openai": 63.32, "ViT-B-16|siglip": 78.49,
+    "ViT-B-16|openai": 68.34, "ViT-L-14|openai": 75.54, "SO400M|siglip": 83.44, "ViT-L-16|siglip": 82.07,
+    "ViT-B-32|metaclip400m": 65.58, "ViT-B-32|commonpool": 23.04, "ViT-B-16|dfn": 76.24, "ViT-B-16|commonpool": 57.77,
+    "ViT-L-14|commonpool": 76.37, "ViT-H-14|dfn": 83.44, "ViT-B-32|metaclip2.5b": 67.66,
+    "ViT-B-16|metaclip400m": 70.80, "ViT-B-16|metaclip2.5b": 72.12, "ViT-L-14|metaclip400m": 76.20,
+    "ViT-L-14|metaclip2.5b": 79.17, "ViT-H-14|metaclip2.5b": 80.51,
+}  # fmt: skip
+
+
+def plotted_bins(task: str, pretraining: str) -> slice:
+    """The bins that the paper plots and correlates: they differ from panel to panel."""
+    if task == "retrieval":
+        return slice(3, None)
+    if task == "generation":
+        return slice(-4, None)
+    return {"laion400m": slice(2, -1), "synthci30m": slice(0, -4)}.get(pretraining, slice(1, -1))
+
+
+def short(model: str) -> str:
+    """`backboneRN50_pretrainedcc3m` -> `RN50|cc3m`."""
+    return model.removeprefix("backbone").replace("_pretrained", "|", 1)
+
+
+class Results:
+    """The authors' published files."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        for name in ("search_counts", "zero_shot_evaluations", "retrieval_evaluations"):
+            if not (self.folder / name).is_dir():
+                raise FileNotFoundError(
+                    f"{self.folder} has no folder {name}: name a clone of bethgelab/frequency_determines_performance"
+                )
+
+    def counts_file(self, dataset: str, pretraining: str, method: str) -> Path:
+        return self.folder / "search_counts" / f"{dataset}_{pretraining}_{method}_search_counts.json"
+
+    def has(self, search: str, pretraining: str, task: str = "classification") -> bool:
+        dataset = CLASSIFICATION[0] if task == "classification" else RETRIEVAL[0]
+        return self.counts_file(dataset, pretraining, METHODS[search]).is_file()
+
+    @cache  # noqa: B019 - one object a run
+    def pairs(self, task: str, search: str, model: str, prompts: str = "class", method: str | None = None):
+        """(counts (P,), scores (P,), dataset (P,)) of a panel: pooled over its datasets, not averaged.
+
+        `prompts` is class, simple, ensemble, or t2i_k=10 and the like for retrieval. COCO's empty concept is in the
+        image counts alone, as published.
+        """
+        pretraining = model.partition("|")[2]
+        datasets = RETRIEVAL if task == "retrieval" else CLASSIFICATION + ["imagenet-sketch"] * (search != "text")
+        place = "retrieval_evaluations" if task == "retrieval" else "zero_shot_evaluations"
+        method = method or METHODS[search]
+        counts = [load_counts(self.counts_file(dataset, pretraining, method)) for dataset in datasets]
+        scores = [load_results(self.folder / place / f"{d}_{prompts}_results.json", model) for d in datasets]
+        return curves.pooled(counts, scores)
+
+    def tail_counts(self, pretraining: str, search: str) -> list[int]:
+        """Counts of the 3,469 classes of 17 datasets."""
+        files = (load_counts(self.counts_file(dataset, pretraining, METHODS[search])) for dataset in CLASSIFICATION)
+        return [count for counts in files for count in counts.values()]
+
+    def all_counts(self, pretraining: str, search: str) -> dict[str, int]:
+        """Counts of all concepts of a corpus; of a name that several files have, the first in order of names."""
+        found: dict[str, int] = {}
+        for path in sorted(
+            (self.folder / "search_counts").glob(f"*_{pretraining}_{METHODS[search]}_search_counts.json")
+        ):
+            found = load_counts(path) | found
+        return found
+
+    def let_it_wag(self) -> dict[str, float]:
+        """Percent on Let It Wag! of each model, by its short name."""
+        name = "let_it_wag_ensemble_results.json"
+        places = [self.folder / "let_it_wag_datasets/evaluations" / name, self.folder / "let_it_wag" / name]
+        path = next((path for path in places if path.is_file()), places[0])
+        return {short(model): value["full"] for model, value in load_json(path).items()}
+
+    def imagenet(self) -> dict[str, float]:
+        """Percent on ImageNet with the ensemble of prompts: from the files, else as the authors' notebook has it."""
+        files = load_json(self.folder / "zero_shot_evaluations/imagenet_ensemble_results.json")
+        return IMAGENET | {short(model): value["full"] for model, value in files.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- correlations
 
 
 class Panel(NamedTuple):
@@ -52,6 +171,7 @@ class Panel(NamedTuple):
 
 
 def panel(results: Results, task: str, search: str, model: str, prompts: str, printed: float | None) -> Panel:
+    """Correlation of one model and its diagnostics."""
     counts, scores, dataset = results.pairs(task, search, model, prompts)
     bins, num_bins = plotted_bins(task, model.partition("|")[2]), BINS[task]
     curve = curves.log_linear_curve(counts, scores, num_bins)
@@ -67,6 +187,7 @@ def panel(results: Results, task: str, search: str, model: str, prompts: str, pr
 
 
 def figure(results: Results, task: str, search: str, prompts: str) -> list[Panel]:
+    """All panels whose counts are among the files."""
     printed = PRINTED.get((task, search), (None,) * len(MODELS))
     return [
         panel(results, task, search, model, prompts, value)
@@ -75,7 +196,8 @@ def figure(results: Results, task: str, search: str, prompts: str) -> list[Panel
     ]
 
 
-def panel_rows(panels: list[Panel]) -> list[dict[str, str]]:
+def panel_rows(panels: list[Panel]) -> Rows:
+    """One table row a panel."""
     return [
         {
             "corpus": CORPORA[p.model.partition("|")[2]],
@@ -105,10 +227,48 @@ def equal_to_printed(name: str, panels: list[Panel]) -> dict[str, str]:
     return {"claim": name, "paper": values, "here": f"{same} of {len(shown)} equal to the digit", "verdict": verdict}
 
 
-# ------------------------------------------------------------------------------------------------- the other measures
+def figures_of(results: Results) -> dict[str, list[Panel]]:
+    """{"task, search": its panels}, with bare class names as prompts, or recall at 10 of images for texts."""
+    return {
+        f"{task}, {search}": figure(results, task, search, "class" if task == "classification" else "t2i_k=10")
+        for task in ("classification", "retrieval")
+        for search in METHODS
+    }
 
 
-def thresholds(results: Results) -> list[dict[str, str]]:
+def rho_tables(results: Results, figures: dict[str, list[Panel]]) -> dict[str, Rows]:
+    """{heading: rows} of the correlations, and of the main figure with other prompts."""
+    tables = {f"rho, {name} counts": panel_rows(panels) for name, panels in figures.items()}
+    for prompts in ("simple", "ensemble"):
+        panels = [
+            panel(results, "classification", "integrated", p.model, prompts, None)
+            for p in figures["classification, integrated"]
+        ]
+        tables[f"rho, classification, integrated counts, {prompts} prompts"] = panel_rows(panels)
+    return tables
+
+
+def rho_claims(figures: dict[str, list[Panel]]) -> Rows:
+    """Claims rows: which correlations agree with those of the authors' figures."""
+    claims = [
+        equal_to_printed(f"published files: rho, {name} counts", panels)
+        for name, panels in figures.items()
+        if any(p.printed is not None for p in panels)
+    ]
+    main = [p for p in figures["classification, integrated"] if p.model in DERIVED]
+    if main:
+        same = sum(f"{p.rho:.3f}" == f"{DERIVED[p.model]:.3f}" for p in main)
+        claims.insert(1, {
+            "claim": "published files: rho, LAION-400M, main figure", "paper": ".957 .916 .855 (no figure file)",
+            "here": f"{same} of {len(main)} equal", "verdict": "reproduced" if same == len(main) else "not reproduced",
+        })  # fmt: skip
+    return claims
+
+
+# --------------------------------------------------------------------------------------------------- the other measures
+
+
+def thresholds(results: Results) -> Rows:
     """rho (image counts) by RAM++ threshold."""
     rows = []
     for model in MODELS[:10]:
@@ -125,7 +285,7 @@ def thresholds(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def agreement(results: Results) -> list[dict[str, str]]:
+def agreement(results: Results) -> Rows:
     """Spearman's rank correlation of counts, names aligned; number of concepts in brackets."""
     names = [name for name in list(CORPORA)[:4] if results.has("image", name)]
     rows = []
@@ -139,7 +299,7 @@ def agreement(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def agreement_claim(rows: list[dict[str, str]]) -> dict[str, str]:
+def agreement_claim(rows: Rows) -> dict[str, str]:
     """A claims row: which printed agreements are among the aligned ones. The notebook does not say of which search."""
     shown = [row for row in rows if row["printed"] != "-"]
     found = [[float(row[search].split()[0]) for search in METHODS] for row in shown]
@@ -155,7 +315,8 @@ def agreement_claim(rows: list[dict[str, str]]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def tails(results: Results) -> list[dict[str, str]]:
+def tails(results: Results) -> Rows:
+    """How unevenly concepts occur, by corpus and search."""
     rows = []
     for name in list(CORPORA)[:4]:
         for search in METHODS:
@@ -169,7 +330,17 @@ def tails(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def misalignments(results: Results) -> list[dict[str, str]]:
+def tail_claim(rows: Rows) -> dict[str, str]:
+    """A claims row: the share of concepts of negligible frequency."""
+    few = [float(row["below max/1000"].rstrip("%")) for row in rows]
+    return {
+        "claim": "published files: concepts of negligible frequency", "paper": "more than 2/3",
+        "here": f"{min(few):.0f} to {max(few):.0f} %",
+        "verdict": "reproduced" if min(few) > 200 / 3 else "same direction",
+    }  # fmt: skip
+
+
+def misalignments(results: Results) -> Rows:
     """The published degrees, percent of the fixed dataset sizes."""
     rows = []
     for name, printed in MISALIGNED.items():
@@ -182,7 +353,17 @@ def misalignments(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def generation(results: Results) -> list[dict[str, str]]:
+def misalignment_claim(rows: Rows) -> dict[str, str]:
+    """A claims row: which degrees are the paper's."""
+    same = [row["paper"] == row["here"] for row in rows]
+    return {
+        "claim": "published files: misalignment degree", "paper": "5.31 to 36.49 %",
+        "here": f"{sum(same)} of {len(same)} equal",
+        "verdict": "reproduced" if same and all(same) else "not reproduced",
+    }  # fmt: skip
+
+
+def generation(results: Results) -> Rows:
     """Mean rho of the text-to-image models, last 4 of 7 bins, against counts in LAION-Aesthetics."""
     counts_file = results.counts_file("t2i", "laion_aesthetics", METHODS["integrated"])
     rows = []
@@ -203,6 +384,30 @@ def generation(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def let_it_wag(results: Results) -> tuple[Rows, Rows]:
+    """(table rows, claims rows) of accuracies on Let It Wag! against those on ImageNet, over models."""
+    imagenet, tail = results.imagenet(), results.let_it_wag()
+    names = sorted(imagenet.keys() & tail.keys())
+    slopes = curves.two_slopes([imagenet[n] for n in names], [tail[n] for n in names])
+    gaps = [imagenet[n] - tail[n] for n in names]
+    rows = [
+        {"models": f"{slopes[f'n_{side}']} {side} 50 %", "paper": paper, "slope here": f"{slopes[f'slope_{side}']:.3f}"}
+        for side, paper in (("below", "0.603"), ("above", "1.578"))
+    ]
+    good = f"{slopes['slope_below']:.3f} {slopes['slope_above']:.3f}"
+    return rows, [
+        {
+            "claim": "published files: Let It Wag! slopes below and above 50 %", "paper": "0.603 1.578", "here": good,
+            "verdict": "reproduced" if good == "0.603 1.578" else "not reproduced",
+        },
+        {
+            "claim": "published files: points lost on Let It Wag!", "paper": "22.7 (11.5 to 36.8)",
+            "here": f"{np.mean(gaps):.1f} ({min(gaps):.1f} to {max(gaps):.1f})",
+            "verdict": "reproduced" if f"{np.mean(gaps):.1f}" == "22.7" else "not reproduced",
+        },
+    ]  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
@@ -214,71 +419,21 @@ class Config:
     """Folder for results.json, results.md and plots."""
 
 
-def derive(results: Results) -> tuple[dict[str, list[dict[str, str]]], list[dict[str, str]], dict[str, list[Panel]]]:
-    """(tables by heading, claims, panels by figure)."""
-    figures = {
-        f"{task}, {search}": figure(results, task, search, "class" if task == "classification" else "t2i_k=10")
-        for task in ("classification", "retrieval")
-        for search in METHODS
+def derive(results: Results) -> tuple[dict[str, Rows], Rows, dict[str, list[Panel]]]:
+    """({heading: table rows}, claims rows, {figure: panels})."""
+    figures = figures_of(results)
+    degrees, shares, agreements = misalignments(results), tails(results), agreement(results)
+    wag_rows, wag_claims = let_it_wag(results)
+    tables = rho_tables(results, figures) | {
+        "rho by RAM++ threshold, image counts": thresholds(results),
+        "agreement of counts (Spearman, concepts)": agreements,
+        "long tail, 17 datasets": shares,
+        "misalignment degree, percent": degrees,
+        "text to image, mean rho": generation(results),
+        "Let It Wag! against ImageNet": wag_rows,
     }
-    tables = {f"rho, {name} counts": panel_rows(panels) for name, panels in figures.items()}
-    for prompts in ("simple", "ensemble"):
-        panels = [
-            panel(results, "classification", "integrated", p.model, prompts, None)
-            for p in figures["classification, integrated"]
-        ]
-        tables[f"rho, classification, integrated counts, {prompts} prompts"] = panel_rows(panels)
-    claims = [
-        equal_to_printed(f"published files: rho, {name} counts", panels)
-        for name, panels in figures.items()
-        if any(p.printed is not None for p in panels)
-    ]
-    main = [p for p in figures["classification, integrated"] if p.model in DERIVED]
-    if main:
-        same = sum(f"{p.rho:.3f}" == f"{DERIVED[p.model]:.3f}" for p in main)
-        claims.insert(1, {
-            "claim": "published files: rho, LAION-400M, main figure", "paper": ".957 .916 .855 (no figure file)",
-            "here": f"{same} of {len(main)} equal", "verdict": "reproduced" if same == len(main) else "not reproduced",
-        })  # fmt: skip
-
-    tables["rho by RAM++ threshold, image counts"] = thresholds(results)
-    tables["agreement of counts (Spearman, concepts)"] = agreement(results)
-    tables["long tail, 17 datasets"] = tails(results)
-    tables["misalignment degree, percent"] = misalignments(results)
-    tables["text to image, mean rho"] = generation(results)
-    same = [row["paper"] == row["here"] for row in tables["misalignment degree, percent"]]
-    verdict = "reproduced" if same and all(same) else "not reproduced"
-    claims.append({
-        "claim": "published files: misalignment degree", "paper": "5.31 to 36.49 %",
-        "here": f"{sum(same)} of {len(same)} equal", "verdict": verdict,
-    })  # fmt: skip
-    claims.append(agreement_claim(tables["agreement of counts (Spearman, concepts)"]))
-    few = [float(row["below max/1000"].rstrip("%")) for row in tables["long tail, 17 datasets"]]
-    claims.append({
-        "claim": "published files: concepts of negligible frequency", "paper": "more than 2/3",
-        "here": f"{min(few):.0f} to {max(few):.0f} %",
-        "verdict": "reproduced" if min(few) > 200 / 3 else "same direction",
-    })  # fmt: skip
-
-    imagenet, tail = results.imagenet(), results.let_it_wag()
-    names = sorted(imagenet.keys() & tail.keys())
-    slopes = curves.two_slopes([imagenet[n] for n in names], [tail[n] for n in names])
-    gaps = [imagenet[n] - tail[n] for n in names]
-    tables["Let It Wag! against ImageNet"] = [
-        {"models": f"{slopes[f'n_{side}']} {side} 50 %", "paper": paper, "slope here": f"{slopes[f'slope_{side}']:.3f}"}
-        for side, paper in (("below", "0.603"), ("above", "1.578"))
-    ]
-    good = f"{slopes['slope_below']:.3f} {slopes['slope_above']:.3f}"
-    claims.append({
-        "claim": "published files: Let It Wag! slopes below and above 50 %", "paper": "0.603 1.578", "here": good,
-        "verdict": "reproduced" if good == "0.603 1.578" else "not reproduced",
-    })  # fmt: skip
-    claims.append({
-        "claim": "published files: points lost on Let It Wag!", "paper": "22.7 (11.5 to 36.8)",
-        "here": f"{np.mean(gaps):.1f} ({min(gaps):.1f} to {max(gaps):.1f})",
-        "verdict": "reproduced" if f"{np.mean(gaps):.1f}" == "22.7" else "not reproduced",
-    })  # fmt: skip
-    return tables, claims, figures
+    claims = [misalignment_claim(degrees), agreement_claim(agreements), tail_claim(shares)]
+    return tables, [*rho_claims(figures), *claims, *wag_claims], figures
 
 
 def plot(results: Results, figures: dict[str, list[Panel]], path: Path) -> None:
@@ -307,7 +462,8 @@ def plot(results: Results, figures: dict[str, list[Panel]], path: Path) -> None:
     plt.close(drawn)
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> Rows:
+    """Write and print the tables, draw the main figure; returns the claims rows."""
     results, out = Results(cfg.results), Path(cfg.out)
     tables, claims, figures = derive(results)
     out.mkdir(parents=True, exist_ok=True)
@@ -317,6 +473,7 @@ def main(cfg: Config) -> None:
     plot(results, figures, out / "main_figure.png")
     print("\n".join(sections))
     print(f"{evaluation.table(claims)}\n\nwritten to {out}")
+    return claims
 
 
 if __name__ == "__main__":

@@ -3,20 +3,24 @@
     python -m concept_frequency.train PRESET [--overrides]
 
 The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009) correlates accuracies of
-published models with counts in their corpora. Here frequency is the treatment: ranks are given to concepts at random,
-pairs are drawn (pairs.py), and accuracy is measured on a drawing style that no arm has seen. The arms differ in
-`exponent` and `assignment` alone. This file is all ours; counts, curves and tests are the paper's.
+published models with counts in their corpora. Here frequency is the treatment:
+  1. ranks are given to concepts at random                               `zipf_counts`
+  2. pairs are drawn by these frequencies                                `sample_pairs`
+  3. a CLIP is trained on them                                           `train_step`
+  4. accuracy is measured on a drawing style that no arm has seen        `zero_shot`
+The arms differ in `exponent` and `assignment` alone. This file is all ours; counts, curves and tests are the paper's.
 """
 
-import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import tyro
@@ -24,29 +28,114 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from concept_frequency.config import PRESETS, Config, check
-from concept_frequency.pairs import SIDE, make_pairs, read_corpus, sample_pairs, write_pairs, zipf_counts  # noqa: F401
+from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import checkpoints, cli, data, export, run
 from shared.clip import without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
-NOISE = 7  # random numbers of one view
-
-# ------------------------------------------------------------------------------------------------------ views and model
+# ------------------------------------------------------------------------------ the treatment: each concept's frequency
 
 
-def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float (B, 3, size, size) in -1..1; noise 0.5 is the plain image.
+def permutation(n: int, generator: torch.Generator | np.random.Generator | None) -> np.ndarray:
+    """A random order of range(n)."""
+    if isinstance(generator, np.random.Generator):
+        return generator.permutation(n)
+    return torch.randperm(n, generator=generator).numpy()
 
-    Zoom of 0.8 to 1.25, shift of up to a tenth, rotation of up to 15 degrees, and a tint; white outside.
+
+def zipf_counts(
+    num_concepts: int, total: int, exponent: float, generator: torch.Generator | np.random.Generator | None
+) -> np.ndarray:
+    """f (K,) int64, sum = total, each at least 1: f_c ~ rank_c^-exponent, ranks given to concepts at random.
+
+    Rounded down, then the largest remainders get what is missing; where raising zeros to 1 took too much, the most
+    frequent pay for it.
     """
-    u = 2 * noise - 1  # (B, 7) in -1..1
-    zoom, angle = 1.25 ** u[:, 0], u[:, 1] * math.pi / 12
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, 0.2 * u[:, 2]], 1), torch.stack([sin, cos, 0.2 * u[:, 3]], 1)], 1)
-    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # zeros outside: white
-    return (1 - ink * (1 + 0.3 * u[:, 4:7, None, None])).clamp(0, 1) * 2 - 1
+    if total < num_concepts:
+        raise ValueError(f"{total} pairs cannot hold each of {num_concepts} concepts")
+    share = np.arange(1, num_concepts + 1, dtype=np.float64) ** -exponent
+    exact = share / share.sum() * total
+    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
+    missing = total - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[: max(missing, 0)]] += 1
+    while missing < 0:
+        payers = np.flatnonzero(counts > 1)[:-missing]
+        counts[payers] -= 1
+        missing += len(payers)
+    return counts[permutation(num_concepts, generator)]
+
+
+class Pairs(NamedTuple):
+    """The corpus that an arm trains on; row i is document i of the count."""
+
+    concept: np.ndarray  # (N,) int64 what the image shows
+    image: np.ndarray  # (N,) int64 row of Corpus.images
+    caption: list[str]
+
+
+def sample_pairs(counts: np.ndarray, concepts: Sequence[Concept], misaligned: float, seed: int) -> Pairs:
+    """N = sum(counts) pairs: of concept c, f_c times one of its images in turn, each with a caption drawn anew.
+
+    A share `misaligned` of the pairs, drawn at random, exchange their captions among each other in a circle.
+    """
+    rng = np.random.default_rng(seed)
+    concept = np.repeat(np.arange(len(concepts)), counts)
+    image = np.empty(len(concept), dtype=np.int64)
+    for c, start in enumerate(np.cumsum(counts) - counts):
+        order = rng.permutation(concepts[c].images)
+        image[start : start + counts[c]] = np.resize(order, counts[c])
+    caption = [make_caption(concepts[c], rng) for c in concept.tolist()]
+    moved = rng.permutation(len(concept))[: round(misaligned * len(concept))]
+    for row, text in zip(moved, [caption[i] for i in np.roll(moved, 1)], strict=True):
+        caption[row] = text
+    order = rng.permutation(len(concept))
+    return Pairs(concept[order], image[order], [caption[i] for i in order])
+
+
+FORMS = (
+    "{name}",
+    "a drawing of {name}",
+    "{name} icon",
+    "picture of {name}",
+    "{name}, {tags}",
+    "{tags} {name}",
+    "the {name}",
+)
+
+
+def make_caption(concept: Concept, rng: np.random.Generator) -> str:
+    """The concept's name in a phrase, half of the time among one to three of its other words."""
+    tags = [tag for tag in concept.tags if tag != concept.name]
+    some = rng.permutation(tags)[: rng.integers(1, 4)] if tags else []
+    form = FORMS[rng.integers(len(FORMS) if len(some) else 4)]
+    return form.format(name=concept.name, tags=" ".join(some))
+
+
+def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
+    """(frequencies, pairs) of an arm: a function of its settings."""
+    generator = torch.Generator().manual_seed(data.stable_hash("assignment", cfg.seed, cfg.assignment))
+    counts = zipf_counts(cfg.num_concepts, cfg.total, cfg.exponent, generator)
+    return counts, sample_pairs(
+        counts, corpus.concepts, cfg.misaligned, data.stable_hash("pairs", cfg.seed, cfg.assignment)
+    )
+
+
+def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
+    """pairs.parquet (key, caption, concept): what `concept_frequency.count` counts."""
+    names = [concept.name for concept in corpus.concepts]
+    table = pa.table(
+        {
+            "key": [corpus.keys[i] for i in pairs.image],
+            "caption": pairs.caption,
+            "concept": [names[c] for c in pairs.concept],
+        }
+    )
+    with checkpoints.replaced(path) as file:
+        pq.write_table(table, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 def create_model(name: str, image_size: int | None = None) -> nn.Module:
@@ -61,41 +150,21 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
 
 
 def image_side(model: nn.Module) -> int:
+    """Image side in pixels."""
     size = model.visual.image_size
     return size[0] if isinstance(size, tuple) else size
 
 
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of unit rows (B, D), in fp32."""
-    logits = logit_scale.float() * image_features.float() @ text_features.float().T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+def load_run(folder: str | Path, device: torch.device | str) -> tuple[Config, nn.Module]:
+    """(settings, model in eval mode) of a run folder of this script; ValueError if it is another script's."""
+    state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
+    cfg = checkpoints.config_in(state, Config, folder)
+    model = create_model(cfg.model, cfg.image_size).to(device)
+    model.load_state_dict(state["state_dict"])
+    return cfg, model.eval()
 
 
-def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up, then half a cosine to 0."""
-    total = cfg.epochs * cfg.steps_per_epoch()
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - cfg.warmup) / max(total - cfg.warmup, 1)))
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
-
-
-class TestSet(NamedTuple):
-    images: Tensor  # (T, 3, SIDE, SIDE) uint8
-    labels: Tensor  # (T,) int64 concept
-
-
-def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSet:
-    """The evaluation set's images of these concepts."""
-    place = {name: c for c, name in enumerate(names)}
-    evaluation = EvalSet(folder, lambda image: torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1))
-    concept = torch.tensor([place.get(name, -1) for name in evaluation.classnames])
-    images, labels = map(torch.cat, zip(*evaluation.batches(256, workers), strict=True))
-    kept = concept[labels] >= 0
-    return TestSet(images[kept], concept[labels[kept]])
+# ------------------------------------------------------------------------------------------------------------- accuracy
 
 
 @torch.no_grad()
@@ -127,28 +196,128 @@ def zero_shot(
     return per_class_accuracy(torch.cat(hits), test.labels.repeat(num_views), len(names))
 
 
+# ------------------------------------------------------------------------------------------------------------- one step
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of unit rows (B, D), in fp32."""
+    logits = logit_scale.float() * image_features.float() @ text_features.float().T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up, then half a cosine to 0."""
+    total = cfg.epochs * cfg.steps_per_epoch()
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - cfg.warmup) / max(total - cfg.warmup, 1)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's two groups: gains, biases and the temperature without decay, matrices with it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if (p.ndim >= 2) == decay], "weight_decay": weight_decay * decay}
+        for decay in (False, True)
+    ]
+
+
+def train_step(
+    model: nn.Module,
+    images: Tensor,
+    tokens: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    cfg: Config,
+    process: run.Process,
+    precision: str,
+) -> dict[str, Tensor]:
+    """One step on this process's share of a batch, views (B, 3, S, S) and tokens (B, L); returns what is logged."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
+    torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
+    with run.autocast(precision, process.device):
+        image_features, text_features, scale, *_ = model(images, tokens)
+    loss = clip_loss(run.gather(image_features), run.gather(text_features), scale)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    with torch.no_grad():
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        bare.logit_scale.clamp_(0, math.log(100))
+    return {"loss": loss, "logit_scale": scale, "gradient_norm": norm}
+
+
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
 def dry_run(cfg: Config, world_size: int) -> None:
     """Print what a run would be: parameters, steps, learning rates, frequencies, memory of the training step."""
     model = create_model(cfg.model, cfg.image_size)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, size = sum(p.numel() for p in model.parameters()), image_side(model)
     per_epoch = cfg.steps_per_epoch()
-    total, size = per_epoch * cfg.epochs, image_side(model)
+    total = per_epoch * cfg.epochs
     counts = np.sort(zipf_counts(cfg.num_concepts, cfg.total, cfg.exponent, None))[::-1]
-    print(f"parameters         {parameters:,}")
-    print(f"samples            {cfg.total:,} pairs of {cfg.num_concepts:,} concepts, {cfg.epochs} times")
-    print(f"frequencies        {counts[0]:,} (most), {counts[len(counts) // 2]:,} (median), {counts[-1]:,} (least)")
-    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
-    print(f"steps              {total:,} ({per_epoch:,} an epoch)")
-    for step in sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}):
-        print(f"learning rate      {learning_rate(step, cfg):.3e} at step {step:,}")
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
     activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / world_size / 2**30
     weights = 16 * parameters / 2**30
-    print(f"memory estimate    {weights + activations:.1f} GiB a process in fp32: {weights:.1f} weights and AdamW;")
-    print(f"                   {activations:.1f} activations")
+    cli.show_plan(
+        [
+            ("parameters", f"{parameters:,}"),
+            ("samples", f"{cfg.total:,} pairs of {cfg.num_concepts:,} concepts, {cfg.epochs} times"),
+            ("frequencies", f"{counts[0]:,} (most), {counts[len(counts) // 2]:,} (median), {counts[-1]:,} (least)"),
+            cli.batch_row(cfg, world_size),
+            cli.step_row(total, per_epoch),
+            *cli.rate_rows(lambda step: f"{learning_rate(step, cfg):.3e}", cfg.warmup, total),
+            (
+                "memory estimate",
+                f"{weights + activations:.1f} GiB a process in fp32: {weights:.1f} weights and AdamW;",
+            ),
+            ("", f"{activations:.1f} activations"),
+        ]
+    )
+
+
+class ArmData:
+    """What an arm is trained and tested on: its pairs, views and tokens of them, and its test set, all in memory."""
+
+    def __init__(self, cfg: Config, process: run.Process, tokenizer: Callable, size: int):
+        self.cfg, self.process, self.size = cfg, process, size
+        offered = EvalSet(cfg.eval_set, lambda image: image).classnames
+        self.corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, cfg.strict)
+        self.names = [concept.name for concept in self.corpus.concepts]
+        self.counts, self.pairs = make_pairs(cfg, self.corpus)
+        captions = "\n".join(self.pairs.caption).encode()
+        self.fingerprint = data.fingerprint(self.corpus.images.numpy().tobytes(), captions)
+        self.tokens, self.test = tokenizer(self.pairs.caption), read_test_set(cfg.eval_set, self.names)
+
+    def write(self, folder: Path) -> None:
+        """Report broken samples; write pairs.parquet, which the count reads, and frequencies.json."""
+        if line := data.broken_report(self.corpus.broken, "left out"):
+            print(line)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_pairs(folder / "pairs.parquet", self.corpus, self.pairs)
+        frequencies = dict(zip(self.names, self.counts.tolist(), strict=True))
+        checkpoints.write_json(folder / "frequencies.json", frequencies)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(views, tokens) of this process's share of each batch of an epoch, from batch `start` on."""
+        cfg, (rank, world_size, device) = self.cfg, self.process
+        local, steps = cfg.batch_size // world_size, cfg.steps_per_epoch()
+        rows = data.batches(cfg.total, local, (cfg.seed, epoch), rank, world_size, start)[: steps - start]
+        label = f"{Path(cfg.out).name} {epoch + 1}/{cfg.epochs}"
+        bar = run.progress(rows, steps - start, label, cfg.batch_size, self.process)
+        for step, batch in enumerate(bar, epoch * steps + start):
+            # all ranks draw the views of the whole batch, so that processes together see what one would
+            generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, step))
+            noise = torch.rand(cfg.batch_size, NOISE, generator=generator)[rank * local : (rank + 1) * local]
+            images = self.corpus.images[self.pairs.image[batch]].to(device)
+            yield views(images, noise.to(device), self.size), self.tokens[batch].to(device)
 
 
 def train(cfg: Config) -> Path | None:
@@ -157,113 +326,48 @@ def train(cfg: Config) -> Path | None:
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    folder = Path(cfg.out)
-    steps, total_steps = cfg.steps_per_epoch(), cfg.epochs * cfg.steps_per_epoch()
+    precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.steps_per_epoch()
 
-    # Model, tokenizer, optimizer
+    # Model, tokenizer, optimizer; from the checkpoint if there is one
     model = create_model(cfg.model, cfg.image_size).to(process.device)
     tokenizer = open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if (p.ndim >= 2) == decay], "weight_decay": cfg.weight_decay * decay}
-        for decay in (False, True)
-    ]
+    groups = parameter_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
+    folder = run.RunFolder(cfg, process, step=0)
+    folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
+    if folder.finished(step=cfg.epochs * steps):
+        return folder.path
+    first = folder.state["step"]
 
-    # Resume
-    state = checkpoints.resume(folder, cfg) or {"step": 0, "seconds": 0.0}
-    if "state_dict" in state:
-        model.load_state_dict(state["state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    if state["step"] >= total_steps:
-        if process.main:
-            print(f"{folder} is finished ({total_steps} steps); nothing to do")
-        return folder
-
-    # Data: the arm's corpus, in memory
-    evaluation = EvalSet(cfg.eval_set, lambda image: image)
-    corpus = read_corpus(cfg.data, evaluation.classnames, cfg.groups, cfg.num_concepts, cfg.strict)
-    names = [concept.name for concept in corpus.concepts]
-    counts, pairs = make_pairs(cfg, corpus)
-    fingerprint = data.fingerprint(corpus.images.numpy().tobytes(), "\n".join(pairs.caption).encode())
-    if state.get("data", fingerprint) != fingerprint:
-        raise ValueError(f"{folder} was trained on other data than {cfg.data} holds now: choose another --out")
+    # Data: the arm's corpus
+    arm = ArmData(cfg, process, tokenizer, image_side(model))
+    if folder.state.get("data", arm.fingerprint) != arm.fingerprint:
+        raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main:
-        if line := data.broken_report(corpus.broken, "left out"):
-            print(line)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_pairs(folder / "pairs.parquet", corpus, pairs)
-        checkpoints.write_json(folder / "frequencies.json", dict(zip(names, counts.tolist(), strict=True)))
-    tokens = tokenizer(pairs.caption)
-    test = read_test_set(cfg.eval_set, names)
-    size = image_side(model)
-
-    log = run.RunLog(folder, cfg, process, step=state["step"])
+        arm.write(folder.path)
+    folder.start(first, data=arm.fingerprint, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
-    clock, commit = run.Stopwatch(state["seconds"]), run.commit()
-
-    def save(step: int) -> None:
-        if process.main:
-            checkpoints.save_checkpoint(
-                folder / "checkpoint.pt",
-                {
-                    "name": cfg.out,
-                    "epoch": step // steps,
-                    "step": step,
-                    "state_dict": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "seconds": clock.read(),
-                    "commit": commit,
-                    "data": fingerprint,
-                    "config": dataclasses.asdict(cfg),
-                },
-            )
-
     ddp.train()
-    rank, local = process.rank, cfg.batch_size // process.world_size
-    for epoch in range(state["step"] // steps, cfg.epochs):
-        start = state["step"] - epoch * steps if epoch == state["step"] // steps else 0
-        batches = data.batches(cfg.total, local, (cfg.seed, epoch), rank, process.world_size, start)
-        label = f"{folder.name} {epoch + 1}/{cfg.epochs}"
-        bar = run.progress(batches[: steps - start], steps - start, label, cfg.batch_size, process)
-        for step, rows in enumerate(bar, epoch * steps + start):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
-            # the views of the whole batch are drawn alike on all ranks, so that processes together see what one would
-            generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, step))
-            noise = torch.rand(cfg.batch_size, NOISE, generator=generator)[rank * local : (rank + 1) * local]
-            x = views(corpus.images[pairs.image[rows]].to(process.device), noise.to(process.device), size)
-            torch.manual_seed(data.stable_hash(cfg.seed, step, rank))  # for towers with dropout: resume agrees
-            with run.autocast(precision, process.device):
-                image_features, text_features, scale, *_ = ddp(x, tokens[rows].to(process.device))
-            loss = clip_loss(run.gather(image_features), run.gather(text_features), scale)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
+
+    for epoch in range(first // steps, cfg.epochs):
+        start = max(first, epoch * steps)
+        for step, (images, tokens) in enumerate(arm.batches(epoch, start - epoch * steps), start):
+            values = train_step(ddp, images, tokens, optimizer, scaler, step, cfg, process, precision)
             if (step + 1) % cfg.log_every == 0 or step == 0:
-                log.write(
-                    step + 1, epoch=epoch, seconds=clock.read(), lr=learning_rate(step, cfg), loss=loss,
-                    logit_scale=scale, gradient_norm=norm,
-                )  # fmt: skip
-                run.check_loss(loss, step)
-            if (step + 1) % cfg.save_every == 0 and step + 1 < total_steps:
-                save(step + 1)
-        if process.main and (epoch + 1 == cfg.epochs or (cfg.eval_every and (epoch + 1) % cfg.eval_every == 0)):
-            with clock.paused():
-                accuracy = zero_shot(model, tokenizer, test, names, 1, process.device, precision).nanmean().item()
-            log.write((epoch + 1) * steps, epoch=epoch, seconds=clock.read(), zero_shot_top1=accuracy)
-    save(total_steps)
-    log.close()
-    return folder
+                folder.log(step + 1, epoch=epoch, lr=learning_rate(step, cfg), **values)
+            if folder.due(step + 1) and (step + 1) % steps:
+                folder.save(step + 1, epoch=epoch, step=step + 1)
+
+        done, last = (epoch + 1) * steps, epoch + 1 == cfg.epochs
+        if process.main and (last or (cfg.eval_every and (epoch + 1) % cfg.eval_every == 0)):
+            with folder.clock.paused():
+                accuracy = zero_shot(model, tokenizer, arm.test, arm.names, 1, process.device, precision)
+            folder.log(done, epoch=epoch, zero_shot_top1=accuracy.nanmean().item())
+        if folder.due(done) or last:
+            folder.save(done, epoch=epoch + 1, step=done)
+    folder.close()
+    return folder.path
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
-from concept_frequency import claims, count, curves, eval, model, replay, train
+from concept_frequency import count, curves, eval, model, replay, study, train
 from concept_frequency.concepts import concept_scores, mean_scores, read_concepts
 from concept_frequency.eval import (
     balance_classes,
@@ -53,8 +53,9 @@ from concept_frequency.model import (
     query_terms,
     tag_presence,
 )
-from concept_frequency.published import CLASSIFICATION, IMAGENET, METHODS, RETRIEVAL, Results
+from concept_frequency.replay import CLASSIFICATION, IMAGENET, METHODS, RETRIEVAL, Results
 from concept_frequency.train import zipf_counts
+from shared.study import report
 
 golden = pytest.mark.golden
 FOLDER = "concept_frequency"
@@ -499,27 +500,26 @@ def test_within_slope_is_free_of_what_concepts_differ_in():
         assert two == pytest.approx(within)  # the same seed twice is no more evidence
 
 
-def synthetic_arms(effect: float, seeds: int) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """(metrics, tables) of arms in which a decade of frequency brings `effect` points."""
+def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
+    """Measurements of arms in which a decade of frequency brings `effect` points."""
     rng, names = np.random.default_rng(0), [f"c{i}" for i in range(120)]
     hard = rng.normal(0, 10, len(names))
-    metrics, tables = ({arm: [] for arm in claims.ARMS} for _ in range(2))
+    arms = {arm.name: [] for arm in study.ARMS}
     for seed in range(seeds):
-        for arm in claims.ARMS:
+        for arm in arms:
             rank = rng.permutation(len(names)) + 1
             frequency = 1000 // rank if arm != "uniform" else np.full(len(names), 50)
             accuracy = 40 + hard + effect * np.log10(frequency) + rng.normal(0, 3, len(names))
             found = eval.curve_metrics(frequency, accuracy, frequency) if arm != "uniform" else {}
             found |= {"rest": 40.0 + seed, "tail": 30.0, "misaligned": 0.0, "misaligned_planted": 20.0 + seed}
-            metrics[arm].append(found)
             rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
-            tables[arm].append({name: {"assigned": f, "accuracy": a} for name, f, a in rows})
-    claims.across_arms(metrics, tables)
-    return metrics, tables
+            found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
+            arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
+    return arms
 
 
 def verdicts(effect: float, seeds: int) -> dict[str, str]:
-    return {row["claim"]: row["verdict"] for row in claims.judged(*synthetic_arms(effect, seeds))}
+    return {row["claim"]: row["verdict"] for row in study.judged(synthetic_arms(effect, seeds))}
 
 
 def test_claims_follow_the_effect():
@@ -568,8 +568,9 @@ def write_published(folder: Path) -> None:
 
 def test_replay_of_files_in_the_authors_layout(tmp_path, capsys):
     write_published(tmp_path / "clone")
-    replay.main(replay.Config(str(tmp_path / "clone"), str(tmp_path / "out")))
+    claims = replay.main(replay.Config(str(tmp_path / "clone"), str(tmp_path / "out")))
     found = json.loads((tmp_path / "out/results.json").read_text())
+    assert claims == found["claims"]
     rows = found["tables"]["rho, classification, integrated counts"]
     assert [(row["corpus"], row["model"]) for row in rows] == [
         ("CC-3M", "RN50"), ("CC-3M", "ViT-B-16"), ("CC-12M", "RN50"), ("CC-12M", "ViT-B-16"),
@@ -580,6 +581,32 @@ def test_replay_of_files_in_the_authors_layout(tmp_path, capsys):
     assert verdict["published files: rho, classification, integrated counts"] != "reproduced"  # not the authors' scores
     assert verdict["published files: points lost on Let It Wag!"] == "not reproduced"
     assert (tmp_path / "out/main_figure.png").is_file() and "## agreement of counts" in capsys.readouterr().out
+
+
+def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
+    """`--upstream CLONE`: the replay's claims stand between those of the arms and what cannot be tested here."""
+    write_published(tmp_path / "clone")
+    monkeypatch.chdir(tmp_path)
+    more = study.STUDY.upstream(tmp_path / "clone")
+    kept = json.loads((tmp_path / "runs/concept_frequency/replay/results.json").read_text())
+    assert more == {"replayed": kept["claims"]} and len(kept["claims"]) > 5
+    arms = synthetic_arms(8.0, 2)
+    found = report.Comparison(arms, [0, 1], {}, set())
+    judged, plain = study.judged(arms), study.STUDY.more_rows(found)
+    assert study.STUDY.more_rows(found, **more) == [*judged, *kept["claims"], plain[-1]]
+    assert plain[:-2] == judged and {row["verdict"] for row in plain[-2:]} == {"not testable at this scale"}
+    with pytest.raises(ValueError, match="needs the arm zipf"):
+        study.STUDY.more_rows(report.Comparison({"uniform": arms["uniform"]}, [0, 1], {}, set()))
+
+
+def test_study_runs_the_presets_of_its_arms():
+    commands = {arm.name: study.STUDY.words(arm, 3)[0][1:] for arm in study.STUDY.jobs(study.STUDY.chosen("all"))}
+    presets = {"zipf": "emoji", "uniform": "emoji-uniform", "reassigned": "emoji-reassigned"}
+    assert study.STUDY.chosen("core") == study.STUDY.chosen("all")
+    assert commands == {
+        arm: ["-m", "concept_frequency.train", preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
+        for arm, preset in presets.items()
+    }
 
 
 def test_frequency_buckets():

@@ -24,9 +24,9 @@ from PIL import Image
 from scripts import ROOT, ended, held, kill_when
 from tqdm import tqdm
 
-from concept_frequency import captions, corpus, count, parts, workers
+from concept_frequency import corpus, count, search, tagging
 from concept_frequency.concepts import load_counts
-from concept_frequency.count_config import check
+from concept_frequency.config import CountConfig, check_count
 from concept_frequency.model import InvertedIndex, noun_set, query_terms
 from shared import data
 
@@ -71,13 +71,13 @@ NAMES = ["dog", "dog_house", "tree frog", "unicorn dog", "T-shirt", "bald eagle"
 
 def counted(folder: Path, name: str, **settings) -> count.Counted:
     base = {"spacy": PIPELINE, "query_spacy": PIPELINE, "workers": 1, "out": str(folder / name)}
-    return count.count_corpus(count.Config(**base | settings), NAMES)
+    return count.count_corpus(CountConfig(**base | settings), NAMES)
 
 
 def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
     files = write_captions(tmp_path, CAPTIONS)
     index = InvertedIndex.build(count.tag_captions(CAPTIONS, PIPELINE))
-    truth = index.counts([query_terms(name, captions.lemmas_of(PIPELINE)) for name in NAMES])
+    truth = index.counts([query_terms(name, tagging.lemmas_of(PIPELINE)) for name in NAMES])
     assert truth[0] == truth[3] == 90 and truth[1] == 60 and truth[-1] == 0  # `unicorn` is dropped
     for kind, column in (("parquet", "caption"), ("tsv", "1"), ("txt", "0")):
         for memory in (256, 1):  # 1 MiB: parts of 524 captions
@@ -176,15 +176,15 @@ def test_memory_is_bounded_by_its_flag(tmp_path, monkeypatch):
     path.write_text(
         "".join(f"word{i % 5000} thing{i % 7} place{i % 900} of captions number {i}\n" for i in range(120_000))
     )
-    monkeypatch.setattr(parts, "tag_captions", lambda texts, *_: (set(text.split()) for text in texts))
+    monkeypatch.setattr(search, "tag_captions", lambda texts, *_: (set(text.split()) for text in texts))
 
     def peak(memory: int) -> tuple[int, int]:
-        cfg = count.Config(data=(str(path),), caption_column="0", memory=memory)
+        cfg = CountConfig(data=(str(path),), caption_column="0", memory=memory)
         jobs = corpus.list_parts(cfg.data, cfg.part_captions, tmp_path)
         largest = 0
         for part in jobs:
             tracemalloc.start()
-            parts.index_part(parts.Job(part, cfg, str(tmp_path / f"{memory}-{part.start}.npz")))
+            search.index_part(search.Job(part, cfg, str(tmp_path / f"{memory}-{part.start}.npz")))
             largest = max(largest, tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         return len(jobs), largest
@@ -221,13 +221,13 @@ def test_wrong_address_fails_at_once(server):
         port, start = bound.getsockname()[1], time.monotonic()
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
             with pytest.raises(ValueError, match=f"--address {address}: nothing answers there"):
-                workers.knock(address)
+                count.check_head(address)
     for address in ("nowhere", "host:", "host:port", "host:99999"):
         with pytest.raises(ValueError, match="--address is auto, local, HOST:PORT or ray://HOST:PORT"):
-            workers.knock(address)
+            count.check_head(address)
     with pytest.raises(ValueError, match="what answers there is no Ray head"):
-        workers.knock(server[0].removeprefix("http://"))
-    assert time.monotonic() - start < 2 * workers.SECONDS
+        count.check_head(server[0].removeprefix("http://"))
+    assert time.monotonic() - start < 2 * count.CONNECT_SECONDS
 
 
 @pytest.mark.skipif(
@@ -254,7 +254,7 @@ def test_ray_counts_alike_from_any_folder(tmp_path):
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
-                workers.knock(address)
+                count.check_head(address)
                 break
             except ValueError:
                 time.sleep(1)
@@ -295,7 +295,7 @@ def test_killed_count_goes_on(tmp_path, start):
 
 def test_a_count_has_one_writer(tmp_path):
     (tmp_path / "names.txt").write_text("dog")
-    cfg = count.Config((str(SHARDS),), (str(tmp_path / "names.txt"),), str(tmp_path / "out"))
+    cfg = CountConfig((str(SHARDS),), (str(tmp_path / "names.txt"),), str(tmp_path / "out"))
     with held(tmp_path / "out"), pytest.raises(ValueError, match="belongs to a run that is still going"):
         count.main(cfg)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
@@ -324,7 +324,7 @@ def test_images_are_counted(tmp_path, monkeypatch):
     write_shard(tmp_path / "1.tar", [("000", "a dog and a cat", blue), ("001", "a cat", blue)])
     monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
     np.save(tmp_path / "keep.npy", np.array([0, 3, 3]))
-    cfg = count.Config(
+    cfg = CountConfig(
         data=(str(tmp_path),), spacy=PIPELINE, query_spacy=PIPELINE, out=str(tmp_path / "out"), workers=1,
         tagger="colours:red_blue", keep=str(tmp_path / "keep.npy"),
     )  # fmt: skip
@@ -341,7 +341,7 @@ def test_images_are_counted(tmp_path, monkeypatch):
         ids="cc3m",
         keep="", out=str(tmp_path / "separate"),
     )  # fmt: skip
-    check(dataclasses.replace(separate, concepts=("x",)))
+    check_count(dataclasses.replace(separate, concepts=("x",)))
     found = count.count_corpus(separate, ["dog", "cat"])
     assert found.image.tolist() == [1, 1] and found.both.tolist() == [1, 1] and found.misaligned == 0
     by_caption = dataclasses.replace(separate, ids="cc12m", out=str(tmp_path / "bycaption"))
@@ -361,12 +361,12 @@ def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
         write_shard(tmp_path / f"{i}.tar", [(f"{row:05}", "?", colors[row]) for row in shard])
     monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
     read: dict[int, set[str]] = {}
-    whole = parts.count_part
+    whole = search.count_part
     monkeypatch.setattr(
         count, "count_part",
         lambda job: read.update({job.base: {Path(path).stem[0] for path, _ in job.tags}}) or whole(job),
     )  # fmt: skip
-    cfg = count.Config(
+    cfg = CountConfig(
         data=(str(tmp_path / "captions.tsv"),), caption_column="0", images=(str(tmp_path / "{0..2}.tar"),), ids="cc3m",
         spacy=PIPELINE, query_spacy=PIPELINE, out=str(tmp_path / "out"), workers=1, tagger="colours:red_blue", memory=1,
     )  # fmt: skip
@@ -391,7 +391,7 @@ def test_sample_ids():
 
 
 def test_exact_tagging_is_the_whole_pipelines(tmp_path):
-    nlp, texts = captions.load_spacy(PIPELINE), list(dict.fromkeys(pq_captions(200)))
+    nlp, texts = tagging.load_spacy(PIPELINE), list(dict.fromkeys(pq_captions(200)))
     whole = [noun_set((t.lemma_, t.pos_) for t in doc) for doc in nlp.pipe(texts)]
     assert list(count.tag_captions(texts + texts[:5], nlp, batch_size=64)) == whole + whole[:5]
 

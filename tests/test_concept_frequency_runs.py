@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from scripts import ROOT, ended, kill_when, start_two
 
-from concept_frequency import count, eval, let_it_wag, measure, pairs, tagger, train
+from concept_frequency import clip_models, count, eval, images, let_it_wag, measure, tagging, train
 from concept_frequency.concepts import load_counts, read_concepts
-from concept_frequency.config import MODELS, PRESETS, Config, check
-from concept_frequency.published import IMAGENET
-from concept_frequency.published import MODELS as CURVES
+from concept_frequency.config import MODELS, PRESETS, Config, CountConfig, check
+from concept_frequency.replay import IMAGENET
+from concept_frequency.replay import MODELS as CURVES
 from shared import checkpoints, data, run
 
 SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
@@ -153,12 +153,12 @@ def test_broken_samples_are_counted(folder, capsys):
     whole = (shard / "0.tar").read_bytes()
     (shard / "0.tar").write_bytes(whole.rstrip(b"\0")[:-3000])  # the padding at the end says nothing
     names = read_concepts(EVAL)
-    corpus = pairs.read_corpus(str(shard), names, (), 20, False)
+    corpus = images.read_corpus(str(shard), names, (), 20, False)
     reasons = [b.reason for b in corpus.broken]
     assert reasons.count("no image, or no .json with a name") >= 2 and "truncated or damaged tar" in reasons
     with pytest.raises(ValueError, match="--strict"):
-        pairs.read_corpus(str(shard), names, (), 20, True)
-    cfg = count.Config(
+        images.read_corpus(str(shard), names, (), 20, True)
+    cfg = CountConfig(
         data=(str(shard),), concepts=(str(EVAL),), out=str(folder / "brokencount"), spacy=PIPELINE, query_spacy=PIPELINE
     )
     count.main(cfg)
@@ -242,7 +242,7 @@ def test_tail_benchmark_from_folders(tmp_path):
     cfg = let_it_wag.Config((str(tmp_path / "a.json"),), (str(tmp_path / "images"),), str(tmp_path / "out"), 2, 3)
     assert let_it_wag.build(cfg) == {"rare cat": 2, "rare bird": 5}
     assert read_concepts(tmp_path / "out") == ["rare bird"]
-    test = train.read_test_set(str(tmp_path / "out"), ["rare bird"])
+    test = images.read_test_set(str(tmp_path / "out"), ["rare bird"])
     assert len(test.labels) == 3
     with pytest.raises(ValueError, match="no concept has more than --per-class 450"):
         let_it_wag.build(dataclasses.replace(cfg, per_class=450))
@@ -274,17 +274,17 @@ def test_checkpoints_in_other_layouts(tmp_path):
     torch.save(
         {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "ddp.pt"
     )
-    loaded, _, _ = measure.load_model("ViT-emoji", str(tmp_path / "ddp.pt"), device)
+    loaded, _, _ = clip_models.load_model("ViT-emoji", str(tmp_path / "ddp.pt"), device)
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="does not hold the weights of RN50"):
-        measure.load_model("RN50", str(tmp_path / "ddp.pt"), device)
+        clip_models.load_model("RN50", str(tmp_path / "ddp.pt"), device)
 
     state = slip_state(width=64, layers=2, dim=32)
     torch.save(
         {"args": argparse.Namespace(model="CLIP_VITB16"), "state_dict": {f"module.{k}": v for k, v in state.items()}},
         tmp_path / "slip.pt",
     )
-    slip, transform, tokenizer = measure.load_model("ViT-B-16", str(tmp_path / "slip.pt"), device)
+    slip, transform, tokenizer = clip_models.load_model("ViT-B-16", str(tmp_path / "slip.pt"), device)
     with torch.no_grad():
         image = transform(Image.new("RGB", (300, 250)))[None]
         token = slip.visual.trunk.forward_features(image)[:, 0]
@@ -309,7 +309,7 @@ def slip_state(width: int, layers: int, dim: int) -> dict[str, torch.Tensor]:
 def test_ram_plus_loads_its_layout():
     """Swin-T in the place of Swin-L, with keys as in Microsoft's and RAM++'s files."""
     torch.manual_seed(0)
-    model = tagger.RAMPlus("swin_tiny_patch4_window7_224", 224)
+    model = tagging.RAMPlus("swin_tiny_patch4_window7_224", 224)
     state = {}
     for key, value in model.visual_encoder.state_dict().items():
         stage = key.split(".")
@@ -318,7 +318,7 @@ def test_ram_plus_loads_its_layout():
         state[f"visual_encoder.{key}"] = torch.randn_like(value) * 0.02
     state |= {k: torch.randn_like(v) * 0.02 for k, v in model.head.state_dict().items()}
     state |= {"label_embed": torch.zeros(51, 512), "visual_encoder.layers.0.blocks.1.attn_mask": torch.zeros(1)}
-    other = tagger.RAMPlus("swin_tiny_patch4_window7_224", 224).eval()
+    other = tagging.RAMPlus("swin_tiny_patch4_window7_224", 224).eval()
     other.load_checkpoint(state)
     moved = other.visual_encoder.layers[1].downsample.reduction.weight
     torch.testing.assert_close(moved, state["visual_encoder.layers.0.downsample.reduction.weight"])
@@ -335,18 +335,18 @@ def test_ram_plus_loads_its_layout():
 def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
     """The tagger on a trained arm: the right concept above a plain picture more often than another concept is."""
     names = list(load_counts(arms["zipf"] / "frequencies.json"))
-    made = tagger.load_tagger("clip", names, str(arms["zipf"]), "", "", None, True, "cpu")
+    made = tagging.load_tagger("clip", names, str(arms["zipf"]), "", "", None, True, "cpu")
     shard = data.Shards([str(SHARDS / "00000.tar")], 8)
     images = torch.stack([made.transform(shard.read(i).image) for i in range(8)])
-    p = tagger.tag_images(images, made.probabilities)
+    p = tagging.tag_images(images, made.probabilities)
     assert p.shape == (8, len(names)) and p.dtype == np.float16 and 0 <= p.min() <= p.max() <= 1
     (tmp_path / "d.json").write_text(json.dumps([{name: [f"a {name}.", "an icon"]} for name in names]))
-    described = tagger.load_tagger("clip", names, str(arms["zipf"]), "", "", str(tmp_path / "d.json"), True, "cpu")
-    assert not np.array_equal(tagger.tag_images(images, described.probabilities), p)
+    described = tagging.load_tagger("clip", names, str(arms["zipf"]), "", "", str(tmp_path / "d.json"), True, "cpu")
+    assert not np.array_equal(tagging.tag_images(images, described.probabilities), p)
     with pytest.raises(ValueError, match="but not 'unknown'"):
-        tagger.load_tagger("clip", ["unknown"], str(arms["zipf"]), "", "", str(tmp_path / "d.json"), True, "cpu")
+        tagging.load_tagger("clip", ["unknown"], str(arms["zipf"]), "", "", str(tmp_path / "d.json"), True, "cpu")
     with pytest.raises(ValueError, match="clip, ram"):
-        tagger.load_tagger("other", names, "", "", "", None, True, "cpu")
+        tagging.load_tagger("other", names, "", "", "", None, True, "cpu")
 
 
 def test_models_of_the_paper():

@@ -20,8 +20,8 @@ import open_clip
 import torch
 
 from concept_frequency import train
-from concept_frequency.captions import load_spacy, tag_captions
 from concept_frequency.model import InvertedIndex, noun_set
+from concept_frequency.tagging import load_spacy, tag_captions
 from shared import data, run
 
 from ..parity import check_commit, import_beside

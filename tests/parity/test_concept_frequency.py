@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from concept_frequency import concepts, curves, eval, model, tagger
-from concept_frequency.published import BINS, Results
+from concept_frequency import concepts, curves, eval, model, tagging
+from concept_frequency.replay import BINS, Results
 
 from . import Table, check_commit, import_beside, race
 
@@ -263,7 +263,7 @@ def test_ram_plus(ram, table):
     encoder = ram.bert.BertEncoder(config).eval()
     for layer in encoder.layer:
         del layer.attention
-    ours = tagger.RAMPlus("swin_tiny_patch4_window7_224", 224).eval()
+    ours = tagging.RAMPlus("swin_tiny_patch4_window7_224", 224).eval()
     state = {f"visual_encoder.{k}": v for k, v in swin.state_dict().items()}
     state |= {f"tagging_head.encoder.{k}": v for k, v in encoder.state_dict().items()}
     rest = {k: v for k, v in ours.head.state_dict().items() if not k.startswith("tagging_head")}
@@ -274,7 +274,9 @@ def test_ram_plus(ram, table):
         theirs = swin(images)
         mine = ours.visual_encoder.forward_features(images).flatten(1, 2)
         mine = torch.cat([mine.mean(dim=1, keepdim=True), mine], dim=1)
-        table.compare("RAM++ image tokens", ram.swin.SwinTransformer.forward, "tagger.RAMPlus", theirs, mine, atol=1e-4)
+        table.compare(
+            "RAM++ image tokens", ram.swin.SwinTransformer.forward, "tagging.RAMPlus", theirs, mine, atol=1e-4
+        )
         mask = torch.zeros(2, 1, 1, 50)
         (theirs, mine), seconds = race(
             lambda: encoder(
@@ -284,7 +286,7 @@ def test_ram_plus(ram, table):
             3,
         )
     table.compare(
-        "RAM++ tagging head", ram.bert.BertEncoder.forward, "tagger.TaggingHead", theirs, mine, seconds=seconds
+        "RAM++ tagging head", ram.bert.BertEncoder.forward, "tagging.TaggingHead", theirs, mine, seconds=seconds
     )
 
 

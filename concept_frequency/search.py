@@ -1,7 +1,8 @@
-"""The work on one part of a corpus, in whatever process: its index, its tags, and its share of the counts.
+"""Searching one part of a corpus: the index of its captions, the tags of its images, its share of the counts.
 
-A part gives a file with the index of its captions' nouns, and one with its images' concepts. A file is there whole or
-not at all, so that a killed count goes on with what is missing; other concepts later cost no tagging of captions.
+Each function takes a job that can be pickled, so that any process or machine can do it; count.py hands them out. A part
+gives a file with the index of its captions' nouns, and one with its images' concepts. Files are written whole or not at
+all: a killed count goes on with those that are missing, and other concepts later cost no tagging of captions.
 """
 
 import dataclasses
@@ -17,25 +18,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from concept_frequency.captions import batched, tag_captions
 from concept_frequency.concepts import load_json
+from concept_frequency.config import CountConfig
 from concept_frequency.corpus import Part, RowTable, read_captions, read_columns, row_keys, sample_id
-from concept_frequency.count_config import Config
 from concept_frequency.curves import misalignment
 from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
-from concept_frequency.tagger import Tagger, load_tagger, tag_images
+from concept_frequency.tagging import Tagger, batched, load_tagger, tag_captions, tag_images
 from shared import checkpoints, data, tars
+
+# --------------------------------------------------------------------------------------------- index and tags of a part
 
 
 class Job(NamedTuple):
+    """Make the index or the tags of a part."""
+
     part: Part
-    cfg: Config
+    cfg: CountConfig
     target: str  # file to write
     names: tuple[str, ...] = ()
     table: str = ""  # file of a RowTable
 
 
 class Done(NamedTuple):
+    """A part's index or tags are in `target`."""
+
     target: str
     documents: int
     broken: list[data.Broken]
@@ -50,16 +56,16 @@ def index_part(job: Job) -> Done:
 
 
 def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
-    """Write a part's result so that `target` is there whole or not at all, with what a later run asks of it."""
+    """Write `target`, whole or not at all, and beside it what a later run needs to know of it."""
     checkpoints.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
-    with checkpoints.replaced(
-        Path(target), f".{os.getpid()}.tmp"
-    ) as file:  # a worker that outlived its run may be at it, too
+    own = f".{os.getpid()}.tmp"  # a worker that outlived its run may be writing the same file
+    with checkpoints.replaced(Path(target), own) as file:
         save(file)
     return Done(target, documents, broken)
 
 
 def done_before(target: str) -> Done:
+    """What an earlier run has finished."""
     about = load_json(Path(target).with_suffix(".json"))
     return Done(target, about["documents"], [data.Broken(*each) for each in about["broken"]])
 
@@ -77,8 +83,8 @@ def label_part(job: Job) -> Done:
 
 @cache
 def tagger_of(settings: str, names: tuple[str, ...]) -> tuple[Tagger, str]:
-    """This process' tagger and its device, made once."""
-    cfg, device = Config(**json.loads(settings)), "cuda" if torch.cuda.is_available() else "cpu"
+    """This process's tagger and its device, made once; `settings` is a `CountConfig` in JSON."""
+    cfg, device = CountConfig(**json.loads(settings)), "cuda" if torch.cuda.is_available() else "cpu"
     return load_tagger(
         cfg.tagger, names, cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions or None, cfg.average, device
     ), device
@@ -107,7 +113,7 @@ def read_images(
     file: str, shard: tars.ShardIndex, number: int, ids: str, table: RowTable | None, tagger: Tagger,
     broken: list[data.Broken],
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """(document, image) of the samples of shard `number`; what cannot be read or placed is noted."""
+    """(document, image) of the samples of shard `number`; others are appended to `broken`."""
     wanted = row_keys(file, ids, shard.keys)
     with open(file, "rb") as tar:
         for row, (offset, size, *_) in enumerate(shard.spans.tolist()):
@@ -122,6 +128,7 @@ def read_images(
 
 
 def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[BinaryIO], None]:
+    """A function that writes these rows, (n,) each, to an open file."""
     columns = {
         "document": documents.astype(np.int64),
         "concept": concepts.astype(np.int32),
@@ -137,14 +144,19 @@ def read_tags(path: str, threshold: float) -> NDArray[np.int64]:
         return np.stack([file["document"][rows], file["concept"][rows]], axis=1).astype(np.int64)
 
 
+# ----------------------------------------------------------------------------------------------------- counts of a part
+
+
 def parts_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
-    """Numbers of the parts that documents of a file of tags are in; job: the file, the parts' first documents."""
+    """Numbers of the parts that hold documents of a file of tags; job: that file, first document of each part."""
     path, bases = job
     with np.load(path, allow_pickle=False) as file:
         return set(np.unique(np.searchsorted(bases, file["document"], side="right") - 1).tolist())
 
 
 class CountJob(NamedTuple):
+    """Count captions, and captions with images, of a part."""
+
     index: str  # file of a part's index
     base: int  # number of its first document
     documents: int
@@ -188,6 +200,8 @@ def count_part(job: CountJob) -> Counted:
 
 
 class TagJob(NamedTuple):
+    """Count the images of a file of tags."""
+
     tags: str
     base: int
     num_concepts: int

