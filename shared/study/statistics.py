@@ -17,6 +17,8 @@ class Claim(NamedTuple):
     baseline: str
     sign: int = 1  # +1: the paper says higher, -1: lower
     effect: float | None = None  # the paper's difference in the same unit, where it is one
+    primary: bool = False  # whether the paper's abstract states it
+    negligible: float | None = None  # d of "no difference above d": at most half the paper's effect
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
