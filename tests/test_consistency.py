@@ -22,6 +22,7 @@ TOOLS = {
     "emoji_sources",
     "overview",
     "presets",
+    "pretrained",
     "pytest_options",
     "remaining",
     "smollm2",
