@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from shared.study import runner
+from shared.study.floors import Floor
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.statistics import Claim
+from shared.study.verdicts import not_testable
 
 SCRIPT = """
     import sys, pathlib, shutil
@@ -137,6 +139,35 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
     study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
     assert json.loads(Path("results.json").read_text())["claims"] == []
     assert "claims about top1 are left out: give --sets those sets, too" in capfd.readouterr().out
+
+
+def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureFixture):
+    floors = (Floor("chance", lambda: {"top1": 1.0}), Floor("labels", lambda: {"top1": 60.0}, ceiling=True))
+    claims = (
+        Claim("shown", None, "top1", "method", "base"),
+        Claim("higher", "+4", "top1", "method", "base", 1, 4.0, True),
+    )
+    study = dataclasses.replace(
+        study,
+        floors=floors,
+        claims=claims,
+        more_rows=lambda found: [not_testable("ImageNet", "55", "needs CC3M", True)],
+    )
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=2, results="results/paper.json"))
+    summary = json.loads(Path("results/paper.json").read_text())
+    assert summary["floors"] == {"chance": {"top1": 1.0}, "labels": {"top1": 60.0}}
+    assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "not testable here", "no claim"]
+    assert set(summary["settings"]) == {"base", "method"} and summary["corpus"] == "Embedded emoji corpus"
+    shown = capfd.readouterr().out
+    assert "| chance" in shown and "★ higher" in shown and "intervals take" not in shown
+
+    runner.run(study, runner.Options(seeds=(0,)))  # one seed more of the same: its scatter is that of the results
+    row = json.loads(Path("runs/paper/results.json").read_text())["claims"][0]
+    assert row["verdict"] == "reproduced" and row["resolves"] is not None
+    assert "intervals take the standard deviation of results/paper.json" in capfd.readouterr().out
+    higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 15.0}),))
+    runner.run(higher, runner.Options(seeds=(0,)))
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"
 
 
 def test_a_run_that_is_not_finished_is_not_compared(study: Study):

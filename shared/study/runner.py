@@ -18,11 +18,13 @@ from typing import Any
 
 import tyro
 
-from shared import cli
+from shared import cli, evaluation
 from shared.checkpoints import write_json
-from shared.study import report
+from shared.study import report, verdicts
+from shared.study.floors import Floor
 from shared.study.statistics import Claim, judge_all, measured
 
+COMMITTED = 5  # seeds from which on the intervals of primary claims hold together
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or the name of a stage or arm: its run folder of the same seed
 
 
@@ -92,6 +94,10 @@ class Study:
     """Draws plots of arms into a folder."""
     before: tuple[Once, ...] = ()
     stages: tuple[Stage, ...] = ()
+    corpus: str = "Embedded emoji corpus"
+    """What the arms are trained on, and which of their parts were pretrained on what."""
+    floors: tuple[Floor, ...] = ()
+    """Rows that no method made; with them, verdicts are those of `verdicts.judged`."""
     passes: str = "epoch"
     """What a checkpoint counts, by which a run is known to be finished: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
@@ -148,11 +154,31 @@ class Study:
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
             print(f"claims about {', '.join(sorted(left_out))} are left out: give --sets those sets, too")
-        rows = judge_all(self.claims, found.arms) + self.more_rows(found, **more)
-        summary = report.results(self.paper, found.seeds, found.arms, rows, found.commits)
+        if self.floors:
+            summary = self.judged(found, **more)
+        else:
+            summary = report.results(
+                self.paper, found, judge_all(self.claims, found.arms) + self.more_rows(found, **more)
+            )
         write_json(path, summary)
         self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
+
+    def judged(self, found: report.Comparison, **more: Any) -> dict[str, Any]:
+        """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
+        names, kept = [floor.name for floor in self.floors], Path(f"runs/{self.folder}/floors.json")
+        measure = lambda: {floor.name: floor.measure() for floor in self.floors}  # noqa: E731
+        floors = evaluation.measured(kept, {"floors": names}, (), measure)
+        bars = {floor.name: floors[floor.name] for floor in self.floors if not floor.ceiling}
+        committed = Path(f"results/{self.folder}.json")
+        known = report.known_scatter(committed, found)
+        if known:
+            print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")
+        together = len(found.seeds) >= COMMITTED
+        rows = verdicts.judged(self.claims, found.arms, bars, together, known) + self.more_rows(found, **more)
+        rows.sort(key=lambda row: not row["primary"])
+        about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
+        return report.results(self.paper, found, rows, **about)
 
 
 @dataclass
