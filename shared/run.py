@@ -282,7 +282,7 @@ class RunFolder:
         """Whether `save_every` steps have gone by since the last checkpoint."""
         return step - self.saved >= self.cfg.save_every
 
-    def save(self, step: int, **values: Any) -> None:
+    def save(self, step: int, /, **values: Any) -> None:
         """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings."""
         self.saved = step
         if self.process.main:
