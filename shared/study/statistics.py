@@ -59,11 +59,14 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
 
 
 def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict[str, str]]:
-    """A row for each claim whose two arms were run."""
+    """A row for each claim whose two arms were run. ValueError names metrics that were not measured of these."""
+    chosen = [claim for claim in claims if claim.method in arms and claim.baseline in arms]
+    pairs = [(claim.metric, arms[claim.method] + arms[claim.baseline]) for claim in chosen]
+    if missing := {metric for metric, runs in pairs for values in runs if metric not in values}:
+        raise ValueError(f"--report compares by {', '.join(sorted(missing))}: give --sets those sets, too")
     return [
         judge(claim, *([values[claim.metric] for values in arms[arm]] for arm in (claim.method, claim.baseline)))
-        for claim in claims
-        if claim.method in arms and claim.baseline in arms
+        for claim in chosen
     ]
 
 
