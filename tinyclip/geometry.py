@@ -1,0 +1,160 @@
+"""Sizes of CLIPs, by model name or read off the weights, and the layouts in which checkpoints name these weights.
+
+A geometry is a dict of embed_dim, vision and text: the arguments of `model.CLIP`. Authors' code:
+wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------- geometries by name
+
+
+def _config(embed_dim: int, vision: dict, text_width: int, text_heads: int, text_layers: int, **text) -> dict:
+    text = {"context_length": 77, "vocab_size": 49408} | text
+    text |= {"width": text_width, "heads": text_heads, "layers": text_layers}
+    return {"embed_dim": embed_dim, "vision": vision, "text": text}
+
+
+def _vit(width: int, layers: int, patch: int, image_size: int = 224, head_width: int = 64) -> dict:
+    return {
+        "image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head_width
+    }  # fmt: skip
+
+
+def _resnet(width: int) -> dict:
+    return {"image_size": 224, "width": width, "layers": [3, 4, 6, 3], "head_width": 64}
+
+
+_EMOJI_TEXT = {"context_length": 24}
+CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* ones are ours
+    "ViT-B-32": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "ViT-B-16": _config(512, _vit(768, 12, 16), 512, 8, 12),
+    "RN50": _config(1024, _resnet(64), 512, 8, 12),
+    "TinyCLIP-ViT-61M-32-Text-29M": _config(512, _vit(640, 12, 32), 512, 8, 9),
+    "TinyCLIP-ViT-40M-32-Text-19M": _config(512, _vit(512, 12, 32), 512, 8, 6),
+    "TinyCLIP-ViT-39M-16-Text-19M": _config(512, _vit(512, 12, 16), 512, 8, 6),
+    "TinyCLIP-ViT-8M-16-Text-3M": _config(512, _vit(256, 10, 16), 256, 4, 3),
+    "TinyCLIP-ResNet-30M-Text-29M": _config(1024, _resnet(56), 512, 8, 9),
+    "TinyCLIP-ResNet-19M-Text-19M": _config(1024, _resnet(44), 512, 8, 6),
+    # Automatic inheritance starts from ViT-B/32 with masks; the size in the name is what is left after pruning.
+    "TinyCLIP-auto-ViT-63M-32-Text-31M": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "TinyCLIP-auto-ViT-45M-32-Text-18M": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "TinyCLIP-auto-ViT-22M-32-Text-10M": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "emoji-100": _config(128, _vit(128, 6, 8, 40, 32), 128, 4, 4, **_EMOJI_TEXT),
+    "emoji-50": _config(128, _vit(96, 6, 8, 40, 32), 128, 4, 2, **_EMOJI_TEXT),
+    "emoji-25": _config(128, _vit(64, 6, 8, 40, 32), 128, 4, 1, **_EMOJI_TEXT),
+}
+
+
+def block_sizes(tower: Mapping) -> tuple[int, list[int], list[int | None]]:
+    """(d, heads of each layer, neurons of each layer) of a transformer's `vision` or `text` dict.
+
+    `heads` and `mlp_width` may be lists, as in pruned networks: 0 heads is a block without attention, None neurons one
+    without MLP, and 0 neurons an MLP of which the bias is left.
+    """
+    layers, heads = tower["layers"], tower.get("heads")
+    head_width = tower.get("head_width") or tower["width"] // heads
+    heads = tower["width"] // head_width if heads is None else heads
+    neurons = tower.get("mlp_width", 4 * tower["width"])
+    heads, neurons = (list(x) if isinstance(x, (list, tuple)) else [x] * layers for x in (heads, neurons))
+    return head_width, heads, neurons
+
+
+def named_towers(shape: Mapping) -> Iterator[tuple[str, str, Mapping]]:
+    """("image", "visual.", vision) and ("text", "", text): the transformer towers, with the prefix of their weights."""
+    if isinstance(shape["vision"]["layers"], int):
+        yield "image", "visual.", shape["vision"]
+    yield "text", "", shape["text"]
+
+
+# ---------------------------------------------------------------------------------------- checkpoints in other layouts
+
+
+def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the authors' layouts -> OpenAI's; masks become `image_mask.*` and `text_mask.*`.
+    U:open_clip/model.py:1115.
+
+    Theirs are OpenAI's with `module.`, or `_image_encoder.visual.X`, `_text_encoder.X`, `_logit_scale.logit_scale`,
+    with or without `module.`; automatic checkpoints hold the towers twice, again as `image_encoder_without_ddp.*`.
+    """
+    converted = {}
+    for key, value in sd.items():
+        key = re.sub(r"(^|\.)module\.", r"\1", key)
+        key = re.sub(r"^_?(image_encoder|text_encoder|logit_scale)(_without_ddp)?\.", r"\1:", key)
+        key = re.sub(r"^(image|text)_encoder:l0_module\.", r"\1_mask.", key)
+        converted[key.rpartition(":")[2]] = value
+    return converted
+
+
+def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int] = 64) -> dict:
+    """embed_dim, vision and text of the CLIP that a state dict in OpenAI's layout belongs to, pruned or not.
+
+    Shapes do not tell the width of a head, of both towers or of (image, text): all released models have 64.
+    """
+    widths = head_width if isinstance(head_width, tuple) else (head_width, head_width)
+    if min(widths) < 1:
+        raise ValueError(f"a head is at least 1 wide, not {min(widths)}")
+
+    def depth(pattern: str) -> int:
+        return 1 + max((int(m[1]) for key in state_dict if (m := re.match(pattern + r"\.(\d+)\.", key))), default=-1)
+
+    def transformer(prefix: str, head_width: int) -> dict:
+        blocks = f"{prefix}transformer.resblocks"
+        layers = depth(re.escape(blocks))
+        heads, neurons = [], []
+        for i in range(layers):
+            qkv, c_fc = (state_dict.get(f"{blocks}.{i}.{name}") for name in ("attn.in_proj_bias", "mlp.c_fc.bias"))
+            heads.append(0 if qkv is None else len(qkv) // (3 * head_width))
+            neurons.append(None if c_fc is None else len(c_fc))
+        width = state_dict[prefix + "positional_embedding"].shape[1]
+        tower = {"width": width, "layers": layers, "head_width": head_width}
+        regular = heads == [width // head_width] * layers and width % head_width == 0
+        tower["heads"] = heads[0] if regular else heads
+        return tower if neurons == [4 * width] * layers else tower | {"mlp_width": neurons}
+
+    try:
+        text = transformer("", widths[1])
+        text |= {
+            "context_length": len(state_dict["positional_embedding"]),
+            "vocab_size": len(state_dict["token_embedding.weight"]),
+        }
+        if "visual.class_embedding" in state_dict:
+            patch = state_dict["visual.conv1.weight"].shape[-1]
+            side = round((len(state_dict["visual.positional_embedding"]) - 1) ** 0.5)
+            vision = transformer("visual.", widths[0]) | {"patch_size": patch, "image_size": patch * side}
+        else:
+            side = round((len(state_dict["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+            vision = {
+                "image_size": 32 * side,
+                "width": len(state_dict["visual.conv3.weight"]),
+                "layers": [depth(rf"visual\.layer{i}") for i in (1, 2, 3, 4)],
+                "head_width": 64,
+            }
+        return {"embed_dim": state_dict["text_projection"].shape[1], "vision": vision, "text": text}
+    except KeyError as error:
+        raise ValueError(f"these are not the weights of a CLIP: {error.args[0]} is missing") from error
+    except IndexError as error:
+        raise ValueError("these are not the weights of a CLIP: a table or projection has too few axes") from error
+
+
+def open_clip_config(shape: Mapping) -> dict | None:
+    """The geometry as a config of open_clip, or None where that has no such shapes (layers of different widths)."""
+    towers = {}
+    for name in ("vision", "text"):
+        tower = shape[name]
+        cfg = {key: tower[key] for key in tower.keys() - {"heads", "mlp_width"}}
+        if isinstance(tower["layers"], int):
+            cfg.pop("head_width", None)
+            head_width, heads, neurons = block_sizes(tower)
+            width, mlp = tower["width"], neurons[0]
+            if set(heads) != {width / head_width} or set(neurons) != {mlp} or mlp is None:
+                return None
+            cfg |= {"head_width": head_width} if name == "vision" else {"heads": heads[0]}
+            cfg["mlp_ratio"] = mlp / width
+            if int(width * cfg["mlp_ratio"]) != mlp:
+                return None
+        towers[f"{name}_cfg"] = cfg
+    return {"embed_dim": shape["embed_dim"], "quick_gelu": shape["quick_gelu"], **towers}
