@@ -299,7 +299,7 @@ def test_studies_name_commands_that_are_there(folder: str):
         assert module.split(".")[0] in (folder, "shared") and importlib.util.find_spec(module), module
         assert not [word for word in words if "{" in word], words
     for job in (*study.stages, *study.arms):
-        assert job.needs <= set(names) and job in study.jobs([job]), job
+        assert job.needs | set(job.after) <= set(names) and job in study.jobs([job]), job
         assert any(study.out(job.name, 7) in words for words in study.words(job, 7)), job
 
 

@@ -94,14 +94,27 @@ def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
 
 
 def test_commands_are_words(study: Study):
-    several = Stage("both", ("pretrain emoji-{seed}", "measure --encoder {out}"), after=("teacher",))
+    several = Stage("both", ("pretrain emoji-{seed}", "measure --encoder {out}"))
     study = dataclasses.replace(study, stages=(*study.stages, several))
     lines = [words[2:] for words in study.words(several, 5)]
     assert lines == [
         ["paper.pretrain", "emoji-5", "--seed", "5", "--out", "runs/paper/both-seed5"],
         ["paper.measure", "--encoder", "runs/paper/both-seed5"],
     ]
-    assert several.needs == {"teacher"} and [job.name for job in study.jobs([several])] == ["teacher", "both"]
+    assert several.needs == set() and study.stages[1].needs == {"teacher"}
+
+
+def test_what_comes_after_others_waits_for_them_but_does_not_bring_them(study: Study):
+    shared = (Stage("a", "train a"), Stage("b", "train b", after=("a",)), Stage("c", "train c", after=("a", "b")))
+    arms = (Arm("late", "train late --init {c}", heading="Late"), Arm("base", "train base --init {a}", heading="Base"))
+    study = dataclasses.replace(study, stages=shared, arms=arms, claims=())
+    runner.run(study, runner.Options(seeds=(0,), arms="late", jobs=2))
+    assert order() == ["runs/paper/c-seed0", "runs/paper/late-seed0"]
+    Path("order.txt").unlink()
+    runner.run(study, runner.Options(seeds=(1,), arms="late base", jobs=2))
+    ran = order()
+    assert sorted(ran) == [f"runs/paper/{name}-seed1" for name in ("a", "base", "c", "late")]
+    assert ran.index("runs/paper/a-seed1") < ran.index("runs/paper/c-seed1")
 
 
 def test_a_failed_command_is_named_and_stops_what_waits_for_it(study: Study):

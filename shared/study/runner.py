@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Stage:
 
     name: str
     command: str | tuple[str, ...]
-    after: tuple[str, ...] = ()  # stages to wait for that the command does not name
+    after: tuple[str, ...] = ()  # others that must not run at the same time and come first, if they run at all
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -47,8 +47,8 @@ class Stage:
 
     @property
     def needs(self) -> set[str]:
-        """Names of what must be there first."""
-        return {*self.after, *PLACE.findall(" ".join(self.commands))} - {"seed", "out"}
+        """Names of what the commands start from."""
+        return set(PLACE.findall(" ".join(self.commands))) - {"seed", "out"}
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,24 @@ class Options:
     """Runs side by side, each with its share of the cores."""
 
 
-def depth(study: Study, job: Stage) -> int:
-    """How many jobs must run one after the other before this one."""
-    known = {each.name: each for each in (*study.stages, *study.arms)}
-    return max((1 + depth(study, known[name]) for name in job.needs), default=0)
+def in_order(jobs: Sequence[Stage]) -> list[Stage]:
+    """Jobs such that each comes after what it waits for, and what others wait for comes early."""
+    chosen = {job.name: job for job in jobs}
+
+    def depth(job: Stage) -> int:
+        return max((1 + depth(chosen[name]) for name in waits_for(job, chosen)), default=0)
+
+    return sorted(jobs, key=depth)
+
+
+def waits_for(job: Stage, chosen: Container[str]) -> list[str]:
+    return [name for name in sorted(job.needs | set(job.after)) if name in chosen]
 
 
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
     """Train arms and what they start from, `at_once` side by side. ValueError names a command that failed."""
-    jobs = sorted(study.jobs(arms), key=lambda job: depth(study, job))  # what is waited for is started first
+    jobs = in_order(study.jobs(arms))
+    names = {job.name for job in jobs}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(cli.cores() // at_once, 1))}
     estimate = "" if minutes is None else f"; about {minutes * len(seeds):.0f} minutes on two cores if none is done"
     total, start = len(jobs) * len(seeds), time.perf_counter()
@@ -212,7 +221,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     finished = itertools.count(1)
 
     def work(job: Stage, seed: int) -> None:
-        for name in job.needs:
+        for name in waits_for(job, names):
             futures[name, seed].result()
         for words in study.words(job, seed):
             subprocess.run(words, env=environment, check=True)
