@@ -11,7 +11,7 @@ comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help presets data browser test bench readme clean reproduce-all
+.PHONY: help presets data scenes browser test bench readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -26,6 +26,8 @@ help:
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make browser             install the browser that looks at report.html in a test'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
+	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
+	@echo 'make photos-SET ROOT=PATH           turn photographs that you have into data/SET: flickr8k, pacs, cifar10, coco'
 	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
 
 # ---- installation: base + one extra per folder
@@ -53,6 +55,13 @@ browser: $(VENV)/.installed-base
 
 data: $(VENV)/.installed-base
 	$(PY) -m shared.corpora.emoji --out data/emoji
+
+scenes: data
+	$(PY) -m shared.corpora.scenes --out data/scenes
+
+photos-%: $(VENV)/.installed-base  # FLAGS: others of its --help
+	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }
+	$(PY) -m shared.corpora.photos $* --root $(ROOT) --out data/$* $(FLAGS)
 
 presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)

@@ -1,7 +1,7 @@
-"""Every setting of an A-CLIP, SLIP or CLIP run, its presets, and what is refused before a run starts.
+"""Every setting of an A-CLIP, SLIP or CLIP run, its presets, and the checks before a run starts.
 
-Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which the
-code has; `emoji*` are ours.
+Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which is
+in the authors' code only; `emoji*` are ours.
 """
 
 import dataclasses
@@ -169,7 +169,7 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "yfcc/{00000..01468}.tar")
     cli.check_counts(cfg, "epochs", "batch_size", "accumulate", "save_every", "log_every")
     if cfg.batch_size % (world_size * cfg.accumulate):
@@ -183,6 +183,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config) -> None:
+    """The part of `check` that a dry run needs: model, masks and schedule, but no data."""
     if cfg.model not in MODELS:
         raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     if not 0 < cfg.keep_ratio <= 1:

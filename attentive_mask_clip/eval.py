@@ -1,13 +1,12 @@
 """Evaluate A-CLIP, SLIP and CLIP: `python -m attentive_mask_clip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code microsoft/A-CLIP@0e51942, cited as `U:`): zero-shot classification with each
-set's own metric, zero-shot retrieval, linear probe; and for the embedded corpus, how much of the drawing the kept
-patches hold. A-CLIP is evaluated with its EMA towers, as upstream's suite does; with the online ones under `online/`.
+set's own metric, zero-shot retrieval, linear probe; and for the embedded corpus, the share of foreground among kept
+patches. A-CLIP is evaluated with its EMA towers, as in upstream's suite; with the online ones under `online/`.
 """
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,17 @@ import tyro
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from attentive_mask_clip.claims import ARMS, METRICS, compare  # noqa: F401
 from attentive_mask_clip.config import Config as TrainConfig
-from attentive_mask_clip.export import export_model
-from attentive_mask_clip.model import ACLIP, CLIP, attentive_keep_ids, create_model, load_checkpoint, random_keep_ids
-from attentive_mask_clip.views import MEAN, STD, eval_transform
+from attentive_mask_clip.crops import MEAN, STD, eval_transform
+from attentive_mask_clip.model import (
+    ACLIP,
+    CLIP,
+    PRESETS,
+    attentive_keep_ids,
+    create_model,
+    load_checkpoint,
+    random_keep_ids,
+)
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
@@ -38,6 +43,20 @@ from shared.zeroshot import (
 )
 
 EMOJI = "data/emoji/eval/"
+METRICS = {  # what is shown of a run, and its heading
+    "names_ood/top1": "names OOD",
+    "online/names_ood/top1": "names OOD, online",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_ood/image_to_text_R@1": "I2T R@1 OOD",
+    "retrieval_ood/text_to_image_R@1": "T2I R@1 OOD",
+    "subgroups_ood/probe_final": "probe OOD",
+    "kept/attentive_share": "kept foreground",
+    "kept/high_drop_share": "... high drop",
+    "kept/centre_share": "... centre",
+    "kept/random_share": "... random",
+    "seconds": "seconds",
+}
 
 
 @dataclasses.dataclass
@@ -304,7 +323,7 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------- one checkpoint
+# ------------------------------------------------------------------------------------------------- loading runs
 
 
 def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16") -> CLIP:
@@ -321,11 +340,82 @@ def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16")
 
 
 def untrained(state: dict, path: str | Path) -> CLIP:
-    """The model with which the run of this checkpoint in the folder `path` began."""
+    """The model before training of a run, from its checkpoint `state` in the folder `path`; eval mode."""
     cfg = checkpoints.config_in(state, TrainConfig, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return create_model(cfg.method, cfg.model, **cfg.model_settings()).eval()
+
+
+# ------------------------------------------------------------------------------------------- export to open_clip
+
+TIMM_TOWERS = {"vit_b16": "vit_base_patch16_224", "vit_l16": "vit_large_patch16_224"}  # timm's names of presets
+
+
+def open_clip_weights(model: CLIP) -> dict[str, Tensor]:
+    """The evaluated towers by open_clip's names: a timm image tower with a linear head, and CLIP's text tower."""
+    ema = isinstance(model, ACLIP)
+    visual, transformer = (model.visual_ema, model.transformer_e) if ema else (model.visual, model.transformer)
+    image_projection, text_projection = (
+        (model.image_projection_e, model.text_projection_e) if ema else (model.image_projection, model.text_projection)
+    )
+    return {
+        **{f"visual.trunk.{name}": value for name, value in visual.state_dict().items()},
+        "visual.head.proj.weight": image_projection.T,
+        **{f"transformer.{name}": value for name, value in transformer.state_dict().items()},
+        "token_embedding.weight": model.token_embedding.weight,
+        "positional_embedding": model.positional_embedding,
+        **{f"ln_final.{name}": value for name, value in model.ln_final.state_dict().items()},
+        "text_projection": text_projection,
+        "logit_scale": model.logit_scale,
+    }
+
+
+def export_model(model: CLIP, folder: str | Path) -> None:
+    """Write the towers that evaluation uses as an open_clip model.
+
+    timm has image towers of the paper's ViT-B and ViT-L by name. Of other shapes it is told by a config.json in the
+    folder, whose absolute path then stands in open_clip_config.json: change it there if you move the folder.
+    """
+    visual, text = model.visual, model.transformer
+    shape = {
+        "img_size": model.image_size,
+        "patch_size": model.patch_size,
+        "embed_dim": visual.cls_token.shape[-1],
+        "depth": len(visual.blocks),
+        "num_heads": visual.blocks[0].attn.num_heads,
+    }
+    name = next((TIMM_TOWERS[preset] for preset in TIMM_TOWERS if same_shape(shape, PRESETS[preset])), None)
+    if name is None:
+        name = f"local-dir:{Path(folder).resolve()}"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tower = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"num_classes": 0}, "model_args": shape}
+        checkpoints.write_json(Path(folder) / "config.json", tower)
+    width = model.token_embedding.embedding_dim
+    config = {
+        "embed_dim": model.image_projection.shape[1],
+        "quick_gelu": True,  # of the text tower; timm's has GELU
+        "vision_cfg": {"timm_model_name": name, "timm_pool": "token", "image_size": model.image_size},
+        "text_cfg": {
+            "context_length": model.context_length,
+            "vocab_size": model.token_embedding.num_embeddings,
+            "width": width,
+            "heads": text.resblocks[0].attn.num_heads,
+            "layers": len(text.resblocks),
+        },
+    }
+    transform = eval_transform(model.image_size)
+    bilinear = {"mean": MEAN, "std": STD, "interpolation": "bilinear"}
+    export.write(folder, Towers(model), config, open_clip_weights(model), transform, **bilinear)
+
+
+def same_shape(shape: dict, preset: dict) -> bool:
+    """Whether a tower is that of one of the paper's presets, at 224 pixels in patches of 16."""
+    paper = [224, 16, *(preset[f"vision_{name}"] for name in ("width", "layers", "heads"))]
+    return list(shape.values()) == paper
+
+
+# ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -383,18 +473,19 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict] | None:
+    """Measure every run; compare them if a report is asked for. Returns the measurements of each run, with the table of
+    step times in `--times` under "step_times"."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
-    results = evaluation.evaluate_runs(
-        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
-    )
+    times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}
+    kinds = "run folder or checkpoint file"
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
+    results = [measured | times for measured in results]
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report), checkpoints.read_json(cfg.times) if cfg.times else None)
-        kept = [Path(path) / "kept.png" for path in cfg.runs if Path(path).name == "aclip-seed0"]
-        if kept and kept[0].exists():
-            shutil.copy(kept[0], Path(cfg.report).parent / "attentive_mask_clip_kept.png")
+        evaluation.compare("attentive_mask_clip", cfg.runs, results, cfg.report)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,30 +1,35 @@
-"""Attentive Mask CLIP, A-CLIP (arXiv 2212.08653, ICCV 2023).
+"""Attentive Mask CLIP, A-CLIP (arXiv 2212.08653, ICCV 2023), and the paper's baselines CLIP and SLIP.
 
 Authors' code: microsoft/A-CLIP@0e51942, cited as `U:<path>:<line>`; its base facebookresearch/SLIP@c6faf5d, as `S:`.
 The paper's contribution:
   - an EMA image tower scores patches by its [CLS] attention          `MaskedViT.forward(return_scores=True)`
-                                                                    (towers.py)
   - scores are carried from the EMA view into each crop of the image  `crop_scores`
   - the 2x2 blocks of high score are kept, the other tokens dropped   `attentive_keep_ids`
   - CLIP loss per masked view, SimCLR between the views, BYOL from    `ACLIP`, `aclip_loss`
-    each masked view to the EMA tower's unmasked one                (losses.py)
-The paper's baselines, CLIP and SLIP, are here too; towers and heads of all three are in towers.py.
+    each masked view to the EMA tower's unmasked one
 
-Shapes: B batch, V views, g patches a side, N = g*g patches, K kept patches, D tower width, E joint width, S SSL width.
+Shapes: B batch, V views, g patches a side, N = g*g patches, K kept patches, L image tokens, T text tokens, D tower
+width, E joint width, S SSL width.
 """
 
 import copy
 import math
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, Transformer
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from attentive_mask_clip.losses import aclip_loss, baseline_loss, byol_loss, clip_loss, simclr_loss  # noqa: F401
-from attentive_mask_clip.towers import MaskedViT, TextTransformer, byol_head, simclr_head
 from shared import checkpoints
+from shared.run import gather
 
 # Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
 PRESETS = {
@@ -47,7 +52,102 @@ PRESETS = {
     ),
 }
 
-# ----------------------------------------------------------------------------------------------- token selection
+# --------------------------------------------------------------------------------------------------------- image tower
+
+
+def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings (1, 1+n*n, D), [CLS] first, -> (1, 1+height*width, D), bicubic. U:utils.py:331."""
+    n = math.isqrt(pos_embed.shape[1] - 1)
+    if height == width == n:
+        return pos_embed
+    patches = pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2).float()
+    patches = F.interpolate(patches, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT.to(pos_embed)], dim=1)
+
+
+class MaskedViT(nn.Module):
+    """A pre-norm ViT that runs on any subset of its patches; parameters are named as timm's. U:models.py:531.
+
+    The patch projection is frozen at its random initialisation (MoCo v3), unless `freeze_patch_proj` is False.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        freeze_patch_proj: bool = True,
+    ):
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=width, strict_img_size=False)
+        if any(side % patch_size for side in self.patch_embed.img_size):
+            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, width))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(width)
+        for x in (self.cls_token, self.pos_embed, *(m.weight for m in self.blocks.modules() if type(m) is nn.Linear)):
+            nn.init.trunc_normal_(x, std=0.02)
+        for m in self.blocks.modules():
+            if type(m) is nn.Linear:
+                nn.init.zeros_(m.bias)
+        self.patch_embed.proj.requires_grad_(not freeze_patch_proj)
+
+    def forward(
+        self, images: Tensor, keep_ids: Tensor | None = None, return_scores: bool = False, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """images (B, 3, H, W), keep_ids (B, K) -> tokens (B, 1+K, D) after the last LayerNorm, scores (B, N) or None.
+
+        In eval mode keep_ids are ignored (U:models.py:580), as without them all N patches are kept. For H, W other than
+        image_size, position embeddings are resized. With `cls_only` tokens are (B, 1, D), [CLS] alone, and the last
+        block leaves out what only the others would need.
+        """
+        x = self.patch_embed(images)  # (B, N, D)
+        grid, pos_embed = self.patch_embed.dynamic_feat_size(images.shape[2:]), self.pos_embed
+        if grid != self.patch_embed.grid_size:
+            pos_embed = resize_pos_embed(pos_embed, *grid)
+        x = x + pos_embed[:, 1:]
+        if keep_ids is not None and self.training:
+            x = x.gather(1, keep_ids[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([(self.cls_token + pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        rows = []
+        for i, block in enumerate(self.blocks, 1):
+            last = cls_only and i == len(self.blocks)
+            if return_scores or last:
+                x, row = block_with_cls_attention(block, x, last)
+                rows.append(row)
+            else:
+                x = block(x)
+        return self.norm(x), torch.stack(rows).mean((0, 2))[:, 1:] if return_scores else None
+
+
+def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor]:
+    """A ViT block on (B, L, D), and how its [CLS] attends: (B, heads, L) float32, softmaxed. U:models.py:505.
+
+    The row alone is computed beside the fused attention; upstream keeps the whole (B, heads, L, L) map of every layer.
+    `cls_only`: the block's output for [CLS], (B, 1, D); the other tokens give it their keys and values.
+    """
+    attn, D, h = block.attn, x.shape[2], block.norm1(x)
+    if cls_only:
+        x, weight, bias = x[:, :1], attn.qkv.weight, attn.qkv.bias
+        q = F.linear(h[:, :1], weight[:D], bias[:D])
+        k, v = F.linear(h, weight[D:], bias[D:]).chunk(2, dim=-1)
+    else:
+        q, k, v = attn.qkv(h).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+    row = ((q[:, :, :1] * attn.scale) @ k.mT).float().softmax(dim=-1)
+    y = row @ v if cls_only else F.scaled_dot_product_attention(q, k, v)
+    x = x + attn.proj(y.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x)), row[:, :, 0].detach()
+
+
+# ----------------------------------------------------------------------------------------------------- token selection
 
 
 def crop_scores(scores: Tensor, boxes: Tensor, ref_boxes: Tensor, grid: int) -> Tensor:
@@ -112,7 +212,71 @@ def random_keep_ids(noise: Tensor, keep_ratio: float = 0.5) -> Tensor:
     return noise.argsort(dim=1)[:, : int(noise.shape[1] * keep_ratio)]
 
 
-# ---------------------------------------------------------------------------------------------------------- models
+# ---------------------------------------------------------------------------------------------------------- text tower
+
+
+class TextTransformer(Transformer):
+    """CLIP's causal text transformer without embeddings and final norm: (B, T, D) -> (B, T, D). U:models.py:95."""
+
+    def __init__(self, width: int, layers: int, heads: int, context_length: int):
+        super().__init__(width, layers, heads, act_layer=QuickGELU)
+        self.register_buffer("mask", torch.full((context_length, context_length), -math.inf).triu(1), persistent=False)
+        for block in self.resblocks:  # U:models.py:152
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, attn_mask=self.mask[: x.shape[1], : x.shape[1]])
+
+
+# ----------------------------------------------------------------------------------------------------------- SSL heads
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the rows of all processes, on any device (torch's own knows GPUs only). U:main.py:105."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        x = x.float()
+        all_reduce, n = torch.distributed.nn.all_reduce, len(x) * dist.get_world_size()
+        mean = all_reduce(x.sum(0)) / n
+        var = all_reduce((x - mean).square().sum(0)) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
+def simclr_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """(B, D) -> (B, S). U:models.py:398."""
+    return nn.Sequential(
+        OrderedDict(
+            layer1=nn.Linear(width, hidden),
+            bn1=SyncBatchNorm1d(hidden),
+            relu1=nn.ReLU(inplace=True),
+            layer2=nn.Linear(hidden, hidden),
+            bn2=SyncBatchNorm1d(hidden),
+            relu2=nn.ReLU(inplace=True),
+            layer3=nn.Linear(hidden, out),
+        )
+    )
+
+
+def byol_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """BYOL's projector (B, D) -> (B, S), and of the same form its predictor (B, S) -> (B, S). U:models.py:379."""
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        SyncBatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, out, bias=False),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- models
 
 
 class CLIP(nn.Module):
@@ -202,9 +366,9 @@ class SLIP(CLIP):
 class ACLIP(CLIP):
     """A-CLIP. U:models.py:314.
 
-    mask says which patches an online view keeps in training: those of high EMA score (attentive), of low (high: the
-    high scores are dropped), chosen at random, or all (none). In eval mode all are kept. Without `ssl` there are
-    neither SimCLR nor BYOL heads, as in the paper's ablation of masking.
+    `mask` selects the patches that an online view keeps in training: those of high EMA score (attentive), those of low
+    EMA score (high: the high scores are dropped), random ones (random), or all (none). In eval mode all are kept.
+    Without `ssl` there are no SimCLR and BYOL heads, as in the paper's ablation of masking.
     """
 
     def __init__(
@@ -310,7 +474,10 @@ class ACLIP(CLIP):
 
 
 def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> CLIP | SLIP | ACLIP:
-    """The towers of a preset as `method` aclip, clip or slip; settings override the preset's and reach the class."""
+    """The model of a preset, as `method` aclip, clip or slip; `settings` override the preset's.
+
+    ValueError if there is no such preset.
+    """
     if preset not in PRESETS:
         raise ValueError(f"model {preset!r} is none of {', '.join(PRESETS)}")
     settings = {**PRESETS[preset], **settings}
@@ -319,12 +486,106 @@ def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> 
     return {"aclip": ACLIP, "clip": CLIP, "slip": SLIP}[method](**settings)
 
 
-def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
-    """Load the authors' checkpoints, SLIP's, or ours, strictly, with DDP's `module.` prefix or without.
+# -------------------------------------------------------------------------------------------------------------- losses
 
-    The authors' files hold their argparse.Namespace and learning rates that are NumPy numbers; both are allowed beside
-    plain values, nothing else is unpickled.
-    A CLIP model takes a SLIP file's towers and leaves its SimCLR head.
+# In float32 and over the batch of all processes: each rank has the rows of its own samples, against everyone's columns,
+# gathered with gradient. The mean over ranks is the loss of the global batch, and so are DDP's averaged gradients.
+
+
+def _targets(rows: Tensor) -> Tensor:
+    """Column (B,) of the own sample of each of this rank's rows."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.arange(len(rows), device=rows.device) + len(rows) * rank
+
+
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """(CE(rows) + CE(columns)) / 2 of scale * cosines; image, text (B, E) of any norm. U:losses.py:70-97."""
+    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    targets = _targets(image)
+    image_to_text = F.cross_entropy(scale * image @ gather(text).T, targets)
+    text_to_image = F.cross_entropy(scale * text @ gather(image).T, targets)
+    return (image_to_text + text_to_image) / 2
+
+
+def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent: row i of a (B, S) finds row i of b among b and the rest of a; the same for b. U:losses.py:141."""
+    a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+    all_a, all_b = gather(a), gather(b)
+    targets = _targets(a)
+    own = F.one_hot(targets, len(all_a)) * 1e9
+
+    def direction(x: Tensor, same: Tensor, other: Tensor) -> Tensor:
+        logits = torch.cat([x @ other.T / temperature, x @ same.T / temperature - own], dim=1)
+        return F.cross_entropy(logits, targets)
+
+    return (direction(a, all_a, all_b) + direction(b, all_b, all_a)) / 2
+
+
+def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean of 2 - 2 cos(pred, target) over rows (M, S). `ACLIP` stops the target's gradient. U:losses.py:52."""
+    pred, target = F.normalize(pred.float(), dim=-1), F.normalize(target.float(), dim=-1)
+    return (2 - 2 * (pred * target).sum(-1)).mean()
+
+
+def accuracy(image: Tensor, text: Tensor) -> Tensor:
+    """Percent of images whose caption is the nearest of the batch."""
+    with torch.no_grad():
+        cosine = F.normalize(image.float(), dim=-1) @ gather(F.normalize(text.float(), dim=-1), with_grad=False).T
+        return 100 * (cosine.argmax(dim=1) == _targets(image)).float().mean()
+
+
+def aclip_loss(
+    outputs: dict[str, Tensor],
+    simclr_weight: float = 1.0,
+    byol_weight: float = 2.0,
+    temperature: float = 0.1,
+    simclr_pair: str = "cross",
+) -> dict[str, Tensor]:
+    """L = mean_v L_CLIP(view v) + SimCLR(view 1, view 2) + 2 BYOL(views, EMA view). U:losses.py:39.
+
+    `simclr_pair="same"` gives SimCLR the first view twice, as the released code does (it then only repels). One view
+    leaves no pair for SimCLR, and without SSL heads there is no BYOL either: these terms are then 0. Returns loss, its
+    unweighted terms and clip_acc, by name.
+    """
+    text, scale = outputs["text_embed"], outputs["logit_scale"].float()
+    views = outputs["image_embed"].split(len(text))
+    losses = {f"contra_loss_{v}": clip_loss(view, text, scale) for v, view in enumerate(views, 1)}
+    loss = sum(losses.values()) / len(views)
+    losses["simclr_loss"] = losses["im_byol_loss"] = scale.new_zeros(())
+    if "image_ssl_embed" in outputs:
+        ssl = outputs["image_ssl_embed"].split(len(text))
+        if len(views) == 1:
+            # zero, with gradients for the SimCLR head: DistributedDataParallel waits for those of all parameters
+            losses["simclr_loss"] = 0.0 * ssl[0].float().sum()
+        else:
+            losses["simclr_loss"] = simclr_loss(ssl[0], ssl[0 if simclr_pair == "same" else 1], temperature)
+        losses["im_byol_loss"] = byol_loss(outputs["byol_feats"], outputs["byol_feats_e"].repeat(len(views), 1))
+    loss = loss + simclr_weight * losses["simclr_loss"] + byol_weight * losses["im_byol_loss"]
+    return {"loss": loss, **losses, "clip_acc": accuracy(views[-1], text)}
+
+
+def baseline_loss(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scale: float = 1.0) -> dict[str, Tensor]:
+    """CLIP's loss, or SLIP's (S:losses.py:112) where the outputs have its two augmented views.
+
+    SLIP's own code gathers CLIP's features without gradient; here they have it, as in A-CLIP.
+    """
+    image, text = outputs["image_embed"], outputs["text_embed"]
+    losses = {"clip_loss": clip_loss(image, text, outputs["logit_scale"].float())}
+    loss = losses["clip_loss"]
+    if "aug1_embed" in outputs:
+        losses["ssl_loss"] = simclr_loss(outputs["aug1_embed"], outputs["aug2_embed"], temperature)
+        loss = loss + ssl_scale * losses["ssl_loss"]
+    return {"loss": loss, **losses, "clip_acc": accuracy(image, text)}
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
+    """Load the authors' checkpoints, SLIP's, or ours, strictly, with DDP's `module.` prefix or without it.
+
+    The authors' files hold an argparse.Namespace and NumPy numbers, which are allowed beside plain values; nothing else
+    is unpickled. A CLIP model loads a SLIP file's towers without its SimCLR head. ValueError if the weights do not fit.
     """
     state = path_or_dict
     if not isinstance(state, dict):

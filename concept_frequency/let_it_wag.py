@@ -149,7 +149,7 @@ def build(cfg: Config) -> dict[str, int]:
 
 def write_set(folder: Path, classes: Sequence[str], rows: Sequence[tuple[int, Image.Image]]) -> None:
     """An evaluation set with the plain class name as its prompt; rows are (label, image)."""
-    write_split(folder / "test", (png(image) for _, image in rows), "cls", [str(label) for label, _ in rows])
+    write_split(folder / "test", ({"png": png(image), "cls": str(label)} for label, image in rows))
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
 

@@ -4,6 +4,7 @@ What is damaged, too large or malformed in any other way is passed over and hand
 followed and never an endless loop.
 """
 
+import itertools
 import json
 import os
 import tarfile
@@ -125,11 +126,12 @@ def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
             tar.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
 
 
-def write_split(folder: Path, images: Iterable[bytes], kind: str, values: Iterable[str]) -> None:
-    """One split of an evaluation set in the CLIP-benchmark layout, of PNG files.
+def write_split(folder: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
+    """Write a split of an evaluation set in the CLIP-benchmark layout; returns the number of samples.
 
-    `kind` is the file ending of `values`: cls (class index) or txt (captions, one a line).
+    A sample maps file endings to contents: an image's, `cls` (label) or `txt` (captions, one a line), and others.
     """
-    samples = enumerate(zip(images, values, strict=True))
-    write_tar(folder / "0.tar", ({"__key__": f"s{i:07d}", "png": png, kind: value} for i, (png, value) in samples))
+    count = itertools.count()
+    write_tar(folder / "0.tar", ({"__key__": f"s{next(count):07d}"} | sample for sample in samples))
     (folder / "nshards.txt").write_text("1\n")
+    return next(count)

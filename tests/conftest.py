@@ -3,13 +3,14 @@
     @pytest.mark.golden("protoclip", "clip_loss")
     def test_clip_loss(case): ...
 
-runs once per file of that family in DIR/protoclip/. A file's family is the longest family name, of those that the test
-module claims, that its own name starts with. A case file that no test claims fails; all golden tests of a folder are
-therefore in one module. A .json beside an .npz of the same stem is no case of its own, but that case's `json`.
+runs once per file of that family in DIR/protoclip/. A file's family is the longest family name, of those that the tests
+of a folder claim in any module, that its own name starts with. tests/test_golden.py fails for a case file that no test
+claims. A .json beside an .npz of the same stem is no case of its own, but that case's `json`.
 Families that DIR lacks give no tests, except that the default DIR must have them all.
 """
 
-import inspect
+import ast
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -75,13 +76,20 @@ def case_files(config: pytest.Config, folder: str) -> list[Path]:
     return arrays + [file for file in files if file.suffix == ".json" and file.with_suffix(".npz") not in arrays]
 
 
-def claims(module: Any) -> dict[str, set[str]]:
-    """Folder -> families that the test functions of a module claim."""
+@functools.cache
+def claims() -> dict[str, set[str]]:
+    """Folder -> families that tests of any module claim: arguments of their `golden` decorators."""
     families = defaultdict(set)
-    for function in filter(inspect.isfunction, vars(module).values()):
-        for mark in getattr(function, "pytestmark", ()):
-            if mark.name == "golden":
-                families[mark.args[0]].update(mark.args[1:])
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        tree, names = ast.parse(path.read_text(encoding="utf-8")), {}
+        for node in tree.body:  # FOLDER = "flame"
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                names |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
+        for node in ast.walk(tree):
+            for mark in getattr(node, "decorator_list", ()):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func).split(".")[-1] == "golden":
+                    words = [names[word.id] if isinstance(word, ast.Name) else word.value for word in mark.args]
+                    families[words[0]].update(words[1:])
     return families
 
 
@@ -93,7 +101,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("golden")
     if mark is not None:
         folder, *families = mark.args
-        known = claims(metafunc.module)[folder]
+        known = claims()[folder]
         files = [file for file in case_files(metafunc.config, folder) if family(file, known) in families]
         metafunc.parametrize("case", files or [None], ids=[file.name for file in files] or ["none"], indirect=True)
 
@@ -105,28 +113,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 class GoldenModule(pytest.Module):
-    """A test module, less the golden tests that have no case, plus a failing test for each case that no test claims."""
+    """A test module, less the golden tests that have no case in a DIR of one's own."""
 
     def collect(self):
         default = self.config.getoption("golden") == DEFAULT
         for item in super().collect():
             if default or not hasattr(item, "callspec") or item.callspec.params.get("case", item) is not None:
                 yield item
-        for folder, families in claims(self.obj).items():
-            for file in case_files(self.config, folder):
-                if family(file, families) is None:
-                    yield Unclaimed.from_parent(self, name=f"test_unclaimed[{file.name}]")
-
-
-class Unclaimed(pytest.Item):
-    def runtest(self):
-        raise AssertionError("no test claims this golden case file")
-
-    def repr_failure(self, excinfo):
-        return f"{self.name}: {excinfo.value}"
-
-    def reportinfo(self):
-        return self.path, None, self.name
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:

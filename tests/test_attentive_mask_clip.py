@@ -23,23 +23,29 @@ from PIL import Image
 from torch import nn
 
 from attentive_mask_clip.config import Config
+from attentive_mask_clip.crops import MEAN, STD, ViewDataset, three_boxes
 from attentive_mask_clip.eval import eval_transform, linear_probe_lr, mean_per_class, roc_auc, zero_shot
-from attentive_mask_clip.losses import accuracy, aclip_loss, baseline_loss, byol_loss, clip_loss, simclr_loss
 from attentive_mask_clip.model import (
     ACLIP,
     CLIP,
     PRESETS,
     SLIP,
     MaskedViT,
+    SyncBatchNorm1d,
+    accuracy,
+    aclip_loss,
     attentive_keep_ids,
+    baseline_loss,
+    byol_loss,
+    clip_loss,
     create_model,
     crop_scores,
     load_checkpoint,
     random_keep_ids,
+    resize_pos_embed,
+    simclr_loss,
 )
-from attentive_mask_clip.towers import SyncBatchNorm1d, resize_pos_embed
 from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, three_crops, train_step, view_transform
-from attentive_mask_clip.views import MEAN, STD, ViewDataset, three_boxes
 from shared.zeroshot import classification_metrics, label_ranks
 
 golden = pytest.mark.golden

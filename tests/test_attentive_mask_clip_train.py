@@ -29,7 +29,7 @@ from shared import checkpoints, data
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
-PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.views", "shared.zeroshot", "torch.utils.tensorboard"]
+PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.crops", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS, PER_EPOCH = 9, 3
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32 --warmup-epochs 1

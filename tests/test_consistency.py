@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -18,14 +19,13 @@ from shared.presets import folders
 
 ROOT = Path(__file__).parent.parent
 TOOLS = {
-    "emoji",
-    "emoji_sources",
-    "overview",
     "presets",
+    "pretrained",
     "pytest_options",
-    "remaining",
     "smollm2",
-}  # of shared/: all papers', run by make or pytest, or part of one that is
+}  # of shared/: run by make or pytest, or part of one that is
+PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
+BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora
 TRAINING = [(folder, "train") for folder in folders()] + [("nmtune", "pretrain"), ("nmtune", "finetune")]
 FREE = {"out", "device", "save_every", "log_every", "dry_run", "strict"}  # every training script has these
 HELP = {  # field: (type, start of its help)
@@ -94,10 +94,11 @@ EVALUATION = {
     "workers": "Loader processes.",
     "precision": "Autocast of the .*, as in training.",
 }
-CHECKPOINT = ("optimizer", "seconds", "commit", "data", "config")
-LOG_NAMES = {"epoch", "episode", "seconds", "lr", "lr_visual", "lr_rest", "loss", "logit_scale", "gradient_norm"} | {
-    "zero_shot_top1", "codes_restarted", "sparsity_reached",
-}  # fmt: skip
+
+
+def files() -> list[Path]:
+    """All modules of the project, tests aside."""
+    return sorted(path for package in PACKAGES for path in (ROOT / package.replace(".", "/")).glob("*.py"))
 
 
 def tree(path: Path) -> ast.Module:
@@ -176,19 +177,70 @@ def config(folder: str, script: str) -> type:
     return type(next(iter(presets(folder, script).values()))[1])
 
 
+def name_of(path: Path) -> str:
+    """A file's module: shared/study/runner.py -> shared.study.runner."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def of_project(path: Path) -> set[str]:
+    """Modules of the project that a file imports anywhere."""
+    known = {name_of(file) for file in files()}
+    return imports(path) & known
+
+
+def reached(module: str, graph: dict[str, set[str]]) -> set[str]:
+    """All modules that one imports, directly or through others."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = set().union(*(graph[name] for name in new)) - found
+    return found - {module}
+
+
+GRAPH = {name_of(path): of_project(path) for path in files()}
+
+
 @pytest.mark.parametrize("folder", folders())
 def test_no_paper_imports_another(folder: str):
     for file in (ROOT / folder).glob("*.py"):
         roots = {name.split(".")[0] for name in imports(file)}
         assert not roots & (set(folders()) - {folder}), f"{file} imports another paper"
         assert "tests" not in roots, f"{file} imports tests"
-    makefile = (ROOT / folder / "reproduce.mk").read_text()
-    assert set(re.findall(r"\$\(PY\) -m (\w+)", makefile)) <= {folder, "shared"}, "runs another paper"
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_the_paper_knows_nothing_of_its_study(folder: str):
+    """All but study.py and builders of corpora: their evidence can be deleted (test_house.py does)."""
+    for file in (ROOT / folder).glob("*.py"):
+        if file.name != "study.py" and f"{folder}/{file.name}" not in BUILDERS:
+            evidence = {
+                name for name in reached(name_of(file), GRAPH) if name.startswith(("shared.study", "shared.corpora"))
+            }
+            assert not evidence and f"{folder}.study" not in reached(name_of(file), GRAPH), f"{file}: {evidence}"
+
+
+def test_imports_have_no_circles():
+    for module in GRAPH:
+        assert module not in set().union(*(GRAPH[name] | reached(name, GRAPH) for name in GRAPH[module])), module
+
+
+@pytest.mark.parametrize("file", files(), ids=name_of)
+def test_no_import_of_the_project_inside_a_function(file: Path):
+    for node in ast.walk(tree(file)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.ImportFrom):
+                    assert (inner.module or "").split(".")[0] not in PACKAGES, f"{file}:{inner.lineno}"
 
 
 def test_shared_imports_no_paper():
-    for file in (ROOT / "shared").glob("*.py"):
+    for file in (ROOT / "shared").rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(file)} & set(folders()), file
+
+
+def test_shared_imports_no_evidence():
+    for file in (ROOT / "shared").glob("*.py"):
+        assert not {name for name in of_project(file) if name.startswith(("shared.study", "shared.corpora"))}, file
 
 
 def test_shared_holds_what_three_papers_use():
@@ -207,6 +259,7 @@ def test_what_shared_offers_is_used_by_two_papers_or_within():
         for name in set().union(*(used(file) for file in (ROOT / folder).glob("*.py"))):
             users[name].add(folder)
     within = set().union(*(used(file, file.stem) for file in (ROOT / "shared").glob("*.py")))
+    within |= set().union(*(used(file) for file in (ROOT / "shared").glob("*/*.py")))
     for file in (ROOT / "shared").glob("*.py"):
         for name in public(file) if file.stem not in TOOLS else ():
             offered = (file.stem, name)
@@ -215,20 +268,51 @@ def test_what_shared_offers_is_used_by_two_papers_or_within():
 
 def test_tools_of_shared_are_run():
     said = (ROOT / "Makefile").read_text() + (ROOT / "pyproject.toml").read_text()
-    said += "".join(file.read_text() for file in ROOT.glob("*/reproduce.mk"))
-    parts = set().union(*(imports(ROOT / f"shared/{tool}.py") for tool in TOOLS))
-    for tool in TOOLS:
-        assert f"shared.{tool}" in said or f"shared.{tool}" in parts, tool
+    said += "".join(file.read_text() for file in ROOT.glob("*/study.py"))
+    for tool in TOOLS & {file.stem for file in (ROOT / "shared").glob("*.py")}:
+        assert f"shared.{tool}" in said, tool
 
 
 @pytest.mark.parametrize("folder", folders())
 def test_files_of_a_folder(folder: str):
-    for name in ("README.md", "config.py", "model.py", "train.py", "eval.py", "claims.py", "reproduce.mk"):
+    for name in ("README.md", "config.py", "model.py", "train.py", "eval.py", "study.py"):
         assert (ROOT / folder / name).is_file(), name
-    makefile = (ROOT / folder / "reproduce.mk").read_text()
-    for name in ("ARMS_core", "ARMS_all"):
-        assert re.search(rf"^{folder.upper()}_{name}\b", makefile, re.M), name
-    assert "--report $(or $(" in makefile and "--seed " in makefile and "--out " in makefile
+    assert not (ROOT / folder / "reproduce.mk").exists() and not (ROOT / folder / "claims.py").exists()
+
+
+@pytest.mark.parametrize(("folder", "script"), TRAINING)
+def test_a_training_script_is_read_on_a_screen(folder: str, script: str):
+    for node in tree(ROOT / folder / f"{script}.py").body:
+        if isinstance(node, ast.FunctionDef) and node.name in ("main", "train", "dry_run"):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_studies_name_commands_that_are_there(folder: str):
+    study = importlib.import_module(f"{folder}.study").STUDY
+    assert study.folder == folder and set(study.minutes) == {"core", "all"}
+    names = [job.name for job in (*study.stages, *study.arms)]
+    assert len(names) == len(set(names)) and all(arm.heading for arm in study.arms)
+    lines = [words[2:] for job in (*study.stages, *study.arms) for words in study.words(job, 7)]
+    lines += [once.command.split() for once in study.before]
+    for module, *words in lines:
+        assert module.split(".")[0] in (folder, "shared") and importlib.util.find_spec(module), module
+        assert not [word for word in words if "{" in word], words
+    for job in (*study.stages, *study.arms):
+        assert job.needs | set(job.after) <= set(names) and job in study.jobs([job]), job
+        assert any(study.out(job.name, 7) in words for words in study.words(job, 7)), job
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_presets_of_a_study_are_the_scripts(folder: str):
+    study = importlib.import_module(f"{folder}.study").STUDY
+    scripts = {script: presets(folder, script) for of, script in TRAINING if of == folder}
+    for job in (*study.stages, *study.arms):
+        for words in study.words(job, 7):
+            script = words[2].split(".")[1]
+            if script in scripts:
+                assert words[3] in scripts[script], words
+                tyro.extras.overridable_config_cli(scripts[script], args=words[3:])  # takes every option
 
 
 @pytest.mark.parametrize(("folder", "script"), TRAINING)
@@ -291,26 +375,6 @@ def test_a_report_replaces_nothing_but_results(folder: str, tmp_path: Path):
     evaluation = importlib.import_module(f"{folder}.eval")
     with pytest.raises(ValueError, match=r"notes\.md should end in \.json"):
         evaluation.main(evaluation.Config(runs=(str(tmp_path),), report=str(tmp_path / "notes.md"), device="cpu"))
-
-
-@pytest.mark.parametrize(("folder", "script"), TRAINING)
-def test_log_and_run_files(folder: str, script: str):
-    """Lines of metrics.jsonl name what they all have alike; the run folder's files have the same names everywhere."""
-    path = ROOT / folder / f"{script}.py"
-    names = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "write":
-            line = {keyword.arg for keyword in node.keywords} - {None}
-            assert "seconds" in line and len(line & {"epoch", "episode"}) == 1, f"line {node.lineno} logs {line}"
-            names |= line
-    assert names and names <= LOG_NAMES, names - LOG_NAMES
-    source = path.read_text()
-    assert '"checkpoint.pt"' in source and "RunLog(" in source and "command_line(" in source
-    for key in CHECKPOINT:
-        assert re.search(rf'"{key}s?":', source), f"checkpoints of {path} do not hold {key!r}"
-    assert '"loss"' in source or "loss=" in source
-    if path.parent.name != "nmtune" or path.stem == "pretrain":  # a temperature is learned
-        assert '"logit_scale"' in source or "logit_scale=" in source
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "RESULTS.md", *(f"{f}/README.md" for f in folders())])

@@ -18,7 +18,8 @@ from scripts import finished, one_sentence
 from tiny import EVAL, PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
 
 from shared import checkpoints, export, run
-from tldr_reduction.train import eval_tokenizer, load_run
+from tldr_reduction.checkpoints import load_run
+from tldr_reduction.tokenizer import eval_tokenizer
 
 SCRIPT, SECONDS = "protoclip.train", 90
 TOLERANCES = {  # of image features, text features, a preprocessed image; 0 where it is the very model of open_clip

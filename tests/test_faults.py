@@ -6,6 +6,7 @@ What happens when is drawn anew in every run; PAPER_CLIPS_FAULT_SEED repeats one
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import random
@@ -26,6 +27,7 @@ from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same
 from tiny import FOLDERS, PRELOAD, SCRIPTS, SHARDS, add_sample, commands, small_corpus, stages  # noqa: F401
 
 from shared import checkpoints
+from shared.run import read_metrics
 
 SCRIPT, SECONDS = "faulty", 120
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
@@ -119,6 +121,31 @@ def trained(out: Path) -> dict:
 def refused(result, *words: str) -> None:
     """Exit code 2 and one sentence with one of these regular expressions in it."""
     assert result.code == 2 and one_sentence(result.err) and any(re.search(word, result.err) for word in words), result
+
+
+# -------------------------------------------------------------------------------------------------- what a run leaves
+
+TRAINING_STAGES = ("nmtune.train", "nmtune.finetune")
+
+
+@pytest.mark.parametrize("name", (*SCRIPTS, *TRAINING_STAGES))
+def test_run_folders_have_the_same_files_keys_and_log_names(name: str, given, whole, cli, folder: Path):
+    out = whole(name) if name in SCRIPTS else folder / name / "keys"
+    if name not in SCRIPTS:
+        finished(cli("no_network", name, *given[name], "--out", out))
+    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"} <= set(os.listdir(out))
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
+    assert {"seconds", "commit", "config"} <= state.keys() and state.keys() & {"optimizer", "optimizers"}, state.keys()
+    kept = json.loads(json.dumps(state["config"]))  # tuples become lists
+    assert kept == checkpoints.read_json(out / "config.json") and ("data" in state or name == "nmtune.train")
+    for line in read_metrics(out):
+        assert "seconds" in line and len(line.keys() & {"epoch", "episode"}) == 1, line
+    first = read_metrics(out)[0]
+    assert "loss" in first and first.keys() & {"lr", "lr_visual"}
+    if name.startswith("nmtune.") or name == "nmtune":
+        assert "logit_scale" in first or name != "nmtune"
+    else:  # a temperature is learned
+        assert "logit_scale" in first
 
 
 # --------------------------------------------------------------------------------------------- while a run is going on

@@ -22,7 +22,7 @@ def offered(folder: str) -> set[str]:
             names = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
             found |= {f"{file.stem} {name}" for name in names}
     if folder == "tldr_reduction":
-        found |= {f"reduce --recipe {name}" for name in importlib.import_module("tldr_reduction.recipes").RECIPES}
+        found |= {f"reduce --recipe {name}" for name in importlib.import_module("tldr_reduction.config").RECIPES}
     return found
 
 
@@ -44,7 +44,7 @@ def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
 
 
 def test_numbers_of_claims_are_the_papers():
-    """The differences that claims.py says the papers report follow from this table's numbers."""
+    """The differences that study.py says the papers report follow from this table's numbers."""
     number = {
         row["preset"]: row["the authors' number"]
         for f in ("protoclip", "attentive_mask_clip")

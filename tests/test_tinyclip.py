@@ -23,7 +23,9 @@ from shared.run import gather
 from tinyclip import train
 from tinyclip.config import PRESETS, RESNET, Config, Stage
 from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
-from tinyclip.masks import KINDS, eval_gate
+from tinyclip.geometry import geometry, open_clip_config
+from tinyclip.inheritance import inherit_at_random, random_masks, resize_positional_embedding
+from tinyclip.masks import KINDS, eval_gate, hard_concrete, hard_concrete_cdf
 from tinyclip.model import (
     CLIP,
     CONFIGS,
@@ -36,15 +38,9 @@ from tinyclip.model import (
     depth_indices,
     distillation_loss,
     expand_pruned,
-    geometry,
-    hard_concrete,
-    hard_concrete_cdf,
     inherit_weights,
-    open_clip_config,
     parameter_counts,
     prune,
-    random_masks,
-    resize_positional_embedding,
     sparsity_loss,
     target_sparsity,
 )
@@ -734,7 +730,7 @@ def test_a_pruned_network_is_rebuilt_from_its_weights():
     again = CLIP(**geometry(small.state_dict(), 8))
     again.load_state_dict(small.state_dict())
     assert torch.equal(again.encode_image(example()[0]), small.encode_image(example()[0]))
-    assert open_clip_config(small) is None and open_clip_config(tiny()) is not None
+    assert open_clip_config(small.geometry) is None and open_clip_config(tiny().geometry) is not None
 
 
 def test_pruning_one_tower_leaves_the_other():
@@ -833,6 +829,16 @@ def test_random_masks_leave_the_small_size():
     masks = random_masks(VISION, small, torch.Generator().manual_seed(0))
     assert masks["hidden"].sum() == 16 and masks["mha"].sum() == masks["ffn"].sum() == 2
     assert (masks["heads"].sum(1) == 2).all() and (masks["intermediate"].sum(1) == 64).all()
+
+
+def test_inheriting_at_random_has_the_student_s_geometry():
+    student = CLIP(12, VISION | {"width": 16, "layers": 2}, TEXT | {"width": 16, "heads": 2, "layers": 1})
+    cut = inherit_at_random(tiny(), student.geometry, torch.Generator().manual_seed(0))
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (cut, student)]
+    assert shapes[0] == shapes[1] and torch.equal(cut.logit_scale, tiny().logit_scale)
+    resnet = student.geometry | {"vision": {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}}
+    with pytest.raises(ValueError, match="a ResNet is none"):
+        inherit_at_random(tiny(), resnet, torch.Generator())
 
 
 def test_expanding_refuses_what_does_not_fit():

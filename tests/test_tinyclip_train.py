@@ -21,19 +21,20 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import tyro
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 
 from shared import checkpoints
 from shared.study import statistics
-from tinyclip import claims, config, train
+from shared.study.report import Comparison
+from tinyclip import config, study, train
 from tinyclip import eval as evaluation
-from tinyclip.checkpoints import load_clip
-from tinyclip.inheritance import first_weights
-from tinyclip.network import CLIP, CONFIGS, create_model
+from tinyclip.model import CLIP, CONFIGS, create_model, load_clip
+from tinyclip.train import first_weights
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "tinyclip.train", 90
-PRELOAD = ["tinyclip.model", "tinyclip.pairs", "shared.zeroshot", "torch.utils.tensorboard"]
+PRELOAD = ["tinyclip.model", "tinyclip.config", "shared.data", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS = 8
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
@@ -408,44 +409,48 @@ def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
         tuple(str(runs[arm]) for arm in arms), sets=SETS, report=str(tmp_path / "results.json"), device="cpu"
     )
     monkeypatch.setattr(evaluation, "throughput", lambda *_, **__: {"pairs_per_second": 10.0})
+    claim = statistics.Claim("higher", "+1", "groups_id/top1", arms[2], arms[1])
+    metrics = {"groups_id/top1": "groups", "parameters_m": "M", "macs_g": "G"}
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, claims=(claim,), metrics=metrics))
+    monkeypatch.setattr(study, "CLAIMS_AT_SIZES", ())  # they read names_ood
     monkeypatch.setattr(
-        claims, "claims", lambda: [statistics.Claim("higher", "+1", "groups_id/top1", arms[2], arms[1])]
+        study, "learning_curve", lambda folder: [(4, 1.0), (8, 3.0 if "affinity" in str(folder) else 2.0)]
     )
-    monkeypatch.setattr(
-        claims, "learning_curve", lambda folder: [(4, 1.0), (8, 3.0 if "affinity" in str(folder) else 2.0)]
-    )
-    for module in (claims, evaluation):
-        monkeypatch.setattr(module, "METRICS", {"groups_id/top1": "groups", "parameters_m": "M", "macs_g": "G"})
-    monkeypatch.setattr(claims, "plot", lambda *_: None)  # reads names_ood
-    evaluation.main(cfg)
+    monkeypatch.setattr(evaluation, "METRICS", metrics)
+    found = evaluation.main(cfg)
     summary = checkpoints.read_json(tmp_path / "results.json")
     assert list(summary["arms"]) == list(arms) and summary["seeds"] == [0]
     values = {arm: json.loads((runs[arm] / "results.json").read_text())["metrics"] for arm in arms}
+    assert found == list(values.values())
     for arm in arms:
         assert summary["arms"][arm]["groups_id/top1"]["values"] == [values[arm]["groups_id/top1"]]
     assert values["auto"]["parameters_m"] < values["teacher"]["parameters_m"]
     assert values["inherited-affinity"]["macs_g"] < values["teacher"]["macs_g"]
     rows = {row["claim"]: row for row in summary["claims"]}
+    assert rows["higher"] == statistics.judge(
+        claim, [values[arms[2]]["groups_id/top1"]], [values[arms[1]]["groups_id/top1"]]
+    )
     assert rows["steps to the score of random weights, contrastive"]["here"] == "1.33x fewer"  # 8 of 6 steps
     assert "asked" in rows["sparsity reached within 5 points, auto"]["here"]
     assert "not testable at this scale" in capsys.readouterr().out
-    assert (tmp_path / "tinyclip_masks.png").stat().st_size > 10_000
+    for name in ("tinyclip_curves.png", "tinyclip_masks.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
     evaluation.main(cfg)
 
 
 def test_curves(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(claims, "learning_curve", lambda folder: [(1, 1.0), (2, 2.0)])
-    spread = statistics.spread([1.0, 2.0])
-    arms = {"auto": {"names_ood/top1": spread, "parameters_m": spread, "pairs_per_second": spread}}
-    claims.plot({"auto": [tmp_path, tmp_path]}, arms, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    monkeypatch.setattr(study, "learning_curve", lambda folder: [(1, 1.0), (2, 2.0)])
+    runs = [{"names_ood/top1": x, "parameters_m": x, "pairs_per_second": x} for x in (1.0, 2.0)]
+    study.plot(Comparison({"auto": runs}, [0, 1], {"auto": [tmp_path, tmp_path]}, set()), tmp_path)
+    assert (tmp_path / "tinyclip_curves.png").stat().st_size > 10_000
+    assert not (tmp_path / "tinyclip_masks.png").exists()
 
 
 def test_steps_to_reach():
     curve = [(10, 1.0), (20, 3.0), (30, 3.0)]
-    assert claims.steps_to_reach(curve, 2.0) == 15 and claims.steps_to_reach(curve, 0.5) == 5
-    assert claims.steps_to_reach(curve, 4.0) == math.inf
+    assert study.steps_to_reach(curve, 2.0) == 15 and study.steps_to_reach(curve, 0.5) == 5
+    assert study.steps_to_reach(curve, 4.0) == math.inf
 
 
 def test_speed_up_says_who_never_gets_there(monkeypatch):
@@ -456,11 +461,11 @@ def test_speed_up_says_who_never_gets_there(monkeypatch):
         "b1": [(8, 2.0)],
         "zero": [(8, 0)],
     }
-    monkeypatch.setattr(claims, "learning_curve", curves.get)
-    row = claims.speed_up(["a0", "a1"], ["b0", "b1"])  # twice as fast, and never
+    monkeypatch.setattr(study, "learning_curve", curves.get)
+    row = study.speed_up(["a0", "a1"], ["b0", "b1"])  # twice as fast, and never
     assert row["here"].startswith("1.00 ± ") and row["here"].endswith("x fewer, 1 of 2 never")
     assert row["verdict"] == "not resolved at this scale"
-    assert claims.speed_up(["a0"], ["zero"])["here"] == "8.00x fewer"  # a baseline that ends at 0
+    assert study.speed_up(["a0"], ["zero"])["here"] == "8.00x fewer"  # a baseline that ends at 0
 
 
 @pytest.mark.parametrize(
@@ -477,15 +482,51 @@ def test_sizes_may_take_a_verdict(gain: float, size: float, verdict: str):
     claim = statistics.Claim("higher", "claimed", "m", "auto", "manual")
     method, baseline = ([{"m": m, "block_parameters_m": s}] * 2 for m, s in ((10 + gain, size), (10.0, 1.0)))
     row = statistics.judge(claim, [10 + gain] * 2, [10.0] * 2)
-    row = claims.with_sizes(row, claim, method, baseline)
+    row = study.with_sizes(row, claim, method, baseline)
     assert row["verdict"] == verdict and row["here"].endswith(f"{size:.2f}x the size")
 
 
 def test_report_refuses(runs: dict[str, Path], tmp_path: Path):
-    with pytest.raises(ValueError, match="give --sets those sets, too"):
-        claims.compare([str(runs["teacher"])], [{"seconds": 1.0}], tmp_path / "r.json")
+    folders = [str(runs["teacher"]), str(runs["inherited-affinity"])]
+    with pytest.raises(ValueError, match="names_ood/top1: give --sets those sets, too"):
+        study.STUDY.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
     with pytest.raises(ValueError, match="ARM-seedN"):
-        claims.compare(["runs/other"], [{}], tmp_path / "r.json")
+        study.STUDY.compare(["runs/other"], [{}], tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+# Presets and overrides that results/tinyclip.json was measured with; TEACHER is the run folder of the same seed
+COMMANDS = {
+    "teacher": "emoji-teacher",
+    "random-contrastive": "emoji-contrastive --init None",
+    "random-affinity": "emoji --teacher TEACHER --init None",
+    "inherited-contrastive": "emoji-contrastive --init TEACHER",
+    "inherited-affinity": "emoji --teacher TEACHER --init TEACHER",
+    "random-channels": "emoji --teacher TEACHER --init TEACHER --inherit random",
+    "auto": "emoji-auto --teacher TEACHER --init TEACHER",
+    "auto-half": """emoji-auto --teacher TEACHER --init TEACHER --steps 200 --prune-step 80 --sparsity-warmup 40
+        --mask-lr 0.3 --lambda-lr -0.3 --target-sparsity 0.5""",
+    "auto-progressive": """emoji-auto --teacher TEACHER --init runs/tinyclip/auto-half-seed3 --steps 200 --prune-step 80
+        --sparsity-warmup 40 --mask-lr 0.3 --lambda-lr -0.3 --start-sparsity 0.5 --target-sparsity 0.75""",
+    "auto-oneshot": """emoji-auto --teacher TEACHER --init TEACHER --steps 400 --prune-step 160 --sparsity-warmup 80
+        --target-sparsity 0.75""",
+}
+
+
+def test_arms_are_commands_that_their_script_takes():
+    """Each arm's command line, what it waits for, and that train.py reads it."""
+    known = {arm.name: arm for arm in study.STUDY.chosen("all")}
+    assert set(known) == set(COMMANDS)
+    for name, arm in known.items():
+        expected = COMMANDS[name].replace("TEACHER", "runs/tinyclip/teacher-seed3").split()
+        expected += ["--seed", "3", "--out", f"runs/tinyclip/{name}-seed3"]
+        ((_, *words),) = study.STUDY.words(arm, 3)
+        assert words == ["-m", "tinyclip.train", *expected]
+        cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words[2:])
+        config.check_stage(cfg)
+        assert arm.needs == {Path(folder).name.removesuffix("-seed3") for folder in (cfg.teacher, cfg.init) if folder}
+    core = [arm.name for arm in study.STUDY.chosen("core")]
+    assert core == list(COMMANDS)[:5]
 
 
 @pytest.mark.parametrize("name, macs", [("TinyCLIP-ViT-61M-32-Text-29M", 5.3), ("TinyCLIP-ResNet-19M-Text-19M", 4.4)])

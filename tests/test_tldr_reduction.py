@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
-from tldr_reduction import checkpoints, cluster, config, output, text, train
+from tldr_reduction import checkpoints, cluster, config, report
 from tldr_reduction.blip import negative_weights
+from tldr_reduction.config import RECIPES
+from tldr_reduction.datasets import RandomAugment, eval_transform
 from tldr_reduction.eval import itm_histogram, rerank_scores, retrieval_recall
 from tldr_reduction.model import (
     BLIP,
@@ -25,6 +27,7 @@ from tldr_reduction.model import (
     TextTransformer,
     VectorQuantizer,
     VisionTransformer,
+    build_for,
     codebook_perplexity,
     keyword_codebook,
     rescaled,
@@ -33,7 +36,6 @@ from tldr_reduction.model import (
     sampled_codebook,
 )
 from tldr_reduction.reduce import (
-    RECIPES,
     extract_codes,
     keep_top,
     kmeans,
@@ -45,8 +47,8 @@ from tldr_reduction.reduce import (
     select_fraction,
     whiten,
 )
+from tldr_reduction.tokenizer import PROMPT, WordPiece, build_vocab, tokenizer_of
 from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
-from tldr_reduction.views import RandomAugment, eval_transform
 
 golden = pytest.mark.golden
 
@@ -467,16 +469,16 @@ def test_generation_by_hand():
 
 def test_a_learned_caption_is_written(tmp_path):
     """Stage finetune, tokenizer and generation together: [SEP] has another id in every vocabulary."""
-    (tmp_path / "vocab.txt").write_text("\n".join(text.build_vocab(["red apple", "blue car"])) + "\n")
+    (tmp_path / "vocab.txt").write_text("\n".join(build_vocab(["red apple", "blue car"])) + "\n")
     cfg = dataclasses.replace(
         config.PRESETS["emoji-finetune"][1], vocab=str(tmp_path / "vocab.txt"), image_size=16, patch_size=8, width=32,
         layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, dropout=0.0,
     )  # fmt: skip
-    tokenizer = train.tokenizer_of(cfg)
+    tokenizer = tokenizer_of(cfg)
     torch.manual_seed(0)
-    captioner = train.build_for(cfg, tokenizer)
+    captioner = build_for(cfg, tokenizer)
     images, captions = torch.randn(2, 3, 16, 16), ["red apple", "blue car"]
-    ids, mask = tokenizer([text.PROMPT + caption for caption in captions])
+    ids, mask = tokenizer([PROMPT + caption for caption in captions])
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -563,7 +565,7 @@ def test_selections():
 def test_duplicates():
     codes = np.random.default_rng(0).integers(0, 99, (500, 20)).astype(np.uint16)
     codes[7], codes[400] = codes[3], codes[3]
-    first = output.first_of_equal(output.row_hashes(codes, 64))
+    first = report.first_of_equal(report.row_hashes(codes, 64))
     assert first[7] == first[400] == 3 and len(set(first)) == 498
 
 
@@ -588,13 +590,13 @@ def test_itm_histogram_is_a_density():
 
 
 def test_word_pieces(tmp_path):
-    assert len(text.build_vocab(f"word{i}" for i in range(99))) == 5 + 2 * 22 + 2 + 99  # letters, picture, of
-    few = text.build_vocab([chr(0x4E00 + i) for i in range(2000)] + ["rare", *["frequent"] * 3], 2008)
+    assert len(build_vocab(f"word{i}" for i in range(99))) == 5 + 2 * 22 + 2 + 99  # letters, picture, of
+    few = build_vocab([chr(0x4E00 + i) for i in range(2000)] + ["rare", *["frequent"] * 3], 2008)
     assert len(few) == 2008 and {"picture", "of", "frequent"} < set(few) and "rare" not in few
-    vocab = text.build_vocab(["a red car", "blue car", "café"])
+    vocab = build_vocab(["a red car", "blue car", "café"])
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(vocab) + "\n")
-    tokenizer = text.WordPiece(path)
+    tokenizer = WordPiece(path)
     ids, mask = tokenizer(["a picture of red car", "unknownred"], 30)
     assert (tokenizer.dec, tokenizer.enc) == (len(vocab), len(vocab) + 1) and len(tokenizer) == len(vocab) + 2
     assert ids[0, 0] == tokenizer.cls and mask.sum(1).tolist() == [(row != 0).sum() for row in ids]
@@ -604,7 +606,7 @@ def test_word_pieces(tmp_path):
     assert prompt.tolist() == [tokenizer.cls, *caption[0, 1:3].tolist(), tokenizer.sep]
     assert tokenizer.decode(caption, "a red ") == ["blue car"]
     with pytest.raises(FileNotFoundError, match="vocabulary"):
-        text.WordPiece(tmp_path / "missing.txt")
+        WordPiece(tmp_path / "missing.txt")
 
 
 def test_augmentation_is_seeded_and_keeps_size():
@@ -704,12 +706,12 @@ def test_a_released_file_becomes_a_run(tmp_path, capsys):
     torch.save({"model": state}, tmp_path / "retrieval.pth")
     flags = dict(source=str(tmp_path / "retrieval.pth"), vocab=str(tmp_path / "vocab.txt"))
     checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
-    model, settings, _ = train.load_run(tmp_path / "scorer")
+    model, settings, _ = checkpoints.load_run(tmp_path / "scorer")
     assert settings.stage == "blip" and settings.image_size == 16 and f"{settings.width}" in capsys.readouterr().out
     kept = {name: value for name, value in model.state_dict().items() if name in state and "queue" not in name}
     assert all(torch.equal(value, state[name]) for name, value in kept.items()) and "itm_head.weight" in kept
     checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "larger"), image_size=24))
-    assert train.load_run(tmp_path / "larger")[0].visual_encoder.pos_embed.shape[1] == 10
+    assert checkpoints.load_run(tmp_path / "larger")[0].visual_encoder.pos_embed.shape[1] == 10
     with pytest.raises(ValueError, match="cannot serve as --stage finetune"):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "writer"), stage="finetune"))
     with pytest.raises(ValueError, match="holds a run already"):

@@ -7,6 +7,7 @@ command-line errors, dry runs. Scripts start in forks of a server that has impor
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import random
 import shutil
@@ -18,21 +19,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import tyro
 from PIL import Image
 from scripts import ROOT, Ended, ended, finished, free_port, held, kill_at, kill_when, metrics, same, start_two
 
 from shared import checkpoints, data, run
+from shared.study.runner import Stage
 from tldr_reduction import config, corpus, train
+from tldr_reduction.datasets import open_pairs
 from tldr_reduction.eval import plain
-from tldr_reduction.output import write_shards
-from tldr_reduction.reduce import gathered_codes
-from tldr_reduction.rows import cached_rows, read_rows
-from tldr_reduction.text import build_vocab
-from tldr_reduction.views import open_pairs
+from tldr_reduction.inference import cached_rows, gathered_codes, read_rows
+from tldr_reduction.model import build
+from tldr_reduction.reduce import write_shards
+from tldr_reduction.study import EVALUATED, STUDY
+from tldr_reduction.tokenizer import build_vocab
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
-PRELOAD = ["tldr_reduction.train", "tldr_reduction.views", "shared.zeroshot", "torch.utils.tensorboard"]
+PRELOAD = ["tldr_reduction.train", "tldr_reduction.inference", "shared.zeroshot", "torch.utils.tensorboard"]
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
     --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
 STEPS, PER_EPOCH = 12, 4
@@ -496,7 +500,7 @@ def test_keyword_start(folder, monkeypatch, tiny):
     pairs, weights = open_pairs(cfg.data), []
     for _ in range(2):
         torch.manual_seed(0)
-        model = train.build(cfg, 300)
+        model = build(cfg, 300)
         train.start_codebook(model, cfg, pairs, run.Process(0, 1, torch.device("cpu")))
         weights.append(model.quantize.embedding.weight.detach().clone())
     assert torch.equal(*weights)
@@ -509,6 +513,44 @@ def test_keyword_start(folder, monkeypatch, tiny):
     short = dataclasses.replace(cfg, keywords=str(folder / "tags.txt"), num_codes=25)
     with pytest.raises(ValueError, match="holds 24 keywords, fewer than --num-codes 25"):
         config.check(short, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ study
+
+
+def test_reductions_of_a_seed_take_turns():
+    """They write into one work folder; and an arm makes no reduction that comes after its own."""
+
+    def reductions(arms: str) -> list[Stage]:
+        return [job for job in STUDY.jobs(STUDY.chosen(arms)) if job.name.startswith("reduced/")]
+
+    everything = reductions("all")
+    assert len(everything) == len({job.name for job in everything}) == 21
+    for before, job in itertools.pairwise(everything):
+        assert before.name in job.needs
+    assert [job.name for job in reductions("core")] == [f"reduced/{n}" for n in ("tldr", "random", "random-refined")]
+    assert not reductions("full")
+
+
+def test_arms_are_trained_on_the_reduction_they_are_named_after():
+    runs = "runs/tldr_reduction"
+    for arm in STUDY.arms:
+        (words,) = STUDY.words(arm, 7)
+        reduction = arm.name.removeprefix("blip-").removesuffix("-steps")
+        expected = None if reduction == "full" else f"{runs}/reduced/{reduction}-seed7/shards"
+        assert (words[words.index("--data") + 1] if "--data" in words else None) == expected
+        assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"]
+        assert ("--epochs" in words) == arm.name.endswith("-steps")
+        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[3:])
+        assert (parsed.stage, parsed.data) == ("blip" if "blip" in arm.name else "clip", expected or config.POOL)
+        assert (parsed.eval_every > 0) == (arm.name in EVALUATED)
+    for stage in STUDY.stages:
+        (words,) = STUDY.words(stage, 7)
+        if stage.name.startswith("reduced/"):
+            parsed = tyro.cli(config.ReduceConfig, args=words[3:])
+            assert parsed.out == f"{runs}/{stage.name}-seed7" and parsed.work == f"{runs}/work-seed7"
+            assert parsed.match in (None, f"{runs}/reduced/tldr-seed7") and parsed.seed == 7
+            assert parsed.captioner == f"{runs}/captioner-seed7" and parsed.caption_model == f"{runs}/finetune-seed7"
 
 
 def test_corpus_is_declared(tmp_path):

@@ -97,7 +97,7 @@ def backbone(folder: Path, data: Path) -> Path:
 
 def vocabulary(folder: Path, data: Path) -> Path:
     """A WordPiece vocabulary of the captions."""
-    from tldr_reduction.text import build_vocab
+    from tldr_reduction.tokenizer import build_vocab
 
     pairs = open_pairs(str(data))
     words = build_vocab(pairs.caption(row) for row in range(len(pairs)))

@@ -1,9 +1,9 @@
-"""Weights from elsewhere: BLIP's and the authors' files, Hugging Face's BLIP, DeiT, BERT.
+"""Weights of our runs, and from elsewhere: BLIP's and the authors' files, Hugging Face's BLIP, DeiT, BERT.
 
 `python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` makes a run folder of a file, which reduce.py takes
 as --scorer, --caption-model or --captioner, and train.py as --init.
 
-`U:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `BLIP:` salesforce/BLIP@056a169.
+`V:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `BLIP:` salesforce/BLIP@056a169.
 """
 
 import dataclasses
@@ -12,12 +12,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+import open_clip
+import timm
 import torch
 import tyro
 from torch import Tensor, nn
 
 from shared import checkpoints, cli
-from tldr_reduction.towers import VisionTransformer, resize_pos_embed
+from tldr_reduction import config
+from tldr_reduction.blip import VisionTransformer, resize_pos_embed
+from tldr_reduction.model import build_for
+from tldr_reduction.tokenizer import WordPiece, tokenizer_of
 
 HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this order
     (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
@@ -30,13 +35,26 @@ HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this or
     (r"^vision_model\.encoder\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."),
     (r"^text_decoder\.cls\.", "text_decoder.cls."),
 )
-
-
 NEEDED = {  # what a stage does not work without
     "blip": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
     "finetune": ("visual_encoder", "text_decoder"),
     "captioner": ("visual_encoder", "quantize"),
 }
+
+
+def load_run(path: str | Path) -> tuple[nn.Module, config.Config, WordPiece | open_clip.SimpleTokenizer]:
+    """Model in eval mode, settings and tokenizer of a run folder."""
+    if not (Path(path) / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
+    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
+    cfg = checkpoints.config_in(state, config.Config, path)
+    tokenizer = tokenizer_of(cfg)
+    model = build_for(cfg, tokenizer)
+    model.load_state_dict(state["state_dict"])
+    return model.eval(), cfg, tokenizer
+
+
+# ------------------------------------------------------------------------------------------- BLIP's and the authors'
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,7 +83,7 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
     """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacked.
 
     Positions are resized to the model's grid; keys of other shapes are left out, as upstream does
-    (U:models/blip.py:224-236), and so are keys that the model has no place for (the codebook in a captioner without
+    (V:models/blip.py:224-236), and so are keys that the model has no place for (the codebook in a captioner without
     one, momentum copies, queues).
     """
     state, own = blip_state(source), model.state_dict()
@@ -79,10 +97,14 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
     return sorted(set(own) - set(state))
 
 
-def init_vision(tower: VisionTransformer, name: str) -> None:
-    """Supervised ImageNet weights of a timm model (deit_base_patch16_224); the head is dropped. U:...compress.py:38."""
-    import timm
+# --------------------------------------------------------------------------------------------------- DeiT and BERT
 
+
+def init_vision(tower: VisionTransformer, name: str) -> None:
+    """Supervised ImageNet weights of a timm model (deit_base_patch16_224); the head is dropped.
+
+    V:models/blip_pretrain_vq_compress.py:38.
+    """
     state = timm.create_model(name, pretrained=True).state_dict()
     state["pos_embed"] = resize_pos_embed(state["pos_embed"], math.isqrt(tower.pos_embed.shape[1] - 1))
     tower.load_state_dict({key: state[key] for key in tower.state_dict()})
@@ -92,7 +114,7 @@ def init_vision(tower: VisionTransformer, name: str) -> None:
 def init_text(model: nn.Module, name: str) -> None:
     """BERT's weights (bert-base-uncased), LM head included, in the text towers of a captioner or BLIP.
 
-    Cross-attention, [DEC] and [ENC], which BERT lacks, stay random. U:models/blip_pretrain_vq_compress.py:52, 90.
+    Cross-attention, [DEC] and [ENC], which BERT lacks, stay random. V:models/blip_pretrain_vq_compress.py:52, 90.
     """
     import transformers
 
@@ -106,6 +128,9 @@ def init_text(model: nn.Module, name: str) -> None:
                     f"--text-init {name} does not fit: its {rest} is {tuple(source.shape)}, here {tuple(value.shape)}"
                 )
             value[: len(source)].copy_(source)
+
+
+# ------------------------------------------------------------------------------------------- a run folder of a file
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
@@ -147,8 +172,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    from tldr_reduction import config, train
-
+    """Write the run folder."""
     if not Path(cfg.source).is_file():
         raise FileNotFoundError(f"{cfg.source} does not exist")
     folder = Path(cfg.out)
@@ -164,7 +188,7 @@ def main(cfg: Config) -> None:
     )
     if settings.image_size % settings.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of the patches' {settings.patch_size} pixels")
-    model = train.build(settings, len(train.tokenizer_of(settings)))
+    model = build_for(settings, tokenizer_of(settings))
     missing = [name for name in load_blip(model, state) if "_m." not in name and "queue" not in name]
     if lost := [name for name in missing if name.startswith(NEEDED[cfg.stage])]:
         raise ValueError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")

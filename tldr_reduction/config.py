@@ -1,15 +1,19 @@
-"""Every setting of a training run of TL;DR, its presets, and what is refused before a run starts.
+"""Every setting of a training run (train.py) and of a reduction (reduce.py), presets, recipes, and their checks.
 
-Authors' code: showlab/datacentric.vlp@a488102, `U:` for its `vq_compress_model/`; BLIP: salesforce/BLIP@056a169.
-What is reduced, and how, is set in reduce.py.
+TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, BLIP's salesforce/BLIP@056a169.
 """
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from shared import cli
 from shared.presets import EMBEDDED, Row
+
+# -------------------------------------------------------------------------------------------------------- training runs
 
 
 @dataclasses.dataclass
@@ -224,7 +228,7 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     check_sizes(cfg, world_size)
     if cfg.dry_run:
         return
@@ -251,7 +255,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_sizes(cfg: Config, world_size: int) -> None:
-    """What --dry-run refuses, too."""
+    """The part of `check` that --dry-run needs, too."""
     cli.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
     cli.check_batch(cfg, world_size)
     if cfg.image_size % cfg.patch_size:
@@ -268,6 +272,141 @@ def check_sizes(cfg: Config, world_size: int) -> None:
     if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
         raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
 
+
+# ----------------------------------------------------------------------------------------------------------- reductions
+
+RECIPES = {  # what the paper or the release says of each data set (CC3M where it is not named); flags override
+    "paper": dict(keep=0.25, clusters=3000),
+    "release_comment": dict(keep=0.5, clusters=1000, itm_keep=0.5),  # "select_5_10_half_itm_1K_clusters"
+    "release_script": dict(keep=0.2, clusters=1000, itm_keep=0.5),  # the values as the script has them
+    "cc12m": dict(keep=0.22, clusters=3000),
+    "yfcc15m": dict(keep=0.167, clusters=3000),
+    "laion40m": dict(keep=0.2, clusters=3000),
+    **{f"ratio-{percent}": dict(keep=percent / 100, clusters=3000) for percent in (10, 25, 50, 100)},
+    **{f"clusters-{k}": dict(keep=0.25, clusters=k) for k in (100, 1000, 3000, 5000, 10000)},
+}
+
+
+@dataclasses.dataclass
+class ReduceConfig:
+    data: Annotated[str, tyro.conf.Positional]
+    """Shards 'cc3m/{00000..00331}.tar', a folder of them, or an annotation .json."""
+    out: str
+    """Folder for the result; run again, the tool goes on where it stopped."""
+    recipe: str = "paper"
+    """Values for keep, clusters and itm_keep where those are not given: paper (CC3M), release_comment, release_script,
+    cc12m, yfcc15m, laion40m, ratio-{10,25,50,100}, clusters-{100,1000,3000,5000,10000}."""
+    keep: float | None = None
+    """Share of each cluster that is kept."""
+    clusters: int | None = None
+    """Clusters k; at most one for 30 samples, unless given here."""
+    itm_keep: float | None = None
+    """Of the selected samples only those stay that are in this top share of all by ITM score."""
+    select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
+    """stride: every n-th of a cluster (paper). nearest, farthest: by distance to centroids. Without clusters: random;
+    first, of the file; itm, the highest scores; all."""
+    features: Literal["codes", "image", "blip", "text"] = "codes"
+    """What is clustered: codes; image, the captioner's continuous image tokens, averaged; blip, text, the scorer's
+    contrastive embeddings of images, of captions."""
+    captions: Literal["original", "refined", "generated"] | None = None
+    """T_o, "T_o; T_g", or T_g; None: refined where --caption-model is given, else original."""
+    captioner: str | None = None
+    """Run folder of stage captioner. None: a small one is trained on the shards first, in DIR/captioner."""
+    caption_model: str | None = None
+    """Run folder of stage finetune, which writes T_g."""
+    scorer: str | None = None
+    """Run folder of stage blip, which scores image-text matching."""
+    cls_scores: bool = False
+    """Score with [CLS] at position 0, as upstream does, instead of [ENC], with which BLIP trains."""
+    match: str | None = None
+    """For random, first, itm: keep as many samples as the reduction in this folder did, whatever --keep says."""
+    image_root: str | None = None
+    """Folder that the image paths of an annotation .json start from."""
+    work: str | None = None
+    """Folder for code vectors, scores and generated captions, which reductions of the same data may share; None:
+    DIR/work."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards."""
+    whiten_dim: int = 256
+    """Axes of the whitened code vectors."""
+    niter: int = 20
+    """K-means iterations."""
+    points_per_centroid: int = 256
+    """K-means is trained on at most so many rows a cluster; 10000000 is all, as upstream."""
+    num_beams: int = 3
+    """Beams of caption generation."""
+    max_length: int = 20
+    """Tokens of a generated caption, prompt included."""
+    min_length: int = 5
+    """Least tokens of a generated caption, prompt included."""
+    captioner_epochs: int = 12
+    """Epochs of the captioner that is trained where --captioner is not given."""
+    seed: int = 0
+    """Seed of k-means and random selection."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    chunk: int = 4096
+    """Rows that are worked on and saved together."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Of the forward passes; codes are comparable only within one precision."""
+    strict: bool = False
+    """Stop at the first broken sample instead of leaving it out."""
+    dry_run: bool = False
+    """Print what would be kept, and what it takes, and stop; where there is no such data, for the recipe's data set."""
+
+    @property
+    def clustered(self) -> bool:
+        """Whether samples are selected by clusters."""
+        return self.select in ("stride", "nearest", "farthest")
+
+
+def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
+    """The settings of a reduction of n samples, with the recipe's values. Raise ValueError on invalid ones."""
+    if cfg.recipe not in RECIPES:
+        raise ValueError(f"--recipe {cfg.recipe} is none of {', '.join(RECIPES)}")
+    recipe = RECIPES[cfg.recipe]
+    clusters = cfg.clusters if cfg.clusters is not None else max(1, min(recipe["clusters"], n // 30))
+    keep = recipe["keep"] if cfg.keep is None else cfg.keep
+    itm_keep = recipe.get("itm_keep") if cfg.itm_keep is None else cfg.itm_keep
+    captions = cfg.captions or ("refined" if cfg.caption_model else "original")
+    for name, value in (("keep", keep), ("itm-keep", itm_keep)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"--{name} {value} is not in (0, 1]")
+    if not 1 <= clusters <= n:
+        raise ValueError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
+    cli.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams")
+    if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
+        raise ValueError(
+            f"--max-length {cfg.max_length} must exceed the prompt's 4 tokens and reach --min-length {cfg.min_length}"
+        )
+    if captions != "original" and not cfg.caption_model:
+        raise ValueError(f"--captions {captions} needs --caption-model, a run folder of stage finetune")
+    if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:
+        raise ValueError("ITM scores, blip and text features need --scorer, a run folder of stage blip")
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise NotADirectoryError(f"--out {cfg.out} is a file, where a folder is wanted")
+    if cfg.match and not 0 < kept_by(cfg.match) <= n:
+        raise ValueError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, which {cfg.data} has not: {n:,}")
+    if cfg.match and cfg.select not in ("random", "first", "itm"):
+        raise ValueError(f"--match goes with --select random, first or itm, not {cfg.select}")
+    if cfg.match and itm_keep is not None:
+        raise ValueError("--match says how many samples are kept, of which an ITM filter would drop some: choose one")
+    return dataclasses.replace(cfg, clusters=clusters, keep=keep, itm_keep=itm_keep, captions=captions)
+
+
+def kept_by(folder: str) -> int:
+    """Samples that a finished reduction kept."""
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--match {folder} holds no report.json of a finished reduction")
+    return json.loads(path.read_text())["kept"]
+
+
+# --------------------------------------------------------------------------------------------------- the paper's tables
 
 VLP, A100 = "2 nodes of 16", "8 x A100"
 ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"

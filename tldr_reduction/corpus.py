@@ -20,7 +20,7 @@ from pathlib import Path
 import tyro
 
 from shared import checkpoints, cli, data, tars
-from tldr_reduction.text import build_vocab
+from tldr_reduction.tokenizer import build_vocab
 
 CLEAN_STYLE = "noto"
 SHARES = {"name": 0.55, "keyword": 0.20, "other": 0.25}

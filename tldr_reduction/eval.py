@@ -20,15 +20,31 @@ from torch import Tensor
 from shared import cli, data, evaluation, export, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
-from tldr_reduction.claims import ARMS, METRICS, compare  # noqa: F401
-from tldr_reduction.export import export_model
-from tldr_reduction.model import BLIP
-from tldr_reduction.reduce import itm_histogram  # noqa: F401
-from tldr_reduction.text import WordPiece, pre_caption
-from tldr_reduction.train import eval_tokenizer, load_run
-from tldr_reduction.views import eval_transform
+from tldr_reduction.checkpoints import load_run
+from tldr_reduction.datasets import eval_transform
+from tldr_reduction.model import BLIP, image_side
+from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, pre_caption, save_tokenizer
 
 EMOJI = "data/emoji/eval/"
+METRICS = {  # what is shown of a run, and its heading
+    "names_ood/top1": "names OOD",
+    "names_ood/top5": "names OOD, top-5",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_ood/image_to_text_R@1": "I2T R@1 OOD",
+    "retrieval_ood/text_to_image_R@1": "T2I R@1 OOD",
+    "data/pairs": "pairs",
+    "steps": "steps",
+    "data/emoji": "distinct emoji",
+    "itm/after_mean": "ITM mean",
+    "itm/after_below_half": "ITM < 0.5",
+    "itm/auc": "ITM AUC, true names against others'",
+    "data/generated_right": "T_g is the name",
+    "data/nmi": "NMI of clusters and subgroups",
+    "codes/codes_used": "codes used",
+    "early_loss_ita": "ITC loss, epochs 0-2",
+    "seconds": "seconds",
+}
 
 
 @dataclasses.dataclass
@@ -133,7 +149,15 @@ def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Conf
     return retrieval_recall(*rerank_scores(blip, images, ids, mask, cfg.k_test), of_text, own)
 
 
-# -------------------------------------------------------------------------------------------------- the data of a run
+# ------------------------------------------------------------------------------------------------------ matching scores
+
+
+def itm_histogram(scores: Tensor, bins: int = 10) -> Tensor:
+    """(bins,) density on [0, 1]: its mean is 1."""
+    return torch.histc(scores.float(), bins, 0.0, 1.0) * bins / max(len(scores), 1)
+
+
+# ---------------------------------------------------------------------------------------------------- the data of a run
 
 
 def plain(text: str) -> str:
@@ -173,7 +197,24 @@ def data_metrics(spec: str) -> dict[str, float]:
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------- one run
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+def export_run(path: str, folder: str) -> None:
+    """Write a run of stage clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does.
+
+    Captions of more than `max_words` words, which training cuts, stay whole there.
+    """
+    model, settings, _ = load_run(path)
+    if settings.stage != "clip":
+        raise ValueError(
+            f"a run of stage {settings.stage} cannot be exported: open_clip has no BLIP; use a run of stage clip"
+        )
+    config = export.named_config(settings.clip_model)
+    config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the one in the folder
+    side = config["vision_cfg"]["image_size"]
+    save_tokenizer(folder)
+    export.write(folder, model, config, model.state_dict(), eval_transform(side), resize_mode="squash")
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -182,8 +223,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if settings.stage not in ("clip", "blip"):
         raise ValueError(f"{path} is a run of stage {settings.stage}; clip and blip runs are evaluated")
     model = model.to(process.device)
-    side = model.visual.image_size if settings.stage == "clip" else settings.image_size
-    transform = eval_transform(side[0] if isinstance(side, tuple) else side)
+    transform = eval_transform(image_side(model, settings))
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     tokens = eval_tokenizer(tokenizer, settings)
     results = evaluate(model, tokens, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
@@ -208,14 +248,15 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict[str, float]] | None:
+    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        model, settings, _ = load_run(export.single(cfg.runs))
-        return export_model(model, settings, cfg.export)
+        return export_run(export.single(cfg.runs), cfg.export)
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report))
+        evaluation.compare("tldr_reduction", cfg.runs, results, cfg.report)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """TL;DR: Too Large; Data Reduction for Vision-Language Pre-Training (arXiv 2305.20087, ICCV 2023).
 
-Authors' code: showlab/datacentric.vlp@a488102, a partial fork of BLIP, cited below as `U:` (its `vq_compress_model/`).
+Authors' code: showlab/datacentric.vlp@a488102, a partial fork of BLIP, cited as `U:`, its `vq_compress_model/` as `V:`.
 The paper's contribution in this file:
   - a captioner that reads the image through a codebook, whose code ids describe the image   `VectorQuantizer`,
     `CodebookCaptioner` (also the captioner of refined captions, without the codebook)
   - the codebook's start from keywords of the captions                                       `keyword_codebook`
-Selection and refinement by it are in reduce.py. The towers (towers.py) and BLIP (blip.py) are stock.
+Clusters of codes and the selection are in cluster.py, refined captions in reduce.py. The towers are BLIP's (blip.py).
 
 Shapes: B batch, L image tokens with [CLS], D image width, K codes, c code dimension, L' = L*D/c codes an image,
 T text tokens, V words.
@@ -14,27 +14,29 @@ T text tokens, V words.
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tldr_reduction.blip import BLIP  # noqa: F401
-from tldr_reduction.text import pre_caption
-from tldr_reduction.towers import (  # noqa: F401
+from shared.clip import without_padding
+from tldr_reduction.blip import (
+    BLIP,
     PAD,
     SEP,
-    LMHead,
     TextDecoder,
     TextTransformer,
     VisionTransformer,
     beam_search,
     nucleus_sampling,
-    resize_pos_embed,
+    resize_pos_embed,  # noqa: F401  of this file's contract
     token_mean,
 )
+from tldr_reduction.config import Config
+from tldr_reduction.tokenizer import pre_caption
 
-ROWS = 2048  # token rows compared with the codebook at a time
+BLOCK = 2048  # tokens compared with the codebook at a time
 
 # --------------------------------------------------------------------------------------------------------- quantiser
 
@@ -42,17 +44,17 @@ ROWS = 2048  # token rows compared with the codebook at a time
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     """i_n = argmin_k |z_n|^2 + |e_k|^2 - 2 z_n e_k, ties to the lowest k: (n, c), (K, c) -> (n,) int64.
 
-    U:models/quantize.py:282-286. In blocks of rows, so that n x K distances are never held.
+    V:models/quantize.py:282-286. In blocks of tokens, so that n x K distances are never held.
     """
     squares, indices = codebook.square().sum(1), []
-    for rows in z.split(ROWS):
-        distances = torch.addmm(rows.square().sum(1, keepdim=True) + squares, rows, codebook.T, alpha=-2)
+    for tokens in z.split(BLOCK):
+        distances = torch.addmm(tokens.square().sum(1, keepdim=True) + squares, tokens, codebook.T, alpha=-2)
         indices.append(distances.argmin(dim=1))
     return torch.cat(indices)
 
 
 class StraightThrough(torch.autograd.Function):
-    """z -> (z_q, loss, codes) with the closed-form gradients of the dossier's equations; N = B*L*D elements.
+    """z -> (z_q, loss, codes) with closed-form gradients (README, detail 2); N = B*L*D elements.
 
     q = e[i], z_q = z + sg[q - z], loss = a mean((sg[q] - z)^2) + b mean((q - sg[z])^2);
     d/dz = grad z_q + 2 a (z - q)/N, d/de_k = sum over i_n = k of 2 b (e_k - z_n)/N. Only q - z is kept.
@@ -81,11 +83,11 @@ class StraightThrough(torch.autograd.Function):
 
 
 class VectorQuantizer(nn.Module):
-    """The image as codes: z (B, L, D) -> z_q (B, L, D), loss (), codes (B, L'). U:models/quantize.py:213-333.
+    """The image as codes: z (B, L, D) -> z_q (B, L, D), loss (), codes (B, L'). V:models/quantize.py:213-333.
 
     Every token, [CLS] included, is cut into D/c parts, each replaced by the nearest of K codes; no projection, no
     normalisation. `legacy` (upstream's default) puts beta on the codebook's term; without, beta is on the commitment's,
-    as VQ-VAE was published. Gradients of what follows pass to z unchanged.
+    as VQ-VAE was published. The gradient of z_q passes to z unchanged.
     """
 
     def __init__(self, num_codes: int = 1024, code_dim: int = 768, beta: float = 0.25, legacy: bool = True):
@@ -112,7 +114,7 @@ class VectorQuantizer(nn.Module):
 
 
 class EMAVectorQuantizer(nn.Module):
-    """A codebook that follows the tokens by moving averages instead of gradients. U:models/quantize.py:335-448.
+    """A codebook that follows the tokens by moving averages instead of gradients. V:models/quantize.py:335-448.
 
     Shipped by the authors, but unused and not constructible there. Faithful with `start_size` 0; the averages of one
     step then inflate every code, which a start of 1 avoids. z (B, L, c) -> z_q, loss beta mean((sg[q] - z)^2), codes.
@@ -147,7 +149,7 @@ class EMAVectorQuantizer(nn.Module):
 
 
 def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
-    """exp(-sum_k p_k log(p_k + 1e-10)) of the codes' frequencies, () fp32. U:models/quantize.py:84-85."""
+    """exp(-sum_k p_k log(p_k + 1e-10)) of the codes' frequencies, () fp32. V:models/quantize.py:84-85."""
     p = torch.bincount(codes.flatten(), minlength=num_codes).float() / codes.numel()
     return torch.exp(-(p * torch.log(p + 1e-10)).sum())
 
@@ -206,9 +208,9 @@ def restart_unused(quantize: VectorQuantizer, used: Tensor, tokens: Tensor, gene
 
 
 class CodebookCaptioner(nn.Module):
-    """ViT, codebook, text decoder: what TL;DR codes images with. U:models/blip_pretrain_vq_compress.py:101-134.
+    """ViT, codebook, text decoder: what TL;DR codes images with. V:models/blip_pretrain_vq_compress.py:101-134.
 
-    With `quantize` None it is the captioner that is fine-tuned on clean captions and writes T_g (U:models/blip.py:71).
+    With `quantize` None it is the captioner that is fine-tuned on clean captions and writes T_g (V:models/blip.py:71).
     [DEC] defaults to the last id but one of the vocabulary, as in BLIP's.
     """
 
@@ -269,7 +271,7 @@ class CodebookCaptioner(nn.Module):
         sample: bool = False,
         top_p: float = 0.9,
     ) -> Tensor:
-        """Captions (B, <= max_length) of ids, prompt included; lengths count the prompt. U:models/blip.py:121-162.
+        """Captions (B, <= max_length) of ids, prompt included; lengths count the prompt. V:models/blip.py:121-162.
 
         prompt_ids (P,) may begin with [CLS] and end with [SEP], as a tokenizer gives them: [CLS] becomes [DEC], and
         [SEP] is dropped. `sample` draws by nucleus sampling instead of beam search.
@@ -293,3 +295,36 @@ class CodebookCaptioner(nn.Module):
         if sample:
             return nucleus_sampling(next_logits, prompt, len(image), *lengths, top_p)
         return beam_search(next_logits, prompt, len(image), num_beams, *lengths)
+
+
+# --------------------------------------------------------------------------------------------------- model of a stage
+
+
+def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
+    """The stage's model, randomly initialised; `sep_token_id` is the vocabulary's [SEP], which ends a caption."""
+    if cfg.stage == "clip":
+        settings = open_clip.get_model_config(cfg.clip_model)
+        if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
+            raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
+        towers = settings["vision_cfg"], settings["text_cfg"]
+        return without_padding(open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False)))
+    vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
+    sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
+    text = TextTransformer(*sizes)
+    if cfg.stage == "blip":
+        return BLIP(vision, text, TextTransformer(*sizes), cfg.embed_dim, cfg.queue_size, cfg.momentum)
+    quantize = None
+    if cfg.stage == "captioner" or cfg.quantize:
+        quantize = VectorQuantizer(cfg.num_codes, cfg.code_dim, cfg.beta, cfg.legacy)
+    return CodebookCaptioner(vision, TextDecoder(text), quantize, sep_token_id=sep_token_id)
+
+
+def build_for(cfg: Config, tokenizer) -> nn.Module:
+    """`build` for that tokenizer's vocabulary."""
+    return build(cfg, 0) if cfg.stage == "clip" else build(cfg, len(tokenizer), tokenizer.sep)
+
+
+def image_side(model: nn.Module, cfg: Config) -> int:
+    """Side in pixels of the images that the stage's model reads."""
+    side = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
+    return side[0] if isinstance(side, tuple) else side

@@ -1,46 +1,41 @@
 """Train TL;DR's models: `python -m tldr_reduction.train PRESET [--overrides]`.
 
-TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, `U:` for its `vq_compress_model/`; BLIP:
-salesforce/BLIP@056a169. The paper's contribution in this file is stage `captioner`: loss = loss_lm + loss_emb of a
-captioner that reads the image through a codebook. The other stages are stock:
+TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`. The paper's
+contribution in this file is stage `captioner`: loss = loss_lm + loss_emb of a captioner that reads the image through a
+codebook. The other stages are stock:
   captioner   on the noisy data; reduce.py codes and clusters the images with it
   finetune    the captioner on clean captions; reduce.py writes the refined captions with it
   blip, clip  vision-language pre-training on the full or the reduced data; a blip also scores image-text matching
-Models are in model.py, blip.py and towers.py, settings in config.py, views in views.py.
+Models are in model.py and blip.py, settings in config.py, pairs and their views in datasets.py.
 """
 
-import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import checkpoints, cli, data, run
-from shared.clip import without_padding
+from shared import cli, data, run
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
+from tldr_reduction.datasets import Collate, PairDataset, eval_transform, open_pairs, train_transform
 from tldr_reduction.model import (
-    BLIP,
-    SEP,
     CodebookCaptioner,
-    TextDecoder,
-    TextTransformer,
-    VectorQuantizer,
-    VisionTransformer,
+    build,
+    build_for,
     codebook_perplexity,
+    image_side,
     keyword_codebook,
     rescaled,
     restart_unused,
     sampled_codebook,
 )
-from tldr_reduction.text import PROMPT, WordPiece, pre_caption
-from tldr_reduction.views import Collate, PairDataset, eval_transform, open_pairs, train_transform
+from tldr_reduction.tokenizer import PROMPT, WordPiece, eval_tokenizer, tokenizer_of
 
 # --------------------------------------------------------------------------------------------------------- schedules
 
@@ -50,7 +45,7 @@ def warmup_step_lr(
 ) -> float:
     """Epoch 0: linear from warmup_lr to init_lr over warmup_steps; then init_lr * decay^epoch, at least min_lr.
 
-    U:utils.py:8-17 as U:pretrain_vq_compress.py:41,127 call them. An epoch 0 shorter than the warm-up leaves it
+    V:utils.py:8-17 as V:pretrain_vq_compress.py:41,127 call them. An epoch 0 shorter than the warm-up leaves it
     unfinished, and epoch 1 jumps.
     """
     if epoch == 0:
@@ -59,70 +54,27 @@ def warmup_step_lr(
 
 
 def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> float:
-    """Half a cosine from init_lr to min_lr, constant within an epoch. U:utils.py:2."""
+    """Half a cosine from init_lr to min_lr, constant within an epoch. V:utils.py:2."""
     return (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / max_epoch)) + min_lr
 
 
 def alpha_ramp(epoch: int, step: int, steps_per_epoch: int, alpha: float) -> float:
-    """Weight of the momentum targets: linear from 0 to alpha over two epochs. U:pretrain_vq_compress.py:51."""
+    """Weight of the momentum targets: linear from 0 to alpha over two epochs. V:pretrain_vq_compress.py:51."""
     return alpha * min(1.0, (epoch * steps_per_epoch + step) / (2 * steps_per_epoch))
 
 
 def learning_rate(cfg: Config, epoch: int, step: int) -> float:
+    """The stage's learning rate at a step of an epoch, both from 0."""
     if cfg.stage == "finetune":
         return cosine_lr(epoch, cfg.epochs, cfg.lr, cfg.min_lr)
     return warmup_step_lr(epoch, step, cfg.lr, cfg.min_lr, cfg.warmup_lr, cfg.warmup, cfg.lr_decay_rate)
 
 
-# ------------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------------------ initial weights
 
 
-def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
-    """The stage's model, randomly initialised; `sep_token_id` is the vocabulary's [SEP], which ends a caption."""
-    if cfg.stage == "clip":
-        settings = open_clip.get_model_config(cfg.clip_model)
-        if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
-            raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
-        towers = settings["vision_cfg"], settings["text_cfg"]
-        return without_padding(open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False)))
-    vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
-    sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
-    text = TextTransformer(*sizes)
-    if cfg.stage == "blip":
-        return BLIP(vision, text, TextTransformer(*sizes), cfg.embed_dim, cfg.queue_size, cfg.momentum)
-    quantize = None
-    if cfg.stage == "captioner" or cfg.quantize:
-        quantize = VectorQuantizer(cfg.num_codes, cfg.code_dim, cfg.beta, cfg.legacy)
-    return CodebookCaptioner(vision, TextDecoder(text), quantize, sep_token_id=sep_token_id)
-
-
-def build_for(cfg: Config, tokenizer) -> nn.Module:
-    """`build` for that tokenizer's vocabulary."""
-    return build(cfg, 0) if cfg.stage == "clip" else build(cfg, len(tokenizer), tokenizer.sep)
-
-
-def load_run(path: str | Path) -> tuple[nn.Module, Config, WordPiece | open_clip.SimpleTokenizer]:
-    """Model in eval mode, settings and tokenizer of a run folder."""
-    if not (Path(path) / "checkpoint.pt").is_file():
-        raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
-    state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
-    cfg = checkpoints.config_in(state, Config, path)
-    tokenizer = tokenizer_of(cfg)
-    model = build_for(cfg, tokenizer)
-    model.load_state_dict(state["state_dict"])
-    return model.eval(), cfg, tokenizer
-
-
-def tokenizer_of(cfg: Config):
-    """open_clip's for stage clip, WordPiece else."""
-    if cfg.stage != "clip":
-        return WordPiece(cfg.vocab)
-    length = open_clip.get_model_config(cfg.clip_model)["text_cfg"]["context_length"]
-    return open_clip.get_tokenizer(cfg.clip_model, context_length=length)
-
-
-def initialise(model: nn.Module, cfg: Config) -> None:
-    """Weights from elsewhere, where the settings name some."""
+def initialise(model: nn.Module, cfg: Config, pairs, process: run.Process) -> None:
+    """Weights that do not start at random: those from elsewhere that the settings name, and the codebook."""
     if cfg.vision_init:
         init_vision(model.visual_encoder, cfg.vision_init)
     if cfg.text_init:
@@ -139,11 +91,13 @@ def initialise(model: nn.Module, cfg: Config) -> None:
         model.momentum, kept = 0.0, model.momentum
         model.update_momentum()
         model.momentum = kept
+    if cfg.stage == "captioner" and cfg.codebook_init != "uniform":
+        start_codebook(model, cfg, pairs, process)
 
 
 @torch.no_grad()
 def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: run.Process) -> None:
-    """Xavier's codebook, or one of the data's own tokens, or of keywords moved and scaled onto them; by seed alone."""
+    """Xavier's codebook, or tokens of the data, or keywords moved and scaled onto those; a function of the seed."""
     generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
     weight = captioner.quantize.embedding.weight
     if cfg.codebook_init == "xavier":
@@ -190,7 +144,7 @@ def text_embedder(name: str, dim: int):
     return embed
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -201,10 +155,17 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], cfg: Config, alpha: float, prompt_length: int):
-    """The stage's losses of images, ids, mask: {"loss": sum, its parts}, and the codes of stage captioner."""
+def losses_of(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor, Tensor],
+    cfg: Config,
+    alpha: float = 0.0,
+    prompt_length: int = 0,
+    precision: str = "fp32",
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The stage's losses of images, ids, mask: {"loss": their sum, each by name}; and the codes of stage captioner."""
     images, ids, mask = batch
-    with run.autocast(run.resolve_precision(cfg.precision, images.device), images.device):
+    with run.autocast(precision, images.device):
         if cfg.stage == "clip":
             features = model(images, ids)
         elif cfg.stage == "blip":
@@ -217,7 +178,7 @@ def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], cfg: Confi
     return {"loss": sum(losses.values()), **losses}, None
 
 
-# -------------------------------------------------------------------------------------------------------- the script
+# ----------------------------------------------------------------------------------------------------------- the script
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
@@ -229,186 +190,156 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     if cfg.data and Path(cfg.data).exists():
         n = len(open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache))
     per_epoch = n // cfg.batch_size
-    print(f"parameters         {trained:,} trained, {frozen:,} momentum copies")
+    rows = [("parameters", f"{trained:,} trained, {frozen:,} momentum copies")]
     if cfg.stage == "captioner":
         codes = (1 + (cfg.image_size // cfg.patch_size) ** 2) * cfg.width // cfg.code_dim
-        print(f"codes              {codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")
-    size = (
-        f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs" if n else "unknown: pass --data or --dataset-size"
-    )
-    print(f"samples            {size}")
-    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
+        rows += [("codes", f"{codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")]
+    size = f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"
+    rows += [("samples", size if n else "unknown: pass --data or --dataset-size"), cli.batch_row(cfg, world_size)]
     if per_epoch:
-        print(f"steps              {per_epoch * cfg.epochs:,} ({per_epoch:,} an epoch)")
+        rows += [cli.step_row(per_epoch * cfg.epochs, per_epoch)]
     for epoch, step in ((0, 0), (0, cfg.warmup), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0)):
         if not per_epoch or step <= per_epoch:
-            print(f"learning rate      {learning_rate(cfg, epoch, step):.3e} in epoch {epoch} at its step {step:,}")
-    side = (
-        open_clip.get_model_config(cfg.clip_model)["vision_cfg"]["image_size"]
-        if cfg.stage == "clip"
-        else cfg.image_size
-    )
-    length = model.context_length if cfg.stage == "clip" else cfg.max_length
+            rate = learning_rate(cfg, epoch, step)
+            rows += [("learning rate", f"{rate:.3e} in epoch {epoch} at its step {step:,}")]
+    side, length = image_side(model, cfg), model.context_length if cfg.stage == "clip" else cfg.max_length
     batch = torch.zeros(2, 3, side, side), torch.ones(2, length, dtype=torch.long), torch.ones(2, length)
-    fp32 = dataclasses.replace(cfg, precision="fp32")
     if cfg.stage == "blip":
         model.queue_ptr.zero_()
-    activations = cli.activation_bytes(lambda: losses_of(model.train(), batch, fp32, 0.4, 0))
-    gib = 2**30
-    activations, weights = activations / 2 * cfg.batch_size / world_size / gib, (16 * trained + 4 * frozen) / gib
-    print(
-        f"memory estimate    {weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):"
-    )
-    print(f"                   {weights:.1f} weights, gradients, AdamW, momentum; {activations:.1f} activations")
+
+    def forward() -> tuple:
+        return losses_of(model.train(), batch, cfg, 0.4)
+
+    samples, kept = cfg.batch_size / world_size, "gradients, AdamW, momentum"
+    cli.show_plan([*rows, *cli.memory_rows(forward, samples, trained, 4 * frozen, kept)])
 
 
-def main(cfg: Config) -> Path | None:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
-    process = run.setup(cfg.seed, cfg.device)
-    check(cfg, process.world_size)
-    if cfg.dry_run:
-        return dry_run(cfg, process.world_size) if process.main else None
-    return train(cfg, process)
+def batches_of(
+    pairs, tokenizer, side: int, epoch: int, start: int, cfg: Config, process: run.Process
+) -> tuple[Iterable, list[data.Broken]]:
+    """Batches of an epoch from batch `start` on, as `Collate` makes them, and the list that broken samples go to."""
+    view = train_transform(side, cfg.crop_scale, cfg.flip, cfg.augment)
+    collate = Collate(tokenizer, cfg.max_length, PROMPT if cfg.stage == "finetune" else "")
+    dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
+    label = f"{Path(cfg.out).name} epoch {epoch + 1}/{cfg.epochs}"
+    loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
+    total = len(pairs) // cfg.batch_size - start
+    broken = list(pairs.broken)
+    return data.watch(run.progress(loader, total, label, cfg.batch_size, process), broken), broken
+
+
+def train_step(
+    model: nn.Module, inputs: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cfg, **how
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """One step on images, ids, mask; `how` are the other arguments of `losses_of`, whose result is returned."""
+    losses, codes = losses_of(model, inputs, cfg, **how)
+    optimizer.zero_grad()
+    scaler.scale(losses["loss"]).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return losses, codes
+
+
+def step_metrics(model: nn.Module, losses: dict, codes: Tensor | None, used: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """What is logged of a step: losses of the global batch, use of the codebook, temperature."""
+    logged = run.over_ranks(losses)
+    if codes is not None:
+        logged["codes_used"] = (used > 0).sum()
+        logged["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)
+    if cfg.stage == "clip":
+        logged["logit_scale"] = model.logit_scale.exp()
+    elif cfg.stage == "blip":
+        logged["logit_scale"] = 1 / model.temp
+    return logged
+
+
+@torch.no_grad()
+def restart_codes(captioner: CodebookCaptioner, used: Tensor, images: Tensor, epoch: int, cfg: Config) -> int:
+    """Move codes that nothing chose in the epoch onto tokens of its last batch; returns how many."""
+    tokens = run.gather(captioner.visual_encoder(images).float()).reshape(-1, cfg.code_dim)
+    generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
+    return restart_unused(captioner.quantize, used, tokens, generator)
+
+
+def evaluates(cfg: Config, epoch: int) -> bool:
+    """Whether the stage has a zero-shot evaluation after that epoch, from 0."""
+    due = cfg.eval_every > 0 and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs)
+    return due and cfg.stage in ("blip", "clip")
+
+
+def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, precision: str) -> float:
+    """Top-1 in percent on `eval_set`."""
+    view = eval_transform(image_side(model, cfg))
+    return quick_top1(model, eval_tokenizer(tokenizer, cfg), view, cfg.eval_set, device, run.DTYPES[precision])
 
 
 def train(cfg: Config, process: run.Process) -> Path:
-    """The training loop; `main` is its command line."""
-    folder = Path(cfg.out)
-    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
-    if state["epoch"] >= cfg.epochs:
-        if process.main:
-            print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
-        return folder
-
-    # Data
+    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    folder = run.RunFolder(cfg, process, epoch=0, batch=0)
+    if folder.finished(epoch=cfg.epochs):
+        return folder.path
+    first, start = folder.state["epoch"], folder.state["batch"]
     pairs = open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
-    data.check_pairs(pairs, cfg, state, process)
+    data.check_pairs(pairs, cfg, folder.state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
-    # Model, tokenizer, optimizer
-    tokenizer = tokenizer_of(cfg)
+    # Tokenizer, model, optimizer
+    precision, tokenizer = run.resolve_precision(cfg.precision, process.device), tokenizer_of(cfg)
     prompt_length = len(tokenizer.prompt_ids(PROMPT)) - 1 if cfg.stage == "finetune" else 0
     model = build_for(cfg, tokenizer).to(process.device)
-    if "state_dict" in state:
-        model.load_state_dict(state["state_dict"])
-    else:
-        initialise(model, cfg)
-        if cfg.stage == "captioner" and cfg.codebook_init != "uniform":
-            start_codebook(model, cfg, pairs, process)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = cfg.weight_decay  # on everything
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=decay, fused=True)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(state["scaler"])
-    used = state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)  # codes, this epoch
-
-    saved = per_epoch * state["epoch"] + state["batch"]  # step of the last checkpoint
-    log = run.RunLog(folder, cfg, process, step=saved)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # weight decay is on all
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
+    folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
+    if not folder.resumed:
+        initialise(model, cfg, pairs, process)
+    used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)  # in this epoch
+    folder.start(per_epoch * first + start, data=pairs.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
-    clock, commit = run.Stopwatch(state["seconds"]), run.commit()
-    size = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
-    size = size[0] if isinstance(size, tuple) else size
-    view = train_transform(size, cfg.crop_scale, cfg.flip, cfg.augment)
-    collate = Collate(tokenizer, cfg.max_length, PROMPT if cfg.stage == "finetune" else "")
 
-    def save(epoch: int, batch: int) -> None:
-        if process.main:
-            checkpoints.save_checkpoint(
-                folder / "checkpoint.pt",
-                {
-                    "epoch": epoch,
-                    "batch": batch,
-                    "state_dict": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    **({"scaler": scaler.state_dict()} if scaler is not None else {}),
-                    "used": used.cpu(),
-                    "seconds": clock.read(),
-                    "commit": commit,
-                    "data": pairs.fingerprint,
-                    "config": dataclasses.asdict(cfg),
-                },
-            )
-
-    for epoch in range(state["epoch"], cfg.epochs):
+    for epoch in range(first, cfg.epochs):
         model.train()
-        start = state["batch"] if epoch == state["epoch"] else 0
-        broken = list(pairs.broken)
-        dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
-        label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
-        loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
-        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (_, images, ids, mask, _) in enumerate(data.watch(batches, broken), start):
-            step = per_epoch * epoch + batch + 1
+        batches, broken = batches_of(pairs, tokenizer, image_side(model, cfg), epoch, start, cfg, process)
+        for batch, (_, *inputs, _) in enumerate(batches, start):
+            step, lr = per_epoch * epoch + batch + 1, learning_rate(cfg, epoch, batch)
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, negatives: resume agrees
-            lr = learning_rate(cfg, epoch, batch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images, ids, mask = (x.to(process.device, non_blocking=True) for x in (images, ids, mask))
+            inputs = [x.to(process.device, non_blocking=True) for x in inputs]  # images, ids, mask
             alpha = alpha_ramp(epoch, batch, per_epoch, cfg.alpha)
-            losses, codes = losses_of(ddp, (images, ids, mask), cfg, alpha, prompt_length)
-            optimizer.zero_grad()
-            if scaler is None:
-                losses["loss"].backward()
-                optimizer.step()
-            else:
-                scaler.scale(losses["loss"]).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            how = {"alpha": alpha, "prompt_length": prompt_length, "precision": precision}
+            losses, codes = train_step(ddp, inputs, optimizer, scaler, cfg, **how)
             if cfg.stage == "clip":
                 model.logit_scale.data.clamp_(0, math.log(100))
             if codes is not None:
                 used += torch.bincount(run.gather(codes).flatten(), minlength=cfg.num_codes)
             if step % cfg.log_every == 0 or batch == 0:
-                losses = run.over_ranks(losses)
-                if codes is not None:
-                    losses["codes_used"] = (used > 0).sum()
-                    losses["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)
-                if cfg.stage == "clip":
-                    losses["logit_scale"] = model.logit_scale.exp()
-                elif cfg.stage == "blip":
-                    losses["logit_scale"] = 1 / model.temp
-                log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, **losses)
-                run.check_loss(losses["loss"], step)
-            if step - saved >= cfg.save_every and batch + 1 < per_epoch:
-                save(epoch, batch + 1)
-                saved = step
+                folder.log(step, epoch=epoch, lr=lr, **step_metrics(model, losses, codes, used, cfg))
+            if folder.due(step) and batch + 1 < per_epoch:
+                folder.save(step, epoch=epoch, batch=batch + 1, used=used.cpu())
 
-        if cfg.stage == "captioner":
-            if cfg.restart_codes and epoch + 1 < cfg.epochs:
-                with torch.no_grad():
-                    tokens = run.gather(model.visual_encoder(images).float()).reshape(-1, cfg.code_dim)
-                generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
-                moved = restart_unused(model.quantize, used, tokens, generator)
-                log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), codes_restarted=moved)
-            used.zero_()
-        last = epoch + 1 == cfg.epochs
-        if cfg.stage in ("blip", "clip") and cfg.eval_every and process.main:
-            if (epoch + 1) % cfg.eval_every == 0 or last:
-                with clock.paused():
-                    tokens = eval_tokenizer(tokenizer, cfg)
-                    dtype = run.DTYPES[precision]
-                    top1 = quick_top1(model, tokens, eval_transform(size), cfg.eval_set, process.device, dtype)
-                log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
+        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
+        if cfg.stage == "captioner" and cfg.restart_codes and not last:
+            folder.log(done, epoch=epoch, codes_restarted=restart_codes(model, used, inputs[0], epoch, cfg))
+        used.zero_()
+        if process.main and evaluates(cfg, epoch):
+            with folder.clock.paused():
+                top1 = zero_shot(model, tokenizer, cfg, process.device, precision)
+            folder.log(done, epoch=epoch, zero_shot_top1=top1)
         data.report_broken(broken, process, f"epoch {epoch + 1}")
-        if per_epoch * (epoch + 1) - saved >= cfg.save_every or last:
-            save(epoch + 1, 0)
-            saved = per_epoch * (epoch + 1)
-    log.close()
-    return folder
+        if folder.due(done) or last:
+            folder.save(done, epoch=epoch + 1, batch=0, used=used.cpu())
+    folder.close()
+    return folder.path
 
 
-def eval_tokenizer(tokenizer, cfg: Config):
-    """texts -> ids, prepared as in training."""
-
-    def tokens(texts) -> Tensor:
-        texts = [pre_caption(text, cfg.max_words) for text in texts]
-        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, cfg.max_length)[0]
-
-    return tokens
+def main(cfg: Config) -> Path | None:
+    """`train`, or --dry-run."""
+    process = run.setup(cfg.seed, cfg.device)
+    check(cfg, process.world_size)
+    if cfg.dry_run:
+        return dry_run(cfg, process.world_size) if process.main else None
+    return train(cfg, process)
 
 
 if __name__ == "__main__":

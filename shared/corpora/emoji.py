@@ -170,7 +170,8 @@ def write_train(folder: Path, drawings: list[Drawing]) -> None:
 
 def write_retrieval(folder: Path, drawings: list[Drawing], captions: list[str]) -> None:
     """A retrieval set: `captions[i]` holds the captions of `drawings[i]`, one a line."""
-    write_split(folder / "test", [drawing.png for drawing in drawings], "txt", captions)
+    samples = zip(drawings, captions, strict=True)
+    write_split(folder / "test", ({"png": drawing.png, "txt": text} for drawing, text in samples))
     (folder / "dataset_type.txt").write_text("retrieval\n")
 
 
@@ -189,7 +190,7 @@ def write_classification(folder: Path, drawings: list[Drawing], attribute: str, 
     for split in ("id", "ood", "train"):
         chosen = [d for d in drawings if d.split == split and d.emoji.words[attribute] in index]
         target = first_train if split == "train" else folder / f"{attribute}s_{split}/test"
-        write_split(target, [d.png for d in chosen], "cls", [str(index[d.emoji.words[attribute]]) for d in chosen])
+        write_split(target, ({"png": d.png, "cls": str(index[d.emoji.words[attribute]])} for d in chosen))
     shutil.copytree(first_train, folder / f"{attribute}s_ood/train", copy_function=link)
     for split in ("id", "ood"):
         home = folder / f"{attribute}s_{split}"

@@ -17,6 +17,8 @@ class Claim(NamedTuple):
     baseline: str
     sign: int = 1  # +1: the paper says higher, -1: lower
     effect: float | None = None  # the paper's difference in the same unit, where it is one
+    primary: bool = False  # whether the paper's abstract states it
+    negligible: float | None = None  # d of "no difference above d": at most half the paper's effect
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -58,12 +60,18 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
     return {"claim": claim.claim, "paper": claim.paper or "-", "here": here, "verdict": verdict}
 
 
+def measured(claim: Claim, arms: dict[str, list[dict]]) -> bool:
+    """Whether both arms of a claim were run and its metric was measured of all their runs."""
+    both = [claim.method, claim.baseline]
+    return all(arm in arms and all(claim.metric in run for run in arms[arm]) for arm in both)
+
+
 def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict[str, str]]:
-    """A row for each claim whose two arms were run."""
+    """A row for each claim that was `measured`."""
     return [
-        judge(claim, *([values[claim.metric] for values in arms[arm]] for arm in (claim.method, claim.baseline)))
+        judge(claim, *([run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)))
         for claim in claims
-        if claim.method in arms and claim.baseline in arms
+        if measured(claim, arms)
     ]
 
 

@@ -137,7 +137,9 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
     def ours():
         with attention(False):
             for _ in range(steps):
-                train.train_step(network, ([images], tokens, tokens), adamw, 1e-5, 0.0, cfg)  # boxes: not read
+                train.train_step(
+                    network, ([images], tokens, tokens), adamw, 1e-5, 0.0, cfg, precision
+                )  # boxes: not read
 
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
 

@@ -128,7 +128,7 @@ def a_million(n: int, k: int, folder: Path) -> None:
 def clip_step(repetitions: int, batch: int = 64) -> None:
     """The CLIP arm's training step against open_clip's loss and model as its own trainer calls them."""
     cfg = PRESETS["emoji-clip"][1]
-    clip = train.build(cfg, 0)
+    clip = model.build(cfg, 0)
     side = clip.visual.image_size
     images = torch.randn(batch, 3, *(side if isinstance(side, tuple) else (side, side)))
     ids = torch.randint(1, 49406, (batch, clip.context_length))
@@ -139,7 +139,7 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
     precision = run.resolve_precision("auto", torch.device("cpu"))
 
     def ours():
-        losses, _ = train.losses_of(clip, (images, ids, mask), cfg, 0.0, 0)
+        losses, _ = train.losses_of(clip, (images, ids, mask), cfg, precision=precision)
         optimizers[0].zero_grad()
         losses["loss"].backward()
         optimizers[0].step()

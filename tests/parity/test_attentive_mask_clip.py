@@ -24,8 +24,8 @@ import torch
 import torchvision
 from PIL import Image
 
+from attentive_mask_clip import crops, model, train
 from attentive_mask_clip import eval as evaluation
-from attentive_mask_clip import losses, model, towers, train, views
 
 from . import Table, check_commit, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
 
@@ -101,9 +101,9 @@ def their_vit(up, mask_ratio: float = 0.0, **sizes) -> torch.nn.Module:
     return vit
 
 
-def our_vit(theirs: torch.nn.Module, **sizes) -> towers.MaskedViT:
+def our_vit(theirs: torch.nn.Module, **sizes) -> model.MaskedViT:
     sizes = {**VIT, **sizes}
-    vit = towers.MaskedViT(*(sizes[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")))
+    vit = model.MaskedViT(*(sizes[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")))
     vit.load_state_dict(theirs.state_dict())
     return vit
 
@@ -157,7 +157,7 @@ def tokens_of(n: int, length: int = 77) -> torch.Tensor:
 
 def boxes_of(n: int, height: int = 375, width: int = 500, released: bool = True) -> torch.Tensor:
     image = Image.new("L", (width, height))
-    return torch.stack([views.three_boxes(image, released_boxes=released) for _ in range(n)])
+    return torch.stack([crops.three_boxes(image, released_boxes=released) for _ in range(n)])
 
 
 def batch_of(n: int, side: int = 28) -> tuple[torch.Tensor, ...]:
@@ -222,7 +222,7 @@ def test_attention_scores(up, table):
             lambda: theirs(images, need_attn=True)[:2], lambda: ours(images, return_scores=True), repetitions=10
         )
     function = up.models.forward_attn
-    table.compare("scores and tokens", function, "towers.MaskedViT.forward", *results, seconds=seconds)
+    table.compare("scores and tokens", function, "model.MaskedViT.forward", *results, seconds=seconds)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -242,15 +242,15 @@ def test_masked_vit(up, table, masked):
     name, function = f"ViT on {'kept' if masked else 'all'} patches", up.models.MaskVisionTransformer.forward_features
     grads = gradients(theirs), gradients(ours)
     options = dict(gradients=grads, rtol=1e-4, seconds=seconds)
-    table.compare(name, function, "towers.MaskedViT.forward", *results, **options)
+    table.compare(name, function, "model.MaskedViT.forward", *results, **options)
 
 
 def test_position_embeddings(up, table):
     source, target = SimpleNamespace(pos_embed=torch.randn(1, 197, 24)), their_vit(up, img_size=14)
     state, function = {"pos_embed": source.pos_embed}, up.utils.interpolate_pos_embed
     function(target, state)
-    ours = towers.resize_pos_embed(source.pos_embed, 7, 7)
-    table.compare("position embeddings resized", function, "towers.resize_pos_embed", state["pos_embed"], ours)
+    ours = model.resize_pos_embed(source.pos_embed, 7, 7)
+    table.compare("position embeddings resized", function, "model.resize_pos_embed", state["pos_embed"], ours)
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["online", "EMA"])
@@ -295,35 +295,35 @@ def test_losses(up, table):
     criterion, pair = up.losses.ACLIPLoss(), dict(simclr_pair="same")
     results, seconds = race(
         partial(with_gradients, criterion, outputs),
-        partial(with_gradients, partial(losses.aclip_loss, **pair), outputs),
+        partial(with_gradients, partial(model.aclip_loss, **pair), outputs),
         10,
     )
     values, grads = zip(*results, strict=True)
     function = up.losses.ACLIPLoss.forward
     options = dict(gradients=grads, seconds=seconds)
-    table.compare("all losses, SimCLR pair as released", function, "losses.aclip_loss", *values, **options)
+    table.compare("all losses, SimCLR pair as released", function, "model.aclip_loss", *values, **options)
 
     two = {"aug1_embed": outputs["image_ssl_embed"][:32], "aug2_embed": outputs["image_ssl_embed"][32:]}
     (theirs, grads), (ours, own) = (
         with_gradients(function, two)
         for function in (
             lambda x: up.losses.SIMCLRLoss()(x)["loss"],
-            lambda x: losses.simclr_loss(x["aug1_embed"], x["aug2_embed"]),
+            lambda x: model.simclr_loss(x["aug1_embed"], x["aug2_embed"]),
         )
     )
     function = up.losses.SIMCLRLoss.forward
-    table.compare("SimCLR of two views", function, "losses.simclr_loss", theirs, ours, gradients=(grads, own))
+    table.compare("SimCLR of two views", function, "model.simclr_loss", theirs, ours, gradients=(grads, own))
 
     pair = {"p": outputs["byol_feats"], "z": outputs["byol_feats_e"].repeat(2, 1)}
     (theirs, grads), (ours, own) = (
         with_gradients(function, pair)
         for function in (
             lambda x: up.losses.cal_simsiam_loss(x["p"], x["z"]),
-            lambda x: losses.byol_loss(x["p"], x["z"].detach()) / 2 - 1,
+            lambda x: model.byol_loss(x["p"], x["z"].detach()) / 2 - 1,
         )
     )
     function = up.losses.cal_simsiam_loss
-    table.compare("BYOL as negative cosine", function, "losses.byol_loss", theirs, ours, gradients=(grads, own))
+    table.compare("BYOL as negative cosine", function, "model.byol_loss", theirs, ours, gradients=(grads, own))
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all tokens"])
@@ -340,7 +340,7 @@ def test_forward_and_losses(up, table, masked):
         else:
             ours.update_ema(1.0)
             outputs = ours(images, ema_view, tokens, boxes)
-            values = losses.aclip_loss(outputs, simclr_pair="same")
+            values = model.aclip_loss(outputs, simclr_pair="same")
         values["loss"].backward()
         return outputs | values
 
@@ -535,7 +535,7 @@ def test_slip(slip, table):
     def forward(each):
         each.zero_grad()
         outputs = each(ema_view, tokens, *images.chunk(2))
-        values = criterion(outputs) if each is theirs else losses.baseline_loss(outputs)
+        values = criterion(outputs) if each is theirs else model.baseline_loss(outputs)
         values["loss"].backward()
         return outputs | {name: values[name] for name in ("loss", "clip_loss", "ssl_loss", "clip_acc")}
 
@@ -555,7 +555,7 @@ def losses_of_rank(rank: int, path: str, folder: str) -> None:
     up = load(path)
     torch.manual_seed(rank)
     outputs = outputs_of(5)
-    ours = partial(losses.aclip_loss, simclr_pair="same")
+    ours = partial(model.aclip_loss, simclr_pair="same")
     torch.save([with_gradients(function, outputs) for function in (up.losses.ACLIPLoss(), ours)], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -565,4 +565,4 @@ def test_losses_of_two_processes(up, table, tmp_path):
     theirs, ours = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
     values, grads = ([[side[part] for side in both] for both in (theirs, ours)] for part in (0, 1))
     where = f"{table.where(up.losses.ACLIPLoss.forward)}, {table.where(up.utils.all_gather_batch_with_grad)}"
-    table.compare("all losses, two processes", where, "losses.aclip_loss", *values, gradients=grads)
+    table.compare("all losses, two processes", where, "model.aclip_loss", *values, gradients=grads)

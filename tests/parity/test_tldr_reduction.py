@@ -18,8 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared import run
-from tldr_reduction import cluster, model, output, reduce, towers, train
+from tldr_reduction import blip, cluster, model, reduce, train
 from tldr_reduction.checkpoints import load_blip
 
 from . import Table, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
@@ -152,8 +151,8 @@ def their_bert(up, decoder: bool):
     return bert
 
 
-def our_bert() -> towers.TextTransformer:
-    return towers.TextTransformer(TEXT["vocab"], TEXT["width"], TEXT["layers"], TEXT["heads"], 24, VISION["width"], 0.0)
+def our_bert() -> blip.TextTransformer:
+    return blip.TextTransformer(TEXT["vocab"], TEXT["width"], TEXT["layers"], TEXT["heads"], 24, VISION["width"], 0.0)
 
 
 def their_vit(up):
@@ -254,7 +253,7 @@ def test_perplexity(up, table):
 
 
 def test_vision_tower(up, table):
-    theirs, ours = randomised(their_vit(up)), towers.VisionTransformer(**VISION)
+    theirs, ours = randomised(their_vit(up)), blip.VisionTransformer(**VISION)
     state = {name: value for name, value in theirs.state_dict().items() if name in ours.state_dict()}
     ours.load_state_dict(state)
     image, w = torch.randn(3, 3, 32, 32), torch.randn(3, 17, 32)
@@ -262,7 +261,7 @@ def test_vision_tower(up, table):
     with torch.no_grad():
         values, seconds = race(lambda: theirs(image), lambda: ours(image), 20)
     function = up.vit.VisionTransformer.forward
-    table.compare("ViT", function, "towers.VisionTransformer", *values, gradients=grads, rtol=1e-4, seconds=seconds)
+    table.compare("ViT", function, "blip.VisionTransformer", *values, gradients=grads, rtol=1e-4, seconds=seconds)
 
 
 def test_resized_positions(up, table):
@@ -304,7 +303,7 @@ def test_text_tower(up, table, mode):
         values, seconds = race(their_forward, own_forward, 20)
     function = up.med.BertModel.forward
     table.compare(
-        f"BERT, {mode}", function, "towers.TextTransformer", *values, gradients=grads, rtol=1e-4, seconds=seconds
+        f"BERT, {mode}", function, "blip.TextTransformer", *values, gradients=grads, rtol=1e-4, seconds=seconds
     )
 
 
@@ -322,9 +321,9 @@ def twins(up, image, ids, mask, quantize=True):
     else:
         theirs = assemble(up, "blip", prompt="a picture of ", prompt_length=4, **parts)
     randomised(theirs)
-    text = towers.TextDecoder(our_bert())
+    text = blip.TextDecoder(our_bert())
     ours = model.CodebookCaptioner(
-        towers.VisionTransformer(**VISION), text, model.VectorQuantizer(40, 32) if quantize else None, DEC, SEP
+        blip.VisionTransformer(**VISION), text, model.VectorQuantizer(40, 32) if quantize else None, DEC, SEP
     )
     assert load_blip(ours, {"model": theirs.state_dict()}) == []
     return theirs, ours
@@ -379,7 +378,7 @@ def test_itm(up, table):
         vision_proj=torch.nn.Linear(32, 16), text_proj=torch.nn.Linear(32, 16), itm_head=torch.nn.Linear(32, 2)
     )
     theirs = randomised(assemble(up, "blip_itm", **parts)).eval()
-    ours = model.BLIP(towers.VisionTransformer(**VISION), our_bert(), our_bert(), 16, 8).eval()
+    ours = model.BLIP(blip.VisionTransformer(**VISION), our_bert(), our_bert(), 16, 8).eval()
     load_blip(ours, {"model": theirs.state_dict()})
     with torch.no_grad():
         expected = [theirs(image, None, head) for head in ("itm", "itc")]
@@ -471,7 +470,7 @@ def test_caption_merge(up, table, tmp_path):
     scope = statements(
         up.root / "generate_train_json_w_caption.py", "success_data = []", "for i in range(len(ann2))", **names
     )
-    same = scope["success_data"] == output.refine_annotations(rows, generated, annotations)
+    same = scope["success_data"] == reduce.refine_annotations(rows, generated, annotations)
     table.compare(
         "caption merge",
         "generate_train_json_w_caption.py:33-82",
@@ -508,10 +507,8 @@ def test_schedules(up, table):
 def test_random_selection_is_the_first_quarter(up, table):
     names = dict(metadata=list(range(103)))
     scope = statements(up.root / "random_selection.py", "success_data", "success_data", **names)
-    cfg = SimpleNamespace(cfg=SimpleNamespace(select="first", keep=0.25, match=None))
-    chosen, _ = reduce.Reduction.select(cfg, np.arange(103), None)
-    assert run.DTYPES  # the module is ours
-    theirs, ours = scope["success_data"], chosen.tolist()
+    cfg = SimpleNamespace(select="first", keep=0.25, match=None)
+    theirs, ours = scope["success_data"], reduce.select(cfg, 103, None, None).tolist()
     table.compare(
         "first quarter",
         "random_selection.py:14",

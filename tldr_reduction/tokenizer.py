@@ -1,16 +1,19 @@
-"""Captions as BLIP prepares them, and the WordPiece vocabularies they are read with.
+"""Captions as BLIP prepares them, and their tokenizers: WordPiece for the captioner and BLIP, open_clip's for CLIP.
 
 BLIP's code: salesforce/BLIP@056a169, cited as `BLIP:`.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import open_clip
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+
+from tldr_reduction.config import Config
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPT = "a picture of "
@@ -81,3 +84,44 @@ class WordPiece:
         special = {self.pad, self.cls, self.sep, self.dec, self.enc}
         rows = [[i for i in row if i not in special] for row in ids.tolist()]
         return [text[len(prompt) :].strip() for text in self.tokenizer.decode_batch(rows)]
+
+
+def tokenizer_of(cfg: Config) -> WordPiece | open_clip.SimpleTokenizer:
+    """open_clip's for stage clip, else WordPiece."""
+    if cfg.stage != "clip":
+        return WordPiece(cfg.vocab)
+    length = open_clip.get_model_config(cfg.clip_model)["text_cfg"]["context_length"]
+    return open_clip.get_tokenizer(cfg.clip_model, context_length=length)
+
+
+def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Config) -> Callable[[Sequence[str]], Tensor]:
+    """texts -> ids, prepared as in training."""
+
+    def tokens(texts: Sequence[str]) -> Tensor:
+        texts = [pre_caption(text, cfg.max_words) for text in texts]
+        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, cfg.max_length)[0]
+
+    return tokens
+
+
+def save_tokenizer(folder: str | Path) -> None:
+    """open_clip's byte-pair encoding of lower-cased captions without `PUNCTUATION`, in transformers' layout.
+
+    Padding is the end token again: the first one is what is read, and attention is causal.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    simple = open_clip.SimpleTokenizer()
+    start, end = "<start_of_text>", "<end_of_text>"
+    merges = models.BPE(simple.encoder, list(simple.bpe_ranks), end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(merges)
+    replace = normalizers.Replace(Regex(PUNCTUATION), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), replace])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+    special = [(token, simple.encoder[token]) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end)
+    fast.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The views of an image: A-CLIP's three boxes, the augmentations of the three methods, the dataset that gives them.
+"""Crops of an image: A-CLIP's three boxes, the augmentations of the three methods, and the dataset of training samples.
 
 Authors' code: microsoft/A-CLIP@0e51942, cited as `U:`, and facebookresearch/SLIP@c6faf5d, cited as `S:`.
 """
@@ -29,8 +29,8 @@ def three_boxes(
     """(V+1, 4) int64 boxes (top, left, height, width): V random crops and a larger one for the EMA. U:datasets.py:240.
 
     The EMA box reaches from a random corner above and left of all crops to a random one below and right of them.
-    `released_boxes` draws it as upstream does (two views): its left edge mixes up coordinates, and its height and width
-    are drawn as if the corner had not moved, so that a crop may stick out.
+    `released_boxes` draws it by upstream's formula (two views only): the left edge mixes up coordinates, and height and
+    width are drawn as if the corner had not moved, so that a crop may stick out of it.
     """
     width, height = image.size
     crops = [RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(views)]
@@ -81,8 +81,8 @@ class GaussianBlur:
 
 
 def view_transform(kind: str = "aclip") -> transforms.Compose:
-    """PIL crop -> normalised (3, S, S). kind: aclip (U:main.py:171), slip (its SSL views, less the crop,
-    U:datasets.py:280), or plain (the EMA view, CLIP's view)."""
+    """PIL crop -> normalised (3, S, S). `kind` is aclip (U:main.py:171), slip (its SSL views without the crop,
+    U:datasets.py:280) or plain (the EMA view, CLIP's view)."""
     apply, jitter = transforms.RandomApply, transforms.ColorJitter
     steps = {
         "aclip": [
@@ -118,9 +118,9 @@ def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Com
 
 
 class ViewDataset(Dataset):
-    """Item i: the views that the method trains on, boxes (V+1, 4), tokens (T,), broken samples passed over.
+    """Item i: the views that the method trains on, boxes (V+1, 4), tokens (T,), and broken samples that it replaced.
 
-    aclip: V masked views and, where the model reads it, the EMA view; slip: CLIP's view and two for SimCLR; clip: one.
+    aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view.
     A view is a function of (seed, i) alone, and the first crop of all methods is the same.
     """
 

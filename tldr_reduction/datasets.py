@@ -1,6 +1,7 @@
-"""Images as the stages see them, and the data sets that read them.
+"""Image-text pairs as the stages read them: views of the images, and data sets of shards or annotations.
 
-BLIP's code: salesforce/BLIP@056a169, cited as `BLIP:`; authors' code showlab/datacentric.vlp@a488102, cited as `U:`.
+BLIP's code: salesforce/BLIP@056a169, cited as `BLIP:`; authors' code showlab/datacentric.vlp@a488102, `V:` for its
+`vq_compress_model/`.
 """
 
 import json
@@ -18,7 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import data
-from tldr_reduction.text import WordPiece, pre_caption
+from tldr_reduction.tokenizer import WordPiece, pre_caption
 
 # ------------------------------------------------------------------------------------------------------- transforms
 
@@ -45,7 +46,7 @@ def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augmen
 class RandomAugment:
     """Two operations of BLIP's ten at level 5 of 10, each carried out with probability 0.5; grey fill.
 
-    U:transform/randaugment.py. No operation changes colours, of which captions speak. At this level brightness and
+    V:transform/randaugment.py. No operation changes colours, of which captions speak. At this level brightness and
     sharpness have factor 1.0, which is to do nothing; so they are the identity here.
     """
 
@@ -154,7 +155,7 @@ class Collate:
         return torch.tensor(rows), torch.stack(images), ids, mask, [b for each in broken for b in each]
 
 
-class Rows(Dataset):
+class OrderedDataset(Dataset):
     """Given rows in the evaluation transform, in order, nothing substituted: row, image, caption, pixels' hash, reason.
 
     A broken sample has a blank image and its reason; readable ones have "".
@@ -178,11 +179,13 @@ class Rows(Dataset):
         return row, self.transform(pair.image), pair.caption, pixels, ""
 
 
-def collate_rows(items: list) -> tuple[Tensor, Tensor, list[str], list[int], list[str]]:
+def collate_ordered(items: list) -> tuple[Tensor, Tensor, list[str], list[int], list[str]]:
     rows, images, captions, pixels, reasons = zip(*items, strict=True)
     return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
 
 
-def rows_loader(pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0) -> DataLoader:
-    """Batches (rows (b,), images, captions, hashes, reasons) of `Rows`."""
-    return DataLoader(Rows(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate_rows)
+def ordered_loader(pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0) -> DataLoader:
+    """Batches (rows (b,), images, captions, hashes, reasons) of `OrderedDataset`."""
+    return DataLoader(
+        OrderedDataset(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate_ordered
+    )

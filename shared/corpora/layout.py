@@ -1,0 +1,110 @@
+"""What builders of corpora write: training shards, evaluation sets and masks, in folders that are whole or absent."""
+
+import io
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared import checkpoints
+from shared.corpora.emoji import link, sha256
+from shared.tars import write_split, write_tar
+
+SHARD = 1000  # samples of a training shard
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of an array: (H, W, 3) uint8, or (H, W) uint8 or uint16."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "") -> int:
+    """Writes training shards in img2dataset layout, `folder/{prefix}{00000..}.tar`; returns the number of samples.
+
+    A sample maps file endings to contents: an image's, `txt` (caption), `json` (dict), and others as they are.
+    """
+    samples, count = iter(samples), 0
+    for shard in itertools.count():
+        some = list(itertools.islice(samples, SHARD))
+        if not some:
+            return count
+        keyed = []
+        for index, sample in enumerate(some):
+            key = f"{shard:05d}{index:04d}"
+            about = {"key": key, "caption": sample["txt"]} | sample["json"]
+            described = json.dumps(about, sort_keys=True, ensure_ascii=False)
+            keyed.append({"__key__": key} | sample | {"json": described})
+        write_tar(folder / f"{prefix}{shard:05d}.tar", keyed)
+        count += len(some)
+
+
+def write_retrieval(folder: Path, samples: Iterable[dict]) -> int:
+    """Writes a retrieval set with the split `test`; returns the number of images."""
+    count = write_split(folder / "test", samples)
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    return count
+
+
+def write_classes(folder: Path, classes: Sequence[str], templates: Sequence[str]) -> None:
+    """Writes class names and prompt templates of a classification set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
+
+
+def share_split(source: Path, target: Path) -> None:
+    """Makes a split part of a second set, where links are possible without taking its space twice."""
+    shutil.copytree(source, target, copy_function=link)
+
+
+def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[str, bytes, np.ndarray]]) -> int:
+    """Writes `classnames.txt`, `images/KEY.png` or `.jpg` and `masks/KEY.png`; returns the number of images.
+
+    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 where there is none).
+    """
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    count = 0
+    for name, image, labels in samples:
+        (folder / "images" / name).write_bytes(image)
+        (folder / "masks" / name).with_suffix(".png").write_bytes(mask_png(labels, len(classes)))
+        count += 1
+    return count
+
+
+def mask_png(labels: np.ndarray, classes: int) -> bytes:
+    """PNG of labels (H, W): uint8 if `classes` fit, else uint16; -1 becomes the type's largest value."""
+    kind = np.uint8 if classes <= 255 else np.uint16
+    return png(np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind))
+
+
+def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
+    """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is whole.
+
+    manifest.json holds `setting`, the facts, and sha256 of every shard. A folder that was made with the same setting
+    is left as it is. ValueError if it was made with another one, or is no corpus.
+    """
+    setting = json.loads(json.dumps(setting))  # tuples and paths as they are read back
+    if (out / "manifest.json").is_file():
+        if what := checkpoints.changes(checkpoints.read_json(out / "manifest.json").get("setting", {}), setting):
+            raise ValueError(f"{out} was made with another setting: {what}; choose another --out, or remove it")
+        return print(f"{out} is complete")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no manifest.json of a corpus: choose another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        folder = Path(scratch) / "corpus"
+        folder.mkdir()
+        facts = write(folder)
+        shards = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.tar"))}
+        checkpoints.write_json(folder / "manifest.json", {"setting": setting, **facts, "sha256": shards})
+        folder.rename(out)
+    print(f"{out} built: " + ", ".join(f"{name} {count:,}" for name, count in facts["counts"].items()))

@@ -1,0 +1,440 @@
+"""Photographs: data sets that people have, turned into training shards and evaluation sets. Nothing is fetched.
+
+    python -m shared.corpora.photos flickr8k --root PATH [--multi30k PATH] --out data/flickr8k
+    python -m shared.corpora.photos pacs --root PATH --out data/pacs          (also: cifar10, coco)
+
+    train/{00000..}.tar    img2dataset layout: the photograph's bytes as they are, .txt, .json (file, all captions)
+    eval/<set>/            CLIP-benchmark webdataset layout
+    manifest.json          setting, counts, broken photographs, licence note, sha256 of every shard
+
+The layouts that are read are in the docstrings of the classes. Photographs that cannot be read are left out, counted
+and reported.
+"""
+
+import dataclasses
+import gzip
+import io
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.path import Path as Outline
+from PIL import Image
+from tqdm import tqdm
+
+from shared import checkpoints, cli, data
+from shared.corpora import layout
+from shared.tars import write_split
+
+RECIPE = 1  # raised when the same photographs and setting give other files
+SUFFIXES = (".jpg", ".jpeg", ".png")
+LANGUAGES = ("en", "de", "fr", "cs")  # of Multi30k
+MULTI30K = [f"multi30k_{language}" for language in LANGUAGES]
+CAPTION = {"id", "image_id", "caption"}  # keys of COCO's annotations
+INSTANCE = {"id", "image_id", "category_id", "segmentation", "area", "iscrowd"}
+HELD_OUT = 5  # of PACS, one photograph in so many is tested on
+
+
+@dataclass
+class Photographs:
+    """What all builders take."""
+
+    root: Path
+    """Folder of the data set."""
+    out: Path
+    """Folder to write. It appears there only when it is complete."""
+    image_size: int | None = None
+    """Resize photographs to this shorter side in pixels, where they are larger; None copies their bytes."""
+    strict: bool = False
+    """Stop at the first broken image instead of counting it."""
+
+    def __post_init__(self):
+        self.broken: list[data.Broken] = []
+        self.used: list[Path] = []
+
+    def find(self, path: Path, layout_says: str) -> Path:
+        """`path`, whose contents count as what the corpus is made of; FileNotFoundError if it is not there."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: {layout_says}")
+        self.used += sorted(path.rglob("*")) if path.is_dir() else [path]
+        return path
+
+    def read(self, file: Path) -> dict[str, bytes] | None:
+        """{file ending: bytes} of a photograph, or None, counted, if it cannot be read."""
+        kind = file.suffix.lower().removeprefix(".")
+        try:
+            content = data.read_file(file)
+            picture = data.decode_image(content)
+        except data.BrokenSample as error:
+            if self.strict:
+                raise ValueError(f"--strict: {file}: {error}") from error
+            self.broken.append(data.Broken(file.relative_to(self.root).as_posix(), str(error)))
+            return None
+        if self.image_size and min(picture.size) > self.image_size:
+            scale = self.image_size / min(picture.size)
+            target = io.BytesIO()
+            size = tuple(max(round(side * scale), self.image_size) for side in picture.size)
+            picture.resize(size, Image.BICUBIC).save(target, "png" if kind == "png" else "jpeg", quality=95)
+            content = target.getvalue()
+        return {kind: content}
+
+    def read_all(self, files: Iterable, label: str) -> Iterator[tuple]:
+        """(file, content, ...) for (file, ...): those that can be read. ValueError if none can."""
+        files, found = list(files), False
+        for file, *rest in tqdm(files, label, unit="image", disable=None):
+            if (content := self.read(file)) is not None:
+                found = True
+                yield file, content, *rest
+        if not found:
+            raise ValueError(f"none of the {len(files)} photographs of {self.root} ({label}) can be read")
+
+    def build(self) -> None:
+        """Writes shards, evaluation sets and manifest; a finished folder is left as it is."""
+        cli.check_counts(self, "image_size")
+        listing = self.plan()
+        sizes = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.used if file.is_file()]
+        setting = {"data": type(self).__name__.lower(), "recipe": RECIPE} | {
+            name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)
+        }
+        del setting["strict"]
+        setting["files"] = data.fingerprint("\n".join(sizes).encode())
+
+        def write(folder: Path) -> dict:
+            counts = self.write(folder, listing)
+            broken = dict(sorted(self.broken))
+            return {"counts": counts | {"broken": len(broken)}, "broken": broken, "licence": self.licence}
+
+        layout.build(self.out, setting, write)
+        if line := data.broken_report(self.broken, "left out"):
+            print(line)
+
+    def write_captioned(self, folder: Path, captioned: dict[Path, dict], every_caption: bool, label: str) -> int:
+        """Training shards of {photograph: what its json says, with "captions"}; returns the number of samples."""
+
+        def samples() -> Iterator[dict]:
+            for file, content, about in self.read_all(captioned.items(), label):
+                for text in about["captions"] if every_caption else about["captions"][:1]:
+                    yield content | {"txt": text, "json": {"file": file.name} | about}
+
+        return layout.write_pairs(folder, samples())
+
+    def write_retrieval(self, folder: Path, captions: dict[Path, list[str]]) -> int:
+        pairs = self.read_all(captions.items(), folder.name)
+        return layout.write_retrieval(folder, (content | {"txt": "\n".join(texts)} for _, content, texts in pairs))
+
+    def write_labelled(self, folder: Path, files: list[tuple[Path, int]]) -> int:
+        found = self.read_all(files, f"{folder.parent.name}/{folder.name}")
+        return write_split(folder, (content | {"cls": str(label)} for _, content, label in found))
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def read_lines(file: Path) -> list[str]:
+    """Lines of a text file, .gz or not; ValueError if it is not such a file."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        return content.decode("utf-8-sig").rstrip("\n").split("\n")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file} is no {'gzipped ' if file.suffix == '.gz' else ''}UTF-8 text ({error})") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- Flickr8k
+
+
+@dataclass
+class Flickr8k(Photographs):
+    """Flickr8k: retrieval in English, Arabic and, with Multi30k, German, French and Czech.
+
+    Layout: Images/*.jpg, Flickr8k.token.txt (name.jpg#k<tab>caption), Flickr_8k.{train,dev,test}Images.txt; optional
+    Flickr8k.arabic.full.txt. Sets: retrieval_en, retrieval_ar, and retrieval_multi30k_{en,de,fr,cs} of the photographs
+    that have a translation; retrieval_dev_* are the same of the development split.
+    """
+
+    multi30k: Path | None = None
+    """Multi30k's folder: image_splits/{train,val,test_2016_flickr}.txt, raw/{same}.{en,de,fr,cs}.gz."""
+    every_caption: bool = False
+    """A sample for each caption instead of one with the first caption."""
+    joined_lines = 0
+    licence = "Photographs belong to their authors on Flickr; Flickr8k is for non-commercial research and education."
+
+    def plan(self) -> dict[str, dict[Path, dict]]:
+        """{split: {photograph: {"captions": [...], "captions_de": [...], ...}}}."""
+        says = "Flickr8k has Images/, Flickr8k.token.txt and Flickr_8k.{train,dev,test}Images.txt"
+        images = self.find(self.root / "Images", says)
+        texts = {"captions": self.captions(self.find(self.root / "Flickr8k.token.txt", says))}
+        if (arabic := self.root / "Flickr8k.arabic.full.txt").exists():
+            texts["captions_ar"] = self.captions(self.find(arabic, says))
+        translations = self.translations() if self.multi30k else {}
+        splits: dict[str, dict[Path, dict]] = {}
+        for split in ("train", "dev", "test"):
+            splits[split] = {}
+            for name in read_lines(self.find(self.root / f"Flickr_8k.{split}Images.txt", says)):
+                name = name.strip()
+                about = {kind: of[name] for kind, of in texts.items() if name in of}
+                if "captions" not in about:
+                    raise ValueError(f"{self.root}/Flickr8k.token.txt has no caption of {name} of the {split} split")
+                splits[split][images / name] = about | translations.get(name.partition("_")[0], {})
+        return splits
+
+    def captions(self, file: Path) -> dict[str, list[str]]:
+        """{file name: its captions} of lines name#k<tab>caption; a line without a name goes on with the last one's."""
+        entries: list[list[str]] = []
+        for line in read_lines(file):
+            name, tab, text = line.partition("\t")
+            if tab and "#" in name:
+                entries.append([name, text])
+            elif not entries:
+                raise ValueError(f"{file} does not begin with name.jpg#k<tab>caption")
+            else:  # the Arabic file has a caption with a line break within a word
+                entries[-1][1] += line
+                self.joined_lines += 1
+        found = defaultdict(list)
+        for name, text in entries:
+            if text := one_line(text):
+                found[name.rpartition("#")[0]].append(text)
+            else:
+                self.broken.append(data.Broken(name, "empty caption"))
+        return found
+
+    def translations(self) -> dict[str, dict[str, list[str]]]:
+        """{number of a photograph: {"captions_multi30k_de": [...], ...}}; file names go together by that number."""
+        says = (
+            "Multi30k has image_splits/{train,val,test_2016_flickr}.txt and raw/{same}.{en,de,fr,cs}.gz, line by line"
+        )
+        found: dict[str, dict[str, list[str]]] = defaultdict(dict)
+        for split in ("train", "val", "test_2016_flickr"):
+            names = read_lines(self.find(self.multi30k / f"image_splits/{split}.txt", says))
+            for language in LANGUAGES:
+                lines = read_lines(file := self.find(self.multi30k / f"raw/{split}.{language}.gz", says))
+                if len(lines) != len(names):
+                    raise ValueError(f"{file} has {len(lines)} lines for the {len(names)} names of {split}.txt")
+                for name, text in zip(names, lines, strict=True):
+                    if text := one_line(text):
+                        found[name.strip().removesuffix(".jpg")][f"captions_multi30k_{language}"] = [text]
+        return found
+
+    def write(self, folder: Path, splits: dict[str, dict[Path, dict]]) -> dict[str, int]:
+        counts = {"train": self.write_captioned(folder / "train", splits["train"], self.every_caption, "train")}
+        counts = {"photographs": len(splits["train"])} | counts | {"joined_lines": self.joined_lines}
+        kinds = {"captions": "en", "captions_ar": "ar"} | {f"captions_{name}": name for name in MULTI30K}
+        for split, start in (("test", "retrieval_"), ("dev", "retrieval_dev_")):
+            for kind, name in kinds.items():
+                texts = {file: about[kind] for file, about in splits[split].items() if kind in about}
+                if texts:
+                    counts[start + name] = self.write_retrieval(folder / "eval" / (start + name), texts)
+        return counts
+
+
+# ------------------------------------------------------------------------------------------------------ PACS, CIFAR-10
+
+
+class Labelled(Photographs):
+    """Photographs in one folder a class."""
+
+    def classes_in(self, folder: Path, layout_says: str) -> dict[str, list[Path]]:
+        """{class: its photographs}; ValueError if there is none."""
+        self.find(folder, layout_says)
+        found = {
+            home.name: [file for file in sorted(home.iterdir()) if file.suffix.lower() in SUFFIXES]
+            for home in sorted(folder.iterdir())
+            if home.is_dir()
+        }
+        if not any(found.values()):
+            raise ValueError(f"{folder} holds no <class>/*.jpg: {layout_says}")
+        return found
+
+    def write_train(self, folder: Path, files: list[tuple[Path, int]], classes: list[str], prefix: str = "") -> int:
+        """Training shards whose captions are class names, in an order in which classes are mixed."""
+        files = random.Random(0).sample(files, len(files))
+        samples = (
+            content | {"txt": classes[label], "json": {"file": file.name, "name": classes[label], "label": label}}
+            for file, content, label in self.read_all(files, f"train {prefix}")
+        )
+        return layout.write_pairs(folder, samples, prefix)
+
+
+@dataclass
+class PACS(Labelled):
+    """PACS: 7 classes in 4 domains, each domain an evaluation set of its own.
+
+    Layout: PACS/<domain>/<class>/*.jpg, domains photo, art_painting, cartoon, sketch. A fifth of each class and domain
+    is held out. Shards: train/<domain>-{00000..}.tar, so that a domain can be left out. Sets: <domain> with `test` (the
+    fifth) and `train` (the rest, for probes); <domain>_all: all of it, for models that were not trained on the domain.
+    """
+
+    licence = "PACS states no licence; its pictures come from Caltech256, Sketchy, TU-Berlin and Google Images."
+    domains = ("photo", "art_painting", "cartoon", "sketch")
+    templates = ("a photo of a {c}.", "a painting of a {c}.", "a cartoon of a {c}.", "a sketch of a {c}.")
+
+    def plan(self) -> dict[str, dict[str, list[Path]]]:
+        says = "PACS has PACS/{photo,art_painting,cartoon,sketch}/<class>/*.jpg"
+        found = {domain: self.classes_in(self.root / "PACS" / domain, says) for domain in self.domains}
+        if len({tuple(classes) for classes in found.values()}) > 1:
+            raise ValueError(f"the domains of {self.root}/PACS do not have the same classes: {says}")
+        return found
+
+    def write(self, folder: Path, domains: dict[str, dict[str, list[Path]]]) -> dict[str, int]:
+        counts = {}
+        for domain, classes in domains.items():
+            names, parts = list(classes), {"test": [], "train": []}
+            for label, files in enumerate(classes.values()):
+                order = random.Random(f"{domain} {label}").sample(files, len(files))
+                cut = len(files) // HELD_OUT
+                parts["test"] += [(file, label) for file in sorted(order[:cut])]
+                parts["train"] += [(file, label) for file in sorted(order[cut:])]
+            counts[f"train/{domain}"] = self.write_train(folder / "train", parts["train"], names, f"{domain}-")
+            for split in ("test", "train"):
+                counts[f"{domain}/{split}"] = self.write_labelled(folder / "eval" / domain / split, parts[split])
+            everything = folder / "eval" / f"{domain}_all"
+            counts[f"{domain}_all/test"] = self.write_labelled(everything / "test", parts["test"] + parts["train"])
+            for home in (folder / "eval" / domain, everything):
+                layout.write_classes(home, [name.replace("_", " ") for name in names], self.templates)
+        return counts
+
+
+@dataclass
+class CIFAR10(Labelled):
+    """CIFAR-10 as folders of pictures: {train,test}/<class>/*.jpg or .png, classes airplane to truck.
+
+    Set: cifar10, with the test pictures as `test` and the training pictures as `train`, for probes.
+    """
+
+    licence = "CIFAR-10 states no licence; its photographs were collected from the web for research."
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    kinds = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+    templates = [f"a {kind}photo of {article} {{c}}." for kind in kinds for article in ("a", "the")]
+
+    def plan(self) -> dict[str, list[tuple[Path, int]]]:
+        says = f"CIFAR-10 has {{train,test}}/<class>/*.jpg with the classes {', '.join(self.classes)}"
+        found = {}
+        for split in ("train", "test"):
+            classes = self.classes_in(self.root / split, says)
+            if tuple(classes) != self.classes:
+                raise ValueError(f"{self.root / split} has the classes {', '.join(classes)}: {says}")
+            found[split] = [(file, label) for label, files in enumerate(classes.values()) for file in files]
+        return found
+
+    def write(self, folder: Path, splits: dict[str, list[tuple[Path, int]]]) -> dict[str, int]:
+        counts = {"train": self.write_train(folder / "train", splits["train"], list(self.classes))}
+        home = folder / "eval/cifar10"
+        for split, files in splits.items():
+            counts[f"cifar10/{split}"] = self.write_labelled(home / split, files)
+        layout.write_classes(home, self.classes, self.templates)
+        return counts
+
+
+# --------------------------------------------------------------------------------------------------------------- COCO
+
+
+@dataclass
+class COCO(Photographs):
+    """COCO 2017: captions and instance masks.
+
+    Layout: {train,val}2017/*.jpg, annotations/{captions,instances}_{train,val}2017.json. Photographs may be smaller
+    than the annotations say; masks keep the size of the annotations. Sets: retrieval_val (photographs of val2017;
+    Karpathy's test split is another one) and patchdis_val: classnames.txt, images/, masks/ (class of each pixel; 255:
+    none, or a crowd), smaller instances in front of larger ones.
+    """
+
+    every_caption: bool = False
+    """A sample for each caption instead of one with the first caption."""
+    train_masks: bool = False
+    """Also write patchdis_train, the masks of train2017."""
+    licence = "COCO's annotations are CC-BY 4.0; its photographs belong to their authors on Flickr."
+
+    def plan(self) -> dict[str, tuple[dict, dict]]:
+        """{split: (captions, instances)}, as their JSON files say."""
+        says = "COCO has {train,val}2017/*.jpg and annotations/{captions,instances}_{train,val}2017.json"
+        found = {}
+        for split in ("train", "val"):
+            self.find(self.root / f"{split}2017", says)
+            files = [
+                self.find(self.root / f"annotations/{k}_{split}2017.json", says) for k in ("captions", "instances")
+            ]
+            found[split] = tuple(checkpoints.read_json(file) for file in files)
+            for file, content, keys in zip(files, found[split], (CAPTION, INSTANCE), strict=True):
+                lists = [content.get(name) for name in ("images", "annotations", *(("categories",) * ("area" in keys)))]
+                if not all(isinstance(a, list) for a in lists) or not all(keys <= one.keys() for one in lists[1]):
+                    raise ValueError(f"{file} lacks images, annotations or their {', '.join(sorted(keys))}: {says}")
+        return found
+
+    def write(self, folder: Path, splits: dict[str, tuple[dict, dict]]) -> dict[str, int]:
+        captioned = {}
+        for split, (captions, _) in splits.items():
+            texts = defaultdict(list)
+            for one in sorted(captions["annotations"], key=lambda one: one["id"]):
+                texts[one["image_id"]].append(one_line(one["caption"]))
+            home, images = self.root / f"{split}2017", sorted(captions["images"], key=lambda image: image["id"])
+            captioned[split] = {
+                home / image["file_name"]: {"captions": texts[image["id"]], "image_id": image["id"]}
+                for image in images
+                if texts[image["id"]]
+            }
+        counts = {"photographs": len(captioned["train"])}
+        counts["train"] = self.write_captioned(folder / "train", captioned["train"], self.every_caption, "train")
+        texts = {file: about["captions"] for file, about in captioned["val"].items()}
+        counts["retrieval_val"] = self.write_retrieval(folder / "eval/retrieval_val", texts)
+        for split in ("val", "train")[: 1 + self.train_masks]:
+            counts[f"patchdis_{split}"] = self.write_masks(folder / f"eval/patchdis_{split}", split, splits[split][1])
+        return counts
+
+    def write_masks(self, folder: Path, split: str, instances: dict) -> int:
+        """Photographs that have instances, with their class of each pixel."""
+        categories = sorted(instances["categories"], key=lambda category: category["id"])
+        label = {category["id"]: i for i, category in enumerate(categories)}
+        of_image = defaultdict(list)
+        for one in instances["annotations"]:
+            of_image[one["image_id"]].append(one)
+        images = sorted(instances["images"], key=lambda image: image["id"])
+        files = [(self.root / f"{split}2017" / i["file_name"], i) for i in images if of_image[i["id"]]]
+
+        def samples() -> Iterator[tuple[str, bytes, np.ndarray]]:
+            for file, content, image in self.read_all(files, folder.name):
+                labels = draw_instances(of_image[image["id"]], label, image["height"], image["width"])
+                yield file.name, next(iter(content.values())), labels
+
+        return layout.write_masks(folder, [category["name"] for category in categories], samples())
+
+
+def draw_instances(instances: list[dict], label: dict[int, int], height: int, width: int) -> np.ndarray:
+    """(H, W) int16: the class of the smallest instance at each pixel, -1 where there is none, or a crowd alone."""
+    labels = np.full((height, width), -1, np.int16)
+    for one in sorted(instances, key=lambda one: (-one["area"], one["id"])):
+        if not one["iscrowd"]:
+            labels[instance_mask(one["segmentation"], height, width)] = label[one["category_id"]]
+    return labels
+
+
+def instance_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """(H, W) bool of COCO's polygons ([x, y, x, y, ...] each; pixels whose centre is inside) or run lengths."""
+    mask = np.zeros((height, width), bool)
+    if isinstance(segmentation, dict):
+        if not isinstance(segmentation["counts"], list):
+            raise ValueError("an instance has compressed run lengths, which COCO's own annotation files do not have")
+        runs = segmentation["counts"]
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    for polygon in segmentation:
+        points = np.array(polygon, float).reshape(-1, 2)
+        (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)
+        inside = Outline(points).contains_points(np.stack([x.ravel(), y.ravel()], 1)) if x.size else np.zeros(0, bool)
+        mask[top:bottom, left:right] |= inside.reshape(x.shape)
+    return mask
+
+
+BUILDERS = {"flickr8k": Flickr8k, "pacs": PACS, "cifar10": CIFAR10, "coco": COCO}
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(BUILDERS, prog="python -m shared.corpora.photos").build()
+
+
+if __name__ == "__main__":
+    cli.command_line(main)

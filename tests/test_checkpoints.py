@@ -1,0 +1,103 @@
+"""Checkpoints that are whole, harmless and of the same run; JSON that is replaced at once."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shared import checkpoints
+
+
+@dataclasses.dataclass
+class Config:
+    lr: float = 0.1
+    model: str | None = None
+    out: str = "here"
+    workers: int = 0
+
+
+def test_checkpoint_round_trip(tmp_path: Path):
+    state = {"state_dict": nn.Linear(2, 3).state_dict(), "step": 7, "config": {"lr": 0.1}, "nothing": None}
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    loaded = checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert torch.equal(loaded["state_dict"]["weight"], state["state_dict"]["weight"])
+    assert loaded["step"] == 7 and loaded["nothing"] is None
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoints.save_checkpoint(path, {"step": 1})
+    before = path.read_bytes()
+
+    def half(state, file):
+        file.write(before[: len(before) // 2])
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == before and checkpoints.load_checkpoint(path) == {"step": 1}
+    checkpoints.save_checkpoint(path, {"step": 2})  # what the crash left behind is in nobody's way
+    assert checkpoints.load_checkpoint(path) == {"step": 2} and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, value: float):
+    path = tmp_path / "checkpoint.pt"
+    checkpoints.save_checkpoint(path, {"state_dict": {"weight": torch.ones(2)}})
+    with pytest.raises(ValueError, match="weight is no longer finite, and .*checkpoint.pt is left as it was"):
+        checkpoints.save_checkpoint(path, {"state_dict": {"weight": torch.tensor([1.0, value])}})
+    assert checkpoints.load_checkpoint(path)["state_dict"]["weight"].tolist() == [1, 1]
+
+
+class Malicious:
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state, 2))])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, save):
+    path, victim = tmp_path / "checkpoint.pt", tmp_path / "victim"
+    save({"state_dict": {}, "extra": Malicious(victim)}, path)
+    with pytest.raises(ValueError, match="checkpoint.pt is not a checkpoint that loads with weights_only=True"):
+        checkpoints.load_checkpoint(path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 half a zip"])
+def test_garbage_is_no_checkpoint(tmp_path: Path, content: bytes):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        checkpoints.resume(tmp_path, Config())
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        checkpoints.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_resume_refuses_another_configuration(tmp_path: Path):
+    assert checkpoints.resume(tmp_path, Config()) is None
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3, "config": dataclasses.asdict(Config())})
+    assert checkpoints.resume(tmp_path, Config())["step"] == 3
+    assert checkpoints.resume(tmp_path, Config(out="there", workers=4))["step"] == 3  # these do not change the result
+    with pytest.raises(ValueError) as error:
+        checkpoints.resume(tmp_path, Config(lr=0.2, model="ViT"))
+    message = str(error.value)
+    assert str(tmp_path) in message and "choose another --out" in message
+    assert "lr (was 0.1, now 0.2), model (was None, now 'ViT')" in message
+
+
+def test_write_json_is_atomic(tmp_path: Path):
+    path = tmp_path / "x.json"
+    checkpoints.write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        checkpoints.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": "é"} and os.listdir(tmp_path) == ["x.json"]

