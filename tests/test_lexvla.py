@@ -14,7 +14,6 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from lexvla import model
-from lexvla.build import with_lora
 from lexvla.config import Config
 from lexvla.eval import explain, patchdis, retrieval_recall, sparsity_sweep, usage
 from lexvla.model import (
@@ -36,6 +35,7 @@ from lexvla.model import (
     sparsify,
     total_loss,
 )
+from lexvla.towers import with_lora
 from lexvla.train import cosine_lr, quadratic_warmup
 
 golden = pytest.mark.golden

