@@ -96,7 +96,7 @@ def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.Monke
 
 
 class Lazily(dict):
-    """Values that `make(key)` makes when they are first asked for: arms that a test file does not need are not trained."""
+    """Values that `make(key)` makes when first asked for: arms that a test file does not need are not trained."""
 
     def __init__(self, make: Callable):
         super().__init__()
