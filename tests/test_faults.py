@@ -45,7 +45,7 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.replay": "test_concept_frequency.py::test_replay_of_files_in_the_authors_layout",
     "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
-    "nmtune.study": "test_nmtune_train.py::test_study_and_report",
+    "nmtune.encoder_study": "test_nmtune_train.py::test_study_and_report",
     "tldr_reduction.checkpoints": "test_tldr_reduction.py::test_authors_layout_loads",
 }
 KILLED = {  # where arms and scripts that are not killed here are
