@@ -129,6 +129,14 @@ def test_results_and_clones(study: Study):
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
 
 
+def test_claims_about_what_was_not_measured_are_left_out_where_the_study_says_so(study: Study):
+    claims = (*study.claims, Claim("elsewhere", None, "other/top1", "method", "base"))
+    study = dataclasses.replace(study, claims=claims, skip_unmeasured=True)
+    runner.run(study, runner.Options())
+    rows = json.loads(Path("runs/paper/results.json").read_text())["claims"]
+    assert [row["claim"] for row in rows] == ["higher"]
+
+
 def test_a_run_that_is_not_finished_is_not_compared(study: Study):
     Path("runs/paper/base-seed0").mkdir(parents=True)
     torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")

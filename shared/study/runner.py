@@ -86,6 +86,8 @@ class Study:
     """Metrics of the table of arms: key -> heading."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, paired by seed."""
+    skip_unmeasured: bool = False
+    """Leave out claims about metrics that an evaluation with other sets did not measure."""
     more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
@@ -145,11 +147,17 @@ class Study:
     def compare(self, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
         """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
         found = report.compare_runs(runs, results, self.headings, self.passes)
-        rows = judge_all(self.claims, found.arms) + self.more_rows(found, **more)
+        claims = [claim for claim in self.claims if not self.skip_unmeasured or measured(claim, found.arms)]
+        rows = judge_all(claims, found.arms) + self.more_rows(found, **more)
         summary = report.results(self.paper, found.seeds, found.arms, rows, found.commits)
         write_json(path, summary)
         self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
+
+
+def measured(claim: Claim, arms: dict[str, list[dict[str, Any]]]) -> bool:
+    """Whether the claim's metric was measured of both of its arms, as far as these were run."""
+    return all(claim.metric in arms[arm][0] for arm in (claim.method, claim.baseline) if arm in arms)
 
 
 @dataclass
