@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
-from flame.embed import load_causal_lm, made_with, open_set, read_pairs
+from flame.embed import bank_config, load_causal_lm, open_set, read_pairs
 from flame.incontext import few_shot_accuracy
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
@@ -275,7 +275,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if cfg.few_shot and not isinstance(model, TrainedText):
         eval_set = open_set(cfg.few_shot, eval_transform(model), "classification")
         images, labels = zip(*((image, label) for _, image, label in eval_set), strict=True)
-        lm, tokenizer = load_causal_lm(made_with(cfg.bank or train_cfg.bank), device)
+        lm, tokenizer = load_causal_lm(bank_config(cfg.bank or train_cfg.bank), device)
         flat[f"{Path(cfg.few_shot).name}/few_shot"] = few_shot_accuracy(
             model, lm, tokenizer, images, torch.tensor(labels), eval_set.classnames, count=cfg.episodes
         )

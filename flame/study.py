@@ -66,7 +66,7 @@ CLAIMS = (
 )
 
 
-def measure(runs: Sequence[str]) -> list[dict[str, float]]:
+def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     """What eval.py measures, on the images of which `flame.embed emoji` has embedded the texts."""
     return evaluation.main(evaluation.Config(runs=tuple(runs), gallery=500, language_gallery=125))
 
@@ -209,7 +209,7 @@ STUDY = Study(
     before=BEFORE,
     arms=ARMS,
     minutes={"core": 15, "all": 32},
-    evaluate=measure,
+    evaluate=evaluate,
     metrics=evaluation.METRICS,
     claims=CLAIMS,
     skip_unmeasured=True,
