@@ -28,7 +28,7 @@ from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
-from shared import checkpoints, cli, data, run, smollm2
+from shared import checkpoints, cli, data, pretrained, run
 from shared.evalsets import EvalSet
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
@@ -157,7 +157,7 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
     source, options = cfg.llm, {}
     if source == SMOLLM2:
         source = str(SMOLLM2_FOLDER)
-        smollm2.main(SMOLLM2_FOLDER)
+        pretrained.smollm2(SMOLLM2_FOLDER)
     elif source.endswith(".gguf"):
         if not Path(source).is_file():
             raise FileNotFoundError(f"--llm {source} does not exist")
