@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
 from test_lexvla_scenes import small_scenes  # noqa: F401
 from test_lexvla_train import (  # noqa: F401
     ARMS,
+    GROUPS,
     PRELOAD,
     SCRIPT,
     SECONDS,
@@ -27,8 +27,6 @@ from test_lexvla_train import (  # noqa: F401
 from lexvla import config, study
 from lexvla import eval as evaluation
 from shared import checkpoints
-
-GROUPS = ROOT / "data/emoji/eval/groups_id"
 
 
 def test_arms_differ_in_what_they_are_named_after():
