@@ -26,10 +26,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.config import PRESETS, Config, check
-from protoclip.episodes import EpisodeDataset, Episodes, episode_loader, image_transform, sample_episode  # noqa: F401
+from protoclip.episodes import (  # noqa: F401
+    BatchTransform,
+    EpisodeDataset,
+    Episodes,
+    ascii_caption,
+    episode_loader,
+    image_transform,
+    sample_episode,
+)
 from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
 from protoclip.teacher import Teacher
-from shared import data, run
+from shared import data, memory, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
 
@@ -272,8 +280,13 @@ def main(cfg: Config) -> Path:
     if teacher is not None and episodes.pairs is not None:  # else a hole would show after the first episode only
         teacher.find(episodes.pairs, np.arange(len(episodes.pairs)))
     size = image_side(model)
-    train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
-    extraction_view = train_view if cfg.extraction_view == "train" else image_transform(size, train=False)
+    view_of = BatchTransform if cfg.keep_in_memory else image_transform
+    train_view = view_of(size, train=True, light=cfg.augmentation == "light", crop=cfg.crop)
+    extraction_view = train_view if cfg.extraction_view == "train" else view_of(size, train=False)
+    remembered = None
+    if cfg.keep_in_memory:
+        tokenize = lambda captions: tokenizer([ascii_caption(caption) for caption in captions])  # noqa: E731
+        remembered = memory.read(episodes.pairs, 2 * size, tokenize, process).to(process.device)
 
     if process.main and episodes.pairs is not None and len(episodes.pairs) < (cfg.dataset_size or 0):
         print(f"{cfg.data} holds {len(episodes.pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
@@ -321,7 +334,7 @@ def main(cfg: Config) -> Path:
         if start and state["prototypes"] is not None:
             prototypes = Prototypes(**state["prototypes"])
         elif weights[1] != 0 or weights[2] != 0:
-            dataset = EpisodeDataset(pairs, rows, extraction_view, tokenizer, (cfg.seed, episode, 0))
+            dataset = EpisodeDataset(remembered or pairs, rows, extraction_view, tokenizer, (cfg.seed, episode, 0))
             loader = progress("extract", episode_loader(cfg, process, dataset), per_episode)
             h_image, h_text = extract_features(model, loader, len(rows), process.device, precision)
             if process.main:
@@ -332,7 +345,7 @@ def main(cfg: Config) -> Path:
             prototypes = run.broadcast(prototypes, process)
 
         # One pass over the same rows: new shuffle, new views
-        dataset = EpisodeDataset(pairs, rows, train_view, tokenizer, (cfg.seed, episode, 1))
+        dataset = EpisodeDataset(remembered or pairs, rows, train_view, tokenizer, (cfg.seed, episode, 1))
         bar = progress("train", episode_loader(cfg, process, dataset, start), per_episode - start)
         seen = data.watch(bar, broken)
         for step, losses in train_episode(ddp, seen, optimizer, prototypes, episode, cfg, process, start, scaler):
