@@ -60,8 +60,12 @@ class Config:
     """Which view of an image is clustered: a random training view (upstream), or the evaluation transform."""
     keep_in_memory: bool = False
     """Decode a small corpus once, and make views of whole batches. Off: decode every sample at every step."""
+    distinct_captions: bool = False
+    """With --keep-in-memory: batches hold no caption twice, as far as an episode allows."""
     crop: tuple[float, float] | None = None
     """Share of the image's area that a random crop keeps, least and most; None is the augmentation's own."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of a random crop, least and most."""
     augmentation: Literal["default", "light"] = "light"
     """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
 

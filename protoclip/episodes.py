@@ -17,9 +17,7 @@ from torchvision.transforms import InterpolationMode, functional
 from shared import data, memory, run
 
 
-def image_transform(
-    size: int, train: bool, light: bool = False, crop: tuple[float, float] | None = None
-) -> transforms.Compose:
+def image_transform(size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)) -> transforms.Compose:
     """PIL RGB -> (3, size, size) normalised with CLIP's statistics. U:open_clip/transform.py:13.
 
     `crop` replaces the augmentation's own range of areas.
@@ -28,10 +26,10 @@ def image_transform(
     if not train:
         steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
     elif not light:
-        steps = [transforms.RandomResizedCrop(size, scale=crop or (0.9, 1.0), interpolation=bicubic)]
+        steps = [transforms.RandomResizedCrop(size, scale=crop or (0.9, 1.0), ratio=ratio, interpolation=bicubic)]
     else:
         steps = [
-            transforms.RandomResizedCrop(size, scale=crop or (0.5, 1.0), interpolation=bicubic),
+            transforms.RandomResizedCrop(size, scale=crop or (0.5, 1.0), ratio=ratio, interpolation=bicubic),
             transforms.RandomHorizontalFlip(),
             transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
             transforms.RandomGrayscale(p=0.2),
@@ -49,10 +47,10 @@ class BatchTransform:
 
     COUNT = 13  # random numbers an item
 
-    def __init__(self, size: int, train: bool, light: bool = False, crop: tuple[float, float] | None = None):
+    def __init__(self, size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)):
         self.size, self.light = size, train and light
         self.scale = (crop or ((0.5, 1.0) if light else (0.9, 1.0))) if train else (1.0, 1.0)
-        self.ratio = (3 / 4, 4 / 3) if train else (1.0, 1.0)
+        self.ratio = ratio if train else (1.0, 1.0)
         statistics = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in statistics)
 
@@ -128,6 +126,11 @@ def episode_loader(cfg, process: run.Process, dataset: EpisodeDataset, start: in
     size = cfg.batch_size // process.world_size
     batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
     batches = [batch for batch in batches if len(batch)]
+    if cfg.distinct_captions:
+        order = np.random.default_rng(dataset.seed).permutation(len(dataset))
+        whole = memory.distinct_batches(order, dataset.pairs.labels[dataset.rows], cfg.batch_size)
+        parts = [batch[process.rank * size : (process.rank + 1) * size] for batch in whole[start:]]
+        batches = [batch for batch in parts if len(batch)]
     if isinstance(dataset.pairs, memory.InMemory):
         return memory.Views(dataset.pairs, dataset.rows, dataset.transform, BatchTransform.COUNT, dataset.seed, batches)
     return DataLoader(

@@ -281,7 +281,7 @@ def main(cfg: Config) -> Path:
         teacher.find(episodes.pairs, np.arange(len(episodes.pairs)))
     size = image_side(model)
     view_of = BatchTransform if cfg.keep_in_memory else image_transform
-    train_view = view_of(size, train=True, light=cfg.augmentation == "light", crop=cfg.crop)
+    train_view = view_of(size, train=True, light=cfg.augmentation == "light", crop=cfg.crop, ratio=cfg.crop_ratio)
     extraction_view = train_view if cfg.extraction_view == "train" else view_of(size, train=False)
     remembered = None
     if cfg.keep_in_memory:

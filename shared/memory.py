@@ -24,10 +24,11 @@ class InMemory(NamedTuple):
 
     pixels: Tensor  # (N, 3, H, H) uint8
     tokens: Tensor  # (N, L) int64
+    labels: np.ndarray  # (N,) int64, equal where captions are
     broken: list[Broken]  # samples whose place a neighbour took
 
     def to(self, device: torch.device) -> "InMemory":
-        return InMemory(self.pixels.to(device), self.tokens.to(device), self.broken)
+        return self._replace(pixels=self.pixels.to(device), tokens=self.tokens.to(device))
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -55,7 +56,7 @@ def read(
         pixels[row] = torch.from_numpy(np.array(square(pair.image, side))).permute(2, 0, 1)
         captions.append(pair.caption)
     tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
-    return InMemory(pixels, tokens, broken)
+    return InMemory(pixels, tokens, np.unique(captions, return_inverse=True)[1], broken)
 
 
 # ------------------------------------------------------------------------------------------------------------- views
@@ -100,6 +101,27 @@ def crop_and_resize(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | Non
         across = torch.where(flip[:, None, None], across.flip(1), across)
     x = torch.bmm(pixels.view(batch, 3 * height, width).float(), across.transpose(1, 2)).view(batch, 3, height, size)
     return torch.matmul(down[:, None], x)
+
+
+def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut the items of `order` into batches of `size`, with one item a label in each as far as there are enough labels.
+
+    An item whose label its batch holds already waits for the next one. The last batch may be short.
+    """
+    waiting, cut = list(order), []
+    while waiting:
+        seen, batch, later = set(), [], []
+        for item in waiting:
+            label = labels[item]
+            if len(batch) < size and label not in seen:
+                seen.add(label)
+                batch.append(item)
+            else:
+                later.append(item)
+        missing = min(size - len(batch), len(later))
+        cut.append(np.array(batch + later[:missing]))
+        waiting = later[missing:]
+    return cut
 
 
 class Views:
