@@ -64,7 +64,7 @@ class BatchTransform:
 
 
 def light_colours(images: Tensor, u: Tensor) -> Tensor:
-    """Colour jitter, grey and blur of the light augmentation, each for one image in five. images in [0, 1], u (B, 8)."""
+    """Colour jitter, grey and blur of the light augmentation, each for one image in five. images 0..1, u (B, 8)."""
     jittered = [  # torchvision draws the order anew for each image; here it is turned round for half of them
         lambda x, u: functional.adjust_brightness(x, 0.2 + 1.6 * u[1]),
         lambda x, u: functional.adjust_contrast(x, 0.2 + 1.6 * u[2]),

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
 
 

@@ -71,22 +71,24 @@ def random_crops(u: Tensor, scale: tuple[float, float], ratio: tuple[float, floa
     """Random numbers (B, 4) -> boxes (B, 4) left, top, width, height in units of the image's side.
 
     Area and aspect ratio are drawn as torchvision's RandomResizedCrop draws them. A box that would not fit, which is
-    drawn anew there, is cut to the image here.
+    drawn anew there, is cut to the image here. With areas above 1, boxes reach beyond the image.
     """
     area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
     log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1]
-    size = torch.stack([(area * log_ratio.exp()).sqrt(), (area / log_ratio.exp()).sqrt()], dim=1).clamp(max=1)
+    size = torch.stack([(area * log_ratio.exp()).sqrt(), (area / log_ratio.exp()).sqrt()], dim=1)
+    size = size.clamp(max=max(1.0, math.sqrt(scale[1])))
     return torch.cat([u[:, 2:4] * (1 - size), size], dim=1)
 
 
 def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Weights (B, target, source) that resize the stretch [start, start + length) of a row of pixels to `target` pixels.
+    """Weights (B, target, source) that resize [start, start + length) of a row of `source` pixels to `target` pixels.
 
     PIL's antialiased bilinear filter: a triangle as wide as a target pixel where the image shrinks, else a source
-    pixel. start, length (B,) are in source pixels.
+    pixel. start, length (B,) are in source pixels. Beyond the ends, the outermost pixel is repeated.
     """
     step = (length / target)[:, None, None]  # source pixels a target pixel
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
+    centre = centre.clamp(0.5, source - 0.5)
     distance = torch.arange(source, device=start.device) + 0.5 - centre
     weights = (1 - (distance / step.clamp(min=1)).abs()).clamp(min=0)
     return weights / weights.sum(dim=2, keepdim=True)

@@ -5,7 +5,7 @@ ModifiedResNet, whose 1x1 convolutions wait for memory.
 """
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 
 SIZE = 32  # pixels; any multiple of 16 will do
 ARCHITECTURE = ByoModelCfg(
