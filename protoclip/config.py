@@ -207,6 +207,8 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(
             "--keep-in-memory needs a corpus that fits into memory; --episode-shards reads one that does not"
         )
+    if cfg.distinct_captions and not cfg.keep_in_memory:
+        raise ValueError("--distinct-captions needs --keep-in-memory")
     if cfg.crop is not None and not 0 < cfg.crop[0] <= cfg.crop[1] <= (4 if cfg.keep_in_memory else 1):
         raise ValueError(
             f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares of the area with 0 < least <= most <= 1"

@@ -148,7 +148,7 @@ class Views:
             transform,
             batches,
         )
-        self.uniforms = uniforms(seed, len(rows), count)
+        self.uniforms = uniforms((*seed, 1), len(rows), count)  # not the stream that shuffles
 
     def __len__(self) -> int:
         return len(self.batches)
