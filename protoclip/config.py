@@ -58,6 +58,14 @@ class Config:
     """Temperature of the soft targets; 0 or less: hard labels."""
     extraction_view: Literal["train", "eval"] = "train"
     """Which view of an image is clustered: a random training view (upstream), or the evaluation transform."""
+    keep_in_memory: bool = False
+    """Decode a small corpus once, and make views of whole batches. Off: decode every sample at every step."""
+    distinct_captions: bool = False
+    """With --keep-in-memory: batches hold no caption twice, as far as an episode allows."""
+    crop: tuple[float, float] | None = None
+    """Share of the image's area that a random crop keeps, least and most; None is the augmentation's own."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of a random crop, least and most."""
     augmentation: Literal["default", "light"] = "light"
     """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
 
@@ -195,6 +203,16 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
     if cfg.episode_shards and cfg.dataset_size:
         raise ValueError("--dataset-size cannot be kept with --episode-shards: pass --dataset-size None")
+    if cfg.keep_in_memory and cfg.episode_shards:
+        raise ValueError(
+            "--keep-in-memory needs a corpus that fits into memory; --episode-shards reads one that does not"
+        )
+    if cfg.distinct_captions and not cfg.keep_in_memory:
+        raise ValueError("--distinct-captions needs --keep-in-memory")
+    if cfg.crop is not None and not 0 < cfg.crop[0] <= cfg.crop[1] <= (4 if cfg.keep_in_memory else 1):
+        raise ValueError(
+            f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares of the area with 0 < least <= most <= 1"
+        )
     if cfg.image_size is not None and cfg.augmentation == "light" and cfg.image_size <= 10:
         raise ValueError(
             f"--augmentation light blurs over 21 pixels and needs --image-size above 10, not {cfg.image_size}"

@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, functional
 
-from shared import data, run
+from shared import data, memory, run
 
 
-def image_transform(size: int, train: bool, light: bool = False) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) normalised with CLIP's statistics. U:open_clip/transform.py:13."""
+def image_transform(size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)) -> transforms.Compose:
+    """PIL RGB -> (3, size, size) normalised with CLIP's statistics. U:open_clip/transform.py:13.
+
+    `crop` replaces the augmentation's own range of areas.
+    """
     bicubic = InterpolationMode.BICUBIC
     if not train:
         steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
     elif not light:
-        steps = [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
+        steps = [transforms.RandomResizedCrop(size, scale=crop or (0.9, 1.0), ratio=ratio, interpolation=bicubic)]
     else:
         steps = [
-            transforms.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
+            transforms.RandomResizedCrop(size, scale=crop or (0.5, 1.0), ratio=ratio, interpolation=bicubic),
             transforms.RandomHorizontalFlip(),
             transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
             transforms.RandomGrayscale(p=0.2),
@@ -34,6 +37,51 @@ def image_transform(size: int, train: bool, light: bool = False) -> transforms.C
         ]
     normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     return transforms.Compose([*steps, normalise])
+
+
+class BatchTransform:
+    """The training view of `image_transform` for a whole batch: (B, 3, H, H) uint8 and (B, COUNT) random numbers.
+
+    Crops are resized by PIL's bilinear filter in place of its bicubic one.
+    """
+
+    COUNT = 13  # random numbers an item
+
+    def __init__(self, size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)):
+        self.size, self.light = size, train and light
+        self.scale = (crop or ((0.5, 1.0) if light else (0.9, 1.0))) if train else (1.0, 1.0)
+        self.ratio = ratio if train else (1.0, 1.0)
+        statistics = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in statistics)
+
+    def __call__(self, pixels: Tensor, u: Tensor) -> Tensor:
+        flip = u[:, 4] < 0.5 if self.light else None
+        images = memory.crop_and_resize(pixels, memory.random_crops(u, self.scale, self.ratio), self.size, flip)
+        if self.light:
+            images = light_colours(images.div_(255), u[:, 5:]).mul_(255)
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def light_colours(images: Tensor, u: Tensor) -> Tensor:
+    """Colour jitter, grey and blur of the light augmentation, each for one image in five. images 0..1, u (B, 8)."""
+    jittered = [  # torchvision draws the order anew for each image; here it is turned round for half of them
+        lambda x, u: functional.adjust_brightness(x, 0.2 + 1.6 * u[1]),
+        lambda x, u: functional.adjust_contrast(x, 0.2 + 1.6 * u[2]),
+        lambda x, u: functional.adjust_saturation(x, 0.2 + 1.6 * u[3]),
+        lambda x, u: functional.adjust_hue(x, -0.2 + 0.4 * u[4]),
+    ]
+    for i, of_item in enumerate(u.tolist()):
+        x = images[i]
+        if of_item[0] < 0.2:
+            for change in jittered if of_item[0] < 0.1 else reversed(jittered):
+                x = change(x, of_item)
+        if of_item[5] < 0.2:
+            x = functional.rgb_to_grayscale(x, 3)
+        if of_item[6] < 0.2:
+            x = functional.gaussian_blur(x, 21, 0.1 + 1.9 * of_item[7])
+        images[i] = x
+    return images
 
 
 def ascii_caption(caption: str) -> str:
@@ -73,13 +121,21 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
     return torch.tensor(index), torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
 
 
-def episode_loader(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> DataLoader:
+def episode_loader(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> DataLoader | memory.Views:
     """This rank's batches of one shuffled pass, from batch `start` on."""
     size = cfg.batch_size // process.world_size
     batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
+    batches = [batch for batch in batches if len(batch)]
+    if cfg.distinct_captions:
+        order = np.random.default_rng(dataset.seed).permutation(len(dataset))
+        whole = memory.distinct_batches(order, dataset.pairs.labels[dataset.rows], cfg.batch_size)
+        parts = [batch[process.rank * size : (process.rank + 1) * size] for batch in whole[start:]]
+        batches = [batch for batch in parts if len(batch)]
+    if isinstance(dataset.pairs, memory.InMemory):
+        return memory.Views(dataset.pairs, dataset.rows, dataset.transform, BatchTransform.COUNT, dataset.seed, batches)
     return DataLoader(
         dataset,
-        batch_sampler=[batch for batch in batches if len(batch)],
+        batch_sampler=batches,
         num_workers=cfg.workers,
         collate_fn=collate,
         pin_memory=process.device.type == "cuda",

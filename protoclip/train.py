@@ -25,10 +25,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.config import PRESETS, Config, check
-from protoclip.episodes import EpisodeDataset, Episodes, episode_loader, image_transform, sample_episode  # noqa: F401
+from protoclip.episodes import (  # noqa: F401
+    BatchTransform,
+    EpisodeDataset,
+    Episodes,
+    ascii_caption,
+    episode_loader,
+    image_transform,
+    sample_episode,
+)
 from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
 from protoclip.teacher import Teacher
-from shared import cli, data, run
+from shared import cli, data, memory, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
 
@@ -250,8 +258,13 @@ class EpisodicData:
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
         if self.teacher is not None and pairs is not None:  # else a hole would show after the first episode only
             self.teacher.find(pairs, np.arange(len(pairs)))
-        self.train_view = image_transform(size, train=True, light=cfg.augmentation == "light")
-        self.eval_view = image_transform(size, train=False)
+        view_of = BatchTransform if cfg.keep_in_memory else image_transform
+        self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio)
+        self.eval_view = view_of(size, train=False)
+        self.remembered = None
+        if cfg.keep_in_memory:
+            tokenize = lambda captions: tokenizer([ascii_caption(caption) for caption in captions])  # noqa: E731
+            self.remembered = memory.read(pairs, 2 * size, tokenize, process).to(process.device)
 
     def draw(self, episode: int) -> None:
         """Draw the rows of an episode."""
@@ -263,7 +276,7 @@ class EpisodicData:
         cfg, training = self.cfg, what == "train"
         view = self.train_view if training or cfg.extraction_view == "train" else self.eval_view
         seed = (cfg.seed, self.episode, int(training))
-        dataset = EpisodeDataset(self.pairs, self.rows, view, self.tokenizer, seed)
+        dataset = EpisodeDataset(self.remembered or self.pairs, self.rows, view, self.tokenizer, seed)
         loader = episode_loader(cfg, self.process, dataset, start)
         label = f"{Path(cfg.out).name} {what} {self.episode + 1}/{cfg.episodes}"
         bar = run.progress(loader, cfg.steps_per_episode() - start, label, cfg.batch_size, self.process)

@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
+
 
 def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
-    """`open_clip.CLIP.encode_text` of token ids (B, L) -> (B, E), up to the batch's longest text instead of all L.
+    """`open_clip.CLIP.encode_text` of token ids (B, L) -> (B, E), without padding.
+
+    Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L.
 
     Attention is causal and the end token is read, so the padding behind it changes nothing but the time. Towers that
     read or attend otherwise are open_clip's own.
@@ -17,10 +21,16 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     if clip.text_pool_type != "argmax" or clip.attn_mask is None:
         return open_clip.CLIP.encode_text(clip, text, normalize)
     end = text.argmax(dim=-1)  # the end token has the highest id
-    length, dtype = int(end.max()) + 1, clip.transformer.get_cast_dtype()
-    x = clip.token_embedding(text[:, :length]).to(dtype) + clip.positional_embedding[:length].to(dtype)
-    x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
-    x = clip.ln_final(x[torch.arange(len(x), device=x.device), end])
+    dtype, pooled = clip.transformer.get_cast_dtype(), []
+    end, order = end.sort(stable=True)
+    length = int(end[-1]) + 1
+    embedded = clip.token_embedding(text[order, :length]).to(dtype) + clip.positional_embedding[:length].to(dtype)
+    groups = GROUPS if text.device.type == "cpu" and len(text) >= 64 else 1
+    for x, last in zip(embedded.tensor_split(groups), end.tensor_split(groups), strict=True):
+        length = int(last[-1]) + 1
+        x = clip.transformer(x[:, :length], attn_mask=clip.attn_mask[:length, :length])
+        pooled.append(x[torch.arange(len(x), device=x.device), last])
+    x = clip.ln_final(torch.cat(pooled)[order.argsort()])
     if clip.text_projection is not None:
         linear = isinstance(clip.text_projection, nn.Linear)
         x = clip.text_projection(x) if linear else x @ clip.text_projection

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import shared.resnet  # noqa: F401  (registers its model with timm)
 from shared import checkpoints
 
 TOLERANCE = 1e-5  # of unit features: rounding of another order of sums, no more

@@ -1,0 +1,162 @@
+"""Small corpora in memory: pixels decoded once, and their random views computed for a whole batch at a time.
+
+A view is a function of (seed, item): `uniforms` draws one row of random numbers an item, before any batch is cut, so
+that neither the order of batches, nor the number of processes, nor a resume changes it.
+
+Shapes: N items, B batch, H stored side, S side of a view, L tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shared import data, run
+from shared.tars import Broken
+
+
+class InMemory(NamedTuple):
+    """All pairs of a small corpus, in the order of its rows."""
+
+    pixels: Tensor  # (N, 3, H, H) uint8
+    tokens: Tensor  # (N, L) int64
+    labels: np.ndarray  # (N,) int64, equal where captions are
+    broken: list[Broken]  # samples whose place a neighbour took
+
+    def to(self, device: torch.device) -> "InMemory":
+        return self._replace(pixels=self.pixels.to(device), tokens=self.tokens.to(device))
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The centre square of an RGB image, at `side` pixels; an image that has that size already is left as it is."""
+    if image.size == (side, side):
+        return image
+    width, height = image.size
+    scale = side / min(width, height)
+    size = max(side, round(width * scale)), max(side, round(height * scale))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def read(
+    pairs: data.Shards | data.TSV,
+    side: int,
+    tokenize: Callable[[list[str]], Tensor],
+    process: run.Process | None = None,
+) -> InMemory:
+    """Decode every pair once: images as centre squares of `side` pixels, captions as tokens."""
+    pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
+    for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
+        pair = data.read_or_next(pairs, row, broken)
+        pixels[row] = torch.from_numpy(np.array(square(pair.image, side))).permute(2, 0, 1)
+        captions.append(pair.caption)
+    tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
+    return InMemory(pixels, tokens, np.unique(captions, return_inverse=True)[1], broken)
+
+
+# ------------------------------------------------------------------------------------------------------------- views
+
+
+def uniforms(seed: Sequence[int], n: int, count: int) -> Tensor:
+    """(n, count) random numbers in [0, 1): row i is for item i, whatever batch it comes in."""
+    return torch.from_numpy(np.random.default_rng(seed).random((n, count), dtype=np.float32))
+
+
+def random_crops(u: Tensor, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
+    """Random numbers (B, 4) -> boxes (B, 4) left, top, width, height in units of the image's side.
+
+    Area and aspect ratio are drawn as torchvision's RandomResizedCrop draws them. A box that would not fit, which is
+    drawn anew there, is cut to the image here. With areas above 1, boxes reach beyond the image.
+    """
+    area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
+    log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1]
+    size = torch.stack([(area * log_ratio.exp()).sqrt(), (area / log_ratio.exp()).sqrt()], dim=1)
+    size = size.clamp(max=max(1.0, math.sqrt(scale[1])))
+    return torch.cat([u[:, 2:4] * (1 - size), size], dim=1)
+
+
+def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+    """Weights (B, target, source) that resize [start, start + length) of a row of `source` pixels to `target` pixels.
+
+    PIL's antialiased bilinear filter: a triangle as wide as a target pixel where the image shrinks, else a source
+    pixel. start, length (B,) are in source pixels. Beyond the ends, the outermost pixel is repeated.
+    """
+    step = (length / target)[:, None, None]  # source pixels a target pixel
+    centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
+    centre = centre.clamp(0.5, source - 0.5)
+    distance = torch.arange(source, device=start.device) + 0.5 - centre
+    weights = (1 - (distance / step.clamp(min=1)).abs()).clamp(min=0)
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def crop_and_resize(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
+    """pixels (B, 3, H, H) uint8, boxes (B, 4) of `random_crops`, flip (B,) bool -> (B, 3, S, S) float, 0 to 255."""
+    batch, _, height, width = pixels.shape
+    across = resampling(boxes[:, 0] * width, boxes[:, 2] * width, width, size)  # (B, S, H)
+    down = resampling(boxes[:, 1] * height, boxes[:, 3] * height, height, size)
+    if flip is not None:
+        across = torch.where(flip[:, None, None], across.flip(1), across)
+    x = torch.bmm(pixels.view(batch, 3 * height, width).float(), across.transpose(1, 2)).view(batch, 3, height, size)
+    return torch.matmul(down[:, None], x)
+
+
+def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut the items of `order` into batches of `size`, with one item a label in each as far as there are enough labels.
+
+    An item whose label its batch holds already waits for the next one. The last batch may be short.
+    """
+    waiting, cut = list(order), []
+    while waiting:
+        seen, batch, later = set(), [], []
+        for item in waiting:
+            label = labels[item]
+            if len(batch) < size and label not in seen:
+                seen.add(label)
+                batch.append(item)
+            else:
+                later.append(item)
+        missing = min(size - len(batch), len(later))
+        cut.append(np.array(batch + later[:missing]))
+        waiting = later[missing:]
+    return cut
+
+
+class Views:
+    """Batches (index, images (B, 3, S, S), tokens (B, L), broken samples) of `rows` of a corpus in memory.
+
+    `transform(pixels (B, 3, H, H) uint8, u (B, count))` makes the images; u are the items' own random numbers.
+    Batches of item indices come from `data.batches`.
+    """
+
+    def __init__(
+        self,
+        memory: InMemory,
+        rows: np.ndarray,
+        transform: Callable[[Tensor, Tensor], Tensor],
+        count: int,
+        seed: Sequence[int],
+        batches: list[np.ndarray],
+    ):
+        self.memory, self.rows, self.transform, self.batches = (
+            memory,
+            torch.from_numpy(np.asarray(rows)),
+            transform,
+            batches,
+        )
+        self.uniforms = uniforms((*seed, 1), len(rows), count)  # not the stream that shuffles
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Broken]]]:
+        device = self.memory.pixels.device
+        for batch in self.batches:
+            index = torch.from_numpy(batch)
+            rows = self.rows[index].to(device)
+            images = self.transform(self.memory.pixels[rows], self.uniforms[index].to(device))
+            yield index, images, self.memory.tokens[rows], []
