@@ -1,6 +1,6 @@
 """Losses, towers and weights from files, against the numbers of the authors' code and beyond them.
 
-Their numbers are described in tests/golden/tinyclip/README.md. Everything about a golden case is read from its file; tolerances are those of the README.
+Everything about a golden case is read from its file; tolerances are those of tests/golden/tinyclip/README.md.
 """
 
 import re
