@@ -1,4 +1,4 @@
-"""Labelled images for pre-training, tuning and testing, by row: `len`, `labels`, `classnames`, `read(row)`.
+"""Labelled images for pre-training, tuning and testing, by row: `len`, `labels`, `classnames`, `read(row)`; and noise.
 
 A set is named by a path:
     DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar)
@@ -6,9 +6,13 @@ A set is named by a path:
     FILE.txt                    lines `path label`, paths from the file's own folder up (DomainNet)
     data/emoji:TASK:PART        the embedded corpus; TASK group, subgroup or name, PART pretrain, tune, id or ood
 `benchmark` knows the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
+`flip_labels` and `swap_captions` are the paper's noise in supervision.
+
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning, `U:` = @f249dce, `U0:` = its first, @e9c5fb1.
 """
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +81,45 @@ class LabelledImages:
 
     def relabelled(self, labels: np.ndarray) -> "LabelledImages":
         return LabelledImages(self.files, self.spans, labels, self.classnames)
+
+
+# --------------------------------------------------------------------------------------------- noise in supervision
+
+
+def flip_labels(
+    labels: np.ndarray, num_classes: int, ratio: float, rng: np.random.RandomState, exclude_true: bool = True
+) -> np.ndarray:
+    """Give the first ceil(ratio N) of N permuted labels a random class -> (N,) noisy labels.
+
+    exclude_true: uniform on the other classes (the paper's pre-training noise), so that exactly that share is wrong.
+    Otherwise on all classes (U:src/datasets/common.py:184-195), which leaves ratio (1 - 1/C) wrong.
+    """
+    noisy = np.array(labels)
+    selected = rng.permutation(len(noisy))
+    selected = selected[np.arange(len(noisy)) < ratio * len(noisy)]
+    if exclude_true and num_classes > 1:
+        noisy[selected] = (noisy[selected] + rng.randint(1, num_classes, size=len(selected))) % num_classes
+    else:
+        noisy[selected] = rng.randint(num_classes, size=len(selected), dtype=np.int32)
+    return noisy
+
+
+def flip_labels_per_sample(labels: np.ndarray, num_classes: int, p: float, rng: random.Random) -> np.ndarray:
+    """Each label, with probability p, becomes any class -> (N,). U:src/datasets/common.py:27-40."""
+    return np.array([rng.randint(0, num_classes - 1) if rng.random() < p else label for label in labels])
+
+
+def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
+    """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: whose caption each pair ends with.
+
+    U0:open_clip/shuffle_data.py:24-34. Captions are permuted, none is lost; pairs hit twice make the share that moved
+    1 - exp(-2 num_swaps/n), a little less than 2 num_swaps/n.
+    """
+    source = np.arange(n)
+    for _ in range(num_swaps):
+        a, b = rng.sample(range(n), 2)
+        source[a], source[b] = source[b], source[a]
+    return source
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts

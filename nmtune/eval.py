@@ -1,45 +1,179 @@
-"""Measure tuned heads, or compare the encoders of a study: `python -m nmtune.eval RUN... [--report FILE]`.
+"""Measure tuned heads, or compare encoders: `python -m nmtune.eval RUN... [--report FILE]`.
 
-NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/`eval.py, svd.py, pca.py.
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. The paper reads the effect of
+pre-training noise off the singular values of a test set's features F (M, D): `feature_spectrum`,
+`singular_value_entropy` (SVE), `largest_singular_value_ratio` (LSVR).
   - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
-  - encoder folders ARM-seedN with a study.json (nmtune.study), with --report: tables, claims with verdicts, plots
-The analysis itself, `feature_spectrum` and so on, is in analysis.py.
+  - encoder folders ARM-seedN that nmtune.encoder_study measured, with --report: tables, claims with verdicts, plots
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
 
-from nmtune.analysis import (  # noqa: F401
-    CENTRES,
-    accuracy,
-    balanced_accuracy,
-    feature_spectrum,
-    largest_singular_value_ratio,
-    pmk_accuracy,
-    project_logits,
-    singular_value_entropy,
-)
-from nmtune.claims import ARMS, METRICS, compare, draw_spectrum, finish_spectra  # noqa: F401
 from nmtune.config import Config as TrainConfig
+from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
-from nmtune.model import head_from, split_upstream, transformed
-from nmtune.pretrain import build
-from nmtune.pretrain_config import PretrainConfig
-from nmtune.train import Source, test_metrics
+from nmtune.features import RunFeatures
+from nmtune.model import create_model, head_from, split_upstream, transformed
 from shared import checkpoints, cli, evaluation, export, run
+
+CENTRES = ("none", "sample", "sample+feature")
+METRICS = {  # of an encoder: headings in tables
+    "lp/id": "LP ID",
+    "lp/ood": "LP OOD",
+    "lp-views/id": "LP, two views, ID",
+    "lp-views/ood": "LP, two views, OOD",
+    "mlp/id": "MLP ID",
+    "mlp/ood": "MLP OOD",
+    "nmtune/id": "NMTune ID",
+    "nmtune/ood": "NMTune OOD",
+    "sve_id": "SVE ID (nats)",
+    "sve_ood": "SVE OOD",
+    "lsvr_id": "LSVR ID (nats)",
+    "lsvr_ood": "LSVR OOD",
+    "share_ood": "largest share OOD",
+    "noise": "measured noise",
+}
+
+# ------------------------------------------------------------------------------------------------------------- spectrum
+
+
+def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sample") -> Tensor:
+    """Singular values of F (M, D), descending, fp64: (min(M, D),).
+
+    `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" subtracts from each
+    row its own mean over D (U:src/models/svd.py:38-58); "sample+feature" also the mean over rows (pca.py:38 there).
+    """
+    if center not in CENTRES:
+        raise ValueError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
+    x = features.double()
+    if normalize:
+        x = F.normalize(x, dim=1)
+    if center != "none":
+        x = x - x.mean(dim=1, keepdim=True)
+    if center == "sample+feature":
+        x = x - x.mean(dim=0)
+    return torch.linalg.svdvals(x)
+
+
+def singular_value_entropy(s: Tensor) -> Tensor:
+    """SVE = -sum_i p_i ln p_i with p = s / sum(s), of singular values (K,) -> () in [0, ln K]. Zeros add 0."""
+    p = s / s.sum()
+    return torch.special.entr(p).sum()
+
+
+def largest_singular_value_ratio(s: Tensor) -> Tensor:
+    """LSVR = -ln(s_1 / sum(s)) of singular values (K,) -> () >= 0; larger: the largest has less share."""
+    return -torch.log(s.max() / s.sum())
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Top-1 of logits (N, C) and labels (N,), a fraction in [0, 1]. U:src/models/eval.py:14-60."""
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Mean recall of the classes that occur, a fraction in [0, 1]. U:src/datasets/flowers102.py."""
+    hits = torch.bincount(labels, (logits.argmax(dim=1) == labels).double())
+    counts = torch.bincount(labels)
+    return (hits / counts)[counts > 0].mean().item()
+
+
+def project_logits(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """(N, K) -> (N, G): the maximum over each group of classes; single-member groups select columns.
+
+    ImageNet-A/-R: U:src/datasets/imagenet.py:105-111; ObjectNet: U:src/datasets/objectnet.py:110-120; Vid-Robust:
+    U:src/datasets/imagenet_vid_robust.py:54-73.
+    """
+    members = torch.tensor([member for group in groups for member in group], device=logits.device)
+    group_of = torch.repeat_interleave(torch.tensor([len(group) for group in groups])).to(logits.device)
+    projected = logits.new_full((len(logits), len(groups)), -torch.inf)
+    return projected.scatter_reduce_(1, group_of.expand(len(logits), -1), logits[:, members], "amax")
+
+
+def pmk_accuracy(
+    logits: Tensor, accepted: Sequence[Sequence[int]], sets: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+    """ImageNet-Vid-Robust's (pm-0, pm-k), fractions. U:src/datasets/imagenet_vid_robust.py:113-136.
+
+    logits (frames, C); accepted[j] holds the right classes of frame j; a set lists frames, its anchor first.
+    pm-0 counts right anchors, pm-k sets of which every frame is right.
+    """
+    right = torch.tensor([p in ok for p, ok in zip(logits.argmax(dim=1).tolist(), accepted, strict=True)])
+    anchors = right[torch.tensor([frames[0] for frames in sets])]
+    every = torch.stack([right[torch.as_tensor(frames)].all() for frames in sets])
+    return anchors.double().mean().item(), every.double().mean().item()
+
+
+def accuracies(name: str, logits: Tensor, labels: Tensor, groups: list[list[int]] | None) -> dict[str, float]:
+    """{"NAME/top1", "NAME/balanced"} in per cent; `groups` of trained classes are projected onto the test's classes."""
+    logits = logits if groups is None else project_logits(logits, groups)
+    return {f"{name}/top1": 100 * accuracy(logits, labels), f"{name}/balanced": 100 * balanced_accuracy(logits, labels)}
+
+
+@torch.no_grad()
+def test_metrics(head: nn.Module, source: RunFeatures) -> dict[str, float]:
+    """`accuracies` of a head on every test set."""
+    head.eval()
+    results = {}
+    for name in source.tests:
+        features, labels, groups = source.test_set(name)
+        results |= accuracies(name, head.cpu()(features), labels, groups)
+    head.to(source.process.device)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def draw_spectrum(axis: plt.Axes, s: np.ndarray, label: str, **style) -> None:
+    """Draw the share of each singular value; those that centring makes 0 are left out."""
+    share = s / s.sum()
+    axis.plot(np.arange(1, len(s) + 1)[share > 1e-6], share[share > 1e-6], label=label, **style)
+
+
+def finish_spectra(axis: plt.Axes, title: str) -> None:
+    """Title, labels and legend of a panel of spectra."""
+    axis.set(title=title, xlabel="i", ylabel="$\\sigma_i$ / sum of all", xscale="log", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+
+
+def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
+    """Share of each singular value, before (F) and after (z) tuning, a panel a test set."""
+    names = list(dict.fromkeys(key.rpartition("/")[0] for key in spectra))
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for key, s in spectra.items():
+            if key.rpartition("/")[0] == name:
+                draw_spectrum(axis, s, {"F": "F, before tuning", "z": "z, after"}[key.rpartition("/")[2]])
+        finish_spectra(axis, name)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
 
 
 @dataclasses.dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders of nmtune.train; with --report, encoder folders ARM-seedN of nmtune.pretrain and nmtune.study."""
+    """Run folders of nmtune.train; with --report, encoder folders ARM-seedN of nmtune.pretrain and
+    nmtune.encoder_study."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH instead of the run's own."""
     head: str = ""
@@ -68,7 +202,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
         raise ValueError(f"{path} holds no head of nmtune.train; encoders are compared with --report")
     settings = state["config"] | {"tests": tuple(cfg.tests or state["config"]["tests"])}
     settings |= {"workers": cfg.workers, "precision": cfg.precision}
-    source = Source(TrainConfig(**settings), process, cfg.batch_size)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    source = RunFeatures(TrainConfig(**settings), process, precision, cfg.batch_size)
     weights = split_upstream(checkpoints.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
     head = head_from(weights).to(process.device)
     results, spectra = test_metrics(head, source), {}
@@ -90,34 +225,56 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     return results, spectra
 
 
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, printed and kept in the run folder: results.json, results.md, spectra.png."""
+    folder = Path(path)
+    metrics, spectra = evaluate_run(path, cfg, process)
+    checkpoints.write_json(folder / "results.json", {"metrics": metrics})
+    rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
+    (folder / "results.md").write_text(evaluation.table(rows) + "\n")
+    if spectra:
+        plot_spectra(spectra, folder / "spectra.png")
+    shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if key.endswith(("top1", "pm10")))
+    print(f"{path}: {shown}", flush=True)
+    return metrics
+
+
+def encoder_metrics(path: str) -> dict[str, float]:
+    """An encoder's numbers: means over tasks and tuning seeds; spectra of the default centring by their bare names.
+
+    FileNotFoundError if nmtune.encoder_study has not measured it.
+    """
+    folder = Path(path)
+    if not (folder / "study.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no study.json: --report compares encoder folders such as sup-30-seed0, which "
+            "python -m nmtune.encoder_study --encoder FOLDER has measured"
+        )
+    study = checkpoints.read_json(folder / "study.json")
+    tasks = list(study["tasks"].values())
+    numbers = {metric: float(np.mean([np.mean(task[metric]) for task in tasks])) for metric in tasks[0]}
+    numbers |= {
+        metric.removesuffix("@sample"): value for metric, value in numbers.items() if metric.endswith("@sample")
+    }
+    seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
+    return numbers | seconds | {"noise": 100 * study["noise"]}
+
+
 def export_run(path: str, folder: str) -> None:
     """A CLIP of nmtune.pretrain as an open_clip model; tuned heads and encoders of labels have no text tower."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if state["config"].get("kind") != "clip":
         raise ValueError(f"{path} cannot be exported: it has no text tower, which a model of open_clip needs")
     settings = PretrainConfig(**state["config"])
-    model, _, side = build(settings)
+    model, _, side = create_model(settings)
     model.load_state_dict(state["state_dict"])
     model.output_dict = False
     transform = image_transform_v2(PreprocessCfg(side), is_train=False)
     export.write(folder, model.eval(), export.named_config(settings.model), model.state_dict(), transform)
 
 
-def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
-    """Share of each singular value, before (F) and after (z) tuning, a panel a test set."""
-    names = list(dict.fromkeys(key.rpartition("/")[0] for key in spectra))
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for key, s in spectra.items():
-            if key.rpartition("/")[0] == name:
-                draw_spectrum(axis, s, {"F": "F, before tuning", "z": "z, after"}[key.rpartition("/")[2]])
-        finish_spectra(axis, name)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict[str, float]] | None:
+    """Measure every tuned head, or compare encoders if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
@@ -127,18 +284,10 @@ def main(cfg: Config) -> None:
     if cfg.centre not in CENTRES:
         raise ValueError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
     if cfg.report:
-        compare([Path(path) for path in cfg.runs], Path(cfg.report))
-        return
-    for path in cfg.runs:
-        metrics, spectra = evaluate_run(path, cfg, process)
-        folder = Path(path)
-        checkpoints.write_json(folder / "results.json", {"metrics": metrics})
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(evaluation.table(rows) + "\n")
-        if spectra:
-            plot_spectra(spectra, folder / "spectra.png")
-        shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if key.endswith(("top1", "pm10")))
-        print(f"{path}: {shown}", flush=True)
+        results = [encoder_metrics(path) for path in cfg.runs]
+        evaluation.compare("nmtune", cfg.runs, results, cfg.report)
+        return results
+    return [evaluated(path, cfg, process) for path in cfg.runs]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """From images, or from a features file, to batches of frozen features (rows = [view w; view s]).
 
-NMTune (arXiv 2309.17002) treats the encoder as a black box: all that tuning needs are the features of two views of each
-image (`Stream`), of one view each (LP), or what any other program wrote into a file (`read_features`). Authors' code
-Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`.
+NMTune (arXiv 2309.17002) treats the encoder as a black box. Tuning needs the features of two views of each image
+(`TwoViews`, `Bank`), of one view each (LP), or what any other program wrote into a file (`read_features`);
+`RunFeatures` gives a run its batches from one of these. Authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`.
 """
 
 import zipfile
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from nmtune.datasets import LabelledImages
-from shared import data, run
+from nmtune.config import Config, FinetuneConfig, PretrainConfig
+from nmtune.datasets import LabelledImages, benchmark, flip_labels, open_labelled, open_test
+from nmtune.model import load_encoder
+from shared import checkpoints, data, run
 
 
 def subset_per_class(labels: np.ndarray, ratio: float, rng: np.random.RandomState) -> np.ndarray:
@@ -78,7 +80,9 @@ class Views(Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list]:
-    """-> views (V, B, 3, S, S), labels (B,), broken samples."""
+    """-> views (V, B, 3, S, S), labels (B,), broken samples. A rank may have no row of a short last batch."""
+    if not items:
+        return torch.zeros(2, 0), torch.zeros(0, dtype=torch.long), []
     views, labels, broken = zip(*items, strict=True)
     return torch.stack(views, dim=1), torch.tensor(labels), [one for each in broken for one in each]
 
@@ -212,7 +216,7 @@ def gather_views(views: Tensor, labels: Tensor, process: run.Process) -> tuple[T
     return torch.cat([v for v, _ in kept], dim=1), torch.cat([y for _, y in kept])
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------- features files
 
 
 class FeatureSets(NamedTuple):
@@ -224,9 +228,9 @@ class FeatureSets(NamedTuple):
 
 
 def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> FeatureSets:
-    """A features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and tests `NAME_features`,
-    `NAME_labels`. Classes are the labels that occur, in their order; a test has no others. Without a test set,
-    `holdout` of every class is kept from training and is the set `test`. ValueError says what is wrong with a file.
+    """Read a features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and tests `NAME_features`,
+    `NAME_labels`. Classes are the sorted labels of `labels`; a test has no others. Without a test set, a share
+    `holdout` of every class is kept from training and is the test set `test`. ValueError on an unusable file.
     """
     path = Path(path)
     if not path.is_file():
@@ -247,19 +251,19 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
         for have, lack in (("features", "labels"), ("labels", "features")):
             if f"{name}_{lack}" not in arrays:
                 raise ValueError(f"{path} has {name}_{have} without {name}_{lack}")
-    classnames, labels = np.unique(_checked_labels(path, "labels", arrays["labels"]), return_inverse=True)
+    classnames, labels = np.unique(checked_labels(path, "labels", arrays["labels"]), return_inverse=True)
     if len(classnames) < 2:
         raise ValueError(f"`labels` of {path} has {len(classnames)} class: at least 2 are wanted")
     known = {name: i for i, name in enumerate(classnames.tolist())}
     features = arrays["features"]
-    features = _checked(path, "features", features[None] if features.ndim == 2 else features, labels)
+    features = checked_features(path, "features", features[None] if features.ndim == 2 else features, labels)
     train, sets = Bank(features, torch.from_numpy(labels.astype(np.int64))), {}
     for name in tests:
-        given = _checked_labels(path, f"{name}_labels", arrays[f"{name}_labels"]).tolist()
+        given = checked_labels(path, f"{name}_labels", arrays[f"{name}_labels"]).tolist()
         unknown = [label for label in given if label not in known]
         if unknown:
             raise ValueError(f"{name}_labels of {path} has the label {unknown[0]!r}, which `labels` has not")
-        rows = _checked(path, f"{name}_features", arrays[f"{name}_features"][None], given)[0]
+        rows = checked_features(path, f"{name}_features", arrays[f"{name}_features"][None], given)[0]
         if rows.shape[1] != features.shape[2]:
             raise ValueError(
                 f"{name}_features of {path} has {rows.shape[1]} columns, `features` has {features.shape[2]}"
@@ -276,7 +280,7 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
     return FeatureSets(train, sets, [str(name) for name in classnames])
 
 
-def _checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
+def checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
     """Labels (N,): names, or whole numbers as integers."""
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"`{name}` of {path} has the shape {labels.shape}: one label a row, (rows,), is wanted")
@@ -287,7 +291,7 @@ def _checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _checked(path: Path, name: str, features: np.ndarray, labels: Sequence) -> Tensor:
+def checked_features(path: Path, name: str, features: np.ndarray, labels: Sequence) -> Tensor:
     """Features as (V, N, D) fp32, of the right shape and finite."""
     if features.ndim != 3 or features.shape[1] != len(labels) or not features.size:
         raise ValueError(
@@ -302,3 +306,132 @@ def _checked(path: Path, name: str, features: np.ndarray, labels: Sequence) -> T
         row = np.argwhere(~np.isfinite(features))[0][1]
         raise ValueError(f"`{name}` of {path} has values that are no finite 32-bit numbers, first in row {row}")
     return torch.from_numpy(features)
+
+
+# ----------------------------------------------------------------------------------------------------- data of a run
+
+
+def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | None]:
+    """`timm:NAME`, `open_clip:NAME` or a run folder of pretrain -> (source, name, checkpoint)."""
+    if (Path(name) / "checkpoint.pt").is_file():
+        pretrained = checkpoints.config_in(
+            checkpoints.load_checkpoint(Path(name) / "checkpoint.pt"), PretrainConfig, name
+        )
+        return "open_clip" if pretrained.kind == "clip" else "timm", pretrained.model, name
+    source, _, model = name.partition(":")
+    if source not in ("timm", "open_clip") or not model:
+        raise ValueError(f"encoder {name!r} is neither timm:NAME, open_clip:NAME nor a run folder with a checkpoint.pt")
+    return source, model, checkpoint or None
+
+
+def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
+    """(training set, {name: test set}) of a configuration, as paths."""
+    tests = dict(test.split("=", 1) for test in cfg.tests)
+    if cfg.benchmark:
+        training, own = benchmark(cfg.benchmark, cfg.root)
+        return training, own | tests
+    return cfg.data, tests
+
+
+def reduced(labels: np.ndarray, cfg: Config) -> np.ndarray:
+    """Rows that `train_fraction` keeps."""
+    if cfg.train_fraction == 1:
+        return np.arange(len(labels))
+    rows = subset_per_class(labels, cfg.train_fraction, np.random.RandomState(cfg.seed))
+    if not len(rows):
+        raise ValueError(f"--train-fraction {cfg.train_fraction} keeps no image: every class has too few for it")
+    return rows
+
+
+def noisy(labels: np.ndarray, num_classes: int, cfg: Config) -> np.ndarray:
+    """Labels after `label_noise`, the measured share of wrong ones printed."""
+    if not cfg.label_noise:
+        return labels
+    flipped = flip_labels(labels, num_classes, cfg.label_noise, np.random.RandomState(cfg.seed), exclude_true=False)
+    print(f"label noise {cfg.label_noise:g}: {100 * (flipped != labels).mean():.2f} % of {len(labels):,} labels wrong")
+    return flipped
+
+
+class RunFeatures:
+    """A run's training features, batch by batch, and its test sets: from a features file, or by a frozen encoder.
+
+    batch_size: images per forward pass of what is encoded once.
+    """
+
+    def __init__(self, cfg: Config, process: run.Process, precision: str, batch_size: int = 256):
+        self.cfg, self.process, self.precision, self.batch_size = cfg, process, precision, batch_size
+        self.broken: list[data.Broken] = []
+        self.encoder, self.images, self.bank = None, None, None
+        if cfg.features:
+            self._from_file()
+        else:
+            self._from_images()
+        self.two = cfg.method != "lp" or (cfg.views != "eval" and (self.bank is None or len(self.bank.features) > 1))
+
+    def _from_file(self) -> None:
+        sets = read_features(self.cfg.features, seed=self.cfg.seed)
+        rows = reduced(sets.train.labels.numpy(), self.cfg)
+        labels = noisy(sets.train.labels.numpy()[rows], len(sets.classnames), self.cfg)
+        self.bank = Bank(sets.train.features[:, rows], torch.from_numpy(np.asarray(labels, dtype=np.int64)))
+        self.tests, self.classnames = sets.tests, sets.classnames
+        self.dim, self.size = self.bank.features.shape[2], len(rows)
+        self.fingerprint = data.fingerprint(self.bank.features.numpy().tobytes(), self.bank.labels.numpy().tobytes())
+
+    def _from_images(self) -> None:
+        cfg = self.cfg
+        source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
+        training, self.tests = data_sets(cfg)
+        images = open_labelled(training)
+        images = images.subset(reduced(images.labels, cfg))
+        images = images.relabelled(noisy(images.labels, images.num_classes, cfg))
+        images.strict = cfg.strict
+        self.images, self.classnames, self.size = images, images.classnames, len(images)
+        for test in self.tests.values():  # errors in test sets are reported before training
+            open_test(test, self.classnames)
+        self.encoder, self.dim, self.train_view, self.eval_view = load_encoder(source, name, checkpoint)
+        self.encoder.to(self.process.device, memory_format=torch.channels_last)
+        self.fingerprint = images.fingerprint
+
+    def encode_training_set(self) -> None:
+        """Encode what is encoded once, the evaluation view or a bank of training views, if the settings say so."""
+        if self.images is None or (self.cfg.views != "eval" and not self.cfg.bank):
+            return
+        one = self.cfg.views == "eval"
+        transform, views = (self.eval_view, 1) if one else (self.train_view, self.cfg.bank)
+        if self.cfg.views == "train+rand":
+            raise ValueError("--views train+rand draws new views in every step: leave --bank 0")
+        self.bank = Bank(*self.encoded(self.images, transform, views, "training set"))
+
+    def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
+        """`encode_set` with the run's settings."""
+        return encode_set(
+            self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
+            workers=self.cfg.workers, batch_size=self.batch_size, label=label,
+        )  # fmt: skip
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This epoch's global batches of feats (n, D) and labels (n,) from batch `start` on, on the device."""
+        cfg, process = self.cfg, self.process
+        if self.bank is not None:
+            for feats, labels in bank_batches(self.bank, cfg.batch_size, cfg.seed, epoch, start, self.two):
+                yield feats.to(process.device), labels.to(process.device)
+            return
+        strong = with_rand_augment(self.train_view) if cfg.views == "train+rand" else self.train_view
+        views = Views(self.images, TwoViews(self.train_view, strong), cfg.seed, epoch)
+        size = cfg.batch_size // process.world_size
+        order = data.batches(self.size, size, (cfg.seed, epoch), process.rank, process.world_size, start)
+        loader = DataLoader(views, batch_sampler=order, num_workers=cfg.workers, collate_fn=collate)
+        for images, labels, _ in data.watch(loader, self.broken):
+            feats = torch.zeros(2, 0, self.dim, device=process.device)
+            if len(labels):
+                feats = encode(self.encoder, images, process.device, self.precision)
+            feats, labels = gather_views(feats, labels.to(process.device), process)
+            yield feats.flatten(0, 1), labels.repeat(2)
+
+    def test_set(self, name: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:
+        """(features (M, D), labels (M,), groups of trained classes or None) of one test set."""
+        if self.images is None:
+            return *self.tests[name], None
+        images, groups = open_test(self.tests[name], self.classnames)
+        features, labels = self.encoded(images, self.eval_view, 1, name)
+        return features[0], labels, groups

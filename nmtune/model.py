@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision import transforms
 
+from nmtune.config import PretrainConfig
 from shared import checkpoints, data
+from shared.clip import without_padding
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
@@ -225,16 +227,13 @@ def transformed(head: nn.Module, feats: Tensor) -> tuple[Tensor, Tensor]:
 @register_model
 def resnet_emoji(pretrained: bool = False, **kwargs) -> ResNet:
     """The embedded corpus' encoder, 0.5 M parameters, D = 128; a timm model by this name once this file is imported."""
-    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(24, 48, 96, 128), stem_width=24, **_plain(kwargs))
+    known = {name: value for name, value in kwargs.items() if name in ("num_classes", "in_chans", "global_pool")}
+    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(24, 48, 96, 128), stem_width=24, **known)
     model.pretrained_cfg = model.default_cfg = {
         "input_size": (3, 40, 40), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5), "num_classes": 1000, "classifier": "fc", "first_conv": "conv1",
     }  # fmt: skip
     return model
-
-
-def _plain(kwargs: dict) -> dict:
-    return {name: value for name, value in kwargs.items() if name in ("num_classes", "in_chans", "global_pool")}
 
 
 def timm_transforms(config: dict, crop_scale: float = 0.8) -> tuple[Callable, Callable]:
@@ -254,6 +253,24 @@ def timm_transforms(config: dict, crop_scale: float = 0.8) -> tuple[Callable, Ca
     )
 
 
+def create_model(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Module, Callable, int]:
+    """(model to pre-train, training transform, image side).
+
+    An open_clip model returns a dict of features and logit scale, a timm model logits (B, num_classes).
+    """
+    if cfg.kind == "clip":
+        if open_clip.get_model_config(cfg.model) is None:
+            raise ValueError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
+        model, transform, _ = create_clip(cfg.model)
+        without_padding(model)
+        size = model.visual.image_size
+        return model, transform, size[0] if isinstance(size, tuple) else size
+    if not timm.is_model(cfg.model):
+        raise ValueError(f"timm has no model {cfg.model!r}; timm.list_models() lists the names")
+    model = timm.create_model(cfg.model, num_classes=num_classes)
+    return model, timm_transforms(model.pretrained_cfg, cfg.crop_scale)[0], model.pretrained_cfg["input_size"][-1]
+
+
 def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple[nn.Module, int, Callable, Callable]:
     """(module, D, training transform, evaluation transform); the module maps images (B, 3, H, W) to features (B, D).
 
@@ -262,7 +279,7 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
     checkpoint: None random weights; "pretrained" timm's own, by name and tag; open_clip's tag; or a file or run folder
     with `state_dict`, in timm's `model.pth.tar`, open_clip's `epoch_32.pt` or our layout, `module.` prefixes allowed.
     """
-    weights = _state_dict(checkpoint) if checkpoint and Path(checkpoint).exists() else None
+    weights = encoder_weights(checkpoint) if checkpoint and Path(checkpoint).exists() else None
     if source == "timm":
         if not timm.is_model(name):
             raise ValueError(f"timm has no model {name!r}; timm.list_models() lists the names")
@@ -285,8 +302,22 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
     else:
         raise ValueError(f"an encoder comes from timm or open_clip, not from {source!r}")
     if weights is not None:
-        _load(encoder, weights, source, name, checkpoint)
+        load_weights(encoder, weights, source, name, checkpoint)
     return encoder.eval().requires_grad_(False), dim, *views
+
+
+def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, name: str, checkpoint: str) -> None:
+    """Load strictly; weights of the classifier, which the encoder lacks, are passed over."""
+    classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier", ()) if source == "timm" else ()
+    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+    try:
+        missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit {source} {name}: {str(error).splitlines()[1].strip()}") from error
+    unexpected = [key for key in unexpected if not key.startswith(prefixes)] if prefixes else unexpected
+    if missing or unexpected:
+        key = (missing + unexpected)[0]
+        raise ValueError(f"{checkpoint} does not fit {source} {name}: {'no' if missing else 'unknown'} weight {key}")
 
 
 def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
@@ -298,7 +329,8 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
         logging.disable(logging.NOTSET)
 
 
-def _state_dict(checkpoint: str) -> dict[str, Tensor]:
+def encoder_weights(checkpoint: str) -> dict[str, Tensor]:
+    """Weights by timm's or open_clip's names of a file or run folder, `module.` prefixes removed."""
     path = Path(checkpoint)
     with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # timm's checkpoints hold their command line
         state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
@@ -336,17 +368,3 @@ def head_from(weights: dict[str, Tensor]) -> nn.Module:
         head = NMTuneHead(dim, classes, hidden / dim, len(linears) - 1, "scale_after" in weights)
     head.load_state_dict(weights)
     return head.eval()
-
-
-def _load(encoder: nn.Module, weights: dict[str, Tensor], source: str, name: str, checkpoint: str) -> None:
-    """Load strictly, but for the classifier that the encoder lacks."""
-    classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier", ()) if source == "timm" else ()
-    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
-    try:
-        missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit {source} {name}: {str(error).splitlines()[1].strip()}") from error
-    unexpected = [key for key in unexpected if not key.startswith(prefixes)] if prefixes else unexpected
-    if missing or unexpected:
-        key = (missing + unexpected)[0]
-        raise ValueError(f"{checkpoint} does not fit {source} {name}: {'no' if missing else 'unknown'} weight {key}")

@@ -22,7 +22,6 @@ TOOLS = {
     "presets",
     "pretrained",
     "pytest_options",
-    "smollm2",
 }  # of shared/: run by make or pytest, or part of one that is
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
 BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from conftest import Case
 from PIL import Image
 
-from nmtune.analysis import pmk_accuracy
+from nmtune.datasets import flip_labels_per_sample
 from nmtune.eval import (
     accuracy,
     balanced_accuracy,
     feature_spectrum,
     largest_singular_value_ratio,
+    pmk_accuracy,
     project_logits,
     singular_value_entropy,
 )
@@ -36,7 +37,7 @@ from nmtune.model import (
     timm_transforms,
     transformed,
 )
-from nmtune.pretrain import flip_labels, flip_labels_per_sample, swap_captions
+from nmtune.pretrain import flip_labels, swap_captions
 from nmtune.train import cosine_lr, make_optimizer, subset_per_class, train_step, tune
 from shared.zeroshot import zeroshot_classifier
 

@@ -1,4 +1,4 @@
-"""The scripts of nmtune, end to end on real emoji images: pretrain, train, finetune, study, eval.
+"""The scripts of nmtune, end to end on real emoji images: pretrain, train, finetune, encoder_study, eval.
 
 Every arm, the features file, kill -9 and resume, two processes against one, broken images, command-line errors.
 """
@@ -21,7 +21,7 @@ import pytest
 import torch
 from scripts import metrics, same, start_two
 
-from nmtune import config, datasets, features, finetune, pretrain, pretrain_config, study, train
+from nmtune import config, datasets, encoder_study, features, finetune, model, pretrain, study
 from nmtune import eval as evaluation
 from shared import checkpoints, run
 
@@ -248,7 +248,8 @@ def test_other_arms_on_images(in_process, tmp_path, preset, images):
     assert code == 0 and "id/top1" in out, err
     rows = 32 if preset == "emoji-lp" else 64
     cfg = dataclasses.replace(config.PRESETS[preset][1], encoder="timm:resnet_emoji", data=str(images), tests=())
-    source = train.Source(dataclasses.replace(cfg, batch_size=32, bank=2), run.Process(0, 1, torch.device("cpu")))
+    process = run.Process(0, 1, torch.device("cpu"))
+    source = features.RunFeatures(dataclasses.replace(cfg, batch_size=32, bank=2), process, "fp32")
     source.encode_training_set()
     assert len(next(iter(source.batches(0)))[0]) == rows
 
@@ -307,7 +308,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):
-    cfg = dataclasses.replace(pretrain_config.EMOJI_CLIP, data=str(pairs), noise=0.5)
+    cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5)
     samples = pretrain.SwappedCaptions(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]])
     captions = [samples.pairs.caption(row) for row in range(len(samples))]
     for row, source in enumerate(samples.source):
@@ -532,13 +533,13 @@ def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
 
 def test_study_and_report(tmp_path, monkeypatch, capsys):
     """Two encoders of two seeds with random weights: what stands in the report was measured on them."""
-    whole = study.open_labelled
-    monkeypatch.setattr(study, "open_labelled", lambda spec: whole(spec).subset(np.arange(150)))
+    whole = encoder_study.open_labelled
+    monkeypatch.setattr(encoder_study, "open_labelled", lambda spec: whole(spec).subset(np.arange(150)))
     for arm, noise in (("sup-00", 0.0), ("sup-30", 0.3)):
         for seed in (0, 1):
-            cfg = dataclasses.replace(pretrain_config.EMOJI_SUPERVISED, noise=noise, seed=seed)
+            cfg = dataclasses.replace(config.EMOJI_SUPERVISED, noise=noise, seed=seed)
             torch.manual_seed(seed + int(noise * 10))
-            model, *_ = pretrain.build(cfg, 98)
+            encoder, *_ = model.create_model(cfg, 98)
             folder = tmp_path / f"{arm}-seed{seed}"
             folder.mkdir()
             state = {
@@ -548,10 +549,10 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
                 "commit": "x",
                 "config": dataclasses.asdict(cfg),
             }
-            torch.save(state | {"state_dict": model.state_dict()}, folder / "checkpoint.pt")
+            torch.save(state | {"state_dict": encoder.state_dict()}, folder / "checkpoint.pt")
             small = config.StudyConfig(encoder=str(folder), tasks=("group",), seeds=1, bank=2, epochs=1, batch_size=512)
-            study.main(dataclasses.replace(small, device="cpu"))
-    study.main(dataclasses.replace(small, device="cpu"))
+            encoder_study.main(dataclasses.replace(small, device="cpu"))
+    encoder_study.main(dataclasses.replace(small, device="cpu"))
     assert "nothing to do" in capsys.readouterr().out
     runs = tuple(str(path) for path in sorted(tmp_path.glob("sup-*")))
     evaluation.main(evaluation.Config(runs=runs, report=str(tmp_path / "results.json"), device="cpu"))
@@ -565,6 +566,48 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
     difference = np.subtract(*(summary["arms"][arm]["lp/ood"]["values"] for arm in ("sup-30", "sup-00"))).mean()
     assert c2["here"].startswith(f"{difference:+.2f}") and "C4 NMTune above MLP, OOD (4 encoders)" in shown
     assert (tmp_path / "nmtune_noise.png").is_file() and (tmp_path / "nmtune_spectra.png").is_file()
+
+
+def made_up(level: int, seed: int) -> dict[str, float]:
+    """An encoder's numbers: accuracy falls with noise, spectra rise; NMTune is a point above MLP, MLP two above LP."""
+    numbers = {"sve_id": 4 + 0.01 * level, "sve_ood": 4 + 0.02 * level, "lsvr_id": 3 + 0.01 * level, "noise": level}
+    numbers["lsvr_ood"] = 3 + 0.02 * level + 0.001 * seed * level
+    for part in ("id", "ood"):
+        lp = 50 - 0.2 * level - 0.01 * seed * level
+        numbers |= {f"lp/{part}": lp, f"mlp/{part}": lp + 2, f"nmtune/{part}": lp + 3 + 0.01 * seed}
+    return numbers | {"mlp/cov_id": 9.0, "nmtune/cov_id": 8.0 + 0.1 * seed, "mlp/top5_id": 1.0, "nmtune/top5_id": 1.0}
+
+
+def test_claims_are_differences_of_encoders_and_of_heads():
+    arms = {f"sup-{level:02d}": [made_up(level, seed) for seed in (0, 1, 2)] for level in config.NOISE}
+    rows = {row["claim"]: row for row in study.more_rows(study.Comparison(arms, [0, 1, 2], {}, {"x"}))}
+    assert not [claim for claim in rows if "captions" in claim or "same views" in claim or "lambda" in claim]
+    c1 = rows["C1 5-10 % noise raises LP ID over 0 %"]
+    assert c1["here"].startswith("-1.58") and c1["verdict"] == "not reproduced"  # mean of 5 and 10 %: 7.5 * 0.21
+    c2 = rows["C2 any noise (mean of 5-30 %) lowers LP OOD"]
+    assert c2["here"].startswith("-3.41") and c2["verdict"] == "reproduced"
+    assert rows["C3 30 % noise raises LSVR, OOD features"]["here"].startswith("+0.63")
+    assert rows["C3 higher SVE goes with higher LP ID (correlation over levels)"]["here"].startswith("-1.00")
+    c4 = rows["C4 NMTune above MLP, OOD (15 encoders)"]
+    assert c4["here"].startswith("+1.01") and c4["verdict"] == "reproduced" and c4["paper"] == "about +1"
+    assert rows["C4 the same at 30 % noise, ID (3 encoders)"]["here"].startswith("+1.01 ")
+    covariance = rows["mechanism: NMTune's z has lower L_COV than MLP's, ID (15 encoders)"]
+    assert covariance["here"].startswith("-0.90") and covariance["verdict"] == "reproduced"
+    few = {arm: arms[arm] for arm in ("sup-05", "sup-30")}
+    claims = [row["claim"] for row in study.more_rows(study.Comparison(few, [0, 1, 2], {}, {"x"}))]
+    assert not [claim for claim in claims if claim.startswith(("C1", "C2", "C3"))] and len(claims) == 9
+    with pytest.raises(ValueError, match="encoder folders such as sup-30-seed0, not vit-seedN"):
+        study.more_rows(study.Comparison(arms | {"vit": arms["sup-00"]}, [0, 1, 2], {}, {"x"}))
+
+
+def test_arms_are_encoders_at_each_noise_ratio():
+    arms = [arm.name for arm in study.STUDY.chosen("core")]
+    assert arms == ["sup-00", "sup-05", "sup-10", "sup-20", "sup-30", "clip-00", "clip-30"]
+    assert len(study.STUDY.chosen("all")) == 10
+    pretraining, tuning = (words[2:] for words in study.STUDY.words(study.STUDY.arms[-1], 1))
+    out = "runs/nmtune/clip-30-seed1"
+    assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
+    assert tuning == ["nmtune.encoder_study", "--encoder", out]
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
@@ -594,7 +637,7 @@ ERRORS = {
         ["emoji-lora", "--encoder", "timm:resnet_emoji"],
         "has no MLP blocks for LoRA",
     ),
-    "study of nothing": ("study", ["--encoder", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
+    "study of nothing": ("encoder_study", ["--encoder", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
     "report of other runs": ("eval", ["/nowhere/x", "--report", "r.json"], "encoder folders such as sup-30-seed0"),
     "nothing to evaluate": ("eval", [], "name at least one run folder"),
 }  # fmt: skip
@@ -603,7 +646,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_command_line_errors(in_process, tmp_path, case):
     script, arguments, message = ERRORS[case]
-    out = ["--out", tmp_path / "run"] if script not in ("study", "eval") else []
+    out = ["--out", tmp_path / "run"] if script not in ("encoder_study", "eval") else []
     code, _, err = in_process(f"nmtune.{script}", *arguments, *out)
     assert code == 2 and message in err and one_sentence(err), err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -651,14 +694,15 @@ def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
 
 def test_five_noise_levels_are_presets():
     for name in ("emoji-sup", "emoji-clip", "in1k-rn50", "yfcc15m-rn50"):
-        levels = [pretrain_config.PRETRAIN_PRESETS[f"{name}-{level:02d}"][1].noise for level in (0, 5, 10, 20, 30)]
+        levels = [config.PRETRAIN_PRESETS[f"{name}-{level:02d}"][1].noise for level in (0, 5, 10, 20, 30)]
         assert levels == [0, 0.05, 0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("module", [config, pretrain_config])
-def test_every_field_has_a_docstring(module):
-    tree = ast.parse(Path(module.__file__).read_text())
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+@pytest.mark.parametrize("name", ["PretrainConfig", "Config", "FinetuneConfig", "StudyConfig"])
+def test_every_field_has_a_docstring(name):
+    tree = ast.parse(Path(config.__file__).read_text())
+    assert any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name):
         for field, text in zip(cls.body, cls.body[1:] + [None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), (

@@ -17,9 +17,8 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
-from shared.report import machine
 
-from nmtune import model, pretrain, pretrain_config, train
+from nmtune import config, model, pretrain, train
 from shared import run
 
 from ..parity import check_commit
@@ -97,9 +96,9 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
 
 def clip_step(repetitions: int) -> None:
     """The small CLIP's pre-training step against the same towers, loss and optimizer as open_clip_train uses them."""
-    cfg = dataclasses.replace(pretrain_config.EMOJI_CLIP, precision="bf16")
+    cfg = dataclasses.replace(config.EMOJI_CLIP, precision="bf16")
     process = run.Process(0, 1, torch.device("cpu"))
-    network, *_ = pretrain.build(cfg)
+    network, *_ = model.create_model(cfg)
     images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
     tokens[:, 12] = 49407
     theirs = open_clip.create_model("ViT-emoji", output_dict=True)
@@ -131,7 +130,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     run.setup(0, "cpu")
-    print(f"{machine()}, {torch.get_num_threads()} threads\n")
+    print(f"{run.machine()}, {torch.get_num_threads()} threads\n")
     print(HEAD, flush=True)
     if options.upstream is None:
         terms(textbook_terms(), 128, 2048, options.repetitions)

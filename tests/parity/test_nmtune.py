@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nmtune import analysis, features, finetune, model, noise, train
+from nmtune import datasets, features, finetune, model, train
+from nmtune import eval as evaluation
 
 from . import Table, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
 
@@ -303,15 +304,15 @@ def test_noise_and_subset(up, table):
     for ratio in (0.05, 0.3):
         np.random.seed(3)
         _, theirs = up.common.sample_noise_data(np.arange(500), labels, 7, ratio)
-        ours = noise.flip_labels(labels, 7, ratio, np.random.RandomState(3), exclude_true=False)
+        ours = datasets.flip_labels(labels, 7, ratio, np.random.RandomState(3), exclude_true=False)
         table.compare(
-            f"label noise {ratio}", up.common.sample_noise_data, "pretrain.flip_labels", theirs, ours, rtol=0, atol=0
+            f"label noise {ratio}", up.common.sample_noise_data, "datasets.flip_labels", theirs, ours, rtol=0, atol=0
         )
         np.random.seed(3)
         theirs, _ = up.common.sample_num_shot(np.arange(500), labels, 7, ratio)
         ours = features.subset_per_class(labels, ratio, np.random.RandomState(3))
         table.compare(
-            f"subset {ratio}", up.common.sample_num_shot, "train.subset_per_class", theirs, ours, rtol=0, atol=0
+            f"subset {ratio}", up.common.sample_num_shot, "features.subset_per_class", theirs, ours, rtol=0, atol=0
         )
 
 
@@ -323,9 +324,9 @@ def test_flip_per_sample(up, table, tmp_path):
     random.seed(9)
     with on_cpu():
         theirs = [label for _, label in up.common.ImageFolderWithPaths(str(tmp_path), None, 0.3).samples]
-    ours = noise.flip_labels_per_sample(np.repeat(np.arange(3), 20), 3, 0.3, random.Random(9))
+    ours = datasets.flip_labels_per_sample(np.repeat(np.arange(3), 20), 3, 0.3, random.Random(9))
     where = "src/datasets/common.py:27"
-    table.compare("per-sample flips", where, "pretrain.flip_labels_per_sample", theirs, ours, rtol=0, atol=0)
+    table.compare("per-sample flips", where, "datasets.flip_labels_per_sample", theirs, ours, rtol=0, atol=0)
 
 
 def test_transforms(up, table):
@@ -349,7 +350,7 @@ def test_spectrum(up, table, shape):
     for module, key, center in ((up.svd, "singular_values", "sample"), (up.pca, "pca_singular", "sample+feature")):
         with mock.patch.object(module, "get_dataloader", lambda *_, **__: loader), on_cpu():
             theirs = module.eval_single_dataset(nn.Identity(), None, SimpleNamespace(device="cpu"))[key]
-        ours = analysis.feature_spectrum(x, center=center)
+        ours = evaluation.feature_spectrum(x, center=center)
         name = f"singular values, {center}, {shape[0]}x{shape[1]}"
         table.compare(name, module.eval_single_dataset, "eval.feature_spectrum", theirs, ours, rtol=0, atol=2e-5)
 
@@ -361,10 +362,10 @@ def test_accuracy(up, table):
     with mock.patch.object(up.eval, "get_dataloader", lambda *_, **__: loader), on_cpu():
         args = SimpleNamespace(device="cpu", results_db="x.jsonl")
         theirs = up.eval.eval_single_dataset(nn.Identity(), SimpleNamespace(), args)["top1"]
-    ours = analysis.accuracy(logits, labels)
+    ours = evaluation.accuracy(logits, labels)
     table.compare("top-1", up.eval.eval_single_dataset, "eval.accuracy", theirs, ours, rtol=0, atol=1e-6)
     theirs = up.flowers102.Flowers102.post_loop_metrics(None, labels, logits, None, None)["bal_top1"]
-    ours = analysis.balanced_accuracy(logits, labels)
+    ours = evaluation.balanced_accuracy(logits, labels)
     where = up.flowers102.Flowers102.post_loop_metrics
     table.compare("balanced top-1", where, "eval.balanced_accuracy", theirs, ours, rtol=0, atol=1e-6)
 
@@ -374,7 +375,7 @@ def test_projections(up, table):
     chosen = sorted(random.Random(0).sample(range(1000), 200))
     mask = [i in chosen for i in range(1000)]
     theirs = up.imagenet.project_logits(logits, mask, "cpu")
-    ours = analysis.project_logits(logits, [[c] for c in chosen])
+    ours = evaluation.project_logits(logits, [[c] for c in chosen])
     where = up.imagenet.project_logits
     table.compare("ImageNet-A/-R logits", where, "eval.project_logits", theirs, ours, rtol=0, atol=0)
     groups = {i: random.Random(i).sample(range(1000), 1 + i % 3) for i in range(113)}
@@ -382,7 +383,7 @@ def test_projections(up, table):
         kept = groups if cls is up.objectnet.ObjectNetBase else {i: groups[i] for i in range(30)}
         stand_in = SimpleNamespace(rev_class_idx_map=kept, merge_op="max")
         theirs = cls.project_logits(stand_in, logits, "cpu")
-        ours = analysis.project_logits(logits, list(kept.values()))
+        ours = evaluation.project_logits(logits, list(kept.values()))
         name = f"{cls.__name__.removesuffix('Base')} logits"
         table.compare(name, cls.project_logits, "eval.project_logits", theirs, ours, rtol=0, atol=0)
 
@@ -396,5 +397,5 @@ def test_pmk(up, table):
     preds = {str(i): logits[i].numpy() for i in range(n)}
     where = up.imagenet_vid_robust.ImageNetVidRobust.score_predictions
     theirs = where(stand_in, preds, {str(s[0]): [str(i) for i in s[1:]] for s in sets})
-    ours = analysis.pmk_accuracy(logits, accepted, sets)
+    ours = evaluation.pmk_accuracy(logits, accepted, sets)
     table.compare("pm-0, pm-k", where, "eval.pmk_accuracy", theirs, ours, rtol=0, atol=1e-6)
