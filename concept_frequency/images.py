@@ -94,7 +94,7 @@ def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, d
 
 
 def small(image: Image.Image) -> Tensor:
-    """uint8 (3, SIDE, SIDE)."""
+    """An image of any size -> uint8 (3, SIDE, SIDE)."""
     return torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1)
 
 
@@ -106,12 +106,14 @@ class TestSet(NamedTuple):
 
 
 def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSet:
-    """The evaluation set's images of these concepts."""
+    """The evaluation set's images of these concepts; ValueError if it has none."""
     place = {name: c for c, name in enumerate(names)}
     evaluation = EvalSet(folder, small)
     concept = torch.tensor([place.get(name, -1) for name in evaluation.classnames])
     images, labels = map(torch.cat, zip(*evaluation.batches(256, workers), strict=True))
     kept = concept[labels] >= 0
+    if not kept.any():
+        raise ValueError(f"{folder} has no image of the {len(names)} concepts of the run: name another --eval-set")
     return TestSet(images[kept], concept[labels[kept]])
 
 

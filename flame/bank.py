@@ -1,9 +1,10 @@
 """The bank: embeddings of every image's captions, computed once by embed.py, so that training never sees the LLM.
 
-Authors' code: MIV-XJTU/FLAME@4d2b9a9:src/training/data.py:393-435 (`U:`). They have one .pth file per image; here a
-folder holds `index.json` (how it was made), `keys.npy` (sample keys, sorted), `rows.npy` (the row of each key; samples
-with the same captions share one), `centres.npy`, and shards `00000.npy`, ... of (n, T, D) float16, which are mapped
-into memory. T = 11 rows of an image: 1 of the raw caption, 3 of the short, 7 of the long one; unit length.
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. They have one .pth
+file per image, U:training/data.py:393-435. Here a folder holds `index.json` (how it was made), `keys.npy` (sample keys,
+sorted), `rows.npy` (the row of each key; samples with the same captions share one), `centres.npy`, and shards
+`00000.npy`, ... of (n, T, D) float16, which are mapped into memory. T = 11 facets of an image: 1 of the raw caption, 3
+of the short, 7 of the long one; unit length.
 """
 
 import functools
@@ -16,13 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints
-
-
-def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None = None) -> Tensor:
-    """(T, D) -> (num, D): rows drawn without replacement, in random order. U:409-411."""
-    if not 1 <= num <= len(bank):
-        raise ValueError(f"{num} of {len(bank)} facets cannot be drawn")
-    return bank[torch.randperm(len(bank), generator=generator)[:num]]
 
 
 class Bank:
@@ -46,21 +40,23 @@ class Bank:
         return root / f"{shard:05d}.npy"
 
     def check(self, keys: np.ndarray) -> None:
+        """ValueError if a sample is not in the bank."""
         places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         missing = self.keys[places] != keys
         if missing.any():
             raise ValueError(f"{self.root} has no row for sample {keys[missing][0]}: embed the captions of this --data")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
-    def _shard(self, shard: int) -> np.ndarray:
-        return np.load(self.shard_path(self.root, shard), mmap_mode="r")
+    def shard(self, number: int) -> np.ndarray:
+        """(n, T, D) float16 of a file, mapped into memory."""
+        return np.load(self.shard_path(self.root, number), mmap_mode="r")
 
     def __getitem__(self, key: str) -> Tensor:
         place = np.searchsorted(self.keys, key)
         if place == len(self.keys) or self.keys[place] != key:
             raise ValueError(f"{self.root} has no row for sample {key}: embed the captions of this --data")
         shard, row = divmod(int(self.rows[place]), self.index["shard_size"])
-        return torch.from_numpy(self._shard(shard)[row].astype(np.float32))
+        return torch.from_numpy(self.shard(shard)[row].astype(np.float32))
 
     @functools.cached_property
     def centres(self) -> Tensor:

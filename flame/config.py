@@ -114,6 +114,10 @@ class Config:
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
+    def adamw(self) -> dict:
+        """Keyword arguments of AdamW beside groups and lr."""
+        return {"betas": (self.beta1, self.beta2), "eps": self.eps}
+
 
 CC3M = Config(dataset_size=2_905_954, precision="fp16", grad_checkpointing=True)
 YFCC15M = dataclasses.replace(CC3M, dataset_size=15_061_521)
@@ -163,7 +167,7 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     cli.check_counts(cfg, "epochs", "batch_size", "facets", "save_every", "log_every", "dataset_size", "image_size")
     cli.check_counts(cfg, "hidden_dim", "text_width", "text_layers", "embed_dim")
     cli.check_counts(cfg, "max_length", least=3)  # start, a token, end
@@ -186,7 +190,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_inputs(cfg: Config) -> None:
-    """Data, bank and evaluation set have to be named and there; a dry run needs none."""
+    """Raise ValueError if data, bank or evaluation set are not named or not there. A dry run needs none."""
     cli.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
         raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")

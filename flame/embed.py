@@ -28,7 +28,7 @@ from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
-from shared import checkpoints, cli, data, run, smollm2
+from shared import checkpoints, cli, data, pretrained, run
 from shared.evalsets import EvalSet
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
@@ -157,7 +157,7 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
     source, options = cfg.llm, {}
     if source == SMOLLM2:
         source = str(SMOLLM2_FOLDER)
-        smollm2.main(SMOLLM2_FOLDER)
+        pretrained.smollm2(SMOLLM2_FOLDER)
     elif source.endswith(".gguf"):
         if not Path(source).is_file():
             raise FileNotFoundError(f"--llm {source} does not exist")
@@ -238,8 +238,8 @@ def captions_of(cfg: Config) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
     return pairs.keys, list(zip(*columns, strict=True))
 
 
-def making(cfg: Config, prompts: Prompts) -> dict:
-    """What decides an embedding, apart from its text."""
+def settings_of(cfg: Config, prompts: Prompts) -> dict:
+    """Settings on which an embedding depends, besides its text."""
     return {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "prompts": [list(p) for p in prompts]}
 
 
@@ -255,7 +255,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     keys, triples = captions_of(cfg)
     distinct = list(dict.fromkeys(triples))  # samples with the same captions share their rows
     row_of = {triple: row for row, triple in enumerate(distinct)}
-    made = json.loads(json.dumps(making(cfg, prompts)))
+    made = json.loads(json.dumps(settings_of(cfg, prompts)))
     made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode()), "precision": cfg.precision}
     shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
     if begun:
@@ -306,11 +306,11 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
 
 
 class Texts:
-    """Embeddings of evaluation texts, kept in files; the LLM is loaded when the first one is missing.
+    """Embeddings of evaluation texts, kept in files. The LLM is loaded for the first text that is not there.
 
-    `texts(["a dog", ...])`: one prompt, as for class names and languages; `multi=True`: the mean of the long prompt's
-    facets, not normalised before, as for long captions and COCO (U:open_clip/multiprompteol_embeddings.py:123-125).
-    -> (n, D) unit rows, float32.
+    `texts(["a dog", ...])` -> (n, D) unit rows, float32: the single prompt, as for class names and languages. With
+    `multi=True`, the mean of the long prompt's facets, not normalised before the mean, as for long captions and COCO
+    (U:open_clip/multiprompteol_embeddings.py:123-125).
     """
 
     def __init__(self, folder: Path, made: dict, prompts: Prompts, llm: Callable[[], FrozenLLM]):
@@ -334,8 +334,8 @@ class Texts:
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 
-def made_with(bank: str | Path) -> Config:
-    """LLM, layers and mask of a bank."""
+def bank_config(bank: str | Path) -> Config:
+    """Settings with which a bank was made, as far as they decide how texts are embedded: LLM, layers, mask."""
     if not (Path(bank) / "index.json").is_file():
         raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
     index = json.loads((Path(bank) / "index.json").read_text())
@@ -347,7 +347,7 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
 
     Without `load`, a text that is not embedded yet is a ValueError.
     """
-    cfg = made_with(bank)
+    cfg = bank_config(bank)
     index = json.loads((Path(bank) / "index.json").read_text())
     prompts: Prompts = tuple(Prompt(head, tuple(facets), bos) for head, facets, bos in index["prompts"])
 
@@ -360,7 +360,7 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
             )
         return load_llm(cfg, device)
 
-    return Texts(Path(bank).parent / "texts", making(cfg, prompts), prompts, llm)
+    return Texts(Path(bank).parent / "texts", settings_of(cfg, prompts), prompts, llm)
 
 
 def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = "test") -> EvalSet:
@@ -432,11 +432,11 @@ def main(cfg: Config) -> None:
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
     cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
-    sets = read_sets(cfg) if process.main else []  # fails now if it must
+    sets = read_sets(cfg) if process.main else []  # before the bank, so that errors in them come early
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     llm = functools.cache(lambda: load_llm(cfg, process.device))
     embed_bank(cfg, prompts, llm, process)
-    texts = Texts(Path(cfg.out).parent / "texts", making(cfg, prompts), prompts, llm)
+    texts = Texts(Path(cfg.out).parent / "texts", settings_of(cfg, prompts), prompts, llm)
     for strings, multi in sets:
         texts(strings, multi)  # kept, so that eval.py and the curves of train.py find them
 

@@ -1,9 +1,10 @@
 """Evaluate FLAME and its baseline: `python -m flame.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
-The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:`; LAION-AI/CLIP_benchmark@48de38c, `B:`):
-zero-shot classification and Crossmodal-3600 with the single prompt; COCO, Flickr30k and long captions with the long
-one; linear probe on raw patch features; few-shot in the context of an LLM and the words of patches. Texts come from
-the files that embed.py keeps; an LLM is loaded only for texts that are not there.
+The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/;
+LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/): zero-shot classification (zeroshot.py) and
+Crossmodal-3600 with the single prompt; COCO, Flickr30k and long captions with the long one; linear probe on raw patch
+features; few-shot in the context of an LLM (incontext.py). Texts come from the files that embed.py keeps; an LLM is
+loaded only for texts that are not there.
 """
 
 import dataclasses
@@ -13,28 +14,42 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
-import open_clip
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from flame.bank import Bank, centred, open_bank
-from flame.claims import ARMS, METRICS, compare  # noqa: F401
 from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
 from flame.config import Config as TrainConfig
-from flame.embed import load_causal_lm, made_with, open_set, prompts_of, read_pairs, texts_of_bank
-from flame.incontext import few_shot, few_shot_accuracy, nearest_tokens, pool_patches  # noqa: F401
+from flame.embed import bank_config, load_causal_lm, open_set, read_pairs
+from flame.incontext import few_shot_accuracy
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
-from flame.probe import adamw_probe
+from flame.zeroshot import (
+    TextFeatures,
+    eval_transform,
+    image_features,
+    set_classifier,
+    text_features,
+    zero_shot,
+    zero_shot_classifier,  # noqa: F401  (offered here, too)
+)
 from shared import checkpoints, cli, evaluation, run
-from shared.evalsets import EvalSet
-from shared.probes import Probe
-from shared.zeroshot import classification_metrics, encode_texts, extract_image_features, owners, retrieval_ranks
+from shared.probes import Probe, fit
+from shared.zeroshot import owners, retrieval_ranks
 
-TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
+METRICS = {
+    "names_ood/top1": "names OOD",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_long_ood/image_to_text_R@1": "long I2T OOD",
+    "retrieval_long_ood/text_to_image_R@1": "long T2I OOD",
+    "languages/image_to_text_R@1": "36 languages I2T",
+    "languages/text_to_image_R@1": "36 languages T2I",
+    "subgroups_ood/probe_final": "probe OOD",
+    "seconds": "seconds",
+}
 
 
 @dataclasses.dataclass
@@ -78,12 +93,7 @@ class Config:
     """Autocast of the image tower, as in training."""
 
 
-# --------------------------------------------------------------------------------------------------- metrics, pure
-
-
-def zero_shot_classifier(template_embeds: Tensor) -> Tensor:
-    """(C, T, D) -> (D, C): normalise each template, mean, normalise. U:open_clip/zero_shot_classifier.py:53-58."""
-    return F.normalize(F.normalize(template_embeds.float(), dim=-1).mean(dim=1), dim=-1).T
+# --------------------------------------------------------------------------------------------------------- retrieval
 
 
 def retrieval_recall(
@@ -97,6 +107,9 @@ def retrieval_recall(
     to_text, to_image = retrieval_ranks(image, text, torch.as_tensor(text_image_index))
     recalls = {f"image_retrieval_recall@{k}": (to_image < k).float().mean().item() for k in ks}
     return recalls | {f"text_retrieval_recall@{k}": (to_text < k).float().mean().item() for k in ks}
+
+
+# ------------------------------------------------------------------------------------------------------ linear probe
 
 
 def linear_probe(
@@ -123,77 +136,61 @@ def linear_probe(
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- texts
+def adamw_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    epochs: int = 20,
+    lr: float = 0.1,
+    batch_size: int = 512,
+    validation: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Probe:
+    """AdamW on features (N, D), labels (N,), cosine by step to 0 without warm-up. B:metrics/linear_probe.py.
 
-
-def text_features(
-    model: FLAME, cfg: TrainConfig, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32,
-    bank: str | None = None, load: bool = True,
-) -> TextFeatures:  # fmt: skip
-    """How the texts of a run's evaluation are embedded: by its bank's LLM, or its trained text transformer.
-
-    `load`: whether the LLM may be loaded for texts that embed.py has not seen. A run that trained on the summary facets
-    alone is asked by the summary alone: its long prompt is the single one.
+    validation: features and labels on which the weight decay is chosen from 1e-6..1e2 (`log_sweep`) before the probe is
+    fitted to training and validation split together; without, there is no weight decay.
     """
-    if isinstance(model, TrainedText):
-        tokenizer = open_clip.SimpleTokenizer(context_length=cfg.max_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = torch.nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    init = layer.weight.detach(), layer.bias.detach()
 
-        def trained(texts: Sequence[str], multi: bool = False) -> Tensor:
-            was_training = model.training
-            model.eval()
-            features = encode_texts(model.encode_text, tokenizer, texts, 256, device, precision)
-            model.train(was_training)
-            return F.normalize(features, dim=-1)
+    def probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, decay: float) -> Probe:
+        def optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
 
-        return trained
-    bank = bank or cfg.bank
-    frozen = texts_of_bank(bank, device, load)
-    centres = open_bank(bank).centres if cfg.centre else None
-    single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
+        return Probe(*fit(x, y, test_x, test_y, optimizer, init, epochs, batch_size, True, seed, by_step=True), decay)
 
-    def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
-        multi = multi and not single_only
-        features = frozen(texts, multi)
-        return features if centres is None else centred(features, centres[-1 if multi else 0])
-
-    return embedded
+    if validation is None:
+        return probe(train_x, train_y, test_x, test_y, 0.0)
+    best = log_sweep(lambda decay: probe(train_x, train_y, *validation, decay).final, -6, 2)
+    return probe(torch.cat([train_x, validation[0]]), torch.cat([train_y, validation[1]]), test_x, test_y, best)
 
 
-def classifier_of(texts: TextFeatures, eval_set: EvalSet) -> Tensor:
-    """(D, C) of a classification set, its names in its templates."""
-    embeds = texts(prompts_of(eval_set), False)
-    return zero_shot_classifier(embeds.unflatten(0, (len(eval_set.classnames), -1)))
+def log_sweep(score: Callable[[float], float], low: int, high: int) -> float:
+    """The best of 97 log-spaced values from 10^low to 10^high, by CLIP's parametric binary search (appendix A.3).
+
+    Scores 7 of them, then twice as finely around the peak, four times over. Of equal scores the smaller value wins.
+    """
+    values = np.logspace(low, high, 97).tolist()
+    scores: dict[int, float] = {}
+
+    def peak(candidates: Iterable[int]) -> int:
+        for i in candidates:
+            if i not in scores:
+                scores[i] = score(values[i])
+        return max(candidates, key=scores.__getitem__)
+
+    best = peak(range(0, 97, 16))
+    for span in (8, 4, 2, 1):
+        best = peak([max(best - span, 0), best, min(best + span, 96)])
+    return values[best]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluations
-
-
-def view_of(model: FLAME):
-    return open_clip.transform.image_transform(model.visual.image_size[0], is_train=False)
-
-
-def image_features(
-    model: FLAME, batches: Iterable, device: torch.device | str, precision: torch.dtype, visual_only: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(N, D) float32 and labels, model in eval mode."""
-    was_training = model.training
-    model.eval()
-    features = extract_image_features(lambda x: model.encode_image(x, visual_only), batches, device, precision)
-    model.train(was_training)
-    return features
-
-
-def zero_shot(
-    model: FLAME, classifier: Tensor, eval_set: EvalSet, device: torch.device | str = "cpu",
-    precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
-) -> dict[str, float]:  # fmt: skip
-    """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
-    features, labels = image_features(model, eval_set.batches(batch_size, workers), device, precision)
-    return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
-
-
-def zero_shot_top1(model: FLAME, classifier: Tensor, eval_set: EvalSet, device, precision: torch.dtype) -> float:
-    return zero_shot(model, classifier, eval_set, device, precision)["top1"]
 
 
 def encode(
@@ -253,12 +250,12 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}
     for folder in cfg.sets:
-        eval_set = open_set(folder, view_of(model), "classification", "retrieval")
+        eval_set = open_set(folder, eval_transform(model), "classification", "retrieval")
         if eval_set.kind == "retrieval":
             images, captions = read_pairs(eval_set, cfg.gallery)
             metrics = retrieval(encode(model, images, device, dtype, cfg.batch_size), captions, texts, True)
         else:
-            classifier = classifier_of(texts, eval_set)
+            classifier = set_classifier(texts, eval_set)
             metrics = zero_shot(model, classifier, eval_set, device, dtype, cfg.batch_size, cfg.workers)
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
     for entry in cfg.long_sets:
@@ -267,7 +264,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             raise ValueError(
                 f"--long-sets {entry} should be one of {', '.join(LONG_SET_READERS)}, a colon and a folder"
             )
-        pairs, view = read_set(LONG_SET_READERS[name], folder), view_of(model)
+        pairs, view = read_set(LONG_SET_READERS[name], folder), eval_transform(model)
         images = (view(read_image(path)) for path, _ in pairs)
         features = encode(model, images, device, dtype, cfg.batch_size)
         metrics = retrieval(features, [[text] for _, text in pairs], texts, True)
@@ -276,9 +273,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if cfg.probe:
         flat |= probe_metrics(model, cfg, device, dtype)
     if cfg.few_shot and not isinstance(model, TrainedText):
-        eval_set = open_set(cfg.few_shot, view_of(model), "classification")
+        eval_set = open_set(cfg.few_shot, eval_transform(model), "classification")
         images, labels = zip(*((image, label) for _, image, label in eval_set), strict=True)
-        lm, tokenizer = load_causal_lm(made_with(cfg.bank or train_cfg.bank), device)
+        lm, tokenizer = load_causal_lm(bank_config(cfg.bank or train_cfg.bank), device)
         flat[f"{Path(cfg.few_shot).name}/few_shot"] = few_shot_accuracy(
             model, lm, tokenizer, images, torch.tensor(labels), eval_set.classnames, count=cfg.episodes
         )
@@ -289,7 +286,7 @@ def language_sets(
     model: FLAME, cfg: Config, device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor, list[list[str]]]]:
     """(language, image features (I, D), first caption of each image); Crossmodal-3600's images are the same in all."""
-    view = view_of(model)
+    view = eval_transform(model)
     if cfg.crossmodal:
         pairs = {language: read_set(crossmodal3600, cfg.crossmodal, language) for language in LANGUAGES}
         files = list(dict.fromkeys(path for each in pairs.values() for path, _ in each))
@@ -322,8 +319,9 @@ def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: tor
 
 
 def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
+    """`linear_probe` on `cfg.probe`: test accuracy in percent after the last epoch."""
     loaders = [
-        open_set(cfg.probe, view_of(model), "classification", split=split).batches(cfg.batch_size, cfg.workers)
+        open_set(cfg.probe, eval_transform(model), "classification", split=split).batches(cfg.batch_size, cfg.workers)
         for split in ("train", "test")
     ]
     (train_x, train_y), (test_x, test_y) = (
@@ -333,49 +331,23 @@ def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict
     return {f"{Path(cfg.probe).name}/probe_final": probe.final}
 
 
-def facet_similarity(rows: Tensor) -> Tensor:
-    """(I, T, D) unit rows of images -> (T, T) mean cosines between the facets of an image."""
-    return (rows @ rows.transpose(1, 2)).mean(0)
-
-
-def plot_similarity(bank: Bank, path: Path, images: int = 500) -> None:
-    """Left: facets as they are; right: each less its mean over images. Of the bank's first file."""
-    shard = torch.from_numpy(bank._shard(0)[:images].astype("float32"))
-    less = centred(shard, bank.centres[: bank.count])
-    names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
-    for axis, rows, title in zip(axes, (shard, less), ("facets of an image", "each less its mean"), strict=True):
-        cosines = facet_similarity(rows)
-        shown = axis.imshow(cosines, vmin=float(cosines.min()), vmax=1.0)
-        axis.set_xticks(range(len(cosines)), names[: len(cosines)], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(cosines)), names[: len(cosines)], fontsize=7)
-        axis.set_title(f"mean cosine, {title}", fontsize=9)
-        figure.colorbar(shown, ax=axis, fraction=0.046)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     sets = (*cfg.sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict[str, float]]:
+    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
     cli.check_counts(cfg, "batch_size", "episodes")
-    results = evaluation.evaluate_runs(
-        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder or checkpoint file"
-    )
+    kinds = "run folder or checkpoint file"
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report))
-        settings = [checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")["config"] for path in cfg.runs]
-        banks = [each["bank"] for each in settings if each["method"] == "flame"]
-        if banks and isinstance(bank := open_bank(min(banks, key=len)), Bank):
-            plot_similarity(bank, Path(cfg.report).parent / "flame_facets.png")
+        evaluation.compare("flame", cfg.runs, results, cfg.report)
+    return results
 
 
 if __name__ == "__main__":

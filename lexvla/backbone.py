@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lexvla.build import small_vit, train_transform
+from lexvla.towers import small_vit, train_transform
 from lexvla.train import cosine_lr, param_groups
 from shared import checkpoints, cli, data, run, tars
 

@@ -4,33 +4,55 @@
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
 3.4), and what words say: word clouds, the patches of a word, the words that make a pair similar. Ours: how often the
 most used words are used, which is what the overuse penalty is about; and search in an inverted index. Search and the
-explanation of a pair are in search.py, plots in plots.py, the comparison of arms in claims.py.
+explanation of a pair are in search.py, pictures of words in plots.py.
 """
 
 import dataclasses
+import io
+import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from torch import Tensor
+from torchvision import transforms
 
-from lexvla.build import eval_transform, load_run, patch_side
-from lexvla.claims import ARMS, METRICS, compare  # noqa: F401
+from lexvla.checkpoints import load_run
 from lexvla.model import LexVLA, sparsify
 from lexvla.plots import plot_patches, plot_words
-from lexvla.scenes import labelled_images
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
-from shared import checkpoints, cli, evaluation, run
+from lexvla.towers import eval_transform, normalize, patch_side
+from shared import checkpoints, cli, data, evaluation, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, extract_image_features, owners, retrieval_ranks_from_scores
 
 EMOJI = "data/emoji/eval/"
+SET = "retrieval_ood"  # on which arms are compared
+METRICS = {
+    f"{SET}/image_to_text_R@1": "I2T R@1",
+    f"{SET}/text_to_image_R@1": "T2I R@1",
+    f"{SET}/mean_recall": "mean recall",
+    f"{SET}/dense/mean_recall": "... all words",
+    f"{SET}/image/max_document_frequency": "most used word, images",
+    f"{SET}/text/max_document_frequency": "most used word, texts",
+    f"{SET}/image/entropy": "usage entropy, images",
+    f"{SET}/image/active": "active words, images",
+    f"{SET}/text/active": "active words, texts",
+    f"{SET}/top5_in_caption": "top-5 words in caption",
+    "names_ood/top1": "names OOD",
+    "patchdis/miou_present": "PatchDis, present classes",
+    "patchdis/miou": "PatchDis, all classes",
+    "seconds": "seconds",
+}
+IGNORE = 65535  # in masks of 16 bits; 255 in those of 8
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both sides
 
 
@@ -68,18 +90,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
-
-
-def quick_recall(
-    model: LexVLA, read: Callable, transform: Callable, folder: str, device="cpu", dtype=torch.float32
-) -> dict[str, float]:
-    """R@1 both ways in percent, all words: a point of a learning curve."""
-    was_training = model.training
-    model.eval()
-    s_img, s_txt, image_of_text, _ = encode_pairs(model, read, EvalSet(folder, transform), 256, 0, device, dtype)
-    model.train(was_training)
-    i2t, t2i = retrieval_recall(s_img @ s_txt.T, image_of_text, (1,))
-    return {"image_to_text_R@1": 100 * i2t.item(), "text_to_image_R@1": 100 * t2i.item()}
 
 
 def encode_pairs(
@@ -180,6 +190,42 @@ def patchdis(
     return intersection.float(), union.float(), mean_iou(intersection, union)
 
 
+def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
+    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
+    transform = transforms.Compose([resize, normalize(backbone)])
+    classes = len((Path(folder) / "classnames.txt").read_text(encoding="utf-8").splitlines())
+    masks = sorted((Path(folder) / "masks").glob("*.png"))
+    if not masks:
+        raise FileNotFoundError(f"{folder}/masks holds no .png; 'python -m lexvla.scenes' makes such a folder")
+    for file in masks:
+        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
+        if image is None:
+            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
+        mask = read_mask(file)
+        if mask.ndim != 2:
+            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
+        ignore = 255 if mask.dtype == np.uint8 else IGNORE
+        if (largest := mask[mask != ignore].max(initial=0)) >= classes:
+            raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
+        try:
+            picture = data.decode_image(data.read_file(image))
+        except data.BrokenSample as error:
+            raise ValueError(f"{image}: {error}") from error
+        yield transform(picture)[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """The values of a .png as they are. ValueError if it cannot be read, or has more pixels than an image may have."""
+    try:
+        image = Image.open(io.BytesIO(data.read_file(file)), formats=("PNG",))
+        if image.width * image.height > data.MAX_PIXELS:
+            raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
+        return np.asarray(image)
+    except Exception as error:  # PIL's are of many kinds
+        raise ValueError(f"{file} cannot be read as a mask: {error}") from error
+
+
 def mean_iou(intersection: Tensor, union: Tensor) -> float:
     """Mean over the classes that occur; NaN if none does."""
     return (intersection / union)[union > 0].mean().item()
@@ -269,7 +315,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             s_class = encode_texts(model, read, classnames, cfg.batch_size, process.device, dtype)
         flat |= patchdis_of_run(model, s_class, cfg, train_cfg.backbone, process.device)
         if lexical:
-            plot_patches(model, cfg, train_cfg, words, s_class, classnames, Path(path) / "patches.png")
+            few_images = itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, train_cfg.backbone), 6)
+            plot_patches(model, few_images, words, s_class, classnames, Path(path) / "patches.png")
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
@@ -333,7 +380,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict[str, float]]:
+    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
@@ -342,7 +390,8 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report))
+        evaluation.compare("lexvla", cfg.runs, results, cfg.report)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Pictures of what words say: word clouds, and the patches of a word (the paper's Fig. 4 and 6)."""
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,7 +11,6 @@ from torch import Tensor
 from wordcloud import WordCloud
 
 from lexvla.model import LexVLA, TextEncoder
-from lexvla.scenes import labelled_images
 
 
 def word_cloud(weights: dict[str, float]) -> np.ndarray:
@@ -83,12 +81,17 @@ def plot_pair(
 
 @torch.no_grad()
 def plot_patches(
-    model: LexVLA, cfg, train_cfg, words: Sequence[str], s_class: Tensor, classnames: Sequence[str], path: Path
+    model: LexVLA,
+    images: Iterable[tuple[Tensor, Tensor, int]],
+    words: Sequence[str],
+    s_class: Tensor,
+    classnames: Sequence[str],
+    path: Path,
 ) -> None:
-    """Six PatchDis images; beside each, for its classes, the patches of the class's strongest word (as brightness), and
-    the words that the patches inside the class's mask say."""
+    """PatchDis images (pixels, mask, value to ignore); beside each, for its classes, the patches of the class's
+    strongest word (as brightness), and the words that the patches inside the class's mask say."""
     device = next(model.parameters()).device
-    few = list(itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, train_cfg.backbone), 6))
+    few = list(images)
     figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
     for row, (pixels, mask, ignore) in zip(axes, few, strict=True):
         s_patch = model.image.patches(pixels.to(device))[0].float().cpu()

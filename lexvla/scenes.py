@@ -14,59 +14,18 @@ import io
 import json
 import random
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import resvg_py
-import torch
 import tyro
 from PIL import Image
-from torch import Tensor
-from torchvision import transforms
 
-from lexvla.build import normalize
+from lexvla.eval import IGNORE
 from shared import checkpoints, cli, data
 from shared.corpora import emoji, emoji_sources
 
 CELL = 48  # pixels; a scene has 2 x 2 cells
-IGNORE = 65535
-
-
-def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
-    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([resize, normalize(backbone)])
-    classes = len((Path(folder) / "classnames.txt").read_text(encoding="utf-8").splitlines())
-    masks = sorted((Path(folder) / "masks").glob("*.png"))
-    if not masks:
-        raise FileNotFoundError(f"{folder}/masks holds no .png; 'python -m lexvla.scenes' makes such a folder")
-    for file in masks:
-        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
-        if image is None:
-            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
-        mask = read_mask(file)
-        if mask.ndim != 2:
-            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
-        ignore = 255 if mask.dtype == np.uint8 else IGNORE
-        if (largest := mask[mask != ignore].max(initial=0)) >= classes:
-            raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
-        try:
-            picture = data.decode_image(data.read_file(image))
-        except data.BrokenSample as error:
-            raise ValueError(f"{image}: {error}") from error
-        yield transform(picture)[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
-
-
-def read_mask(file: Path) -> np.ndarray:
-    """The values of a .png as they are. ValueError if it cannot be read, or has more pixels than an image may have."""
-    try:
-        image = Image.open(io.BytesIO(data.read_file(file)), formats=("PNG",))
-        if image.width * image.height > data.MAX_PIXELS:
-            raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
-        return np.asarray(image)
-    except Exception as error:  # PIL's are of many kinds
-        raise ValueError(f"{file} cannot be read as a mask: {error}") from error
 
 
 def draw(svg: str, side: int) -> Image.Image:

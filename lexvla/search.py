@@ -16,11 +16,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from lexvla.build import eval_transform, load_run
+from lexvla.checkpoints import load_run
 from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
 from lexvla.plots import patch_set_words, plot_pair, word_mask, word_rows
 from lexvla.text import encode_texts, pieces
+from lexvla.towers import eval_transform
 from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features

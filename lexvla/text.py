@@ -41,7 +41,7 @@ STOP_WORDS = ENGLISH_STOP_WORDS - set(CONTENT.split())
 @dataclasses.dataclass
 class Config:
     lm: str = "data/smollm2-135m"
-    """Folder or hub name of a causal LM; the default is made by 'python -m shared.smollm2'."""
+    """Folder or hub name of a causal LM; the default is made by 'python -m shared.pretrained smollm2'."""
     data: str = "data/emoji/train"
     """Shards whose captions are wanted."""
     sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "retrieval_id", EMOJI + "names_ood")
@@ -70,7 +70,7 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "
     try:
         lm, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        hint = "; 'python -m shared.smollm2' makes it" if "smollm2" in name else ""
+        hint = "; 'python -m shared.pretrained smollm2' makes it" if "smollm2" in name else ""
         raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
     if not hasattr(getattr(lm, "model", None), "layers"):
         raise ValueError(f"--lm {name} is a {type(lm).__name__}; a model in Llama's layout is needed")

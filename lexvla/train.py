@@ -2,15 +2,15 @@
 
 LexVLA (arXiv 2407.17827); no code of the authors is public. A step: both lexical representations, gathered from all
 processes; summed InfoNCE and the penalties with their weights of this step (eq. 8); Adam; the cap on the temperature.
-Settings are in config.py, towers by name in build.py, what captions become in text.py.
+Settings are in config.py, towers by name in towers.py, what captions become in text.py.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -19,21 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lexvla.build import (
-    create_backbone,
-    create_model,
-    eval_transform,
-    frozen_fingerprint,
-    load_weights,
-    text_input,
-    train_transform,
-    trained_weights,
-)
+from lexvla.checkpoints import frozen_fingerprint, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
-from lexvla.eval import quick_recall
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
-from lexvla.text import States, caption_vocabulary, lm_dtype, load_lm
-from shared import checkpoints, cli, data, run
+from lexvla.text import States, caption_vocabulary, encode_texts, lm_dtype, load_lm
+from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
+from shared import cli, data, run
+from shared.evalsets import EvalSet
+from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 
@@ -132,6 +125,21 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer) -> tuple[T
     )
 
 
+def quick_recall(
+    model: LexVLA, read: Callable, transform: Callable, folder: str, device="cpu", dtype=torch.float32
+) -> dict[str, float]:
+    """R@1 both ways in percent, all words: a point of a learning curve."""
+    was_training, eval_set = model.training, EvalSet(folder, transform)
+    model.eval()
+    s_img, captions = extract_image_features(model.image, eval_set.batches(256), device, dtype, eval_set.name)
+    texts = [caption for of_image in captions for caption in of_image]
+    s_txt = encode_texts(model, read, texts, 256, device, dtype)
+    model.train(was_training)
+    ranks = retrieval_ranks_from_scores(s_img @ s_txt.T, owners(captions))
+    names = ("image_to_text_R@1", "text_to_image_R@1")
+    return {name: 100 * (of_way < 1).float().mean().item() for name, of_way in zip(names, ranks, strict=True)}
+
+
 # ---------------------------------------------------------------------------------------------------------- one step
 
 
@@ -142,26 +150,25 @@ def train_step(
     step: int,
     lr: float,
     cfg: Config,
+    precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:
     """One optimizer step, `step` from 1, on (pixels, text input); returns the losses of the global batch."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     pixels, text = batch
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with run.autocast(run.resolve_precision(cfg.precision, pixels.device), pixels.device):
+    with run.autocast(precision, pixels.device):
         s_img, s_txt, logit_scale = model(pixels, *text)
     weights = (quadratic_warmup(step, value, cfg.penalty_warmup) for value in (cfg.lambda_image, cfg.lambda_text))
     options = {"sparse": functools.partial(sparsify, topk=cfg.topk)} if cfg.sparse_training else {}
-    rows = run.gather(s_img), run.gather(s_txt)
-    losses = total_loss(*rows, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
+    both = run.gather(s_img), run.gather(s_txt)
+    losses = total_loss(*both, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
     optimizer.zero_grad()
-    (losses["loss"] if scaler is None else scaler.scale(losses["loss"])).backward()
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.scale(losses["loss"]).backward()
+    scaler.step(optimizer)
+    scaler.update()
     bare.clamp_logit_scale()
     return losses
 
@@ -171,56 +178,83 @@ def train_step(
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-
     check_model(cfg)
     try:
         n = cfg.dataset_size or (len(data.open_pairs(cfg.data, cache=Path(cfg.cache))) if cfg.data else 0)
     except FileNotFoundError:
         n = 0
     V = cfg.max_vocabulary or 2_000
-    local = Path(cfg.lm).is_dir()
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.lm) if local else LlamaConfig())
-        model = create_model(cfg, lm, torch.arange(V), cfg.bias or 0.0, pretrained=False)
-        patch = create_backbone(cfg.backbone, cfg.image_size, pretrained=False)[2]
-    sizes = {
-        "adapter": model.image.adapter,
-        "backbone": model.image.backbone,
-        "text tower": model.text,
-    }
+    model, lm_config, patch = model_without_weights(cfg, V)
+    sizes = {"adapter": model.image.adapter, "backbone": model.image.backbone, "text tower": model.text}
     count = {name: sum(p.numel() for p in module.parameters()) for name, module in sizes.items()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     lora = sum(p.numel() for p in model.text.parameters() if p.requires_grad)
     words = f"{V:,} at most" if cfg.max_vocabulary else f"about {V:,}, from the captions"
-    print(f"parameters         {trained:,} trained, {frozen:,} frozen")
-    print(f"                   {', '.join(f'{name} {value:,}' for name, value in count.items())}")
-    print(f"                   image codebook {model.image.codebook.numel():,}, trained in the text tower {lora:,}")
-    print(f"vocabulary         {words}")
     per_epoch = n // cfg.batch_size
     steps = per_epoch * cfg.epochs
-    print(f"samples            {n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs")
-    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
-    print(f"steps              {steps:,} ({per_epoch:,} an epoch)")
+    cli.show_plan(
+        [
+            ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
+            ("", ", ".join(f"{name} {value:,}" for name, value in count.items())),
+            ("", f"image codebook {model.image.codebook.numel():,}, trained in the text tower {lora:,}"),
+            ("vocabulary", words),
+            ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
+            cli.batch_row(cfg, world_size),
+            cli.step_row(steps, per_epoch),
+        ]
+    )
     for step in sorted({0, cfg.warmup, cfg.penalty_warmup, steps // 2, steps - 1}):
         if 0 <= step < steps:
             lr = cosine_lr(step, cfg.lr, steps, cfg.warmup)
             lambdas = [quadratic_warmup(step + 1, x, cfg.penalty_warmup) for x in (cfg.lambda_image, cfg.lambda_text)]
-            print(f"learning rate      {lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}")
-    gib, size, d = 2**30, cfg.batch_size // world_size, lm.config.hidden_size
-    D = model.image.adapter.proj.fc1.in_features
-    tokens = (cfg.image_size // patch) ** 2 + 1
+            rates = f"{lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}"
+            cli.show_plan([("learning rate", rates)])
+    weights, image, text, rows = memory(cfg, cfg.batch_size // world_size, model, lm_config, patch, V)
+    estimate = f"{weights + image + rows + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
+    parts = f"{image:.1f} image tokens; {text:.1f} language model; {rows:.1f} rows of words"
+    cli.show_plan([("memory estimate", estimate + parts)])
+
+
+def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any, int]:
+    """(the model on the meta device, the LM's configuration, pixels of a patch's side)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    local = Path(cfg.lm).is_dir()
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.lm) if local else LlamaConfig())
+        model = create_model(cfg, lm, torch.arange(words), cfg.bias or 0.0, pretrained=False)
+        patch = create_backbone(cfg.backbone, cfg.image_size, pretrained=False)[2]
+    return model, lm.config, patch
+
+
+def memory(cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: int) -> tuple[float, ...]:
+    """GiB of weights with Adam, image tokens, language model, and rows of words, for `size` pairs a process."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
+    D, tokens = model.image.adapter.proj.fc1.in_features, (cfg.image_size // patch) ** 2 + 1
     weights = (16 * trained + 2 * frozen) / gib
     image = size * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
-    rows = (20 * size + 24 * cfg.batch_size) * V / gib
-    blocks = lm.config.num_hidden_layers
+    rows = (20 * size + 24 * cfg.batch_size) * words / gib
     text = size * cfg.max_length * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
-    text = 0.0 if cfg.states or cfg.text == "bow" else text
-    print(
-        f"memory estimate    {weights + image + rows + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
-        f"{image:.1f} image tokens; {text:.1f} language model; {rows:.1f} rows of words"
-    )
+    return weights, image, 0.0 if cfg.states or cfg.text == "bow" else text, rows
+
+
+def prepare(
+    cfg: Config, folder: run.RunFolder, pairs: data.Shards | data.TSV, process: run.Process, precision: str
+) -> tuple[LexVLA, Callable, nn.Module, Any]:
+    """(model, text input, LM, tokenizer): of the checkpoint, or new with a vocabulary from the captions."""
+    lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
+    if not folder.resumed:
+        found = vocabulary_and_bias(cfg, pairs, lm, tokenizer) if process.main else None
+        folder.state["vocab_ids"], folder.state["bias"] = run.broadcast(found, process)
+    vocab_ids, bias = folder.state["vocab_ids"], folder.state["bias"]
+    torch.manual_seed(cfg.seed)
+    model = create_model(cfg, lm, vocab_ids, bias).to(process.device)
+    if folder.resumed:
+        load_weights(model, folder.state, folder.path)
+    return model, text_input(cfg, tokenizer, vocab_ids), lm, tokenizer
 
 
 def main(cfg: Config) -> Path | None:
@@ -229,114 +263,60 @@ def main(cfg: Config) -> Path | None:
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
-    return train(cfg, process)
+    device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
+    folder = run.RunFolder(cfg, process, epoch=0, batch=0)
+    if folder.finished(epoch=cfg.epochs):
+        return folder.path
 
-
-def train(cfg: Config, process: run.Process | None = None) -> Path:
-    """The training loop; `main` is its command line."""
-    process = process or run.setup(cfg.seed, cfg.device)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    folder = Path(cfg.out)
-
-    state = checkpoints.resume(folder, cfg) or {"epoch": 0, "batch": 0, "seconds": 0.0}
-    if state["epoch"] >= cfg.epochs:
-        if process.main:
-            print(f"{folder} is finished ({cfg.epochs} epochs); nothing to do")
-        return folder
-
-    # Data
+    # Data, model, optimizer
     pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
-    data.check_pairs(pairs, cfg, state, process)
-    per_epoch = len(pairs) // cfg.batch_size
-
-    # Model, vocabulary, optimizer
-    lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
-    if "vocab_ids" not in state:
-        found = vocabulary_and_bias(cfg, pairs, lm, tokenizer) if process.main else None
-        state["vocab_ids"], state["bias"] = run.broadcast(found, process)
-    vocab_ids, bias = state["vocab_ids"], state["bias"]
-    read = text_input(cfg, tokenizer, vocab_ids)
-    torch.manual_seed(cfg.seed)
-    model: LexVLA = create_model(cfg, lm, vocab_ids, bias).to(process.device)
-    if "weights" in state:
-        load_weights(model, state, folder)
+    data.check_pairs(pairs, cfg, folder.state, process)
+    model, read, lm, tokenizer = prepare(cfg, folder, pairs, process, precision)
     groups = param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
-    scaler = torch.amp.GradScaler(process.device.type) if precision == "fp16" else None
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(state["scaler"])
-
-    steps = per_epoch * cfg.epochs
-    saved = per_epoch * state["epoch"] + state["batch"]  # step of the last checkpoint
-    log = run.RunLog(folder, cfg, process, step=saved)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    folder.restore(optimizer=optimizer, scaler=scaler)
+    per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
+    kept = {"vocab_ids": folder.state["vocab_ids"], "bias": folder.state["bias"], "backbone": frozen_fingerprint(model)}
+    folder.start(per_epoch * first + folder.state["batch"], data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
-    clock, commit = run.Stopwatch(state["seconds"]), run.commit()
-    backbone = frozen_fingerprint(model)
+    transform, crop = eval_transform(cfg.backbone, cfg.image_size), (cfg.backbone, cfg.image_size, cfg.crop_scale)
+    encoded = TokenDataset(pairs, transform, model.image, device, precision) if cfg.encode_once else None
 
-    def save(epoch: int, batch: int) -> None:
-        if process.main:
-            checkpoints.save_checkpoint(
-                folder / "checkpoint.pt",
-                {
-                    "epoch": epoch,
-                    "batch": batch,
-                    "weights": trained_weights(model),
-                    "vocab_ids": vocab_ids,
-                    "bias": bias,
-                    "backbone": backbone,
-                    "optimizer": optimizer.state_dict(),
-                    **({"scaler": scaler.state_dict()} if scaler is not None else {}),
-                    "seconds": clock.read(),
-                    "commit": commit,
-                    "data": pairs.fingerprint,
-                    "config": dataclasses.asdict(cfg),
-                },
-            )
-
-    encoded = None
-    if cfg.encode_once:
-        transform = eval_transform(cfg.backbone, cfg.image_size)
-        encoded = TokenDataset(pairs, transform, model.image, process.device, precision)
-
-    for epoch in range(state["epoch"], cfg.epochs):
+    for epoch in range(first, cfg.epochs):
         model.train()
-        start = state["batch"] if epoch == state["epoch"] else 0
-        broken = list(pairs.broken)
-        seed = (cfg.seed, epoch)
-        dataset = encoded or PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), seed)
+        start, broken, seed = folder.state["batch"] if epoch == first else 0, list(pairs.broken), (cfg.seed, epoch)
+        dataset = encoded or PairDataset(pairs, train_transform(*crop), seed)
         loader = data.epoch_loader(dataset, Collate(read), cfg, process, seed, start)
-        label = f"{folder.name} epoch {epoch + 1}/{cfg.epochs}"
+        label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (pixels, text, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
-            pixels = pixels.to(process.device, non_blocking=True)
-            text = tuple(x.to(process.device, non_blocking=True) for x in text)
-            lr = cosine_lr(step - 1, cfg.lr, steps, cfg.warmup)
-            losses = train_step(ddp, (pixels, text), optimizer, step, lr, cfg, scaler)
+            on_device = pixels.to(device, non_blocking=True), tuple(x.to(device, non_blocking=True) for x in text)
+            lr = cosine_lr(step - 1, cfg.lr, per_epoch * cfg.epochs, cfg.warmup)
+            losses = train_step(ddp, on_device, optimizer, step, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
-                scale = model.logit_scale.exp()
-                log.write(step, epoch=epoch, seconds=clock.read(), lr=lr, logit_scale=scale, **losses)
-                run.check_loss(losses["loss"], step)
-            if step - saved >= cfg.save_every and batch < per_epoch:
-                save(epoch, batch)
-                saved = step
+                folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **losses)
+            if folder.due(step) and batch < per_epoch:
+                folder.save(step, epoch=epoch, batch=batch, weights=trained_weights(model))
 
-        if cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs) and process.main:
-            with clock.paused():
-                transform = eval_transform(cfg.backbone, cfg.image_size)
-                with read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext():
-                    recall = quick_recall(model, read, transform, cfg.eval_set, process.device, run.DTYPES[precision])
-            log.write(per_epoch * (epoch + 1), epoch=epoch, seconds=clock.read(), **recall)
+        done, last = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs
+        if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
+            with folder.clock.paused(), unknown_captions(read, lm, tokenizer):
+                recall = quick_recall(model, read, transform, cfg.eval_set, device, run.DTYPES[precision])
+            folder.log(done, epoch=epoch, **recall)
         data.report_broken(broken, process, f"epoch {epoch + 1}")
-        if per_epoch * (epoch + 1) - saved >= cfg.save_every or epoch + 1 == cfg.epochs:
-            save(epoch + 1, 0)
-            saved = per_epoch * (epoch + 1)
-    log.close()
-    return folder
+        if folder.due(done) or last:
+            folder.save(done, epoch=epoch + 1, batch=0, weights=trained_weights(model))
+    folder.close()
+    return folder.path
+
+
+def unknown_captions(read: Callable, lm: nn.Module, tokenizer: Any) -> contextlib.AbstractContextManager:
+    """Inside, captions that the file of states lacks go through the LM."""
+    return read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sa
     """Singular values of F (M, D), descending, fp64: (min(M, D),).
 
     `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" subtracts from each
-    row its own mean over D (U:src/models/svd.py:38-58); "sample+feature" also the mean over rows (U:src/models/pca.py:38).
+    row its own mean over D (U:src/models/svd.py:38-58); "sample+feature" also the mean over rows (pca.py:38 there).
     """
     if center not in CENTRES:
         raise ValueError(f"center is one of {', '.join(CENTRES)}, not {center!r}")

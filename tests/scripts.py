@@ -95,6 +95,18 @@ def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.Monke
     return call
 
 
+class Lazily(dict):
+    """Values that `make(key)` makes when first asked for: arms that a test file does not need are not trained."""
+
+    def __init__(self, make: Callable):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
+
+
 def ended(process) -> Ended:
     process.join(process.seconds)
     if process.is_alive():

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from scripts import ROOT, ended, kill_when, start_two
 
-from concept_frequency import clip_models, count, eval, images, let_it_wag, measure, tagging, train
+from concept_frequency import clip_models, count, eval, images, let_it_wag, measure, study, tagging, train
 from concept_frequency.concepts import load_counts, read_concepts
 from concept_frequency.config import MODELS, PRESETS, Config, CountConfig, check
 from concept_frequency.replay import IMAGENET
@@ -230,6 +230,16 @@ def test_arms_are_compared(arms, folder, capsys):
     assert (arms["zipf"] / "results.json").stat().st_mtime_ns == stamp
 
 
+def test_study_measures_what_a_report_compares(arms):
+    """`python -m concept_frequency.study` has of each arm what `eval --report` has of it."""
+    results = study.evaluate([str(path) for path in arms.values()])
+    of_all = {"top1", "misaligned_planted", "tail", "rest", "slope_on_zipf", "head", "concepts"}
+    assert all(of_all <= set(found) for found in results)
+    assert [arm for arm, found in zip(arms, results, strict=True) if "within" in found] == ["uniform", "reassigned"]
+    rows = study.judged({arm: [found] for arm, found in zip(arms, results, strict=True)})
+    assert len(rows) == len(study.CLAIMS) + 1  # and the one of all seeds together
+
+
 def test_tail_benchmark_from_folders(tmp_path):
     rng = np.random.default_rng(0)
     for name, n in (("rare_bird", 5), ("rare cat", 2), ("common", 9)):
@@ -244,6 +254,8 @@ def test_tail_benchmark_from_folders(tmp_path):
     assert read_concepts(tmp_path / "out") == ["rare bird"]
     test = images.read_test_set(str(tmp_path / "out"), ["rare bird"])
     assert len(test.labels) == 3
+    with pytest.raises(ValueError, match="has no image of the 1 concepts"):
+        images.read_test_set(str(tmp_path / "out"), ["common"])
     with pytest.raises(ValueError, match="no concept has more than --per-class 450"):
         let_it_wag.build(dataclasses.replace(cfg, per_class=450))
 

@@ -22,7 +22,6 @@ TOOLS = {
     "presets",
     "pretrained",
     "pytest_options",
-    "smollm2",
 }  # of shared/: run by make or pytest, or part of one that is
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
 BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora
@@ -299,7 +298,7 @@ def test_studies_name_commands_that_are_there(folder: str):
         assert module.split(".")[0] in (folder, "shared") and importlib.util.find_spec(module), module
         assert not [word for word in words if "{" in word], words
     for job in (*study.stages, *study.arms):
-        assert job.needs <= set(names) and job in study.jobs([job]), job
+        assert job.needs | set(job.after) <= set(names) and job in study.jobs([job]), job
         assert any(study.out(job.name, 7) in words for words in study.words(job, 7)), job
 
 

@@ -43,8 +43,8 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.let_it_wag": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.replay": "test_concept_frequency.py::test_replay_of_files_in_the_authors_layout",
-    "lexvla.backbone": "test_lexvla_train.py::test_backbone_learns_which_drawings_are_of_one_emoji",
-    "lexvla.scenes": "test_lexvla_train.py::test_scenes_have_exact_masks",
+    "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
+    "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_train.py::test_study_and_report",
     "tldr_reduction.checkpoints": "test_tldr_reduction.py::test_authors_layout_loads",
 }

@@ -18,10 +18,9 @@ from open_clip.transformer import VisionTransformer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from flame import embed, train
-from flame.bank import sample_facets
-from flame.embed import embed_captions, parse_prompt, render
-from flame.eval import few_shot, linear_probe, nearest_tokens, pool_patches, retrieval_recall, zero_shot_classifier
-from flame.incontext import episodes
+from flame.embed import parse_prompt, render
+from flame.eval import linear_probe, retrieval_recall, zero_shot_classifier
+from flame.incontext import episodes, few_shot, nearest_tokens, pool_patches
 from flame.model import (
     FLAME,
     LONG,
@@ -38,6 +37,7 @@ from flame.model import (
     mp_sigmoid_loss,
     vit,
 )
+from flame.train import embed_captions, sample_facets
 from shared.zeroshot import classification_metrics, retrieval_ranks
 
 golden = pytest.mark.golden
@@ -430,6 +430,19 @@ def test_train_steps(case):
             keep = torch.arange(len(expected)) // third != 1
             expected, actual = expected[keep], actual[keep]
         torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_gradient_scaler_changes_no_step():
+    steps = []
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=256.0)):
+        torch.manual_seed(0)
+        model = FLAME(vit("emoji"), 128, 32, 16)
+        optimizer = torch.optim.AdamW(train.param_groups(model, 0.2), lr=1e-3)
+        batch = torch.randn(4, 3, 32, 32), F.normalize(torch.randn(4, 6, 32), dim=-1)
+        losses = [train.train_step(model, batch, optimizer, 1e-3, train.Config(), "fp32", scaler) for _ in range(3)]
+        steps.append((torch.stack(losses), model.mm[0].weight))
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)
+    torch.testing.assert_close(steps[0], steps[2], rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ golden: evaluation

@@ -7,12 +7,14 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import small_set
 
-from protoclip import config, study, train
+from protoclip import config, train
 from protoclip import eval as evaluation
-from shared import checkpoints, cli
-from shared.study import statistics
+from protoclip.eval import clustering_scores, feature_statistics, linear_probe, retrieval_metrics
+from shared import cli
+from shared.zeroshot import classification_metrics, zeroshot_classifier
 
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "data/emoji"
@@ -54,37 +56,6 @@ def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
     )
 
 
-def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch):
-    metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
-    claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
-    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim,)))
-    evaluation.main(cfg)
-    summary = checkpoints.read_json(cfg.report)
-    assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"clip", "protoclip"}
-    top1 = {arm: metrics["groups_id/top1"]["values"] for arm, metrics in summary["arms"].items()}
-    for arm, values in top1.items():  # what stands in the report was measured on that arm's checkpoints
-        for seed, value in enumerate(values):
-            folder = next(Path(path) for path in cfg.runs if path.endswith(f"{arm}-seed{seed}"))
-            assert json.loads((folder / "results.json").read_text())["metrics"]["groups_id/top1"] == value
-            assert (folder / "results.md").is_file() and (folder / "features.png").is_file()
-    expected = statistics.judge(claim, top1["protoclip"], top1["clip"])
-    assert summary["claims"][0] == expected
-    assert expected["verdict"] in capsys.readouterr().out
-    for name in ("protoclip_curves.png", "protoclip_features.png"):
-        assert (Path(cfg.report).parent / name).stat().st_size > 10_000
-
-    # A second evaluation reads what the first has kept
-    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
-    evaluation.main(cfg)
-
-
-def test_report_refuses_uneven_seeds(cfg: evaluation.Config):
-    with pytest.raises(ValueError, match=r"arm protoclip has seeds \[0\], but clip has \[0, 1\]"):
-        study.STUDY.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))
-    with pytest.raises(ValueError, match="ARM-seedN"):
-        study.STUDY.compare(["runs/other"], [{}], Path(cfg.report))
-
-
 def test_towers_load_into_open_clip(runs: list[str]):
     """Ours are open_clip's towers: its own model takes them, and encodes to the same features."""
     model, name = evaluation.load_model(runs[2])
@@ -123,3 +94,50 @@ def test_errors_are_one_sentence(tmp_path: Path, runs: list[str], capsys: pytest
             cli.command_line(lambda: evaluation.main(evaluation.tyro.cli(evaluation.Config)))
         assert exit.value.code == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.golden("protoclip", "zero_shot")
+def test_zero_shot(case):
+    classifier = zeroshot_classifier(case["prompt_embeddings"])
+    case.close("classifier", classifier, rtol=1e-5, atol=1e-5)
+    features = F.normalize(case["image_embeddings"], dim=-1)
+    case.close("image_features", features, rtol=1e-5, atol=1e-5)
+    metrics = classification_metrics(features, case["labels"], classifier)
+    case.close("top1", metrics["top1"], rtol=1e-5, atol=1e-5)
+    case.close("top5", metrics["top5"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.golden("protoclip", "linear_probe")
+def test_linear_probe(case):
+    arrays = [case[key] for key in ("train_features", "train_labels", "test_features", "test_labels")]
+    probe = linear_probe(*arrays, init=(case["init_weight"], case["init_bias"]))
+    case.close("final_weight", probe["weight"], rtol=1e-4)
+    case.close("final_bias", probe["bias"], rtol=1e-4)
+    one_sample = 100 / len(case["test_labels"])
+    case.close("best_accuracy", probe["best"], atol=one_sample + 1e-4)
+
+
+@pytest.mark.golden("protoclip", "retrieval_metrics")
+def test_retrieval_metrics(case):
+    metrics = retrieval_metrics(case["scores_img2text"], case["text_to_image"])
+    order = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    case.close("metrics", [metrics[name] for name in [*order, "mean_recall"]], atol=1e-4)
+
+
+@pytest.mark.golden("protoclip", "feature_analysis")
+def test_feature_analysis(case):
+    statistics = feature_statistics(case["image_features"], case["text_features"])
+    for name in case.keys() - {"image_features", "text_features"}:
+        case.close(name, statistics[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.golden("protoclip", "cluster_evaluation")
+def test_cluster_evaluation(case):
+    image = clustering_scores(case["features"], case["labels"])
+    text = clustering_scores(case["features"].flip(1), case["labels2"])
+    case.close("ari", image["ari"], atol=1e-6)
+    case.close("ami", image["ami"], atol=1e-6)
+    for modality, scores in (("image", image), ("text", text)):
+        assert len(case["labels" if modality == "image" else "labels2"].unique()) == case[f"{modality}_n_cluster"]
+        for index in ("silhouette", "davies_bouldin", "calinski_harabasz"):
+            case.close(f"{modality}_{index}", scores[index], rtol=1e-4)

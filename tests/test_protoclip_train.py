@@ -7,9 +7,9 @@ Scripts start in forks of a server that has imported torch and the rest already,
 import dataclasses
 import io
 import json
+import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +22,16 @@ import numpy as np
 import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from test_protoclip_model import linears, model_of, tiny_model  # noqa: F401
 
 from protoclip import config, train
-from protoclip.teacher import Teacher
-from shared import checkpoints, data
+from protoclip.config import PRESETS, Config
+from protoclip.model import (
+    build_prototypes,
+    create_model,
+)
+from protoclip.train import extract_features, loss_weights, parameter_groups, schedule, train_episode
+from shared import checkpoints, run
 
 SHARDS = ROOT / "data/emoji/train"
 TEACHER = ROOT / "data/emoji/teacher.npz"
@@ -269,109 +275,7 @@ def test_windows_of_shards_train_and_resume(cli, start, folder: Path, small_shar
 # ----------------------------------------------------------------------------------------------------------- teacher
 
 
-def test_teacher_script(cli, folder: Path):
-    out = folder / "made.npz"
-    command = ["minilm", "--data", SHARDS / "00000.tar", "--dataset-size", "200", "--dim", "8", "--out", out]
-    assert "200 captions, 384 -> 8 dimensions" in finished(cli(*command, module="protoclip.teacher")).out
-    before = out.stat().st_mtime_ns
-    assert "nothing to do" in finished(cli(*command, module="protoclip.teacher")).out
-    assert out.stat().st_mtime_ns == before
-    pairs = data.open_pairs(str(SHARDS / "00000.tar"), 200)
-    rows = Teacher(str(out)).rows(pairs, np.array([3, 3, 199]))
-    assert rows.shape == (3, 8) and torch.equal(rows[0], rows[1])
-    grown = cli(*command[:3], "--dataset-size", "201", "--out", out, module="protoclip.teacher")
-    assert grown.code == 2 and "has no row for sample" in grown.err and one_sentence(grown.err)
-
-
-def test_row_aligned_teacher(cli, folder: Path):
-    pairs = data.open_pairs(str(SHARDS / "00000.tar"), 300)
-    features = Teacher(str(TEACHER)).rows(pairs, np.arange(300)).numpy()
-    np.save(folder / "upstream.npy", features)
-    np.savez(folder / "by_key.npz", keys=pairs.keys[::-1], features=features[::-1])
-    options = [*TINY, "--episodes", "2", "--dataset-size", "300", "--episode-size", "64"]
-    for name in ("upstream.npy", "by_key.npz"):
-        out = folder / name.replace(".", "-")
-        finished(cli("emoji", *options, "--external-teacher", folder / name, "--out", out))
-    assert metrics(folder / "upstream-npy") == metrics(folder / "by_key-npz")
-    result = cli("emoji", *TINY, "--external-teacher", folder / "upstream.npy", "--out", folder / "wrong")
-    assert result.code == 2 and "has 300 rows, the data" in result.err and one_sentence(result.err)
-
-
-def test_teacher_rows_of_repeated_keys(tmp_path: Path):
-    class Pairs:
-        keys = np.array(["a", "b", "a"])
-
-        def __len__(self):
-            return 3
-
-    np.savez(tmp_path / "t.npz", keys=Pairs.keys, features=np.arange(3.0)[:, None])
-    teacher = Teacher(str(tmp_path / "t.npz"))
-    assert teacher.rows(Pairs(), np.array([2, 0, 1])).flatten().tolist() == [2, 0, 1]  # same rows, same order
-    other = Pairs()
-    other.keys = np.array(["b", "a", "a"])
-    with pytest.raises(ValueError, match="two rows for sample a"):
-        teacher.rows(other, np.array([0]))
-
-
 # ---------------------------------------------------------------------------------------------------- command lines
-
-
-ERRORS = {
-    "paper preset without data": (["cc3m-rn50"], "--data is missing: it takes image-text shards"),
-    "paper preset without teacher": (["cc3m-rn50", "--data", f"{SHARDS}/00000.tar"], "--external-teacher is missing"),
-    "missing shard": (["emoji", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
-    "empty folder": (["emoji", "--data", str(ROOT / "shared")], "holds no .tar shard"),
-    "missing teacher file": (["emoji", "--external-teacher", "no.npz"], "teacher file no.npz does not exist"),
-    "teacher that is none": (["emoji", "--external-teacher", f"{SHARDS}/00000.tar"], "is no teacher file"),
-    "teacher without PBT": (["emoji", "--no-back-translate"], "needs back translation"),
-    "unknown model": (["emoji", "--model", "RN51"], "model 'RN51' is no open_clip config"),
-    "model without a plain text tower": (["emoji", "--model", "ViT-B-16-SigLIP"], "custom text tower"),
-    "more prototypes than samples": (["emoji", "--k", "161"], "--k 161 prototypes"),
-    "less than a batch": (["emoji", "--episode-size", "31"], "--episode-size 31 is less than one batch of 32"),
-    "LiT too late": (["emoji", "--lit-start", "4"], "--lit-start 4 is not in 2..3"),
-    "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
-    "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-    "no evaluation set": (
-        ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
-        "--eval-set /nowhere does not exist",
-    ),
-    "too large a window": (["emoji", "--episode-shards", "2"], "--episode-shards 2 of 1 shards"),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_command_line_errors(in_process, tmp_path: Path, case: str):
-    (preset, *options), message = ERRORS[case]
-    defaults = TINY if preset == "emoji" else []
-    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
-    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):
-    pairs = data.open_pairs(f"{SHARDS}/00000.tar")
-    np.savez(tmp_path / "t.npz", keys=pairs.keys[:-1], features=np.zeros((len(pairs) - 1, 4), np.float32))
-    result = in_process("emoji", *TINY, "--external-teacher", tmp_path / "t.npz", "--out", tmp_path / "run")
-    assert result.code == 2 and f"has no row for sample {pairs.keys[-1]}" in result.err and one_sentence(result.err)
-    assert not (tmp_path / "run").exists()  # before the first episode, not after it
-
-
-@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
-
-
-def test_teacher_command_line_errors(in_process, tmp_path: Path):
-    cases = {
-        "--data is missing": ["roberta-large"],
-        "should end in .npz": ["minilm", "--data", f"{SHARDS}/00000.tar", "--out", tmp_path / "t.npy"],
-        "does not exist": ["minilm", "--data", "/nowhere/0.tar", "--out", tmp_path / "t.npz"],
-    }
-    for message, arguments in cases.items():
-        result = in_process(*arguments, module="protoclip.teacher")
-        assert result.code == 2 and message in result.err and one_sentence(result.err)
 
 
 def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path], tmp_path: Path):
@@ -396,40 +300,129 @@ def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
 
 # ----------------------------------------------------------------------------------------------------------- dry run
 
-DRY_RUNS = {  # parameters, projection heads, steps
-    "emoji": (None, None, None),  # no published numbers
-    "emoji-clip": (None, 0, None),
-    "cc3m-rn50": ("106.7", 4.73, 156_400),
-    "cc3m-rn50-clip": ("102.0", 0, 156_256),
-    "cc3m-rn50-clip-light": ("102.0", 0, 156_256),
-    "cc3m-rn50-1gpu": ("106.7", 4.73, 312_500),
-    "cc3m-rn50-1gpu-clip": ("102.0", 0, 312_504),
-}
+
+def optional(number: int) -> int | None:
+    """Upstream's negative sentinels are None in our Config."""
+    return None if number < 0 else number
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # where there is no data
-    parameters, heads, steps = DRY_RUNS[preset]
-    cfg = config.PRESETS[preset][1]
-    steps = steps or cfg.episodes * cfg.steps_per_episode()
-    result = in_process(preset, "--dry-run")
-    assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
-    total, projection = (
-        int(n.replace(",", "")) for n in re.search(r"parameters +([\d,]+) .*heads ([\d,]+)", result.out).groups()
+@pytest.mark.golden("protoclip", "loss_weight_schedule")
+def test_loss_weight_schedule(case):
+    phases = case["infonce_warmup_epoch"], case["lit_start_epoch"]
+    effective = [loss_weights(episode, case["weights"].tolist(), *phases) for episode in case["epochs"].tolist()]
+    case.close("effective_weights", effective)
+
+
+@pytest.mark.golden("protoclip", "lr_schedule")
+def test_lr_schedule(case):
+    prefixes = sorted({key.partition("/")[0] + "/" for key in case})
+    for prefix in prefixes:
+        one = {key.removeprefix(prefix): value for key, value in case.items() if key.startswith(prefix)}
+        cfg = dataclasses.replace(
+            Config(),
+            batch_size=1,
+            episode_size=one["num_batches"],
+            episodes=one["epochs"],
+            lr=one["lr"],
+            lr_text=optional(one["lr_text"]),
+            warmup=one["warmup_steps"],
+            lit_start=optional(one["lit_start_epoch"]),
+            text_start=one["text_start_epoch"],
+            text_end=optional(one["text_end_epoch"]),
+        )
+        visual, rest = zip(*(schedule(cfg, step) for step in one["steps"].tolist()), strict=True)
+        case.close(prefix + "lr_visual", torch.tensor(visual, dtype=torch.float64), rtol=1e-6, atol=1e-10)
+        case.close(prefix + "lr_rest", torch.tensor(rest, dtype=torch.float64), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.golden("protoclip", "param_groups")
+def test_param_groups(case):
+    with torch.device("meta"):
+        model = create_model(case["model"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, max(group["weight_decay"] for group in case["groups"]))
+    ours = [(sorted(names[id(p)] for p in group["params"]), group["weight_decay"]) for group in groups]
+    assert ours == [(sorted(group["params"]), group["weight_decay"]) for group in case["groups"]]
+    for _, preset in PRESETS.values():
+        if preset.model == case["model"]:
+            assert list(preset.adamw()["betas"]) == case["optimizer"]["betas"]
+            assert preset.adamw()["eps"] == case["optimizer"]["eps"]
+
+
+@pytest.mark.golden("protoclip", "episode")
+def test_episode(case):
+    """Extraction, clustering and one training pass, each from what upstream had at that point."""
+    n, batch_size, pbt, external = len(case["images"]), case["batch_size"], case["use_pbt"], case["use_external"]
+    model = model_of(case)
+
+    def loader(order):
+        return [(index, case["images"][index], case["texts"][index]) for index in case[order].split(batch_size)]
+
+    h_image, h_text = extract_features(model, loader("extraction_order"), n, "cpu")
+    case.close("img_feature", h_image, atol=1e-5)
+    case.close("text_feature", h_text, atol=1e-5)
+
+    settings = case["external"] if external else None, bool(pbt), case["niter"], case["nredo"]
+    p = build_prototypes(case["img_feature"], case["text_feature"], case["k"], *settings)
+    case.close("img_labels", p.image_labels)
+    case.close("text_labels", p.text_labels)
+    case.close("img_centroids", p.image, atol=1e-5)
+    case.close("text_centroids", p.text, atol=1e-5)
+    if pbt:
+        case.close("img_centroids_translated_from_text_prototypes", p.image_from_text, atol=1e-5)
+        case.close("text_centroids_translated_from_image_prototypes", p.text_from_image, atol=1e-5)
+    if external:
+        case.close("external_labels", p.external_labels)
+        case.close("img_centroids_translated_from_external_prototypes", p.image_from_external, atol=1e-5)
+        case.close("text_centroids_translated_from_external_prototypes", p.text_from_external, atol=1e-5)
+
+    configured = case["weights"].tolist()
+    cfg = dataclasses.replace(
+        Config(),
+        **dict(zip(("w_clip", "w_proto", "w_external"), configured, strict=True)),
+        target_temperature=case["target_temperature"],
+        episodes=case["epochs"],
+        episode_size=n,
+        batch_size=batch_size,
+        infonce_warmup=case["infonce_warmup_epoch"],
+        lit_start=optional(case["lit_start_epoch"]),
+        lr=case["lr"],
+        warmup=case["warmup_steps"],
+        max_grad_norm=case["max_grad_norm"],
+        precision="fp32",
     )
-    assert parameters is None or f"{total / 1e6:.1f}" == parameters
-    assert heads is None or round(projection / 1e6, 2) == heads
-    assert re.search(rf"^steps +{steps:,} ", result.out, re.MULTILINE)
-    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
-    assert all(word in result.out for word in ("learning rate", "samples", "batch", "loss weights"))
+    groups = parameter_groups(model, case["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=case["betas"].tolist(), eps=case["eps"], fused=True)
+    process = run.Process(0, 1, torch.device("cpu"))
+    log = {"total_loss": [], "loss_clip": [], "grad_norm": [], "lr_visual": [], "lr_rest": [], "parts": []}
+    for _, losses in train_episode(model, loader("training_order"), optimizer, p, case["epoch"], cfg, process):
+        if not log["total_loss"]:
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            case.close_group("grad_step0_clipped/", gradients, rtol=1e-3, atol=1e-5)  # as their norm
+        log["total_loss"].append(losses["loss"].item())
+        log["loss_clip"].append(losses["clip"].item())
+        log["grad_norm"].append(losses["gradient_norm"].item())
+        log["lr_visual"].append(optimizer.param_groups[0]["lr"])
+        log["lr_rest"].append(optimizer.param_groups[2]["lr"])
+        log["parts"].append([losses["proto"].item(), losses["external"].item()])
+    for name, rtol in {"total_loss": 1e-4, "loss_clip": 1e-4, "grad_norm": 1e-3}.items():
+        case.close(name, log[name], rtol=rtol)
+    case.close("lr_visual", log["lr_visual"], rtol=1e-6, atol=1e-10)
+    case.close("lr_rest", log["lr_rest"], rtol=1e-6, atol=1e-10)
+    weights = loss_weights(case["epoch"], configured, cfg.infonce_warmup, cfg.lit_start)
+    for column, used in ((0, True), (1, external)):
+        if used and weights[1 + column] != 0:  # ours does not compute parts of weight 0
+            ours, pair = torch.tensor(log["parts"])[:, column], case["loss_proto"][:, 2 * column : 2 * column + 2]
+            torch.testing.assert_close(ours, pair.mean(1), rtol=1e-4, atol=0)
+    atol = 5e-5 if "param/visual.class_embedding" in case else 1e-3
+    case.close_group("param_after/", model.state_dict(), atol=atol)
 
 
-def test_dry_run_of_the_published_eight_processes(capsys):
-    cfg = dataclasses.replace(config.PRESETS["cc3m-rn50"][1], model="ViT-emoji", image_size=16)
-    train.dry_run(cfg, world_size=8)
-    out = capsys.readouterr().out
-    assert re.search(r"steps +156,400 \(391 an episode\)", out) and re.search(
-        r"batch +512 \(64 in each of 8 processes\)", out
-    )
-    assert "at step 15,625" in out and "5.000e-04 image tower" in out
+def test_scales_are_clamped_after_each_step():
+    model = tiny_model()
+    model.logit_scale.data.fill_(9.0)
+    cfg = Config(batch_size=2, episode_size=2, episodes=1, warmup=1, lr=1e-3, precision="fp32")
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay))
+    batch = torch.arange(2), torch.randn(2, 3, 16, 16), torch.randint(0, 20, (2, 6))
+    for _ in train_episode(model, [batch], optimizer, None, 0, cfg, run.Process(0, 1, torch.device("cpu"))):
+        assert 4.6 < model.logit_scale <= math.log(100) + 1e-6

@@ -6,6 +6,7 @@ import pytest
 
 from shared import checkpoints
 from shared.study import report
+from shared.study.verdicts import VERDICTS, shown
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,19 +16,17 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     """One schema, three seeds (NMTune: two, of five of tuning each), and the README's numbers are the file's."""
     monkeypatch.chdir(ROOT)
     summary = checkpoints.read_json(file)
-    assert set(summary) == {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
+    about = {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
+    second = about | {"corpus", "floors", "settings"}  # schema 2, of studies that know their floors
+    assert set(summary) in (about, second)
     assert len(summary["seeds"]) >= (2 if file.stem == "nmtune" else 3)
     for metrics in summary["arms"].values():
         for value in metrics.values():
             assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
-    verdicts = {
-        "reproduced",
-        "same direction",
-        "not reproduced",
-        "not testable at this scale",
-        "not resolved at this scale",
-        "no claim",
-    }
-    assert all(set(row) == {"claim", "paper", "here", "verdict"} for row in summary["claims"])
-    assert {row["verdict"] for row in summary["claims"]} <= verdicts
+    row_of = {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
+    for row in summary["claims"]:
+        assert set(row) - {"why"} == (row_of if set(summary) == second else {"claim", "paper", "here", "verdict"})
+    assert {row["verdict"] for row in shown(summary["claims"])} <= set(VERDICTS)
+    if set(summary) == second:
+        assert len(summary["seeds"]) >= 5 and all(len(set(row)) for row in summary["floors"].values())
     assert report.update_readme(file.stem, write=False), "run `make readme`"

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from shared.study import runner
+from shared.study.floors import Floor
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.statistics import Claim
+from shared.study.verdicts import not_testable
 
 SCRIPT = """
     import sys, pathlib, shutil
@@ -92,14 +94,27 @@ def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
 
 
 def test_commands_are_words(study: Study):
-    several = Stage("both", ("pretrain emoji-{seed}", "measure --encoder {out}"), after=("teacher",))
+    several = Stage("both", ("pretrain emoji-{seed}", "measure --encoder {out}"))
     study = dataclasses.replace(study, stages=(*study.stages, several))
     lines = [words[2:] for words in study.words(several, 5)]
     assert lines == [
         ["paper.pretrain", "emoji-5", "--seed", "5", "--out", "runs/paper/both-seed5"],
         ["paper.measure", "--encoder", "runs/paper/both-seed5"],
     ]
-    assert several.needs == {"teacher"} and [job.name for job in study.jobs([several])] == ["teacher", "both"]
+    assert several.needs == set() and study.stages[1].needs == {"teacher"}
+
+
+def test_what_comes_after_others_waits_for_them_but_does_not_bring_them(study: Study):
+    shared = (Stage("a", "train a"), Stage("b", "train b", after=("a",)), Stage("c", "train c", after=("a", "b")))
+    arms = (Arm("late", "train late --init {c}", heading="Late"), Arm("base", "train base --init {a}", heading="Base"))
+    study = dataclasses.replace(study, stages=shared, arms=arms, claims=())
+    runner.run(study, runner.Options(seeds=(0,), arms="late", jobs=2))
+    assert order() == ["runs/paper/c-seed0", "runs/paper/late-seed0"]
+    Path("order.txt").unlink()
+    runner.run(study, runner.Options(seeds=(1,), arms="late base", jobs=2))
+    ran = order()
+    assert sorted(ran) == [f"runs/paper/{name}-seed1" for name in ("a", "base", "c", "late")]
+    assert ran.index("runs/paper/a-seed1") < ran.index("runs/paper/c-seed1")
 
 
 def test_a_failed_command_is_named_and_stops_what_waits_for_it(study: Study):
@@ -137,6 +152,35 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
     study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
     assert json.loads(Path("results.json").read_text())["claims"] == []
     assert "claims about top1 are left out: give --sets those sets, too" in capfd.readouterr().out
+
+
+def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureFixture):
+    floors = (Floor("chance", lambda: {"top1": 1.0}), Floor("labels", lambda: {"top1": 60.0}, ceiling=True))
+    claims = (
+        Claim("shown", None, "top1", "method", "base"),
+        Claim("higher", "+4", "top1", "method", "base", 1, 4.0, True),
+    )
+    study = dataclasses.replace(
+        study,
+        floors=floors,
+        claims=claims,
+        more_rows=lambda found: [not_testable("ImageNet", "55", "needs CC3M", True)],
+    )
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=2, results="results/paper.json"))
+    summary = json.loads(Path("results/paper.json").read_text())
+    assert summary["floors"] == {"chance": {"top1": 1.0}, "labels": {"top1": 60.0}}
+    assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "not testable here", "no claim"]
+    assert set(summary["settings"]) == {"base", "method"} and summary["corpus"] == "Embedded emoji corpus"
+    shown = capfd.readouterr().out
+    assert "| chance" in shown and "★ higher" in shown and "intervals take" not in shown
+
+    runner.run(study, runner.Options(seeds=(0,)))  # one seed more of the same: its scatter is that of the results
+    row = json.loads(Path("runs/paper/results.json").read_text())["claims"][0]
+    assert row["verdict"] == "reproduced" and row["resolves"] is not None
+    assert "intervals take the standard deviation of results/paper.json" in capfd.readouterr().out
+    higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 15.0}),))
+    runner.run(higher, runner.Options(seeds=(0,)))
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"
 
 
 def test_a_run_that_is_not_finished_is_not_compared(study: Study):

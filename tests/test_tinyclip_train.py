@@ -1,11 +1,13 @@
-"""python -m tinyclip.train and .eval, end to end on real emoji shards, in processes of their own.
+"""Steps and schedules against the authors' numbers; python -m tinyclip.train end to end on real emoji shards.
 
-Every kind of stage, kill -9 and resume, two processes against one, broken shards, command-line errors, open_clip.
+Every kind of stage, kill -9 and resume, two processes against one, broken shards, runs that do not go on.
 Scripts start in forks of a server that has imported torch and the rest already.
 """
 
+import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -21,45 +23,235 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import Case
+from PIL import Image
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from test_tinyclip_masks import masks_of
+from test_tinyclip_model import clip_of, example, pooling_widths, tiny
 
 from shared import checkpoints
-from shared.study import statistics
-from tinyclip import claims, config, train
-from tinyclip import eval as evaluation
-from tinyclip.checkpoints import load_clip
-from tinyclip.inheritance import first_weights
-from tinyclip.network import CLIP, CONFIGS, create_model
+from tinyclip import config, train
+from tinyclip.config import RESNET, Stage
+from tinyclip.geometry import convert_state_dict
+from tinyclip.masks import L0Mask
+from tinyclip.model import CLIP, Student, distillation_loss, load_clip
+from tinyclip.train import first_weights, image_transform, lr_at, mask_lr_at, mask_param_groups, param_groups
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "tinyclip.train", 90
-PRELOAD = ["tinyclip.model", "tinyclip.pairs", "shared.zeroshot", "torch.utils.tensorboard"]
-
+PRELOAD = ["tinyclip.model", "tinyclip.config", "shared.data", "shared.zeroshot", "torch.utils.tensorboard"]
 STEPS = 8
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
     --warmup 2 --precision fp32 --log-every 1""".split()
 MASKS = "--prune-step 4 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0".split()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def corpus():
     if not (SHARDS / "00000.tar").is_file():
         pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(tmp_path_factory: pytest.TempPathFactory, corpus):
     """For run folders; emptied at the end, since a checkpoint has 90 MB."""
     path = tmp_path_factory.mktemp("tinyclip")
     yield path
     shutil.rmtree(path)
 
 
-# ------------------------------------------------------------------------------------------------------- end to end
+# ----------------------------------------------------------------------------------------- schedules, optimizers, steps
 
 
-@pytest.fixture(scope="module")
-def runs(cli, folder: Path) -> dict[str, Path]:
+@pytest.mark.golden("tinyclip", "lr_schedules")
+def test_lr_schedules(case):
+    for name in case:
+        kind, v, what = name.split("/")
+        if what != "lr":
+            continue
+        base, warmup, total = case[f"cosine/{v}/base_warmup_total"].tolist()
+        warmup, total, steps = int(warmup), int(total), range(len(case[name]))
+        if kind == "cosine":
+            case.close(name, [lr_at(step, base, warmup, total) for step in steps], rtol=1e-6)
+        elif kind == "after_prune":
+            expected = case[name][warmup:].double()
+            actual = torch.tensor(
+                [lr_at(s, base, 1, total, prune_step=warmup) for s in steps[warmup:]], dtype=torch.double
+            )
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
+        else:
+            case.close(name, [mask_lr_at(step, warmup, 0.02) for step in steps], rtol=1e-6)
+
+
+@pytest.mark.golden("tinyclip", "optimizer_groups")
+def test_optimizer_groups(case):
+    for masked, groups in (("masked" in name, groups) for name, groups in case.items()):
+        names = convert_state_dict({name: torch.tensor(0) for name in groups})
+        upstream = dict(zip(names, groups, strict=True))
+
+        def depth(pattern: str, names=names) -> int:
+            return 1 + max((int(m[1]) for name in names if (m := re.match(pattern + r"\.(\d+)\.", name))), default=-1)
+
+        vision = {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8}
+        vision["layers"] = depth(r"visual\.transformer\.resblocks")
+        if not vision["layers"]:
+            stages = [depth(rf"visual\.layer{i}") for i in (1, 2, 3, 4)]
+            vision = {"image_size": 32, "width": 8, "head_width": 8, "layers": stages}
+        layers = depth(r"transformer\.resblocks")
+        text = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": layers}
+        clip = CLIP(8, vision, text)
+        recipe = Stage() if isinstance(vision["layers"], int) else RESNET
+        student = Student(clip, *[L0Mask.of(clip.geometry[t]) for t in ("vision", "text")] if masked else [])
+        optimizers = train.make_optimizers(student, recipe)
+        of = {id(p): (o, g) for o in optimizers if o is not None for g in o.param_groups for p in g["params"]}
+        ours = {n.removeprefix("clip."): of[id(p)] for n, p in student.named_parameters()}
+        assert ours.keys() == names.keys()
+        for name, (optimizer, group) in ours.items():
+            expected = groups[upstream[name]]
+            assert (optimizer is optimizers.masks) == (expected["optimizer"] == 3)
+            settings = [*group["betas"], group["eps"], group["lr"], group["weight_decay"]]
+            assert settings == pytest.approx([*expected["betas_eps"], expected["lr"], expected["weight_decay"]])
+        assert [g["weight_decay"] for g in param_groups(clip)] == [0.0, 0.2]
+        assert [g["lr"] for g in mask_param_groups(student.masks)] == [0.02, -0.02] * len(student.masks)
+
+
+def stage_of(case: Case) -> tuple[Stage, list]:
+    lr, wd, beta1, beta2, eps, clip = case["hparams_lr_wd_b1_b2_eps_clip"].double().tolist()
+    alpha, weight, warmup, total = case["hparams_alpha_weight_warmup_total"].tolist()
+    scale = None if case["logit_scale_fixed"] < 0 else case["logit_scale_fixed"]
+    stage = Stage(
+        steps=int(total), lr=lr, warmup=int(warmup), weight_decay=wd, beta1=beta1, beta2=beta2, eps=eps, alpha=alpha,
+        max_grad_norm=None if clip < 0 else clip, weight=weight, logit_scale=scale,
+    )  # fmt: skip
+    if "prune_step" in case:
+        start, target, ramp = case["mask_start_target_warmup"].tolist()
+        stage.masks, stage.prune_step, stage.joint = True, case["prune_step"], bool(case["total_loss_flag"])
+        stage.start_sparsity, stage.target_sparsity, stage.sparsity_warmup = start, target, int(ramp)
+    return stage, [(case[f"image/{i}"], case[f"text/{i}"]) for i in range(len(case["loss"]))]
+
+
+def networks_of_run(init: dict, teacher: dict, stage: Stage, batches: list, loss: float) -> tuple[CLIP, CLIP]:
+    """Student and teacher; where one is a ResNet, with the pooling heads that give the recorded first loss."""
+
+    def make(state: dict, width: int) -> CLIP:
+        return clip_of(state, **({"head_width": width} if "visual.conv3.weight" in state else {}))
+
+    def error(widths: tuple[int, int]) -> float:
+        student, answers = make(init, widths[0]).train(), make(teacher, widths[1]).eval()
+        with torch.no_grad():
+            answer = train.ask_teacher(answers, *batches[0], stage)
+            output = student(*batches[0])
+            return abs(distillation_loss(*output, *answer, alpha=stage.alpha, weight=stage.weight).item() - loss)
+
+    choices = list(itertools.product(pooling_widths(init), pooling_widths(teacher)))
+    best = choices[0] if len(choices) == 1 else min(choices, key=error)
+    return make(init, best[0]), make(teacher, best[1])
+
+
+@pytest.mark.golden("tinyclip", "train_manual", "train_auto")
+def test_training_run(case, monkeypatch):
+    """The whole loop, and beside it every step's loss, gradient norm and mask parameters."""
+    stage, batches = stage_of(case)
+    init, teacher_state = convert_state_dict(case.group("init/")), convert_state_dict(case.group("teacher/"))
+    names = dict(zip(init, case.group("init/"), strict=True))
+    clip, teacher = networks_of_run(init, teacher_state, stage, batches, case["loss"][0].item())
+    student = Student(clip, *masks_of(init, clip) if stage.masks else [])
+    losses, norms, first = [], [], {}
+    step_once = train.train_step
+
+    def watched(student, answer, images, tokens, step, *rest, **options):
+        for tower in ("image", "text"):
+            mask = getattr(student, f"{tower}_mask")
+            for name, value in (mask.state_dict() if mask is not None else {}).items():
+                key = f"l0_before_step/{step}/_{tower}_encoder.l0_module.{name}"
+                if key in case:
+                    case.close(key, value, atol=1e-6)
+        if step == 0:  # gradients before clipping
+            clip_norm = torch.nn.utils.clip_grad_norm_
+
+            def note(parameters, *arguments):
+                first.update(
+                    {
+                        n.removeprefix("clip."): p.grad.clone()
+                        for n, p in student.named_parameters()
+                        if p.grad is not None
+                    }
+                )
+                return clip_norm(parameters, *arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(train.nn.utils, "clip_grad_norm_", note)
+                logged = step_once(student, answer, images, tokens, step, *rest, **options)
+        else:
+            logged = step_once(student, answer, images, tokens, step, *rest, **options)
+        losses.append(logged["loss"].item())
+        norms.append(logged["gradient_norm"].item())
+        for ours, theirs in (
+            ("expected_sparsity", "all_expected"), ("target_sparsity", "all_target"),
+            ("image_sparsity", "vision_expected"), ("text_sparsity", "text_expected"),
+        ):  # fmt: skip
+            key = f"log/{step}/train/{theirs}_sparsity"
+            if key in case and ours in logged and stage.joint:
+                case.close(key, logged[ours], atol=2e-5)
+        return logged
+
+    monkeypatch.setattr(train, "train_step", watched)
+    uniforms = None
+    if stage.masks:
+        uniforms = [
+            {t: {kind: case[f"u/{step}/{t}_{kind}"] for kind in stage.mask_types} for t in ("image", "text")}
+            for step in range(len(batches))
+            if f"u/{step}/image_heads" in case
+        ]
+    final = train.train_stage(student, teacher, batches, stage, uniforms)
+    case.close("loss", losses, atol=2e-5)
+    case.close("grad_norm_before_clip", norms, rtol=1e-4)
+    for name, value in first.items():
+        if f"step0_grad/{names[name]}" in case:
+            case.close(f"step0_grad/{names[name]}", value, atol=2e-5)
+    expected = convert_state_dict(case.group("final/"))
+    names = dict(zip(expected, case.group("final/"), strict=True))
+    assert final.state_dict().keys() == expected.keys()
+    for name, value in final.state_dict().items():
+        case.close(f"final/{names[name]}", value, atol=1e-4 if stage.masks else 5e-5)
+
+
+def test_steps_that_are_not_finite_are_skipped():
+    student = Student(tiny().train())
+    before = copy.deepcopy(student.state_dict())
+    stage = Stage(steps=4, alpha=0.0, logit_scale=None)
+    optimizers = train.make_optimizers(student, stage)
+    images, tokens = example()
+    logged = train.train_step(student, None, images * math.inf, tokens, 0, stage, optimizers)
+    assert logged["skipped"] == 1 and all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+    assert train.train_step(student, None, images, tokens, 0, stage, optimizers)["skipped"] == 0
+
+
+# -------------------------------------------------------------------------------------------------- images and captions
+
+
+@pytest.mark.golden("tinyclip", "preprocess_val")
+def test_preprocess_val(case):
+    transform = image_transform(case["resolution"])
+    for name in case:
+        if name.endswith("image_hwc_uint8"):
+            image = Image.fromarray(case[name].numpy().astype(np.uint8))
+            case.close(name.replace("image_hwc_uint8", "out"), transform(image), atol=1e-5)
+
+
+@pytest.mark.golden("tinyclip", "tokenizer")
+def test_tokenizer(case):
+    if case.path.suffix == ".json":  # the texts of the .npz beside it, which the next case tokenizes
+        assert case.path.with_name(case.path.name.replace("_texts.json", ".npz")).exists()
+        return
+    texts = json.loads(case.path.with_name(f"{case.path.stem}_texts.json").read_text(encoding="utf-8"))
+    case.close("tokens", open_clip.SimpleTokenizer(context_length=case["context_length"])(texts))
+
+
+# ----------------------------------------------------------------------------------------------------------- end to end
+
+
+def arms(folder: Path) -> dict[str, list]:
     """A teacher and every kind of stage after it; the second automatic stage starts from the first."""
     teacher = folder / "teacher-seed0"
     given = ["--teacher", teacher, "--init", teacher]
@@ -75,9 +267,14 @@ def runs(cli, folder: Path) -> dict[str, Path]:
             *("--start-sparsity", "0.5", "--target-sparsity", "0.75"),
         ],
     }
-    for arm, command in commands.items():
-        finished(cli(*command, *TINY, "--out", folder / f"{arm}-seed0"))
-    return {arm: folder / f"{arm}-seed0" for arm in commands}
+    return {arm: [*words, *TINY, "--out", folder / f"{arm}-seed0"] for arm, words in commands.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(cli, folder: Path) -> dict[str, Path]:
+    for command in arms(folder).values():
+        finished(cli(*command))
+    return {arm: folder / f"{arm}-seed0" for arm in arms(folder)}
 
 
 def test_every_stage_trains(runs: dict[str, Path]):
@@ -153,7 +350,7 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
     assert [step for step, _ in points] == [3, 6] and all(0 <= top1 <= 100 for _, top1 in points)
 
 
-# -------------------------------------------------------------------------------------------------- kill and resume
+# ------------------------------------------------------------------------------------------------------ kill and resume
 
 
 @pytest.mark.parametrize("arm", ["auto", "crops"])
@@ -173,7 +370,7 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
         assert same(state[part], expected[part]), (part, kills)
 
 
-# ------------------------------------------------------------------------------------------------------ two processes
+# -------------------------------------------------------------------------------------------------------- two processes
 
 
 @pytest.mark.parametrize("arm", ["auto", "inherited-affinity"])
@@ -208,7 +405,7 @@ def test_torchrun(cli, folder: Path):
     assert checkpoints.load_checkpoint(folder / "torchrun/checkpoint.pt")["step"] == 2
 
 
-# --------------------------------------------------------------------------------------------------- broken shards
+# -------------------------------------------------------------------------------------------------------- broken shards
 
 
 @pytest.fixture(scope="module")
@@ -247,52 +444,7 @@ def test_strict_names_the_sample(cli, folder: Path, broken_shards: str):
     assert result.code == 2 and "truncated or damaged tar" in result.err and one_sentence(result.err)
 
 
-# ---------------------------------------------------------------------------------------------------- command lines
-
-
-ERRORS = {
-    "paper preset without data": (["manual-61M-29M"], "--data is missing: it takes image-text shards"),
-    "missing shard": (["emoji-teacher", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
-    "missing teacher": (["emoji", "--init", "None", "--teacher", "/nowhere"], "--teacher /nowhere does not exist"),
-    "missing weights": (["emoji-contrastive", "--init", "/nowhere"], "--init /nowhere does not exist"),
-    "a teacher that is none": (["emoji", "--init", "None", "--teacher", f"{SHARDS}/00000.tar"], "is not a checkpoint"),
-    "unknown weights": (["emoji", "--init", "None", "--teacher", "ViT-B-32@nothing"], "weights of open_clip that fit"),
-    "other weights": (["emoji", "--init", "None", "--teacher", "ViT-L-14@openai"], "weights of open_clip that fit"),
-    "affinity without a teacher": (["emoji", "--teacher", "None"], "affinity mimicking needs --teacher"),
-    "unknown model": (["emoji-teacher", "--model", "RN51"], "--model 'RN51' is none of"),
-    "alpha": (["emoji-teacher", "--alpha", "2"], "--alpha 2.0 is not between 0"),
-    "temperature": (["emoji-teacher", "--logit-scale", "0"], "--logit-scale 0.0 must be above 0"),
-    "pruning too late": (["emoji-auto", "--prune-step", "8"], "--prune-step 8 is not within the 8 steps"),
-    "falling sparsity": (["emoji-auto", *MASKS, "--start-sparsity", "0.9"], "--start-sparsity 0.9"),
-    "nothing to mask": (["emoji-auto", *MASKS, "--mask-types", "hidden"], "--mask-types needs both heads"),
-    "half of what counts": (["emoji-auto", *MASKS, "--mask-types", "heads"], "--mask-types needs both heads"),
-    "masks on a ResNet": (["emoji-auto", *MASKS, "--model", "RN50"], "not on the ResNet of RN50"),
-    "too few pairs": (["emoji-teacher", "--batch-size", "97"], "holds 96 pairs, less than one batch"),
-    "no steps": (["emoji-teacher", "--steps", "0"], "--steps must be at least 1"),
-    "no steps between logs": (["emoji-teacher", "--log-every", "0"], "--log-every must be at least 1"),
-    "crops in memory": (["emoji-teacher", "--keep-in-memory"], "it needs --augmentation none"),
-    "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is no multiple of patch_size 8"),
-    "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-    "no pixels": (["emoji-teacher", "--image-size", "0"], "--image-size must be at least 1 pixel"),
-    "evaluation before it starts": (["emoji-teacher", "--eval-every", "-1"], "--eval-every must be at least 0"),
-    "no evaluation set": (["emoji-teacher", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere"),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_command_line_errors(in_process, tmp_path: Path, case: str):
-    (preset, *options), message = ERRORS[case]
-    defaults = TINY if preset.startswith("emoji") else []
-    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
-    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
+# ----------------------------------------------------------------------------------------------- runs that do not go on
 
 
 def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp_path: Path):
@@ -310,6 +462,7 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     assert result.code == 2 and "more than" in result.err and one_sentence(result.err)
 
 
+@pytest.mark.usefixtures("corpus")
 def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     shard, out = tmp_path / "shard.tar", tmp_path / "run"
     shutil.copy(SHARDS / "00000.tar", shard)
@@ -320,191 +473,3 @@ def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     shutil.copy(SHARDS / "00001.tar", shard)
     result = in_process("emoji-teacher", *options)
     assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
-
-
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # where there is no data
-    cfg = config.PRESETS[preset][1]
-    result = in_process(preset, "--dry-run")
-    assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
-    total = int(re.search(r"parameters +([\d,]+) ", result.out)[1].replace(",", ""))
-    with torch.device("meta"):
-        assert total == sum(p.numel() for p in create_model(cfg.model).parameters())
-    assert re.search(rf"^steps +{cfg.steps:,}$", result.out, re.MULTILINE)
-    assert f"{cfg.steps * cfg.batch_size:,}" in result.out and ("masks  " in result.out) == cfg.masks
-    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
-    """The state dict with the keys that the authors' files have."""
-    if layout == "openai":
-        return {f"module.{name}": value for name, value in model.state_dict().items()}
-    state = {}
-    for name, value in model.state_dict().items():
-        tower = (
-            "logit_scale" if name == "logit_scale" else "image_encoder" if name.startswith("visual") else "text_encoder"
-        )
-        state[f"_{tower}.{'module.' if layout == 'towers, distributed' else ''}{name}"] = value
-        if layout == "auto" and tower != "logit_scale":
-            state[f"{tower}_without_ddp.{name}"] = value  # registered twice
-    return state
-
-
-@pytest.mark.parametrize("layout", ["openai", "towers", "towers, distributed", "auto"])
-def test_checkpoints_in_the_authors_layouts(runs: dict[str, Path], tmp_path: Path, layout: str):
-    model = load_clip(runs["auto" if layout == "auto" else "inherited-affinity"])
-    torch.save({"epoch": 6, "name": "x", "state_dict": theirs(model, layout)}, tmp_path / "theirs.pt")
-    loaded = load_clip(tmp_path / "theirs.pt", head_width=32)
-    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
-    images, tokens = torch.rand(2, 3, 16, 16), torch.tensor([[49406, 320, 49407] + [0] * 21] * 2)
-    with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(loaded(images, tokens), model(images, tokens), strict=True))
-
-
-def test_released_geometries_load(tmp_path: Path):
-    """A file with the keys and shapes of each released model by hand."""
-    for name in ("TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"):
-        model = create_model(name)
-        torch.save({"state_dict": theirs(model, "openai")}, tmp_path / f"{name}.pt")
-        loaded = load_clip(tmp_path / f"{name}.pt")
-        assert same(dict(loaded.state_dict()), dict(model.state_dict()))
-        tower = {key: loaded.geometry["vision"][key] for key in CONFIGS[name]["vision"]}
-        assert tower == CONFIGS[name]["vision"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [[1, 2], {"state_dict": None}, {"state_dict": {1: torch.zeros(1)}}, {"state_dict": {"a": 1}},
-     {"positional_embedding": torch.zeros(3)}, {"state_dict": {}, "geometry": {"width": 1}}],
-    ids=["list", "nothing", "numbered", "no tensor", "too few axes", "strange geometry"],
-)  # fmt: skip
-def test_files_that_hold_no_clip(tmp_path: Path, content):
-    checkpoints.save_checkpoint(tmp_path / "file.pt", content)
-    with pytest.raises(ValueError):
-        load_clip(tmp_path / "file.pt")
-
-
-def test_weights_that_cannot_be_downloaded(monkeypatch):
-    def offline(*_, **__):
-        raise RuntimeError("Failed to download weights")
-
-    monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(ValueError, match="ViT-B-32@laion2b_e16: open_clip could not download"):
-        load_clip("ViT-B-32@laion2b_e16")
-
-
-# --------------------------------------------------------------------------------------------------------- evaluation
-
-SETS = tuple(str(ROOT / "data/emoji/eval" / name) for name in ("groups_id", "retrieval_xm_en"))
-
-
-def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
-    arms = ("teacher", "random-contrastive", "inherited-affinity", "auto")
-    cfg = evaluation.Config(
-        tuple(str(runs[arm]) for arm in arms), sets=SETS, report=str(tmp_path / "results.json"), device="cpu"
-    )
-    monkeypatch.setattr(evaluation, "throughput", lambda *_, **__: {"pairs_per_second": 10.0})
-    monkeypatch.setattr(
-        claims, "claims", lambda: [statistics.Claim("higher", "+1", "groups_id/top1", arms[2], arms[1])]
-    )
-    monkeypatch.setattr(
-        claims, "learning_curve", lambda folder: [(4, 1.0), (8, 3.0 if "affinity" in str(folder) else 2.0)]
-    )
-    for module in (claims, evaluation):
-        monkeypatch.setattr(module, "METRICS", {"groups_id/top1": "groups", "parameters_m": "M", "macs_g": "G"})
-    monkeypatch.setattr(claims, "plot", lambda *_: None)  # reads names_ood
-    evaluation.main(cfg)
-    summary = checkpoints.read_json(tmp_path / "results.json")
-    assert list(summary["arms"]) == list(arms) and summary["seeds"] == [0]
-    values = {arm: json.loads((runs[arm] / "results.json").read_text())["metrics"] for arm in arms}
-    for arm in arms:
-        assert summary["arms"][arm]["groups_id/top1"]["values"] == [values[arm]["groups_id/top1"]]
-    assert values["auto"]["parameters_m"] < values["teacher"]["parameters_m"]
-    assert values["inherited-affinity"]["macs_g"] < values["teacher"]["macs_g"]
-    rows = {row["claim"]: row for row in summary["claims"]}
-    assert rows["steps to the score of random weights, contrastive"]["here"] == "1.33x fewer"  # 8 of 6 steps
-    assert "asked" in rows["sparsity reached within 5 points, auto"]["here"]
-    assert "not testable at this scale" in capsys.readouterr().out
-    assert (tmp_path / "tinyclip_masks.png").stat().st_size > 10_000
-    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
-    evaluation.main(cfg)
-
-
-def test_curves(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(claims, "learning_curve", lambda folder: [(1, 1.0), (2, 2.0)])
-    spread = statistics.spread([1.0, 2.0])
-    arms = {"auto": {"names_ood/top1": spread, "parameters_m": spread, "pairs_per_second": spread}}
-    claims.plot({"auto": [tmp_path, tmp_path]}, arms, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_steps_to_reach():
-    curve = [(10, 1.0), (20, 3.0), (30, 3.0)]
-    assert claims.steps_to_reach(curve, 2.0) == 15 and claims.steps_to_reach(curve, 0.5) == 5
-    assert claims.steps_to_reach(curve, 4.0) == math.inf
-
-
-def test_speed_up_says_who_never_gets_there(monkeypatch):
-    curves = {
-        "a0": [(4, 2.0), (8, 3.0)],
-        "b0": [(4, 1.0), (8, 2.0)],
-        "a1": [(8, 1.0)],
-        "b1": [(8, 2.0)],
-        "zero": [(8, 0)],
-    }
-    monkeypatch.setattr(claims, "learning_curve", curves.get)
-    row = claims.speed_up(["a0", "a1"], ["b0", "b1"])  # twice as fast, and never
-    assert row["here"].startswith("1.00 ± ") and row["here"].endswith("x fewer, 1 of 2 never")
-    assert row["verdict"] == "not resolved at this scale"
-    assert claims.speed_up(["a0"], ["zero"])["here"] == "8.00x fewer"  # a baseline that ends at 0
-
-
-@pytest.mark.parametrize(
-    ("gain", "size", "verdict"),
-    [
-        (1.0, 1.01, "reproduced"),
-        (1.0, 0.9, "reproduced"),
-        (1.0, 1.1, "not resolved at this scale"),
-        (-1.0, 0.9, "not resolved at this scale"),
-        (-1.0, 1.1, "not reproduced"),
-    ],
-)
-def test_sizes_may_take_a_verdict(gain: float, size: float, verdict: str):
-    claim = statistics.Claim("higher", "claimed", "m", "auto", "manual")
-    method, baseline = ([{"m": m, "block_parameters_m": s}] * 2 for m, s in ((10 + gain, size), (10.0, 1.0)))
-    row = statistics.judge(claim, [10 + gain] * 2, [10.0] * 2)
-    row = claims.with_sizes(row, claim, method, baseline)
-    assert row["verdict"] == verdict and row["here"].endswith(f"{size:.2f}x the size")
-
-
-def test_report_refuses(runs: dict[str, Path], tmp_path: Path):
-    with pytest.raises(ValueError, match="give --sets those sets, too"):
-        claims.compare([str(runs["teacher"])], [{"seconds": 1.0}], tmp_path / "r.json")
-    with pytest.raises(ValueError, match="ARM-seedN"):
-        claims.compare(["runs/other"], [{}], tmp_path / "r.json")
-
-
-@pytest.mark.parametrize("name, macs", [("TinyCLIP-ViT-61M-32-Text-29M", 5.3), ("TinyCLIP-ResNet-19M-Text-19M", 4.4)])
-def test_macs_are_those_of_the_model_zoo(name: str, macs: float):
-    assert round(evaluation.macs(create_model(name)) / 1e9, 1) == macs
-
-
-def test_throughput():
-    rates = evaluation.throughput(create_model("emoji-25"), batch=2, seconds=0.05)
-    pairs = 1 / (1 / rates["images_per_second"] + 1 / rates["captions_per_second"])
-    assert rates["pairs_per_second"] == pytest.approx(pairs)
-
-
-def test_evaluation_errors(in_process, tmp_path: Path, runs: dict[str, Path]):
-    for arguments, words in (
-        ((tmp_path / "nowhere",), "no checkpoint"),
-        ((runs["auto"], "--sets", tmp_path), str(tmp_path)),
-        ((), "name at least one run folder"),
-        ((f"{SHARDS}/00000.tar",), "is not a checkpoint"),
-    ):
-        result = in_process(*arguments, module="tinyclip.eval")
-        assert result.code == 2 and words in result.err and one_sentence(result.err)

@@ -17,7 +17,7 @@ from clip_benchmark.datasets.builder import build_wds_dataset, image_captions_co
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from flame.probe import adamw_probe, log_sweep
+from flame.eval import adamw_probe, log_sweep
 from protoclip.eval import logistic_probe
 from shared import probes, zeroshot
 from shared.evalsets import EvalSet

@@ -1,4 +1,4 @@
-"""Every setting of a TinyCLIP stage and run, its presets, and what is refused before a run starts.
+"""The settings of a TinyCLIP stage and run, their presets, and their check before a run starts.
 
 `Stage` is the recipe of one distillation stage, `Config` adds where it runs and on what. The presets auto-* and
 manual-* are the scripts of wkcn/TinyCLIP@ad981bf and the rows of its model zoo; `emoji*` are ours.
@@ -11,7 +11,7 @@ from typing import Literal
 
 from shared import cli
 from shared.presets import EMBEDDED, NOT_STATED, Row
-from tinyclip.network import CONFIGS
+from tinyclip.geometry import CONFIGS
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ class Config(Stage):
     """Folder for copies of remote shards."""
 
     model: str = "TinyCLIP-ViT-61M-32-Text-29M"
-    """The student's geometry, by name in tinyclip.network.CONFIGS; with masks, that before pruning."""
+    """The student's geometry, by name in tinyclip.model.CONFIGS; with masks, that before pruning."""
     teacher: str | None = "ViT-B-32@laion2b_e16"
     """A run folder, a checkpoint in the authors' layout, or MODEL@WEIGHTS of open_clip. The same in all stages."""
     init: str | None = "ViT-B-32@laion2b_e16"
@@ -203,7 +203,7 @@ STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     check_stage(cfg)
     cli.check_data(cfg, "laion/{0000..4140}.tar")
     for name in ("teacher", "init"):
@@ -232,7 +232,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_stage(cfg: Config) -> None:
-    """The part of `check` that needs no files."""
+    """Raise ValueError on invalid settings of a stage; looks at no files."""
     if cfg.model not in CONFIGS:
         raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
     if cfg.steps < 1:

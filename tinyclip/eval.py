@@ -20,11 +20,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared import cli, evaluation, export, run, zeroshot
-from tinyclip.checkpoints import load_clip, open_clip_config
-from tinyclip.claims import ARMS, METRICS, compare  # noqa: F401
-from tinyclip.network import CLIP, parameter_counts
-from tinyclip.pairs import image_transform
+from tinyclip.geometry import open_clip_config
+from tinyclip.model import CLIP, load_clip, parameter_counts
+from tinyclip.train import image_transform
 
+METRICS = {
+    "names_ood/top1": "names OOD",
+    "names_id/top1": "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    "retrieval_ood/mean_recall": "recall OOD",
+    "retrieval_id/mean_recall": "recall ID",
+    "parameters_m": "parameters (M)",
+    "block_parameters_m": "in blocks (M)",
+    "macs_g": "MACs (G)",
+    "pairs_per_second": "pairs/s",
+}
 EMOJI = "data/emoji/eval/"
 
 
@@ -139,7 +149,7 @@ def throughput(
 def export_run(path: str, folder: str, cfg: Config) -> None:
     """The model as one of open_clip's. ValueError if it was pruned to layers of different widths."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu)
-    config = open_clip_config(model)
+    config = open_clip_config(model.geometry)
     if config is None:
         raise ValueError(f"{path} cannot be exported: its masks left layers of different widths, which open_clip lacks")
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
@@ -184,15 +194,16 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> list[dict[str, float]] | None:
+    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg)
-    results = evaluation.evaluate_runs(
-        cfg, lambda path: evaluated(path, cfg, process), METRICS, "run folder, checkpoint file or MODEL@WEIGHTS"
-    )
+    kinds = "run folder, checkpoint file or MODEL@WEIGHTS"
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
     if cfg.report:
-        compare(list(cfg.runs), results, Path(cfg.report))
+        evaluation.compare("tinyclip", cfg.runs, results, cfg.report)
+    return results
 
 
 if __name__ == "__main__":

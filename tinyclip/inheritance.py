@@ -1,7 +1,8 @@
-"""TinyCLIP's weight inheritance (arXiv 2309.12314): the student's first weights are a part of the teacher's.
+"""TinyCLIP's manual inheritance (arXiv 2309.12314): the student's first weights are cut out of the teacher's by hand.
 
-Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution
-here is inheritance by hand (every k-th layer, the first channels and heads); masks that learn it are in masks.py.
+Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
+every k-th layer, and of each the first channels and heads (`depth_indices`, `inherit_weights`). `inherit_at_random` is
+its control. Automatic inheritance, which learns what to keep, is in masks.py.
 """
 
 import copy
@@ -9,13 +10,13 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from shared.data import stable_hash
-from tinyclip.checkpoints import load_clip, resize_positional_embedding
-from tinyclip.config import Config
-from tinyclip.masks import L0Mask, expand_pruned, prune
-from tinyclip.network import CLIP, CONFIGS, block_sizes
+from tinyclip.geometry import block_sizes
+from tinyclip.masks import prune, resized
+
+# ------------------------------------------------------------------------------------------------------------- by hand
 
 
 def depth_indices(teacher_depth: int, student_depth: int, rule: str = "interval_front") -> list[int]:
@@ -81,9 +82,31 @@ def inherit_weights(
     return inherited
 
 
+def resize_positional_embedding(table: Tensor, grid: int) -> Tensor:
+    """(1 + g*g, H) -> (1 + grid*grid, H), bicubic over the grid with aligned corners. U:open_clip/model.py:1261."""
+    side = round((len(table) - 1) ** 0.5)
+    patches = table[1:].T.reshape(1, -1, side, side)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=True)
+    return torch.cat([table[:1], patches[0].flatten(1).T])
+
+
+# ------------------------------------------------------------------------------------- the control: at random places
+
+
+def inherit_at_random(teacher: nn.Module, student: Mapping, generator: torch.Generator) -> nn.Module:
+    """A `model.CLIP` of the student's geometry, cut out of the teacher's random layers, channels, heads and neurons.
+
+    ValueError if a tower of either is a ResNet.
+    """
+    towers = [(teacher.geometry[tower], student[tower]) for tower in ("vision", "text")]
+    if not all(isinstance(tower["layers"], int) for pair in towers for tower in pair):
+        raise ValueError("--inherit random cuts transformers, and a ResNet is none")
+    masks = [random_masks(*pair, generator) for pair in towers]
+    return without_empty_blocks(prune(teacher, *masks, exact=True))
+
+
 def random_masks(tower: Mapping, small: Mapping, generator: torch.Generator) -> dict[str, Tensor]:
-    """0/1 masks that leave a tower of `tower`'s geometry with `small`'s sizes, at random places: the control for
-    inheriting.
+    """0/1 masks that leave a tower of `tower`'s geometry with `small`'s sizes, at random places.
 
     Layers beyond the small tower's depth lose both their blocks.
     """
@@ -106,7 +129,7 @@ def random_masks(tower: Mapping, small: Mapping, generator: torch.Generator) -> 
     }
 
 
-def without_empty_blocks(clip: CLIP) -> CLIP:
+def without_empty_blocks(clip: nn.Module) -> nn.Module:
     """The same network without the layers that have neither attention nor MLP left."""
     shape, state = copy.deepcopy(clip.geometry), clip.state_dict()
     for tower, prefix in (("vision", "visual."), ("text", "")):
@@ -117,41 +140,4 @@ def without_empty_blocks(clip: CLIP) -> CLIP:
             block = f"{stem}{i}."
             state |= {f"{stem}{new}.{n.removeprefix(block)}": value for n, value in old.items() if n.startswith(block)}
         sizes |= {"layers": len(kept)} | {key: [sizes[key][i] for i in kept] for key in ("heads", "mlp_width")}
-    smaller = CLIP(**shape)
-    smaller.load_state_dict(state)
-    return smaller
-
-
-def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student before its first step, and its masks: random, inherited by hand or at random, whole with open masks,
-    or the stage before expanded under masks that close what it lacks."""
-    shape = copy.deepcopy(CONFIGS[cfg.model])
-    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
-    clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
-    masks = [L0Mask.of(clip.geometry[tower], cfg.mask_types) for tower in ("vision", "text")] if cfg.masks else []
-    if cfg.init is None:
-        return clip, masks
-    source = load_clip(cfg.init, cfg.head_width)
-    state, own = source.state_dict(), clip.state_dict()
-    table = "visual.positional_embedding"
-    if table in state and table in own and len(state[table]) != len(own[table]):
-        state[table] = resize_positional_embedding(state[table], round((len(own[table]) - 1) ** 0.5))
-    if cfg.masks and any(name not in state or state[name].shape != value.shape for name, value in own.items()):
-        expand_pruned(clip, *masks, state)
-    elif cfg.inherit == "random":
-        generator = torch.Generator().manual_seed(stable_hash(cfg.seed, "inherit"))
-        towers = [(source.geometry[tower], clip.geometry[tower]) for tower in ("vision", "text")]
-        if not all(isinstance(tower["layers"], int) for pair in towers for tower in pair):
-            raise ValueError("--inherit random cuts transformers, and a ResNet is none")
-        clip = without_empty_blocks(prune(source, *(random_masks(*pair, generator) for pair in towers), exact=True))
-        shapes = {name: value.shape for name, value in clip.state_dict().items()}
-        if (
-            shapes != {name: value.shape for name, value in own.items()}
-            or source.geometry["quick_gelu"] != cfg.quick_gelu
-        ):
-            raise ValueError(f"--inherit random cannot cut {cfg.model} with these flags out of {cfg.init}")
-        clip.logit_scale.data.copy_(own["logit_scale"])
-    else:
-        head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
-        clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
-    return clip, masks
+    return resized(clip, shape, state)

@@ -4,6 +4,7 @@ Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths unde
   - masks on hidden dimensions, heads and neurons under a constraint of sparsity    `L0Mask`, `sparsity_loss`
   - a smaller network out of masks                                                  `prune`
   - a masked network out of that, for the next stage of progressive distillation    `expand_pruned`
+Where the masks act in a forward pass is in model.py; a network here is a `model.CLIP`.
 """
 
 import copy
@@ -13,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tinyclip.checkpoints import convert_state_dict
-from tinyclip.network import CLIP, Masks, block_sizes, named_towers
+from tinyclip.geometry import block_sizes, convert_state_dict, named_towers
+
+Masks = Mapping[str, Tensor]  # of one tower: hidden (H,), heads (L, h), intermediate (L, I), maybe mha (L,), ffn (L,)
 
 # --------------------------------------------------------------------------- hard-concrete gates (Louizos et al., CoFi)
 
@@ -67,13 +69,8 @@ class L0Mask(nn.Module):
         super().__init__()
         if unknown := set(types) - set(KINDS):
             raise ValueError(f"mask type {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
-        self.hidden, self.intermediate, self.heads, self.layers, self.types = (
-            hidden,
-            intermediate,
-            heads,
-            layers,
-            tuple(types),
-        )
+        self.hidden, self.intermediate, self.heads, self.layers = hidden, intermediate, heads, layers
+        self.types = tuple(types)
         shapes = {"hidden": (hidden,), "heads": (layers, heads), "intermediate": (layers, intermediate)}
         for kind in self.types:
             self.register_parameter(f"{kind}_loga", nn.Parameter(torch.full(shapes.get(kind, (layers,)), float(init))))
@@ -167,8 +164,8 @@ def reached_sparsity(masks: Sequence[L0Mask]) -> float:
 def sparsity_loss(
     masks: Sequence[L0Mask], target: float, joint: bool = True, two_sided: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers. U:training/train.py:260,
-    l0module.py:209.
+    """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers.
+    U:training/train.py:260, U:open_clip/l0module.py:209.
 
     joint: one constraint over all towers, with the mean of their lambdas; else one of each tower, summed. The lambdas
     climb (their learning rate is negative). two_sided: g = q - e, the paper's form, which also pulls back.
@@ -188,7 +185,7 @@ def sparsity_loss(
 
 
 @torch.no_grad()
-def prune(model: CLIP, masks_image: Masks | None, masks_text: Masks | None, exact: bool = False) -> CLIP:
+def prune(model: nn.Module, masks_image: Masks | None, masks_text: Masks | None, exact: bool = False) -> nn.Module:
     """Cut out what the masks leave: kept rows and columns, times their soft gates. U:open_clip/model.py:1415.
 
     exact=False is the authors': it also multiplies the rows of `proj` and `text_projection` by z_h, which the masked
@@ -196,14 +193,19 @@ def prune(model: CLIP, masks_image: Masks | None, masks_text: Masks | None, exac
     does. A tower whose masks are None stays whole.
     """
     state, shape = dict(model.state_dict()), copy.deepcopy(model.geometry)
-    for name, prefix, tower in named_towers(model):
+    for name, prefix, tower in named_towers(model.geometry):
         masks = masks_image if name == "image" else masks_text
         if masks is not None:
             state, sizes = prune_tower(state, prefix, tower, masks, exact)
             shape["vision" if name == "image" else "text"] |= sizes
-    pruned = CLIP(**shape).to(model.logit_scale.device)
-    pruned.load_state_dict(state)
-    return pruned.train(model.training)
+    return resized(model, shape, state).train(model.training)
+
+
+def resized(model: nn.Module, geometry: Mapping, state: Mapping[str, Tensor]) -> nn.Module:
+    """A network like `model`, on its device, with another geometry and these weights."""
+    other = type(model)(**geometry).to(model.logit_scale.device)
+    other.load_state_dict(state)
+    return other
 
 
 def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: bool) -> tuple[dict, dict]:
@@ -215,47 +217,20 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
     if not len(kept):
         raise ValueError("the masks leave no hidden dimension: lower the target sparsity")
     zk = z[kept]
-    blocks = f"{prefix}transformer.resblocks."
-    state = dict(state)
-
-    def take(name: str) -> Tensor:
-        return state.pop(name)
-
-    # Embeddings, the LayerNorms at both ends, and the projection
-    if prefix:
-        state["visual.conv1.weight"] = take("visual.conv1.weight")[kept] * zk.view(-1, 1, 1, 1)
-        state["visual.class_embedding"] = take("visual.class_embedding")[kept] * zk
-    else:
-        state["token_embedding.weight"] = take("token_embedding.weight")[:, kept] * zk
-    state[prefix + "positional_embedding"] = take(prefix + "positional_embedding")[:, kept] * zk
-    for name in ("visual.ln_pre", "visual.ln_post") if prefix else ("ln_final",):
-        for part in (f"{name}.weight", f"{name}.bias"):
-            state[part] = take(part)[kept]
-    projection = "visual.proj" if prefix else "text_projection"
-    state[projection] = take(projection)[kept] * (1 if exact else zk[:, None])
-
+    state = prune_ends(dict(state), prefix, kept, zk, exact)
     # Where a constant that an attention without heads adds goes to: the last bias before it
     before = "visual.ln_pre.bias" if prefix else "positional_embedding"
     new_heads, new_neurons = [], []
     for i, h in enumerate(heads):
-        block = {name: take(name) for name in [n for n in state if n.startswith(f"{blocks}{i}.")]}
-        block = {name.removeprefix(f"{blocks}{i}."): value for name, value in block.items()}
+        stem = f"{prefix}transformer.resblocks.{i}."
+        block = {name.removeprefix(stem): state.pop(name) for name in list(state) if name.startswith(stem)}
         mha, ffn = (masks[kind][i] if kind in masks else torch.ones_like(z[0]) for kind in ("mha", "ffn"))
-        new = {}
         z_heads = masks["heads"][i] if "heads" in masks else torch.ones(h, device=z.device)
-        open_heads = z_heads.nonzero().squeeze(1)
-        new_heads.append(0 if mha == 0 else len(open_heads))
+        new_heads.append(0 if mha == 0 else int(z_heads.count_nonzero()))
         if new_heads[-1]:
-            for part in ("ln_1.weight", "ln_1.bias"):
-                new[part] = block[part][kept]
-            weight = block["attn.in_proj_weight"].unflatten(0, (3, h, head_width))
-            new["attn.in_proj_weight"] = weight[:, open_heads][..., kept].flatten(0, 2)
-            bias = block["attn.in_proj_bias"].unflatten(0, (3, h, head_width))
-            new["attn.in_proj_bias"] = bias[:, open_heads].flatten()
-            weight = (block["attn.out_proj.weight"][kept] * zk[:, None]).unflatten(1, (h, head_width))
-            new["attn.out_proj.weight"] = (weight * z_heads[:, None])[:, open_heads].flatten(1) * mha
-            new["attn.out_proj.bias"] = block["attn.out_proj.bias"][kept] * zk * mha
-            before = f"{blocks}{i}.attn.out_proj.bias"
+            attention = prune_attention(block, kept, zk, z_heads, mha, head_width)
+            state |= {stem + name: value for name, value in attention.items()}
+            before = f"{stem}attn.out_proj.bias"
         elif exact and "attn.out_proj.bias" in block:
             state[before] = state[before] + block["attn.out_proj.bias"][kept] * zk * mha
         if ffn == 0 or "mlp.c_fc.weight" not in block:
@@ -263,23 +238,58 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
         else:
             size = len(block["mlp.c_fc.bias"])
             z_int = masks["intermediate"][i] if "intermediate" in masks else torch.ones(size, device=z.device)
-            open_int = z_int.nonzero().squeeze(1)
-            new_neurons.append(len(open_int))
-            for part in ("ln_2.weight", "ln_2.bias"):
-                new[part] = block[part][kept]
-            new["mlp.c_fc.weight"] = block["mlp.c_fc.weight"][open_int][:, kept]
-            new["mlp.c_fc.bias"] = block["mlp.c_fc.bias"][open_int]
-            weight = (block["mlp.c_proj.weight"] * z_int)[kept] * zk[:, None]
-            new["mlp.c_proj.weight"] = weight[:, open_int] * ffn
-            new["mlp.c_proj.bias"] = block["mlp.c_proj.bias"][kept] * zk * ffn
-            before = f"{blocks}{i}.mlp.c_proj.bias"
-        state |= {f"{blocks}{i}.{name}": value for name, value in new.items()}
+            new_neurons.append(int(z_int.count_nonzero()))
+            mlp = prune_mlp(block, kept, zk, z_int, ffn)
+            state |= {stem + name: value for name, value in mlp.items()}
+            before = f"{stem}mlp.c_proj.bias"
     sizes = {"width": len(kept), "head_width": head_width, "heads": new_heads, "mlp_width": new_neurons}
     return state, sizes
 
 
+def prune_ends(state: dict, prefix: str, kept: Tensor, zk: Tensor, exact: bool) -> dict:
+    """A tower's embeddings, the LayerNorms at both ends and the projection, with the hidden dimensions `kept` of gates
+    `zk` left; `state` is changed."""
+    if prefix:
+        state["visual.conv1.weight"] = state["visual.conv1.weight"][kept] * zk.view(-1, 1, 1, 1)
+        state["visual.class_embedding"] = state["visual.class_embedding"][kept] * zk
+    else:
+        state["token_embedding.weight"] = state["token_embedding.weight"][:, kept] * zk
+    state[prefix + "positional_embedding"] = state[prefix + "positional_embedding"][:, kept] * zk
+    for name in ("visual.ln_pre", "visual.ln_post") if prefix else ("ln_final",):
+        for part in (f"{name}.weight", f"{name}.bias"):
+            state[part] = state[part][kept]
+    projection = "visual.proj" if prefix else "text_projection"
+    state[projection] = state[projection][kept] * (1 if exact else zk[:, None])
+    return state
+
+
+def prune_attention(block: dict, kept: Tensor, zk: Tensor, z_heads: Tensor, mha: Tensor, head_width: int) -> dict:
+    """The weights of a block's attention and its LayerNorm, with the open heads left."""
+    open_heads, split = z_heads.nonzero().squeeze(1), (len(z_heads), head_width)
+    new = {name: block[name][kept] for name in ("ln_1.weight", "ln_1.bias")}
+    weight = block["attn.in_proj_weight"].unflatten(0, (3, *split))
+    new["attn.in_proj_weight"] = weight[:, open_heads][..., kept].flatten(0, 2)
+    new["attn.in_proj_bias"] = block["attn.in_proj_bias"].unflatten(0, (3, *split))[:, open_heads].flatten()
+    weight = (block["attn.out_proj.weight"][kept] * zk[:, None]).unflatten(1, split)
+    new["attn.out_proj.weight"] = (weight * z_heads[:, None])[:, open_heads].flatten(1) * mha
+    new["attn.out_proj.bias"] = block["attn.out_proj.bias"][kept] * zk * mha
+    return new
+
+
+def prune_mlp(block: dict, kept: Tensor, zk: Tensor, z_int: Tensor, ffn: Tensor) -> dict:
+    """The weights of a block's MLP and its LayerNorm, with the open neurons left."""
+    open_int = z_int.nonzero().squeeze(1)
+    new = {name: block[name][kept] for name in ("ln_2.weight", "ln_2.bias")}
+    new["mlp.c_fc.weight"] = block["mlp.c_fc.weight"][open_int][:, kept]
+    new["mlp.c_fc.bias"] = block["mlp.c_fc.bias"][open_int]
+    weight = (block["mlp.c_proj.weight"] * z_int)[kept] * zk[:, None]
+    new["mlp.c_proj.weight"] = weight[:, open_int] * ffn
+    new["mlp.c_proj.bias"] = block["mlp.c_proj.bias"][kept] * zk * ffn
+    return new
+
+
 @torch.no_grad()
-def expand_pruned(model: CLIP, image_mask: L0Mask, text_mask: L0Mask, pruned_sd: Mapping[str, Tensor]) -> None:
+def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, pruned_sd: Mapping[str, Tensor]) -> None:
     """Put a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
 
     The rest of `model` becomes 0. Gates are open (a = 10) where the pruned network has something and closed (a = -10)
@@ -306,7 +316,7 @@ def expand_pruned(model: CLIP, image_mask: L0Mask, text_mask: L0Mask, pruned_sd:
             )
         full[tuple(slice(0, size) for size in part.shape)] = part
     masks = {"image": image_mask, "text": text_mask}
-    for tower, prefix, shape in named_towers(model):
+    for tower, prefix, shape in named_towers(model.geometry):
         mask, head_width = masks[tower], block_sizes(shape)[0]
         for loga in mask.logas().values():
             loga.fill_(10.0)

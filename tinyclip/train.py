@@ -3,16 +3,15 @@
 TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution
 in this file is the course of a stage:
   1. the student starts from the teacher's weights, or from the stage before it     `first_weights`
-  2. with masks: learn them together with the weights, then cut                    `train_step`, `main`
-  3. distil on with a new optimizer                                                `train_step`
+  2. with masks: learn them together with the weights, then cut                     `train_step`, `cut_masks`
+  3. distil on with a new optimizer                                                 `train_step`
 Several stages, each from the one before (--init), are progressive distillation; the teacher stays the big model.
-Losses are in model.py, inheritance in inheritance.py and masks.py, towers in network.py, settings in config.py.
+Losses and towers are in model.py, inheritance in inheritance.py and masks.py, settings in config.py.
 """
 
 import copy
-import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,19 +20,18 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from shared import checkpoints, cli, data, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
-from tinyclip.checkpoints import load_clip
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
-from tinyclip.inheritance import first_weights
-from tinyclip.masks import L0Mask, expected_sparsity, reached_sparsity, sparsity_loss, target_sparsity
-from tinyclip.model import Student, distillation_loss
-from tinyclip.network import CLIP, CONFIGS, parameter_counts
-from tinyclip.pairs import Pairs, collate, image_transform, loaded, remembered
+from tinyclip.geometry import CONFIGS
+from tinyclip.inheritance import inherit_at_random, inherit_weights, resize_positional_embedding
+from tinyclip.masks import L0Mask, expand_pruned, expected_sparsity, reached_sparsity, sparsity_loss, target_sparsity
+from tinyclip.model import CLIP, Student, distillation_loss, load_clip, parameter_counts
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -99,6 +97,53 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
     return Optimizers(weights, torch.optim.AdamW(mask_param_groups(student.masks, stage.mask_lr, stage.lambda_lr)))
 
 
+# ------------------------------------------------------------------------------------------ the student's first weights
+
+
+def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
+    """Fully open masks of the image and text tower of a geometry; none if the stage learns none."""
+    return [L0Mask.of(shape[tower], stage.mask_types) for tower in ("vision", "text")] if stage.masks else []
+
+
+def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
+    """The student before its first step, and its masks: random, inherited by hand or at random, whole with open masks,
+    or the stage before expanded under masks that close what it lacks."""
+    shape = copy.deepcopy(CONFIGS[cfg.model])
+    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
+    clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
+    masks = open_masks(clip.geometry, cfg)
+    if cfg.init is None:
+        return clip, masks
+    source = load_clip(cfg.init, cfg.head_width)
+    state, own = source.state_dict(), clip.state_dict()
+    table = "visual.positional_embedding"
+    if table in state and table in own and len(state[table]) != len(own[table]):
+        state[table] = resize_positional_embedding(state[table], round((len(own[table]) - 1) ** 0.5))
+    if cfg.masks and any(name not in state or state[name].shape != value.shape for name, value in own.items()):
+        expand_pruned(clip, *masks, state)
+    elif cfg.inherit == "random":
+        generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "inherit"))
+        clip = inherit_at_random(source, clip.geometry, generator)
+        shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (clip.state_dict(), own))
+        if shapes != wanted or source.geometry["quick_gelu"] != cfg.quick_gelu:
+            raise ValueError(f"--inherit random cannot cut {cfg.model} with these flags out of {cfg.init}")
+        clip.logit_scale.data.copy_(own["logit_scale"])
+    else:
+        head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
+        clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
+    return clip, masks
+
+
+def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
+    """The student of a checkpoint and its masks: its towers may have been pruned since the run began."""
+    clip, masks = CLIP(**state["geometry"]), []
+    clip.load_state_dict(state["state_dict"])
+    for tower, values in zip(("vision", "text"), state["masks"] or (), strict=False):
+        masks.append(L0Mask.of(state["geometry"][tower], cfg.mask_types))
+        masks[-1].load_state_dict(values)
+    return clip, masks
+
+
 # -------------------------------------------------------------------------------------------------------------- a step
 
 
@@ -110,7 +155,7 @@ class TeacherOutput(NamedTuple):
 
 @torch.no_grad()
 def ask_teacher(teacher: CLIP, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32") -> TeacherOutput:
-    """The frozen teacher on the same views; its temperature is the fixed one, or its own. U:training/train.py:409."""
+    """The frozen teacher's features; its temperature is the fixed one, or its own. U:training/train.py:409."""
     with run.autocast(precision, images.device):
         image, text, own = teacher(images, tokens)
     return TeacherOutput(image, text, own.item() if stage.logit_scale is None else stage.logit_scale)
@@ -146,21 +191,18 @@ def train_step(
             logged[f"{tower}_lambda_1"] = mask.lambda_1.detach().clone()
 
     used = [optimizer for optimizer in optimizers if optimizer is not None]
+    scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
     for optimizer in used:
         optimizer.zero_grad()
-    if scaler is None:
-        loss.backward()
-    else:
-        scaler.scale(loss).backward()
-        for optimizer in used:
-            scaler.unscale_(optimizer)
+    scaler.scale(loss).backward()
+    for optimizer in used:
+        scaler.unscale_(optimizer)
     limit = math.inf if stage.max_grad_norm is None else stage.max_grad_norm
     norm = nn.utils.clip_grad_norm_(student.parameters(), limit)
     if finite := bool(norm.isfinite()):
         for optimizer in used:
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-    if scaler is not None:
-        scaler.update()
+            scaler.step(optimizer)
+    scaler.update()
     for mask in masks:
         mask.clamp_()
     with torch.no_grad():
@@ -184,8 +226,7 @@ def train_stage(
     {tower: {kind: u}} a step.
     """
     if isinstance(student, CLIP):
-        masks = [L0Mask.of(student.geometry[t], stage.mask_types) for t in ("vision", "text")] if stage.masks else []
-        student = Student(student, *masks)
+        student = Student(student, *open_masks(student.geometry, stage))
     if teacher is not None:
         teacher = teacher.eval().requires_grad_(False)
     optimizers = make_optimizers(student.train(), stage)
@@ -200,34 +241,105 @@ def train_stage(
     return student.clip
 
 
-# ----------------------------------------------------------------------------------------- the corpus in memory
+# ------------------------------------------------------------------------------------------------- images and captions
 
 
-class Memory(NamedTuple):
-    """All pairs, and what the teacher makes of them."""
+def image_and_context(clip: CLIP) -> tuple[int, int]:
+    """Image side in pixels and tokens of a caption that a CLIP takes."""
+    return clip.geometry["vision"]["image_size"], clip.geometry["text"]["context_length"]
 
-    images: Tensor  # (n, 3, R, R)
-    tokens: Tensor  # (n, S)
-    teacher: TeacherOutput | None  # of (n, D') features
 
-    @classmethod
-    def read(
-        cls, pairs: Pairs, teacher: CLIP | None, cfg: Config, process: run.Process, precision: str, broken: list
-    ) -> "Memory":
-        loader = DataLoader(pairs, 256, num_workers=cfg.workers, collate_fn=collate)
-        bar = run.progress(loader, len(loader), "reading", 256, process)
+def image_transform(size: int, train: bool = False) -> transforms.Compose:
+    """PIL RGB -> (3, size, size) with CLIP's statistics; no flip, no colours. U:open_clip/transform.py:71."""
+    bicubic = InterpolationMode.BICUBIC
+    if train:
+        steps = [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
+    else:
+        steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
+    normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return transforms.Compose([*steps, normalise])
+
+
+class PairDataset(Dataset):
+    """Row -> (image (3, R, R), tokens (S,), broken samples passed over). A crop is a function of (seed, row)."""
+
+    def __init__(self, pairs: data.Shards | data.TSV, transform, tokenizer, seed: tuple[int, ...] = (0,)):
+        self.pairs, self.transform, self.tokenizer, self.seed = pairs, transform, tokenizer, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
+        broken: list[data.Broken] = []
+        pair = data.read_or_next(self.pairs, int(row), broken)
+        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(row)))  # CPU only: cheap
+        return self.transform(pair.image), self.tokenizer(pair.caption)[0], broken
+
+
+def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
+    images, tokens, broken = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
+
+
+class Corpus:
+    """A run's training pairs in the order of its steps: read while it trains, or once before (--keep-in-memory)."""
+
+    def __init__(self, cfg: Config, process: run.Process, student: CLIP, state: dict):
+        self.cfg, self.process, self.memory = cfg, process, None
+        self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+        data.check_pairs(self.pairs, cfg, state, process)
+        self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
+        size, context = image_and_context(student)
+        self.transform = image_transform(size, cfg.augmentation == "crop")
+        self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
+
+    def dataset(self, *seed: int) -> PairDataset:
+        return PairDataset(self.pairs, self.transform, self.tokenizer, seed)
+
+    def remember(self, teacher: CLIP | None, precision: str) -> None:
+        """Keep all images, tokens and features of the teacher in memory."""
+        device = self.process.device
+        loader = DataLoader(self.dataset(0), 256, num_workers=self.cfg.workers, collate_fn=collate)
+        bar = run.progress(loader, len(loader), "reading", 256, self.process)
         images, tokens, answers = [], [], []
-        for _, image, token, _ in data.watch(bar, broken):
+        for image, token, _ in data.watch(bar, self.broken):
             images.append(image)
             tokens.append(token)
             if teacher is not None:
-                device = process.device
-                answers.append(ask_teacher(teacher, image.to(device), token.to(device), cfg, precision))
-        answer = None
-        if answers:
-            image, text, scales = zip(*answers, strict=True)
-            answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
-        return cls(torch.cat(images), torch.cat(tokens), answer)
+                answers.append(ask_teacher(teacher, image.to(device), token.to(device), self.cfg, precision))
+        image, text, scales = zip(*answers, strict=True) if answers else ((), (), ())
+        answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0]) if answers else None
+        self.memory = torch.cat(images), torch.cat(tokens), answer
+        data.report_broken(self.broken, self.process, "epoch 1")
+
+    def batches(
+        self, start: int, teacher: CLIP | None, precision: str
+    ) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
+        """(images, tokens, the teacher's features of them) of every step from `start` on, on the process's device."""
+        cfg, device = self.cfg, self.process.device
+        for epoch in range(start // self.steps_per_epoch, math.ceil(cfg.steps / self.steps_per_epoch)):
+            first = max(start - epoch * self.steps_per_epoch, 0)
+            read = self.read if self.memory is None else self.recall
+            for images, tokens, answer in read((cfg.seed, epoch), first):
+                images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+                if answer is None and teacher is not None:
+                    answer = ask_teacher(teacher, images, tokens, cfg, precision)
+                yield images, tokens, answer
+
+    def read(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Batches of an epoch, shuffled by `seed`, from its batch `first` on; read by `workers` processes."""
+        loader = data.epoch_loader(self.dataset(*seed), collate, self.cfg, self.process, seed, first)
+        for images, tokens, _ in data.watch(loader, self.broken):
+            yield images, tokens, None
+
+    def recall(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
+        """The same batches, with the teacher's features, out of memory."""
+        rank, world_size, _ = self.process
+        order = data.batches(len(self.pairs), self.cfg.batch_size // world_size, seed, rank, world_size, first)
+        images, tokens, answer = self.memory
+        for rows in map(torch.from_numpy, order[: self.steps_per_epoch - first]):
+            found = answer and TeacherOutput(answer.image[rows], answer.text[rows], answer.scale)
+            yield images[rows], tokens[rows], found
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -238,43 +350,72 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
     with torch.device("meta"):
-        masks = [L0Mask.of(shape[tower], cfg.mask_types) for tower in ("vision", "text")] if cfg.masks else []
-        student = Student(CLIP(**shape), *masks)
+        student = Student(CLIP(**shape), *open_masks(shape, cfg))
     counts = parameter_counts(student.to_empty(device="cpu").clip)  # memory, but no initial weights, which take a while
-    print(f"parameters         {counts['total']:,} (image {counts['image']:,}, text {counts['text']:,} without tokens)")
-    if cfg.masks:
-        gates = sum(p.numel() for mask in student.masks for p in mask.parameters())
-        prunable = sum(mask.prunable_params for mask in student.masks)
-        print(f"masks              {gates:,} gates and multipliers, on {prunable:,} prunable parameters")
-        print(f"sparsity           {cfg.start_sparsity:g} -> {cfg.target_sparsity:g} in {cfg.sparsity_warmup:,} steps")
-        left = counts["image"] + counts["text"] - cfg.target_sparsity * prunable
-        print(f"pruned             at step {cfg.prune_step:,}, to about {left / 1e6:.1f}M without tokens")
-    print(f"loss               {cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}")
-    print(f"batch              {cfg.batch_size} ({cfg.batch_size // world_size} in each of {world_size} processes)")
-    print(f"steps              {cfg.steps:,}")
-    print(f"samples            {cfg.steps * cfg.batch_size:,}")
-    prune_step = cfg.prune_step if cfg.masks else None
-    for step in sorted({0, min(prune_step or cfg.warmup, cfg.steps - 1), cfg.steps // 2, cfg.steps - 1}):
-        print(f"learning rate      {lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e} at step {step:,}")
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, shape["text"]["context_length"], dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
-    gib = 2**30
-    activations = cli.activation_bytes(lambda: student(images, tokens)) / 2 * cfg.batch_size / world_size / gib
-    weights = 16 * sum(p.numel() for p in student.parameters()) / gib
-    print(
-        f"memory estimate    {weights + activations:.1f} GiB a process in fp32, the teacher and checkpointing left out:"
+    activations = cli.activation_bytes(lambda: student(images, tokens)) / 2 * cfg.batch_size / world_size / 2**30
+    weights = 16 * sum(p.numel() for p in student.parameters()) / 2**30
+    prune_step = cfg.prune_step if cfg.masks else None
+    cli.show_plan(
+        [
+            ("parameters", "{total:,} (image {image:,}, text {text:,} without tokens)".format(**counts)),
+            *(mask_rows(cfg, student, counts) if cfg.masks else ()),
+            ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
+            cli.batch_row(cfg, world_size),
+            ("steps", f"{cfg.steps:,}"),
+            ("samples", f"{cfg.steps * cfg.batch_size:,}"),
+            *cli.rate_rows(
+                lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}",
+                prune_step or cfg.warmup,
+                cfg.steps,
+            ),
+            (
+                "memory estimate",
+                f"{weights + activations:.1f} GiB a process in fp32, the teacher and checkpointing left out:",
+            ),
+            ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
+        ]
     )
-    print(f"                   {weights:.1f} weights, gradients, AdamW; {activations:.1f} activations")
 
 
-def restore(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student of a checkpoint and its masks: its towers may have been pruned since the run began."""
-    clip, masks = CLIP(**state["geometry"]), []
-    clip.load_state_dict(state["state_dict"])
-    for tower, values in zip(("vision", "text"), state["masks"] or (), strict=False):
-        masks.append(L0Mask.of(state["geometry"][tower], cfg.mask_types))
-        masks[-1].load_state_dict(values)
-    return clip, masks
+def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tuple[str, str]]:
+    """What the dry run of a stage with masks says about them."""
+    gates = sum(p.numel() for mask in student.masks for p in mask.parameters())
+    prunable = sum(mask.prunable_params for mask in student.masks)
+    left = counts["image"] + counts["text"] - cfg.target_sparsity * prunable
+    return [
+        ("masks", f"{gates:,} gates and multipliers, on {prunable:,} prunable parameters"),
+        ("sparsity", f"{cfg.start_sparsity:g} -> {cfg.target_sparsity:g} in {cfg.sparsity_warmup:,} steps"),
+        ("pruned", f"at step {cfg.prune_step:,}, to about {left / 1e6:.1f}M without tokens"),
+    ]
+
+
+def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | None:
+    """The teacher, None where the loss has none. ValueError if it takes other images or captions than the student."""
+    if cfg.alpha == 0:
+        return None
+    teacher = load_clip(cfg.teacher, cfg.head_width).to(device).requires_grad_(False)
+    seen, own = image_and_context(teacher), image_and_context(student)
+    if seen != own:
+        raise ValueError(f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {own[0]} and {own[1]}")
+    return teacher
+
+
+def distributed(student: Student, process: run.Process) -> nn.Module:
+    """The student, its gradients averaged over processes if there are several."""
+    return DistributedDataParallel(student) if process.world_size > 1 else student
+
+
+def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) -> Student:
+    """The smaller student that its masks leave at `prune_step`; masks.pt keeps them, the log what they cut."""
+    if folder.process.main:
+        masks = dict(zip(("image", "text"), student.eval_masks(), strict=True))
+        checkpoints.save_checkpoint(folder.path / "masks.pt", masks)
+        folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached_sparsity(student.masks))
+    student = student.pruned(cfg.exact_prune)
+    student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
+    return student
 
 
 def main(cfg: Config) -> Path | None:
@@ -284,120 +425,57 @@ def main(cfg: Config) -> Path | None:
         check_stage(cfg)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
-    device, precision, folder = process.device, run.resolve_precision(cfg.precision, process.device), Path(cfg.out)
+    device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
 
-    # Student and teacher
-    state = checkpoints.resume(folder, cfg)
-    step = 0 if state is None else state["step"]
-    if step >= cfg.steps:
-        if process.main:
-            print(f"{folder} is finished ({cfg.steps} steps); nothing to do")
-        return folder
-    clip, masks = first_weights(cfg) if state is None else restore(state, cfg)
+    # Student, teacher, optimizers, pairs; from the checkpoint if there is one
+    folder = run.RunFolder(cfg, process, step=0)
+    if folder.finished(step=cfg.steps):
+        return folder.path
+    first = folder.state["step"]
+    clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
     student = Student(clip, *masks).to(device).train()
     student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
-    teacher = None if cfg.alpha == 0 else load_clip(cfg.teacher, cfg.head_width).to(device).requires_grad_(False)
-    size, context = student.clip.geometry["vision"]["image_size"], student.clip.geometry["text"]["context_length"]
-    if teacher is not None:
-        seen = teacher.geometry["vision"]["image_size"], teacher.geometry["text"]["context_length"]
-        if seen != (size, context):
-            raise ValueError(
-                f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {size} and {context}"
-            )
+    teacher = frozen_teacher(cfg, student.clip, device)
     optimizers = make_optimizers(student, cfg)
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    if state is not None:
-        optimizers.load_state_dict(state["optimizers"])
-        if scaler is not None:
-            scaler.load_state_dict(state["scaler"])
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    folder.restore(optimizers=optimizers, scaler=scaler)
+    corpus = Corpus(cfg, process, student.clip, folder.state)
+    if cfg.keep_in_memory:
+        corpus.remember(teacher, precision)
+    folder.start(first, data=corpus.pairs.fingerprint)
 
-    # Data
-    broken: list[data.Broken] = []
-    source = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
-    data.check_pairs(source, cfg, state or {}, process)
-    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
-    pairs = Pairs(source, image_transform(size, cfg.augmentation == "crop"), tokenizer)
-    broken += source.broken
-    memory = Memory.read(pairs, teacher, cfg, process, precision, broken) if cfg.keep_in_memory else None
-
-    log = run.RunLog(folder, cfg, process, step)
-    clock, commit = run.Stopwatch(0.0 if state is None else state["seconds"]), run.commit()
-
-    def save(step: int) -> None:
-        if process.main:
-            content = {
-                "step": step,
-                "state_dict": student.clip.state_dict(),
-                "geometry": student.clip.geometry,
-                "masks": [mask.state_dict() for mask in student.masks] or None,
-                "optimizers": optimizers.state_dict(),
-                **({"scaler": scaler.state_dict()} if scaler is not None else {}),
-                "seconds": clock.read(),
-                "commit": commit,
-                "data": source.fingerprint,
-                "config": dataclasses.asdict(cfg),
-            }
-            checkpoints.save_checkpoint(folder / "checkpoint.pt", content)
-
-    def wrapped() -> nn.Module:
-        return DistributedDataParallel(student) if process.world_size > 1 else student
-
-    # The stage
-    network, skipped, saved, per_epoch = wrapped(), 0, step, len(source) // cfg.batch_size
-    if memory is None:
-        stream = data.watch(loaded(cfg, pairs, process, step), broken)
-    else:
-        data.report_broken(broken, process, "epoch 1")
-        stream = remembered(cfg, memory.images, memory.tokens, process, step)
-    steps = range(step, cfg.steps)
-    bar: tqdm = run.progress(zip(steps, stream, strict=False), len(steps), folder.name, cfg.batch_size, process)
-    for step, (rows, images, tokens, *_) in bar:
-        epoch = step // per_epoch
+    network, skipped, steps = distributed(student, process), 0, range(first, cfg.steps)
+    batches = zip(steps, corpus.batches(first, teacher, precision), strict=False)
+    for step, batch in run.progress(batches, len(steps), folder.path.name, cfg.batch_size, process):
+        epoch, done, last = step // corpus.steps_per_epoch, step + 1, step + 1 == cfg.steps
         if student.masks and step == cfg.prune_step:
-            if process.main:
-                checkpoints.save_checkpoint(
-                    folder / "masks.pt", dict(zip(("image", "text"), student.eval_masks(), strict=True))
-                )
-                reached = reached_sparsity(student.masks)
-                log.write(step + 1, epoch=epoch, seconds=clock.read(), sparsity_reached=reached)
-            student = student.pruned(cfg.exact_prune)
-            student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
-            optimizers, network = make_optimizers(student, cfg), wrapped()
-        images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
-        if teacher is None:
-            answer = None
-        elif memory is None:
-            answer = ask_teacher(teacher, images, tokens, cfg, precision)
-        else:
-            answer = TeacherOutput(memory.teacher.image[rows], memory.teacher.text[rows], memory.teacher.scale)
-        torch.manual_seed(
-            data.stable_hash(cfg.seed, step)
-        )  # mask samples: the same on all processes, and after a resume
+            student = cut_masks(student, cfg, folder, epoch)
+            optimizers = folder.parts["optimizers"] = make_optimizers(student, cfg)
+            network = distributed(student, process)
+        images, tokens, answer = batch
+        torch.manual_seed(data.stable_hash(cfg.seed, step))  # mask samples: alike in all processes and after a resume
         logged = train_step(network, answer, images, tokens, step, cfg, optimizers, precision, scaler)
         skipped = skipped + 1 if logged["skipped"] else 0
         if skipped > 100:
             raise ValueError(
                 f"gradients were not finite 100 times in a row up to step {step}: lower --lr, or --precision fp32"
             )
-        done = step + 1
-        if done % cfg.log_every == 0 or done in (1, cfg.steps):
-            log.write(done, epoch=epoch, seconds=clock.read(), **logged)
-        if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps) and process.main:
-            with clock.paused():
-                top1 = quick_top1(
-                    student, tokenizer, image_transform(size), cfg.eval_set, device, run.DTYPES[precision]
-                )
-            log.write(done, epoch=epoch, seconds=clock.read(), zero_shot_top1=top1)
-        if done % per_epoch == 0 or done == cfg.steps:
-            data.report_broken(broken, process, f"epoch {epoch + 1}")
-        if done == cfg.steps and process.main:  # before the last checkpoint, which is what says that all is done
+        if done % cfg.log_every == 0 or done == 1 or last:  # losses that are not finite, too: their steps were skipped
+            folder.metrics.write(done, epoch=epoch, seconds=folder.clock.read(), **logged)
+        if process.main and cfg.eval_every and (done % cfg.eval_every == 0 or last):
+            with folder.clock.paused():
+                view, dtype = image_transform(image_and_context(student.clip)[0]), run.DTYPES[precision]
+                top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype)
+            folder.log(done, epoch=epoch, zero_shot_top1=top1)
+        if done % corpus.steps_per_epoch == 0 or last:
+            data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
+        if folder.due(done) or last:
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
-            checkpoints.save_checkpoint(folder / "model.pt", weights)
-        if done - saved >= cfg.save_every or done == cfg.steps:
-            save(done)
-            saved = done
-    log.close()
-    return folder
+            if last and process.main:  # before the last checkpoint, which is what says that all is done
+                checkpoints.save_checkpoint(folder.path / "model.pt", weights)
+            folder.save(done, step=done, masks=[mask.state_dict() for mask in student.masks] or None, **weights)
+    folder.close()
+    return folder.path
 
 
 if __name__ == "__main__":

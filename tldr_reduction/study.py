@@ -56,7 +56,7 @@ def reductions() -> Iterator[Stage]:
     before: tuple[str, ...] = ()
     for name, flags in REDUCTIONS.items():
         yield Stage(f"reduced/{name}", f"{REDUCE} {flags}", after=before)
-        before = (f"reduced/{name}",)
+        before += (f"reduced/{name}",)
 
 
 STAGES = (

@@ -17,15 +17,8 @@ from shared.checkpoints import read_json
 from shared.evaluation import table
 from shared.study import report
 from shared.study.runner import Study
+from shared.study.verdicts import VERDICTS, shown
 
-VERDICTS = {  # as `statistics.judge` words them, and what each means
-    "reproduced": "the 95 % interval lies on the paper's side, and reaches its effect where both are in one unit",
-    "same direction": "on the paper's side, short of its effect",
-    "not reproduced": "the interval lies on the other side",
-    "not resolved at this scale": "the interval holds zero, or there is one seed and no interval",
-    "no claim": "the paper claims nothing here; the difference is only shown",
-    "not testable at this scale": "needs the paper's data or machines",
-}
 INTRODUCTION = (
     "Everything here was measured on the embedded emoji corpus, a stand-in for the papers' data that fits on a laptop: "
     "it shows whether an effect is there at its scale, never a paper's number. Intervals are of differences paired by "
@@ -51,7 +44,7 @@ def provenance(summary: dict) -> str:
 
 def counts(summary: dict) -> dict[str, int]:
     """How many of a paper's claims have each verdict."""
-    found = Counter(row["verdict"] for row in summary["claims"])
+    found = Counter(row["verdict"] for row in shown(summary["claims"]))
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
@@ -77,7 +70,7 @@ def markdown(summaries: dict[str, dict]) -> str:
             f'<a id="{folder}"></a>\n\n## {summary["paper"]}',
             f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
             f"    {command(folder, summary)}",
-            table(summary["claims"]),
+            table(shown(summary["claims"])),
         ]
     return "\n\n".join(page) + "\n"
 
@@ -121,8 +114,10 @@ def html_page(summaries: dict[str, dict], pictures: Path) -> str:
     for folder, summary in summaries.items():
         arms, metrics = named_arms(folder, summary)
         page.append(f'<h2 id="{folder}">{html.escape(summary["paper"])}</h2><p>{html.escape(provenance(summary))}</p>')
-        page.append(f"<p><code>{html.escape(command(folder, summary))}</code></p>{html_table(summary['claims'])}")
-        page.append(html_table(report.arms_rows(arms, metrics)))
+        page.append(
+            f"<p><code>{html.escape(command(folder, summary))}</code></p>{html_table(shown(summary['claims']))}"
+        )
+        page.append(html_table(report.arms_rows(arms, metrics, summary.get("floors"))))
         found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
         page += [picture(path) for path in sorted(found)]
     head = f'<meta charset="utf-8"><title>paper-clips: results</title><style>{STYLE}</style>'

@@ -1,41 +1,52 @@
 """The schema of results/<folder>.json, and what is printed and put into READMEs of it."""
 
+import hashlib
 import importlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shared.checkpoints import load_checkpoint, read_json
 from shared.evaluation import table
 from shared.run import machine
 from shared.study.statistics import spread
+from shared.study.verdicts import Scatter, pooled, shown
+
+STARS = (
+    " ★: the paper's abstract states it; the intervals of these claims hold together (Holm). Resolves: the smallest "
+    "difference that these seeds resolve."
+)
 
 
-def arms_rows(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> list[dict[str, str]]:
-    """One row an arm, one column a metric (key -> heading): mean ± std over seeds."""
+def arms_rows(
+    arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]] | None = None
+) -> list[dict[str, str]]:
+    """One row a floor, then one an arm; one column a metric (key -> heading): mean ± std over seeds."""
 
     def cell(value: dict | None) -> str:
         if value is None:
             return "-"
         return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if len(value["values"]) > 1 else "")
 
+    below = {
+        name: {key: {"mean": value, "values": [value]} for key, value in values.items()}
+        for name, values in (floors or {}).items()
+    }
     return [
-        {"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()} for arm, values in arms.items()
+        {"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()}
+        for arm, values in (below | arms).items()
     ]
-
-
-def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str]) -> str:
-    """`arms_rows` as a Markdown table."""
-    return table(arms_rows(arms, metrics))
 
 
 def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:
     """Print what `results` gave and `path` holds: arms by `metrics` (key -> heading), then claims."""
-    seeds = ", ".join(map(str, summary["seeds"]))
-    print(f"\nEmbedded emoji corpus, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
-    print(arms_table(summary["arms"], metrics))
-    claims = table(summary["claims"]) if summary["claims"] else "No claim compares these arms."
+    seeds, corpus = ", ".join(map(str, summary["seeds"])), summary.get("corpus", "Embedded emoji corpus")
+    print(f"\n{corpus}, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
+    print(table(arms_rows(summary["arms"], metrics, summary.get("floors"))))
+    claims = table(shown(summary["claims"])) if summary["claims"] else "No claim compares these arms."
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims}\n\nwritten to {path}")
     if len(summary["seeds"]) == 1:
         print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
@@ -46,6 +57,17 @@ class Comparison(NamedTuple):
     seeds: list[int]
     folders: dict[str, list[Path]]
     commits: set[str]  # of the code that trained them
+    settings: dict[str, str]  # by arm, what tells its settings from others
+
+
+UNIMPORTANT = ("out", "seed", "device", "workers", "strict", "cache", "save_every", "log_every", "dry_run")
+
+
+def setting_of(config: dict) -> str:
+    """A short word for a run's settings, the same for all its seeds and for whatever changes no result."""
+    kept = {name: value for name, value in config.items() if name not in UNIMPORTANT}
+    text = re.sub(r"-seed\d+", "", json.dumps(kept, sort_keys=True, default=str))
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def compare_runs(
@@ -57,7 +79,7 @@ def compare_runs(
     """
     arms: dict[str, dict[int, dict]] = {}
     folders: dict[str, dict[int, Path]] = {}
-    commits = set()
+    commits, settings = set(), {}
     for folder, values in zip(map(Path, runs), results, strict=True):
         arm, _, seed = folder.name.rpartition("-seed")
         if not arm or not seed.isdigit():
@@ -67,6 +89,7 @@ def compare_runs(
         if done < total:
             raise ValueError(f"{folder} is not finished: {done} of {total} {passes}s")
         commits.add(state.get("commit", "unknown"))
+        settings[arm] = setting_of(state["config"])
         arms.setdefault(arm, {})[int(seed)] = values
         folders.setdefault(arm, {})[int(seed)] = folder
     names = [arm for arm in order if arm in arms] + sorted(set(arms) - set(order))
@@ -79,32 +102,49 @@ def compare_runs(
         seeds,
         {arm: [folders[arm][seed] for seed in seeds] for arm in names},
         commits,
+        settings,
     )
 
 
-def results(
-    paper: str, seeds: Sequence[int], arms: dict[str, list[dict[str, float]]], claims: Sequence[dict], commits: set[str]
-) -> dict:
-    """The schema of results/<folder>.json; `arms` has one {metric: number} a seed, `commits` trained them.
-
-    Values that are no numbers, which plots may need, are left out.
-    """
+def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) -> dict:
+    """The schema of results/<folder>.json. Values of an arm that are no numbers, which plots may need, are left out."""
     return {
         "paper": paper,
-        "seeds": list(seeds),
+        "seeds": found.seeds,
         "machine": machine(),
         "date": date.today().isoformat(),
-        "commit": ", ".join(sorted(commits)),
+        "commit": ", ".join(sorted(found.commits)),
+        **more,
         "arms": {
             arm: {
                 metric: spread([run[metric] for run in runs])
                 for metric, value in runs[0].items()
                 if isinstance(value, (int, float))
             }
-            for arm, runs in arms.items()
+            for arm, runs in found.arms.items()
         },
         "claims": list(claims),
     }
+
+
+def known_scatter(path: Path, found: Comparison) -> dict[str, Scatter]:
+    """Scatter of each metric in earlier results, if they are of the same machine and settings of the arms; else none.
+
+    Of fewer seeds than `found` has, or of a file that is not there, nothing is known either.
+    """
+    try:
+        earlier = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    same = all(earlier.get("settings", {}).get(arm) == setting for arm, setting in found.settings.items())
+    if not same or earlier.get("machine") != machine() or len(earlier["seeds"]) <= len(found.seeds):
+        return {}
+    arms = {
+        arm: [{metric: values["values"][i] for metric, values in metrics.items()} for i in range(len(earlier["seeds"]))]
+        for arm, metrics in earlier["arms"].items()
+    }
+    metrics = set().union(*earlier["arms"].values())
+    return {metric: scatter for metric in metrics if (scatter := pooled(arms, metric))}
 
 
 def readme_block(folder: str) -> str:
@@ -116,9 +156,9 @@ def readme_block(folder: str) -> str:
     measured = f"Measured {summary['date']} at commit `{summary['commit']}` on {summary['machine']}."
     return (
         f"Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
-        f"{arms_table(named, study.metrics)}\n\n"
+        f"{table(arms_rows(named, study.metrics, summary.get('floors')))}\n\n"
         "Differences are paired by seed, unless the row says by what, ± half the 95 % interval."
-        f"\n\n{table(summary['claims'])}\n"
+        f"{STARS * ('floors' in summary)}\n\n{table(shown(summary['claims']))}\n"
     )
 
 

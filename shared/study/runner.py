@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 
 import tyro
 
-from shared import cli
+from shared import cli, evaluation
 from shared.checkpoints import write_json
-from shared.study import report
+from shared.study import report, verdicts
+from shared.study.floors import Floor
 from shared.study.statistics import Claim, judge_all, measured
 
+COMMITTED = 5  # seeds from which on the intervals of primary claims hold together
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or the name of a stage or arm: its run folder of the same seed
 
 
@@ -37,7 +39,7 @@ class Stage:
 
     name: str
     command: str | tuple[str, ...]
-    after: tuple[str, ...] = ()  # stages to wait for that the command does not name
+    after: tuple[str, ...] = ()  # others that must not run at the same time and come first, if they run at all
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -45,8 +47,8 @@ class Stage:
 
     @property
     def needs(self) -> set[str]:
-        """Names of what must be there first."""
-        return {*self.after, *PLACE.findall(" ".join(self.commands))} - {"seed", "out"}
+        """Names of what the commands start from."""
+        return set(PLACE.findall(" ".join(self.commands))) - {"seed", "out"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Study:
     """Draws plots of arms into a folder."""
     before: tuple[Once, ...] = ()
     stages: tuple[Stage, ...] = ()
+    corpus: str = "Embedded emoji corpus"
+    """What the arms are trained on, and which of their parts were pretrained on what."""
+    floors: tuple[Floor, ...] = ()
+    """Rows that no method made; with them, verdicts are those of `verdicts.judged`."""
     passes: str = "epoch"
     """What a checkpoint counts, by which a run is known to be finished: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
@@ -148,11 +154,31 @@ class Study:
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
             print(f"claims about {', '.join(sorted(left_out))} are left out: give --sets those sets, too")
-        rows = judge_all(self.claims, found.arms) + self.more_rows(found, **more)
-        summary = report.results(self.paper, found.seeds, found.arms, rows, found.commits)
+        if self.floors:
+            summary = self.judged(found, **more)
+        else:
+            summary = report.results(
+                self.paper, found, judge_all(self.claims, found.arms) + self.more_rows(found, **more)
+            )
         write_json(path, summary)
         self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
+
+    def judged(self, found: report.Comparison, **more: Any) -> dict[str, Any]:
+        """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
+        names, kept = [floor.name for floor in self.floors], Path(f"runs/{self.folder}/floors.json")
+        measure = lambda: {floor.name: floor.measure() for floor in self.floors}  # noqa: E731
+        floors = evaluation.measured(kept, {"floors": names}, (), measure)
+        bars = {floor.name: floors[floor.name] for floor in self.floors if not floor.ceiling}
+        committed = Path(f"results/{self.folder}.json")
+        known = report.known_scatter(committed, found)
+        if known:
+            print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")
+        together = len(found.seeds) >= COMMITTED
+        rows = verdicts.judged(self.claims, found.arms, bars, together, known) + self.more_rows(found, **more)
+        rows.sort(key=lambda row: not row["primary"])
+        about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
+        return report.results(self.paper, found, rows, **about)
 
 
 @dataclass
@@ -169,15 +195,24 @@ class Options:
     """Runs side by side, each with its share of the cores."""
 
 
-def depth(study: Study, job: Stage) -> int:
-    """How many jobs must run one after the other before this one."""
-    known = {each.name: each for each in (*study.stages, *study.arms)}
-    return max((1 + depth(study, known[name]) for name in job.needs), default=0)
+def in_order(jobs: Sequence[Stage]) -> list[Stage]:
+    """Jobs such that each comes after what it waits for, and what others wait for comes early."""
+    chosen = {job.name: job for job in jobs}
+
+    def depth(job: Stage) -> int:
+        return max((1 + depth(chosen[name]) for name in waits_for(job, chosen)), default=0)
+
+    return sorted(jobs, key=depth)
+
+
+def waits_for(job: Stage, chosen: Container[str]) -> list[str]:
+    return [name for name in sorted(job.needs | set(job.after)) if name in chosen]
 
 
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
     """Train arms and what they start from, `at_once` side by side. ValueError names a command that failed."""
-    jobs = sorted(study.jobs(arms), key=lambda job: depth(study, job))  # what is waited for is started first
+    jobs = in_order(study.jobs(arms))
+    names = {job.name for job in jobs}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(cli.cores() // at_once, 1))}
     estimate = "" if minutes is None else f"; about {minutes * len(seeds):.0f} minutes on two cores if none is done"
     total, start = len(jobs) * len(seeds), time.perf_counter()
@@ -186,7 +221,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     finished = itertools.count(1)
 
     def work(job: Stage, seed: int) -> None:
-        for name in job.needs:
+        for name in waits_for(job, names):
             futures[name, seed].result()
         for words in study.words(job, seed):
             subprocess.run(words, env=environment, check=True)

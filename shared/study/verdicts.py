@@ -162,12 +162,13 @@ def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dic
 def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows as tables show them: primary claims are starred, numbers rounded to what the interval resolves.
 
-    Rows of schema 1 (claim, paper, here, verdict) stay as they are.
+    Rows of schema 1 (claim, paper, here, verdict) stay as they are, but for the words of verdicts.
     """
     lines = []
     for row in rows:
         if "here" in row:
-            lines.append(row)
+            word = row["verdict"].replace("not resolved at this scale", "not resolved")
+            lines.append(row | {"verdict": word.replace("not testable at this scale", "not testable here")})
             continue
         here, resolves = row.get("why", ""), "-"
         if row["difference"] is not None:

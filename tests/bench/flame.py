@@ -122,7 +122,7 @@ class Encoding:
 def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None:
     """A step with embedded texts, in memory and read from a bank, against one of the image tower, whose loss needs no
     texts."""
-    cfg = dataclasses.replace(train.PRESETS["emoji"][1], precision=precision, batch_size=size)
+    cfg = dataclasses.replace(train.PRESETS["emoji"][1], batch_size=size)
     network = train.create_model(cfg, 576)
     optimizer = torch.optim.AdamW(train.param_groups(network, 0.2), lr=1e-4, fused=True)
     images = [torch.randn(size, 3, 32, 32) for _ in range(steps)]
@@ -130,7 +130,7 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
 
     def ours():
         for x in images:
-            train.train_step(network, (x, texts), optimizer, 1e-4, cfg)
+            train.train_step(network, (x, texts), optimizer, 1e-4, cfg, precision)
 
     def tower():
         for x in images:
@@ -150,7 +150,7 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
         def reading():
             for i, x in enumerate(images):
                 drawn = torch.stack([dataset.facets(key) for key in keys[size * i : size * (i + 1)]])
-                train.train_step(network, (x, drawn), optimizer, 1e-4, cfg)
+                train.train_step(network, (x, drawn), optimizer, 1e-4, cfg, precision)
 
         name += ", ours reads its texts from a bank"
         print_row(*race(name, reading, tower, repetitions, steps), "", "which the loader's processes do in training")
@@ -169,7 +169,7 @@ def written_bank(folder: Path, images: int) -> list[str]:
 
 def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
     """FLAME's step, and its trained-text baseline's, against open_clip's with towers of the same sizes."""
-    cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], precision=precision, batch_size=size)
+    cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], batch_size=size)
     towers = open_clip.create_model("ViT-emoji-32", output_dict=True)
     flags = SimpleNamespace(
         device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
@@ -192,7 +192,7 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
     def theirs():
         train_one_epoch(towers, data, loss, 1, theirs_optimizer, None, scheduler, None, flags)
 
-    flame_cfg = dataclasses.replace(train.PRESETS["emoji"][1], precision=precision, batch_size=size)
+    flame_cfg = dataclasses.replace(train.PRESETS["emoji"][1], batch_size=size)
     texts = F.normalize(torch.randn(size, flame_cfg.facets, 576), dim=-1)
     for name, settings, batch in (("FLAME", flame_cfg, texts), ("trained text", cfg, tokens)):
         network = train.create_model(settings, 576)
@@ -200,7 +200,7 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
 
         def ours(network=network, optimizer=optimizer, settings=settings, batch=batch):
             for x in images:
-                train.train_step(network, (x, batch), optimizer, 1e-4, settings)
+                train.train_step(network, (x, batch), optimizer, 1e-4, settings, precision)
 
         note = "with an MLP that theirs lacks" + (", without text encoder" if name == "FLAME" else "")
         title = f"step, batch {size}, {precision}: open_clip against {name}"

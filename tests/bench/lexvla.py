@@ -101,8 +101,8 @@ def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> No
 
 def training_step(repetitions: int) -> None:
     """Adapter, codebook and losses of the emoji preset; the frozen backbone's tokens and text states are given."""
-    from lexvla.build import create_image_encoder
     from lexvla.config import EMOJI
+    from lexvla.towers import create_image_encoder
 
     torch.manual_seed(0)
     V, d, B = 2000, 576, EMOJI.batch_size

@@ -22,10 +22,11 @@ from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
 from shared import run
-from tinyclip import model, network, train
-from tinyclip.checkpoints import open_clip_config
+from tinyclip import model, train
 from tinyclip.config import Stage
 from tinyclip.eval import macs, throughput
+from tinyclip.geometry import open_clip_config
+from tinyclip.inheritance import random_masks
 
 from ..parity import check_commit
 from ..parity import test_tinyclip as parity
@@ -57,7 +58,7 @@ def affinity(up, n: int, repetitions: int) -> None:
 def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what: str) -> None:
     """A step of learning masks on ViT-B/32 with a ViT-B/32 teacher, fp32: their train_one_epoch against
     `train_step`."""
-    cfg = network.CONFIGS["ViT-B-32"]
+    cfg = model.CONFIGS["ViT-B-32"]
     stage = Stage(masks=True, target_sparsity=0.5, sparsity_warmup=1)
     theirs, student = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"], masks=True)
     for mask in student.masks:
@@ -81,9 +82,9 @@ def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what:
 
 def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: int = 256) -> None:
     """The contrastive arm's step against open_clip_train's on the same towers, from the same weights."""
-    clip = network.create_model("emoji-50")
+    clip = model.create_model("emoji-50")
     stage = Stage(alpha=0.0, logit_scale=None, steps=1000, warmup=30, lr=1e-3)
-    cfg = open_clip_config(clip)
+    cfg = open_clip_config(clip.geometry)
     plain = open_clip.CLIP(**cfg, output_dict=True)
     plain.load_state_dict(clip.state_dict())
     student = model.Student(clip).train()
@@ -129,13 +130,13 @@ def uneven(shape: dict, millions: float, choice: tuple[int, int, int]) -> float:
     return abs((blocks + ends) / 1e6 - millions) + 3 * (max(kept) - min(kept))
 
 
-def pruned_like(image_m: float, text_m: float) -> network.CLIP:
+def pruned_like(image_m: float, text_m: float) -> model.CLIP:
     """ViT-B/32 pruned at random to about the sizes (M parameters) of a released automatic student.
 
     The released files alone say which parts they kept; here every kind of part keeps the same share in every layer,
     heads and hidden dimensions by multiples of a head.
     """
-    whole = network.create_model("ViT-B-32")
+    whole = model.create_model("ViT-B-32")
     masks = []
     for tower, size in (("vision", image_m), ("text", text_m)):
         shape = whole.geometry[tower]
@@ -146,16 +147,16 @@ def pruned_like(image_m: float, text_m: float) -> network.CLIP:
         )
         heads, width, neurons = min(choices, key=partial(uneven, shape, size))
         small = {"width": width, "layers": shape["layers"], "head_width": 64, "heads": heads, "mlp_width": neurons}
-        masks.append(model.random_masks(shape, small, torch.Generator().manual_seed(0)))
+        masks.append(random_masks(shape, small, torch.Generator().manual_seed(0)))
     return model.prune(whole, *masks)
 
 
 def proportions(rounds: int) -> None:
     """Pairs per second of ViT-B/32 and its students against their MACs, captions of full length, batch 32, fp32."""
     models = {
-        "ViT-B-32": network.create_model("ViT-B-32"),
-        "TinyCLIP-ViT-61M-32-Text-29M": network.create_model("TinyCLIP-ViT-61M-32-Text-29M"),
-        "TinyCLIP-ViT-40M-32-Text-19M": network.create_model("TinyCLIP-ViT-40M-32-Text-19M"),
+        "ViT-B-32": model.create_model("ViT-B-32"),
+        "TinyCLIP-ViT-61M-32-Text-29M": model.create_model("TinyCLIP-ViT-61M-32-Text-29M"),
+        "TinyCLIP-ViT-40M-32-Text-19M": model.create_model("TinyCLIP-ViT-40M-32-Text-19M"),
         "pruned to 63M + 31M": pruned_like(63, 31),
         "pruned to 45M + 18M": pruned_like(45, 18),
         "pruned to 22M + 10M": pruned_like(22, 10),
@@ -167,7 +168,7 @@ def proportions(rounds: int) -> None:
     base, work = statistics.median(rates["ViT-B-32"]), macs(models["ViT-B-32"])
     print("\n| model | image + text (M) | MACs (G) | pairs/s | faster | by its MACs | share of it |\n|" + " --- |" * 7)
     for name, network_ in models.items():
-        counts, rate = network.parameter_counts(network_), statistics.median(rates[name])
+        counts, rate = model.parameter_counts(network_), statistics.median(rates[name])
         expected = work / macs(network_)
         sizes = f"{counts['image'] / 1e6:.1f} + {counts['text'] / 1e6:.1f}"
         cells = name, sizes, f"{macs(network_) / 1e9:.2f}", f"{rate:.1f}", f"{rate / base:.2f}x", f"{expected:.2f}x"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flame import bank, embed, model, train
+from flame import embed, model, train
 from flame import eval as evaluation
 
 from . import Table, clone_of, import_beside, printed, race, seeded, unit, with_gradients  # noqa: F401  (seeded: autouse)
@@ -164,7 +164,7 @@ def test_drawing_facets(up, table):
     theirs = feature[torch.randperm(feature.shape[0])[:6], :]
     torch.manual_seed(3)
     where = "training/data.py:409"
-    table.compare("draw 6 of 11", where, "bank.sample_facets", theirs, bank.sample_facets(feature), rtol=0, atol=0)
+    table.compare("draw 6 of 11", where, "train.sample_facets", theirs, train.sample_facets(feature), rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------- image tower

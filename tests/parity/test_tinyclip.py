@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyclip import checkpoints, inheritance, model, network, pairs, train
 from tinyclip import eval as evaluation
+from tinyclip import geometry, inheritance, model, train
 from tinyclip import masks as own_masks
 from tinyclip.config import Stage
 
@@ -96,9 +96,9 @@ def twins(up, vision=VISION, text=TEXT, embed=EMBED, masks=False, quick_gelu=Fal
                 parameter.normal_(0.5, spread)
             elif parameter.ndim and "lambda" not in name:
                 parameter += 0.02 * torch.randn_like(parameter)
-    clip = network.CLIP(embed, vision, text, quick_gelu)
+    clip = model.CLIP(embed, vision, text, quick_gelu)
     student = model.Student(clip, *[model.L0Mask.of(cfg) for cfg in (vision, text)] if masks else [])
-    state = checkpoints.convert_state_dict(theirs.state_dict())
+    state = geometry.convert_state_dict(theirs.state_dict())
     student.load_state_dict({name if "mask." in name else f"clip.{name}": value for name, value in state.items()})
     return theirs, student
 
@@ -108,7 +108,7 @@ def student_gradients(student: model.Student) -> dict:
 
 
 def their_gradients(theirs) -> dict:
-    return checkpoints.convert_state_dict({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    return geometry.convert_state_dict({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -159,7 +159,7 @@ def test_forward(up, table, kind):
     keys = gradients[0].keys() & gradients[1].keys()
     gradients = [{key: g[key] for key in keys} for g in gradients]
     name = f"CLIP, {kind}"
-    table.compare(name, up.model.CLIPBase.forward, "network.CLIP", *results, gradients=gradients, rtol=1e-4, atol=2e-5)
+    table.compare(name, up.model.CLIPBase.forward, "model.CLIP", *results, gradients=gradients, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["sampled", "evaluation"])
@@ -180,7 +180,7 @@ def test_masked_forward(up, table, training):
         gradients = [{name: g for name, g in each.items() if "mask." not in name} for each in gradients]
     name = f"masked CLIP, {'sampled' if training else 'evaluation'} masks"
     where = "open_clip/model.py:40-315, 443-540, 764-805"
-    table.compare(name, where, "network.CLIP", a, b, gradients=gradients, rtol=1e-4, atol=2e-5, seconds=seconds)
+    table.compare(name, where, "model.CLIP", a, b, gradients=gradients, rtol=1e-4, atol=2e-5, seconds=seconds)
 
 
 # ------------------------------------------------------------------------------------------------------ inheritance
@@ -218,7 +218,7 @@ def test_prune_and_expand(up, table, spread):
     full = copy.deepcopy(theirs)
     pruned = up.model.prune_model(theirs.eval())
     ours = student.eval().pruned()
-    states = checkpoints.convert_state_dict(pruned.state_dict()), ours.clip.state_dict()
+    states = geometry.convert_state_dict(pruned.state_dict()), ours.clip.state_dict()
     table.compare("pruned weights", up.model.prune_model, "masks.prune", *states, rtol=0, atol=0)
     with torch.no_grad():
         values = list(pruned(images, tokens)), list(ours(images, tokens))
@@ -236,7 +236,7 @@ def test_prune_and_expand(up, table, spread):
             parameter.data[parameter.data != -10] = 10.0
     own_masks.expand_pruned(student.clip, *student.masks, pruned.state_dict())
     expanded = {name.removeprefix("clip."): value for name, value in student.state_dict().items()}
-    states = checkpoints.convert_state_dict(full.state_dict()), expanded
+    states = geometry.convert_state_dict(full.state_dict()), expanded
     where = "open_clip/model.py:1300"
     table.compare("back to full size", where, "masks.expand_pruned", *states, rtol=0, atol=0)
 
@@ -246,7 +246,7 @@ def test_inherit_by_hand(up, table, kind):
     vision = VISION if kind == "ViT" else RESNET
     small = vision | ({"width": 32, "layers": 2} if kind == "ViT" else {"width": 4, "layers": [1, 1, 1, 1]})
     teacher = twins(up, vision, embed=64)[1].clip.state_dict()
-    target = network.CLIP(64, small, TEXT | {"layers": 1, "width": 16, "heads": 1}).state_dict()
+    target = model.CLIP(64, small, TEXT | {"layers": 1, "width": 16, "heads": 1}).state_dict()
     ours = inheritance.inherit_weights(target, teacher, 16)
     theirs = {}
     with contextlib.redirect_stdout(None):
@@ -263,16 +263,16 @@ def test_inherit_by_hand(up, table, kind):
 def test_checkpoint_keys(up, table):
     theirs, student = twins(up)
     plain = {f"module.{name}": value for name, value in student.clip.state_dict().items()}
-    converted = checkpoints.convert_state_dict(
+    converted = geometry.convert_state_dict(
         up.model.convert_to_new_checkpoint({k.removeprefix("module."): v for k, v in plain.items()})
     )
     function = up.model.convert_to_new_checkpoint
     table.compare(
         "checkpoint keys",
         function,
-        "checkpoints.convert_state_dict",
+        "geometry.convert_state_dict",
         converted,
-        checkpoints.convert_state_dict(plain),
+        geometry.convert_state_dict(plain),
         rtol=0,
         atol=0,
     )
@@ -280,11 +280,11 @@ def test_checkpoint_keys(up, table):
 
 def test_positional_embedding(up, table):
     state = {"visual.positional_embedding": torch.randn(50, 6)}
-    resized = checkpoints.resize_positional_embedding(state["visual.positional_embedding"], 9)
+    resized = inheritance.resize_positional_embedding(state["visual.positional_embedding"], 9)
     up.model.resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=(9, 9))))
     function = up.model.resize_pos_embed
     values = state["visual.positional_embedding"], resized
-    table.compare("position table", function, "checkpoints.resize_positional_embedding", *values)
+    table.compare("position table", function, "inheritance.resize_positional_embedding", *values)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -402,7 +402,7 @@ def test_training(up, table, masks):
     name = "training, " + ("masks" if masks else "plain")
     table.compare(f"{name}: first loss", up.train.train_one_epoch, "train.train_step", *values, rtol=1e-4)
     state = {name.removeprefix("clip."): value for name, value in student.state_dict().items()}
-    states = checkpoints.convert_state_dict(theirs.state_dict()), state
+    states = geometry.convert_state_dict(theirs.state_dict()), state
     table.compare(f"{name}: weights after 4 steps", up.train.train_one_epoch, "train.train_step", *states, atol=1e-4)
 
 
@@ -428,9 +428,9 @@ def test_evaluation(up, table):
 
 def test_transform_and_tokens(up, table):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 60, 3), dtype=np.uint8))
-    values = up.transform.image_transform(32, is_train=False)(image), pairs.image_transform(32)(image)
+    values = up.transform.image_transform(32, is_train=False)(image), train.image_transform(32)(image)
     table.compare(
-        "evaluation transform", up.transform.image_transform, "pairs.image_transform", *values, rtol=0, atol=0
+        "evaluation transform", up.transform.image_transform, "train.image_transform", *values, rtol=0, atol=0
     )
     texts = ["A Photo of a  cat", "it&amp;s", "caf\u00e9", "word " * 100, ""]
     values = up.tokenizer.tokenize(texts), open_clip.SimpleTokenizer(context_length=77)(texts)

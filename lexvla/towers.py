@@ -1,11 +1,6 @@
-"""Towers by name, the checkpoint's layout, and image transforms.
-
-A checkpoint holds what was trained and no weight of the frozen models (DINOv2, the LM), which come from their own
-sources: `adapter.*`, `image.codebook`, `lora.<module>.A|B`, `logit_scale`, and `vocab_ids` and `bias` beside them.
-"""
+"""Towers by name: frozen backbone and adapter, language model with LoRA, and the transforms of their images."""
 
 import functools
-from pathlib import Path
 
 import timm
 import torch
@@ -25,7 +20,7 @@ from lexvla.model import (
     VisualAdapter,
     add_lora,
 )
-from lexvla.text import Bags, Prompts, States, load_lm
+from lexvla.text import Bags, Prompts, States
 from shared import checkpoints, data
 
 
@@ -124,57 +119,6 @@ def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | St
     if cfg.states:
         return States(cfg.states, cfg.lm, cfg.max_length, cfg.prompt_end)
     return Prompts(tokenizer, cfg.max_length, cfg.prompt_end)
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def _renamed(name: str) -> str:
-    """Parameter of LexVLA -> name in a checkpoint."""
-    for prefix, short in (("image.adapter.", "adapter."), ("text.lm.", "lora.")):
-        if name.startswith(prefix):
-            return short + name.removeprefix(prefix)
-    return name
-
-
-def trained_weights(model: LexVLA) -> dict[str, Tensor]:
-    """What training changes, by the checkpoint's names."""
-    return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def frozen_fingerprint(model: LexVLA) -> str:
-    """Tells one image backbone from another, which a checkpoint names but does not hold."""
-    return data.fingerprint(*(x.cpu().numpy().tobytes() for x in model.image.backbone.state_dict().values()))
-
-
-def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
-    """Weights of `trained_weights` from a checkpoint's state; ValueError if they are of another model."""
-    if frozen_fingerprint(model) != state["backbone"]:
-        raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
-    weights = state["weights"]
-    own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
-        raise ValueError("the checkpoint does not hold the weights of the model that its configuration describes")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
-
-
-def load_run(
-    folder: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[LexVLA, Config, object, Prompts | Bags | States]:
-    """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights."""
-    state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
-    if "weights" not in state or "vocab_ids" not in state:
-        raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
-    cfg = Config(**state["config"])
-    lm, tokenizer = load_lm(cfg.lm, dtype)
-    model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
-    load_weights(model, state, folder)
-    read = text_input(cfg, tokenizer, state["vocab_ids"])
-    if isinstance(read, States):
-        read.lm, read.tokenizer = lm, tokenizer  # captions beyond the file: LoRA is behind the states
-    return model.eval(), cfg, tokenizer, read
 
 
 # -------------------------------------------------------------------------------------------------------------- images

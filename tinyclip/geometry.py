@@ -1,19 +1,76 @@
-"""Checkpoints of TinyCLIP: the authors' key layouts, geometries read off tensors, open_clip's weights and configs.
+"""Sizes of CLIPs, by model name or read off the weights, and the layouts in which checkpoints name these weights.
 
-Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`.
+A geometry is a dict of embed_dim, vision and text: the arguments of `model.CLIP`. Authors' code:
+wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`.
 """
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-import open_clip
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shared import checkpoints
-from tinyclip.network import CLIP, CONFIGS, block_sizes
+# ------------------------------------------------------------------------------------------------- geometries by name
+
+
+def _config(embed_dim: int, vision: dict, text_width: int, text_heads: int, text_layers: int, **text) -> dict:
+    text = {"context_length": 77, "vocab_size": 49408} | text
+    text |= {"width": text_width, "heads": text_heads, "layers": text_layers}
+    return {"embed_dim": embed_dim, "vision": vision, "text": text}
+
+
+def _vit(width: int, layers: int, patch: int, image_size: int = 224, head_width: int = 64) -> dict:
+    return {
+        "image_size": image_size, "patch_size": patch, "width": width, "layers": layers, "head_width": head_width
+    }  # fmt: skip
+
+
+def _resnet(width: int) -> dict:
+    return {"image_size": 224, "width": width, "layers": [3, 4, 6, 3], "head_width": 64}
+
+
+_EMOJI_TEXT = {"context_length": 24}
+CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* ones are ours
+    "ViT-B-32": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "ViT-B-16": _config(512, _vit(768, 12, 16), 512, 8, 12),
+    "RN50": _config(1024, _resnet(64), 512, 8, 12),
+    "TinyCLIP-ViT-61M-32-Text-29M": _config(512, _vit(640, 12, 32), 512, 8, 9),
+    "TinyCLIP-ViT-40M-32-Text-19M": _config(512, _vit(512, 12, 32), 512, 8, 6),
+    "TinyCLIP-ViT-39M-16-Text-19M": _config(512, _vit(512, 12, 16), 512, 8, 6),
+    "TinyCLIP-ViT-8M-16-Text-3M": _config(512, _vit(256, 10, 16), 256, 4, 3),
+    "TinyCLIP-ResNet-30M-Text-29M": _config(1024, _resnet(56), 512, 8, 9),
+    "TinyCLIP-ResNet-19M-Text-19M": _config(1024, _resnet(44), 512, 8, 6),
+    # Automatic inheritance starts from ViT-B/32 with masks; the size in the name is what is left after pruning.
+    "TinyCLIP-auto-ViT-63M-32-Text-31M": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "TinyCLIP-auto-ViT-45M-32-Text-18M": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "TinyCLIP-auto-ViT-22M-32-Text-10M": _config(512, _vit(768, 12, 32), 512, 8, 12),
+    "emoji-100": _config(128, _vit(128, 6, 8, 40, 32), 128, 4, 4, **_EMOJI_TEXT),
+    "emoji-50": _config(128, _vit(96, 6, 8, 40, 32), 128, 4, 2, **_EMOJI_TEXT),
+    "emoji-25": _config(128, _vit(64, 6, 8, 40, 32), 128, 4, 1, **_EMOJI_TEXT),
+}
+
+
+def block_sizes(tower: Mapping) -> tuple[int, list[int], list[int | None]]:
+    """(d, heads of each layer, neurons of each layer) of a transformer's `vision` or `text` dict.
+
+    `heads` and `mlp_width` may be lists, as in pruned networks: 0 heads is a block without attention, None neurons one
+    without MLP, and 0 neurons an MLP of which the bias is left.
+    """
+    layers, heads = tower["layers"], tower.get("heads")
+    head_width = tower.get("head_width") or tower["width"] // heads
+    heads = tower["width"] // head_width if heads is None else heads
+    neurons = tower.get("mlp_width", 4 * tower["width"])
+    heads, neurons = (list(x) if isinstance(x, (list, tuple)) else [x] * layers for x in (heads, neurons))
+    return head_width, heads, neurons
+
+
+def named_towers(shape: Mapping) -> Iterator[tuple[str, str, Mapping]]:
+    """("image", "visual.", vision) and ("text", "", text): the transformer towers, with the prefix of their weights."""
+    if isinstance(shape["vision"]["layers"], int):
+        yield "image", "visual.", shape["vision"]
+    yield "text", "", shape["text"]
+
+
+# ---------------------------------------------------------------------------------------- checkpoints in other layouts
 
 
 def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,72 +140,11 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
         raise ValueError("these are not the weights of a CLIP: a table or projection has too few axes") from error
 
 
-def resize_positional_embedding(table: Tensor, grid: int) -> Tensor:
-    """(1 + g*g, H) -> (1 + grid*grid, H), bicubic over the grid with aligned corners. U:open_clip/model.py:1261."""
-    side = round((len(table) - 1) ** 0.5)
-    patches = table[1:].T.reshape(1, -1, side, side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=True)
-    return torch.cat([table[:1], patches[0].flatten(1).T])
-
-
-def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False) -> CLIP:
-    """A CLIP in eval mode from a run folder of ours, a checkpoint file in either of the authors' layouts, or
-    `MODEL@WEIGHTS` of open_clip (`ViT-B-32@laion2b_e16`), which it downloads.
-
-    `head_width` and `quick_gelu` are for the authors' files, which do not say.
-    """
-    if "@" in str(source) and not Path(source).exists():
-        name, _, tag = str(source).partition("@")
-        tags = {known: open_clip.list_pretrained_tags_by_model(known) for known in ("ViT-B-32", "ViT-B-16", "RN50")}
-        if tag not in tags.get(name, ()):
-            known = "; ".join(f"{model}@ {', '.join(weights)}" for model, weights in tags.items())
-            raise ValueError(f"{source} is not among the weights of open_clip that fit here: {known}")
-        try:
-            state = open_clip.create_model(name, pretrained=tag).state_dict()
-        except (RuntimeError, OSError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{source}: open_clip could not download these weights ({why}); name a file") from error
-        quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", tag == "openai"))
-        shape = CONFIGS[name]
-    else:
-        path = Path(source)
-        file = next((path / n for n in ("model.pt", "checkpoint.pt") if (path / n).exists()), path)
-        content = checkpoints.load_checkpoint(file)
-        state = content.get("state_dict", content) if isinstance(content, dict) else None
-        if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-            raise ValueError(
-                f"{source} holds no weights by name: a checkpoint is a dict of tensors, or has one as state_dict"
-            )
-        state = convert_state_dict(state)
-        if "masks" in content and content["masks"] is not None:
-            raise ValueError(f"{source} is in the middle of learning its masks; let it run past its --prune-step")
-        if "geometry" in content:
-            shape = content["geometry"]
-        elif any("mask." in key for key in state):
-            raise ValueError(f"{source} still has its masks; prune it with the authors' code, or load its last stage")
-        else:
-            try:
-                shape = geometry(state, head_width)
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
-    try:
-        model = CLIP(**({"quick_gelu": quick_gelu} | shape))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{source} says a geometry that no CLIP here has: {error}") from error
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source} does not hold a CLIP that this code knows: {str(error).splitlines()[1].strip()}"
-        ) from error
-    return model.eval()
-
-
-def open_clip_config(model: CLIP) -> dict | None:
-    """The model as a config of open_clip, or None where open_clip has no such shapes (layers of different widths)."""
+def open_clip_config(shape: Mapping) -> dict | None:
+    """The geometry as a config of open_clip, or None where that has no such shapes (layers of different widths)."""
     towers = {}
     for name in ("vision", "text"):
-        tower = model.geometry[name]
+        tower = shape[name]
         cfg = {key: tower[key] for key in tower.keys() - {"heads", "mlp_width"}}
         if isinstance(tower["layers"], int):
             cfg.pop("head_width", None)
@@ -161,5 +157,4 @@ def open_clip_config(model: CLIP) -> dict | None:
             if int(width * cfg["mlp_ratio"]) != mlp:
                 return None
         towers[f"{name}_cfg"] = cfg
-    quick_gelu = model.geometry["quick_gelu"]
-    return {"embed_dim": model.geometry["embed_dim"], "quick_gelu": quick_gelu, **towers}
+    return {"embed_dim": shape["embed_dim"], "quick_gelu": shape["quick_gelu"], **towers}

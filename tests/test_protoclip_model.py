@@ -3,29 +3,19 @@
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
 
-import csv
-import dataclasses
 import math
 import multiprocessing
-import random
 import re
 
-import numpy as np
 import open_clip
-import PIL
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-import torchvision
 from conftest import Case
 from open_clip.transformer import QuickGELU
-from PIL import Image
 
-from protoclip.config import PRESETS, Config
-from protoclip.episodes import EpisodeDataset, ascii_caption, image_transform, sample_episode
-from protoclip.eval import clustering_scores, feature_statistics, linear_probe, retrieval_metrics
 from protoclip.model import (
     ProtoCLIP,
     ProtoCLIPOutput,
@@ -40,21 +30,11 @@ from protoclip.model import (
     prototypical_back_translation,
     prototypical_loss,
 )
-from protoclip.teacher import pca
-from protoclip.train import extract_features, gather, loss_weights, parameter_groups, schedule, train_episode
-from shared import data, run
-from shared.zeroshot import classification_metrics, zeroshot_classifier
-
-golden = pytest.mark.golden
+from protoclip.train import gather, loss_weights, parameter_groups
 
 
 def leaf(x) -> torch.Tensor:
     return torch.as_tensor(x).clone().requires_grad_()
-
-
-def optional(number: int) -> int | None:
-    """Upstream's negative sentinels are None in our Config."""
-    return None if number < 0 else number
 
 
 def linears(state: dict[str, torch.Tensor], prefix: str = "") -> list[torch.Tensor]:
@@ -98,7 +78,7 @@ def model_of(case: Case) -> ProtoCLIP:
 # ----------------------------------------------------------------------------------------------- golden: model, losses
 
 
-@golden("protoclip", "clip_loss")
+@pytest.mark.golden("protoclip", "clip_loss")
 def test_clip_loss(case):
     image, text, log_scale = (leaf(case[k]) for k in ("image_features", "text_features", "log_logit_scale"))
     loss = clip_loss(image, text, log_scale.exp())
@@ -109,7 +89,7 @@ def test_clip_loss(case):
     case.close("grad_log_logit_scale", log_scale.grad, rtol=1e-5, atol=1e-5)
 
 
-@golden("protoclip", "proto_loss")
+@pytest.mark.golden("protoclip", "proto_loss")
 def test_proto_loss(case):
     student, log_scale = leaf(case["student_features"]), leaf(case["log_logit_scale"])
     prototypes, labels = case["student_centroids"], case["labels"]
@@ -122,7 +102,7 @@ def test_proto_loss(case):
     case.close("grad_log_logit_scale", log_scale.grad, rtol=1e-5, atol=1e-5)
 
 
-@golden("protoclip", "projection_head")
+@pytest.mark.golden("protoclip", "projection_head")
 def test_projection_head(case):
     state, x = case.group("param/"), leaf(case["x"])
     weights = linears(state)
@@ -142,7 +122,7 @@ def test_projection_head(case):
     assert heads_equal(tiny_model(*sizes)) == bool(case["heads_equal_at_init"])
 
 
-@golden("protoclip", "clip_vit_forward", "clip_resnet_forward")
+@pytest.mark.golden("protoclip", "clip_vit_forward", "clip_resnet_forward")
 def test_clip_forward(case):
     model = model_of(case)
     for mode in ("eval", "train"):
@@ -158,7 +138,7 @@ def test_clip_forward(case):
     case.close_group("buffer_after_train_forward/", model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@golden("protoclip", "state_dict_layout")
+@pytest.mark.golden("protoclip", "state_dict_layout")
 def test_state_dict_layout(case):
     name = case.path.stem.removeprefix("state_dict_layout_")
     with torch.device("meta"):  # no memory, no initialisation: only names and shapes matter
@@ -188,7 +168,7 @@ def prototypes_of(case: Case) -> Prototypes:
     )
 
 
-@golden("protoclip", "train_step_loss")
+@pytest.mark.golden("protoclip", "train_step_loss")
 def test_train_step_loss(case):
     p, index, temperature = prototypes_of(case), case["index"], case["target_temperature"]
     inputs = {key: leaf(value) for key, value in case.group("in/").items()}
@@ -247,7 +227,7 @@ def distributed_rank(rank: int, path, folder) -> None:
 RANK_INPUTS = ("image_features", "text_features", "image_projected", "text_projected")
 
 
-@golden("protoclip", "distributed_loss")
+@pytest.mark.golden("protoclip", "distributed_loss")
 def test_distributed_loss(case, tmp_path):
     multiprocessing.set_forkserver_preload(["protoclip.train", "protoclip.eval"])  # imported once, not by each process
     mp.start_processes(distributed_rank, (case.path, tmp_path), nprocs=case["world_size"], start_method="forkserver")
@@ -265,7 +245,7 @@ def test_distributed_loss(case, tmp_path):
 # ------------------------------------------------------------------------------------------ golden: prototypes, teacher
 
 
-@golden("protoclip", "kmeans")
+@pytest.mark.golden("protoclip", "kmeans")
 def test_kmeans(case):
     x = case["features"]
     labels, centroids = kmeans(x, case["k"], case["niter"], case["nredo"])
@@ -274,7 +254,7 @@ def test_kmeans(case):
     assert (x - centroids[labels]).square().sum() <= 1.05 * case["sq_distances"].sum()
 
 
-@golden("protoclip", "generate_labels_nan")
+@pytest.mark.golden("protoclip", "generate_labels_nan")
 def test_generate_labels_nan(case):
     k = case["k"]
     inputs = case["img_feature_in"], case["text_feature_in"]
@@ -289,246 +269,19 @@ def test_generate_labels_nan(case):
     torch.testing.assert_close(p.text_from_image, cleaned, rtol=0, atol=1e-5)
 
 
-@golden("protoclip", "pbt")
+@pytest.mark.golden("protoclip", "pbt")
 def test_pbt(case):
     centroids = prototypical_back_translation(case["student_features"], case["teacher_labels"], case["k"])
     case.close("centroids", centroids, atol=1e-6)
 
 
-@golden("protoclip", "pca")
-def test_pca(case):
-    out = pca(case["features"], case["dim"])
-    signs = (out * case["out"]).sum(0).sign()  # a component's sign is arbitrary
-    case.close("out", out * signs, atol=1e-4)
-
-
 # ------------------------------------------------------------------------------------------------ golden: the episode
-
-
-@golden("protoclip", "episode_sampling")
-def test_episode_sampling(case):
-    rng = np.random.RandomState(case["seed"])
-    episodes = [sample_episode(case["dataset_size"], case["episode_size"], rng) for _ in case["index_mapping"]]
-    case.close("index_mapping", np.stack(episodes))
-
-
-@golden("protoclip", "loss_weight_schedule")
-def test_loss_weight_schedule(case):
-    phases = case["infonce_warmup_epoch"], case["lit_start_epoch"]
-    effective = [loss_weights(episode, case["weights"].tolist(), *phases) for episode in case["epochs"].tolist()]
-    case.close("effective_weights", effective)
-
-
-@golden("protoclip", "lr_schedule")
-def test_lr_schedule(case):
-    prefixes = sorted({key.partition("/")[0] + "/" for key in case})
-    for prefix in prefixes:
-        one = {key.removeprefix(prefix): value for key, value in case.items() if key.startswith(prefix)}
-        cfg = dataclasses.replace(
-            Config(),
-            batch_size=1,
-            episode_size=one["num_batches"],
-            episodes=one["epochs"],
-            lr=one["lr"],
-            lr_text=optional(one["lr_text"]),
-            warmup=one["warmup_steps"],
-            lit_start=optional(one["lit_start_epoch"]),
-            text_start=one["text_start_epoch"],
-            text_end=optional(one["text_end_epoch"]),
-        )
-        visual, rest = zip(*(schedule(cfg, step) for step in one["steps"].tolist()), strict=True)
-        case.close(prefix + "lr_visual", torch.tensor(visual, dtype=torch.float64), rtol=1e-6, atol=1e-10)
-        case.close(prefix + "lr_rest", torch.tensor(rest, dtype=torch.float64), rtol=1e-6, atol=1e-10)
-
-
-@golden("protoclip", "param_groups")
-def test_param_groups(case):
-    with torch.device("meta"):
-        model = create_model(case["model"])
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, max(group["weight_decay"] for group in case["groups"]))
-    ours = [(sorted(names[id(p)] for p in group["params"]), group["weight_decay"]) for group in groups]
-    assert ours == [(sorted(group["params"]), group["weight_decay"]) for group in case["groups"]]
-    for _, preset in PRESETS.values():
-        if preset.model == case["model"]:
-            assert list(preset.adamw()["betas"]) == case["optimizer"]["betas"]
-            assert preset.adamw()["eps"] == case["optimizer"]["eps"]
-
-
-@golden("protoclip", "episode")
-def test_episode(case):
-    """Extraction, clustering and one training pass, each from what upstream had at that point."""
-    n, batch_size, pbt, external = len(case["images"]), case["batch_size"], case["use_pbt"], case["use_external"]
-    model = model_of(case)
-
-    def loader(order):
-        return [(index, case["images"][index], case["texts"][index]) for index in case[order].split(batch_size)]
-
-    h_image, h_text = extract_features(model, loader("extraction_order"), n, "cpu")
-    case.close("img_feature", h_image, atol=1e-5)
-    case.close("text_feature", h_text, atol=1e-5)
-
-    settings = case["external"] if external else None, bool(pbt), case["niter"], case["nredo"]
-    p = build_prototypes(case["img_feature"], case["text_feature"], case["k"], *settings)
-    case.close("img_labels", p.image_labels)
-    case.close("text_labels", p.text_labels)
-    case.close("img_centroids", p.image, atol=1e-5)
-    case.close("text_centroids", p.text, atol=1e-5)
-    if pbt:
-        case.close("img_centroids_translated_from_text_prototypes", p.image_from_text, atol=1e-5)
-        case.close("text_centroids_translated_from_image_prototypes", p.text_from_image, atol=1e-5)
-    if external:
-        case.close("external_labels", p.external_labels)
-        case.close("img_centroids_translated_from_external_prototypes", p.image_from_external, atol=1e-5)
-        case.close("text_centroids_translated_from_external_prototypes", p.text_from_external, atol=1e-5)
-
-    configured = case["weights"].tolist()
-    cfg = dataclasses.replace(
-        Config(),
-        **dict(zip(("w_clip", "w_proto", "w_external"), configured, strict=True)),
-        target_temperature=case["target_temperature"],
-        episodes=case["epochs"],
-        episode_size=n,
-        batch_size=batch_size,
-        infonce_warmup=case["infonce_warmup_epoch"],
-        lit_start=optional(case["lit_start_epoch"]),
-        lr=case["lr"],
-        warmup=case["warmup_steps"],
-        max_grad_norm=case["max_grad_norm"],
-        precision="fp32",
-    )
-    groups = parameter_groups(model, case["weight_decay"])
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=case["betas"].tolist(), eps=case["eps"], fused=True)
-    process = run.Process(0, 1, torch.device("cpu"))
-    log = {"total_loss": [], "loss_clip": [], "grad_norm": [], "lr_visual": [], "lr_rest": [], "parts": []}
-    for _, losses in train_episode(model, loader("training_order"), optimizer, p, case["epoch"], cfg, process):
-        if not log["total_loss"]:
-            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-            case.close_group("grad_step0_clipped/", gradients, rtol=1e-3, atol=1e-5)  # as their norm
-        log["total_loss"].append(losses["loss"].item())
-        log["loss_clip"].append(losses["clip"].item())
-        log["grad_norm"].append(losses["gradient_norm"].item())
-        log["lr_visual"].append(optimizer.param_groups[0]["lr"])
-        log["lr_rest"].append(optimizer.param_groups[2]["lr"])
-        log["parts"].append([losses["proto"].item(), losses["external"].item()])
-    for name, rtol in {"total_loss": 1e-4, "loss_clip": 1e-4, "grad_norm": 1e-3}.items():
-        case.close(name, log[name], rtol=rtol)
-    case.close("lr_visual", log["lr_visual"], rtol=1e-6, atol=1e-10)
-    case.close("lr_rest", log["lr_rest"], rtol=1e-6, atol=1e-10)
-    weights = loss_weights(case["epoch"], configured, cfg.infonce_warmup, cfg.lit_start)
-    for column, used in ((0, True), (1, external)):
-        if used and weights[1 + column] != 0:  # ours does not compute parts of weight 0
-            ours, pair = torch.tensor(log["parts"])[:, column], case["loss_proto"][:, 2 * column : 2 * column + 2]
-            torch.testing.assert_close(ours, pair.mean(1), rtol=1e-4, atol=0)
-    atol = 5e-5 if "param/visual.class_embedding" in case else 1e-3
-    case.close_group("param_after/", model.state_dict(), atol=atol)
 
 
 # ------------------------------------------------------------------------------------------------------ golden: data
 
 
-@golden("protoclip", "csv_dataset")
-def test_csv_dataset(case, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with open("pairs.tsv", "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["title", "filepath"], delimiter="\t")
-        table.writeheader()
-        table.writerows(case["rows"])
-    colours = {row["filepath"]: (number // 256, number % 256, 0) for number, row in enumerate(case["rows"])}
-    for filepath, colour in colours.items():
-        (tmp_path / filepath).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (2, 2), colour).save(filepath, "png")
-
-    pairs = data.open_pairs("pairs.tsv", case["dataset_size"])
-    assert list(pairs.keys) == case["filepaths"]
-    assert [ascii_caption(pairs.caption(row)) for row in range(len(pairs))] == case["captions"]
-    tokenizer = open_clip.get_tokenizer("RN50")
-    dataset = EpisodeDataset(pairs, np.array(case["index_mapping"]), lambda image: image.getpixel((0, 0)), tokenizer)
-    assert len(dataset) == case["length"]
-    for i, row in enumerate(case["index_mapping"]):
-        index, colour, tokens, broken = dataset[i]
-        assert (index, colour, broken) == (i, colours[case["filepaths"][row]], [])
-        assert torch.equal(tokens, tokenizer(case["caption_of_episodic_index"][i])[0])
-
-
-@golden("protoclip", "tokenizer")
-def test_tokenizer(case):
-    expected, whole = case["tokens"], case["truncated"] == 0
-    tokens = open_clip.get_tokenizer("RN50", context_length=expected.shape[1])(case.json)
-    assert torch.equal(tokens[whole], expected[whole])
-    assert torch.equal(tokens.argmax(1)[whole], case["pool_position"][whole])
-    # Where a caption is cut, ours differs on purpose in one id: the last is the end token, where the text tower pools.
-    assert torch.equal(tokens[~whole, :-1], expected[~whole, :-1])
-    assert (tokens[~whole].argmax(1) == expected.shape[1] - 1).all()
-
-
-@golden("protoclip", "image_transforms")
-def test_image_transforms(case):
-    size = case["image_size"]
-    numbers = sorted(key.removesuffix("/rgb") for key in case if key.endswith("/rgb"))
-    same_libraries = torchvision.__version__.startswith("0.28.") and PIL.__version__.startswith("13.")
-    for image in numbers:
-        pil = Image.fromarray(case[f"{image}/rgb"].numpy().astype(np.uint8))
-        case.close(f"{image}/eval", image_transform(size, train=False)(pil), atol=1e-6)
-        for view, light in (("train_default", False), ("train_light", True)):
-            torch.manual_seed(case[f"{image}/torch_seed"])
-            random.seed(case[f"{image}/torch_seed"])
-            out = image_transform(size, train=True, light=light)(pil)
-            if same_libraries:
-                case.close(f"{image}/{view}", out)
-            else:  # random views are the same only with the same libraries
-                assert out.shape == case[f"{image}/{view}"].shape
-                assert out.abs().max() < 3
-
-
 # ------------------------------------------------------------------------------------------------ golden: evaluation
-
-
-@golden("protoclip", "zero_shot")
-def test_zero_shot(case):
-    classifier = zeroshot_classifier(case["prompt_embeddings"])
-    case.close("classifier", classifier, rtol=1e-5, atol=1e-5)
-    features = F.normalize(case["image_embeddings"], dim=-1)
-    case.close("image_features", features, rtol=1e-5, atol=1e-5)
-    metrics = classification_metrics(features, case["labels"], classifier)
-    case.close("top1", metrics["top1"], rtol=1e-5, atol=1e-5)
-    case.close("top5", metrics["top5"], rtol=1e-5, atol=1e-5)
-
-
-@golden("protoclip", "linear_probe")
-def test_linear_probe(case):
-    arrays = [case[key] for key in ("train_features", "train_labels", "test_features", "test_labels")]
-    probe = linear_probe(*arrays, init=(case["init_weight"], case["init_bias"]))
-    case.close("final_weight", probe["weight"], rtol=1e-4)
-    case.close("final_bias", probe["bias"], rtol=1e-4)
-    one_sample = 100 / len(case["test_labels"])
-    case.close("best_accuracy", probe["best"], atol=one_sample + 1e-4)
-
-
-@golden("protoclip", "retrieval_metrics")
-def test_retrieval_metrics(case):
-    metrics = retrieval_metrics(case["scores_img2text"], case["text_to_image"])
-    order = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-    case.close("metrics", [metrics[name] for name in [*order, "mean_recall"]], atol=1e-4)
-
-
-@golden("protoclip", "feature_analysis")
-def test_feature_analysis(case):
-    statistics = feature_statistics(case["image_features"], case["text_features"])
-    for name in case.keys() - {"image_features", "text_features"}:
-        case.close(name, statistics[name], rtol=1e-5, atol=1e-6)
-
-
-@golden("protoclip", "cluster_evaluation")
-def test_cluster_evaluation(case):
-    image = clustering_scores(case["features"], case["labels"])
-    text = clustering_scores(case["features"].flip(1), case["labels2"])
-    case.close("ari", image["ari"], atol=1e-6)
-    case.close("ami", image["ami"], atol=1e-6)
-    for modality, scores in (("image", image), ("text", text)):
-        assert len(case["labels" if modality == "image" else "labels2"].unique()) == case[f"{modality}_n_cluster"]
-        for index in ("silhouette", "davies_bouldin", "calinski_harabasz"):
-            case.close(f"{modality}_{index}", scores[index], rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- properties
@@ -630,16 +383,6 @@ def test_scales_are_clamped():
         model.clamp_logit_scales()
         torch.testing.assert_close(model.logit_scale.item(), clamped)
         torch.testing.assert_close(model.logit_scale_proto.item(), clamped)
-
-
-def test_scales_are_clamped_after_each_step():
-    model = tiny_model()
-    model.logit_scale.data.fill_(9.0)
-    cfg = Config(batch_size=2, episode_size=2, episodes=1, warmup=1, lr=1e-3, precision="fp32")
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay))
-    batch = torch.arange(2), torch.randn(2, 3, 16, 16), torch.randint(0, 20, (2, 6))
-    for _ in train_episode(model, [batch], optimizer, None, 0, cfg, run.Process(0, 1, torch.device("cpu"))):
-        assert 4.6 < model.logit_scale <= math.log(100) + 1e-6
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])  # both configs ask for GELU

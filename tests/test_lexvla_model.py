@@ -14,9 +14,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from lexvla import model
-from lexvla.build import with_lora
 from lexvla.config import Config
-from lexvla.eval import explain, patchdis, retrieval_recall, sparsity_sweep, usage
 from lexvla.model import (
     ImageEncoder,
     LexVLA,
@@ -36,9 +34,9 @@ from lexvla.model import (
     sparsify,
     total_loss,
 )
-from lexvla.train import cosine_lr, quadratic_warmup
+from lexvla.towers import with_lora
+from lexvla.train import quadratic_warmup
 
-golden = pytest.mark.golden
 GRADIENT = dict(rtol=1e-4, atol=1e-6)
 
 
@@ -71,7 +69,7 @@ def something_was_compared(request: pytest.FixtureRequest):
 # ---------------------------------------------------------------------------------------------------- golden: the map
 
 
-@golden("lexvla", "elu1p")
+@pytest.mark.golden("lexvla", "elu1p")
 def test_elu1p(case):
     x = leaf(case["x"])
     y = elu1p(x)
@@ -91,7 +89,7 @@ def map_gradients(case: Case, pool: bool) -> None:
         check(case, **GRADIENT, grad_z=z.grad, grad_codebook=codebook.grad)
 
 
-@golden("lexvla", "map_text")
+@pytest.mark.golden("lexvla", "map_text")
 def test_map_text(case):
     map_gradients(case, pool=False)
     z, codebook = case["z"], case["codebook"]
@@ -101,7 +99,7 @@ def test_map_text(case):
         case.close("s_centered", lexical_map(z, codebook - codebook.mean(0)), atol=1e-6)
 
 
-@golden("lexvla", "map_image")
+@pytest.mark.golden("lexvla", "map_image")
 def test_map_image(case):
     map_gradients(case, pool=True)
     z, codebook = case["z"], case["codebook"]
@@ -113,7 +111,7 @@ def test_map_image(case):
         case.close("s_no_cls", lexical_map(z[:, 1:], codebook, pool=True), atol=1e-6)
 
 
-@golden("lexvla", "map_word")
+@pytest.mark.golden("lexvla", "map_word")
 def test_map_word(case):
     codebook, ids = case["codebook"], case["word_ids"]
     case.close("s", lexical_map(codebook[ids], codebook), atol=1e-6)
@@ -122,14 +120,14 @@ def test_map_word(case):
     case.close("s", TextEncoder(lm, torch.arange(len(codebook))).word(ids), atol=1e-6)
 
 
-@golden("lexvla", "vdr_image")
+@pytest.mark.golden("lexvla", "vdr_image")
 def test_vdr_image(case):
     s = lexical_map(case["features"], case["codebook"], pool=True)
     case.close("s", s, atol=1e-6)
     case.close("embed", sparsify(s, topk=case["topk"]), atol=1e-6)
 
 
-@golden("lexvla", "sparsify")
+@pytest.mark.golden("lexvla", "sparsify")
 def test_sparsify(case):
     s = case["s"]
     by_value = sparsify(s)
@@ -148,7 +146,7 @@ def test_sparsify(case):
 # ----------------------------------------------------------------------------------------------------- golden: losses
 
 
-@golden("lexvla", "penalties")
+@pytest.mark.golden("lexvla", "penalties")
 def test_penalties(case):
     for name, loss, options in (
         ("overuse", overuse_penalty, {}),
@@ -166,7 +164,7 @@ def test_penalties(case):
     check(case, rtol=1e-5, flops=flops_loss(case["s"]), splade_flops=flops_loss(case["s"]))
 
 
-@golden("lexvla", "contrastive")
+@pytest.mark.golden("lexvla", "contrastive")
 def test_contrastive(case):
     s_img, s_txt, scale = leaf(case["s_img"]), leaf(case["s_txt"]), leaf(case["logit_scale"])
     rtol = 1e-4 if case["logit_scale"] > math.log(50) else 1e-5  # the README's: hidden set at scale 100
@@ -177,7 +175,7 @@ def test_contrastive(case):
     check_gradients(case, rtol, grad_s_img=s_img.grad, grad_s_txt=s_txt.grad, grad_logit_scale=scale.grad)
 
 
-@golden("lexvla", "total_loss")
+@pytest.mark.golden("lexvla", "total_loss")
 def test_total_loss(case):
     s_img, s_txt, scale = leaf(case["s_img"]), leaf(case["s_txt"]), leaf(case["logit_scale"])
     weights = [quadratic_warmup(case["step"], case[f"lambda_{side}"], case["warmup_steps"]) for side in ("img", "txt")]
@@ -195,35 +193,23 @@ def test_total_loss(case):
     check_gradients(case, 1e-5, grad_s_img=s_img.grad, grad_s_txt=s_txt.grad, grad_logit_scale=scale.grad)
 
 
-@golden("lexvla", "schedules")
-def test_schedules(case):
-    if "lambda_t" in case:
-        value, steps = case["lambda_final"], case["lambda_warmup"]
-        weights = [quadratic_warmup(t, value, steps) for t in case["lambda_steps"].tolist()]
-        check(case, rtol=1e-6, lambda_t=weights, splade_lambda_t=weights)
-    if "lr" in case:
-        base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
-        lrs = [cosine_lr(step, base, total, warmup) for step in case["lr_steps"].tolist()]
-        check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
-
-
 # -------------------------------------------------------------------------------------- golden: words, adapter, towers
 
 
-@golden("lexvla", "prompt")
+@pytest.mark.golden("lexvla", "prompt")
 def test_prompt(case):
     for one in case.json["cases"]:
         assert lexical_prompt(one["caption"]) == one["prompt"]
 
 
-@golden("lexvla", "last_token")
+@pytest.mark.golden("lexvla", "last_token")
 def test_last_token(case):
     for side in ("right", "left"):
         if f"mask_{side}" in case:
             case.close(f"z_{side}", last_token(case["hidden"], case[f"mask_{side}"]))
 
 
-@golden("lexvla", "vocabulary")
+@pytest.mark.golden("lexvla", "vocabulary")
 def test_vocabulary(case):
     counts, special, least = (case.get(name) for name in ("counts", "special_ids", "min_count"))
     check(case, kept=refine_vocabulary(counts, torch.as_tensor(special).tolist(), least))
@@ -231,13 +217,13 @@ def test_vocabulary(case):
         case.close("kept_max_size", refine_vocabulary(counts, special, least, case["max_size"]))
 
 
-@golden("lexvla", "bow")
+@pytest.mark.golden("lexvla", "bow")
 def test_bow(case):
     s = bag_of_words(case["token_ids"], case["vocab_ids"])
     check(case, s=s, bow=(s > 0).float(), vdr_bow=(s > 0).float())
 
 
-@golden("lexvla", "lora")
+@pytest.mark.golden("lexvla", "lora")
 def test_lora(case):
     case.update({name: value.double() for name, value in case.group("").items()})  # as the reference was run
     linear = nn.Linear(case["weight"].shape[1], len(case["weight"]), bias="bias" in case)
@@ -262,14 +248,14 @@ def adapter_of(state: dict[str, torch.Tensor], num_heads: int) -> VisualAdapter:
     return adapter
 
 
-@golden("lexvla", "adapter")
+@pytest.mark.golden("lexvla", "adapter")
 def test_adapter(case):
     z = adapter_of(case.group("param/"), case["num_heads"])(case["y"])
     tolerance = 1e-4 * case["z"].abs().max().item()
     check(case, atol=tolerance, z=z, timm_z=z)
 
 
-@golden("lexvla", "image_encoder")
+@pytest.mark.golden("lexvla", "image_encoder")
 def test_image_encoder(case):
     cfg = {name: value.item() for name, value in case.group("cfg/").items()}
     backbone = Dinov2Model(Dinov2Config(**cfg)).eval()
@@ -284,7 +270,7 @@ def test_image_encoder(case):
             case.close("s_no_cls", without(pixels), atol=2e-5)
 
 
-@golden("lexvla", "text_encoder")
+@pytest.mark.golden("lexvla", "text_encoder")
 def test_text_encoder(case):
     cfg = {name: value.item() for name, value in case.group("cfg/").items()}
     cfg = {name: value if name == "rms_norm_eps" else int(value) for name, value in cfg.items()}
@@ -316,72 +302,6 @@ def lora_targets(case: Case) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------- golden: evaluation
-
-
-@golden("lexvla", "retrieval")
-def test_retrieval(case):
-    image_of_text, ks = case["image_of_text"], torch.as_tensor(case["ks"]).view(-1).tolist() if "ks" in case else [1]
-    s_img, s_txt = case.get("s_img"), case.get("s_txt")
-    sim = case["sim"] if "sim" in case else s_img @ s_txt.T
-    if "i2t_recall" in case:
-        i2t, t2i = retrieval_recall(sim, image_of_text, ks)
-        case.close("i2t_recall", i2t, rtol=1e-6)
-        case.close("t2i_recall", t2i, rtol=1e-6)
-    for k in range(int(max(sim.shape))):  # ranks, through the recall at every cut-off
-        i2t, t2i = retrieval_recall(sim, image_of_text, [k + 1])
-        for recall, rank in ((i2t, "i2t_rank"), (t2i, "t2i_rank")):
-            if rank in case:
-                expected = (case[rank] <= k).double().mean().item()
-                assert abs(float(recall[0]) - expected) < 1e-6
-    if "sweep_topk" in case:
-        sweep = sparsity_sweep(s_img, s_txt, image_of_text, case["sweep_topk"].tolist())
-        case.close("sweep_recall1", sweep, rtol=1e-6)
-    if "threshold_i2t_recall" in case:
-        img, txt = sparsify(s_img), sparsify(s_txt)
-        i2t, t2i = retrieval_recall(img @ txt.T, image_of_text, ks)
-        check(case, rtol=1e-6, threshold_i2t_recall=i2t, threshold_t2i_recall=t2i)
-        check(case, threshold_active_img=(img > 0).sum(1), threshold_active_txt=(txt > 0).sum(1))
-
-
-@golden("lexvla", "patchdis")
-def test_patchdis(case):
-    s_patch, s_class, masks = case["s_patch"], case["s_class"], case["masks"]
-    grid = tuple(case["grid"].tolist())
-    ignore = {"ignore": case["ignore"]} if "ignore" in case else {}
-    for suffix, options in (("", {}), ("_present", {"present_only": True}), ("_bg", {"background": True})):
-        if f"intersection{suffix}" in case:
-            intersection, union, miou = patchdis(s_patch, s_class, grid, masks, **ignore, **options)
-            case.close(f"intersection{suffix}", intersection)
-            case.close(f"union{suffix}", union)
-            case.close(f"miou{suffix}", miou, rtol=1e-6)
-            if not suffix and "iou" in case:
-                case.close("iou", intersection / union, rtol=1e-6)
-    if "sim" in case:
-        sim = s_patch @ s_class.T
-        case.close("sim", sim, rtol=1e-5, atol=1e-6)
-        check(case, pred=sim.argmax(-1).view(len(sim), *grid))
-
-
-@golden("lexvla", "explain")
-def test_explain(case):
-    values, index = explain(case["s_img"], case["s_txt"], case["top_index"].shape[-1])
-    case.close("top_index", index)
-    case.close("top_value", values, atol=1e-7)
-    check(case, atol=1e-7, contribution=case["s_img"] * case["s_txt"])
-    check(case, atol=1e-6, similarity=(case["s_img"] * case["s_txt"]).sum(-1))
-
-
-@golden("lexvla", "usage")
-def test_usage(case):
-    result = usage(case["s"], case["topk"])
-    check(
-        case,
-        rtol=1e-5,
-        document_frequency=result["document_frequency"],
-        max_document_frequency=result["max_document_frequency"],
-        mean_activation=result["mean_activation"],
-        usage_entropy=result["entropy"],
-    )
 
 
 # ---------------------------------------------------------------------------------------------- properties: map, losses
@@ -535,21 +455,6 @@ def test_lora_starts_as_the_pretrained_model():
         add_lora(tiny_lm(), targets=("nothing",))
 
 
-def test_lora_targets_of_a_run():
-    lm = with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj", "down_proj")))
-    assert sum(isinstance(module, LoRALinear) for module in lm.modules()) == 4  # two layers in each of two blocks
-    lm = with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj", "down_proj"), states="states.pt"))
-    assert [name for name, m in lm.named_modules() if isinstance(m, LoRALinear)] == ["model.layers.1.mlp.down_proj"]
-    for targets, sentence in (
-        (("q_proj", "v_prj"), "--lora-targets v_prj: the LM's layers are down_proj, gate_proj"),
-        (("q_proj", "lm_head"), "text codebook"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=targets))
-    with pytest.raises(ValueError, match="none of q_proj"):
-        with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj",), states="states.pt"))
-
-
 def test_lora_of_the_paper_is_a_third_of_a_percent():
     with torch.device("meta"):
         lm = LlamaForCausalLM(LlamaConfig())
@@ -592,9 +497,3 @@ def test_recomputed_blocks_give_the_same_gradients():
         assert len(calls) == 1 + checkpointing
         grads.append({name: p.grad for name, p in text.named_parameters() if p.grad is not None and ".B" in name})
     torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_odd_captions_make_prompts():
-    for caption in ("", 'a "quoted" {word}', "\n"):
-        prompt = lexical_prompt(caption)
-        assert prompt.endswith(f'"{caption}" lies on important words:') and prompt.startswith(model.EXAMPLE)

@@ -1,20 +1,18 @@
-"""What lexvla.backbone, .scenes and .text write, later scripts read: a finished one is as asked for, or is refused.
-
-Kill and resume, broken samples, folders and images that are not what they should be.
-"""
+"""The small ViT in DINOv2's place: what it learns; a finished file is as asked for, or is refused; kill and resume."""
 
 import dataclasses
+import json
 import shutil
+import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scripts import ROOT, finished, held, kill_when, same
-from tiny import add_sample, language_model, small_corpus
+from tiny import add_sample, small_corpus
 
-from lexvla import backbone, scenes, text
+from lexvla import backbone, towers
+from lexvla import backbone as backbones
 from shared import checkpoints, data
 
 SCRIPT, SECONDS = "lexvla.backbone", 120
@@ -102,56 +100,33 @@ def test_a_backbone_that_diverges_is_not_written(cfg: backbone.Config, tmp_path:
 # -------------------------------------------------------------------------------------------------------------- scenes
 
 
-def test_finished_scenes_are_what_is_asked_for_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    out, corpus = folder / "scenes", ROOT / "data/emoji"
-    (folder / "scenes.tmp/images").mkdir(parents=True)
-    (folder / "scenes.tmp/images/00009.png").write_text("of a run that was killed")
-    scenes.main(out, corpus, 3)
-    assert sorted(path.name for path in (out / "images").iterdir()) == ["00000.png", "00001.png", "00002.png"]
-    scenes.main(out, corpus, 3)
-    assert "is there already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings: scenes \(was 3, now 4\)"):
-        scenes.main(out, corpus, 4)
-    monkeypatch.setattr(scenes.emoji, "SEED", 1)
-    with pytest.raises(ValueError, match=r"other settings: seed \(was 0, now 1\)"):
-        scenes.main(out, corpus, 3)
-    (out / "scenes.json").unlink()  # an older folder, which has so many
-    scenes.main(out, corpus, 3)
-    with pytest.raises(ValueError, match=r"scenes \(was 3, now 4\)"):
-        scenes.main(out, corpus, 4)
-
-
-@pytest.mark.parametrize("part", ["images", "masks"])
-def test_scenes_of_others_are_read_with_care(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "classnames.txt").write_text("a\nb\n")
-    Image.new("RGB", (8, 8)).save(tmp_path / "images/0.png")
-    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks/0.png")
-    ((pixels, mask, ignore),) = scenes.labelled_images(str(tmp_path), 8, "x.pt")
-    assert pixels.shape == (1, 3, 8, 8) and torch.equal(mask[0], torch.eye(8).long()) and ignore == 255
-    bad = tmp_path / part / "0.png"
-    Image.new("L", (8, 8)).save(bad, "EPS")
-    with pytest.raises(ValueError, match=f"{part}/0.png"):
-        list(scenes.labelled_images(str(tmp_path), 8, "x.pt"))
-    Image.new("L", (8, 8)).save(bad, "PNG")
-    monkeypatch.setattr(data, "MAX_PIXELS", 63)
-    with pytest.raises(ValueError, match="/0.png.* 63 "):
-        list(scenes.labelled_images(str(tmp_path), 8, "x.pt"))
-
-
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def test_finished_states_are_what_is_asked_for_or_refused(folder: Path, capsys):
-    lm = language_model(folder / "lm", folder / "corpus")
-    kept = text.Config(str(lm), str(folder / "corpus/00000.tar"), (), str(folder / "states.pt"), device="cpu")
-    text.main(kept)
-    text.main(kept)
-    assert "is there already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was made with max_length 128, this run has 64"):
-        text.main(dataclasses.replace(kept, max_length=64))
-    with pytest.raises(ValueError, match="was made with precision 'auto', not 'fp32'"):
-        text.main(dataclasses.replace(kept, precision="fp32"))
-    with pytest.raises(ValueError, match=r"lacks \d+ captions of --data and --sets, such as .+ made from other data"):
-        text.main(dataclasses.replace(kept, data=str(folder / "corpus")))
+SHARDS = ROOT / "data/emoji/train"
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Path:
+    cfg = backbones.Config(f"{SHARDS}/00000.tar", 300, str(folder / "backbone.pt"), image_size=16, epochs=2)
+    backbones.main(dataclasses.replace(cfg, batch_size=32, device="cpu", precision="fp32"))
+    return folder / "backbone.pt"
+
+
+def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
+    with tarfile.open(SHARDS / "00000.tar") as tar:
+        names = {m.name: json.load(tar.extractfile(m))["hexcode"] for m in tar if m.name.endswith(".json")}
+    pairs = data.open_pairs(f"{SHARDS}/00000.tar")
+    rows = backbones.drawings(f"{SHARDS}/00000.tar", list(pairs.keys))
+    assert sorted(row for of_one in rows for row in of_one) == list(range(len(pairs)))
+    assert all(len({names[f"{pairs.keys[row]}.json"] for row in of_one}) == 1 for of_one in rows)
+    assert len(rows) == len(set(names.values()))
+    views = backbones.Views(pairs, [[0], [1, 2]], towers.train_transform("x.pt", 16, 0.5), (0, 1))
+    assert views[0][0].shape == (2, 3, 16, 16) and torch.equal(views[1][0], views[1][0])
+    tokens = torch.randn(2, 8, 5, 64)
+    equal = torch.stack([tokens[0], tokens[0]])
+    assert backbones.drawing_loss(equal, 0.01) < 1e-3 < backbones.drawing_loss(tokens, 0.01)
+    with pytest.raises(ValueError, match="has to end in .pt"):
+        backbones.main(backbones.Config(out="backbone"))
+    with pytest.raises(ValueError, match="has no .json with a hexcode"):
+        backbones.drawings(f"{SHARDS}/00000.tar", ["another"])

@@ -1,0 +1,108 @@
+"""Zero-shot classification, for points of a curve during training and for eval.py.
+
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. Texts are features
+of the LLM that embed.py has kept in files, or of the baseline's text transformer. The LLM is not loaded in training.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame.bank import centred, open_bank
+from flame.config import Config
+from flame.embed import open_set, prompts_of, texts_of_bank
+from flame.model import FLAME, TrainedText
+from shared.evalsets import EvalSet
+from shared.zeroshot import classification_metrics, encode_texts, extract_image_features
+
+TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
+
+
+def text_features(
+    model: FLAME, cfg: Config, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32,
+    bank: str | None = None, load: bool = True,
+) -> TextFeatures:  # fmt: skip
+    """The function that embeds texts for a run's evaluation: its bank's LLM, or its trained text transformer.
+
+    `load`: whether the LLM may be loaded for texts that embed.py has not embedded. For a run that trained on summary
+    facets alone, long captions are embedded with the single prompt, too.
+    """
+    if isinstance(model, TrainedText):
+        tokenizer = open_clip.SimpleTokenizer(context_length=cfg.max_length)
+
+        def trained(texts: Sequence[str], multi: bool = False) -> Tensor:
+            was_training = model.training
+            model.eval()
+            features = encode_texts(model.encode_text, tokenizer, texts, 256, device, precision)
+            model.train(was_training)
+            return F.normalize(features, dim=-1)
+
+        return trained
+    bank = bank or cfg.bank
+    frozen = texts_of_bank(bank, device, load)
+    centres = open_bank(bank).centres if cfg.centre else None
+    single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
+
+    def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
+        multi = multi and not single_only
+        features = frozen(texts, multi)
+        return features if centres is None else centred(features, centres[-1 if multi else 0])
+
+    return embedded
+
+
+def image_features(
+    model: FLAME, batches: Iterable, device: torch.device | str, precision: torch.dtype, visual_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) float32 and labels of (images, labels) batches, with the model in eval mode."""
+    was_training = model.training
+    model.eval()
+    features = extract_image_features(lambda x: model.encode_image(x, visual_only), batches, device, precision)
+    model.train(was_training)
+    return features
+
+
+def eval_transform(model: FLAME) -> Callable:
+    """open_clip's evaluation transform, PIL image -> (3, H, H), at the model's image size."""
+    return open_clip.transform.image_transform(model.visual.image_size[0], is_train=False)
+
+
+def zero_shot_classifier(template_embeds: Tensor) -> Tensor:
+    """(C, T, D) -> (D, C): normalise each template, mean, normalise. U:open_clip/zero_shot_classifier.py:53-58."""
+    return F.normalize(F.normalize(template_embeds.float(), dim=-1).mean(dim=1), dim=-1).T
+
+
+def set_classifier(texts: TextFeatures, eval_set: EvalSet) -> Tensor:
+    """(D, C) of a classification set: its class names in its templates, with the single prompt."""
+    embeds = texts(prompts_of(eval_set), False)
+    return zero_shot_classifier(embeds.unflatten(0, (len(eval_set.classnames), -1)))
+
+
+def zero_shot(
+    model: FLAME, classifier: Tensor, eval_set: EvalSet, device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
+    features, labels = image_features(model, eval_set.batches(batch_size, workers), device, precision)
+    return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
+
+
+class Curve:
+    """Zero-shot top-1 on `cfg.eval_set` during training.
+
+    ValueError if that is no classification set, or its texts were not embedded: before the first step, not after it.
+    """
+
+    def __init__(self, model: FLAME, cfg: Config, device: torch.device, precision: torch.dtype):
+        self.model, self.device, self.precision = model, device, precision
+        self.texts = text_features(model, cfg, device, precision, load=False)
+        self.eval_set = open_set(cfg.eval_set, eval_transform(model), "classification")
+        self.fixed = None if isinstance(model, TrainedText) else set_classifier(self.texts, self.eval_set)
+
+    def top1(self) -> float:
+        """Percent; of the baseline with its text transformer as it is now."""
+        classifier = set_classifier(self.texts, self.eval_set) if self.fixed is None else self.fixed
+        return zero_shot(self.model, classifier, self.eval_set, self.device, self.precision)["top1"]

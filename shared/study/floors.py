@@ -1,0 +1,92 @@
+"""Rows that no method made: what a study's arms must be above before they are compared, and what they could reach.
+
+Chance, and the nearest neighbour of an image among training images on raw pixels or on features of a pretrained tower.
+Numbers are by metric, as an eval.py names them, in percent.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from shared.evalsets import EvalSet
+from shared.zeroshot import chunks, percent
+
+SIDE = 24  # pixels
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A row of the table of arms. A ceiling is no bar to be above."""
+
+    name: str
+    measure: Callable[[], dict[str, float]]
+    ceiling: bool = False
+
+
+def chance(sets: Iterable[str | Path]) -> dict[str, float]:
+    """{"SET/top1": 100 / classes}; of retrieval sets the expected recall of a random order, R@1, 5 and 10 both ways.
+
+    With n captions, c of them the image's, a caption of the image is among k random ones with probability
+    1 - C(n - c, k) / C(n, k).
+    """
+    found = {}
+    for path in sets:
+        evaluation = EvalSet(path, lambda image: torch.zeros(1))
+        if evaluation.kind != "retrieval":
+            found[f"{evaluation.name}/top1"] = 100 / len(evaluation.classnames)
+            continue
+        counts = np.array([len(captions) for _, _, captions in evaluation])
+        n, recalls = counts.sum(), {}
+        for k in (1, 5, 10):
+            taken = np.arange(min(k, n))[:, None]
+            missed = np.clip((n - counts - taken) / (n - taken), 0, None).prod(axis=0)
+            recalls[f"image_to_text_R@{k}"] = 100 * float(1 - missed.mean())
+            recalls[f"text_to_image_R@{k}"] = 100 * min(k, len(counts)) / len(counts)
+        recalls["mean_recall"] = sum(recalls.values()) / len(recalls)
+        found |= {f"{evaluation.name}/{metric}": value for metric, value in recalls.items()}
+    return found
+
+
+def raw_pixels(image: Image.Image) -> Tensor:
+    """RGB image -> (3 * SIDE * SIDE,) pixels, whose mean is 0: their cosine is a correlation."""
+    small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(small)).flatten().float()
+    return pixels - pixels.mean()
+
+
+def nearest_neighbour(
+    sets: Iterable[str | Path],
+    features: Callable[[Iterable[Tensor]], Tensor] = lambda batches: torch.cat(list(batches)),
+    transform: Callable[[Image.Image], Tensor] = raw_pixels,
+    metrics: Iterable[str] = ("top1",),
+) -> dict[str, float]:
+    """{"SET/METRIC": top-1 of the label of the nearest image of the set's `train` split, by cosine}.
+
+    features: batches of transformed images -> (N, D); by default raw pixels. The same number stands under each of
+    `metrics`, say a probe's, whose floor it is, too.
+    """
+
+    def read(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
+        labels = []
+
+        def images() -> Iterable[Tensor]:
+            for batch, label in EvalSet(path, transform, split).batches(256):
+                labels.append(label)
+                yield batch
+
+        return F.normalize(features(images()).float(), dim=-1), torch.cat(labels)
+
+    found = {}
+    for path in sets:
+        (train_x, train_y), (test_x, test_y) = read(path, "train"), read(path, "test")
+        parts = chunks(len(test_x), len(train_x))
+        nearest = torch.cat([(test_x[rows] @ train_x.T).argmax(dim=1) for rows in parts])
+        top1 = percent(train_y[nearest] == test_y)
+        found |= {f"{Path(path).name}/{metric}": top1 for metric in metrics}
+    return found

@@ -1,0 +1,42 @@
+"""What a checkpoint holds, and what comes back of it."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from scripts import same
+from test_lexvla_train import ARMS, PRELOAD, SCRIPT, SECONDS, SHARDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
+
+from lexvla import checkpoints as run_checkpoints
+from lexvla import text as texts
+from lexvla.model import (
+    LoRALinear,
+)
+from shared import checkpoints
+
+
+def test_what_was_trained_comes_back(arms: dict[str, Path]):
+    model, cfg, tokenizer, read = run_checkpoints.load_run(arms["overuse"])
+    state = checkpoints.load_checkpoint(arms["overuse"] / "checkpoint.pt")
+    weights = state["weights"]
+    assert same(run_checkpoints.trained_weights(model), weights) and not model.training
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        run_checkpoints.load_weights(
+            model, state | {"weights": {k: v for k, v in weights.items() if "lora" not in k}}, "RUN"
+        )
+    model.image.backbone.cls_token.data.add_(1)
+    with pytest.raises(ValueError, match="RUN was trained on another backbone than"):
+        run_checkpoints.load_weights(model, state, "RUN")
+
+
+def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path, backbone: Path):
+    vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0)
+    vit.load_state_dict(checkpoints.load_checkpoint(backbone)["weights"])
+    model = run_checkpoints.load_run(arms["whole-models"])[0]
+    plain = texts.load_lm(str(lm))[0]
+    for name, module in model.text.lm.named_modules():  # merged, LoRA is an ordinary Llama
+        if isinstance(module, LoRALinear):
+            plain.get_submodule(name).weight.data = module.merged().detach()
+    ids = torch.randint(0, 300, (2, 9))
+    torch.testing.assert_close(plain(ids).logits, model.text.lm(ids).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,67 @@
+"""Presets, dry runs and settings that are refused before a run starts."""
+
+import re
+from pathlib import Path
+
+import pytest
+from scripts import one_sentence
+from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, backbone, folder, lm, states, tiny  # noqa: F401
+
+from lexvla import config
+
+ERRORS = {
+    "paper preset without data": (["cc12m"], "--data is missing: it takes image-text shards"),
+    "missing shard": (["emoji", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
+    "missing states": (["emoji", "--states", "no.pt"], "--states no.pt does not exist"),
+    "states of another LM": (["emoji", "--max-length", "64"], "was made with max_length 128"),
+    "unknown LM": (["emoji", "--lm", "/nowhere"], "--lm /nowhere is no folder or hub name"),
+    "missing backbone": (["emoji", "--backbone", "no.pt"], "--backbone no.pt does not exist: 'python -m lexvla.b"),
+    "backbone of another size": (["emoji", "--image-size", "24"], "at 24 pixels is no file of 'python -m lexvla.b"),
+    "unknown backbone": (["emoji", "--backbone", "vit_nothing"], "--backbone vit_nothing is neither"),
+    "no patches": (["emoji", "--image-size", "20"], "--image-size 20 cannot be cut into patches of 8"),
+    "less than a batch": (["emoji", "--batch-size", "161"], "holds 160 pairs, less than one batch of 161"),
+    "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
+    "negative weight": (["emoji", "--lambda-text", "-1"], "--lambda-text must be at least 0"),
+    "too large a crop": (["emoji", "--crop-scale", "2"], "--crop-scale must be above 0"),
+    "no word left": (["emoji", "--min-count", "9999"], "0 pieces of the vocabulary are left"),
+    "bad pattern": (["emoji", "--pattern", "["], "is no regular expression"),
+    "words without an LM": (["emoji-bow"], "--text bow has no LM"),
+    "bias of bags": (["emoji-bow", "--states", "", "--bias", "None"], "--text bow has no logits"),
+    "no vocabulary": (["emoji", "--max-vocabulary", "-1"], "--max-vocabulary must be at least 2"),
+    "no pixels": (["cc12m", "--data", f"{SHARDS}/00000.tar", "--image-size", "0"], "--image-size must be at least 1"),
+    "penalty of nothing": (["emoji-dense", "--penalty", "flops"], "--head dense has no words to penalise"),
+    "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere does not"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(in_process, tmp_path: Path, tiny: list[str], case: str):
+    (preset, *options), message = ERRORS[case]
+    defaults = tiny if preset.startswith("emoji") else []
+    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
+def test_wrong_flags(in_process, arguments: list[str]):
+    result = in_process(*arguments)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(word in result.err for word in arguments[1:2])
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where there are neither data nor weights
+    options = ["--data", f"{SHARDS}/00000.tar"] if preset.startswith("emoji") else []
+    result = in_process(preset, "--dry-run", *options)
+    assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir()), result.err
+    cfg = config.PRESETS[preset][1]
+    if preset.startswith("cc12m"):
+        assert re.search(r"^steps +17,964 \(1,497 an epoch\)", result.out, re.MULTILINE)
+        trained = int(re.search(r"parameters +([\d,]+) trained", result.out)[1].replace(",", ""))
+        lora = 0 if cfg.text == "bow" else 19_988_480
+        assert trained == 17_149 * 4096 + 17_055_488 + lora + 1
+    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+    assert all(word in result.out for word in ("learning rate", "samples", "batch", "vocabulary"))

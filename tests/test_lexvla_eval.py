@@ -1,0 +1,156 @@
+"""Retrieval, PatchDis and use of words, on known numbers and on small runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import one_sentence
+from test_lexvla_model import check, something_was_compared  # noqa: F401
+from test_lexvla_scenes import small_scenes  # noqa: F401
+from test_lexvla_train import (  # noqa: F401
+    ARMS,
+    PRELOAD,
+    SCRIPT,
+    SECONDS,
+    SHARDS,
+    arms,
+    backbone,
+    folder,
+    lm,
+    small_set,
+    states,
+    tiny,
+)
+
+from lexvla import eval as evaluation
+from lexvla.eval import explain, patchdis, retrieval_recall, sparsity_sweep, usage
+from lexvla.model import (
+    sparsify,
+)
+from shared import data, run
+
+
+@pytest.mark.golden("lexvla", "retrieval")
+def test_retrieval(case):
+    image_of_text, ks = case["image_of_text"], torch.as_tensor(case["ks"]).view(-1).tolist() if "ks" in case else [1]
+    s_img, s_txt = case.get("s_img"), case.get("s_txt")
+    sim = case["sim"] if "sim" in case else s_img @ s_txt.T
+    if "i2t_recall" in case:
+        i2t, t2i = retrieval_recall(sim, image_of_text, ks)
+        case.close("i2t_recall", i2t, rtol=1e-6)
+        case.close("t2i_recall", t2i, rtol=1e-6)
+    for k in range(int(max(sim.shape))):  # ranks, through the recall at every cut-off
+        i2t, t2i = retrieval_recall(sim, image_of_text, [k + 1])
+        for recall, rank in ((i2t, "i2t_rank"), (t2i, "t2i_rank")):
+            if rank in case:
+                expected = (case[rank] <= k).double().mean().item()
+                assert abs(float(recall[0]) - expected) < 1e-6
+    if "sweep_topk" in case:
+        sweep = sparsity_sweep(s_img, s_txt, image_of_text, case["sweep_topk"].tolist())
+        case.close("sweep_recall1", sweep, rtol=1e-6)
+    if "threshold_i2t_recall" in case:
+        img, txt = sparsify(s_img), sparsify(s_txt)
+        i2t, t2i = retrieval_recall(img @ txt.T, image_of_text, ks)
+        check(case, rtol=1e-6, threshold_i2t_recall=i2t, threshold_t2i_recall=t2i)
+        check(case, threshold_active_img=(img > 0).sum(1), threshold_active_txt=(txt > 0).sum(1))
+
+
+@pytest.mark.golden("lexvla", "patchdis")
+def test_patchdis(case):
+    s_patch, s_class, masks = case["s_patch"], case["s_class"], case["masks"]
+    grid = tuple(case["grid"].tolist())
+    ignore = {"ignore": case["ignore"]} if "ignore" in case else {}
+    for suffix, options in (("", {}), ("_present", {"present_only": True}), ("_bg", {"background": True})):
+        if f"intersection{suffix}" in case:
+            intersection, union, miou = patchdis(s_patch, s_class, grid, masks, **ignore, **options)
+            case.close(f"intersection{suffix}", intersection)
+            case.close(f"union{suffix}", union)
+            case.close(f"miou{suffix}", miou, rtol=1e-6)
+            if not suffix and "iou" in case:
+                case.close("iou", intersection / union, rtol=1e-6)
+    if "sim" in case:
+        sim = s_patch @ s_class.T
+        case.close("sim", sim, rtol=1e-5, atol=1e-6)
+        check(case, pred=sim.argmax(-1).view(len(sim), *grid))
+
+
+@pytest.mark.golden("lexvla", "explain")
+def test_explain(case):
+    values, index = explain(case["s_img"], case["s_txt"], case["top_index"].shape[-1])
+    case.close("top_index", index)
+    case.close("top_value", values, atol=1e-7)
+    check(case, atol=1e-7, contribution=case["s_img"] * case["s_txt"])
+    check(case, atol=1e-6, similarity=(case["s_img"] * case["s_txt"]).sum(-1))
+
+
+@pytest.mark.golden("lexvla", "usage")
+def test_usage(case):
+    result = usage(case["s"], case["topk"])
+    check(
+        case,
+        rtol=1e-5,
+        document_frequency=result["document_frequency"],
+        max_document_frequency=result["max_document_frequency"],
+        mean_activation=result["mean_activation"],
+        usage_entropy=result["entropy"],
+    )
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_scenes_of_others_are_read_with_care(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "classnames.txt").write_text("a\nb\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/0.png")
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks/0.png")
+    ((pixels, mask, ignore),) = evaluation.labelled_images(str(tmp_path), 8, "x.pt")
+    assert pixels.shape == (1, 3, 8, 8) and torch.equal(mask[0], torch.eye(8).long()) and ignore == 255
+    bad = tmp_path / part / "0.png"
+    Image.new("L", (8, 8)).save(bad, "EPS")
+    with pytest.raises(ValueError, match=f"{part}/0.png"):
+        list(evaluation.labelled_images(str(tmp_path), 8, "x.pt"))
+    Image.new("L", (8, 8)).save(bad, "PNG")
+    monkeypatch.setattr(data, "MAX_PIXELS", 63)
+    with pytest.raises(ValueError, match="/0.png.* 63 "):
+        list(evaluation.labelled_images(str(tmp_path), 8, "x.pt"))
+
+
+def test_word_classes_and_background(arms: dict[str, Path], small_scenes: Path):
+    cfg = evaluation.Config((), (), str(small_scenes), class_text="word", background=True)
+    flat = evaluation.evaluate_run(str(arms["overuse"]), cfg, run.Process(0, 1, torch.device("cpu")))
+    assert 0 <= flat["patchdis/miou"] <= flat["patchdis/miou_present"] <= 100
+
+
+def test_renormalizing_after_sparsifying(arms: dict[str, Path], small_set: Path):
+    """Keeps which words are there, and with all words kept changes nothing."""
+    process, found = run.Process(0, 1, torch.device("cpu")), []
+    for topk, renormalize in ((None, False), (None, True), (10_000, False), (10_000, True)):
+        cfg = evaluation.Config((), (str(small_set),), None, topk=topk, renormalize=renormalize)
+        found.append(evaluation.evaluate_run(str(arms["overuse"]), cfg, process))
+    for a, b in (found[:2], found[2:]):
+        assert a["retrieval_ood/image/active"] == b["retrieval_ood/image/active"]
+    assert found[2]["retrieval_ood/mean_recall"] == found[2]["retrieval_ood/dense/mean_recall"]
+    assert abs(found[2]["retrieval_ood/mean_recall"] - found[3]["retrieval_ood/mean_recall"]) < 1
+
+
+def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
+    few = tmp_path / "few"
+    for part in ("images", "masks"):
+        (few / part).mkdir(parents=True)
+        Image.new("L", (16, 16), 1).save(few / part / "0.png")
+    (few / "classnames.txt").write_text("cat\n")
+    for arguments, words in (
+        ((tmp_path / "nowhere",), "checkpoint.pt does not exist"),
+        ((arms["none"], "--patchdis", "None", "--sets", tmp_path), str(tmp_path)),
+        ((arms["none"], "--sets", "--patchdis", tmp_path), "classnames.txt does not exist"),
+        ((arms["none"], "--class-text", "song"), "--class-text is prompt or word"),
+        ((arms["none"], "--topk", "0"), "--topk must be at least 1"),
+        ((arms["none"], "--batch-size", "0"), "--batch-size must be at least 1"),
+        ((arms["none"], "--patchdis", few, "--patchdis-side", "97"), "no multiple of"),
+        ((arms["none"], "--patchdis", few, "--sets", "--precision", "fp32"), "has class 1, but classnames.txt has 1"),
+        ((), "name at least one run folder"),
+    ):
+        result = in_process(*arguments, module="lexvla.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err

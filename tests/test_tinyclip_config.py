@@ -1,0 +1,79 @@
+"""Presets, dry runs and settings that are refused before a run starts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import one_sentence
+from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY, corpus  # noqa: F401
+
+from tinyclip import config, train
+from tinyclip.config import PRESETS, Config
+from tinyclip.geometry import CONFIGS
+from tinyclip.model import create_model
+
+ERRORS = {
+    "paper preset without data": (["manual-61M-29M"], "--data is missing: it takes image-text shards"),
+    "missing shard": (["emoji-teacher", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
+    "missing teacher": (["emoji", "--init", "None", "--teacher", "/nowhere"], "--teacher /nowhere does not exist"),
+    "missing weights": (["emoji-contrastive", "--init", "/nowhere"], "--init /nowhere does not exist"),
+    "a teacher that is none": (["emoji", "--init", "None", "--teacher", f"{SHARDS}/00000.tar"], "is not a checkpoint"),
+    "unknown weights": (["emoji", "--init", "None", "--teacher", "ViT-B-32@nothing"], "weights of open_clip that fit"),
+    "other weights": (["emoji", "--init", "None", "--teacher", "ViT-L-14@openai"], "weights of open_clip that fit"),
+    "affinity without a teacher": (["emoji", "--teacher", "None"], "affinity mimicking needs --teacher"),
+    "unknown model": (["emoji-teacher", "--model", "RN51"], "--model 'RN51' is none of"),
+    "alpha": (["emoji-teacher", "--alpha", "2"], "--alpha 2.0 is not between 0"),
+    "temperature": (["emoji-teacher", "--logit-scale", "0"], "--logit-scale 0.0 must be above 0"),
+    "pruning too late": (["emoji-auto", "--prune-step", "8"], "--prune-step 8 is not within the 8 steps"),
+    "falling sparsity": (["emoji-auto", *MASKS, "--start-sparsity", "0.9"], "--start-sparsity 0.9"),
+    "nothing to mask": (["emoji-auto", *MASKS, "--mask-types", "hidden"], "--mask-types needs both heads"),
+    "half of what counts": (["emoji-auto", *MASKS, "--mask-types", "heads"], "--mask-types needs both heads"),
+    "masks on a ResNet": (["emoji-auto", *MASKS, "--model", "RN50"], "not on the ResNet of RN50"),
+    "too few pairs": (["emoji-teacher", "--batch-size", "97"], "holds 96 pairs, less than one batch"),
+    "no steps": (["emoji-teacher", "--steps", "0"], "--steps must be at least 1"),
+    "no steps between logs": (["emoji-teacher", "--log-every", "0"], "--log-every must be at least 1"),
+    "crops in memory": (["emoji-teacher", "--keep-in-memory"], "it needs --augmentation none"),
+    "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is no multiple of patch_size 8"),
+    "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no pixels": (["emoji-teacher", "--image-size", "0"], "--image-size must be at least 1 pixel"),
+    "evaluation before it starts": (["emoji-teacher", "--eval-every", "-1"], "--eval-every must be at least 0"),
+    "no evaluation set": (["emoji-teacher", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere"),
+}
+
+
+@pytest.mark.usefixtures("corpus")
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(in_process, tmp_path: Path, case: str):
+    (preset, *options), message = ERRORS[case]
+    defaults = TINY if preset.startswith("emoji") else []
+    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
+def test_wrong_flags(in_process, arguments: list[str]):
+    result = in_process(*arguments)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(word in result.err for word in arguments[1:2])
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    cfg = config.PRESETS[preset][1]
+    result = in_process(preset, "--dry-run")
+    assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
+    total = int(re.search(r"parameters +([\d,]+) ", result.out)[1].replace(",", ""))
+    with torch.device("meta"):
+        assert total == sum(p.numel() for p in create_model(cfg.model).parameters())
+    assert re.search(rf"^steps +{cfg.steps:,}$", result.out, re.MULTILINE)
+    assert f"{cfg.steps * cfg.batch_size:,}" in result.out and ("masks  " in result.out) == cfg.masks
+    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+
+
+def test_every_row_of_the_model_zoo_is_a_preset():
+    models = {cfg.model for _, cfg in PRESETS.values()}
+    assert {name for name in CONFIGS if name.startswith("TinyCLIP")} <= models
+    assert all(isinstance(stage, Config) for stage in train.STAGES.values()) and set(train.STAGES) == set(PRESETS)

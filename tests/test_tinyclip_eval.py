@@ -1,0 +1,89 @@
+"""python -m tinyclip.eval: scores against the authors' numbers, costs, and one run folder measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+from scripts import ROOT, one_sentence
+from test_tinyclip_model import variants
+from test_tinyclip_train import SHARDS, TINY, corpus, folder  # noqa: F401
+
+from tinyclip import config, train
+from tinyclip import eval as evaluation
+from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
+from tinyclip.model import create_model, load_clip
+
+SETS = tuple(str(ROOT / "data/emoji/eval" / name) for name in ("groups_id", "retrieval_xm_en"))
+
+
+# ----------------------------------------------------------------------------------------------------- scores and costs
+
+
+@pytest.mark.golden("tinyclip", "zero_shot")
+def test_zero_shot(case):
+    classifier = zero_shot_classifier(case["text_features"])
+    case.close("classifier", classifier, atol=1e-5)
+    logits = 100 * case["image_features_norm"] @ classifier
+    case.close("logits", logits, atol=1e-4)
+    top = zero_shot_accuracy(logits, case["target"], (1, *case["k"].tolist()))
+    case.close("top1", top[0], atol=1e-5)
+    case.close("topk", top[-1], atol=1e-5)
+
+
+@pytest.mark.golden("tinyclip", "retrieval_metrics")
+def test_retrieval_metrics(case):
+    for v in variants(case):
+        metrics = retrieval_metrics(case[f"{v}/image"], case[f"{v}/text"])
+        for name in metrics:
+            case.close(f"{v}/{name}", metrics[name], atol=1e-5)
+        assert {f"{v}/{name}" for name in metrics} | {f"{v}/image", f"{v}/text"} == {
+            n for n in case if n.startswith(f"{v}/")
+        }
+
+
+@pytest.mark.parametrize("name, macs", [("TinyCLIP-ViT-61M-32-Text-29M", 5.3), ("TinyCLIP-ResNet-19M-Text-19M", 4.4)])
+def test_macs_are_those_of_the_model_zoo(name: str, macs: float):
+    assert round(evaluation.macs(create_model(name)) / 1e9, 1) == macs
+
+
+def test_throughput():
+    rates = evaluation.throughput(create_model("emoji-25"), batch=2, seconds=0.05)
+    pairs = 1 / (1 / rates["images_per_second"] + 1 / rates["captions_per_second"])
+    assert rates["pairs_per_second"] == pytest.approx(pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------- run folders
+
+
+def trained(*arguments) -> Path:
+    """A run of tinyclip.train in this process."""
+    return train.main(tyro.extras.overridable_config_cli(config.PRESETS, args=[str(word) for word in arguments]))
+
+
+@pytest.fixture(scope="module")
+def small_run(folder: Path) -> Path:
+    return trained("emoji-teacher", *TINY, "--model", "emoji-25", "--steps", "2", "--out", folder / "small-seed0")
+
+
+def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatch):
+    cfg = evaluation.Config((str(small_run),), sets=SETS, throughput=False, device="cpu")
+    (values,) = evaluation.main(cfg)
+    assert json.loads((small_run / "results.json").read_text())["metrics"] == values
+    model = load_clip(small_run)
+    assert values["macs_g"] == pytest.approx(evaluation.macs(model) / 1e9)
+    assert values["total_parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)
+    assert {name.partition("/")[0] for name in values if "/" in name} == {Path(path).name for path in SETS}
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
+    assert evaluation.main(cfg) == [values]
+
+
+def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):
+    for arguments, words in (
+        ((tmp_path / "nowhere",), "no checkpoint"),
+        ((small_run, "--sets", tmp_path), str(tmp_path)),
+        ((), "name at least one run folder"),
+        ((f"{SHARDS}/00000.tar",), "is not a checkpoint"),
+    ):
+        result = in_process(*arguments, module="tinyclip.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err)

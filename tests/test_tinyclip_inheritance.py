@@ -1,0 +1,82 @@
+"""Which weights a student inherits, and what is refused; golden numbers as in test_tinyclip_model.py."""
+
+import pytest
+import torch
+from test_tinyclip_model import TEXT, VISION, tiny, variants
+
+from tinyclip.geometry import convert_state_dict
+from tinyclip.inheritance import (
+    depth_indices,
+    inherit_at_random,
+    inherit_weights,
+    random_masks,
+    resize_positional_embedding,
+)
+from tinyclip.model import CLIP
+
+
+@pytest.mark.golden("tinyclip", "inherit_depth")
+def test_inherit_depth(case):
+    for name in case:
+        case.close(name, depth_indices(*map(int, name.split("_to_"))))
+
+
+@pytest.mark.parametrize(
+    "teacher, student, front, uniform",
+    [(12, 9, range(9), [0, 1, 2, 4, 5, 6, 8, 9, 10]), (12, 6, range(0, 12, 2), range(0, 12, 2))],
+)
+def test_depth_rules(teacher, student, front, uniform):
+    assert depth_indices(teacher, student) == list(front)
+    assert depth_indices(teacher, student, "uniform") == list(uniform)
+
+
+@pytest.mark.golden("tinyclip", "inherit_vit", "inherit_resnet")
+def test_inherit(case):
+    teacher, student = (convert_state_dict(case.group(f"{who}/")) for who in ("teacher", "student"))
+    blank = {name: torch.full_like(value, -7) for name, value in student.items()}
+    inherited = {}
+    for tower in ("image", "text"):
+        part = {name: value for name, value in blank.items() if name.startswith("visual") == (tower == "image")}
+        inherited |= inherit_weights(student_sd=part, teacher_sd=teacher, head_dim=case[f"head_dim_{tower}"])
+    names = dict(zip(student, case.group("student/"), strict=True))
+    assert inherited.keys() == student.keys()
+    for name, value in inherited.items():
+        case.close(f"student/{names[name]}", value)
+
+
+@pytest.mark.golden("tinyclip", "pos_embed_resize")
+def test_pos_embed_resize(case):
+    for v in variants(case):
+        grid = int(v.partition("to")[2])
+        case.close(f"{v}/out", resize_positional_embedding(case[f"{v}/in"], grid), atol=1e-5)
+
+
+def test_inheritance_refuses_what_does_not_fit():
+    teacher = tiny().state_dict()
+    with pytest.raises(ValueError, match="4 layers cannot inherit from 3"):
+        inherit_weights(CLIP(12, VISION, TEXT | {"layers": 4}).state_dict(), teacher, 8)
+    with pytest.raises(ValueError, match="more than"):
+        inherit_weights(CLIP(13, VISION, TEXT).state_dict(), teacher, 8)
+    with pytest.raises(ValueError, match="another patch grid"):
+        inherit_weights(CLIP(12, VISION | {"image_size": 24}, TEXT).state_dict(), teacher, 8)
+    with pytest.raises(ValueError, match="nothing to inherit from"):
+        inherit_weights({"strange": torch.ones(1)}, teacher)
+    with pytest.raises(ValueError, match="depth rule"):
+        depth_indices(3, 2, "odd")
+
+
+def test_random_masks_leave_the_small_size():
+    small = VISION | {"width": 16, "layers": 2}
+    masks = random_masks(VISION, small, torch.Generator().manual_seed(0))
+    assert masks["hidden"].sum() == 16 and masks["mha"].sum() == masks["ffn"].sum() == 2
+    assert (masks["heads"].sum(1) == 2).all() and (masks["intermediate"].sum(1) == 64).all()
+
+
+def test_inheriting_at_random_has_the_student_s_geometry():
+    student = CLIP(12, VISION | {"width": 16, "layers": 2}, TEXT | {"width": 16, "heads": 2, "layers": 1})
+    cut = inherit_at_random(tiny(), student.geometry, torch.Generator().manual_seed(0))
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (cut, student)]
+    assert shapes[0] == shapes[1] and torch.equal(cut.logit_scale, tiny().logit_scale)
+    resnet = student.geometry | {"vision": {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}}
+    with pytest.raises(ValueError, match="a ResNet is none"):
+        inherit_at_random(tiny(), resnet, torch.Generator())

@@ -1,0 +1,372 @@
+"""Losses, towers and weights from files, against the numbers of the authors' code and beyond them.
+
+Their numbers are described in tests/golden/tinyclip/README.md. Everything about a golden case is read from its file;
+tolerances are those of the README.
+"""
+
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import Case
+from scripts import same
+
+from shared import checkpoints
+from shared.run import gather
+from tinyclip.geometry import CONFIGS, convert_state_dict, geometry
+from tinyclip.masks import L0Mask, prune
+from tinyclip.model import (
+    CLIP,
+    affinity_mimicking_loss,
+    clip_loss,
+    create_model,
+    distillation_loss,
+    load_clip,
+    parameter_counts,
+)
+
+VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8}
+TEXT = {"context_length": 8, "vocab_size": 30, "width": 24, "heads": 3, "layers": 3}
+
+
+def tiny(seed: int = 0, quick_gelu: bool = False) -> CLIP:
+    torch.manual_seed(seed)
+    model = CLIP(12, VISION, TEXT, quick_gelu)
+    for parameter in model.parameters():
+        if parameter.ndim:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def some_masks(tower: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Soft masks with a layer without heads, one without attention, one without neurons and one without MLP."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = tower["width"] // 8
+
+    def soft(*shape):
+        z = torch.rand(*shape, generator=generator)
+        return torch.where(z < 0.3, 0.0, z)
+
+    masks = {"hidden": soft(tower["width"]), "heads": soft(3, heads), "intermediate": soft(3, 4 * tower["width"])}
+    masks |= {"mha": torch.tensor([0.7, 0.9, 0.0]), "ffn": torch.tensor([0.5, 0.0, 0.8])}
+    if seed % 2:  # the bias that the second layer loses has only the first attention before it
+        masks["ffn"][0] = 0
+    masks["heads"][1] = 0
+    masks["heads"][0, 0] = masks["heads"][2, 0] = 1.0
+    masks["intermediate"][2] = 0
+    return masks
+
+
+def example(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    tokens = torch.randint(1, 29, (n, 8)).scatter(1, torch.randint(2, 8, (n, 1)), 29)
+    return torch.randn(n, 3, 16, 16), tokens
+
+
+def leaf(x) -> torch.Tensor:
+    return torch.as_tensor(x).clone().requires_grad_()
+
+
+def variants(case: Case) -> list[str]:
+    return sorted({name.partition("/")[0] for name in case})
+
+
+def close_relative(case: Case, name: str, actual) -> None:
+    """1e-5 of the array's largest entry; where all of a gradient is rounding (the student is the teacher), 1e-6."""
+    case.close(name, actual, atol=max(1e-5 * torch.as_tensor(case[name]).abs().max().item(), 1e-6))
+
+
+def head_widths(state: dict, case: Case | None = None) -> tuple[int, int]:
+    """(image, text); shapes do not tell them: the README's 8, or what the case's masks say."""
+    widths = []
+    for tower, prefix in (("image", "visual."), ("text", "")):
+        loga, qkv = (
+            state.get(f"{tower}_mask.heads_loga"),
+            state.get(f"{prefix}transformer.resblocks.0.attn.in_proj_bias"),
+        )
+        widths.append(8 if loga is None or qkv is None else len(qkv) // (3 * loga.shape[1]))
+    return tuple(widths)
+
+
+def towers(state: dict) -> dict:
+    return {key: value for key, value in state.items() if "mask." not in key}
+
+
+def clip_of(state: dict, quick_gelu: bool = False, **changes) -> CLIP:
+    """The CLIP of a state dict in OpenAI's layout, with its weights."""
+    shape = geometry(towers(state), head_widths(state))
+    shape["vision"] |= changes
+    model = CLIP(**shape, quick_gelu=quick_gelu)
+    model.load_state_dict(towers(state))
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def unit_features(case: Case, v: str) -> tuple:
+    student = [leaf(case[f"{v}/{name}"]) for name in ("image", "text", "scale")]
+    return student, [case[f"{v}/teacher_{name}"] for name in ("image", "text", "scale")]
+
+
+def close_gradients(case: Case, prefix: str, student: list) -> None:
+    for name, value in zip(("image", "text", "scale"), student, strict=True):
+        close_relative(case, f"{prefix}/grad_{name}", value.grad)
+
+
+@pytest.mark.golden("tinyclip", "affinity_loss")
+def test_affinity_loss(case):
+    for v in variants(case):
+        student, teacher = unit_features(case, v)
+        i2t, t2i = affinity_mimicking_loss(*student, *teacher)
+        loss = (i2t + t2i) / 2
+        loss.backward()
+        for name, value in (("loss_i2t", i2t), ("loss_t2i", t2i), ("loss", loss)):
+            close_relative(case, f"{v}/{name}", value)
+        close_gradients(case, v, student)
+
+
+@pytest.mark.golden("tinyclip", "clip_loss")
+def test_clip_loss(case):
+    for v in variants(case):
+        student = [leaf(case[f"{v}/{name}"]) for name in ("image", "text", "scale")]
+        loss = clip_loss(*student)
+        loss.backward()
+        close_relative(case, f"{v}/loss", loss)
+        close_gradients(case, v, student)
+
+
+@pytest.mark.golden("tinyclip", "distill_loss_mix")
+def test_distill_loss_mix(case):
+    for prefix in sorted({name.rpartition("/")[0] for name in case if name.endswith("/loss")}):
+        v, _, setting = prefix.rpartition("/")
+        alpha, weight = map(float, re.fullmatch(r"alpha(.+)_weight(.+)", setting).groups())
+        student, teacher = unit_features(case, v)
+        with torch.no_grad():
+            i2t, t2i = affinity_mimicking_loss(*student, *teacher)
+            for name, value in (
+                ("soft", alpha * weight * (i2t + t2i) / 2),
+                ("hard", (1 - alpha) * weight * clip_loss(*student)),
+            ):
+                if f"{prefix}/{name}" in case:
+                    close_relative(case, f"{prefix}/{name}", value)
+        loss = distillation_loss(*student, *teacher, alpha=alpha, weight=weight)
+        loss.backward()
+        close_relative(case, f"{prefix}/loss", loss)
+        close_gradients(case, prefix, student)
+
+
+def one_rank(rank: int, world: int, path: str, inputs: dict, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    rows = slice(rank * len(inputs["image"]) // world, (rank + 1) * len(inputs["image"]) // world)
+    results = {}
+    for hard in (False, True):
+        image, text, scale = leaf(inputs["image"][rows]), leaf(inputs["text"][rows]), leaf(inputs["scale"])
+        if hard:
+            loss = clip_loss(image, text, scale, gather)
+            loss.backward()
+            results |= {"hard_loss": loss.detach(), "hard_grad_image": image.grad, "hard_grad_text": text.grad}
+        else:
+            teacher = inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]
+            i2t, t2i = affinity_mimicking_loss(image, text, scale, *teacher, gather)
+            loss = (i2t + t2i) / 2
+            loss.backward()
+            results |= {"loss_i2t": i2t.detach(), "loss_t2i": t2i.detach(), "loss": loss.detach()}
+            results |= {"grad_image": image.grad, "grad_text": text.grad, "grad_scale": scale.grad}
+    torch.save(results, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.golden("tinyclip", "affinity_loss_distributed")
+def test_affinity_loss_distributed(case, tmp_path):
+    world = len({name.partition("/")[0] for name in case if name.startswith("rank")})
+    inputs = {name: value for name, value in case.items() if not name.startswith("rank")}
+    mp.spawn(one_rank, (world, str(tmp_path / "store"), inputs, str(tmp_path)), nprocs=world)
+    for rank in range(world):
+        case.close_group(f"rank{rank}/", torch.load(tmp_path / f"{rank}.pt"), atol=1e-5)
+
+
+def test_a_student_like_its_teacher_is_left_with_the_entropy():
+    image, text = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    i2t, _ = affinity_mimicking_loss(image, text, 5.0, image, text, 5.0)
+    p = (5 * image @ text.T).softmax(1)
+    torch.testing.assert_close(i2t, -(p * p.log()).sum(1).mean())
+    assert i2t > 0.1
+
+
+def test_a_loss_of_weight_zero_needs_no_teacher():
+    image, text = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    loss = distillation_loss(image, text, 5.0, None, None, None, alpha=0.0, weight=2.0)
+    torch.testing.assert_close(loss, 2 * clip_loss(image, text, 5.0))
+
+
+# --------------------------------------------------------------------------------------------------------------- towers
+
+
+def pooling_widths(state: dict) -> list[int]:
+    """Head widths that a ResNet's attention pool may have: a case does not say, so the one that fits best is taken."""
+    pool = state.get("visual.attnpool.c_proj.weight")
+    return [64] if pool is None else [width for width in (8, 16, 32, 64, 128) if pool.shape[1] % width == 0]
+
+
+def close_scaled(case: Case, name: str, actual) -> None:
+    """1e-5, of the largest entry where that is above 1: a ResNet's features of 400 have a resolution of 3e-5."""
+    case.close(name, actual, atol=1e-5 * max(1.0, case[name].abs().max().item()))
+
+
+@pytest.mark.golden("tinyclip", "forward_vit", "forward_vit_quickgelu", "forward_resnet")
+def test_forward(case):
+    state = convert_state_dict(case.group("param/"))
+    options = {"image_size": case["image"].shape[-1]}
+    quick_gelu = "quickgelu" in case.path.name
+
+    def error(model: CLIP) -> float:
+        with torch.no_grad():
+            return (model.eval().encode_image(case["image"]) - case["image_features"]).abs().max().item()
+
+    candidates = [{"head_width": width} for width in pooling_widths(state)] if "visual.conv3.weight" in state else [{}]
+    model = min((clip_of(state, quick_gelu, **options, **option) for option in candidates), key=error).eval()
+    with torch.no_grad():
+        features = model.encode_image(case["image"]), model.encode_text(case["text"])
+        unit = *model(case["image"], case["text"])[:2], model.logit_scale.exp()
+    for name, value in zip(("image_features", "text_features"), features, strict=True):
+        close_scaled(case, name, value)
+        case.close(f"{name}_norm", F.normalize(value, dim=-1), atol=1e-5)
+    case.close("image_features_norm", unit[0], atol=1e-5)
+    case.close("text_features_norm", unit[1], atol=1e-5)
+    case.close("logit_scale_exp", unit[2], atol=1e-5)
+    torch.testing.assert_close(model.encode_text(case["text"], normalize=True), unit[1])
+    if "train/image_features" in case:
+        model.train()
+        with torch.no_grad():
+            close_scaled(case, "train/image_features", model.encode_image(case["image"]))
+        buffers = convert_state_dict(case.group("train_buffers/"))
+        names = dict(zip(buffers, case.group("train_buffers/"), strict=True))
+        for name in buffers:
+            case.close(f"train_buffers/{names[name]}", model.state_dict()[name], atol=1e-5)
+
+
+@pytest.mark.golden("tinyclip", "param_counts")
+def test_param_counts(case):
+    for name in variants(case):
+        embed_dim, image_size, width, patch, text_width, heads, layers, context, vocab, *depth = case[
+            f"{name}/config"
+        ].tolist()
+        vision = {"image_size": image_size, "width": width, "head_width": 64}
+        vision |= {"patch_size": patch, "layers": depth[0]} if patch else {"layers": depth}
+        text = {"context_length": context, "vocab_size": vocab, "width": text_width, "heads": heads, "layers": layers}
+        if name in CONFIGS:
+            assert CONFIGS[name] == {"embed_dim": embed_dim, "vision": vision, "text": text}
+        with torch.device("meta"):
+            model = CLIP(embed_dim, vision, text)
+        counts = parameter_counts(model)
+        case.close(f"{name}/total", counts["total"])
+        case.close(f"{name}/image", counts["image"])
+        case.close(f"{name}/image_buffers", sum(b.numel() for b in model.visual.buffers()))
+        case.close(f"{name}/text_with_token_embedding", counts["text_with_token_embedding"])
+        case.close(f"{name}/token_embedding", model.token_embedding.weight.numel())
+        case.close(f"{name}/text_transformer", sum(p.numel() for p in model.transformer.parameters()))
+
+
+def test_open_masks_change_nothing():
+    model, (images, tokens) = tiny(), example()
+    open_ = [{k: torch.ones_like(z) for k, z in some_masks(tower).items()} for tower in (VISION, TEXT)]
+    torch.testing.assert_close(model.encode_image(images, open_[0]), model.encode_image(images))
+    torch.testing.assert_close(model.encode_text(tokens, open_[1]), model.encode_text(tokens))
+
+
+def test_what_stands_behind_the_end_token_does_not_matter():
+    model, (_, tokens) = tiny(), example()
+    end = tokens.argmax(1)[:, None]
+    other = torch.where(torch.arange(8) > end, 7, tokens)
+    torch.testing.assert_close(model.encode_text(other), model.encode_text(tokens))
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for on in (False, True):
+        model = tiny().train()
+        model.set_grad_checkpointing(on)
+        image, text, _ = model(*example())
+        (image.sum() + text[:, 0].sum()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="none of"):
+        create_model("ViT-nowhere")
+    with pytest.raises(ValueError, match="mask type"):
+        L0Mask(8, 32, 2, 2, ["layer"])
+    with pytest.raises(ValueError, match="not the weights of a CLIP"):
+        geometry({})
+    with pytest.raises(ValueError, match="masks act on transformers"):
+        resnet = CLIP(8, {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}, TEXT)
+        resnet.encode_image(torch.zeros(1, 3, 32, 32), some_masks(VISION))
+
+
+# --------------------------------------------------------------------------------------------------- weights from files
+
+
+def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
+    """The state dict with the keys that the authors' files have."""
+    if layout == "openai":
+        return {f"module.{name}": value for name, value in model.state_dict().items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        tower = (
+            "logit_scale" if name == "logit_scale" else "image_encoder" if name.startswith("visual") else "text_encoder"
+        )
+        state[f"_{tower}.{'module.' if layout == 'towers, distributed' else ''}{name}"] = value
+        if layout == "auto" and tower != "logit_scale":
+            state[f"{tower}_without_ddp.{name}"] = value  # registered twice
+    return state
+
+
+@pytest.mark.parametrize("layout", ["openai", "towers", "towers, distributed", "auto"])
+def test_checkpoints_in_the_authors_layouts(tmp_path: Path, layout: str):
+    model = prune(tiny(), some_masks(VISION), some_masks(TEXT)).eval() if layout == "auto" else tiny()
+    torch.save({"epoch": 6, "name": "x", "state_dict": theirs(model, layout)}, tmp_path / "theirs.pt")
+    loaded = load_clip(tmp_path / "theirs.pt", head_width=8)
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    images, tokens = example()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded(images, tokens), model(images, tokens), strict=True))
+
+
+def test_released_geometries_load(tmp_path: Path):
+    """A file with the keys and shapes of each released model by hand."""
+    for name in ("TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"):
+        model = create_model(name)
+        torch.save({"state_dict": theirs(model, "openai")}, tmp_path / f"{name}.pt")
+        loaded = load_clip(tmp_path / f"{name}.pt")
+        assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+        tower = {key: loaded.geometry["vision"][key] for key in CONFIGS[name]["vision"]}
+        assert tower == CONFIGS[name]["vision"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"state_dict": None}, {"state_dict": {1: torch.zeros(1)}}, {"state_dict": {"a": 1}},
+     {"positional_embedding": torch.zeros(3)}, {"state_dict": {}, "geometry": {"width": 1}}],
+    ids=["list", "nothing", "numbered", "no tensor", "too few axes", "strange geometry"],
+)  # fmt: skip
+def test_files_that_hold_no_clip(tmp_path: Path, content):
+    checkpoints.save_checkpoint(tmp_path / "file.pt", content)
+    with pytest.raises(ValueError):
+        load_clip(tmp_path / "file.pt")
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def offline(*_, **__):
+        raise RuntimeError("Failed to download weights")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(ValueError, match="ViT-B-32@laion2b_e16: open_clip could not download"):
+        load_clip("ViT-B-32@laion2b_e16")
