@@ -589,13 +589,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
     """
     state = path_or_dict
     if not isinstance(state, dict):
-        if not Path(state).is_file():
-            raise FileNotFoundError(f"no checkpoint at {state}")
-        try:
-            with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):
-                state = torch.load(state, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path_or_dict} does not load with weights_only=True ({type(error).__name__})") from error
+        state = checkpoints.load_checkpoint(state)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f"{path_or_dict} holds no weights")

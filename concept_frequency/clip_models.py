@@ -40,8 +40,7 @@ def load_file(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
 
     Weights may be under `state_dict`, their names may begin with `module.`.
     """
-    with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # SLIP keeps its arguments and learning rates
-        state = checkpoints.load_checkpoint(path)
+    state = checkpoints.load_checkpoint(path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     if "image_projection" in weights:
         return slip(weights)

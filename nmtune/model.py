@@ -332,8 +332,7 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
 def encoder_weights(checkpoint: str) -> dict[str, Tensor]:
     """Weights by timm's or open_clip's names of a file or run folder, `module.` prefixes removed."""
     path = Path(checkpoint)
-    with torch.serialization.safe_globals(checkpoints.AUTHORS_GLOBALS):  # timm's checkpoints hold their command line
-        state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
     return split_upstream(weights)[1] if any(key.startswith("image_encoder.") for key in weights) else weights
 

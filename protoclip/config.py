@@ -79,6 +79,9 @@ class Config:
     """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
     batch_size: int = 512
     """Pairs per step, over all processes together."""
+    gather_with_grad: bool = True
+    """Gradients of gathered features flow to all processes, so that W of them equal one. Off: to the own rows alone,
+    which makes the encoders' gradients W times smaller: upstream's default, with a clipping norm of 10."""
     lr: float = 5e-4
     """Peak learning rate."""
     lr_text: float | None = None
@@ -112,6 +115,8 @@ class Config:
     """Stop at the first broken sample instead of counting and replacing it."""
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
+    keep_every: int = 0
+    """Steps between checkpoints that stay, as checkpoint-STEP.pt; 0: none does."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
@@ -136,7 +141,7 @@ class Config:
         return math.ceil(self.episode_size / self.batch_size)
 
 
-PAPER = Config(dataset_size=2_500_000, lit_start=399)
+PAPER = Config(dataset_size=2_500_000, lit_start=399, gather_with_grad=False)
 CLIP = dict(w_proto=0.0, w_external=0.0, infonce_warmup=0, lit_start=None, episode_size=2_500_000)
 ONE_GPU = dict(batch_size=64, lr=5e-5, warmup=2_000)
 EMOJI = Config(
@@ -184,7 +189,7 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc3m/{00000..00331}.tar")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(

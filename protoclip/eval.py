@@ -7,6 +7,7 @@ on upstream's checkpoint files (`--model RN50`), on the embedded corpus and on a
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ from sklearn.metrics import (
     davies_bouldin_score,
     silhouette_score,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from protoclip.episodes import image_transform
 from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
@@ -59,7 +60,7 @@ METRICS = {  # what is shown of a run, and its heading
 @dataclasses.dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, or checkpoint files in upstream's layout."""
+    """Run folders, checkpoint files in upstream's layout, or MODEL@PRETRAINED of open_clip, such as RN50@openai."""
     model: str = "RN50"
     """open_clip config of checkpoint files that do not name theirs."""
     sets: tuple[str, ...] = tuple(
@@ -191,6 +192,31 @@ def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
     return model.eval(), name
 
 
+def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
+    """(model in eval mode, image transform, tokenizer) of open_clip's MODEL@PRETRAINED, such as RN50@openai.
+
+    ValueError if open_clip knows no such weights, or cannot load them.
+    """
+    model, _, tag = name.partition("@")
+    if tag not in open_clip.list_pretrained_tags_by_model(model):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "nothing"
+        raise ValueError(f"open_clip knows no weights {tag!r} of {model}, but {known}: see open_clip.list_pretrained()")
+    try:
+        network, _, transform = open_clip.create_model_and_transforms(model, pretrained=tag)
+    except Exception as error:  # the hub's and the network's are of many kinds
+        raise ValueError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
+    return network.eval(), transform, open_clip.get_tokenizer(model)
+
+
+def load_any(path: str, name: str) -> tuple[nn.Module, Callable, Callable]:
+    """(model, image transform, tokenizer) of a run folder, a checkpoint file, or open_clip's MODEL@PRETRAINED."""
+    if "@" in path and not Path(path).exists():
+        return load_pretrained(path)
+    model, name = load_model(path, name)
+    transform = image_transform(image_side(model), train=False)
+    return model, transform, open_clip.get_tokenizer(name, context_length=model.context_length)
+
+
 def export_run(path: str, folder: str, name: str) -> None:
     """The towers as an open_clip model; the projection heads stay behind, since evaluation reads z."""
     model, name = load_model(path, name)
@@ -211,13 +237,14 @@ def evaluate_run(
 
     Also (unit image features, labels, class names) of the last probe set, for `plot_features`.
     """
-    model, name = load_model(path, cfg.model)
+    model, transform, tokenizer = load_any(path, cfg.model)
     model.to(process.device)
-    transform = image_transform(image_side(model), train=False)
-    tokenizer = open_clip.get_tokenizer(name, context_length=model.context_length)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     results = evaluate(model, tokenizer, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
+    top1 = [metrics["top1"] for metrics in results.values() if "top1" in metrics]
+    if len(top1) > 1:  # upstream's "average" is the plain mean
+        flat["mean_top1"] = sum(top1) / len(top1)
 
     def features(folder: str, split: str) -> tuple[Tensor, Tensor | list]:
         loader = EvalSet(folder, transform, split).batches(cfg.batch_size, cfg.workers)
@@ -285,13 +312,15 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     def measure(folder: Path) -> dict[str, float]:
         metrics, shown = evaluate_run(path, cfg, process)
         if shown is not None:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             x, y, names = shown
             with checkpoints.replaced(folder / "features.npz") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
             plot_features([(Path(path).name, *shown)], folder / "features.png")
         return metrics
 
+    if "@" in path and not Path(path).exists():
+        return measure(Path("runs/protoclip") / path.replace("/", "-"))
     return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.probe, cfg.gap), measure)
 
 

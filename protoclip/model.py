@@ -260,6 +260,11 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
     return torch.from_numpy(labels[:, 0]), torch.from_numpy(clustering.centroids)
 
 
+def kmeans_error(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
+    """Mean squared distance of features (N, D) to their centroids (k, D). U:training/clustering.py:145 logs its sum."""
+    return (features - centroids[labels]).square().sum(dim=1).mean().item()
+
+
 def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> Tensor:
     """PBT: mean of the student's features (N, P) over each of the teacher's k clusters -> (k, P).
 

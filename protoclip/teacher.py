@@ -11,6 +11,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import faiss
 import numpy as np
@@ -42,6 +43,8 @@ class Config:
     """Captions per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast of the encoder; fp32 is upstream's."""
 
 
 PRESETS = {
@@ -93,7 +96,7 @@ def pca(features: Tensor, dim: int = 64) -> Tensor:
 
 
 class Teacher:
-    """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy with one row per dataset row."""
+    """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy, row by row of the dataset."""
 
     def __init__(self, path: str):
         if not os.path.isfile(path):
@@ -110,7 +113,7 @@ class Teacher:
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
         """(N,) dataset rows -> (N,) rows of `features`. ValueError if one is not there, or not to be told apart."""
         if self.keys is None:
-            if len(self.features) != len(pairs):
+            if len(self.features) < len(pairs):  # upstream's covers its whole CSV; --dataset-size keeps the first
                 raise ValueError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
@@ -159,6 +162,8 @@ def main(cfg: Config) -> Path:
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
     setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
+    if cfg.precision != "auto":
+        setting["precision"] = cfg.precision
     made = json.dumps(setting | {"captions": data.fingerprint("\n".join(captions).encode())}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
@@ -170,7 +175,7 @@ def main(cfg: Config) -> Path:
         print(f"{out} holds {len(pairs):,} rows already; nothing to do")
         return out
     model, tokenizer = load_encoder(cfg.model)
-    with run.autocast(run.resolve_precision("auto", process.device), process.device):
+    with run.autocast(run.resolve_precision(cfg.precision, process.device), process.device):
         rows = embed_captions(
             captions, model.to(process.device), tokenizer, cfg.max_length, cfg.attend_padding, cfg.batch_size
         )

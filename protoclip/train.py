@@ -34,7 +34,15 @@ from protoclip.episodes import (  # noqa: F401
     image_transform,
     sample_episode,
 )
-from protoclip.model import ProtoCLIPOutput, Prototypes, build_prototypes, create_model, image_side, protoclip_loss
+from protoclip.model import (
+    ProtoCLIPOutput,
+    Prototypes,
+    build_prototypes,
+    create_model,
+    image_side,
+    kmeans_error,
+    protoclip_loss,
+)
 from protoclip.teacher import Teacher
 from shared import cli, data, memory, run
 from shared.run import gather
@@ -125,9 +133,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ one episode's passes
 
 
-def gather_output(output: ProtoCLIPOutput) -> ProtoCLIPOutput:
+def gather_output(output: ProtoCLIPOutput, with_grad: bool = True) -> ProtoCLIPOutput:
     """The global batch: features of all ranks, the scalars as they are."""
-    return ProtoCLIPOutput(*(gather(x) if x is not None and x.ndim == 2 else x for x in output))
+    return ProtoCLIPOutput(*(gather(x, with_grad) if x is not None and x.ndim == 2 else x for x in output))
 
 
 @torch.no_grad()
@@ -190,9 +198,8 @@ def train_episode(
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
         with run.autocast(precision, device):
             output = model(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
-        losses = protoclip_loss(
-            gather_output(output), gather(index.to(device)), prototypes, weights, cfg.target_temperature
-        )
+        batch = gather_output(output, cfg.gather_with_grad)
+        losses = protoclip_loss(batch, gather(index.to(device)), prototypes, weights, cfg.target_temperature)
         optimizer.zero_grad()
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
@@ -200,9 +207,20 @@ def train_episode(
         scaler.step(optimizer)
         scaler.update()
         bare.clamp_logit_scales()
-        with torch.no_grad():  # U:training/evaluations/analyze_features.py:33, on the local batch
-            losses["modality_gap"] = (output.image_features.mean(0) - output.text_features.mean(0)).norm()
-        yield step, losses
+        yield step, losses | batch_statistics(output)
+
+
+@torch.no_grad()
+def batch_statistics(output: ProtoCLIPOutput) -> dict[str, Tensor]:
+    """Logit scales; spread and modality gap of the local batch's features. U:training/train.py:234-256."""
+    image, text = output.image_features, output.text_features
+    found = {
+        "logit_scale": output.logit_scale,
+        "image_feature_std": image.std(0).mean(),
+        "text_feature_std": text.std(0).mean(),
+        "modality_gap": (image.mean(0) - text.mean(0)).norm(),
+    }
+    return found | ({} if output.logit_scale_proto is None else {"logit_scale_proto": output.logit_scale_proto})
 
 
 # -------------------------------------------------------------------------------------------------------- the script
@@ -269,7 +287,7 @@ class EpisodicData:
     def draw(self, episode: int) -> None:
         """Draw the rows of an episode."""
         self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
-        self.broken = list(self.pairs.broken)
+        self.broken, self.errors = list(self.pairs.broken), {}
 
     def loader(self, what: str, start: int = 0) -> Iterable:
         """Batches of the drawn rows, from batch `start` on, to "extract" features from or to "train" on."""
@@ -294,6 +312,8 @@ class EpisodicData:
         if self.process.main:
             external = self.teacher.rows(self.pairs, self.rows) if weights[2] != 0 else None
             found = build_prototypes(h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo)
+            kinds = ("image", h_image, found.image_labels, found.image), ("text", h_text, found.text_labels, found.text)
+            self.errors = {f"kmeans_error_{kind}": kmeans_error(*of_kind) for kind, *of_kind in kinds}
         return run.broadcast(found, self.process)
 
 
@@ -335,7 +355,7 @@ def main(cfg: Config) -> Path | None:
             batch = step - per_episode * episode + 1
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
-                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **losses)
+                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **losses, **episodes.errors)
             if folder.due(step + 1) and batch < per_episode:
                 kept = prototypes and prototypes._asdict()
                 folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)

@@ -61,7 +61,7 @@ def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor
 
 
 # What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers
-# (which live under one of two names, as files of NumPy 1 and 2 say). Harmless; for `torch.serialization.safe_globals`.
+# (which live under one of two names, as files of NumPy 1 and 2 say). Harmless, and allowed beside plain values.
 _scalar = np.float64(0).__reduce__()[0]
 AUTHORS_GLOBALS = [
     argparse.Namespace,
@@ -73,11 +73,15 @@ AUTHORS_GLOBALS = [
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
-    """Load a checkpoint without running code from it (`weights_only=True`). ValueError if it is none."""
+    """Load a checkpoint, ours or the authors', without running code from it (`weights_only=True`).
+
+    FileNotFoundError if there is none, ValueError if it holds anything but tensors, plain values and AUTHORS_GLOBALS.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals(AUTHORS_GLOBALS):
+            return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise ValueError(
             f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
@@ -123,6 +127,7 @@ def resume(folder: Path, config: Any) -> dict | None:
         "device",
         "workers",
         "save_every",
+        "keep_every",
         "log_every",
         "eval_every",
         "eval_set",

@@ -31,7 +31,7 @@ from open_clip_train.distributed import init_distributed_device_so
 from torch.amp import GradScaler
 from tqdm import tqdm
 
-from shared.checkpoints import resume, save_checkpoint, write_json
+from shared.checkpoints import replaced, resume, save_checkpoint, write_json
 
 matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
@@ -279,8 +279,13 @@ class RunFolder:
             check_loss(values["loss"], step)
 
     def due(self, step: int) -> bool:
-        """Whether `save_every` steps have gone by since the last checkpoint."""
-        return step - self.saved >= self.cfg.save_every
+        """Whether `save_every` steps have gone by since the last checkpoint, or this one stays (`keep_every`)."""
+        return step - self.saved >= self.cfg.save_every or self.stays(step)
+
+    def stays(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept as checkpoint-STEP.pt beside checkpoint.pt."""
+        every = getattr(self.cfg, "keep_every", 0)
+        return every > 0 and step % every == 0
 
     def save(self, step: int, /, **values: Any) -> None:
         """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings."""
@@ -289,6 +294,9 @@ class RunFolder:
             parts = {name: part.state_dict() for name, part in self.parts.items() if not disabled(part)}
             about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
             save_checkpoint(self.path / "checkpoint.pt", parts | values | self.fixed | about)
+            if self.stays(step):
+                with replaced(self.path / f"checkpoint-{step}.pt") as file:
+                    file.write((self.path / "checkpoint.pt").read_bytes())
 
     def close(self) -> None:
         self.metrics.close()

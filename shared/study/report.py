@@ -60,7 +60,18 @@ class Comparison(NamedTuple):
     settings: dict[str, str] = {}  # by arm, what tells its settings from others
 
 
-UNIMPORTANT = ("out", "seed", "device", "workers", "strict", "cache", "save_every", "log_every", "dry_run")
+UNIMPORTANT = (
+    "out",
+    "seed",
+    "device",
+    "workers",
+    "strict",
+    "cache",
+    "save_every",
+    "keep_every",
+    "log_every",
+    "dry_run",
+)
 
 
 def setting_of(config: dict) -> str:
