@@ -590,7 +590,7 @@ def test_claims_are_differences_of_encoders_and_of_heads():
     assert rows["C3 higher SVE goes with higher LP ID (correlation over levels)"]["here"].startswith("-1.00")
     c4 = rows["C4 NMTune above MLP, OOD (15 encoders)"]
     assert c4["here"].startswith("+1.01") and c4["verdict"] == "reproduced" and c4["paper"] == "about +1"
-    assert rows["C4 the same at 30 % noise, ID (3 encoders)"]["here"].startswith("+1.01 ")
+    assert rows["C4 the same at 30 % noise, ID (3 encoders)"]["here"].startswith("+1.010 ± ")
     covariance = rows["mechanism: NMTune's z has lower L_COV than MLP's, ID (15 encoders)"]
     assert covariance["here"].startswith("-0.90") and covariance["verdict"] == "reproduced"
     few = {arm: arms[arm] for arm in ("sup-05", "sup-30")}

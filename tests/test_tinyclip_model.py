@@ -1,6 +1,7 @@
 """Losses, towers and weights from files, against the numbers of the authors' code and beyond them.
 
-Their numbers are described in tests/golden/tinyclip/README.md. Everything about a golden case is read from its file; tolerances are those of the README.
+Their numbers are described in tests/golden/tinyclip/README.md. Everything about a golden case is read from its file;
+tolerances are those of the README.
 """
 
 import re
