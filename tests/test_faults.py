@@ -46,7 +46,7 @@ ELSEWHERE = {  # where each other script is tested
     "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_train.py::test_study_and_report",
-    "tldr_reduction.checkpoints": "test_tldr_reduction.py::test_authors_layout_loads",
+    "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
 }
 KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
@@ -61,7 +61,7 @@ KILLED = {  # where arms and scripts that are not killed here are
     "nmtune.train": "test_nmtune_train.py::test_fresh_views_kill_and_resume",
     "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",
     "tinyclip, masks and distillation": "test_tinyclip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "tldr_reduction.reduce": "test_tldr_reduction_train.py::test_a_killed_reduction_goes_on",
+    "tldr_reduction.reduce": "test_tldr_reduction_reduce.py::test_a_killed_reduction_goes_on",
     "tldr_reduction, scorer": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
 }
 
