@@ -13,6 +13,7 @@ from test_zeroshot import (  # noqa: F401
     image_bytes,
     npy,
     retrieval_set,
+    their_accuracy_with_recent_numpy,
     their_loader,
     tokenizer,
     write_set,

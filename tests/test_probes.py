@@ -6,7 +6,7 @@ import clip_benchmark.metrics.linear_probe as their_probe
 import pytest
 import torch
 import torch.nn.functional as F
-from test_zeroshot import features_and_labels  # noqa: F401
+from test_zeroshot import features_and_labels, their_accuracy_with_recent_numpy  # noqa: F401
 
 from flame.eval import adamw_probe, log_sweep
 from protoclip.eval import logistic_probe
