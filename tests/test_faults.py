@@ -52,7 +52,7 @@ KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
     "concept_frequency.count": "test_concept_frequency_count.py::test_killed_count_goes_on",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
-    "flame.embed": "test_flame_train.py::test_embedding_goes_on_where_it_stopped",
+    "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
     "lexvla, with states, and with LM and backbone trained": (
         "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
     ),
