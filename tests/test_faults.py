@@ -39,7 +39,7 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
-    "attentive_mask_clip.timing": "test_attentive_mask_clip_train.py::test_timing_refuses_unknown_names",
+    "attentive_mask_clip.timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
     "concept_frequency.let_it_wag": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.replay": "test_concept_frequency.py::test_replay_of_files_in_the_authors_layout",

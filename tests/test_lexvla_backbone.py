@@ -12,11 +12,11 @@ from scripts import ROOT, finished, held, kill_when, same
 from tiny import add_sample, small_corpus
 
 from lexvla import backbone, towers
-from lexvla import backbone as backbones
 from shared import checkpoints, data
 
 SCRIPT, SECONDS = "lexvla.backbone", 120
 PRELOAD = ["lexvla.train", "timm"]
+SHARDS = ROOT / "data/emoji/train"
 FLAGS = "--image-size 16 --epochs 3 --batch-size 32 --device cpu --precision fp32".split()
 
 
@@ -37,9 +37,6 @@ def cfg(folder: Path) -> backbone.Config:
     cfg = backbone.Config(str(folder / "corpus"), out=str(folder / "backbone.pt"), **sizes)
     backbone.main(cfg)
     return cfg
-
-
-# ------------------------------------------------------------------------------------------------------------ backbone
 
 
 def test_a_finished_backbone_is_what_is_asked_for_or_refused(cfg: backbone.Config, folder: Path, capsys):
@@ -97,36 +94,20 @@ def test_a_backbone_that_diverges_is_not_written(cfg: backbone.Config, tmp_path:
     assert not (tmp_path / "nan.pt").exists() and not (tmp_path / "nan.work/checkpoint.pt").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- scenes
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-SHARDS = ROOT / "data/emoji/train"
-
-
-@pytest.fixture(scope="module")
-def backbone(folder: Path) -> Path:
-    cfg = backbones.Config(f"{SHARDS}/00000.tar", 300, str(folder / "backbone.pt"), image_size=16, epochs=2)
-    backbones.main(dataclasses.replace(cfg, batch_size=32, device="cpu", precision="fp32"))
-    return folder / "backbone.pt"
-
-
 def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
     with tarfile.open(SHARDS / "00000.tar") as tar:
         names = {m.name: json.load(tar.extractfile(m))["hexcode"] for m in tar if m.name.endswith(".json")}
     pairs = data.open_pairs(f"{SHARDS}/00000.tar")
-    rows = backbones.drawings(f"{SHARDS}/00000.tar", list(pairs.keys))
+    rows = backbone.drawings(f"{SHARDS}/00000.tar", list(pairs.keys))
     assert sorted(row for of_one in rows for row in of_one) == list(range(len(pairs)))
     assert all(len({names[f"{pairs.keys[row]}.json"] for row in of_one}) == 1 for of_one in rows)
     assert len(rows) == len(set(names.values()))
-    views = backbones.Views(pairs, [[0], [1, 2]], towers.train_transform("x.pt", 16, 0.5), (0, 1))
+    views = backbone.Views(pairs, [[0], [1, 2]], towers.train_transform("x.pt", 16, 0.5), (0, 1))
     assert views[0][0].shape == (2, 3, 16, 16) and torch.equal(views[1][0], views[1][0])
     tokens = torch.randn(2, 8, 5, 64)
     equal = torch.stack([tokens[0], tokens[0]])
-    assert backbones.drawing_loss(equal, 0.01) < 1e-3 < backbones.drawing_loss(tokens, 0.01)
+    assert backbone.drawing_loss(equal, 0.01) < 1e-3 < backbone.drawing_loss(tokens, 0.01)
     with pytest.raises(ValueError, match="has to end in .pt"):
-        backbones.main(backbones.Config(out="backbone"))
+        backbone.main(backbone.Config(out="backbone"))
     with pytest.raises(ValueError, match="has no .json with a hexcode"):
-        backbones.drawings(f"{SHARDS}/00000.tar", ["another"])
+        backbone.drawings(f"{SHARDS}/00000.tar", ["another"])

@@ -301,9 +301,6 @@ def lora_targets(case: Case) -> tuple[str, ...]:
     return tuple(sorted({path.split(".")[-2] for path in case.group("lora/")}))
 
 
-# ------------------------------------------------------------------------------------------------- golden: evaluation
-
-
 # ---------------------------------------------------------------------------------------------- properties: map, losses
 
 

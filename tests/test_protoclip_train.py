@@ -272,9 +272,6 @@ def test_windows_of_shards_train_and_resume(cli, start, folder: Path, small_shar
     assert all(path.exists() for path in small_shards)
 
 
-# ----------------------------------------------------------------------------------------------------------- teacher
-
-
 # ---------------------------------------------------------------------------------------------------- command lines
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -53,20 +54,26 @@ def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert rows["steps to the score of random weights, contrastive"]["here"] == "1.33x fewer"  # 8 of 6 steps
     assert "asked" in rows["sparsity reached within 5 points, auto"]["here"]
-    assert "not testable at this scale" in capsys.readouterr().out
+    assert rows["ImageNet zero-shot of the model zoo"]["verdict"] == "not testable at this scale"
+    assert "not testable here" in capsys.readouterr().out
     for name in ("tinyclip_curves.png", "tinyclip_masks.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
     evaluation.main(cfg)
 
 
-def test_report_refuses(runs: dict[str, Path], tmp_path: Path):
-    folders = [str(runs["teacher"]), str(runs["inherited-affinity"])]
-    with pytest.raises(ValueError, match="names_ood/top1: give --sets those sets, too"):
-        study.STUDY.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
+def test_report_refuses(tmp_path: Path):
     with pytest.raises(ValueError, match="ARM-seedN"):
         study.STUDY.compare(["runs/other"], [{}], tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
+
+
+def test_claims_about_what_was_not_measured_are_left_out(runs: dict[str, Path], tmp_path: Path, capsys):
+    folders = [str(runs[arm]) for arm in ("random-contrastive", "inherited-affinity")]
+    study.STUDY.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
+    assert re.search("claims about .*names_ood/top1.* are left out: give --sets those sets", capsys.readouterr().out)
+    rows = {row["claim"] for row in checkpoints.read_json(tmp_path / "r.json")["claims"]}
+    assert rows and "both together, zero-shot" in {claim.claim for claim in study.CLAIMS} - rows
 
 
 def test_curves(tmp_path: Path, monkeypatch):

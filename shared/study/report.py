@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
     seeds: list[int]
     folders: dict[str, list[Path]]
     commits: set[str]  # of the code that trained them
-    settings: dict[str, str]  # by arm, what tells its settings from others
+    settings: dict[str, str] = {}  # by arm, what tells its settings from others
 
 
 UNIMPORTANT = ("out", "seed", "device", "workers", "strict", "cache", "save_every", "log_every", "dry_run")
