@@ -1,12 +1,11 @@
-"""A-CLIP's train.py, timing.py and study.py, end to end on real emoji shards, in processes of their own.
+"""Steps and schedules against the authors' numbers; python -m attentive_mask_clip.train on real emoji shards.
 
-Every arm, kill -9 and resume, two processes against one, broken shards, command-line errors, dry runs, reports. Scripts
-start in forks of a server that has imported torch and the rest already, which saves 4 seconds each.
+Every arm, kill -9 and resume, two processes against one, broken shards, folders of other runs. Scripts start in forks
+of a server that has imported torch and the rest already, which saves 4 seconds each.
 """
 
 import dataclasses
 import io
-import json
 import os
 import random
 import re
@@ -15,20 +14,19 @@ import subprocess
 import sys
 import tarfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import tyro
-from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ENVIRONMENT, ROOT, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, tiny  # noqa: F401
 
-from attentive_mask_clip import config, study, timing, train
-from attentive_mask_clip import eval as evaluation
-from attentive_mask_clip.model import ACLIP, create_model
+from attentive_mask_clip import config, train
+from attentive_mask_clip.config import Config
+from attentive_mask_clip.model import aclip_loss, create_model
+from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, train_step
 from shared import checkpoints, data
-from shared.study.report import Comparison
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
@@ -39,18 +37,131 @@ TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 
     --lr 1e-3 --eps 1e-4 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def corpus():
     if not (SHARDS / "00000.tar").is_file():
         pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(corpus: None, tmp_path_factory: pytest.TempPathFactory):
     """For run folders; emptied at the end, since a checkpoint has 80 MB."""
     path = tmp_path_factory.mktemp("aclip")
     yield path
     shutil.rmtree(path)
+
+
+# -------------------------------------------------------------------------------------------------------- golden: steps
+
+
+@pytest.mark.golden("attentive_mask_clip", "param_groups")
+def test_param_groups(case):
+    def blocks(pattern: str) -> int:
+        return 1 + max(int(m[1]) for name in case["decay"] if (m := re.match(pattern + r"\.(\d+)\.", name)))
+
+    model = tiny(vision_layers=blocks(r"visual\.blocks"), text_layers=blocks(r"transformer\.resblocks"))
+    decayed, others = param_groups(model, 0.3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == set(case["decay"]) and decayed["weight_decay"] == 0.3
+    assert {names[id(p)] for p in others["params"]} == set(case["no_decay"]) and others["weight_decay"] == 0
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(case["frozen"])
+
+
+BEFORE_BATCH_NORM = {f"image_mlp.{name}" for i in (1, 2) for name in (f"layer{i}.bias", f"bn{i}.running_mean")}
+
+
+@pytest.mark.golden("attentive_mask_clip", "train_steps")
+def test_train_steps(case):
+    model = model_of(case).train()
+    cfg = Config(simclr_pair="same", precision="fp32", weight_decay=0.5)
+    groups = param_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    names = "loss simclr_loss im_byol_loss contra_loss_1 contra_loss_2 clip_acc".split()
+    log = []
+    for step, expected in enumerate(case["losses"]):
+        views, ema_view, text, boxes = (case[f"step{step}/{name}"] for name in ("views", "ema_view", "text", "boxes"))
+        images = [*views.split(len(text)), ema_view]
+        losses = train_step(
+            model, (images, boxes, text), optimizer, case["lr"][step].item(), case["momentum"][step].item(), cfg
+        )
+        log.append([losses[name] for name in names])
+        assert len(names) == len(expected)
+    case.close("losses", torch.tensor(log), rtol=1e-5)
+    for name, value in model.state_dict().items():
+        if name in BEFORE_BATCH_NORM:
+            continue  # an exact gradient of zero: Adam turns rounding into steps
+        expected = torch.as_tensor(case[f"final/{name}"]).clone()
+        if name.endswith(("qkv.bias", "in_proj_bias")):  # as is that of the keys' bias
+            third = len(expected) // 3
+            expected[third : 2 * third] = value[third : 2 * third]
+        torch.testing.assert_close(value, expected, rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert model.state_dict().keys() == case.group("final/").keys()
+
+
+@pytest.mark.golden("attentive_mask_clip", "schedules")
+def test_schedules(case):
+    for number, args in case.group("args_").items():
+        base, final, epochs, per_epoch, warmup, start = args.tolist()
+        values = cosine_schedule(base, final, int(epochs * per_epoch), int(warmup * per_epoch), start)
+        case.close(f"values_{number}", values, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- properties: steps
+
+
+def test_schedule_ends_of_warm_up_are_included():
+    values = cosine_schedule(1.0, 0.1, 100, 11, 0.5)
+    assert len(values) == 100 and values[0] == 0.5 and values[10] == 1.0 == values[11] and np.isclose(values[5], 0.75)
+    assert 0.1 < values[-1] < 0.101 and (np.diff(values[11:]) < 0).all()
+    assert len(cosine_schedule(1.0, 0.0, 0)) == 0 and len(cosine_schedule(1.0, 0.0, 5, 5)) == 5
+
+
+def test_schedules_of_the_paper():
+    cfg = Config()
+    lrs, momenta = schedules(cfg, per_epoch=3586)
+    assert len(lrs) == len(momenta) == 3586 * 25
+    assert lrs[0] == 1e-6 and lrs[3585] == lrs[3586] == 5e-4 == lrs.max() and lrs[-1] < 1.001e-5
+    assert momenta[0] == 0.996 and (np.diff(momenta) > 0).all() and 0.99999 < momenta[-1] < 1
+
+
+def step_of(model, inputs, cfg: Config, lr: float = 1e-3, momentum: float = 0.9):
+    views, ema_view, tokens, boxes = inputs
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=lr)
+    return train_step(model, ([*views.split(len(tokens)), ema_view], boxes, tokens), optimizer, lr, momentum, cfg)
+
+
+def test_the_ema_of_a_step_has_seen_the_weights_before_it():
+    cfg, model = Config(precision="fp32"), tiny()
+    with torch.no_grad():
+        for _, online in model._pairs():
+            online += 0.1 * torch.randn_like(online)
+    before = [(ema.clone(), online.clone()) for ema, online in model._pairs()]
+    step_of(model.train(), batch(), cfg, momentum=0.75)
+    for (ema, online), (old_ema, old_online) in zip(model._pairs(), before, strict=True):
+        torch.testing.assert_close(ema, 0.75 * old_ema + 0.25 * old_online)
+        assert not online.requires_grad or not torch.equal(online, old_online)
+
+
+def test_accumulation_averages_micro_batches_and_moves_the_ema_once():
+    model, inputs = tiny(ssl=False), batch(4)  # without BatchNorm
+    cfg = Config(precision="fp32", ssl=False, accumulate=2)
+    views, ema_view, tokens, boxes = inputs
+    halves = []
+    for half in (slice(0, 2), slice(2, 4)):
+        images = torch.cat([view[half] for view in views.split(4)])
+        halves.append(aclip_loss(model(images, ema_view[half], tokens[half], boxes[half]))["loss"])
+    moved = []
+    model.update_ema = lambda momentum: moved.append(momentum)
+    losses = step_of(model, inputs, cfg)
+    torch.testing.assert_close(losses["loss"], sum(halves).detach() / 2)
+    assert moved == [0.9]
+
+
+def test_the_temperature_is_clamped_after_a_step():
+    model = tiny()
+    model.logit_scale.data.fill_(9.0)
+    step_of(model, batch(), Config(precision="fp32"))
+    torch.testing.assert_close(model.logit_scale.item(), 4.6052)
 
 
 # -------------------------------------------------------------------------------------------------------- end to end
@@ -72,12 +183,11 @@ SSL = ("aclip", "aclip-eff", "unmasked", "released")
 
 @pytest.fixture(scope="module")
 def arms(cli, folder: Path) -> dict[str, Path]:
-    def train_arm(arm: str) -> Path:
+    def trained(arm: str) -> Path:
         finished(cli(*ARMS[arm], *TINY, "--out", folder / arm))
         return folder / arm
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARMS, pool.map(train_arm, ARMS), strict=True))
+    return Lazily(trained)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -127,7 +237,7 @@ def test_frozen_patches_and_moving_ema(arms: dict[str, Path]):
     assert not torch.equal(clip["visual.patch_embed.proj.weight"], before["visual.patch_embed.proj.weight"])
 
 
-def test_methods_start_from_the_same_towers_and_first_crops():
+def test_methods_start_from_the_same_towers_and_first_crops(corpus: None):
     states, samples = [], []
     pairs = data.open_pairs(f"{SHARDS}/00000.tar", 8)
     for arm in ("emoji", "emoji-clip", "emoji-slip"):
@@ -272,49 +382,7 @@ def test_strict_names_the_sample(in_process, folder: Path, broken_shards: str):
         assert result.code == 2 and reason in result.err and one_sentence(result.err)
 
 
-# ------------------------------------------------------------------------------------------------------ command lines
-
-
-ERRORS = {
-    "paper preset without data": (["yfcc15m-vitb16"], "--data is missing: it takes image-text shards"),
-    "missing shard": (["emoji", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
-    "empty folder": (["emoji", "--data", str(ROOT / "shared")], "holds no .tar shard"),
-    "unknown model": (["emoji", "--model", "vit_b32"], "--model is one of vit_s16, vit_b16, vit_l16, emoji"),
-    "patches that do not tile": (["emoji", "--image-size", "22"], "--image-size 22 cannot be cut into patches of 5"),
-    "blocks that do not tile": (["emoji", "--image-size", "25"], "blocks of 2x2 patches do not tile 5 patches a side"),
-    "EMA view that does not tile": (["emoji", "--ema-image-size", "11"], "--ema-image-size 11 cannot be cut"),
-    "nothing kept": (["emoji", "--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, not 0"),
-    "too much kept": (["emoji", "--keep-ratio", "1.5"], "--keep-ratio must be above 0 and at most 1"),
-    "momentum above 1": (["emoji", "--ema-momentum", "1.1"], "--ema-momentum must be in 0..1"),
-    "long warm-up": (["emoji", "--warmup-epochs", "4"], "--warmup-epochs 4.0 must be in 0..3"),
-    "less than a batch": (["emoji", "--dataset-size", "31"], "holds 31 pairs, less than one batch of 32"),
-    "one pair for BatchNorm": (["emoji", "--batch-size", "1"], "too few for BatchNorm"),
-    "uneven micro-batches": (["emoji", "--accumulate", "3"], "--batch-size 32 cannot be shared out evenly"),
-    "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
-    "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-    "no evaluation set": (
-        ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
-        "--eval-set /nowhere does not exist",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_command_line_errors(in_process, tmp_path: Path, case: str):
-    (preset, *options), message = ERRORS[case]
-    defaults = TINY if preset == "emoji" else []
-    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
-    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--mask", "low"], ["emoji", "--views", "3"], ["yfcc"], []]
-)
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
+# ------------------------------------------------------------------------------------------------ folders of other runs
 
 
 def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path], tmp_path: Path):
@@ -334,125 +402,3 @@ def test_a_run_does_not_go_on_with_other_data(in_process, arms: dict[str, Path],
     torch.save(state | {"epoch": 1}, out / "checkpoint.pt")  # as if it had stopped early
     result = in_process("emoji-clip", *TINY, "--data", shard, "--out", out)
     assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
-
-
-# ----------------------------------------------------------------------------------------------------------- dry run
-
-STEPS_AN_EPOCH = 14_689_580 // 4096
-
-
-def thin_towers(method: str, preset: str, **settings):
-    """Of the preset's geometry, but quick."""
-    geometry = dict(image_size=40, patch_size=5) if preset == "emoji" else dict(image_size=224, patch_size=16)
-    return create_model(method, "emoji", **{**geometry, "vision_layers": 1, "text_layers": 1, **settings})
-
-
-@pytest.mark.parametrize("preset", config.PRESETS)
-def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # where there is no data
-    cfg = config.PRESETS[preset][1]
-    if preset not in ("emoji", "yfcc15m-vits16"):
-        monkeypatch.setattr("attentive_mask_clip.model.create_model", thin_towers)
-    if cfg.data:  # counts the samples of the corpus
-        (tmp_path / "data").symlink_to(ROOT / "data")
-    result = in_process(preset, "--dry-run")
-    assert result.code == 0 and result.err == "" and {path.name for path in tmp_path.iterdir()} <= {"data"}
-    assert all(word in result.out for word in ("parameters", "learning rate", "samples", "batch", "patches"))
-    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
-    assert ("EMA momentum 0.9" in result.out) == (cfg.method == "aclip")
-    if not cfg.data:
-        assert re.search(rf"^steps +{STEPS_AN_EPOCH * cfg.epochs:,} ", result.out, re.MULTILINE)
-        masked = cfg.method == "aclip"
-        kept = {"random": 98, "attentive": 100, "high": 100}[cfg.mask]
-        assert (f"patches            196, {kept} kept in each of {cfg.views} views" in result.out) == masked
-
-
-@pytest.mark.parametrize("preset", config.PRESETS)
-def test_sizes_of_presets(preset: str):
-    cfg = config.PRESETS[preset][1]
-    config.check_model(cfg)
-    with torch.device("meta"):
-        model = create_model(cfg.method, cfg.model, **cfg.model_settings())
-    expected = {"emoji": 0.6, "vit_s16": 21.7, "vit_b16": 85.8, "vit_l16": 303.3}[cfg.model]
-    assert round(sum(p.numel() for p in model.visual.parameters()) / 1e6, 1) == expected
-
-
-def test_parameters_of_the_paper():
-    for method, expected in {"clip": 149.6, "slip": 170.6, "aclip": 176.9}.items():
-        with torch.device("meta"):
-            model = create_model(
-                method, "vit_b16", **dataclasses.replace(config.Config(), method=method).model_settings()
-            )
-        ema = 0 if not isinstance(model, ACLIP) else sum(online.numel() for _, online in model._pairs())
-        total = sum(p.numel() for p in model.parameters()) - ema
-        assert round(total / 1e6, 1) == expected, (method, total)
-
-
-# ------------------------------------------------------------------------------------------------------------- timing
-
-
-def test_timing_script(cli, folder: Path):
-    out = folder / "times.json"
-    command = ["--arms", "aclip", "aclip-eff", "slip", "--batch-size", "4", "--rounds", "2", "--out", out]
-    result = finished(cli(*command, module="attentive_mask_clip.timing"))
-    times = json.loads(out.read_text())
-    assert list(times) == ["clip", "aclip", "aclip-eff", "slip"] and times["clip"]["ratio"] == 1
-    assert all(t["low"] <= t["ratio"] <= t["high"] and t["seconds"] > 0 for t in times.values())
-    assert all(ratio in result.out for ratio in timing.PAPER.values())
-
-
-def test_timing_refuses_unknown_names(in_process):
-    for flag, message in {"--arms": "--arms takes clip, random", "--model": "--model is one of vit_s16"}.items():
-        result = in_process(flag, "other", module="attentive_mask_clip.timing")
-        assert result.code == 2 and message in result.err and one_sentence(result.err)
-
-
-# -------------------------------------------------------------------------------------------------------------- study
-
-
-def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """`eval --report --times` of two arms, as the study runs it, with measurements that are given."""
-    report, times = tmp_path / "report/results.json", tmp_path / "times.json"
-    step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0}
-    times.write_text(json.dumps({"clip": step | {"ratio": 1.0}, "aclip": step}))
-    runs = [str(tmp_path / f"{arm}-seed0") for arm in ("aclip", "clip")]
-    for run in map(Path, runs):
-        run.mkdir()
-        torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, run / "checkpoint.pt")
-        lines = [{"step": n, "seconds": n / 2, "zero_shot_top1": n / 4} for n in (3, 6)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "aclip-seed0/kept.png").write_bytes(b"picture")
-    given = dict.fromkeys([*evaluation.METRICS, "kept/untrained_share"], 2.0)
-    monkeypatch.setattr(evaluation, "evaluated", lambda path, *_: given | {"names_ood/top1": 2.0 + ("aclip" in path)})
-    evaluation.main(evaluation.Config(runs=tuple(runs), times=str(times), report=str(report), device="cpu"))
-    found, shown = json.loads(report.read_text()), capsys.readouterr().out
-    assert list(found["arms"]) == ["clip", "aclip"] and set(found["arms"]["clip"]) == set(given)
-    claims = {row["claim"]: row for row in found["claims"]}
-    expected = {claim.claim for claim in study.CLAIMS if {claim.method, claim.baseline} == {"clip", "aclip"}}
-    assert expected and expected == set(claims) & {claim.claim for claim in study.CLAIMS}
-    assert claims["A-CLIP above CLIP"]["here"] == "+1.00"
-    time = claims["step time of A-CLIP / CLIP's"]
-    assert (time["paper"], time["here"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
-    pictures = {"attentive_mask_clip_curves.png", "attentive_mask_clip_kept.png"}
-    assert {path.name for path in report.parent.iterdir()} == pictures | {"results.json"}
-    assert (report.parent / "attentive_mask_clip_kept.png").read_bytes() == b"picture"
-
-
-def test_rows_of_an_arm_compare_measurements_of_the_same_run():
-    kept = {"kept/attentive_share": 90.0, "kept/random_share": 75.0, "kept/centre_share": 90.0}
-    run = kept | {"kept/untrained_share": 92.0, "names_ood/top1": 3.0, "online/names_ood/top1": 2.5}
-    rows = {row["claim"]: row for row in study.more_rows(Comparison({"aclip": [run]}, [0], {}, set()))}
-    here = {
-        claim.removeprefix("aclip: kept patches hold more foreground than "): r["here"] for claim, r in rows.items()
-    }
-    assert (here["random ones"], here["the centre's"], here["before training"]) == ("+15.00", "+0.00", "-2.00")
-    assert here["A-CLIP: EMA towers above online"] == "+0.50"
-    assert not any("step time" in claim for claim in rows)  # none were measured
-
-
-def test_the_arms_of_the_study_are_those_that_are_timed():
-    for arm in study.STUDY.chosen("all"):
-        words = arm.command.removeprefix("train ").split()
-        assert words == (["emoji", "--ema-image-size", "20"] if arm.name == "aclip-eff" else ARMS[arm.name])
-        cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
-        assert all(getattr(cfg, name) == value for name, value in timing.ARMS[arm.name].items()), arm.name

@@ -393,3 +393,12 @@ def test_root_readme_and_packaging_know_all_papers():
         assert f'"{folder}"' in project and re.search(rf"^{folder.replace('_', '-')} = \[", project, re.M)
     first_screen = readme.split("| folder |")[0]
     assert re.search(r"!\[.+\]\(results/\w+\.png\)", first_screen) and "make test" in first_screen
+
+
+def test_tests_of_a_file_are_found_by_its_name():
+    """shared/study/runner.py -> tests/test_study_runner.py, protoclip/train.py -> tests/test_protoclip_train.py."""
+    elsewhere = {"corpora_emoji_sources", "pytest_options"}  # tested by what is made of them
+    names = {name_of(path).removeprefix("shared.").replace(".", "_") for path in files() if path.stem != "__init__"}
+    names = {name.replace("___main__", "_main") for name in names} - elsewhere
+    missing = sorted(name for name in names if not (ROOT / f"tests/test_{name}.py").is_file())
+    assert not missing, missing

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -151,24 +150,6 @@ def test_noise_and_near_copies(bank: sprites.Sprites) -> None:
     assert (offset == offset[0]).all() and abs(offset).max() <= SETTING.image_size // 16
 
 
-def test_captions(bank: sprites.Sprites) -> None:
-    shown = scenes.Scenes(SETTING, sprites=bank)
-    scene = next(scene for scene in map(shown.draw, range(50)) if len(scene.concepts) == 3)
-    names = [shown.classnames[concept] for concept in scene.concepts]
-    texts = {form: shown.caption(scene, 0, form) for form in captions.FORMS}
-    assert texts["names"] == f"{names[0]}, {names[1]} and {names[2]}"
-    assert all(name in text for name in names for text in texts.values())
-    assert len(texts["long"].split(". ")) == 6 and len(texts["long"].split()) > 60
-    assert (
-        captions.at_place((0, 0, 10), 48) == "at the top left"
-        and captions.at_place((20, 20, 10), 48) == "in the middle"
-    )
-    assert (
-        captions.relation((0, 0, 10), (0, 30, 20)) == "to the left of"
-        and captions.relation((30, 0, 8), (0, 5, 8)) == "below"
-    )
-
-
 def test_items_make_batches_and_patches_have_labels(bank: sprites.Sprites) -> None:
     shown = scenes.Scenes(SETTING, samples=6, sprites=bank)
     pixels, labels, texts = next(iter(DataLoader(shown, 4)))
@@ -258,26 +239,6 @@ def test_an_interrupted_build_leaves_nothing(config: scenes.Config, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         scenes.main(dataclasses.replace(config, out=tmp_path / "scenes"))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sprites_are_kept_and_made_again(corpus: Path, bank: sprites.Sprites, tmp_path: Path, monkeypatch) -> None:
-    read = sprites.load_sprites(corpus)
-    assert read == bank
-    (tmp_path / "emoji").mkdir()
-    (tmp_path / "emoji/manifest.json").write_bytes((corpus / "manifest.json").read_bytes())
-    (tmp_path / ".npm").symlink_to(NPM.resolve())
-    (tmp_path / "emoji/sprites.npz").write_bytes(b"no file of arrays")
-    with pytest.raises(ValueError, match="cannot be read .*: remove it"):
-        sprites.load_sprites(tmp_path / "emoji")
-    sprites.write_sprites(tmp_path / "emoji/sprites.npz", "other versions", bank)
-    few = list(dict.fromkeys(bank.emoji))[:2]
-    monkeypatch.setattr(sprites.emoji_sources, "read_emoji", lambda *_: few)
-    monkeypatch.setattr(sprites, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(emoji, "read_emoji", lambda *_: few)
-    made = sprites.load_sprites(tmp_path / "emoji")
-    assert set(made.emoji) == set(few)
-    wanted = {(one, style): png for one, style, png in zip(*bank, strict=True)}
-    assert all(wanted[one, style] == png for one, style, png in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize(

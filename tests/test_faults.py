@@ -39,20 +39,20 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
-    "attentive_mask_clip.timing": "test_attentive_mask_clip_train.py::test_timing_refuses_unknown_names",
+    "attentive_mask_clip.timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
     "concept_frequency.let_it_wag": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.replay": "test_concept_frequency.py::test_replay_of_files_in_the_authors_layout",
     "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_train.py::test_study_and_report",
-    "tldr_reduction.checkpoints": "test_tldr_reduction.py::test_authors_layout_loads",
+    "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
 }
 KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
     "concept_frequency.count": "test_concept_frequency_count.py::test_killed_count_goes_on",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
-    "flame.embed": "test_flame_train.py::test_embedding_goes_on_where_it_stopped",
+    "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
     "lexvla, with states, and with LM and backbone trained": (
         "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
     ),
@@ -61,7 +61,7 @@ KILLED = {  # where arms and scripts that are not killed here are
     "nmtune.train": "test_nmtune_train.py::test_fresh_views_kill_and_resume",
     "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",
     "tinyclip, masks and distillation": "test_tinyclip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "tldr_reduction.reduce": "test_tldr_reduction_train.py::test_a_killed_reduction_goes_on",
+    "tldr_reduction.reduce": "test_tldr_reduction_reduce.py::test_a_killed_reduction_goes_on",
     "tldr_reduction, scorer": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
 }
 

@@ -38,7 +38,7 @@ def test_languages_are_compared_with_chance_by_script():
     assert latin["here"].startswith("+5.00") and "FLAME: 22 languages in Latin script" in latin["claim"]
     assert other["here"].startswith("+0.00") and "FLAME: 13 languages in other scripts" in other["claim"]
     assert above_chance({"raw": [flat]}) == []
-    rows = more_rows(Comparison({"flame": [flat]}, [0], {}, set()))
+    rows = more_rows(Comparison({"flame": [flat]}, [0], {}, set(), {}))
     assert [row["verdict"] for row in rows[-2:]] == ["not testable at this scale"] * 2 and len(rows) == 4
 
 

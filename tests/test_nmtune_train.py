@@ -578,9 +578,13 @@ def made_up(level: int, seed: int) -> dict[str, float]:
     return numbers | {"mlp/cov_id": 9.0, "nmtune/cov_id": 8.0 + 0.1 * seed, "mlp/top5_id": 1.0, "nmtune/top5_id": 1.0}
 
 
+def compared(arms: dict[str, list[dict[str, float]]]) -> study.Comparison:
+    return study.Comparison(arms=arms, seeds=[0, 1, 2], folders={}, commits={"x"}, settings={})
+
+
 def test_claims_are_differences_of_encoders_and_of_heads():
     arms = {f"sup-{level:02d}": [made_up(level, seed) for seed in (0, 1, 2)] for level in config.NOISE}
-    rows = {row["claim"]: row for row in study.more_rows(study.Comparison(arms, [0, 1, 2], {}, {"x"}))}
+    rows = {row["claim"]: row for row in study.more_rows(compared(arms))}
     assert not [claim for claim in rows if "captions" in claim or "same views" in claim or "lambda" in claim]
     c1 = rows["C1 5-10 % noise raises LP ID over 0 %"]
     assert c1["here"].startswith("-1.58") and c1["verdict"] == "not reproduced"  # mean of 5 and 10 %: 7.5 * 0.21
@@ -594,10 +598,10 @@ def test_claims_are_differences_of_encoders_and_of_heads():
     covariance = rows["mechanism: NMTune's z has lower L_COV than MLP's, ID (15 encoders)"]
     assert covariance["here"].startswith("-0.90") and covariance["verdict"] == "reproduced"
     few = {arm: arms[arm] for arm in ("sup-05", "sup-30")}
-    claims = [row["claim"] for row in study.more_rows(study.Comparison(few, [0, 1, 2], {}, {"x"}))]
+    claims = [row["claim"] for row in study.more_rows(compared(few))]
     assert not [claim for claim in claims if claim.startswith(("C1", "C2", "C3"))] and len(claims) == 9
     with pytest.raises(ValueError, match="encoder folders such as sup-30-seed0, not vit-seedN"):
-        study.more_rows(study.Comparison(arms | {"vit": arms["sup-00"]}, [0, 1, 2], {}, {"x"}))
+        study.more_rows(compared(arms | {"vit": arms["sup-00"]}))
 
 
 def test_arms_are_encoders_at_each_noise_ratio():

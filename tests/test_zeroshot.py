@@ -6,7 +6,6 @@ import math
 import tarfile
 from itertools import chain
 
-import clip_benchmark.metrics.linear_probe as their_probe
 import clip_benchmark.metrics.zeroshot_classification as their_classification
 import clip_benchmark.metrics.zeroshot_retrieval as their_retrieval
 import numpy as np
@@ -17,10 +16,7 @@ from clip_benchmark.datasets.builder import build_wds_dataset, image_captions_co
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from flame.eval import adamw_probe, log_sweep
-from protoclip.eval import logistic_probe
-from shared import probes, zeroshot
-from shared.evalsets import EvalSet
+from shared import zeroshot
 
 TEMPLATES = ["a photo of a {c}.", "art of the {c}", "{c}"]
 
@@ -144,34 +140,6 @@ def their_loader(folder, kind="classification"):
     return dataset, loader
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reader_equals_clip_benchmark_on_classification(classification_set, workers):
-    dataset, loader = their_loader(classification_set)
-    theirs = list(loader)
-    ours = EvalSet(classification_set, pil_to_tensor)
-    assert (ours.classnames, ours.templates, ours.kind) == (dataset.classes, dataset.templates, "classification")
-    images, labels = (torch.cat(parts) for parts in zip(*ours.batches(5, workers), strict=True))
-    their_images, their_labels = (torch.cat(parts) for parts in zip(*theirs, strict=True))
-    if workers:  # the same samples, in an order of their own
-        order, their_order = (
-            sorted(range(11), key=lambda i, x=x: x[i].flatten().tolist()) for x in (images, their_images)
-        )
-        images, labels, their_images, their_labels = (
-            images[order],
-            labels[order],
-            their_images[their_order],
-            their_labels[their_order],
-        )
-    assert torch.equal(images, their_images) and torch.equal(labels, their_labels)
-
-
-def test_reader_equals_clip_benchmark_on_captions(retrieval_set):
-    ours = list(EvalSet(retrieval_set, pil_to_tensor).batches(5))
-    theirs = list(their_loader(retrieval_set, "retrieval")[1])
-    assert torch.equal(torch.cat([images for images, _ in ours]), torch.cat([images for images, _ in theirs]))
-    assert [c for _, batch in ours for c in batch] == [c for _, batch in theirs for c in batch]
-
-
 def test_evaluate_equals_clip_benchmark(classification_set, retrieval_set, multilabel_set, capsys):
     model = TinyClip()
     ours = zeroshot.evaluate(
@@ -270,78 +238,6 @@ def test_retrieval_equals_clip_benchmark(chunk, monkeypatch):
         assert ours[f"image_to_text_R@{k}"] == pytest.approx(100 * to_text)
 
 
-class EpochOrder(torch.utils.data.Sampler):
-    """Gives clip-benchmark's loaders the order that our probes draw from the same seed."""
-
-    generator = torch.Generator()
-
-    def __init__(self, dataset):
-        self.size = len(dataset)
-
-    def __iter__(self):
-        return iter(torch.randperm(self.size, generator=self.generator).tolist())
-
-    def __len__(self):
-        return self.size
-
-
-@pytest.mark.parametrize("with_validation", [False, True])
-def test_adamw_probe_equals_clip_benchmark(with_validation, monkeypatch, tmp_path):
-    """Their whole evaluation, weight decay sweep included, on cached features; what asks for CUDA is patched out."""
-    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self)
-    monkeypatch.setattr(torch.nn, "DataParallel", lambda module, device_ids: module)
-    monkeypatch.setattr(their_probe, "print", lambda *args: None, raising=False)
-    monkeypatch.setattr(their_probe, "tqdm", lambda loader: loader)
-    monkeypatch.setattr(
-        their_probe,
-        "DataLoader",
-        lambda dataset, batch_size, **_: torch.utils.data.DataLoader(dataset, batch_size, sampler=EpochOrder(dataset)),
-    )
-    train = their_probe.train
-
-    def seeded_train(*args):
-        EpochOrder.generator.manual_seed(args[-1])
-        return train(*args)
-
-    monkeypatch.setattr(their_probe, "train", seeded_train)
-    data = {
-        name: features_and_labels(seed, n, noise=2.5)
-        for seed, (name, n) in enumerate([("train", 90), ("val", 60), ("test", 150)])
-    }
-    (tmp_path / "model").mkdir()
-    for name, (x, y) in data.items():
-        data[name] = F.normalize(x, dim=-1), y
-        torch.save(data[name][0], tmp_path / "model" / f"features_{name}.pt")
-        torch.save(y, tmp_path / "model" / f"targets_{name}.pt")
-    torch.manual_seed(5)  # they shuffle the training rows once, before their few-shot selection
-    theirs = their_probe.evaluate(
-        torch.nn.Identity(), None, None, -1, 32, 0, 0.1, 4, "model", 3, str(tmp_path), "cuda",
-        val_dataloader=[] if with_validation else None, amp=False,
-    )  # fmt: skip
-    monkeypatch.undo()
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(5))
-    train_x, train_y = (tensor[order] for tensor in data["train"])
-    probe = adamw_probe(
-        train_x, train_y, *data["test"], epochs=4, lr=0.1, batch_size=32, seed=3,
-        validation=data["val"] if with_validation else None,
-    )  # fmt: skip
-    test_x, test_y = data["test"]
-    metrics = zeroshot.classification_metrics(test_x @ probe.weight.T + probe.bias, test_y)
-    assert probe.weight_decay == theirs["weight_decay"]
-    assert (probe.weight_decay > 0) == with_validation
-    assert probe.final == pytest.approx(100 * theirs["lp_acc1"])
-    assert metrics == pytest.approx(
-        {
-            "top1": 100 * theirs["lp_acc1"],
-            "top5": 100 * theirs["lp_acc5"],
-            "mean_per_class": 100 * theirs["lp_mean_per_class_recall"],
-        }
-    )
-    assert 30 < probe.final < 95  # neither chance nor a problem that any probe solves
-
-
 # ---------------------------------------------------------------- properties of the metrics
 
 
@@ -437,179 +333,3 @@ def test_wrong_text_to_image(text_to_image, message):
 def test_wrong_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         zeroshot.classification_metrics(torch.randn(2, 3), torch.tensor(labels))
-
-
-# ---------------------------------------------------------------- linear probes
-
-
-def test_sgd_probe_equals_a_torch_training_loop():
-    """ProtoCLIP's recipe out of torch's own parts: Linear, SGD, CosineAnnealingLR by epoch, no shuffling."""
-    (train_x, train_y), (test_x, test_y) = features_and_labels(0, 250), features_and_labels(1, 100)
-    layer = torch.nn.Linear(12, 7)
-    init = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30, eta_min=0)
-    accuracies = []
-    for _ in range(30):
-        for x, y in zip(train_x.split(64), train_y.split(64), strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(layer(x), y).backward()
-            optimizer.step()
-        scheduler.step()
-        accuracies.append(100 * (layer(test_x).argmax(dim=1) == test_y).float().mean().item())
-    probe = probes.sgd_probe(train_x, train_y, test_x, test_y, epochs=30, batch_size=64, init=init)
-    torch.testing.assert_close(probe.weight, layer.weight.detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(probe.bias, layer.bias.detach(), rtol=1e-4, atol=1e-6)
-    assert (probe.best, probe.final) == pytest.approx((max(accuracies), accuracies[-1]))
-
-
-def test_sgd_probe_is_repeatable_and_leaves_the_global_generator_alone():
-    train, test = features_and_labels(0), features_and_labels(1)
-    state = torch.get_rng_state()
-    first, second = (probes.sgd_probe(*train, *test, epochs=5, batch_size=32, shuffle=True, seed=7) for _ in range(2))
-    adamw_probe(*train, *test, epochs=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.weight, second.weight)
-    other = probes.sgd_probe(*train, *test, epochs=5, batch_size=32, shuffle=True, seed=8)
-    assert not torch.equal(first.weight, other.weight)
-    assert first.final > 50
-
-
-def test_a_test_class_that_training_lacks_is_a_miss():
-    train, (test_x, test_y) = features_and_labels(0, classes=3), features_and_labels(1, n=40, classes=3)
-    known, unknown = test_y < 2, torch.full_like(test_y, 9)
-    for probe in (probes.sgd_probe, adamw_probe):
-        assert probe(*train, test_x, unknown, epochs=2).best == 0
-    assert logistic_probe(*train, test_x, torch.where(known, test_y, 9)) <= 100 * known.float().mean()
-
-
-def test_logistic_probe_equals_scikit_learn():
-    from sklearn.linear_model import LogisticRegression
-
-    (train_x, train_y), (test_x, test_y) = features_and_labels(0), features_and_labels(1)
-    predictions = LogisticRegression(C=0.1, max_iter=1000).fit(train_x.numpy(), train_y.numpy()).predict(test_x.numpy())
-    ours = logistic_probe(train_x, train_y, test_x, test_y, C=0.1)
-    assert ours == pytest.approx(100 * (predictions == test_y.numpy()).mean())
-
-
-@pytest.mark.parametrize("peak", [-6, -5.97, -3, 0.25, 1.99, 2])
-def test_log_sweep_finds_a_single_peak(peak):
-    asked = []
-
-    def score(value):
-        asked.append(value)
-        return -abs(math.log10(value) - peak)
-
-    assert abs(math.log10(log_sweep(score, -6, 2)) - peak) <= 8 / 96 / 2 + 1e-9
-    assert len(asked) == len(set(asked)) <= 15
-    assert log_sweep(lambda value: 1.0, -6, 2) == pytest.approx(1e-6)
-
-
-# ---------------------------------------------------------------- errors of evaluation sets
-
-
-def first_error(folder, workers=0):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        list(EvalSet(folder, pil_to_tensor).batches(4, workers))
-    message = str(error.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
-
-
-@pytest.mark.parametrize(
-    "name", ["classnames.txt", "zeroshot_classification_templates.txt", "test/nshards.txt", "test/1.tar"]
-)
-def test_missing_file_is_named(classification_set, name):
-    (classification_set / name).unlink()
-    message = first_error(classification_set)
-    assert str(classification_set / name) in message and "missing" in message
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("dataset_type.txt", "video", "video"),
-        ("test/nshards.txt", "two", "'two'"),
-        ("test/nshards.txt", "0", "at least 1"),
-        ("zeroshot_classification_templates.txt", "a photo of a cat", "lacks {c}"),
-        ("classnames.txt", "cat\n\ndog", "empty line"),
-        ("classnames.txt", "", "empty line"),
-    ],
-)
-def test_wrong_text_file_is_named(classification_set, name, text, expected):
-    (classification_set / name).write_text(text)
-    message = first_error(classification_set)
-    assert str(classification_set / name) in message and expected in message
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ([("k7.png", b"no image"), ("k7.cls", b"0")], ".png image that cannot be read"),
-        ([("k7.png", image_bytes(0)[:60]), ("k7.cls", b"0")], ".png image that cannot be read"),
-        ([("k7.png", image_bytes(0)), ("k7.cls", b"3")], "label 3, outside of the 3 classes"),
-        ([("k7.png", image_bytes(0)), ("k7.cls", b"-1")], "label -1"),
-        ([("k7.png", image_bytes(0)), ("k7.cls", b"cat")], "no integer"),
-        ([("k7.png", image_bytes(0))], "no .cls file"),
-        ([("k7.cls", b"0")], "no image"),
-    ],
-)
-def test_bad_sample_is_named(tmp_path, files, expected, workers):
-    good = [("k1.png", image_bytes(1)), ("k1.cls", b"1")]
-    message = first_error(write_set(tmp_path / "bad", [good, files]), workers)
-    assert str(tmp_path / "bad" / "test" / "1.tar") in message and "'k7'" in message and expected in message
-
-
-def test_bad_captions_are_named(tmp_path):
-    for i, (data, expected) in enumerate([(b" \n\n", "no caption"), (b"\xff\xfe\x00", "not UTF-8")]):
-        files = [("k7.png", image_bytes(0)), ("k7.txt", data)]
-        message = first_error(write_set(tmp_path / f"bad{i}", [files], kind="retrieval"))
-        assert "'k7'" in message and expected in message
-
-
-def test_bad_multilabel_is_named(tmp_path):
-    for i, (data, expected) in enumerate([(npy([1, 0]), "shape (2,) for 3 classes"), (b"junk", "cannot be read")]):
-        files = [("k7.png", image_bytes(0)), ("k7.npy", data)]
-        message = first_error(write_set(tmp_path / f"bad{i}", [files], kind="multilabel"))
-        assert "'k7'" in message and expected in message
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_truncated_tar_is_named(classification_set, workers):
-    shard = classification_set / "test" / "1.tar"
-    shard.write_bytes(shard.read_bytes()[:700])
-    assert str(shard) in first_error(classification_set, workers)
-
-
-def test_empty_split_is_named(tmp_path):
-    assert "no samples" in first_error(write_set(tmp_path / "empty", [[]]))
-
-
-def test_image_size_is_bounded(classification_set, monkeypatch):
-    monkeypatch.setattr("shared.data.MAX_PIXELS", 40)
-    message = first_error(classification_set)
-    assert "8x8 pixels are more than the 40 allowed" in message and "'s0000'" in message
-
-
-def test_transparent_images_show_white(tmp_path):
-    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
-    pixels[:, 4:] = (200, 100, 0, 255)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "png")
-    files = [("a.png", stream.getvalue()), ("a.cls", b"0"), ("b.png", image_bytes(1, mode="L")), ("b.cls", b"1")]
-    images, labels = next(EvalSet(write_set(tmp_path / "alpha", [files]), pil_to_tensor).batches(2))
-    assert (images[0, :, :, :4] == 255).all() and images[0, :, 0, 6].tolist() == [200, 100, 0]
-    assert torch.equal(images[1, 0], images[1, 2]) and labels.tolist() == [0, 1]
-
-
-def test_train_split_and_same_names(classification_set, tmp_path):
-    write_set(tmp_path / "again" / "animals", [[("a.png", image_bytes(0)), ("a.cls", b"2")]], split="train")
-    train = EvalSet(tmp_path / "again" / "animals", pil_to_tensor, split="train")
-    features, labels = zeroshot.extract_image_features(TinyClip().eval().encode_image, train.batches(4))
-    assert features.shape == (1, 16) and labels.tolist() == [2] and not features.requires_grad
-    assert not features.is_inference()  # can be trained on
-    write_set(tmp_path / "more" / "animals", [[("a.png", image_bytes(0)), ("a.cls", b"2")]])
-    with pytest.raises(ValueError, match="different folder names"):
-        folders = [classification_set, tmp_path / "more" / "animals"]
-        zeroshot.evaluate(TinyClip(), tokenizer, pil_to_tensor, folders)

@@ -1,0 +1,104 @@
+"""Presets, dry runs and settings that are refused before a run starts."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import ROOT, one_sentence
+from test_attentive_mask_clip_train import SCRIPT, TINY, corpus  # noqa: F401
+
+from attentive_mask_clip import config
+from attentive_mask_clip.model import ACLIP, create_model
+
+ERRORS = {
+    "paper preset without data": (["yfcc15m-vitb16"], "--data is missing: it takes image-text shards"),
+    "missing shard": (["emoji", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does not exist"),
+    "empty folder": (["emoji", "--data", str(ROOT / "shared")], "holds no .tar shard"),
+    "unknown model": (["emoji", "--model", "vit_b32"], "--model is one of vit_s16, vit_b16, vit_l16, emoji"),
+    "patches that do not tile": (["emoji", "--image-size", "22"], "--image-size 22 cannot be cut into patches of 5"),
+    "blocks that do not tile": (["emoji", "--image-size", "25"], "blocks of 2x2 patches do not tile 5 patches a side"),
+    "EMA view that does not tile": (["emoji", "--ema-image-size", "11"], "--ema-image-size 11 cannot be cut"),
+    "nothing kept": (["emoji", "--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, not 0"),
+    "too much kept": (["emoji", "--keep-ratio", "1.5"], "--keep-ratio must be above 0 and at most 1"),
+    "momentum above 1": (["emoji", "--ema-momentum", "1.1"], "--ema-momentum must be in 0..1"),
+    "long warm-up": (["emoji", "--warmup-epochs", "4"], "--warmup-epochs 4.0 must be in 0..3"),
+    "less than a batch": (["emoji", "--dataset-size", "31"], "holds 31 pairs, less than one batch of 32"),
+    "one pair for BatchNorm": (["emoji", "--batch-size", "1"], "too few for BatchNorm"),
+    "uneven micro-batches": (["emoji", "--accumulate", "3"], "--batch-size 32 cannot be shared out evenly"),
+    "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
+    "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "no evaluation set": (
+        ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
+        "--eval-set /nowhere does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(corpus: None, in_process, tmp_path: Path, case: str):
+    (preset, *options), message = ERRORS[case]
+    defaults = TINY if preset == "emoji" else []
+    result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--mask", "low"], ["emoji", "--views", "3"], ["yfcc"], []]
+)
+def test_wrong_flags(in_process, arguments: list[str]):
+    result = in_process(*arguments)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(word in result.err for word in arguments[1:2])
+
+
+STEPS_AN_EPOCH = 14_689_580 // 4096
+
+
+def thin_towers(method: str, preset: str, **settings):
+    """Of the preset's geometry, but quick."""
+    geometry = dict(image_size=40, patch_size=5) if preset == "emoji" else dict(image_size=224, patch_size=16)
+    return create_model(method, "emoji", **{**geometry, "vision_layers": 1, "text_layers": 1, **settings})
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_dry_run(corpus: None, in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    cfg = config.PRESETS[preset][1]
+    if preset not in ("emoji", "yfcc15m-vits16"):
+        monkeypatch.setattr("attentive_mask_clip.model.create_model", thin_towers)
+    if cfg.data:  # counts the samples of the corpus
+        (tmp_path / "data").symlink_to(ROOT / "data")
+    result = in_process(preset, "--dry-run")
+    assert result.code == 0 and result.err == "" and {path.name for path in tmp_path.iterdir()} <= {"data"}
+    assert all(word in result.out for word in ("parameters", "learning rate", "samples", "batch", "patches"))
+    assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+    assert ("EMA momentum 0.9" in result.out) == (cfg.method == "aclip")
+    if not cfg.data:
+        assert re.search(rf"^steps +{STEPS_AN_EPOCH * cfg.epochs:,} ", result.out, re.MULTILINE)
+        masked = cfg.method == "aclip"
+        kept = {"random": 98, "attentive": 100, "high": 100}[cfg.mask]
+        assert (f"patches            196, {kept} kept in each of {cfg.views} views" in result.out) == masked
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_sizes_of_presets(preset: str):
+    cfg = config.PRESETS[preset][1]
+    config.check_model(cfg)
+    with torch.device("meta"):
+        model = create_model(cfg.method, cfg.model, **cfg.model_settings())
+    expected = {"emoji": 0.6, "vit_s16": 21.7, "vit_b16": 85.8, "vit_l16": 303.3}[cfg.model]
+    assert round(sum(p.numel() for p in model.visual.parameters()) / 1e6, 1) == expected
+
+
+def test_parameters_of_the_paper():
+    for method, expected in {"clip": 149.6, "slip": 170.6, "aclip": 176.9}.items():
+        with torch.device("meta"):
+            model = create_model(
+                method, "vit_b16", **dataclasses.replace(config.Config(), method=method).model_settings()
+            )
+        ema = 0 if not isinstance(model, ACLIP) else sum(online.numel() for _, online in model._pairs())
+        total = sum(p.numel() for p in model.parameters()) - ema
+        assert round(total / 1e6, 1) == expected, (method, total)

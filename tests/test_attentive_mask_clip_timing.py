@@ -1,0 +1,27 @@
+"""python -m attentive_mask_clip.timing: arms by turns, ratios to CLIP, names that are refused."""
+
+import json
+from pathlib import Path
+
+from scripts import finished, one_sentence
+from test_attentive_mask_clip_train import PRELOAD, SECONDS, corpus, folder  # noqa: F401
+
+from attentive_mask_clip import timing
+
+SCRIPT = "attentive_mask_clip.timing"
+
+
+def test_timing_script(cli, folder: Path):
+    out = folder / "times.json"
+    command = ["--arms", "aclip", "aclip-eff", "slip", "--batch-size", "4", "--rounds", "2", "--out", out]
+    result = finished(cli(*command))
+    times = json.loads(out.read_text())
+    assert list(times) == ["clip", "aclip", "aclip-eff", "slip"] and times["clip"]["ratio"] == 1
+    assert all(t["low"] <= t["ratio"] <= t["high"] and t["seconds"] > 0 for t in times.values())
+    assert all(ratio in result.out for ratio in timing.PAPER.values())
+
+
+def test_timing_refuses_unknown_names(in_process):
+    for flag, message in {"--arms": "--arms takes clip, random", "--model": "--model is one of vit_s16"}.items():
+        result = in_process(flag, "other")
+        assert result.code == 2 and message in result.err and one_sentence(result.err)

@@ -1,0 +1,55 @@
+"""What builders of corpora write: folders that are whole or absent, and masks as they are read back."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared import data
+from shared.corpora import layout
+
+
+def write(folder: Path) -> dict:
+    samples = [
+        {"png": layout.png(np.full((4, 6, 3), i, np.uint8)), "txt": f"grey {i}", "json": {"grey": i}} for i in (7, 9)
+    ]
+    return {"counts": {"train": layout.write_pairs(folder / "train", samples)}}
+
+
+def test_a_folder_is_made_once_with_one_setting(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for _ in range(2):
+        layout.build(tmp_path / "corpus", {"side": (4, 6)}, write)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/corpus built: train 2",
+        f"{tmp_path}/corpus is complete",
+    ]
+    manifest = json.loads((tmp_path / "corpus/manifest.json").read_text())
+    assert manifest["setting"] == {"side": [4, 6]} and list(manifest["sha256"]) == ["train/00000.tar"]
+    with pytest.raises(ValueError, match=r"was made with another setting: side \(was \[4, 6\], now 5\)"):
+        layout.build(tmp_path / "corpus", {"side": 5}, write)
+    pairs = data.open_pairs(str(tmp_path / "corpus/train"))
+    assert [pairs.caption(row) for row in range(2)] == ["grey 7", "grey 9"]
+    assert pairs.read(1).image.size == (6, 4) and pairs.read(1).image.getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
+    def fail(folder: Path) -> dict:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        layout.build(tmp_path / "corpus", {}, fail)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no manifest.json of a corpus"):
+        layout.build(tmp_path / "corpus", {}, write)
+
+
+@pytest.mark.parametrize(("classes", "kind", "nothing"), [(3, np.uint8, 255), (300, np.uint16, 65535)])
+def test_masks_hold_labels_and_the_largest_value_for_none(classes: int, kind: type, nothing: int):
+    mask = np.asarray(Image.open(io.BytesIO(layout.mask_png(np.array([[0, -1], [classes - 1, 1]]), classes))))
+    assert mask.tolist() == [[0, nothing], [classes - 1, 1]] and mask.max() <= np.iinfo(kind).max

@@ -1,0 +1,77 @@
+"""Banks of caption embeddings: ours, of a few rows made here, and the authors' one file for each image."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flame.bank import AuthorsBank, Bank, centred, open_bank, sums
+from shared import checkpoints
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """(3, 11, 4): the facets of three images."""
+    return F.normalize(torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)), dim=-1).half()
+
+
+@pytest.fixture
+def small_bank(rows: torch.Tensor, tmp_path: Path) -> Path:
+    """Four samples, of which a and c have the same captions; two rows in the first shard, one in the second."""
+    checkpoints.write_json(tmp_path / "index.json", {"shards": 2, "shard_size": 2, "rows": 11, "dim": 4})
+    np.save(tmp_path / "keys.npy", np.array(["a", "b", "c", "d"]))
+    np.save(tmp_path / "rows.npy", np.array([0, 2, 0, 1]))
+    for shard, part in enumerate(rows.split(2)):
+        np.save(tmp_path / f"{shard:05d}.npy", part.numpy())
+    np.save(tmp_path / "centres.npy", (sums(rows.numpy(), slice(4, 11)) / 3).astype(np.float32))
+    return tmp_path
+
+
+def test_samples_of_the_same_captions_share_a_row(small_bank: Path, rows: torch.Tensor):
+    opened = open_bank(small_bank)
+    assert isinstance(opened, Bank) and (opened.count, opened.dim) == (11, 4)
+    for key, row in zip("abcd", (0, 2, 0, 1), strict=True):
+        assert opened[key].dtype == torch.float32 and torch.equal(opened[key], rows[row].float())
+    opened.check(np.array(["d", "a"]))
+    with pytest.raises(ValueError, match="no row for sample e"):
+        opened.check(np.array(["a", "e"]))
+    with pytest.raises(ValueError, match="no row for sample aa"):
+        opened["aa"]
+
+
+def test_centres_are_means_over_images(small_bank: Path, rows: torch.Tensor):
+    centres = Bank(small_bank).centres
+    torch.testing.assert_close(centres[:11], rows.float().mean(0), rtol=0, atol=1e-6)
+    of_long = F.normalize(rows[:, 4:].float().mean(1), dim=-1)  # what stands for a long caption in evaluation
+    torch.testing.assert_close(centres[11], of_long.mean(0), rtol=0, atol=1e-6)
+    without = centred(rows.float(), centres[:11])
+    torch.testing.assert_close(without.norm(dim=-1), torch.ones(3, 11))
+    torch.testing.assert_close(without, F.normalize(rows.float() - centres[:11], dim=-1))
+
+
+@pytest.mark.parametrize("file, message", [("00001.npy", "shard 1 is missing"), ("centres.npy", "is not finished")])
+def test_banks_that_are_not_finished_are_refused(small_bank: Path, file: str, message: str):
+    (small_bank / file).unlink()
+    with pytest.raises(ValueError, match=message):
+        open_bank(small_bank)
+
+
+def test_a_folder_without_bank_is_refused(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="make it with 'python -m flame.embed'"):
+        open_bank(tmp_path)
+
+
+def test_authors_banks_are_read(tmp_path: Path):
+    for key, home in (("000001234", "00000"), ("123_456", "123")):
+        (tmp_path / home).mkdir()
+        torch.save(torch.arange(22.0).view(11, 2).half(), tmp_path / home / f"{key}.pth")
+    theirs = open_bank(tmp_path)
+    assert isinstance(theirs, AuthorsBank) and (theirs.count, theirs.dim) == (11, 2)
+    assert theirs["000001234"].dtype == torch.float32 and torch.equal(theirs["123_456"][10], torch.tensor([20.0, 21.0]))
+    with pytest.raises(ValueError, match="000009.pth is missing"):
+        theirs["000009"]
+    theirs.check(np.array(["000001234", "123_456"]))
+    with pytest.raises(ValueError, match="000009.pth is missing"):
+        theirs.check(np.array(["000001234", "000009", "123_456"]))

@@ -1,0 +1,142 @@
+"""Retrieval and linear probe on known numbers, python -m flame.eval on small runs."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scripts import one_sentence
+from test_flame_train import (  # noqa: F401
+    ARMS,
+    ENVIRONMENT,
+    EVAL,
+    PRELOAD,
+    SCRIPT,
+    SECONDS,
+    arms,
+    bank,
+    captions,
+    corpus,
+    embed_flags,
+    folder,
+    tiny,
+    tiny_llm,
+)
+
+from flame import config
+from flame import eval as evaluation
+from flame.eval import linear_probe, retrieval_recall
+from shared.zeroshot import retrieval_ranks
+
+
+@pytest.mark.golden("flame", "retrieval_multi_caption")
+def test_retrieval_multi_caption(case):
+    ks = case["ks"].tolist()
+    recall = retrieval_recall(case["image_features"], case["text_features"], case["text_image_index"], ks)
+    case.close("image_retrieval", [recall[f"image_retrieval_recall@{k}"] for k in ks], atol=1e-6)
+    case.close("text_retrieval", [recall[f"text_retrieval_recall@{k}"] for k in ks], atol=1e-6)
+
+
+@pytest.mark.golden("flame", "retrieval_one_caption")
+def test_retrieval_one_caption(case):
+    image, text = case["image_features"], case["text_features"]
+    index = torch.arange(len(text))
+    recall = retrieval_recall(image, text, index, (1, 5, 10))
+    to_text, to_image = retrieval_ranks(image, text, index)
+    for name, ranks, kind in (("image_to_text", to_text, "text"), ("text_to_image", to_image, "image")):
+        case.close(f"{name}_mean_rank", ranks.double().mean() + 1, atol=1e-5)
+        case.close(f"{name}_median_rank", math.floor(ranks.double().quantile(0.5)) + 1)
+        for k in (1, 5, 10):
+            case.close(f"{name}_R_at_{k}", recall[f"{kind}_retrieval_recall@{k}"], atol=1e-6)
+    case.close("argmax_t2i", recall["image_retrieval_recall@1"], atol=1e-6)
+    case.close("argmax_i2t", recall["text_retrieval_recall@1"], atol=1e-6)
+
+
+def test_recall_counts_any_caption_of_an_image():
+    image, text = torch.eye(3), torch.tensor([[1.0, 0.1, 0], [0, 1, 0.9], [0, 0.1, 1], [0.8, 1, 0]])
+    recall = retrieval_recall(image, text, [0, 1, 2, 1], (1, 2))
+    assert recall["image_retrieval_recall@1"] == 1.0 and recall["text_retrieval_recall@1"] == 1.0
+    assert retrieval_recall(image, text, [0, 1, 1, 2], (1,))["image_retrieval_recall@1"] == 0.5
+
+
+def test_linear_probe_learns_and_normalises():
+    torch.manual_seed(0)
+    y = torch.arange(300) % 3
+    x = 100 * (F.one_hot(y, 3) + 0.1 * torch.randn(300, 3))
+    probe = linear_probe(x[:200], y[:200], x[200:], y[200:])
+    assert probe.final > 95 and probe.weight_decay == 0.0
+
+
+def test_crossmodal_images_are_encoded_once_and_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i, key in enumerate("abcde"):
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"images/{key}.jpg")
+        lines.append({"image/key": key} | {name: {"caption": [f"{name} {key}", "?"]} for name in config.LANGUAGES})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sizes, seen = [], {}
+
+    class Red(torch.nn.Module):
+        visual = SimpleNamespace(image_size=(8, 8))
+
+        def encode_image(self, images, visual_only=False):
+            sizes.append(len(images))
+            return F.one_hot((images[:, 0].mean((1, 2)) * 5.8).round().long() % 7, 7).float()
+
+    def texts(strings, multi):
+        seen[strings[0].split()[0]] = strings, multi
+        return torch.randn(len(strings), 7)
+
+    cfg = evaluation.Config(runs=(), crossmodal=str(tmp_path), batch_size=2)
+    flat = evaluation.languages(Red(), texts, cfg, "cpu", torch.float32)
+    assert sizes == [2, 2, 1] and set(seen) == set(config.LANGUAGES)
+    assert seen["quz"] == ([f"quz {key}" for key in "abcde"], False) and flat["languages/other_chance"] == 20
+
+
+def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
+    sets = ["--sets", EVAL / "groups_ood", EVAL / "retrieval_long_ood", "--gallery", "8"]
+    sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
+    sets += ["--few-shot", EVAL / "groups_ood", "--episodes", "3"]
+    flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
+    runs = [arms["clip"], arms["flame"], arms["summary"]]
+    cfg_error = cli(*runs, *flags, module="flame.eval")
+    assert cfg_error.code == 0, cfg_error.err
+    summary = json.loads((folder / "report/results.json").read_text())
+    assert set(summary["arms"]) == {"clip", "flame", "summary"} and summary["seeds"] == [0]
+    flat = summary["arms"]["flame"]
+    names = "groups_ood/top1 retrieval_long_ood/text_to_image_R@1 language_ja/image_to_text_R@1 seconds"
+    for name in [*names.split(), "languages/text_to_image_R@1", "languages/other_chance", "groups_id/probe_final"]:
+        assert np.isfinite(flat[name]["mean"]), name
+    assert 0 <= flat["groups_ood/few_shot"]["mean"] <= 100 and "groups_ood/few_shot" not in summary["arms"]["clip"]
+    assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
+    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
+        assert Image.open(folder / "report" / name).size[0] > 300
+    assert "| flame" in cfg_error.out and "| claim" in cfg_error.out
+
+
+def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_path: Path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    (tmp_path / "other").mkdir()
+    torch.save({"config": {"protos": 3}, "text_dim": 3}, tmp_path / "other/checkpoint.pt")
+    flame = [arms["flame"], "--probe", "None", "--sets", "--language-sets"]
+    classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
+    cases = {
+        "is no run of flame.train": [tmp_path / "other"],
+        "should end in .json": [*flame, "--report", tmp_path / "results.png"],
+        "--episodes must be at least 1": [*flame, "--few-shot", classes, "--episodes", "0"],
+        "groups_ood is a classification set": [*flame, "--language-sets", classes],
+        "retrieval_ood is a retrieval set": [*flame, "--few-shot", pairs],
+        "--gallery and --language-gallery must be": [*flame, "--sets", pairs, "--gallery", "-1"],
+        "long-sets photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
+        "name at least one run folder": [],
+        "no checkpoint at": [tmp_path],
+        "holds no weights of FLAME": [tmp_path / "other.pt"],
+    }
+    for message, arguments in cases.items():
+        result = in_process(*arguments, module="flame.eval")
+        assert result.code == 2 and message in result.err and one_sentence(result.err), result.err

@@ -1,0 +1,52 @@
+"""Sets of long or multilingual captions, read as their authors ship them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flame import longsets
+
+
+def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
+    root = tmp_path / "urban"
+    (root / "caption").mkdir(parents=True)
+    for name, text in (("1", "one\nmore"), ("10", "ten"), ("2", "two")):
+        (root / "caption" / f"{name}.txt").write_text(text)
+    pairs = longsets.urban1k(root)
+    assert [text.strip() for _, text in pairs] == ["one", "two", "ten"] and pairs[2][0] == root / "image/10.jpg"
+
+    record = {"image": "coco/1.jpg", "conversations": [{"value": "?"}, {"value": "a\nb"}]}
+    (tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(json.dumps([record] * 1002))
+    pairs = longsets.sharegpt4v(tmp_path)
+    assert len(pairs) == 1000 and pairs[0] == (tmp_path / "coco/1.jpg", "a b")
+
+    lines = [{"split": split, "image_file": f"{split}.jpg", "description": "x\ny"} for split in ("train", "test")]
+    (tmp_path / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert longsets.docci(tmp_path) == [(tmp_path / "images/test.jpg", "x y")]
+
+    home = tmp_path / "densely_captioned_images"
+    (home / "annotations").mkdir(parents=True)
+    (home / "splits.json").write_text(json.dumps({"train": ["a.json"], "test": ["b.json"]}))
+    for name in "ab":
+        about = {"image": f"{name}.jpg", "short_caption": "Short. one", "extra_caption": " extra</s>two\n"}
+        (home / "annotations" / f"{name}.json").write_text(json.dumps(about))
+    assert longsets.dci(tmp_path) == [(home / "photos" / f"{n}.jpg", "Short. one. extra. two") for n in "ab"]
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/k.jpg")
+    about = [{"image/key": key, "sw": {"caption": ["moja", "mbili"]}} for key in ("k", "gone")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, about)))
+    assert longsets.crossmodal3600(tmp_path, "sw") == [(tmp_path / "images/k.jpg", "moja")]
+    assert longsets.read_image(tmp_path / "images/k.jpg").size == (4, 4)
+    for reader in longsets.LONG_SET_READERS.values():
+        with pytest.raises(FileNotFoundError, match="is missing"):
+            longsets.read_set(reader, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is no crossmodal3600 as its authors ship it .KeyError"):
+        longsets.read_set(longsets.crossmodal3600, tmp_path, "quz")
+    (tmp_path / "images/k.jpg").unlink()
+    with pytest.raises(ValueError, match="no image with a caption for crossmodal3600 sw"):
+        longsets.read_set(longsets.crossmodal3600, tmp_path, "sw")
+    (root / "caption/1.txt").write_text("")
+    assert longsets.read_set(longsets.urban1k, root)[0][1] == ""

@@ -1,0 +1,51 @@
+"""python -m flame.recaption: captions of three lengths for the embedded corpus, and the files that hold them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_flame_embed import ENVIRONMENT, PRELOAD, SCRIPT, SECONDS, SHARDS, captions, corpus, folder  # noqa: F401
+
+from flame import recaption
+from flame.recaption import read_captions
+from shared import data
+
+
+def test_recaptions_are_the_same_for_all_drawings_of_an_emoji(captions: Path):
+    lists = {kind: read_captions(captions / f"{kind}.json") for kind in ("raw", "short", "long")}
+    pairs = data.open_pairs(str(SHARDS / "00000.tar"))
+    assert all(set(found) == set(pairs.keys.tolist()) for found in lists.values())
+    by_name: dict[str, set] = {}
+    for key, name in lists["raw"].items():
+        by_name.setdefault(name, set()).add((lists["short"][key], lists["long"][key]))
+    assert all(len(texts) == 1 for texts in by_name.values()) and len(by_name) < len(pairs)
+    words = [np.mean([len(text.split()) for text in lists[kind].values()]) for kind in ("raw", "short", "long")]
+    assert words[0] < words[1] < words[2]
+
+
+def test_an_emoji_without_keywords_has_captions_without_gaps():
+    about = {"hexcode": "1F408", "name": "cat", "tags": [], "group": "animals-nature", "subgroup": "animal-mammal"}
+    raw, short, long = recaption.captions(about)
+    assert (raw, short) == ("cat", "a drawing of cat") and "animals and nature" in long
+    assert "It may stand for" not in long and "  " not in long and "{" not in long
+    of_tags = recaption.captions(about | {"tags": ["pet", "whiskers"]})
+    assert of_tags[0] == "cat" and all(word in text for word in ("pet", "whiskers") for text in of_tags[1:])
+    assert of_tags == recaption.captions(about | {"tags": ["pet", "whiskers"]})
+
+
+@pytest.mark.parametrize("content", ["no JSON", "3", '["text"]', '[{"caption": "no key"}]', '[{"__key__": "a"}]',
+                                     '[{"__key__": "a", "caption": "x", "other": "y"}]'])  # fmt: skip
+def test_files_of_another_layout_are_refused(content: str, tmp_path: Path):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match="bad.json is no caption file: it should be a JSON list"):
+        read_captions(str(tmp_path / "bad.json"))
+
+
+def test_the_name_of_a_caption_does_not_matter(tmp_path: Path):
+    (tmp_path / "theirs.json").write_text(
+        json.dumps([{"__key__": "a", "minicpm": "A cat."}, {"__key__": "b", "x": None}])
+    )
+    assert read_captions(str(tmp_path / "theirs.json")) == {"a": "A cat.", "b": ""}
+    with pytest.raises(FileNotFoundError, match="caption file .*none.json does not exist"):
+        read_captions(str(tmp_path / "none.json"))

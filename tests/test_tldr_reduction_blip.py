@@ -1,0 +1,183 @@
+"""BLIP against the authors' numbers, and its towers, queue, shared parameters and two processes."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import Case
+from scripts import free_port
+
+from tldr_reduction.blip import (
+    BLIP,
+    TextTransformer,
+    VisionTransformer,
+    negative_weights,
+    resize_pos_embed,
+)
+
+
+def depth(state: dict, pattern: str) -> int:
+    return len({m[1] for key in state if (m := re.match(pattern + r"(\d+)\.", key))})
+
+
+def vision_of(case: Case, state: dict) -> VisionTransformer:
+    width, _, patch, _ = state["visual_encoder.patch_embed.proj.weight"].shape
+    grid = round((state["visual_encoder.pos_embed"].shape[1] - 1) ** 0.5)
+    layers = depth(state, r"visual_encoder\.blocks\.")
+    return VisionTransformer(grid * patch, patch, width, layers, case["num_heads_vision"])
+
+
+def text_of(case: Case, state: dict, prefix: str) -> TextTransformer:
+    """Dropout off: the golden numbers were made without."""
+    vocab, width = state[f"{prefix}embeddings.word_embeddings.weight"].shape
+    return TextTransformer(
+        vocab,
+        width,
+        depth(state, re.escape(prefix) + r"encoder\.layer\."),
+        case["num_heads_text"],
+        len(state[f"{prefix}embeddings.position_embeddings.weight"]),
+        state[f"{prefix}encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        dropout=0.0,
+        intermediate_size=len(state[f"{prefix}encoder.layer.0.intermediate.dense.weight"]),
+    )
+
+
+def blip_of(case: Case) -> BLIP:
+    state = case.group("param/")
+    queue = state.get("image_queue", torch.zeros(1, 8)).shape[1]
+    decoder = "text_decoder.bert." if "text_decoder.cls.predictions.bias" in state else "text_encoder."
+    texts = text_of(case, state, "text_encoder."), text_of(case, state, decoder)
+    embed_dim = len(state["vision_proj.weight"])
+    model = BLIP(vision_of(case, state), *texts, embed_dim, queue, case.get("momentum", 0.995))
+    load(model, state)
+    return model
+
+
+def load(model: torch.nn.Module, state: dict) -> None:
+    """Every array of the case must find its place; what the case lacks (BLIP's decoder in ITM cases) stays."""
+    problems = model.load_state_dict({k: v for k, v in state.items() if not k.endswith("position_ids")}, strict=False)
+    assert not problems.unexpected_keys, problems.unexpected_keys
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By every name that a shared parameter has."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+
+
+def tiny_blip(queue_size=12, vocab=30) -> BLIP:
+    torch.manual_seed(0)
+    texts = [TextTransformer(vocab, 16, 2, 4, 24, 16, dropout=0.0) for _ in range(2)]
+    return BLIP(VisionTransformer(16, 8, 16, 2, 4), *texts, 8, queue_size)
+
+
+@pytest.mark.golden("tldr_reduction", "pos_embed")
+def test_resize_pos_embed(case):
+    case.close("out", resize_pos_embed(case["pos_embed"], case["new_grid"]), atol=1e-5)
+
+
+@pytest.mark.golden("tldr_reduction", "itm_itc")
+@torch.no_grad()
+def test_itm_itc(case):
+    model = blip_of(case).eval()
+    image, ids, mask = case["image"], case["input_ids"], case["attention_mask"]
+    for suffix in ("", "_enc_token"):
+        if suffix:
+            ids = ids.clone()
+            ids[:, 0] = case["enc_token_id"]
+        logits = model.itm(image, ids, mask)
+        case.close(f"itm_logits{suffix}", logits, atol=2e-5)
+        case.close(f"itm_score{suffix}", logits.softmax(1)[:, 1], atol=2e-5)
+    case.close("itc_sim", model.itc(image, case["input_ids"], mask), atol=2e-5)
+
+
+@pytest.mark.golden("tldr_reduction", "blip_vlp_losses")
+def test_blip_losses(case):
+    model = blip_of(case).train()
+    model.bos_token_id, model.enc_token_id = case["bos_token_id"], case["enc_token_id"]
+    inputs = case["image"], case["input_ids"], case["attention_mask"], case["alpha"]
+    seen = {}
+    contrast = model.contrast
+
+    def spy(*arguments):
+        loss, seen["i2t"], seen["t2i"] = contrast(*arguments)
+        return loss, seen["i2t"], seen["t2i"]
+
+    model.contrast = spy
+    losses = model(*inputs, negatives=(case["neg_image_index"], case["neg_text_index"]))
+    sum(losses).backward()
+    for name, loss in zip(("loss_ita", "loss_itm", "loss_lm"), losses, strict=True):
+        case.close(name, loss, atol=5e-5)
+    case.close_group("grad/", gradients(model), atol=5e-5)
+    case.close_group("after/", model.state_dict(), atol=5e-5)
+    case.close("weights_t2i", negative_weights(seen["t2i"]), atol=5e-5)
+    case.close("weights_i2t", negative_weights(seen["i2t"]), atol=5e-5)
+
+
+def test_blip_queue_wraps_around():
+    model = tiny_blip(queue_size=6)
+    for start in (0, 4, 2):
+        assert int(model.queue_ptr) == start
+        features = F.normalize(torch.randn(4, 8), dim=1)
+        model.enqueue(features, features)
+        assert torch.equal(model.image_queue[:, (start + torch.arange(4)) % 6], features.T)
+    with pytest.raises(ValueError, match="queue of 6 keys is smaller than the batch of 7"):
+        model.enqueue(torch.randn(7, 8), torch.randn(7, 8))
+
+
+def test_decoder_shares_all_but_self_attention():
+    model = tiny_blip()
+    encoder, decoder = dict(model.text_encoder.named_parameters()), dict(model.text_decoder.bert.named_parameters())
+    for name, parameter in encoder.items():
+        assert (decoder[name] is parameter) == (".attention." not in name), name
+
+
+def test_vision_tower_is_timms():
+    import timm
+
+    tower = VisionTransformer(32, 8, 32, 2, 4).eval()
+    theirs = timm.models.vision_transformer.VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=4).eval()
+    state = theirs.state_dict()
+    tower.load_state_dict({name: state[name] for name in tower.state_dict()})
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(tower(image), theirs.forward_features(image))
+
+
+def blip_rank(rank: int, world: int, port: str, path: str) -> None:
+    """Losses and averaged gradients of a tiny BLIP on this rank's part of eight pairs, with given negatives."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = tiny_blip(queue_size=16)
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(8, 3, 16, 16, generator=generator)
+    ids = torch.randint(4, 28, (8, 9), generator=generator)
+    lengths = torch.tensor([9, 4, 6, 9, 5, 3, 5, 4])  # of the second half none is as wide as the batch
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    ids = ids * mask
+    negatives = torch.tensor([3, 2, 7, 0, 1, 4, 5, 6]), torch.tensor([5, 6, 1, 2, 0, 7, 3, 4])
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    width = int(lengths[part].max())
+    inputs = image[part], ids[part, :width], mask[part, :width]
+    losses = model(*inputs, 0.3, tuple(n[part] for n in negatives))
+    sum(losses).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    values = torch.stack(losses).detach()
+    if world > 1:
+        for tensor in (values, *gradients.values()):
+            dist.all_reduce(tensor)
+            tensor /= world
+        dist.destroy_process_group()
+    if rank == 0:
+        torch.save({"losses": values, "queue": model.image_queue, **gradients}, path)
+
+
+def test_two_processes_give_one_blips_gradients(tmp_path):
+    blip_rank(0, 1, "", str(tmp_path / "one.pt"))
+    mp.spawn(blip_rank, (2, free_port(), str(tmp_path / "two.pt")), nprocs=2)
+    one, both = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    for name, expected in one.items():
+        torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

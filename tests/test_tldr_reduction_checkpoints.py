@@ -1,0 +1,102 @@
+"""Weights from elsewhere: the authors' files, transformers' BLIP, BERT, and released files made runs."""
+
+import pytest
+import torch
+from test_tldr_reduction_blip import tiny_blip
+from test_tldr_reduction_model import tiny_captioner
+
+from tldr_reduction import checkpoints
+from tldr_reduction.blip import TextTransformer, VisionTransformer, resize_pos_embed
+from tldr_reduction.model import CodebookCaptioner
+
+
+def test_authors_layout_loads(tmp_path):
+    """A file with their keys: momentum copies, queues, position_ids, another grid, a codebook that has no place."""
+    torch.manual_seed(1)
+    source = tiny_captioner()
+    state = {name: torch.randn_like(value) for name, value in source.state_dict().items()}
+    state["text_decoder.cls.predictions.decoder.weight"] = state["text_decoder.bert.embeddings.word_embeddings.weight"]
+    state["text_decoder.cls.predictions.decoder.bias"] = state["text_decoder.cls.predictions.bias"]
+    extra = {"text_decoder.bert.embeddings.position_ids": torch.arange(24)[None], "queue_ptr": torch.zeros(1)}
+    extra |= {f"visual_encoder_m.{n}": v for n, v in source.visual_encoder.state_dict().items()}
+    torch.save({"model": state | extra, "epoch": 3}, tmp_path / "theirs.pth")
+    target = CodebookCaptioner(
+        VisionTransformer(24, 8, 16, 2, 4), TextTransformer(30, 16, 2, 4, 24, 16), None, sep_token_id=3
+    )
+    assert checkpoints.load_blip(target, tmp_path / "theirs.pth") == []
+    loaded = target.state_dict()
+    pos_embed = resize_pos_embed(state["visual_encoder.pos_embed"], 3)
+    assert torch.equal(loaded["visual_encoder.pos_embed"], pos_embed)
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded if "pos_embed" not in name)
+    assert checkpoints.load_blip(tiny_captioner(), tmp_path / "theirs.pth") == []
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        checkpoints.load_blip(target, {"model": {"conv1": torch.zeros(1)}})
+
+
+def test_hugging_face_blip_agrees():
+    """transformers' own BLIP as a second opinion: same weights, same matching logits and cosines."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    text_config = sizes | dict(vocab_size=30, max_position_embeddings=24, encoder_hidden_size=16, projection_dim=8)
+    vision_config = sizes | dict(image_size=16, patch_size=8, layer_norm_eps=1e-6)
+    settings = transformers.BlipConfig(text_config=text_config, vision_config=vision_config, image_text_hidden_size=8)
+    theirs = transformers.BlipForImageTextRetrieval(settings).eval()
+    ours = tiny_blip().eval()
+    ours.vision_proj, ours.text_proj = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+    missing = checkpoints.load_blip(ours, theirs.state_dict())
+    assert all(
+        name.startswith(("text_decoder", "image_queue", "text_queue", "queue_ptr", "temp")) or "_m." in name
+        for name in missing
+    ), missing
+    image, ids = torch.randn(3, 3, 16, 16), torch.randint(4, 28, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=image, attention_mask=mask, use_itm_head=True)
+        cosines = theirs(input_ids=ids, pixel_values=image, attention_mask=mask, use_itm_head=False)
+        torch.testing.assert_close(ours.itm(image, ids, mask), expected.itm_score, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.itc(image, ids, mask), cosines.itm_score, rtol=1e-4, atol=1e-5)
+
+
+def test_a_released_file_becomes_a_run(tmp_path, capsys):
+    """A scorer's file without decoder, as BLIP's for retrieval are; its sizes are read from the tensors."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(24))]) + "\n")
+    torch.manual_seed(2)
+    source = tiny_blip()
+    state = {name: value for name, value in source.state_dict().items() if not name.startswith("text_decoder")}
+    torch.save({"model": state}, tmp_path / "retrieval.pth")
+    flags = dict(source=str(tmp_path / "retrieval.pth"), vocab=str(tmp_path / "vocab.txt"))
+    checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
+    model, settings, _ = checkpoints.load_run(tmp_path / "scorer")
+    assert settings.stage == "blip" and settings.image_size == 16 and f"{settings.width}" in capsys.readouterr().out
+    kept = {name: value for name, value in model.state_dict().items() if name in state and "queue" not in name}
+    assert all(torch.equal(value, state[name]) for name, value in kept.items()) and "itm_head.weight" in kept
+    checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "larger"), image_size=24))
+    assert checkpoints.load_run(tmp_path / "larger")[0].visual_encoder.pos_embed.shape[1] == 10
+    with pytest.raises(ValueError, match="cannot serve as --stage finetune"):
+        checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "writer"), stage="finetune"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
+
+
+def test_bert_starts_the_text_towers(tmp_path):
+    """Encoder, decoder with its own self-attention, LM head; cross-attention, [DEC] and [ENC] stay as they were."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=28, max_position_embeddings=24, **sizes))
+    bert.save_pretrained(tmp_path)
+    theirs, model = bert.state_dict(), tiny_blip()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoints.init_text(model, str(tmp_path))
+    for name, value in model.state_dict().items():
+        if "crossattention" in name or not name.startswith(("text_encoder.", "text_decoder.")):
+            assert torch.equal(value, before[name])
+        else:
+            tower, _, rest = name.partition(".")
+            expected = theirs[("bert." if tower == "text_encoder" else "") + rest]
+            assert torch.equal(value[: len(expected)], expected)
+            assert torch.equal(value[len(expected) :], before[name][len(expected) :])
+    with pytest.raises(ValueError, match="does not fit"):
+        wider = TextTransformer(30, 32, 2, 4, 24, 16)
+        checkpoints.init_text(CodebookCaptioner(VisionTransformer(16, 8, 16, 2, 4), wider, None), str(tmp_path))

@@ -1,0 +1,68 @@
+"""python -m tldr_reduction.eval on trained arms; recall, re-ranking and histograms on known numbers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scripts import ROOT, finished
+from test_tldr_reduction_blip import blip_of
+from test_tldr_reduction_train import PRELOAD, SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
+
+from tldr_reduction.eval import itm_histogram, plain, rerank_scores, retrieval_recall
+
+
+@pytest.mark.golden("tldr_reduction", "retrieval_rerank")
+def test_rerank_scores(case):
+    model = blip_of(case).eval()
+    model.enc_token_id = case["enc_token_id"]
+    inputs = case["image"], case["input_ids"], case["attention_mask"]
+    for batch_size in (3, 64):
+        to_text, to_image = rerank_scores(model, *inputs, case["k_test"], batch_size)
+        case.close("score_i2t", to_text, atol=2e-5)
+        case.close("score_t2i", to_image, atol=2e-5)
+
+
+@pytest.mark.golden("tldr_reduction", "retrieval_metrics")
+def test_retrieval_recall(case):
+    c = case["captions_per_image"]
+    n, m = case["scores_i2t"].shape
+    own = torch.arange(m).view(n, c)
+    metrics = retrieval_recall(case["scores_i2t"], case["scores_t2i"], torch.arange(m) // c, own)
+    for name, value in metrics.items():
+        case.close(name, value, atol=1e-4)
+    assert set(metrics) == {name for name in case if name.startswith(("txt_r", "img_r", "r_mean"))}
+
+
+def test_recall_takes_blips_dicts_and_images_without_captions():
+    i2t = np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.2], [0.0, 0.3, 0.1]], np.float32)
+    own = {0: [0], 1: [], 2: [2, 1]}  # the second image has none: no rank, a miss
+    of_text = {0: 0, 1: 2, 2: 2}
+    metrics = retrieval_recall(i2t, i2t.T.copy(), of_text, own)
+    assert metrics["txt_r1"] == metrics["txt_r10"] == pytest.approx(200 / 3)
+    assert metrics == retrieval_recall(torch.tensor(i2t), torch.tensor(i2t.T.copy()), [0, 2, 2], list(own.values()))
+
+
+def test_itm_histogram_is_a_density():
+    scores = torch.tensor([0.0, 0.05, 0.55, 1.0])
+    assert itm_histogram(scores).tolist() == [5.0, 0, 0, 0, 0, 2.5, 0, 0, 0, 2.5]
+
+
+def test_evaluation(chain, cli, folder):
+    sets = ["--sets", str(ROOT / "data/emoji/eval/groups_ood"), "--rerank", str(ROOT / "data/emoji/eval/retrieval_ood")]
+    for arm, run_folder in (("tldr", chain["clip"]), ("blip-tldr", chain["blip"])):
+        shutil.copytree(run_folder, folder / f"{arm}-seed0")
+    runs = [folder / "tldr-seed0", folder / "blip-tldr-seed0"]
+    result = finished(
+        cli(*runs, *sets, "--k-test", "2", "--report", folder / "report/results.json", module="tldr_reduction.eval")
+    )
+    assert "not testable here" in result.out
+    clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
+    assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
+    assert clip["steps"] == 2 * (clip["data/pairs"] // 32) and 0 <= clip["data/generated_right"] <= 100
+    assert plain("Piñata: T-shirt") == plain("pinata t - shirt") and "itm/auc" not in clip  # all captions here are true
+    assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
+    for plot in ("itm", "clusters", "fractions"):
+        assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
+    refused(cli(chain["captioner"], *sets, module="tldr_reduction.eval"), "stage captioner")

@@ -1,0 +1,39 @@
+"""Codes by row, and what is kept of a reduction: only missing rows are worked out."""
+
+import numpy as np
+import torch
+from test_tldr_reduction_model import tiny_captioner
+
+from shared import run
+from tldr_reduction.inference import cached_rows, extract_codes, read_rows
+from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
+
+
+def test_extract_codes_is_by_index():
+    model = tiny_captioner()
+    images = torch.randn(5, 3, 16, 16)
+    codes = extract_codes(model, [(torch.tensor([3, 1]), images[[3, 1]]), (torch.tensor([0, 4, 2]), images[[0, 4, 2]])])
+    assert codes.dtype == np.uint16 and codes.shape == (5, 5 * 2)
+    assert np.array_equal(codes, model.encode(images).numpy())
+    many = CodebookCaptioner(model.visual_encoder, model.text_decoder, VectorQuantizer(70_000, 8))
+    assert extract_codes(many, [(torch.arange(5), images)]).dtype == np.int32
+
+
+def test_rows_are_kept_and_mended(tmp_path):
+    """Only what is missing is worked out; a file that is no longer whole is made again."""
+    rows, asked = np.array([0, 1, 5, 9, 10, 11]), []
+
+    def compute(missing: np.ndarray) -> dict:
+        asked.append(missing.tolist())
+        return {"squares": missing**2}
+
+    def squares(wanted: np.ndarray) -> list[int]:
+        cached_rows(tmp_path, wanted, 5, run.Process(0, 1, torch.device("cpu")), "", compute)
+        return read_rows(tmp_path, wanted, 5, "squares").tolist()
+
+    assert squares(rows[1::2]) == [1, 81, 121] and asked == [[1], [9], [11]]
+    assert squares(rows) == [0, 1, 25, 81, 100, 121] and asked[3:] == [[0], [5], [10]]
+    path = tmp_path / "000001.npz"
+    for whole in (path.read_bytes()[:100], b""):
+        path.write_bytes(whole)
+        assert squares(rows) == [0, 1, 25, 81, 100, 121] and asked[-1] == [5, 9]

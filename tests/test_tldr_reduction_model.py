@@ -1,0 +1,279 @@
+"""Quantisers and the captioner against the authors' numbers; gradients, codebooks, generation."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Case
+from test_tldr_reduction_blip import gradients, load, text_of, vision_of
+
+from tldr_reduction import blip, config, model
+from tldr_reduction.blip import TextDecoder, TextTransformer, VisionTransformer
+from tldr_reduction.model import (
+    CodebookCaptioner,
+    EMAVectorQuantizer,
+    VectorQuantizer,
+    build_for,
+    codebook_perplexity,
+    keyword_codebook,
+    rescaled,
+    restart_unused,
+    sampled_codebook,
+)
+from tldr_reduction.tokenizer import PROMPT, build_vocab, tokenizer_of
+
+
+def leaf(x) -> torch.Tensor:
+    return torch.as_tensor(x).clone().requires_grad_()
+
+
+def exact(number: float) -> float:
+    """Settings are stored as float32: 0.9, not 0.899999976."""
+    return float(f"{number:.6g}")
+
+
+def captioner_of(case: Case) -> CodebookCaptioner:
+    state = case.group("param/")
+    quantize = None
+    if "quantize.embedding.weight" in state:
+        quantize = VectorQuantizer(*state["quantize.embedding.weight"].shape, case["beta"], bool(case["legacy"]))
+    decoder = TextDecoder(text_of(case, state, "text_decoder.bert."))
+    sep = case.get("sep_token_id", 102)
+    model = CodebookCaptioner(vision_of(case, state), decoder, quantize, case["bos_token_id"], sep)
+    load(model, state)
+    return model
+
+
+def tiny_captioner(vocab=30, num_codes=20, code_dim=8, quantize=True) -> CodebookCaptioner:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(num_codes, code_dim) if quantize else None
+    text = TextTransformer(vocab, 16, 2, 4, 24, 16, dropout=0.0)
+    return CodebookCaptioner(VisionTransformer(16, 8, 16, 2, 4), text, quantizer, sep_token_id=3)
+
+
+@pytest.mark.golden("tldr_reduction", "vq")
+def test_vector_quantizer(case):
+    weight = case["param/embedding.weight"]
+    quantize = VectorQuantizer(*weight.shape, case["beta"], bool(case["legacy"]))
+    quantize.load_state_dict(case.group("param/"))
+    for what in ("grad_loss", "grad_total"):
+        z = leaf(case["z"])
+        quantize.zero_grad()
+        z_q, loss, codes = quantize(z)
+        (loss if what == "grad_loss" else loss + (case["w"] * z_q).sum()).backward()
+        case.close(f"{what}/z", z.grad, atol=1e-5)
+        case.close(f"{what}/embedding.weight", quantize.embedding.weight.grad, atol=1e-5)
+    case.close("z_q", z_q, atol=1e-5)
+    case.close("loss", loss, atol=1e-5)
+    case.close("codes", codes)
+    case.close("indices", codes.flatten())
+    case.close("mse", (quantize.embedding(codes).view(z.shape) - z).square().mean(), atol=1e-5)
+    assert torch.equal(quantize.encode(z), codes)
+
+
+@pytest.mark.golden("tldr_reduction", "vq_perplexity")
+def test_codebook_perplexity(case):
+    weight = case["param/embedding.weight"]
+    quantize = VectorQuantizer(*weight.shape, case["beta"], legacy=True)
+    quantize.load_state_dict(case.group("param/"))
+    b, _, h, w = case["z_nchw"].shape
+    z = case["z_nchw"].flatten(2).transpose(1, 2)
+    z_q, loss, codes = quantize(z)
+    nchw = lambda x: x.detach().transpose(1, 2).reshape(b, -1, h, w)  # noqa: E731
+    case.close("perplexity", codebook_perplexity(codes, len(weight)), atol=1e-5)
+    case.close("indices", codes)
+    case.close("loss", loss, atol=1e-5)
+    case.close("z_q_nchw", nchw(z_q), atol=1e-5)
+    case.close("entry_nchw", nchw(quantize.embedding(codes)), atol=1e-5)
+    case.close("one_hot", torch.nn.functional.one_hot(codes.flatten(), len(weight)).float(), atol=1e-5)
+
+
+@pytest.mark.golden("tldr_reduction", "vq_ema")
+def test_ema_quantizer(case):
+    weight = case["param/weight"]
+    beta, decay, eps = (exact(case[name]) for name in ("beta", "decay", "eps"))
+    quantize = EMAVectorQuantizer(*weight.shape, beta, decay, eps, start_size=0.0)
+    quantize.load_state_dict({"weight": weight, "cluster_size": torch.zeros(len(weight)), "embed_avg": weight})
+    _, b, _, h, w = case["z_nchw"].shape
+    nchw = lambda x: x.detach().transpose(1, 2).reshape(b, -1, h, w)  # noqa: E731
+    for step, batch in enumerate(case["z_nchw"]):
+        z = leaf(batch.flatten(2).transpose(1, 2))
+        z_q, loss, codes = quantize(z)
+        loss.backward()
+        case.close(f"step{step}/z_q_nchw", nchw(z_q), atol=1e-5, rtol=1e-4 if step else 0.0)
+        case.close(f"step{step}/loss", loss, atol=1e-5, rtol=1e-4 if step else 0.0)
+        case.close(f"step{step}/indices", codes)
+        case.close(f"step{step}/perplexity", codebook_perplexity(codes, len(weight)), atol=1e-5)
+        case.close(f"step{step}/grad_z", nchw(z.grad), atol=1e-5, rtol=1e-4 if step else 0.0)
+        case.close(f"step{step}/weight", quantize.weight, rtol=1e-4, atol=1e-5)
+        case.close(f"step{step}/cluster_size", quantize.cluster_size, atol=1e-5)
+        case.close(f"step{step}/embed_avg", quantize.embed_avg, atol=1e-5)
+    z_q, loss, codes = quantize.eval()(case["z_nchw"][0].flatten(2).transpose(1, 2))
+    case.close("eval/z_q_nchw", nchw(z_q), atol=1e-5, rtol=1e-4)
+    case.close("eval/indices", codes)
+    case.close("eval/loss", loss, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.golden("tldr_reduction", "captioner_forward")
+def test_captioner_forward(case):
+    model = captioner_of(case).train()
+    inputs = case["image"], case["input_ids"], case["attention_mask"]
+    loss_lm, loss_emb = model(*inputs)
+    (loss_lm + loss_emb).backward()
+    case.close("loss_lm", loss_lm, atol=2e-5)
+    case.close("loss_emb", loss_emb, atol=2e-5)
+    case.close_group("grad/", gradients(model), atol=1e-5)
+    with torch.no_grad():
+        states, _, codes = model.image_states(case["image"])
+        ids = case["input_ids"].clone()
+        ids[:, 0] = case["bos_token_id"]
+        case.close("image_embeds", model.visual_encoder(case["image"]), atol=2e-5)
+        case.close("z_q", states, atol=2e-5)
+        case.close("codes", codes)
+        case.close("logits", model.text_decoder(ids, case["attention_mask"], states), atol=2e-5)
+        case.close("loss_lm_smooth0.1", model(*inputs, label_smoothing=0.1)[0], atol=2e-5)
+    assert torch.equal(model.encode(case["image"]), codes)
+
+
+@pytest.mark.golden("tldr_reduction", "caption_decoder")
+def test_caption_decoder(case):
+    model = captioner_of(case).train()
+    inputs = case["image"], case["input_ids"], case["attention_mask"]
+    loss_lm, loss_emb = model(*inputs, prompt_length=case["prompt_length"])
+    (loss_lm + loss_emb).backward()
+    assert loss_emb == 0
+    case.close("loss_lm", loss_lm, atol=2e-5)
+    case.close_group("grad/", gradients(model), atol=2e-5)
+    lengths = case["max_length"], case["min_length"]
+    prompts = case["prompt_ids"]
+    for name in [name for name in case if name.startswith("generate_beams")]:
+        beams = int(name.removeprefix("generate_beams"))
+        case.close(name, model.eval().generate(case["image"], prompts[0], beams, *lengths))
+
+
+def test_ties_go_to_the_lowest_code():
+    quantize = VectorQuantizer(6, 4)
+    with torch.no_grad():
+        quantize.embedding.weight.copy_(torch.ones(6, 4))
+    whole = torch.randint(-9, 9, (2, 3, 4)).float()  # distances without rounding
+    assert quantize(whole)[2].eq(0).all()
+
+
+def test_quantizer_gradients_by_autograd():
+    """The closed-form gradients are those of the written-out losses, with the straight-through estimator."""
+    torch.manual_seed(0)
+    for legacy in (True, False):
+        quantize = VectorQuantizer(7, 4, 0.3, legacy)
+        z, w = leaf(torch.randn(3, 5, 8)), torch.randn(3, 5, 8)
+        z_q, loss, codes = quantize(z)
+        ours = torch.autograd.grad(loss + (w * z_q).sum(), [z, quantize.embedding.weight])
+        q = quantize.embedding(codes).view(z.shape)
+        first, second = F.mse_loss(q.detach(), z), F.mse_loss(q, z.detach())
+        written = first + 0.3 * second if legacy else 0.3 * first + second
+        theirs = torch.autograd.grad(written + (w * (z + (q - z).detach())).sum(), [z, quantize.embedding.weight])
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_quantizer_is_fp32_under_autocast():
+    quantize = VectorQuantizer(7, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z_q, loss, _ = quantize(torch.randn(2, 3, 4).bfloat16())
+    assert z_q.dtype == loss.dtype == torch.float32
+
+
+def test_codes_must_divide_the_width():
+    with pytest.raises(ValueError, match="width 6 cannot be cut into codes of 4"):
+        VectorQuantizer(7, 4)(torch.randn(2, 3, 6))
+
+
+def test_keyword_codebook():
+    captions = ["A red car!", "the red car; a dog", "red dog and the car", "dog"]
+    seen = []
+
+    def embed(words):
+        seen.append(words)
+        return torch.arange(len(words))[:, None].expand(-1, 3)
+
+    codebook = keyword_codebook(captions, 4, embed)
+    assert seen == [["car", "dog", "red", "red car"]] and codebook.shape == (4, 3)  # by count, then by name
+    keyword_codebook(reversed(captions), 4, embed)
+    assert seen[0] == seen[1]
+    with pytest.raises(ValueError, match="keywords, fewer than 99 codes"):
+        keyword_codebook(captions, 99, embed)
+
+
+def test_rescaled_and_restarted_codebooks():
+    torch.manual_seed(0)
+    tokens = 3 + 2 * torch.randn(500, 8)
+    codebook = rescaled(torch.randn(64, 8) * 0.02, tokens)
+    torch.testing.assert_close(codebook.mean(0), tokens.mean(0))
+    assert 1.8 < codebook.std() < 2.2
+    sampled = sampled_codebook(tokens, 64, torch.Generator().manual_seed(1))
+    assert all((tokens == code).all(1).any() for code in sampled) and len(sampled.unique(dim=0)) == 64
+    assert len(sampled_codebook(tokens[:10], 64, torch.Generator())) == 64
+    quantize = VectorQuantizer(64, 8)
+    used = torch.bincount(quantize(tokens[None])[2].flatten(), minlength=64)
+    before = codebook_perplexity(quantize(tokens[None])[2], 64)
+    assert restart_unused(quantize, used, tokens, torch.Generator().manual_seed(1)) == int((used == 0).sum())
+    assert codebook_perplexity(quantize(tokens[None])[2], 64) > before
+
+
+def test_ema_quantizer_starts_sane():
+    """With cluster sizes that start at 1, one step does not blow the codes up."""
+    torch.manual_seed(0)
+    quantize = EMAVectorQuantizer(8, 4)
+    quantize(torch.randn(4, 5, 4))
+    assert quantize.weight.abs().max() < 10
+
+
+def test_generation_by_hand():
+    """Beams of the cached decoder against exhaustive scoring without cache; greedy follows the argmax."""
+    model = tiny_captioner(quantize=False).eval()
+    torch.manual_seed(1)
+    image, prompt = torch.randn(3, 3, 16, 16), torch.tensor([2, 5, 6, 3])
+    states = model.image_states(image)[0]
+    ids = model.generate(image, prompt, 1, 9, 4)
+    assert ids[:, 0].eq(28).all() and ids[:, 1:3].eq(torch.tensor([5, 6])).all()
+    row = torch.tensor([[28, 5, 6]])
+    while row.shape[1] < 9 and row[0, -1] != 3:
+        logits = model.text_decoder(row, torch.ones_like(row), states[:1])[0, -1]
+        if row.shape[1] < 4:
+            logits[3] = -torch.inf
+        row = torch.cat([row, logits.argmax().view(1, 1)], 1)
+    assert ids[0, : row.shape[1]].tolist() == row[0].tolist()
+    assert torch.equal(
+        model.generate(image, prompt, 3, 9, 4)[:1, :5], model.generate(image[:1], prompt, 3, 9, 4)[:, :5]
+    )
+    torch.manual_seed(0)
+    sampled = model.generate(image, prompt, max_length=9, min_length=5, sample=True, top_p=0.5)
+    assert sampled.shape[0] == 3 and sampled.shape[1] <= 9
+    with pytest.raises(ValueError, match="max-length 3 must exceed"):
+        model.generate(image, prompt, 3, 3)
+
+
+def test_a_learned_caption_is_written(tmp_path):
+    """Stage finetune, tokenizer and generation together: [SEP] has another id in every vocabulary."""
+    (tmp_path / "vocab.txt").write_text("\n".join(build_vocab(["red apple", "blue car"])) + "\n")
+    cfg = dataclasses.replace(
+        config.PRESETS["emoji-finetune"][1], vocab=str(tmp_path / "vocab.txt"), image_size=16, patch_size=8, width=32,
+        layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, dropout=0.0,
+    )  # fmt: skip
+    tokenizer = tokenizer_of(cfg)
+    torch.manual_seed(0)
+    captioner = build_for(cfg, tokenizer)
+    images, captions = torch.randn(2, 3, 16, 16), ["red apple", "blue car"]
+    ids, mask = tokenizer([PROMPT + caption for caption in captions])
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        captioner(images, ids, mask, prompt_length=4)[0].backward()
+        optimizer.step()
+    captioner.eval()
+    assert tokenizer.sep != 102 and captioner.sep_token_id == tokenizer.sep
+    assert tokenizer.decode(captioner.generate(images, tokenizer.prompt_ids())) == captions
+
+
+def test_blips_parts_are_imported_from_here_too():
+    for name in ("BLIP", "TextDecoder", "TextTransformer", "VisionTransformer", "resize_pos_embed"):
+        assert getattr(model, name) is getattr(blip, name)

@@ -1,0 +1,282 @@
+"""python -m tldr_reduction.reduce, end to end: every selection, kill -9, two processes against one, broken shards."""
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import finished, held, kill_when
+from test_tldr_reduction_train import (  # noqa: F401
+    PRELOAD,
+    REDUCE,
+    SCRIPT,
+    SECONDS,
+    broken,
+    chain,
+    folder,
+    refused,
+    tiny,
+    two,
+)
+
+from shared import checkpoints, run
+from tldr_reduction import cluster as clustering
+from tldr_reduction import inference, reduce, tokenizer
+from tldr_reduction.datasets import open_pairs
+from tldr_reduction.inference import gathered_codes
+from tldr_reduction.reduce import refine_annotations, write_shards
+
+
+@pytest.mark.golden("tldr_reduction", "caption_merge")
+def test_caption_merge(case):
+    merged = refine_annotations(case.json["original_rows"], case.json["generated"], case.json["success"])
+    assert merged == case.json["expected"]
+
+
+def test_repeated_and_unknown_predictions():
+    rows, annotations = [["a", "x_1"], ["b", "2"]], [{"image": "d/1.jpg", "caption": "?"}]
+    generated = [{"image_id": 0, "caption": "c"}, {"image_id": 0, "caption": "d"}, {"image_id": 9, "caption": "e"}]
+    assert refine_annotations(rows, generated, annotations) == [{"image": "d/1.jpg", "caption": "a; c; d"}]
+
+
+def test_only_the_caption_file_is_rewritten(tmp_path):
+    """Other texts of a sample stay as they are."""
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for name, content in (("a.png", png.getvalue()), ("a.txt", b"old"), ("a.alt.txt", b"other")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    pairs = open_pairs(str(tmp_path / "in.tar"))
+    write_shards(pairs, {0: "new"}, tmp_path / "out", run.Process(0, 1, torch.device("cpu")))
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        assert [tar.extractfile(name).read() for name in ("a.txt", "a.alt.txt")] == [b"new", b"other"]
+
+
+def test_parts_of_a_reduction_are_imported_from_here_too():
+    chosen = ("keep_top", "random_subset", "select_by_distance", "select_every_nth", "select_fraction")
+    for module, names in (
+        (clustering, ("kmeans", "whiten", *chosen)),
+        (inference, ["extract_codes"]),
+        (tokenizer, ["pre_caption"]),
+    ):
+        for name in names:
+            assert getattr(reduce, name) is getattr(module, name)
+
+
+def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
+    out = chain["reduced"]
+    report = json.loads((out / "report.json").read_text())
+    with open(out / "report.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    pairs = open_pairs(str(folder / "pool"))
+    assert [line["key"] for line in lines] == pairs.keys.tolist() and report["samples"] == 160
+    for cluster in {line["cluster"] for line in lines}:
+        members = [line for line in lines if line["cluster"] == cluster]
+        assert [line["kept"] for line in members] == ["1" if i % 2 == 0 else "0" for i in range(len(members))]
+        assert [int(line["position"]) for line in members] == list(range(len(members)))
+    kept = [line for line in lines if line["kept"] == "1"]
+    assert report["kept"] == len(kept) == len(json.loads((out / "annotation.json").read_text()))
+    reduced = open_pairs(str(out / "shards"))
+    assert reduced.keys.tolist() == [line["key"] for line in kept]
+    before = {str(key): row for row, key in enumerate(pairs.keys)}
+    for row, line in enumerate(kept):
+        assert reduced.caption(row) == line["caption"]
+        original = pairs.caption(before[line["key"]])
+        assert line["caption"] == (f"{original}; {line['generated']}" if line["generated"] else original)
+        assert reduced.read(row).image.tobytes() == pairs.read(before[line["key"]]).image.tobytes()
+    assert set(report["itm"]) == {"before", "after"} and np.isclose(np.mean(report["itm"]["after"]["histogram"]), 1)
+    for words in ("kept", "duplicates", "codebook", "clusters", "ITM score", "seconds"):
+        assert words in chain["printed"]
+    assert json.loads((out / "annotation.json").read_text())[0].keys() == {"image", "caption"}
+    with tarfile.open(out / "shards/00000.tar") as tar:  # the other files of a sample come along
+        assert {name.rpartition(".")[2] for name in tar.getnames()} == {"png", "txt", "json"}
+
+
+def test_a_finished_reduction_is_not_run_twice(chain, cli):
+    out = chain["reduced"]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    result = finished(cli(*chain["command"], "--out", out, module=REDUCE))
+    assert "is finished; nothing to do" in result.out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+    refused(cli(*chain["command"], "--keep", "0.3", "--out", out, module=REDUCE), "another --keep")
+
+
+def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_path):
+    shutil.copytree(folder / "pool", tmp_path / "pool")
+    out = tmp_path / "out"
+    command = [tmp_path / "pool", "--keep", "0.5", "--clusters", "2", "--select", "random", "--out", out]
+    with held(out):
+        refused(in_process(*command, module=REDUCE), "belongs to a run that is still going")
+    assert in_process(*command, module=REDUCE).code == 0
+    settings = json.loads((out / "config.json").read_text())
+    (tmp_path / "pool/00001.tar").unlink()
+    refused(in_process(*command, module=REDUCE), "reduces other data than")
+    settings.pop("fingerprint")  # an older folder, which does not say
+    (out / "config.json").write_text(json.dumps(settings))
+    assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
+
+
+def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path):
+    scorer = tmp_path / "scorer"
+    shutil.copytree(chain["scorer"], scorer)
+    command = [*chain["command"][:1], "--select", "itm", "--keep", "0.5", "--captions", "original"]
+    command += ["--scorer", scorer, "--out", tmp_path / "out"]
+    assert in_process(*command, module=REDUCE).code == 0
+    assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
+    state = checkpoints.load_checkpoint(scorer / "checkpoint.pt")
+    next(iter(state["state_dict"].values())).add_(1)
+    checkpoints.save_checkpoint(scorer / "checkpoint.pt", state)
+    refused(in_process(*command, module=REDUCE), f"was made by other weights than {scorer} holds")
+
+
+ARMS = {
+    "random": ["--select", "random", "--captions", "original"],
+    "first": ["--select", "first"],
+    "itm": ["--select", "itm"],
+    "all": ["--select", "all"],
+    "farthest": ["--select", "farthest"],
+    "image": ["--features", "image"],
+    "blip": ["--features", "blip"],
+    "text": ["--features", "text"],
+    "generated": ["--captions", "generated"],
+    "cls": ["--select", "all", "--cls-scores"],
+    "release": ["--recipe", "release_comment", "--clusters", "4"],
+}
+
+
+def test_every_way_to_reduce(chain, cli, folder):
+    """They share codes, scores and captions with the first reduction."""
+    work = ["--work", chain["reduced"] / "work"]
+    full = json.loads((chain["reduced"] / "report.json").read_text())["kept"]
+    kept = {}
+    for name, flags in ARMS.items():
+        match = ["--match", chain["reduced"]] if name in ("random", "first", "itm") else []
+        out = folder / f"reduced-{name}"
+        finished(cli(*chain["command"], *work, *flags, *match, "--out", out, module=REDUCE))
+        with open(out / "report.csv", newline="") as file:
+            kept[name] = [line for line in csv.DictReader(file) if line["kept"] == "1"]
+        if match:
+            assert len(kept[name]) == full
+    assert len(kept["all"]) == 160 and [int(line["key"]) for line in kept["first"]] == list(range(full))
+    assert all(line["caption"] == line["generated"] for line in kept["generated"] if line["generated"])
+    assert [line["key"] for line in kept["random"]] != [line["key"] for line in kept["first"]]
+    scores = sorted((float(line["itm"]) for line in kept["all"]), reverse=True)
+    assert min(float(line["itm"]) for line in kept["itm"]) >= scores[full - 1] - 1e-4
+    assert 0 < len(kept["release"]) < 80
+    assert [line["itm"] for line in kept["cls"]] != [line["itm"] for line in kept["all"]]  # not the scores in work/
+    assert all(float(line["itm"]) >= scores[79] - 1e-4 for line in kept["release"])
+
+
+def test_annotation_json_in_and_out(chain, cli, folder, tiny):
+    """The authors' form of a data set: reduce reads it, and train.py reads unchanged what reduce wrote."""
+    pairs, entries = open_pairs(str(folder / "pool")), []
+    (folder / "images").mkdir()
+    for row in range(96):
+        pair = pairs.read(row)
+        pair.image.save(folder / "images" / f"{pair.key}.png")
+        entries.append({"image": f"images/{pair.key}.png", "caption": pair.caption})
+    (folder / "all.json").write_text(json.dumps(entries))
+    out = folder / "from-json"
+    options = ["--keep", "0.5", "--clusters", "3", "--captioner", chain["captioner"], "--image-root", folder]
+    finished(cli(folder / "all.json", *options, "--out", out, module=REDUCE))
+    written = json.loads((out / "annotation.json").read_text())
+    assert 48 <= len(written) <= 51 and all(entry in entries for entry in written) and not (out / "shards").exists()
+    data_flags = ["--data", out / "annotation.json", "--image-root", folder, "--dataset-size", "32"]
+    finished(cli("emoji-clip", *tiny, *data_flags, "--out", folder / "json-clip"))
+
+
+def test_the_tool_alone_trains_its_captioner(cli, folder):
+    out = folder / "alone"
+    command = [folder / "pool", "--keep", "0.25", "--out", out, "--captioner-epochs", "1"]
+    assert "kept" in finished(cli(*command, module=REDUCE)).out
+    assert (out / "captioner/checkpoint.pt").exists() and (out / "shards/00000.tar").exists()
+    report = json.loads((out / "report.json").read_text())
+    assert report["clusters"] == 5 and 40 <= report["kept"] <= 45 and "itm" not in report
+
+
+def test_a_killed_reduction_goes_on(chain, start, cli, folder):
+    out = folder / "killed-reduction"
+    command = [*chain["command"], "--out", out]
+    kill_when(start(*command, module=REDUCE), lambda: len(list(out.glob("work/codes-*/0*.npz"))) >= 2, timeout=120)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("work/codes-*/0*.npz")}
+    finished(cli(*command, module=REDUCE))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar"):
+        assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
+
+
+def test_two_processes_reduce_as_one(chain, start, folder):
+    out = folder / "reduced-by-two"
+    two(start, *chain["command"], "--out", out, module=REDUCE)
+    for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar", "shards/00002.tar"):
+        assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
+
+
+def test_broken_samples_are_left_out(cli, folder, chain, broken):
+    options = ["--clusters", "3", "--captioner", chain["captioner"]]
+    result = finished(cli(broken, *options, "--out", folder / "broken-reduction", module=REDUCE))
+    assert "broken samples, left out" in result.out and "unreadable image" in result.out
+    with open(folder / "broken-reduction/report.csv", newline="") as file:
+        lines = {line["key"]: line for line in csv.DictReader(file)}
+    assert lines["bad"]["reason"].startswith("broken: unreadable") and lines["bad"]["kept"] == "0"
+    assert lines["mute"]["reason"] == "broken: empty caption"
+    options = ["--select", "random", "--keep", "1", "--out", folder / "broken-random"]  # no captioner looks at these
+    result = finished(cli(broken, *options, module=REDUCE))
+    assert "broken samples, left out" in result.out and "identical images that occurred before" in result.out
+    with open(folder / "broken-random/report.csv", newline="") as file:
+        assert {line["key"] for line in csv.DictReader(file) if line["kept"] == "0"} == {"bad", "mute"}
+    flags = [broken, *options, "--strict", "--out", folder / "strict-reduction"]
+    refused(cli(*flags, module=REDUCE), "--strict")
+
+
+def test_wrong_reduction_flags(cli, folder, chain):
+    pool, out = folder / "pool", ["--out", folder / "wrong"]
+    (folder / "words.json").write_text('[{"image": "a.png", "caption": ["a", "b"]}]')
+    (folder / "gone.json").write_text('[{"image": "a.png", "caption": "a"}]')
+    for arguments, words in (
+        (["nowhere.tar"], "nowhere.tar does not exist"),
+        (["x.tsv"], "reduce takes .tar files"),
+        ([pool, "--keep", "1.5"], "--keep 1.5 is not in (0, 1]"),
+        ([pool, "--max-length", "3"], "--max-length 3 must exceed the prompt's 4 tokens"),
+        ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
+        ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
+        ([pool, "--captions", "refined"], "needs --caption-model"),
+        ([pool, "--select", "itm"], "need --scorer"),
+        ([pool, "--captioner", folder], "is no run folder"),
+        ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
+        ([pool, "--match", folder], "holds no report.json"),
+        ([pool, "--match", chain["reduced"]], "--match goes with --select random, first or itm, not stride"),
+        ([chain["reduced"] / "shards", "--match", chain["reduced"], "--select", "all"], "not all"),
+        ([folder / "words.json"], "the caption of a.png is no text (entry 0)"),
+        ([folder / "gone.json", "--select", "random"], "none of the 1 images"),
+        ([pool, "--precision", "fp16"], "fp16 needs a GPU"),
+        ([pool, "--caption-model", chain["captioner"]], "where one of stage finetune"),
+    ):
+        refused(cli(*arguments, *out, module=REDUCE), words)
+        shutil.rmtree(folder / "wrong", ignore_errors=True)
+    refused(cli(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
+    own = chain["reduced"].parent / "own"  # shards as input, which the output would be mixed with
+    shutil.copytree(chain["reduced"] / "shards", own / "shards")
+    refused(cli(own / "shards", "--out", own, module=REDUCE), "choose another --out")
+
+
+def test_dry_run_of_a_reduction(cli, folder):
+    """Sizes of what is there, or of the recipe's data set; nothing is written."""
+    out = folder / "dry"
+    printed = finished(cli(folder / "pool", "--keep", "0.5", "--dry-run", "--out", out, module=REDUCE)).out
+    assert "160 (" in printed and "80, and up to one more in each of 5 clusters" in printed
+    printed = finished(cli("gone/{0..9}.tar", "--recipe", "yfcc15m", "--dry-run", "--out", out, module=REDUCE)).out
+    assert "14,900,000 (yfcc15m" in printed and "2,488,300" in printed and not out.exists()
+
+
+def test_merged_codes_are_memory_mapped(chain):
+    codes_folder = next(path for path in (chain["reduced"] / "work").glob("codes-*"))
+    merged = gathered_codes(codes_folder, np.arange(160), 48)
+    assert isinstance(merged, np.memmap) and merged.shape == (160, 5 * 2) and merged.dtype == np.uint16

@@ -1,0 +1,31 @@
+"""Captions as BLIP prepares them, and a WordPiece vocabulary of one's own."""
+
+import pytest
+import torch
+
+from tldr_reduction.tokenizer import WordPiece, build_vocab, pre_caption
+
+
+@pytest.mark.golden("tldr_reduction", "pre_caption")
+def test_pre_caption(case):
+    assert [pre_caption(c["caption"], c["max_words"]) for c in case.json] == [c["expected"] for c in case.json]
+
+
+def test_word_pieces(tmp_path):
+    assert len(build_vocab(f"word{i}" for i in range(99))) == 5 + 2 * 22 + 2 + 99  # letters, picture, of
+    few = build_vocab([chr(0x4E00 + i) for i in range(2000)] + ["rare", *["frequent"] * 3], 2008)
+    assert len(few) == 2008 and {"picture", "of", "frequent"} < set(few) and "rare" not in few
+    vocab = build_vocab(["a red car", "blue car", "café"])
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(vocab) + "\n")
+    tokenizer = WordPiece(path)
+    ids, mask = tokenizer(["a picture of red car", "unknownred"], 30)
+    assert (tokenizer.dec, tokenizer.enc) == (len(vocab), len(vocab) + 1) and len(tokenizer) == len(vocab) + 2
+    assert ids[0, 0] == tokenizer.cls and mask.sum(1).tolist() == [(row != 0).sum() for row in ids]
+    assert tokenizer(["red " * 50], 7)[0].shape == (1, 7) and tokenizer(["red " * 50], 7)[0][0, -1] == tokenizer.sep
+    prompt = tokenizer.prompt_ids("a red ")
+    caption = torch.cat([torch.tensor([[tokenizer.dec]]), tokenizer(["a red blue car"])[0][:, 1:]], 1)
+    assert prompt.tolist() == [tokenizer.cls, *caption[0, 1:3].tolist(), tokenizer.sep]
+    assert tokenizer.decode(caption, "a red ") == ["blue car"]
+    with pytest.raises(FileNotFoundError, match="vocabulary"):
+        WordPiece(tmp_path / "missing.txt")
