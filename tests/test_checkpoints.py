@@ -1,11 +1,13 @@
 """Checkpoints that are whole, harmless and of the same run; JSON that is replaced at once."""
 
+import argparse
 import dataclasses
 import json
 import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,3 +103,20 @@ def test_write_json_is_atomic(tmp_path: Path):
     with pytest.raises(TypeError):
         checkpoints.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": "é"} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_what_authors_trainers_keep_beside_weights_is_loaded(tmp_path: Path):
+    """Command line, and learning rates that are NumPy numbers, in the optimizer's groups and elsewhere."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=np.float64(1e-3))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = np.float32(5e-4) * np.float64(0.5)
+    state = {"epoch": 3, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"args": argparse.Namespace(lr=np.float64(5e-4), model="RN50")}, tmp_path / "epoch_3.pt")
+    loaded = checkpoints.load_checkpoint(tmp_path / "epoch_3.pt")
+    assert torch.equal(loaded["state_dict"]["weight"], model.weight) and loaded["args"].model == "RN50"
+    assert loaded["optimizer"]["param_groups"][0]["lr"] == pytest.approx(2.5e-4)
+    fresh = torch.optim.AdamW(model.parameters())
+    fresh.load_state_dict(loaded["optimizer"])
+    assert torch.equal(fresh.state[model.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])

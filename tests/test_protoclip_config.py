@@ -86,3 +86,9 @@ def test_dry_run_of_the_published_eight_processes(capsys):
         r"batch +512 \(64 in each of 8 processes\)", out
     )
     assert "at step 15,625" in out and "5.000e-04 image tower" in out
+
+
+def test_recipes_of_the_paper_gather_as_upstream_does():
+    """Without gradient to other processes' rows: the encoders' gradients meet the clipping norm that they had there."""
+    for name, (_, cfg) in config.PRESETS.items():
+        assert cfg.gather_with_grad == name.startswith("emoji"), name

@@ -83,11 +83,36 @@ def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
         evaluation.load_model(path, "ViT-emoji")
 
 
+def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """MODEL@PRETRAINED with open_clip's own preprocessing; offline it is one sentence. The mean is over sets."""
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_clip, "create_model_and_transforms", unreachable)
+        with pytest.raises(
+            ValueError, match=r"RN50@openai could not be loaded; is the network reachable\? \(OSError\)"
+        ):
+            evaluation.load_pretrained("RN50@openai")
+    made = open_clip.create_model_and_transforms
+    small = lambda name, pretrained: made("ViT-emoji")  # noqa: E731 an architecture of the same kind, without a download
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", small)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: open_clip.SimpleTokenizer(context_length=24))
+    sets = tuple(small_set(name, tmp_path / "sets") for name in ("groups_id", "subgroups_id"))
+    cfg = evaluation.Config(runs=("RN50@openai",), sets=sets, probe=(), gap=None, device="cpu")
+    (found,) = evaluation.main(cfg)
+    assert found["mean_top1"] == pytest.approx((found["groups_id/top1"] + found["subgroups_id/top1"]) / 2)
+
+
 def test_errors_are_one_sentence(tmp_path: Path, runs: list[str], capsys: pytest.CaptureFixture):
     for arguments, words in (
         ((str(tmp_path / "nowhere"),), "no checkpoint"),
         ((runs[0], "--sets", str(tmp_path)), str(tmp_path)),
         ((), "name at least one run folder"),
+        (("RN50@nowhere",), "open_clip knows no weights 'nowhere' of RN50, but openai"),
+        (("RN51@openai",), "open_clip knows no weights 'openai' of RN51, but nothing"),
     ):
         with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["protoclip.eval", *arguments])

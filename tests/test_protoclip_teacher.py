@@ -36,7 +36,7 @@ def test_teacher_script(cli, folder: Path):
 def test_row_aligned_teacher(cli, folder: Path):
     pairs = data.open_pairs(str(SHARDS / "00000.tar"), 300)
     features = Teacher(str(TEACHER)).rows(pairs, np.arange(300)).numpy()
-    np.save(folder / "upstream.npy", features)
+    np.save(folder / "upstream.npy", np.concatenate([features, features[:50] + 1]))  # of the whole CSV: the first count
     np.savez(folder / "by_key.npz", keys=pairs.keys[::-1], features=features[::-1])
     options = [*TINY, "--episodes", "2", "--dataset-size", "300", "--episode-size", "64"]
     for name in ("upstream.npy", "by_key.npz"):
@@ -44,7 +44,7 @@ def test_row_aligned_teacher(cli, folder: Path):
         finished(cli("emoji", *options, "--external-teacher", folder / name, "--out", out))
     assert metrics(folder / "upstream-npy") == metrics(folder / "by_key-npz")
     result = cli("emoji", *TINY, "--external-teacher", folder / "upstream.npy", "--out", folder / "wrong")
-    assert result.code == 2 and "has 300 rows, the data" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "has 350 rows, the data" in result.err and one_sentence(result.err)
 
 
 def test_teacher_rows_of_repeated_keys(tmp_path: Path):

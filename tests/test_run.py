@@ -187,3 +187,26 @@ def test_other_ranks_save_nothing(tmp_path: Path):
     folder.log(1, epoch=0)
     folder.save(2, epoch=1)
     assert not folder.due(3) and folder.due(4) and not (tmp_path / "run").exists()
+
+
+@dataclasses.dataclass
+class Kept(Settings):
+    save_every: int = 100
+    keep_every: int = 3
+
+
+def test_chosen_checkpoints_stay(tmp_path: Path):
+    folder, mine = run.RunFolder(Kept(out=str(tmp_path / "run")), ALONE, epoch=0), parts(0)
+    folder.restore(**mine)
+    folder.start(0)
+    for step in range(1, 8):
+        if folder.due(step):
+            folder.save(step, epoch=step)
+    folder.save(8, epoch=8)
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == [
+        "checkpoint-3.pt",
+        "checkpoint-6.pt",
+        "checkpoint.pt",
+    ]
+    kept = [checkpoints.load_checkpoint(tmp_path / f"run/checkpoint{step}.pt")["epoch"] for step in ("-3", "-6", "")]
+    assert kept == [3, 6, 8]
