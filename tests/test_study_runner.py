@@ -188,3 +188,23 @@ def test_a_run_that_is_not_finished_is_not_compared(study: Study):
     torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")
     with pytest.raises(ValueError, match="base-seed0 is not finished: 1 of 2 epochs"):
         study.compare(["runs/paper/base-seed0"], [{"top1": 1.0}], Path("results.json"))
+
+
+def test_each_seed_runs_once(study: Study):
+    runner.run(dataclasses.replace(study, claims=()), runner.Options(seeds=(2, 0, 2), arms="base", jobs=2))
+    assert order() == [f"runs/paper/base-seed{seed}" for seed in (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"arms": " "}, "--arms names no arm: it is core, all, or some of base, method, late"),
+        ({"seeds": ()}, "--seeds names at least one seed, each 0 or more"),
+        ({"seeds": (0, -1)}, "--seeds names at least one seed, each 0 or more"),
+        ({"jobs": 0}, "--jobs must be at least 1, not 0"),
+    ],
+)
+def test_what_names_nothing_is_refused(study: Study, wrong: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        runner.run(study, runner.Options(**wrong))
+    assert not Path("order.txt").exists()
