@@ -176,7 +176,7 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc3m/{00000..00331}.tar")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
