@@ -53,10 +53,9 @@ def test_papers_run_without_their_studies(folder: Path):
         "tinyclip": ["--sets", *sets, "--no-throughput"],
         "tldr_reduction": ["--rerank", "--sets", *sets],
     }
+    made = {"tldr_reduction": folder / "runs/tldr_reduction-clip", "nmtune": folder / "nmtune.train"}
     for name in FOLDERS:
-        if name in more:
-            run = folder / "runs" / ("tldr_reduction-clip" if name == "tldr_reduction" else name)
-            lines.append([f"{name}.eval", str(run), *more[name]])
+        lines.append([f"{name}.eval", str(made.get(name, folder / "runs" / name)), *more.get(name, [])])
     driver = """
         import json, runpy, sys
         for module, *words in json.load(open(sys.argv[1])):
