@@ -40,12 +40,12 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
     "attentive_mask_clip.timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
-    "concept_frequency.let_it_wag": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.measure": "test_concept_frequency_runs.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.replay": "test_concept_frequency.py::test_replay_of_files_in_the_authors_layout",
+    "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
+    "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
+    "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
     "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
-    "nmtune.encoder_study": "test_nmtune_train.py::test_study_and_report",
+    "nmtune.encoder_study": "test_nmtune_encoder_study.py::test_study_and_report",
     "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
 }
 KILLED = {  # where arms and scripts that are not killed here are
@@ -56,8 +56,8 @@ KILLED = {  # where arms and scripts that are not killed here are
     "lexvla, with states, and with LM and backbone trained": (
         "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
     ),
-    "nmtune, labels": "test_nmtune_train.py::test_pretraining_on_labels_kill_and_resume",
-    "nmtune.finetune, whole and LoRA": "test_nmtune_train.py::test_fine_tuning_kill_and_resume",
+    "nmtune, labels": "test_nmtune_pretrain.py::test_pretraining_on_labels_kill_and_resume",
+    "nmtune.finetune, whole and LoRA": "test_nmtune_finetune.py::test_fine_tuning_kill_and_resume",
     "nmtune.train": "test_nmtune_train.py::test_fresh_views_kill_and_resume",
     "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",
     "tinyclip, masks and distillation": "test_tinyclip_train.py::test_kill_and_resume_equals_uninterrupted",

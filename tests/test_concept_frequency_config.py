@@ -1,0 +1,53 @@
+"""Presets, dry runs, settings that are refused before a run starts, and the paper's models."""
+
+import dataclasses
+
+import open_clip
+import pytest
+from scripts import one_sentence
+from test_concept_frequency_train import TINY, shards  # noqa: F401
+
+from concept_frequency import train
+from concept_frequency.config import MODELS, PRESETS, check
+from concept_frequency.replay import IMAGENET
+from concept_frequency.replay import MODELS as CURVES
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"data": ""}, "--data is missing"),
+    ({"eval_set": "nowhere"}, "--eval-set nowhere does not exist"),
+    ({"batch_size": 33}, "cannot be shared out"),
+    ({"total": 39}, "cannot hold each"),
+    ({"total": 40, "batch_size": 64}, "less than one batch"),
+    ({"misaligned": 2.0}, "share of 0 to 1"),
+    ({"epochs": 0}, "--epochs must be at least 1"),
+    ({"exponent": -1.0}, "below 0"),
+])  # fmt: skip
+def test_training_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        check(dataclasses.replace(TINY, **change), 2)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["shards"], "--data is missing"),
+    (["emoji", "--model", "none", "--dry-run"], "no open_clip config"),
+])  # fmt: skip
+def test_command_lines_end_in_one_sentence(in_process, arguments, message):
+    result = in_process(*arguments, module="concept_frequency.train")
+    assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
+
+
+def test_dry_run_needs_no_data(capsys):
+    for name, (_, preset) in PRESETS.items():
+        train.train(dataclasses.replace(preset, model="ViT-emoji", data="", dry_run=True, device="cpu"))
+        out = capsys.readouterr().out
+        assert all(word in out for word in ("parameters", "frequencies", "learning rate", "memory")), name
+
+
+def test_models_of_the_paper():
+    assert set(CURVES) <= set(MODELS) and set(IMAGENET) <= set(MODELS) and len(MODELS) == 41
+    for name, tag in MODELS.values():
+        assert name.startswith("hf-hub:") or not tag or tag in open_clip.list_pretrained_tags_by_model(name), (
+            name,
+            tag,
+        )

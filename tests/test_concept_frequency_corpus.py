@@ -1,0 +1,81 @@
+"""Parts of files, their captions, and which row of the captions an image is."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from concept_frequency import corpus
+
+
+def write_captions(folder: Path, captions: list[str]) -> dict[str, str]:
+    """The same captions as parquet, tsv and lines."""
+    pq.write_table(
+        pa.table({"caption": captions, "url": ["u"] * len(captions)}), folder / "a.parquet", row_group_size=50
+    )
+    (folder / "a.tsv").write_text("".join(f"u\t{c}\n" for c in captions))
+    (folder / "a.txt").write_text("".join(f"{c}\n" for c in captions))
+    return {kind: str(folder / f"a.{kind}") for kind in ("parquet", "tsv", "txt")}
+
+
+def write_shard(path: Path, rows: list[tuple[str, str, tuple[int, int, int]]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, caption, color in rows:
+            image = io.BytesIO()
+            Image.new("RGB", (8, 8), color).save(image, format="PNG")
+            for extension, content in (("png", image.getvalue()), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_parts_of_a_parquet_file(tmp_path):
+    captions = [str(i) for i in range(230)]
+    path = write_captions(tmp_path, captions)["parquet"]
+    for size in (7, 50, 100, 1000):
+        parts = corpus.list_parts([path], size, tmp_path)
+        rows = [c for part in parts for c in corpus.read_captions(part, "caption", "", [])]
+        assert rows == captions and len({part.name() for part in parts}) == len(parts)
+    with pytest.raises(ValueError, match="has no column 'TEXT'"):
+        list(corpus.read_captions(parts[0], "TEXT", "", []))
+
+
+@pytest.mark.parametrize("kind", ["tsv", "txt"])
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 100])
+def test_parts_of_a_text_file_start_where_they_should(tmp_path, kind, step):
+    """Rows of several lines, of several bytes a letter, of bytes that are no text."""
+    rows = (
+        ["a", "über", '"two\nlines"', "", "日本", "x\ty", "last"]
+        if kind == "tsv"
+        else ["a", "über", "", "日本", "last"]
+    )
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes("\n".join(rows).encode() + b" \xff\n")
+    found = corpus.list_parts([str(path)], step, tmp_path)
+    assert [part.stop - part.start for part in found][:-1] == [step] * (len(found) - 1)
+    texts = [text for part in found for text in corpus.read_captions(part, "0", "", [])]
+    assert texts == [row.strip('"').partition("\t")[0] for row in rows[:-1]] + ["last \ufffd"]
+    path.write_text("")
+    assert corpus.list_parts([str(path)], step, tmp_path) == []
+
+
+def test_columns_of_tsv_are_numbers(tmp_path):
+    (tmp_path / "a.tsv").write_text("u\tcaption\tv\n\tno url\tv\n")
+    (part,) = corpus.list_parts([str(tmp_path / "a.tsv")], 10, tmp_path)
+    assert list(corpus.read_captions(part, "1", "0", [])) == ["caption"]
+    with pytest.raises(ValueError, match="numbers from 0, not caption"):
+        list(corpus.read_captions(part, "caption", "", []))
+
+
+def test_sample_ids():
+    assert corpus.sample_id("cc3m", "000123.jpg") == 123 and corpus.sample_id("laion400m", "414079999") == 414079999
+    assert corpus.sample_id("synthci30m", "cat/77.jpg") == 77
+    assert corpus.sample_id("laion_aesthetics", "00012.jpg", shard=3) == 30012
+    table = corpus.RowTable.build(["a", "b", "a"])
+    assert (corpus.sample_id("cc12m", "a", table=table), corpus.sample_id("yfcc15m", "b", table=table)) == (2, 1)
+    with pytest.raises(KeyError):
+        corpus.sample_id("cc12m", "c", table=table)

@@ -1,0 +1,127 @@
+"""Curves, nulls, slopes and what counts are like: golden cases, and properties."""
+
+import math
+
+import numpy as np
+import pytest
+
+from concept_frequency import curves
+from concept_frequency.curves import correlation, log_linear_curve, misalignment, permutation_null
+
+SLICES = {
+    "inner": slice(1, -1),
+    "laion": slice(2, -1),
+    "synth": slice(0, -4),
+    "tail": slice(3, None),
+    "last4": slice(-4, None),
+    "all": slice(None),
+}
+
+
+def as_upstream(curve: curves.Curve) -> curves.Curve:
+    """Empty bins as upstream's arrays of fixed size have them: 0."""
+    return curve._replace(mean=np.nan_to_num(curve.mean), std=np.nan_to_num(curve.std))
+
+
+@pytest.mark.golden("concept_frequency", "loglinear")
+def test_log_linear(case):
+    curve = log_linear_curve(case["counts"], case["scores"], case["num_bins"].item())
+    case.close("bin_counts", curve.size)
+    assert np.isnan(curve.mean[curve.size == 0]).all()
+    if "bin_index" in case:
+        case.close("bin_index", curve.index)
+    if "exp_bins" not in case:  # upstream itself failed
+        return
+    case.close("exp_bins", curve.position, rtol=1e-5, atol=1e-5)
+    fixed = as_upstream(curve)
+    case.close("cum_means", fixed.mean, rtol=1e-5, atol=1e-5)
+    case.close("cum_stds", fixed.std, rtol=1e-5, atol=1e-5)
+    for name, bins in SLICES.items():
+        if f"pearson_{name}" in case:
+            case.close(f"pearson_{name}", correlation(fixed, bins), rtol=1e-5, atol=1e-5)
+        if f"line_{name}" in case:
+            case.close(f"line_{name}", curves.line(fixed, bins), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.golden("concept_frequency", "human_eval_curve")
+def test_human_eval_curve(case):
+    curve = as_upstream(log_linear_curve(case["bucket_centers"], case["bucket_accuracy"], case["num_bins"].item()))
+    case.close("log_bins", np.log(curve.position), rtol=1e-5, atol=1e-5)
+    case.close("cum_means", curve.mean, rtol=1e-5, atol=1e-5)
+    case.close("cum_stds", curve.std, rtol=1e-5, atol=1e-5)
+    case.close("pearson", correlation(curve), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.golden("concept_frequency", "published_curves")
+def test_published_curves_correlate(case):
+    """From the bins as published."""
+    for row in case.json:
+        position, mean, std, size = (np.array(row[key]) for key in ("exp_bins", "bin_means", "bin_stds", "bin_counts"))
+        curve = curves.Curve(position, mean, std, size, np.zeros(0, dtype=np.int64))
+        bins = slice(*row["slice"])
+        assert correlation(curve, bins) == pytest.approx((row["rho"], row["p"]), abs=1e-6)
+        assert correlation(curve)[0] == pytest.approx(row["rho_all_bins"], abs=1e-6)
+        if row["figure_legend_rho"] is not None:
+            assert round(correlation(curve, bins)[0], 2) == pytest.approx(row["figure_legend_rho"])
+
+
+def test_misalignment_counts_documents_once():
+    text, image = [[0, 0], [0, 1], [1, 0], [2, 2]], [[0, 1], [1, 3], [1, 4], [3, 0]]
+    assert misalignment(text, image, 10) == (1, 1 / 3, 0.1)
+
+
+def test_permutation_null():
+    rng = np.random.default_rng(0)
+    groups = np.repeat([0, 1], 400)
+    counts = np.where(groups == 0, rng.integers(1, 100, 800), rng.integers(1000, 100_000, 800))
+    scores = 40 * groups + rng.normal(20, 5, 800)  # nothing but a difference between datasets
+    true = correlation(log_linear_curve(counts, scores, 8))[0]
+    within = permutation_null(counts, scores, groups, 8)
+    across = permutation_null(counts, scores, None, 8)
+    assert len(within) == len(across) == 300
+    assert true > 0.8 and within.mean() > 0.8  # the shuffle within datasets shows the confound,
+    assert abs(across.mean()) < 0.1 < across.std()  # the one across everything does not
+    assert np.array_equal(within, permutation_null(counts, scores, groups, 8))
+
+
+def test_empty_bins_are_left_out():
+    curve = log_linear_curve([1, 1, 10, 1000, 1000], [0.0, 0.2, 0.3, 0.5, 0.7], 7)
+    assert (curve.size == 0).sum() == 4 and np.isnan(curve.mean).sum() == 4
+    rho, p = correlation(curve)
+    assert 0.9 < rho < 1 and 0 < p < 1
+    assert all(math.isnan(value) for value in correlation(curve, slice(1, 3)))
+    with pytest.raises(ValueError, match="no curve"):
+        log_linear_curve([], [], 3)
+    with pytest.raises(ValueError, match="two bins or more"):
+        log_linear_curve([1, 10], [0.0, 1.0], 1)  # the edge would leave the largest count out
+
+
+def test_slope_per_decade():
+    counts = 10 ** np.linspace(0, 3, 200)
+    noise = np.random.default_rng(0).normal(0, 3, 200)
+    found = curves.slope_per_decade(counts, 12 * np.log10(counts) + noise)
+    assert found["low"] < 12 < found["high"] and found["high"] - found["low"] < 2
+
+
+def test_within_slope_is_free_of_what_concepts_differ_in():
+    """Accuracy that goes with the concept, and not with its frequency, misleads the slope between concepts alone."""
+    rng = np.random.default_rng(0)
+    frequency = 10 ** np.linspace(0, 3, 200)
+    for effect in (0.0, 5.0):
+        easy = 10 * np.log10(frequency)  # frequent concepts happen to be easy
+        first, second = frequency, rng.permutation(frequency)
+        scores = [
+            easy + effect * np.log10(f) + rng.normal(0, 2, 200) + better for f, better in ((first, 7), (second, 0))
+        ]
+        between = curves.slope_per_decade(first, scores[0])
+        within = curves.within_slope(np.log10(first) - np.log10(second), scores[0] - scores[1])
+        assert between["low"] > effect + 8
+        assert within["low"] < effect < within["high"] and within["high"] - within["low"] < 2
+        two = curves.within_slope(*(np.stack([x, x]) for x in (np.log10(first / second), scores[0] - scores[1])))
+        assert two == pytest.approx(within)  # the same seed twice is no more evidence
+
+
+def test_frequency_buckets():
+    counts = np.concatenate([np.repeat(7, 150), np.repeat(5, 60), np.repeat(3, 60), np.repeat(0, 500), [1] * 99])
+    assert curves.frequency_buckets(counts) == [(7.0, 7.0), (3.0, 5.0)]
+    assert curves.frequency_buckets(np.repeat(2, 2500)) == [(2.0, 2.0), (2.0, 2.0)]

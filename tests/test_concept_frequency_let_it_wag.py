@@ -1,0 +1,80 @@
+"""The tail benchmark: least frequent concepts, near-duplicates, balanced classes."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import one_sentence
+
+from concept_frequency import images, let_it_wag
+from concept_frequency.concepts import read_concepts
+from concept_frequency.let_it_wag import balance_classes, deduplicate, hamming_distances, phash, select_tail
+
+
+@pytest.mark.golden("concept_frequency", "dedup")
+def test_dedup(case):
+    bits = np.stack([phash(image) for image in case["images"].numpy()])
+    case.close("phash_bits", bits.astype(np.int64))
+    case.close("hamming", hamming_distances(bits))
+    truth = case.json
+    if "phash_hex" in truth:
+        assert [f"{int(''.join(map(str, row.astype(int))), 2):016x}" for row in bits] == truth["phash_hex"]
+    for name, walk in truth["classes"].items():
+        rows = [i for i, file in enumerate(truth["names"]) if file.partition("/")[0] == name]
+        files = [truth["names"][i].partition("/")[2] for i in rows]
+        hamming = case["hamming"][rows][:, rows]
+        orders = {"removed": walk["iteration_order"], "removed_if_sorted_order": sorted(files)}
+        for key, order in orders.items():
+            removed = deduplicate(hamming, [files.index(file) for file in order], truth["threshold"])
+            assert sorted(files[i] for i in removed) == sorted(walk[key]), (name, key)
+
+
+@pytest.mark.golden("concept_frequency", "balance")
+def test_balance(case):
+    files = {name: [f"{i}.jpg" for i in range(n)] for name, n in case["jpg_counts"].items()}
+    for name, n in case["other_file_counts"].items():
+        files.setdefault(name, []).extend(f"{i}.txt" for i in range(n))
+    assert case["min_exclusive"] == case["per_class"]  # the paper's is one number
+    kept = balance_classes(files, case["per_class"], torch.Generator().manual_seed(0))
+    assert sorted(kept) == sorted(case["kept_classes"])
+    for name, rows in kept.items():
+        assert len(rows) == len(set(rows)) == case["images_per_kept_class"] and set(rows) <= set(files[name])
+    assert kept == balance_classes(files, case["per_class"], torch.Generator().manual_seed(0))
+
+
+def test_select_tail():
+    assert select_tail([{"a": 0, "b": 5, "c": 1, "d": 9}, {"a": 7, "b": 0, "c": 2}], 2) == ["c", "b"]
+
+
+def test_phash_takes_images():
+    array = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.float32)
+    assert np.array_equal(phash(array), phash(Image.fromarray(array.astype(np.uint8))))
+
+
+def test_tail_benchmark_from_folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, n in (("rare_bird", 5), ("rare cat", 2), ("common", 9)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((80, 80)).save(tmp_path / "images" / name / f"{i}.jpg")
+    shutil.copy(tmp_path / "images/rare_bird/0.jpg", tmp_path / "images/rare_bird/9.jpg")  # a duplicate
+    (tmp_path / "a.json").write_text(json.dumps({"rare bird": 1, "rare cat": 0, "common": 50}))
+    cfg = let_it_wag.Config((str(tmp_path / "a.json"),), (str(tmp_path / "images"),), str(tmp_path / "out"), 2, 3)
+    assert let_it_wag.build(cfg) == {"rare cat": 2, "rare bird": 5}
+    assert read_concepts(tmp_path / "out") == ["rare bird"]
+    test = images.read_test_set(str(tmp_path / "out"), ["rare bird"])
+    assert len(test.labels) == 3
+    with pytest.raises(ValueError, match="has no image of the 1 concepts"):
+        images.read_test_set(str(tmp_path / "out"), ["common"])
+    with pytest.raises(ValueError, match="no concept has more than --per-class 450"):
+        let_it_wag.build(dataclasses.replace(cfg, per_class=450))
+
+
+def test_command_lines_end_in_one_sentence(in_process):
+    result = in_process("--counts", "none.json", "--images", "none", module="concept_frequency.let_it_wag")
+    assert result.code == 2 and "none.json" in result.err and one_sentence(result.err), result.err

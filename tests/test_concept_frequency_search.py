@@ -1,0 +1,106 @@
+"""Searching one part of a corpus: memory, and the tags of its images."""
+
+import dataclasses
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_concept_frequency_corpus import write_shard
+from test_concept_frequency_train import PIPELINE, shards  # noqa: F401
+
+from concept_frequency import corpus, count, search
+from concept_frequency.config import CountConfig, check_count
+
+
+def test_memory_is_bounded_by_its_flag(tmp_path, monkeypatch):
+    """Of reading and indexing a table of 120,000 captions, by the size of its parts; spaCy is stood in for."""
+    path = tmp_path / "a.tsv"
+    path.write_text(
+        "".join(f"word{i % 5000} thing{i % 7} place{i % 900} of captions number {i}\n" for i in range(120_000))
+    )
+    monkeypatch.setattr(search, "tag_captions", lambda texts, *_: (set(text.split()) for text in texts))
+
+    def peak(memory: int) -> tuple[int, int]:
+        cfg = CountConfig(data=(str(path),), caption_column="0", memory=memory)
+        jobs = corpus.list_parts(cfg.data, cfg.part_captions, tmp_path)
+        largest = 0
+        for part in jobs:
+            tracemalloc.start()
+            search.index_part(search.Job(part, cfg, str(tmp_path / f"{memory}-{part.start}.npz")))
+            largest = max(largest, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return len(jobs), largest
+
+    (many, small), (one, large) = peak(16), peak(256)
+    assert (many, one) == (15, 1)
+    assert small < 16 * 2**20 < large < 256 * 2**20
+
+
+def red_blue(names, device):
+    """A tagger for tests: is the image red (concept 0), is it blue (concept 1)."""
+    transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # noqa: E731
+    return transform, lambda images: torch.stack([images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))], 1)
+
+
+def test_images_are_counted(tmp_path, monkeypatch):
+    red, blue, both = (255, 0, 0), (0, 0, 255), (255, 0, 255)
+    write_shard(tmp_path / "0.tar", [("000", "a dog", red), ("001", "a cat", red), ("002", "", both)])
+    write_shard(tmp_path / "1.tar", [("000", "a dog and a cat", blue), ("001", "a cat", blue)])
+    monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
+    np.save(tmp_path / "keep.npy", np.array([0, 3, 3]))
+    cfg = CountConfig(
+        data=(str(tmp_path),), spacy=PIPELINE, query_spacy=PIPELINE, out=str(tmp_path / "out"), workers=1,
+        tagger="colours:red_blue", keep=str(tmp_path / "keep.npy"),
+    )  # fmt: skip
+    found = count.count_corpus(cfg, ["dog", "cat"])
+    assert found.text.tolist() == [2, 3] and found.image.tolist() == [3, 3] and found.both.tolist() == [1, 2]
+    assert found.kept.tolist() == [1, 2]
+    assert (found.documents, found.with_text, found.with_image, found.misaligned) == (5, 4, 5, 1)
+
+    # captions in a file of their own, images in shards whose keys say the row
+    (tmp_path / "captions.tsv").write_text("a dog\tu0\na cat\tu1\n\tu2\na dog and a cat\tu3\na cat\tu4\n")
+    write_shard(tmp_path / "images.tar", [("00004", "a cat", blue), ("00000", "a dog", red)])
+    separate = dataclasses.replace(
+        cfg, data=(str(tmp_path / "captions.tsv"),), caption_column="0", images=(str(tmp_path / "images.tar"),),
+        ids="cc3m",
+        keep="", out=str(tmp_path / "separate"),
+    )  # fmt: skip
+    check_count(dataclasses.replace(separate, concepts=("x",)))
+    found = count.count_corpus(separate, ["dog", "cat"])
+    assert found.image.tolist() == [1, 1] and found.both.tolist() == [1, 1] and found.misaligned == 0
+    by_caption = dataclasses.replace(separate, ids="cc12m", out=str(tmp_path / "bycaption"))
+    assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]  # `a cat` is row 4, the last
+    (tmp_path / "captions.tsv").write_text("a cat\tu0\na dog\tu1\na cat and a dog\tu2\n")  # other rows
+    assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]
+
+
+def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
+    """Captions in several parts, images in shards of another order: a part reads the tags of its documents alone."""
+    rng = np.random.default_rng(0)
+    texts = [("a dog", "a cat", "a dog and a cat", "")[i] for i in rng.integers(4, size=1300)]
+    (tmp_path / "captions.tsv").write_text("".join(f"{text}\n" for text in texts))
+    rows = [(0, 5, 20), (600, 601, 1299), (7, 700, 9999)]  # the last has no caption
+    colors = {row: ((255, 0, 0), (0, 0, 255), (255, 0, 255))[row % 3] for shard in rows for row in shard}
+    for i, shard in enumerate(rows):
+        write_shard(tmp_path / f"{i}.tar", [(f"{row:05}", "?", colors[row]) for row in shard])
+    monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
+    read: dict[int, set[str]] = {}
+    whole = search.count_part
+    monkeypatch.setattr(
+        count, "count_part",
+        lambda job: read.update({job.base: {Path(path).stem[0] for path, _ in job.tags}}) or whole(job),
+    )  # fmt: skip
+    cfg = CountConfig(
+        data=(str(tmp_path / "captions.tsv"),), caption_column="0", images=(str(tmp_path / "{0..2}.tar"),), ids="cc3m",
+        spacy=PIPELINE, query_spacy=PIPELINE, out=str(tmp_path / "out"), workers=1, tagger="colours:red_blue", memory=1,
+    )  # fmt: skip
+    found = count.count_corpus(cfg, ["dog", "cat"])
+    assert read == {0: {"0", "2"}, 524: {"1", "2"}, 1048: {"1", "2"}}  # 9999 is beyond the end, in the last part
+    both = [
+        sum(word in texts[row] and colors[row][channel] > 0 for row in colors if row < 1300)
+        for word, channel in (("dog", 0), ("cat", 2))
+    ]
+    assert found.both.tolist() == both and sum(both) > 2
+    assert found.image.tolist() == [sum(color[channel] > 0 for color in colors.values()) for channel in (0, 2)]

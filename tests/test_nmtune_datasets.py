@@ -1,0 +1,243 @@
+"""Noise that is planted, parts of sets, and the layouts in which people have their images."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_nmtune_model import cases  # noqa: F401
+from test_nmtune_train import ENVIRONMENT, ROOT, corpus, images, in_process, one_sentence  # noqa: F401
+
+from nmtune import datasets
+from nmtune.datasets import flip_labels_per_sample
+from nmtune.pretrain import flip_labels, swap_captions
+from nmtune.train import subset_per_class
+
+
+@pytest.mark.golden("nmtune", "label_noise")
+def test_label_noise(case):
+    for prefix, one in cases(case):
+        seed, n, classes = one["config"].tolist()
+        ratio, rng = one["ratio_permille"] / 1000, np.random.RandomState(seed)
+        noisy = flip_labels(one["labels"].numpy(), classes, ratio, rng, exclude_true=False)
+        case.close(f"{prefix}noisy_labels", noisy)
+        case.close(f"{prefix}changed", (noisy != one["labels"].numpy()).sum())
+        if classes > 1:  # there is another class: the paper's noise makes all that are selected wrong
+            other = flip_labels(one["labels"].numpy(), classes, ratio, np.random.RandomState(seed))
+            case.close(f"{prefix}num_selected", (other != one["labels"].numpy()).sum())
+
+
+@pytest.mark.golden("nmtune", "label_flip_per_sample")
+def test_label_flip_per_sample(case):
+    for prefix, one in cases(case):
+        seed, classes, _ = one["config"].tolist()
+        probability = one["prob_permille"] / 1000
+        noisy = flip_labels_per_sample(one["labels"].numpy(), classes, probability, random.Random(seed))
+        case.close(f"{prefix}noisy_labels", noisy)
+
+
+@pytest.mark.golden("nmtune", "caption_swap")
+def test_caption_swap(case):
+    for prefix, one in cases(case):
+        seed, n, swaps = one["config"].tolist()
+        source = swap_captions(n, swaps, random.Random(seed))
+        case.close(f"{prefix}source_index", source)
+        case.close(f"{prefix}moved", (source != np.arange(n)).sum())
+
+
+@pytest.mark.golden("nmtune", "train_subset")
+def test_train_subset(case):
+    for prefix, one in cases(case):
+        seed, n, classes = one["config"].tolist()
+        rows = subset_per_class(one["labels"].numpy(), one["ratio_permille"] / 1000, np.random.RandomState(seed))
+        case.close(f"{prefix}selected", rows)
+        case.close(f"{prefix}selected_labels", one["labels"].numpy()[rows])
+
+
+def test_swapping_never_loses_a_caption_and_moves_fewer_than_twice_the_swaps():
+    source = swap_captions(2000, 300, random.Random(0))
+    assert sorted(source) == list(range(2000))
+    assert (source != np.arange(2000)).mean() == pytest.approx(1 - np.exp(-0.3), abs=0.02)
+
+
+def test_subset_of_absent_classes_and_empty_sets():
+    rng = np.random.RandomState(0)
+    assert len(subset_per_class(np.zeros(0, dtype=np.int64), 0.5, rng)) == 0
+    rows = subset_per_class(np.array([5, 5, 5, 5, 2, 2]), 0.5, rng)
+    assert sorted(np.array([5, 5, 5, 5, 2, 2])[rows]) == [2, 5, 5]
+
+
+SHARDS = ROOT / "data/emoji/train"
+
+
+def test_emoji_parts_do_not_share_what_they_must_not():
+    parts = {part: datasets.open_labelled(f"data/emoji:name:{part}") for part in ("pretrain", "tune", "id", "ood")}
+    names = {part: {images.classnames[label] for label in images.labels} for part, images in parts.items()}
+    assert not names["pretrain"] & names["tune"] and names["id"] <= names["tune"] and names["ood"] <= names["tune"]
+    assert not set(parts["tune"].keys) & set(parts["id"].keys)
+    groups = [datasets.open_labelled(f"data/emoji:group:{part}").classnames for part in parts]
+    assert all(len(names) == 9 and names == groups[0] for names in groups)
+
+
+def test_layouts(tmp_path, images):
+    folder = datasets.open_labelled(str(images))
+    assert folder.classnames == [f"class{i}" for i in range(4)] and len(folder) == 48
+    (images / "real_test.txt").write_text(
+        "".join(f"class{i}/{p.name} {i}\n" for i in range(4) for p in (images / f"class{i}").iterdir())
+    )
+    listed = datasets.open_labelled(str(images / "real_test.txt"))
+    assert listed.classnames == folder.classnames and sorted(listed.labels) == sorted(folder.labels)
+    (images / "real_test.txt").unlink()
+    benchmark = datasets.open_labelled("data/emoji/eval/groups_id:test")
+    assert len(benchmark) == 990 and benchmark.num_classes == 9 and benchmark.read(0)[0].size == (64, 64)
+    for name in ("10", "9", "100"):  # ImageNet-V2's folders are numbers
+        (tmp_path / "v2" / name).mkdir(parents=True)
+        listed.read(0)[0].save(tmp_path / "v2" / name / "a.png")
+    numbered, groups = datasets.open_test(str(tmp_path / "v2"), ["a", "b", "c"])
+    assert numbered.classnames == ["9", "10", "100"] and groups is None
+
+
+def test_groups_of_other_class_lists(tmp_path, images):
+    trained = ["other", *[f"class{i}" for i in range(4)]]
+    assert datasets.open_test(str(images), trained)[1] == [[1], [2], [3], [4]]
+    with pytest.raises(ValueError, match="was not trained; write"):
+        datasets.open_test(str(images), ["class0", "class1"])
+    (images / "groups.json").write_text("[[0, 1], [1], [0], [1]]")
+    assert datasets.open_test(str(images), ["a", "b"])[1][0] == [0, 1]
+    (images / "groups.json").unlink()
+
+
+def test_objectnet_and_vid_robust(tmp_path):
+    picture = datasets.open_labelled("data/emoji:group:ood").read(0)[0]
+    mappings = tmp_path / "objectnet-1.0/mappings"
+    mappings.mkdir(parents=True)
+    for folder in ("air_freshener", "alarm_clock", "banana"):
+        (tmp_path / "objectnet-1.0/images" / folder).mkdir(parents=True)
+        picture.save(tmp_path / "objectnet-1.0/images" / folder / "a.png")
+    write = {
+        "folder_to_objectnet_label.json": {
+            "air_freshener": "Air freshener",
+            "alarm_clock": "Alarm clock",
+            "banana": "Banana",
+        },
+        "objectnet_to_imagenet_1k.json": {"Alarm clock": "analog clock; digital clock", "Banana": "banana"},
+        "pytorch_to_imagenet_2012_id.json": {"5": 2, "7": 0, "9": 1},
+    }
+    for name, value in write.items():
+        (mappings / name).write_text(json.dumps(value))
+    (mappings / "imagenet_to_label_2012_v2").write_text("digital clock\nbanana\nanalog clock\n")
+    found, groups = datasets.open_test(str(tmp_path / "objectnet-1.0/images"), [str(i) for i in range(1000)])
+    assert groups == [[5, 7], [9]] and found.labels.tolist() == [0, 1] and found.read(0)[0].size == (60, 60)
+
+    root = tmp_path / "imagenet-vid-robust"
+    for folder in ("val/x", "metadata", "misc"):
+        (root / folder).mkdir(parents=True)
+    for name in "ab":
+        picture.save(root / f"val/x/{name}.png")
+    (root / "metadata/labels.json").write_text(json.dumps({"val/x/a.png": [1], "val/x/b.png": [0, 1]}))
+    (root / "metadata/pmsets.json").write_text(json.dumps({"val/x/b.png": ["val/x/a.png"]}))
+    (root / "misc/imagenet_class_index.json").write_text(
+        json.dumps({"0": ["n1", "x"], "1": ["n2", "y"], "2": ["n3", "z"]})
+    )
+    (root / "misc/imagenet_vid_class_index.json").write_text(json.dumps({"0": ["v0", "p"], "1": ["v1", "q"]}))
+    (root / "misc/rev_wnid_map.json").write_text(json.dumps({"v0": ["n1", "n3"], "v1": ["n2"]}))
+    frames, groups, accepted, sets = datasets.vid_robust(root)
+    assert datasets.open_test(str(root / "val"), [str(i) for i in range(1000)])[1] == groups
+    assert groups == [[0, 2], [1]] and accepted == [[1], [0, 1]] and sets == [[1, 0]] and len(frames) == 2
+
+
+def webdataset(folder: Path, pictures: list, labels: list[int], names: list[str], split: str) -> None:
+    (folder / split).mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
+    with tarfile.open(folder / split / "0.tar", "w") as tar:
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            content = io.BytesIO()
+            picture.save(content, "webp", lossless=True)
+            for ending, value in (("webp", content.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"s{i:05d}.{ending}")
+                member.size = len(value)
+                tar.addfile(member, io.BytesIO(value))
+
+
+@pytest.mark.parametrize("name", datasets.ID_SETS)
+@pytest.mark.parametrize("layout", ["vtab-", "", "folders"])
+def test_the_fourteen_sets_of_in_domain_transfer(tmp_path, images, name, layout):
+    with pytest.raises(FileNotFoundError, match=f"{name} --root .* wants a webdataset .*wds_.*, or image folders"):
+        datasets.benchmark(name, str(tmp_path))
+    source = datasets.open_labelled(str(images))
+    pictures, rows = [source.read(row)[0].convert("L") for row in (0, 13, 40)], source.labels[[0, 13, 40]]
+    for split in ("train", "test"):
+        if layout == "folders":
+            for picture, label in zip(pictures, rows, strict=True):
+                (tmp_path / name / split / f"class{label}").mkdir(parents=True)
+                picture.save(tmp_path / name / split / f"class{label}" / "a.png")
+        else:
+            folder = tmp_path / f"wds_{layout}{datasets.ID_SETS[name]}"
+            webdataset(folder, pictures, [0, 1, 2], [f"class{label}" for label in rows], split)
+    training, tests = datasets.benchmark(name, str(tmp_path))
+    found = datasets.open_labelled(training)
+    test, groups = datasets.open_test(tests[name], found.classnames)
+    assert found.classnames == ["class0", "class1", "class3"] and len(test) == 3 and groups is None
+    assert found.read(1)[0].mode == "RGB" and found.read(1)[1] == 1  # grey images, which upstream fails on
+
+
+def test_domainnet_and_imagenet(tmp_path, images):
+    for name, wanted in (
+        ("domainnet-sketch", "lists .*DOMAIN_"),
+        ("imagenet", "image folders .*CLASS/, or a webdataset"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"is not there: --benchmark {name} --root .* wants .*{wanted}"):
+            datasets.benchmark(name, str(tmp_path))
+    with pytest.raises(ValueError, match="--benchmark is one of cifar10"):
+        datasets.benchmark("mnist", str(tmp_path))
+    source = datasets.open_labelled(str(images))
+    pictures = [source.read(row)[0] for row in (0, 13, 40)]
+    for domain in datasets.DOMAINS:
+        for picture, label in zip(pictures, "xyz", strict=True):
+            (tmp_path / "domainnet" / domain / label).mkdir(parents=True)
+            picture.save(tmp_path / "domainnet" / domain / label / "a b.png")
+        lines = "".join(f"{domain}/{label}/a b.png {i}\n" for i, label in enumerate("xyz"))
+        for split in ("train", "test"):
+            (tmp_path / "domainnet" / f"{domain}_{split}.txt").write_text(lines)
+    training, tests = datasets.benchmark("domainnet-sketch", str(tmp_path))
+    names = datasets.open_labelled(training).classnames
+    assert training.endswith("sketch_train.txt") and list(tests) == list(datasets.DOMAINS) and names == ["x", "y", "z"]
+    assert all(datasets.open_test(test, names)[1] is None for test in tests.values())
+    for split, name in (("train", "imagenet"), ("val", "imagenet"), ("", "imagenet-a")):
+        for i, synset in enumerate(("n1", "n2", "n3")):
+            if name == "imagenet" or synset != "n1":
+                (tmp_path / name / split / synset).mkdir(parents=True)
+                pictures[i].save(tmp_path / name / split / synset / "a.png")
+    webdataset(tmp_path / "wds_imagenetv2", pictures, [0, 1, 2], ["tench", "goldfish", "shark"], "test")
+    training, tests = datasets.benchmark("imagenet", str(tmp_path))
+    names = datasets.open_labelled(training).classnames
+    groups = {name: datasets.open_test(path, names)[1] for name, path in tests.items()}
+    assert groups == {"imagenet": None, "imagenet_v2": None, "imagenet_a": [[1], [2]]}
+
+
+def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
+    import shutil
+
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/class0/aaa.png").write_bytes(b"?")
+    options = ["--encoder", "timm:resnet_emoji", "--data", tmp_path / "images", "--epochs", "1", "--workers", "0"]
+    code, out, err = in_process("nmtune.train", *options, "--out", tmp_path / "run")
+    assert code == 0 and "1 broken samples, replaced by their neighbours: 1 unreadable image" in out, err
+    code, _, err = in_process("nmtune.train", *options, "--strict", "--out", tmp_path / "strict")
+    assert code == 2 and "aaa.png" in err and one_sentence(err)
+    for broken in ("cut", "no label"):
+        folder = tmp_path / broken / "test"
+        folder.mkdir(parents=True)
+        (tmp_path / broken / "classnames.txt").write_text("a\n")
+        if broken == "cut":
+            (folder / "0.tar").write_bytes((SHARDS / "00000.tar").read_bytes()[:700])
+        else:
+            with tarfile.open(folder / "0.tar", "w") as tar:
+                member = tarfile.TarInfo("x.png")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"?"))
+        with pytest.raises(ValueError, match="cannot be read|no .cls|has no"):
+            datasets.open_labelled(f"{tmp_path / broken}:test")

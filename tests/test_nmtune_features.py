@@ -1,0 +1,100 @@
+"""Features of any model: files, banks of views, and what is wrong with them."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_nmtune_train import ENVIRONMENT, features_file, in_process, one_sentence  # noqa: F401
+
+from nmtune import features
+from shared import checkpoints
+
+
+def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
+    code, out, err = in_process(
+        "nmtune.train", "--features", features_file, "--batch-size", "16", "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    assert float(re.search(r"test/top1 ([\d.]+) %", out)[1]) > 90
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoint.pt",
+    }
+    state = checkpoints.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert state["classnames"] == [f"class {i}" for i in range(6)] and "classification_head.weight" in state["head"]
+    code, out, _ = in_process(
+        "nmtune.train", "--features", features_file, "--batch-size", "16", "--out", tmp_path / "run"
+    )
+    assert code == 0 and "is finished (30 epochs); nothing to do" in out
+    code, out, err = in_process("nmtune.eval", tmp_path / "run")
+    assert code == 0 and "test/top1" in out, err
+    results = checkpoints.read_json(tmp_path / "run/results.json")["metrics"]
+    assert {"test/top1", "test/balanced", "test/sve_F", "test/lsvr_z"} <= set(results)
+    assert (tmp_path / "run/spectra.png").is_file()
+
+
+def test_views_of_a_batch_are_two_different_ones():
+    x = torch.arange(3.0)[:, None, None].expand(3, 10, 2)  # a view's number is its feature
+    bank = features.Bank(x, torch.arange(10))
+    feats, labels = next(iter(features.bank_batches(bank, 8, seed=0, epoch=0)))
+    assert feats.shape == (16, 2) and torch.equal(labels[:8], labels[8:]) and (feats[:8] != feats[8:]).all()
+    again, _ = next(iter(features.bank_batches(bank, 8, seed=0, epoch=0)))
+    assert torch.equal(feats, again)
+    single = features.Bank(x[:1], torch.arange(10))
+    feats, _ = next(iter(features.bank_batches(single, 8, seed=0, epoch=0)))
+    assert torch.equal(feats[:8], feats[8:])
+
+
+X, Y = np.zeros((4, 2)), np.arange(4) % 2
+
+
+BROKEN_FILES = {
+    "no labels": ({"features": X}, "needs the arrays `features`"),
+    "rows": ({"features": X, "labels": Y[:3]}, "one that fits 3 labels"),
+    "one number a row": ({"features": X[:, 0], "labels": Y}, "has the shape (4,), not one that fits 4 labels"),
+    "no columns": ({"features": X[:, :0], "labels": Y}, "has the shape (4, 0)"),
+    "nan": ({"features": np.where(np.arange(8).reshape(4, 2) == 5, np.nan, X), "labels": Y}, "first in row 2"),
+    "beyond fp32": ({"features": X + 1e200, "labels": Y}, "no finite 32-bit numbers"),
+    "complex": ({"features": X * 1j, "labels": Y}, "real numbers, not complex128"),
+    "text": ({"features": X.astype(str), "labels": Y}, "real numbers, not <U"),
+    "one-hot labels": ({"features": X, "labels": np.eye(4)}, "one label a row"),
+    "fractions": ({"features": X, "labels": Y + 0.5}, "whole numbers or names, not float64 like 0.5"),
+    "nan labels": ({"features": X, "labels": Y + np.nan}, "whole numbers or names"),
+    "objects": ({"features": X, "labels": np.array(["a", "b", "a", "b"], dtype=object)}, "write it by np.savez"),
+    "one class": ({"features": X, "labels": Y * 0}, "has 1 class: at least 2"),
+    "no rows": ({"features": X[:0], "labels": Y[:0]}, "one label a row"),
+    "test without labels": ({"features": X, "labels": Y, "ood_features": X}, "ood_features without ood_labels"),
+    "labels without test": ({"features": X, "labels": Y, "ood_labels": Y}, "ood_labels without ood_features"),
+    "empty test": ({"features": X, "labels": Y, "t_features": X[:0], "t_labels": Y[:0]}, "`t_labels`"),
+    "test of other width": ({"features": X, "labels": Y, "t_features": np.zeros((4, 3)), "t_labels": Y}, "3 columns"),
+    "unknown test label": ({"features": X, "labels": Y, "t_features": X, "t_labels": Y + 1}, "label 2, which `labels`"),
+    "too few rows": ({"features": X[:2], "labels": Y[:2]}, "too few rows"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_broken_features_files(in_process, tmp_path, case):
+    arrays, message = BROKEN_FILES[case]
+    np.savez(tmp_path / "f.npz", **arrays)
+    code, _, err = in_process("nmtune.train", "--features", tmp_path / "f.npz", "--out", tmp_path / "run")
+    assert code == 2 and message in err and one_sentence(err), err
+
+
+@pytest.mark.parametrize("labels", [Y, Y * 1000, Y.astype(float), 2 * Y - 1, Y == 1, np.array(["no", "yes"])[Y]])
+def test_labels_may_be_any_whole_numbers_or_names(tmp_path, labels):
+    np.savez(tmp_path / "f.npz", features=X, labels=labels, t_features=X[:2], t_labels=labels[[1, 0]])
+    sets = features.read_features(tmp_path / "f.npz")
+    assert sets.train.labels.tolist() == Y.tolist() and sets.tests["t"][1].tolist() == [1, 0]
+    assert sets.classnames == [str(name) for name in (labels.astype(int) if labels.dtype == float else labels)[:2]]
+
+
+def test_features_that_blow_up_end_in_a_sentence(in_process, tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 8)) * 1e30
+    np.savez(tmp_path / "f.npz", features=x, labels=np.arange(40) % 2)
+    for method in ("lp", "mlp", "nmtune"):
+        command = [method, "--features", tmp_path / "f.npz", "--lr", "1e30", "--out", tmp_path / method]
+        code, _, err = in_process("nmtune.train", *command)
+        assert code == 2 and "lower" in err and one_sentence(err), err

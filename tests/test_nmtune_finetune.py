@@ -1,0 +1,23 @@
+"""Fine-tuning, whole and by LoRA, killed and resumed."""
+
+import pytest
+from scripts import metrics, same
+from test_nmtune_train import ENVIRONMENT, ROOT, finished, images, in_process, kill_at, start  # noqa: F401
+
+from shared import checkpoints
+
+
+@pytest.mark.parametrize("preset", ["full", "emoji-lora"])
+def test_fine_tuning_kill_and_resume(in_process, tmp_path, images, preset):
+    encoder = {"full": "timm:resnet_emoji", "emoji-lora": "open_clip:ViT-emoji"}[preset]
+    command = [
+        preset, "--encoder", encoder, "--data", images, "--tests", f"again={images}", "--epochs", "2", "--batch-size",
+        "16", "--workers", "0", "--log-every", "1", "--save-every", "2", "--out",
+    ]  # fmt: skip
+    code, _, err = in_process("nmtune.finetune", *command, tmp_path / "whole")
+    assert code == 0, err
+    kill_at(start("nmtune.finetune", *command, tmp_path / "killed"), tmp_path / "killed", 4)
+    finished(start("nmtune.finetune", *command, tmp_path / "killed"))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch"))

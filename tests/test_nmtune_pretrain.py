@@ -1,0 +1,110 @@
+"""Pre-training on labels and captions with planted noise, in one process and in two, killed and resumed."""
+
+import dataclasses
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import metrics, same
+from test_nmtune_train import (  # noqa: F401
+    ENVIRONMENT,
+    ROOT,
+    SHARDS,
+    assert_equal_runs,
+    corpus,
+    finished,
+    images,
+    in_process,
+    kill_at,
+    start,
+    two,
+)
+
+from nmtune import config, pretrain
+from shared import checkpoints
+
+TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
+
+
+SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
+
+
+CLIP = [
+    "emoji-clip-30",
+    "--precision",
+    "fp32",
+    "--log-every",
+    "1",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "32",
+    "--warmup",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """A shard of 80 real pairs."""
+    path = tmp_path_factory.mktemp("pairs") / "0.tar"
+    with tarfile.open(SHARDS / "00001.tar") as source, tarfile.open(path, "w") as target:
+        members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)
+        for member in members[:160]:
+            target.addfile(member, source.extractfile(member))
+    return path
+
+
+def test_pretraining_on_labels_kill_and_resume(in_process, tmp_path, images):
+    command = [*SUPERVISED, "--data", images, "--batch-size", "16", "--save-every", "2", "--out"]
+    code, out, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
+    assert code == 0 and re.search(r"noise ratio 0.3: 31.25 % of 48 labels wrong", out), err
+    kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
+    finished(start("nmtune.pretrain", *command, tmp_path / "killed"))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
+    # the encoder loads where it is wanted: in timm, in nmtune.train and in nmtune.finetune
+    code, out, err = in_process(
+        "nmtune.finetune", "full", "--encoder", tmp_path / "whole", "--data", images, "--tests", f"again={images}",
+        "--epochs", "2", "--batch-size", "16", "--workers", "0", "--log-every", "1", "--out", tmp_path / "tuned",
+    )  # fmt: skip
+    assert code == 0 and "again/top1" in out, err
+    assert {"ce", "cov", "svd"} <= set(metrics(tmp_path / "tuned")[0]) and "mse" not in metrics(tmp_path / "tuned")[0]
+    state = checkpoints.load_checkpoint(tmp_path / "tuned/checkpoint.pt")["state_dict"]
+    before = checkpoints.load_checkpoint(tmp_path / "whole/checkpoint.pt")["state_dict"]
+    assert not torch.equal(state["image_encoder.conv1.weight"], before["conv1.weight"])
+
+
+def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
+    pytest.importorskip("peft")
+    code, out, err = in_process("nmtune.pretrain", *CLIP, "--data", pairs, "--out", tmp_path / "clip")
+    assert code == 0 and re.search(r"noise ratio 0.3: [\d.]+ % of 80 captions displaced", out), err
+    options = ["--data", images, "--tests", f"again={images}", "--epochs", "1", "--batch-size", "16"]
+    code, out, err = in_process(
+        "nmtune.finetune", "emoji-lora", "--encoder", tmp_path / "clip", *options, "--log-every", "1", "--out",
+        tmp_path / "lora",
+    )  # fmt: skip
+    assert code == 0 and "again/top1" in out, err
+    tuned, whole = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) of ([\d,]+) parameters", out).groups())
+    assert tuned < 0.2 * whole
+    state = checkpoints.load_checkpoint(tmp_path / "lora/checkpoint.pt")["state_dict"]
+    assert any("lora_A" in key and "c_fc" in key for key in state)
+
+
+def test_swapped_captions_are_those_of_other_pairs(pairs):
+    cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5)
+    samples = pretrain.SwappedCaptions(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]])
+    captions = [samples.pairs.caption(row) for row in range(len(samples))]
+    for row, source in enumerate(samples.source):
+        assert samples[row][1] == captions[source]
+    assert samples.noisy.any() and samples.noisy.mean() < 0.5
+
+
+def test_two_processes_equal_one_in_pretraining(in_process, tmp_path, pairs):
+    command = [*CLIP, "--data", pairs, "--out"]
+    assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
+    two("nmtune.pretrain", *command, tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", "state_dict")
