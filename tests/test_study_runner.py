@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
     }
     assert summary["claims"][0]["verdict"] == "reproduced"
     shown = capfd.readouterr().out
-    assert "8 runs, 2 side by side; about 2 minutes on two cores" in shown and "[8/8] runs/paper/method" in shown
+    assert "8 runs, 0 of them begun before, 2 side by side; about 2 minutes on two cores" in shown
+    assert re.search(r"\[8/8\] runs/paper/method-seed[01]: [\d.]+ minutes so far, about 0 left", shown)
     assert "| method" in shown and "written to runs/paper/results.json" in shown
 
 

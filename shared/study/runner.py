@@ -223,9 +223,10 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(cli.cores() // at_once, 1))}
-    estimate = "" if minutes is None else f"; about {minutes * len(seeds):.0f} minutes on two cores if none is done"
     total, start = len(jobs) * len(seeds), time.perf_counter()
-    print(f"{study.folder}: {total} runs, {at_once} side by side{estimate}", flush=True)
+    begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
+    left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
+    print(f"{study.folder}: {total} runs, {begun} of them begun before, {at_once} side by side{left}", flush=True)
     futures: dict[tuple[str, int], Future] = {}
     finished = itertools.count(1)
 
@@ -234,8 +235,9 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
             futures[name, seed].result()
         for words in study.words(job, seed):
             subprocess.run(words, env=environment, check=True)
-        minutes = (time.perf_counter() - start) / 60
-        print(f"[{next(finished)}/{total}] {study.out(job.name, seed)}, {minutes:.1f} minutes so far", flush=True)
+        done, minutes = next(finished), (time.perf_counter() - start) / 60
+        left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
+        print(f"[{done}/{total}] {study.out(job.name, seed)}: {left}", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
         for job, seed in itertools.product(jobs, seeds):
