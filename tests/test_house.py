@@ -57,7 +57,9 @@ def test_papers_run_without_their_studies(folder: Path):
     for name in FOLDERS:
         lines.append([f"{name}.eval", str(made.get(name, folder / "runs" / name)), *more.get(name, [])])
     driver = """
-        import json, runpy, sys
+        import importlib.util, json, runpy, sys
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+        assert importlib.util.find_spec("shared.study") is importlib.util.find_spec("protoclip.study") is None
         for module, *words in json.load(open(sys.argv[1])):
             sys.argv = [module, *words]
             print(module, flush=True)
