@@ -6,6 +6,7 @@ SEEDS  ?= 0
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 FOLDERS = $(patsubst %/study.py,%,$(wildcard */study.py))
+NAMES   = $(FOLDERS) $(subst _,-,$(FOLDERS))
 empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
@@ -69,7 +70,7 @@ presets: $(VENV)/.installed-base
 # ---- studies: FOLDER/study.py says which arms; runs go on where they stopped
 OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS))
 
-reproduce-%: $(VENV)/.installed-% data
+$(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% data
 	$(PY) -m $(subst -,_,$*).study $(OPTIONS)
 
 reproduce-flame reproduce-lexvla reproduce-all: $(VENV)/.installed-smollm2

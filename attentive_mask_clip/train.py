@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from attentive_mask_clip.config import PRESETS, Config, check, check_model
-from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops, view_transform  # noqa: F401
+from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops  # noqa: F401
 from attentive_mask_clip.model import ACLIP, CLIP, aclip_loss, baseline_loss, create_model
 from shared import cli, data, run
 from shared.zeroshot import quick_top1

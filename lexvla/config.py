@@ -188,7 +188,7 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """What would fail late or train something else than asked for fails here, in a sentence."""
+    """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc12m/{00000..01242}.tar")
     if cfg.backbone.endswith(".pt") and not Path(cfg.backbone).is_file():
         raise FileNotFoundError(f"--backbone {cfg.backbone} does not exist: 'python -m lexvla.backbone' makes it")
@@ -199,6 +199,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config) -> None:
+    """The part of `check` that a dry run needs: sizes and options, but no files."""
     cli.check_counts(
         cfg,
         *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),

@@ -53,12 +53,13 @@ def test_papers_run_without_their_studies(folder: Path):
         "tinyclip": ["--sets", *sets, "--no-throughput"],
         "tldr_reduction": ["--rerank", "--sets", *sets],
     }
+    made = {"tldr_reduction": folder / "runs/tldr_reduction-clip", "nmtune": folder / "nmtune.train"}
     for name in FOLDERS:
-        if name in more:
-            run = folder / "runs" / ("tldr_reduction-clip" if name == "tldr_reduction" else name)
-            lines.append([f"{name}.eval", str(run), *more[name]])
+        lines.append([f"{name}.eval", str(made.get(name, folder / "runs" / name)), *more.get(name, [])])
     driver = """
-        import json, runpy, sys
+        import importlib.util, json, runpy, sys
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+        assert importlib.util.find_spec("shared.study") is importlib.util.find_spec("protoclip.study") is None
         for module, *words in json.load(open(sys.argv[1])):
             sys.argv = [module, *words]
             print(module, flush=True)

@@ -31,8 +31,8 @@ def test_finished_scenes_are_what_is_asked_for_or_refused(folder: Path, monkeypa
 
 @pytest.fixture(scope="module")
 def small_scenes(folder: Path) -> Path:
-    scenes.main(folder / "scenes", ROOT / "data/emoji", 4)
-    return folder / "scenes"
+    scenes.main(folder / "four-scenes", ROOT / "data/emoji", 4)
+    return folder / "four-scenes"
 
 
 def test_scenes_have_exact_masks(small_scenes: Path):

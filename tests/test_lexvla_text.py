@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, folder, lm, states  # noqa: F401
-from tiny import language_model
+from tiny import language_model, small_corpus
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -29,8 +29,9 @@ def test_odd_captions_make_prompts():
 
 
 def test_finished_states_are_what_is_asked_for_or_refused(folder: Path, capsys):
-    lm = language_model(folder / "lm", folder / "corpus")
-    kept = text.Config(str(lm), str(folder / "corpus/00000.tar"), (), str(folder / "states.pt"), device="cpu")
+    corpus = small_corpus(folder / "corpus")
+    lm = language_model(folder / "tiny-lm", corpus)
+    kept = text.Config(str(lm), str(corpus / "00000.tar"), (), str(folder / "finished.pt"), device="cpu")
     text.main(kept)
     text.main(kept)
     assert "is there already" in capsys.readouterr().out
@@ -39,7 +40,7 @@ def test_finished_states_are_what_is_asked_for_or_refused(folder: Path, capsys):
     with pytest.raises(ValueError, match="was made with precision 'auto', not 'fp32'"):
         text.main(dataclasses.replace(kept, precision="fp32"))
     with pytest.raises(ValueError, match=r"lacks \d+ captions of --data and --sets, such as .+ made from other data"):
-        text.main(dataclasses.replace(kept, data=str(folder / "corpus")))
+        text.main(dataclasses.replace(kept, data=str(corpus)))
 
 
 def test_states_are_the_lm_up_to_its_last_mlp(lm: Path, states: Path):

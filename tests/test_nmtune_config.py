@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_nmtune_train import ENVIRONMENT, in_process, one_sentence  # noqa: F401
+from test_nmtune_train import corpus, in_process, one_sentence  # noqa: F401
 
 from nmtune import config, finetune
 

@@ -3,18 +3,18 @@
 import io
 import json
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_nmtune_model import cases  # noqa: F401
-from test_nmtune_train import ENVIRONMENT, ROOT, corpus, images, in_process, one_sentence  # noqa: F401
+from test_nmtune_model import cases
+from test_nmtune_train import SHARDS, corpus, images, in_process, one_sentence  # noqa: F401
 
 from nmtune import datasets
 from nmtune.datasets import flip_labels_per_sample
 from nmtune.pretrain import flip_labels, swap_captions
-from nmtune.train import subset_per_class
 
 
 @pytest.mark.golden("nmtune", "label_noise")
@@ -48,29 +48,10 @@ def test_caption_swap(case):
         case.close(f"{prefix}moved", (source != np.arange(n)).sum())
 
 
-@pytest.mark.golden("nmtune", "train_subset")
-def test_train_subset(case):
-    for prefix, one in cases(case):
-        seed, n, classes = one["config"].tolist()
-        rows = subset_per_class(one["labels"].numpy(), one["ratio_permille"] / 1000, np.random.RandomState(seed))
-        case.close(f"{prefix}selected", rows)
-        case.close(f"{prefix}selected_labels", one["labels"].numpy()[rows])
-
-
 def test_swapping_never_loses_a_caption_and_moves_fewer_than_twice_the_swaps():
     source = swap_captions(2000, 300, random.Random(0))
     assert sorted(source) == list(range(2000))
     assert (source != np.arange(2000)).mean() == pytest.approx(1 - np.exp(-0.3), abs=0.02)
-
-
-def test_subset_of_absent_classes_and_empty_sets():
-    rng = np.random.RandomState(0)
-    assert len(subset_per_class(np.zeros(0, dtype=np.int64), 0.5, rng)) == 0
-    rows = subset_per_class(np.array([5, 5, 5, 5, 2, 2]), 0.5, rng)
-    assert sorted(np.array([5, 5, 5, 5, 2, 2])[rows]) == [2, 5, 5]
-
-
-SHARDS = ROOT / "data/emoji/train"
 
 
 def test_emoji_parts_do_not_share_what_they_must_not():
@@ -219,8 +200,6 @@ def test_domainnet_and_imagenet(tmp_path, images):
 
 
 def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
-    import shutil
-
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images/class0/aaa.png").write_bytes(b"?")
     options = ["--encoder", "timm:resnet_emoji", "--data", tmp_path / "images", "--epochs", "1", "--workers", "0"]

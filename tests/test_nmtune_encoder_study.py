@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_nmtune_train import ENVIRONMENT, corpus  # noqa: F401
+from test_nmtune_train import corpus  # noqa: F401
 
 from nmtune import config, encoder_study, model
 from nmtune import eval as evaluation

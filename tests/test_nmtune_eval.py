@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import Case
-from test_nmtune_model import cases  # noqa: F401
+from test_nmtune_model import cases
 
 from nmtune.eval import (
     accuracy,

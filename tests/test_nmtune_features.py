@@ -1,13 +1,15 @@
-"""Features of any model: files, banks of views, and what is wrong with them."""
+"""Features of any model: files and what is wrong with them, banks of views, subsets of the training set."""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from test_nmtune_train import ENVIRONMENT, features_file, in_process, one_sentence  # noqa: F401
+from test_nmtune_model import cases
+from test_nmtune_train import features_file, in_process, one_sentence  # noqa: F401
 
 from nmtune import features
+from nmtune.train import subset_per_class
 from shared import checkpoints
 
 
@@ -48,9 +50,23 @@ def test_views_of_a_batch_are_two_different_ones():
     assert torch.equal(feats[:8], feats[8:])
 
 
+@pytest.mark.golden("nmtune", "train_subset")
+def test_train_subset(case):
+    for prefix, one in cases(case):
+        seed, n, classes = one["config"].tolist()
+        rows = subset_per_class(one["labels"].numpy(), one["ratio_permille"] / 1000, np.random.RandomState(seed))
+        case.close(f"{prefix}selected", rows)
+        case.close(f"{prefix}selected_labels", one["labels"].numpy()[rows])
+
+
+def test_subset_of_absent_classes_and_empty_sets():
+    rng = np.random.RandomState(0)
+    assert len(subset_per_class(np.zeros(0, dtype=np.int64), 0.5, rng)) == 0
+    rows = subset_per_class(np.array([5, 5, 5, 5, 2, 2]), 0.5, rng)
+    assert sorted(np.array([5, 5, 5, 5, 2, 2])[rows]) == [2, 5, 5]
+
+
 X, Y = np.zeros((4, 2)), np.arange(4) % 2
-
-
 BROKEN_FILES = {
     "no labels": ({"features": X}, "needs the arrays `features`"),
     "rows": ({"features": X, "labels": Y[:3]}, "one that fits 3 labels"),

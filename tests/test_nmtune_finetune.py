@@ -2,7 +2,7 @@
 
 import pytest
 from scripts import metrics, same
-from test_nmtune_train import ENVIRONMENT, ROOT, finished, images, in_process, kill_at, start  # noqa: F401
+from test_nmtune_train import corpus, finished, images, in_process, kill_at, start  # noqa: F401
 
 from shared import checkpoints
 

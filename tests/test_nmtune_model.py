@@ -145,7 +145,7 @@ def test_zeroshot_head(case):
     case.close("logits", F.normalize(case["x"], dim=1) @ weight.T, rtol=1e-5, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------- golden: data
+# ------------------------------------------------------------------------------------------------------- golden: views
 
 
 @pytest.mark.golden("nmtune", "preprocess_eval")

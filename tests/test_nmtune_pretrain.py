@@ -9,8 +9,6 @@ import pytest
 import torch
 from scripts import metrics, same
 from test_nmtune_train import (  # noqa: F401
-    ENVIRONMENT,
-    ROOT,
     SHARDS,
     assert_equal_runs,
     corpus,
@@ -26,24 +24,8 @@ from nmtune import config, pretrain
 from shared import checkpoints
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
-
-
 SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
-
-
-CLIP = [
-    "emoji-clip-30",
-    "--precision",
-    "fp32",
-    "--log-every",
-    "1",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "32",
-    "--warmup",
-    "2",
-]
+CLIP = "emoji-clip-30 --precision fp32 --log-every 1 --epochs 2 --batch-size 32 --warmup 2".split()
 
 
 @pytest.fixture(scope="module")

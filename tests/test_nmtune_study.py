@@ -1,7 +1,6 @@
 """The study: arms at each noise ratio, and claims between encoders and heads."""
 
 import pytest
-from test_nmtune_train import ENVIRONMENT  # noqa: F401
 
 from nmtune import config, study
 

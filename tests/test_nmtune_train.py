@@ -1,6 +1,7 @@
-"""The scripts of nmtune, end to end on real emoji images: pretrain, train, finetune, encoder_study, eval.
+"""Tuning a head: its steps against the numbers of the authors' code, and the script end to end on real emoji images.
 
-Every arm, the features file, kill -9 and resume, two processes against one, broken images, command-line errors.
+Every arm, a features file, kill -9 and resume, two processes against one. How scripts are started here serves the other
+test files of nmtune, too.
 """
 
 import dataclasses
@@ -15,15 +16,10 @@ import numpy as np
 import pytest
 import torch
 from scripts import metrics, same, start_two
-from test_nmtune_model import cases, exact, head_of  # noqa: F401
+from test_nmtune_model import exact, head_of
 
 from nmtune import config, datasets, features
-from nmtune.model import (
-    NMTuneHead,
-    make_classifier,
-    nmtune_loss,
-    transformed,
-)
+from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
 
@@ -84,6 +80,99 @@ def one_sentence(err: str) -> bool:
     return len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in err
 
 
+# -------------------------------------------------------------------------------------------------------------- golden
+
+
+@pytest.mark.golden("nmtune", "train_nmtune", "train_mlp_baseline")
+def test_tuning(case):
+    lr, wd, w_mse, w_cov, w_svd, ratio, layers, residual, scale, epochs, warmup, classes, dim = case["hparams"].tolist()
+    lr, wd, *weights = map(exact, (lr, wd, w_mse, w_cov, w_svd))
+    state = case.group("param/")
+    config = [dim, ratio, layers, residual, scale]
+
+    def head():
+        return head_of(state, config, int(classes))
+
+    batches = sorted({name.split("/")[0] for name in case if name.startswith("batch")}, key=lambda name: int(name[5:]))
+    loader = [((case[f"{b}/feats_w"], case[f"{b}/feats_s"]), case[f"{b}/labels"]) for b in batches]
+    # gradients of the first step, by the finer unit
+    first = head().train()
+    (w, s), labels = loader[0]
+    train_step(first, torch.cat([w, s]), labels, torch.optim.SGD(first.parameters(), lr=0.0), weights)
+    inert = {f"mlp_after.{3 * i}.bias" for i in range(int(layers))}  # feed a BatchNorm: true gradient 0
+    case.close_group("grad0/", {name: p.grad for name, p in first.named_parameters()}, atol=1e-6)
+    # the whole run
+    tuned = head()
+    history = tune("nmtune" if any(weights) else "mlp", tuned, loader, int(epochs), lr, wd, weights, int(warmup))
+    case.close("loss_per_step", [line["loss"] for line in history], rtol=1e-4)
+    case.close("lr_per_step", [line["lr"] for line in history], rtol=1e-5)
+    for name in case.group("final/"):
+        if name not in inert and "running_mean" not in name:
+            case.close(f"final/{name}", tuned.state_dict()[name], atol=1e-4)
+
+
+@pytest.mark.golden("nmtune", "train_lp")
+def test_linear_probe(case):
+    lr, wd, epochs, warmup, classes, dim, _ = case["hparams"].tolist()
+    rows = [row[row >= 0] for row in case["batch_index"]]
+    steps = len(rows) // int(epochs)
+
+    class Loader(list):
+        """The recorded batches, each pass being the next epoch."""
+
+        def __iter__(self):
+            return iter([self.pop(0) for _ in range(steps)])
+
+        def __len__(self):
+            return steps
+
+    probe = make_classifier(int(dim), int(classes))
+    probe.load_state_dict(case.group("param/classification_head."))
+    loader = Loader([(case["features"][row], case["labels"][row]) for row in rows])
+    history = tune("lp", probe, loader, int(epochs), exact(lr), exact(wd), warmup=int(warmup))
+    case.close("loss_per_step", [line["loss"] for line in history], rtol=1e-4)
+    case.close("lr_per_step", [line["lr"] for line in history], rtol=1e-5)
+    case.close_group("final/classification_head.", probe.state_dict(), atol=1e-5)
+
+
+@pytest.mark.golden("nmtune", "lr_schedule")
+def test_lr_schedule(case):
+    for i, (base, warmup, total) in enumerate(case["cases"].tolist()):
+        rates = [cosine_lr(exact(base), int(warmup), int(total), step) for step in range(int(total))]
+        case.close(f"{i}/lr", rates, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+def test_batch_norm_trains_and_the_optimizer_decays_everything():
+    head = NMTuneHead(8, 3)
+    optimizer = make_optimizer(head, 1e-3, 1e-4)
+    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["weight_decay"] == 1e-4
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in head.parameters()}
+    before = head.mlp_after[1].running_var.clone()
+    head.eval()
+    train_step(head, torch.randn(6, 8), torch.tensor([0, 1, 2]), optimizer)
+    assert head.training and not torch.equal(before, head.mlp_after[1].running_var)
+    assert head.scale_after.shape == (1, 8) and NMTuneHead(8, 3, residual=False).scale_after is None
+
+
+def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
+    """From the same start, on the same batches: the parts of z after tuning with one term, and with none."""
+    torch.manual_seed(0)
+    feats, labels = torch.randn(64, 24).relu(), torch.arange(64) % 3
+    start, parts = NMTuneHead(24, 3).state_dict(), {}
+    for name, weights in {"none": (0, 0, 0), "mse": (10, 0, 0), "cov": (0, 1, 0), "svd": (0, 0, 20)}.items():
+        head = NMTuneHead(24, 3)
+        head.load_state_dict(start)
+        tune("nmtune", head, [(feats, labels)], 40, 1e-3, 1e-4, weights)
+        with torch.no_grad():
+            z, logits = transformed(head.eval(), feats)
+            parts[name] = nmtune_loss(logits, labels, z, feats, (1, 1, 1))[1]
+    for name in ("mse", "cov", "svd"):
+        assert parts[name][name] < parts["none"][name] - 0.05 * abs(parts["none"][name]), name
+
+
 # -------------------------------------------------------------------------------------------------- features file, arms
 
 
@@ -111,6 +200,13 @@ def test_every_method_tunes_on_a_bank_of_views(in_process, tmp_path, preset):
     assert [line["step"] for line in lines[:-1]] == [1, 2, 3, 4]  # 64 and 6 images an epoch, the short batch kept
     assert all({"mse", "cov", "svd"} <= set(line) for line in lines[:-1]) == preset.startswith("nmtune")
     assert lines[0]["lr"] == pytest.approx(config.METHODS[preset][1].lr)
+
+
+def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_path):
+    command = ["--features", features_file, "--epochs", "1", "--out", tmp_path / "run"]
+    assert in_process("nmtune.train", *command)[0] == 0
+    code, _, err = in_process("nmtune.train", *command, "--lr", "1e-4")
+    assert code == 2 and "lr (was 0.001, now 0.0001)" in err and one_sentence(err)
 
 
 # --------------------------------------------------------------------------------------------- images, kill and resume
@@ -173,100 +269,3 @@ def test_two_processes_equal_one_in_tuning(in_process, tmp_path, images):
     assert in_process("nmtune.train", *command, tmp_path / "one")[0] == 0
     two("nmtune.train", *command, tmp_path / "two")
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "head")
-
-
-# ------------------------------------------------------------------------------------------------------- command lines
-
-
-def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_path):
-    command = ["--features", features_file, "--epochs", "1", "--out", tmp_path / "run"]
-    assert in_process("nmtune.train", *command)[0] == 0
-    code, _, err = in_process("nmtune.train", *command, "--lr", "1e-4")
-    assert code == 2 and "lr (was 0.001, now 0.0001)" in err and one_sentence(err)
-
-
-@pytest.mark.golden("nmtune", "train_nmtune", "train_mlp_baseline")
-def test_tuning(case):
-    lr, wd, w_mse, w_cov, w_svd, ratio, layers, residual, scale, epochs, warmup, classes, dim = case["hparams"].tolist()
-    lr, wd, *weights = map(exact, (lr, wd, w_mse, w_cov, w_svd))
-    state = case.group("param/")
-    config = [dim, ratio, layers, residual, scale]
-
-    def head():
-        return head_of(state, config, int(classes))
-
-    batches = sorted({name.split("/")[0] for name in case if name.startswith("batch")}, key=lambda name: int(name[5:]))
-    loader = [((case[f"{b}/feats_w"], case[f"{b}/feats_s"]), case[f"{b}/labels"]) for b in batches]
-    # gradients of the first step, by the finer unit
-    first = head().train()
-    (w, s), labels = loader[0]
-    train_step(first, torch.cat([w, s]), labels, torch.optim.SGD(first.parameters(), lr=0.0), weights)
-    inert = {f"mlp_after.{3 * i}.bias" for i in range(int(layers))}  # feed a BatchNorm: true gradient 0
-    case.close_group("grad0/", {name: p.grad for name, p in first.named_parameters()}, atol=1e-6)
-    # the whole run
-    tuned = head()
-    history = tune("nmtune" if any(weights) else "mlp", tuned, loader, int(epochs), lr, wd, weights, int(warmup))
-    case.close("loss_per_step", [line["loss"] for line in history], rtol=1e-4)
-    case.close("lr_per_step", [line["lr"] for line in history], rtol=1e-5)
-    for name in case.group("final/"):
-        if name not in inert and "running_mean" not in name:
-            case.close(f"final/{name}", tuned.state_dict()[name], atol=1e-4)
-
-
-@pytest.mark.golden("nmtune", "train_lp")
-def test_linear_probe(case):
-    lr, wd, epochs, warmup, classes, dim, _ = case["hparams"].tolist()
-    rows = [row[row >= 0] for row in case["batch_index"]]
-    steps = len(rows) // int(epochs)
-
-    class Loader(list):
-        """The recorded batches, each pass being the next epoch."""
-
-        def __iter__(self):
-            return iter([self.pop(0) for _ in range(steps)])
-
-        def __len__(self):
-            return steps
-
-    probe = make_classifier(int(dim), int(classes))
-    probe.load_state_dict(case.group("param/classification_head."))
-    loader = Loader([(case["features"][row], case["labels"][row]) for row in rows])
-    history = tune("lp", probe, loader, int(epochs), exact(lr), exact(wd), warmup=int(warmup))
-    case.close("loss_per_step", [line["loss"] for line in history], rtol=1e-4)
-    case.close("lr_per_step", [line["lr"] for line in history], rtol=1e-5)
-    case.close_group("final/classification_head.", probe.state_dict(), atol=1e-5)
-
-
-@pytest.mark.golden("nmtune", "lr_schedule")
-def test_lr_schedule(case):
-    for i, (base, warmup, total) in enumerate(case["cases"].tolist()):
-        rates = [cosine_lr(exact(base), int(warmup), int(total), step) for step in range(int(total))]
-        case.close(f"{i}/lr", rates, rtol=1e-5)
-
-
-def test_batch_norm_trains_and_the_optimizer_decays_everything():
-    head = NMTuneHead(8, 3)
-    optimizer = make_optimizer(head, 1e-3, 1e-4)
-    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["weight_decay"] == 1e-4
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in head.parameters()}
-    before = head.mlp_after[1].running_var.clone()
-    head.eval()
-    train_step(head, torch.randn(6, 8), torch.tensor([0, 1, 2]), optimizer)
-    assert head.training and not torch.equal(before, head.mlp_after[1].running_var)
-    assert head.scale_after.shape == (1, 8) and NMTuneHead(8, 3, residual=False).scale_after is None
-
-
-def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
-    """From the same start, on the same batches: the parts of z after tuning with one term, and with none."""
-    torch.manual_seed(0)
-    feats, labels = torch.randn(64, 24).relu(), torch.arange(64) % 3
-    start, parts = NMTuneHead(24, 3).state_dict(), {}
-    for name, weights in {"none": (0, 0, 0), "mse": (10, 0, 0), "cov": (0, 1, 0), "svd": (0, 0, 20)}.items():
-        head = NMTuneHead(24, 3)
-        head.load_state_dict(start)
-        tune("nmtune", head, [(feats, labels)], 40, 1e-3, 1e-4, weights)
-        with torch.no_grad():
-            z, logits = transformed(head.eval(), feats)
-            parts[name] = nmtune_loss(logits, labels, z, feats, (1, 1, 1))[1]
-    for name in ("mse", "cov", "svd"):
-        assert parts[name][name] < parts["none"][name] - 0.05 * abs(parts["none"][name]), name

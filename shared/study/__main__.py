@@ -8,7 +8,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ import tyro
 
 from shared import cli, presets, run
 from shared.checkpoints import read_json
-from shared.study.runner import Study
+from shared.study.runner import Study, checked_seeds
 
 
 @dataclass
@@ -74,9 +74,9 @@ def sentence(left: dict[str, float], total: int) -> str:
 
 def main(options: Options) -> None:
     papers = studies()
-    if not options.seeds:
-        raise ValueError("--seeds names at least one seed")
-    print(*older(list(papers), remaining(options, papers)), sep="\n")
+    options = replace(options, seeds=checked_seeds(options.seeds))
+    for remark in older(list(papers), remaining(options, papers)):
+        print(remark)
     for folder in list(remaining(options, papers)):
         print(sentence(remaining(options, papers), len(papers)), flush=True)
         command = [sys.executable, "-m", f"{folder}.study", "--seeds", *map(str, options.seeds), "--arms", options.arms]

@@ -111,9 +111,11 @@ class Study:
         """The arms that "core", "all" or names with spaces between them stand for. ValueError for other names."""
         if arms in ("core", "all"):
             return [arm for arm in self.arms if arm.core or arms == "all"]
+        known = ", ".join(self.headings)
         if unknown := set(arms.split()) - set(self.headings):
-            known = ", ".join(self.headings)
             raise ValueError(f"there is no arm {sorted(unknown)[0]!r}: --arms is core, all, or some of {known}")
+        if not arms.split():
+            raise ValueError(f"--arms names no arm: it is core, all, or some of {known}")
         return [arm for arm in self.arms if arm.name in arms.split()]
 
     def jobs(self, arms: Sequence[Stage]) -> list[Stage]:
@@ -195,6 +197,13 @@ class Options:
     """Runs side by side, each with its share of the cores."""
 
 
+def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """The seeds, each once. ValueError if there are none, or one is negative."""
+    if not seeds or min(seeds) < 0:
+        raise ValueError("--seeds names at least one seed, each 0 or more")
+    return tuple(dict.fromkeys(seeds))
+
+
 def in_order(jobs: Sequence[Stage]) -> list[Stage]:
     """Jobs such that each comes after what it waits for, and what others wait for comes early."""
     chosen = {job.name: job for job in jobs}
@@ -214,9 +223,10 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(cli.cores() // at_once, 1))}
-    estimate = "" if minutes is None else f"; about {minutes * len(seeds):.0f} minutes on two cores if none is done"
     total, start = len(jobs) * len(seeds), time.perf_counter()
-    print(f"{study.folder}: {total} runs, {at_once} side by side{estimate}", flush=True)
+    begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
+    left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
+    print(f"{study.folder}: {total} runs, {begun} of them begun before, {at_once} side by side{left}", flush=True)
     futures: dict[tuple[str, int], Future] = {}
     finished = itertools.count(1)
 
@@ -225,8 +235,9 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
             futures[name, seed].result()
         for words in study.words(job, seed):
             subprocess.run(words, env=environment, check=True)
-        minutes = (time.perf_counter() - start) / 60
-        print(f"[{next(finished)}/{total}] {study.out(job.name, seed)}, {minutes:.1f} minutes so far", flush=True)
+        done, minutes = next(finished), (time.perf_counter() - start) / 60
+        left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
+        print(f"[{done}/{total}] {study.out(job.name, seed)}: {left}", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
         for job, seed in itertools.product(jobs, seeds):
@@ -251,16 +262,17 @@ def run(study: Study, options: Options) -> None:
         path, clone = None, clone or path
     if clone is not None and study.upstream is None:
         raise ValueError(f"{study.folder}'s study reads no clone: leave out --upstream")
-    if not options.seeds or options.jobs < 1:
-        raise ValueError("--seeds names at least one seed, and --jobs is at least 1")
+    seeds = checked_seeds(options.seeds)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}
     for once in study.before:
         if not once.arms or {arm.name for arm in arms} & set(once.arms):
             if code := subprocess.run([sys.executable, "-m", *once.command.split()]).returncode:
                 raise ValueError(f"'python -m {once.command}' failed (exit code {code})")
-    train(study, arms, options.seeds, options.jobs, study.minutes.get(options.arms))
+    train(study, arms, seeds, options.jobs, study.minutes.get(options.arms))
     compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
-    runs = [study.out(arm.name, seed) for seed in options.seeds for arm in compared]
+    runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]
     results = study.evaluate(runs)
     study.compare(runs, results, Path(path or f"runs/{study.folder}/results.json"), **more)
 
