@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
-from shared import data, memory, run
+from protoclip import memory
+from shared import data, run
 
 
 def image_transform(size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)) -> transforms.Compose:

@@ -24,6 +24,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from protoclip import memory
 from protoclip.config import PRESETS, Config, check
 from protoclip.episodes import (  # noqa: F401
     BatchTransform,
@@ -44,7 +45,7 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import cli, data, memory, run
+from shared import cli, data, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
 
@@ -355,7 +356,8 @@ def main(cfg: Config) -> Path | None:
             batch = step - per_episode * episode + 1
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
-                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **losses, **episodes.errors)
+                once = episodes.errors if batch == 1 else {}
+                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **losses, **once)
             if folder.due(step + 1) and batch < per_episode:
                 kept = prototypes and prototypes._asdict()
                 folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)

@@ -92,9 +92,7 @@ def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(open_clip, "create_model_and_transforms", unreachable)
-        with pytest.raises(
-            ValueError, match=r"RN50@openai could not be loaded; is the network reachable"
-        ):
+        with pytest.raises(ValueError, match=r"RN50@openai could not be loaded; is the network reachable"):
             evaluation.load_pretrained("RN50@openai")
     made = open_clip.create_model_and_transforms
     small = lambda name, pretrained: made("ViT-emoji")  # noqa: E731 an architecture of the same kind, without a download

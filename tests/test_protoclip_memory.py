@@ -5,8 +5,9 @@ import open_clip
 import torch
 from PIL import Image
 
+from protoclip import memory
 from protoclip.episodes import BatchTransform
-from shared import clip, memory
+from shared import clip
 
 
 def random_pixels(n: int, side: int = 64) -> torch.Tensor:
