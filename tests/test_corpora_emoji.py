@@ -212,7 +212,10 @@ def test_licences_come_from_the_packages(corpus: Path) -> None:
 
 def test_lock_file_has_hashes_and_no_addresses() -> None:
     text = (ROOT / "shared/corpora/package-lock.json").read_text()
-    lock, wanted = json.loads(text)["packages"], json.loads((ROOT / "shared/corpora/package.json").read_text())["dependencies"]
+    lock, wanted = (
+        json.loads(text)["packages"],
+        json.loads((ROOT / "shared/corpora/package.json").read_text())["dependencies"],
+    )
     assert "resolved" not in text and "://" not in text
     for name, package in lock.items():
         assert not name or package["integrity"].startswith("sha512-"), name
