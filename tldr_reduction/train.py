@@ -290,7 +290,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if not folder.resumed:
         initialise(model, cfg, pairs, process)
-    used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)  # in this epoch
+    used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
     folder.start(per_epoch * first + start, data=pairs.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
@@ -316,9 +316,10 @@ def train(cfg: Config, process: run.Process) -> Path:
                 folder.save(step, epoch=epoch, batch=batch + 1, used=used.cpu())
 
         done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
-        if cfg.stage == "captioner" and cfg.restart_codes and not last:
-            folder.log(done, epoch=epoch, codes_restarted=restart_codes(model, used, inputs[0], epoch, cfg))
-        used.zero_()
+        if cfg.stage == "captioner":
+            if cfg.restart_codes and not last:
+                folder.log(done, epoch=epoch, codes_restarted=restart_codes(model, used, inputs[0], epoch, cfg))
+            used.zero_()
         if process.main and evaluates(cfg, epoch):
             with folder.clock.paused():
                 top1 = zero_shot(model, tokenizer, cfg, process.device, precision)
