@@ -778,8 +778,8 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
     torch.save({"state_dict": torch.zeros(3)}, tmp_path / "nested.pt")
     for name, message in {
         "other.pt": "does not hold the weights of this CLIP",
-        "none.pt": "none.pt does not load with weights_only=True",
-        "code.pt": "code.pt does not load with weights_only=True",
+        "none.pt": "none.pt is not a checkpoint that loads with weights_only=True",
+        "code.pt": "code.pt is not a checkpoint that loads with weights_only=True",
         "tensor.pt": "tensor.pt holds no weights",
         "nested.pt": "nested.pt holds no weights",
     }.items():
