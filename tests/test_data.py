@@ -83,7 +83,8 @@ def test_workers_change_nothing(tmp_path: Path):
     noise = lambda image: torch.rand(3)  # noqa: E731  a view that is random in every draw
     dataset = EpisodeDataset(data.Shards([str(shard)]), rows, noise, lambda text: torch.tensor([[len(text)]]), (0, 1))
     process = run.Process(0, 1, torch.device("cpu"))
-    read = lambda workers: list(episode_loader(SimpleNamespace(batch_size=4, workers=workers), process, dataset))  # noqa: E731
+    cfg = lambda workers: SimpleNamespace(batch_size=4, workers=workers, distinct_captions=False)  # noqa: E731
+    read = lambda workers: list(episode_loader(cfg(workers), process, dataset))  # noqa: E731
     expected = read(0)
     assert sum(len(batch[0]) for batch in expected) == 20 and any(batch[3] for batch in expected)
     for workers in (1, 2):
