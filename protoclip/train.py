@@ -180,11 +180,11 @@ def train_episode(
     process: run.Process,
     start: int = 0,
     scaler: torch.amp.GradScaler | None = None,
+    precision: str = "fp32",
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """One pass over an episode from batch `start` on; yields (global step, losses) per step. U:training/train.py:49."""
     bare, device = model.module if isinstance(model, DistributedDataParallel) else model, process.device
     weights = weights_in(cfg, episode)
-    precision = run.resolve_precision(cfg.precision, device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     if prototypes is not None:
         prototypes = Prototypes(*(x if x is None else x.to(device) for x in prototypes))
@@ -352,7 +352,8 @@ def main(cfg: Config) -> Path | None:
         episodes.draw(episode)
         prototypes = Prototypes(**prototypes) if prototypes else episodes.prototypes(ddp, precision)
         loader = episodes.loader("train", start)
-        for step, losses in train_episode(ddp, loader, optimizer, prototypes, episode, cfg, process, start, scaler):
+        steps = train_episode(ddp, loader, optimizer, prototypes, episode, cfg, process, start, scaler, precision)
+        for step, losses in steps:
             batch = step - per_episode * episode + 1
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]

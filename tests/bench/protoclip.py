@@ -114,7 +114,7 @@ def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Ca
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
 
     def one_pass(loader):
-        for _ in train.train_episode(network, loader, optimizer, prototypes, 1, cfg, CPU):
+        for _ in train.train_episode(network, loader, optimizer, prototypes, 1, cfg, CPU, precision=cfg.precision):
             pass
 
     return network, one_pass
