@@ -132,6 +132,15 @@ def test_captions_vary(all_drawings: list[emoji.Drawing]) -> None:
     assert 0.1 < without_name / len(all_drawings) < 0.2
 
 
+def test_names_are_captions_of_the_same_pictures(corpus: Path) -> None:
+    samples, names = read_shards(corpus / "train"), read_shards(corpus / "train_names")
+    assert [(s["__key__"], s["png"]) for s in samples] == [(s["__key__"], s["png"]) for s in names]
+    assert all(sample["txt"].decode() == json.loads(sample["json"])["name"] for sample in names)
+    for split in ("id", "ood"):
+        bare, usual = (read_like_clip_benchmark(corpus / f"eval/{kind}_{split}", "test") for kind in ("bare_names", "names"))
+        assert bare[2] == ["{c}"] and bare[1] == usual[1] and [y for _, y in bare[0]] == [y for _, y in usual[0]]
+
+
 def test_train_shards_are_img2dataset(corpus: Path) -> None:
     samples = read_shards(corpus / "train")
     manifest = read_manifest(corpus)

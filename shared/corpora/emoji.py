@@ -6,6 +6,7 @@ One concept (an emoji) has up to eight drawings, so the corpus has style shift, 
 tail of words, like web image-text pairs, at a size that trains on a laptop. It stands in for CC3M / YFCC15M.
 
     train/{00000..}.tar    img2dataset layout: .png (64x64 on white), .txt (caption), .json
+    train_names/           the same pictures; every caption is the name alone
     eval/<set>/            CLIP-benchmark webdataset layout, read unchanged by its `wds` loader
     unmatched.json         icons without an emoji and emoji without an icon, per style
     manifest.json          counts, licences, package versions, sha256 of every shard
@@ -26,7 +27,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -59,6 +60,7 @@ from shared.tars import write_split, write_tar
 SEED = 0
 SHARD = 1000  # samples of a training shard
 TEMPLATES = ("{c}", "a drawing of {c}", "an emoji of {c}", "{c} emoji", "{c} icon")
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 # Crossmodal-3600's languages
 LANGUAGES = (
     "ar bn cs da de el en es fa fi fil fr he hi hr hu id it ja ko mi nl no pl pt quz ro ru sv sw te th tr uk vi zh"
@@ -153,12 +155,16 @@ def long_caption(emoji: Emoji, neighbours: list[Emoji]) -> str:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_train(folder: Path, drawings: list[Drawing]) -> None:
-    """Training shards in img2dataset layout; the order of `drawings` is the order of the samples."""
+def write_train(folder: Path, drawings: list[Drawing], caption_of: Callable[[Emoji, str], str] = caption) -> None:
+    """Training shards in img2dataset layout; the order of `drawings` is the order of the samples.
+
+    caption_of: emoji and style -> caption.
+    """
     for shard in range(0, len(drawings), SHARD):
         samples = []
         for index, drawing in enumerate(drawings[shard : shard + SHARD]):
-            emoji, text, key = drawing.emoji, caption(drawing.emoji, drawing.style), f"{shard // SHARD:05d}{index:04d}"
+            emoji, key = drawing.emoji, f"{shard // SHARD:05d}{index:04d}"
+            text = caption_of(emoji, drawing.style)
             about = {
                 "key": key, "caption": text, "name": emoji.name, "tags": emoji.tags, "group": emoji.group,
                 "subgroup": emoji.subgroup, "hexcode": emoji.hexcode, "style": drawing.style, "split": drawing.split,
@@ -184,7 +190,7 @@ def link(source: str, target: str) -> None:
 
 
 def write_classification(folder: Path, drawings: list[Drawing], attribute: str, classes: list[str]) -> None:
-    """`<attribute>s_id` and `<attribute>s_ood`: test images of both splits, training images as `train/` for probes."""
+    """Sets `<attribute>s_id` and `<attribute>s_ood`: test images of both splits, training images as `train/` for probes."""
     index = {name: i for i, name in enumerate(classes)}
     first_train = folder / f"{attribute}s_id/train"
     for split in ("id", "ood", "train"):
@@ -195,7 +201,7 @@ def write_classification(folder: Path, drawings: list[Drawing], attribute: str, 
     for split in ("id", "ood"):
         home = folder / f"{attribute}s_{split}"
         (home / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-        (home / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in TEMPLATES))
+        (home / TEMPLATES_FILE).write_text("".join(f"{line}\n" for line in TEMPLATES))
 
 
 def write_eval(folder: Path, modules: Path, emoji: list[Emoji], drawings: list[Drawing]) -> dict[str, int]:
@@ -210,6 +216,11 @@ def write_eval(folder: Path, modules: Path, emoji: list[Emoji], drawings: list[D
     }
     for attribute, values in classes.items():
         write_classification(folder, drawings, attribute, values)
+    for split in ("id", "ood"):  # for models that have read `train_names`
+        home = folder / f"bare_names_{split}"
+        ignore = shutil.ignore_patterns(TEMPLATES_FILE)
+        shutil.copytree(folder / f"names_{split}", home, ignore=ignore, copy_function=link)
+        (home / TEMPLATES_FILE).write_text("{c}\n")
 
     siblings = defaultdict(list)
     for one in emoji:
@@ -281,7 +292,9 @@ def build(folder: Path, modules: Path, limit: int | None) -> dict:
             drawing.png = png
 
     random.Random(SEED).shuffle(drawings)
-    write_train(folder / "train", [drawing for drawing in drawings if drawing.split == "train"])
+    train = [drawing for drawing in drawings if drawing.split == "train"]
+    write_train(folder / "train", train)
+    write_train(folder / "train_names", train, lambda emoji, style: emoji.name)
     order = {one: i for i, one in enumerate(emoji)}
     tests = sorted((d for d in drawings if d.split != "train"), key=lambda d: order[d.emoji])
     classes = write_eval(folder / "eval", modules, emoji, tests + [d for d in drawings if d.split == "train"])
