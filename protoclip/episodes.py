@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
-from protoclip import memory
-from shared import data, run
+from shared import data, memory, run
 
 
 def image_transform(size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)) -> transforms.Compose:
@@ -41,10 +40,7 @@ def image_transform(size: int, train: bool, light: bool = False, crop=None, rati
 
 
 class BatchTransform:
-    """The training view of `image_transform` for a whole batch: (B, 3, H, H) uint8 and (B, COUNT) random numbers.
-
-    Crops are resized by PIL's bilinear filter in place of its bicubic one.
-    """
+    """The training view of `image_transform` for a whole batch: (B, 3, H, H) uint8 and (B, COUNT) random numbers."""
 
     COUNT = 13  # random numbers an item
 

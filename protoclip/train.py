@@ -24,7 +24,6 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from protoclip import memory
 from protoclip.config import PRESETS, Config, check
 from protoclip.episodes import (  # noqa: F401
     BatchTransform,
@@ -45,7 +44,7 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import cli, data, run
+from shared import cli, data, memory, run
 from shared.run import gather
 from shared.zeroshot import quick_top1
 

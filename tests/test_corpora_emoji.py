@@ -137,7 +137,8 @@ def test_names_are_captions_of_the_same_pictures(corpus: Path) -> None:
     assert [(s["__key__"], s["png"]) for s in samples] == [(s["__key__"], s["png"]) for s in names]
     assert all(sample["txt"].decode() == json.loads(sample["json"])["name"] for sample in names)
     for split in ("id", "ood"):
-        bare, usual = (read_like_clip_benchmark(corpus / f"eval/{kind}_{split}", "test") for kind in ("bare_names", "names"))
+        sets = (corpus / f"eval/{kind}_{split}" for kind in ("bare_names", "names"))
+        bare, usual = (read_like_clip_benchmark(folder, "test") for folder in sets)
         assert bare[2] == ["{c}"] and bare[1] == usual[1] and [y for _, y in bare[0]] == [y for _, y in usual[0]]
 
 

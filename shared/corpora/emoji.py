@@ -190,7 +190,7 @@ def link(source: str, target: str) -> None:
 
 
 def write_classification(folder: Path, drawings: list[Drawing], attribute: str, classes: list[str]) -> None:
-    """Sets `<attribute>s_id` and `<attribute>s_ood`: test images of both splits, training images as `train/` for probes."""
+    """Sets `<attribute>s_id` and `_ood`: test images of both splits, training images as `train/` for probes."""
     index = {name: i for i, name in enumerate(classes)}
     first_train = folder / f"{attribute}s_id/train"
     for split in ("id", "ood", "train"):

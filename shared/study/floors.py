@@ -60,33 +60,61 @@ def raw_pixels(image: Image.Image) -> Tensor:
     return pixels - pixels.mean()
 
 
+def join(batches: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(batches))
+
+
+def read(
+    path: str | Path,
+    split: str,
+    features: Callable[[Iterable[Tensor]], Tensor] = join,
+    transform: Callable[[Image.Image], Tensor] = raw_pixels,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D), by default raw pixels, and labels (N,) of one split of a classification set.
+
+    features: batches of transformed images -> (N, D).
+    """
+    labels = []
+
+    def images() -> Iterable[Tensor]:
+        for batch, label in EvalSet(path, transform, split).batches(256):
+            labels.append(label)
+            yield batch
+
+    return features(images()).float(), torch.cat(labels)
+
+
 def nearest_neighbour(
     sets: Iterable[str | Path],
-    features: Callable[[Iterable[Tensor]], Tensor] = lambda batches: torch.cat(list(batches)),
+    features: Callable[[Iterable[Tensor]], Tensor] = join,
     transform: Callable[[Image.Image], Tensor] = raw_pixels,
     metrics: Iterable[str] = ("top1",),
 ) -> dict[str, float]:
     """{"SET/METRIC": top-1 of the label of the nearest image of the set's `train` split, by cosine}.
 
-    features: batches of transformed images -> (N, D); by default raw pixels. The same number stands under each of
-    `metrics`, say a probe's, whose floor it is, too.
+    The same number stands under each of `metrics`.
     """
-
-    def read(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
-        labels = []
-
-        def images() -> Iterable[Tensor]:
-            for batch, label in EvalSet(path, transform, split).batches(256):
-                labels.append(label)
-                yield batch
-
-        return F.normalize(features(images()).float(), dim=-1), torch.cat(labels)
-
     found = {}
     for path in sets:
-        (train_x, train_y), (test_x, test_y) = read(path, "train"), read(path, "test")
+        (train_x, train_y), (test_x, test_y) = (read(path, split, features, transform) for split in ("train", "test"))
+        train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
         parts = chunks(len(test_x), len(train_x))
         nearest = torch.cat([(test_x[rows] @ train_x.T).argmax(dim=1) for rows in parts])
         top1 = percent(train_y[nearest] == test_y)
         found |= {f"{Path(path).name}/{metric}": top1 for metric in metrics}
+    return found
+
+
+def probed(
+    sets: Iterable[str | Path], probe: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, float]]
+) -> dict[str, float]:
+    """{"SET/METRIC": what a paper's linear probe reaches on raw pixels, between -1 and 1}.
+
+    probe(train_x, train_y, test_x, test_y) -> {METRIC: percent}.
+    """
+    found = {}
+    for path in sets:
+        (train_x, train_y), (test_x, test_y) = read(path, "train"), read(path, "test")
+        result = probe(train_x / 255, train_y, test_x / 255, test_y)
+        found |= {f"{Path(path).name}/{metric}": value for metric, value in result.items()}
     return found

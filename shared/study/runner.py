@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from shared import cli, evaluation
-from shared.checkpoints import write_json
+from shared.checkpoints import read_json, write_json
 from shared.study import report, verdicts
 from shared.study.floors import Floor
 from shared.study.statistics import Claim, judge_all, measured
@@ -86,6 +86,10 @@ class Study:
     """Run folders -> measurements of each: {metric: number}. The folder's eval.py."""
     metrics: dict[str, str]
     """Metrics of the table of arms: key -> heading."""
+    alone: bool = False
+    """Whether `evaluate` measures each run by itself and keeps it: then runs are measured side by side, too."""
+    derive: Callable[[report.Comparison], None] = lambda found: None
+    """Adds metrics that take more than one run to `found.arms`, before claims are judged."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, paired by seed."""
     more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
@@ -153,11 +157,12 @@ class Study:
     def compare(self, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
         """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
         found = report.compare_runs(runs, results, self.headings, self.passes)
+        self.derive(found)
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
             print(f"claims about {', '.join(sorted(left_out))} are left out: give --sets those sets, too")
         if self.floors:
-            summary = self.judged(found, **more)
+            summary = self.judged(found, path, **more)
         else:
             summary = report.results(
                 self.paper, found, judge_all(self.claims, found.arms) + self.more_rows(found, **more)
@@ -166,13 +171,21 @@ class Study:
         self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
-    def judged(self, found: report.Comparison, **more: Any) -> dict[str, Any]:
+    def measured_floors(self, path: Path) -> dict[str, dict[str, float]]:
+        """{floor: {metric: value}}, kept in runs/FOLDER/floors.json.
+
+        Ceilings take as long as an arm: they come from the committed results, unless these are what is made (`path`).
+        """
+        committed, kept = Path(f"results/{self.folder}.json"), Path(f"runs/{self.folder}/floors.json")
+        known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
+        known = {floor.name: known.get("floors", {}).get(floor.name) for floor in self.floors if floor.ceiling}
+        measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in self.floors}  # noqa: E731
+        return evaluation.measured(kept, {"floors": [floor.name for floor in self.floors], "known": known}, (), measure)
+
+    def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
         """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
-        names, kept = [floor.name for floor in self.floors], Path(f"runs/{self.folder}/floors.json")
-        measure = lambda: {floor.name: floor.measure() for floor in self.floors}  # noqa: E731
-        floors = evaluation.measured(kept, {"floors": names}, (), measure)
+        floors, committed = self.measured_floors(path), Path(f"results/{self.folder}.json")
         bars = {floor.name: floors[floor.name] for floor in self.floors if not floor.ceiling}
-        committed = Path(f"results/{self.folder}.json")
         known = report.known_scatter(committed, found)
         if known:
             print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")
@@ -195,6 +208,8 @@ class Options:
     """Clone of the authors' repository, for studies that read it."""
     jobs: int = min(cli.cores(), 4)
     """Runs side by side, each with its share of the cores."""
+    measure: str | None = None
+    """Measure this run folder, and do nothing else."""
 
 
 def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
@@ -235,6 +250,9 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
             futures[name, seed].result()
         for words in study.words(job, seed):
             subprocess.run(words, env=environment, check=True)
+        if study.alone and isinstance(job, Arm):
+            words = [sys.executable, "-m", f"{study.folder}.study", "--measure", study.out(job.name, seed)]
+            subprocess.run(words, env=environment, check=True)
         done, minutes = next(finished), (time.perf_counter() - start) / 60
         left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
         print(f"[{done}/{total}] {study.out(job.name, seed)}: {left}", flush=True)
@@ -254,6 +272,9 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
 
 def run(study: Study, options: Options) -> None:
     """Everything: what runs once, the arms, their evaluation, the comparison."""
+    if options.measure is not None:
+        study.evaluate([options.measure])
+        return
     arms = study.chosen(options.arms)
     path, clone = options.results, options.upstream
     if path is not None and not path.endswith(".json"):  # `make reproduce-FOLDER RESULTS=<clone>`

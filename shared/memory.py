@@ -80,17 +80,24 @@ def random_crops(u: Tensor, scale: tuple[float, float], ratio: tuple[float, floa
     return torch.cat([u[:, 2:4] * (1 - size), size], dim=1)
 
 
+def bicubic(x: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel with a = -0.5, which PIL resizes with; x: distances in units of a pixel, >= 0."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros(())))
+
+
 def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
     """Weights (B, target, source) that resize [start, start + length) of a row of `source` pixels to `target` pixels.
 
-    PIL's antialiased bilinear filter: a triangle as wide as a target pixel where the image shrinks, else a source
-    pixel. start, length (B,) are in source pixels. Beyond the ends, the outermost pixel is repeated.
+    PIL's antialiased bicubic filter, whose unit is a target pixel where the image shrinks, else a source pixel. start,
+    length (B,) are in source pixels. Beyond the ends, the image at its end is repeated.
     """
     step = (length / target)[:, None, None]  # source pixels a target pixel
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
-    centre = centre.clamp(0.5, source - 0.5)
-    distance = torch.arange(source, device=start.device) + 0.5 - centre
-    weights = (1 - (distance / step.clamp(min=1)).abs()).clamp(min=0)
+    centre = centre.clamp(0, source)
+    distance = (torch.arange(source, device=start.device) + 0.5 - centre).abs()
+    weights = bicubic(distance / step.clamp(min=1))
     return weights / weights.sum(dim=2, keepdim=True)
 
 
@@ -101,8 +108,8 @@ def crop_and_resize(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | Non
     down = resampling(boxes[:, 1] * height, boxes[:, 3] * height, height, size)
     if flip is not None:
         across = torch.where(flip[:, None, None], across.flip(1), across)
-    x = torch.bmm(pixels.view(batch, 3 * height, width).float(), across.transpose(1, 2)).view(batch, 3, height, size)
-    return torch.matmul(down[:, None], x)
+    x = torch.bmm(pixels.view(batch, 3 * height, width).float(), across.transpose(1, 2)).clamp_(0, 255)
+    return torch.matmul(down[:, None], x.view(batch, 3, height, size)).clamp_(0, 255)  # the filter overshoots at edges
 
 
 def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[np.ndarray]:

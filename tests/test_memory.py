@@ -5,9 +5,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from protoclip import memory
 from protoclip.episodes import BatchTransform
-from shared import clip
+from shared import clip, memory
 
 
 def random_pixels(n: int, side: int = 64) -> torch.Tensor:
@@ -22,9 +21,11 @@ def test_crops_are_resized_as_by_pil():
         for image, box, x in zip(pixels, 64 * boxes, ours, strict=True):
             left, top, width, height = box.tolist()
             pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
-                (size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+                (size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
             )
-            assert np.abs(x.permute(1, 2, 0).numpy() - np.asarray(pil, dtype=np.float32)).max() <= 1.01  # PIL rounds
+            assert (
+                np.abs(x.permute(1, 2, 0).numpy() - np.asarray(pil, dtype=np.float32)).max() <= 1.6
+            )  # PIL rounds twice
 
 
 def test_flip_mirrors_the_view():

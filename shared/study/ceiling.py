@@ -1,0 +1,85 @@
+"""A ceiling for a table of arms: an arm's image tower, trained on the labels of an evaluation set itself."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from shared import export, memory, run
+from shared.evalsets import EvalSet
+from shared.zeroshot import percent
+
+STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+MEAN, STD = (255 * torch.tensor(values)[:, None, None] for values in STATISTICS)
+
+
+def read(folder: str | Path, split: str, side: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, side, side) uint8 and labels (N,) of one split of a classification set."""
+
+    def pixels(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(memory.square(image.convert("RGB"), side))).permute(2, 0, 1)
+
+    images, labels = zip(*EvalSet(folder, pixels, split).batches(256), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def trained_on_labels(
+    model: str,
+    sets: Iterable[str | Path],
+    metrics: Iterable[str] = ("top1",),
+    epochs: int = 20,
+    batch_size: int = 256,
+    lr: float = 3e-3,
+    weight_decay: float = 0.2,
+    crop: tuple[float, float] = (0.7, 1.4),
+    seed: int = 0,
+) -> dict[str, float]:
+    """{"SET/METRIC": top-1 in percent} of one tower, trained on the `train` split that `sets` share.
+
+    model: open_clip config, whose image tower gets a linear layer on its embedding. Trained by AdamW with a warm-up of
+    one epoch, then a cosine, on random crops of these shares of the area.
+    """
+    torch.manual_seed(seed)
+    width = export.open_clip_config(model)["embed_dim"]
+    tower = open_clip.create_model(model).visual
+    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+    sets = list(sets)
+    pixels, labels = read(sets[0], "train", 2 * size)
+    head = nn.Linear(width, len(EvalSet(sets[0], None).classnames))
+    network = nn.Sequential(tower, head)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    steps, cpu = len(labels) // batch_size, torch.device("cpu")
+    precision = run.resolve_precision("auto", cpu)
+
+    def views(pixels: Tensor, boxes: Tensor) -> Tensor:
+        images = memory.crop_and_resize(pixels, boxes, size)
+        return images.sub_(MEAN).div_(STD).contiguous(memory_format=torch.channels_last)
+
+    for epoch in range(epochs):
+        order = torch.randperm(len(labels)).split(batch_size)[:steps]
+        for step, rows in enumerate(order, epoch * steps):
+            rate = (step + 1) / steps if step < steps else (1 + math.cos(math.pi * step / (epochs * steps))) / 2
+            optimizer.param_groups[0]["lr"] = lr * rate
+            boxes = memory.random_crops(torch.rand(len(rows), 4), crop, (0.85, 1.18))
+            with run.autocast(precision, cpu):
+                logits = network(views(pixels[rows], boxes))
+            optimizer.zero_grad()
+            F.cross_entropy(logits.float(), labels[rows]).backward()
+            optimizer.step()
+
+    network.eval()
+    found = {}
+    for folder in sets:
+        images, truth = read(folder, "test", 2 * size)
+        whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(len(images), 4)
+        with torch.no_grad(), run.autocast(precision, cpu):
+            parts = [network(views(x, b)) for x, b in zip(images.split(256), whole.split(256), strict=True)]
+        top1 = percent(torch.cat(parts).argmax(dim=1) == truth)
+        found |= {f"{Path(folder).name}/{metric}": top1 for metric in metrics}
+    return found
