@@ -10,7 +10,6 @@ NAMES   = $(FOLDERS) $(subst _,-,$(FOLDERS))
 empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help presets data scenes browser test bench readme clean reproduce-all
 .SECONDARY:
@@ -22,7 +21,7 @@ help:
 	@echo '                         and makes runs/report.html of what was measured'
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
-	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs in one process'
+	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs, each side at its best thread setting'
 	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make browser             install the browser that looks at report.html in a test'

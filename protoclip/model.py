@@ -269,10 +269,13 @@ def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> T
     """PBT: mean of the student's features (N, P) over each of the teacher's k clusters -> (k, P).
 
     Source: U:training/clustering.py:153.
-    Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored.
+    Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored. Sums are in
+    fp64, of which a block of rows exists at a time: a copy of all features costs several times what the sums do.
     """
     labels = labels[: len(features)]
-    sums = features.new_zeros(k, features.shape[1], dtype=torch.double).index_add_(0, labels, features.double())
+    sums = features.new_zeros(k, features.shape[1], dtype=torch.double)
+    for rows, clusters in zip(features.split(4096), labels.split(4096), strict=True):
+        sums.index_add_(0, clusters, rows.double())
     return (sums / torch.bincount(labels, minlength=k).clamp(min=1)[:, None]).to(features.dtype)
 
 

@@ -197,6 +197,16 @@ def test_each_seed_runs_once(study: Study):
     assert order() == [f"runs/paper/base-seed{seed}" for seed in (2, 0)]
 
 
+def test_only_runs_of_several_threads_on_shared_cores_wait_passively(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(runner.cli, "cores", lambda: 4)
+    threads = {at_once: runner.environment_of(at_once) for at_once in (1, 2, 4, 8)}
+    assert [found["OMP_NUM_THREADS"] for found in threads.values()] == ["4", "2", "1", "1"]
+    assert [found.get("OMP_WAIT_POLICY") for found in threads.values()] == [None, "PASSIVE", None, None]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert runner.environment_of(2)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

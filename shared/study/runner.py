@@ -233,11 +233,21 @@ def waits_for(job: Stage, chosen: Container[str]) -> list[str]:
     return [name for name in sorted(job.needs | set(job.after)) if name in chosen]
 
 
+def environment_of(at_once: int) -> dict[str, str]:
+    """Environment of runs of which `at_once` go side by side: each with its share of the cores.
+
+    Threads that spin while they wait would take the cores of the other runs, so they wait passively (OMP_WAIT_POLICY).
+    """
+    threads = max(cli.cores() // at_once, 1)
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if at_once > 1 and threads > 1 else {}
+    return waiting | os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
     """Train arms and what they start from, `at_once` side by side. ValueError names a command that failed."""
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(cli.cores() // at_once, 1))}
+    environment = environment_of(at_once)
     total, start = len(jobs) * len(seeds), time.perf_counter()
     begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"

@@ -1,47 +1,188 @@
-"""What the benches share: a race of two functions in turns, its row, peak memory, attention's kernel set aside."""
+"""What the benches share: thread settings and their merged table, a race of two functions in turns, peak memory.
 
+`python -m tests.bench.FOLDER` starts itself once for each thread setting, as OpenMP reads its waiting policy when it is
+loaded. Within such a process ours and theirs take turns on the same inputs; each side counts at its best setting.
+"""
+
+import argparse
 import contextlib
 import ctypes
 import functools
 import gc
+import json
+import logging
+import os
 import statistics
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-HEAD = "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | |\n|" + " --- |" * 8
+from shared import cli, run
+
+from ..parity import check_commit
+
+HEAD = "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | threads | |\n|" + " --- |" * 9
+SETTING = "PAPER_CLIPS_BENCH"  # names the thread setting to a process that measures under it, and prints rows as JSON
+LONG = 5.0  # seconds; what takes longer needs no repetition to warm up
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def thread_settings() -> dict[str, dict[str, str]]:
+    """Name -> environment of each setting that both sides are timed under."""
+    cores, one = cli.cores(), {"1 thread": {"OMP_NUM_THREADS": "1"}}
+    if cores == 1:
+        return one
+    every = {"OMP_NUM_THREADS": str(cores)}
+    return {f"{cores} threads": every, f"{cores} threads, passive": every | {"OMP_WAIT_POLICY": "PASSIVE"}} | one
+
+
+def arguments(doc: str, repetitions: int, clone: tuple[str, str, str] | None = None) -> argparse.ArgumentParser:
+    """A bench's command line. `clone`: the authors' repository, its commit, and a path that tells a clone of it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = "clone of {} at {}".format(*clone) if clone else "not used: there is no code of the authors"
+    parser.add_argument("--upstream", type=clone_of(*clone) if clone else Path, help=about)
+    parser.add_argument(
+        "--repetitions", type=at_least(1), default=repetitions, help="of everything, under each thread setting"
+    )
+    return parser
+
+
+def clone_of(repository: str, commit: str, part: str) -> Callable[[str], Path]:
+    def checked(text: str) -> Path:
+        if not (Path(text) / part).exists():
+            raise argparse.ArgumentTypeError(f"{text} is no clone of {repository}: it has no {part}")
+        if SETTING not in os.environ:
+            check_commit(Path(text), commit)
+        return Path(text)
+
+    return checked
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    def checked(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {smallest} on")
+        return int(text)
+
+    return checked
+
+
+def bench(
+    measure: Callable[[argparse.Namespace], None],
+    options: argparse.Namespace,
+    left_out: str = "",
+    after: Callable[[argparse.Namespace], None] | None = None,
+) -> None:
+    """The table of what `measure(options)` hands to `print_row`, measured by a process of its own under each thread
+    setting; then what `after(options)` prints, measured here. `left_out`: what is not measured without --upstream.
+    """
+    if SETTING in os.environ:
+        set_up()
+        return measure(options)
+    print(f"{run.machine()}, open_clip {version('open_clip_torch')}\n\n{HEAD}", flush=True)
+    for line in merged({name: rows_under(name, environment) for name, environment in thread_settings().items()}):
+        print(line, flush=True)
+    if options.upstream is None and left_out:
+        print(f"\nnot run without --upstream PATH: {left_out}")
+    if after is not None:
+        set_up()
+        after(options)
+
+
+def set_up() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    run.setup(0, "cpu")
+
+
+def rows_under(name: str, environment: dict[str, str]) -> list[dict]:
+    """Rows that this very command prints in a process under a thread setting; its other lines go to stderr."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_"))}
+    command, rows = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]], []
+    base |= environment | {SETTING: name}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=base) as child:
+        for line in child.stdout:
+            if line.startswith('{"row": '):
+                rows.append(json.loads(line))
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+    if child.returncode:
+        sys.exit(f"the measurement with {name} failed (exit code {child.returncode})")
+    return rows
+
+
+def merged(tables: dict[str, list[dict]]) -> list[str]:
+    """Rows of each setting -> rows of the Markdown table, in the order in which they first appear."""
+    rows: dict[str, dict[str, dict]] = {}
+    for setting, table in tables.items():
+        for row in table:
+            if setting in rows.setdefault(row["row"], {}):
+                raise ValueError(f"two rows are called {row['row']!r}")
+            rows[row["row"]][setting] = row
+    return [best_of(name, found) for name, found in rows.items()]
+
+
+def best_of(name: str, rows: dict[str, dict]) -> str:
+    """One Markdown row of a row under several settings: each side at the setting of its smallest median, their ratio,
+    and as spread the ratios of the extremes; target and note are those of ours' setting. Theirs may be missing.
+    """
+    used = {}
+    for side in ("ours", "theirs"):
+        medians = {setting: statistics.median(row[side]) for setting, row in rows.items() if row[side]}
+        if medians:
+            used[side] = min(medians, key=medians.__getitem__)
+    row = rows[used["ours"]]
+    ours, theirs = row["ours"], rows[used["theirs"]]["theirs"] if "theirs" in used else []
+    other = ratio = spread = ""
+    if theirs:
+        other = shown(statistics.median(theirs), row["unit"])
+        ratio = f"{statistics.median(theirs) / statistics.median(ours):.2f}"
+        spread = f"{min(theirs) / max(ours):.2f} .. {max(theirs) / min(ours):.2f}"
+    mine, threads = shown(statistics.median(ours), row["unit"]), "; ".join(f"{a}: {b}" for a, b in used.items())
+    cells = name, mine, other, ratio, spread, str(len(ours)), row["target"], threads, row["note"]
+    return "| " + " | ".join(cells) + " |"
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
 
 
 def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
     """name, and seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before
-    is not counted. A call does `per` units of work.
+    is not counted unless both are long. A call does `per` units of work.
     """
-    seconds = []
-    for repetition in range(-1, repetitions):
+    seconds: list[tuple[float, float]] = []
+    repetition = 0
+    while len(seconds) < repetitions:
         turn = {}
-        for function in (ours, theirs) if repetition % 2 else (theirs, ours):
+        for function in (theirs, ours) if repetition % 2 else (ours, theirs):
             gc.collect()
             start = time.perf_counter()
             function()
-            turn[function] = (time.perf_counter() - start) / per
-        if repetition >= 0:
-            seconds.append((turn[ours], turn[theirs]))
-        progress(f"{name}: {repetition + 1}/{repetitions}")
+            turn[function] = time.perf_counter() - start
+        if repetition or min(turn.values()) > LONG:
+            seconds.append((turn[ours] / per, turn[theirs] / per))
+        repetition += 1
+        progress(f"{os.environ.get(SETTING)}: {name}: {len(seconds)}/{repetitions}")
     progress("")
     return name, seconds
 
 
-def print_row(name: str, seconds: list, target: str = "", note: str = "") -> None:
-    """Medians, the median of ratios theirs/ours with its extremes, and the number of repetitions, as a Markdown row."""
-    mine, other = (statistics.median(column) for column in zip(*seconds, strict=True))
-    ratios = [theirs / ours for ours, theirs in seconds]
-    spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
-    cells = name, shown(mine), shown(other), f"{statistics.median(ratios):.2f}", spread, str(len(ratios)), target, note
-    print("| " + " | ".join(cells) + " |", flush=True)
+def print_row(name: str, values: list, target: str = "", note: str = "", unit: str = "s") -> None:
+    """(ours, theirs) of each repetition, theirs None where there is nothing to compare with, in `unit` (the smaller the
+    better), as a line of JSON for the process that merges thread settings.
+    """
+    ours, theirs = zip(*values, strict=True)
+    row = {"row": name, "ours": ours, "theirs": [value for value in theirs if value is not None]}
+    print(json.dumps(row | {"target": target, "note": note, "unit": unit}), flush=True)
 
 
 def step_row(
@@ -84,8 +225,10 @@ def matmul_peak(precision: str, size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-def shown(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+def shown(value: float, unit: str = "s") -> str:
+    if unit == "s":
+        return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
 
 
 def progress(text: str) -> None:

@@ -1,21 +1,18 @@
 """A-CLIP's speed and memory: `python -m tests.bench.attentive_mask_clip [--upstream PATH] [--geometry small vit_b16]`.
 
-One process, same inputs, same threads; ours and theirs take turns. Prints Markdown tables: medians, the ratio
-theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster), peak memory of a step
-beyond weights and optimizer state; then what the steps of A-CLIP and its baselines cost at ViT-B/16, and where.
-`--upstream` is a clone of microsoft/A-CLIP@0e51942; without it theirs is open_clip's training step alone.
+Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints Markdown tables: medians,
+their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster), peak memory of a step beyond
+weights and optimizer state; then what the steps of A-CLIP and its baselines cost at ViT-B/16, and where. `--upstream`
+is a clone of microsoft/A-CLIP@0e51942; without it theirs is open_clip's training step alone.
 
 Theirs runs on today's timm with the plain attention of the timm 0.5.4 that it asks for.
 """
 
 import argparse
 import dataclasses
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -25,11 +22,9 @@ from open_clip_train.train import train_one_epoch
 
 from attentive_mask_clip import model, timing, train
 from attentive_mask_clip.config import Config
-from shared import run
 
-from ..parity import check_commit
 from ..parity import test_attentive_mask_clip as parity
-from . import HEAD, attention, peak_memory, print_row, race, shown, speed_of, step_row
+from . import arguments, at_least, attention, bench, peak_memory, print_row, race, shown, speed_of, step_row
 
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
     "small": (
@@ -209,7 +204,8 @@ def profile(geometry: str, batch: int, repetitions: int) -> None:
     """Steps of all arms as ratios to CLIP's beside the paper's, and what their parts take; one arm in memory at once,
     CLIP's step before each."""
     columns = ["EMA pass", "selection", "image tower", "text tower", "SSL heads", "EMA update", "AdamW"]
-    print(f"\nSteps at {geometry}, batch {batch}, fp32; ratios to CLIP's step; parts timed on their own\n")
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"\nSteps at {geometry}, batch {batch}, fp32, {threads}; ratios to CLIP's step; parts timed on their own\n")
     print(
         "| arm | step | / CLIP | min .. max | paper | " + " | ".join(columns) + " |\n|" + " --- |" * (5 + len(columns))
     )
@@ -233,28 +229,8 @@ def profile(geometry: str, batch: int, repetitions: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ script
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", type=Path, help="clone of microsoft/A-CLIP at 0e51942")
-    parser.add_argument("--repetitions", type=int, default=5, help="of each comparison")
-    parser.add_argument("--geometry", nargs="*", default=list(GEOMETRIES), choices=GEOMETRIES, help="of A-CLIP's step")
-    parser.add_argument(
-        "--profile", default="vit_b16", choices=[*model.PRESETS, "none"], help="towers of the last table"
-    )
-    parser.add_argument("--batch-size", type=int, default=4, help="of the last table")
-    options = parser.parse_args()
-    if options.upstream is not None and not (options.upstream / "models.py").is_file():
-        parser.error(f"--upstream {options.upstream} is no clone of microsoft/A-CLIP")
-    if options.repetitions < 1 or options.batch_size < 2:
-        parser.error("--repetitions starts at 1, --batch-size at 2")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    run.setup(0, "cpu")
-    libraries = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
-    print(f"{run.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
-    print(HEAD, flush=True)
+def measure(options: argparse.Namespace) -> None:
     if options.upstream is not None:
-        check_commit(options.upstream, "0e51942")
         with parity.on_cpu():
             up = parity.load(options.upstream)
             selection(up, options.repetitions)
@@ -262,10 +238,21 @@ def main() -> None:
                 aclip_step(up, geometry, options.repetitions)
     for precision in ("bf16", "fp32"):
         clip_step(precision, options.repetitions)
+
+
+def steps_of_arms(options: argparse.Namespace) -> None:
     if options.profile != "none":
         profile(options.profile, options.batch_size, options.repetitions)
-    if options.upstream is None:
-        print("\nnot run without --upstream PATH: selection and A-CLIP's step against the authors'")
+
+
+def main() -> None:
+    parser = arguments(__doc__, 3, ("microsoft/A-CLIP", "0e51942", "models.py"))
+    parser.add_argument("--geometry", nargs="*", default=list(GEOMETRIES), choices=GEOMETRIES, help="of A-CLIP's step")
+    parser.add_argument(
+        "--profile", default="vit_b16", choices=[*model.PRESETS, "none"], help="towers of the last table"
+    )
+    parser.add_argument("--batch-size", type=at_least(2), default=4, help="of the last table")
+    bench(measure, parser.parse_args(), "selection and A-CLIP's step against the authors'", steps_of_arms)
 
 
 if __name__ == "__main__":

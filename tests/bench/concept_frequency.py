@@ -1,8 +1,9 @@
 """Speed of concept_frequency against the authors' code: `python -m tests.bench.concept_frequency [--upstream PATH]`.
 
-One process, same inputs; ours and theirs take turns. Prints a Markdown table of medians and of the ratio theirs/ours
-(above 1: ours is faster). `--upstream` is a clone of bethgelab/frequency_determines_performance@11ef009, whose search
-and dictionary are run; without it, the same work is written out here.
+Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints a Markdown table of medians
+and their ratio theirs/ours (above 1: ours is faster). `--upstream` is a clone of
+bethgelab/frequency_determines_performance@11ef009, whose search and dictionary are run; without it, the same work is
+written out here.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from concept_frequency.model import InvertedIndex, noun_set
 from concept_frequency.tagging import load_spacy, tag_captions
 from shared import data, run
 
-from ..parity import check_commit, import_beside
-from . import HEAD, print_row, race, step_row
+from ..parity import import_beside
+from . import arguments, bench, print_row, race, step_row
 
 
 def resident() -> int:
@@ -77,8 +78,7 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
     sent = time.perf_counter() - start  # their process pool sends the whole index with each concept
     script = [(mine, other + 4029 * sent) for mine, other in seconds]
     print_row(f"{name}: their script (index pickled for each concept; one timed)", script, ">= 50")
-    cells = "bytes a posting", f"{own:.1f}", f"{theirs_bytes:.1f}", f"{theirs_bytes / own:.2f}", "", "1", ">= 3", ""
-    print("| " + " | ".join(cells) + " |", flush=True)
+    print_row("memory of a posting", [(own, theirs_bytes)], ">= 3", unit="bytes")
 
 
 def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
@@ -145,7 +145,6 @@ def plain_search(_, lists: dict[str, list[int]], query: list[str], name: str) ->
 
 
 def upstream_functions(root: Path) -> SimpleNamespace:
-    check_commit(root, "11ef009")
     names = [
         "dask", "dask.dataframe", "dask.diagnostics", "datasets", "downstream_dataloader", "pandas", "spacy",
     ]  # fmt: skip
@@ -157,19 +156,9 @@ def upstream_functions(root: Path) -> SimpleNamespace:
     return SimpleNamespace(search=found[index].search_for_text, index=found[words].create_unigram_dictionary_spacy)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", type=Path, help="clone of bethgelab/frequency_determines_performance at 11ef009")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--postings", type=int, default=10_000_000)
-    parser.add_argument("--captions", type=int, default=3_000, help="of the embedded corpus")
-    parser.add_argument("--spacy", default="en_core_web_sm")
-    options = parser.parse_args()
-    run.setup(0, "cpu")
-
+def measure(options: argparse.Namespace) -> None:
     up = upstream_functions(options.upstream) if options.upstream else None
     search_for_text, index_of = (up.search, up.index) if up else (plain_search, plain_index)
-    print(HEAD, flush=True)
     search(search_for_text, options.postings, options.repetitions)
 
     shards = data.Shards(data.expand_shards("data/emoji/train"), options.captions)
@@ -178,6 +167,15 @@ def main() -> None:
     precision = run.resolve_precision("auto", torch.device("cpu"))
     for name, size in (("ViT-emoji", 128), ("ViT-B-32", 16)):
         clip_step(name, [shards.caption(i) for i in range(size)], precision, options.repetitions)
+
+
+def main() -> None:
+    part = "src/text_search_matches_inverted_index.py"
+    parser = arguments(__doc__, 2, ("bethgelab/frequency_determines_performance", "11ef009", part))
+    parser.add_argument("--postings", type=int, default=10_000_000)
+    parser.add_argument("--captions", type=int, default=3_000, help="of the embedded corpus")
+    parser.add_argument("--spacy", default="en_core_web_sm")
+    bench(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

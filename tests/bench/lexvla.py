@@ -1,4 +1,5 @@
-"""LexVLA's speed and memory: `python -m tests.bench.lexvla`. One process, same inputs, same threads; sides take turns.
+"""LexVLA's speed and memory: `python -m tests.bench.lexvla`. Sides take turns on the same inputs, each at its best
+thread setting.
 
 - the pooled map at the paper's size against the same map by autograd, as VDR writes it (vdr_crossmodal_image.py
   :220), forward and backward: seconds, and peak memory;
@@ -21,19 +22,13 @@ from torch import nn
 from lexvla import model
 from lexvla.model import contrastive_loss, lexical_map, total_loss
 from lexvla.search import LexicalIndex
-from shared import run
-from tests.bench import HEAD, peak_memory, print_row, race, step_row
+from tests.bench import arguments, at_least, bench, peak_memory, print_row, race, step_row
 
 
 def vdr_map(z: torch.Tensor, codebook: torch.Tensor, pool: bool = True, bias: float = 0.0) -> torch.Tensor:
     """The same by autograd: all logits exist at a time, and in the backward pass their gradients."""
     logits = z @ codebook.T
     return F.normalize(model.elu1p((logits.max(1)[0] if pool else logits) + bias), dim=-1)
-
-
-def print_mebibytes(name: str, ours: float, theirs: float, target: str, note: str = "") -> None:
-    cells = name, *(f"{x:.0f} MiB" for x in (ours, theirs)), f"{theirs / ours:.2f}", "", "1", target, note
-    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def pooled_map(B: int, n: int, V: int, d: int, repetitions: int) -> None:
@@ -69,7 +64,7 @@ def pooled_memory(B: int, n: int, V: int, d: int) -> None:
         f"without the gradients' own {inputs:.0f} MiB; all logits {4 * B * n * V / 2**20:.0f} MiB, blocks here at most "
         f"{4 * model.CHUNK / 2**20:.0f}; kept for backward beyond the inputs {sum(saved) / 2**20 - inputs:.0f}"
     )
-    print_mebibytes(f"... peak memory, B={B}", *(peak - inputs for peak in peaks), "> 2", note)
+    print_row(f"pooled map, peak memory, B={B}", [tuple(peak - inputs for peak in peaks)], "> 2", note, "MiB")
 
 
 def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> None:
@@ -96,7 +91,7 @@ def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> No
     seconds = race(name, lambda: index.scores(query), dense, repetitions)
     print_row(*seconds, ">= 50", f"{read:,} of {p.nnz:,} postings read")
     sizes = p.data.nbytes + p.indices.nbytes + p.indptr.nbytes, 4 * N * V
-    print_mebibytes("... memory", *(size / 2**20 for size in sizes), ">= 10")
+    print_row(f"{name}: memory", [tuple(size / 2**20 for size in sizes)], ">= 10", unit="MiB")
 
 
 def training_step(repetitions: int) -> None:
@@ -132,23 +127,19 @@ def infonce(repetitions: int) -> None:
     print_row(*race(name, *sides, repetitions), ">= 0.9", "open_clip's is half the sum")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", help="not used: there is no code of the authors")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--images", type=int, default=2, help="batch of the pooled map")
-    parser.add_argument("--representations", type=int, default=100_000)
-    options = parser.parse_args()
-    if min(options.repetitions, options.images, options.representations) < 1:
-        parser.error("--repetitions, --images and --representations start at 1")
-    run.setup(0, "cpu")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(HEAD, flush=True)
-    pooled_map(options.images, 257, 17_149, 4096, min(options.repetitions, 3))
+def measure(options: argparse.Namespace) -> None:
+    pooled_map(options.images, 257, 17_149, 4096, min(options.repetitions, 2))
     pooled_memory(16 * options.images, 257, 17_149, 4096)
     search(options.representations, 17_149, 300, min(10_000, options.representations), options.repetitions)
     training_step(options.repetitions)
     infonce(options.repetitions)
+
+
+def main() -> None:
+    parser = arguments(__doc__, 3)
+    parser.add_argument("--images", type=at_least(1), default=2, help="batch of the pooled map")
+    parser.add_argument("--representations", type=at_least(1), default=100_000)
+    bench(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """TinyCLIP's speed against the authors' code and open_clip: `python -m tests.bench.tinyclip [--upstream PATH]`.
 
-One process, same inputs, same threads; ours and theirs take turns. Prints a Markdown table of medians, and of the ratio
-theirs/ours with its smallest and largest value over the repetitions (above 1: ours is faster); then, at the paper's
+Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints a Markdown table of medians
+and their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster); then, at the paper's
 geometry, measured throughput against MACs. `--upstream` is a clone of wkcn/TinyCLIP@ad981bf; without it the masked
 step is left out.
 """
 
 import argparse
 import itertools
-import logging
 import statistics
-import warnings
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -21,16 +18,14 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
-from shared import run
 from tinyclip import model, train
 from tinyclip.config import Stage
 from tinyclip.eval import macs, throughput
 from tinyclip.geometry import open_clip_config
 from tinyclip.inheritance import random_masks
 
-from ..parity import check_commit
 from ..parity import test_tinyclip as parity
-from . import HEAD, attention, print_row, race, step_row
+from . import arguments, at_least, attention, bench, print_row, race, step_row
 
 
 def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
@@ -153,6 +148,7 @@ def pruned_like(image_m: float, text_m: float) -> model.CLIP:
 
 def proportions(rounds: int) -> None:
     """Pairs per second of ViT-B/32 and its students against their MACs, captions of full length, batch 32, fp32."""
+    print(f"\nThroughput at batch 32, fp32, {torch.get_num_threads()} threads")
     models = {
         "ViT-B-32": model.create_model("ViT-B-32"),
         "TinyCLIP-ViT-61M-32-Text-29M": model.create_model("TinyCLIP-ViT-61M-32-Text-29M"),
@@ -178,37 +174,23 @@ def proportions(rounds: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- script
 
 
+def measure(options: argparse.Namespace) -> None:
+    if options.upstream is not None:
+        up = parity.load(options.upstream)
+        with parity.process_group():
+            affinity(up, 1024, options.repetitions)
+            masked_step(up, options.batch, (8, 30), options.repetitions, "captions of 8 to 30 tokens")
+            masked_step(up, options.batch, (76, 77), options.repetitions, "captions of 77 tokens")
+    for precision in ("bf16", "fp32"):
+        contrastive_step(precision, options.repetitions)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", type=Path, help="clone of wkcn/TinyCLIP at ad981bf")
-    parser.add_argument("--repetitions", type=int, default=3, help="of everything")
-    parser.add_argument("--batch", type=int, default=8, help="pairs of a masked ViT-B/32 step")
-    parser.add_argument("--only", choices=["against", "throughput"], help="one half of it")
-    options = parser.parse_args()
-    if options.upstream is not None and not (options.upstream / "src/training").is_dir():
-        parser.error(f"--upstream {options.upstream} is no clone of wkcn/TinyCLIP")
-    if options.repetitions < 1 or options.batch < 2:
-        parser.error("--repetitions start at 1, --batch at 2")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    run.setup(0, "cpu")
-    libraries = f"open_clip {open_clip.__version__}"
-    print(f"{run.machine()}, {torch.get_num_threads()} threads, {libraries}\n")
-    if options.only != "throughput":
-        print(HEAD, flush=True)
-        if options.upstream is not None:
-            check_commit(options.upstream, "ad981bf")
-            up = parity.load(options.upstream)
-            with parity.process_group():
-                affinity(up, 1024, options.repetitions)
-                masked_step(up, options.batch, (8, 30), options.repetitions, "captions of 8 to 30 tokens")
-                masked_step(up, options.batch, (76, 77), options.repetitions, "captions of 77 tokens")
-        for precision in ("bf16", "fp32"):
-            contrastive_step(precision, options.repetitions)
-        if options.upstream is None:
-            print("\nnot run without --upstream PATH: affinity mimicking, masked step against the authors'")
-    if options.only != "against":
-        proportions(options.repetitions)
+    parser = arguments(__doc__, 2, ("wkcn/TinyCLIP", "ad981bf", "src/training"))
+    parser.add_argument("--batch", type=at_least(2), default=8, help="pairs of a masked ViT-B/32 step")
+    parser.add_argument("--rounds", type=at_least(0), default=3, help="of the table of throughput; 0 leaves it out")
+    after = lambda options: options.rounds and proportions(options.rounds)  # noqa: E731
+    bench(measure, parser.parse_args(), "affinity mimicking, masked step against the authors'", after)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """TL;DR's costly parts against the authors' code: `python -m tests.bench.tldr_reduction --upstream PATH`.
 
-Ratios of times taken in turns in one process, on the same inputs; memory is the growth of the process' peak. The
-authors' functions: VectorQuantizer2 (vq_compress_model/models/quantize.py:213) and Kmeans.cluster (fast_cluster.py:10)
-of showlab/datacentric.vlp@a488102, on the CPU. One million code vectors need no upstream; theirs are not run at that
-size, where they would hold 13 GB.
+Ratios of times taken in turns on the same inputs, each side at its best thread setting; memory is the growth of the
+process' peak. The authors' functions: VectorQuantizer2 (vq_compress_model/models/quantize.py:213) and Kmeans.cluster
+(fast_cluster.py:10) of showlab/datacentric.vlp@a488102, on the CPU. One million code vectors need no upstream; theirs
+are not run at that size, where they would hold 13 GB.
 """
 
 import argparse
-import os
 import time
-import warnings
 from pathlib import Path
 
 import faiss
@@ -18,8 +16,7 @@ import open_clip
 import torch
 
 from shared import run
-from tests.bench import HEAD, print_row, race, step_row
-from tests.parity import check_commit
+from tests.bench import arguments, at_least, bench, print_row, race, step_row
 from tests.parity import test_tldr_reduction as parity
 from tldr_reduction import cluster, model, train
 from tldr_reduction.config import PRESETS
@@ -66,8 +63,8 @@ def quantiser(up, repetitions: int) -> None:
     name = "quantiser forward + backward, [64, 197, 768], K=1024"
     seconds = race(name, lambda: step(ours), lambda: step(theirs), repetitions)
     print_row(*seconds, ">= 1.2", f"gradients within {difference:.0e}")
-    sizes = " | ".join(f"{size:.0f} MiB" for size in memory)
-    print(f"| its peak memory | {sizes} | | | 1 | ours <= 60 % | {100 * memory[0] / memory[1]:.0f} % |", flush=True)
+    share = f"{100 * memory[0] / memory[1]:.0f} %"
+    print_row("quantiser, peak memory", [tuple(memory)], "ours <= 60 %", share, "MiB")
 
 
 def code_vectors(n: int, length: int, patterns: int = 500) -> np.ndarray:
@@ -102,7 +99,8 @@ def clustering(up, n: int, k: int, repetitions: int) -> None:
         objectives["ours"] = cluster.kmeans(features, k, seed)[2][-1].item()
 
     seconds = race(f"whitening + k-means, {n:,} x 197, k={k}", ours, theirs, repetitions)
-    print_row(*seconds, ">= 1", f"objective {objectives['ours']:.1f}, theirs {objectives['theirs']:.1f}")
+    note = f"objective {objectives['ours']:.1f}, theirs {objectives['theirs']:.1f}; faiss {faiss.__version__}"
+    print_row(*seconds, ">= 1", note)
 
 
 def a_million(n: int, k: int, folder: Path) -> None:
@@ -122,7 +120,7 @@ def a_million(n: int, k: int, folder: Path) -> None:
     path.unlink()
     size = n * 197 * 2 / 2**20
     note = f"+{memory:.0f} MiB, codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
-    print(f"| {n:,} code vectors clustered, selected | {seconds:.0f} s | | | | 1 | bounded | {note} |", flush=True)
+    print_row(f"{n:,} code vectors clustered, selected", [(seconds, None)], "bounded", note)
 
 
 def clip_step(repetitions: int, batch: int = 64) -> None:
@@ -155,29 +153,10 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
     step_row(name, batch, precision, ours, theirs, repetitions, target=">= 1")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upstream", type=Path, help="clone of showlab/datacentric.vlp at a488102")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=20_000, help="code vectors of the k-means comparison")
-    parser.add_argument("--clusters", type=int, default=500)
-    parser.add_argument(
-        "--million", type=int, default=1_000_000, help="code vectors of the run at scale; 0 leaves it out"
-    )
-    parser.add_argument("--only", choices=("quantiser", "clustering", "million", "clip"), help="one part")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the code vectors' file")
-    options = parser.parse_args()
-    if options.upstream is not None and not (options.upstream / "fast_cluster.py").is_file():
-        parser.error(f"--upstream {options.upstream} is no clone of showlab/datacentric.vlp")
-    warnings.simplefilter("ignore")
-    run.setup(0, "cpu")
+def measure(options: argparse.Namespace) -> None:
     faiss.omp_set_num_threads(torch.get_num_threads())
-    libraries = f"torch {torch.__version__}, faiss {faiss.__version__}"
-    print(f"{libraries}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
-    print(HEAD, flush=True)
     wanted = lambda part: options.only in (None, part)  # noqa: E731
     if options.upstream is not None:
-        check_commit(options.upstream, "a488102")
         up = parity.load(options.upstream)
         if wanted("quantiser"):
             quantiser(up, options.repetitions)
@@ -187,8 +166,18 @@ def main() -> None:
         clip_step(options.repetitions)
     if options.million and wanted("million"):
         a_million(options.million, 1000, options.folder)
-    if options.upstream is None:
-        print("\nnot run without --upstream PATH: quantiser and clustering against the authors'")
+
+
+def main() -> None:
+    parser = arguments(__doc__, 3, ("showlab/datacentric.vlp", "a488102", "fast_cluster.py"))
+    parser.add_argument("--samples", type=int, default=20_000, help="code vectors of the k-means comparison")
+    parser.add_argument("--clusters", type=int, default=500)
+    parser.add_argument(
+        "--million", type=at_least(0), default=1_000_000, help="code vectors of the run at scale; 0 leaves it out"
+    )
+    parser.add_argument("--only", choices=("quantiser", "clustering", "million", "clip"), help="one part")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the code vectors' file")
+    bench(measure, parser.parse_args(), "quantiser and clustering against the authors'")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""The benches' tables: how rows of several thread settings become one, and that a bench measures under each of them."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests import bench
+from tests.bench import __main__ as every
+
+ROOT = Path(__file__).parents[1]
+BENCH = """
+    import os, time
+    import torch
+    from tests.bench import arguments, bench, print_row, race
+
+    def measure(options):
+        print("a library talks")
+        seconds = 1.0 if os.environ.get("OMP_WAIT_POLICY") else 2.0
+        print_row("alone", [(seconds * torch.get_num_threads(), None)], "bounded", os.environ["OMP_NUM_THREADS"])
+        print_row(*race("pair", lambda: time.sleep(0.01), lambda: time.sleep(0.03), options.repetitions), "> 1")
+
+    if __name__ == "__main__":
+        options = arguments("A bench.", 2, ("authors/code", "abc", "src")).parse_args()
+        bench(measure, options, "theirs", lambda options: print("then", options.repetitions))
+"""
+
+
+def row(ours: list[float], theirs: list[float] = (), name: str = "step", note: str = "", unit: str = "s") -> dict:
+    return {"row": name, "ours": ours, "theirs": list(theirs), "target": ">= 1", "note": note, "unit": unit}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_each_side_counts_at_its_best_setting():
+    lines = bench.merged({
+        "2 threads": [row([0.2, 0.3, 0.4], [0.9, 1.0, 1.2], note="slow"), row([5.0], name="alone")],
+        "2 threads, passive": [row([0.1, 0.2, 0.25], [2.0, 2.0, 2.0], note="best of ours"), row([7.0], name="alone")],
+        "1 thread": [row([0.4, 0.5, 0.6], [1.0, 1.1, 1.5], note="slower"), row([4.0], name="alone")],
+    })  # fmt: skip
+    step, alone = map(cells, lines)
+    assert step[:6] == ["step", "200.0 ms", "1.00 s", "5.00", "3.60 .. 12.00", "3"]
+    assert step[6:] == [">= 1", "ours: 2 threads, passive; theirs: 2 threads", "best of ours"]
+    assert alone == ["alone", "4.00 s", "", "", "", "1", ">= 1", "ours: 1 thread", ""]
+    assert {len(cells(line)) for line in lines} == {len(cells(head)) for head in bench.HEAD.split("\n")}
+
+
+def test_the_first_setting_counts_where_settings_are_equal():
+    found = cells(bench.best_of("memory", {"2 threads": row([8.0], [24], unit="bytes"), "1 thread": row([8.0], [24])}))
+    assert found[1:5] == ["8.0 bytes", "24.0 bytes", "3.00", "3.00 .. 3.00"]
+    assert found[7] == "ours: 2 threads; theirs: 2 threads"
+
+
+def test_rows_that_some_settings_lack():
+    lines = bench.merged({"2 threads": [row([1.0])], "1 thread": [row([2.0], [3.0]), row([1.0], name="more")]})
+    assert cells(lines[0])[1:4] == ["1.00 s", "3.00 s", "3.00"] and cells(lines[1])[0] == "more"
+    with pytest.raises(ValueError, match="two rows are called 'step'"):
+        bench.merged({"1 thread": [row([1.0]), row([2.0])]})
+
+
+def test_settings_of_one_core(monkeypatch: pytest.MonkeyPatch):
+    assert bench.thread_settings()["1 thread"] == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(bench.cli, "cores", lambda: 1)
+    assert list(bench.thread_settings()) == ["1 thread"]
+    monkeypatch.setattr(bench.cli, "cores", lambda: 8)
+    settings = bench.thread_settings()
+    assert list(settings) == ["8 threads", "8 threads, passive", "1 thread"]
+    assert [settings[name].get("OMP_WAIT_POLICY") for name in settings] == [None, "PASSIVE", None]
+
+
+def test_long_repetitions_count_from_the_first_on(monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    functions = (lambda: calls.append("ours")), (lambda: calls.append("theirs"))
+    name, seconds = bench.race("x", *functions, 2, per=2)
+    assert name == "x" and len(seconds) == 2 and calls == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    monkeypatch.setattr(bench, "LONG", -1.0)
+    calls.clear()
+    assert len(bench.race("x", *functions, 2)[1]) == 2 and len(calls) == 4
+
+
+def test_a_bench_runs_under_each_setting(tmp_path: Path):
+    (tmp_path / "slow.py").write_text(textwrap.dedent(BENCH))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "ACTIVE"}
+    command = [sys.executable, "-m", "slow", "--repetitions", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    settings = bench.thread_settings()
+    assert done.stderr.count("a library talks") == len(settings) and "a library talks" not in done.stdout
+    lines = done.stdout.splitlines()
+    alone, pair = (cells(line) for line in lines[4:6])
+    assert lines[2:4] == bench.HEAD.split("\n")
+    best = min(settings, key=lambda name: int(settings[name]["OMP_NUM_THREADS"]) / (1 + ("passive" in name)))
+    assert (alone[1], alone[2], alone[7], alone[8]) == (
+        "2.00 s",
+        "",
+        f"ours: {best}",
+        settings[best]["OMP_NUM_THREADS"],
+    )
+    assert 1 < float(pair[3]) and pair[5] == "1" and re.fullmatch("ours: .*; theirs: .*", pair[7])
+    assert lines[-2:] == ["not run without --upstream PATH: theirs", "then 1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--upstream", "."], "--upstream: . is no clone of authors/code: it has no src"),
+        (["--repetitions", "0"], "--repetitions: 0 is no whole number from 1 on"),
+        (["--repetitions", "1.5"], "--repetitions: 1.5 is no whole number from 1 on"),
+    ],
+)
+def test_wrong_flags_are_refused(flags: list[str], said: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit, match="2"):
+        bench.arguments("A bench.", 2, ("authors/code", "abc", "src")).parse_args(flags)
+    assert said in capsys.readouterr().err
+
+
+def test_all_folders_have_a_bench():
+    assert {path.parent.name for path in ROOT.glob("*/study.py")} == set(every.CLONES)
+    assert all((ROOT / f"tests/bench/{folder}.py").is_file() for folder in every.CLONES)
