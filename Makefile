@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
-SEEDS  ?= 0
+SEEDS  ?= 0 1 2
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 FOLDERS = $(patsubst %/study.py,%,$(wildcard */study.py))

@@ -7,6 +7,7 @@ on upstream's checkpoint files (`--model RN50`), on the embedded corpus and on a
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.metrics import (
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from protoclip.episodes import image_transform
 from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
-from shared import checkpoints, cli, evaluation, export, run
+from shared import checkpoints, cli, evaluation, export, memory, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (
@@ -72,6 +74,8 @@ class Config:
     """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
     gap: str | None = PAIRS
     """Retrieval set whose images and first captions measure the modality gap; None leaves it out."""
+    curve: bool = False
+    """Also measure the checkpoints that --keep-every has kept in run folders, and draw curve.png there."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     export: str | None = None
@@ -309,8 +313,57 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
     plt.close(figure)
 
 
+def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, columns: int = 16, side: int = 48) -> None:
+    """The images nearest to each of the largest K-means prototypes, a row each. U:training/clustering.py:215.
+
+    features (N, E) are those of the set's test images, in their order; K is the number of its classes, at most N.
+    """
+    found, prototypes = kmeans(features, min(len(EvalSet(folder, None).classnames), len(features)))
+    sheet = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
+    place = {}  # of an image in the sheet
+    for row, cluster in enumerate(torch.bincount(found).argsort(descending=True)[:rows].tolist()):
+        members = (found == cluster).nonzero()[:, 0]
+        nearest = (features[members] - prototypes[cluster]).square().sum(dim=1).argsort()[:columns]
+        place |= {image: (row, column) for column, image in enumerate(members[nearest].tolist())}
+
+    def thumbnail(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(memory.square(image.convert("RGB"), side)))
+
+    thumbnails = (x for images, _ in EvalSet(folder, thumbnail).batches(256) for x in images)
+    for i, x in enumerate(thumbnails):
+        if i in place:
+            row, column = place[i]
+            sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = x.numpy()
+    Image.fromarray(sheet).save(path)
+
+
+def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
+    """curve.png of a run folder: METRICS over training seconds, of its kept checkpoints and its last."""
+    folder = Path(path)
+    kept = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
+    if not kept:
+        raise ValueError(f"{folder} has no checkpoint-STEP.pt: train with --keep-every, or leave out --curve")
+    seconds = {line["step"]: line["seconds"] for line in run.read_metrics(folder, "seconds")}
+    points = []
+    for file in kept:
+        step = int(file.stem.split("-")[1])
+        before = max((known for known in seconds if known <= step), default=0)
+        points.append((seconds.get(before, 0.0), evaluated(str(file), cfg, process)))
+    last = evaluated(path, cfg, process)
+    points.append((last["seconds"], last))
+    shown = [key for key in METRICS if key != "seconds" and all(key in metrics for _, metrics in points)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3), squeeze=False)
+    for axis, key in zip(axes[0], shown, strict=True):
+        axis.plot([x for x, _ in points], [metrics[key] for _, metrics in points], marker="o", ms=3)
+        axis.set(title=METRICS[key], xlabel="training seconds")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "curve.png", dpi=110)
+    plt.close(figure)
+
+
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, and features.npz for plots.
+    """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, features.npz, clusters.png.
 
     Not repeated while nothing has changed (`evaluation.measured_run`).
     """
@@ -323,6 +376,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
             with checkpoints.replaced(folder / "features.npz") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
             plot_features([(Path(path).name, *shown)], folder / "features.png")
+            plot_clusters(cfg.probe[-1], x, folder / "clusters.png")
         return metrics
 
     if "@" in path and not Path(path).exists():
@@ -337,6 +391,9 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
         return export_run(export.single(cfg.runs), cfg.export, cfg.model)
     kinds = "run folder or checkpoint file"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
+    if cfg.curve:
+        for path in filter(os.path.isdir, cfg.runs):
+            plot_curve(path, cfg, process)
     if cfg.report:
         evaluation.compare("protoclip", cfg.runs, results, cfg.report)
     return results

@@ -51,7 +51,7 @@ def measured_run(
     path = Path(path)
     checkpoint = path / "checkpoint.pt" if path.is_dir() else path
     folder = path if path.is_dir() else path.with_suffix(".eval")
-    unimportant = ("runs", "report", "export", "times", "workers", "device")
+    unimportant = ("runs", "report", "export", "times", "curve", "workers", "device")
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
     sources = [checkpoint, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "data/emoji"
 
 
-def trained(folder: Path, preset: str, seed: int) -> str:
+def trained(folder: Path, preset: str, seed: int, **more) -> str:
     cfg = dataclasses.replace(
         config.PRESETS[preset][1],
         data=str(EMOJI / "train/00000.tar"),
@@ -37,6 +37,7 @@ def trained(folder: Path, preset: str, seed: int) -> str:
         warmup=2,
         eval_every=1,
         seed=seed,
+        **more,
     )
     return str(train.main(cfg))
 

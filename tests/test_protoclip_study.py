@@ -11,14 +11,19 @@ from protoclip import eval as evaluation
 from protoclip import study
 from shared import checkpoints
 from shared.study import statistics
+from shared.study.floors import Floor
+from shared.study.report import Comparison
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch):
+def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch, tmp_path):
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
     claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
-    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim,)))
+    bars = (Floor("none", lambda: {"groups_id/top1": -1.0}),)
+    changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim, study.CLAIMS[4]), floors=bars)
+    monkeypatch.setattr(study, "STUDY", changed)
+    monkeypatch.chdir(tmp_path)
     evaluation.main(cfg)
     summary = checkpoints.read_json(cfg.report)
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"clip", "protoclip"}
@@ -27,10 +32,15 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
         for seed, value in enumerate(values):
             folder = next(Path(path) for path in cfg.runs if path.endswith(f"{arm}-seed{seed}"))
             assert json.loads((folder / "results.json").read_text())["metrics"]["groups_id/top1"] == value
-            assert (folder / "results.md").is_file() and (folder / "features.png").is_file()
-    expected = statistics.judge(claim, top1["protoclip"], top1["clip"])
-    assert summary["claims"][0] == expected
-    assert expected["verdict"].removesuffix(" at this scale") in capsys.readouterr().out
+            for name in ("results.md", "features.png", "clusters.png"):
+                assert (folder / name).is_file()
+    rows = {row["claim"]: row for row in summary["claims"]}
+    mean = sum(top1["protoclip"]) / 2 - sum(top1["clip"]) / 2
+    assert rows["higher"]["difference"] == pytest.approx(mean) and not rows["higher"]["primary"]
+    assert rows["higher"]["verdict"] in capsys.readouterr().out
+    time = rows[study.CLAIMS[4].claim]
+    assert time["primary"] and time["metric"] == study.TIME and summary["floors"] == {"none": {"groups_id/top1": -1.0}}
+    assert all(values[study.TIME]["mean"] > 0 and "extra_time" in values for values in summary["arms"].values())
     for name in ("protoclip_curves.png", "protoclip_features.png"):
         assert (Path(cfg.report).parent / name).stat().st_size > 10_000
 
@@ -44,3 +54,28 @@ def test_report_refuses_uneven_seeds(cfg: evaluation.Config):
         study.STUDY.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))
     with pytest.raises(ValueError, match="ARM-seedN"):
         study.STUDY.compare(["runs/other"], [{}], Path(cfg.report))
+
+
+def test_seconds_until_clips_accuracy(tmp_path: Path):
+    """The first evaluation at CLIP's last accuracy counts, or all of a run's seconds where it is never reached."""
+    curves = {"clip": [(10, 3.0), (20, 5.0)], "fast": [(6, 4.0), (12, 5.5), (30, 9.0)], "slow": [(15, 1.0), (40, 4.0)]}
+    folders, arms = {}, {}
+    for arm, points in curves.items():
+        folders[arm] = [tmp_path / arm]
+        folders[arm][0].mkdir()
+        lines = [json.dumps({"step": s, "seconds": s, "zero_shot_top1": top1}) for s, top1 in points]
+        (folders[arm][0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        arms[arm] = [{"seconds": float(points[-1][0])}]
+    study.derive(Comparison(arms, [0], folders, set()))
+    assert {arm: values[0][study.TIME] for arm, values in arms.items()} == {"clip": 1.0, "fast": 0.6, "slow": 2.0}
+    assert arms["slow"][0]["extra_time"] == 1.0
+
+
+def test_the_curve_of_kept_checkpoints(tmp_path: Path, cfg: evaluation.Config):
+    run = trained(tmp_path / "kept-seed0", "emoji-clip", 0, keep_every=2, save_every=2)
+    curve = dataclasses.replace(cfg, runs=(run,), report=None, curve=True, probe=())
+    evaluation.main(curve)
+    kept = sorted(path.name for path in Path(run).glob("checkpoint-*"))
+    assert "checkpoint-2.pt" in kept and (Path(run) / "curve.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="has no checkpoint-STEP.pt: train with --keep-every"):
+        evaluation.main(dataclasses.replace(curve, runs=cfg.runs[:1]))

@@ -122,13 +122,13 @@ def test_what_comes_after_others_waits_for_them_but_does_not_bring_them(study: S
 def test_a_failed_command_is_named_and_stops_what_waits_for_it(study: Study):
     arms = (Arm("base", "train bad", heading="Baseline"), Arm("method", "train best --init {base}", heading="Method"))
     with pytest.raises(ValueError, match="'python -m paper.train bad --seed 0 --out runs/paper/base-seed0' failed"):
-        runner.run(dataclasses.replace(study, arms=arms), runner.Options(jobs=1))
+        runner.run(dataclasses.replace(study, arms=arms), runner.Options(seeds=(0,), jobs=1))
     assert order() == ["runs/paper/base-seed0"] and not Path("runs/paper/results.json").exists()
 
 
 def test_what_runs_once_runs_first_and_only_where_it_is_needed(study: Study):
     once = (Once("paper.train corpus --out data"), Once("paper.train other --out data", arms=("late",)))
-    runner.run(dataclasses.replace(study, before=once, claims=()), runner.Options(arms="base"))
+    runner.run(dataclasses.replace(study, before=once, claims=()), runner.Options(seeds=(0,), arms="base"))
     assert order() == ["data", "runs/paper/base-seed0"]
     with pytest.raises(ValueError, match="'python -m paper.train bad --out data' failed"):
         runner.run(dataclasses.replace(study, before=(Once("paper.train bad --out data"),)), runner.Options())
@@ -183,6 +183,43 @@ def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureF
     higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 15.0}),))
     runner.run(higher, runner.Options(seeds=(0,)))
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"
+
+
+def test_ceilings_come_from_committed_results_unless_these_are_made(study: Study):
+    """They take as long as an arm; the floors below are measured each time."""
+    measured = []
+    measure = lambda name: lambda: measured.append(name) or {"top1": 60.0 + len(measured)}  # noqa: E731
+    floors = (Floor("chance", measure("chance")), Floor("labels", measure("labels"), ceiling=True))
+    study = dataclasses.replace(study, floors=floors, more_rows=lambda found: [])
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=1, results="results/paper.json"))
+    assert measured == ["chance", "labels"]
+    Path("runs/paper/floors.json").unlink()
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=1))
+    assert measured == ["chance", "labels", "chance"]
+    assert json.loads(Path("runs/paper/results.json").read_text())["floors"]["labels"] == {"top1": 62.0}
+
+
+def test_metrics_of_several_runs_can_be_claimed(study: Study):
+    def derive(found) -> None:
+        for runs in found.arms.values():
+            for values, base in zip(runs, found.arms["base"], strict=True):
+                values["above"] = values["top1"] - base["top1"]
+
+    claims = (Claim("above", "+4", "above", "method", "base", 1, 4.0),)
+    runner.run(dataclasses.replace(study, derive=derive, claims=claims), runner.Options(seeds=(0, 1), jobs=1))
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["here"].startswith("+5.00")
+
+
+def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
+    """By a process of their own, which finds the study in the paper's folder."""
+    Path("paper/study.py").write_text("import sys\nopen('order.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
+    runner.run(dataclasses.replace(study, alone=True), runner.Options(seeds=(0,), arms="method", jobs=1))
+    lines = [line.split() for line in Path("order.txt").read_text().splitlines()]
+    assert [line[-1] for line in lines if line[0] == "--measure"] == ["runs/paper/method-seed0"]
+    seen = []
+    alone = dataclasses.replace(study, evaluate=lambda runs: seen.extend(runs))
+    runner.run(alone, runner.Options(measure="runs/paper/method-seed0"))
+    assert seen == ["runs/paper/method-seed0"]
 
 
 def test_a_run_that_is_not_finished_is_not_compared(study: Study):

@@ -21,7 +21,7 @@ from shared.study.runner import Study, checked_seeds
 
 @dataclass
 class Options:
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every arm."""
     arms: Literal["core", "all"] = "core"
     """Which arms of each paper."""

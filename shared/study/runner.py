@@ -198,7 +198,7 @@ class Study:
 
 @dataclass
 class Options:
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every arm."""
     arms: str = "core"
     """core, all, or names of arms with spaces between them."""
