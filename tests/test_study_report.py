@@ -1,5 +1,7 @@
 """Results files and the READMEs that are made of them."""
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,24 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     if set(summary) == second:
         assert len(summary["seeds"]) >= 5 and all(len(set(row)) for row in summary["floors"].values())
     assert report.update_readme(file.stem, write=False), "run `make readme`"
+
+
+def sentences(page: str) -> str:
+    """What a README says about its results: the text below its tables, without code, pictures and commands."""
+    text = page.split("<!-- /results -->\n", 1)[1].split("\n## ", 1)[0]
+    return re.sub(r"`[^`]*`|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)|^    .*$", "", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.json")), ids=lambda file: file.stem)
+def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
+    """*Emphasis* names a row or a column of the tables above, which has the numbers."""
+    summary = checkpoints.read_json(file)
+    if "floors" not in summary:
+        pytest.skip("results of before floors")
+    said = sentences((ROOT / file.stem / "README.md").read_text())
+    assert not re.search(r"\d", said), re.findall(r".*\d.*", said)
+    study = importlib.import_module(f"{file.stem}.study").STUDY
+    known = {row["claim"] for row in summary["claims"]} | {study.headings[arm] for arm in summary["arms"]}
+    known |= set(summary["floors"]) | set(study.metrics.values())
+    named = {" ".join(name.split()) for name in re.findall(r"\*([^*]+)\*", said)}
+    assert named and named <= known, sorted(named - known)
