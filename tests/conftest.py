@@ -12,7 +12,11 @@ Families that DIR lacks give no tests, except that the default DIR must have the
 import ast
 import functools
 import json
+import sys
+import types
 from collections import defaultdict
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared import pytest_options
+from shared import checkpoints, pytest_options, run
 
 pytest.register_assert_rewrite("scripts")
 from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
 
-DEFAULT = Path(__file__).resolve().parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = ROOT / "tests/golden"
 deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)
 
 
@@ -34,6 +39,7 @@ class Case(dict):
 
     def __init__(self, path: Path):
         self.path, companion = path, path.with_suffix(".json")
+        self.largest: dict[str, float] = {}  # largest differences that `close` has seen, of values and gradients
         self.json = json.loads(companion.read_text(encoding="utf-8")) if companion.exists() else None
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -51,7 +57,10 @@ class Case(dict):
         torch.testing.assert_close(
             actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{self.path.name}, {name}: {text}"
         )
-        error = ((actual - expected).abs() / (atol + rtol * expected.abs())).nan_to_num()
+        gap = (actual - expected).abs().nan_to_num()
+        kind = "gradients" if "grad" in name else "values"
+        self.largest[kind] = max(self.largest.get(kind, 0.0), gap.max().item() if gap.numel() else 0.0)
+        error = (gap / (atol + rtol * expected.abs())).nan_to_num()
         error = error.max().item() if error.numel() else 0.0
         key = f"{self.path.parent.name}/{self.path.name}"
         deviations[key] = max(deviations.get(key, (0.0, "")), (error, name))
@@ -107,9 +116,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     assert request.param is not None, f"{DEFAULT} has no case of this family"
-    return Case(request.param)
+    found = Case(request.param)
+    yield found
+    if found.largest and found.path.is_relative_to(DEFAULT):
+        about = {"folder": found.path.parent.name, "functions": sorted(names_in(request.function)), **found.largest}
+        request.node.user_properties.append(("measured", about))
+
+
+def names_in(function: Any, depth: int = 2) -> set[str]:
+    """Names that a test uses: its own, and those of functions of its module that it calls."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    for name in sorted(names) if depth > 1 else ():
+        helper = function.__globals__.get(name)
+        if isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__:
+            names |= names_in(helper, depth - 1)
+    return names
 
 
 class GoldenModule(pytest.Module):
@@ -149,6 +176,45 @@ def pytest_configure(config: pytest.Config) -> None:
 def upstream(request: pytest.FixtureRequest) -> Path:
     """The authors' clone; tests that take it are skipped without --upstream."""
     return request.config.getoption("upstream") or pytest.skip("needs --upstream PATH")
+
+
+found_by: dict[str, dict[tuple[str, str], dict]] = defaultdict(dict)  # folder -> (test, against what) -> differences
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Hand over what a parity test's table has compared."""
+    if item.path.parent.name == "parity":
+        compared = sys.modules[item.module.__package__].measured
+        folder = item.path.stem.removeprefix("test_")
+        item.user_properties += [("measured", {"folder": folder, **about}) for about in compared]
+        compared.clear()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect what golden and parity tests measured; processes of pytest-xdist hand it over in their reports."""
+    for kind, about in report.user_properties if report.when == "teardown" else ():
+        if kind == "measured":
+            test = about.get("test") or report.nodeid.split("::")[-1].split("[")[0].removeprefix("test_")
+            row = {"test": test, "functions": about["functions"], "against": about.get("against", "golden data")}
+            rows, key = found_by[about["folder"]], (test, row["against"])
+            before = rows.get(key, {})
+            for side in ("values", "gradients"):
+                known = [each for each in (before.get(side), about.get(side)) if each is not None]
+                row[side] = max(known) if known else None
+            rows[key] = row
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the differences beside those of earlier runs, for the companion pages: runs/parity/FOLDER.json."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for folder, rows in found_by.items():
+        path, stamp = ROOT / f"runs/parity/{folder}.json", {"date": date.today().isoformat(), "commit": run.commit()}
+        earlier = checkpoints.read_json(path)["tests"] if path.is_file() else []
+        kept = {(row["test"], row["against"]): row for row in earlier}
+        kept |= {key: row | {"values": row["values"] or 0.0} | stamp for key, row in rows.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(path, {"tests": sorted(kept.values(), key=lambda row: (row["test"], row["against"]))})
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

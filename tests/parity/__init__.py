@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import time
@@ -123,6 +124,9 @@ def difference(theirs, ours, rtol: float, atol: float) -> tuple[float, bool]:
     return worst, bool((gap <= atol + rtol * a.abs()).all())
 
 
+measured: list[dict] = []  # of the test that runs; tests/conftest.py takes it
+
+
 class Table:
     """One row a component; a difference above tolerance raises AssertionError after the row is noted."""
 
@@ -158,6 +162,9 @@ class Table:
         shown = "-" if gradient is None else f"{gradient:.1e}"
         verdict = ("ok" if good and good_too else "**FAIL**") + (f" ({note})" if note else "")
         self.rows.append([component, self.where(function), own_name, f"{value:.1e}", shown, tolerance, ratio, verdict])
+        differences = {"values": value} | ({} if gradient is None else {"gradients": gradient})
+        names = re.findall(r"\w+", own_name)
+        measured.append({"test": component, "functions": names, "against": "the authors' code", **differences})
         assert good, f"{component}: values differ by {value:.3g}, tolerance {tolerance}"
         assert good_too, f"{component}: gradients differ by {gradient:.3g}, tolerance {tolerance}"
 

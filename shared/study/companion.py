@@ -1,0 +1,354 @@
+"""A paper's folder beside the paper and the authors' code, as one HTML page that opens offline.
+
+    python -m shared.study.companion protoclip [--upstream CLONE] [--out companion]
+
+The README's map is the one source: for each of its rows the page shows what the README says below it (a sentence, an
+equation), the source of our functions, the authors' lines beside them where a clone is given, the numbered details,
+and the largest differences that tests have measured (`runs/parity/FOLDER.json`, written by every test run).
+"""
+
+import ast
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import latex2mathml.converter
+import markdown
+import tyro
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from shared import cli, presets
+from shared.checkpoints import read_json
+
+COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
+ROOT = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)[^`]*`(\w):` is its (?:`([\w./-]+)`|root)")
+
+
+@dataclass(frozen=True)
+class Function:
+    """One of ours: a function, class or method, in a file of the project."""
+
+    file: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Lines of one of the authors' files; a whole file where `first` is None."""
+
+    letter: str
+    path: str
+    first: int | None = None
+    last: int | None = None
+
+
+@dataclass
+class Row:
+    """A row of the map, with what the README says of it below."""
+
+    part: str
+    paper: str
+    ours: str
+    code: str
+    functions: list[Function]
+    places: list[Place]
+    details: list[int]
+    text: str = ""  # Markdown: a sentence, equations
+
+
+@dataclass
+class Readme:
+    """What a page takes of a README."""
+
+    folder: str
+    title: str
+    opening: str
+    method: str
+    rows: list[Row]
+    details: dict[int, str]
+    roots: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # letter -> repository, commit, folder in it
+
+
+# ----------------------------------------------------------------------------------------------------- the README read
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a second-level heading; empty if there is none."""
+    found = re.search(rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+def split_row(line: str) -> list[str]:
+    """Cells of a line of a Markdown table."""
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+
+
+def functions_of(cell: str, folder: str) -> list[Function]:
+    """Functions that a cell names: `file.py` in backticks, then names in backticks, which are in that file."""
+    found, file = [], None
+    for word in re.findall(r"`([^`]+)`", cell):
+        if word.endswith(".py"):
+            file = word if "/" in word else f"{folder}/{word}"
+        elif file is not None and re.fullmatch(r"[\w.]+", word):
+            found.append(Function(file, word))
+    return found
+
+
+def places_of(cell: str) -> list[Place]:
+    """`U:training/loss.py:61, 84-90, data.py:24` -> places; a path without its folder lies beside the one before it."""
+    found: list[Place] = []
+    letter, path = "", ""
+    for entry in re.split(r", *", re.sub(r"\([^)]*\)", "", cell)):
+        match = re.fullmatch(r"(?:([A-Z]):)?(?:([\w./-]+?\.\w+)(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)", entry.strip())
+        if match is None:
+            continue
+        if match[1]:
+            letter = match[1]
+        if match[2]:
+            beside = not match[1] and "/" not in match[2] and "/" in path
+            path = f"{path.rpartition('/')[0]}/{match[2]}" if beside else match[2]
+        first, last = match[3] or match[5], match[4] or match[6]
+        if letter and path:
+            found.append(Place(letter, path, int(first) if first else None, int(last or first) if first else None))
+    return found
+
+
+def numbers_of(cell: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", cell)]
+
+
+def read(folder: str) -> Readme:
+    """The README of a folder. ValueError if it has no map."""
+    page = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    lines = page.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("| part of the paper |")]
+    if not starts:
+        raise ValueError(f"{folder}/README.md has no map: a table that begins with 'part of the paper'")
+    rows = []
+    for line in lines[starts[0] + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = split_row(line)
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"{folder}/README.md: a row of the map has {len(cells)} cells, not {len(COLUMNS)}: {line}")
+        part, paper, ours, code, detail = cells
+        rows.append(Row(part, paper, ours, code, functions_of(ours, folder), places_of(code), numbers_of(detail)))
+    blocks = re.split(r"^\*\*(.+?)\.\*\* ", section(page, "Equations"), flags=re.MULTILINE)
+    said = dict(zip(blocks[1::2], blocks[2::2], strict=True))
+    for row in rows:
+        row.text = said.get(row.part, "").strip()
+    items = re.split(r"^(\d+)\. ", section(page, "Implementation details"), flags=re.MULTILINE)
+    details = {int(n): text.strip() for n, text in zip(items[1::2], items[2::2], strict=True)}
+    method = section(page, "The method in one page").split("| part of the paper |")[0]
+    title, _, opening = page.removeprefix("# ").partition("\n")
+    opening = opening.split("\n## ", 1)[0]
+    joined = " ".join(page.split())
+    roots = {m[3]: (m[1], m[2], m[4] or "") for m in ROOT.finditer(joined)}
+    return Readme(folder, title, opening, method, rows, details, roots)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def definitions(text: str) -> Iterator[tuple[str, int, int]]:
+    """(name, first line, last line) of all functions, classes, methods and assigned names; decorators count."""
+
+    def walk(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, int, int]]:
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                yield prefix + node.name, first, node.end_lineno
+                yield from walk(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    if isinstance(target, ast.Name):
+                        yield prefix + target.id, node.lineno, node.end_lineno
+
+    yield from walk(ast.parse(text).body, "")
+
+
+def source(function: Function) -> tuple[int, str]:
+    """(first line, source) of one of our functions. ValueError if the file has none of that name."""
+    text = Path(function.file).read_text(encoding="utf-8")
+    for name, first, last in definitions(text):
+        if name == function.name:
+            return first, "\n".join(text.splitlines()[first - 1 : last])
+    raise ValueError(f"{function.file} has no {function.name}: mend the README's map")
+
+
+def authors_file(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
+    """The file of a place in a clone of its repository; None without one."""
+    repository, _, below = roots[place.letter]
+    clone = clones.get(repository)
+    path = None if clone is None else clone / below / place.path
+    return path if path is not None and path.is_file() else None
+
+
+def authors_lines(file: Path, place: Place) -> tuple[int, str]:
+    """(first line, text) of a place; of a single line, the function around it."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines, first, last = text.splitlines(), place.first or 1, place.last or 60
+    if place.first is not None and first == last and file.suffix == ".py":
+        around = enclosing(text, first)
+        if around is not None:
+            first, last = around[1], around[2]
+    return first, "\n".join(lines[first - 1 : last])
+
+
+def enclosing(text: str, line: int) -> tuple[str, int, int] | None:
+    """The smallest definition around a line of Python, as `definitions` says it; None for code that does not parse."""
+    try:
+        around = [each for each in definitions(text) if each[1] <= line <= each[2]]
+    except SyntaxError:
+        return None
+    return min(around, key=lambda each: each[2] - each[1], default=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------- HTML
+
+STYLE = """
+:root { color-scheme: light dark } body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 84rem;
+padding: 0 1rem } nav { columns: 18rem; font-size: .92rem } nav a { display: block } h2 { border-top: 1px solid #8884;
+margin-top: 2.5rem; padding-top: 1rem } .sides { display: grid; gap: 1rem; grid-template-columns: 1fr 1fr }
+.sides > div { min-width: 0 } @media (max-width: 60rem) { .sides { grid-template-columns: 1fr } }
+pre { font-size: .8rem; line-height: 1.4; margin: 0; overflow-x: auto; padding: .6rem; border-radius: .3rem }
+.highlight { background: #f6f8fa; color: #222; border-radius: .3rem } .where { color: #777; font-size: .85rem }
+math { font-size: 1.1rem } .equation { overflow-x: auto; padding: .4rem 0 } .detail { border-left: 3px solid #8886;
+margin: .6rem 0; padding-left: .8rem } table { border-collapse: collapse; font-size: .9rem } .wide { overflow-x: auto }
+th, td { border-bottom: 1px solid #8884; padding: .2rem .6rem; text-align: left; vertical-align: top }
+"""
+
+
+def code(text: str, first: int) -> str:
+    """Python with colours and line numbers."""
+    formatter = HtmlFormatter(linenos="inline", linenostart=first, nobackground=True)
+    return highlight(text, PythonLexer(stripnl=False), formatter)
+
+
+def prose(text: str) -> str:
+    """Markdown with $$ equations -> HTML with MathML. ValueError names an equation that cannot be read."""
+    equations: list[str] = []
+
+    def keep(match: re.Match) -> str:
+        try:
+            equations.append(latex2mathml.converter.convert(match[1].strip(), display="block"))
+        except Exception as error:  # the library's own kinds, and what it did not expect
+            raise ValueError(f"an equation could not be read ({type(error).__name__}): {match[1].strip()}") from error
+        return f"\n\nEQUATION{len(equations) - 1}END\n\n"
+
+    found = markdown.markdown(re.sub(r"^\$\$\n(.*?)\n\$\$$", keep, text, flags=re.M | re.S), extensions=["tables"])
+    put = lambda match: f'<div class="equation">{equations[int(match[1])]}</div>'  # noqa: E731
+    return re.sub(r"<p>EQUATION(\d+)END</p>", put, found)
+
+
+def anchor(part: str) -> str:
+    return re.sub(r"\W+", "-", part.lower()).strip("-")
+
+
+def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
+    """The place on GitHub."""
+    repository, commit, below = roots[place.letter]
+    path = f"{below.rstrip('/')}/{place.path}".lstrip("/")
+    lines = "" if place.first is None else f"#L{place.first}-L{place.last}"
+    label = f"{place.letter}:{place.path}" + ("" if place.first is None else f":{place.first}-{place.last}")
+    return (
+        f'<a href="https://github.com/{repository}/blob/{commit}/{html.escape(path)}{lines}">{html.escape(label)}</a>'
+    )
+
+
+def measured(functions: list[Function], tests: list[dict]) -> str:
+    """A table of the largest differences that tests of these functions have found, when and at which commit."""
+    names = {function.name.split(".")[0] for function in functions} | {function.name for function in functions}
+    rows = [test for test in tests if names & set(test["functions"])]
+    if not rows:
+        return ""
+    cells = "".join(
+        f"<tr><td>{html.escape(row['test'])}</td><td>{row['values']:.1e}</td>"
+        f"<td>{'-' if row['gradients'] is None else format(row['gradients'], '.1e')}</td>"
+        f"<td>{html.escape(row['against'])}</td><td>{row['date']}, {html.escape(row['commit'])}</td></tr>"
+        for row in rows
+    )
+    head = "<tr><th>test</th><th>largest difference</th><th>of gradients</th><th>against</th><th>measured</th></tr>"
+    return f'<div class="wide"><table>{head}{cells}</table></div>'
+
+
+def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
+    """One row of the map: what it says, both sources, details, differences."""
+    ours = []
+    for function in row.functions:
+        first, text = source(function)
+        ours.append(f'<p class="where">{html.escape(function.file)}:{first}</p>{code(text, first)}')
+    theirs = []
+    for place in row.places:
+        file = authors_file(place, readme.roots, clones)
+        theirs.append(f'<p class="where">{link_to(place, readme.roots)}</p>')
+        if file is not None:
+            first, text = authors_lines(file, place)
+            theirs.append(code(text, first))
+    details = "".join(
+        f'<div class="detail"><b>{n}.</b> {prose(readme.details[n])}</div>' for n in row.details if n in readme.details
+    )
+    return (
+        f'<h2 id="{anchor(row.part)}">{html.escape(row.part)} <a href="#top">↑</a></h2>'
+        f'<p class="where">paper: {html.escape(row.paper)}</p>{prose(row.text)}'
+        f'<div class="sides"><div>{"".join(ours) or prose(row.ours)}</div>'
+        f"<div>{''.join(theirs) or prose(row.code)}</div></div>{details}{measured(row.functions, tests)}"
+    )
+
+
+NOTHING = "<p>No differences have been measured here: <code>make test</code> and <code>make parity-*</code> do.</p>"
+
+
+def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
+    """The whole page."""
+    links = "".join(f'<a href="#{anchor(row.part)}">{html.escape(row.part)}</a>' for row in readme.rows)
+    body = "".join(row_html(row, readme, clones, tests) for row in readme.rows)
+    colours = HtmlFormatter(nobackground=True).get_style_defs(".highlight")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(readme.title)}</title>'
+        f'<style>{STYLE}{colours}</style></head><body><h1 id="top">{html.escape(readme.title)}</h1>'
+        f"{prose(readme.opening)}<nav>{links}</nav><h2>The method in one page</h2>{prose(readme.method)}"
+        f"{'' if tests else NOTHING}{body}</body></html>\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- script
+
+
+def clones_of(readme: Readme, upstream: Path | None) -> dict[str, Path]:
+    """Repository -> its clone: `upstream` itself for the first root, and clones beside it for the others."""
+    if upstream is None:
+        return {}
+    repositories = list(dict.fromkeys(repository for repository, *_ in readme.roots.values()))
+    beside = {each: upstream.parent / each.partition("/")[2] for each in repositories[1:]}
+    return {repositories[0]: upstream} | {each: path for each, path in beside.items() if path.is_dir()}
+
+
+def main(folder: tyro.conf.Positional[str], upstream: Path | None = None, out: Path = Path("companion")) -> None:
+    """Write one paper's companion page.
+
+    Args:
+        folder: The paper's folder.
+        upstream: Clone of the authors' repository, whose lines then stand beside ours.
+        out: Folder for FOLDER.html.
+    """
+    name = folder.replace("-", "_")
+    if name not in presets.folders():
+        raise ValueError(f"{folder} is no paper's folder; those are {', '.join(presets.folders())}")
+    if upstream is not None and not upstream.is_dir():
+        raise ValueError(f"--upstream {upstream} is no folder")
+    readme, file = read(name), Path(f"runs/parity/{name}.json")
+    tests = read_json(file)["tests"] if file.is_file() else []
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.html"
+    path.write_text(page(readme, clones_of(readme, upstream), tests), encoding="utf-8")
+    print(f"{path}: {len(readme.rows)} parts, {sum(len(row.functions) for row in readme.rows)} functions of ours")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: tyro.cli(main, prog="python -m shared.study.companion"))
