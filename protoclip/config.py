@@ -203,9 +203,7 @@ def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc3m/{00000..00331}.tar")
     if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
-        raise ValueError(
-            f"--lock-image has weights of EfficientNet-Lite0 only, --model Lite0-emoji, not of {cfg.model}"
-        )
+        raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "

@@ -90,9 +90,7 @@ class ProtoCLIP(open_clip.CLIP):
         return self
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        if image.ndim == 4:
-            return super().encode_image(image, normalize)
-        z = self.visual.head(image)  # (B, C) features of a locked trunk, computed beforehand
+        z = self.visual(image) if image.ndim == 4 else self.visual.head(image)  # features of a locked trunk (B, C)
         return F.normalize(z, dim=-1) if normalize else z
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
