@@ -73,6 +73,7 @@ def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):
     episodes.draw(0)
     for what in ("train", "extract"):
         for index, features, *_ in episodes.loader(what):
+            rows = episodes.rows[index].tolist()
             images = torch.stack([view(data.read_or_next(episodes.pairs, row, []).image) for row in rows])
             with torch.no_grad():
                 torch.testing.assert_close(features, model.visual.trunk(images), atol=1e-4, rtol=1e-4)
@@ -90,7 +91,7 @@ def test_protoclip_goes_on_where_it_stopped_and_is_evaluated_without_the_package
     cfg: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     external = {"w_proto": 1.0, "w_external": 1.0, "external_teacher": str(TEACHER)}
-    sizes = {"episodes": 3, "k": 4, "hidden_dim": 32, "projection_dim": 16, "save_every": 1}
+    sizes = {"episodes": 3, "k": 4, "hidden_dim": 32, "projection_dim": 16, "save_every": 2}
     outs = [tmp_path / f"locked-{i}" for i in range(2)]
     cfgs = [dataclasses.replace(cfg, **external, **sizes, out=str(out)) for out in outs]
     train.main(cfgs[0])
