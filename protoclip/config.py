@@ -7,8 +7,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from shared import cli
+from shared import cli, export
 from shared.presets import EMBEDDED, Row
+from shared.pretrained import LITE0
 
 
 @dataclasses.dataclass
@@ -29,6 +30,9 @@ class Config:
 
     model: str = "RN50"
     """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
+    lock_image: bool = False
+    """The image trunk keeps its pretrained weights, and only its projection learns. For EfficientNet-Lite0
+    (--model Lite0-emoji). With --keep-in-memory its features of the whole images are computed once, without crops."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     hidden_dim: int = 2048
@@ -156,7 +160,7 @@ EMOJI = Config(
     crop_ratio=(0.85, 1.18),
     augmentation="default",
     k=200,
-    episodes=28,
+    episodes=30,
     episode_size=8_912,
     batch_size=512,
     lr=5e-3,
@@ -198,6 +202,8 @@ PRESETS = {
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc3m/{00000..00331}.tar")
+    if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
+        raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "

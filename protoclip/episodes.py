@@ -16,9 +16,13 @@ from torchvision.transforms import InterpolationMode, functional
 
 from shared import data, memory, run
 
+STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
-def image_transform(size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) normalised with CLIP's statistics. U:open_clip/transform.py:13.
+
+def image_transform(
+    size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=STATISTICS
+) -> transforms.Compose:
+    """PIL RGB -> (3, size, size) normalised with `statistics` (mean, std), CLIP's own. U:open_clip/transform.py:13.
 
     `crop` replaces the augmentation's own range of areas.
     """
@@ -35,8 +39,7 @@ def image_transform(size: int, train: bool, light: bool = False, crop=None, rati
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([transforms.GaussianBlur(kernel_size=21)], p=0.2),
         ]
-    normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return transforms.Compose([*steps, normalise])
+    return transforms.Compose([*steps, data.ToNormalizedTensor(*statistics)])
 
 
 class BatchTransform:
@@ -44,11 +47,12 @@ class BatchTransform:
 
     COUNT = 13  # random numbers an item
 
-    def __init__(self, size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3)):
+    def __init__(
+        self, size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=STATISTICS
+    ):
         self.size, self.light = size, train and light
         self.scale = (crop or ((0.5, 1.0) if light else (0.9, 1.0))) if train else (1.0, 1.0)
         self.ratio = ratio if train else (1.0, 1.0)
-        statistics = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in statistics)
 
     def __call__(self, pixels: Tensor, u: Tensor) -> Tensor:
@@ -58,6 +62,11 @@ class BatchTransform:
             images = light_colours(images.div_(255), u[:, 5:]).mul_(255)
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def as_it_is(features: Tensor, u: Tensor) -> Tensor:
+    """The view of features (B, C) that a locked trunk has computed of whole images: themselves."""
+    return features
 
 
 def light_colours(images: Tensor, u: Tensor) -> Tensor:

@@ -31,8 +31,13 @@ from sklearn.metrics import (
 from torch import Tensor, nn
 
 from protoclip.episodes import image_transform
+<<<<<<< HEAD
 from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
 from shared import checkpoints, cli, evaluation, export, memory, run
+=======
+from protoclip.model import ProtoCLIP, create_model, image_side, image_statistics, kmeans
+from shared import checkpoints, cli, evaluation, export, run
+>>>>>>> lite
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (
@@ -221,7 +226,7 @@ def load_any(path: str, name: str) -> tuple[nn.Module, Callable, Callable]:
     if "@" in path and not Path(path).exists():
         return load_pretrained(path)
     model, name = load_model(path, name)
-    transform = image_transform(image_side(model), train=False)
+    transform = image_transform(image_side(model), train=False, statistics=image_statistics(model))
     return model, transform, open_clip.get_tokenizer(name, context_length=model.context_length)
 
 
@@ -232,7 +237,9 @@ def export_run(path: str, folder: str, name: str) -> None:
     config = export.named_config(name, image_side(model), quick_gelu=quick_gelu)
     extra = ("text_projection_head.", "image_projection_head.", "logit_scale_proto")
     towers = {key: value for key, value in model.state_dict().items() if not key.startswith(extra)}
-    export.write(folder, model, config, towers, image_transform(image_side(model), train=False))
+    mean, std = image_statistics(model)
+    transform = image_transform(image_side(model), train=False, statistics=(mean, std))
+    export.write(folder, model, config, towers, transform, mean=mean, std=std)
 
 
 # ---------------------------------------------------------------------------------------------------- one checkpoint

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import clip, export
+from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 
 # ------------------------------------------------------------------------------------------------- encoders and heads
 
@@ -74,12 +75,32 @@ class ProtoCLIP(open_clip.CLIP):
             self.text_projection_head = projection_head(embed_dim, hidden_dim, projection_dim, num_layers)
             self.image_projection_head = copy.deepcopy(self.text_projection_head)  # both start equal: U:...:434
             self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.locked = False
+
+    def lock_trunk(self) -> None:
+        """Upstream's --lock-image: the image tower's trunk stays as it is, batch norms too; its projection learns."""
+        self.visual.lock()
+        self.locked = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ProtoCLIP":
+        super().train(mode)
+        if self.locked:
+            self.visual.trunk.eval()
+        return self
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        z = self.visual(image) if image.ndim == 4 else self.visual.head(image)  # features of a locked trunk (B, C)
+        return F.normalize(z, dim=-1) if normalize else z
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         return clip.encode_text(self, text, normalize)  # open_clip's, without padding
 
     def forward(self, image: Tensor, text: Tensor) -> ProtoCLIPOutput:
-        """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast."""
+        """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast.
+
+        In place of an image, the features of a locked trunk (B, C) will do.
+        """
         z_image, z_text = self.encode_image(image), self.encode_text(text)
         h_image = h_text = scale_proto = None
         if self.logit_scale_proto is not None:  # the heads see the *unnormalised* embeddings
@@ -118,6 +139,8 @@ def create_model(
         vision["image_size"] = image_size
     quick_gelu = "timm_model_name" not in vision
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
+    lite0, clips = (LITE0_MEAN, LITE0_STD), (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    model.visual.image_mean, model.visual.image_std = lite0 if vision.get("timm_model_name") == LITE0 else clips
     return model.to(memory_format=torch.channels_last)  # of 4-d weights; convolutions are faster so, ViTs do not mind
 
 
@@ -125,6 +148,11 @@ def image_side(model: open_clip.CLIP) -> int:
     """Pixels S of the model's square input; open_clip's towers keep it as a number or a pair."""
     size = model.visual.image_size
     return size[0] if isinstance(size, tuple) else size
+
+
+def image_statistics(model: open_clip.CLIP) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, 0 to 1, that the model's images are normalised by."""
+    return model.visual.image_mean, model.visual.image_std
 
 
 # ----------------------------------------------------------------------------------------------------------- losses

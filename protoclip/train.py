@@ -29,6 +29,7 @@ from protoclip.episodes import (  # noqa: F401
     BatchTransform,
     EpisodeDataset,
     Episodes,
+    as_it_is,
     ascii_caption,
     episode_loader,
     image_transform,
@@ -40,11 +41,13 @@ from protoclip.model import (
     build_prototypes,
     create_model,
     image_side,
+    image_statistics,
     kmeans_error,
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
 from shared import cli, data, memory, run
+from shared.pretrained import efficientnet_lite0, lite0_features
 from shared.run import gather
 from shared.zeroshot import quick_top1
 
@@ -229,13 +232,18 @@ def batch_statistics(output: ProtoCLIPOutput) -> dict[str, Tensor]:
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
+    if cfg.lock_image:
+        model.lock_trunk()
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
     total, samples = cfg.steps_per_episode() * cfg.episodes, cfg.episode_size * cfg.episodes
     rows = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
     episodes = sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1})
     size = image_side(model)
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
+    if cfg.lock_image and cfg.keep_in_memory:
+        images = torch.zeros(2, model.visual.trunk.num_features)
     cli.show_plan(
         [
             ("parameters", f"{parameters:,} (projection heads {heads:,})"),
@@ -255,8 +263,8 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             *cli.memory_rows(
                 lambda: model(images, tokens),
                 cfg.batch_size / world_size,
-                parameters,
-                24 * cfg.k * cfg.projection_dim if cfg.heads else 0,
+                trained,
+                4 * (parameters - trained) + (24 * cfg.k * cfg.projection_dim if cfg.heads else 0),
                 "gradients, AdamW, prototypes",
             ),
         ]
@@ -266,7 +274,8 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 class EpisodicData:
     """What the script reads of an episode: the loader of its extraction pass and that of its training pass."""
 
-    def __init__(self, cfg: Config, process: run.Process, size: int, tokenizer: Callable):
+    def __init__(self, cfg: Config, process: run.Process, model: nn.Module, tokenizer: Callable):
+        size, statistics = image_side(model), image_statistics(model)
         self.cfg, self.process, self.tokenizer, self.broken = cfg, process, tokenizer, []
         self.episodes = Episodes(cfg)
         pairs = self.episodes.pairs
@@ -277,12 +286,17 @@ class EpisodicData:
         if self.teacher is not None and pairs is not None:  # else a hole would show after the first episode only
             self.teacher.find(pairs, np.arange(len(pairs)))
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
-        self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio)
-        self.eval_view = view_of(size, train=False)
+        self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
+        self.eval_view = view_of(size, train=False, statistics=statistics)
         self.remembered = None
         if cfg.keep_in_memory:
             tokenize = lambda captions: tokenizer([ascii_caption(caption) for caption in captions])  # noqa: E731
-            self.remembered = memory.read(pairs, 2 * size, tokenize, process).to(process.device)
+            self.remembered = memory.read(pairs, size if cfg.lock_image else 2 * size, tokenize, process)
+            if cfg.lock_image:
+                features = lite0_features(self.remembered.pixels, device=process.device, precision=cfg.precision)
+                self.remembered = self.remembered._replace(pixels=features)
+                self.train_view = self.eval_view = as_it_is
+            self.remembered = self.remembered.to(process.device)
 
     def draw(self, episode: int) -> None:
         """Draw the rows of an episode."""
@@ -327,6 +341,9 @@ def main(cfg: Config) -> Path | None:
 
     # Model, tokenizer, optimizer; from the checkpoint if there is one
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
+    if cfg.lock_image:
+        model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
+        model.lock_trunk()
     model.to(process.device)
     tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw(), fused=True)
@@ -338,8 +355,8 @@ def main(cfg: Config) -> Path | None:
     first, start, prototypes = (folder.state[name] for name in ("episode", "batch", "prototypes"))
 
     # Data
-    size = image_side(model)
-    episodes = EpisodicData(cfg, process, size, tokenizer)
+    episodes = EpisodicData(cfg, process, model, tokenizer)
+    whole_image = image_transform(image_side(model), train=False, statistics=image_statistics(model))
     if folder.state.get("data", episodes.fingerprint) != episodes.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main and process.world_size > 1:
@@ -365,8 +382,8 @@ def main(cfg: Config) -> Path | None:
         done, last, start, prototypes = per_episode * (episode + 1), episode + 1 == cfg.episodes, 0, None
         if process.main and cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or last):
             with folder.clock.paused():
-                view, dtype = image_transform(size, train=False), run.DTYPES[precision]
-                top1 = quick_top1(model, tokenizer, view, cfg.eval_set, process.device, dtype)
+                dtype = run.DTYPES[precision]
+                top1 = quick_top1(model, tokenizer, whole_image, cfg.eval_set, process.device, dtype)
             folder.log(done, episode=episode, zero_shot_top1=top1)
         data.report_broken(episodes.broken, process, f"episode {episode + 1}")
         if folder.due(done) or last:

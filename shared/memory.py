@@ -22,7 +22,7 @@ from shared.tars import Broken
 class InMemory(NamedTuple):
     """All pairs of a small corpus, in the order of its rows."""
 
-    pixels: Tensor  # (N, 3, H, H) uint8
+    pixels: Tensor  # (N, 3, H, H) uint8; or features (N, D) that a frozen network has computed of them
     tokens: Tensor  # (N, L) int64
     labels: np.ndarray  # (N,) int64, equal where captions are
     broken: list[Broken]  # samples whose place a neighbour took

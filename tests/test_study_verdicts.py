@@ -11,7 +11,7 @@ from shared.study.statistics import Claim
 from shared.study.verdicts import Scatter, holm, judged, own, pooled, shown, verdict
 
 CLAIM = Claim("higher", "+4", "m", "ours", "base", 1, 4.0, True, 1.0)
-FLOORS = {"chance": {"m": 1.0}, "pixels": {"m": 30.0}}
+FLOORS = [((), {"m": 1.0}), ((), {"m": 30.0}), (("ours", "other"), {"m": 46.0})]  # chance, pixels, a pretrained tower
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,20 @@ FLOORS = {"chance": {"m": 1.0}, "pixels": {"m": 30.0}}
     ],
 )
 def test_words_and_their_precedence(claim: Claim, mean: float, half: float | None, strongest: float, word: str):
-    assert verdict(claim, mean, half, strongest, verdicts.floor_of("m", FLOORS)) == word and word in verdicts.VERDICTS
+    assert verdict(claim, mean, half, strongest, verdicts.floor_of(CLAIM, FLOORS)) == word and word in verdicts.VERDICTS
 
 
 def test_no_floor_of_a_metric_is_no_obstacle():
-    assert verdicts.floor_of("seconds", FLOORS) is None and verdict(CLAIM, 5.0, 0.5, -3.0, None) == "reproduced"
+    seconds = CLAIM._replace(metric="seconds")
+    assert verdicts.floor_of(seconds, FLOORS) is None and verdict(CLAIM, 5.0, 0.5, -3.0, None) == "reproduced"
+
+
+def test_a_floor_of_some_arms_counts_for_claims_between_them():
+    between, mixed = CLAIM._replace(baseline="other"), CLAIM._replace(method="other")
+    assert [verdicts.floor_of(claim, FLOORS) for claim in (CLAIM, mixed, between)] == [30.0, 30.0, 46.0]
+    found = arms([39.0, 41.0, 42.0], [45.0, 45.2, 45.9], [43.0, 43.2, 43.9])
+    rows = judged([CLAIM._replace(effect=None), between._replace(effect=None)], found, FLOORS, together=False)
+    assert [row["verdict"] for row in rows] == ["reproduced", "has not learned"]
 
 
 def test_own_scatter_is_that_of_differences():
@@ -109,28 +118,28 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
 def test_primary_claims_hold_together_where_asked():
     found = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
     claims = [CLAIM, CLAIM._replace(claim="again"), CLAIM._replace(claim="other", primary=False)]
-    alone, together = (judged(claims, found, {}, together=both) for both in (False, True))
+    alone, together = (judged(claims, found, [], together=both) for both in (False, True))
     assert together[0]["resolves"] > alone[0]["resolves"] and together[2]["resolves"] == alone[2]["resolves"]
 
 
 def test_scatter_of_earlier_results_is_used_where_it_knows_more():
     one = arms([40.0], [45.0])
-    assert judged([CLAIM], one, {}, False)[0]["interval"] is None
-    known = judged([CLAIM], one, {}, False, {"m": Scatter(0.5, 20)})[0]
+    assert judged([CLAIM], one, [], False)[0]["interval"] is None
+    known = judged([CLAIM], one, [], False, {"m": Scatter(0.5, 20)})[0]
     assert known["resolves"] == pytest.approx(stats.t.ppf(0.975, 20) * 0.5) and known["verdict"] == "reproduced"
     three = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
-    few = judged([CLAIM], three, {}, False, {"m": Scatter(99.0, 2)})[0]
+    few = judged([CLAIM], three, [], False, {"m": Scatter(99.0, 2)})[0]
     assert few["resolves"] < 5  # the study's own has more degrees of freedom
 
 
 def test_what_is_negligible_is_at_most_half_the_effect():
     with pytest.raises(ValueError, match="more than half of the paper's effect"):
-        judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), {}, False)
+        judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), [], False)
 
 
 def test_tables_star_primary_claims_and_leave_old_rows_alone():
     old = {"claim": "a", "paper": "-", "here": "+1.00 ± 0.50", "verdict": "not resolved at this scale"}
-    rows = judged([CLAIM], arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6]), {}, False)
+    rows = judged([CLAIM], arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6]), [], False)
     lines = shown([*rows, verdicts.not_testable("ImageNet", "55.22", "needs CC3M", primary=True), old])
     assert lines[0]["claim"] == "★ higher" and lines[0]["here"].startswith("+5.03 ± ")
     assert lines[1] == {

@@ -27,6 +27,9 @@ class Floor:
     name: str
     measure: Callable[[], dict[str, float]]
     ceiling: bool = False
+    arms: tuple[str, ...] = ()
+    """Arms whose part it is about, such as a pretrained tower: only claims between these are to be above it, and it is
+    measured only where one of them is. Empty: all."""
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:

@@ -171,21 +171,22 @@ class Study:
         self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
-    def measured_floors(self, path: Path) -> dict[str, dict[str, float]]:
-        """{floor: {metric: value}}, kept in runs/FOLDER/floors.json.
+    def measured_floors(self, path: Path, arms: Container[str]) -> dict[str, dict[str, float]]:
+        """{floor: {metric: value}} of floors that concern these arms, kept in runs/FOLDER/floors.json.
 
         Ceilings take as long as an arm: they come from the committed results, unless these are what is made (`path`).
         """
         committed, kept = Path(f"results/{self.folder}.json"), Path(f"runs/{self.folder}/floors.json")
         known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
-        known = {floor.name: known.get("floors", {}).get(floor.name) for floor in self.floors if floor.ceiling}
-        measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in self.floors}  # noqa: E731
-        return evaluation.measured(kept, {"floors": [floor.name for floor in self.floors], "known": known}, (), measure)
+        floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
+        known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
+        measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
+        return evaluation.measured(kept, {"floors": [floor.name for floor in floors], "known": known}, (), measure)
 
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
         """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
-        floors, committed = self.measured_floors(path), Path(f"results/{self.folder}.json")
-        bars = {floor.name: floors[floor.name] for floor in self.floors if not floor.ceiling}
+        floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.folder}.json")
+        bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
         known = report.known_scatter(committed, found)
         if known:
             print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")

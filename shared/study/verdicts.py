@@ -25,6 +25,7 @@ VERDICTS = {  # in this precedence
     "no claim": "the paper claims nothing here; the difference is only shown",
 }
 LEVEL = 0.05
+Bars = Sequence[tuple[Sequence[str], dict[str, float]]]  # floors: (arms between which claims count, or all; by metric)
 
 
 class Scatter(NamedTuple):
@@ -104,15 +105,17 @@ def verdict(claim: Claim, mean: float, half: float | None, strongest: float, flo
     return "reproduced"
 
 
-def floor_of(metric: str, floors: dict[str, dict[str, float]]) -> float | None:
-    """The highest floor of a metric; None where it has none."""
-    return max((values[metric] for values in floors.values() if metric in values), default=None)
+def floor_of(claim: Claim, floors: Bars) -> float | None:
+    """The highest floor of a claim's metric among those that count for its arms; None where there is none."""
+    both = {claim.method, claim.baseline}
+    counting = [values for arms, values in floors if not arms or both <= set(arms)]
+    return max((values[claim.metric] for values in counting if claim.metric in values), default=None)
 
 
 def judged(
     claims: Iterable[Claim],
     arms: dict[str, list[dict]],
-    floors: dict[str, dict[str, float]],
+    floors: Bars,
     together: bool,
     known: dict[str, Scatter] | None = None,
 ) -> list[dict[str, Any]]:
@@ -147,7 +150,7 @@ def judged(
                 "difference": mean,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
-                "verdict": verdict(claim, mean, half, strongest, floor_of(claim.metric, floors)),
+                "verdict": verdict(claim, mean, half, strongest, floor_of(claim, floors)),
             }
         )
     return rows

@@ -11,6 +11,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -226,6 +227,8 @@ def matmul_peak(precision: str, size: int = 2048) -> float:
 
 
 def shown(value: float, unit: str = "s") -> str:
+    if math.isinf(value):
+        return "not reached"
     if unit == "s":
         return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"

@@ -7,6 +7,8 @@ megvii-research/protoclip@fde1933; without it only open_clip's training step is 
 
 import argparse
 import dataclasses
+import math
+import os
 import statistics
 import tempfile
 import time
@@ -19,14 +21,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import tyro
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
-from protoclip import model, train
+from protoclip import model, study, train
 from shared import run
+from shared.study import floors
 
 from ..parity import test_protoclip as parity
-from . import arguments, at_least, attention, bench, print_row, race, step_row
+from . import SETTING, arguments, at_least, attention, bench, print_row, race, step_row
 
 CPU = run.Process(0, 1, torch.device("cpu"))
 
@@ -90,15 +94,16 @@ def prototype_stage(up, n: int, k: int, repetitions: int) -> None:
 # ---------------------------------------------------------------------------------------------------- training steps
 
 
-def batches(size: int, steps: int, samples: int = 2048) -> list:
-    """(index, images, tokens) of the emoji preset's shapes."""
+def batches(size: int, side: int, steps: int, samples: int = 2048) -> list:
+    """(index, images, tokens) as the emoji presets' loader makes them, images of `side` pixels."""
     lengths = torch.randint(4, 24, (size, 1))
     position = torch.arange(24)
     found = []
     for _ in range(steps):
         tokens = torch.randint(1, 49406, (size, 24)) * (position < lengths)
         tokens[position == lengths.clamp(max=23)] = 49407
-        found.append((torch.randint(0, samples, (size,)), torch.randn(size, 3, 40, 40), tokens))
+        images = torch.randn(size, 3, side, side).contiguous(memory_format=torch.channels_last)
+        found.append((torch.randint(0, samples, (size,)), images, tokens))
     return found
 
 
@@ -115,16 +120,16 @@ def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Ca
     return network, one_pass
 
 
-def clip_step(precision: str, repetitions: int, steps: int) -> None:
-    """The CLIP arm's step against open_clip_train's on the same towers, from the same weights."""
-    cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], precision=precision)
+def clip_step(name: str, size: int, precision: str, repetitions: int, steps: int) -> None:
+    """A CLIP step on batches of `size` against open_clip_train's on the same towers, from the same weights."""
+    cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], model=name, batch_size=size, precision=precision)
     network, one_pass = our_trainer(cfg)
-    towers = open_clip.create_model("ViT-emoji", output_dict=True)
+    towers = open_clip.create_model(name, output_dict=True)
     towers.load_state_dict(network.state_dict())
     flags = SimpleNamespace(
         device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
         local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
-        grad_clip_norm=cfg.max_grad_norm, batch_size=128, wandb=False,
+        grad_clip_norm=cfg.max_grad_norm, batch_size=size, wandb=False,
     )  # fmt: skip
     named = list(towers.named_parameters())
     gains = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
@@ -133,8 +138,8 @@ def clip_step(precision: str, repetitions: int, steps: int) -> None:
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw())
     scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode() * cfg.episodes)
     loss = open_clip.ClipLoss(cache_labels=True)
-    loader = batches(128, steps)
-    theirs = parity.Loader([batch[1:] for batch in loader], 128 * steps)
+    loader = batches(size, model.image_side(network), steps)
+    theirs = parity.Loader([(images.contiguous(), tokens) for _, images, tokens in loader], size * steps)
     data = {"train": SimpleNamespace(dataloader=theirs, set_epoch=lambda _: None)}
 
     def open_clips(flash):
@@ -145,17 +150,15 @@ def clip_step(precision: str, repetitions: int, steps: int) -> None:
         with attention(False):
             one_pass(loader)
 
-    name = f"CLIP step, ViT-emoji, batch 128, {precision}"
+    row = f"CLIP step, {name}, batch {size}, {precision}: open_clip"
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
-        step_row(
-            f"{name}: open_clip {what}", 128, precision, ours, partial(open_clips, flash), repetitions, steps, ">= 1"
-        )
+        step_row(f"{row} {what}", size, precision, ours, partial(open_clips, flash), repetitions, steps, ">= 1")
 
 
 def protoclip_step(up, repetitions: int, steps: int) -> None:
     """The ProtoCLIP arm's step against the authors' train_one_epoch, fp32, same weights and prototypes."""
-    preset = train.PRESETS["emoji"][1]
-    cfg = dataclasses.replace(preset, precision="fp32", infonce_warmup=0)
+    sizes = {"model": "ViT-emoji", "batch_size": 128, "episode_size": 2_048}
+    cfg = dataclasses.replace(train.PRESETS["emoji"][1], **sizes, precision="fp32", infonce_warmup=0)
     n, k, p = cfg.episode_size, cfg.k, cfg.projection_dim
     args = SimpleNamespace(**{
         **parity.TRAIN, "projection_hidden_dim": cfg.hidden_dim, "projection_dim": p, "episode_size": n, "k": k,
@@ -164,7 +167,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
     })  # fmt: skip
     image, text, external = clustered(n, k, p), clustered(n, k, p), clustered(n, k, 64)
     network, one_pass = our_trainer(cfg, model.build_prototypes(image, text, k, external))
-    config = open_clip.get_model_config("ViT-emoji")
+    config = open_clip.get_model_config(cfg.model)
     towers = up.model.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], args=args)
     towers.load_state_dict(network.state_dict())
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +176,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
         clustering = parity.their_prototypes(up, image, text, f"{folder}/teacher.npy", torch.arange(n), **flags)
     optimizer = parity.optimizer_groups(up, towers, args)
     scheduler = up.scheduler.protoclip_cosine_lr(optimizer, cfg.lr, cfg.lr, cfg.warmup, 640, 640, 0, 640)
-    loader = batches(cfg.batch_size, steps, n)
+    loader = batches(cfg.batch_size, model.image_side(network), steps, n)
 
     def theirs(flash):
         with attention(flash):
@@ -183,23 +186,80 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
         with attention(False):
             one_pass(loader)
 
-    name = f"ProtoCLIP step, ViT-emoji, batch {cfg.batch_size}, K={k}, fp32"
+    name = f"ProtoCLIP step, {cfg.model}, batch {cfg.batch_size}, K={k}, fp32"
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
         step_row(f"{name}: theirs {what}", cfg.batch_size, "fp32", ours, partial(theirs, flash), repetitions, steps)
+
+
+# --------------------------------------------------------------------------------------------- seconds to the floor
+
+
+def trained(arm: str, eval_set: str, every: int, seed: int) -> tuple[train.Config, float, list[dict]]:
+    """Train an arm of the study on a core, its zero-shot accuracy measured after each `every` episodes.
+
+    Returns its settings, the seconds before its first step, in which the corpus is read and the features of a locked
+    trunk are computed, and the lines of its metrics with an accuracy, whose seconds leave these and evaluations out.
+    """
+    command = next(found.command for found in study.ARMS if found.name == arm)
+    cfg = tyro.extras.overridable_config_cli(train.PRESETS, args=command.split()[1:])
+    with tempfile.TemporaryDirectory() as out:
+        cfg = dataclasses.replace(cfg, out=out, eval_set=eval_set, eval_every=every, seed=seed, device="cpu")
+        network = model.create_model(cfg.model, cfg.heads, image_size=cfg.image_size)
+        tokenizer = open_clip.get_tokenizer(cfg.model, context_length=network.context_length)
+        start = time.perf_counter()
+        train.EpisodicData(cfg, CPU, network, tokenizer)
+        before = time.perf_counter() - start
+        train.main(cfg)
+        return cfg, before, run.read_metrics(out, "zero_shot_top1")
+
+
+def floor_rows(name: str, goals: dict[str, tuple[float, str]], runs: list[tuple[train.Config, float, list]]) -> None:
+    """A row for each goal {what: (accuracy, target)}: seconds to the first evaluation above it, infinite if none is."""
+    for what, (goal, target) in goals.items():
+        seconds, notes = [], []
+        for _, before, lines in runs:
+            above = [line for line in lines if line["zero_shot_top1"] > goal]
+            total, last = before + lines[-1]["seconds"], lines[-1]["zero_shot_top1"]
+            seconds.append(before + above[0]["seconds"] if above else math.inf)
+            there = f"{above[0]['zero_shot_top1']:.1f} % there" if above else f"not reached in {total:.0f} s"
+            notes.append(f"{there}, {last:.1f} % at the end after {total:.0f} s")
+        cfg, before, _ = runs[-1]
+        steps = cfg.episodes * cfg.steps_per_episode()
+        plan = f"cosine over {steps} steps of {cfg.batch_size}; {before:.0f} s before the first step count"
+        note = f"goal {goal:.1f} %: {'; '.join(notes)}; {plan}"
+        print_row(f"seconds to {what}, {name}", [(value, None) for value in seconds], target, note)
+
+
+def to_the_floor(seeds: int) -> None:
+    """Seconds of a core, evaluation left out, until CLIP is above what a nearest neighbour reaches without it."""
+    unseen, seen = "data/emoji/eval/bare_names_ood", "data/emoji/eval/bare_names_id"
+    pixels = floors.nearest_neighbour([unseen])["bare_names_ood/top1"]
+    goals = {"the pixel floor": (pixels, "<= 60 s"), "40 %": (40.0, "<= 200 s")}
+    runs = [trained("clip", unseen, 1, seed) for seed in range(seeds)]
+    floor_rows("names of the unseen style, ResNet-emoji from scratch", goals, runs)
+    tower = study.lite0_neighbour([unseen, seen])
+    for folder, style in ((unseen, "the unseen style"), (seen, "seen styles")):
+        floor = tower[f"{Path(folder).name}/top1"]
+        goals = {"the tower's nearest neighbour": (floor, ""), "10 points above it": (floor + 10, "<= 60 s")}
+        runs = [trained("clip-lite0", folder, 2, seed) for seed in range(seeds)]
+        floor_rows(f"names of {style}, EfficientNet-Lite0 locked", goals, runs)
 
 
 # ------------------------------------------------------------------------------------------------------------ script
 
 
 def measure(options: argparse.Namespace) -> None:
+    if options.trainings and os.environ[SETTING] == "1 thread":
+        to_the_floor(options.trainings)
     if options.upstream is not None:
         up = parity.load(options.upstream)
         with parity.on_cpu():
             back_translation(up, options.samples, options.prototypes, options.repetitions)
             if options.stage_repetitions:
                 prototype_stage(up, options.samples, options.prototypes, options.stage_repetitions)
-    for precision in ("bf16", "fp32"):
-        clip_step(precision, options.repetitions, options.steps)
+    for name, size in (("ViT-emoji", 128), ("ResNet-emoji", 512)):
+        for precision in ("bf16", "fp32"):
+            clip_step(name, size, precision, options.repetitions, options.steps)
     if options.upstream is not None:
         with parity.on_cpu():
             protoclip_step(up, options.repetitions, options.steps)
@@ -208,6 +268,12 @@ def measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, 3, ("megvii-research/protoclip", "fde1933", "src/training"))
     parser.add_argument("--steps", type=at_least(1), default=4, help="training steps a repetition")
+    parser.add_argument(
+        "--trainings",
+        type=at_least(0),
+        default=1,
+        help="seeds of the seconds to the floor; 0 leaves them out",
+    )
     parser.add_argument("--samples", type=int, default=40_000, help="N of back translation and of the prototype stage")
     parser.add_argument("--prototypes", type=int, default=4_000, help="K of both")
     parser.add_argument(
