@@ -31,13 +31,8 @@ from sklearn.metrics import (
 from torch import Tensor, nn
 
 from protoclip.episodes import image_transform
-<<<<<<< HEAD
-from protoclip.model import ProtoCLIP, create_model, image_side, kmeans
-from shared import checkpoints, cli, evaluation, export, memory, run
-=======
 from protoclip.model import ProtoCLIP, create_model, image_side, image_statistics, kmeans
-from shared import checkpoints, cli, evaluation, export, run
->>>>>>> lite
+from shared import checkpoints, cli, evaluation, export, memory, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.zeroshot import (

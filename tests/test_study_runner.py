@@ -185,7 +185,6 @@ def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureF
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"
 
 
-<<<<<<< HEAD
 def test_ceilings_come_from_committed_results_unless_these_are_made(study: Study):
     """They take as long as an arm; the floors below are measured each time."""
     measured = []
@@ -221,7 +220,8 @@ def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
     alone = dataclasses.replace(study, evaluate=lambda runs: seen.extend(runs))
     runner.run(alone, runner.Options(measure="runs/paper/method-seed0"))
     assert seen == ["runs/paper/method-seed0"]
-=======
+
+
 def test_a_floor_of_some_arms_counts_between_them_and_is_measured_where_one_of_them_is(study: Study):
     def never() -> dict[str, float]:
         raise AssertionError("measured without its arms")
@@ -237,7 +237,6 @@ def test_a_floor_of_some_arms_counts_between_them_and_is_measured_where_one_of_t
     summary = json.loads(Path("runs/paper/results.json").read_text())
     assert summary["floors"] == {"pixels": {"top1": 12.0}, "tower": {"top1": 16.0}}
     assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "has not learned"]
->>>>>>> lite
 
 
 def test_a_run_that_is_not_finished_is_not_compared(study: Study):
