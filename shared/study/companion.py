@@ -25,7 +25,7 @@ from shared import cli, presets
 from shared.checkpoints import read_json
 
 COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
-ROOT = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)[^`]*`(\w):` is its (?:`([\w./-]+)`|root)")
+ROOT = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)[^`]*`(\w+):` is its (?:`([\w./-]+)`|root)")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def places_of(cell: str) -> list[Place]:
     found: list[Place] = []
     letter, path = "", ""
     for entry in re.split(r", *", re.sub(r"\([^)]*\)", "", cell)):
-        match = re.fullmatch(r"(?:([A-Z]):)?(?:([\w./-]+?\.\w+)(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)", entry.strip())
+        match = re.fullmatch(r"(?:([A-Z]\d?):)?(?:([\w./-]+?(?:\.\w+|/))(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)", entry.strip())
         if match is None:
             continue
         if match[1]:
