@@ -1,7 +1,7 @@
 """LexVLA: Unified Lexical Representation for Interpretable Visual-Language Alignment (arXiv 2407.17827, NeurIPS 2024).
 
 The authors have released no code (Clementine24/LexVLA holds a README). Equations and sections are the camera-ready's;
-`VDR:` is jzhoubu/VDR@12c3e7a and `SPLADE:` naver/splade@8dcd33a, predecessors that compute the same quantities. What
+`V:` is jzhoubu/VDR@12c3e7a and `S:` naver/splade@8dcd33a, predecessors that compute the same quantities. What
 the paper does not state says so here and is numbered in README.md. The paper's contribution, all of it in this file:
   - an image and a caption as sparse distributions over one vocabulary of words    `lexical_map`, `sparsify`
   - two codebooks over it: the LLM's own, frozen, and a trained copy for images    `TextEncoder`, `ImageEncoder`
@@ -27,7 +27,7 @@ CHUNK = 2**26  # numbers in the largest block of logits that exists at a time: 2
 
 
 def elu1p(x: Tensor) -> Tensor:
-    """x + 1 for x >= 0, e^x below: positive, of derivative 1 at 0. Below eq. 2; VDR:src/ir/utils/sparsify_utils.py:6.
+    """x + 1 for x >= 0, e^x below: positive, of derivative 1 at 0. Below eq. 2; V:src/ir/utils/sparsify_utils.py:6.
 
     `F.elu(x) + 1`, as VDR has it, cancels to 0 below -17 in float32 and below -6 in bfloat16.
     """
@@ -38,7 +38,7 @@ def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0
     """s = normalize(elu1p(z Z^T + bias)): (.., d) -> (.., V), eq. 2. A row of the text codebook as z: a word's own.
 
     With `pool`, z (B, n, d) -> (B, V): the maximum over tokens, eq. 4, taken before elu1p, which is increasing (so does
-    VDR:src/ir/encoder/vdr_crossmodal_image.py:221); see `MaxLogits`. Float32 from elu1p on. `bias` is ours, 0 in the
+    V:src/ir/encoder/vdr_crossmodal_image.py:221); see `MaxLogits`. Float32 from elu1p on. `bias` is ours, 0 in the
     paper: a constant added to all logits changes elu1p, but no softmax, so a language model leaves it undetermined.
     """
     logits = MaxLogits.apply(z, codebook) if pool else z @ codebook.T
@@ -94,8 +94,8 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
     """Zeros in place of weak words of s (.., V), section 3.1; the others keep their values, without renormalising.
 
     topk: the k largest stay, of equal ones the first; threshold: those above it. By default the threshold 1/sqrt(V),
-    the entry of a uniform unit row: words used more than average. SPLADE:splade/utils/utils.py:74,
-    VDR:src/ir/utils/sparsify_utils.py:8. Used in evaluation; nothing in the paper says that training is sparse, too.
+    the entry of a uniform unit row: words used more than average. S:splade/utils/utils.py:74,
+    V:src/ir/utils/sparsify_utils.py:8. Used in evaluation; nothing in the paper says that training is sparse, too.
     """
     V = s.shape[-1]
     if topk is None:
@@ -119,7 +119,7 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 5, InfoNCE image -> text and text -> image over rows (N, V); logit_scale is ln(1/tau).
 
-    LexVLA adds the two, where CLIP takes their mean (VDR:src/ir/training/loss_utils.py:266). From the scores on in
+    LexVLA adds the two, where CLIP takes their mean (V:src/ir/training/loss_utils.py:266). From the scores on in
     float64: of pairs that are told apart well, float32 loses the loss, a small difference of large logits.
     """
     logits = logit_scale.double().exp() * (s_img.float() @ s_txt.float().T).double()  # (N, N)
@@ -128,7 +128,7 @@ def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple
 
 
 def flops_loss(s: Tensor) -> Tensor:
-    """Eq. 6 of (N, V): sum_j m_j^2, m_j the batch's mean activation. SPLADE:splade/losses/regularization.py:18."""
+    """Eq. 6 of (N, V): sum_j m_j^2, m_j the batch's mean activation. S:splade/losses/regularization.py:18."""
     return s.float().mean(0).square().sum()
 
 
@@ -200,7 +200,7 @@ def refine_vocabulary(
 
 def bag_of_words(token_ids: Tensor, vocab_ids: Tensor) -> Tensor:
     """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids that were not kept count
-    nothing; negative ones are padding. VDR:src/ir/utils/sparsify_utils.py:21."""
+    nothing; negative ones are padding. V:src/ir/utils/sparsify_utils.py:21."""
     size = 1 + max(int(vocab_ids.max()), int(token_ids.max()) if token_ids.numel() else 0)
     hot = torch.zeros(len(token_ids), size + 1, dtype=torch.float64, device=token_ids.device)
     hot.scatter_(1, torch.where(token_ids < 0, size, token_ids), 1.0)

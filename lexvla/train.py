@@ -34,7 +34,7 @@ from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from
 def quadratic_warmup(step: int, value: float, steps: int) -> float:
     """A penalty's weight lambda(t) = lambda min(1, t / steps)^2; t is 1 in the first step.
 
-    Section 4; SPLADE:splade/losses/regularization.py:27.
+    Section 4; S:splade/losses/regularization.py:27.
     """
     return value * min(1.0, step / steps if steps else 1.0) ** 2
 

@@ -1,7 +1,7 @@
 """BLIP (arXiv 2201.12086), stock: the ViT, the BERT with cross-attention and the beam search that TL;DR builds on, and
 the pre-training whose ITM head scores image-text matching.
 
-Nothing here is TL;DR's contribution. Authors' code: salesforce/BLIP@056a169, cited as `BLIP:`, and the fork of it in
+Nothing here is TL;DR's contribution. Authors' code: salesforce/BLIP@056a169, cited as `B:`, and the fork of it in
 showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`. Parameters are named as in BLIP's checkpoints, which
 load without a mapping.
 
@@ -371,7 +371,7 @@ def nucleus_sampling(
 
 
 def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
-    """Share the decoder's tensors with the encoder, all but those under `attention`. BLIP:models/blip_pretrain.py:270.
+    """Share the decoder's tensors with the encoder, all but those under `attention`. B:models/blip_pretrain.py:270.
 
     So cross-attention, feed-forward and embeddings are one; self-attention with its output LayerNorm is each its own.
     """
@@ -382,7 +382,7 @@ def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
 
 
 def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
-    """Chances of hard negatives: softmax of similarities (B, W*B) + 1e-4, none for the own pair. BLIP:...:155-158.
+    """Chances of hard negatives: softmax of similarities (B, W*B) + 1e-4, none for the own pair. B:...:155-158.
 
     `own` is the number of this process's first pair in the global batch.
     """
@@ -392,7 +392,7 @@ def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
 
 
 class BLIP(nn.Module):
-    """ITC with momentum queue, ITM with hard negatives, LM. BLIP:models/blip_pretrain.py:20-245.
+    """ITC with momentum queue, ITM with hard negatives, LM. B:models/blip_pretrain.py:20-245.
 
     `negatives` are drawn from the batches of all processes, and the contrastive keys are the momentum features of all
     plus the queue, so that W processes equal one of W times the batch (upstream: own batch). The special tokens [DEC]
@@ -461,7 +461,7 @@ class BLIP(nn.Module):
         alpha: float,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss_ita, loss_itm, loss_lm). BLIP:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
+        """(loss_ita, loss_itm, loss_lm). B:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
 
         negatives: for each pair of this process, the number in the global batch of an image for its text and of a text
         for its image; None draws them.
@@ -545,7 +545,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        """p_m <- m p_m + (1 - m) p. BLIP:...:225."""
+        """p_m <- m p_m + (1 - m) p. B:...:225."""
         for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
             online = list(getattr(self, name).parameters())
             slow = list(getattr(self, f"{name}_m").parameters())
@@ -554,7 +554,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
-        """Replace the oldest keys by those of the global batch. BLIP:...:232."""
+        """Replace the oldest keys by those of the global batch. B:...:232."""
         size, count = self.image_queue.shape[1], len(image_features)
         if count > size:
             raise ValueError(f"a queue of {size} keys is smaller than the batch of {count}: raise --queue-size")

@@ -3,7 +3,7 @@
 `python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` makes a run folder of a file, which reduce.py takes
 as --scorer, --caption-model or --captioner, and train.py as --init.
 
-`V:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `BLIP:` salesforce/BLIP@056a169.
+`V:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `B:` salesforce/BLIP@056a169.
 """
 
 import dataclasses

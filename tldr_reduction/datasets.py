@@ -1,6 +1,6 @@
 """Image-text pairs as the stages read them: views of the images, and data sets of shards or annotations.
 
-BLIP's code: salesforce/BLIP@056a169, cited as `BLIP:`; authors' code showlab/datacentric.vlp@a488102, `V:` for its
+BLIP's code: salesforce/BLIP@056a169, cited as `B:`; authors' code showlab/datacentric.vlp@a488102, `V:` for its
 `vq_compress_model/`.
 """
 
@@ -27,7 +27,7 @@ normalised = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OP
 
 
 def eval_transform(size: int) -> transforms.Compose:
-    """PIL RGB -> normalised (3, S, S): bicubic to a square, aspect ratio not kept. BLIP:data/__init__.py:26."""
+    """PIL RGB -> normalised (3, S, S): bicubic to a square, aspect ratio not kept. B:data/__init__.py:26."""
     return transforms.Compose([transforms.Resize((size, size), InterpolationMode.BICUBIC), normalised])
 
 
@@ -37,7 +37,7 @@ def no_pixels(image: Image.Image) -> Tensor:
 
 
 def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augment: bool = True) -> transforms.Compose:
-    """Random crop (scale 0.2-1 in pre-training, 0.5-1 otherwise), flip, `RandomAugment`. BLIP:data/__init__.py:18."""
+    """Random crop (scale 0.2-1 in pre-training, 0.5-1 otherwise), flip, `RandomAugment`. B:data/__init__.py:18."""
     steps = [transforms.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)]
     steps += [transforms.RandomHorizontalFlip()] * flip + [RandomAugment()] * augment
     return transforms.Compose([*steps, normalised])

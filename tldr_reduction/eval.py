@@ -1,7 +1,7 @@
 """Evaluate TL;DR's runs: `python -m tldr_reduction.eval RUN... [--report FILE]`.
 
 BLIP's retrieval with re-ranking and its recall, ITM score histograms, zero-shot classification and retrieval by the
-shared code, and what a reduction kept. salesforce/BLIP@056a169 is cited as `BLIP:`.
+shared code, and what a reduction kept. salesforce/BLIP@056a169 is cited as `B:`.
 """
 
 import csv
@@ -78,7 +78,7 @@ class Config:
 def rerank_scores(
     blip: BLIP, images: Tensor, input_ids: Tensor, attention_mask: Tensor, k: int, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Scores image -> text (n, m) and text -> image (m, n). BLIP:train_retrieval.py:69-167.
+    """Scores image -> text (n, m) and text -> image (m, n). B:train_retrieval.py:69-167.
 
     The k best candidates of each query by cosine get match logit + cosine, all others -100. Texts (m, T) begin with
     [CLS], which is replaced by [ENC] for the matching.
@@ -112,7 +112,7 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Recall in percent, txt_* of texts for an image (the best of its captions counts), img_* of images for a text.
 
-    scores (n, m) and (m, n); txt2img and img2txt by number, BLIP's dicts or sequences. BLIP:train_retrieval.py:171-225,
+    scores (n, m) and (m, n); txt2img and img2txt by number, BLIP's dicts or sequences. B:train_retrieval.py:171-225,
     with its order of equal scores (numpy's argsort, reversed). An image without captions is a miss.
     """
     n = len(scores_i2t)

@@ -1,6 +1,6 @@
 """Captions as BLIP prepares them, and their tokenizers: WordPiece for the captioner and BLIP, open_clip's for CLIP.
 
-BLIP's code: salesforce/BLIP@056a169, cited as `BLIP:`.
+BLIP's code: salesforce/BLIP@056a169, cited as `B:`.
 """
 
 import re
@@ -21,7 +21,7 @@ PUNCTUATION = r"[.!\"()*#:;~]"
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:
-    """Lower case, punctuation to spaces, runs of white space to one space, first words. BLIP:data/utils.py:10."""
+    """Lower case, punctuation to spaces, runs of white space to one space, first words. B:data/utils.py:10."""
     text = re.sub(r"\s{2,}", " ", re.sub(PUNCTUATION, " ", text.lower()))
     words = text.rstrip("\n").strip(" ").split(" ")
     return " ".join(words[:max_words])
