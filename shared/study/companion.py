@@ -25,7 +25,8 @@ from shared import cli, presets
 from shared.checkpoints import read_json
 
 COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
-ROOT = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)[^`]*`(\w+):` is its (?:`([\w./-]+)`|root)")
+REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")
+LETTER = re.compile(r"`(\w+):` is its (?:`([\w./-]+)`|root)")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Place:
     path: str
     first: int | None = None
     last: int | None = None
+
+    def __str__(self) -> str:
+        lines = "" if self.first is None else f":{self.first}" + f"-{self.last}" * (self.last != self.first)
+        return f"{self.letter}:{self.path}{lines}"
 
 
 @dataclass
@@ -103,7 +108,9 @@ def places_of(cell: str) -> list[Place]:
     found: list[Place] = []
     letter, path = "", ""
     for entry in re.split(r", *", re.sub(r"\([^)]*\)", "", cell)):
-        match = re.fullmatch(r"(?:([A-Z]\d?):)?(?:([\w./-]+?(?:\.\w+|/))(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)", entry.strip())
+        match = re.fullmatch(
+            r"(?:([A-Z]\d?):)?(?:([\w./-]+?(?:\.\w+|/))(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)", entry.strip()
+        )
         if match is None:
             continue
         if match[1]:
@@ -146,8 +153,10 @@ def read(folder: str) -> Readme:
     method = section(page, "The method in one page").split("| part of the paper |")[0]
     title, _, opening = page.removeprefix("# ").partition("\n")
     opening = opening.split("\n## ", 1)[0]
-    joined = " ".join(page.split())
-    roots = {m[3]: (m[1], m[2], m[4] or "") for m in ROOT.finditer(joined)}
+    roots: dict[str, tuple[str, str, str]] = {}
+    parts = REPOSITORY.split(" ".join(opening.split()))
+    for repository, commit, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        roots |= {letter: (repository, commit, below) for letter, below in LETTER.findall(text)}
     return Readme(folder, title, opening, method, rows, details, roots)
 
 
@@ -215,7 +224,7 @@ STYLE = """
 padding: 0 1rem } nav { columns: 18rem; font-size: .92rem } nav a { display: block } h2 { border-top: 1px solid #8884;
 margin-top: 2.5rem; padding-top: 1rem } .sides { display: grid; gap: 1rem; grid-template-columns: 1fr 1fr }
 .sides > div { min-width: 0 } @media (max-width: 60rem) { .sides { grid-template-columns: 1fr } }
-pre { font-size: .8rem; line-height: 1.4; margin: 0; overflow-x: auto; padding: .6rem; border-radius: .3rem }
+pre { font: .8rem/1.4 ui-monospace, monospace; margin: 0; max-height: 44rem; overflow: auto; padding: .6rem }
 .highlight { background: #f6f8fa; color: #222; border-radius: .3rem } .where { color: #777; font-size: .85rem }
 math { font-size: 1.1rem } .equation { overflow-x: auto; padding: .4rem 0 } .detail { border-left: 3px solid #8886;
 margin: .6rem 0; padding-left: .8rem } table { border-collapse: collapse; font-size: .9rem } .wide { overflow-x: auto }
@@ -254,7 +263,7 @@ def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
     repository, commit, below = roots[place.letter]
     path = f"{below.rstrip('/')}/{place.path}".lstrip("/")
     lines = "" if place.first is None else f"#L{place.first}-L{place.last}"
-    label = f"{place.letter}:{place.path}" + ("" if place.first is None else f":{place.first}-{place.last}")
+    label = str(place)
     return (
         f'<a href="https://github.com/{repository}/blob/{commit}/{html.escape(path)}{lines}">{html.escape(label)}</a>'
     )
@@ -320,34 +329,46 @@ def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
 # --------------------------------------------------------------------------------------------------------------- script
 
 
-def clones_of(readme: Readme, upstream: Path | None) -> dict[str, Path]:
-    """Repository -> its clone: `upstream` itself for the first root, and clones beside it for the others."""
-    if upstream is None:
-        return {}
+def clones_of(readme: Readme, upstream: Path | None, clones: Path | None) -> dict[str, Path]:
+    """Repository -> its clone: `upstream` for the first; others lie in `clones`, or beside it, by their own names."""
     repositories = list(dict.fromkeys(repository for repository, *_ in readme.roots.values()))
-    beside = {each: upstream.parent / each.partition("/")[2] for each in repositories[1:]}
-    return {repositories[0]: upstream} | {each: path for each, path in beside.items() if path.is_dir()}
+    beside = clones if clones is not None else upstream.parent if upstream is not None else None
+    found = {} if beside is None else {each: beside / each.partition("/")[2] for each in repositories}
+    if upstream is not None and repositories:
+        found[repositories[0]] = upstream
+    return {repository: path for repository, path in found.items() if path.is_dir()}
 
 
-def main(folder: tyro.conf.Positional[str], upstream: Path | None = None, out: Path = Path("companion")) -> None:
-    """Write one paper's companion page.
+def main(
+    folders: tyro.conf.Positional[tuple[str, ...]] = (),
+    upstream: Path | None = None,
+    clones: Path | None = None,
+    out: Path = Path("companion"),
+) -> None:
+    """Write companion pages: each part of a paper with our source, the authors' and what tests measured.
 
     Args:
-        folder: The paper's folder.
-        upstream: Clone of the authors' repository, whose lines then stand beside ours.
+        folders: Papers' folders; all, if none is named.
+        upstream: Clone of the authors' repository of the one folder, whose lines then stand beside ours.
+        clones: Folder of clones under their repositories' names, for several folders.
         out: Folder for FOLDER.html.
     """
-    name = folder.replace("-", "_")
-    if name not in presets.folders():
-        raise ValueError(f"{folder} is no paper's folder; those are {', '.join(presets.folders())}")
-    if upstream is not None and not upstream.is_dir():
-        raise ValueError(f"--upstream {upstream} is no folder")
-    readme, file = read(name), Path(f"runs/parity/{name}.json")
-    tests = read_json(file)["tests"] if file.is_file() else []
+    names = [folder.replace("-", "_") for folder in folders] or presets.folders()
+    for name in names:
+        if name not in presets.folders():
+            raise ValueError(f"{name} is no paper's folder; those are {', '.join(presets.folders())}")
+    if upstream is not None and len(names) != 1:
+        raise ValueError("--upstream is a clone for one folder: name it, or give --clones for several")
+    for flag, path in (("--upstream", upstream), ("--clones", clones)):
+        if path is not None and not path.is_dir():
+            raise ValueError(f"{flag} {path} is no folder")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.html"
-    path.write_text(page(readme, clones_of(readme, upstream), tests), encoding="utf-8")
-    print(f"{path}: {len(readme.rows)} parts, {sum(len(row.functions) for row in readme.rows)} functions of ours")
+    for name in names:
+        readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"
+        tests = read_json(file)["tests"] if file.is_file() else []
+        path.write_text(page(readme, clones_of(readme, upstream, clones), tests), encoding="utf-8")
+        functions = sum(len(row.functions) for row in readme.rows)
+        print(f"{path}: {len(readme.rows)} parts, {functions} functions of ours, {len(tests)} measured differences")
 
 
 if __name__ == "__main__":

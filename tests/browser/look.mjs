@@ -1,13 +1,13 @@
-// node look.mjs PAGE SCREENSHOT: open a file in Chromium, without a network, and print what its reader sees as JSON.
+// node look.mjs PAGE SCREENSHOT [WIDTH]: open a file in Chromium, without a network, and print what its reader sees as JSON.
 import { pathToFileURL } from "node:url";
 
 process.env.AWS_LAMBDA_JS_RUNTIME ??= "nodejs24.x"; // the package then brings the libraries that a bare system lacks
 const { default: packaged } = await import("@sparticuz/chromium");
 const { chromium } = await import("playwright-core");
 
-const [page, screenshot] = process.argv.slice(2);
+const [page, screenshot, width] = process.argv.slice(2);
 const browser = await chromium.launch({ executablePath: await packaged.executablePath(), args: packaged.args });
-const context = await browser.newContext({ offline: true, viewport: { width: 1280, height: 900 } });
+const context = await browser.newContext({ offline: true, viewport: { width: Number(width ?? 1280), height: 900 } });
 const tab = await context.newPage();
 const seen = { requests: [], failed: [], messages: [] };
 tab.on("request", (request) => request.url().startsWith("data:") || seen.requests.push(request.url()));
@@ -25,6 +25,7 @@ const shown = await tab.evaluate(() => {
     cells: all("td").map((cell) => cell.textContent),
     links: all("nav a").map((link) => document.querySelector(link.getAttribute("href")) !== null),
     colours: Object.fromEntries(all("td[class]").map((cell) => [cell.className, getComputedStyle(cell).color])),
+    equations: all("math").map((math) => ({ height: math.getBoundingClientRect().height })),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth, // px beyond the window
   };
 });
