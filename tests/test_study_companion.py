@@ -125,9 +125,9 @@ def test_authors_lines_lie_in_definitions(upstream: Path, monkeypatch: pytest.Mo
         clones = companion.clones_of(readme, None, upstream.parent)
         for row in readme.rows:
             for place in row.places:
-                repository, _, below = readme.roots[place.letter]
-                if clones.get(repository, Path()).resolve() != upstream:
-                    continue
+                repository, commit, below = readme.roots[place.letter]
+                if clones.get(repository, Path()).resolve() != upstream or commit != readme.roots["U"][1]:
+                    continue  # of another clone, or of another commit than what is checked out
                 path = upstream / below / place.path
                 assert path.exists(), f"{folder}: {place}"
                 if place.first is not None and path.suffix == ".py":

@@ -10,6 +10,7 @@ and the largest differences that tests have measured (`runs/parity/FOLDER.json`,
 import ast
 import html
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,8 +192,11 @@ def source(function: Function) -> tuple[int, str]:
 
 def authors_file(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
     """The file of a place in a clone of its repository; None without one."""
-    repository, _, below = roots[place.letter]
+    repository, commit, below = roots[place.letter]
     clone = clones.get(repository)
+    first = next(known for name, known, _ in roots.values() if name == repository)
+    if commit != first:  # a clone has one commit checked out: that of the repository's first letter
+        return None
     path = None if clone is None else clone / below / place.path
     return path if path is not None and path.is_file() else None
 
@@ -339,6 +343,18 @@ def clones_of(readme: Readme, upstream: Path | None, clones: Path | None) -> dic
     return {repository: path for repository, path in found.items() if path.is_dir()}
 
 
+def check_commits(readme: Readme, clones: dict[str, Path]) -> None:
+    """Say where a clone does not stand at the commit whose lines the README names."""
+    for repository, commit, _ in readme.roots.values():
+        if repository in clones:
+            git = ["git", "-C", str(clones[repository]), "rev-parse", "HEAD"]
+            head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            if head and not any(
+                head.startswith(known) for name, known, _ in readme.roots.values() if name == repository
+            ):
+                print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
+
+
 def main(
     folders: tyro.conf.Positional[tuple[str, ...]] = (),
     upstream: Path | None = None,
@@ -366,7 +382,9 @@ def main(
     for name in names:
         readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"
         tests = read_json(file)["tests"] if file.is_file() else []
-        path.write_text(page(readme, clones_of(readme, upstream, clones), tests), encoding="utf-8")
+        beside = clones_of(readme, upstream, clones)
+        check_commits(readme, beside)
+        path.write_text(page(readme, beside, tests), encoding="utf-8")
         functions = sum(len(row.functions) for row in readme.rows)
         print(f"{path}: {len(readme.rows)} parts, {functions} functions of ours, {len(tests)} measured differences")
 
