@@ -349,9 +349,8 @@ def check_commits(readme: Readme, clones: dict[str, Path]) -> None:
         if repository in clones:
             git = ["git", "-C", str(clones[repository]), "rev-parse", "HEAD"]
             head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-            if head and not any(
-                head.startswith(known) for name, known, _ in readme.roots.values() if name == repository
-            ):
+            known = tuple(each for name, each, _ in readme.roots.values() if name == repository)
+            if head and not head.startswith(known):
                 print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
 
 
