@@ -35,6 +35,7 @@ from shared.tars import MAX_BYTES, Broken, index_shard
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
+OPEN_FILES = 64  # shards that a process keeps open
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
 
 
@@ -179,6 +180,7 @@ class Shards:
 
     def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False):
         self.paths, self.strict = list(paths), strict
+        self._process, self._descriptors = None, {}
         if len(paths) < 64:
             shards = [index_shard(path) for path in paths]
         else:
@@ -201,22 +203,39 @@ class Shards:
         """Rows of the samples in the shard `paths[shard]`, which follow each other."""
         return range(*np.searchsorted(self._shard, (shard, shard + 1)).tolist())
 
+    def _bytes(self, row: int, offset: int, size: int) -> bytes:
+        """Bytes of a row's shard, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
+        return os.pread(self._open(int(self._shard[row])), size, offset)
+
+    def _open(self, shard: int) -> int:
+        """The descriptor of a shard, of which the last OPEN_FILES stay open in each process."""
+        if self._process != os.getpid():  # a loader's process opens its own
+            self._process, self._descriptors = os.getpid(), {}
+        if shard not in self._descriptors:
+            if len(self._descriptors) >= OPEN_FILES:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[shard]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_process": None, "_descriptors": {}}
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) == os.getpid():
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+
     def read(self, row: int) -> Pair:
         """Pair of that row. Raises BrokenSample."""
         offset, size, text_offset, text_size = self._spans[row].tolist()
-        with open(self.paths[self._shard[row]], "rb") as file:
-            file.seek(text_offset)
-            caption = decode_caption(file.read(min(text_size, CAPTION_BYTES + 1)))
-            file.seek(offset)
-            return Pair(str(self.keys[row]), decode_image(file.read(size)), caption)
+        caption = decode_caption(self._bytes(row, text_offset, min(text_size, CAPTION_BYTES + 1)))
+        return Pair(str(self.keys[row]), decode_image(self._bytes(row, offset, size)), caption)
 
     def caption(self, row: int) -> str:
         """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
         _, _, offset, size = self._spans[row].tolist()
-        with open(self.paths[self._shard[row]], "rb") as file:
-            file.seek(offset)
-            text = file.read(min(size, CAPTION_BYTES))
-            return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
+        text = self._bytes(row, offset, min(size, CAPTION_BYTES))
+        return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
 class TSV:

@@ -43,7 +43,7 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
     so it does of sparse files and of names of more than MAX_KEY characters. The last file may reach beyond the end.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # headers, no more
             while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile would keep every header
                 if member.size < 0 or tar.offset <= member.offset:  # leads back: tarfile would go on forever

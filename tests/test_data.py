@@ -1,6 +1,8 @@
 """shared/data.py: order, resume and workers; every kind of broken input counted; shard lists, remote shards, TSV."""
 
 import io
+import os
+import pickle
 import subprocess
 import tarfile
 from pathlib import Path
@@ -190,6 +192,39 @@ def test_limit_and_caption(tmp_path: Path):
 def test_many_shards_are_indexed_in_order(tmp_path: Path):
     shards = [str(write_tar(tmp_path / f"{i}.tar", *pair(f"{i}"))) for i in range(64)]  # enough for the process pool
     assert data.Shards(shards).keys.tolist() == [str(i) for i in range(64)]
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux")
+def test_a_sample_costs_a_read_of_its_own_bytes(tmp_path: Path):
+    """At any block size of the file system: Python's buffers are as large as a block."""
+    files = [(f"{i:04d}.{kind}", png() if kind == "png" else b"a cat") for i in range(200) for kind in ("png", "txt")]
+    path, headers = write_tar(tmp_path / "0.tar", *files), 512 * (len(files) + 3)
+    before = bytes_read()
+    pairs = data.Shards([str(path)])
+    assert bytes_read() - before <= 1.1 * headers + 4096  # a reading of /proc/self/io is itself read
+    used, before = sum(pairs._spans[:, 1]) + sum(pairs._spans[:, 3]), bytes_read()
+    for row in np.random.default_rng(0).permutation(len(pairs)):
+        pairs.read(int(row))
+    assert bytes_read() - before <= 1.1 * used + 4096
+
+
+def test_few_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "OPEN_FILES", 3)
+    paths = [write_tar(tmp_path / f"{i}.tar", (f"{i}.png", png()), (f"{i}.txt", b"a cat")) for i in range(8)]
+    pairs = data.Shards([str(path) for path in paths])
+    for row in (*range(8), *range(8)):
+        assert pairs.read(row).key == str(row) and len(pairs._descriptors) <= 3
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert not copy._descriptors and copy.read(5).key == "5" and pairs._descriptors
+    open_ones = list(pairs._descriptors.values())
+    del pairs
+    for descriptor in open_ones:
+        with pytest.raises(OSError):
+            os.fstat(descriptor)
 
 
 def test_shard_lists(tmp_path: Path):
