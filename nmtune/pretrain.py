@@ -88,14 +88,20 @@ def open_samples(cfg: PretrainConfig, transform: Callable) -> NoisyLabels | Swap
     return SwappedCaptions(cfg, transform, data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model)))
 
 
-def batch_order(cfg: PretrainConfig, n: int, epoch: int, process: run.Process, start: int) -> list[np.ndarray]:
-    """Rows of this rank's batches of an epoch, from batch `start` on.
+def batch_order(
+    cfg: PretrainConfig, n: int, epoch: int, process: run.Process, start: int
+) -> tuple[list[np.ndarray], list[float]]:
+    """Rows of this rank's batches of an epoch from batch `start` on, and the weight of each in the mean over ranks.
 
-    CLIP's short last batch is left out, unless it is the only one: it has too few negatives, as in open_clip.
+    A short last batch is shared out evenly; a rank for which none is left gets a row of it, with weight 0. CLIP's is
+    left out, unless it is the only one: it has too few negatives, as in open_clip.
     """
-    size = cfg.batch_size // process.world_size
-    order = data.batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, start)
-    return order[:-1] if cfg.kind == "clip" and n % cfg.batch_size and n > cfg.batch_size else order
+    order = data.batches(n, cfg.batch_size, (cfg.seed, epoch), start=start)
+    if cfg.kind == "clip" and n % cfg.batch_size and n > cfg.batch_size:
+        order = order[:-1]
+    own = [np.array_split(batch, process.world_size)[process.rank] for batch in order]
+    weights = [len(rows) * process.world_size / len(batch) for rows, batch in zip(own, order, strict=True)]
+    return [rows if len(rows) else batch[:1] for rows, batch in zip(own, order, strict=True)], weights
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list]:
@@ -135,15 +141,16 @@ def train_step(
     cfg: PretrainConfig,
     process: run.Process,
     precision: str,
+    weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One optimizer step on (images, targets, noisy) -> `losses`."""
+    """One optimizer step on (images, targets, noisy) -> `losses`; weight: of these rows in the mean over ranks."""
     images, targets, noisy = batch
     for group in optimizer.param_groups:
         group["lr"] = lr
     images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
     parts = losses(cfg, model, images, targets.to(process.device), noisy, process, precision)
     optimizer.zero_grad()
-    scaler.scale(parts["loss"]).backward()
+    scaler.scale(parts["loss"] * weight).backward()
     scaler.step(optimizer)
     scaler.update()
     if cfg.kind == "clip":
@@ -222,14 +229,15 @@ def main(cfg: PretrainConfig) -> Path | None:
     ddp.train()
     for epoch in range(first, cfg.epochs):
         samples.epoch, broken = epoch, list(samples.broken)
-        order = batch_order(cfg, len(samples), epoch, process, start)
+        order, weights = batch_order(cfg, len(samples), epoch, process, start)
         loader = DataLoader(samples, batch_sampler=order, num_workers=cfg.workers, collate_fn=collate)
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
         bar = run.progress(loader, len(order), label, cfg.batch_size, process)
-        for step, (*batch, _) in enumerate(data.watch(bar, broken), per_epoch * epoch + start):
+        steps = enumerate(zip(data.watch(bar, broken), weights, strict=True), per_epoch * epoch + start)
+        for step, ((*batch, _), weight) in steps:
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run agrees
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
-            parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision)
+            parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
             if done % cfg.log_every == 0:
                 folder.log(done, epoch=epoch, lr=lr, **parts)
             if folder.due(done):

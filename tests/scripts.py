@@ -159,10 +159,10 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start_two(start, *arguments, **options) -> list:
-    """The script in two processes, which get what torchrun would tell them."""
-    peers = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **peers, **options) for rank in range(2)]
+def start_two(start, *arguments, count: int = 2, **options) -> list:
+    """The script in two processes, or in `count`, which get what torchrun would tell them."""
+    peers = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **peers, **options) for rank in range(count)]
 
 
 def metrics(out: Path) -> list[dict]:

@@ -21,7 +21,7 @@ from test_nmtune_train import (  # noqa: F401
 )
 
 from nmtune import config, pretrain
-from shared import checkpoints
+from shared import checkpoints, run
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
 SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
@@ -90,3 +90,28 @@ def test_two_processes_equal_one_in_pretraining(in_process, tmp_path, pairs):
     assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
     two("nmtune.pretrain", *command, tmp_path / "two")
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "state_dict")
+
+
+def test_three_processes_share_a_short_last_batch(in_process, tmp_path, images):
+    """48 images in batches of 36: the last twelve would all be the first process's."""
+    command = ["emoji-sup-30", "--model", "convnext_atto", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
+    command += ["--epochs", "2", "--batch-size", "36", "--warmup", "2", "--data", images, "--out"]
+    assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
+    two("nmtune.pretrain", *command, tmp_path / "more", count=3)
+    a, b = (checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt")["state_dict"] for name in ("one", "more"))
+    for name in a:
+        apart = (a[name] - b[name]).abs() > 1e-4 * (1 + a[name].abs())
+        assert apart.float().mean() <= 1e-3, f"{name}: {apart.sum()} of {apart.numel()} differ"
+
+
+def test_shares_of_a_batch_add_up():
+    cfg = dataclasses.replace(config.PRETRAIN_PRESETS["emoji-sup-30"][1], batch_size=6)
+    ranks = [pretrain.batch_order(cfg, 14, 0, run.Process(rank, 3, torch.device("cpu")), 0) for rank in range(3)]
+    one = pretrain.batch_order(cfg, 14, 0, run.Process(0, 1, torch.device("cpu")), 0)
+    assert [len(rows) for rows in one[0]] == [6, 6, 2] and one[1] == [1.0] * 3
+    for step in range(3):
+        weighted = [(rows[step].tolist(), weights[step]) for rows, weights in ranks]
+        assert sum(([*rows] for rows, weight in weighted if weight), []) == one[0][step].tolist()
+        mean = sum(weight * sum(rows) / len(rows) for rows, weight in weighted) / 3
+        assert mean == pytest.approx(one[0][step].mean())
+    assert [weights[2] for _, weights in ranks] == [1.5, 1.5, 0.0]

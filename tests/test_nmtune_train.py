@@ -242,8 +242,8 @@ def test_other_arms_on_images(in_process, tmp_path, preset, images):
 # ------------------------------------------------------------------------------------------------------- two processes
 
 
-def two(module: str, *arguments) -> None:
-    for process in start_two(start, module, *arguments):
+def two(module: str, *arguments, count: int = 2) -> None:
+    for process in start_two(start, module, *arguments, count=count):
         finished(process)
 
 
