@@ -150,3 +150,19 @@ def test_tables_star_primary_claims_and_leave_old_rows_alone():
         "verdict": "not testable here",
     }
     assert lines[2] == old | {"verdict": "not resolved"}
+
+
+def test_scatter_is_pooled_over_arms_that_claims_connect():
+    """Two arms with another tower, which scatter more, leave the others' intervals alone."""
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(scale=1.0, size=4) for name in "abc"} | {
+        name: rng.normal(scale=9.0, size=4) for name in "xy"
+    }
+    runs = {name: [{"m": float(value)} for value in found] for name, found in values.items()}
+    claims = [Claim("1", "+", "m", "a", "b"), Claim("2", "+", "m", "c", "b"), Claim("3", "+", "m", "x", "y")]
+    few = {name: runs[name] for name in "abc"}
+    with_all = {row["claim"]: row["resolves"] for row in judged(claims, runs, (), False)}
+    assert verdicts.related(claims[0], claims) == {"a", "b", "c"} and verdicts.related(claims[2], claims) == {"x", "y"}
+    for row in judged(claims[:2], few, (), False):
+        assert row["resolves"] == with_all[row["claim"]]
+    assert with_all["3"] > 2 * with_all["1"]

@@ -56,6 +56,14 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
     return Scatter(math.sqrt(2 * float((residual**2).sum()) / df), df)
 
 
+def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
+    """The claim's arms, and those that claims connect with them: arms with another tower may scatter otherwise."""
+    found, pairs = {claim.method, claim.baseline}, [{each.method, each.baseline} for each in claims]
+    while joined := [pair for pair in pairs if pair & found and not pair <= found]:
+        found = found.union(*joined)
+    return found
+
+
 def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float | None:
     """Half the interval of the mean of n differences that leaves out `level`; None without scatter."""
     if scatter is None:
@@ -131,7 +139,9 @@ def judged(
             raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
         sides = [[run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)]
         differences = [a - b for a, b in zip(*sides, strict=True)]
-        scatters = [own(differences), pooled(arms, claim.metric), (known or {}).get(claim.metric)]
+        comparable = related(claim, chosen)
+        pool = pooled({arm: runs for arm, runs in arms.items() if arm in comparable}, claim.metric)
+        scatters = [own(differences), pool, (known or {}).get(claim.metric)]
         scatter = max((each for each in scatters if each), key=lambda each: each.df, default=None)
         found.append((float(np.mean(differences)), scatter, len(differences), max(map(np.mean, sides))))
     levels = [LEVEL] * len(chosen)
