@@ -210,7 +210,10 @@ def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "nothing"
         raise ValueError(f"open_clip knows no weights {tag!r} of {model}, but {known}: see open_clip.list_pretrained()")
     try:
-        network, _, transform = open_clip.create_model_and_transforms(model, pretrained=tag)
+        quick_gelu = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)
+        network, _, transform = open_clip.create_model_and_transforms(
+            model, pretrained=tag, force_quick_gelu=quick_gelu
+        )
     except Exception as error:  # the hub's and the network's are of many kinds
         raise ValueError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
     return network.eval(), transform, open_clip.get_tokenizer(model)

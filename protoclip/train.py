@@ -301,7 +301,7 @@ class EpisodicData:
     def draw(self, episode: int) -> None:
         """Draw the rows of an episode."""
         self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
-        self.broken, self.errors = list(self.pairs.broken), {}
+        self.broken, self.errors = list(self.pairs.broken) + (self.remembered.broken if self.remembered else []), {}
 
     def loader(self, what: str, start: int = 0) -> Iterable:
         """Batches of the drawn rows, from batch `start` on, to "extract" features from or to "train" on."""

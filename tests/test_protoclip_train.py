@@ -41,7 +41,9 @@ PRELOAD = ["protoclip.episodes", "protoclip.model", "protoclip.teacher", "shared
 STEPS, PER_EPISODE = 15, 5
 TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160
     --batch-size 32 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --eval-every 0 --warmup 2
-    --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1""".split()
+    --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1 --max-grad-norm 10 --model ViT-emoji --no-keep-in-memory
+    --no-distinct-captions --crop None""".split()
+IN_MEMORY = ["--keep-in-memory", "--distinct-captions", "--crop", "0.7", "1.4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -195,6 +197,19 @@ def test_two_processes_equal_one_clip(arms: dict[str, Path], start, folder: Path
     assert_equal_runs(arms["clip"], out)
 
 
+def test_a_corpus_in_memory_resumes_and_two_processes_equal_one(cli, start, folder: Path):
+    whole, out = folder / "memory", folder / "memory-2"
+    command = ["emoji", *TINY, *LINEAR, *IN_MEMORY, "--save-every", "3", "--out"]
+    finished(cli(*command, whole))
+    first, second = start_two(start, *command, out)
+    kill_at(first, out, 7)
+    second.kill()
+    second.join()
+    for process in start_two(start, *command, out):
+        finished(ended(process))
+    assert_equal_runs(whole, out)
+
+
 # ----------------------------------------------------------------------------------------- broken shards and windows
 
 
@@ -239,6 +254,10 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Pat
     assert len(reports) == 3 and reports[0].startswith("episode 1: ")
     assert all("1 missing caption" in line and "truncated or damaged tar" in line for line in reports)
     assert any("unreadable image" in line for line in reports)
+
+    kept = finished(cli(*command, folder / "broken-kept", *IN_MEMORY))  # decoded once, reported in every episode
+    again = [line for line in kept.out.splitlines() if "broken samples" in line]
+    assert len(again) == 3 and all("unreadable image" in line and "1 missing caption" in line for line in again)
 
     both = start_two(start, *command, folder / "broken-2")  # the report counts the samples of both
     results = [finished(ended(process)) for process in both]

@@ -12,7 +12,7 @@ def test_open_clip_builds_it_from_its_config():
     model = open_clip.create_model("ResNet-emoji").eval()
     images, tokens = torch.zeros(2, 3, 32, 32), open_clip.SimpleTokenizer(context_length=24)(["a cat", "a dog"])
     with torch.no_grad():
-        assert model.encode_image(images).shape == model.encode_text(tokens).shape == (2, 128)
+        assert model.encode_image(images).shape == model.encode_text(tokens).shape == (2, 256)
 
 
 def test_sizes():
