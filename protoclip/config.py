@@ -67,7 +67,8 @@ class Config:
     distinct_captions: bool = False
     """With --keep-in-memory: batches hold no caption twice, as far as an episode allows."""
     crop: tuple[float, float] | None = None
-    """Share of the image's area that a random crop keeps, least and most; None is the augmentation's own."""
+    """Area of a random crop as a share of the image's, least and most; None is the augmentation's own. With
+    --keep-in-memory up to 4: what lies beyond the image repeats its edge."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width to height of a random crop, least and most."""
     augmentation: Literal["default", "light"] = "light"
@@ -227,10 +228,13 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.distinct_captions and not cfg.keep_in_memory:
         raise ValueError("--distinct-captions needs --keep-in-memory")
-    if cfg.crop is not None and not 0 < cfg.crop[0] <= cfg.crop[1] <= (4 if cfg.keep_in_memory else 1):
-        raise ValueError(
-            f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares of the area with 0 < least <= most <= 1"
-        )
+    most = 4 if cfg.keep_in_memory else 1
+    if cfg.crop is not None and not 0 < cfg.crop[0] <= cfg.crop[1] <= most:
+        raise ValueError(f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares with 0 < least <= most <= {most}")
+    if not 0 < cfg.crop_ratio[0] <= cfg.crop_ratio[1]:
+        raise ValueError(f"--crop-ratio {cfg.crop_ratio[0]} {cfg.crop_ratio[1]} should be two ratios above 0")
+    if cfg.lock_image and cfg.keep_in_memory and cfg.augmentation == "light":
+        raise ValueError("--lock-image with --keep-in-memory sees whole images: --augmentation light has no effect")
     if cfg.image_size is not None and cfg.augmentation == "light" and cfg.image_size <= 10:
         raise ValueError(
             f"--augmentation light blurs over 21 pixels and needs --image-size above 10, not {cfg.image_size}"

@@ -8,7 +8,7 @@ It would vanish with K near the number of names, where prototypes are captions a
 no groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -54,7 +54,7 @@ NAMES, SUBGROUPS = (
 NAMES_ID, NAMES_OOD = "bare_names_id/top1", "bare_names_ood/top1"
 PROBE_ID, PROBE_OOD = "subgroups_id/probe_best", "subgroups_ood/probe_best"
 TIME = "time_to_clip"
-LITE0 = "protoclip-lite0", "clip-lite0"
+FULL, LITE0 = ("protoclip", "clip"), ("protoclip-lite0", "clip-lite0")
 # The paper's numbers: CC2.5M, README of upstream, 8 GPUs. A linear probe is trained on the kind of images that it is
 # tested on, a zero-shot classifier is not: hence seen styles for the one and the unseen style for the other.
 CLAIMS = (
@@ -69,7 +69,7 @@ CLAIMS = (
     Claim("zero-shot above CLIP, seen styles", "+2.01 IN", NAMES_ID, "protoclip", "clip", 1, 2.01, False, 1.0),
     Claim("back translation helps zero-shot", "claimed", NAMES_OOD, "proto-pbt", "proto-no-pbt", negligible=1.0),
     Claim("external teacher helps zero-shot", "claimed", NAMES_OOD, "protoclip", "proto-pbt", negligible=1.0),
-    Claim("prototypes alone help the probe", "claimed", PROBE_ID, "proto-pbt", "clip", negligible=1.0),
+    Claim("prototypes and back translation help the probe", "claimed", PROBE_ID, "proto-pbt", "clip", negligible=1.0),
     Claim("image clusters closer to classes (AMI, 0-1)", "claimed", "subgroups_ood/ami", "protoclip", "clip"),
     Claim("retrieval slightly lower", "-0.79 COCO", "retrieval_xm_en/mean_recall", "protoclip", "clip", -1, -0.79),
     Claim("linear probe above CLIP, equal time", None, PROBE_ID, "protoclip", "clip-equal-time"),
@@ -85,24 +85,20 @@ CLAIMS = (
 
 
 def derive(found: Comparison) -> None:
-    """Adds metrics of a run beside CLIP's of the same seed: extra_time, and time_to_clip.
+    """Adds metrics of a run beside CLIP's of the same seed: extra_time, and time_to_clip; CLIP's own are 0.
 
     extra_time: training seconds over CLIP's, minus 1. time_to_clip: seconds until the run's zero-shot accuracy has
-    reached CLIP's last one, over CLIP's seconds. Where it never does, all of the run's seconds count, so that the
-    number is a lower bound. Arms with another image tower have neither.
+    reached CLIP's last one, over CLIP's seconds, minus 1. Where it never does, all of the run's seconds count, so that
+    the number is a lower bound. Arms with another image tower have neither.
     """
-    if "clip" not in found.arms:
-        return
-    for arm, runs in found.arms.items():
-        if arm in LITE0:
-            continue
-        for i, values in enumerate(runs):
-            clip, folder = found.arms["clip"][i], found.folders[arm][i]
-            values["extra_time"] = values["seconds"] / clip["seconds"] - 1
-            last = read_metrics(found.folders["clip"][i], "zero_shot_top1")[-1]["zero_shot_top1"]
-            curve = read_metrics(folder, "zero_shot_top1")
-            reached = [line["seconds"] for line in curve if line["zero_shot_top1"] >= last]
-            values[TIME] = min([*reached, values["seconds"]]) / clip["seconds"]
+    for arm, runs in found.arms.items() if "clip" in found.arms else ():
+        for i, values in enumerate(runs if arm not in LITE0 else ()):
+            seconds = found.arms["clip"][i]["seconds"]
+            values["extra_time"] = values["seconds"] / seconds - 1
+            curve, clips = (read_metrics(found.folders[name][i], "zero_shot_top1") for name in (arm, "clip"))
+            if curve and clips:
+                reached = [line["seconds"] for line in curve if line["zero_shot_top1"] >= clips[-1]["zero_shot_top1"]]
+                values[TIME] = 0.0 if arm == "clip" else min([*reached, values["seconds"]]) / seconds - 1
 
 
 def more_rows(found: Comparison) -> list[dict]:
@@ -128,10 +124,21 @@ def on_labels() -> dict[str, float]:
     return names | ceiling.trained_on_labels("ResNet-emoji", SUBGROUPS, ("probe_best", "nearest"), epochs=epochs)
 
 
+def pixel_clusters() -> dict[str, float]:
+    """Agreement with subgroups of K-means on raw pixels."""
+    pixels, labels = floors.read(SUBGROUPS[1], "test")
+    return {
+        "subgroups_ood/ami": evaluation.clustering_scores(torch.nn.functional.normalize(pixels, dim=-1), labels)["ami"]
+    }
+
+
+def lite0_view() -> Callable:
+    return image_transform(128, train=False, statistics=(LITE0_MEAN, LITE0_STD))
+
+
 def lite0_neighbour(sets: Sequence[str], *metrics: str) -> dict[str, float]:
     """The pretrained tower's own nearest neighbours, which the projection of a locked one has to be above."""
-    view = image_transform(128, train=False, statistics=(LITE0_MEAN, LITE0_STD))
-    return floors.nearest_neighbour(sets, lite0_features, view, metrics or ["top1"])
+    return floors.nearest_neighbour(sets, lite0_features, lite0_view(), metrics or ["top1"])
 
 
 FLOORS = (
@@ -141,9 +148,15 @@ FLOORS = (
         lambda: floors.nearest_neighbour(NAMES) | floors.nearest_neighbour(SUBGROUPS, metrics=["nearest"]),
     ),
     Floor("linear probe on raw pixels", lambda: floors.probed(SUBGROUPS, pixel_probe)),
+    Floor("K-means on raw pixels", pixel_clusters),
     Floor(
         "nearest neighbour on EfficientNet-Lite0",
-        lambda: lite0_neighbour(NAMES) | lite0_neighbour(SUBGROUPS, "nearest", "probe_best"),
+        lambda: lite0_neighbour(NAMES) | lite0_neighbour(SUBGROUPS, "nearest"),
+        arms=LITE0,
+    ),
+    Floor(
+        "linear probe on EfficientNet-Lite0",
+        lambda: floors.probed(SUBGROUPS, pixel_probe, lite0_features, lite0_view(), scale=1.0),
         arms=LITE0,
     ),
     Floor("image tower trained on labels", on_labels, ceiling=True),
@@ -188,8 +201,9 @@ def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
 
 
 def means(runs: list[list[dict]], *keys: str) -> list[np.ndarray]:
-    """Means over runs of what their lines of metrics have under each key."""
-    return [np.mean([[line[key] for line in lines] for lines in runs], axis=0) for key in keys]
+    """Means over runs of what their lines of metrics have under each key, as far as all of them have lines."""
+    length = min(map(len, runs))
+    return [np.mean([[line[key] for line in lines[:length]] for lines in runs], axis=0) for key in keys]
 
 
 STUDY = Study(
@@ -206,6 +220,7 @@ STUDY = Study(
     alone=True,
     derive=derive,
     metrics=evaluation.METRICS,
+    sets=(*NAMES, *SUBGROUPS, evaluation.PAIRS),
     floors=FLOORS,
     claims=CLAIMS,
     more_rows=more_rows,

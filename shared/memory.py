@@ -7,6 +7,7 @@ Shapes: N items, B batch, H stored side, S side of a view, L tokens.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -49,7 +50,17 @@ def read(
     tokenize: Callable[[list[str]], Tensor],
     process: run.Process | None = None,
 ) -> InMemory:
-    """Decode every pair once: images as centre squares of `side` pixels, captions as tokens."""
+    """Decode every pair once: images as centre squares of `side` pixels, captions as tokens.
+
+    ValueError if that takes more than half of the machine's memory, with all of its processes.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
+    needed, there = 3 * side**2 * len(pairs) * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there / 2:
+        raise ValueError(
+            f"{len(pairs):,} images of {side} pixels take {needed / 2**30:.0f} GiB in {processes} processes, of "
+            f"{there / 2**30:.0f} GiB: pass --no-keep-in-memory"
+        )
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
     for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
         pair = data.read_or_next(pairs, row, broken)

@@ -1,5 +1,7 @@
 """The benches' tables: how rows of several thread settings become one, and that a bench measures under each of them."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from protoclip.config import PRESETS
 from tests import bench
 from tests.bench import __main__ as every
+from tests.bench import protoclip
 
 ROOT = Path(__file__).parents[1]
 BENCH = """
@@ -55,6 +59,26 @@ def test_the_first_setting_counts_where_settings_are_equal():
     found = cells(bench.best_of("memory", {"2 threads": row([8.0], [24], unit="bytes"), "1 thread": row([8.0], [24])}))
     assert found[1:5] == ["8.0 bytes", "24.0 bytes", "3.00", "3.00 .. 3.00"]
     assert found[7] == "ours: 2 threads; theirs: 2 threads"
+
+
+def test_what_was_not_reached():
+    found = cells(bench.best_of("seconds", {"1 thread": row([math.inf, 50.0, math.inf])}))
+    assert found[1:6] == ["not reached", "", "", "", "3"]
+
+
+def test_seconds_to_a_goal(capsys: pytest.CaptureFixture):
+    """The first evaluation above the goal counts, with what comes before the first step; the note says the schedule."""
+    curve = [(10.0, 20.0), (20.0, 32.0), (30.0, 31.0), (40.0, 35.0)]
+    lines = [{"seconds": seconds, "zero_shot_top1": top1} for seconds, top1 in curve]
+    cfg = PRESETS["emoji-clip"][1]
+    goals = {"the floor": (31.0, "<= 60 s"), "40 %": (40.0, "")}
+    protoclip.floor_rows("names", goals, [(cfg, 5.0, lines), (cfg, 6.0, lines[:1])])
+    floor, far = map(json.loads, capsys.readouterr().out.splitlines())
+    assert floor["row"] == "seconds to the floor, names" and floor["target"] == "<= 60 s"
+    assert floor["ours"] == [25.0, math.inf]
+    assert "goal 31.0 %: 32.0 % there, 35.0 % at the end after 45 s; not reached in 16 s, 20.0 %" in floor["note"]
+    steps = cfg.episodes * cfg.steps_per_episode()
+    assert f"cosine over {steps} steps of {cfg.batch_size}" in floor["note"] and far["ours"] == [math.inf, math.inf]
 
 
 def test_rows_that_some_settings_lack():

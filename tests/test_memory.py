@@ -2,6 +2,7 @@
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from PIL import Image
 
@@ -26,6 +27,15 @@ def test_crops_are_resized_as_by_pil():
             assert (
                 np.abs(x.permute(1, 2, 0).numpy() - np.asarray(pil, dtype=np.float32)).max() <= 1.6
             )  # PIL rounds twice
+
+
+def test_a_corpus_that_does_not_fit_is_refused():
+    class Many:
+        def __len__(self) -> int:
+            return 10**9
+
+    with pytest.raises(ValueError, match=r"1,000,000,000 images of 64 pixels take .* GiB: pass --no-keep-in-memory"):
+        memory.read(Many(), 64, lambda texts: None)
 
 
 def test_flip_mirrors_the_view():

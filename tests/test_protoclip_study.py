@@ -49,6 +49,15 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     evaluation.main(cfg)
 
 
+def test_the_pretrained_tower_is_a_bar_for_its_own_arms_alone():
+    floors = {floor.name: floor.arms for floor in study.FLOORS}
+    assert floors["nearest neighbour on EfficientNet-Lite0"] == study.LITE0 and floors["chance"] == ()
+    arms = {arm.name: arm for arm in study.ARMS}
+    assert not any(arms[name].core for name in study.LITE0)
+    both = [claim for claim in study.CLAIMS if {claim.method, claim.baseline} & set(study.LITE0)]
+    assert both and all((claim.method, claim.baseline) == study.LITE0 and not claim.primary for claim in both)
+
+
 def test_report_refuses_uneven_seeds(cfg: evaluation.Config):
     with pytest.raises(ValueError, match=r"arm protoclip has seeds \[0\], but clip has \[0, 1\]"):
         study.STUDY.compare(list(cfg.runs[:3]), [{"seconds": 1.0}] * 3, Path(cfg.report))

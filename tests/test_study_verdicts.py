@@ -125,10 +125,12 @@ def test_primary_claims_hold_together_where_asked():
 def test_scatter_of_earlier_results_is_used_where_it_knows_more():
     one = arms([40.0], [45.0])
     assert judged([CLAIM], one, [], False)[0]["interval"] is None
-    known = judged([CLAIM], one, [], False, {"m": Scatter(0.5, 20)})[0]
-    assert known["resolves"] == pytest.approx(stats.t.ppf(0.975, 20) * 0.5) and known["verdict"] == "reproduced"
+    earlier = arms([40.0, 41.0, 42.0, 43.1], [45.0, 46.5, 46.6, 48.0], [44.0, 45.0, 46.0, 46.5])
+    known, scatter = judged([CLAIM], one, [], False, earlier)[0], pooled(dict(list(earlier.items())[:2]), "m")
+    assert scatter.df == 3  # of the two arms that the claim compares
+    assert known["resolves"] == pytest.approx(stats.t.ppf(0.975, 3) * scatter.std) and known["verdict"] == "reproduced"
     three = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
-    few = judged([CLAIM], three, [], False, {"m": Scatter(99.0, 2)})[0]
+    few = judged([CLAIM], three, [], False, arms([0.0, 99.0], [99.0, 0.0]))[0]
     assert few["resolves"] < 5  # the study's own has more degrees of freedom
 
 
@@ -166,3 +168,19 @@ def test_scatter_is_pooled_over_arms_that_claims_connect():
     for row in judged(claims[:2], few, (), False):
         assert row["resolves"] == with_all[row["claim"]]
     assert with_all["3"] > 2 * with_all["1"]
+
+
+def test_another_metric_may_tell_whether_arms_have_learned():
+    """And the scatter of a ratio to the baseline is the pair's own: a baseline that is always 0 shares nothing."""
+    runs = {
+        "method": [{"m": 30.0, "ratio": value} for value in (0.5, 0.7, 0.6)],
+        "base": [{"m": 20.0, "ratio": 0.0} for _ in range(3)],
+        "other": [{"m": 25.0, "ratio": value} for value in (9.0, 0.1, 4.0)],
+    }
+    claims = [
+        Claim("time", "-0.67", "ratio", "method", "base", -1, learned_by="m"),
+        Claim("o", "+", "ratio", "other", "base"),
+    ]
+    row = judged(claims, runs, [((), {"m": 29.0})], False)[0]
+    assert row["verdict"] == "not reproduced" and row["resolves"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / 3**0.5)
+    assert judged(claims, runs, [((), {"m": 30.0})], False)[0]["verdict"] == "has not learned"

@@ -54,6 +54,7 @@ def trained_on_labels(
     head = nn.Linear(width, len(EvalSet(sets[0], None).classnames))
     network = nn.Sequential(tower, head)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    batch_size = min(batch_size, len(labels))
     steps, cpu = len(labels) // batch_size, torch.device("cpu")
     precision = run.resolve_precision("auto", cpu)
 

@@ -1,4 +1,6 @@
-"""Rows that no method made: what a study's arms must be above before they are compared, and what they could reach.
+"""Floors and ceilings: what needs no training to reach, and what training on the labels themselves reaches.
+
+A study's arms must be above the floors before they are compared.
 
 Chance, and the nearest neighbour of an image among training images on raw pixels or on features of a pretrained tower.
 Numbers are by metric, as an eval.py names them, in percent.
@@ -109,15 +111,19 @@ def nearest_neighbour(
 
 
 def probed(
-    sets: Iterable[str | Path], probe: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, float]]
+    sets: Iterable[str | Path],
+    probe: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, float]],
+    features: Callable[[Iterable[Tensor]], Tensor] = join,
+    transform: Callable[[Image.Image], Tensor] = raw_pixels,
+    scale: float = 1 / 255,
 ) -> dict[str, float]:
-    """{"SET/METRIC": what a paper's linear probe reaches on raw pixels, between -1 and 1}.
+    """{"SET/METRIC": what a paper's linear probe reaches on features times `scale`, by default raw pixels below 1}.
 
     probe(train_x, train_y, test_x, test_y) -> {METRIC: percent}.
     """
     found = {}
     for path in sets:
-        (train_x, train_y), (test_x, test_y) = read(path, "train"), read(path, "test")
-        result = probe(train_x / 255, train_y, test_x / 255, test_y)
+        (train_x, train_y), (test_x, test_y) = (read(path, split, features, transform) for split in ("train", "test"))
+        result = probe(train_x * scale, train_y, test_x * scale, test_y)
         found |= {f"{Path(path).name}/{metric}": value for metric, value in result.items()}
     return found

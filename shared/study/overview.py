@@ -54,6 +54,12 @@ def named_arms(folder: str, summary: dict) -> tuple[dict[str, dict], dict[str, s
     return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}, study.metrics
 
 
+def arms_table(folder: str, summary: dict) -> str:
+    """Floors, ceilings and arms as a Markdown table."""
+    arms, metrics = named_arms(folder, summary)
+    return table(report.arms_rows(arms, metrics, summary["floors"]))
+
+
 # ------------------------------------------------------------------------------------------------------------ Markdown
 
 
@@ -70,6 +76,7 @@ def markdown(summaries: dict[str, dict]) -> str:
             f'<a id="{folder}"></a>\n\n## {summary["paper"]}',
             f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
             f"    {command(folder, summary)}",
+            *([f"{summary['corpus']}.", arms_table(folder, summary)] if "floors" in summary else []),
             table(shown(summary["claims"])),
         ]
     return "\n\n".join(page) + "\n"
@@ -114,6 +121,8 @@ def html_page(summaries: dict[str, dict], pictures: Path) -> str:
     for folder, summary in summaries.items():
         arms, metrics = named_arms(folder, summary)
         page.append(f'<h2 id="{folder}">{html.escape(summary["paper"])}</h2><p>{html.escape(provenance(summary))}</p>')
+        if "corpus" in summary:
+            page.append(f"<p>{html.escape(summary['corpus'])}.</p>")
         page.append(
             f"<p><code>{html.escape(command(folder, summary))}</code></p>{html_table(shown(summary['claims']))}"
         )

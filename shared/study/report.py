@@ -13,11 +13,11 @@ from shared.checkpoints import load_checkpoint, read_json
 from shared.evaluation import table
 from shared.run import machine
 from shared.study.statistics import spread
-from shared.study.verdicts import Scatter, pooled, shown
+from shared.study.verdicts import shown
 
 STARS = (
-    " ★: the paper's abstract states it; the intervals of these claims hold together (Holm). Resolves: the smallest "
-    "difference that these seeds resolve."
+    " ★: the paper's abstract states it; the intervals of these claims are Holm-corrected together. Resolves: the "
+    "smallest difference that these seeds resolve, by a standard deviation pooled over arms."
 )
 
 
@@ -48,7 +48,7 @@ def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) 
     print(table(arms_rows(summary["arms"], metrics, summary.get("floors"))))
     claims = table(shown(summary["claims"])) if summary["claims"] else "No claim compares these arms."
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims}\n\nwritten to {path}")
-    if len(summary["seeds"]) == 1:
+    if len(summary["seeds"]) == 1 and not any(row.get("interval") for row in summary["claims"]):
         print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
 
 
@@ -130,7 +130,7 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
             arm: {
                 metric: spread([run[metric] for run in runs])
                 for metric, value in runs[0].items()
-                if isinstance(value, (int, float))
+                if isinstance(value, (int, float)) and all(metric in run for run in runs)
             }
             for arm, runs in found.arms.items()
         },
@@ -138,11 +138,8 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
     }
 
 
-def known_scatter(path: Path, found: Comparison) -> dict[str, Scatter]:
-    """Scatter of each metric in earlier results, if they are of the same machine and settings of the arms; else none.
-
-    Of fewer seeds than `found` has, or of a file that is not there, nothing is known either.
-    """
+def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
+    """Arms of the results in `path`, if these have more seeds than `found`, its settings and its machine; else none."""
     try:
         earlier = read_json(path)
     except (OSError, ValueError):
@@ -150,12 +147,10 @@ def known_scatter(path: Path, found: Comparison) -> dict[str, Scatter]:
     same = all(earlier.get("settings", {}).get(arm) == setting for arm, setting in found.settings.items())
     if not same or earlier.get("machine") != machine() or len(earlier["seeds"]) <= len(found.seeds):
         return {}
-    arms = {
+    return {
         arm: [{metric: values["values"][i] for metric, values in metrics.items()} for i in range(len(earlier["seeds"]))]
         for arm, metrics in earlier["arms"].items()
     }
-    metrics = set().union(*earlier["arms"].values())
-    return {metric: scatter for metric in metrics if (scatter := pooled(arms, metric))}
 
 
 def readme_block(folder: str) -> str:
@@ -164,9 +159,10 @@ def readme_block(folder: str) -> str:
     study = importlib.import_module(f"{folder}.study").STUDY
     seeds = ", ".join(map(str, summary["seeds"]))
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
+    corpus = f"{summary['corpus']}. " if "corpus" in summary else ""
     measured = f"Measured {summary['date']} at commit `{summary['commit']}` on {summary['machine']}."
     return (
-        f"Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
+        f"{corpus}Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
         f"{table(arms_rows(named, study.metrics, summary.get('floors')))}\n\n"
         "Differences are paired by seed, unless the row says by what, ± half the 95 % interval."
         f"{STARS * ('floors' in summary)}\n\n{table(shown(summary['claims']))}\n"

@@ -100,6 +100,8 @@ class Study:
     stages: tuple[Stage, ...] = ()
     corpus: str = "Embedded emoji corpus"
     """What the arms are trained on, and which of their parts were pretrained on what."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets that floors are measured on, anew where one of them has changed."""
     floors: tuple[Floor, ...] = ()
     """Rows that no method made; with them, verdicts are those of `verdicts.judged`."""
     passes: str = "epoch"
@@ -181,17 +183,18 @@ class Study:
         floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
         measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
-        return evaluation.measured(kept, {"floors": [floor.name for floor in floors], "known": known}, (), measure)
+        sources = [tar for folder in self.sets for tar in Path(folder).glob("*/*.tar")]
+        return evaluation.measured(kept, {"floors": [floor.name for floor in floors], "known": known}, sources, measure)
 
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
         """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
         floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.folder}.json")
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
-        known = report.known_scatter(committed, found)
-        if known:
+        earlier = report.earlier_arms(committed, found)
+        if earlier:
             print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")
         together = len(found.seeds) >= COMMITTED
-        rows = verdicts.judged(self.claims, found.arms, bars, together, known) + self.more_rows(found, **more)
+        rows = verdicts.judged(self.claims, found.arms, bars, together, earlier) + self.more_rows(found, **more)
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
         return report.results(self.paper, found, rows, **about)

@@ -19,6 +19,7 @@ class Claim(NamedTuple):
     effect: float | None = None  # the paper's difference in the same unit, where it is one
     primary: bool = False  # whether the paper's abstract states it
     negligible: float | None = None  # d of "no difference above d": at most half the paper's effect
+    learned_by: str | None = None  # metric whose floor tells whether the arms have learned; None: the claim's own
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

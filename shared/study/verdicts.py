@@ -16,7 +16,7 @@ from shared.study.statistics import Claim, measured
 
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
-    "has not learned": "the stronger of the two arms is not above the floor of its metric, which no method made",
+    "has not learned": "the stronger of the two arms is not above what needs no training (chance, raw pixels)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
     "reproduced": "the interval lies on the paper's side, and reaches its effect where both are in one unit",
     "same direction": "on the paper's side, short of its effect",
@@ -95,7 +95,7 @@ def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = L
 
 
 def verdict(claim: Claim, mean: float, half: float | None, strongest: float, floor: float | None) -> str:
-    """The word for a mean difference ± half; `strongest`: the better arm's mean, in the unit of `floor`."""
+    """The word for a mean difference ± half; `strongest`: the better arm's mean in the metric that `floor` is of."""
     if claim.paper is None:
         return "no claim"
     if floor is not None and strongest <= floor:
@@ -114,10 +114,11 @@ def verdict(claim: Claim, mean: float, half: float | None, strongest: float, flo
 
 
 def floor_of(claim: Claim, floors: Bars) -> float | None:
-    """The highest floor of a claim's metric among those that count for its arms; None where there is none."""
+    """The highest floor of the metric that tells whether a claim's arms have learned; None where there is none."""
+    metric = claim.learned_by or claim.metric
     both = {claim.method, claim.baseline}
     counting = [values for arms, values in floors if not arms or both <= set(arms)]
-    return max((values[claim.metric] for values in counting if claim.metric in values), default=None)
+    return max((values[metric] for values in counting if metric in values), default=None)
 
 
 def judged(
@@ -125,12 +126,12 @@ def judged(
     arms: dict[str, list[dict]],
     floors: Bars,
     together: bool,
-    known: dict[str, Scatter] | None = None,
+    earlier: dict[str, list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the table of claims, primary ones first, for those that were `statistics.measured`.
 
-    together: the intervals of primary claims are Holm-corrected, so that they hold together. known: the scatter of each
-    metric in earlier results with the same presets, used where it has more degrees of freedom.
+    together: the intervals of primary claims are Holm-corrected. earlier: arms of earlier results with the same
+    settings, whose pooled scatter is used where it has more degrees of freedom.
     """
     chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
     found = []
@@ -139,11 +140,16 @@ def judged(
             raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
         sides = [[run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)]
         differences = [a - b for a, b in zip(*sides, strict=True)]
-        comparable = related(claim, chosen)
-        pool = pooled({arm: runs for arm, runs in arms.items() if arm in comparable}, claim.metric)
-        scatters = [own(differences), pool, (known or {}).get(claim.metric)]
+        scatters = [own(differences)]
+        if len(set(sides[1])) > 1 or len(differences) == 1:  # a constant baseline shares no effect of the seed
+            comparable = related(claim, chosen)
+            for source in (arms, earlier or {}):
+                few = {arm: runs for arm, runs in source.items() if arm in comparable}
+                scatters.append(pooled(few, claim.metric))
         scatter = max((each for each in scatters if each), key=lambda each: each.df, default=None)
-        found.append((float(np.mean(differences)), scatter, len(differences), max(map(np.mean, sides))))
+        told_by = claim.learned_by or claim.metric
+        strongest = max(float(np.mean([run[told_by] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
+        found.append((float(np.mean(differences)), scatter, len(differences), strongest))
     levels = [LEVEL] * len(chosen)
     if together:
         primary = [each[:3] for claim, each in zip(chosen, found, strict=True) if claim.primary]
