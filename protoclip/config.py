@@ -26,7 +26,7 @@ class Config:
     """0: an episode samples all of the data. S: it samples the next S shards of an endlessly reshuffled list, copied to
     `cache` if they are remote, so that the data may be larger than the disk."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards; runs with --episode-shards at the same time want one each."""
+    """Folder for copies of remote shards. Give each of several runs with --episode-shards its own."""
 
     model: str = "RN50"
     """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
