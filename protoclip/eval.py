@@ -295,14 +295,14 @@ def evaluate_run(
 def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) -> None:
     """t-SNE of unit image features (N, E), coloured by class (the 12 largest), with their K-means prototypes.
 
-    A panel is (title, features, labels, class names); of more than 3,000 rows, evenly spaced ones are drawn.
+    A panel is (title, features, labels, class names); of more than 1,000 rows, evenly spaced ones are drawn.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
     for axis, (title, x, y, names) in zip(axes[0], panels, strict=True):
-        rows = torch.arange(0, len(x), math.ceil(len(x) / 3000))
+        rows = torch.arange(0, len(x), math.ceil(len(x) / 1000))
         x, y = x[rows], y[rows]
         _, prototypes = kmeans(x, min(int(y.max()) + 1, len(x)))
-        flat = TSNE(init="pca", random_state=0, perplexity=min(30, len(x) - 1)).fit_transform(
+        flat = TSNE(init="pca", random_state=0, max_iter=500, perplexity=min(30, len(x) - 1)).fit_transform(
             torch.cat([x, prototypes])
         )
         points, centres = flat[: len(x)], flat[len(x) :]

@@ -288,6 +288,26 @@ def evaluate(
     return results
 
 
+KEPT_BYTES = 2**27  # of images that `quick_top1` keeps from one evaluation to the next
+_kept: dict[tuple, list] = {}  # batches of the last small set, by folder and transform
+
+
+def kept_batches(eval_set: EvalSet, key: tuple) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a set; one of at most KEPT_BYTES is decoded once while its `key` stays the same."""
+    if key in _kept:
+        yield from _kept[key]
+        return
+    _kept.clear()
+    batches, size = [], 0
+    for images, labels in eval_set.batches(256):
+        size += images.nbytes
+        if size <= KEPT_BYTES:
+            batches.append((images, labels))
+        yield images, labels
+    if size <= KEPT_BYTES:
+        _kept[key] = batches
+
+
 def quick_top1(
     model: torch.nn.Module,
     tokenizer: Callable,
@@ -301,6 +321,7 @@ def quick_top1(
     model.eval()
     eval_set = EvalSet(set_dir, transform)
     classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, precision)
-    features, labels = extract_image_features(model.encode_image, eval_set.batches(256), device, precision)
+    batches = kept_batches(eval_set, (str(set_dir), transform))
+    features, labels = extract_image_features(model.encode_image, batches, device, precision)
     model.train(was_training)
     return classification_metrics(features, labels, classifier)["top1"]

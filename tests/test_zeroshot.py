@@ -333,3 +333,26 @@ def test_wrong_text_to_image(text_to_image, message):
 def test_wrong_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         zeroshot.classification_metrics(torch.randn(2, 3), torch.tensor(labels))
+
+
+def test_a_small_set_is_decoded_once_for_a_learning_curve(tmp_path, monkeypatch):
+    seen = []
+
+    def transform(image):
+        seen.append(image.size)
+        return torch.zeros(3, 4, 4)
+
+    files = [(f"{i}.{kind}", image_bytes(i) if kind == "png" else b"1") for i in range(3) for kind in ("png", "cls")]
+    write_set(tmp_path, [files[:4], files[4:]])
+
+    def batches() -> list:
+        return list(zeroshot.kept_batches(zeroshot.EvalSet(tmp_path, transform), (str(tmp_path), transform)))
+
+    first = batches()
+    again = batches()
+    assert len(seen) == 3 and all(torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    monkeypatch.setattr(zeroshot, "KEPT_BYTES", 10)
+    zeroshot._kept.clear()
+    batches()
+    batches()
+    assert len(seen) == 9 and not zeroshot._kept
