@@ -21,7 +21,7 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
     claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
     bars = (Floor("none", lambda: {"groups_id/top1": -1.0}),)
-    changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim, study.CLAIMS[4]), floors=bars)
+    changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim, study.CLAIMS[4]._replace(learned_by=None)), floors=bars)
     monkeypatch.setattr(study, "STUDY", changed)
     monkeypatch.chdir(tmp_path)
     evaluation.main(cfg)
@@ -40,7 +40,7 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     assert rows["higher"]["verdict"] in capsys.readouterr().out
     time = rows[study.CLAIMS[4].claim]
     assert time["primary"] and time["metric"] == study.TIME and summary["floors"] == {"none": {"groups_id/top1": -1.0}}
-    assert all(values[study.TIME]["mean"] > 0 and "extra_time" in values for values in summary["arms"].values())
+    assert summary["arms"]["clip"][study.TIME]["values"] == [0.0, 0.0] and "extra_time" in summary["arms"]["protoclip"]
     for name in ("protoclip_curves.png", "protoclip_features.png"):
         assert (Path(cfg.report).parent / name).stat().st_size > 10_000
 
@@ -76,7 +76,8 @@ def test_seconds_until_clips_accuracy(tmp_path: Path):
         (folders[arm][0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         arms[arm] = [{"seconds": float(points[-1][0])}]
     study.derive(Comparison(arms, [0], folders, set()))
-    assert {arm: values[0][study.TIME] for arm, values in arms.items()} == {"clip": 1.0, "fast": 0.6, "slow": 2.0}
+    found = {arm: values[0][study.TIME] for arm, values in arms.items()}
+    assert found == {"clip": 0.0, "fast": pytest.approx(-0.4), "slow": 1.0}
     assert arms["slow"][0]["extra_time"] == 1.0
 
 

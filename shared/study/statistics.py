@@ -62,9 +62,9 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
 
 
 def measured(claim: Claim, arms: dict[str, list[dict]]) -> bool:
-    """Whether both arms of a claim were run and its metric was measured of all their runs."""
-    both = [claim.method, claim.baseline]
-    return all(arm in arms and all(claim.metric in run for run in arms[arm]) for arm in both)
+    """Whether both arms of a claim were run and its metrics were measured of all their runs."""
+    both, metrics = [claim.method, claim.baseline], {claim.metric, claim.learned_by or claim.metric}
+    return all(arm in arms and all(metrics <= set(run) for run in arms[arm]) for arm in both)
 
 
 def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict[str, str]]:
