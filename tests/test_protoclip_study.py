@@ -21,7 +21,8 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
     claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
     bars = (Floor("none", lambda: {"groups_id/top1": -1.0}),)
-    changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=(claim, study.CLAIMS[4]._replace(learned_by=None)), floors=bars)
+    claims = claim, study.CLAIMS[4]._replace(learned_by=None)
+    changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=claims, floors=bars)
     monkeypatch.setattr(study, "STUDY", changed)
     monkeypatch.chdir(tmp_path)
     evaluation.main(cfg)
