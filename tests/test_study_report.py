@@ -47,7 +47,8 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     if "floors" not in summary:
         pytest.skip("results of before floors")
     said = sentences((ROOT / file.stem / "README.md").read_text())
-    assert not re.search(r"\d", said), re.findall(r".*\d.*", said)
+    plain = re.sub(r"\*([^*]+)\*", "", said)
+    assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
     study = importlib.import_module(f"{file.stem}.study").STUDY
     known = {row["claim"] for row in summary["claims"]} | {study.headings[arm] for arm in summary["arms"]}
     known |= set(summary["floors"]) | set(study.metrics.values())

@@ -1,5 +1,6 @@
 """A ceiling for a table of arms: an arm's image tower, trained on the labels of an evaluation set itself."""
 
+import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,9 @@ def trained_on_labels(
     """
     torch.manual_seed(seed)
     width = export.open_clip_config(model)["embed_dim"]
+    logging.disable(logging.WARNING)  # open_clip says that the weights are random
     tower = open_clip.create_model(model).visual
+    logging.disable(logging.NOTSET)
     size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
     sets = list(sets)
     pixels, labels = read(sets[0], "train", 2 * size)

@@ -30,8 +30,8 @@ class Floor:
     measure: Callable[[], dict[str, float]]
     ceiling: bool = False
     arms: tuple[str, ...] = ()
-    """Arms whose part it is about, such as a pretrained tower: only claims between these are to be above it, and it is
-    measured only where one of them is. Empty: all."""
+    """Arms that the floor is for, such as those of a pretrained tower: it counts for claims between them, and is
+    measured where one of them is compared. Empty: all arms."""
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:
