@@ -409,9 +409,9 @@ def test_trajectory(up, table, tmp_path):
     external = teacher.Teacher("data/emoji/teacher.npz").rows(pairs_, np.arange(len(pairs_)))
     np.save(tmp_path / "teacher.npy", external.numpy())
     args = SimpleNamespace(**{
-        **TRAIN, **flags, "episode_size": size, "batch_size": batch_size, "epochs": episodes_, "episodic_training": True,
-        "external_teacher": str(tmp_path / "teacher.npy"), "dataset_size": len(pairs_), "clustering_frequency": 1,
-        "visualize_frequency": -1, "save_logs": False,
+        **TRAIN, **flags, "episode_size": size, "batch_size": batch_size, "epochs": episodes_,
+        "external_teacher": str(tmp_path / "teacher.npy"), "dataset_size": len(pairs_), "episodic_training": True,
+        "clustering_frequency": 1, "visualize_frequency": -1, "save_logs": False,
     })  # fmt: skip
     orders = [torch.randperm(size).split(batch_size) for _ in range(2 * episodes_)]  # extraction, training, ...
     views = [[torch.randint(0, 5, (2,)).tolist() for _ in order] for order in orders]  # corners of crops, by batch
