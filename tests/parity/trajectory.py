@@ -1,7 +1,8 @@
 """Training trajectories: the authors' loop and ours from the same weights on the same batches of a real shard."""
 
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -34,12 +35,25 @@ def shard(side: int) -> tuple[data.Shards, torch.Tensor, list[str]]:
     return pairs, pixels / 127.5 - 1, [pairs.caption(row) for row in range(len(pairs))]
 
 
-def orders(batch_size: int, steps: int, seed: int = 0) -> list[torch.Tensor]:
-    """Rows of the shard, batch by batch: passes over it in random order, without short batches."""
-    n, generator = len(shard(16)[0]), torch.Generator().manual_seed(seed)
-    passes = steps * batch_size // (n - n % batch_size) + 1
-    batches = [b for _ in range(passes) for b in torch.randperm(n, generator=generator).split(batch_size)]
-    return [batch for batch in batches if len(batch) == batch_size][:steps]
+def orders(n: int, batch_size: int, steps: int, seed: int = 0) -> list[torch.Tensor]:
+    """Which of n rows, batch by batch: passes over them in random order, without short batches."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    while len(batches) < steps:
+        batches += torch.randperm(n, generator=generator)[: n - n % batch_size].split(batch_size)
+    return batches[:steps]
+
+
+class Epochs:
+    """A loader of batches made beforehand: each pass over it yields the next so many of them."""
+
+    def __init__(self, batches: Iterable, length: int, batch_size: int):
+        self.batches, self.num_batches, self.num_samples = iter(batches), length, length * batch_size
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator:
+        return itertools.islice(self.batches, self.num_batches)
 
 
 def losses(train: Callable[[], object]) -> list[float]:
