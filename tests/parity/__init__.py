@@ -80,9 +80,11 @@ def import_beside(root: Path, names: list[str], stubs: dict[str, ModuleType]) ->
 
 
 def run_block(module: ModuleType, test: str, **names) -> dict:
-    """Run the body of the first `if <test>:` of a module's source, for code that is no function; -> its variables."""
+    """Run the body of the first `if <test>:` or `for ... in <test>:`, once, of a module's source; -> its variables."""
     tree = ast.parse(inspect.getsource(module))
-    block = next(node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == test)
+    heads = {ast.If: "test", ast.For: "iter"}
+    blocks = (node for node in ast.walk(tree) if type(node) in heads)
+    block = next(node for node in blocks if ast.unparse(getattr(node, heads[type(node)])) == test)
     scope = {**vars(module), **names}
     exec(compile(ast.Module(block.body, []), module.__file__, "exec"), scope)
     return scope

@@ -7,11 +7,12 @@ batches it lets facets see each other (detail 4 of the README).
 """
 
 import contextlib
+import copy
 import io
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import open_clip
 import pytest
@@ -23,7 +24,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flame import embed, model, train
 from flame import eval as evaluation
 
-from . import Table, clone_of, import_beside, printed, race, seeded, unit, with_gradients  # noqa: F401  (seeded: autouse)
+from . import (  # noqa: F401  (seeded: autouse)
+    Table,
+    clone_of,
+    import_beside,
+    printed,
+    race,
+    run_block,
+    seeded,
+    trajectory,
+    unit,
+    with_gradients,
+)
 
 VISION = dict(image_size=24, layers=2, width=32, head_width=8, patch_size=8, pool_type="avg")
 
@@ -32,8 +44,10 @@ def load(path: str | Path) -> SimpleNamespace:
     """The authors' modules from a clone."""
     root = Path(path).resolve() / "src"
     names = [f"open_clip.{n}" for n in ("model", "loss", "multiprompteol_embeddings", "transform")]
-    names += ["open_clip.zero_shot_classifier", "training.scheduler", "training.train"]
-    modules = import_beside(root, names, {})
+    names += ["open_clip.zero_shot_classifier", "training.scheduler", "training.train", "training.main"]
+    stubs = {"training.data": ModuleType("training.data")}  # needs pandas and wids
+    stubs["training.data"].get_data = None
+    modules = import_beside(root, names, stubs)
     return SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()}, root=root)
 
 
@@ -300,6 +314,64 @@ def test_training_step(up, table):
     table.compare(
         "three steps: weights", "training/train.py:90", "train.train_step", a, {n: b[n] for n in a}, atol=5e-5
     )
+
+
+def test_trajectory(up, table):
+    """Their train_one_epoch, with optimizer, schedule and loss as their main() makes them, against our training step.
+
+    Four epochs; texts are facets of the shard's captions, embedded by a random language model, drawn for each batch.
+    Replaced: their model has no language model, which training does not touch; `training.data`, their loader, needs
+    pandas and wids and is a list of batches here.
+    """
+    epochs, batch_size = 4, 32
+    per_epoch = trajectory.STEPS // epochs
+    pairs, pixels, captions = trajectory.shard(VISION["image_size"])
+    sizes = dict(
+        hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
+    )
+    llm = model.FrozenLLM(LlamaForCausalLM(LlamaConfig(vocab_size=3000, **sizes)).eval(), Words())
+    bank = embed.embed_captions(llm, captions, captions, captions, embed.read_prompts(up.root.parent), batch_size=64)
+    rows = trajectory.orders(len(pairs), batch_size, epochs * per_epoch)
+    facets = [torch.stack([train.sample_facets(bank[row]) for row in batch]) for batch in rows]
+    parts, start = twins(up)
+    cfg = train.Config(warmup=20, epochs=epochs, batch_size=batch_size, lr=1e-3)
+    args = SimpleNamespace(
+        model="FLAME", train_data="shards", trace=False, precision="fp32", device="cpu", rank=0, local_rank=0,
+        world_size=1, horovod=False, wd=cfg.weight_decay, lr=cfg.lr, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps,
+        warmup=cfg.warmup, epochs=epochs, lr_scheduler="cosine", skip_scheduler=False, accum_freq=1, distill=False,
+        siglip=False, mp_sigmoid=True, grad_clip_norm=None, log_every_n_steps=100, batch_size=batch_size, wandb=False,
+    )  # fmt: skip
+
+    class WithoutText(up.model.CustomTextCLIP):
+        output_dict = True
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.visual, self.mm = copy.deepcopy(parts["visual"]), copy.deepcopy(parts["mm"])
+            self.logit_scale, self.logit_bias = copy.deepcopy(start.logit_scale), copy.deepcopy(start.logit_bias)
+
+    def batches(dtype):
+        return ((pixels[batch].to(dtype), texts.to(dtype)) for batch, texts in zip(rows, facets, strict=True))
+
+    def theirs(dtype):
+        network = WithoutText().to(dtype)
+        loader = trajectory.Epochs(((0, 0, i, 0, t) for i, t in batches(dtype)), per_epoch, batch_size)
+        everything = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda _: None)}
+        made = run_block(up.main, "args.train_data or args.dataset_type == 'synthetic'", args=args, model=network)
+        made |= run_block(up.main, "'train' in data and optimizer is not None", data=everything, **made)
+        for epoch in range(epochs):
+            loss, optimizer, scheduler = up.main.create_loss(args), made["optimizer"], made["scheduler"]
+            up.train.train_one_epoch(network, everything, loss, epoch, optimizer, None, scheduler, None, args)
+
+    def ours(dtype):
+        network = copy.deepcopy(start).to(dtype)
+        groups = train.param_groups(network, cfg.weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
+        for step, batch in enumerate(batches(dtype)):
+            yield train.train_step(network, batch, adamw, train.schedule(cfg, step, epochs * per_epoch), cfg)
+
+    where = f"{table.where(up.train.train_one_epoch)}, training/main.py:308"
+    trajectory.compare(table, "flame", where, "train.train_step", trajectory.run(theirs, ours))
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation

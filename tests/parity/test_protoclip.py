@@ -3,6 +3,7 @@ megvii-research/protoclip@fde1933. Both sides get the same seeded inputs on the 
 """
 
 import contextlib
+import copy
 import csv
 import importlib.util
 import random
@@ -23,8 +24,21 @@ from protoclip import episodes, model, teacher, train
 from protoclip import eval as evaluation
 from shared import data, run, zeroshot
 
-from . import Table, clone_of, import_beside, printed, race, run_block, run_line, seeded, unit, with_gradients  # noqa: F401  (seeded: autouse)
+from . import (  # noqa: F401  (seeded: autouse)
+    Table,
+    clone_of,
+    import_beside,
+    printed,
+    race,
+    run_block,
+    run_line,
+    seeded,
+    trajectory,
+    unit,
+    with_gradients,
+)
 
+CPU = torch.device("cpu")
 VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 RESNET = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
@@ -374,6 +388,92 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     states = theirs.state_dict(), ours.state_dict()
     options = dict(gradients=gradients, seconds=seconds, atol=5e-5)
     table.compare(f"weights after {len(steps)} steps, {name}", where, "train.train_episode", *states, **options)
+
+
+def test_trajectory(up, table, tmp_path):
+    """Four episodes of the body of their main()'s loop against ours: extraction, K-means, back translation, training.
+
+    The first is InfoNCE alone. Each side draws its rows and builds prototypes from its own features. Both see the same
+    shuffles and views, made beforehand, since their loader draws from the global generator.
+    Replaced: `.cuda()` and CUDA's autocast do nothing; faiss stays off the GPU; the teacher file is the corpus' own;
+    `sync_prototypes`, which goes through files, does nothing but turn their prototypes, fp32, to the model's precision,
+    as the test does with ours; openTSNE, pytorch_transformers and pandas have stand-ins that are not called. That
+    prototypes are fp32, and theirs averaged in it, is what remains in float64. In float32 the curves are apart from the
+    episode on in which a rounding error has moved a sample to another cluster.
+    """
+    side, batch_size, episodes_, flags = 16, 32, 4, dict(k=40, infonce_warmup_epoch=1, warmup=20, projection_dim=16)
+    pairs_, pixels, captions = trajectory.shard(side + 4)
+    size = batch_size * trajectory.STEPS // episodes_ + 7  # and a short last batch, which both leave out
+    text = {**TEXT, "context_length": 24}
+    tokens = open_clip.get_tokenizer("ViT-emoji", context_length=24)(captions)
+    external = teacher.Teacher("data/emoji/teacher.npz").rows(pairs_, np.arange(len(pairs_)))
+    np.save(tmp_path / "teacher.npy", external.numpy())
+    args = SimpleNamespace(**{
+        **TRAIN, **flags, "episode_size": size, "batch_size": batch_size, "epochs": episodes_,
+        "external_teacher": str(tmp_path / "teacher.npy"), "dataset_size": len(pairs_), "episodic_training": True,
+        "clustering_frequency": 1, "visualize_frequency": -1, "save_logs": False,
+    })  # fmt: skip
+    orders = [torch.randperm(size).split(batch_size) for _ in range(2 * episodes_)]  # extraction, training, ...
+    views = [[torch.randint(0, 5, (2,)).tolist() for _ in order] for order in orders]  # corners of crops, by batch
+    starts = twins(up, text=text)
+
+    def batches(number: int, rows, dtype) -> Loader:
+        """Pass `number` over the samples of an episode."""
+        found = []
+        for index, (top, left) in zip(orders[number], views[number], strict=True):
+            images = pixels[rows[index], :, top : top + side, left : left + side]
+            found.append((index, images.to(dtype), tokens[rows[index]]))
+        return Loader(found, size)
+
+    def theirs(dtype):
+        network = copy.deepcopy(starts[0]).to(dtype)
+        rows, numbers = torch.zeros(size, dtype=torch.long), iter(range(len(orders)))
+        everything = SimpleNamespace(num_batches=len(orders[0]), num_samples=size)
+        everything = type(
+            "", (), {**vars(everything), "__iter__": lambda _: iter(batches(next(numbers), rows, dtype))}
+        )()
+        loaders = {"train": SimpleNamespace(dataloader=everything, sampler=None)}
+        optimizer = optimizer_groups(up, network, args)
+        scheduler, clustering = their_schedule(up, args, loaders, optimizer), up.clustering.Clustering(args)
+
+        def in_precision(_):
+            for name, value in vars(clustering).items():
+                if "centroids" in name:
+                    setattr(clustering, name, value.to(dtype))
+
+        clustering.sync_prototypes = in_precision
+        up.main.random_seed(7)
+        for epoch in range(episodes_):
+            run_block(
+                up.main, "range(start_epoch, args.epochs)", epoch=epoch, args=args, index_mapping=rows, data=loaders,
+                model=network, optimizer=optimizer, scaler=None, scheduler=scheduler, clustering=clustering,
+                writer=None, profiling={}, preprocess_val=None, tokenizer=None, evaluate=lambda *_: None,
+            )  # fmt: skip
+
+    def in_single_precision(_module, _inputs, output):
+        return model.ProtoCLIPOutput(*(x.to(torch.float32) for x in output))
+
+    def ours(dtype):
+        network, rng, process = copy.deepcopy(starts[1]).to(dtype), np.random.RandomState(7), run.Process(0, 1, CPU)
+        cfg = train.Config(
+            k=args.k, episodes=episodes_, episode_size=size, infonce_warmup=1, batch_size=batch_size, lr=args.lr,
+            warmup=args.warmup, max_grad_norm=args.max_grad_norm,
+        )  # fmt: skip
+        groups = train.parameter_groups(network, args.wd)
+        adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
+        for episode in range(episodes_):
+            rows, prototypes = torch.from_numpy(episodes.sample_episode(len(pairs_), size, rng)), None
+            if train.weights_in(cfg, episode)[1] > 0:
+                with network.register_forward_hook(in_single_precision):
+                    h = train.extract_features(network, batches(2 * episode, rows, dtype), size, "cpu")
+                found = model.build_prototypes(*h, args.k, external[rows])
+                prototypes = model.Prototypes(*(x.to(dtype) if x.is_floating_point() else x for x in found))
+            loader = batches(2 * episode + 1, rows, dtype)
+            yield from train.train_episode(network, loader, adamw, prototypes, episode, cfg, process)
+
+    where = f"training/main.py:350, {table.where(up.train.train_one_epoch)}"
+    curves = trajectory.run(theirs, ours)
+    trajectory.compare(table, "protoclip", where, "train.train_episode", curves, double=1e-6)
 
 
 def their_schedule(up, args, loaders, optimizer):

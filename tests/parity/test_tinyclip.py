@@ -23,7 +23,7 @@ from tinyclip import geometry, inheritance, model, train
 from tinyclip import masks as own_masks
 from tinyclip.config import Stage
 
-from . import Table, clone_of, import_beside, printed, race, seeded, unit  # noqa: F401  (seeded: autouse)
+from . import Table, clone_of, import_beside, printed, race, seeded, trajectory, unit  # noqa: F401  (seeded: autouse)
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 3, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 3}
@@ -333,8 +333,8 @@ class Enough(Exception):
 class Loader:
     """Batches in memory that look like their loader."""
 
-    def __init__(self, batches):
-        self.batches, self.num_batches, self.batch_size = batches, 100, len(batches[0][0])
+    def __init__(self, batches, num_batches=100):
+        self.batches, self.num_batches, self.batch_size = batches, num_batches, len(batches[0][0])
         self.num_samples = self.num_batches * self.batch_size
 
     def __iter__(self):
@@ -348,7 +348,7 @@ def their_args(stage: Stage) -> SimpleNamespace:
         device="cpu", precision="fp32", image_precision="fp32", text_precision="fp32", logit_precision="fp32",
         distillation=True, local_loss=True, gather_with_grad=True, rank=0, world_size=1, local_rank=0, horovod=False,
         distributed=False, epochs=1, distillation_alpha=stage.alpha, distillation_weight=stage.weight,
-        lock_image=False, lock_text=False, prune_step=10**6, prune_image=stage.masks, prune_text=stage.masks,
+        lock_image=False, lock_text=False, prune_step=stage.prune_step, prune_image=stage.masks, prune_text=stage.masks,
         logit_scale=stage.logit_scale, use_teacher_image=False, use_teacher_text=False, total_loss_flag=stage.joint,
         save_logs=False, wandb=False, norm_gradient_clip=stage.max_grad_norm, wd=stage.weight_decay, lr=stage.lr,
         beta1=stage.beta1, beta2=stage.beta2, eps=stage.eps, l0lr=stage.lambda_lr,
@@ -365,15 +365,16 @@ def their_trainer(up, theirs, teacher, stage: Stage):
         tower.l0_module.start_sparsity, tower.l0_module.target_sparsity = stage.start_sparsity, stage.target_sparsity
         tower.l0_module.lagrangian_warmup = stage.sparsity_warmup
     optimizer = up.optimizer.build_optimizer(args, theirs)
+    scheduler_l0 = up.scheduler.step_lr(optimizer[-1], stage.prune_step) if stage.masks else None
     warmup = stage.prune_step if stage.masks else stage.warmup
     scheduler = up.scheduler.cosine_lr(optimizer[:3], stage.lr, warmup, stage.steps)
     writer = SimpleNamespace(add_scalar=lambda name, value, step: logged.update({(name, step): float(value)}))
 
     def one_pass(batches, epoch=0):
-        loader = Loader(batches)
+        loader = Loader(batches, stage.steps)
         data = {"train": SimpleNamespace(dataloader=loader, sampler=None, set_epoch=lambda _: None)}
         with on_cpu(up), contextlib.suppress(Enough):
-            up.train.train_one_epoch(theirs, data, epoch, optimizer, Scaler(), scheduler, None, args, writer)
+            up.train.train_one_epoch(theirs, data, epoch, optimizer, Scaler(), scheduler, scheduler_l0, args, writer)
 
     return one_pass, logged
 
@@ -404,6 +405,49 @@ def test_training(up, table, masks):
     state = {name.removeprefix("clip."): value for name, value in student.state_dict().items()}
     states = geometry.convert_state_dict(theirs.state_dict()), state
     table.compare(f"{name}: weights after 4 steps", up.train.train_one_epoch, "train.train_step", *states, atol=1e-4)
+
+
+def test_trajectory(up, table):
+    """A whole stage with masks: learn them for 100 steps, cut them, distil on for 100, in one call of their loop.
+
+    Replaced: CUDA's autocast and memory query, the free space of /dev/shm and the plot of the masks do nothing; the
+    GradScaler scales by 1; the image and the caption with which they try the masked towers before the cut, 224 pixels
+    and 77 tokens on a GPU, have the towers' size; the process group has one process; their loader is a list, which
+    ends their epoch before the evaluation after its last batch.
+    """
+    stage = Stage(
+        steps=trajectory.STEPS, lr=1e-3, alpha=0.7, masks=True, prune_step=trajectory.STEPS // 2, target_sparsity=0.6,
+        sparsity_warmup=50,
+    )  # fmt: skip
+    side, text = VISION["image_size"], {**TEXT, "vocab_size": 49408, "context_length": 24}
+    _, pixels, captions = trajectory.shard(side)
+    tokens = open_clip.SimpleTokenizer(context_length=text["context_length"])(captions)
+    starts, teachers = twins(up, text=text, masks=True), twins(up, text=text, embed=40)
+    rows = trajectory.orders(len(pixels), 32, stage.steps)
+
+    def of(dtype, side):
+        """(student, teacher, batches), after which both sides draw the same numbers for masks."""
+        batches = [(pixels[batch].to(dtype), tokens[batch]) for batch in rows]
+        copies = [copy.deepcopy(pair[side]).to(dtype) for pair in (starts, teachers)]
+        torch.manual_seed(3)
+        return *copies, batches
+
+    def theirs(dtype):
+        student, teacher, batches = of(dtype, 0)
+        randn, randint = torch.randn, torch.randint
+        probes = dict(
+            randn=lambda shape, device: randn(1, 3, side, side, dtype=dtype),
+            randint=lambda low, high, shape, device: randint(low, high, (1, text["context_length"])),
+        )
+        with mock.patch.multiple(torch, **probes):
+            their_trainer(up, student, teacher, stage)[0](batches)
+
+    def ours(dtype):
+        student, teacher, batches = of(dtype, 1)
+        train.train_stage(student, teacher.clip, batches, stage)
+
+    curves = trajectory.run(theirs, ours)
+    trajectory.compare(table, "tinyclip", up.train.train_one_epoch, "train.train_step, train.train_stage", curves)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
