@@ -96,13 +96,19 @@ def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypat
         with pytest.raises(ValueError, match=r"RN50@openai could not be loaded; is the network reachable"):
             evaluation.load_pretrained("RN50@openai")
     made = open_clip.create_model_and_transforms
-    small = lambda name, pretrained: made("ViT-emoji")  # noqa: E731 an architecture of the same kind, without a download
+    activations = []
+
+    def small(name, pretrained, force_quick_gelu):  # an architecture of the same kind, without a download
+        activations.append(force_quick_gelu)
+        return made("ViT-emoji")
+
     monkeypatch.setattr(open_clip, "create_model_and_transforms", small)
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: open_clip.SimpleTokenizer(context_length=24))
     sets = tuple(small_set(name, tmp_path / "sets") for name in ("groups_id", "subgroups_id"))
     cfg = evaluation.Config(runs=("RN50@openai",), sets=sets, probe=(), gap=None, device="cpu")
     (found,) = evaluation.main(cfg)
     assert found["mean_top1"] == pytest.approx((found["groups_id/top1"] + found["subgroups_id/top1"]) / 2)
+    assert activations == [True]  # OpenAI's weights were trained with QuickGELU, which the name alone does not say
 
 
 def test_errors_are_one_sentence(tmp_path: Path, runs: list[str], capsys: pytest.CaptureFixture):

@@ -205,8 +205,7 @@ def test_a_corpus_in_memory_resumes_and_two_processes_equal_one(cli, start, fold
     kill_at(first, out, 7)
     second.kill()
     second.join()
-    for process in start_two(start, *command, out):
-        finished(ended(process))
+    finished(ended(start(*command, out)))
     assert_equal_runs(whole, out)
 
 
