@@ -154,7 +154,7 @@ PRESETS = {
         "a text encoder trained on the same captions, same images and steps", EMOJI, method="clip", lr=1e-3
     ),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
-    "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce"),
+    "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
     "cc3m-vitb16-raw": _row("raw captions, one facet", CC3M, rows=(0,), facets=1),
     "cc3m-vitb16-summary": _row("three captions, one facet each", CC3M, rows=(0, 1, 4), facets=3),
     "cc3m-vitb16-clip": _row("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),

@@ -47,6 +47,10 @@ class PretrainConfig:
     """Steps of linear warm-up."""
     weight_decay: float = 5e-5
     """Decay of matrices."""
+    beta2: float = 0.999
+    """AdamW's beta2; open_clip's default is 0.98 for a ViT."""
+    eps: float = 1e-8
+    """AdamW's epsilon; open_clip's default is 1e-6 for a ViT."""
     label_smoothing: float = 0.0
     """Of the supervised cross-entropy."""
     crop_scale: float = 0.08
@@ -90,7 +94,7 @@ IN1K = PretrainConfig()
 YFCC = PretrainConfig(
     kind="clip", model="RN50", epochs=32, optimizer="adamw", lr=5e-4, warmup=10_000, weight_decay=0.2, batch_size=2048
 )
-JOURNAL = dataclasses.replace(YFCC, model="ViT-B-16", batch_size=8192, weight_decay=0.1)
+JOURNAL = dataclasses.replace(YFCC, model="ViT-B-16", batch_size=8192, weight_decay=0.1, beta2=0.98, eps=1e-6)
 
 
 def noise_levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict[str, tuple[str, PretrainConfig]]:

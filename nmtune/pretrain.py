@@ -205,7 +205,8 @@ def main(cfg: PretrainConfig) -> Path | None:
     model, transform, _ = create_model(cfg, num_classes)
     model = model.to(process.device, memory_format=torch.channels_last)
     name = {"sgd": "nesterov"}.get(cfg.optimizer, cfg.optimizer)
-    optimizer = create_optimizer_v2(model, opt=name, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    adam = {"betas": (0.9, cfg.beta2), "eps": cfg.eps} if cfg.optimizer == "adamw" else {}
+    optimizer = create_optimizer_v2(model, opt=name, lr=cfg.lr, weight_decay=cfg.weight_decay, **adam)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)

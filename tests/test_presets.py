@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,16 @@ from shared import presets
 ROOT = Path(__file__).parent.parent
 
 
-def offered(folder: str) -> set[str]:
-    """Presets as the folder's scripts offer them: `SCRIPT PRESET`."""
-    found = set()
+def offered(folder: str) -> dict[str, Any]:
+    """Presets as the folder's scripts offer them: `SCRIPT PRESET` -> configuration, of recipes what they set."""
+    found = {}
     for file in (ROOT / folder).glob("*.py"):
         for table in re.findall(r"overridable_config_cli\((\w+)\)", file.read_text()):
-            names = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
-            found |= {f"{file.stem} {name}" for name in names}
+            known = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
+            found |= {f"{file.stem} {name}": config for name, (_, config) in known.items()}
     if folder == "tldr_reduction":
-        found |= {f"reduce --recipe {name}" for name in importlib.import_module("tldr_reduction.config").RECIPES}
+        recipes = importlib.import_module("tldr_reduction.config").RECIPES
+        found |= {f"reduce --recipe {name}": recipe for name, recipe in recipes.items()}
     return found
 
 
@@ -30,7 +32,7 @@ def offered(folder: str) -> set[str]:
 def test_each_preset_has_a_row_and_each_row_a_preset(folder: str):
     listed = [row["preset"] for row in presets.rows(folder)]
     models = [name for name in listed if name.startswith("measure ")]  # of a table of models, not of presets
-    assert len(listed) == len(set(listed)) and set(listed) - set(models) == offered(folder)
+    assert len(listed) == len(set(listed)) and set(listed) - set(models) == set(offered(folder))
     known = importlib.import_module(f"{folder}.config").MODELS if models else {}
     assert {name.removeprefix("measure ").strip("'") for name in models} <= set(known)
 

@@ -160,12 +160,13 @@ CAPTIONER = Config(
     vision_init="deit_base_patch16_224",
     text_init="bert-base-uncased",
     expected=CC3M,
+    seed=42,
 )
 FINETUNE = Config(
     stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_length=40, crop_scale=0.5,
-    expected=566_747,
+    expected=566_747, seed=42,
 )  # fmt: skip
-BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased")
+BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased", seed=42)
 CLIP = Config(stage="clip")
 POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
 SMALL = dict(
