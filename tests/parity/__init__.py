@@ -90,12 +90,13 @@ def run_block(module: ModuleType, test: str, **names) -> dict:
     return scope
 
 
-def run_line(module: ModuleType, target: str, **names) -> None:
-    """Run the first assignment to `target` of a module's source."""
+def run_line(module: ModuleType, target: str, **names) -> object:
+    """Run the first assignment to `target` of a module's source; -> the value, where `target` is a name."""
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == target:
-            exec(compile(ast.Module([node], []), module.__file__, "exec"), {**vars(module), **names})
-            return
+            scope = {**vars(module), **names}
+            exec(compile(ast.Module([node], []), module.__file__, "exec"), scope)
+            return scope.get(target)
     raise LookupError(f"{module.__file__} assigns nothing to {target}")
 
 

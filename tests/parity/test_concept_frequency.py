@@ -5,19 +5,26 @@ import but these functions do not need (dask, datasets, their loaders); of scrip
 """
 
 import ast
+import copy
 import json
 from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from open_clip_train import main as theirs_main
+from open_clip_train import train as theirs_train
 
-from concept_frequency import concepts, curves, eval, model, tagging
+from concept_frequency import concepts, curves, eval, model, tagging, train
+from concept_frequency.config import Config
 from concept_frequency.replay import BINS, Results
+from shared import run
+from shared.clip import without_padding
 
-from . import Table, check_commit, import_beside, race
+from . import Table, check_commit, import_beside, race, run_block, trajectory
 
 
 def module(name: str, **values) -> ModuleType:
@@ -327,3 +334,53 @@ def test_retrieval(table):
     table.compare(
         "recall of concepts", "src/retrieval_eval.py:164", "concept_recall", expected, mine, atol=1e-6, seconds=seconds
     )
+
+
+def test_trajectory(table):
+    """Four epochs of open_clip_train's train_one_epoch, with optimizer, schedule and loss of its main(), against ours.
+
+    The authors have no training code: they measure models that others have trained. open_clip's program, which is
+    installed with open_clip, stands in for theirs. Replaced: its loader by a list of batches.
+    """
+    epochs, batch_size, side = 4, 32, 16
+    _, pixels, captions = trajectory.shard(side)
+    torch.manual_seed(0)
+    vision = dict(image_size=side, layers=2, width=32, head_width=16, patch_size=8)
+    text = dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2)
+    start = open_clip.CLIP(24, vision, text, output_dict=True)
+    tokens = open_clip.SimpleTokenizer(context_length=24)(captions)
+    cfg = Config(epochs=epochs, batch_size=batch_size, total=trajectory.STEPS // epochs * batch_size, warmup=20)
+    per_epoch = cfg.steps_per_epoch()
+    rows = trajectory.orders(len(captions), batch_size, epochs * per_epoch)
+    args = SimpleNamespace(
+        model="CLIP", train_data="shards", opt="adamw", trace=False, precision="fp32", device="cpu", rank=0,
+        local_rank=0, world_size=1, horovod=False, wd=cfg.weight_decay, lr=cfg.lr, beta1=0.9, beta2=0.999, eps=1e-8,
+        warmup=cfg.warmup, epochs=epochs, lr_scheduler="cosine", skip_scheduler=False, accum_freq=1, distill=False,
+        siglip=False, local_loss=False, gather_with_grad=False, grad_clip_norm=cfg.max_grad_norm,
+        log_every_n_steps=100, batch_size=batch_size, wandb=False,
+    )  # fmt: skip
+
+    def batches(dtype):
+        return ((pixels[batch].to(dtype), tokens[batch]) for batch in rows)
+
+    def theirs(dtype):
+        network, loader = copy.deepcopy(start).to(dtype), trajectory.Epochs(batches(dtype), per_epoch, batch_size)
+        loaders = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda _: None)}
+        made = run_block(theirs_main, "args.train_data or args.dataset_type == 'synthetic'", args=args, model=network)
+        made |= run_block(theirs_main, "'train' in data and optimizer is not None", **made | {"data": loaders})
+        for epoch in range(epochs):
+            loss, optimizer, scheduler = open_clip.create_loss(args), made["optimizer"], made["scheduler"]
+            theirs_train.train_one_epoch(network, loaders, loss, epoch, optimizer, None, scheduler, None, args)
+
+    def ours(dtype):
+        network = copy.deepcopy(start).to(dtype)
+        network.output_dict = False
+        network = without_padding(network)
+        groups = train.parameter_groups(network, cfg.weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+        scaler, process = torch.amp.GradScaler(enabled=False), run.Process(0, 1, torch.device("cpu"))
+        for step, batch in enumerate(batches(dtype)):
+            yield train.train_step(network, *batch, adamw, scaler, step, cfg, process, "fp32")
+
+    where = f"open_clip_train/train.py:{theirs_train.train_one_epoch.__code__.co_firstlineno}"
+    trajectory.compare(table, "concept_frequency", where, "train.train_step", trajectory.run(theirs, ours))

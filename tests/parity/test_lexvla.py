@@ -5,19 +5,28 @@ PATH/VDR (jzhoubu/VDR@12c3e7a) and PATH/splade (naver/splade@8dcd33a). Prints th
 """
 
 import ast
+import copy
 import importlib
+import re
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr as openclip_cosine_lr
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lexvla.config import Config
 from lexvla.model import (
+    ImageEncoder,
+    LexVLA,
+    LoRALinear,
     MaxLogits,
     TextEncoder,
     bag_of_words,
@@ -27,9 +36,9 @@ from lexvla.model import (
     lexical_map,
     sparsify,
 )
-from lexvla.train import cosine_lr, quadratic_warmup
+from lexvla.train import cosine_lr, param_groups, quadratic_warmup, train_step
 
-from . import Table, check_commit, race
+from . import Table, check_commit, race, trajectory
 
 COMMITS = {"VDR": "12c3e7a", "splade": "8dcd33a"}
 
@@ -189,3 +198,126 @@ def test_text_tower_is_next_token_logits(table):
         a = F.normalize(elu1p(lm(ids).logits[:, -1]), dim=-1)
         b = TextEncoder(lm, torch.arange(90))(ids, mask)
     table.compare("text representation", "transformers LlamaForCausalLM.forward", "TextEncoder", a, b, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- training trajectory
+
+
+class TextTower(torch.nn.Module):
+    """What of the text tower is trained: LoRA, here on one linear map of a state (B, d), before the frozen codebook."""
+
+    def __init__(self, codebook: torch.Tensor):
+        super().__init__()
+        self.linear = LoRALinear(torch.nn.Linear(*codebook.shape[1:] * 2, bias=False), rank=4, alpha=16)
+        self.register_buffer("codebook", codebook)
+
+    def forward(self, states: torch.Tensor, attention_mask: None = None) -> torch.Tensor:
+        return lexical_map(self.linear(states), self.codebook)
+
+
+def numpy_map(x: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """normalize(elu1p(x)) of logits (N, V), eq. 2, and what takes its gradient to that of x."""
+    positive = x >= 0
+    slope = np.where(positive, 1, np.exp(np.where(positive, 0, x)))
+    e = np.where(positive, x + 1, slope)
+    norm = np.sqrt((e**2).sum(1, keepdims=True))
+    s = e / norm
+    return s, lambda ds: (ds - s * (s * ds).sum(1, keepdims=True)) / norm * slope
+
+
+def numpy_penalty(s: np.ndarray) -> tuple[float, np.ndarray]:
+    """V sum m^3 / sum m of (N, V), eq. 7, and its gradient with respect to s."""
+    m, V = s.mean(0), s.shape[1]
+    total, cubes = m.sum(), (m**3).sum()
+    return V * cubes / total, V * (3 * m**2 / total - cubes / total**2)[None].repeat(len(s), 0) / len(s)
+
+
+def log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
+    x = x - x.max(axis, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis, keepdims=True))
+
+
+def numpy_gradients(
+    p: dict[str, np.ndarray], y: np.ndarray, h: np.ndarray, weights: tuple[float, float]
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Eq. 8 of tokens y (N, n, D) and states h (N, d), and its gradients, derived by hand."""
+    z = y @ p["image.adapter.weight"].T + p["image.adapter.bias"]
+    logits, scale = z @ p["image.codebook"].T, 4.0
+    A, B, words = p["text.linear.A"], p["text.linear.B"], p["text.codebook"]
+    s_img, back_img = numpy_map(logits.max(1))
+    s_txt, back_txt = numpy_map((h @ p["text.linear.linear.weight"].T + scale * h @ A.T @ B.T) @ words.T)
+
+    pairs, n = np.exp(p["logit_scale"]) * s_img @ s_txt.T, len(y)
+    rows, columns = log_softmax(pairs, 1), log_softmax(pairs, 0)
+    penalties = numpy_penalty(s_img), numpy_penalty(s_txt)
+    loss = -(np.trace(rows) + np.trace(columns)) / n + sum(w * c for w, (c, _) in zip(weights, penalties, strict=True))
+
+    d_pairs = (np.exp(rows) + np.exp(columns) - 2 * np.eye(n, dtype=y.dtype)) / n
+    scaled = np.exp(p["logit_scale"]) * d_pairs
+    dx_img = back_img(scaled @ s_txt + weights[0] * penalties[0][1])
+    dx_txt = back_txt(scaled.T @ s_img + weights[1] * penalties[1][1])
+    d_logits = (np.arange(y.shape[1])[:, None] == logits.argmax(1)[:, None]) * dx_img[:, None]
+    dz, d_state = d_logits @ p["image.codebook"], dx_txt @ words
+    return loss, {
+        "logit_scale": (d_pairs * pairs).sum(),
+        "image.codebook": np.einsum("bnv,bnd->vd", d_logits, z),
+        "image.adapter.weight": np.einsum("bnd,bnk->dk", dz, y),
+        "image.adapter.bias": dz.sum((0, 1)),
+        "text.linear.A": scale * (d_state @ B).T @ h,
+        "text.linear.B": scale * d_state.T @ (h @ A.T),
+    }
+
+
+def numpy_loop(start: dict[str, np.ndarray], batches: Iterable, steps: int, cfg: Config) -> Iterator[float]:
+    """Adam on eq. 8 with half a cosine, the penalties' quadratic warm-up and the cap of the temperature."""
+    p, first, second = dict(start), {}, {}
+    for t, (y, h) in enumerate(batches, 1):
+        ramp = min(1.0, t / cfg.penalty_warmup) ** 2
+        loss, gradients = numpy_gradients(p, y, h, (ramp * cfg.lambda_image, ramp * cfg.lambda_text))
+        lr = cfg.lr * t / cfg.warmup
+        if t > cfg.warmup:
+            lr = cfg.lr * (1 + np.cos(np.pi * (t - 1 - cfg.warmup) / (steps - cfg.warmup))) / 2
+        for name, g in gradients.items():
+            first[name] = cfg.beta1 * first.get(name, 0) + (1 - cfg.beta1) * g
+            second[name] = cfg.beta2 * second.get(name, 0) + (1 - cfg.beta2) * g**2
+            root = np.sqrt(second[name] / (1 - cfg.beta2**t)) + cfg.eps
+            p[name] = (p[name] - float(lr) * first[name] / (1 - cfg.beta1**t) / root).astype(y.dtype)
+        p["logit_scale"] = np.minimum(p["logit_scale"], np.log(100).astype(y.dtype))
+        yield float(loss)
+
+
+def test_trajectory():
+    """Our training step against a loop in NumPy with gradients derived by hand: the authors have released no code.
+
+    Needs no clone. Tokens are patches of the images of a shard, and the adapter is linear; a caption's state is the
+    mean of its words' rows in the text codebook, which is random; LoRA is on one linear map of it.
+    """
+    steps, side, patch, d = trajectory.STEPS, 16, 4, 24
+    _, pixels, captions = trajectory.shard(side)
+    torch.manual_seed(0)
+    patches = F.unfold(pixels, patch, stride=patch).mT
+    y = torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+    split = [re.findall(r"\w+", caption.lower()) for caption in captions]
+    common = [word for word, _ in Counter(word for words in split for word in words).most_common(300)]
+    hot = torch.tensor([[float(word in words) for word in common] for words in split])
+    codebook = torch.randn(len(common), d)
+    h = hot @ codebook / hot.sum(1, keepdim=True).clamp(min=1)
+    image = ImageEncoder(torch.nn.Identity(), torch.nn.Linear(y.shape[2], d), codebook)
+    start, rows = LexVLA(image, TextTower(codebook)), trajectory.orders(len(captions), 32, steps)
+    cfg = Config(lr=1e-2, warmup=20, penalty_warmup=100, lambda_image=0.3, lambda_text=0.3)
+
+    def theirs(dtype):
+        state = {name: value.to(dtype).numpy() for name, value in start.state_dict().items()}
+        return numpy_loop(state, ((y[b].to(dtype).numpy(), h[b].to(dtype).numpy()) for b in rows), steps, cfg)
+
+    def ours(dtype):
+        model = copy.deepcopy(start).to(dtype)
+        groups, betas = param_groups(model, cfg.weight_decay), (cfg.beta1, cfg.beta2)
+        adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+        for step, b in enumerate(rows):
+            batch, lr = (y[b].to(dtype), (h[b].to(dtype),)), cosine_lr(step, cfg.lr, steps, cfg.warmup)
+            yield train_step(model, batch, adamw, step + 1, lr, cfg)
+
+    table = Table(Path(__file__).parent)
+    trajectory.compare(table, "lexvla", numpy_loop, "train_step, total_loss", trajectory.run(theirs, ours))
+    print(f"\n{table}")

@@ -21,8 +21,9 @@ from torch import nn
 
 from nmtune import datasets, features, finetune, model, train
 from nmtune import eval as evaluation
+from shared import tars
 
-from . import Table, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
+from . import Table, clone_of, import_beside, printed, race, seeded, trajectory  # noqa: F401  (seeded: autouse)
 
 D, CLASSES, BATCH = 24, 5, 8
 ARGS = dict(  # their flags, those of their README where the scale allows
@@ -281,6 +282,44 @@ def test_full_fine_tuning(up, table):
     kept = {own: ours.state_dict()[own] for own in names}
     where = "src/models/nml_finetune.py:144"
     table.compare("6 steps of full fine-tuning", where, "model.finetune_loss", theirs, kept, rtol=0, atol=1e-5)
+
+
+def test_trajectory(up, table):
+    """Their nml_tune against ours on pixels of a shard as features, classes are groups of emoji; 8 epochs.
+
+    Two views are two crops; the last batch of an epoch is shorter, and both use it.
+    Replaced: `.cuda()` does nothing; the encoder is the identity; their package of data sets and their evaluation after
+    an epoch give nothing; timm, clip and open_clip, of which their clone has copies, are not imported.
+    """
+    epochs, batch_size, side = 8, 41, 8
+    pairs, pixels, _ = trajectory.shard(side + 2)
+    groups = [about["group"] for _, about in tars.descriptions([str(trajectory.SHARD)])]
+    names = sorted(set(groups))
+    labels = torch.tensor([names.index(group) for group in groups])
+    batches = []
+    for batch in (batch for _ in range(epochs) for batch in torch.randperm(len(pairs)).split(batch_size)):
+        corners = torch.randint(0, 3, (2, 2)).tolist()
+        views = tuple(pixels[batch, :, y : y + side, x : x + side].flatten(1) for y, x in corners)
+        batches.append((views, labels[batch]))
+    length, dim = len(batches) // epochs, 3 * side**2
+    start = model.NMTuneHead(dim, len(names))
+    args = SimpleNamespace(**ARGS | dict(epochs=epochs, batch_size=batch_size, warmup_length=20))
+
+    def loader(dtype):
+        return trajectory.Epochs(((tuple(v.to(dtype) for v in vs), y) for vs, y in batches), length, batch_size)
+
+    def theirs(dtype):
+        run, started = toy_run(up, up.nml_tune, loader(dtype), dim, len(names)), start.state_dict()
+        with trajectory.default_dtype(dtype), run, initial(up, up.nml_tune, started):
+            up.nml_tune.nml_tune(args)
+
+    def ours(dtype):
+        head = copy.deepcopy(start).to(dtype)
+        weights = args.mse_loss_weight, args.cov_loss_weight, args.svd_loss_weight
+        train.tune("nmtune", head, loader(dtype), epochs, args.lr, args.wd, weights, args.warmup_length)
+
+    curves = trajectory.run(theirs, ours)
+    trajectory.compare(table, "nmtune", up.nml_tune.nml_tune, "train.tune", curves)
 
 
 # ------------------------------------------------------------------------------------------------------ schedules, data

@@ -5,6 +5,7 @@ Their scripts (clustering, caption merge) are no functions: the statements in qu
 """
 
 import ast
+import copy
 import json
 import sys
 from functools import partial
@@ -20,8 +21,20 @@ import torch.nn.functional as F
 
 from tldr_reduction import blip, cluster, model, reduce, train
 from tldr_reduction.checkpoints import load_blip
+from tldr_reduction.config import Config
+from tldr_reduction.tokenizer import WordPiece, build_vocab, pre_caption
 
-from . import Table, clone_of, import_beside, printed, race, seeded  # noqa: F401  (seeded: autouse)
+from . import (  # noqa: F401  (seeded: autouse)
+    Table,
+    clone_of,
+    import_beside,
+    printed,
+    race,
+    run_block,
+    run_line,
+    seeded,
+    trajectory,
+)
 
 VISION, TEXT = (
     dict(image_size=32, patch_size=8, width=32, layers=2, heads=4),
@@ -95,6 +108,11 @@ def load(path: str | Path) -> SimpleNamespace:
         stubs["einops"] = einops
     names = [f"models.{n}" for n in ("quantize", "vit", "med", "blip", "blip_itm", "blip_pretrain_vq_compress")]
     modules = import_beside(root / "vq_compress_model", [*names, "utils"], stubs)
+    data = ModuleType("data")  # in their clone without its __init__
+    data.create_dataset = data.create_sampler = data.create_loader = None
+    stubs |= {"data": data, "ruamel": ModuleType("ruamel"), "ruamel.yaml": ModuleType("ruamel.yaml")}
+    stubs["ruamel"].yaml = stubs["ruamel.yaml"]
+    modules |= import_beside(root / "vq_compress_model", ["pretrain_vq_compress"], stubs)
     modules |= import_beside(root, ["fast_cluster"], {})
     up = SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()}, root=root)
     cpu = ModuleType("faiss")
@@ -136,11 +154,11 @@ def table(request, up):
 # ------------------------------------------------------------------------------------------------------------ models
 
 
-def their_bert(up, decoder: bool):
+def their_bert(up, decoder: bool, vocab: int = TEXT["vocab"]):
     settings = SimpleNamespace(
-        vocab_size=TEXT["vocab"], hidden_size=TEXT["width"], num_hidden_layers=TEXT["layers"], pad_token_id=0,
+        vocab_size=vocab, hidden_size=TEXT["width"], num_hidden_layers=TEXT["layers"], pad_token_id=0,
         num_attention_heads=TEXT["heads"], intermediate_size=4 * TEXT["width"], hidden_act="gelu",
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=24, layer_norm_eps=1e-12,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=30, layer_norm_eps=1e-12,
         encoder_width=VISION["width"], add_cross_attention=True, chunk_size_feed_forward=0, output_attentions=False,
         output_hidden_states=False, use_return_dict=True, use_cache=False,
     )  # fmt: skip
@@ -151,8 +169,8 @@ def their_bert(up, decoder: bool):
     return bert
 
 
-def our_bert() -> blip.TextTransformer:
-    return blip.TextTransformer(TEXT["vocab"], TEXT["width"], TEXT["layers"], TEXT["heads"], 24, VISION["width"], 0.0)
+def our_bert(vocab: int = TEXT["vocab"]) -> blip.TextTransformer:
+    return blip.TextTransformer(vocab, TEXT["width"], TEXT["layers"], TEXT["heads"], 30, VISION["width"], 0.0)
 
 
 def their_vit(up):
@@ -310,20 +328,19 @@ def test_text_tower(up, table, mode):
 # ----------------------------------------------------------------------------------------------------------- captioner
 
 
-def twins(up, image, ids, mask, quantize=True):
+def twins(up, tokenizer, quantize=True, vocab=TEXT["vocab"]):
     """Their captioner and ours with the same weights."""
-    parts = dict(
-        visual_encoder=their_vit(up), text_decoder=their_bert(up, decoder=True), tokenizer=Tokenizer(ids, mask)
-    )
+    decoder = their_bert(up, decoder=True, vocab=vocab)
+    parts = dict(visual_encoder=their_vit(up), text_decoder=decoder, tokenizer=tokenizer)
     if quantize:
         parts |= dict(quantize=up.quantize.VectorQuantizer2(40, 32, 0.25), temp=torch.nn.Parameter(torch.tensor(0.07)))
         theirs = assemble(up, "blip_pretrain_vq_compress", **parts)
     else:
         theirs = assemble(up, "blip", prompt="a picture of ", prompt_length=4, **parts)
     randomised(theirs)
-    text = blip.TextDecoder(our_bert())
+    text = blip.TextDecoder(our_bert(vocab))
     ours = model.CodebookCaptioner(
-        blip.VisionTransformer(**VISION), text, model.VectorQuantizer(40, 32) if quantize else None, DEC, SEP
+        blip.VisionTransformer(**VISION), text, model.VectorQuantizer(40, 32) if quantize else None, vocab - 2, SEP
     )
     assert load_blip(ours, {"model": theirs.state_dict()}) == []
     return theirs, ours
@@ -331,7 +348,7 @@ def twins(up, image, ids, mask, quantize=True):
 
 def test_captioner(up, table):
     image, ids, mask = pairs()
-    theirs, ours = twins(up, image, ids, mask)
+    theirs, ours = twins(up, Tokenizer(ids, mask))
     their_losses = theirs(image, None, 0.4)
     own_losses = ours(image, ids, mask)
     theirs_grad = gradients(theirs, sum(their_losses))
@@ -355,7 +372,7 @@ def test_captioner(up, table):
 
 def test_caption_model(up, table):
     image, ids, mask = pairs()
-    theirs, ours = twins(up, image, ids, mask, quantize=False)
+    theirs, ours = twins(up, Tokenizer(ids, mask), quantize=False)
     loss = theirs(image, None)
     own, _ = ours(image, ids, mask, prompt_length=4)
     grads = [gradients(theirs, loss), gradients(ours, own)]
@@ -483,6 +500,63 @@ def test_caption_merge(up, table, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
+
+
+class Words:
+    """Our tokenizer called as transformers' is, for them: padded to the full length."""
+
+    def __init__(self, words: WordPiece):
+        self.words, self.bos_token_id, self.pad_token_id = words, words.dec, words.pad
+
+    def __call__(self, captions, max_length, **_):
+        parts = [F.pad(x, (0, max_length - x.shape[1])) for x in self.words(captions, max_length)]
+        return Tokenizer(*parts)()
+
+
+def test_trajectory(up, table, tmp_path):
+    """Four epochs of the body of their main()'s loop, which calls their train(), against our training step.
+
+    Replaced: transformers 4.15's base class and outputs, ruamel.yaml, their data package, which their clone lacks, and
+    the process group's barrier, by stand-ins; the BERT's tokenizer by ours, with words of the shard, padded as theirs;
+    sizes, which their constructor has built in. Towers that take no part in the loss are left out.
+    """
+    epochs, batch_size = 4, 16
+    per_epoch = trajectory.STEPS // epochs
+    _, pixels, captions = trajectory.shard(VISION["image_size"])
+    captions = [pre_caption(caption) for caption in captions]
+    (tmp_path / "vocab.txt").write_text("\n".join(build_vocab(captions)), encoding="utf-8")
+    words = WordPiece(tmp_path / "vocab.txt")
+    starts = twins(up, Words(words), vocab=len(words))
+    rows = trajectory.orders(len(captions), batch_size, epochs * per_epoch)
+    cfg = Config(epochs=epochs, batch_size=batch_size, lr=1e-3, warmup=20, lr_decay_rate=0.8)
+    config = dict(
+        laion_path="", warmup_steps=cfg.warmup, warmup_lr=cfg.warmup_lr, init_lr=cfg.lr, min_lr=cfg.min_lr, alpha=0.4,
+        lr_decay_rate=cfg.lr_decay_rate, weight_decay=cfg.weight_decay, max_epoch=epochs,
+    )  # fmt: skip
+
+    def batches(dtype):
+        return ((pixels[batch].to(dtype), [captions[row] for row in batch]) for batch in rows)
+
+    def theirs(dtype):
+        module, network = up.pretrain_vq_compress, copy.deepcopy(starts[0]).to(dtype)
+        loader = trajectory.Epochs(batches(dtype), per_epoch, batch_size)
+        loader.sampler = SimpleNamespace(set_epoch=lambda _: None)
+        names = dict(config=config, model=network, args=SimpleNamespace(output_dir=str(tmp_path)), device="cpu")
+        names |= dict(model_without_ddp=network, data_loader=loader, dist=mock.Mock())
+        names["optimizer"] = run_line(module, "optimizer", **names)
+        for epoch in range(epochs):
+            run_block(module, "range(start_epoch, config['max_epoch'])", epoch=epoch, **names)
+
+    def ours(dtype):
+        network, scaler = copy.deepcopy(starts[1]).to(dtype), torch.amp.GradScaler(enabled=False)
+        trained, decay = list(network.parameters()), cfg.weight_decay
+        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=decay, fused=True)
+        for step, (images, texts) in enumerate(batches(dtype)):
+            optimizer.param_groups[0]["lr"] = train.learning_rate(cfg, *divmod(step, per_epoch))
+            yield train.train_step(network, [images, *words(texts)], optimizer, scaler, cfg)
+
+    where = f"{table.where(up.pretrain_vq_compress.train)}, vq_compress_model/pretrain_vq_compress.py:125"
+    trajectory.compare(table, "tldr_reduction", where, "train.train_step", trajectory.run(theirs, ours))
 
 
 def test_schedules(up, table):

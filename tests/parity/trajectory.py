@@ -1,5 +1,6 @@
 """Training trajectories: the authors' loop and ours from the same weights on the same batches of a real shard."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,7 @@ class Epochs:
 
 
 def losses(train: Callable[[], object]) -> list[float]:
-    """What `train` back-propagates: one loss for each call of `backward`, theirs and ours alike."""
+    """What `train` back-propagates, one loss for each call of `backward`, or the floats that it yields."""
     found, backward = [], torch.Tensor.backward
 
     def noted(loss, *args, **options):
@@ -65,11 +66,21 @@ def losses(train: Callable[[], object]) -> list[float]:
         backward(loss, *args, **options)
 
     with mock.patch.object(torch.Tensor, "backward", noted):
-        result = train()
-        if isinstance(result, Iterable):
-            for _ in result:  # a generator trains while it is read
-                pass
+        for value in train() or ():  # a generator trains while it is read
+            if isinstance(value, float):
+                found.append(value)
     return found
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters have this type, for scripts that build their models themselves."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def run(theirs: Callable, ours: Callable, dtypes: Iterable[torch.dtype] = DTYPES) -> dict[str, tuple[list, list]]:
