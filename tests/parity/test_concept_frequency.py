@@ -15,8 +15,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip_train import main as theirs_main
-from open_clip_train import train as theirs_train
 
 from concept_frequency import concepts, curves, eval, model, tagging, train
 from concept_frequency.config import Config
@@ -340,8 +338,11 @@ def test_trajectory(table):
     """Four epochs of open_clip_train's train_one_epoch, with optimizer, schedule and loss of its main(), against ours.
 
     The authors have no training code: they measure models that others have trained. open_clip's program, which is
-    installed with open_clip, stands in for theirs. Replaced: its loader by a list of batches.
+    installed with open_clip, stands in for theirs. Replaced: its `data`, which needs pandas, by a list of batches.
     """
+    without_loader = {"open_clip_train.data": module("open_clip_train.data", get_data=None)}
+    names = ["open_clip_train.main", "open_clip_train.train"]
+    main, loop = import_beside(Path(open_clip.__file__).parents[1], names, without_loader).values()
     epochs, batch_size, side = 4, 32, 16
     _, pixels, captions = trajectory.shard(side)
     torch.manual_seed(0)
@@ -366,11 +367,11 @@ def test_trajectory(table):
     def theirs(dtype):
         network, loader = copy.deepcopy(start).to(dtype), trajectory.Epochs(batches(dtype), per_epoch, batch_size)
         loaders = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda _: None)}
-        made = run_block(theirs_main, "args.train_data or args.dataset_type == 'synthetic'", args=args, model=network)
-        made |= run_block(theirs_main, "'train' in data and optimizer is not None", **made | {"data": loaders})
+        made = run_block(main, "args.train_data or args.dataset_type == 'synthetic'", args=args, model=network)
+        made |= run_block(main, "'train' in data and optimizer is not None", **made | {"data": loaders})
         for epoch in range(epochs):
             loss, optimizer, scheduler = open_clip.create_loss(args), made["optimizer"], made["scheduler"]
-            theirs_train.train_one_epoch(network, loaders, loss, epoch, optimizer, None, scheduler, None, args)
+            loop.train_one_epoch(network, loaders, loss, epoch, optimizer, None, scheduler, None, args)
 
     def ours(dtype):
         network = copy.deepcopy(start).to(dtype)
@@ -382,5 +383,6 @@ def test_trajectory(table):
         for step, batch in enumerate(batches(dtype)):
             yield train.train_step(network, *batch, adamw, scaler, step, cfg, process, "fp32")
 
-    where = f"open_clip_train/train.py:{theirs_train.train_one_epoch.__code__.co_firstlineno}"
-    trajectory.compare(table, "concept_frequency", where, "train.train_step", trajectory.run(theirs, ours))
+    where = f"open_clip_train/train.py:{loop.train_one_epoch.__code__.co_firstlineno}"
+    curves, against = trajectory.run(theirs, ours), "open_clip's trainer"
+    trajectory.compare(table, "concept_frequency", where, "train.train_step", curves, against=against)

@@ -319,5 +319,6 @@ def test_trajectory():
             yield train_step(model, batch, adamw, step + 1, lr, cfg)
 
     table = Table(Path(__file__).parent)
-    trajectory.compare(table, "lexvla", numpy_loop, "train_step, total_loss", trajectory.run(theirs, ours))
+    curves, against = trajectory.run(theirs, ours), "a loop in NumPy"
+    trajectory.compare(table, "lexvla", numpy_loop, "train_step, total_loss", curves, against=against)
     print(f"\n{table}")

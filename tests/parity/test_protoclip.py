@@ -406,7 +406,10 @@ def test_trajectory(up, table, tmp_path):
     size = batch_size * trajectory.STEPS // episodes_ + 7  # and a short last batch, which both leave out
     text = {**TEXT, "context_length": 24}
     tokens = open_clip.get_tokenizer("ViT-emoji", context_length=24)(captions)
-    external = teacher.Teacher("data/emoji/teacher.npz").rows(pairs_, np.arange(len(pairs_)))
+    file = trajectory.ROOT / "data/emoji/teacher.npz"
+    if not file.is_file():
+        pytest.skip(f"needs {file}: `python -m protoclip.teacher minilm` makes it")
+    external = teacher.Teacher(str(file)).rows(pairs_, np.arange(len(pairs_)))
     np.save(tmp_path / "teacher.npy", external.numpy())
     args = SimpleNamespace(**{
         **TRAIN, **flags, "episode_size": size, "batch_size": batch_size, "epochs": episodes_,
@@ -417,22 +420,18 @@ def test_trajectory(up, table, tmp_path):
     views = [[torch.randint(0, 5, (2,)).tolist() for _ in order] for order in orders]  # corners of crops, by batch
     starts = twins(up, text=text)
 
-    def batches(number: int, rows, dtype) -> Loader:
+    def batches(number: int, rows, dtype):
         """Pass `number` over the samples of an episode."""
-        found = []
         for index, (top, left) in zip(orders[number], views[number], strict=True):
             images = pixels[rows[index], :, top : top + side, left : left + side]
-            found.append((index, images.to(dtype), tokens[rows[index]]))
-        return Loader(found, size)
+            yield index, images.to(dtype), tokens[rows[index]]
 
     def theirs(dtype):
         network = copy.deepcopy(starts[0]).to(dtype)
-        rows, numbers = torch.zeros(size, dtype=torch.long), iter(range(len(orders)))
-        everything = SimpleNamespace(num_batches=len(orders[0]), num_samples=size)
-        everything = type(
-            "", (), {**vars(everything), "__iter__": lambda _: iter(batches(next(numbers), rows, dtype))}
-        )()
-        loaders = {"train": SimpleNamespace(dataloader=everything, sampler=None)}
+        rows = torch.zeros(size, dtype=torch.long)  # which their loop fills before an episode's passes
+        passes = (batch for number in range(len(orders)) for batch in batches(number, rows, dtype))
+        loader = trajectory.Epochs(passes, len(orders[0]), batch_size)
+        loaders = {"train": SimpleNamespace(dataloader=loader, sampler=None)}
         optimizer = optimizer_groups(up, network, args)
         scheduler, clustering = their_schedule(up, args, loaders, optimizer), up.clustering.Clustering(args)
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from shared import data
 
-from . import Table
+from . import Table, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = ROOT / "data/emoji/train/00000.tar"
@@ -96,7 +96,16 @@ def run(theirs: Callable, ours: Callable, dtypes: Iterable[torch.dtype] = DTYPES
 
 
 def compare(
-    table: Table, folder: str, where, own_name: str, curves: dict, *, early=1e-5, late=0.1, double=1e-9
+    table: Table,
+    folder: str,
+    where,
+    own_name: str,
+    curves: dict,
+    *,
+    early: float = 1e-5,
+    late: float = 0.1,
+    double: float = 1e-9,
+    against: str = "the authors' code",
 ) -> None:
     """Print and draw the curves; relative tolerances of float32's first 10 steps, of all its steps, of float64's."""
     head = ["", "steps", "first loss", "last, theirs", "last, ours"]
@@ -111,20 +120,21 @@ def compare(
         line += [f"{gap[:n].max():.1e}" if n <= len(gap) else "-" for n in SHOWN]
         lines.append([*line, str(apart[0] + 1) if len(apart) else "never"])
     print(f"\n\n{folder}: training trajectories\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    draw(ROOT / f"runs/parity/{folder}_trajectory.png", folder, curves)
+    draw(ROOT / f"runs/parity/{folder}_trajectory.png", folder, curves, against)
     for kind, (theirs, ours) in curves.items():
-        options = dict(rtol=double if kind == "float64" else late, atol=0)
-        if kind == "float32":
-            table.compare(f"trajectory: 10 steps, {kind}", where, own_name, theirs[:10], ours[:10], rtol=early, atol=0)
-        table.compare(f"trajectory: {len(ours)} steps, {kind}", where, own_name, theirs, ours, **options)
+        parts = [(10, early), (len(ours), late)] if kind == "float32" else [(len(ours), double)]
+        for steps, rtol in parts:
+            sides = theirs[:steps], ours[:steps]
+            table.compare(f"trajectory: {steps} steps, {kind}", where, own_name, *sides, rtol=rtol, atol=0)
+            measured[-1]["against"] = against
 
 
-def draw(path: Path, folder: str, curves: dict[str, tuple[list, list]]) -> None:
+def draw(path: Path, folder: str, curves: dict[str, tuple[list, list]], against: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     theirs, ours = next(iter(curves.values()))
     steps = np.arange(1, len(ours) + 1)
-    left.plot(steps, theirs, label="the authors'", linewidth=3, alpha=0.4)
+    left.plot(steps, theirs, label=against, linewidth=3, alpha=0.4)
     left.plot(steps, ours, label="ours", linewidth=1)
     left.set(title=f"{folder}, {next(iter(curves))}", xlabel="step", ylabel="loss")
     left.legend()
