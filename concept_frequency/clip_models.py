@@ -12,8 +12,9 @@ import torchvision.transforms.v2 as transforms
 from torch import Tensor, nn
 
 from concept_frequency.images import plain_view
-from concept_frequency.train import image_side, load_run
+from concept_frequency.train import load_run
 from shared import checkpoints
+from shared.clip import image_side
 
 
 def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:

@@ -44,6 +44,7 @@ from concept_frequency.curves import (  # noqa: F401
 from concept_frequency.images import TestSet, plain_view, read_corpus, read_test_set
 from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
+from shared.clip import image_side
 
 METRICS = {  # what is shown of a run, and its heading
     "top1": "top-1",
@@ -225,7 +226,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
 def export_run(path: str, folder: str) -> None:
     """The model as one of open_clip's, whose preprocessing lacks the resize of `views` and only comes near."""
     settings, model = train.load_run(path, "cpu")
-    side, half = train.image_side(model), (0.5, 0.5, 0.5)
+    side, half = image_side(model), (0.5, 0.5, 0.5)
     near = {"mean": half, "std": half, "interpolation": "bilinear", "resize_mode": "squash"}
     config = export.named_config(settings.model, side)
     export.write(folder, model, config, model.state_dict(), plain_view(side), **near)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import checkpoints, cli, data, export, run
-from shared.clip import without_padding
+from shared.clip import image_side, without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -147,12 +147,6 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
         return without_padding(open_clip.create_model(name, load_weights=False, **override))
     finally:
         logging.disable(logging.NOTSET)
-
-
-def image_side(model: nn.Module) -> int:
-    """Image side in pixels."""
-    size = model.visual.image_size
-    return size[0] if isinstance(size, tuple) else size
 
 
 def load_run(folder: str | Path, device: torch.device | str) -> tuple[Config, nn.Module]:

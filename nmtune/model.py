@@ -29,7 +29,7 @@ from torchvision import transforms
 
 from nmtune.config import PretrainConfig
 from shared import checkpoints, data
-from shared.clip import without_padding
+from shared.clip import image_side, without_padding
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
@@ -263,8 +263,7 @@ def create_model(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Modul
             raise ValueError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
         model, transform, _ = create_clip(cfg.model)
         without_padding(model)
-        size = model.visual.image_size
-        return model, transform, size[0] if isinstance(size, tuple) else size
+        return model, transform, image_side(model)
     if not timm.is_model(cfg.model):
         raise ValueError(f"timm has no model {cfg.model!r}; timm.list_models() lists the names")
     model = timm.create_model(cfg.model, num_classes=num_classes)

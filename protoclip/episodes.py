@@ -7,7 +7,6 @@ replacement; everything cached of it (features, pseudo-labels) is indexed by the
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,11 +15,9 @@ from torchvision.transforms import InterpolationMode, functional
 
 from shared import data, memory, run
 
-STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-
 
 def image_transform(
-    size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=STATISTICS
+    size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=memory.CLIP_STATISTICS
 ) -> transforms.Compose:
     """PIL RGB -> (3, size, size) normalised with `statistics` (mean, std), CLIP's own. U:open_clip/transform.py:13.
 
@@ -48,20 +45,25 @@ class BatchTransform:
     COUNT = 13  # random numbers an item
 
     def __init__(
-        self, size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=STATISTICS
+        self,
+        size: int,
+        train: bool,
+        light: bool = False,
+        crop=None,
+        ratio=(3 / 4, 4 / 3),
+        statistics=memory.CLIP_STATISTICS,
     ):
         self.size, self.light = size, train and light
         self.scale = (crop or ((0.5, 1.0) if light else (0.9, 1.0))) if train else (1.0, 1.0)
         self.ratio = ratio if train else (1.0, 1.0)
-        self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in statistics)
+        self.statistics = statistics
 
     def __call__(self, pixels: Tensor, u: Tensor) -> Tensor:
         flip = u[:, 4] < 0.5 if self.light else None
         images = memory.crop_and_resize(pixels, memory.random_crops(u, self.scale, self.ratio), self.size, flip)
         if self.light:
             images = light_colours(images.div_(255), u[:, 5:]).mul_(255)
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+        return memory.normalized(images, self.statistics)
 
 
 def as_it_is(features: Tensor, u: Tensor) -> Tensor:

@@ -31,10 +31,11 @@ from sklearn.metrics import (
 from torch import Tensor, nn
 
 from protoclip.episodes import image_transform
-from protoclip.model import ProtoCLIP, create_model, image_side, image_statistics, kmeans
+from protoclip.model import ProtoCLIP, create_model, image_statistics, kmeans
 from shared import checkpoints, cli, evaluation, export, memory, run
+from shared.clip import image_side
 from shared.evalsets import EvalSet
-from shared.probes import sgd_probe
+from shared.probes import nearest_neighbour, sgd_probe
 from shared.zeroshot import (
     encode_texts,
     evaluate,
@@ -108,12 +109,6 @@ def linear_probe(
     """
     probe = sgd_probe(train_x, train_y, test_x, test_y, shuffle=shuffle, init=init)
     return {"best": probe.best, "final": probe.final, "weight": probe.weight, "bias": probe.bias}
-
-
-def nearest_neighbour(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Top-1 in percent of the label of the training row with the highest cosine; rows of x are of length 1."""
-    found = torch.cat([(x @ train_x.T).argmax(dim=1) for x in test_x.split(1024)])
-    return percent(train_y[found] == test_y)
 
 
 def logistic_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, C: float = 0.316) -> float:
@@ -275,8 +270,8 @@ def evaluate_run(
             flat |= {f"{label}/probe{suffix}_{key}": probe[key] for key in ("best", "final")}
         if cfg.logistic:
             flat[f"{label}/probe_logistic"] = logistic_probe(train_x, train_y, test_x, test_y)
+        flat[f"{label}/nearest"] = nearest_neighbour(train_x, train_y, test_x, test_y)
         unit = F.normalize(test_x, dim=-1)
-        flat[f"{label}/nearest"] = nearest_neighbour(F.normalize(train_x, dim=-1), train_y, unit, test_y)
         if len(unit) > int(test_y.max()) + 1:  # else K-means has no K
             flat |= {f"{label}/{key}": value for key, value in clustering_scores(unit, test_y).items()}
         shown = unit, test_y, EvalSet(folder, transform).classnames

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import clip, export
+from shared.memory import CLIP_STATISTICS
 from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 
 # ------------------------------------------------------------------------------------------------- encoders and heads
@@ -139,15 +140,9 @@ def create_model(
         vision["image_size"] = image_size
     quick_gelu = "timm_model_name" not in vision
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
-    lite0, clips = (LITE0_MEAN, LITE0_STD), (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    model.visual.image_mean, model.visual.image_std = lite0 if vision.get("timm_model_name") == LITE0 else clips
+    lite0 = vision.get("timm_model_name") == LITE0
+    model.visual.image_mean, model.visual.image_std = (LITE0_MEAN, LITE0_STD) if lite0 else CLIP_STATISTICS
     return model.to(memory_format=torch.channels_last)  # of 4-d weights; convolutions are faster so, ViTs do not mind
-
-
-def image_side(model: open_clip.CLIP) -> int:
-    """Pixels S of the model's square input; open_clip's towers keep it as a number or a pair."""
-    size = model.visual.image_size
-    return size[0] if isinstance(size, tuple) else size
 
 
 def image_statistics(model: open_clip.CLIP) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -40,13 +40,13 @@ from protoclip.model import (
     Prototypes,
     build_prototypes,
     create_model,
-    image_side,
     image_statistics,
     kmeans_error,
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
 from shared import cli, data, memory, run
+from shared.clip import image_side
 from shared.pretrained import efficientnet_lite0, lite0_features
 from shared.run import gather
 from shared.zeroshot import quick_top1

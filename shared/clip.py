@@ -1,4 +1,4 @@
-"""The text tower of open_clip's CLIP, without the positions that nothing reads."""
+"""open_clip's CLIP: its text tower without the positions that nothing reads, and the side of its images."""
 
 import functools
 
@@ -35,6 +35,12 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
         linear = isinstance(clip.text_projection, nn.Linear)
         x = clip.text_projection(x) if linear else x @ clip.text_projection
     return F.normalize(x, dim=-1) if normalize else x
+
+
+def image_side(model: nn.Module) -> int:
+    """Side in pixels of the square images that open_clip's model reads; it keeps a number or a pair."""
+    size = model.visual.image_size
+    return size[0] if isinstance(size, tuple) else size
 
 
 def without_padding(model: nn.Module) -> nn.Module:

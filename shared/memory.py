@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
 
 from shared import data, run
 from shared.tars import Broken
+
+CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 class InMemory(NamedTuple):
@@ -178,3 +181,9 @@ class Views:
             rows = self.rows[index].to(device)
             images = self.transform(self.memory.pixels[rows], self.uniforms[index].to(device))
             yield index, images, self.memory.tokens[rows], []
+
+
+def normalized(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]] = CLIP_STATISTICS) -> Tensor:
+    """images (B, 3, S, S), 0 to 255 -> normalised in place by mean and deviation of values 0 to 1, channels last."""
+    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
+    return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

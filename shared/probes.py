@@ -1,4 +1,6 @@
-"""Linear probes on frozen features: the loop, and the papers' SGD recipe. FLAME has AdamW's, ProtoCLIP L-BFGS, too.
+"""Probes of frozen features: the nearest neighbour, and linear ones: the loop, and the papers' SGD recipe.
+
+FLAME has AdamW's, ProtoCLIP L-BFGS, too.
 
 Functions take features (N, D) and labels (N,) int64, and return accuracies in percent.
 """
@@ -22,6 +24,13 @@ class Probe(NamedTuple):
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
     weight_decay: float
+
+
+def nearest_neighbour(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Top-1 in percent of the label of the training row with the highest cosine."""
+    train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
+    nearest = torch.cat([(test_x[rows] @ train_x.T).argmax(dim=1) for rows in chunks(len(test_x), len(train_x))])
+    return percent(train_y[nearest] == test_y)
 
 
 def sgd_probe(

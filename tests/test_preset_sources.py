@@ -38,6 +38,7 @@ from parity import check_commit
 from test_presets import offered
 
 from shared import evaluation, presets
+from shared.study import companion
 
 ROOT = Path(__file__).parent.parent
 RUNS = set(  # where a run is and what it prints, not what it computes
@@ -112,9 +113,7 @@ def paper_presets(folder: str) -> list[Preset]:
 
 def details(folder: str) -> dict[int, str]:
     """The README's numbered implementation details."""
-    page = (ROOT / folder / "README.md").read_text(encoding="utf-8")
-    section = page.split("## Implementation details")[1].split("\n## ")[0]
-    return {int(number): text for number, text in re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |\Z)", section, re.M | re.S)}
+    return companion.read(str(ROOT / folder)).details
 
 
 def plain(value: Any) -> Any:

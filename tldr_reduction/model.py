@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.clip import without_padding
+from shared import clip
 from tldr_reduction.blip import (
     BLIP,
     PAD,
@@ -307,7 +307,7 @@ def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
             raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
         towers = settings["vision_cfg"], settings["text_cfg"]
-        return without_padding(open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False)))
+        return clip.without_padding(open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False)))
     vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
     sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
     text = TextTransformer(*sizes)
@@ -326,5 +326,4 @@ def build_for(cfg: Config, tokenizer) -> nn.Module:
 
 def image_side(model: nn.Module, cfg: Config) -> int:
     """Side in pixels of the images that the stage's model reads."""
-    side = model.visual.image_size if cfg.stage == "clip" else cfg.image_size
-    return side[0] if isinstance(side, tuple) else side
+    return clip.image_side(model) if cfg.stage == "clip" else cfg.image_size

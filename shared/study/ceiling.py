@@ -13,11 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared import export, memory, run
+from shared.clip import image_side
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent
-
-STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-MEAN, STD = (255 * torch.tensor(values)[:, None, None] for values in STATISTICS)
 
 
 def read(folder: str | Path, split: str, side: int) -> tuple[Tensor, Tensor]:
@@ -49,9 +47,9 @@ def trained_on_labels(
     torch.manual_seed(seed)
     width = export.open_clip_config(model)["embed_dim"]
     logging.disable(logging.WARNING)  # open_clip says that the weights are random
-    tower = open_clip.create_model(model).visual
+    clip = open_clip.create_model(model)
     logging.disable(logging.NOTSET)
-    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+    tower, size = clip.visual, image_side(clip)
     sets = list(sets)
     pixels, labels = read(sets[0], "train", 2 * size)
     head = nn.Linear(width, len(EvalSet(sets[0], None).classnames))
@@ -62,8 +60,7 @@ def trained_on_labels(
     precision = run.resolve_precision("auto", cpu)
 
     def views(pixels: Tensor, boxes: Tensor) -> Tensor:
-        images = memory.crop_and_resize(pixels, boxes, size)
-        return images.sub_(MEAN).div_(STD).contiguous(memory_format=torch.channels_last)
+        return memory.normalized(memory.crop_and_resize(pixels, boxes, size))
 
     for epoch in range(epochs):
         order = torch.randperm(len(labels)).split(batch_size)[:steps]

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from shared import probes
 from shared.evalsets import EvalSet
-from shared.zeroshot import chunks, percent
 
 SIDE = 24  # pixels
 
@@ -101,11 +100,8 @@ def nearest_neighbour(
     """
     found = {}
     for path in sets:
-        (train_x, train_y), (test_x, test_y) = (read(path, split, features, transform) for split in ("train", "test"))
-        train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
-        parts = chunks(len(test_x), len(train_x))
-        nearest = torch.cat([(test_x[rows] @ train_x.T).argmax(dim=1) for rows in parts])
-        top1 = percent(train_y[nearest] == test_y)
+        train, test = (read(path, split, features, transform) for split in ("train", "test"))
+        top1 = probes.nearest_neighbour(*train, *test)
         found |= {f"{Path(path).name}/{metric}": top1 for metric in metrics}
     return found
 

@@ -27,6 +27,7 @@ from open_clip_train.train import train_one_epoch
 
 from protoclip import model, study, train
 from shared import run
+from shared.clip import image_side
 from shared.study import floors
 
 from ..parity import test_protoclip as parity
@@ -138,7 +139,7 @@ def clip_step(name: str, size: int, precision: str, repetitions: int, steps: int
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw())
     scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode() * cfg.episodes)
     loss = open_clip.ClipLoss(cache_labels=True)
-    loader = batches(size, model.image_side(network), steps)
+    loader = batches(size, image_side(network), steps)
     theirs = parity.Loader([(images.contiguous(), tokens) for _, images, tokens in loader], size * steps)
     data = {"train": SimpleNamespace(dataloader=theirs, set_epoch=lambda _: None)}
 
@@ -176,7 +177,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
         clustering = parity.their_prototypes(up, image, text, f"{folder}/teacher.npy", torch.arange(n), **flags)
     optimizer = parity.optimizer_groups(up, towers, args)
     scheduler = up.scheduler.protoclip_cosine_lr(optimizer, cfg.lr, cfg.lr, cfg.warmup, 640, 640, 0, 640)
-    loader = batches(cfg.batch_size, model.image_side(network), steps, n)
+    loader = batches(cfg.batch_size, image_side(network), steps, n)
 
     def theirs(flash):
         with attention(flash):
