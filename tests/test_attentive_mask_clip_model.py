@@ -3,19 +3,18 @@
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
 
-import argparse
 import math
 import multiprocessing
 import re
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from authors_files import beside_weights
 from conftest import Case
 from torch import nn
 
@@ -740,13 +739,8 @@ def test_batch_norm_of_one_process_is_torchs():
 
 def authors_file(model: CLIP, path, prefix: str = "module.") -> None:
     """A checkpoint as upstream's main.py writes it."""
-    args = argparse.Namespace(model="ACLIP_VITB16", lr=5e-4, betas=(0.9, 0.98), wandb=False)
     state = {prefix + name: value for name, value in model.state_dict().items()}
-    torch.save(
-        {"epoch": 25, "state_dict": state, "scaler": {},
-         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-5), "params": []}]},
-         "best_acc": 43.9, "args": args}, path,
-    )  # fmt: skip
+    torch.save(beside_weights(state_dict=state, best_acc=43.9), path)
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])

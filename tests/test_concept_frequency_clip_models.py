@@ -1,10 +1,9 @@
 """Checkpoints of other authors as open_clip models."""
 
-import argparse
-
 import open_clip
 import pytest
 import torch
+from authors_files import beside_weights
 from PIL import Image
 
 from concept_frequency import clip_models
@@ -13,19 +12,15 @@ from concept_frequency import clip_models
 def test_checkpoints_in_other_layouts(tmp_path):
     device = torch.device("cpu")
     model = open_clip.create_model("ViT-emoji", load_weights=False)
-    torch.save(
-        {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "ddp.pt"
-    )
+    weights = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save(beside_weights(state_dict=weights), tmp_path / "ddp.pt")
     loaded, _, _ = clip_models.load_model("ViT-emoji", str(tmp_path / "ddp.pt"), device)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="does not hold the weights of RN50"):
         clip_models.load_model("RN50", str(tmp_path / "ddp.pt"), device)
 
     state = slip_state(width=64, layers=2, dim=32)
-    torch.save(
-        {"args": argparse.Namespace(model="CLIP_VITB16"), "state_dict": {f"module.{k}": v for k, v in state.items()}},
-        tmp_path / "slip.pt",
-    )
+    torch.save(beside_weights(state_dict={f"module.{k}": v for k, v in state.items()}), tmp_path / "slip.pt")
     slip, transform, tokenizer = clip_models.load_model("ViT-B-16", str(tmp_path / "slip.pt"), device)
     with torch.no_grad():
         image = transform(Image.new("RGB", (300, 250)))[None]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from authors_files import beside_weights
 from conftest import Case
 from open_clip.transformer import VisionTransformer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -476,7 +477,7 @@ def authors_file(model: FLAME, path) -> None:
         "module.text.model.embed_tokens.weight": torch.zeros(4, 2),
         "module.text.lm_head.weight": torch.zeros(4, 2),
     }
-    torch.save({"epoch": 32, "name": "FLAME", "state_dict": state, "optimizer": {}, "scaler": {}}, path)
+    torch.save(beside_weights(epoch=32, state_dict=state), path)
 
 
 @pytest.mark.golden("flame", "image_tower")

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from authors_files import beside_weights
 from conftest import Case
 from PIL import Image
 
@@ -276,15 +277,12 @@ def test_encoders_are_frozen_and_unnormalised():
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoints_in_the_authors_layouts_load(tmp_path, prefix):
     """timm's model.pth.tar with classifier and command line, open_clip's epoch_32.pt with both towers."""
-    import argparse
-
     import open_clip
 
     model = timm.create_model("resnet18", num_classes=7)
     state = {prefix + key: value for key, value in model.state_dict().items()}
-    torch.save(
-        {"state_dict": state, "arch": "resnet18", "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "m.pth.tar"
-    )
+    extras = {"arch": "resnet18", "version": 2, "metric": 71.5}  # timm's
+    torch.save(beside_weights(state_dict=state, **extras), tmp_path / "m.pth.tar")
     encoder, dim, *_ = load_encoder("timm", "resnet18", str(tmp_path / "m.pth.tar"))
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(
@@ -293,7 +291,7 @@ def test_checkpoints_in_the_authors_layouts_load(tmp_path, prefix):
     assert dim == 512
     clip = open_clip.create_model("ViT-emoji")
     state = {prefix + key: value for key, value in clip.state_dict().items()}
-    torch.save({"state_dict": state, "epoch": 32, "name": "x", "optimizer": {}}, tmp_path / "epoch_32.pt")
+    torch.save(beside_weights(state_dict=state), tmp_path / "epoch_32.pt")
     encoder, *_ = load_encoder("open_clip", "ViT-emoji", str(tmp_path / "epoch_32.pt"))
     images = torch.randn(2, 3, 40, 40)
     torch.testing.assert_close(encoder(images), clip.eval().encode_image(images))

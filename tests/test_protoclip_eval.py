@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from authors_files import beside_weights
 from tiny import small_set
 
 from protoclip import config, train
@@ -76,7 +77,7 @@ def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
     shapes = json.loads((ROOT / "tests/golden/protoclip/state_dict_layout_RN50.json").read_text())
     weights = {prefix + k: torch.full((), 0.01).expand(shape) for k, shape in shapes.items()}
     path = tmp_path / "epoch_400.pt"
-    torch.save({"epoch": 400, "name": "x", "state_dict": weights, "optimizer": {}}, path)
+    torch.save(beside_weights(epoch=400, state_dict=weights), path)
     model, name = evaluation.load_model(path)
     assert name == "RN50" and sum(p.numel() for p in model.parameters()) == 106_738_274
     assert model.state_dict()["visual.conv1.weight"].unique().item() == pytest.approx(0.01)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from authors_files import beside_weights
 from conftest import Case
 from scripts import same
 
@@ -332,7 +333,9 @@ def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layout", ["openai", "towers", "towers, distributed", "auto"])
 def test_checkpoints_in_the_authors_layouts(tmp_path: Path, layout: str):
     model = prune(tiny(), some_masks(VISION), some_masks(TEXT)).eval() if layout == "auto" else tiny()
-    torch.save({"epoch": 6, "name": "x", "state_dict": theirs(model, layout)}, tmp_path / "theirs.pt")
+    kept = beside_weights(state_dict=theirs(model, layout))
+    kept["optimizer"] = 3 * [kept["optimizer"]]  # of image tower, text tower and temperature
+    torch.save(kept, tmp_path / "theirs.pt")
     loaded = load_clip(tmp_path / "theirs.pt", head_width=8)
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
     images, tokens = example()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from authors_files import beside_weights
 from test_tldr_reduction_blip import tiny_blip
 from test_tldr_reduction_model import tiny_captioner
 
@@ -19,7 +20,7 @@ def test_authors_layout_loads(tmp_path):
     state["text_decoder.cls.predictions.decoder.bias"] = state["text_decoder.cls.predictions.bias"]
     extra = {"text_decoder.bert.embeddings.position_ids": torch.arange(24)[None], "queue_ptr": torch.zeros(1)}
     extra |= {f"visual_encoder_m.{n}": v for n, v in source.visual_encoder.state_dict().items()}
-    torch.save({"model": state | extra, "epoch": 3}, tmp_path / "theirs.pth")
+    torch.save(beside_weights(model=state | extra), tmp_path / "theirs.pth")
     target = CodebookCaptioner(
         VisionTransformer(24, 8, 16, 2, 4), TextTransformer(30, 16, 2, 4, 24, 16), None, sep_token_id=3
     )
@@ -65,7 +66,7 @@ def test_a_released_file_becomes_a_run(tmp_path, capsys):
     torch.manual_seed(2)
     source = tiny_blip()
     state = {name: value for name, value in source.state_dict().items() if not name.startswith("text_decoder")}
-    torch.save({"model": state}, tmp_path / "retrieval.pth")
+    torch.save(beside_weights(model=state, config={"image_size": 384, "vit": "base"}), tmp_path / "retrieval.pth")
     flags = dict(source=str(tmp_path / "retrieval.pth"), vocab=str(tmp_path / "vocab.txt"))
     checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
     model, settings, _ = checkpoints.load_run(tmp_path / "scorer")

@@ -1,0 +1,25 @@
+"""Checkpoint files as the authors' trainers write them: what lies beside the weights."""
+
+import argparse
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def beside_weights(**more) -> dict:
+    """Epoch, command line, gradient scaler, and AdamW's state after a step, whose rate a scheduler made with NumPy."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5 * (1 + np.cos(np.pi * 0.3)) * np.float32(5e-4)
+    scaler = {
+        "scale": 65536.0,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2000,
+        "_growth_tracker": 7,
+    }
+    args = argparse.Namespace(lr=np.float64(5e-4), betas=(0.9, 0.98), name=None, wandb=False)
+    return {"epoch": 3, "name": "x", "optimizer": optimizer.state_dict(), "scaler": scaler, "args": args} | more
