@@ -1,18 +1,24 @@
 """The small residual network: its size, and that open_clip's configs find it by name."""
 
 import open_clip
+import pytest
 import timm
 import torch
 
 import shared.resnet
 import shared.run  # noqa: F401  (open_clip finds the emoji-scale configs)
+from shared.clip import image_side
 
 
-def test_open_clip_builds_it_from_its_config():
-    model = open_clip.create_model("ResNet-emoji").eval()
-    images, tokens = torch.zeros(2, 3, 32, 32), open_clip.SimpleTokenizer(context_length=24)(["a cat", "a dog"])
+@pytest.mark.parametrize("name, width", [("ResNet-emoji", 256), ("RN-emoji", 128)])
+def test_open_clip_builds_small_ones_from_their_configs(name: str, width: int):
+    model = open_clip.create_model(name).eval()
+    images, tokens = (
+        torch.zeros(2, 3, image_side(model), image_side(model)),
+        open_clip.SimpleTokenizer(context_length=24)(["a cat", "a dog"]),
+    )
     with torch.no_grad():
-        assert model.encode_image(images).shape == model.encode_text(tokens).shape == (2, 256)
+        assert model.encode_image(images).shape == model.encode_text(tokens).shape == (2, width)
 
 
 def test_sizes():

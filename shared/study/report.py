@@ -16,8 +16,9 @@ from shared.study.statistics import spread
 from shared.study.verdicts import shown
 
 STARS = (
-    " ★: the paper's abstract states it; the intervals of these claims are Holm-corrected together. Resolves: the "
-    "smallest difference that these seeds resolve, by a standard deviation pooled over arms."
+    " ★: the paper's abstract states it; each of these intervals has the level of Holm's step-down test, by which all "
+    "of their verdicts hold together at 95 %. Resolves: the smallest difference that these seeds resolve, by a standard "
+    "deviation pooled over arms."
 )
 
 

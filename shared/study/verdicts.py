@@ -130,8 +130,8 @@ def judged(
 ) -> list[dict[str, Any]]:
     """Rows of the table of claims, primary ones first, for those that were `statistics.measured`.
 
-    together: the intervals of primary claims are Holm-corrected. earlier: arms of earlier results with the same
-    settings, whose pooled scatter is used where it has more degrees of freedom.
+    together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
+    with the same settings, whose pooled scatter is used where it has more degrees of freedom.
     """
     chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
     found = []
