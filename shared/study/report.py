@@ -17,8 +17,8 @@ from shared.study.verdicts import shown
 
 STARS = (
     " ★: the paper's abstract states it; each of these intervals has the level of Holm's step-down test, by which all "
-    "of their verdicts hold together at 95 %. Resolves: the smallest difference that these seeds resolve, by a standard "
-    "deviation pooled over arms."
+    "of their verdicts hold together at 95 %. Resolves: the smallest difference that these seeds resolve, by a "
+    "standard deviation pooled over arms."
 )
 
 
