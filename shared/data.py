@@ -8,17 +8,16 @@ Broken samples (truncated tar, unreadable image, missing or empty caption, wrong
 next readable row takes their place, and `Broken` records are handed on for the report at the end of the epoch.
 """
 
+import array
 import codecs
 import csv
-import fcntl
 import hashlib
 import io
-import itertools
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,8 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
-from shared.tars import MAX_BYTES, Broken, index_shard
+from shared.index import Strings, kept, locked, read_index
+from shared.tars import MAX_BYTES, Broken
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
@@ -155,20 +155,18 @@ def fetch(url: str, folder: Path) -> str:
         return url.removeprefix("file:")
     folder.mkdir(parents=True, exist_ok=True)
     path = cached_path(url, folder)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine fetches, its peers wait
+    if path.exists():
+        return str(path)
+    with locked(path.with_suffix(".lock")):  # one process of a machine fetches, its peers wait
         if not path.exists():
-            temporary = path.with_suffix(".part")
+            temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")  # machines may share the folder
             try:
                 with gopen(url) as source, open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
+                os.replace(temporary, path)
             except Exception as error:  # gopen's libraries have exceptions of their own
                 temporary.unlink(missing_ok=True)
                 raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
-            os.replace(temporary, path)
-    finally:
-        os.close(lock)
     return str(path)
 
 
@@ -178,34 +176,33 @@ class Shards:
     `limit` keeps the first rows. With `strict`, any broken sample is a ValueError.
     """
 
-    def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False):
+    def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.paths, self.strict = list(paths), strict
         self._process, self._descriptors = None, {}
-        if len(paths) < 64:
-            shards = [index_shard(path) for path in paths]
-        else:
-            with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths))) as pool:
-                shards = list(pool.map(index_shard, paths))
-        self.broken = [b for shard in shards for b in shard.broken]
+        found = read_index(self.paths, cache)
+        self.broken, self._starts, self._spans = found.broken, found.starts, found.spans[:limit]
         if strict and self.broken:
             raise ValueError(f"--strict: sample {self.broken[0].key}: {self.broken[0].reason}")
-        self.keys = np.array([key for shard in shards for key in shard.keys], dtype=np.str_)[:limit]
-        self._shard = np.repeat(np.arange(len(shards)), [len(shard.keys) for shard in shards])[:limit]
-        self._spans = np.concatenate([shard.spans for shard in shards])[:limit]
-        self.fingerprint = fingerprint(self.keys.tobytes(), self._spans.tobytes())
+        self.keys = found.keys.head(limit)
         if not len(self.keys):
             raise ValueError(f"no readable image-text pair in {', '.join(map(str, paths[:3]))}")
+        last = self._shard(len(self.keys) - 1)
+        self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def _shard(self, row: int) -> int:
+        """Number of the shard that a row is in."""
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
     def rows_of(self, shard: int) -> range:
         """Rows of the samples in the shard `paths[shard]`, which follow each other."""
-        return range(*np.searchsorted(self._shard, (shard, shard + 1)).tolist())
+        return range(*self._starts[shard : shard + 2].clip(max=len(self)).tolist())
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
         """Bytes of a row's shard, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
-        return os.pread(self._open(int(self._shard[row])), size, offset)
+        return os.pread(self._open(self._shard(row)), size, offset)
 
     def _open(self, shard: int) -> int:
         """The descriptor of a shard, of which the last OPEN_FILES stay open in each process."""
@@ -229,7 +226,7 @@ class Shards:
         """Pair of that row. Raises BrokenSample."""
         offset, size, text_offset, text_size = self._spans[row].tolist()
         caption = decode_caption(self._bytes(row, text_offset, min(text_size, CAPTION_BYTES + 1)))
-        return Pair(str(self.keys[row]), decode_image(self._bytes(row, offset, size)), caption)
+        return Pair(self.keys[row], decode_image(self._bytes(row, offset, size)), caption)
 
     def caption(self, row: int) -> str:
         """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
@@ -238,53 +235,63 @@ class Shards:
         return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
+def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Columns `title` and `filepath` of a tab-separated file as bytes and ends. ValueError if it is none."""
+    captions, caption_ends, files, file_ends = bytearray(), array.array("q"), bytearray(), array.array("q")
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.DictReader(file, delimiter="\t")
+            missing = {"title", "filepath"} - set(table.fieldnames or ())
+            if missing:
+                names = " and ".join(sorted(missing))
+                raise ValueError(f"{path} lacks the column {names}; its header should be title<tab>filepath")
+            for row in table:
+                captions += (row["title"] or "").encode("utf-8", errors="surrogateescape")
+                files += (row["filepath"] or "").encode("utf-8", errors="surrogateescape")
+                caption_ends.append(len(captions))
+                file_ends.append(len(files))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a tab-separated file: {error}") from error
+    if not file_ends:
+        raise ValueError(f"{path} has no row")
+    of_bytes = {name: np.frombuffer(text, dtype=np.uint8) for name, text in (("captions", captions), ("files", files))}
+    ends = {"caption_ends": np.asarray(caption_ends), "file_ends": np.asarray(file_ends)}
+    return of_bytes | ends, {"digest": fingerprint(captions, files, *ends.values())}
+
+
 class TSV:
     """Pairs of a tab-separated file with columns `title` and `filepath` (ProtoCLIP's, OpenCLIP's csv layout)."""
 
-    def __init__(self, path: str, limit: int | None = None, strict: bool = False):
+    def __init__(self, path: str, limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.strict, self.broken = strict, []
-        csv.field_size_limit(2**31 - 1)
-        try:
-            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-                table = csv.DictReader(file, delimiter="\t")
-                missing = {"title", "filepath"} - set(table.fieldnames or ())
-                if missing:
-                    names = " and ".join(sorted(missing))
-                    raise ValueError(f"{path} lacks the column {names}; its header should be title<tab>filepath")
-                rows = [(row["title"] or "", row["filepath"] or "") for row in itertools.islice(table, limit)]
-        except csv.Error as error:
-            raise ValueError(f"{path} is not a tab-separated file: {error}") from error
-        if not rows:
-            raise ValueError(f"{path} has no row")
-        captions = [title.encode("utf-8", errors="surrogateescape") for title, _ in rows]
-        self._captions = b"".join(captions)  # one string and offsets: shared by loader processes, no copy of each
-        self._ends = np.cumsum([len(caption) for caption in captions])
-        self.keys = np.array([file for _, file in rows], dtype=np.str_)  # the image's path is the sample's key
-        self.fingerprint = fingerprint(self.keys.tobytes(), self._captions)
+        arrays, about = kept([path], cache, lambda: read_table(path))
+        self._captions = Strings(arrays["captions"], arrays["caption_ends"]).head(limit)
+        self.keys = Strings(arrays["files"], arrays["file_ends"]).head(limit)  # an image's path is its sample's key
+        self.fingerprint = fingerprint(repr((len(self.keys), about["digest"])).encode())
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _caption(self, row: int) -> bytes:
-        return self._captions[self._ends[row - 1] if row else 0 : self._ends[row]]
-
     def read(self, row: int) -> Pair:
         """Pair of that row. Raises BrokenSample."""
-        caption = decode_caption(self._caption(row))
-        return Pair(str(self.keys[row]), decode_image(read_file(self.keys[row])), caption)
+        caption = decode_caption(self._captions.bytes_of(row))
+        return Pair(self.keys[row], decode_image(read_file(self.keys[row])), caption)
 
     def caption(self, row: int) -> str:
         """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
-        return self._caption(row).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
+        return self._captions.bytes_of(row).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
 
 
-def open_pairs(spec: str, limit: int | None = None, strict: bool = False, cache: Path | None = None) -> Shards | TSV:
-    """Pairs of brace-expanded shards, or of one .tsv file. Remote shards are copied into `cache` first."""
+def open_pairs(
+    spec: str, limit: int | None = None, strict: bool = False, cache: Path = Path("data/cache")
+) -> Shards | TSV:
+    """Pairs of brace-expanded shards, or of one .tsv file. `cache` keeps their index, and copies of remote shards."""
     if spec.endswith((".tsv", ".csv")):
         if not os.path.isfile(spec):
             raise FileNotFoundError(f"{spec} does not exist")
-        return TSV(spec, limit, strict)
-    return Shards([fetch(url, cache or Path("data/cache")) for url in expand_shards(spec)], limit, strict)
+        return TSV(spec, limit, strict, cache)
+    return Shards([fetch(url, cache) for url in expand_shards(spec)], limit, strict, cache)
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:

@@ -116,7 +116,7 @@ def test_names_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     long, sparse = "n" * 2000, tarfile.TarInfo("s.png")
     path = write_tar(tmp_path / "a.tar", *pair("a"), *pair(long), *pair("b", "é" * 10_000))
     shards = data.Shards([str(path)])
-    assert shards.keys.tolist() == ["a", "b"] and shards.keys.itemsize < 100
+    assert shards.keys.tolist() == ["a", "b"] and shards.keys.text.nbytes == 2
     assert {b.reason for b in shards.broken} == {"name of more than 1024 characters"}
     assert shards.read(1).caption == shards.caption(1) == "é" * 4096
     sparse.type = tarfile.GNUTYPE_SPARSE

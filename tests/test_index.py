@@ -1,0 +1,109 @@
+"""The index of a data set: strings by bytes and ends, made once a machine, anew when a shard changes."""
+
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data import pair, write_tar
+
+from shared import data, index
+
+
+def test_strings_are_read_like_a_list():
+    words = ["a", "", "caf\u00e9", "\udcff", "long " * 300]
+    strings = index.Strings.of(words)
+    assert strings.tolist() == list(strings) == words and len(strings) == 5
+    assert strings[2] == strings[-3] == "caf\u00e9" and strings[np.int64(0)] == "a"
+    assert strings[[4, 0]].tolist() == [words[4], "a"] and strings[::-1].tolist() == words[::-1]
+    assert np.isin(strings, ["a", "b"]).tolist() == [True, False, False, False, False]
+    assert strings.head(2).tolist() == ["a", ""] and strings.head(None).tolist() == words
+    assert strings.text.nbytes < 1600  # one long string does not make the others long
+    with pytest.raises(IndexError):
+        strings[5]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(index, "LARGE", 0)
+    files = [[*pair(f"{i}-{j}", f"caption {i} {j}")] for i in range(3) for j in range(4)]
+    return [str(write_tar(tmp_path / f"{i}.tar", *sum(files[4 * i : 4 * i + 4], []))) for i in range(3)]
+
+
+def test_an_index_is_made_once_and_mapped(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = data.Shards(shards)
+    first = data.Shards(shards, cache=tmp_path / "cache")
+    monkeypatch.setattr(index, "index_shard", None)  # what follows may not read a header
+    again = data.Shards(shards, cache=tmp_path / "cache")
+    assert isinstance(again._spans, np.memmap) and isinstance(again.keys.text, np.memmap)
+    for pairs in (first, again, pickle.loads(pickle.dumps(again))):
+        assert pairs.keys.tolist() == plain.keys.tolist() and pairs.fingerprint == plain.fingerprint
+        assert pairs.read(7).caption == "caption 1 3" and pairs.rows_of(2) == range(8, 12)
+    few = data.Shards(shards, limit=5, cache=tmp_path / "cache")
+    assert len(few) == 5 and few.rows_of(1) == range(4, 5) and few.rows_of(2) == range(5, 5)
+    assert few.fingerprint != plain.fingerprint
+
+
+def test_a_changed_shard_is_indexed_anew_and_the_old_index_goes(shards: list[str], tmp_path: Path):
+    cache = tmp_path / "cache"
+    before = data.Shards(shards, cache=cache)
+    write_tar(Path(shards[1]), *pair("new", "another one"))
+    os.utime(shards[1], (time.time() + 5, time.time() + 5))
+    after = data.Shards(shards, cache=cache)
+    assert len(after) == 9 and after.keys[4] == "new" and after.fingerprint != before.fingerprint
+    assert len([path for path in (cache / "index").iterdir() if path.is_dir()]) == 1
+    assert before.keys[4] == "1-0"  # what is mapped stays readable
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(shards: list[str], tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    assert len(data.Shards(shards, cache=tmp_path / "file")) == 12
+
+
+def test_small_data_sets_leave_no_index(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index, "LARGE", 2**28)
+    data.Shards(shards, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def open_and_count(shards: list[str], cache: Path, counter: Path, start) -> None:
+    index.LARGE = 0
+    read = index.index_shard
+
+    def counted(path: str):
+        with open(counter, "a") as file:
+            file.write("x")
+        time.sleep(0.05)
+        return read(path)
+
+    index.index_shard = counted
+    start.wait()
+    assert len(data.Shards(shards, cache=cache)) == 12
+
+
+def test_processes_that_start_together_index_once(shards: list[str], tmp_path: Path):
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(3)
+    arguments = shards, tmp_path / "cache", tmp_path / "count", start
+    processes = [fork.Process(target=open_and_count, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "xxx"  # three shards, by one process
+
+
+def test_a_table_is_read_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index, "LARGE", 0)
+    (tmp_path / "t.tsv").write_text("title\tfilepath\na caf\u00e9\tx.png\n\ty.png\n", encoding="utf-8")
+    plain = data.TSV(str(tmp_path / "t.tsv"))
+    mapped = data.TSV(str(tmp_path / "t.tsv"), cache=tmp_path / "cache")
+    monkeypatch.setattr(data, "read_table", None)
+    again = data.TSV(str(tmp_path / "t.tsv"), cache=tmp_path / "cache")
+    for pairs in (mapped, again):
+        assert isinstance(pairs.keys.text, np.memmap) and pairs.fingerprint == plain.fingerprint
+        assert pairs.keys.tolist() == ["x.png", "y.png"] and [pairs.caption(i) for i in (0, 1)] == ["a caf\u00e9", ""]
