@@ -22,6 +22,10 @@ class Config:
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
+    window_shards: int = 0
+    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk; --dataset-size
+    is then the number of samples of an epoch."""
     cache: str = "data/cache"
     """Folder for copies of remote shards."""
     caption_lines: bool = False

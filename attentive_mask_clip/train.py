@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from attentive_mask_clip.config import PRESETS, Config, check, check_model
 from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops  # noqa: F401
 from attentive_mask_clip.model import ACLIP, CLIP, aclip_loss, baseline_loss, create_model
-from shared import cli, data, run
+from shared import cli, data, run, windows
 from shared.zeroshot import quick_top1
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
@@ -195,7 +195,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     first, start = folder.state["epoch"], folder.state["batch"]
 
     # Data
-    pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+    pairs = windows.open_pairs(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
     per_epoch = len(pairs) // cfg.batch_size
     lrs, momenta = schedules(cfg, per_epoch)
@@ -207,7 +207,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         model.train()
         broken = list(pairs.broken)
         dataset = ViewDataset(pairs, cfg, model.image_size, tokenizer, (cfg.seed, epoch), ema_view)
-        loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
+        loader = windows.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, boxes, tokens, _) in enumerate(data.watch(batches, broken), start + 1):

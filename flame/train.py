@@ -25,7 +25,7 @@ from flame.embed import embed_captions  # noqa: F401  (offered here, too)
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from flame.zeroshot import Curve
-from shared import cli, data, run
+from shared import cli, data, run, windows
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -130,7 +130,10 @@ class FacetDataset(Dataset):
             return image, self.facets(pair.key), broken
         caption = pair.caption
         if self.captions:
-            caption = self.captions[int(torch.randint(len(self.captions), (1,)))][pair.key]
+            choice = int(torch.randint(len(self.captions), (1,)))
+            caption = self.captions[choice].get(pair.key)
+            if caption is None:
+                raise ValueError(f"{self.cfg.captions[choice]} has no caption of sample {pair.key}")
         return image, self.tokenizer([caption])[0], broken
 
 
@@ -219,21 +222,24 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 
 
 def open_texts(
-    cfg: Config, pairs: data.Shards | data.TSV
+    cfg: Config, pairs: data.Shards | data.TSV | windows.Windowed
 ) -> tuple[Bank | AuthorsBank | None, list[dict[str, str]], Callable | None]:
     """(bank, [], None), or for the clip method (None, captions by sample key, tokenizer).
 
-    ValueError if a sample has no text, or the bank does not have what is drawn from it.
+    ValueError if a sample has no text, which of windows shows when it is read, or if the bank does not have what is
+    drawn from it.
     """
+    keys = [] if isinstance(pairs, windows.Windowed) else pairs.keys
     if cfg.method == "clip":
         captions = [read_captions(path) for path in cfg.captions]
         for path, found in zip(cfg.captions, captions, strict=True):
-            missing = next((key for key in pairs.keys.tolist() if key not in found), None)
+            missing = next((key for key in keys if key not in found), None)
             if missing is not None:
                 raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
         return None, captions, data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     bank = open_bank(cfg.bank)
-    bank.check(pairs.keys)
+    if len(keys):
+        bank.check(keys)
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
         raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
     if cfg.centre and not isinstance(bank, Bank):
@@ -251,7 +257,7 @@ def main(cfg: Config) -> Path | None:
     precision = run.resolve_precision(cfg.precision, process.device)
 
     # Images, texts, model, optimizer; from the checkpoint if there is one
-    pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+    pairs = windows.open_pairs(cfg, process)
     per_epoch = len(pairs) // cfg.batch_size
     total = per_epoch * cfg.epochs
     bank, captions, tokenizer = open_texts(cfg, pairs)
@@ -276,7 +282,7 @@ def main(cfg: Config) -> Path | None:
         model.train()
         broken = list(pairs.broken)
         dataset = FacetDataset(pairs, cfg, model.visual.image_size[0], (cfg.seed, epoch), bank, captions, tokenizer)
-        loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
+        loader = windows.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):

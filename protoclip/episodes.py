@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
-from shared import data, memory, run
+from shared import data, memory, run, windows
 
 
 def image_transform(
@@ -160,7 +160,7 @@ class Episodes:
             self.shards = data.expand_shards(cfg.data)
             if not 0 < cfg.episode_shards <= len(self.shards):
                 raise ValueError(f"--episode-shards {cfg.episode_shards} of {len(self.shards)} shards")
-            self.pairs = None
+            self.pairs, self.fetcher = None, windows.Fetcher(Path(cfg.cache))
         else:
             self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
 
@@ -180,11 +180,11 @@ class Episodes:
             wanted = self.shards_of(episode)
             if episode > 1:  # the last episode's copies stay: another rank may still be reading them
                 recent = {*wanted, *self.shards_of(episode - 1)}
-                for old in self.shards_of(episode - 2):
-                    if data.is_remote(old) and old not in recent:
-                        data.cached_path(old, folder).unlink(missing_ok=True)
-            wanted = [data.fetch(shard, folder) for shard in wanted]
-            pairs = data.Shards(wanted, strict=self.cfg.strict)
+                self.fetcher.evict(old for old in self.shards_of(episode - 2) if old not in recent)
+            self.fetcher.wait(wanted)
+            pairs = data.Shards([data.fetch(shard, folder) for shard in wanted], strict=self.cfg.strict)
+            if episode + 1 < self.cfg.episodes:
+                self.fetcher.start(self.shards_of(episode + 1))
             rng = np.random.RandomState(data.stable_hash(self.cfg.seed, episode) % 2**32)
             return pairs, sample_episode(len(pairs), self.cfg.episode_size, rng)
         while self.drawn < episode:

@@ -16,6 +16,8 @@ import io
 import os
 import shutil
 import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,6 +38,8 @@ MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
 OPEN_FILES = 64  # shards that a process keeps open
+ATTEMPTS = 4  # to fetch a remote shard
+PAUSE = 1.0  # seconds before the second; four times as long before each that follows
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
 
 
@@ -159,14 +163,24 @@ def fetch(url: str, folder: Path) -> str:
         return str(path)
     with locked(path.with_suffix(".lock")):  # one process of a machine fetches, its peers wait
         if not path.exists():
-            temporary = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")  # machines may share the folder
-            try:
-                with gopen(url) as source, open(temporary, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                os.replace(temporary, path)
-            except Exception as error:  # gopen's libraries have exceptions of their own
-                temporary.unlink(missing_ok=True)
-                raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
+            host = socket.gethostname()  # machines may share the folder
+            for old in folder.glob(f"{path.stem}.{host}-*.part"):  # of processes that were killed
+                if not Path(f"/proc/{old.stem.rsplit('-', 2)[1]}").exists():
+                    old.unlink(missing_ok=True)
+            temporary = folder / f"{path.stem}.{host}-{os.getpid()}-{threading.get_ident()}.part"
+            for attempt in range(ATTEMPTS):
+                try:
+                    with gopen(url) as source, open(temporary, "wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
+                    os.replace(temporary, path)
+                    break
+                except Exception as error:  # gopen's libraries have exceptions of their own
+                    temporary.unlink(missing_ok=True)
+                    if attempt + 1 == ATTEMPTS:
+                        raise FileNotFoundError(
+                            f"shard {url} could not be fetched in {ATTEMPTS} attempts: {error}"
+                        ) from error
+                    time.sleep(PAUSE * 4**attempt)
     return str(path)
 
 
@@ -312,6 +326,8 @@ def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> 
 
 def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
     """`pairs.read(row)`, or the next readable row in its place; what was passed over is appended to `broken`."""
+    if hasattr(pairs, "place"):  # a window of shards
+        pairs, row = pairs.place(row)
     for candidate in range(row, row + min(len(pairs), 1000)):
         candidate %= len(pairs)
         try:
@@ -345,10 +361,18 @@ def epoch_loader(
 
     `cfg` has the global batch_size and the number of loader `workers`.
     """
-    order = batches(len(dataset), cfg.batch_size // process.world_size, seed, process.rank, process.world_size, start)
+    size = cfg.batch_size // process.world_size
+    order = batches(len(dataset), size, seed, process.rank, process.world_size, start)
+    return loader_of(dataset, order[: len(dataset) // cfg.batch_size - start], collate, cfg, process)
+
+
+def loader_of(
+    dataset: Dataset, batches: Sequence[Sequence[int]], collate: Callable, cfg, process: run.Process
+) -> DataLoader:
+    """A loader of these batches of items."""
     return DataLoader(
         dataset,
-        batch_sampler=order[: len(dataset) // cfg.batch_size - start],
+        batch_sampler=batches,
         num_workers=cfg.workers,
         collate_fn=collate,
         pin_memory=process.device.type == "cuda",

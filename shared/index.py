@@ -125,7 +125,7 @@ def locked(path: Path) -> Iterator[None]:
     file = None
     try:
         file = open(path, "a")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)  # of this process alone: loader workers do not inherit it
     except OSError:  # what follows is right without a lock, too, but done more than once
         pass
     try:
@@ -145,8 +145,7 @@ def kept(
     stats = [os.stat(path) for path in paths]
     if cache is None or sum(stat.st_size for stat in stats) < LARGE:
         return make()
-    names = [os.path.abspath(path) for path in paths]
-    which = hashlib.blake2b("\0".join(names).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    which = name_of(paths)
     state = [VERSION, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
     folder = cache / "index" / f"{which}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}"
     with contextlib.suppress(OSError):
@@ -163,6 +162,18 @@ def kept(
                     shutil.rmtree(old, ignore_errors=True)
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}, about
+
+
+def name_of(paths: Sequence[str]) -> str:
+    names = "\0".join(os.path.abspath(path) for path in paths)
+    return hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def forget(paths: Sequence[str], cache: Path) -> None:
+    """Removes what is kept of these files; who has it open reads on."""
+    for old in (cache / "index").glob(f"{name_of(paths)}-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    (cache / "index" / f"{name_of(paths)}.lock").unlink(missing_ok=True)
 
 
 def write(folder: Path, arrays: dict[str, np.ndarray], about: dict) -> None:

@@ -286,6 +286,21 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
         assert same(state[part], expected[part]), (part, kills)
 
 
+def test_windows_killed_at_random_equal_uninterrupted(cli, start, folder: Path):
+    """Shards are piped, one at a time, into a cache that each run empties behind it."""
+    first = sorted(SHARDS.glob("*.tar"))[:3]
+    command = [*ARMS["clip"], *TINY, "--data", "::".join(f"pipe:cat {path}" for path in first), "--window-shards", 1]
+    command += ["--dataset-size", 96, "--save-every", 2, "--workers", 2]
+    outs = [folder / f"windows-{i}" for i in range(2)]
+    finished(cli(*command, "--cache", folder / "cache-0", "--out", outs[0]))
+    for line in (random.randint(2, 4), random.randint(5, 8)):
+        kill_at(start(*command, "--cache", folder / "cache-1", "--out", outs[1]), outs[1], line, timeout=120)
+    finished(cli(*command, "--cache", folder / "cache-1", "--out", outs[1]))
+    assert metrics(outs[0]) == metrics(outs[1]) and len(metrics(outs[0])) == STEPS
+    states = [checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"] for out in outs]
+    assert same(*states) and not list((folder / "cache-0").glob("*.tar"))
+
+
 # ------------------------------------------------------------------------------------------------------ two processes
 
 

@@ -80,6 +80,10 @@ class Config(Stage):
     """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
+    window_shards: int = 0
+    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk; --dataset-size
+    is then the number of samples of an epoch."""
     cache: str = "data/cache"
     """Folder for copies of remote shards."""
 
@@ -225,6 +229,8 @@ def check(cfg: Config, world_size: int) -> None:
             )
     cli.check_counts(cfg, "batch_size", "save_every", "log_every")
     cli.check_batch(cfg, world_size)
+    if cfg.keep_in_memory and cfg.window_shards:
+        raise ValueError("--keep-in-memory needs a corpus that fits into memory, --window-shards is for others")
     if cfg.keep_in_memory and cfg.augmentation != "none":
         raise ValueError("--keep-in-memory computes each view once: it needs --augmentation none")
     if cfg.eval_every < 0:

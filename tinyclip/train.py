@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from shared import checkpoints, cli, data, run
+from shared import checkpoints, cli, data, run, windows
 from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
@@ -286,7 +286,7 @@ class Corpus:
 
     def __init__(self, cfg: Config, process: run.Process, student: CLIP, state: dict):
         self.cfg, self.process, self.memory = cfg, process, None
-        self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+        self.pairs = windows.open_pairs(cfg, process)
         data.check_pairs(self.pairs, cfg, state, process)
         self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
         size, context = image_and_context(student)
@@ -328,7 +328,7 @@ class Corpus:
 
     def read(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
         """Batches of an epoch, shuffled by `seed`, from its batch `first` on; read by `workers` processes."""
-        loader = data.epoch_loader(self.dataset(*seed), collate, self.cfg, self.process, seed, first)
+        loader = windows.epoch_loader(self.dataset(*seed), collate, self.cfg, self.process, seed, first)
         for images, tokens, _ in data.watch(loader, self.broken):
             yield images, tokens, None
 

@@ -1,0 +1,150 @@
+"""Windows of shards: every sample once a pass, the same after a resume; fetched ahead, tried again, and removed."""
+
+import http.server
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_data import pair, write_tar
+from torch.utils.data import Dataset
+
+from shared import data, index, run, windows
+
+
+class Seen(Dataset):
+    """(position, key, broken) of the pairs."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[int, str, list]:
+        broken: list[data.Broken] = []
+        return int(i), data.read_or_next(self.pairs, int(i), broken).key, broken
+
+
+def collate(items: list) -> tuple[list, list, list]:
+    positions, keys, broken = zip(*items, strict=True)
+    return list(positions), list(keys), [each for of_item in broken for each in of_item]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Eight shards of six pairs each."""
+    (tmp_path / "shards").mkdir()
+    for i in range(8):
+        write_tar(tmp_path / f"shards/{i}.tar", *sum(([*pair(f"{i}-{j}", f"{i} {j}")] for j in range(6)), []))
+    return tmp_path / "shards"
+
+
+def settings(data_: str, cache: Path, **more) -> SimpleNamespace:
+    usual = dict(window_shards=2, dataset_size=48, batch_size=4, cache=str(cache), strict=False, workers=0)
+    return SimpleNamespace(data=data_, **usual | more)
+
+
+def one_pass(cfg, rank: int = 0, world_size: int = 1, epoch: int = 0, start: int = 0) -> list[tuple]:
+    process = run.Process(rank, world_size, torch.device("cpu"))
+    pairs = windows.open_pairs(cfg, process)
+    return list(windows.epoch_loader(Seen(pairs), collate, cfg, process, (7, epoch), start))
+
+
+def keys_of(batches: list[tuple]) -> list[str]:
+    return [key for _, keys, _ in batches for key in keys]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_is_seen_once_a_pass_and_a_resume_goes_on(shards: Path, tmp_path: Path, workers: int):
+    cfg = settings(f"{shards}/{{0..7}}.tar", tmp_path / "cache", workers=workers)
+    whole = one_pass(cfg)
+    assert sorted(keys_of(whole)) == sorted(f"{i}-{j}" for i in range(8) for j in range(6))
+    assert keys_of(whole) != keys_of(one_pass(cfg, epoch=1)) and len(whole) == 12
+    for start in (1, 3, 7, 11):  # within windows and at their beginnings
+        assert one_pass(cfg, start=start) == whole[start:]
+    of_first = {key.partition("-")[0] for key in keys_of(whole[:3])}
+    assert len(of_first) == 2  # a window's shards, mixed
+
+
+def test_ranks_share_the_shards(shards: Path, tmp_path: Path):
+    cfg = settings(f"{shards}/{{0..7}}.tar", tmp_path / "cache")
+    parts = [one_pass(cfg, rank, 2) for rank in range(2)]
+    assert sorted(keys_of(parts[0]) + keys_of(parts[1])) == sorted(f"{i}-{j}" for i in range(8) for j in range(6))
+    shards_of = [{key.partition("-")[0] for key in keys_of(part)} for part in parts]
+    assert not shards_of[0] & shards_of[1]
+    positions = [position for part in parts for batch in part for position in batch[0]]
+    assert sorted(positions) == list(range(48))  # what views are drawn from differs between ranks
+
+
+def test_a_window_of_few_rows_repeats_them(shards: Path, tmp_path: Path):
+    write_tar(shards / "0.tar", *pair("only"))
+    cfg = settings(f"{shards}/0.tar", tmp_path / "cache", window_shards=1, dataset_size=8)
+    assert keys_of(one_pass(cfg)) == ["only"] * 8
+
+
+def test_broken_samples_are_told_once_a_window(shards: Path, tmp_path: Path):
+    write_tar(shards / "3.tar", *pair("3-0"), ("3-1.png", b"?"), ("3-1.txt", b"a cat"), ("3-2.txt", b"no image"))
+    batches = one_pass(settings(f"{shards}/{{0..7}}.tar", tmp_path / "cache"))
+    broken = [each for *_, of_batch in batches for each in of_batch]
+    assert ("3-2", "missing image") in broken and broken.count(("3-2", "missing image")) == 1
+    assert any(key == "3-1" for key, _ in broken) and "3-1" not in keys_of(batches)
+
+
+def test_settings_that_cannot_be(shards: Path, tmp_path: Path):
+    process, cache = run.Process(0, 9, torch.device("cpu")), tmp_path / "cache"
+    with pytest.raises(ValueError, match="8 shards are fewer than the 9 processes"):
+        windows.open_pairs(settings(f"{shards}/{{0..7}}.tar", cache), process)
+    with pytest.raises(ValueError, match="--window-shards needs --dataset-size"):
+        windows.open_pairs(settings(f"{shards}/{{0..7}}.tar", cache, dataset_size=None), process)
+    with pytest.raises(ValueError, match="a .tsv is read by row"):
+        windows.open_pairs(settings("x.tsv", cache), process)
+
+
+class Flaky(http.server.SimpleHTTPRequestHandler):
+    """Drops each file's first connection in the middle."""
+
+    dropped: set[str] = set()
+    asked: list[str] = []
+
+    def do_GET(self):
+        Flaky.asked.append(self.path)
+        if self.path in Flaky.dropped:
+            return super().do_GET()
+        Flaky.dropped.add(self.path)
+        content = (Path(self.directory) / self.path.strip("/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.wfile.flush()
+        self.connection.close()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_flaky_server_is_asked_again_and_copies_go(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr(index, "LARGE", 0)
+    local = one_pass(settings(f"{shards}/{{0..7}}.tar", tmp_path / "other"))
+    handler = lambda *args: Flaky(*args, directory=str(shards))  # noqa: E731
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        cache = tmp_path / "cache"
+        cfg = settings(f"http://127.0.0.1:{server.server_port}/{{0..7}}.tar", cache)
+        most, whole = 0, []
+        process = run.Process(0, 1, torch.device("cpu"))
+        for batch in windows.epoch_loader(Seen(windows.open_pairs(cfg, process)), collate, cfg, process, (7, 0)):
+            whole.append(batch)
+            most = max(most, len(list(cache.glob("*.tar"))))
+    finally:
+        server.shutdown()
+    assert whole == local
+    assert most <= 4  # this window and the next
+    assert not [path for path in cache.rglob("*") if path.is_file()]  # neither shards nor indices nor locks
+    assert len(Flaky.asked) == 16 and len(Flaky.dropped) == 8  # each twice
+    assert np.array_equal(np.unique(Flaky.asked), sorted(Flaky.dropped))
