@@ -194,10 +194,11 @@ def zero_shot(
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of unit rows (B, D), in fp32."""
-    logits = logit_scale.float() * image_features.float() @ text_features.float().T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    """Symmetric InfoNCE of this rank's unit rows (B, D) among those of all ranks, in fp32."""
+    image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
+    labels = run.own_columns(image)
+    to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
+    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -234,7 +235,7 @@ def train_step(
     torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
     with run.autocast(precision, process.device):
         image_features, text_features, scale, *_ = model(images, tokens)
-    loss = clip_loss(run.gather(image_features), run.gather(text_features), scale)
+    loss = clip_loss(image_features, text_features, scale)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -349,7 +350,7 @@ def train(cfg: Config) -> Path | None:
         for step, (images, tokens) in enumerate(arm.batches(epoch, start - epoch * steps), start):
             values = train_step(ddp, images, tokens, optimizer, scaler, step, cfg, process, precision)
             if (step + 1) % cfg.log_every == 0 or step == 0:
-                folder.log(step + 1, epoch=epoch, lr=learning_rate(step, cfg), **values)
+                folder.log(step + 1, epoch=epoch, lr=learning_rate(step, cfg), **run.over_ranks(values))
             if folder.due(step + 1) and (step + 1) % steps:
                 folder.save(step + 1, epoch=epoch, step=step + 1)
 

@@ -119,7 +119,7 @@ def losses(cfg: PretrainConfig, model: nn.Module, images: Tensor, targets: Tenso
     with run.autocast(precision, process.device):
         output = model(images, targets) if cfg.kind == "clip" else model(images)
     if cfg.kind == "clip":
-        clip_loss = open_clip.ClipLoss(gather_with_grad=True, rank=process.rank, world_size=process.world_size)
+        clip_loss = open_clip.ClipLoss(True, True, rank=process.rank, world_size=process.world_size)  # local rows
         features = output["image_features"].float(), output["text_features"].float()
         return {"loss": clip_loss(*features, output["logit_scale"]), "logit_scale": output["logit_scale"].detach()}
     each = F.cross_entropy(output.float(), targets, label_smoothing=cfg.label_smoothing, reduction="none")
@@ -240,6 +240,7 @@ def main(cfg: PretrainConfig) -> Path | None:
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
             parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
             if done % cfg.log_every == 0:
+                parts |= run.over_ranks({"loss": parts["loss"] * weight})
                 folder.log(done, epoch=epoch, lr=lr, **parts)
             if folder.due(done):
                 folder.save(done, epoch=epoch, batch=done - per_epoch * epoch)

@@ -13,6 +13,7 @@ Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external 
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import faiss
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import clip, export
+from shared import clip, export, run
 from shared.memory import CLIP_STATISTICS
 from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 
@@ -153,11 +154,21 @@ def image_statistics(model: open_clip.CLIP) -> tuple[tuple[float, ...], tuple[fl
 # ----------------------------------------------------------------------------------------------------------- losses
 
 
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """L_CLIP, symmetric InfoNCE over unit rows (B, E) x (B, E) -> (). U:training/loss.py:84."""
-    image_logits = logit_scale * image_features @ text_features.T  # (B, B)
-    text_logits = logit_scale * text_features @ image_features.T  # a product of its own, which rounds as upstream's
-    labels = torch.arange(len(image_logits), device=image_logits.device)
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gather: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """L_CLIP, symmetric InfoNCE over unit rows (B, E) x (B, E) -> (). U:training/loss.py:84.
+
+    With `gather`, which makes rows of all ranks out of this rank's, the rows are classified among all of them: the mean
+    over ranks is the loss of the global batch, of which each rank computes its part.
+    """
+    images, texts = (x if gather is None else gather(x) for x in (image_features, text_features))
+    image_logits = logit_scale * image_features @ texts.T  # (B, W*B)
+    text_logits = logit_scale * text_features @ images.T  # a product of its own, which rounds as upstream's
+    if gather is None:
+        labels = torch.arange(len(image_logits), device=image_logits.device)
+    else:
+        labels = run.own_columns(image_features)
     return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
@@ -202,12 +213,14 @@ def protoclip_loss(
     prototypes: "Prototypes | None",
     weights: tuple[float, float, float] = (1, 1, 1),
     target_temperature: float = 0.01,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """L = w_clip L_CLIP + w_proto (L_img>text + L_text>img)/2 + w_ext (L_img>ext + L_text>ext)/2.
 
     Source: U:training/train.py:149.
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
+    With `gather`, `output` has this rank's rows, and so has the loss; see `clip_loss`.
     Returns `loss`, its unweighted parts `clip`, `proto`, `external`, and `accuracy_*` in percent.
     Prototypical parts of weight 0 are not computed; their inputs then get zero gradients, as upstream's do (and as
     DistributedDataParallel needs).
@@ -215,7 +228,7 @@ def protoclip_loss(
     w_clip, w_proto, w_external = (float(weight) for weight in weights)
     zero = output.logit_scale.new_zeros(())
     losses = {
-        "clip": clip_loss(output.image_features, output.text_features, output.logit_scale),
+        "clip": clip_loss(output.image_features, output.text_features, output.logit_scale, gather),
         "proto": zero,
         "external": zero,
     }

@@ -201,8 +201,12 @@ def train_episode(
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
         with run.autocast(precision, device):
             output = model(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
-        batch = gather_output(output, cfg.gather_with_grad)
-        losses = protoclip_loss(batch, gather(index.to(device)), prototypes, weights, cfg.target_temperature)
+        index = index.to(device)
+        if cfg.gather_with_grad:  # each rank has its own rows of the loss
+            losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)
+        else:  # upstream: all rows on every rank, gradient to the own features alone
+            batch = gather_output(output, with_grad=False)
+            losses = protoclip_loss(batch, gather(index), prototypes, weights, cfg.target_temperature)
         optimizer.zero_grad()
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
@@ -374,7 +378,7 @@ def main(cfg: Config) -> Path | None:
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
                 once = episodes.errors if batch == 1 else {}
-                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **losses, **once)
+                folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **run.over_ranks(losses), **once)
             if folder.due(step + 1) and batch < per_episode:
                 kept = prototypes and prototypes._asdict()
                 folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)

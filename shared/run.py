@@ -124,6 +124,12 @@ def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
     return torch.cat(gathered)
 
 
+def own_columns(features: torch.Tensor) -> torch.Tensor:
+    """Where this rank's rows (B, D) stand among the gathered ones: (B,) int64."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.arange(len(features), device=features.device) + rank * len(features)
+
+
 # -------------------------------------------------------------------------------------------------------- precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -145,11 +145,11 @@ def text_embedder(name: str, dim: int):
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE over unit rows of all ranks."""
-    image_features, text_features = run.gather(image_features.float()), run.gather(text_features.float())
-    logits = logit_scale.float() * image_features @ text_features.T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    """Symmetric InfoNCE of this rank's unit rows (B, D) among those of all ranks, in fp32."""
+    image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
+    labels = run.own_columns(image)
+    to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
+    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
 
 
 def losses_of(
