@@ -6,6 +6,7 @@ A training step (`train_step`) sets the learning rate, updates the EMA towers, m
 Model and losses are in model.py, settings in config.py, boxes and augmentations in crops.py.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -102,8 +103,10 @@ def train_step(
     total: dict[str, Tensor] = {}
     for part in range(cfg.accumulate):
         rows = slice(part * len(tokens) // cfg.accumulate, (part + 1) * len(tokens) // cfg.accumulate)
-        losses = forward_losses(model, [view[rows] for view in images], boxes[rows], tokens[rows], cfg, precision)
-        scaler.scale(losses["loss"] / cfg.accumulate).backward()
+        alone = isinstance(model, DistributedDataParallel) and part + 1 < cfg.accumulate  # gradients are shared once
+        with model.no_sync() if alone else contextlib.nullcontext():
+            losses = forward_losses(model, [view[rows] for view in images], boxes[rows], tokens[rows], cfg, precision)
+            scaler.scale(losses["loss"] / cfg.accumulate).backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + value.detach() / cfg.accumulate
     scaler.step(optimizer)

@@ -355,10 +355,12 @@ def train(cfg: Config) -> Path | None:
                 folder.save(step + 1, epoch=epoch, step=step + 1)
 
         done, last = (epoch + 1) * steps, epoch + 1 == cfg.epochs
-        if process.main and (last or (cfg.eval_every and (epoch + 1) % cfg.eval_every == 0)):
-            with folder.clock.paused():
-                accuracy = zero_shot(model, tokenizer, arm.test, arm.names, 1, process.device, precision)
-            folder.log(done, epoch=epoch, zero_shot_top1=accuracy.nanmean().item())
+        if last or (cfg.eval_every and (epoch + 1) % cfg.eval_every == 0):
+            if process.main:
+                with folder.clock.paused():
+                    accuracy = zero_shot(model, tokenizer, arm.test, arm.names, 1, process.device, precision)
+                folder.log(done, epoch=epoch, zero_shot_top1=accuracy.nanmean().item())
+            run.wait(process)
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, step=done)
     folder.close()

@@ -90,6 +90,11 @@ def broadcast(value: Any, process: Process) -> Any:
     return box[0]
 
 
+def wait(process: Process) -> None:
+    """Ranks wait for each other, for hours if need be: for rank 0's evaluation, say."""
+    broadcast(None, process)
+
+
 def gather_lists(items: list, process: Process) -> list:
     """The items of all ranks, on every rank; each waits for the slowest, as long as that takes."""
     if process.world_size == 1:

@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
-from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, tiny  # noqa: F401
+from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, processes, tiny  # noqa: F401
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from attentive_mask_clip import config, train
 from attentive_mask_clip.config import Config
@@ -155,6 +157,20 @@ def test_accumulation_averages_micro_batches_and_moves_the_ema_once():
     losses = step_of(model, inputs, cfg)
     torch.testing.assert_close(losses["loss"], sum(halves).detach() / 2)
     assert moved == [0.9]
+
+
+def weights_after_accumulation(rank: int) -> dict[str, torch.Tensor]:
+    """Of a step on two micro-batches; "shared": how often gradients were sent round."""
+    model, sent = DistributedDataParallel(tiny(ssl=False)), []
+    model.register_comm_hook(sent, lambda sent, bucket: sent.append(1) or default_hooks.allreduce_hook(None, bucket))
+    torch.manual_seed(rank)
+    step_of(model, batch(4), Config(precision="fp32", ssl=False, accumulate=2))
+    return dict(model.module.state_dict()) | {"shared": torch.tensor(len(sent))}
+
+
+def test_accumulation_shares_gradients_once(tmp_path: Path):
+    one, two = processes(weights_after_accumulation, 2, tmp_path)
+    assert same(one, two) and one["shared"] == 1  # the one bucket of the last backward pass
 
 
 def test_the_temperature_is_clamped_after_a_step():

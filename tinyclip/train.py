@@ -462,11 +462,13 @@ def main(cfg: Config) -> Path | None:
             )
         if done % cfg.log_every == 0 or done == 1 or last:  # losses that are not finite, too: their steps were skipped
             folder.metrics.write(done, epoch=epoch, seconds=folder.clock.read(), **logged)
-        if process.main and cfg.eval_every and (done % cfg.eval_every == 0 or last):
-            with folder.clock.paused():
-                view, dtype = image_transform(image_and_context(student.clip)[0]), run.DTYPES[precision]
-                top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype)
-            folder.log(done, epoch=epoch, zero_shot_top1=top1)
+        if cfg.eval_every and (done % cfg.eval_every == 0 or last):
+            if process.main:
+                with folder.clock.paused():
+                    view, dtype = image_transform(image_and_context(student.clip)[0]), run.DTYPES[precision]
+                    top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype)
+                folder.log(done, epoch=epoch, zero_shot_top1=top1)
+            run.wait(process)
         if done % corpus.steps_per_epoch == 0 or last:
             data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
