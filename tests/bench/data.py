@@ -1,0 +1,247 @@
+"""Reading without a data set: `python -m tests.bench.data` (`make bench-data`) builds shards and measures on them.
+
+A million samples of a few bytes tell what start-up and memory cost; 20,000 photographs-sized ones tell the throughput.
+Every measurement is in a process of its own; readers take turns on the same shards, with the same decoding and views.
+"""
+
+import argparse
+import functools
+import io
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from shared import data, run, windows
+from shared.tars import write_tar
+
+from . import at_least, resident
+
+SIDE, VIEW, BATCH = 256, 224, 64
+MEAN = STD = (0.5, 0.5, 0.5)
+VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor(MEAN, STD)])
+
+
+# ----------------------------------------------------------------------------------------------------------- the shards
+
+
+def photograph(rng: np.random.Generator) -> bytes:
+    """A JPEG of about 20 KB: smooth colours and some noise."""
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.BICUBIC)
+    pixels = np.array(coarse, dtype=np.int16) + rng.integers(-12, 13, (SIDE, SIDE, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=88)
+    return file.getvalue()
+
+
+def build(folder: Path, shards: int, size: int, image: Callable[[int], bytes]) -> str:
+    """`shards` equal shards of `size` samples, numbered; returns their brace expression."""
+    samples = ({"__key__": f"{i:06d}", "jpg": image(i), "txt": f"caption number {i}"} for i in range(size))
+    write_tar(folder / f"{0:05d}.tar", samples)
+    for i in range(1, shards):
+        shutil.copyfile(folder / f"{0:05d}.tar", folder / f"{i:05d}.tar")
+    return f"{folder}/{{00000..{shards - 1:05d}}}.tar"
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
+
+
+def alone(function: Callable[..., dict], *arguments) -> dict:
+    """What a function returns in a process of its own, and the MiB that it held beyond its start (private pages)."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=in_process, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def in_process(pipe, function: Callable[..., dict], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a script
+    before = resident("RssAnon")
+    found = function(*arguments)
+    pipe.send(found | {"MiB": (resident("RssAnon") - before) / 1024})
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def opened(urls: str, cache: str) -> dict:
+    """Seconds to open all pairs by row, and to read one."""
+    start = time.perf_counter()
+    pairs = data.open_pairs(urls, cache=Path(cache))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "samples": len(pairs), "held": len(pairs.keys[len(pairs) - 1])}
+
+
+def amplification(urls: str, cache: str) -> dict:
+    """Bytes that reading 1,000 random rows asks the system for, over the bytes of these samples."""
+    pairs = data.open_pairs(urls, cache=Path(cache))
+    rows = np.random.default_rng(0).permutation(len(pairs))[:1000]
+    used, before = int(pairs._spans[rows][:, (1, 3)].sum()), bytes_read()
+    for row in rows.tolist():
+        pairs.read(row)
+    return {"ratio": (bytes_read() - before) / used}
+
+
+class Views(Dataset):
+    """(view, caption's length, broken) of the pairs."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list]:
+        broken: list[data.Broken] = []
+        pair = data.read_or_next(self.pairs, int(i), broken)
+        return VIEW_OF(pair.image), tokens([pair.caption])[0], broken
+
+
+def tokens(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list]:
+    images, texts, broken = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(texts), [one for each in broken for one in each]
+
+
+def ours(urls: str, cache: str, window: int, samples: int, workers: int, start: int = 0) -> Iterable:
+    cfg = SimpleNamespace(
+        data=urls, dataset_size=samples, window_shards=window, cache=cache, strict=False, batch_size=BATCH,
+        workers=workers,
+    )  # fmt: skip
+    process = run.Process(0, 1, torch.device("cpu"))
+    return windows.epoch_loader(Views(windows.open_pairs(cfg, process)), collate, cfg, process, (0, 0), start)
+
+
+def by_row(*arguments) -> Iterable:
+    urls, cache, samples, workers, *start = arguments
+    return ours(urls, cache, 0, samples, workers, *start)
+
+
+def by_window(*arguments) -> Iterable:
+    urls, cache, samples, workers, *start = arguments
+    return ours(urls, cache, 4, samples, workers, *start)
+
+
+def of_webdataset(urls: str, cache: str, samples: int, workers: int) -> Iterable:
+    """webdataset's own pipeline, as its documentation writes it."""
+    pairs = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).decode("pilrgb").to_tuple("jpg", "txt")
+    views = pairs.map_tuple(VIEW_OF, lambda text: tokens([text])[0]).batched(BATCH)
+    return DataLoader(views, batch_size=None, num_workers=workers)
+
+
+def of_open_clip(urls: str, cache: str, samples: int, workers: int) -> Iterable:
+    sys.modules.setdefault("pandas", ModuleType("pandas"))  # its tables are read with it, its shards are not
+    from open_clip_train import data as theirs
+
+    # webdataset 1.0 marks the end of a shard, which open_clip's grouping of files does not know
+    theirs.tar_file_expander = functools.partial(webdataset.tariterators.tar_file_expander, eof_value=None)
+    args = SimpleNamespace(
+        train_data=urls, train_num_samples=samples, train_data_upsampling_factors=None, dataset_resampled=False, seed=0,
+        batch_size=BATCH, workers=workers, world_size=1,
+    )  # fmt: skip
+    return theirs.get_wds_dataset(args, VIEW_OF, True, tokenizer=tokens).dataloader
+
+
+READERS = {"ours, by row": by_row, "ours, by window": by_window, "webdataset": of_webdataset, "open_clip": of_open_clip}
+
+
+def throughput(reader: Callable[..., Iterable], arguments: tuple, seconds: float) -> dict:
+    """Samples/s of one worker from its first batch on; seconds to the first batch."""
+    torch.set_num_threads(1)
+    start, count, first = time.perf_counter(), 0, None
+    for images, *_ in reader(*arguments):
+        if first is None:
+            first = time.perf_counter()
+        else:
+            count += len(images)
+        if time.perf_counter() - first > seconds:
+            break
+    return {"samples/s": count / (time.perf_counter() - first), "first": first - start}
+
+
+def first_batch(reader: Callable[..., Iterable], arguments: tuple) -> dict:
+    """Seconds until the first batch is there."""
+    start = time.perf_counter()
+    next(iter(reader(*arguments)))
+    return {"seconds": time.perf_counter() - start}
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(what, value, aim) of every row."""
+    cache = str(folder / "cache")
+    (folder / "sparse").mkdir()
+    shards = max(options.sparse // 10_000, 1)
+    sparse = build(folder / "sparse", shards, options.sparse // shards, lambda i: b"x" * 16)
+    cold, cached = alone(opened, sparse, cache), alone(opened, sparse, cache)
+    yield f"start-up, {cold['samples']:,} sparse samples, cold", f"{cold['seconds']:.1f} s, {cold['MiB']:.0f} MiB", ""
+    yield "the same, index cached", f"{cached['seconds']:.2f} s, {cached['MiB']:.0f} MiB a process", "< 5 s"
+
+    (folder / "real").mkdir()
+    rng, samples = np.random.default_rng(0), options.real
+    shards = max(samples // 1000, 1)
+    real = build(folder / "real", shards, samples // shards, lambda i: photograph(rng))
+    size = sum(path.stat().st_size for path in (folder / "real").iterdir()) / samples / 1024
+    yield (
+        f"bytes read / bytes used, {samples:,} samples of {size:.0f} KiB",
+        (f"{alone(amplification, real, cache)['ratio']:.3f}"),
+        "<= 1.1",
+    )
+    rates: dict[str, list[float]] = {name: [] for name in READERS}
+    for _ in range(options.repetitions):
+        for name, reader in READERS.items():
+            found = alone(throughput, reader, (real, cache, samples, 1), options.seconds)
+            rates[name].append(found["samples/s"])
+    for name, values in rates.items():
+        aim = ">= webdataset" if name.startswith("ours") else ""
+        yield (
+            f"samples/s of one worker, {name}",
+            f"{np.median(values):,.0f} ({min(values):,.0f} .. {max(values):,.0f})",
+            aim,
+        )
+    late = int(0.9 * samples // BATCH)
+    for name in ("ours, by row", "ours, by window"):
+        times = [alone(first_batch, READERS[name], (real, cache, samples, 1, at))["seconds"] for at in (0, late)]
+        what = f"seconds to the first batch, {name}: at the beginning, resumed after 90 %"
+        yield what, f"{times[0]:.2f}, {times[1]:.2f}", "equal"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparse", type=at_least(2), default=1_000_000, help="samples of a few bytes")
+    parser.add_argument("--real", type=at_least(2 * BATCH), default=20_000, help="samples of 20 KB")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each throughput")
+    parser.add_argument("--repetitions", type=at_least(1), default=3, help="of each throughput, in turns")
+    parser.add_argument("--folder", type=Path, help="where the shards are built, about 600 MB; removed afterwards")
+    options = parser.parse_args()
+    print(f"{run.machine()}\n\n| what | value | aim |\n| --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for row in measured(options, Path(folder)):
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
