@@ -19,13 +19,14 @@ import tyro
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.datasets import flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
 from shared import cli, data, run
+from shared.clip import trimmed
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -148,7 +149,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
-    parts = losses(cfg, model, images, targets.to(process.device), noisy, process, precision)
+    targets = (trimmed(targets, model) if cfg.kind == "clip" else targets).to(process.device, non_blocking=True)
+    parts = losses(cfg, model, images, targets, noisy, process, precision)
     optimizer.zero_grad()
     scaler.scale(parts["loss"] * weight).backward()
     scaler.step(optimizer)
@@ -231,7 +233,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     for epoch in range(first, cfg.epochs):
         samples.epoch, broken = epoch, list(samples.broken)
         order, weights = batch_order(cfg, len(samples), epoch, process, start)
-        loader = DataLoader(samples, batch_sampler=order, num_workers=cfg.workers, collate_fn=collate)
+        loader = data.loader_of(samples, order, collate, cfg, process)
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
         bar = run.progress(loader, len(order), label, cfg.batch_size, process)
         steps = enumerate(zip(data.watch(bar, broken), weights, strict=True), per_epoch * epoch + start)

@@ -10,24 +10,28 @@ from torch import Tensor, nn
 GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
 
 
+def cuts(model: nn.Module) -> bool:
+    """Whether padding changes nothing in the model's text tower: attention is causal and the end token is read."""
+    return isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax" and model.attn_mask is not None
+
+
 def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
     """`open_clip.CLIP.encode_text` of token ids (B, L) -> (B, E), without padding.
 
-    Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L.
-
-    Attention is causal and the end token is read, so the padding behind it changes nothing but the time. Towers that
-    read or attend otherwise are open_clip's own.
+    Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L. Training
+    on a GPU takes texts as they come: see `trimmed`. Towers that `cuts` excludes are open_clip's own.
     """
-    if clip.text_pool_type != "argmax" or clip.attn_mask is None:
+    if not cuts(clip):
         return open_clip.CLIP.encode_text(clip, text, normalize)
     end = text.argmax(dim=-1)  # the end token has the highest id
     dtype, pooled = clip.transformer.get_cast_dtype(), []
     end, order = end.sort(stable=True)
-    length = int(end[-1]) + 1
+    stalls = text.is_cuda and clip.training  # to ask a GPU for the length would wait for all that it has to do
+    length = text.shape[1] if stalls else int(end[-1]) + 1
     embedded = clip.token_embedding(text[order, :length]).to(dtype) + clip.positional_embedding[:length].to(dtype)
     groups = GROUPS if text.device.type == "cpu" and len(text) >= 64 else 1
     for x, last in zip(embedded.tensor_split(groups), end.tensor_split(groups), strict=True):
-        length = int(last[-1]) + 1
+        length = x.shape[1] if groups == 1 else int(last[-1]) + 1
         x = clip.transformer(x[:, :length], attn_mask=clip.attn_mask[:length, :length])
         pooled.append(x[torch.arange(len(x), device=x.device), last])
     x = clip.ln_final(torch.cat(pooled)[order.argsort()])
@@ -35,6 +39,12 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
         linear = isinstance(clip.text_projection, nn.Linear)
         x = clip.text_projection(x) if linear else x @ clip.text_projection
     return F.normalize(x, dim=-1) if normalize else x
+
+
+def trimmed(text: Tensor, model: nn.Module) -> Tensor:
+    """Token ids (B, L) on the CPU up to their longest text, for a model whose `encode_text` is the one above."""
+    model = getattr(model, "module", model)  # of DistributedDataParallel
+    return text[:, : int(text.argmax(dim=-1).max()) + 1] if cuts(model) else text
 
 
 def image_side(model: nn.Module) -> int:
