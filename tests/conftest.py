@@ -163,6 +163,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "golden(folder, *families): run on every case file of these families")
+    config.addinivalue_line("markers", "gpu: beside a GPU, skipped where there is none")
     config.option.golden = config.option.golden or DEFAULT
     for option in ("golden", "upstream"):
         path = config.getoption(option)
