@@ -99,13 +99,13 @@ companion: $(VENV)/.installed-companion
 # CLONES=PATH: where clones of the authors' repositories lie, each under its own name
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
 	$(PY) -m flame.recaption
-	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES))
+	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES)) --results results/bench
 
 bench-data: $(VENV)/.installed-test
 	$(PY) -m tests.bench.data
 
 bench-%: $(VENV)/.installed-%,test
-	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM))
+	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(RESULTS),--results $(RESULTS))
 
 clean:
 	rm -rf runs data

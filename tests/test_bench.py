@@ -111,7 +111,7 @@ def test_long_repetitions_count_from_the_first_on(monkeypatch: pytest.MonkeyPatc
 def test_a_bench_runs_under_each_setting(tmp_path: Path):
     (tmp_path / "slow.py").write_text(textwrap.dedent(BENCH))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "ACTIVE"}
-    command = [sys.executable, "-m", "slow", "--repetitions", "1"]
+    command = [sys.executable, "-m", "slow", "--repetitions", "1", "--results", "kept/slow.md"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     settings = bench.thread_settings()
@@ -127,6 +127,8 @@ def test_a_bench_runs_under_each_setting(tmp_path: Path):
         settings[best]["OMP_NUM_THREADS"],
     )
     assert 1 < float(pair[3]) and pair[5] == "1" and re.fullmatch("ours: .*; theirs: .*", pair[7])
+    kept = (tmp_path / "kept/slow.md").read_text()  # what a README takes over
+    assert kept.startswith("Measured 20") and kept.rstrip("\n").split("\n")[-4:] == lines[2:6]
     assert lines[-2:] == ["not run without --upstream PATH: theirs", "then 1"]
 
 

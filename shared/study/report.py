@@ -171,11 +171,17 @@ def readme_block(folder: str) -> str:
 
 
 def update_readme(folder: str, write: bool = True) -> bool:
-    """Put `readme_block` between the results marks of <folder>/README.md; True if the page agreed already."""
-    path, begin, end = Path(folder) / "README.md", "<!-- results -->\n", "<!-- /results -->"
-    page = path.read_text()
-    head, rest = page.split(begin, 1)
-    fresh = head + begin + readme_block(folder) + end + rest.split(end, 1)[1]
+    """Put `readme_block`, and the table of results/bench/<folder>.md if there is one, between their marks in
+    <folder>/README.md; True if the page agreed already."""
+    path, bench = Path(folder) / "README.md", Path(f"results/bench/{folder}.md")
+    blocks = {"results": readme_block(folder)}
+    if bench.is_file():
+        blocks["bench"] = bench.read_text(encoding="utf-8")
+    page = fresh = path.read_text(encoding="utf-8")
+    for mark, block in blocks.items():
+        begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+        head, rest = fresh.split(begin, 1)
+        fresh = head + begin + block + end + rest.split(end, 1)[1]
     if write and fresh != page:
-        path.write_text(fresh)
+        path.write_text(fresh, encoding="utf-8")
     return fresh == page

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def arguments(doc: str, repetitions: int, clone: tuple[str, str, str] | None = N
     parser.add_argument(
         "--repetitions", type=at_least(1), default=repetitions, help="of everything, under each thread setting"
     )
+    parser.add_argument("--results", type=Path, help="also write the table into this file, for `make readme`")
     return parser
 
 
@@ -90,13 +92,26 @@ def bench(
         set_up()
         return measure(options)
     print(f"{run.machine()}, open_clip {version('open_clip_torch')}\n\n{HEAD}", flush=True)
-    for line in merged({name: rows_under(name, environment) for name, environment in thread_settings().items()}):
-        print(line, flush=True)
+    lines = merged({name: rows_under(name, environment) for name, environment in thread_settings().items()})
+    print("\n".join(lines), flush=True)
+    if options.results is not None:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(page(lines), encoding="utf-8")
     if options.upstream is None and left_out:
         print(f"\nnot run without --upstream PATH: {left_out}")
     if after is not None:
         set_up()
         after(options)
+
+
+def page(lines: list[str]) -> str:
+    """What a README says of a table: when, where, how, and the table."""
+    return (
+        f"Measured {date.today()} at commit `{run.commit()}` on {run.machine()}, "
+        f"open_clip {version('open_clip_torch')}. theirs/ours: above 1 ours is faster; medians and extremes of turns "
+        "taken on the same inputs, each side at the thread setting that suits it best.\n\n"
+        + "\n".join([HEAD, *lines, ""])
+    )
 
 
 def set_up() -> None:

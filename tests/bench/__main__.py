@@ -28,6 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clones", type=Path, help="folder of clones of the authors' repositories")
     parser.add_argument("--only", nargs="*", choices=list(CLONES), default=list(CLONES), help="folders to measure")
+    parser.add_argument(
+        "--results", type=Path, help="folder for each table as FOLDER.md, which `make readme` takes over"
+    )
     options = parser.parse_args()
     if options.clones is not None and not options.clones.is_dir():
         parser.error(f"--clones {options.clones} is no folder")
@@ -37,7 +40,8 @@ def main() -> None:
     for folder in options.only:
         clone = options.clones and CLONES[folder] and options.clones / CLONES[folder]
         upstream = ["--upstream", str(clone)] if clone and clone.is_dir() else []
-        command = [sys.executable, "-m", f"tests.bench.{folder}", *upstream]
+        results = ["--results", str(options.results / f"{folder}.md")] if options.results else []
+        command = [sys.executable, "-m", f"tests.bench.{folder}", *upstream, *results]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench:
             wide = len(head.split("|"))
             for line in map(str.rstrip, bench.stdout):
