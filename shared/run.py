@@ -272,11 +272,15 @@ class RunFolder:
         return done
 
     def restore(self, **parts: Any) -> None:
-        """Load what has a state_dict from the checkpoint, by its name there, and save it from now on."""
+        """Load what has a state_dict from the checkpoint, by its name there, and save it from now on.
+
+        What is loaded leaves `state`, where it would take its memory once more.
+        """
         self.parts = parts
         for name, part in parts.items() if self.resumed else ():
             if not disabled(part):
                 part.load_state_dict(self.state[name])
+                del self.state[name]
 
     def start(self, step: int, **fixed: Any) -> None:
         """Open the log behind `step`, the last one saved, and start the clock. Each checkpoint also holds `fixed`."""
