@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import checkpoints, cli, data, export, run
-from shared.clip import image_side, without_padding
+from shared.clip import image_side, trimmed, without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -229,12 +229,12 @@ def train_step(
     process: run.Process,
     precision: str,
 ) -> dict[str, Tensor]:
-    """One step on this process's share of a batch, views (B, 3, S, S) and tokens (B, L); returns what is logged."""
+    """One step on this process's share of a batch: views (B, 3, S, S), tokens (B, L) on the CPU -> what is logged."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
     torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
     with run.autocast(precision, process.device):
-        image_features, text_features, scale, *_ = model(images, tokens)
+        image_features, text_features, scale, *_ = model(images, trimmed(tokens, model, process.device))
     loss = clip_loss(image_features, text_features, scale)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -312,7 +312,7 @@ class ArmData:
             generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, step))
             noise = torch.rand(cfg.batch_size, NOISE, generator=generator)[rank * local : (rank + 1) * local]
             images = self.corpus.images[self.pairs.image[batch]].to(device)
-            yield views(images, noise.to(device), self.size), self.tokens[batch].to(device)
+            yield views(images, noise.to(device), self.size), self.tokens[batch]
 
 
 def train(cfg: Config) -> Path | None:
@@ -360,7 +360,7 @@ def train(cfg: Config) -> Path | None:
                 with folder.clock.paused():
                     accuracy = zero_shot(model, tokenizer, arm.test, arm.names, 1, process.device, precision)
                 folder.log(done, epoch=epoch, zero_shot_top1=accuracy.nanmean().item())
-            run.wait(process)
+            run.wait()
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, step=done)
     folder.close()

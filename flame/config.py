@@ -34,10 +34,11 @@ class Config:
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
     """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk; --dataset-size
-    is then the number of samples of an epoch."""
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
+    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
+    hold fewer, samples come again."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards."""
+    """Folder for copies of remote shards, and for the index of large data."""
 
     method: Literal["flame", "clip"] = "flame"
     """flame, or clip: the same image tower with a text transformer that is trained, on the same captions as text."""

@@ -24,7 +24,7 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards."""
+    """Folder for copies of remote shards, and for the index of large data."""
 
     backbone: str = "facebook/dinov2-base"
     """Frozen image backbone: a .pt file of `python -m lexvla.backbone`, a folder or hub name for transformers (with a

@@ -100,6 +100,8 @@ def batch_order(
     order = data.batches(n, cfg.batch_size, (cfg.seed, epoch), start=start)
     if cfg.kind == "clip" and n % cfg.batch_size and n > cfg.batch_size:
         order = order[:-1]
+    if cfg.kind == "clip":  # equal shares, whose features are gathered
+        order = [batch[: len(batch) // process.world_size * process.world_size] for batch in order]
     own = [np.array_split(batch, process.world_size)[process.rank] for batch in order]
     weights = [len(rows) * process.world_size / len(batch) for rows, batch in zip(own, order, strict=True)]
     return [rows if len(rows) else batch[:1] for rows, batch in zip(own, order, strict=True)], weights
@@ -149,7 +151,9 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
-    targets = (trimmed(targets, model) if cfg.kind == "clip" else targets).to(process.device, non_blocking=True)
+    if cfg.kind == "clip":
+        targets = trimmed(targets, model, process.device)
+    targets = targets.to(process.device, non_blocking=True)
     parts = losses(cfg, model, images, targets, noisy, process, precision)
     optimizer.zero_grad()
     scaler.scale(parts["loss"] * weight).backward()

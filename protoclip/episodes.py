@@ -180,9 +180,9 @@ class Episodes:
             wanted = self.shards_of(episode)
             if episode > 1:  # the last episode's copies stay: another rank may still be reading them
                 recent = {*wanted, *self.shards_of(episode - 1)}
-                self.fetcher.evict(old for old in self.shards_of(episode - 2) if old not in recent)
+                self.fetcher.evict([old for old in self.shards_of(episode - 2) if old not in recent])
             self.fetcher.wait(wanted)
-            pairs = data.Shards([data.fetch(shard, folder) for shard in wanted], strict=self.cfg.strict)
+            pairs = data.Shards([data.fetch(shard, folder) for shard in wanted], strict=self.cfg.strict, cache=folder)
             if episode + 1 < self.cfg.episodes:
                 self.fetcher.start(self.shards_of(episode + 1))
             rng = np.random.RandomState(data.stable_hash(self.cfg.seed, episode) % 2**32)

@@ -159,7 +159,7 @@ def extract_features(
     h_image = h_text = None
     for index, images, tokens, *_ in loader:
         with run.autocast(precision, device):
-            output = model(images.to(device, non_blocking=True), trimmed(tokens, model).to(device, non_blocking=True))
+            output = model(images.to(device, non_blocking=True), trimmed(tokens, model, device))
         if h_image is None:
             h_image, h_text = (
                 torch.zeros(episode_size, output.image_projected.shape[1], device=device) for _ in range(2)
@@ -200,7 +200,7 @@ def train_episode(
             group["lr"] = lr
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
         with run.autocast(precision, device):
-            output = model(images.to(device, non_blocking=True), trimmed(tokens, model).to(device, non_blocking=True))
+            output = model(images.to(device, non_blocking=True), trimmed(tokens, model, device))
         index = index.to(device)
         if cfg.gather_with_grad:  # each rank has its own rows of the loss
             losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)

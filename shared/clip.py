@@ -41,10 +41,11 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     return F.normalize(x, dim=-1) if normalize else x
 
 
-def trimmed(text: Tensor, model: nn.Module) -> Tensor:
-    """Token ids (B, L) on the CPU up to their longest text, for a model whose `encode_text` is the one above."""
+def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
+    """Token ids (B, L) on the CPU -> on the device, up to their longest text if `encode_text` of the model cuts it."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
-    return text[:, : int(text.argmax(dim=-1).max()) + 1] if cuts(model) else text
+    length = int(text.argmax(dim=-1).max()) + 1 if cuts(model) else text.shape[1]
+    return text.to(device, non_blocking=True)[:, :length]  # cut there: a part of pinned memory would be copied first
 
 
 def image_side(model: nn.Module) -> int:

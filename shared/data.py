@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,8 +165,8 @@ def fetch(url: str, folder: Path) -> str:
     with locked(path.with_suffix(".lock")):  # one process of a machine fetches, its peers wait
         if not path.exists():
             host = socket.gethostname()  # machines may share the folder
-            for old in folder.glob(f"{path.stem}.{host}-*.part"):  # of processes that were killed
-                if not Path(f"/proc/{old.stem.rsplit('-', 2)[1]}").exists():
+            for old in folder.glob(f"{path.stem}.{host}-*.part"):
+                if not alive(int(old.stem.rsplit("-", 2)[1])):  # its process was killed
                     old.unlink(missing_ok=True)
             temporary = folder / f"{path.stem}.{host}-{os.getpid()}-{threading.get_ident()}.part"
             for attempt in range(ATTEMPTS):
@@ -176,12 +177,29 @@ def fetch(url: str, folder: Path) -> str:
                     break
                 except Exception as error:  # gopen's libraries have exceptions of their own
                     temporary.unlink(missing_ok=True)
-                    if attempt + 1 == ATTEMPTS:
-                        raise FileNotFoundError(
-                            f"shard {url} could not be fetched in {ATTEMPTS} attempts: {error}"
-                        ) from error
+                    if attempt + 1 == ATTEMPTS or "no gopen handler" in str(error):
+                        raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
                     time.sleep(PAUSE * 4**attempt)
     return str(path)
+
+
+def alive(process: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+class NoPairs(ValueError):
+    """Shards without a readable pair; `broken` says why."""
+
+    def __init__(self, message: str, broken: list[Broken]):
+        super().__init__(message)
+        self.broken = broken
 
 
 class Shards:
@@ -191,15 +209,18 @@ class Shards:
     """
 
     def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False, cache: Path | None = None):
-        self.paths, self.strict = list(paths), strict
+        self.paths, self.limit, self.strict, self.cache = list(paths), limit, strict, cache
         self._process, self._descriptors = None, {}
-        found = read_index(self.paths, cache)
-        self.broken, self._starts, self._spans = found.broken, found.starts, found.spans[:limit]
+        self._read_index()
         if strict and self.broken:
             raise ValueError(f"--strict: sample {self.broken[0].key}: {self.broken[0].reason}")
-        self.keys = found.keys.head(limit)
         if not len(self.keys):
-            raise ValueError(f"no readable image-text pair in {', '.join(map(str, paths[:3]))}")
+            raise NoPairs(f"no readable image-text pair in {', '.join(map(str, paths[:3]))}", self.broken)
+
+    def _read_index(self) -> None:
+        found = read_index(self.paths, self.cache)
+        self.keys, self.broken = found.keys.head(self.limit), found.broken
+        self._starts, self._spans = found.starts, found.spans[: self.limit]
         last = self._shard(len(self.keys) - 1)
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
@@ -229,7 +250,15 @@ class Shards:
         return self._descriptors[shard]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_process": None, "_descriptors": {}}
+        state = self.__dict__ | {"_process": None, "_descriptors": {}}
+        if isinstance(self._spans, np.memmap):  # another process maps it for itself
+            state |= {"keys": None, "_starts": None, "_spans": None}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        if self._spans is None:
+            self._read_index()
 
     def __del__(self) -> None:
         if getattr(self, "_process", None) == os.getpid():
@@ -305,7 +334,9 @@ def open_pairs(
         if not os.path.isfile(spec):
             raise FileNotFoundError(f"{spec} does not exist")
         return TSV(spec, limit, strict, cache)
-    return Shards([fetch(url, cache) for url in expand_shards(spec)], limit, strict, cache)
+    with ThreadPoolExecutor(4) as pool:  # shards that are here already are found at once
+        paths = list(pool.map(lambda url: fetch(url, cache), expand_shards(spec)))
+    return Shards(paths, limit, strict, cache)
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
@@ -314,7 +345,8 @@ def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> 
     Fewer than its `dataset_size` are only reported.
     """
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now: choose another --out")
+        dealt = ", or dealt to another number of processes" * hasattr(pairs, "place")
+        raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
     if len(pairs) < cfg.batch_size:
         raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
     if process.main and len(pairs) < (cfg.dataset_size or 0):

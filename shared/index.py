@@ -4,13 +4,17 @@ The index of a data set of LARGE bytes or more is kept in a cache folder, as arr
 paths, sizes and times of its files. One process of a machine makes it, its peers wait; later starts only open it.
 """
 
+import array
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared.tars import Broken, ShardIndex, index_shard
+from shared.tars import Broken, index_shard
 
 LARGE = 2**28  # bytes of a data set whose index is kept; that of a smaller one takes a second
 VERSION = 1  # of what is written
+WEEK = 7 * 24 * 3600  # seconds
 
 
 class Strings(Sequence):
@@ -32,11 +37,11 @@ class Strings(Sequence):
 
     @classmethod
     def of(cls, strings: Iterable[str | bytes]) -> "Strings":
-        text, ends = bytearray(), []
+        text, ends = bytearray(), array.array("q")
         for string in strings:
             text += string.encode(errors="surrogateescape") if isinstance(string, str) else string
             ends.append(len(text))
-        return cls(np.frombuffer(bytes(text), dtype=np.uint8), np.array(ends, dtype=np.int64))
+        return cls(np.frombuffer(text, dtype=np.uint8), np.array(ends, dtype=np.int64))
 
     def head(self, limit: int | None) -> "Strings":
         """The first `limit` of them."""
@@ -55,7 +60,10 @@ class Strings(Sequence):
             if not 0 <= position < len(self):
                 raise IndexError(f"{i} of {len(self)} strings")
             return self.bytes_of(position).decode(errors="surrogateescape")
-        return np.array([self[j] for j in np.arange(len(self))[i]], dtype=np.str_)
+        if not isinstance(i, slice):
+            i = np.asarray(i)
+        positions = i if isinstance(i, np.ndarray) and i.dtype != bool else np.arange(len(self))[i]
+        return np.array([self[int(j)] for j in positions], dtype=np.str_)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
@@ -80,25 +88,30 @@ class Index(NamedTuple):
     digests: list[str]  # S, of each shard's keys and spans
 
 
+def arrays_of(path: str) -> tuple[Strings, np.ndarray, list[Broken], str]:
+    """Keys, spans, broken samples and digest of one shard."""
+    shard = index_shard(path)
+    keys = Strings.of(shard.keys)
+    digest = hashlib.blake2b(keys.text.tobytes() + keys.ends.tobytes() + shard.spans.tobytes(), digest_size=8)
+    return keys, shard.spans, shard.broken, digest.hexdigest()
+
+
 def index_shards(paths: Sequence[str]) -> Index:
     """Reads the headers of all shards."""
-    if len(paths) < 64:
-        shards = [index_shard(path) for path in paths]
+    if len(paths) < 64 or multiprocessing.current_process().daemon:  # a loader's process may have no children
+        shards = [arrays_of(path) for path in paths]
     else:
         with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths))) as pool:
-            shards = list(pool.map(index_shard, paths, chunksize=4))
-
-    def digest(shard: ShardIndex) -> str:
-        return hashlib.blake2b(
-            "\0".join(shard.keys).encode(errors="surrogateescape") + shard.spans.tobytes(), digest_size=8
-        ).hexdigest()
-
+            shards = list(pool.map(arrays_of, paths, chunksize=4))
+    keys, spans, broken, digests = zip(*shards, strict=True)
+    bytes_before = np.cumsum([0, *(len(of_shard.text) for of_shard in keys)])[:-1]
+    ends = [of_shard.ends + before for of_shard, before in zip(keys, bytes_before, strict=True)]
     return Index(
-        Strings.of(key for shard in shards for key in shard.keys),
-        np.concatenate([shard.spans for shard in shards]),
-        np.cumsum([0, *(len(shard.keys) for shard in shards)]),
-        [broken for shard in shards for broken in shard.broken],
-        [digest(shard) for shard in shards],
+        Strings(np.concatenate([of_shard.text for of_shard in keys]), np.concatenate(ends)),
+        np.concatenate(spans),
+        np.cumsum([0, *map(len, keys)]),
+        [one for of_shard in broken for one in of_shard],
+        list(digests),
     )
 
 
@@ -125,7 +138,14 @@ def locked(path: Path) -> Iterator[None]:
     file = None
     try:
         file = open(path, "a")
-        fcntl.lockf(file, fcntl.LOCK_EX)  # of this process alone: loader workers do not inherit it
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX)  # of this process alone: loader workers do not inherit it
+                break
+            except OSError as error:
+                if error.errno != errno.EDEADLK:  # what threads of two processes wait for looks like a circle
+                    raise
+                time.sleep(0.2)
     except OSError:  # what follows is right without a lock, too, but done more than once
         pass
     try:
@@ -151,17 +171,19 @@ def kept(
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent / f"{which}.lock"):
-        if not folder.exists():
-            arrays, about = make()
-            try:
-                write(folder, arrays, about)
-            except OSError:  # a read-only or full disk is no reason to stop
-                return arrays, about
-            for old in folder.parent.glob(f"{which}-*"):
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is not whole
+            return load(folder)
+        arrays, about = make()
+        try:
+            write(folder, arrays, about)
+            return load(folder)
+        except (OSError, ValueError):  # a read-only or full disk is no reason to stop
+            return arrays, about
+
+
+def load(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}, about
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in about.pop("arrays")}, about
 
 
 def name_of(paths: Sequence[str]) -> str:
@@ -170,22 +192,26 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def forget(paths: Sequence[str], cache: Path) -> None:
-    """Removes what is kept of these files; who has it open reads on."""
+    """Removes what is kept of these files."""
     for old in (cache / "index").glob(f"{name_of(paths)}-*"):
         shutil.rmtree(old, ignore_errors=True)
     (cache / "index" / f"{name_of(paths)}.lock").unlink(missing_ok=True)
 
 
 def write(folder: Path, arrays: dict[str, np.ndarray], about: dict) -> None:
-    """The folder appears when it is whole; where a peer was faster, its folder stays."""
-    temporary = Path(tempfile.mkdtemp(prefix=".index-", dir=folder.parent))
+    """The folder appears when it is whole. Others of the same files that are a week old go, and unfinished ones."""
+    which = folder.name.partition("-")[0]
+    for old in [*folder.parent.glob(f".{which}-*"), folder]:
+        shutil.rmtree(old, ignore_errors=True)
+    for old in folder.parent.glob(f"{which}-*"):
+        if time.time() - old.stat().st_mtime > WEEK:
+            shutil.rmtree(old, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{which}-", dir=folder.parent))
     try:
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-        (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        with contextlib.suppress(OSError):
-            os.rename(temporary, folder)
-        if not folder.exists():
-            raise OSError(f"{folder} could not be written")
+        for name, array_ in arrays.items():
+            np.save(temporary / f"{name}.npy", array_)
+        (temporary / "about.json").write_text(json.dumps(about | {"arrays": list(arrays)}), encoding="utf-8")
+        temporary.chmod(0o755)  # others may use the cache, too
+        os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

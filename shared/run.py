@@ -5,6 +5,7 @@ Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothi
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import itertools
 import json
@@ -71,7 +72,7 @@ def setup(seed: int, device: str = "auto") -> Process:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = True  # shapes stay the same from step to step
+    torch.backends.cudnn.benchmark = True  # most steps have the shapes of the step before
     torch.backends.cuda.enable_flash_sdp(not info["device"].startswith("cpu"))
     return Process(info["global_rank"], info["world_size"], torch.device(info["device"]))
 
@@ -91,9 +92,10 @@ def broadcast(value: Any, process: Process) -> Any:
     return box[0]
 
 
-def wait(process: Process) -> None:
-    """Ranks wait for each other, for hours if need be: for rank 0's evaluation, say."""
-    broadcast(None, process)
+def wait() -> None:
+    """Ranks wait for each other, for hours if need be: for rank 0's evaluation, say, or for data."""
+    if dist.is_initialized():
+        dist.barrier(group=_patient)
 
 
 def gather_lists(items: list, process: Process) -> list:
@@ -175,9 +177,11 @@ def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> I
     file = open(folder / name, "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no loader worker inherits it
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
+        print(f"{folder} is on a file system without locks ({error.strerror}): give no other run this folder")
     return file
 
 
@@ -284,6 +288,7 @@ class RunFolder:
 
     def start(self, step: int, **fixed: Any) -> None:
         """Open the log behind `step`, the last one saved, and start the clock. Each checkpoint also holds `fixed`."""
+        wait()  # a rank may have indexed or copied data for hours; what follows would not wait for it
         self.saved, self.fixed, self.commit = step, fixed, commit()
         self.metrics = RunLog(self.path, self.cfg, self.process, step)
         self.clock = Stopwatch(self.state["seconds"] if self.resumed else 0.0)

@@ -10,7 +10,10 @@ p // B // W on rank p // B % W, with B items a rank and W ranks.
 """
 
 import concurrent.futures
+import contextlib
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,15 +42,19 @@ class Fetcher:
         """Waits until these are there, or have failed."""
         concurrent.futures.wait([self.coming.pop(url) for url in urls if url in self.coming])
 
-    def evict(self, urls: Iterable[str]) -> None:
-        """Removes copies, and the index of these shards."""
-        urls = list(urls)
-        paths = [data.cached_path(url, self.cache) if data.is_remote(url) else Path(url) for url in urls]
-        index.forget([str(path) for path in paths], self.cache)  # of all of them together, as they were opened
+    def evict(self, urls: Sequence[str]) -> None:
+        """Removes copies, and the index of these shards as they were opened: together."""
+        local = lambda url: Path(url.removeprefix("file:"))  # noqa: E731
+        paths = [data.cached_path(url, self.cache) if data.is_remote(url) else local(url) for url in urls]
+        index.forget([str(path) for path in paths], self.cache)
         for url, path in zip(urls, paths, strict=True):
             if data.is_remote(url):
                 path.unlink(missing_ok=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forgets what has not begun, and waits for what has."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Windowed:
@@ -67,11 +74,15 @@ class Windowed:
             raise ValueError(f"--window-shards: {len(urls)} shards are fewer than the {process.world_size} processes")
         if samples < batch_size:
             raise ValueError(f"--dataset-size {samples} is less than one batch of {batch_size}")
-        self.urls, self.samples, self.cache, self.strict = list(urls), samples, cache, strict
+        if len(set(urls)) < len(urls):
+            raise ValueError("--data names a shard more than once, which --window-shards cannot read")
+        self.urls, self.samples, self.strict = list(urls), samples, strict
+        self.cache = cache / f"window-{process.rank}"  # this process' own: nobody else removes what is in it
         self.rank, self.world_size = process.rank, process.world_size
         self.steps, self.batch_size = samples // batch_size, batch_size // process.world_size
-        self.count = min(math.ceil(len(urls) / (shards * self.world_size)), self.steps)  # windows of a pass
-        self.fingerprint = data.fingerprint(repr((self.urls, shards, samples)).encode())
+        most = min(len(urls) // self.world_size, self.steps)  # a shard and a batch each, at least
+        self.count = min(math.ceil(len(urls) / (shards * self.world_size)), most)  # windows of a pass
+        self.fingerprint = data.fingerprint(repr((self.urls, shards, samples, self.world_size)).encode())
         self.broken: list[data.Broken] = []
         self.begin((0, 0))
 
@@ -95,11 +106,22 @@ class Windowed:
         if (window, rank) not in self.opened:
             while len(self.opened) > 1:
                 self.opened.pop(next(iter(self.opened)))
-            paths = [data.fetch(url, self.cache) for url in self.shards_of(window, rank)]
-            pairs = data.Shards(paths, strict=self.strict, cache=self.cache)
+            pairs = self.pairs_of(window, rank)
             order = np.random.default_rng((*self.seed, rank, window)).permutation(len(pairs))
             self.opened[window, rank] = pairs, order
         return self.opened[window, rank]
+
+    def pairs_of(self, window: int, rank: int, tried: int = 1) -> data.Shards:
+        """Pairs of a window; where none can be read, those of the next one, with what was broken in this one."""
+        paths = [data.fetch(url, self.cache) for url in self.shards_of(window, rank)]
+        try:
+            return data.Shards(paths, strict=self.strict, cache=self.cache)
+        except data.NoPairs as error:
+            if tried == self.count:
+                raise
+            pairs = self.pairs_of((window + 1) % self.count, rank, tried + 1)
+            pairs.broken = [*error.broken, *pairs.broken]
+            return pairs
 
     def place(self, position: int) -> tuple[data.Shards, int]:
         """Position -> (pairs of its window, row in them)."""
@@ -127,23 +149,42 @@ class WindowLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        pairs, fetcher, window = self.pairs, Fetcher(self.pairs.cache), None
-        batches = iter(self.loader)  # workers are forked while no thread runs
-        for number in range(self.start, pairs.steps):
-            new = pairs.window_of(number) != window
-            if new:
-                fetcher.wait(pairs.shards_of(pairs.window_of(number), pairs.rank))
-            batch = next(batches)
-            if new:
-                if window is not None:
-                    fetcher.evict(pairs.shards_of(window, pairs.rank))
-                window = pairs.window_of(number)
-                if window + 1 < pairs.count:
-                    fetcher.start(pairs.shards_of(window + 1, pairs.rank))
-                batch[-1].extend(pairs.open(window, pairs.rank)[0].broken)
-            yield batch
-        if window is not None:
-            fetcher.evict(pairs.shards_of(window, pairs.rank))
+        pairs, window = self.pairs, None
+        shards = lambda window: pairs.shards_of(window, pairs.rank)  # noqa: E731
+        clear(pairs.cache, shards(pairs.window_of(self.start)))
+        fetcher, batches = Fetcher(pairs.cache), iter(self.loader)  # workers are forked while no thread runs
+        fetcher.start(shards(pairs.window_of(self.start)))
+        try:
+            for number in range(self.start, pairs.steps):
+                new = pairs.window_of(number) != window
+                if new:
+                    fetcher.wait(shards(pairs.window_of(number)))
+                batch = next(batches)
+                if new:
+                    if window is not None:
+                        fetcher.evict(shards(window))
+                    window = pairs.window_of(number)
+                    if window + 1 < pairs.count:
+                        fetcher.start(shards(window + 1))
+                    batch[-1].extend(pairs.open(window, pairs.rank)[0].broken)
+                yield batch
+        finally:
+            fetcher.close()
+            del batches  # and its workers, which may be reading
+            clear(pairs.cache, [])
+
+
+def clear(cache: Path, wanted: Sequence[str]) -> None:
+    """Empties a process' own cache of all but the copies of `wanted`: what a run that was killed has left."""
+    kept = {data.cached_path(url, cache).name for url in wanted if data.is_remote(url)}
+    for path in cache.iterdir() if cache.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in kept:
+            path.unlink(missing_ok=True)
+    if not wanted:
+        with contextlib.suppress(OSError):
+            cache.rmdir()
 
 
 def epoch_loader(
@@ -171,4 +212,5 @@ def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windo
     if not cfg.dataset_size:
         raise ValueError("--window-shards needs --dataset-size, the number of samples of an epoch")
     urls = data.expand_shards(cfg.data)
-    return Windowed(urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, process, Path(cfg.cache), cfg.strict)
+    cache = Path(cfg.cache) / f"{Path(cfg.out).name}-{data.stable_hash(os.path.abspath(cfg.out)):016x}"
+    return Windowed(urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, process, cache, cfg.strict)

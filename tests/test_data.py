@@ -254,7 +254,7 @@ def test_remote_shards_are_copied_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(data.open_pairs(url, cache=cache)) == 3  # from the copy
     missing = f"pipe:cat {tmp_path}/missing.tar"
     monkeypatch.setattr(data, "PAUSE", 0)
-    with pytest.raises(FileNotFoundError, match="missing.tar could not be fetched in 4 attempts"):
+    with pytest.raises(FileNotFoundError, match="missing.tar could not be fetched"):
         data.open_pairs(missing, cache=cache)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [copy]  # no half a copy is left behind
 

@@ -62,7 +62,7 @@ def losses(lines: list[dict]) -> list[float]:
 @pytest.mark.parametrize("precision", [*TOLERANCE])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_steps_are_those_of_the_cpu(start, given, on_cpu, folder: Path, name: str, precision: str):
-    """The first loss is the CPU's, all losses are finite, and training lowers or keeps the loss as it does there."""
+    """The first loss is the CPU's; all are finite."""
     if DEVICE == "cpu" and precision == "fp16":
         pytest.skip("fp16 needs a GPU")
     out = folder / precision / name

@@ -52,6 +52,8 @@ def test_a_changed_shard_is_indexed_anew_and_the_old_index_goes(shards: list[str
     before = data.Shards(shards, cache=cache)
     write_tar(Path(shards[1]), *pair("new", "another one"))
     os.utime(shards[1], (time.time() + 5, time.time() + 5))
+    (old,) = (path for path in (cache / "index").iterdir() if path.is_dir())
+    os.utime(old, (0, 0))  # nobody has wanted it for long
     after = data.Shards(shards, cache=cache)
     assert len(after) == 9 and after.keys[4] == "new" and after.fingerprint != before.fingerprint
     assert len([path for path in (cache / "index").iterdir() if path.is_dir()]) == 1

@@ -43,7 +43,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def settings(data_: str, cache: Path, **more) -> SimpleNamespace:
-    usual = dict(window_shards=2, dataset_size=48, batch_size=4, cache=str(cache), strict=False, workers=0)
+    usual = dict(out="run", window_shards=2, dataset_size=48, batch_size=4, cache=str(cache), strict=False, workers=0)
     return SimpleNamespace(data=data_, **usual | more)
 
 
@@ -103,6 +103,42 @@ def test_settings_that_cannot_be(shards: Path, tmp_path: Path):
         windows.open_pairs(settings("x.tsv", cache), process)
 
 
+def test_ranks_with_a_shard_more_or_less(shards: Path, tmp_path: Path):
+    """Seven shards, two ranks, windows of one: none is empty."""
+    cfg = settings(f"{shards}/{{0..6}}.tar", tmp_path / "cache", window_shards=1, dataset_size=40)
+    parts = [one_pass(cfg, rank, 2) for rank in range(2)]
+    assert [len(part) for part in parts] == [10, 10]
+
+
+def test_an_unreadable_window_is_passed_over(shards: Path, tmp_path: Path):
+    write_tar(shards / "5.tar", ("x.txt", b"no image"))
+    cfg = settings(f"{shards}/{{0..7}}.tar", tmp_path / "cache", window_shards=1)
+    batches = one_pass(cfg)
+    assert len(batches) == 12 and ("x", "missing image") in [each for *_, of_batch in batches for each in of_batch]
+    with pytest.raises(ValueError, match="--strict: sample x"):
+        one_pass(settings(f"{shards}/{{0..7}}.tar", tmp_path / "cache", window_shards=1, strict=True))
+
+
+def test_windows_of_many_shards_are_indexed_in_workers(shards: Path, tmp_path: Path):
+    many = [str(write_tar(tmp_path / f"m{i}.tar", *pair(str(i)))) for i in range(64)]
+    cfg = settings("::".join(many), tmp_path / "cache", window_shards=64, dataset_size=64, workers=1)
+    assert sorted(map(int, keys_of(one_pass(cfg)))) == list(range(64))
+
+
+def test_what_a_killed_run_left_goes(shards: Path, tmp_path: Path):
+    cfg = settings("::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8)), tmp_path / "cache")
+    process = run.Process(0, 1, torch.device("cpu"))
+    pairs = windows.open_pairs(cfg, process)
+    pairs.cache.mkdir(parents=True)
+    (pairs.cache / "old.tar").write_bytes(b"left")
+    (pairs.cache / "index").mkdir()
+    loader = iter(windows.epoch_loader(Seen(pairs), collate, cfg, process, (7, 0)))
+    next(loader)
+    assert not (pairs.cache / "old.tar").exists() and list(pairs.cache.glob("*.tar"))
+    loader.close()  # as an exception would
+    assert not pairs.cache.exists()
+
+
 class Flaky(http.server.SimpleHTTPRequestHandler):
     """Drops each file's first connection in the middle."""
 
@@ -140,11 +176,12 @@ def test_a_flaky_server_is_asked_again_and_copies_go(shards: Path, tmp_path: Pat
         process = run.Process(0, 1, torch.device("cpu"))
         for batch in windows.epoch_loader(Seen(windows.open_pairs(cfg, process)), collate, cfg, process, (7, 0)):
             whole.append(batch)
-            most = max(most, len(list(cache.glob("*.tar"))))
+            most = max(most, len(list(cache.rglob("*.tar"))))
     finally:
         server.shutdown()
     assert whole == local
     assert most <= 4  # this window and the next
     assert not [path for path in cache.rglob("*") if path.is_file()]  # neither shards nor indices nor locks
+    assert not list(cache.glob("*/window-*"))
     assert len(Flaky.asked) == 16 and len(Flaky.dropped) == 8  # each twice
     assert np.array_equal(np.unique(Flaky.asked), sorted(Flaky.dropped))

@@ -82,10 +82,11 @@ class Config(Stage):
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
     """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk; --dataset-size
-    is then the number of samples of an epoch."""
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
+    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
+    hold fewer, samples come again."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards."""
+    """Folder for copies of remote shards, and for the index of large data."""
 
     model: str = "TinyCLIP-ViT-61M-32-Text-29M"
     """The student's geometry, by name in tinyclip.model.CONFIGS; with masks, that before pruning."""

@@ -468,7 +468,7 @@ def main(cfg: Config) -> Path | None:
                     view, dtype = image_transform(image_and_context(student.clip)[0]), run.DTYPES[precision]
                     top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype)
                 folder.log(done, epoch=epoch, zero_shot_top1=top1)
-            run.wait(process)
+            run.wait()
         if done % corpus.steps_per_epoch == 0 or last:
             data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:

@@ -32,7 +32,7 @@ class Config:
     expected: int | None = None
     """Pairs in the paper's data set: --dry-run counts with it where there is no --data."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards."""
+    """Folder for copies of remote shards, and for the index of large data."""
     vocab: str = "bert-base-uncased"
     """WordPiece vocabulary: a vocab.txt, or the name of a tokenizer on the Hugging Face hub."""
     init: str | None = None
@@ -327,7 +327,7 @@ class ReduceConfig:
     """Folder for code vectors, scores and generated captions, which reductions of the same data may share; None:
     DIR/work."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards."""
+    """Folder for copies of remote shards, and for the index of large data."""
     whiten_dim: int = 256
     """Axes of the whitened code vectors."""
     niter: int = 20

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shared import cli, data, pretrained, run
+from shared.clip import trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
@@ -302,6 +303,8 @@ def train(cfg: Config, process: run.Process) -> Path:
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, negatives: resume agrees
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            if cfg.stage == "clip":
+                inputs[1] = trimmed(inputs[1], model, process.device)
             inputs = [x.to(process.device, non_blocking=True) for x in inputs]  # images, ids, mask
             alpha = alpha_ramp(epoch, batch, per_epoch, cfg.alpha)
             how = {"alpha": alpha, "prompt_length": prompt_length, "precision": precision}

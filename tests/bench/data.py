@@ -127,7 +127,7 @@ def collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list]:
 def ours(urls: str, cache: str, window: int, samples: int, workers: int, start: int = 0) -> Iterable:
     cfg = SimpleNamespace(
         data=urls, dataset_size=samples, window_shards=window, cache=cache, strict=False, batch_size=BATCH,
-        workers=workers,
+        workers=workers, out="bench",
     )  # fmt: skip
     process = run.Process(0, 1, torch.device("cpu"))
     return windows.epoch_loader(Views(windows.open_pairs(cfg, process)), collate, cfg, process, (0, 0), start)
