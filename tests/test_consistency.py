@@ -19,6 +19,7 @@ from shared.presets import folders
 
 ROOT = Path(__file__).parent.parent
 TOOLS = {  # of shared/: run by make or pytest, or part of one that is, or of what a paper and a study share
+    "index",
     "memory",
     "presets",
     "pretrained",
@@ -270,7 +271,7 @@ def test_what_shared_offers_is_used_by_two_papers_or_within():
 def test_tools_of_shared_are_run():
     said = (ROOT / "Makefile").read_text() + (ROOT / "pyproject.toml").read_text()
     said += "".join(file.read_text() for file in ROOT.glob("*/study.py"))
-    for tool in TOOLS - {"memory", "resnet"} & {file.stem for file in (ROOT / "shared").glob("*.py")}:
+    for tool in TOOLS - {"index", "memory", "resnet"} & {file.stem for file in (ROOT / "shared").glob("*.py")}:
         assert f"shared.{tool}" in said, tool
 
 

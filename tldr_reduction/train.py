@@ -226,6 +226,13 @@ def batches_of(
     return data.watch(run.progress(loader, total, label, cfg.batch_size, process), broken), broken
 
 
+def on_device(inputs: list[Tensor], model: nn.Module, cfg: Config, device: torch.device) -> list[Tensor]:
+    """Images, ids, mask of a batch."""
+    images, ids, mask = inputs
+    ids = trimmed(ids, model, device) if cfg.stage == "clip" else ids
+    return [x.to(device, non_blocking=True) for x in (images, ids, mask)]
+
+
 def train_step(
     model: nn.Module, inputs: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cfg, **how
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -303,9 +310,7 @@ def train(cfg: Config, process: run.Process) -> Path:
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, negatives: resume agrees
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if cfg.stage == "clip":
-                inputs[1] = trimmed(inputs[1], model, process.device)
-            inputs = [x.to(process.device, non_blocking=True) for x in inputs]  # images, ids, mask
+            inputs = on_device(inputs, model, cfg, process.device)
             alpha = alpha_ramp(epoch, batch, per_epoch, cfg.alpha)
             how = {"alpha": alpha, "prompt_length": prompt_length, "precision": precision}
             losses, codes = train_step(ddp, inputs, optimizer, scaler, cfg, **how)
