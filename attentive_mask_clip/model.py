@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shared import checkpoints
-from shared.run import gather
+from shared.run import gather, own_columns
 
 # Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
 PRESETS = {
@@ -492,16 +492,10 @@ def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> 
 # gathered with gradient. The mean over ranks is the loss of the global batch, and so are DDP's averaged gradients.
 
 
-def _targets(rows: Tensor) -> Tensor:
-    """Column (B,) of the own sample of each of this rank's rows."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return torch.arange(len(rows), device=rows.device) + len(rows) * rank
-
-
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """(CE(rows) + CE(columns)) / 2 of scale * cosines; image, text (B, E) of any norm. U:losses.py:70-97."""
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-    targets = _targets(image)
+    targets = own_columns(image)
     image_to_text = F.cross_entropy(scale * image @ gather(text).T, targets)
     text_to_image = F.cross_entropy(scale * text @ gather(image).T, targets)
     return (image_to_text + text_to_image) / 2
@@ -511,7 +505,7 @@ def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
     """NT-Xent: row i of a (B, S) finds row i of b among b and the rest of a; the same for b. U:losses.py:141."""
     a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
     all_a, all_b = gather(a), gather(b)
-    targets = _targets(a)
+    targets = own_columns(a)
     own = F.one_hot(targets, len(all_a)) * 1e9
 
     def direction(x: Tensor, same: Tensor, other: Tensor) -> Tensor:
@@ -531,7 +525,7 @@ def accuracy(image: Tensor, text: Tensor) -> Tensor:
     """Percent of images whose caption is the nearest of the batch."""
     with torch.no_grad():
         cosine = F.normalize(image.float(), dim=-1) @ gather(F.normalize(text.float(), dim=-1), with_grad=False).T
-        return 100 * (cosine.argmax(dim=1) == _targets(image)).float().mean()
+        return 100 * (cosine.argmax(dim=1) == own_columns(image)).float().mean()
 
 
 def aclip_loss(

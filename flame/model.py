@@ -18,7 +18,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from shared import checkpoints
-from shared.run import gather
+from shared.run import gather, own_columns
 
 # ----------------------------------------------------------------------------------------------------------- prompts
 
@@ -329,8 +329,7 @@ def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """
     n, facets = len(image), len(text) // len(image)
     image, text = image.float(), text.float()
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    target = torch.arange(n, device=image.device) + n * rank
+    target = own_columns(image)
     to_text = logit_scale * image @ gather(text).T  # (N, W*N*K)
     to_text = to_text.unflatten(1, (-1, facets))  # cross-entropy over dimension 1, for each facet
     to_image = logit_scale * text @ gather(image).T  # (N*K, W*N)

@@ -32,7 +32,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
-from shared.index import Strings, kept, locked, read_index
+from shared.index import Strings, fingerprint, kept, locked, read_index
 from shared.tars import MAX_BYTES, Broken
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
@@ -415,14 +415,6 @@ def loader_of(
 def stable_hash(*parts: int | str) -> int:
     """A 63-bit seed from its parts, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def fingerprint(*parts: bytes) -> str:
-    """Tells one data set from another."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def watch(batches: Iterable, broken: list[Broken]) -> Iterable:

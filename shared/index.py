@@ -92,8 +92,8 @@ def arrays_of(path: str) -> tuple[Strings, np.ndarray, list[Broken], str]:
     """Keys, spans, broken samples and digest of one shard."""
     shard = index_shard(path)
     keys = Strings.of(shard.keys)
-    digest = hashlib.blake2b(keys.text.tobytes() + keys.ends.tobytes() + shard.spans.tobytes(), digest_size=8)
-    return keys, shard.spans, shard.broken, digest.hexdigest()
+    digest = fingerprint(keys.text.tobytes(), keys.ends.tobytes(), shard.spans.tobytes())
+    return keys, shard.spans, shard.broken, digest
 
 
 def index_shards(paths: Sequence[str]) -> Index:
@@ -132,6 +132,14 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
 # -------------------------------------------------------------------------------------------------- once a machine
 
 
+def fingerprint(*parts: bytes) -> str:
+    """Tells one data set from another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Only one process of a machine at a time; no wait where there are no locks, or the folder cannot be written."""
@@ -167,7 +175,7 @@ def kept(
         return make()
     which = name_of(paths)
     state = [VERSION, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
-    folder = cache / "index" / f"{which}-{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}"
+    folder = cache / "index" / f"{which}-{fingerprint(repr(state).encode())}"
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent / f"{which}.lock"):
@@ -188,7 +196,7 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def name_of(paths: Sequence[str]) -> str:
     names = "\0".join(os.path.abspath(path) for path in paths)
-    return hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return fingerprint(names.encode(errors="surrogateescape"))
 
 
 def forget(paths: Sequence[str], cache: Path) -> None:
