@@ -8,6 +8,7 @@ It would vanish with K near the number of names, where prototypes are captions a
 no groups.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def pixel_clusters() -> dict[str, float]:
     }
 
 
+@functools.cache  # one object, by which floors know that they read the same
 def lite0_view() -> Callable:
     return image_transform(128, train=False, statistics=(LITE0_MEAN, LITE0_STD))
 

@@ -6,6 +6,7 @@ Chance, and the nearest neighbour of an image among training images on raw pixel
 Numbers are by metric, as an eval.py names them, in percent.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def join(batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(batches))
 
 
+@functools.lru_cache(maxsize=6)  # several floors read the same split
 def read(
     path: str | Path,
     split: str,

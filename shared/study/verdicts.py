@@ -71,6 +71,17 @@ def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float |
     return float(student_t.ppf(1 - level / 2, scatter.df)) * scatter.std / math.sqrt(n)
 
 
+def seeds_needed(scatter: Scatter | None, claim: Claim) -> int | None:
+    """The fewest seeds whose interval is at most `negligible`, or half of the paper's effect, to either side.
+
+    None where the claim says neither, or nothing is known of the scatter. Pilot runs ask this before a study is run.
+    """
+    width = claim.negligible if claim.negligible is not None else abs(claim.effect or 0) / 2
+    if scatter is None or not width:
+        return None
+    return max(2, math.ceil((float(student_t.ppf(1 - LEVEL / 2, scatter.df)) * scatter.std / width) ** 2))
+
+
 def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = LEVEL) -> list[float]:
     """The level of each of m comparisons (mean difference, scatter, n) such that all hold together (Holm 1979).
 
@@ -166,6 +177,7 @@ def judged(
                 "difference": mean,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
+                "seeds_needed": seeds_needed(scatter, claim),
                 "verdict": verdict(claim, mean, half, strongest, floor_of(claim, floors)),
             }
         )
