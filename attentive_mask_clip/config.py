@@ -72,8 +72,8 @@ class Config:
     batch_size: int = 4096
     """Pairs per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step (the authors' --update-freq), each with its own contrastive softmax and batch norms: gradients
-    are not those of one batch, which --accumulate gives in the other folders."""
+    """Micro-batches a step (the authors' --update-freq), each with its own softmax and batch norms: gradients are not
+    those of one batch, which --accumulate gives in the other folders."""
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     lr: float = 5e-4
