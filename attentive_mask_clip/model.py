@@ -27,6 +27,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints
 from shared.run import gather, own_columns
@@ -82,7 +83,7 @@ class MaskedViT(nn.Module):
         freeze_patch_proj: bool = True,
     ):
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.grad_checkpointing, norm = False, partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=width, strict_img_size=False)
         if any(side % patch_size for side in self.patch_embed.img_size):
             raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
@@ -122,6 +123,8 @@ class MaskedViT(nn.Module):
             if return_scores or last:
                 x, row = block_with_cls_attention(block, x, last)
                 rows.append(row)
+            elif self.grad_checkpointing:
+                x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
         return self.norm(x), torch.stack(rows).mean((0, 2))[:, 1:] if return_scores else None

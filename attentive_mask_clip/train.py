@@ -21,6 +21,7 @@ from attentive_mask_clip.config import PRESETS, Config, check, check_model
 from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops  # noqa: F401
 from attentive_mask_clip.model import ACLIP, CLIP, aclip_loss, baseline_loss, create_model
 from shared import cli, data, run, windows
+from shared.clip import set_grad_checkpointing
 from shared.zeroshot import quick_top1
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
@@ -155,6 +156,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
                 trained,
                 4 * frozen,
                 "gradients, AdamW, EMA",
+                model if cfg.grad_checkpointing else None,
             ),
         ]
     )
@@ -187,6 +189,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
     # Model, tokenizer, optimizer; from the checkpoint if there is one
     model: CLIP = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(process.device)
+    set_grad_checkpointing(model, cfg.grad_checkpointing)
     tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
     groups, betas = param_groups(model, cfg.weight_decay), (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)

@@ -46,6 +46,9 @@ class Config:
     """Passes over the corpus."""
     batch_size: int = 128
     """Pairs per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is computed twice.
+    Batch norms (of a ResNet) normalise each micro-batch by itself."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 64

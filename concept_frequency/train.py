@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
-from shared import checkpoints, cli, data, export, run
+from shared import accumulate, checkpoints, cli, data, export, run
 from shared.clip import image_side, trimmed, without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
@@ -233,11 +233,11 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
     torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
-    with run.autocast(precision, process.device):
-        image_features, text_features, scale, *_ = model(images, trimmed(tokens, model, process.device))
+    inputs = images, trimmed(tokens, model, process.device)
+    (image_features, text_features, scale, *_), backward = accumulate.forward(model, inputs, cfg, precision)
     loss = clip_loss(image_features, text_features, scale)
     optimizer.zero_grad()
-    scaler.scale(loss).backward()
+    backward(scaler.scale(loss))
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
     scaler.step(optimizer)
@@ -259,7 +259,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
     total = per_epoch * cfg.epochs
     counts = np.sort(zipf_counts(cfg.num_concepts, cfg.total, cfg.exponent, None))[::-1]
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
-    activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 * cfg.batch_size / world_size / 2**30
+    activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 / 2**30
+    activations *= cfg.batch_size / world_size / cfg.accumulate
     weights = 16 * parameters / 2**30
     cli.show_plan(
         [

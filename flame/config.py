@@ -79,6 +79,8 @@ class Config:
     """Passes over the data."""
     batch_size: int = 3072
     """Images per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is made twice."""
     lr: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "const", "const-cooldown"] = "cosine"

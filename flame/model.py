@@ -251,7 +251,8 @@ class FLAME(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image features (B, D) float32, t = exp(logit_scale), b = logit_bias."""
-        return self.encode_image(image, normalize=True), self.logit_scale.exp(), self.logit_bias
+        # a clone: DistributedDataParallel would take a parameter that is returned itself for one that is not used
+        return self.encode_image(image, normalize=True), self.logit_scale.exp(), self.logit_bias.clone()
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

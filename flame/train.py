@@ -2,7 +2,7 @@
 
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/.
 The paper's contribution in this file: texts are facets from the bank (bank.py), of which each visit to an image draws K
-(`sample_facets`, `FacetDataset`), and the loss has K positives an image (`forward_loss`). The LLM is never loaded.
+(`sample_facets`, `FacetDataset`), and the loss has K positives an image (`batch_loss`). The LLM is never loaded.
 Image tower and losses are in model.py, settings in config.py, the curve's texts in zeroshot.py.
 """
 
@@ -25,7 +25,7 @@ from flame.embed import embed_captions  # noqa: F401  (offered here, too)
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from flame.zeroshot import Curve
-from shared import cli, data, run, windows
+from shared import accumulate, cli, data, run, windows
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -145,10 +145,13 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
 # ------------------------------------------------------------------------------------------------------ model and step
 
 
-def forward_loss(model: nn.Module, images: Tensor, texts: Tensor, cfg: Config, precision: str = "fp32") -> Tensor:
-    """Loss of a batch: images (B, 3, H, H); texts are facets (B, K, D) of the bank, or tokens (B, 77)."""
-    with run.autocast(precision, images.device):
-        outputs = model(images) if cfg.method == "flame" else model(images, texts)
+def model_inputs(images: Tensor, texts: Tensor, cfg: Config) -> tuple[Tensor, ...]:
+    """What the model reads of a batch: FLAME the images alone, CLIP the tokens, too."""
+    return (images,) if cfg.method == "flame" else (images, texts)
+
+
+def batch_loss(outputs: tuple[Tensor, ...], texts: Tensor, cfg: Config) -> Tensor:
+    """Loss of what the model returns of a batch; texts are facets (B, K, D) of the bank, or tokens that it has read."""
     if cfg.method == "clip":
         return mp_nce_loss(*outputs)  # one text an image: CLIP's loss
     image, scale, bias = outputs
@@ -172,8 +175,10 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss = forward_loss(model, *batch, cfg, precision)
-    scaler.scale(loss).backward()
+    images, texts = batch
+    outputs, backward = accumulate.forward(model, model_inputs(images, texts, cfg), cfg, precision)
+    loss = batch_loss(outputs, texts, cfg)
+    backward(scaler.scale(loss))
     scaler.step(optimizer)
     scaler.update()
     (model.module if isinstance(model, DistributedDataParallel) else model).clamp_logit_scale()
@@ -203,10 +208,10 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             ("texts", f"{cfg.facets} of {len(cfg.rows) or 11} rows of {text_dim} numbers an image"),
             ("bank", f"{gigabytes:,.1f} GB where every image has captions of its own"),
         ]
-    activations = cli.activation_bytes(lambda: forward_loss(model, images, texts, cfg)) / 2
-    activations *= cfg.batch_size / world_size / 2**30
+    inputs, checkpointed = model_inputs(images, texts, cfg), model.visual if cfg.grad_checkpointing else None
+    activations = cli.activation_bytes(lambda: batch_loss(model(*inputs), texts, cfg), checkpointed) / 2 / 2**30
+    activations *= cfg.batch_size / world_size / cfg.accumulate
     weights = 16 * parameters / 2**30
-    note = "autocast: up to half the activations; checkpointing: less"
     cli.show_plan(
         [
             ("parameters", f"{parameters:,} (MLP {mlp:,}); no language model"),
@@ -215,7 +220,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             *about_texts,
             cli.step_row(total, per_epoch),
             *cli.rate_rows(lambda step: f"{schedule(cfg, step, total):.3e}", cfg.warmup, total),
-            ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32 ({note})"),
+            ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32 (autocast: half the activations):"),
             ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
         ]
     )
@@ -247,6 +252,15 @@ def open_texts(
     return bank, [], None
 
 
+def distributed(model: nn.Module, cfg: Config) -> DistributedDataParallel:
+    """The model, its gradients averaged over processes; `ln_post` and `proj` of the ViT have none, as upstream.
+
+    A static graph may leave parameters out, but shares gradients in its first backward pass, which is not the last of
+    a step where there are micro-batches.
+    """
+    return DistributedDataParallel(model, static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1)
+
+
 def main(cfg: Config) -> Path | None:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
@@ -276,7 +290,7 @@ def main(cfg: Config) -> Path | None:
     curve = Curve(model, cfg, process.device, run.DTYPES[precision]) if cfg.eval_every and process.main else None
     first, start = folder.state["epoch"], folder.state["batch"]
     folder.start(per_epoch * first + start, text_dim=text_dim, data=pairs.fingerprint)
-    ddp = DistributedDataParallel(model, static_graph=True) if process.world_size > 1 else model
+    ddp = distributed(model, cfg) if process.world_size > 1 else model
 
     for epoch in range(first, cfg.epochs):
         model.train()

@@ -97,6 +97,8 @@ class Config:
     """Passes over the data."""
     batch_size: int = 6144
     """Pairs per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is made twice."""
     lr: float = 5e-4
     """Peak learning rate, of all that is trained."""
     warmup: int = 0
@@ -132,7 +134,7 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
 
 
-PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True)
+PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True, accumulate=4)
 EMOJI = Config(
     data="data/emoji/train",
     backbone="data/lexvla/backbone.pt",
@@ -181,7 +183,7 @@ PRESETS = {
     ),
     "cc12m": _row("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
     "cc12m-flops": _row("its ablation: FLOPs loss", penalty="flops"),
-    "cc12m-bow": _row("its ablation: bag of words for text", text="bow", lora_rank=0),
+    "cc12m-bow": _row("its ablation: bag of words for text", text="bow", lora_rank=0, accumulate=1),
     "cc12m-clip": _row("its ablation: CLIP's image backbone", backbone="vit_base_patch16_clip_224.openai"),
     "cc12m-top512": _row("its ablation: 512 words kept in evaluation, trained as cc12m", topk=512),
 }

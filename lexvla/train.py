@@ -24,7 +24,7 @@ from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import States, caption_vocabulary, encode_texts, lm_dtype, load_lm
 from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
-from shared import cli, data, run
+from shared import accumulate, cli, data, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -159,14 +159,13 @@ def train_step(
     pixels, text = batch
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with run.autocast(precision, pixels.device):
-        s_img, s_txt, logit_scale = model(pixels, *text)
+    (s_img, s_txt, logit_scale), backward = accumulate.forward(model, (pixels, *text), cfg, precision)
     weights = (quadratic_warmup(step, value, cfg.penalty_warmup) for value in (cfg.lambda_image, cfg.lambda_text))
     options = {"sparse": functools.partial(sparsify, topk=cfg.topk)} if cfg.sparse_training else {}
     both = run.gather(s_img), run.gather(s_txt)
     losses = total_loss(*both, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
     optimizer.zero_grad()
-    scaler.scale(losses["loss"]).backward()
+    backward(scaler.scale(losses["loss"]))
     scaler.step(optimizer)
     scaler.update()
     bare.clamp_logit_scale()
@@ -235,9 +234,10 @@ def memory(cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: in
     gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
     D, tokens = model.image.adapter.proj.fc1.in_features, (cfg.image_size // patch) ** 2 + 1
     weights = (16 * trained + 2 * frozen) / gib
-    image = size * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
-    rows = (20 * size + 24 * cfg.batch_size) * words / gib
-    text = size * cfg.max_length * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
+    part, cached = size / cfg.accumulate, size if cfg.accumulate > 1 else 0  # cached: rows of words and their gradients
+    image = part * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
+    rows = (20 * part + 16 * cached + 24 * cfg.batch_size) * words / gib
+    text = part * cfg.max_length * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
     return weights, image, 0.0 if cfg.states or cfg.text == "bow" else text, rows
 
 

@@ -39,6 +39,11 @@ class PretrainConfig:
     """Passes over the data."""
     batch_size: int = 1024
     """Images per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step, for memory: gradients are those of one batch, the model's forward pass is computed twice.
+    Batch norms (of ResNets) normalise each micro-batch by itself."""
+    grad_checkpointing: bool = False
+    """Recompute the model's activations in the backward pass: less memory, a third more time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9; neither decays biases and gains."""
     lr: float = 0.5
@@ -327,6 +332,8 @@ class FinetuneConfig:
     """Passes over the training set."""
     batch_size: int = 64
     """Images per step."""
+    grad_checkpointing: bool = False
+    """Recompute the encoder's activations in the backward pass: less memory, a third more time."""
     lr: float = 1e-4
     """AdamW's learning rate; a cosine by step takes it to 0."""
     warmup: int = 0

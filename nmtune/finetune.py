@@ -20,7 +20,8 @@ from nmtune.eval import accuracies
 from nmtune.features import Views, collate, data_sets, encode_set, split_encoder
 from nmtune.model import finetune_loss, load_encoder, make_classifier
 from nmtune.train import cosine_lr, make_optimizer, plan_rows, planned_encoder, planned_samples
-from shared import cli, data, run
+from shared import accumulate, cli, data, run
+from shared.clip import set_grad_checkpointing
 
 LORA_TARGETS = {"timm": r".*\.mlp\.fc\d", "open_clip": r".*\.mlp\.(c_fc|c_proj)"}  # U:src/models/nml_finetune.py:68-81
 
@@ -92,7 +93,8 @@ def train_step(
         feats, logits = model(images)
     loss, parts = finetune_loss(logits, labels, feats, weights, k)
     optimizer.zero_grad()
-    scaler.scale(loss).backward()
+    with accumulate.frozen_statistics(model):  # if blocks are computed again, which is no further batch
+        scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     return {"loss": loss} | parts
@@ -109,7 +111,8 @@ def dry_run(cfg: FinetuneConfig) -> None:
     model = create_model(cfg, source, encoder, dim, classes)
     tuned, whole = sum(p.numel() for p in trained_parameters(model)), sum(p.numel() for p in model.parameters())
     images = view(Image.new("RGB", (64, 64)))[None].repeat(2, 1, 1, 1)
-    activations = cli.activation_bytes(lambda: model(images)) / 2 * cfg.batch_size
+    checkpointed = model if cfg.grad_checkpointing else None
+    activations = cli.activation_bytes(lambda: model(images), checkpointed) / 2 * cfg.batch_size
     cli.show_plan(
         [
             ("tuned", f"{'LoRA, rank 8' if cfg.lora else 'all weights'}; cov {cfg.w_cov:g}, svd {cfg.w_svd:g}"),
@@ -144,6 +147,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     torch.manual_seed(cfg.seed)
     channels_last = {"memory_format": torch.channels_last}
     model = create_model(cfg, source, encoder, dim, images.num_classes).to(process.device, **channels_last)
+    set_grad_checkpointing(model, cfg.grad_checkpointing)
     tuned, of_all = (sum(p.numel() for p in each) for each in (trained_parameters(model), model.parameters()))
     print(f"{tuned:,} of {of_all:,} parameters are tuned")
     optimizer = make_optimizer(trained_parameters(model), cfg.lr, cfg.weight_decay)

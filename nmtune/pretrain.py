@@ -25,8 +25,8 @@ from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.datasets import flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
-from shared import cli, data, run
-from shared.clip import trimmed
+from shared import accumulate, cli, data, run
+from shared.clip import set_grad_checkpointing, trimmed
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -117,10 +117,8 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list]:
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-def losses(cfg: PretrainConfig, model: nn.Module, images: Tensor, targets: Tensor, noisy: Tensor, process, precision):
-    """{"loss", ...} of one batch. Supervised: cross-entropy, and how much of it noisy and clean labels have learned."""
-    with run.autocast(precision, process.device):
-        output = model(images, targets) if cfg.kind == "clip" else model(images)
+def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: Tensor, process: run.Process) -> dict:
+    """{"loss", ...} of a model's output. Supervised: cross-entropy, and how far noisy and clean labels are learned."""
     if cfg.kind == "clip":
         clip_loss = open_clip.ClipLoss(True, True, rank=process.rank, world_size=process.world_size)  # local rows
         features = output["image_features"].float(), output["text_features"].float()
@@ -154,9 +152,11 @@ def train_step(
     if cfg.kind == "clip":
         targets = trimmed(targets, model, process.device)
     targets = targets.to(process.device, non_blocking=True)
-    parts = losses(cfg, model, images, targets, noisy, process, precision)
+    inputs = (images, targets) if cfg.kind == "clip" else (images,)
+    output, backward = accumulate.forward(model, inputs, cfg, precision)
+    parts = losses(cfg, output, targets, noisy, process)
     optimizer.zero_grad()
-    scaler.scale(parts["loss"] * weight).backward()
+    backward(scaler.scale(parts["loss"] * weight))
     scaler.step(optimizer)
     scaler.update()
     if cfg.kind == "clip":
@@ -182,7 +182,9 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     inputs = [torch.zeros(2, 3, size, size)]
     if cfg.kind == "clip":
         inputs.append(torch.ones(2, model.context_length, dtype=torch.long))
-    activations = cli.activation_bytes(lambda: model(*inputs)) / 2 * cfg.batch_size / world_size / 2**30
+    checkpointed = model if cfg.grad_checkpointing else None
+    activations = cli.activation_bytes(lambda: model(*inputs), checkpointed) / 2 / 2**30
+    activations *= cfg.batch_size / world_size / cfg.accumulate
     gib = 16 * parameters / 2**30 + activations
     cli.show_plan(
         [
@@ -210,6 +212,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     torch.manual_seed(cfg.seed)
     model, transform, _ = create_model(cfg, num_classes)
     model = model.to(process.device, memory_format=torch.channels_last)
+    set_grad_checkpointing(model, cfg.grad_checkpointing)
     name = {"sgd": "nesterov"}.get(cfg.optimizer, cfg.optimizer)
     adam = {"betas": (0.9, cfg.beta2), "eps": cfg.eps} if cfg.optimizer == "adamw" else {}
     optimizer = create_optimizer_v2(model, opt=name, lr=cfg.lr, weight_decay=cfg.weight_decay, **adam)

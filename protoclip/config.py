@@ -84,6 +84,11 @@ class Config:
     """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
     batch_size: int = 512
     """Pairs per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is computed twice.
+    Batch norms (of a ResNet, and of heads with hidden layers) normalise each micro-batch by itself."""
+    grad_checkpointing: bool = False
+    """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     gather_with_grad: bool = True
     """Gradients of gathered features flow to all processes, so that W of them equal one. Off: to the own rows alone,
     which makes the encoders' gradients W times smaller: upstream's default, with a clipping norm of 10."""

@@ -45,8 +45,8 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import cli, data, memory, run
-from shared.clip import image_side, trimmed
+from shared import accumulate, cli, data, memory, run
+from shared.clip import image_side, set_grad_checkpointing, trimmed
 from shared.pretrained import efficientnet_lite0, lite0_features
 from shared.run import gather
 from shared.zeroshot import quick_top1
@@ -199,16 +199,15 @@ def train_episode(
         for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
-        with run.autocast(precision, device):
-            output = model(images.to(device, non_blocking=True), trimmed(tokens, model, device))
-        index = index.to(device)
+        inputs, index = (images.to(device, non_blocking=True), trimmed(tokens, model, device)), index.to(device)
+        output, backward = accumulate.forward(model, inputs, cfg, precision)
         if cfg.gather_with_grad:  # each rank has its own rows of the loss
             losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)
         else:  # upstream: all rows on every rank, gradient to the own features alone
             batch = gather_output(output, with_grad=False)
             losses = protoclip_loss(batch, gather(index), prototypes, weights, cfg.target_temperature)
         optimizer.zero_grad()
-        scaler.scale(losses["loss"]).backward()
+        backward(scaler.scale(losses["loss"]))
         scaler.unscale_(optimizer)
         losses["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         scaler.step(optimizer)
@@ -266,10 +265,11 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             ),
             *cli.memory_rows(
                 lambda: model(images, tokens),
-                cfg.batch_size / world_size,
+                cfg.batch_size / world_size / cfg.accumulate,
                 trained,
                 4 * (parameters - trained) + (24 * cfg.k * cfg.projection_dim if cfg.heads else 0),
                 "gradients, AdamW, prototypes",
+                model if cfg.grad_checkpointing else None,
             ),
         ]
     )
@@ -348,7 +348,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.lock_image:
         model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
         model.lock_trunk()
-    model.to(process.device)
+    set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)
     tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw(), fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")

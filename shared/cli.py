@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from shared.clip import set_grad_checkpointing
 from shared.run import finish
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -34,9 +36,13 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
 
 
 def check_batch(config: Any, world_size: int) -> None:
-    """ValueError if processes cannot have equal shares of a batch."""
-    if config.batch_size % world_size:
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared out evenly over {world_size} processes")
+    """ValueError if processes, and their micro-batches where there are such, cannot have equal shares of a batch."""
+    parts = getattr(config, "accumulate", 1)
+    if parts < 1:
+        raise ValueError(f"--accumulate must be at least 1, not {parts}")
+    if config.batch_size % (world_size * parts):
+        shares = f"{world_size} processes" + (f" and {parts} micro-batches in each" if parts > 1 else "")
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared out evenly over {shares}")
 
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
@@ -49,8 +55,9 @@ def show_plan(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def batch_row(config: Any, world_size: int) -> tuple[str, str]:
-    size = config.batch_size
-    return "batch", f"{size} ({size // world_size} in each of {world_size} processes)"
+    size, parts = config.batch_size, getattr(config, "accumulate", 1)
+    how = f", in {parts} micro-batches" if parts > 1 else ""
+    return "batch", f"{size} ({size // world_size} in each of {world_size} processes{how})"
 
 
 def step_row(total: int, each: int, passes: str = "epoch") -> tuple[str, str]:
@@ -64,14 +71,20 @@ def rate_rows(describe: Callable[[int], str], warmup: int, total: int) -> list[t
 
 
 def memory_rows(
-    forward: Callable[[], Any], samples: float, trained: int, other_bytes: float = 0, kept: str = "gradients, AdamW"
+    forward: Callable[[], Any],
+    samples: float,
+    trained: int,
+    other_bytes: float = 0,
+    kept: str = "gradients, AdamW",
+    checkpointed: nn.Module | None = None,
 ) -> list[tuple[str, str]]:
     """Memory of a training step in fp32, in GiB, of one process.
 
     `forward` runs the model on two samples, whose activations are measured and scaled to `samples`. A trained
-    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` come on top.
+    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` come on top. `checkpointed` is as
+    in `activation_bytes`.
     """
-    activations = activation_bytes(forward) / 2 * samples / 2**30
+    activations = activation_bytes(forward, checkpointed) / 2 * samples / 2**30
     weights = (16 * trained + other_bytes) / 2**30
     return [
         (
@@ -82,12 +95,27 @@ def memory_rows(
     ]
 
 
-def activation_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward()`, each tensor once; parameters not counted."""
+def activation_bytes(forward: Callable[[], Any], checkpointed: nn.Module | None = None) -> float:
+    """Bytes that autograd keeps for the backward pass of `forward()`, each tensor once; parameters not counted.
+
+    `checkpointed`, a model, gets activation checkpointing: counted are what its blocks read, and what one block keeps
+    while it is computed again, of as many as its longest chain of blocks has.
+    """
+    kept = kept_bytes(forward)
+    if checkpointed is None:
+        return kept
+    set_grad_checkpointing(checkpointed)
+    chains = [module for module in checkpointed.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    read = kept_bytes(forward)
+    return read + (kept - read) / max(map(len, chains), default=1)
+
+
+def kept_bytes(forward: Callable[[], Any]) -> int:
+    """`activation_bytes` of the model as it is."""
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would be kept by the graph that it keeps, for good

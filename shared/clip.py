@@ -1,11 +1,13 @@
-"""open_clip's CLIP: its text tower without the positions that nothing reads, and the side of its images."""
+"""open_clip's CLIP: its text tower without the positions that nothing reads, the side of its images, checkpointing."""
 
 import functools
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
 
@@ -59,3 +61,22 @@ def without_padding(model: nn.Module) -> nn.Module:
     if isinstance(model, open_clip.CLIP):
         model.encode_text = functools.partial(encode_text, model)
     return model
+
+
+def set_grad_checkpointing(model: nn.Module, on: bool = True) -> None:
+    """Compute the activations of every block again in the backward pass instead of keeping them.
+
+    Of open_clip's and timm's towers, and others with a switch `grad_checkpointing`; of open_clip's ResNet, which has
+    none, too. Where blocks have batch norms, the backward pass belongs inside `accumulate.frozen_statistics`.
+    ValueError if the model has no such block.
+    """
+    switches = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
+    resnets = [module for module in model.modules() if isinstance(module, ModifiedResNet)]
+    if on and not switches and not resnets:
+        raise ValueError(f"--grad-checkpointing: {type(model).__name__} has no blocks that can be computed again")
+    for module in switches:
+        module.grad_checkpointing = on
+    for resnet in resnets if on else ():
+        resnet.stem = functools.partial(checkpoint, resnet.stem, use_reentrant=False)
+        for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3, *resnet.layer4):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

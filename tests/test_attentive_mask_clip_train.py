@@ -29,6 +29,7 @@ from attentive_mask_clip.config import Config
 from attentive_mask_clip.model import aclip_loss, create_model
 from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, train_step
 from shared import checkpoints, data
+from shared.clip import set_grad_checkpointing
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
@@ -171,6 +172,21 @@ def weights_after_accumulation(rank: int) -> dict[str, torch.Tensor]:
 def test_accumulation_shares_gradients_once(tmp_path: Path):
     one, two = processes(weights_after_accumulation, 2, tmp_path)
     assert same(one, two) and one["shared"] == 1  # the one bucket of the last backward pass
+
+
+@pytest.mark.parametrize("method", ["aclip", "slip", "clip"])
+def test_checkpointing_changes_no_gradient(method: str):
+    views, ema_view, tokens, boxes = batch(4)
+    images = {"aclip": [*views.split(4), ema_view], "slip": [*views.split(4), ema_view], "clip": [views[:4]]}[method]
+    found = []
+    for on in (False, True):
+        model = tiny(method, vision_layers=3, text_layers=2).train()
+        set_grad_checkpointing(model, on)
+        torch.manual_seed(2)
+        losses = train.forward_losses(model, images, boxes, tokens, Config(method=method), "fp32")
+        losses["loss"].backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None] + [*model.buffers()])
+    assert len(found[0]) == len(found[1]) > 20 and all(map(torch.equal, *found))
 
 
 def test_the_temperature_is_clamped_after_a_step():

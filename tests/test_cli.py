@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from shared import cli
 
@@ -18,6 +19,27 @@ def test_activation_bytes():
     assert cli.activation_bytes(lambda: net(x)) == 4 * 4 * (30 + 50)  # the ReLU's output is kept once
     with torch.no_grad():
         assert cli.activation_bytes(lambda: net(x)) == 0
+
+
+class Chain(nn.Module):
+    """Four blocks that may be computed again."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 30)) for _ in range(4))
+        self.blocks, self.grad_checkpointing = nn.ModuleList(blocks), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        return x
+
+
+def test_activation_bytes_of_blocks_that_are_computed_again():
+    x, chain = torch.zeros(4, 30), Chain()
+    assert cli.activation_bytes(lambda: chain(x)) == 4 * 4 * 4 * (30 + 50)
+    assert cli.activation_bytes(lambda: chain(x), chain) == 4 * 4 * (4 * 30 + 50)  # what all read, what one keeps
+    assert chain.grad_checkpointing
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, IsADirectoryError, PermissionError, OSError])
@@ -71,6 +93,9 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():
         ({"eval_every": 1}, "--eval-set /nowhere does not exist: name a folder, or pass --eval-every 0"),
         ({"save_every": 0}, "--save-every must be at least 1, not 0"),
         ({"batch_size": 9}, "--batch-size 9 cannot be shared out evenly over 2 processes"),
+        ({"accumulate": 3}, "--batch-size 8 cannot be shared out evenly over 2 processes and 3 micro-batches in each"),
+        ({"accumulate": 0}, "--accumulate must be at least 1, not 0"),
+        ({"accumulate": 4}, None),
         ({}, None),
     ],
 )
@@ -89,6 +114,7 @@ def test_a_plan_is_a_line_for_each_row(capsys):
     cli.show_plan(
         [
             cli.batch_row(cfg, 2),
+            cli.batch_row(types.SimpleNamespace(batch_size=64, accumulate=4), 2),
             cli.step_row(1200, 400),
             *cli.rate_rows(lambda step: f"{step / 1000:.1e}", warmup=5000, total=1200),
             *cli.memory_rows(lambda: layer(torch.zeros(2, 256)), 2**20, 2**26, kept="AdamW"),
@@ -96,6 +122,7 @@ def test_a_plan_is_a_line_for_each_row(capsys):
     )
     assert capsys.readouterr().out.splitlines() == [
         "batch              64 (32 in each of 2 processes)",
+        "batch              64 (32 in each of 2 processes, in 4 micro-batches)",
         "steps              1,200 (400 an epoch)",
         "learning rate      0.0e+00 at step 0",
         "learning rate      6.0e-01 at step 600",

@@ -1,10 +1,14 @@
-"""Text towers without padding are open_clip's."""
+"""Text towers without padding are open_clip's; blocks that are computed again change nothing but memory."""
+
+import types
 
 import open_clip
 import pytest
+import timm
 import torch
 
-from shared import clip
+import nmtune.model  # noqa: F401  (timm finds resnet_emoji)
+from shared import accumulate, cli, clip
 
 
 @pytest.mark.parametrize("text_cfg", [{}, {"pool_type": "last"}, {"no_causal_mask": True}, {"proj_bias": True}])
@@ -25,3 +29,48 @@ def test_text_tower_without_padding_is_open_clips(text_cfg):
     assert len(found[0]) == len(found[1]) > 10
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def towers(kind: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """A model with blocks that can be computed again, in training, and what it reads."""
+    torch.manual_seed(0)
+    text = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 2, "layers": 3}
+    vision = {"layers": 3, "width": 8, "head_width": 4, "patch_size": 8, "image_size": 32}
+    if kind == "resnet":
+        vision = {"layers": [2, 1, 1, 1], "width": 8, "image_size": 32}
+    tokens = torch.randint(1, 49, (6, 8)).scatter(1, torch.randint(2, 8, (6, 1)), 49)
+    images = torch.randn(6, 3, 32, 32)
+    if kind == "timm":
+        return timm.create_model("resnet_emoji", num_classes=4), (images,)
+    return clip.without_padding(open_clip.CLIP(6, vision, text)), (images, tokens)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_checkpointing_changes_neither_gradients_nor_statistics(kind: str, parts: int):
+    found = []
+    for on in (False, True):
+        model, inputs = towers(kind)
+        clip.set_grad_checkpointing(model, on)
+        cfg = types.SimpleNamespace(accumulate=parts, grad_checkpointing=on)
+        output, backward = accumulate.forward(model, inputs, cfg, "fp32")
+        features = output[:2] if kind != "timm" else [output]
+        backward(sum((x * torch.arange(x.numel()).view(x.shape)).sum() for x in features))
+        gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None]
+        found.append([*features, *gradients, *model.buffers()])
+    assert len(found[0]) == len(found[1]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+def test_checkpointing_keeps_less(kind: str):
+    model, inputs = towers(kind)
+    before = cli.activation_bytes(lambda: model(*inputs))
+    estimate = cli.activation_bytes(lambda: model(*inputs), model)  # switches it on
+    assert cli.activation_bytes(lambda: model(*inputs)) < estimate < before
+
+
+def test_a_model_without_blocks_is_refused():
+    clip.set_grad_checkpointing(torch.nn.Linear(2, 2), False)
+    with pytest.raises(ValueError, match="--grad-checkpointing: Linear has no blocks that can be computed again"):
+        clip.set_grad_checkpointing(torch.nn.Linear(2, 2), True)

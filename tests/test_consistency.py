@@ -41,6 +41,7 @@ HELP = {  # field: (type, start of its help)
     "warmup": (int, "Steps of linear warm-up"),
     "weight_decay": (float, "(AdamW's|Decay)"),
     "crop_scale": (float, "Smallest share of "),
+    "accumulate": (int, "Micro-batches a step"),
     "grad_checkpointing": (bool, ""),
     "seed": (int, "Seed of "),
     "device": (str, "auto, cpu, cuda or cuda:N."),

@@ -229,11 +229,11 @@ def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: P
         assert same(state[part], expected[part]), (part, kills)
 
 
-@pytest.mark.parametrize("arm", ["flame", "nce", "clip"])
-def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str):
-    """The processes get what torchrun would tell them."""
-    out = folder / f"two-{arm}"
-    both = start_two(start, *ARMS[arm], *tiny, "--out", out)
+@pytest.mark.parametrize("arm, parts", [("flame", 1), ("flame", 2), ("nce", 1), ("nce", 4), ("clip", 1)])
+def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str, parts: int):
+    """With micro-batches, too. The processes get what torchrun would tell them."""
+    out = folder / f"two-{arm}-{parts}"
+    both = start_two(start, *ARMS[arm], *tiny, "--accumulate", parts, "--grad-checkpointing", "--out", out)
     for process in both:
         finished(ended(process))
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import ROOT, ended, finished, kill_at, metrics
+from test_accumulate import PLAIN
 from tiny import PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
@@ -82,3 +83,12 @@ def test_a_killed_run_goes_on(start, given, on_cpu, folder: Path, name: str):
     whole = metrics(out)
     assert [line["step"] for line in whole] == [line["step"] for line in on_cpu(name)]
     assert losses(whole)[0] == pytest.approx(losses(on_cpu(name))[0], rel=TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "protoclip"])  # whose small towers have batch norms
+def test_micro_batches_have_the_loss_of_one_batch(start, given, on_cpu, folder: Path, name: str):
+    out = folder / "accumulated" / name
+    finished(ended(start(*given[name], "--device", DEVICE, "--accumulate", "4", "--out", out, module=SCRIPTS[name])))
+    ours, theirs = losses(metrics(out)), losses(on_cpu(name))
+    assert len(ours) == len(theirs) and all(map(math.isfinite, ours))
+    assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE["fp32"])

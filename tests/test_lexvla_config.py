@@ -1,5 +1,6 @@
 """Presets, dry runs and settings that are refused before a run starts."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from scripts import one_sentence
 from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, backbone, folder, lm, states, tiny  # noqa: F401
 
-from lexvla import config
+from lexvla import config, train
 
 ERRORS = {
     "paper preset without data": (["cc12m"], "--data is missing: it takes image-text shards"),
@@ -65,3 +66,23 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert trained == 17_149 * 4096 + 17_055_488 + lora + 1
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
     assert all(word in result.out for word in ("learning rate", "samples", "batch", "vocabulary"))
+
+
+A100_40GB = 40e9 / 2**30
+
+
+@pytest.mark.parametrize("preset", [name for name in config.PRESETS if name.startswith("cc12m")])
+def test_paper_presets_fit_the_machines_that_they_name(preset: str):
+    assert config.PAPER_ROWS["train"][preset].gpus == "8 x A100 40 GB"
+    cfg = config.PRESETS[preset][1]
+    model, lm, patch = train.model_without_weights(cfg, cfg.max_vocabulary)
+
+    def gib(parts: int) -> float:
+        changed = dataclasses.replace(cfg, accumulate=parts)
+        config.check_model(changed)
+        return sum(train.memory(changed, cfg.batch_size // 8, model, lm, patch, cfg.max_vocabulary))
+
+    assert cfg.batch_size % (8 * cfg.accumulate) == 0
+    assert gib(cfg.accumulate) < 0.9 * A100_40GB  # a part is for what no formula counts
+    if cfg.accumulate > 1:
+        assert gib(1) > A100_40GB and gib(cfg.accumulate // 2) > 0.9 * A100_40GB

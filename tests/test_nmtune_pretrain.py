@@ -22,6 +22,7 @@ from test_nmtune_train import (  # noqa: F401
 
 from nmtune import config, pretrain
 from shared import checkpoints, run
+from shared.clip import set_grad_checkpointing
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
 SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
@@ -115,3 +116,21 @@ def test_shares_of_a_batch_add_up():
         mean = sum(weight * sum(rows) / len(rows) for rows, weight in weighted) / 3
         assert mean == pytest.approx(one[0][step].mean())
     assert [weights[2] for _, weights in ranks] == [1.5, 1.5, 0.0]
+
+
+@pytest.mark.parametrize("kind, name", [("clip", "ViT-emoji"), ("supervised", "convnext_atto")])
+def test_micro_batches_and_checkpointing_give_the_gradients_of_one_batch(kind: str, name: str):
+    torch.manual_seed(0)
+    images, tokens = torch.randn(8, 3, 40, 40), torch.randint(1, 49405, (8, 24))
+    targets = tokens.scatter(1, torch.randint(2, 24, (8, 1)), 49407) if kind == "clip" else torch.arange(8) % 5
+    found = []
+    for parts, on in ((1, False), (4, True)):
+        cfg = config.PretrainConfig(kind=kind, model=name, accumulate=parts, grad_checkpointing=on)
+        torch.manual_seed(1)
+        network = pretrain.create_model(cfg, 5)[0].train()
+        set_grad_checkpointing(network, on)
+        optimizer, scaler = torch.optim.SGD(network.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
+        batch, process = (images, targets, torch.zeros(8, dtype=torch.bool)), run.Process(0, 1, torch.device("cpu"))
+        losses = pretrain.train_step(network, batch, optimizer, scaler, 0.0, cfg, process, "fp32")
+        found.append((losses["loss"].detach(), [p.grad for p in network.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)

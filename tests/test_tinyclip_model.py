@@ -18,6 +18,7 @@ from conftest import Case
 from scripts import same
 
 from shared import checkpoints
+from shared.clip import set_grad_checkpointing
 from shared.run import gather
 from tinyclip.geometry import CONFIGS, convert_state_dict, geometry
 from tinyclip.masks import L0Mask, prune
@@ -293,7 +294,7 @@ def test_checkpointing_changes_no_gradient():
     gradients = []
     for on in (False, True):
         model = tiny().train()
-        model.set_grad_checkpointing(on)
+        set_grad_checkpointing(model, on)
         image, text, _ = model(*example())
         (image.sum() + text[:, 0].sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

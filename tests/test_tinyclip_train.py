@@ -227,6 +227,25 @@ def test_steps_that_are_not_finite_are_skipped():
     assert train.train_step(student, None, images, tokens, 0, stage, optimizers)["skipped"] == 0
 
 
+def test_micro_batches_share_one_draw_of_masks():
+    """And with it the gradients of one batch, those of the constraint's multipliers, too."""
+    found, images, tokens = [], *example(6)
+    for parts in (1, 3):
+        clip = tiny().train()
+        student = Student(clip, *train.open_masks(clip.geometry, Stage(masks=True)))
+        for mask in student.masks:
+            for loga in mask.logas().values():
+                loga.data.fill_(0.5)  # about half of the draws cut something
+        stage = Stage(steps=9, alpha=0.5, logit_scale=None, masks=True, prune_step=5, accumulate=parts)
+        teacher = train.ask_teacher(tiny(seed=1), images, tokens, stage)
+        torch.manual_seed(3)
+        logged = train.train_step(student, teacher, images, tokens, 2, stage, train.make_optimizers(student, stage))
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        found.append((gradients, logged["loss"], logged["constraint"]))
+    assert "image_mask.lambda_1" in found[0][0] and "text_mask.heads_loga" in found[0][0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------- images and captions
 
 

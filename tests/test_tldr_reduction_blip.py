@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import Case
 from scripts import free_port
 
+from shared.clip import set_grad_checkpointing
 from tldr_reduction.blip import (
     BLIP,
     TextTransformer,
@@ -17,6 +18,7 @@ from tldr_reduction.blip import (
     negative_weights,
     resize_pos_embed,
 )
+from tldr_reduction.model import CodebookCaptioner
 
 
 def depth(state: dict, pattern: str) -> int:
@@ -133,6 +135,23 @@ def test_decoder_shares_all_but_self_attention():
     encoder, decoder = dict(model.text_encoder.named_parameters()), dict(model.text_decoder.bert.named_parameters())
     for name, parameter in encoder.items():
         assert (decoder[name] is parameter) == (".attention." not in name), name
+
+
+@pytest.mark.parametrize("stage", ["blip", "captioner"])
+def test_checkpointing_changes_no_gradient(stage: str):
+    """Dropout and stochastic depth repeat."""
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        texts = [TextTransformer(30, 16, 2, 4, 24, 16, dropout=0.2) for _ in range(2)]
+        vision = VisionTransformer(16, 8, 16, 3, 4, drop_path=0.2)
+        model = BLIP(vision, *texts, 8, 12) if stage == "blip" else CodebookCaptioner(vision, texts[0], None)
+        set_grad_checkpointing(model.train(), on)
+        ids = torch.randint(4, 28, (4, 9))
+        inputs = torch.randn(4, 3, 16, 16), ids, torch.ones_like(ids)
+        sum(model(*inputs, *([0.3] if stage == "blip" else []))).backward()
+        found.append(gradients(model))
+    assert len(found[0]) > 20 and all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
 
 
 def test_vision_tower_is_timms():

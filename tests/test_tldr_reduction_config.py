@@ -21,6 +21,8 @@ WRONG = {
     "queue": (["emoji-blip", "--data", "x.tar", "--queue-size", "8", "--eval-every", "0"], "--queue-size 8 is smaller"),
     "tokens": (["emoji-clip", "--data", "x.tar", "--max-length", "99"], "--max-length 99 is not in 2..40"),
     "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
+    "a BLIP in parts": (["emoji-blip", "--data", "x.tar", "--accumulate", "2"], "--accumulate is for stage clip"),
+    "uneven": (["emoji-clip", "--data", "x.tar", "--accumulate", "3"], "over 1 processes and 3 micro-batches in each"),
     "device": (["emoji-clip", "--device", "cuda"], "--device cpu"),
 }
 

@@ -40,6 +40,9 @@ class Stage:
     """Factor on both losses."""
     logit_scale: float | None = 50.0
     """Temperature multiplier of teacher and student, put back after each step; None: learned, and the teacher's own."""
+    accumulate: int = 1
+    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is computed twice.
+    Batch norms (of a ResNet) normalise each micro-batch by itself."""
 
     masks: bool = False
     """Automatic inheritance: learn masks on both towers until `prune_step`."""

@@ -92,10 +92,13 @@ class L0Mask(nn.Module):
 
     def sample(self, u: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Training masks, one draw for the whole batch; `u` gives the uniform numbers, else they are drawn."""
-        logas = self.logas()
-        if u is None:
-            u = {kind: torch.empty_like(loga).uniform_(EPSILON, 1 - EPSILON) for kind, loga in logas.items()}
-        return {kind: hard_concrete(loga, u[kind]) for kind, loga in logas.items()}
+        u = self.uniforms() if u is None else u
+        return {kind: hard_concrete(loga, u[kind]) for kind, loga in self.logas().items()}
+
+    @torch.no_grad()
+    def uniforms(self) -> dict[str, Tensor]:
+        """The uniform numbers of one draw."""
+        return {kind: torch.empty_like(loga).uniform_(EPSILON, 1 - EPSILON) for kind, loga in self.logas().items()}
 
     @torch.no_grad()
     def eval_masks(self, soft: bool = True) -> dict[str, Tensor]:

@@ -204,12 +204,12 @@ class Transformer(nn.Module):
         head_width, heads, neurons = block_sizes(tower)
         sizes = zip(heads, neurons, strict=True)
         self.resblocks = nn.ModuleList(Block(tower["width"], h, head_width, n, activation) for h, n in sizes)
-        self.causal, self.checkpointing = causal, False
+        self.causal, self.grad_checkpointing = causal, False
 
     def forward(self, x: Tensor, shared: Gates, masks: Masks | None) -> Tensor:
         for i, block in enumerate(self.resblocks):
             layer = layer_gates(shared, masks, i)
-            if self.checkpointing and self.training:
+            if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, self.causal, layer, use_reentrant=False)
             else:
                 x = block(x, self.causal, layer)
@@ -312,12 +312,6 @@ class CLIP(nn.Module):
         text_features = F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
         return image_features, text_features, self.logit_scale.exp()
 
-    def set_grad_checkpointing(self, on: bool = True) -> None:
-        """Recompute transformer blocks in the backward pass (ResNet towers keep their activations)."""
-        for module in self.modules():
-            if isinstance(module, Transformer):
-                module.checkpointing = on
-
 
 class Student(nn.Module):
     """A CLIP with the masks of its towers while these are being learned, and without them afterwards."""
@@ -329,6 +323,10 @@ class Student(nn.Module):
     @property
     def masks(self) -> list[L0Mask]:
         return [mask for mask in (self.image_mask, self.text_mask) if mask is not None]
+
+    def uniforms(self) -> dict[str, dict[str, Tensor]] | None:
+        """The numbers of one draw of both masks, for several forward passes; None without masks."""
+        return {"image": self.image_mask.uniforms(), "text": self.text_mask.uniforms()} if self.masks else None
 
     def tower_masks(self, u: dict[str, dict[str, Tensor]] | None = None) -> list[Masks | None]:
         """(image, text): sampled in training, from the uniform numbers u if they are given; rounded in evaluation."""

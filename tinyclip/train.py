@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from shared import checkpoints, cli, data, run, windows
+from shared import accumulate, checkpoints, cli, data, run, windows
+from shared.clip import set_grad_checkpointing
 from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
@@ -156,9 +157,11 @@ class TeacherOutput(NamedTuple):
 @torch.no_grad()
 def ask_teacher(teacher: CLIP, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32") -> TeacherOutput:
     """The frozen teacher's features; its temperature is the fixed one, or its own. U:training/train.py:409."""
+    parts = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
     with run.autocast(precision, images.device):
-        image, text, own = teacher(images, tokens)
-    return TeacherOutput(image, text, own.item() if stage.logit_scale is None else stage.logit_scale)
+        image, text, (own, *_) = zip(*(teacher(*part) for part in parts), strict=True)
+    scale = own.item() if stage.logit_scale is None else stage.logit_scale
+    return TeacherOutput(torch.cat(image), torch.cat(text), scale)
 
 
 def train_step(
@@ -176,16 +179,18 @@ def train_step(
     lr = lr_at(step, stage.lr, stage.warmup, stage.steps, stage.prune_step if stage.masks else None)
     for group in optimizers.weights.param_groups:
         group["lr"] = lr
-    with run.autocast(precision, images.device):
-        image, text, scale = student(images, tokens, u)
+    if stage.accumulate > 1 and u is None:
+        u = bare.uniforms()  # one draw for all micro-batches
+    (image, text, scale), backward = accumulate.forward(student, (images, tokens, u), stage, precision)
     spread = gather if isinstance(student, DistributedDataParallel) else None
     loss = distillation_loss(image, text, scale, *(teacher or (None, None, None)), stage.alpha, stage.weight, spread)
-    logged = {"distillation": loss.detach(), "lr": lr, "logit_scale": scale.detach()}
+    logged = {"loss": loss.detach(), "distillation": loss.detach(), "lr": lr, "logit_scale": scale.detach()}
+    constraint = None
     if masks:
         target = target_sparsity(step, stage.start_sparsity, stage.target_sparsity, stage.sparsity_warmup)
         constraint, expected = sparsity_loss(masks, target, stage.joint, stage.two_sided)
-        loss = loss + constraint
-        logged |= {"target_sparsity": target, "expected_sparsity": expected.detach(), "constraint": constraint.detach()}
+        logged |= {"loss": (loss + constraint).detach(), "constraint": constraint.detach()}
+        logged |= {"target_sparsity": target, "expected_sparsity": expected.detach()}
         for tower, mask in (("image", bare.image_mask), ("text", bare.text_mask)):
             logged[f"{tower}_sparsity"] = expected_sparsity([mask]).detach()
             logged[f"{tower}_lambda_1"] = mask.lambda_1.detach().clone()
@@ -194,7 +199,7 @@ def train_step(
     scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
     for optimizer in used:
         optimizer.zero_grad()
-    scaler.scale(loss).backward()
+    backward(scaler.scale(loss), constraint if constraint is None else scaler.scale(constraint))
     for optimizer in used:
         scaler.unscale_(optimizer)
     limit = math.inf if stage.max_grad_norm is None else stage.max_grad_norm
@@ -210,7 +215,7 @@ def train_step(
             bare.clip.logit_scale.clamp_(0, math.log(100))
         else:
             bare.clip.logit_scale.fill_(math.log(stage.logit_scale))
-    return logged | {"loss": loss.detach(), "gradient_norm": norm.detach(), "skipped": float(not finite)}
+    return logged | {"gradient_norm": norm.detach(), "skipped": float(not finite)}
 
 
 def train_stage(
@@ -354,7 +359,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     counts = parameter_counts(student.to_empty(device="cpu").clip)  # memory, but no initial weights, which take a while
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, shape["text"]["context_length"], dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
-    activations = cli.activation_bytes(lambda: student(images, tokens)) / 2 * cfg.batch_size / world_size / 2**30
+    checkpointed = student.clip if cfg.grad_checkpointing else None
+    activations = cli.activation_bytes(lambda: student(images, tokens), checkpointed) / 2 / 2**30
+    activations *= cfg.batch_size / world_size / cfg.accumulate
     weights = 16 * sum(p.numel() for p in student.parameters()) / 2**30
     prune_step = cfg.prune_step if cfg.masks else None
     cli.show_plan(
@@ -370,10 +377,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
                 prune_step or cfg.warmup,
                 cfg.steps,
             ),
-            (
-                "memory estimate",
-                f"{weights + activations:.1f} GiB a process in fp32, the teacher and checkpointing left out:",
-            ),
+            ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32, without the teacher:"),
             ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
         ]
     )
@@ -414,7 +418,7 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
         checkpoints.save_checkpoint(folder.path / "masks.pt", masks)
         folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached_sparsity(student.masks))
     student = student.pruned(cfg.exact_prune)
-    student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
+    set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     return student
 
 
@@ -434,7 +438,7 @@ def main(cfg: Config) -> Path | None:
     first = folder.state["step"]
     clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
     student = Student(clip, *masks).to(device).train()
-    student.clip.set_grad_checkpointing(cfg.grad_checkpointing)
+    set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     teacher = frozen_teacher(cfg, student.clip, device)
     optimizers = make_optimizers(student, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

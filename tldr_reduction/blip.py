@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shared.run import gather
 
@@ -139,7 +140,7 @@ class TextTransformer(nn.Module):
         intermediate_size: int | None = None,
     ):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.grad_checkpointing = dropout, False
         self.embeddings = nn.ModuleDict(
             {
                 "word_embeddings": nn.Embedding(vocab_size, width, padding_idx=PAD),
@@ -185,7 +186,10 @@ class TextTransformer(nn.Module):
             allowed = allowed * (torch.arange(end, device=device) <= positions[:, None])
         bias = -10000.0 * (1.0 - allowed)
         for i, layer in enumerate(self.encoder["layer"]):
-            x = layer(x, bias, image_embeds, None if cache is None else cache[i])
+            if self.grad_checkpointing and cache is None:
+                x = checkpoint(layer, x, bias, image_embeds, None, use_reentrant=False)
+            else:
+                x = layer(x, bias, image_embeds, None if cache is None else cache[i])
         return x
 
 

@@ -104,6 +104,12 @@ class Config:
     """Passes over the data."""
     batch_size: int = 1260
     """Pairs per step, over all processes together."""
+    accumulate: int = 1
+    """Micro-batches a step of stage clip, for memory: gradients are those of one batch, the towers' forward pass is
+    computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. Losses of the other stages need more
+    of a pair than its features."""
+    grad_checkpointing: bool = False
+    """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 1e-6
@@ -259,6 +265,11 @@ def check_sizes(cfg: Config, world_size: int) -> None:
     """The part of `check` that --dry-run needs, too."""
     cli.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
     cli.check_batch(cfg, world_size)
+    if cfg.accumulate > 1 and cfg.stage != "clip":
+        raise ValueError(
+            f"--accumulate is for stage clip: the losses of {cfg.stage} need more of a pair than its features; "
+            "--grad-checkpointing saves memory, too"
+        )
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
     if (cfg.stage == "captioner" or cfg.quantize) and cfg.width % cfg.code_dim:

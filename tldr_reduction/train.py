@@ -9,8 +9,9 @@ codebook. The other stages are stock:
 Models are in model.py and blip.py, settings in config.py, pairs and their views in datasets.py.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import cli, data, pretrained, run
-from shared.clip import trimmed
+from shared import accumulate, cli, data, pretrained, run
+from shared.clip import set_grad_checkpointing, trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
@@ -160,20 +161,21 @@ def losses_of(
     alpha: float = 0.0,
     prompt_length: int = 0,
     precision: str = "fp32",
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The stage's losses of images, ids, mask: {"loss": their sum, each by name}; and the codes of stage captioner."""
+) -> tuple[dict[str, Tensor], Tensor | None, Callable]:
+    """The stage's losses of images, ids, mask: {"loss": their sum, each by name}; the codes of stage captioner; the
+    backward pass of a loss."""
     images, ids, mask = batch
+    if cfg.stage == "clip":
+        features, backward = accumulate.forward(model, (images, ids), cfg, precision)
+        loss = clip_loss(*features)
+        return {"loss": loss, "loss_ita": loss}, None, backward
     with run.autocast(precision, images.device):
-        if cfg.stage == "clip":
-            features = model(images, ids)
-        elif cfg.stage == "blip":
+        if cfg.stage == "blip":
             losses = dict(zip(("loss_ita", "loss_itm", "loss_lm"), model(images, ids, mask, alpha), strict=True))
         else:
             loss_lm, loss_emb, codes = model(images, ids, mask, prompt_length, return_codes=True)
-            return {"loss": loss_lm + loss_emb, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes
-    if cfg.stage == "clip":
-        losses = {"loss_ita": clip_loss(*features)}  # in fp32
-    return {"loss": sum(losses.values()), **losses}, None
+            return {"loss": loss_lm + loss_emb, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes, Tensor.backward
+    return {"loss": sum(losses.values()), **losses}, None, Tensor.backward
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -206,10 +208,11 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         model.queue_ptr.zero_()
 
     def forward() -> tuple:
-        return losses_of(model.train(), batch, cfg, 0.4)
+        return losses_of(model.train(), batch, dataclasses.replace(cfg, accumulate=1), 0.4)
 
-    samples, kept = cfg.batch_size / world_size, "gradients, AdamW, momentum"
-    cli.show_plan([*rows, *cli.memory_rows(forward, samples, trained, 4 * frozen, kept)])
+    samples, kept = cfg.batch_size / world_size / cfg.accumulate, "gradients, AdamW, momentum"
+    checkpointed = model if cfg.grad_checkpointing else None
+    cli.show_plan([*rows, *cli.memory_rows(forward, samples, trained, 4 * frozen, kept, checkpointed)])
 
 
 def batches_of(
@@ -236,10 +239,10 @@ def on_device(inputs: list[Tensor], model: nn.Module, cfg: Config, device: torch
 def train_step(
     model: nn.Module, inputs: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cfg, **how
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """One step on images, ids, mask; `how` are the other arguments of `losses_of`, whose result is returned."""
-    losses, codes = losses_of(model, inputs, cfg, **how)
+    """One step on images, ids, mask -> losses and codes; `how` are the other arguments of `losses_of`."""
+    losses, codes, backward = losses_of(model, inputs, cfg, **how)
     optimizer.zero_grad()
-    scaler.scale(losses["loss"]).backward()
+    backward(scaler.scale(losses["loss"]))
     scaler.step(optimizer)
     scaler.update()
     return losses, codes
@@ -292,6 +295,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     precision, tokenizer = run.resolve_precision(cfg.precision, process.device), tokenizer_of(cfg)
     prompt_length = len(tokenizer.prompt_ids(PROMPT)) - 1 if cfg.stage == "finetune" else 0
     model = build_for(cfg, tokenizer).to(process.device)
+    set_grad_checkpointing(model, cfg.grad_checkpointing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # weight decay is on all
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")

@@ -16,7 +16,7 @@ import open_clip
 import torch
 
 from nmtune import config, model, pretrain, train
-from shared import run
+from shared import accumulate, run
 
 from ..parity import test_nmtune as parity
 from . import arguments, at_least, bench, print_row, race, step_row
@@ -101,8 +101,9 @@ def clip_step(repetitions: int) -> None:
     loss = open_clip.ClipLoss(cache_labels=True)
 
     def ours():
-        parts = pretrain.losses(cfg, network, images, tokens, torch.zeros(128, dtype=torch.bool), process, "bf16")
-        parts["loss"].backward()
+        output, backward = accumulate.forward(network, (images, tokens), cfg, "bf16")
+        parts = pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), process)
+        backward(parts["loss"])
 
     def open_clips():
         with torch.autocast("cpu", torch.bfloat16):

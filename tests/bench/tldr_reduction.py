@@ -137,9 +137,9 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
     precision = run.resolve_precision("auto", torch.device("cpu"))
 
     def ours():
-        losses, _ = train.losses_of(clip, (images, ids, mask), cfg, precision=precision)
+        losses, _, backward = train.losses_of(clip, (images, ids, mask), cfg, precision=precision)
         optimizers[0].zero_grad()
-        losses["loss"].backward()
+        backward(losses["loss"])
         optimizers[0].step()
 
     def theirs():

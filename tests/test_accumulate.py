@@ -1,0 +1,275 @@
+"""Micro-batches give the gradients of one batch: in one process and two, in other precisions, in training scripts."""
+
+import contextlib
+import math
+import multiprocessing
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from scripts import ROOT, ended, finished, metrics, start_two
+from tiny import PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from shared import accumulate, checkpoints, run
+
+SCRIPT, SECONDS = "protoclip.train", 120
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+
+
+class Output(NamedTuple):
+    image: Tensor
+    text: Tensor | None
+    scale: Tensor
+    bias: Tensor
+
+
+class Towers(nn.Module):
+    """Two small towers; the temperature is returned as a function of its parameter, the bias as a parameter itself."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False, output: type = Output):
+        super().__init__()
+        torch.manual_seed(0)
+        middle = nn.BatchNorm1d(16) if norm else nn.Identity()
+        self.image = nn.Sequential(nn.Linear(6, 16), middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4))
+        self.text = nn.Sequential(nn.Embedding(20, 16), nn.Dropout(dropout), nn.Linear(16, 4))
+        self.logit_scale, self.bias = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-1.0))
+        self.aside = nn.Parameter(torch.tensor(2.0))  # of the loss alone
+        self.output, self.calls = output, 0
+
+    def forward(self, image: Tensor, text: Tensor, gain: float = 1.0):
+        self.calls += 1
+        features = F.normalize(gain * self.image(image), dim=-1), F.normalize(self.text(text).mean(1), dim=-1)
+        values = dict(zip(Output._fields, (*features, self.logit_scale.exp(), self.bias), strict=True))
+        return values if self.output is dict else self.output(**values)
+
+
+def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Rows of this process against the columns of all: InfoNCE and a sigmoid term, so that both parameters matter."""
+    image, text = image.float(), text.float()
+    logits = scale * image @ run.gather(text).T
+    own = run.own_columns(image)
+    positive = 2.0 * F.one_hot(own, logits.shape[1]) - 1
+    back = F.cross_entropy(scale * text @ run.gather(image).T, own)
+    return F.cross_entropy(logits, own) + back - F.logsigmoid(positive * (logits + bias)).mean()
+
+
+def pairs(rows: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 6, generator=generator), torch.randint(0, 20, (rows, 5), generator=generator)
+
+
+def settings(parts: int, **more) -> types.SimpleNamespace:
+    return types.SimpleNamespace(accumulate=parts, **more)
+
+
+def step(model: nn.Module, inputs: tuple, parts: int, precision: str = "fp32", scaler=None, others: bool = False):
+    """Gradients of a step and its loss."""
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    output, backward = accumulate.forward(model, inputs, settings(parts), precision)
+    loss = loss_of(**output) if isinstance(output, dict) else loss_of(*output)
+    model.zero_grad()
+    backward(scaler.scale(loss), *([scaler.scale(bare.aside.square())] if others else []))
+    scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+    gradients = {name: None if p.grad is None else p.grad / scale for name, p in bare.named_parameters()}
+    return gradients, loss.detach()
+
+
+def in_pieces(model: nn.Module, inputs: tuple[Tensor, Tensor], parts: int, precision: str = "fp32"):
+    """Gradients of a step whose micro-batches are embedded one after the other, all with their graphs."""
+    outputs = []
+    for batch in zip(*(x.chunk(parts) for x in inputs), strict=True):
+        with run.autocast(precision, torch.device("cpu")):
+            outputs.append(model(*batch))
+    image, text = (torch.cat(features) for features in list(zip(*outputs, strict=True))[:2])
+    loss = loss_of(image, text, *outputs[0][2:])
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, loss.detach()
+
+
+def close(ours, theirs, **tolerance) -> None:
+    (gradients, loss), (expected, total) = ours, theirs
+    torch.testing.assert_close(loss, total, **tolerance)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", [Output, dict])
+@pytest.mark.parametrize("parts, rows", [(2, 12), (4, 12), (12, 12), (5, 7), (8, 3)])
+def test_micro_batches_give_the_gradients_of_one_batch(kind: type, parts: int, rows: int):
+    inputs = pairs(rows)
+    close(step(Towers(output=kind), inputs, parts), step(Towers(), inputs, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_one_micro_batch_is_a_plain_step():
+    model = Towers(dropout=0.3)
+    torch.manual_seed(3)
+    loss = loss_of(*model(*pairs()))
+    (loss + model.aside.square()).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    again = Towers(dropout=0.3)
+    torch.manual_seed(3)
+    close(step(again, pairs(), 1, others=True), (expected, loss.detach()), rtol=0, atol=0)
+    assert again.calls == 1
+
+
+def test_random_numbers_and_batch_statistics_are_those_of_one_pass():
+    """Dropout repeats in the second pass, statistics count it once, and what is drawn afterwards is the same."""
+    ours, theirs = Towers(0.4, norm=True), Towers(0.4, norm=True)
+    found = []
+    for model, function in ((ours, step), (theirs, in_pieces)):
+        torch.manual_seed(5)
+        found.append((function(model, pairs(), 3), torch.rand(4)))
+    close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0][1], found[1][1])
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert (ours.calls, theirs.calls) == (6, 3) and ours.image[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_precision_and_gradient_scaler(precision: str, enabled: bool):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+    ours = step(Towers(), pairs(), 3, precision, scaler)
+    close(ours, in_pieces(Towers(), pairs(), 3, precision), rtol=1e-2 if precision == "bf16" else 1e-5, atol=1e-5)
+
+
+def test_inputs_that_are_no_tensors_go_to_every_micro_batch():
+    inputs = *pairs(), -1.0
+    close(step(Towers(), inputs, 4), step(Towers(), inputs, 1), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(step(Towers(), inputs, 4)[1], step(Towers(), pairs(), 4)[1])
+
+
+def test_terms_of_parameters_alone():
+    close(step(Towers(), pairs(), 3, others=True), step(Towers(), pairs(), 1, others=True), rtol=1e-5, atol=1e-6)
+    assert step(Towers(), pairs(), 3, others=True)[0]["aside"] == 4.0
+
+
+def test_a_frozen_tower_and_an_output_that_is_a_tensor():
+    gradients = []
+    for parts in (1, 3):
+        model = Towers()
+        model.text.requires_grad_(False)
+        close(step(model, pairs(), parts), step(model, pairs(), 1), rtol=1e-5, atol=1e-6)
+        assert model.text[0].weight.grad is None
+        output, backward = accumulate.forward(model.image, pairs()[:1], settings(parts), "fp32")
+        backward(output.square().sum())
+        gradients.append(model.image[0].weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_frozen_only_in_training_and_only_inside():
+    norm, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    untracked = nn.BatchNorm1d(3, track_running_stats=False)
+    expected = norm(x)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with contextlib.suppress(KeyError), accumulate.frozen_statistics(nn.Sequential(norm, untracked)):
+        assert torch.equal(norm(x), expected)
+        raise KeyError
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items()) and norm.momentum == 0.1
+    norm(x)
+    assert norm.num_batches_tracked == 2 and not torch.equal(before["running_mean"], norm.running_mean)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def process(rank: int, function: Callable, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(function(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def processes(function: Callable, folder: Path) -> list:
+    """What `function(rank)` returns in each of two gloo processes."""
+    multiprocessing.set_forkserver_preload(["shared.accumulate"])
+    mp.start_processes(process, (function, folder), nprocs=2, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def two_steps_of_rank(rank: int) -> tuple:
+    """Gradients and loss of a rank's half in three micro-batches, in the second step; how often gradients were sent."""
+    model, sent = DistributedDataParallel(Towers()), []
+    model.register_comm_hook(sent, lambda sent, bucket: sent.append(1) or default_hooks.allreduce_hook(None, bucket))
+    inputs = tuple(x.chunk(2)[rank] for x in pairs())
+    for _ in range(2):
+        found = step(model, inputs, 3, others=True)
+    return found, len(sent)
+
+
+def test_two_processes_equal_one_batch_and_share_gradients_once_a_step(tmp_path: Path):
+    (one, sent), (two, _) = processes(two_steps_of_rank, tmp_path)
+    mean = (one[0], (one[1] + two[1]) / 2)
+    close(mean, step(Towers(), pairs(), 1, others=True), rtol=1e-5, atol=1e-6)
+    close((two[0], mean[1]), mean, rtol=0, atol=0)
+    assert sent == 2
+
+
+# ------------------------------------------------------------------------------------------------- the training scripts
+
+# Towers without batch norms, which would normalise each micro-batch by itself. A large eps: else the rounding of a
+# vanishing gradient becomes a visible step.
+PLAIN = {
+    "concept_frequency": [],
+    "flame": ["--eps", "1e-4"],
+    "lexvla": ["--eps", "1e-4"],
+    "nmtune": ["--eps", "1e-4"],
+    "protoclip": ["--eps", "1e-4", "--model", "ViT-emoji", "--num-layers", "0"],
+    "tinyclip": ["--eps", "1e-4"],
+    "tldr_reduction-clip": ["--eps", "1e-4"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: 'make data' builds it", pytrace=False)
+    path = tmp_path_factory.mktemp("accumulate")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def given(folder: Path) -> dict[str, list[str]]:
+    (folder / "parts").mkdir()
+    return commands(small_corpus(folder / "corpus"), folder / "parts")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_two_processes_with_micro_batches_equal_one_without(start, given, folder: Path, name: str):
+    command, one, two = [*given[name], *PLAIN[name]], folder / f"{name}-1", folder / f"{name}-2"
+    finished(ended(start(*command, "--out", one, module=SCRIPTS[name])))
+    for peer in start_two(start, *command, "--accumulate", "2", "--out", two, module=SCRIPTS[name]):
+        finished(ended(peer))
+    first, last = ([line["loss"] for line in metrics(out) if "loss" in line] for out in (one, two))
+    assert len(first) == len(last) and all(map(math.isfinite, last))
+    if name not in ("flame", "tinyclip"):  # which log the loss of rank 0
+        np.testing.assert_allclose(last, first, rtol=1e-3)
+    a, b = (checkpoints.load_checkpoint(out / "checkpoint.pt") for out in (one, two))
+    key = "weights" if name == "lexvla" else "state_dict"
+    for weight in a[key]:
+        torch.testing.assert_close(
+            b[key][weight], a[key][weight], rtol=1e-3, atol=1e-3, msg=lambda m, weight=weight: f"{weight}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_uneven_micro_batches_are_refused(in_process, given, folder: Path, name: str):
+    result = in_process(*given[name], "--accumulate", "3", "--out", folder / "none", module=SCRIPTS[name])
+    assert result.code == 2 and "cannot be shared out evenly over 1 processes and 3 micro-batches in each" in result.err
+    result = in_process(*given[name], "--accumulate", "0", "--out", folder / "none", module=SCRIPTS[name])
+    assert result.code == 2 and "--accumulate must be at least 1, not 0" in result.err
