@@ -164,6 +164,7 @@ def extract_features(
             h_image, h_text = (
                 torch.zeros(episode_size, output.image_projected.shape[1], device=device) for _ in range(2)
             )
+        index = index.to(device, non_blocking=True)
         h_image[index], h_text[index] = output.image_projected, output.text_projected
     model.train(was_training)
     if dist.is_initialized():
@@ -201,7 +202,7 @@ def train_episode(
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
         with run.autocast(precision, device):
             output = model(images.to(device, non_blocking=True), trimmed(tokens, model, device))
-        index = index.to(device)
+        index = index.to(device, non_blocking=True)
         if cfg.gather_with_grad:  # each rank has its own rows of the loss
             losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)
         else:  # upstream: all rows on every rank, gradient to the own features alone
