@@ -19,7 +19,8 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     """`open_clip.CLIP.encode_text` of token ids (B, L) -> (B, E), without padding.
 
     Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L. On a GPU,
-    texts of a training and those that `trimmed` has cut are taken as they come. Towers that `cuts` excludes are open_clip's own.
+    texts of a training and those that `trimmed` has cut are taken as they come. Towers that `cuts` excludes are
+    open_clip's own.
     """
     if not cuts(clip):
         return open_clip.CLIP.encode_text(clip, text, normalize)

@@ -275,7 +275,7 @@ def image_transform(size: int, train: bool = False) -> transforms.Compose:
 
 
 def whole_view(pixels: Tensor, u: Tensor | None = None) -> Tensor:
-    """`image_transform` of a batch of decoded images of its size, (B, 3, R, R) uint8; there is no random number in it."""
+    """`image_transform` of a batch of decoded images of its size, (B, 3, R, R) uint8; it needs no random numbers."""
     mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
     return pixels.float().div_(255).sub_(mean).div_(std)
 

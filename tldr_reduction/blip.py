@@ -249,7 +249,7 @@ class TextDecoder(nn.Module):
 
 
 def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Where in the flattened ids (B, T) the next token is neither padding nor prompt: (M,). A GPU is waited for here."""
+    """Where in the flattened ids (B, T) the next token is neither padding nor prompt: (M,). Waits for a GPU."""
     position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
     wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
     return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]

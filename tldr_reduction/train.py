@@ -162,8 +162,8 @@ def losses_of(
     prompt_length: int = 0,
     precision: str = "fp32",
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The stage's losses of images, ids, mask, and `target_places` if they are known: {"loss": their sum, each by name};
-    and the codes of stage captioner."""
+    """The stage's losses of images, ids, mask, and `target_places` if they are known: {"loss": their sum, each by
+    name}; and the codes of stage captioner."""
     images, ids, mask, places = (*batch, None)[:4]
     with run.autocast(precision, images.device):
         if cfg.stage == "clip":
