@@ -146,6 +146,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", f"{trained:,} trained, {frozen:,} frozen or EMA"),
             ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
+            cli.disk_row(n, trained, frozen),
             cli.batch_row(cfg, world_size),
             cli.step_row(per_epoch * cfg.epochs, per_epoch),
             *(("learning rate", rates(step)) for step in steps),

@@ -265,6 +265,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
         [
             ("parameters", f"{parameters:,}"),
             ("samples", f"{cfg.total:,} pairs of {cfg.num_concepts:,} concepts, {cfg.epochs} times"),
+            cli.disk_row(cfg.total, parameters),
             ("frequencies", f"{counts[0]:,} (most), {counts[len(counts) // 2]:,} (median), {counts[-1]:,} (least)"),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, per_epoch),

@@ -218,6 +218,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", f"{parameters:,} (MLP {mlp:,}); no language model"),
             ("samples", f"{samples:,} an epoch, {per_epoch * cfg.batch_size * cfg.epochs:,} in all"),
+            cli.disk_row(samples, parameters),
             cli.batch_row(cfg, world_size),
             *about_texts,
             cli.step_row(total, per_epoch),

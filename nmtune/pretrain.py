@@ -28,6 +28,8 @@ from nmtune.train import cosine_lr
 from shared import cli, data, run
 from shared.clip import trimmed
 
+IMAGENET_BYTES = 110_000  # of an image as it comes
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -189,6 +191,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
         [
             ("parameters", f"{parameters:,}"),
             ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs"),
+            cli.disk_row(samples, parameters, each=cli.PAIR_BYTES if cfg.kind == "clip" else IMAGENET_BYTES),
             ("noise", f"{cfg.noise:g}{swaps}"),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, per_epoch),

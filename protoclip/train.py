@@ -253,6 +253,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", f"{parameters:,} (projection heads {heads:,})"),
             ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows"),
+            cli.disk_row(cfg.dataset_size, trained, parameters - trained),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, cfg.steps_per_episode(), "episode"),
             *cli.rate_rows(

@@ -88,6 +88,8 @@ def test_a_plan_is_a_line_for_each_row(capsys):
     layer = nn.Linear(256, 256, bias=False)
     cli.show_plan(
         [
+            cli.disk_row(2_500_000, 2**28, 2**28),
+            cli.disk_row(None, 2**30, each=110_000),
             cli.batch_row(cfg, 2),
             cli.step_row(1200, 400),
             *cli.rate_rows(lambda step: f"{step / 1000:.1e}", warmup=5000, total=1200),
@@ -95,6 +97,8 @@ def test_a_plan_is_a_line_for_each_row(capsys):
         ]
     )
     assert capsys.readouterr().out.splitlines() == [
+        "disk estimate      58.2 GiB of data, of 25 kB a sample; 4.0 GiB a checkpoint",
+        "disk estimate      data, of 110 kB a sample; 12.0 GiB a checkpoint",
         "batch              64 (32 in each of 2 processes)",
         "steps              1,200 (400 an epoch)",
         "learning rate      0.0e+00 at step 0",

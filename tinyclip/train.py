@@ -383,6 +383,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             cli.batch_row(cfg, world_size),
             ("steps", f"{cfg.steps:,}"),
             ("samples", f"{cfg.steps * cfg.batch_size:,}"),
+            cli.disk_row(cfg.dataset_size, sum(p.numel() for p in student.parameters())),
             *cli.rate_rows(
                 lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}",
                 prune_step or cfg.warmup,

@@ -197,6 +197,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         rows += [("codes", f"{codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")]
     size = f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"
     rows += [("samples", size if n else "unknown: pass --data or --dataset-size"), cli.batch_row(cfg, world_size)]
+    rows += [cli.disk_row(n, trained, frozen)]
     if per_epoch:
         rows += [cli.step_row(per_epoch * cfg.epochs, per_epoch)]
     for epoch, step in ((0, 0), (0, cfg.warmup), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0)):
