@@ -72,7 +72,7 @@ class MaxLogits(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # token i sums the codebook rows of the words that it won
             order = token.flatten().argsort(stable=True)
             counts = torch.zeros(B * n, dtype=torch.long, device=z.device)
-            counts.index_add_(0, token.flatten(), torch.ones_like(order))  # `bincount` would wait for a GPU
+            counts.scatter_add_(0, token.flatten(), torch.ones_like(order))  # `bincount` would wait for a GPU
             grad_z = F.embedding_bag(
                 order % winner.shape[1],
                 codebook,

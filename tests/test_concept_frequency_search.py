@@ -122,7 +122,7 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
     (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
     cfg = CountConfig(images=(str(tmp_path / "0.tar"),), ids="cc3m", tagger="colours:red_blue")
     done, tags = [], []
-    for decoders in (0, 1, 3):
+    for decoders in (0, 1, 2):
         done.append(
             search.tag_part(search.Job(part, cfg, str(tmp_path / f"{decoders}.npz"), ("dog", "cat")), "cpu", decoders)
         )

@@ -274,8 +274,8 @@ def image_transform(size: int, train: bool = False) -> transforms.Compose:
     return transforms.Compose([*steps, normalise])
 
 
-def whole_view(pixels: Tensor, u: Tensor | None = None) -> Tensor:
-    """`image_transform` of a batch of decoded images of its size, (B, 3, R, R) uint8; it needs no random numbers."""
+def whole_views(pixels: Tensor) -> Tensor:
+    """`image_transform` of decoded images that have its size already, (B, 3, R, R) uint8."""
     mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -317,14 +317,15 @@ class Corpus:
         return PairDataset(self.pairs, self.transform, self.tokenizer, seed)
 
     def remember(self, teacher: CLIP | None, precision: str) -> None:
-        """Decode all images once, and keep them on the device, with tokens and the teacher's features of them."""
+        """Decode all images once; keep their views and the teacher's features of them on the device, and the tokens."""
         device = self.process.device
-        self.memory = memory.read(self.pairs, self.size, self.tokenizer, self.process).to(device)
-        data.report_broken([*self.broken, *self.memory.broken], self.process, "epoch 1")
+        found = memory.read(self.pairs, self.size, self.tokenizer, self.process).to(device)
+        self.memory = found._replace(pixels=whole_views(found.pixels))
+        data.report_broken([*self.broken, *found.broken], self.process, "epoch 1")
         self.broken.clear()
         if teacher is not None:
             parts = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
-            inputs = ((whole_view(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
+            inputs = ((images, cut_padding(tokens, device)) for images, tokens in parts)
             answers = [ask_teacher(teacher, *batch, self.cfg, precision) for batch in inputs]
             image, text, scales = zip(*answers, strict=True)
             self.answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
@@ -354,7 +355,8 @@ class Corpus:
         rank, world_size, _ = self.process
         order = data.batches(len(self.pairs), self.cfg.batch_size // world_size, seed, rank, world_size, first)
         order, rows = order[: self.steps_per_epoch - first], np.arange(len(self.pairs))
-        for index, images, tokens, _ in memory.Views(self.memory, rows, whole_view, 0, seed, order):
+        as_it_is = lambda images, u: images  # noqa: E731
+        for index, images, tokens, _ in memory.Views(self.memory, rows, as_it_is, 0, seed, order):
             answer = self.answer
             found = answer and TeacherOutput(answer.image[index], answer.text[index], answer.scale)
             yield images, tokens, found

@@ -326,7 +326,7 @@ def train(cfg: Config, process: run.Process) -> Path:
                 model.logit_scale.data.clamp_(0, math.log(100))
             if codes is not None:
                 chosen = run.gather(codes).flatten()
-                used.index_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
+                used.scatter_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
             if step % cfg.log_every == 0 or batch == 0:
                 folder.log(step, epoch=epoch, lr=lr, **step_metrics(model, losses, codes, used, cfg))
             if folder.due(step) and batch + 1 < per_epoch:
