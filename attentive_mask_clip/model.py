@@ -327,7 +327,8 @@ class CLIP(nn.Module):
 
     def _encode_text(self, tokens: Tensor, transformer: TextTransformer, projection: Tensor) -> Tensor:
         end = tokens.argmax(dim=1)  # the end token has the highest id
-        tokens = tokens[:, : end.max() + 1]  # no caption of the batch reads further: attention is causal
+        if not (tokens.is_cuda and self.training):  # `cut_padding` has done it, where a GPU would have to be waited for
+            tokens = tokens[:, : end.max() + 1]  # no caption of the batch reads further: attention is causal
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(transformer(x))
         return x[torch.arange(len(x), device=x.device), end] @ projection

@@ -21,7 +21,7 @@ from attentive_mask_clip.config import PRESETS, Config, check, check_model
 from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops  # noqa: F401
 from attentive_mask_clip.model import ACLIP, CLIP, aclip_loss, baseline_loss, create_model
 from shared import cli, data, run, windows
-from shared.clip import set_grad_checkpointing
+from shared.clip import cut_padding, set_grad_checkpointing
 from shared.zeroshot import quick_top1
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
@@ -146,6 +146,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", f"{trained:,} trained, {frozen:,} frozen or EMA"),
             ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
+            cli.disk_row(n, trained, frozen),
             cli.batch_row(cfg, world_size),
             cli.step_row(per_epoch * cfg.epochs, per_epoch),
             *(("learning rate", rates(step)) for step in steps),
@@ -220,7 +221,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # of random masks: resume agrees
             images = [view.to(process.device, non_blocking=True) for view in images]
-            boxes, tokens = (x.to(process.device, non_blocking=True) for x in (boxes, tokens))
+            boxes, tokens = boxes.to(process.device, non_blocking=True), cut_padding(tokens, process.device)
             lr, momentum = lrs[step - 1], momenta[step - 1]
             losses = train_step(ddp, (images, boxes, tokens), optimizer, lr, momentum, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:

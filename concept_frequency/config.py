@@ -195,7 +195,8 @@ class CountConfig:
     """Size of the corpus for the misalignment degree; None: the number of captions counted."""
 
     workers: int = 0
-    """Processes on this machine; 0: one a core."""
+    """Processes on this machine; 0: one a core. Where there are GPUs, each has one that tags images, which the
+    others decode."""
     address: str = ""
     """Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for Ray on this machine; the extra `ray`."""
     memory: int = 256

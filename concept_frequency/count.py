@@ -12,13 +12,15 @@ One index of everything is never built, and N machines exchange a few thousand w
 """
 
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent import futures
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -38,6 +41,7 @@ from concept_frequency.search import (
     CountJob,
     Done,
     Job,
+    RayTagger,
     TagJob,
     count_part,
     count_tags,
@@ -193,37 +197,95 @@ def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[i
 
     Jobs and results are pickled; functions are found by name, so that the project is importable where they run.
     """
-    workers = cfg.workers or cli.cores()
     if cfg.address:
-        yield from run_on_ray(work, jobs, gpu=work is tag_part)
-    elif workers == 1 or len(jobs) < 2:
-        yield from ((i, work(job)) for i, job in enumerate(jobs))
-    else:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes to come
-        with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(work, job): i for i, job in enumerate(jobs)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        yield from run_on_ray(work, jobs)
+        return
+    crews = processes(work, cfg.workers or cli.cores(), len(jobs))
+    if sum(size for size, _ in crews) <= 1:
+        yield from ((i, call(job)) for _, call in crews for i, job in enumerate(jobs))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes to come
+    pools = [ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) for size, _ in crews]
+    places = [(functools.partial(pool.submit, call), size) for pool, (size, call) in zip(pools, crews, strict=True)]
+    first = lambda running: futures.wait(running, return_when=futures.FIRST_COMPLETED).done.pop()  # noqa: E731
+    try:
+        yield from as_they_come(jobs, places, first, Future.result)
+    finally:
+        for wait in (False, True):  # cancel everywhere first
+            for pool in pools:
+                pool.shutdown(wait, cancel_futures=True)
 
 
-def run_on_ray(work: Callable, jobs: Sequence, gpu: bool) -> Iterator[tuple[int, Any]]:
-    """The same on the cluster that `connect` has connected to, a few jobs ahead for each of its processors."""
+def processes(work: Callable, workers: int, jobs: int) -> list[tuple[int, Callable]]:
+    """(number of processes, the function that each of them calls) for so many jobs on this machine.
+
+    Images are tagged by one process a GPU, with its share of the `workers` beside it as decoders. All else, and images
+    where there is no GPU, is done by as many processes as there are workers.
+    """
+    devices = gpus()[: min(workers, jobs)] if work is tag_part else []
+    if not devices:
+        return [(min(workers, jobs), work)]
+    decoders = workers // len(devices) if workers > len(devices) else 0
+    return [(1, functools.partial(work, device=device, decoders=decoders)) for device in devices]
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def as_they_come(
+    jobs: Sequence, places: list[tuple[Callable, int]], first: Callable[[list], Any], result: Callable[[Any], Any]
+) -> Iterator[tuple[int, Any]]:
+    """(number of the job, its result) as they come.
+
+    places: (function that starts a job, how many it does at a time); each is given as many again, so as not to wait.
+    `first` waits for one of the jobs under way, `result` is what became of it.
+    """
+    todo, running = iter(enumerate(jobs)), {}
+
+    def start(submit: Callable, count: int) -> None:
+        running.update({submit(job): (i, submit) for i, job in itertools.islice(todo, count)})
+
+    for submit, count in places * 2:
+        start(submit, count)
+    while running:
+        done = first(list(running))
+        i, submit = running.pop(done)
+        start(submit, 1)
+        yield i, result(done)
+
+
+def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
+    """The same on the cluster that `connect` has connected to: one process a processor, for images one a GPU."""
     import ray
 
-    resources = ray.cluster_resources()
-    remote = ray.remote(num_gpus=1 if gpu and resources.get("GPU") else 0)(work)
-    todo = iter(enumerate(jobs))
-    running = {remote.remote(job): i for i, job in itertools.islice(todo, 4 * int(resources.get("CPU", 1)))}
-    while running:
-        (ready,), _ = ray.wait(list(running), num_returns=1)
+    taggers, share = [], cores_of_a_gpu(ray.nodes()) if work is tag_part else None
+    if share is None:
+        places = [(ray.remote(work).remote, 2 * int(ray.cluster_resources().get("CPU", 1)))]
+    else:  # processes that stay, and keep their GPU and their model
+        tagger = ray.remote(num_gpus=1, num_cpus=share, max_restarts=2, max_task_retries=2)(RayTagger)
+        count = min(int(ray.available_resources().get("GPU", 0)) or 1, len(jobs))  # others may hold some
+        taggers = [tagger.remote(share) for _ in range(count)]
+        places = [(tagger.tag.remote, 1) for tagger in taggers]
+
+    def result(done: Any) -> Any:
         try:
-            yield running.pop(ready), ray.get(ready)
+            return ray.get(done)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # a sentence, not a report of both machines
-        running |= {remote.remote(job): i for i, job in itertools.islice(todo, 1)}
+
+    try:
+        yield from as_they_come(jobs, places, lambda running: ray.wait(running, num_returns=1)[0][0], result)
+    finally:
+        for tagger in taggers:
+            ray.kill(tagger)
+
+
+def cores_of_a_gpu(nodes: list[dict]) -> int | None:
+    """Processors for each GPU, on the machine of a Ray cluster that has fewest of them; None without any GPU."""
+    found = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
+    return min((int(each.get("CPU", 0) // each["GPU"]) for each in found), default=None)
 
 
 def connect(address: str) -> None:

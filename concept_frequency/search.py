@@ -8,8 +8,9 @@ all: a killed count goes on with those that are missing, and other concepts late
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,14 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from concept_frequency.concepts import load_json
 from concept_frequency.config import CountConfig
 from concept_frequency.corpus import Part, RowTable, read_captions, read_columns, row_keys, sample_id
 from concept_frequency.curves import misalignment
 from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
-from concept_frequency.tagging import Tagger, batched, load_tagger, tag_captions, tag_images
+from concept_frequency.tagging import Tagger, load_tagger, tag_captions, tag_images
 from shared import checkpoints, data, tars
+
+BATCH = 64  # images of a forward pass
 
 # --------------------------------------------------------------------------------------------- index and tags of a part
 
@@ -82,49 +86,78 @@ def label_part(job: Job) -> Done:
 
 
 @cache
-def tagger_of(settings: str, names: tuple[str, ...]) -> tuple[Tagger, str]:
-    """This process's tagger and its device, made once; `settings` is a `CountConfig` in JSON."""
-    cfg, device = CountConfig(**json.loads(settings)), "cuda" if torch.cuda.is_available() else "cpu"
+def tagger_of(settings: str, names: tuple[str, ...], device: str) -> Tagger:
+    """This process's tagger on a device, made once; `settings` is a `CountConfig` in JSON."""
+    cfg = CountConfig(**json.loads(settings))
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # nothing of this process is to be on another GPU
     return load_tagger(
         cfg.tagger, names, cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions or None, cfg.average, device
-    ), device
+    )
 
 
-def tag_part(job: Job) -> Done:
-    """Tag the images of a shard: (document, concept, probability) of all above one half, or a lower threshold."""
-    cfg, broken = job.cfg, []
+def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
+    """Tag the images of a shard on a device: (document, concept, probability) of all above one half, or a lower
+    threshold. Images are decoded by so many processes beside this one, or by itself."""
+    cfg, broken, found = job.cfg, [], [(np.zeros(0),) * 3]
     if job.part.kind != ".tar":
         raise ValueError(f"--tagger needs images, and {job.part.path} is no .tar shard")
-    tagger, device = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names)
+    tagger = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names, device)
     table = RowTable.load(job.table) if job.table else None
-    found = [(np.zeros(0),) * 3]
-    with job.part.local() as file:
-        shard = tars.index_shard(file)
-        for batch in batched(read_images(file, shard, job.part.number, cfg.ids, table, tagger, broken), 64):
-            documents = np.array([document for document, _ in batch])
-            probabilities = tag_images([torch.stack([image for _, image in batch]).to(device)], tagger.probabilities)
-            row, concept = np.nonzero(tag_presence(probabilities, min(0.5, cfg.threshold)))
-            found.append((documents[row], concept, probabilities[row, concept]))
+    with job.part.local() as file, open(file, "rb", buffering=0) as tar:
+        shard = ShardImages(tar, job.part.number, cfg.ids, table, tagger.transform)
+        loader = DataLoader(
+            shard, BATCH, num_workers=decoders, collate_fn=collate, pin_memory=device.startswith("cuda"),
+            multiprocessing_context="fork" if decoders else None,
+        )  # fmt: skip
+        for documents, images, passed_over in loader:
+            broken += passed_over
+            if len(documents):
+                probabilities = tag_images([images.to(device, non_blocking=True)], tagger.probabilities)
+                row, concept = np.nonzero(tag_presence(probabilities, min(0.5, cfg.threshold)))
+                found.append((documents[row], concept, probabilities[row, concept]))
     save = tags_writer(*(np.concatenate(column) for column in zip(*found, strict=True)))
-    return finish(job.target, save, len(shard.keys), broken + shard.broken * bool(cfg.images))
+    return finish(job.target, save, len(shard), broken + shard.index.broken * bool(cfg.images))
 
 
-def read_images(
-    file: str, shard: tars.ShardIndex, number: int, ids: str, table: RowTable | None, tagger: Tagger,
-    broken: list[data.Broken],
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """(document, image) of the samples of shard `number`; others are appended to `broken`."""
-    wanted = row_keys(file, ids, shard.keys)
-    with open(file, "rb") as tar:
-        for row, (offset, size, *_) in enumerate(shard.spans.tolist()):
-            tar.seek(offset)
-            try:
-                document = row if ids == "row" else sample_id(ids, wanted[row], number, table)
-                yield document, tagger.transform(data.decode_image(tar.read(size)))
-            except data.BrokenSample as error:
-                broken.append(data.Broken(shard.keys[row], str(error)))
-            except (KeyError, ValueError):
-                broken.append(data.Broken(shard.keys[row], "not among the captions"))
+class ShardImages(Dataset):
+    """Row of an image shard -> (document, image (3, H, W)), or what is broken. `tar` is the shard, opened."""
+
+    def __init__(self, tar: FileIO, number: int, ids: str, table: RowTable | None, transform: Callable):
+        self.tar, self.number, self.ids, self.table, self.transform = tar, number, ids, table, transform
+        self.index = tars.index_shard(tar.name)
+        self.wanted = row_keys(tar.name, ids, self.index.keys)
+
+    def __len__(self) -> int:
+        return len(self.index.keys)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor] | data.Broken:
+        offset, size, *_ = self.index.spans[row].tolist()
+        try:
+            document = row if self.ids == "row" else sample_id(self.ids, self.wanted[row], self.number, self.table)
+            return document, self.transform(data.decode_image(os.pread(self.tar.fileno(), size, offset)))
+        except data.BrokenSample as error:
+            return data.Broken(self.index.keys[row], str(error))
+        except (KeyError, ValueError):
+            return data.Broken(self.index.keys[row], "not among the captions")
+
+
+def collate(items: list) -> tuple[NDArray[np.int64], Tensor | None, list[data.Broken]]:
+    """(documents (B,), images (B, 3, H, W) or None for none, what is broken)."""
+    broken = [item for item in items if isinstance(item, data.Broken)]
+    whole = [item for item in items if not isinstance(item, data.Broken)]
+    documents = np.array([document for document, _ in whole], dtype=np.int64)
+    return documents, torch.stack([image for _, image in whole]) if whole else None, broken
+
+
+class RayTagger:
+    """Tags parts on the GPU that Ray gives it, as long as it lives."""
+
+    def __init__(self, decoders: int):
+        self.device, self.decoders = "cuda:0" if torch.cuda.is_available() else "cpu", decoders
+
+    def tag(self, job: Job) -> Done:
+        return tag_part(job, self.device, self.decoders)
 
 
 def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[BinaryIO], None]:

@@ -266,6 +266,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
         [
             ("parameters", f"{parameters:,}"),
             ("samples", f"{cfg.total:,} pairs of {cfg.num_concepts:,} concepts, {cfg.epochs} times"),
+            cli.disk_row(cfg.total, parameters),
             ("frequencies", f"{counts[0]:,} (most), {counts[len(counts) // 2]:,} (median), {counts[-1]:,} (least)"),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, per_epoch),
@@ -312,8 +313,9 @@ class ArmData:
             # all ranks draw the views of the whole batch, so that processes together see what one would
             generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, step))
             noise = torch.rand(cfg.batch_size, NOISE, generator=generator)[rank * local : (rank + 1) * local]
-            images = self.corpus.images[self.pairs.image[batch]].to(device)
-            yield views(images, noise.to(device), self.size), self.tokens[batch]
+            chosen = self.corpus.images[self.pairs.image[batch]], noise
+            images, noise = (run.pinned(x, device).to(device, non_blocking=True) for x in chosen)
+            yield views(images, noise, self.size), run.pinned(self.tokens[batch], device)
 
 
 def train(cfg: Config) -> Path | None:

@@ -270,14 +270,18 @@ class TrainedText(FLAME):
         del self.logit_bias
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each without padding after its longest."""
+        """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each without padding after its longest.
+
+        In training on a GPU, which would have to be waited for, `cut_padding` has cut it, and there is one group.
+        """
         ends = tokens.argmax(dim=1)  # the end token has the highest id
-        embedded, _ = self.text._embeds(tokens[:, : int(ends.max()) + 1])
+        waits = not (tokens.is_cuda and self.training)
+        embedded, _ = self.text._embeds(tokens[:, : int(ends.max()) + 1] if waits else tokens)
         order, groups = ends.argsort(), []
-        for rows in order.chunk(4):
-            length = int(ends[rows].max()) + 1
+        for rows in order.chunk(4 if waits else 1):
+            length = int(ends[rows].max()) + 1 if waits else tokens.shape[1]
             hidden = self.text.transformer(embedded[rows, :length], attn_mask=self.text.attn_mask[:length, :length])
-            groups.append(hidden[torch.arange(len(rows)), ends[rows]])
+            groups.append(hidden[torch.arange(len(rows), device=rows.device), ends[rows]])
         return self.text.ln_final(torch.cat(groups)[order.argsort()]) @ self.text.text_projection
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

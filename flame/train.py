@@ -26,6 +26,7 @@ from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from flame.zeroshot import Curve
 from shared import accumulate, cli, data, run, windows
+from shared.clip import cut_padding
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -142,6 +143,12 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
     return torch.stack(images), torch.stack(texts), [b for each in broken for b in each]
 
 
+def on_device(images: Tensor, texts: Tensor, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and texts of `collate` on the device, tokens without padding."""
+    images = images.to(device, non_blocking=True)
+    return images, cut_padding(texts, device) if cfg.method == "clip" else texts.to(device, non_blocking=True)
+
+
 # ------------------------------------------------------------------------------------------------------ model and step
 
 
@@ -216,6 +223,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", f"{parameters:,} (MLP {mlp:,}); no language model"),
             ("samples", f"{samples:,} an epoch, {per_epoch * cfg.batch_size * cfg.epochs:,} in all"),
+            cli.disk_row(samples, parameters),
             cli.batch_row(cfg, world_size),
             *about_texts,
             cli.step_row(total, per_epoch),
@@ -301,9 +309,9 @@ def main(cfg: Config) -> Path | None:
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
-            images, texts = (x.to(process.device, non_blocking=True) for x in (images, texts))
+            inputs = on_device(images, texts, cfg, process.device)
             lr = schedule(cfg, step - 1, total)
-            loss = train_step(ddp, (images, texts), optimizer, lr, cfg, precision, scaler)
+            loss = train_step(ddp, inputs, optimizer, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
                 bias = {"logit_bias": model.logit_bias} if cfg.method == "flame" else {}
                 folder.log(step, epoch=epoch, lr=lr, loss=loss, logit_scale=model.logit_scale.exp(), **bias)

@@ -71,7 +71,8 @@ class MaxLogits(torch.autograd.Function):
         token = winner + n * torch.arange(B, device=z.device)[:, None]  # (B, V) row of z.view(B * n, d)
         if ctx.needs_input_grad[0]:  # token i sums the codebook rows of the words that it won
             order = token.flatten().argsort(stable=True)
-            counts = torch.bincount(token.flatten(), minlength=B * n)
+            counts = torch.zeros(B * n, dtype=torch.long, device=z.device)
+            counts.scatter_add_(0, token.flatten(), torch.ones_like(order))  # `bincount` would wait for a GPU
             grad_z = F.embedding_bag(
                 order % winner.shape[1],
                 codebook,
@@ -106,7 +107,7 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
         return s
     kth = s.topk(topk).values[..., -1:]
     keep = s >= kth
-    if (keep.sum(-1) > topk).any():  # ties at the edge
+    if s.is_cuda or (keep.sum(-1) > topk).any():  # ties at the edge, which to ask a GPU for would wait for it
         above = s > kth
         tied = keep & ~above
         keep = above | tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True))

@@ -199,6 +199,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             ("", f"image codebook {model.image.codebook.numel():,}, trained in the text tower {lora:,}"),
             ("vocabulary", words),
             ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
+            cli.disk_row(n, trained),
             cli.batch_row(cfg, world_size),
             cli.step_row(steps, per_epoch),
         ]

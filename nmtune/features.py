@@ -414,18 +414,19 @@ class RunFeatures:
         cfg, process = self.cfg, self.process
         if self.bank is not None:
             for feats, labels in bank_batches(self.bank, cfg.batch_size, cfg.seed, epoch, start, self.two):
-                yield feats.to(process.device), labels.to(process.device)
+                chosen = run.pinned(feats, process.device), run.pinned(labels, process.device)
+                yield tuple(x.to(process.device, non_blocking=True) for x in chosen)
             return
         strong = with_rand_augment(self.train_view) if cfg.views == "train+rand" else self.train_view
         views = Views(self.images, TwoViews(self.train_view, strong), cfg.seed, epoch)
         size = cfg.batch_size // process.world_size
         order = data.batches(self.size, size, (cfg.seed, epoch), process.rank, process.world_size, start)
-        loader = DataLoader(views, batch_sampler=order, num_workers=cfg.workers, collate_fn=collate)
+        loader = data.loader_of(views, order, collate, cfg, process)
         for images, labels, _ in data.watch(loader, self.broken):
             feats = torch.zeros(2, 0, self.dim, device=process.device)
             if len(labels):
                 feats = encode(self.encoder, images, process.device, self.precision)
-            feats, labels = gather_views(feats, labels.to(process.device), process)
+            feats, labels = gather_views(feats, labels.to(process.device, non_blocking=True), process)
             yield feats.flatten(0, 1), labels.repeat(2)
 
     def test_set(self, name: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:

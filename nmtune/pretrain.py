@@ -28,6 +28,8 @@ from nmtune.train import cosine_lr
 from shared import accumulate, cli, data, run
 from shared.clip import set_grad_checkpointing, trimmed
 
+IMAGENET_BYTES = 110_000  # of an image as it comes
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -128,8 +130,9 @@ def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: T
     with torch.no_grad():
         hit = output.argmax(dim=1) == targets
         for name, rows in (("clean", ~noisy), ("noisy", noisy)):
-            if rows.any():
-                parts[f"accuracy_{name}"] = 100 * hit[rows].float().mean()
+            if count := int(rows.sum()):  # of rows on the CPU
+                rows = run.pinned(rows, hit.device).to(hit.device, non_blocking=True)
+                parts[f"accuracy_{name}"] = 100 * ((hit & rows).sum() / count)
     return parts
 
 
@@ -190,6 +193,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
         [
             ("parameters", f"{parameters:,}"),
             ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs"),
+            cli.disk_row(samples, parameters, each=cli.PAIR_BYTES if cfg.kind == "clip" else IMAGENET_BYTES),
             ("noise", f"{cfg.noise:g}{swaps}"),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, per_epoch),

@@ -164,6 +164,7 @@ def extract_features(
             h_image, h_text = (
                 torch.zeros(episode_size, output.image_projected.shape[1], device=device) for _ in range(2)
             )
+        index = index.to(device, non_blocking=True)
         h_image[index], h_text[index] = output.image_projected, output.text_projected
     model.train(was_training)
     if dist.is_initialized():
@@ -199,7 +200,8 @@ def train_episode(
         for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
         torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
-        inputs, index = (images.to(device, non_blocking=True), trimmed(tokens, model, device)), index.to(device)
+        inputs = images.to(device, non_blocking=True), trimmed(tokens, model, device)
+        index = index.to(device, non_blocking=True)
         output, backward = accumulate.forward(model, inputs, cfg, precision)
         if cfg.gather_with_grad:  # each rank has its own rows of the loss
             losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)
@@ -251,6 +253,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", f"{parameters:,} (projection heads {heads:,})"),
             ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows"),
+            cli.disk_row(cfg.dataset_size, trained, parameters - trained),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, cfg.steps_per_episode(), "episode"),
             *cli.rate_rows(

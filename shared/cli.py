@@ -13,6 +13,8 @@ from torch import nn
 from shared.clip import set_grad_checkpointing
 from shared.run import finish
 
+PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M as its authors give it, 10 TB in shards
+
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
@@ -93,6 +95,14 @@ def memory_rows(
         ),
         ("", f"{weights:.1f} weights, {kept}; {activations:.1f} activations"),
     ]
+
+
+def disk_row(samples: int | None, trained: int, frozen: int = 0, each: int = PAIR_BYTES) -> tuple[str, str]:
+    """Disk for shards of so many pairs, of `each` bytes, and for a checkpoint: weights, and AdamW's two moments of the
+    trained ones, all in fp32."""
+    data = f"{samples * each / 2**30:,.1f} GiB of data" if samples else "data"
+    size = f"{data}, of {each / 1000:.0f} kB a sample; {(12 * trained + 4 * frozen) / 2**30:.1f} GiB a checkpoint"
+    return "disk estimate", size
 
 
 def activation_bytes(forward: Callable[[], Any], checkpointed: nn.Module | None = None) -> float:

@@ -20,15 +20,17 @@ def cuts(model: nn.Module) -> bool:
 def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
     """`open_clip.CLIP.encode_text` of token ids (B, L) -> (B, E), without padding.
 
-    Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L. Training
-    on a GPU takes texts as they come: see `trimmed`. Towers that `cuts` excludes are open_clip's own.
+    Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L. On a GPU,
+    texts of a training and those that `trimmed` has cut are taken as they come. Towers that `cuts` excludes are
+    open_clip's own.
     """
     if not cuts(clip):
         return open_clip.CLIP.encode_text(clip, text, normalize)
     end = text.argmax(dim=-1)  # the end token has the highest id
     dtype, pooled = clip.transformer.get_cast_dtype(), []
     end, order = end.sort(stable=True)
-    stalls = text.is_cuda and clip.training  # to ask a GPU for the length would wait for all that it has to do
+    # to ask a GPU for the length would wait for all that it has to do
+    stalls = text.is_cuda and (clip.training or text.shape[1] < clip.context_length)
     length = text.shape[1] if stalls else int(end[-1]) + 1
     embedded = clip.token_embedding(text[order, :length]).to(dtype) + clip.positional_embedding[:length].to(dtype)
     groups = GROUPS if text.device.type == "cpu" and len(text) >= 64 else 1
@@ -43,11 +45,16 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     return F.normalize(x, dim=-1) if normalize else x
 
 
-def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
-    """Token ids (B, L) on the CPU -> on the device, up to their longest text if `encode_text` of the model cuts it."""
-    model = getattr(model, "module", model)  # of DistributedDataParallel
-    length = int(text.argmax(dim=-1).max()) + 1 if cuts(model) else text.shape[1]
+def cut_padding(text: Tensor, device: torch.device) -> Tensor:
+    """Token ids (B, L) on the CPU -> on the device, up to their longest text: a GPU is not asked for its length."""
+    length = int(text.argmax(dim=-1).max()) + 1  # the end token has the highest id
     return text.to(device, non_blocking=True)[:, :length]  # cut there: a part of pinned memory would be copied first
+
+
+def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
+    """`cut_padding` of token ids (B, L), if `encode_text` of the model cuts them; else all on the device."""
+    model = getattr(model, "module", model)  # of DistributedDataParallel
+    return cut_padding(text, device) if cuts(model) else text.to(device, non_blocking=True)
 
 
 def image_side(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ that neither the order of batches, nor the number of processes, nor a resume cha
 Shapes: N items, B batch, H stored side, S side of a view, L tokens.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,8 @@ class InMemory(NamedTuple):
     broken: list[Broken]  # samples whose place a neighbour took
 
     def to(self, device: torch.device) -> "InMemory":
-        return self._replace(pixels=self.pixels.to(device), tokens=self.tokens.to(device))
+        """With the pixels on the device; tokens stay, as `clip.trimmed` wants to know their length."""
+        return self._replace(pixels=self.pixels.to(device))
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -151,7 +153,7 @@ class Views:
     """Batches (index, images (B, 3, S, S), tokens (B, L), broken samples) of `rows` of a corpus in memory.
 
     `transform(pixels (B, 3, H, H) uint8, u (B, count))` makes the images; u are the items' own random numbers.
-    Batches of item indices come from `data.batches`.
+    Batches of item indices come from `data.batches`. Indices and images are where the pixels are, tokens on the CPU.
     """
 
     def __init__(
@@ -176,14 +178,21 @@ class Views:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Broken]]]:
         device = self.memory.pixels.device
+        rows, uniforms = self.rows.to(device), self.uniforms.to(device)
         for batch in self.batches:
-            index = torch.from_numpy(batch)
-            rows = self.rows[index].to(device)
-            images = self.transform(self.memory.pixels[rows], self.uniforms[index].to(device))
-            yield index, images, self.memory.tokens[rows], []
+            items = torch.from_numpy(batch)
+            index = run.pinned(items, device).to(device, non_blocking=True)
+            images = self.transform(self.memory.pixels[rows[index]], uniforms[index])
+            yield index, images, run.pinned(self.memory.tokens[self.rows[items]], device), []
+
+
+@functools.cache
+def statistics_on(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of channels on a device, (3, 1, 1) each, sent there once."""
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
 
 def normalized(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]] = CLIP_STATISTICS) -> Tensor:
     """images (B, 3, S, S), 0 to 255 -> normalised in place by mean and deviation of values 0 to 1, channels last."""
-    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in statistics)
+    mean, std = (255 * x for x in statistics_on(images.device, *map(tuple, statistics)))
     return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

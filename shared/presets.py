@@ -17,7 +17,8 @@ from shared.evaluation import table
 NOT_STATED = "not stated"
 NOTE = f"""
 
-{{}} presets, each run by `python -m FOLDER.PRESET`, words as in the table; `--dry-run` shows sizes and schedule.
+{{}} presets, each run by `python -m FOLDER.PRESET`, words as in the table; `--dry-run` shows sizes,
+schedule, and the memory and disk that it takes.
 "{NOT_STATED}": neither the authors' pages nor what could be read of the paper says it."""
 
 

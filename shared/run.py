@@ -56,8 +56,10 @@ class Process(NamedTuple):
 def setup(seed: int, device: str = "auto") -> Process:
     """Seed every generator and join the process group if torchrun (or SLURM) started us.
 
-    `device` is auto (CUDA if there is one), cpu, cuda or cuda:N. On a CPU the flash kernel of scaled dot product
-    attention is switched off: its backward pass is several times slower than the plain one at a few dozen tokens.
+    `device` is auto (CUDA if there is one), cpu, cuda or cuda:N. Of several processes each takes the GPU of its local
+    rank, modulo their number; where torchrun starts more of them than there are GPUs, they talk by gloo, since NCCL
+    refuses to share one. On a CPU the flash kernel of scaled dot product attention is switched off: its backward pass
+    is several times slower than the plain one at a few dozen tokens.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +67,13 @@ def setup(seed: int, device: str = "auto") -> Process:
         raise ValueError(f"there is no device {device!r}: --device is auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
-    info = init_distributed_device_so(device)
+    crowded = device.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
+    info = init_distributed_device_so(device, "gloo" if crowded else None, no_set_device_rank=True)
+    place = torch.device(info["device"])
+    if place.type == "cuda" and info["distributed"]:  # SLURM may show each process its own GPU alone, as number 0
+        place = torch.device("cuda", info["local_rank"] % torch.cuda.device_count())
+    if place.index is not None:
+        torch.cuda.set_device(place)
     if info["distributed"]:  # for ranks that wait, for hours if need be, while others work something out
         global _patient
         _patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
@@ -73,8 +81,9 @@ def setup(seed: int, device: str = "auto") -> Process:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True  # most steps have the shapes of the step before
-    torch.backends.cuda.enable_flash_sdp(not info["device"].startswith("cpu"))
-    return Process(info["global_rank"], info["world_size"], torch.device(info["device"]))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_flash_sdp(place.type != "cpu")
+    return Process(info["global_rank"], info["world_size"], place)
 
 
 def finish() -> None:
@@ -136,6 +145,11 @@ def own_columns(features: torch.Tensor) -> torch.Tensor:
     """Where this rank's rows (B, D) stand among the gathered ones: (B,) int64."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.arange(len(features), device=features.device) + rank * len(features)
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in page-locked memory, from which copies to a GPU wait for nothing; as it is for another device."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 # -------------------------------------------------------------------------------------------------------- precision

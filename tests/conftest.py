@@ -15,7 +15,7 @@ import json
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,49 @@ def pytest_configure(config: pytest.Config) -> None:
 def upstream(request: pytest.FixtureRequest) -> Path:
     """The authors' clone; tests that take it are skipped without --upstream."""
     return request.config.getoption("upstream") or pytest.skip("needs --upstream PATH")
+
+
+class Watch:
+    """Inside its functions tensors say that they are on a GPU, and fail where that would have to be waited for."""
+
+    ASKED = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.on = False
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: self.on))
+        for name in self.ASKED:
+            patch.setattr(torch.Tensor, name, self.refusing(name, getattr(torch.Tensor, name)))
+        for name in ("bincount", "multinomial"):
+            patch.setattr(torch, name, self.refusing(name, getattr(torch, name)))
+        for name in ("__getitem__", "__setitem__"):
+            patch.setattr(torch.Tensor, name, self.refusing(name, getattr(torch.Tensor, name), of_masks=True))
+
+    def refusing(self, name: str, function: Callable, of_masks: bool = False) -> Callable:
+        def refused(*arguments, **options):
+            index = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], tuple) else arguments[1:2]
+            mask = any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in index)
+            assert not self.on or (of_masks and not mask), f"{name} would wait for a GPU"
+            return function(*arguments, **options)
+
+        return refused
+
+    def within(self, function: Callable, on: bool = True) -> Callable:
+        """The function, which must not wait; or, with `on` False, may."""
+
+        @functools.wraps(function)
+        def watched(*arguments, **options):
+            before, self.on = self.on, on
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.on = before
+
+        return watched
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
 
 
 found_by: dict[str, dict[tuple[str, str], dict]] = defaultdict(dict)  # folder -> (test, against what) -> differences

@@ -113,6 +113,8 @@ def test_a_plan_is_a_line_for_each_row(capsys):
     layer = nn.Linear(256, 256, bias=False)
     cli.show_plan(
         [
+            cli.disk_row(2_500_000, 2**28, 2**28),
+            cli.disk_row(None, 2**30, each=110_000),
             cli.batch_row(cfg, 2),
             cli.batch_row(types.SimpleNamespace(batch_size=64, accumulate=4), 2),
             cli.step_row(1200, 400),
@@ -121,6 +123,8 @@ def test_a_plan_is_a_line_for_each_row(capsys):
         ]
     )
     assert capsys.readouterr().out.splitlines() == [
+        "disk estimate      58.2 GiB of data, of 25 kB a sample; 4.0 GiB a checkpoint",
+        "disk estimate      data, of 110 kB a sample; 12.0 GiB a checkpoint",
         "batch              64 (32 in each of 2 processes)",
         "batch              64 (32 in each of 2 processes, in 4 micro-batches)",
         "steps              1,200 (400 an epoch)",

@@ -1,5 +1,6 @@
 """Counting a corpus: any file in any parts, processes, machines, kill and resume."""
 
+import dataclasses
 import functools
 import http.server
 import io
@@ -10,15 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scripts import ROOT, ended, held, kill_when, one_sentence
 from test_concept_frequency_corpus import write_captions, write_shard
 from test_concept_frequency_train import EVAL, PIPELINE, SHARDS, shards  # noqa: F401
 from tqdm import tqdm
 
-from concept_frequency import corpus, count, tagging
+from concept_frequency import corpus, count, search, tagging
 from concept_frequency.concepts import load_counts
 from concept_frequency.config import CountConfig
 from concept_frequency.model import InvertedIndex, query_terms
@@ -119,6 +122,86 @@ def test_processes_count_alike(tmp_path):
     one = counted(tmp_path, "one", **settings)
     two = counted(tmp_path, "two", **settings | {"workers": 2})
     assert one.text.tolist() == two.text.tolist()
+
+
+def test_images_have_a_process_a_gpu(monkeypatch):
+    """And other jobs one a core."""
+
+    def laid_out(work, workers: int, jobs: int) -> list[tuple[int, dict]]:
+        return [(size, getattr(call, "keywords", {})) for size, call in count.processes(work, workers, jobs)]
+
+    monkeypatch.setattr(count, "gpus", lambda: ["cuda:0", "cuda:1"])
+    zero, one = ({"device": f"cuda:{i}", "decoders": 4} for i in (0, 1))
+    assert laid_out(search.tag_part, 8, 100) == [(1, zero), (1, one)]
+    assert laid_out(search.tag_part, 8, 1) == [(1, {"device": "cuda:0", "decoders": 8})]
+    assert [about["decoders"] for _, about in laid_out(search.tag_part, 2, 100)] == [0, 0]
+    assert laid_out(search.tag_part, 1, 100) == [(1, {"device": "cuda:0", "decoders": 0})]
+    assert laid_out(search.index_part, 8, 100) == [(8, {})] and laid_out(search.index_part, 8, 3) == [(3, {})]
+    monkeypatch.setattr(count, "gpus", list)
+    assert laid_out(search.tag_part, 8, 100) == [(8, {})]
+    node = lambda cpu, gpu, alive=True: {"Alive": alive, "Resources": {"CPU": cpu} | ({"GPU": gpu} if gpu else {})}  # noqa: E731
+    assert count.cores_of_a_gpu([node(64.0, 8.0), node(96.0, 4.0), node(128.0, 0), node(1.0, 8.0, False)]) == 8
+    assert count.cores_of_a_gpu([node(64.0, 0)]) is None
+
+
+def test_jobs_are_dealt_to_whoever_is_free():
+    """Each place has as many jobs again as it works on; one that is slow gets no more of them."""
+    started: dict[str, list[int]] = {"slow": [], "fast": []}
+
+    def place(name: str):
+        return lambda job: started[name].append(job) or (name, job)
+
+    quickest = lambda running: min(running)  # noqa: E731  ("fast", ..) before ("slow", ..)
+    found = list(
+        count.as_they_come(range(9), [(place("slow"), 1), (place("fast"), 2)], quickest, lambda done: done[1] ** 2)
+    )
+    assert started == {"slow": [0, 3], "fast": [1, 2, 4, 5, 6, 7, 8]}
+    assert sorted(found) == [(i, i * i) for i in range(9)] and found[-1] == (3, 9)
+
+
+COLOURS = """
+import os
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+def red_blue(names, device):
+    \"\"\"Is the image red, is it blue; a dark image ends the process as long as there is a file.\"\"\"
+    def probabilities(images):
+        dark = (images.amax((1, 2, 3)) < 0.5).any()
+        if dark and os.path.exists(os.environ["COLOURS_STOP"]):
+            os._exit(9)
+        return torch.stack([images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))], 1)
+    return lambda image: pil_to_tensor(image).float() / 255, probabilities
+"""
+
+
+def test_two_devices_tag_like_one_and_go_on(tmp_path, monkeypatch):
+    """Shards tagged by two processes with a device and decoders each, one of which dies: what there is stays."""
+    for i in range(6):
+        colors = [(255, 0, 0), (0, 0, 255), (99, 0, 99) if i == 3 else (255, 0, 255)] * 3
+        write_shard(tmp_path / f"{i}.tar", [(f"{row:03}", "a dog", color) for row, color in enumerate(colors)])
+    (tmp_path / "colours.py").write_text(COLOURS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLOURS_STOP", str(tmp_path / "stop"))
+    parts = corpus.list_parts([str(tmp_path / "{0..5}.tar")], 1000, tmp_path)
+    cfg = CountConfig(out=str(tmp_path / "one"), tagger="colours:red_blue", workers=1)
+
+    def tags(done) -> list[dict]:
+        return [{name: values.tolist() for name, values in np.load(each.target).items()} for each in done]
+
+    truth, _ = count.tag_stage(cfg, ("red", "blue"), parts, Path(cfg.out))
+    assert sum(map(len, (each["document"] for each in tags(truth)))) == 5 * 12 + 6
+    monkeypatch.setattr(count, "gpus", lambda: ["cpu", "cpu"])
+    two = dataclasses.replace(cfg, out=str(tmp_path / "two"), workers=4)
+    (tmp_path / "stop").touch()
+    with pytest.raises(BrokenProcessPool):
+        count.tag_stage(two, ("red", "blue"), parts, Path(two.out))
+    finished = {path: path.stat().st_mtime_ns for path in Path(two.out).glob("parts/*/*.npz")}
+    assert len(finished) < 6 and not [path for path in finished if path.name.startswith("3-")]
+    (tmp_path / "stop").unlink()
+    found, _ = count.tag_stage(two, ("red", "blue"), parts, Path(two.out))
+    assert tags(found) == tags(truth) and [each[1:] for each in found] == [each[1:] for each in truth]
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 
 
 def test_wrong_address_fails_at_once(server):

@@ -1,7 +1,9 @@
 """Searching one part of a corpus: memory, and the tags of its images."""
 
 import dataclasses
+import io
 import sys
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -104,3 +106,31 @@ def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
     ]
     assert found.both.tolist() == both and sum(both) > 2
     assert found.image.tolist() == [sum(color[channel] > 0 for color in colors.values()) for channel in (0, 2)]
+
+
+def test_decoders_change_nothing(tmp_path, monkeypatch):
+    """Images decoded by processes beside the tagger's, with broken ones and some that are not among the captions."""
+    shades = [(f"{row:05}", "?", (row % 256, 0, 255 - row % 256)) for row in range(150)]
+    write_shard(tmp_path / "0.tar", [*shades, ("cover", "?", (0, 0, 0))])
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        for name, content in (("00900.png", b"no image"), ("00900.txt", b"?")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
+    monkeypatch.setattr(search, "BATCH", 32)
+    (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
+    cfg = CountConfig(images=(str(tmp_path / "0.tar"),), ids="cc3m", tagger="colours:red_blue")
+    done, tags = [], []
+    for decoders in (0, 1, 2):
+        done.append(
+            search.tag_part(search.Job(part, cfg, str(tmp_path / f"{decoders}.npz"), ("dog", "cat")), "cpu", decoders)
+        )
+        with np.load(done[-1].target) as file:
+            tags.append({name: file[name].tolist() for name in file.files})
+    assert tags[0] == tags[1] == tags[2] and set(tags[0]["concept"]) == {0, 1}
+    assert [each[1:] for each in done] == [done[0][1:]] * 3 and done[0].documents == 152
+    assert sorted(done[0].broken) == [
+        ("00900", "unreadable image: UnidentifiedImageError"),
+        ("cover", "not among the captions"),
+    ]

@@ -190,7 +190,7 @@ def test_pilot_runs_tell_the_number_of_seeds():
     scatter = Scatter(2.0, 14)
     n = verdicts.seeds_needed(scatter, CLAIM)  # negligible: 1
     assert verdicts.half_width(scatter, n) <= 1.0 < verdicts.half_width(scatter, n - 1)
-    assert verdicts.seeds_needed(scatter, CLAIM._replace(negligible=None)) == 5  # half of 4: a quarter of 19, rounded up
+    assert verdicts.seeds_needed(scatter, CLAIM._replace(negligible=None)) == 5  # half of 4
     assert verdicts.seeds_needed(Scatter(0.0, 14), CLAIM) == 2
     assert verdicts.seeds_needed(scatter, CLAIM._replace(negligible=None, effect=None)) is None
     assert verdicts.seeds_needed(None, CLAIM) is None

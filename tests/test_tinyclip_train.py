@@ -23,13 +23,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import Case
+import tyro
+from conftest import Case, Watch
 from PIL import Image
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from test_tinyclip_masks import masks_of
 from test_tinyclip_model import clip_of, example, pooling_widths, tiny
 
-from shared import checkpoints
+from shared import checkpoints, run
 from tinyclip import config, train
 from tinyclip.config import RESNET, Stage
 from tinyclip.geometry import convert_state_dict
@@ -246,6 +247,53 @@ def test_micro_batches_share_one_draw_of_masks():
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_gpus_optimizers_skip_by_themselves(watch: Watch, finite: bool):
+    """Weights are those of an optimizer that was asked to step or not, bit for bit, and masks up to rounding."""
+    made = []
+    for asked in (True, False):
+        student = Student(tiny(), *train.open_masks(tiny().geometry, Stage(masks=True))).train()
+        make = train.make_optimizers if asked else watch.within(train.make_optimizers)
+        optimizers = make(student, Stage(masks=True))
+        for i, use in enumerate((True, finite, True)):
+            generator = torch.Generator().manual_seed(i)
+            for parameter in student.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            for optimizer in optimizers:
+                step = train.step_if if asked else watch.within(train.step_if)
+                step(torch.tensor(use), optimizer)
+        made.append((student, optimizers))
+    (asked, _), (own, optimizers) = made
+    assert same(asked.clip.state_dict(), own.clip.state_dict())
+    for name, value in asked.state_dict().items():
+        torch.testing.assert_close(own.state_dict()[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    assert {state["step"].item() for state in states} == {2.0 + finite}
+
+
+def test_a_masked_step_does_not_wait(watch: Watch):
+    """Nor does the teacher; and it is the step that waits, up to rounding."""
+    images, tokens = example()
+    stage = Stage(masks=True, steps=9, prune_step=8, sparsity_warmup=1, target_sparsity=0.5, logit_scale=None)
+    ends = []
+    for within in (lambda function: function, watch.within):
+        student = Student(tiny(), *train.open_masks(tiny().geometry, stage)).train()
+        for mask in student.masks:
+            for loga in mask.logas().values():
+                loga.data = torch.randn(loga.shape, generator=torch.Generator().manual_seed(1))
+        teacher, optimizers = tiny(1), within(train.make_optimizers)(student, stage)
+        teacher.cuts_padding = False
+        for step in range(3):
+            torch.manual_seed(step)
+            answer = within(train.ask_teacher)(teacher, images, tokens, stage)
+            logged = within(train.train_step)(student, answer, images, tokens, step, stage, optimizers)
+        ends.append((student.state_dict(), logged))
+    assert not any(x["skipped"] for _, x in ends)
+    for name, value in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert ends[1][1]["loss"].item() == pytest.approx(ends[0][1]["loss"].item(), rel=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------- images and captions
 
 
@@ -265,6 +313,25 @@ def test_tokenizer(case):
         return
     texts = json.loads(case.path.with_name(f"{case.path.stem}_texts.json").read_text(encoding="utf-8"))
     case.close("tokens", open_clip.SimpleTokenizer(context_length=case["context_length"])(texts))
+
+
+def test_batches_in_memory_are_those_that_are_read(corpus: None, tmp_path: Path):
+    """Bit for bit: images, tokens up to the longest, the teacher's features; from the middle on, too."""
+    words = ["emoji-contrastive", *TINY, "--out", str(tmp_path), "--init", "None", "--alpha", "0.5"]
+    cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
+    process, (student, _) = run.Process(0, 1, torch.device("cpu")), first_weights(cfg)
+    teacher = first_weights(dataclasses.replace(cfg, seed=1))[0].eval().requires_grad_(False)
+    remembered, read = (train.Corpus(cfg, process, student, {}) for _ in range(2))
+    remembered.remember(teacher, "fp32")
+    for start in (0, 2):
+        pairs = list(
+            itertools.islice(zip(*(c.batches(start, teacher, "fp32") for c in (remembered, read)), strict=True), 4)
+        )
+        assert len(pairs) == 4
+        for (images, tokens, answer), (images_read, tokens_read, answer_read) in pairs:
+            assert torch.equal(images, images_read) and torch.equal(tokens, tokens_read)
+            for ours, theirs in zip(answer, answer_read, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end

@@ -13,10 +13,13 @@ from scripts import free_port
 from shared.clip import set_grad_checkpointing
 from tldr_reduction.blip import (
     BLIP,
+    TextDecoder,
     TextTransformer,
     VisionTransformer,
+    drawn,
     negative_weights,
     resize_pos_embed,
+    target_places,
 )
 from tldr_reduction.model import CodebookCaptioner
 
@@ -128,6 +131,28 @@ def test_blip_queue_wraps_around():
         assert torch.equal(model.image_queue[:, (start + torch.arange(4)) % 6], features.T)
     with pytest.raises(ValueError, match="queue of 6 keys is smaller than the batch of 7"):
         model.enqueue(torch.randn(7, 8), torch.randn(7, 8))
+
+
+def test_negatives_are_drawn_as_by_multinomial():
+    weights = negative_weights(torch.randn(7, 7, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(1)
+    theirs, behind = torch.multinomial(weights, 1)[:, 0], torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn(weights), theirs) and torch.equal(torch.rand(1), behind)
+
+
+def test_places_of_targets():
+    ids = torch.tensor([[101, 7, 8, 9, 102], [101, 7, 102, 0, 0]])
+    assert target_places(ids).tolist() == [0, 1, 2, 3, 5, 6]  # of the tokens before them
+    assert target_places(ids, prompt_length=2).tolist() == [1, 2, 3, 6]
+    torch.manual_seed(0)
+    decoder = TextDecoder(TextTransformer(110, 16, 1, 2, 8, 16)).eval()
+    inputs = ids, (ids != 0).long(), torch.randn(2, 3, 16)
+    logits = decoder(*inputs)
+    whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    wanted = (ids[:, 1:] != 0).flatten()
+    torch.testing.assert_close(decoder.losses(*inputs), whole[wanted])
+    assert torch.equal(decoder.losses(*inputs), decoder.losses(*inputs, places=target_places(ids)))
 
 
 def test_decoder_shares_all_but_self_attention():

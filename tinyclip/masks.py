@@ -128,7 +128,7 @@ class L0Mask(nn.Module):
             hidden = "hidden" in self.types
         if not hidden:
             return heads.sum() * self.params_per_head + neurons.sum() * (self.params_per_mlp // self.intermediate)
-        width = open_["hidden"].sum() if "hidden" in open_ else self.lambda_1.new_tensor(float(self.hidden))
+        width = open_["hidden"].sum() if "hidden" in open_ else self.lambda_1.new_full((), float(self.hidden))
         return width * heads.sum() * (self.params_per_head / self.hidden) + 2 * width * neurons.sum()
 
     def kept_params(self) -> int:

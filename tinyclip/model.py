@@ -94,7 +94,7 @@ class Gates(NamedTuple):
 
     hidden: Tensor | None = None  # (H,) z_h, the same in all layers
     kept: Tensor | None = None  # (H,) bool, z_h != 0
-    share: float = 1.0  # of the H dimensions that are kept
+    share: Tensor | float = 1.0  # of the H dimensions that are kept: on a GPU, which is not waited for, a tensor ()
     heads: Tensor | None = None  # (h,)
     intermediate: Tensor | None = None  # (I,)
     mha: Tensor | None = None  # ()
@@ -110,7 +110,8 @@ def gates(masks: Masks | None) -> Gates:
     if not masks or "hidden" not in masks:
         return Gates()
     kept = masks["hidden"] != 0
-    return Gates(masks["hidden"], kept, kept.float().mean().item())
+    share = kept.float().mean()
+    return Gates(masks["hidden"], kept, share if share.is_cuda else share.item())
 
 
 def layer_gates(shared: Gates, masks: Masks | None, layer: int) -> Gates:
@@ -132,17 +133,17 @@ def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, colum
 class LayerNorm(nn.LayerNorm):
     """Over the kept dimensions only; the others are 0 in the input and stay 0. No gradient reaches z_h from here.
 
-    The removed dimensions are set to the mean of the kept, so that the plain kernel finds the right mean, and a
-    variance that is too small by the known factor `share`. U:open_clip/model.py:43 gathers and scatters instead.
+    The removed dimensions are set to the mean of the kept, whose deviations from it grow by share^-1/2, so that the
+    plain kernel finds the right mean and variance. U:open_clip/model.py:43 gathers and scatters instead.
     """
 
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
-        if gates is None or gates.kept is None or gates.share == 1.0:
+        if gates is None or gates.kept is None or (isinstance(gates.share, float) and gates.share == 1.0):
             return super().forward(x)
+        kept, scale = gates.kept.to(x.dtype), gates.share**0.5
         mean = x.sum(-1, keepdim=True) / (gates.share * x.shape[-1])
-        x = torch.where(gates.kept, x, mean)
-        weight = self.weight * (gates.kept * gates.share**0.5)
-        return F.layer_norm(x, self.normalized_shape, weight, self.bias * gates.kept, self.eps * gates.share)
+        x = torch.lerp(mean, x, kept / scale)
+        return F.layer_norm(x, self.normalized_shape, self.weight * kept * scale, self.bias * kept, self.eps)
 
 
 # --------------------------------------------------------------------------------------------------------------- towers
@@ -267,6 +268,7 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(text["width"])
         self.text_projection = nn.Parameter(torch.empty(text["width"], embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.cuts_padding = True  # False where texts come without it
         self.init_text()
 
     def init_text(self) -> None:
@@ -293,10 +295,12 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, S) int64 -> (B, D) at the end token, the largest id. U:open_clip/model.py:764.
 
-        Attention is causal: what stands behind the last end token of the batch is not computed.
+        Attention is causal: what stands behind the last end token of the batch is not computed. In training on a GPU,
+        which would have to be waited for, `cut_padding` has cut it.
         """
         shared, end = gates(masks), text.argmax(dim=-1)
-        length = min(int(end.max()) + 1, text.shape[1])
+        cuts = self.cuts_padding and not (text.is_cuda and self.training)
+        length = int(end.max()) + 1 if cuts else text.shape[1]
         x = self.token_embedding(text[:, :length]) + self.positional_embedding[:length]
         if shared.hidden is not None:
             x = x * shared.hidden

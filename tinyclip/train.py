@@ -15,17 +15,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from shared import accumulate, checkpoints, cli, data, run, windows
-from shared.clip import set_grad_checkpointing
+from shared import accumulate, checkpoints, cli, data, memory, run, windows
+from shared.clip import cut_padding, set_grad_checkpointing
 from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
@@ -95,7 +96,9 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
     weights = torch.optim.AdamW(groups, lr=stage.lr, betas=betas, eps=stage.eps, fused=True)
     if not student.masks:
         return Optimizers(weights, None)
-    return Optimizers(weights, torch.optim.AdamW(mask_param_groups(student.masks, stage.mask_lr, stage.lambda_lr)))
+    fused = True if student.clip.logit_scale.is_cuda else None  # as `step_if` asks for
+    masks = torch.optim.AdamW(mask_param_groups(student.masks, stage.mask_lr, stage.lambda_lr), fused=fused)
+    return Optimizers(weights, masks)
 
 
 # ------------------------------------------------------------------------------------------ the student's first weights
@@ -151,7 +154,7 @@ def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 class TeacherOutput(NamedTuple):
     image: Tensor  # (B, D') unit rows
     text: Tensor  # (B, D')
-    scale: float
+    scale: Tensor | float
 
 
 @torch.no_grad()
@@ -160,8 +163,17 @@ def ask_teacher(teacher: CLIP, images: Tensor, tokens: Tensor, stage: Stage, pre
     parts = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
     with run.autocast(precision, images.device):
         image, text, (own, *_) = zip(*(teacher(*part) for part in parts), strict=True)
-    scale = own.item() if stage.logit_scale is None else stage.logit_scale
-    return TeacherOutput(torch.cat(image), torch.cat(text), scale)
+    return TeacherOutput(torch.cat(image), torch.cat(text), own if stage.logit_scale is None else stage.logit_scale)
+
+
+def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()` if `finite` () is True. A GPU, which would have to be waited for, looks for itself: the fused
+    optimizers leave everything as it is where `found_inf` is 1."""
+    if finite.is_cuda:
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
 
 
 def train_step(
@@ -204,9 +216,9 @@ def train_step(
         scaler.unscale_(optimizer)
     limit = math.inf if stage.max_grad_norm is None else stage.max_grad_norm
     norm = nn.utils.clip_grad_norm_(student.parameters(), limit)
-    if finite := bool(norm.isfinite()):
-        for optimizer in used:
-            scaler.step(optimizer)
+    finite = norm.isfinite()
+    for optimizer in used:
+        step_if(finite, optimizer)
     scaler.update()
     for mask in masks:
         mask.clamp_()
@@ -215,7 +227,7 @@ def train_step(
             bare.clip.logit_scale.clamp_(0, math.log(100))
         else:
             bare.clip.logit_scale.fill_(math.log(stage.logit_scale))
-    return logged | {"gradient_norm": norm.detach(), "skipped": float(not finite)}
+    return logged | {"gradient_norm": norm.detach(), "skipped": (~finite).float()}
 
 
 def train_stage(
@@ -265,6 +277,12 @@ def image_transform(size: int, train: bool = False) -> transforms.Compose:
     return transforms.Compose([*steps, normalise])
 
 
+def whole_views(pixels: Tensor) -> Tensor:
+    """`image_transform` of decoded images that have its size already, (B, 3, R, R) uint8."""
+    mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
 class PairDataset(Dataset):
     """Row -> (image (3, R, R), tokens (S,), broken samples passed over). A crop is a function of (seed, row)."""
 
@@ -290,32 +308,30 @@ class Corpus:
     """A run's training pairs in the order of its steps: read while it trains, or once before (--keep-in-memory)."""
 
     def __init__(self, cfg: Config, process: run.Process, student: CLIP, state: dict):
-        self.cfg, self.process, self.memory = cfg, process, None
+        self.cfg, self.process, self.memory, self.answer = cfg, process, None, None
         self.pairs = windows.open_pairs(cfg, process)
         data.check_pairs(self.pairs, cfg, state, process)
         self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
-        size, context = image_and_context(student)
-        self.transform = image_transform(size, cfg.augmentation == "crop")
+        self.size, context = image_and_context(student)
+        self.transform = image_transform(self.size, cfg.augmentation == "crop")
         self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
 
     def dataset(self, *seed: int) -> PairDataset:
         return PairDataset(self.pairs, self.transform, self.tokenizer, seed)
 
     def remember(self, teacher: CLIP | None, precision: str) -> None:
-        """Keep all images, tokens and features of the teacher in memory."""
+        """Decode all images once; keep their views and the teacher's features of them on the device, and the tokens."""
         device = self.process.device
-        loader = DataLoader(self.dataset(0), 256, num_workers=self.cfg.workers, collate_fn=collate)
-        bar = run.progress(loader, len(loader), "reading", 256, self.process)
-        images, tokens, answers = [], [], []
-        for image, token, _ in data.watch(bar, self.broken):
-            images.append(image)
-            tokens.append(token)
-            if teacher is not None:
-                answers.append(ask_teacher(teacher, image.to(device), token.to(device), self.cfg, precision))
-        image, text, scales = zip(*answers, strict=True) if answers else ((), (), ())
-        answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0]) if answers else None
-        self.memory = torch.cat(images), torch.cat(tokens), answer
-        data.report_broken(self.broken, self.process, "epoch 1")
+        found = memory.read(self.pairs, self.size, self.tokenizer, self.process).to(device)
+        self.memory = found._replace(pixels=whole_views(found.pixels))
+        data.report_broken([*self.broken, *found.broken], self.process, "epoch 1")
+        self.broken.clear()
+        if teacher is not None:
+            parts = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
+            inputs = ((images, cut_padding(tokens, device)) for images, tokens in parts)
+            answers = [ask_teacher(teacher, *batch, self.cfg, precision) for batch in inputs]
+            image, text, scales = zip(*answers, strict=True)
+            self.answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
 
     def batches(
         self, start: int, teacher: CLIP | None, precision: str
@@ -326,7 +342,7 @@ class Corpus:
             first = max(start - epoch * self.steps_per_epoch, 0)
             read = self.read if self.memory is None else self.recall
             for images, tokens, answer in read((cfg.seed, epoch), first):
-                images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+                images, tokens = images.to(device, non_blocking=True), cut_padding(tokens, device)
                 if answer is None and teacher is not None:
                     answer = ask_teacher(teacher, images, tokens, cfg, precision)
                 yield images, tokens, answer
@@ -341,10 +357,12 @@ class Corpus:
         """The same batches, with the teacher's features, out of memory."""
         rank, world_size, _ = self.process
         order = data.batches(len(self.pairs), self.cfg.batch_size // world_size, seed, rank, world_size, first)
-        images, tokens, answer = self.memory
-        for rows in map(torch.from_numpy, order[: self.steps_per_epoch - first]):
-            found = answer and TeacherOutput(answer.image[rows], answer.text[rows], answer.scale)
-            yield images[rows], tokens[rows], found
+        order, rows = order[: self.steps_per_epoch - first], np.arange(len(self.pairs))
+        as_it_is = lambda images, u: images  # noqa: E731
+        for index, images, tokens, _ in memory.Views(self.memory, rows, as_it_is, 0, seed, order):
+            answer = self.answer
+            found = answer and TeacherOutput(answer.image[index], answer.text[index], answer.scale)
+            yield images, tokens, found
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -372,6 +390,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             cli.batch_row(cfg, world_size),
             ("steps", f"{cfg.steps:,}"),
             ("samples", f"{cfg.steps * cfg.batch_size:,}"),
+            cli.disk_row(cfg.dataset_size, sum(p.numel() for p in student.parameters())),
             *cli.rate_rows(
                 lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}",
                 prune_step or cfg.warmup,
@@ -400,6 +419,7 @@ def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | N
     if cfg.alpha == 0:
         return None
     teacher = load_clip(cfg.teacher, cfg.head_width).to(device).requires_grad_(False)
+    teacher.cuts_padding = False  # `Corpus` has done it
     seen, own = image_and_context(teacher), image_and_context(student)
     if seen != own:
         raise ValueError(f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {own[0]} and {own[1]}")
@@ -409,6 +429,13 @@ def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | N
 def distributed(student: Student, process: run.Process) -> nn.Module:
     """The student, its gradients averaged over processes if there are several."""
     return DistributedDataParallel(student) if process.world_size > 1 else student
+
+
+def check_skipped(skipped: Tensor, step: int) -> None:
+    """ValueError if more than 100 steps in a row were skipped."""
+    if skipped > 100:
+        text = f"gradients were not finite {int(skipped)} times in a row up to step {step}"
+        raise ValueError(f"{text}: lower --lr, or --precision fp32")
 
 
 def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) -> Student:
@@ -459,12 +486,9 @@ def main(cfg: Config) -> Path | None:
         images, tokens, answer = batch
         torch.manual_seed(data.stable_hash(cfg.seed, step))  # mask samples: alike in all processes and after a resume
         logged = train_step(network, answer, images, tokens, step, cfg, optimizers, precision, scaler)
-        skipped = skipped + 1 if logged["skipped"] else 0
-        if skipped > 100:
-            raise ValueError(
-                f"gradients were not finite 100 times in a row up to step {step}: lower --lr, or --precision fp32"
-            )
+        skipped = (skipped + 1) * logged["skipped"]
         if done % cfg.log_every == 0 or done == 1 or last:  # losses that are not finite, too: their steps were skipped
+            check_skipped(skipped, step)
             folder.metrics.write(done, epoch=epoch, seconds=folder.clock.read(), **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:

@@ -232,23 +232,38 @@ class TextDecoder(nn.Module):
         """Logits (B, T, V)."""
         return self.cls["predictions"](self.bert(input_ids, attention_mask, image_embeds, True, cache))
 
-    def losses(self, input_ids, attention_mask, image_embeds, prompt_length: int = 0, label_smoothing: float = 0.0):
+    def losses(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_embeds: Tensor,
+        prompt_length: int = 0,
+        label_smoothing: float = 0.0,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """Cross-entropy of each next token that is neither padding nor prompt: (M,) fp32. V:models/med.py:901-908.
 
-        Logits are computed at those M positions only.
+        Logits are computed at those M positions only: `places`, where they are known beforehand.
         """
-        hidden = self.bert(input_ids, attention_mask, image_embeds, True)[:, :-1]
-        targets = input_ids[:, 1:]
-        wanted = (targets != PAD) & (torch.arange(1, input_ids.shape[1], device=targets.device) >= prompt_length)
-        logits = self.cls["predictions"](hidden[wanted]).float()
-        return F.cross_entropy(logits, targets[wanted], reduction="none", label_smoothing=label_smoothing)
+        hidden = self.bert(input_ids, attention_mask, image_embeds, True).flatten(0, 1)
+        places = target_places(input_ids, prompt_length) if places is None else places
+        logits = self.cls["predictions"](hidden.index_select(0, places)).float()
+        targets = input_ids.flatten().index_select(0, places + 1)
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
+    """Where in the flattened ids (B, T) the next token is neither padding nor prompt: (M,). Waits for a GPU."""
+    position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+    wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
+    return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]
 
 
 def token_mean(losses: Tensor) -> Tensor:
     """Mean over the tokens of all ranks, scaled so that DDP's average of gradients is that of one large batch."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return losses.mean()
-    count = torch.tensor(float(losses.numel()), device=losses.device)
+    count = torch.full((), float(losses.numel()), device=losses.device)
     dist.all_reduce(count)
     return losses.sum() * dist.get_world_size() / count
 
@@ -395,6 +410,12 @@ def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
     return weights
 
 
+def drawn(weights: Tensor) -> Tensor:
+    """A column (B,) of each row of weights (B, N), with chances like them: `torch.multinomial`, which also checks them,
+    and waits for a GPU to do so."""
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1)
+
+
 class BLIP(nn.Module):
     """ITC with momentum queue, ITM with hard negatives, LM. B:models/blip_pretrain.py:20-245.
 
@@ -464,11 +485,12 @@ class BLIP(nn.Module):
         attention_mask: Tensor,
         alpha: float,
         negatives: tuple[Tensor, Tensor] | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss_ita, loss_itm, loss_lm). B:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
 
         negatives: for each pair of this process, the number in the global batch of an image for its text and of a text
-        for its image; None draws them.
+        for its image; None draws them. places: `target_places` of the ids, if known beforehand.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -483,7 +505,7 @@ class BLIP(nn.Module):
 
         decoder_ids = input_ids.clone()
         decoder_ids[:, 0] = self.bos_token_id
-        losses = self.text_decoder.losses(decoder_ids, attention_mask, image_embeds, label_smoothing=0.1)
+        losses = self.text_decoder.losses(decoder_ids, attention_mask, image_embeds, 0, 0.1, places)
         return loss_ita, loss_itm, token_mean(losses)
 
     def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float):
@@ -518,8 +540,8 @@ class BLIP(nn.Module):
     def draw_negatives(self, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers in the global batch of a hard negative image for each text, and of a text for each image."""
         own = self.offset(len(sim_i2t))
-        image_index = torch.multinomial(negative_weights(sim_t2i, own), 1)[:, 0]
-        return image_index, torch.multinomial(negative_weights(sim_i2t, own), 1)[:, 0]
+        image_index = drawn(negative_weights(sim_t2i, own))
+        return image_index, drawn(negative_weights(sim_i2t, own))
 
     def matching_loss(self, image_embeds, input_ids, attention_mask, negatives) -> Tensor:
         """Cross-entropy over 3B rows: pairs as they are (1), text with a wrong image, wrong text with image (0)."""

@@ -242,15 +242,17 @@ class CodebookCaptioner(nn.Module):
         prompt_length: int = 0,
         label_smoothing: float = 0.0,
         return_codes: bool = False,
+        places: Tensor | None = None,
     ):
         """(loss_lm, loss_emb); input_ids (B, T) begin with [CLS], which becomes [DEC] here.
 
-        Padding and the first `prompt_length` positions are no targets. `return_codes` adds the codes.
+        Padding and the first `prompt_length` positions are no targets; `places`: `target_places` of the ids, if known
+        beforehand. `return_codes` adds the codes.
         """
         states, loss_emb, codes = self.image_states(image)
         ids = input_ids.clone()
         ids[:, 0] = self.bos_token_id
-        losses = self.text_decoder.losses(ids, attention_mask, states, prompt_length, label_smoothing)
+        losses = self.text_decoder.losses(ids, attention_mask, states, prompt_length, label_smoothing, places)
         return (token_mean(losses), loss_emb, codes) if return_codes else (token_mean(losses), loss_emb)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ Models are in model.py and blip.py, settings in config.py, pairs and their views
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shared import accumulate, cli, data, pretrained, run
 from shared.clip import set_grad_checkpointing, trimmed
 from shared.zeroshot import quick_top1
+from tldr_reduction.blip import target_places
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import PRESETS, Config, check
 from tldr_reduction.datasets import Collate, PairDataset, eval_transform, open_pairs, train_transform
@@ -156,24 +157,25 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 
 def losses_of(
     model: nn.Module,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: Sequence[Tensor],
     cfg: Config,
     alpha: float = 0.0,
     prompt_length: int = 0,
     precision: str = "fp32",
 ) -> tuple[dict[str, Tensor], Tensor | None, Callable]:
-    """The stage's losses of images, ids, mask: {"loss": their sum, each by name}; the codes of stage captioner; the
-    backward pass of a loss."""
-    images, ids, mask = batch
+    """The stage's losses of images, ids, mask, and `target_places` if they are known: {"loss": their sum, each by
+    name}; the codes of stage captioner; the backward pass of a loss."""
+    images, ids, mask, places = (*batch, None)[:4]
     if cfg.stage == "clip":
         features, backward = accumulate.forward(model, (images, ids), cfg, precision)
         loss = clip_loss(*features)
         return {"loss": loss, "loss_ita": loss}, None, backward
     with run.autocast(precision, images.device):
         if cfg.stage == "blip":
-            losses = dict(zip(("loss_ita", "loss_itm", "loss_lm"), model(images, ids, mask, alpha), strict=True))
+            found = model(images, ids, mask, alpha, places=places)
+            losses = dict(zip(("loss_ita", "loss_itm", "loss_lm"), found, strict=True))
         else:
-            loss_lm, loss_emb, codes = model(images, ids, mask, prompt_length, return_codes=True)
+            loss_lm, loss_emb, codes = model(images, ids, mask, prompt_length, return_codes=True, places=places)
             return {"loss": loss_lm + loss_emb, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes, Tensor.backward
     return {"loss": sum(losses.values()), **losses}, None, Tensor.backward
 
@@ -196,6 +198,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         rows += [("codes", f"{codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")]
     size = f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"
     rows += [("samples", size if n else "unknown: pass --data or --dataset-size"), cli.batch_row(cfg, world_size)]
+    rows += [cli.disk_row(n, trained, frozen)]
     if per_epoch:
         rows += [cli.step_row(per_epoch * cfg.epochs, per_epoch)]
     for epoch, step in ((0, 0), (0, cfg.warmup), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0)):
@@ -229,11 +232,15 @@ def batches_of(
     return data.watch(run.progress(loader, total, label, cfg.batch_size, process), broken), broken
 
 
-def on_device(inputs: list[Tensor], model: nn.Module, cfg: Config, device: torch.device) -> list[Tensor]:
-    """Images, ids, mask of a batch."""
+def on_device(
+    inputs: list[Tensor], model: nn.Module, cfg: Config, device: torch.device, prompt_length: int = 0
+) -> list[Tensor]:
+    """Images, ids, mask of a batch, and what a decoder has to predict: `target_places`."""
     images, ids, mask = inputs
-    ids = trimmed(ids, model, device) if cfg.stage == "clip" else ids
-    return [x.to(device, non_blocking=True) for x in (images, ids, mask)]
+    rest = (trimmed(ids, model, device), mask)
+    if cfg.stage != "clip":
+        rest = (ids, mask, run.pinned(target_places(ids, prompt_length), device))
+    return [x.to(device, non_blocking=True) for x in (images, *rest)]
 
 
 def train_step(
@@ -314,14 +321,15 @@ def train(cfg: Config, process: run.Process) -> Path:
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, negatives: resume agrees
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            inputs = on_device(inputs, model, cfg, process.device)
+            inputs = on_device(inputs, model, cfg, process.device, prompt_length)
             alpha = alpha_ramp(epoch, batch, per_epoch, cfg.alpha)
             how = {"alpha": alpha, "prompt_length": prompt_length, "precision": precision}
             losses, codes = train_step(ddp, inputs, optimizer, scaler, cfg, **how)
             if cfg.stage == "clip":
                 model.logit_scale.data.clamp_(0, math.log(100))
             if codes is not None:
-                used += torch.bincount(run.gather(codes).flatten(), minlength=cfg.num_codes)
+                chosen = run.gather(codes).flatten()
+                used.scatter_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
             if step % cfg.log_every == 0 or batch == 0:
                 folder.log(step, epoch=epoch, lr=lr, **step_metrics(model, losses, codes, used, cfg))
             if folder.due(step) and batch + 1 < per_epoch:
