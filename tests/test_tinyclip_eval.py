@@ -1,11 +1,12 @@
 """python -m tinyclip.eval: scores against the authors' numbers, costs, and one run folder measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tyro
-from scripts import ROOT, one_sentence
+from scripts import ROOT, one_sentence, same
 from test_tinyclip_model import variants
 from test_tinyclip_train import SHARDS, TINY, corpus, folder  # noqa: F401
 
@@ -76,6 +77,16 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatc
     assert {name.partition("/")[0] for name in values if "/" in name} == {Path(path).name for path in SETS}
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
     assert evaluation.main(cfg) == [values]
+
+
+def test_an_exported_folder_is_measured_like_its_run(small_run: Path, folder: Path):
+    cfg = evaluation.Config((str(small_run),), sets=SETS[:1], throughput=False, device="cpu")
+    exported = folder / "exported"
+    evaluation.export_run(str(small_run), str(exported), cfg)
+    assert same(dict(load_clip(exported).state_dict()), dict(load_clip(small_run).state_dict()))
+    (values,) = evaluation.main(replace(cfg, runs=(str(exported),)))
+    (of_run,) = evaluation.main(cfg)
+    assert values == {name: of_run[name] for name in values} and (exported / "open_clip_model.eval/results.md").exists()
 
 
 def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):

@@ -333,10 +333,12 @@ def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layout", ["openai", "towers", "towers, distributed", "auto"])
 def test_checkpoints_in_the_authors_layouts(tmp_path: Path, layout: str):
     model = prune(tiny(), some_masks(VISION), some_masks(TEXT)).eval() if layout == "auto" else tiny()
-    kept = beside_weights(state_dict=theirs(model, layout))
+    kept = beside_weights(
+        state_dict=theirs(model, layout), iter_in_epoch=9, num_batches=10, samples_per_epoch=320
+    )  # U:training/train.py:673
     kept["optimizer"] = 3 * [kept["optimizer"]]  # of image tower, text tower and temperature
     torch.save(kept, tmp_path / "theirs.pt")
-    loaded = load_clip(tmp_path / "theirs.pt", head_width=8)
+    loaded = load_clip(tmp_path / "theirs.pt", head_width=8, quick_gelu=False)
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
     images, tokens = example()
     with torch.no_grad():
@@ -348,10 +350,29 @@ def test_released_geometries_load(tmp_path: Path):
     for name in ("TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"):
         model = create_model(name)
         torch.save({"state_dict": theirs(model, "openai")}, tmp_path / f"{name}.pt")
-        loaded = load_clip(tmp_path / f"{name}.pt")
+        loaded = load_clip(tmp_path / f"{name}.pt", quick_gelu=False)
         assert same(dict(loaded.state_dict()), dict(model.state_dict()))
         tower = {key: loaded.geometry["vision"][key] for key in CONFIGS[name]["vision"]}
         assert tower == CONFIGS[name]["vision"]
+
+
+def test_activation_and_mlp_ratio_come_from_the_file_or_a_flag(tmp_path: Path):
+    model = CLIP(12, VISION | {"mlp_width": 48}, TEXT | {"mlp_width": 72}, quick_gelu=True).eval()
+    file, kept = tmp_path / "theirs.pt", beside_weights(state_dict=theirs(model, "towers, distributed"))
+    torch.save(kept, file)
+    with pytest.raises(ValueError, match="theirs.pt does not say whether its activation is QuickGELU"):
+        load_clip(file, head_width=8)
+    loaded = [load_clip(file, head_width=8, quick_gelu=True)]
+    for flag, pretrained in ((True, ""), (False, "openai")):  # what their trainer's command line said
+        kept["args"].force_quick_gelu, kept["args"].pretrained = flag, pretrained
+        torch.save(kept, file)
+        loaded.append(load_clip(file, head_width=8))
+    with torch.no_grad():
+        for other in loaded:
+            assert all(torch.equal(a, b) for a, b in zip(other(*example()), model(*example()), strict=True))
+    kept["args"].pretrained = ""
+    torch.save(kept, file)
+    assert load_clip(file, head_width=8).geometry["quick_gelu"] is False
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from shared import cli
 from shared.presets import EMBEDDED, NOT_STATED, Row
-from tinyclip.geometry import CONFIGS
+from tinyclip.geometry import CONFIGS, weights_file
 
 
 @dataclasses.dataclass
@@ -91,7 +91,8 @@ class Config(Stage):
     model: str = "TinyCLIP-ViT-61M-32-Text-29M"
     """The student's geometry, by name in tinyclip.model.CONFIGS; with masks, that before pruning."""
     teacher: str | None = "ViT-B-32@laion2b_e16"
-    """A run folder, a checkpoint in the authors' layout, or MODEL@WEIGHTS of open_clip. The same in all stages."""
+    """A run folder, a checkpoint in the authors' layout, a folder of transformers or open_clip, or MODEL@WEIGHTS of
+    open_clip. The same in all stages."""
     init: str | None = "ViT-B-32@laion2b_e16"
     """Where first weights come from, as `teacher`: the teacher, or the stage before. None: random weights."""
     inherit: Literal["manual", "random"] = "manual"
@@ -103,6 +104,8 @@ class Config(Stage):
     """Width of an attention head in checkpoint files that do not say."""
     quick_gelu: bool = False
     """The student's activation is QuickGELU. Weights of OpenAI need it; upstream's configs have GELU nevertheless."""
+    teacher_quick_gelu: bool | None = None
+    """Activation of a teacher's file that does not say it: QuickGELU or GELU."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     grad_checkpointing: bool = False
@@ -215,7 +218,7 @@ def check(cfg: Config, world_size: int) -> None:
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
             continue
-        if Path(source).is_dir() and not (Path(source) / "model.pt").exists():
+        if Path(source).is_dir() and weights_file(Path(source)) in (Path(source), Path(source) / "checkpoint.pt"):
             raise ValueError(
                 f"--{name} {source} has no model.pt: its run is not finished; let it go on to its end first"
             )

@@ -1,8 +1,8 @@
 """Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
-throughput. Works on our run folders, on the authors' checkpoints in either layout, on MODEL@WEIGHTS of
-open_clip, on the embedded corpus and on any CLIP-benchmark evaluation set.
+throughput. Works on our run folders, on the authors' checkpoints in either layout, on folders of transformers and
+open_clip, on MODEL@WEIGHTS of open_clip, on the embedded corpus and on any CLIP-benchmark evaluation set.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared import cli, evaluation, export, run, zeroshot
-from tinyclip.geometry import open_clip_config
+from tinyclip.geometry import open_clip_config, weights_file
 from tinyclip.model import CLIP, load_clip, parameter_counts
 from tinyclip.train import image_transform
 
@@ -41,7 +41,8 @@ EMOJI = "data/emoji/eval/"
 @dataclasses.dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, checkpoint files in one of the authors' layouts, or MODEL@WEIGHTS of open_clip."""
+    """Run folders, checkpoint files in one of the authors' layouts, folders of transformers or open_clip, or
+    MODEL@WEIGHTS of open_clip."""
     sets: tuple[str, ...] = tuple(
         EMOJI + name
         for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
@@ -49,8 +50,8 @@ class Config:
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     head_width: int = 64
     """Width of an attention head in checkpoint files that do not say."""
-    quick_gelu: bool = False
-    """Activation of checkpoint files that do not say: QuickGELU instead of GELU."""
+    quick_gelu: bool | None = None
+    """Activation of checkpoint files that do not say it: QuickGELU or GELU. The authors' released files have GELU."""
     throughput: bool = True
     """Measure pairs per second; the machine should have nothing else to do."""
     report: str | None = None
@@ -179,7 +180,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat["macs_g"] = macs(model) / 1e9
     if cfg.throughput:
         flat |= throughput(model, device=process.device, precision=precision)
-    if Path(path).is_dir():
+    if (Path(path) / "metrics.jsonl").exists():
         lines = run.read_metrics(Path(path))
         for key in ("sparsity_reached", "expected_sparsity", "target_sparsity"):
             found = [line[key] for line in lines if key in line]
@@ -191,7 +192,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     if "@" in path and not Path(path).exists():
         return evaluate_run(path, cfg, process)
-    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
+    source = Path(path) if (Path(path) / "checkpoint.pt").exists() else weights_file(Path(path))
+    return evaluation.measured_run(source, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:

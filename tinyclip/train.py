@@ -114,7 +114,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
-    source = load_clip(cfg.init, cfg.head_width)
+    source = load_clip(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
     state, own = source.state_dict(), clip.state_dict()
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
@@ -395,7 +395,7 @@ def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | N
     """The teacher, None where the loss has none. ValueError if it takes other images or captions than the student."""
     if cfg.alpha == 0:
         return None
-    teacher = load_clip(cfg.teacher, cfg.head_width).to(device).requires_grad_(False)
+    teacher = load_clip(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu).to(device).requires_grad_(False)
     seen, own = image_and_context(teacher), image_and_context(student)
     if seen != own:
         raise ValueError(f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {own[0]} and {own[1]}")
