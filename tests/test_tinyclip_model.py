@@ -4,6 +4,7 @@ Their numbers are described in tests/golden/tinyclip/README.md. Everything about
 tolerances are those of the README.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -298,6 +299,22 @@ def test_checkpointing_changes_no_gradient():
         (image.sum() + text[:, 0].sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_locked_resnet_keeps_its_statistics():
+    clip = CLIP(8, {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}, TEXT).train()
+    before = copy.deepcopy(clip.visual.state_dict())
+    clip.lock(image=True)
+    clip.eval().train()
+    clip(torch.randn(4, 3, 32, 32), example()[1])
+    assert same(dict(clip.visual.state_dict()), dict(before)) and clip.transformer.training
+    assert {name for name, p in clip.named_parameters() if p.requires_grad} == {
+        name for name, _ in clip.named_parameters() if not name.startswith("visual.")
+    }
+    clip.lock(text=True)
+    clip(torch.randn(4, 3, 32, 32), example()[1])
+    assert not same(dict(clip.visual.state_dict()), dict(before)) and clip.logit_scale.requires_grad
+    assert not clip.text_projection.requires_grad and clip.visual.conv1.weight.requires_grad
 
 
 def test_unknown_names():

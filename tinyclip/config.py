@@ -68,6 +68,15 @@ class Stage:
     exact_prune: bool = False
     """Prune to exactly what the masked network computes; upstream's pruning also scales the projections."""
 
+    lock_image: bool = False
+    """The image tower keeps the weights it starts with, those of its projection, too; only the text tower learns."""
+    lock_text: bool = False
+    """The text tower keeps the weights it starts with; only the image tower learns."""
+    use_teacher_image: bool = False
+    """Distil the text tower alone: the student's image tower is the teacher's, which is not trained."""
+    use_teacher_text: bool = False
+    """Distil the image tower alone: the student's text tower is the teacher's, which is not trained."""
+
 
 @dataclasses.dataclass
 class Config(Stage):
@@ -257,6 +266,7 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
     if cfg.logit_scale is not None and cfg.logit_scale <= 0:
         raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
+    check_locked(cfg)
     if not cfg.masks:
         return
     if not isinstance(CONFIGS[cfg.model]["vision"]["layers"], int):
@@ -271,6 +281,19 @@ def check_stage(cfg: Config) -> None:
         raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
     if cfg.inherit == "random":
         raise ValueError("--inherit random is a control without masks")
+
+
+def check_locked(cfg: Config) -> None:
+    """Raise ValueError if towers are locked that cannot be, or both."""
+    image, text = cfg.lock_image or cfg.use_teacher_image, cfg.lock_text or cfg.use_teacher_text
+    if image and text:
+        raise ValueError("--lock-image or --use-teacher-image, with --lock-text or --use-teacher-text, train no tower")
+    if (image or text) and cfg.masks:
+        raise ValueError("--masks learn both towers: --lock-image, --lock-text and --use-teacher-* are for manual ones")
+    if (cfg.use_teacher_image or cfg.use_teacher_text) and cfg.teacher is None:
+        raise ValueError("--use-teacher-image and --use-teacher-text need --teacher")
+    if (cfg.lock_image or cfg.lock_text) and cfg.init is None:
+        raise ValueError("--lock-image and --lock-text keep first weights, which would be random: name --init")
 
 
 def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:

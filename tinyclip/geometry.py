@@ -75,6 +75,11 @@ def named_towers(shape: Mapping) -> Iterator[tuple[str, str, Mapping]]:
     yield "text", "", shape["text"]
 
 
+def tower_of(name: str) -> str | None:
+    """The tower that a weight of a `model.CLIP` belongs to, vision or text; None for the temperature."""
+    return None if name == "logit_scale" else "vision" if name.startswith("visual.") else "text"
+
+
 # ---------------------------------------------------------------------------------------- checkpoints in other layouts
 
 

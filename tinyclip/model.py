@@ -36,6 +36,7 @@ from tinyclip.geometry import (
     of_transformers,
     said_beside,
     said_by_trainer,
+    tower_of,
     weights_file,
 )
 from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
@@ -316,12 +317,30 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
-        self, image: Tensor, text: Tensor, image_masks: Masks | None = None, text_masks: Masks | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features (B, D) of both, fp32 even under autocast, and exp(logit_scale)."""
-        image_features = F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
-        text_features = F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        image_masks: Masks | None = None,
+        text_masks: Masks | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Unit features (B, D) of both, fp32 even under autocast, and exp(logit_scale); None of what is None."""
+        image_features = None if image is None else F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
+        text_features = None if text is None else F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
         return image_features, text_features, self.logit_scale.exp()
+
+    def lock(self, image: bool = False, text: bool = False) -> None:
+        """Train without the image or the text tower: no gradients, and BatchNorm keeps its statistics, as with the
+        authors' --lock-image-freeze-bn-stats. U:open_clip/model.py:1015, 1023."""
+        locked = {"vision": image, "text": text}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not locked.get(tower_of(name), False))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "CLIP":
+        """Training mode, of a locked image tower excepted."""
+        super().train(mode)
+        self.visual.train(mode and self.visual.conv1.weight.requires_grad)
+        return self
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
         """Recompute transformer blocks in the backward pass (ResNet towers keep their activations)."""
@@ -349,7 +368,8 @@ class Student(nn.Module):
             for tower, mask in towers.items()
         ]
 
-    def forward(self, images: Tensor, tokens: Tensor, u: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor | None, tokens: Tensor | None, u: dict | None = None) -> tuple:
+        """As `CLIP.forward`, with the masks."""
         return self.clip(images, tokens, *self.tower_masks(u))
 
     def encode_image(self, images: Tensor) -> Tensor:
