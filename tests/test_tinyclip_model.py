@@ -16,7 +16,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import Case
-from scripts import same
+from PIL import Image
+from scripts import ROOT, same
 
 from shared import checkpoints
 from shared.run import gather
@@ -390,6 +391,16 @@ def test_activation_and_mlp_ratio_come_from_the_file_or_a_flag(tmp_path: Path):
     kept["args"].pretrained = ""
     torch.save(kept, file)
     assert load_clip(file, head_width=8).geometry["quick_gelu"] is False
+
+
+def test_the_lines_of_the_readme_take_a_released_file(tmp_path: Path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "tinyclip/README.md").read_text(), re.DOTALL)[1]
+    file = tmp_path / re.search(r'load_clip\("(.+?)"', code)[1]
+    torch.save({"state_dict": theirs(create_model("TinyCLIP-ViT-8M-16-Text-3M"), "openai")}, file)
+    Image.new("RGB", (300, 200)).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("tensor([[0.")
 
 
 @pytest.mark.parametrize(
