@@ -258,7 +258,7 @@ def train_stage(
 ) -> CLIP:
     """A whole stage on batches of (images, tokens), without run folder: the student after its last step.
 
-    A plain CLIP gets open masks if the stage has them. `uniforms` are the mask samples' numbers, one
+    A plain CLIP gets open masks if the stage has them, and locked towers. `uniforms` are the mask samples' numbers, one
     {tower: {kind: u}} a step.
     """
     if isinstance(student, CLIP):
