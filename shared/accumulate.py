@@ -33,7 +33,8 @@ def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -
     tensors of two or more dimensions have a row for each sample; others are the loss's own parameters. What of the
     loss depends on parameters alone, not on features, is the second argument of `backward`.
     """
-    device, bare = inputs[0].device, model.module if isinstance(model, DistributedDataParallel) else model
+    device = next(x.device for x in inputs if torch.is_tensor(x))
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
     recomputing = frozen_statistics if getattr(cfg, "grad_checkpointing", False) else contextlib.nullcontext
 
     def embed(network: nn.Module, batch: Sequence[Any]) -> Any:

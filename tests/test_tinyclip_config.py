@@ -38,6 +38,10 @@ ERRORS = {
     "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     "no pixels": (["emoji-teacher", "--image-size", "0"], "--image-size must be at least 1 pixel"),
     "evaluation before it starts": (["emoji-teacher", "--eval-every", "-1"], "--eval-every must be at least 0"),
+    "no tower to train": (["emoji", "--lock-image", "--use-teacher-text"], "train no tower"),
+    "masks on a locked tower": (["emoji-auto", *MASKS, "--lock-text"], "--masks learn both towers"),
+    "nobody's tower": (["emoji-contrastive", "--use-teacher-image"], "--use-teacher-text need --teacher"),
+    "random weights locked": (["emoji-teacher", "--lock-image"], "keep first weights, which would be random"),
     "no evaluation set": (["emoji-teacher", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere"),
 }
 
@@ -71,6 +75,13 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert re.search(rf"^steps +{cfg.steps:,}$", result.out, re.MULTILINE)
     assert f"{cfg.steps * cfg.batch_size:,}" in result.out and ("masks  " in result.out) == cfg.masks
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+
+
+def test_a_dry_run_says_what_is_not_trained(in_process):
+    result = in_process("manual-61M-29M", "--dry-run", "--lock-text")
+    assert re.search(r"^text tower +locked$", result.out, re.MULTILINE) and "image tower" not in result.out
+    result = in_process("manual-61M-29M", "--dry-run", "--use-teacher-image")
+    assert re.search(r"^image tower +the teacher's, not trained$", result.out, re.MULTILINE)
 
 
 def test_every_row_of_the_model_zoo_is_a_preset():

@@ -1,11 +1,13 @@
 """python -m tinyclip.eval: scores against the authors' numbers, costs, and one run folder measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
-from scripts import ROOT, one_sentence
+from scripts import ROOT, one_sentence, same
 from test_tinyclip_model import variants
 from test_tinyclip_train import SHARDS, TINY, corpus, folder  # noqa: F401
 
@@ -42,6 +44,14 @@ def test_retrieval_metrics(case):
         }
 
 
+def test_linear_probe():
+    """Two classes that a plane parts; of three test images of class 1 one lies with class 0."""
+    train_x, train_y = torch.tensor([[0.0, 2], [1, 2], [0, -2], [1, -2]]), torch.tensor([0, 0, 1, 1])
+    test_x, test_y = torch.tensor([[9.0, 1], [0, -1], [5, -3], [2, 1]]), torch.tensor([0, 1, 1, 1])
+    found = evaluation.linear_probe(train_x, train_y, test_x, test_y)
+    assert found == {"probe_top1": 75.0, "probe_mean_per_class": pytest.approx((100 + 200 / 3) / 2)}
+
+
 @pytest.mark.parametrize("name, macs", [("TinyCLIP-ViT-61M-32-Text-29M", 5.3), ("TinyCLIP-ResNet-19M-Text-19M", 4.4)])
 def test_macs_are_those_of_the_model_zoo(name: str, macs: float):
     assert round(evaluation.macs(create_model(name)) / 1e9, 1) == macs
@@ -76,6 +86,24 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatc
     assert {name.partition("/")[0] for name in values if "/" in name} == {Path(path).name for path in SETS}
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
     assert evaluation.main(cfg) == [values]
+
+
+def test_probes_of_a_run(small_run: Path, in_process):
+    cfg = evaluation.Config((str(small_run),), sets=(), probe=SETS[:1], throughput=False, device="cpu")
+    (values,) = evaluation.main(cfg)
+    assert all(0 <= values[f"groups_id/probe_{metric}"] <= 100 for metric in ("top1", "mean_per_class"))
+    result = in_process(small_run, "--probe", SETS[1], module="tinyclip.eval")  # without classes to learn
+    assert result.code == 2 and SETS[1] in result.err and one_sentence(result.err)
+
+
+def test_an_exported_folder_is_measured_like_its_run(small_run: Path, folder: Path):
+    cfg = evaluation.Config((str(small_run),), sets=SETS[:1], throughput=False, device="cpu")
+    exported = folder / "exported"
+    evaluation.export_run(str(small_run), str(exported), cfg)
+    assert same(dict(load_clip(exported).state_dict()), dict(load_clip(small_run).state_dict()))
+    (values,) = evaluation.main(replace(cfg, runs=(str(exported),)))
+    (of_run,) = evaluation.main(cfg)
+    assert values == {name: of_run[name] for name in values} and (exported / "open_clip_model.eval/results.md").exists()
 
 
 def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):

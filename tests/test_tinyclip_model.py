@@ -4,6 +4,7 @@ Their numbers are described in tests/golden/tinyclip/README.md. Everything about
 tolerances are those of the README.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import Case
-from scripts import same
+from PIL import Image
+from scripts import ROOT, same
 
 from shared import checkpoints
 from shared.clip import set_grad_checkpointing
@@ -301,6 +303,22 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_locked_resnet_keeps_its_statistics():
+    clip = CLIP(8, {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}, TEXT).train()
+    before = copy.deepcopy(clip.visual.state_dict())
+    clip.lock(image=True)
+    clip.eval().train()
+    clip(torch.randn(4, 3, 32, 32), example()[1])
+    assert same(dict(clip.visual.state_dict()), dict(before)) and clip.transformer.training
+    assert {name for name, p in clip.named_parameters() if p.requires_grad} == {
+        name for name, _ in clip.named_parameters() if not name.startswith("visual.")
+    }
+    clip.lock(text=True)
+    clip(torch.randn(4, 3, 32, 32), example()[1])
+    assert not same(dict(clip.visual.state_dict()), dict(before)) and clip.logit_scale.requires_grad
+    assert not clip.text_projection.requires_grad and clip.visual.conv1.weight.requires_grad
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="none of"):
         create_model("ViT-nowhere")
@@ -334,10 +352,12 @@ def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layout", ["openai", "towers", "towers, distributed", "auto"])
 def test_checkpoints_in_the_authors_layouts(tmp_path: Path, layout: str):
     model = prune(tiny(), some_masks(VISION), some_masks(TEXT)).eval() if layout == "auto" else tiny()
-    kept = beside_weights(state_dict=theirs(model, layout))
+    kept = beside_weights(
+        state_dict=theirs(model, layout), iter_in_epoch=9, num_batches=10, samples_per_epoch=320
+    )  # U:training/train.py:673
     kept["optimizer"] = 3 * [kept["optimizer"]]  # of image tower, text tower and temperature
     torch.save(kept, tmp_path / "theirs.pt")
-    loaded = load_clip(tmp_path / "theirs.pt", head_width=8)
+    loaded = load_clip(tmp_path / "theirs.pt", head_width=8, quick_gelu=False)
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
     images, tokens = example()
     with torch.no_grad():
@@ -349,10 +369,39 @@ def test_released_geometries_load(tmp_path: Path):
     for name in ("TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"):
         model = create_model(name)
         torch.save({"state_dict": theirs(model, "openai")}, tmp_path / f"{name}.pt")
-        loaded = load_clip(tmp_path / f"{name}.pt")
+        loaded = load_clip(tmp_path / f"{name}.pt", quick_gelu=False)
         assert same(dict(loaded.state_dict()), dict(model.state_dict()))
         tower = {key: loaded.geometry["vision"][key] for key in CONFIGS[name]["vision"]}
         assert tower == CONFIGS[name]["vision"]
+
+
+def test_activation_and_mlp_ratio_come_from_the_file_or_a_flag(tmp_path: Path):
+    model = CLIP(12, VISION | {"mlp_width": 48}, TEXT | {"mlp_width": 72}, quick_gelu=True).eval()
+    file, kept = tmp_path / "theirs.pt", beside_weights(state_dict=theirs(model, "towers, distributed"))
+    torch.save(kept, file)
+    with pytest.raises(ValueError, match="theirs.pt does not say whether its activation is QuickGELU"):
+        load_clip(file, head_width=8)
+    loaded = [load_clip(file, head_width=8, quick_gelu=True)]
+    for flag, pretrained in ((True, ""), (False, "openai")):  # what their trainer's command line said
+        kept["args"].force_quick_gelu, kept["args"].pretrained = flag, pretrained
+        torch.save(kept, file)
+        loaded.append(load_clip(file, head_width=8))
+    with torch.no_grad():
+        for other in loaded:
+            assert all(torch.equal(a, b) for a, b in zip(other(*example()), model(*example()), strict=True))
+    kept["args"].pretrained = ""
+    torch.save(kept, file)
+    assert load_clip(file, head_width=8).geometry["quick_gelu"] is False
+
+
+def test_the_lines_of_the_readme_take_a_released_file(tmp_path: Path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "tinyclip/README.md").read_text(), re.DOTALL)[1]
+    file = tmp_path / re.search(r'load_clip\("(.+?)"', code)[1]
+    torch.save({"state_dict": theirs(create_model("TinyCLIP-ViT-8M-16-Text-3M"), "openai")}, file)
+    Image.new("RGB", (300, 200)).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("tensor([[0.")
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,18 @@ def test_training_run(case, monkeypatch):
         case.close(f"final/{names[name]}", value, atol=1e-4 if stage.masks else 5e-5)
 
 
+def test_features_of_the_teachers_tower_are_those_that_it_computes():
+    """A stage that takes the teacher's image features ends like one that computes them in a locked tower."""
+    teacher, batches = tiny(1), [example() for _ in range(3)]
+    taken, locked = (Stage(steps=3, warmup=1, lr=1e-2, **{how: True}) for how in ("use_teacher_image", "lock_image"))
+    start = train.trained_towers(tiny(2), teacher, taken)
+    ends = [train.train_stage(copy.deepcopy(start), teacher, batches, stage).state_dict() for stage in (taken, locked)]
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=0, atol=1e-6)
+        is_teachers = torch.equal(value, teacher.state_dict()[name])
+        assert is_teachers == name.startswith("visual."), name
+
+
 def test_steps_that_are_not_finite_are_skipped():
     student = Student(tiny().train())
     before = copy.deepcopy(student.state_dict())
@@ -347,6 +359,8 @@ def arms(folder: Path) -> dict[str, list]:
         "inherited-affinity": ["emoji", *given],
         "random-channels": ["emoji", *given, "--inherit", "random"],
         "crops": ["emoji", *given, "--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform"],
+        "image-locked": ["emoji", *given, "--lock-image"],
+        "text-alone": ["emoji", *given, "--use-teacher-image"],
         "auto": ["emoji-auto", *given, *MASKS],
         "auto-progressive": [
             *("emoji-auto", *given, *MASKS, "--init", folder / "auto-seed0"),
@@ -404,6 +418,21 @@ def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
     assert all((loga == 10).all() for mask in masks for loga in mask.logas().values())
 
 
+def test_a_tower_that_is_not_trained_stays_as_it_was(runs: dict[str, Path]):
+    cfg = dataclasses.replace(config.EMOJI, init=str(runs["teacher"]), image_size=16)
+    starts = {"image-locked": first_weights(cfg)[0], "text-alone": load_clip(runs["teacher"])}
+    for arm, start in starts.items():
+        state, first = checkpoints.load_checkpoint(runs[arm] / "checkpoint.pt"), start.state_dict()
+        image = [name for name in state["state_dict"] if name.startswith("visual.")]
+        assert all(torch.equal(state["state_dict"][name], first[name]) for name in image)
+        moments = state["optimizers"][0]["state"]
+        assert len(moments) == len(state["state_dict"]) - len(image)
+    student = load_clip(runs["text-alone"])
+    assert (student.geometry["vision"]["width"], student.geometry["text"]["layers"]) == (128, 2)
+    text = first_weights(cfg)[0].transformer.state_dict()
+    assert not all(torch.equal(value, text[name]) for name, value in student.transformer.state_dict().items())
+
+
 def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
     """All that the first stage has left sits in the front corner of full size, with its gates open."""
     auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["auto"]), image_size=16)
@@ -439,13 +468,19 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 
-@pytest.mark.parametrize("arm", ["auto", "crops"])
+@pytest.mark.parametrize("arm", ["auto", "crops", "text-alone"])
 def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
-    """Once before the masks are cut, once after, and in a run that reads and crops while it trains."""
+    """Once before the masks are cut, once after, in a run that reads and crops while it trains, and in one that takes
+    the teacher's image tower."""
     out, teacher = folder / f"killed-{arm}", runs["teacher"]
     given = ["--teacher", teacher, "--init", teacher, *TINY, "--save-every", "1", "--out", out]
     crops = ["--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform", "--workers", "1"]
-    command = ["emoji-auto", *MASKS, *given] if arm == "auto" else ["emoji", *crops, *given]
+    presets = {
+        "auto": ["emoji-auto", *MASKS],
+        "crops": ["emoji", *crops],
+        "text-alone": ["emoji", "--use-teacher-image"],
+    }
+    command = [*presets[arm], *given]
     kills = [random.randint(2, 3), random.randint(6, 7)]
     for line in kills:
         kill_at(start(*command), out, line)
@@ -459,11 +494,12 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
-@pytest.mark.parametrize("arm", ["auto", "inherited-affinity"])
+@pytest.mark.parametrize("arm", ["auto", "inherited-affinity", "text-alone"])
 def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
     """The processes get what torchrun would tell them."""
     out, teacher = folder / f"two-{arm}", runs["teacher"]
     preset = ["emoji-auto", *MASKS] if arm == "auto" else ["emoji"]
+    preset += ["--use-teacher-image"] if arm == "text-alone" else []
     command = [*preset, "--teacher", teacher, "--init", teacher, *TINY, "--out", out]
     for process in start_two(start, *command):
         finished(ended(process))
@@ -542,6 +578,8 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     assert result.code == 2 and "its run is not finished" in result.err and one_sentence(result.err)
     result = in_process("emoji", *given, *TINY, "--inherit", "random", "--quick-gelu", "--out", tmp_path / "a")
     assert result.code == 2 and "--inherit random cannot cut emoji-50" in result.err and one_sentence(result.err)
+    result = in_process("emoji", *given, *TINY, "--use-teacher-text", "--quick-gelu", "--out", tmp_path / "a")
+    assert result.code == 2 and "quick_gelu is False there and True here" in result.err and one_sentence(result.err)
     result = in_process("emoji", *given, *TINY, "--image-size", "24", "--out", tmp_path / "a")
     assert result.code == 2 and "the teacher sees 16 pixels" in result.err and one_sentence(result.err)
     result = in_process("emoji", "--teacher", runs["teacher"], *TINY, "--model", "emoji-100", "--init", runs["auto"])

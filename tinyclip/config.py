@@ -11,7 +11,7 @@ from typing import Literal
 
 from shared import cli
 from shared.presets import EMBEDDED, NOT_STATED, Row
-from tinyclip.geometry import CONFIGS
+from tinyclip.geometry import CONFIGS, weights_file
 
 
 @dataclasses.dataclass
@@ -71,6 +71,15 @@ class Stage:
     exact_prune: bool = False
     """Prune to exactly what the masked network computes; upstream's pruning also scales the projections."""
 
+    lock_image: bool = False
+    """The image tower keeps the weights it starts with, those of its projection, too; only the text tower learns."""
+    lock_text: bool = False
+    """The text tower keeps the weights it starts with; only the image tower learns."""
+    use_teacher_image: bool = False
+    """Distil the text tower alone: the student's image tower is the teacher's, which is not trained."""
+    use_teacher_text: bool = False
+    """Distil the image tower alone: the student's text tower is the teacher's, which is not trained."""
+
 
 @dataclasses.dataclass
 class Config(Stage):
@@ -94,7 +103,8 @@ class Config(Stage):
     model: str = "TinyCLIP-ViT-61M-32-Text-29M"
     """The student's geometry, by name in tinyclip.model.CONFIGS; with masks, that before pruning."""
     teacher: str | None = "ViT-B-32@laion2b_e16"
-    """A run folder, a checkpoint in the authors' layout, or MODEL@WEIGHTS of open_clip. The same in all stages."""
+    """A run folder, a checkpoint in the authors' layout, a folder of transformers or open_clip, or MODEL@WEIGHTS of
+    open_clip. The same in all stages."""
     init: str | None = "ViT-B-32@laion2b_e16"
     """Where first weights come from, as `teacher`: the teacher, or the stage before. None: random weights."""
     inherit: Literal["manual", "random"] = "manual"
@@ -106,6 +116,8 @@ class Config(Stage):
     """Width of an attention head in checkpoint files that do not say."""
     quick_gelu: bool = False
     """The student's activation is QuickGELU. Weights of OpenAI need it; upstream's configs have GELU nevertheless."""
+    teacher_quick_gelu: bool | None = None
+    """Activation of a teacher's file that does not say it: QuickGELU or GELU."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     grad_checkpointing: bool = False
@@ -142,7 +154,9 @@ class Config(Stage):
 MANUAL = Config(grad_checkpointing=True)
 AUTO = replace(MANUAL, model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
 RESNET = replace(MANUAL, model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
-YFCC = replace(  # no script upstream; 25 epochs of 15M pairs
+# No script upstream. The authors say of the 39M: 25 epochs of YFCC-15M on 16 V100s (microsoft/Cream issue 244).
+# Teacher, first weights, batch, and all settings of the 8M are unverified.
+YFCC = replace(
     MANUAL, model="TinyCLIP-ViT-39M-16-Text-19M", teacher="ViT-B-16@openai", init="ViT-B-16@openai",
     batch_size=4_096, steps=91_550,
 )  # fmt: skip
@@ -197,9 +211,9 @@ PRESETS = {
         "its 75 -> 50 %, 12 epochs as the released file was named",
         replace(RESNET, model="TinyCLIP-ResNet-19M-Text-19M", init=FIRST.format("resnet-30M-29M"), steps=146_484),
     ),
-    "yfcc-39M-19M": ("ViT-B/16 by hand, YFCC-15M; recipe pieced together from the authors' answers", YFCC),
+    "yfcc-39M-19M": ("ViT-B/16 by hand, YFCC-15M, 25 epochs; teacher, first weights and batch unverified", YFCC),
     "yfcc-8M-3M": (
-        "from 39M-19M, YFCC-15M; likewise",
+        "from 39M-19M, YFCC-15M; all but the data unverified",
         replace(YFCC, model="TinyCLIP-ViT-8M-16-Text-3M", init=FIRST.format("yfcc-39M-19M")),
     ),
 }  # fmt: skip
@@ -218,7 +232,7 @@ def check(cfg: Config, world_size: int) -> None:
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
             continue
-        if Path(source).is_dir() and not (Path(source) / "model.pt").exists():
+        if Path(source).is_dir() and weights_file(Path(source)) in (Path(source), Path(source) / "checkpoint.pt"):
             raise ValueError(
                 f"--{name} {source} has no model.pt: its run is not finished; let it go on to its end first"
             )
@@ -255,6 +269,7 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
     if cfg.logit_scale is not None and cfg.logit_scale <= 0:
         raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
+    check_locked(cfg)
     if not cfg.masks:
         return
     if not isinstance(CONFIGS[cfg.model]["vision"]["layers"], int):
@@ -269,6 +284,19 @@ def check_stage(cfg: Config) -> None:
         raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
     if cfg.inherit == "random":
         raise ValueError("--inherit random is a control without masks")
+
+
+def check_locked(cfg: Config) -> None:
+    """Raise ValueError if towers are locked that cannot be, or both."""
+    image, text = cfg.lock_image or cfg.use_teacher_image, cfg.lock_text or cfg.use_teacher_text
+    if image and text:
+        raise ValueError("--lock-image or --use-teacher-image, with --lock-text or --use-teacher-text, train no tower")
+    if (image or text) and cfg.masks:
+        raise ValueError("--masks learn both towers: --lock-image, --lock-text and --use-teacher-* are for manual ones")
+    if (cfg.use_teacher_image or cfg.use_teacher_text) and cfg.teacher is None:
+        raise ValueError("--use-teacher-image and --use-teacher-text need --teacher")
+    if (cfg.lock_image or cfg.lock_text) and cfg.init is None:
+        raise ValueError("--lock-image and --lock-text keep first weights, which would be random: name --init")
 
 
 def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:
@@ -286,7 +314,7 @@ PAPER_ROWS = {
         "manual-40M-19M": _zoo("manual, ViT-40M/32 Text-19M", 59.8),
         "resnet-30M-29M": _zoo("manual, ResNet-30M Text-29M", 59.1),
         "resnet-19M-19M": _zoo("manual, ResNet-19M Text-19M", 56.4),
-        "yfcc-39M-19M": _zoo("manual, ViT-39M/16 Text-19M", 63.5, "YFCC-15M", NOT_STATED),
+        "yfcc-39M-19M": _zoo("manual, ViT-39M/16 Text-19M", 63.5, "YFCC-15M", "16"),
         "yfcc-8M-3M": _zoo("manual, ViT-8M/16 Text-3M", 41.1, "YFCC-15M", NOT_STATED),
         "auto-63M-31M-laion-yfcc": _zoo("auto, ViT-63M/32 Text-31M, second data set", 64.5, BOTH),
         "auto-45M-18M-laion-yfcc": _zoo("auto, ViT-45M/32 Text-18M, second data set", 62.7, BOTH),

@@ -1,8 +1,8 @@
 """Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
-throughput. Works on our run folders, on the authors' checkpoints in either layout, on MODEL@WEIGHTS of
-open_clip, on the embedded corpus and on any CLIP-benchmark evaluation set.
+throughput, linear probe. Works on our run folders, on the authors' checkpoints in either layout, on folders of
+transformers and open_clip, on MODEL@WEIGHTS of open_clip, on the embedded corpus and on any CLIP-benchmark set.
 """
 
 import dataclasses
@@ -15,12 +15,14 @@ from typing import Annotated
 import open_clip
 import torch
 import tyro
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared import cli, evaluation, export, run, zeroshot
-from tinyclip.geometry import open_clip_config
+from shared.evalsets import EvalSet
+from tinyclip.geometry import open_clip_config, weights_file
 from tinyclip.model import CLIP, load_clip, parameter_counts
 from tinyclip.train import image_transform
 
@@ -41,16 +43,21 @@ EMOJI = "data/emoji/eval/"
 @dataclasses.dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, checkpoint files in one of the authors' layouts, or MODEL@WEIGHTS of open_clip."""
+    """Run folders, checkpoint files in one of the authors' layouts, folders of transformers or open_clip, or
+    MODEL@WEIGHTS of open_clip."""
     sets: tuple[str, ...] = tuple(
         EMOJI + name
         for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
     )
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    probe: tuple[str, ...] = ()
+    """Sets with a train/ split for linear probes of the image features; none by default."""
+    probe_c: float = 0.316
+    """Inverse L2 strength of the probe's logistic regression, the value in CLIP's README (its paper sweeps it)."""
     head_width: int = 64
     """Width of an attention head in checkpoint files that do not say."""
-    quick_gelu: bool = False
-    """Activation of checkpoint files that do not say: QuickGELU instead of GELU."""
+    quick_gelu: bool | None = None
+    """Activation of checkpoint files that do not say it: QuickGELU or GELU. The authors' released files have GELU."""
     throughput: bool = True
     """Measure pairs per second; the machine should have nothing else to do."""
     report: str | None = None
@@ -97,6 +104,20 @@ def retrieval_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
         }
         metrics |= {f"{way}_R@{k}": (rank < k).double().mean().item() for k in (1, 5, 10)}
     return metrics
+
+
+def linear_probe(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, c: float = 0.316
+) -> dict[str, float]:
+    """CLIP's linear probe of image features (N, D) as encoded, with labels (N,): logistic regression by L-BFGS, inverse
+    L2 strength c, 1000 iterations. Percent: top-1, and the mean of the classes' accuracies.
+
+    Section 4.4 of the paper transfers to other datasets; the authors have released no code for it.
+    """
+    fitted = LogisticRegression(C=c, max_iter=1000, random_state=0).fit(train_x.numpy(), train_y.numpy())
+    hits = torch.from_numpy(fitted.predict(test_x.numpy())) == test_y
+    per_class = zeroshot.per_class_accuracy(hits, test_y, int(test_y.max()) + 1)
+    return {"probe_top1": zeroshot.percent(hits), "probe_mean_per_class": per_class.nanmean().item()}
 
 
 def example(model: CLIP, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -155,11 +176,31 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
 
 
+def probes(model: CLIP, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """`linear_probe` of each set of --probe, {"set/probe_top1": ...}. ValueError for a set without classes."""
+    transform, found = image_transform(model.geometry["vision"]["image_size"]), {}
+    for folder in cfg.probe:
+        features_and_labels = []
+        for split in ("train", "test"):
+            images = EvalSet(folder, transform, split)
+            if images.kind != "classification":
+                raise ValueError(f"--probe {folder} is for {images.kind}: a linear probe needs a classification set")
+            batches = images.batches(cfg.batch_size, cfg.workers)
+            features_and_labels += zeroshot.extract_image_features(
+                model.encode_image, batches, device, dtype, f"{images.name} {split}"
+            )
+        metrics = linear_probe(*features_and_labels, cfg.probe_c)
+        found |= {f"{images.name}/{metric}": value for metric, value in metrics.items()}
+    return found
+
+
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu).to(process.device)
     geometry = model.geometry
     precision = run.resolve_precision(cfg.precision, process.device)
+    dtype = run.DTYPES[precision]
+    flat = probes(model, cfg, process.device, dtype)
     results = zeroshot.evaluate(
         model,
         open_clip.SimpleTokenizer(context_length=geometry["text"]["context_length"]),
@@ -167,10 +208,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         cfg.sets,
         process.device,
         cfg.batch_size,
-        run.DTYPES[precision],
+        dtype,
         cfg.workers,
     )
-    flat = {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
+    flat |= {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
     counts = parameter_counts(model)
     flat |= {f"{tower}_parameters_m": counts[tower] / 1e6 for tower in ("image", "text", "total")}
     flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # as the paper's names count: no token embedding
@@ -179,7 +220,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat["macs_g"] = macs(model) / 1e9
     if cfg.throughput:
         flat |= throughput(model, device=process.device, precision=precision)
-    if Path(path).is_dir():
+    if (Path(path) / "metrics.jsonl").exists():
         lines = run.read_metrics(Path(path))
         for key in ("sparsity_reached", "expected_sparsity", "target_sparsity"):
             found = [line[key] for line in lines if key in line]
@@ -191,7 +232,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     if "@" in path and not Path(path).exists():
         return evaluate_run(path, cfg, process)
-    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
+    source = Path(path) if (Path(path) / "checkpoint.pt").exists() else weights_file(Path(path))
+    return evaluation.measured_run(source, cfg, (*cfg.sets, *cfg.probe), lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:

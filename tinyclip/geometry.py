@@ -5,9 +5,14 @@ wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from shared.checkpoints import read_json
 
 # ------------------------------------------------------------------------------------------------- geometries by name
 
@@ -70,16 +75,23 @@ def named_towers(shape: Mapping) -> Iterator[tuple[str, str, Mapping]]:
     yield "text", "", shape["text"]
 
 
+def tower_of(name: str) -> str | None:
+    """The tower that a weight of a `model.CLIP` belongs to, vision or text; None for the temperature."""
+    return None if name == "logit_scale" else "vision" if name.startswith("visual.") else "text"
+
+
 # ---------------------------------------------------------------------------------------- checkpoints in other layouts
 
 
 def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of the authors' layouts -> OpenAI's; masks become `image_mask.*` and `text_mask.*`.
+    """Keys of the authors' layouts, or of transformers, -> OpenAI's; masks become `image_mask.*` and `text_mask.*`.
     U:open_clip/model.py:1115.
 
     Theirs are OpenAI's with `module.`, or `_image_encoder.visual.X`, `_text_encoder.X`, `_logit_scale.logit_scale`,
     with or without `module.`; automatic checkpoints hold the towers twice, again as `image_encoder_without_ddp.*`.
     """
+    if of_transformers(sd):
+        return from_transformers(sd)
     converted = {}
     for key, value in sd.items():
         key = re.sub(r"(^|\.)module\.", r"\1", key)
@@ -87,6 +99,89 @@ def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r"^(image|text)_encoder:l0_module\.", r"\1_mask.", key)
         converted[key.rpartition(":")[2]] = value
     return converted
+
+
+# Names in transformers' CLIPModel, without their tower's: in OpenAI's layout, replaced in this order.
+TRANSFORMERS = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding": "token_embedding",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+}
+
+
+def of_transformers(sd: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of a `CLIPModel` of transformers."""
+    return any(key.startswith("text_model.") for key in sd)
+
+
+def from_transformers(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a `CLIPModel` -> OpenAI's layout: q, k and v in one matrix, projections transposed."""
+    converted, fused = {}, defaultdict(dict)
+    for key, value in sd.items():
+        name = key.replace("vision_model.", "visual.").removeprefix("text_model.")
+        for theirs, ours in TRANSFORMERS.items():
+            name = name.replace(theirs, ours)
+        if match := re.fullmatch(r"(.+\.attn\.)([qkv])_proj\.(weight|bias)", name):
+            fused[f"{match[1]}in_proj_{match[3]}"][match[2]] = value
+        elif not name.endswith("position_ids"):  # 0, 1, 2, ..., in older files
+            converted[name] = value.T if name in ("visual.proj", "text_projection") else value
+    return converted | {name: torch.cat([part[x] for x in "qkv" if x in part]) for name, part in fused.items()}
+
+
+# In a run folder of ours, and in folders that open_clip and transformers save
+WEIGHTS = ("model.pt", "checkpoint.pt", "open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin")
+
+
+def weights_file(path: Path) -> Path:
+    """The file of a folder that holds its weights; `path` itself if it is no such folder."""
+    return next((path / name for name in WEIGHTS if (path / name).exists()), path)
+
+
+def said_beside(file: Path, transformers: bool) -> dict:
+    """quick_gelu and head_width (image, text), which shapes do not tell, from the configuration beside weights of
+    transformers (config.json) or open_clip (open_clip_config.json); {} if there is none.
+
+    ValueError if it is no CLIP's, or says what no tower here has.
+    """
+    path = file.with_name("config.json" if transformers else "open_clip_config.json")
+    if not path.is_file():
+        return {}
+    said = read_json(path)
+    try:
+        if not transformers:
+            vision, text = said["model_cfg"]["vision_cfg"], said["model_cfg"]["text_cfg"]
+            widths = vision.get("head_width", 64), text.get("width", 512) // text.get("heads", 8)
+            return {"quick_gelu": bool(said["model_cfg"].get("quick_gelu", False)), "head_width": widths}
+        # The file leaves out what is as in transformers' CLIPVisionConfig and CLIPTextConfig
+        common = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+        vision = common | {"hidden_size": 768, "num_attention_heads": 12} | said["vision_config"]
+        text = common | {"hidden_size": 512, "num_attention_heads": 8} | said["text_config"]
+        activations, eps = ({tower[key] for tower in (vision, text)} for key in ("hidden_act", "layer_norm_eps"))
+        if activations not in ({"gelu"}, {"quick_gelu"}) or eps != {1e-5}:
+            raise ValueError(f"{path}: towers here have both gelu or both quick_gelu, and LayerNorms of eps 1e-5")
+        widths = tuple(tower["hidden_size"] // tower["num_attention_heads"] for tower in (vision, text))
+        return {"quick_gelu": activations == {"quick_gelu"}, "head_width": widths}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the configuration of a CLIP: {error}") from error
+
+
+def said_by_trainer(args: object) -> dict:
+    """quick_gelu, from the command line that the authors' trainer keeps in its files (U:training/train.py:674); {} for
+    None. U:open_clip/factory.py:111, 127."""
+    if not hasattr(args, "force_quick_gelu"):
+        return {}
+    return {"quick_gelu": bool(args.force_quick_gelu or str(getattr(args, "pretrained", "")).lower() == "openai")}
 
 
 def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int] = 64) -> dict:

@@ -22,11 +22,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints
-from tinyclip.geometry import CONFIGS, block_sizes, convert_state_dict, geometry
+from tinyclip.geometry import (
+    CONFIGS,
+    block_sizes,
+    convert_state_dict,
+    geometry,
+    of_transformers,
+    said_beside,
+    said_by_trainer,
+    tower_of,
+    weights_file,
+)
 from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
 from tinyclip.masks import L0Mask, Masks, expand_pruned, prune, sparsity_loss, target_sparsity  # noqa: F401
 
@@ -309,12 +321,30 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
-        self, image: Tensor, text: Tensor, image_masks: Masks | None = None, text_masks: Masks | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features (B, D) of both, fp32 even under autocast, and exp(logit_scale)."""
-        image_features = F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
-        text_features = F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        image_masks: Masks | None = None,
+        text_masks: Masks | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Unit features (B, D) of both, fp32 even under autocast, and exp(logit_scale); None of what is None."""
+        image_features = None if image is None else F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
+        text_features = None if text is None else F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
         return image_features, text_features, self.logit_scale.exp()
+
+    def lock(self, image: bool = False, text: bool = False) -> None:
+        """Train without the image or the text tower: no gradients, and BatchNorm keeps its statistics, as with the
+        authors' --lock-image-freeze-bn-stats. U:open_clip/model.py:1015, 1023."""
+        locked = {"vision": image, "text": text}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not locked.get(tower_of(name), False))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "CLIP":
+        """Training mode, of a locked image tower excepted."""
+        super().train(mode)
+        self.visual.train(mode and self.visual.conv1.weight.requires_grad)
+        return self
 
 
 class Student(nn.Module):
@@ -340,7 +370,8 @@ class Student(nn.Module):
             for tower, mask in towers.items()
         ]
 
-    def forward(self, images: Tensor, tokens: Tensor, u: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor | None, tokens: Tensor | None, u: dict | None = None) -> tuple:
+        """As `CLIP.forward`, with the masks."""
         return self.clip(images, tokens, *self.tower_masks(u))
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -375,11 +406,12 @@ def parameter_counts(model: CLIP) -> dict[str, int]:
     return {"image": image, "text": text - embedding, "text_with_token_embedding": text, "total": total}
 
 
-def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False) -> CLIP:
-    """A CLIP in eval mode from a run folder of ours, a checkpoint file in either of the authors' layouts, or
-    `MODEL@WEIGHTS` of open_clip (`ViT-B-32@laion2b_e16`), which it downloads.
+def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None = None) -> CLIP:
+    """A CLIP in eval mode from a run folder of ours, a checkpoint file in either of the authors' layouts, a folder of
+    transformers or open_clip, or `MODEL@WEIGHTS` of open_clip (`ViT-B-32@laion2b_e16`), which it downloads.
 
-    `head_width` and `quick_gelu` are for the authors' files, which do not say. ValueError if `source` holds no CLIP.
+    `head_width` and `quick_gelu` are for files that do not say. ValueError if `source` holds no CLIP, or if nothing
+    says what its activation is.
     """
     if "@" in str(source) and not Path(source).exists():
         state, shape = open_clip_weights(str(source))
@@ -395,6 +427,11 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool = False
         raise ValueError(
             f"{source} does not hold a CLIP that this code knows: {str(error).splitlines()[1].strip()}"
         ) from error
+    if model.geometry["quick_gelu"] is None:
+        raise ValueError(
+            f"{source} does not say whether its activation is QuickGELU: say it with --quick-gelu (of a teacher, "
+            "--teacher-quick-gelu), True for weights of OpenAI, False for what the authors of TinyCLIP have released"
+        )
     return model.eval()
 
 
@@ -414,15 +451,29 @@ def open_clip_weights(source: str) -> tuple[dict[str, Tensor], dict]:
     return state, {"quick_gelu": quick_gelu} | CONFIGS[name]
 
 
+def read_weights(file: Path) -> dict:
+    """What a checkpoint holds, or a .safetensors file's tensors by name. ValueError if it cannot be read."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return checkpoints.load_checkpoint(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole file of safetensors: {error}") from error
+
+
 def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], dict]:
-    """(state dict in OpenAI's layout, arguments of `CLIP`) of a run folder or file. ValueError if it holds none."""
-    file = next((path / name for name in ("model.pt", "checkpoint.pt") if (path / name).exists()), path)
-    content = checkpoints.load_checkpoint(file)
+    """(state dict in OpenAI's layout, arguments of `CLIP`) of a folder or file. ValueError if it holds none.
+
+    Without quick_gelu where nothing says it.
+    """
+    file = weights_file(path)
+    content = read_weights(file)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(
             f"{path} holds no weights by name: a checkpoint is a dict of tensors, or has one as state_dict"
         )
+    said = said_by_trainer(content.get("args")) | said_beside(file, of_transformers(state))
     state = convert_state_dict(state)
     if "masks" in content and content["masks"] is not None:
         raise ValueError(f"{path} is in the middle of learning its masks; let it run past its --prune-step")
@@ -431,6 +482,6 @@ def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], 
     if any("mask." in key for key in state):
         raise ValueError(f"{path} still has its masks; prune it with the authors' code, or load its last stage")
     try:
-        return state, geometry(state, head_width)
+        return state, geometry(state, said.pop("head_width", head_width)) | said
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

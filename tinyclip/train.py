@@ -30,9 +30,17 @@ from shared.clip import cut_padding, set_grad_checkpointing
 from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
-from tinyclip.geometry import CONFIGS
+from tinyclip.geometry import CONFIGS, tower_of
 from tinyclip.inheritance import inherit_at_random, inherit_weights, resize_positional_embedding
-from tinyclip.masks import L0Mask, expand_pruned, expected_sparsity, reached_sparsity, sparsity_loss, target_sparsity
+from tinyclip.masks import (
+    L0Mask,
+    expand_pruned,
+    expected_sparsity,
+    reached_sparsity,
+    resized,
+    sparsity_loss,
+    target_sparsity,
+)
 from tinyclip.model import CLIP, Student, distillation_loss, load_clip, parameter_counts
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
@@ -118,7 +126,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
-    source = load_clip(cfg.init, cfg.head_width)
+    source = load_clip(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
     state, own = source.state_dict(), clip.state_dict()
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
@@ -136,6 +144,30 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
         clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
     return clip, masks
+
+
+def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
+    """The student as a stage trains it: with the teacher's tower in the place of its own (--use-teacher-*), and without
+    gradients for this tower or a locked one. U:open_clip/model.py:947, 1015.
+
+    ValueError if the teacher's tower does not go with the student's other one.
+    """
+    taken = {"vision": stage.use_teacher_image, "text": stage.use_teacher_text}
+    shape, state = copy.deepcopy(clip.geometry), clip.state_dict()
+    for tower in (tower for tower, theirs in taken.items() if theirs):
+        for key in ("embed_dim", "quick_gelu"):
+            if teacher.geometry[key] != shape[key]:
+                raise ValueError(
+                    f"the teacher's {tower} tower does not go with this student: {key} is {teacher.geometry[key]} "
+                    f"there and {shape[key]} here"
+                )
+        shape[tower] = teacher.geometry[tower]
+        state = {name: value for name, value in state.items() if tower_of(name) != tower}
+        state |= {name: value for name, value in teacher.state_dict().items() if tower_of(name) == tower}
+    if any(taken.values()):
+        clip = resized(clip, shape, state)
+    clip.lock(stage.lock_image or stage.use_teacher_image, stage.lock_text or stage.use_teacher_text)
+    return clip
 
 
 def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
@@ -184,7 +216,8 @@ def train_step(
     U:training/train.py:329.
 
     Order: learning rates, forward, loss with the masks' constraint, backward, clip over everything, weights and masks,
-    clamps, temperature. A step whose gradients are not finite is skipped, on all processes.
+    clamps, temperature. A step whose gradients are not finite is skipped, on all processes. Of a tower that is the
+    teacher's, its features are taken.
     """
     bare = student.module if isinstance(student, DistributedDataParallel) else student
     masks = bare.masks
@@ -193,7 +226,10 @@ def train_step(
         group["lr"] = lr
     if stage.accumulate > 1 and u is None:
         u = bare.uniforms()  # one draw for all micro-batches
-    (image, text, scale), backward = accumulate.forward(student, (images, tokens, u), stage, precision)
+    given = None if stage.use_teacher_image else images, None if stage.use_teacher_text else tokens
+    (image, text, scale), backward = accumulate.forward(student, (*given, u), stage, precision)
+    image = teacher.image if stage.use_teacher_image else image
+    text = teacher.text if stage.use_teacher_text else text
     spread = gather if isinstance(student, DistributedDataParallel) else None
     loss = distillation_loss(image, text, scale, *(teacher or (None, None, None)), stage.alpha, stage.weight, spread)
     logged = {"loss": loss.detach(), "distillation": loss.detach(), "lr": lr, "logit_scale": scale.detach()}
@@ -239,11 +275,11 @@ def train_stage(
 ) -> CLIP:
     """A whole stage on batches of (images, tokens), without run folder: the student after its last step.
 
-    A plain CLIP gets open masks if the stage has them. `uniforms` are the mask samples' numbers, one
+    A plain CLIP gets open masks if the stage has them, and locked towers. `uniforms` are the mask samples' numbers, one
     {tower: {kind: u}} a step.
     """
     if isinstance(student, CLIP):
-        student = Student(student, *open_masks(student.geometry, stage))
+        student = Student(trained_towers(student, teacher, stage), *open_masks(student.geometry, stage))
     if teacher is not None:
         teacher = teacher.eval().requires_grad_(False)
     optimizers = make_optimizers(student.train(), stage)
@@ -386,6 +422,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         [
             ("parameters", "{total:,} (image {image:,}, text {text:,} without tokens)".format(**counts)),
             *(mask_rows(cfg, student, counts) if cfg.masks else ()),
+            *locked_rows(cfg),
             ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
             cli.batch_row(cfg, world_size),
             ("steps", f"{cfg.steps:,}"),
@@ -414,11 +451,23 @@ def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tup
     ]
 
 
+def locked_rows(cfg: Config) -> list[tuple[str, str]]:
+    """What the dry run says about towers that are not trained."""
+    return [
+        (f"{tower} tower", "the teacher's, not trained" if theirs else "locked")
+        for tower, theirs, locked in (
+            ("image", cfg.use_teacher_image, cfg.lock_image),
+            ("text", cfg.use_teacher_text, cfg.lock_text),
+        )
+        if theirs or locked
+    ]
+
+
 def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | None:
-    """The teacher, None where the loss has none. ValueError if it takes other images or captions than the student."""
-    if cfg.alpha == 0:
+    """The teacher, None where nothing asks it. ValueError if it takes other images or captions than the student."""
+    if cfg.alpha == 0 and not (cfg.use_teacher_image or cfg.use_teacher_text):
         return None
-    teacher = load_clip(cfg.teacher, cfg.head_width).to(device).requires_grad_(False)
+    teacher = load_clip(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu).to(device).requires_grad_(False)
     teacher.cuts_padding = False  # `Corpus` has done it
     seen, own = image_and_context(teacher), image_and_context(student)
     if seen != own:
@@ -464,9 +513,9 @@ def main(cfg: Config) -> Path | None:
         return folder.path
     first = folder.state["step"]
     clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
-    student = Student(clip, *masks).to(device).train()
+    teacher = frozen_teacher(cfg, clip, device)
+    student = Student(trained_towers(clip, teacher, cfg), *masks).to(device).train()
     set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
-    teacher = frozen_teacher(cfg, student.clip, device)
     optimizers = make_optimizers(student, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizers=optimizers, scaler=scaler)

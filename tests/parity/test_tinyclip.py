@@ -7,6 +7,7 @@ import copy
 import sys
 import tempfile
 import warnings
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -355,12 +356,12 @@ def their_args(stage: Stage) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def their_trainer(up, theirs, teacher, stage: Stage):
+def their_trainer(up, theirs, teacher, stage: Stage, **flags):
     """(function that runs their train_one_epoch over batches; what it logs by (name, step))."""
     if not theirs.used_ddp:
         theirs.ddpify(up.model.FakeDDP)
     theirs.teacher = [teacher.eval().requires_grad_(False)]
-    args, logged = their_args(stage), {}
+    args, logged = SimpleNamespace(**vars(their_args(stage)) | flags), {}
     for tower in (theirs.image_encoder_without_ddp, theirs.text_encoder_without_ddp) if stage.masks else ():
         tower.l0_module.start_sparsity, tower.l0_module.target_sparsity = stage.start_sparsity, stage.target_sparsity
         tower.l0_module.lagrangian_warmup = stage.sparsity_warmup
@@ -405,6 +406,29 @@ def test_training(up, table, masks):
     state = {name.removeprefix("clip."): value for name, value in student.state_dict().items()}
     states = geometry.convert_state_dict(theirs.state_dict()), state
     table.compare(f"{name}: weights after 4 steps", up.train.train_one_epoch, "train.train_step", *states, atol=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["lock_image", "lock_text", "use_teacher_image", "use_teacher_text"])
+def test_their_loop_cannot_leave_out_a_tower(up, flag):
+    """Detail 23 says so: the features of the tower that is left out stay None."""
+    one_pass, _ = their_trainer(up, twins(up)[0], twins(up)[0], Stage(steps=100), **{flag: True})
+    with pytest.raises((TypeError, AttributeError), match="None"):
+        one_pass([inputs(6)])
+
+
+def test_checkpoint_of_their_trainer(up, table, tmp_path):
+    """A file with all that their loop saves (training/train.py:673)."""
+    theirs = twins(up)[0]
+    theirs.ddpify(up.model.FakeDDP)
+    args = Namespace(**vars(their_args(Stage())), force_quick_gelu=False, pretrained="", name="a", model="ViT-B-32")
+    state = {"args": args, "epoch": 0, "iter_in_epoch": 9, "num_batches": 10, "samples_per_epoch": 60, "name": "a"}
+    state |= {"state_dict": theirs.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()}
+    state["optimizer"] = [each.state_dict() for each in up.optimizer.build_optimizer(args, theirs)]
+    torch.save(state, tmp_path / "epoch_0_iter_9.pt")
+    loaded, batch = model.load_clip(tmp_path / "epoch_0_iter_9.pt", head_width=16), inputs()
+    with torch.no_grad():
+        values = list(theirs.eval()(*batch)), list(loaded(*batch))
+    table.compare("checkpoint", up.model.convert_to_new_checkpoint, "model.load_clip", *values, atol=2e-6)
 
 
 def test_trajectory(up, table):
