@@ -189,8 +189,6 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    if "@" in path and not Path(path).exists():
-        return evaluate_run(path, cfg, process)
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
 
 
