@@ -20,7 +20,7 @@ help:
 	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all),'
 	@echo '                         and makes runs/report.html of what was measured'
 	@echo 'make test                install and run all tests, offline after installation'
-	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions and presets against the authors'"'"' clone'
+	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions, presets and map against the authors'"'"' clone'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs, each side at its best thread setting'
 	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
 	@echo 'make bench-data          reading: start-up, memory, samples/s beside webdataset and open_clip, on shards that it builds'
@@ -89,10 +89,11 @@ test: $(VENV)/.installed-$(EXTRAS),test data browser
 
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
-	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py tests/test_preset_sources.py -k $(subst -,_,$*) --upstream $(UPSTREAM)
+	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py tests/test_preset_sources.py tests/test_study_companion.py \
+		-k $(subst -,_,$*) --upstream '$(UPSTREAM)'
 
 companion-%: $(VENV)/.installed-%,companion
-	$(PY) -m shared.study.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)')
+	$(PY) -m shared.study.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(CLONES),--clones '$(CLONES)')
 
 companion: $(VENV)/.installed-companion
 	$(PY) -m shared.study.companion $(if $(CLONES),--clones '$(CLONES)')

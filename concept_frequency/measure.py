@@ -130,6 +130,7 @@ def main(cfg: Config) -> None:
             )  # fmt: skip
             write(out, f"{evaluation.name}_{prompts}", key, result)
             print(f"{evaluation.name} {prompts}: {result['full']:.2f} %, {len(result['classwise'])} concepts")
+    print(f"all of it: {out}, under {key}")
 
 
 if __name__ == "__main__":

@@ -240,7 +240,8 @@ def captions_of(cfg: Config) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
 
 def settings_of(cfg: Config, prompts: Prompts) -> dict:
     """Settings on which an embedding depends, besides its text."""
-    return {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "prompts": [list(p) for p in prompts]}
+    made = {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "precision": cfg.precision}
+    return made | {"prompts": [list(prompt) for prompt in prompts]}
 
 
 def save(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
@@ -256,7 +257,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     distinct = list(dict.fromkeys(triples))  # samples with the same captions share their rows
     row_of = {triple: row for row, triple in enumerate(distinct)}
     made = json.loads(json.dumps(settings_of(cfg, prompts)))
-    made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode()), "precision": cfg.precision}
+    made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode())}
     shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
     if begun:
         index = {"precision": cfg.precision} | checkpoints.read_json(out / "index.json")  # older ones do not say
@@ -319,6 +320,8 @@ class Texts:
     def path(self, texts: Sequence[str], multi: bool) -> Path:
         prompt = self.prompts[2 if multi else 0]
         made = self.made | {"prompts": list(prompt)} | ({} if len(prompt.facets) > 1 else {"mask": None})
+        if made["precision"] == "auto":  # as in files that were kept before it was asked for
+            del made["precision"]
         key = data.fingerprint(json.dumps([made, list(texts)], sort_keys=True).encode())
         return self.folder / f"{key}.npy"
 
@@ -335,15 +338,18 @@ class Texts:
 
 
 def bank_config(bank: str | Path) -> Config:
-    """Settings with which a bank was made, as far as they decide how texts are embedded: LLM, layers, mask."""
+    """Settings with which a bank was made, those that decide how texts are embedded: LLM, layers, mask, precision."""
     if not (Path(bank) / "index.json").is_file():
         raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
     index = json.loads((Path(bank) / "index.json").read_text())
-    return Config(llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], out=str(bank))
+    precision = index.get("precision", "auto")  # older banks do not say
+    return Config(
+        llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], precision=precision, out=str(bank)
+    )
 
 
 def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bool = True) -> Texts:
-    """Texts of the LLM, layers, mask and prompts with which a bank was made.
+    """Texts of the LLM, layers, mask, precision and prompts with which a bank was made.
 
     Without `load`, a text that is not embedded yet is a ValueError.
     """

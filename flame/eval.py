@@ -334,7 +334,9 @@ def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     sets = (*cfg.sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
-    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
+    folders = [*(entry.partition(":")[2] for entry in cfg.long_sets), *([cfg.crossmodal] if cfg.crossmodal else [])]
+    files = [file for folder in folders for file in Path(folder).rglob("*") if file.is_file()]
+    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ Pairs = list[tuple[Path, str]]
 def urban1k(root: Path) -> Pairs:
     """image/N.jpg and caption/N.txt, of which the first line counts; in the order of N."""
     files = sorted(_folder(root / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
-    return [(root / "image" / f"{file.stem}.jpg", (_text(file).splitlines(True) or [""])[0]) for file in files]
+    return [(root / "image" / f"{file.stem}.jpg", re.match(r"[^\n]*\n?", _text(file))[0]) for file in files]
 
 
 def sharegpt4v(root: Path, count: int = 1000) -> Pairs:
@@ -29,7 +29,7 @@ def sharegpt4v(root: Path, count: int = 1000) -> Pairs:
 
 def docci(root: Path) -> Pairs:
     """The test split of docci_descriptions.jsonlines; images in images/."""
-    records = [json.loads(line) for line in _text(root / "docci_descriptions.jsonlines").splitlines()]
+    records = [json.loads(line) for line in _lines(root / "docci_descriptions.jsonlines")]
     tests = [one for one in records if one["split"] == "test"]
     return [(root / "images" / one["image_file"], one["description"].replace("\n", " ")) for one in tests]
 
@@ -50,7 +50,7 @@ def dci(root: Path) -> Pairs:
 def crossmodal3600(root: Path, language: str) -> Pairs:
     """captions.jsonl and images/KEY.jpg; the first caption of an image. Images without file are left out, as there."""
     pairs = []
-    for line in _text(root / "captions.jsonl").splitlines():
+    for line in _lines(root / "captions.jsonl"):
         about = json.loads(line)
         path = root / "images" / f"{about['image/key']}.jpg"
         if path.exists():
@@ -86,6 +86,11 @@ def _folder(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing")
     return path
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file, which end at a newline and at nothing else: captions hold line separators of Unicode."""
+    return _text(path).removesuffix("\n").split("\n")
 
 
 def _text(path: Path) -> str:

@@ -234,8 +234,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     (folder / "results.md").write_text(evaluation.table(rows) + "\n")
     if spectra:
         plot_spectra(spectra, folder / "spectra.png")
-    shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if key.endswith(("top1", "pm10")))
-    print(f"{path}: {shown}", flush=True)
+    print(f"{path}:\n\n{evaluation.tables(metrics, {})}\n\nall of it: {folder / 'results.md'}\n", flush=True)
     return metrics
 
 

@@ -216,7 +216,7 @@ def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
 
 def load_any(path: str, name: str) -> tuple[nn.Module, Callable, Callable]:
     """(model, image transform, tokenizer) of a run folder, a checkpoint file, or open_clip's MODEL@PRETRAINED."""
-    if "@" in path and not Path(path).exists():
+    if evaluation.named(path):
         return load_pretrained(path)
     model, name = load_model(path, name)
     transform = image_transform(image_side(model), train=False, statistics=image_statistics(model))
@@ -365,7 +365,8 @@ def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, features.npz, clusters.png.
 
-    Not repeated while nothing has changed (`evaluation.measured_run`).
+    MODEL@PRETRAINED has runs/protoclip/MODEL@PRETRAINED. Not repeated while nothing has changed
+    (`evaluation.measured_run`).
     """
 
     def measure(folder: Path) -> dict[str, float]:
@@ -379,8 +380,6 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
             plot_clusters(cfg.probe[-1], x, folder / "clusters.png")
         return metrics
 
-    if "@" in path and not Path(path).exists():
-        return measure(Path("runs/protoclip") / path.replace("/", "-"))
     return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.probe, cfg.gap), measure)
 
 
@@ -389,7 +388,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg.model)
-    kinds = "run folder or checkpoint file"
+    kinds = "run folder, checkpoint file or MODEL@PRETRAINED"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
     if cfg.curve:
         for path in filter(os.path.isdir, cfg.runs):

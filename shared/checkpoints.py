@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -60,8 +60,9 @@ def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor
             yield from tensors(part, str(key))
 
 
-# What authors' training scripts keep beside plain values: their command line, and learning rates that are NumPy numbers
-# (which live under one of two names, as files of NumPy 1 and 2 say). Harmless, and allowed beside plain values.
+# What authors' training scripts keep beside plain values: their command line, with paths in it, and learning rates that
+# are NumPy numbers. Each has several names, by the version of Python or NumPy that wrote it. Harmless, and
+# allowed beside plain values; a path is read as one that touches no disk.
 _scalar = np.float64(0).__reduce__()[0]
 AUTHORS_GLOBALS = [
     argparse.Namespace,
@@ -69,6 +70,7 @@ AUTHORS_GLOBALS = [
     np.dtypes.Float64DType,
     (_scalar, "numpy.core.multiarray.scalar"),
     (_scalar, "numpy._core.multiarray.scalar"),
+    *((PurePath, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
 ]
 
 

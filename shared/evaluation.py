@@ -2,8 +2,9 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def measured(file: Path, setting: dict, sources: Sequence[Path], measure: Callab
     return metrics
 
 
+def named(path: str | Path) -> bool:
+    """Whether this is a model that open_clip knows, MODEL@TAG, and no file or folder."""
+    return "@" in str(path) and not Path(path).exists()
+
+
+def results_folder(path: str | Path, cfg: Any) -> Path:
+    """Where results.json and results.md of a run folder, a checkpoint file or MODEL@TAG lie.
+
+    In the run folder; in FILE.eval/ beside a file; in runs/PAPER/MODEL@TAG/, PAPER being the folder of `cfg`'s class.
+    """
+    if named(path):
+        return Path("runs", Path(inspect.getfile(type(cfg))).parent.name, str(path).replace("/", "-"))
+    return Path(path) if Path(path).is_dir() else Path(path).with_suffix(".eval")
+
+
 def measured_run(
     path: str | Path,
     cfg: Any,
@@ -43,28 +59,68 @@ def measured_run(
     measure: Callable[[Path], dict[str, float]],
     files: Iterable[Path] = (),
 ) -> dict[str, float]:
-    """`measured` of a run folder or a checkpoint file, kept beside it (FILE.eval/ for a file) with a table, results.md.
+    """`measured` of a run folder, a checkpoint file or MODEL@TAG, kept in `results_folder` with a table, results.md.
 
     measure(folder) -> metrics; a run folder's training seconds join them. Anew if the checkpoint, the shards of an
     evaluation set, one of `files`, or a field of `cfg` has changed, other than those that change no number.
     """
-    path = Path(path)
-    checkpoint = path / "checkpoint.pt" if path.is_dir() else path
-    folder = path if path.is_dir() else path.with_suffix(".eval")
+    path, folder = Path(path), results_folder(path, cfg)
+    weights = [path] if path.is_file() else [each for each in [path / "checkpoint.pt"] if each.is_file()]
     unimportant = ("runs", "report", "export", "times", "curve", "workers", "device")
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
-    sources = [checkpoint, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
+    sources = [*weights, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
 
     def measure_and_show() -> dict[str, float]:
         metrics = measure(folder)
-        if path.is_dir():
+        if (path / "metrics.jsonl").is_file():
             metrics["seconds"] = read_metrics(folder, "seconds")[-1]["seconds"]
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
         (folder / "results.md").write_text(table(rows) + "\n")
         return metrics
 
     return measured(folder / "results.json", setting, sources, measure_and_show)
+
+
+def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:
+    """What was measured as Markdown tables: what has a heading, then the rest, sets with the same metrics side by side.
+
+    Of sets in `embedded` only what has a heading is shown, of single languages nothing, since there is a mean of them.
+    """
+    numbers = {key: f"{value:.2f}" for key, value in metrics.items() if isinstance(value, (int, float))}
+    rows = [{"metric": heading, "value": numbers[key]} for key, heading in headings.items() if key in numbers]
+    of_sets: dict[str, dict[str, str]] = {}  # set -> metric -> number
+    for key in (key for key in numbers if key not in headings):
+        where, _, metric = key.rpartition("/")
+        if not where:
+            rows.append({"metric": key, "value": numbers[key]})
+        elif not (where.startswith("language_") or any(part in embedded for part in where.split("/"))):
+            of_sets.setdefault(where, {})[metric] = numbers[key]
+    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}  # metrics -> the sets that have these
+    for where, found in of_sets.items():
+        alike.setdefault(tuple(found), {})[where] = found
+    parts = [rows] if rows else []
+    for names, sets in alike.items():
+        if len(sets) > len(names):
+            parts.append([{"set": where} | found for where, found in sets.items()])
+        else:
+            parts.append([{"metric": name} | {where: found[name] for where, found in sets.items()} for name in names])
+    return "\n\n".join(map(table, parts))
+
+
+def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
+    """(names of the sets of the embedded corpus in `cfg`, whether there are others): folders that its fields name.
+
+    Those of the embedded corpus are the defaults.
+    """
+
+    def flat(values: Iterable[Any]) -> set[str]:
+        words = (word for value in values for word in (value if isinstance(value, tuple) else (value,)))
+        return {word for word in words if isinstance(word, str) and Path(word.rpartition(":")[2]).is_dir()}
+
+    fields = [field for field in dataclasses.fields(cfg) if field.name not in ("runs", "export")]
+    ours, now = (flat(each) for each in zip(*((f.default, getattr(cfg, f.name)) for f in fields), strict=True))
+    return {Path(folder).name for folder in ours & now}, bool(now - ours)
 
 
 def check_report(path: str | None) -> None:
@@ -76,20 +132,24 @@ def check_report(path: str | None) -> None:
 def evaluate_runs(
     cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder"
 ) -> list[dict]:
-    """`measure(path)` of each of `cfg.runs`, printed as far as it has a heading.
+    """`measure(path)` of each of `cfg.runs`, printed with the place where all of it is kept.
 
+    Printed are `tables`; of several runs on nothing but the embedded corpus a line each with what has a heading.
     ValueError if there are no runs, or `cfg.report` would overwrite something else than results.
     """
     if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")
     check_report(cfg.report)
+    embedded, others = evaluated_sets(cfg)
     results = []
     for path in cfg.runs:
         results.append(measure(path))
-        shown = ", ".join(
-            f"{heading} {results[-1][key]:.2f}" for key, heading in headings.items() if key in results[-1]
-        )
-        print(f"{path}: {shown}", flush=True)
+        found, kept = results[-1], results_folder(path, cfg) / "results.md"
+        if others or len(cfg.runs) == 1:
+            print(f"{path}:\n\n{tables(found, headings, embedded)}\n\nall of it: {kept}\n", flush=True)
+        else:
+            shown = ", ".join(f"{heading} {found[key]:.2f}" for key, heading in headings.items() if key in found)
+            print(f"{path}: {shown}; all of it: {kept}", flush=True)
     return results
 
 

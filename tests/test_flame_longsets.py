@@ -12,19 +12,20 @@ from flame import longsets
 def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
     root = tmp_path / "urban"
     (root / "caption").mkdir(parents=True)
-    for name, text in (("1", "one\nmore"), ("10", "ten"), ("2", "two")):
-        (root / "caption" / f"{name}.txt").write_text(text)
+    for name, text in (("1", "one\u2028line\nmore"), ("10", "ten"), ("2", "two")):  # U+2028 ends no line
+        (root / "caption" / f"{name}.txt").write_text(text, encoding="utf-8")
     pairs = longsets.urban1k(root)
-    assert [text.strip() for _, text in pairs] == ["one", "two", "ten"] and pairs[2][0] == root / "image/10.jpg"
+    assert [text for _, text in pairs] == ["one\u2028line\n", "two", "ten"] and pairs[2][0] == root / "image/10.jpg"
 
     record = {"image": "coco/1.jpg", "conversations": [{"value": "?"}, {"value": "a\nb"}]}
     (tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(json.dumps([record] * 1002))
     pairs = longsets.sharegpt4v(tmp_path)
     assert len(pairs) == 1000 and pairs[0] == (tmp_path / "coco/1.jpg", "a b")
 
-    lines = [{"split": split, "image_file": f"{split}.jpg", "description": "x\ny"} for split in ("train", "test")]
-    (tmp_path / "docci_descriptions.jsonlines").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert longsets.docci(tmp_path) == [(tmp_path / "images/test.jpg", "x y")]
+    lines = [{"split": split, "image_file": f"{split}.jpg", "description": "x\ny\u2028"} for split in ("train", "test")]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
+    (tmp_path / "docci_descriptions.jsonlines").write_text(text, encoding="utf-8")
+    assert longsets.docci(tmp_path) == [(tmp_path / "images/test.jpg", "x y\u2028")]
 
     home = tmp_path / "densely_captioned_images"
     (home / "annotations").mkdir(parents=True)
@@ -36,9 +37,10 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
 
     (tmp_path / "images").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "images/k.jpg")
-    about = [{"image/key": key, "sw": {"caption": ["moja", "mbili"]}} for key in ("k", "gone")]
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, about)))
-    assert longsets.crossmodal3600(tmp_path, "sw") == [(tmp_path / "images/k.jpg", "moja")]
+    about = [{"image/key": key, "sw": {"caption": ["mo\u0085ja", "mbili"]}} for key in ("k", "gone")]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in about)
+    (tmp_path / "captions.jsonl").write_text(text, encoding="utf-8")
+    assert longsets.crossmodal3600(tmp_path, "sw") == [(tmp_path / "images/k.jpg", "mo\u0085ja")]
     assert longsets.read_image(tmp_path / "images/k.jpg").size == (4, 4)
     for reader in longsets.LONG_SET_READERS.values():
         with pytest.raises(FileNotFoundError, match="is missing"):

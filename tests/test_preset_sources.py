@@ -1,7 +1,8 @@
 """The paper presets against the authors' parsers, scripts and READMEs: `pytest tests/test_preset_sources.py`.
 
 tests/presets/FOLDER.json says what the authors have and where. Without a clone the presets are compared with it; with
-`--upstream CLONE` the table is compared with its sources, too, and the comparison is printed.
+`--upstream CLONE` the table is compared with its sources, too, and the comparison is printed. Clones of other
+repositories of the table are found beside it, or all in the folder CLONE, by their names.
 
     "presets": {SCRIPT: {PRESETS: {FIELD: [THEIRS, SOURCE, MORE]}}}
 
@@ -221,17 +222,12 @@ def said(clone: Path, source: str) -> Any:
     return literal(value[1]) if value else text
 
 
-def repository(folder: str, upstream: Path) -> str:
-    """The table's repository of which `upstream` is a clone: by the folder's name, or by its files."""
-    commits = table(folder)["commits"]
-    if upstream.name in commits:
-        return upstream.name
-    sources = " ".join(found.source for preset in paper_presets(folder) for found in preset.facts.values())
-    for name in commits:
-        files = set(re.findall(rf"\b{re.escape(name)}/([^\s:]+)", sources))
-        if files and all((upstream / file).is_file() for file in files):
-            return name
-    pytest.skip(f"{upstream} is no clone of {' or '.join(commits) or 'code of this paper'}")
+def clones(folder: str, upstream: Path) -> dict[str, Path]:
+    """The table's repositories whose clones are at hand: `upstream`, others beside it, or in it, by their names."""
+    readme, names = companion.read(str(ROOT / folder)), table(folder)["commits"]
+    found = companion.clones_of(readme, upstream, None)
+    at_hand = {each.partition("/")[2]: path for each, path in found.items() if each.partition("/")[2] in names}
+    return at_hand or pytest.skip(f"{upstream} is no clone of {' or '.join(names) or 'code of this paper'}")
 
 
 def together(names: list[str], total: Counter) -> str:
@@ -246,13 +242,14 @@ def together(names: list[str], total: Counter) -> str:
 
 @pytest.mark.parametrize("folder", presets.folders())
 def test_the_table_is_what_a_clone_says(folder: str, upstream: Path, capsys):
-    name, aside = repository(folder, upstream), set(table(folder)["aside"])
-    check_commit(upstream, table(folder)["commits"][name])
+    at_hand, aside = clones(folder, upstream), set(table(folder)["aside"])
+    for name, path in at_hand.items():
+        check_commit(path, table(folder)["commits"][name])
     rows, wrong = {}, []
     for preset in paper_presets(folder):
         flags = {}
-        if preset.command and preset.command.startswith(f"{name}/"):
-            flags = command_flags(*place(upstream, preset.command))
+        if preset.command and (path := at_hand.get(preset.command.partition("/")[0])):
+            flags = command_flags(*place(path, preset.command))
             assert flags, f"{preset.command} is no command"
             sources = " ".join(found.source for found in preset.facts.values())
             if left := set(flags) - aside - set(re.findall(r"--[\w-]+", sources)):
@@ -260,12 +257,12 @@ def test_the_table_is_what_a_clone_says(folder: str, upstream: Path, capsys):
         for field, found in preset.facts.items():
             about = field, str(found.ours), str(found.theirs), found.source
             rows.setdefault((*about, found.detail), []).append(preset.name)
-            if not found.source.startswith(f"{name}/"):
+            if (path := at_hand.get(found.source.partition("/")[0])) is None:
                 continue
-            if (says := plain(said(upstream, found.source))) != found.theirs:
+            if (says := plain(said(path, found.source))) != found.theirs:
                 wrong.append(f"{preset.name}, {field}: the table has {found.theirs}, {found.source} says {says}")
             passed = set(re.findall(r"\.py:\d+ (--[\w-]+)", found.source)) & set(flags)
-            if passed:
+            if passed and found.source.partition("/")[0] == preset.command.partition("/")[0]:
                 wrong.append(f"{preset.name}, {field}: the command passes {passed}, the table has its default")
     total = Counter(preset.name.rsplit(" ", 1)[0] for preset in paper_presets(folder))
     printed = [

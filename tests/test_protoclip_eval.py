@@ -85,7 +85,7 @@ def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
         evaluation.load_model(path, "ViT-emoji")
 
 
-def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """MODEL@PRETRAINED with open_clip's own preprocessing; offline it is one sentence. The mean is over sets."""
     monkeypatch.chdir(tmp_path)
 
@@ -109,6 +109,10 @@ def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypat
     cfg = evaluation.Config(runs=("RN50@openai",), sets=sets, probe=(), gap=None, device="cpu")
     (found,) = evaluation.main(cfg)
     assert found["mean_top1"] == pytest.approx((found["groups_id/top1"] + found["subgroups_id/top1"]) / 2)
+    kept = Path("runs/protoclip/RN50@openai")
+    assert json.loads((kept / "results.json").read_text())["metrics"] == found
+    assert f"all of it: {kept}/results.md" in (printed := capsys.readouterr().out)
+    assert f"{found['groups_id/top1']:.2f}" in printed and "mean_top1" in printed
     assert activations == [True]  # OpenAI's weights were trained with QuickGELU, which the name alone does not say
 
 

@@ -1,5 +1,6 @@
 """Companion pages: what READMEs' maps say is there, in our files and in the authors'."""
 
+import json
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ Text.
 
 | part of the paper | paper | ours | authors' code | detail |
 | --- | --- | --- | --- | --- |
-| loss | eq. 1 | `model.py` `loss`, `Model.forward` | U:a/loss.py:2, 5-6, other.py:1 | 1, 2 |
+| loss | eq. 1 | `model.py` `loss`, `Model.forward` | U:a/loss.py:2 `theirs`, 5-6, other.py:1 | 1, 2 |
 | plumbing | - | `shared/run.py` `gather` | - | |
 
 ## Equations
@@ -61,7 +62,9 @@ def test_a_readme_is_read(paper: Path):
     readme = companion.read("paper")
     loss, plumbing = readme.rows
     assert loss.functions == [Function("paper/model.py", "loss"), Function("paper/model.py", "Model.forward")]
-    assert loss.places == [Place("U", "a/loss.py", 2, 2), Place("U", "a/loss.py", 5, 6), Place("U", "a/other.py", 1, 1)]
+    assert loss.places == [
+        Place("U", "a/loss.py", 2, 2, "theirs"), Place("U", "a/loss.py", 5, 6), Place("U", "a/other.py", 1, 1),
+    ]  # fmt: skip
     assert loss.details == [1, 2] and readme.details == {1: "**First** thing.", 2: "Second\n   thing."}
     assert loss.text.startswith("Sums the squares.") and plumbing.text == "Gathers."
     assert plumbing.places == [] and plumbing.functions == [Function("shared/run.py", "gather")]
@@ -76,7 +79,8 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
     page = companion.page(readme, companion.clones_of(readme, tmp_path / "Code", None), [])
     text = re.sub(r"<[^>]+>", "", page)
     assert "def theirs(x)" in text and "def more()" in text and "class Model" not in text and "@staticmethod" in text
-    assert "https://github.com/them/Code/blob/abcdef1/src/a/loss.py#L5-L6" in page
+    assert "https://github.com/them/Code/blob/abcdef1/src/a/loss.py#L5-L6" in page and "U:a/loss.py:2 theirs" in page
+    assert page.count('class="hll"') == 1  # the line that the map names, within the function
     assert page.count("<math") == 1 and "Second" in text and "No differences have been measured" in text
     alone = companion.page(readme, {}, [])
     assert "def theirs" not in re.sub(r"<[^>]+>", "", alone)
@@ -116,25 +120,88 @@ def test_every_row_of_a_map_is_there(folder: str, monkeypatch: pytest.MonkeyPatc
         companion.prose(row.text)
 
 
-def test_authors_lines_lie_in_definitions(upstream: Path, monkeypatch: pytest.MonkeyPatch):
-    """With --upstream CLONE: files exist, and lines of Python lie within a function or class, or in a script's body."""
+def test_long_functions_notebooks_and_lines_are_cut_and_said(tmp_path: Path):
+    long = ["def long(x):", *(f"    x = {i}" for i in range(300)), "    return x"]
+    (tmp_path / "a.py").write_text("\n".join([*long, "", "def short(): ...", f"y = {10**250}"]))
+
+    def shown(name: str, *place) -> companion.Excerpt:
+        return companion.authors_lines(tmp_path / name, Place("U", name, *place))
+
+    found = shown("a.py", 200, 200)
+    assert found.text.splitlines()[200 - found.first] == "    x = 198" and found.marked == range(200, 201)
+    assert len(found.text.splitlines()) == companion.LONG and found.cut == "lines 160-239 of long, 1-302"
+    assert shown("a.py", 302, 302).text.endswith("return x") and shown("a.py", 1, 1).first == 1
+    assert shown("a.py", 304, 304) == companion.Excerpt(304, "def short(): ...", range(0), "")
+    assert len(shown("a.py", 2, 200).text.splitlines()) == 199 and not shown("a.py", 2, 200).cut
+    assert shown("a.py").cut == "lines 1-80 of a.py, 1-305"
+    assert shown("a.py", 305, 305).cut == "lines of more than 200 characters are cut"
+    cells = [
+        {"cell_type": "code", "source": ["import a\n", "a.b()"]}, {"cell_type": "markdown", "source": "words"},
+        {"cell_type": "code", "source": "c = 1"}, {"cell_type": "code", "source": []},
+    ]  # fmt: skip
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert shown("a.ipynb").text == "# cell 1\nimport a\na.b()\n\n# cell 3\nc = 1"
+
+
+def test_definitions_around_lines():
+    text = "A = 1\nif A:\n  class B:\n    C = 2\n    def d(self):\n      e = 3\n      def f(): ...\n"
+    names = [[name for name, *_ in companion.enclosing(text, line)] for line in range(1, 8)]
+    assert names == [["A"], [], ["B"], ["B.C", "B"], ["B.d", "B"], ["B.d", "B"], ["B.d.f", "B.d", "B"]]
+    assert [name for name, *_ in companion.enclosing(text, 4, 6)] == ["B"] and companion.enclosing("(", 1) == []
+
+
+def test_clones_are_found_by_name_and_by_files(paper: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """One clone, others beside it; a clone under another name; a folder of clones; and what is none."""
+    other = "[her/Tools@1234567](https://github.com/her/Tools); `T:` is its root."
+    text = (paper / "README.md").read_text().replace("is its root.", f"is its root. {other}", 1)
+    (paper / "README.md").write_text(text.replace("`gather` | - |", "`gather` | T:x.py:1 |"))
+    readme, up = companion.read("paper"), tmp_path / "up"
+    for name in ("Code/src/a", "Tools", "other"):
+        (up / name).mkdir(parents=True)
+    for name in ("Code/src/a/loss.py", "Code/src/a/other.py", "Tools/x.py"):
+        (up / name).write_text("x = 1\n")
+    both = {"them/Code": up / "Code", "her/Tools": up / "Tools"}
+    for upstream in ("Code", "Tools", ""):
+        assert companion.clones_of(readme, up / upstream, None) == companion.clones_of(readme, None, up) == both
+    assert companion.clones_of(readme, up / "other", None) == {}
+    (up / "Code").rename(tmp_path / "mine")
+    found = companion.clones_of(readme, tmp_path / "mine", None)
+    assert found == {"them/Code": tmp_path / "mine"}
+    companion.check_clones(readme, found)
+    assert "no clone of her/Tools was found" in capsys.readouterr().out
+
+
+def test_tests_are_named_with_their_module():
+    test = {"test": "loss", "functions": ["paper.model.loss", "paper.model.Model"], "values": 1e-7, "gradients": None,
+            "against": "golden data", "date": "2026-01-01", "commit": "abc"}  # fmt: skip
+    for file, name, known in (
+        ("paper/model.py", "loss", True), ("paper/eval.py", "loss", False), ("paper/model.py", "Model.forward", True),
+        ("paper/model.py", "Model.encode", False), ("paper/model.py", "Model", True),
+    ):  # fmt: skip
+        assert bool(companion.measured([Function(file, name)], [test])) == known, (file, name)
+
+
+@pytest.mark.parametrize("folder", presets.folders())
+def test_authors_lines_lie_in_definitions(folder: str, upstream: Path, monkeypatch: pytest.MonkeyPatch):
+    """With --upstream, a clone or a folder of clones: files exist, and each line of Python lies in the definition that
+    the row names; where it names none, in none."""
     monkeypatch.chdir(ROOT)
-    checked = 0
-    for folder in presets.folders():
-        readme = companion.read(folder)
-        clones = companion.clones_of(readme, None, upstream.parent)
-        for row in readme.rows:
-            for place in row.places:
-                repository, commit, below = readme.roots[place.letter]
-                if clones.get(repository, Path()).resolve() != upstream or commit != readme.roots["U"][1]:
-                    continue  # of another clone, or of another commit than what is checked out
-                path = upstream / below / place.path
-                assert path.exists(), f"{folder}: {place}"
-                if place.first is not None and path.suffix == ".py":
-                    lines = path.read_text(errors="replace").splitlines()
-                    assert place.last <= len(lines) and lines[place.first - 1].strip(), f"{folder}: {place}"
-                    checked += 1
-    assert checked, f"no README names {upstream.name}"
+    readme, checked = companion.read(folder), 0
+    clones = companion.clones_of(readme, upstream, None)
+    for place in (place for row in readme.rows for place in row.places):
+        path = companion.authors_path(place, readme.roots, clones)
+        if path is None:
+            continue
+        checked += 1
+        assert path.exists(), place
+        if place.first is not None and path.suffix == ".py":
+            text = path.read_text(errors="replace")
+            lines = text.splitlines()
+            assert place.last <= len(lines) and lines[place.first - 1].strip(), place
+            around = [name for name, *_ in companion.enclosing(text, place.first, place.last)]
+            assert place.name in around if around else place.name is None, f"{place} {place.name}: it lies in {around}"
+    if not checked:
+        pytest.skip(f"{upstream} is no clone that {folder}/README.md names, nor a folder of such")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -145,6 +212,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         companion.main(("lexvla", "flame"), upstream=tmp_path)
     with pytest.raises(ValueError, match="--clones .* is no folder"):
         companion.main(clones=tmp_path / "none")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    companion.main(("lexvla",), upstream=Path("~"), out=tmp_path)
+    printed = capsys.readouterr().out
+    assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
     command = [sys.executable, "-m", "shared.study.companion", "lexvlo"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "lexvlo is no paper's folder; those are" in result.stderr

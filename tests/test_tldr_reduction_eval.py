@@ -10,6 +10,7 @@ from scripts import ROOT, finished
 from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import PRELOAD, SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
 
+from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, plain, rerank_scores, retrieval_recall
 
 
@@ -47,6 +48,12 @@ def test_recall_takes_blips_dicts_and_images_without_captions():
 def test_itm_histogram_is_a_density():
     scores = torch.tensor([0.0, 0.05, 0.55, 1.0])
     assert itm_histogram(scores).tolist() == [5.0, 0, 0, 0, 0, 2.5, 0, 0, 0, 2.5]
+
+
+def test_results_are_measured_anew_when_a_set_of_rerank_changes(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr(evaluation.evaluation, "measured_run", lambda path, cfg, sets, measure: sets)
+    assert evaluation.evaluated(str(tmp_path), evaluation.Config((), ("a",), ("b",)), None) == ("a", "b")
 
 
 def test_evaluation(chain, cli, folder):

@@ -1,9 +1,14 @@
 """Captions as BLIP prepares them, and a WordPiece vocabulary of one's own."""
 
+import dataclasses
+
 import pytest
 import torch
+from test_tldr_reduction_blip import tiny_blip
 
-from tldr_reduction.tokenizer import WordPiece, build_vocab, pre_caption
+from tldr_reduction.config import Config
+from tldr_reduction.inference import itm_scores
+from tldr_reduction.tokenizer import WordPiece, build_vocab, eval_tokenizer, pre_caption
 
 
 @pytest.mark.golden("tldr_reduction", "pre_caption")
@@ -29,3 +34,18 @@ def test_word_pieces(tmp_path):
     assert tokenizer.decode(caption, "a red ") == ["blue car"]
     with pytest.raises(FileNotFoundError, match="vocabulary"):
         WordPiece(tmp_path / "missing.txt")
+
+
+def test_captions_are_cut_later_in_retrieval_and_matching_than_in_training(tmp_path):
+    """At 35 tokens as in BLIP, or where the model has no more positions."""
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(24))]) + "\n")
+    tokenizer, settings = WordPiece(path), Config(stage="blip", vocab=str(path), max_words=50)
+    assert tokenizer(["1 " * 50])[0].shape == (1, 30)
+    for positions, length in ((512, 35), (32, 32)):
+        tokens = eval_tokenizer(tokenizer, dataclasses.replace(settings, max_positions=positions))
+        assert tokens(["1 " * 50]).shape == (1, length)
+    scorer = tiny_blip().eval()
+    assert scorer.text_encoder.max_positions == 24
+    scores = itm_scores(scorer, tokenizer, torch.rand(2, 3, 16, 16), ["1 " * 50, "2"])
+    assert scores.shape == (2,) and scores.isfinite().all()

@@ -230,10 +230,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    if "@" in path and not Path(path).exists():
-        return evaluate_run(path, cfg, process)
-    source = Path(path) if (Path(path) / "checkpoint.pt").exists() else weights_file(Path(path))
-    return evaluation.measured_run(source, cfg, (*cfg.sets, *cfg.probe), lambda _: evaluate_run(path, cfg, process))
+    sets, files = (*cfg.sets, *cfg.probe), [weights_file(Path(path))] if Path(path).is_dir() else []
+    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:

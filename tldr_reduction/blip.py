@@ -161,6 +161,10 @@ class TextTransformer(nn.Module):
     def width(self) -> int:
         return self.embeddings["word_embeddings"].embedding_dim
 
+    @property
+    def max_positions(self) -> int:
+        return self.embeddings["position_embeddings"].num_embeddings
+
     def new_cache(self) -> list[dict]:
         """Empty cache of keys and values for generation, one entry a layer."""
         return [{"attention": {}, "crossattention": {}} for _ in self.encoder["layer"]]

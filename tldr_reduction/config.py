@@ -67,7 +67,7 @@ class Config:
     max_words: int = 30
     """Words of a caption; longer ones are cut."""
     max_length: int = 30
-    """Tokens of a caption, after that; longer ones are cut."""
+    """Tokens of a caption in training, after that; longer ones are cut."""
 
     num_codes: int = 1024
     """Codes K."""

@@ -22,8 +22,9 @@ from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.datasets import eval_transform
+from tldr_reduction.inference import scored_tokens
 from tldr_reduction.model import BLIP, image_side
-from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, pre_caption, save_tokenizer
+from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, save_tokenizer
 
 EMOJI = "data/emoji/eval/"
 METRICS = {  # what is shown of a run, and its heading
@@ -138,14 +139,14 @@ def retrieval_recall(
     return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2}
 
 
-def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config, max_length: int) -> dict:
+def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config) -> dict:
     """`retrieval_recall` of a retrieval set."""
     batches = list(EvalSet(folder, transform).batches(cfg.batch_size, cfg.workers))
     images = torch.cat([images for images, _ in batches])
     captions = [of_image for _, targets in batches for of_image in targets]
     of_text = owners(captions)
     own = [(of_text == image).nonzero().flatten() for image in range(len(captions))]
-    ids, mask = tokenizer([pre_caption(text) for texts in captions for text in texts], max_length)
+    ids, mask = scored_tokens(blip, tokenizer, [text for of_image in captions for text in of_image])
     return retrieval_recall(*rerank_scores(blip, images, ids, mask, cfg.k_test), of_text, own)
 
 
@@ -230,7 +231,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat = {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
     if settings.stage == "blip":
         for folder in cfg.rerank:
-            recall = reranked(model, tokenizer, transform, folder, cfg, settings.max_length)
+            recall = reranked(model, tokenizer, transform, folder, cfg)
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
     if settings.data and Path(settings.data).is_dir():
         flat |= data_metrics(settings.data)
@@ -245,7 +246,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
-    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process))
+    return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.rerank), lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:

@@ -18,7 +18,7 @@ from tldr_reduction.checkpoints import load_run
 from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import eval_transform, no_pixels, ordered_loader
 from tldr_reduction.model import BLIP, CodebookCaptioner
-from tldr_reduction.tokenizer import WordPiece, pre_caption
+from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece, pre_caption
 
 # ------------------------------------------------------------------------------------------------------- forward passes
 
@@ -47,10 +47,16 @@ def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
     return captioner.visual_encoder(images).float().mean(dim=1)
 
 
+def scored_tokens(scorer: BLIP, tokenizer: WordPiece, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """ids (B, T), mask (B, T) of captions to match or embed: as in training, but cut at `SCORED_LENGTH` tokens."""
+    length = min(SCORED_LENGTH, scorer.text_encoder.max_positions)
+    return tokenizer([pre_caption(caption) for caption in captions], length)
+
+
 @torch.no_grad()
 def itm_scores(scorer: BLIP, tokenizer: WordPiece, images: Tensor, captions: list[str], cls: bool = False) -> Tensor:
-    """Probability of a match (B,), captions as in training; [ENC], or [CLS], at position 0."""
-    ids, mask = tokenizer([pre_caption(caption) for caption in captions])
+    """Probability of a match (B,), captions as `scored_tokens` prepares them; [ENC], or [CLS], at position 0."""
+    ids, mask = scored_tokens(scorer, tokenizer, captions)
     ids[:, 0] = tokenizer.cls if cls else tokenizer.enc
     return scorer.itm(images, ids.to(images.device), mask.to(images.device)).softmax(dim=1)[:, 1]
 
@@ -212,7 +218,7 @@ class Inference:
         batches = []
         for first in range(0, len(self.rows), self.cfg.batch_size):
             captions = [self.pairs.caption(row) for row in self.rows[first : first + self.cfg.batch_size]]
-            ids, mask = tokenizer([pre_caption(caption) for caption in captions])
+            ids, mask = scored_tokens(scorer, tokenizer, captions)
             with torch.no_grad():
                 batches.append(scorer.encode_text(ids.to(self.process.device), mask.to(self.process.device)).cpu())
         return torch.cat(batches).numpy()
@@ -231,7 +237,8 @@ class Inference:
                     batches.append(itm_scores(scorer, tokenizer, images, texts, cfg.cls_scores).float().cpu())
             return {"scores": torch.cat(batches).numpy()}
 
-        folder = self.keep(self.folder(what + "-cls" * cfg.cls_scores, cfg.scorer), rows, what, compute)
+        name = f"{what}-{SCORED_LENGTH}" + "-cls" * cfg.cls_scores
+        folder = self.keep(self.folder(name, cfg.scorer), rows, what, compute)
         return read_rows(folder, rows, cfg.chunk, "scores")
 
     def generated(self, rows: np.ndarray) -> np.ndarray:

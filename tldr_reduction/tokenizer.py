@@ -18,6 +18,7 @@ from tldr_reduction.config import Config
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPT = "a picture of "
 PUNCTUATION = r"[.!\"()*#:;~]"
+SCORED_LENGTH = 35  # tokens of a caption in retrieval and matching; B:train_retrieval.py:87, B:models/blip_itm.py:46
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:
@@ -95,11 +96,11 @@ def tokenizer_of(cfg: Config) -> WordPiece | open_clip.SimpleTokenizer:
 
 
 def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Config) -> Callable[[Sequence[str]], Tensor]:
-    """texts -> ids, prepared as in training."""
+    """texts -> ids, prepared as in training; BLIP's are cut at `SCORED_LENGTH` tokens."""
 
     def tokens(texts: Sequence[str]) -> Tensor:
         texts = [pre_caption(text, cfg.max_words) for text in texts]
-        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, cfg.max_length)[0]
+        return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, min(SCORED_LENGTH, cfg.max_positions))[0]
 
     return tokens
 

@@ -9,9 +9,10 @@ and the largest differences that tests have measured (`runs/parity/FOLDER.json`,
 
 import ast
 import html
+import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from shared.checkpoints import read_json
 COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
 REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")
 LETTER = re.compile(r"`(\w+):` is its (?:`([\w./-]+)`|root)")
+LONG, WIDE = 80, 200  # lines shown of a function or file, characters of a line
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ class Function:
 
 @dataclass(frozen=True)
 class Place:
-    """Lines of one of the authors' files; a whole file where `first` is None."""
+    """Lines of one of the authors' files, and the definition in which they are; a whole file where `first` is None."""
 
     letter: str
     path: str
     first: int | None = None
     last: int | None = None
+    name: str | None = None
 
     def __str__(self) -> str:
         lines = "" if self.first is None else f":{self.first}" + f"-{self.last}" * (self.last != self.first)
@@ -105,12 +108,13 @@ def functions_of(cell: str, folder: str) -> list[Function]:
 
 
 def places_of(cell: str) -> list[Place]:
-    """`U:training/loss.py:61, 84-90, data.py:24` -> places; a path without its folder lies beside the one before it."""
+    """Places of a cell: U:a/loss.py:61, 84-90 `Loss`, data.py:24. A path without a folder lies beside the last."""
     found: list[Place] = []
     letter, path = "", ""
     for entry in re.split(r", *", re.sub(r"\([^)]*\)", "", cell)):
         match = re.fullmatch(
-            r"(?:([A-Z]\d?):)?(?:([\w./-]+?(?:\.\w+|/))(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)", entry.strip()
+            r"(?:([A-Z]\d?):)?(?:([\w./-]+?(?:\.\w+|/))(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)(?: `([\w.]+)`)?",
+            entry.strip(),
         )
         if match is None:
             continue
@@ -121,7 +125,8 @@ def places_of(cell: str) -> list[Place]:
             path = f"{path.rpartition('/')[0]}/{match[2]}" if beside else match[2]
         first, last = match[3] or match[5], match[4] or match[6]
         if letter and path:
-            found.append(Place(letter, path, int(first) if first else None, int(last or first) if first else None))
+            lines = (int(first), int(last or first)) if first else (None, None)
+            found.append(Place(letter, path, *lines, match[7]))
     return found
 
 
@@ -165,20 +170,22 @@ def read(folder: str) -> Readme:
 
 
 def definitions(text: str) -> Iterator[tuple[str, int, int]]:
-    """(name, first line, last line) of all functions, classes, methods and assigned names; decorators count."""
+    """(name, first line, last line) of all functions, classes, methods, and names assigned outside of functions."""
 
-    def walk(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, int, int]]:
+    def walk(nodes: Iterable[ast.AST], prefix: str, local: bool) -> Iterator[tuple[str, int, int]]:
         for node in nodes:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
                 yield prefix + node.name, first, node.end_lineno
-                yield from walk(node.body, f"{prefix}{node.name}.")
+                yield from walk(node.body, f"{prefix}{node.name}.", local or not isinstance(node, ast.ClassDef))
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    if isinstance(target, ast.Name):
+                    if isinstance(target, ast.Name) and not local:
                         yield prefix + target.id, node.lineno, node.end_lineno
+            elif isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ExceptHandler)):
+                yield from walk(ast.iter_child_nodes(node), prefix, local)
 
-    yield from walk(ast.parse(text).body, "")
+    yield from walk(ast.parse(text).body, "", False)
 
 
 def source(function: Function) -> tuple[int, str]:
@@ -190,35 +197,68 @@ def source(function: Function) -> tuple[int, str]:
     raise ValueError(f"{function.file} has no {function.name}: mend the README's map")
 
 
-def authors_file(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
-    """The file of a place in a clone of its repository; None without one."""
+def commits(roots: dict[str, tuple[str, str, str]]) -> dict[str, str]:
+    """Repository -> the commit at which a clone of it stands: that of its first letter."""
+    return {repository: commit for repository, commit, _ in reversed(roots.values())}
+
+
+def authors_path(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
+    """Where a place is in a clone of its repository, be it there or not; None without a clone of that commit."""
     repository, commit, below = roots[place.letter]
-    clone = clones.get(repository)
-    first = next(known for name, known, _ in roots.values() if name == repository)
-    if commit != first:  # a clone has one commit checked out: that of the repository's first letter
+    if repository not in clones or commit != commits(roots)[repository]:
         return None
-    path = None if clone is None else clone / below / place.path
-    return path if path is not None and path.is_file() else None
+    return clones[repository] / below / place.path
 
 
-def authors_lines(file: Path, place: Place) -> tuple[int, str]:
-    """(first line, text) of a place; of a single line, the function around it."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    lines, first, last = text.splitlines(), place.first or 1, place.last or 60
-    if place.first is not None and first == last and file.suffix == ".py":
-        around = enclosing(text, first)
-        if around is not None:
-            first, last = around[1], around[2]
-    return first, "\n".join(lines[first - 1 : last])
-
-
-def enclosing(text: str, line: int) -> tuple[str, int, int] | None:
-    """The smallest definition around a line of Python, as `definitions` says it; None for code that does not parse."""
+def enclosing(text: str, first: int, last: int | None = None) -> list[tuple[str, int, int]]:
+    """The `definitions` around lines of Python, the smallest first; none where it does not parse."""
     try:
-        around = [each for each in definitions(text) if each[1] <= line <= each[2]]
+        around = [each for each in definitions(text) if each[1] <= first and (last or first) <= each[2]]
     except SyntaxError:
-        return None
-    return min(around, key=lambda each: each[2] - each[1], default=None)
+        return []
+    return sorted(around, key=lambda each: each[2] - each[1])
+
+
+def code_cells(text: str) -> str:
+    """The code of a notebook, each cell under its number."""
+    cells = json.loads(text)["cells"]
+    sources = {number: "".join(cell["source"]) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"}
+    return "\n\n".join(f"# cell {number}\n{source}" for number, source in sources.items() if source.strip())
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Lines of a file from `first` on, those among them that the README names, and what of the rest is left out."""
+
+    first: int
+    text: str
+    marked: range
+    cut: str
+
+
+def authors_lines(file: Path, place: Place) -> Excerpt:
+    """A place's lines; of a single line of Python the function around it, of which at most `LONG` lines near it."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    what = file.name
+    if file.suffix == ".ipynb":
+        text, what = code_cells(text), f"the code cells of {file.name}"
+    lines = text.splitlines()
+    first, last = (place.first, min(place.last, len(lines))) if place.first is not None else (1, len(lines))
+    if place.first is not None and first == last and file.suffix == ".py":
+        around = enclosing(text, first)[:1]
+        what, first, last = around[0] if around else (what, first, last)
+    whole, marked = (first, last), range(0)
+    if place.first is not None and whole != (place.first, place.last):
+        marked = range(place.first, place.last + 1)
+    if last - first >= LONG and (place.first is None or marked):
+        first = max(first, min((place.first or first) - LONG // 2, last - LONG + 1))
+        last = first + LONG - 1
+    cut = [f"lines {first}-{last} of {what}, {whole[0]}-{whole[1]}"] * ((first, last) != whole)
+    shown = lines[first - 1 : last]
+    if any(len(line) > WIDE for line in shown):
+        shown = [line if len(line) <= WIDE else f"{line[:WIDE]} ..." for line in shown]
+        cut.append(f"lines of more than {WIDE} characters are cut")
+    return Excerpt(first, "\n".join(shown), marked, "; ".join(cut))
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
@@ -236,9 +276,10 @@ th, td { border-bottom: 1px solid #8884; padding: .2rem .6rem; text-align: left;
 """
 
 
-def code(text: str, first: int) -> str:
-    """Python with colours and line numbers."""
-    formatter = HtmlFormatter(linenos="inline", linenostart=first, nobackground=True)
+def code(text: str, first: int, marked: range = range(0)) -> str:
+    """Python with colours and line numbers, some of the lines marked."""
+    lines = [line - first + 1 for line in marked]
+    formatter = HtmlFormatter(linenos="inline", linenostart=first, nobackground=True, hl_lines=lines)
     return highlight(text, PythonLexer(stripnl=False), formatter)
 
 
@@ -267,15 +308,19 @@ def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
     repository, commit, below = roots[place.letter]
     path = f"{below.rstrip('/')}/{place.path}".lstrip("/")
     lines = "" if place.first is None else f"#L{place.first}-L{place.last}"
-    label = str(place)
+    label = f"{place} {place.name}" if place.name else str(place)
     return (
         f'<a href="https://github.com/{repository}/blob/{commit}/{html.escape(path)}{lines}">{html.escape(label)}</a>'
     )
 
 
 def measured(functions: list[Function], tests: list[dict]) -> str:
-    """A table of the largest differences that tests of these functions have found, when and at which commit."""
-    names = {function.name.split(".")[0] for function in functions} | {function.name for function in functions}
+    """A table of the largest differences that tests of these functions have found, when and at which commit.
+
+    A test names functions with their module, as `paper.model.loss`; `forward` is named by its class.
+    """
+    names = {f"{each.file.removesuffix('.py').replace('/', '.')}.{each.name}" for each in functions}
+    names |= {name.removesuffix(".forward") for name in names}
     rows = [test for test in tests if names & set(test["functions"])]
     if not rows:
         return ""
@@ -297,11 +342,12 @@ def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict
         ours.append(f'<p class="where">{html.escape(function.file)}:{first}</p>{code(text, first)}')
     theirs = []
     for place in row.places:
-        file = authors_file(place, readme.roots, clones)
+        file = authors_path(place, readme.roots, clones)
         theirs.append(f'<p class="where">{link_to(place, readme.roots)}</p>')
-        if file is not None:
-            first, text = authors_lines(file, place)
-            theirs.append(code(text, first))
+        if file is not None and file.is_file():
+            found = authors_lines(file, place)
+            cut = f'<p class="where">{html.escape(found.cut)}</p>' if found.cut else ""
+            theirs.append(cut + code(found.text, found.first, found.marked))
     details = "".join(
         f'<div class="detail"><b>{n}.</b> {prose(readme.details[n])}</div>' for n in row.details if n in readme.details
     )
@@ -333,25 +379,40 @@ def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
 # --------------------------------------------------------------------------------------------------------------- script
 
 
+def is_clone(folder: Path, repository: str, readme: Readme) -> bool:
+    """Whether a folder holds all files of a repository that a README names."""
+    places = [place for row in readme.rows for place in row.places]
+    found = [authors_path(place, readme.roots, {repository: folder}) for place in places]
+    return any(found) and all(path is None or path.exists() for path in found)
+
+
 def clones_of(readme: Readme, upstream: Path | None, clones: Path | None) -> dict[str, Path]:
-    """Repository -> its clone: `upstream` for the first; others lie in `clones`, or beside it, by their own names."""
-    repositories = list(dict.fromkeys(repository for repository, *_ in readme.roots.values()))
-    beside = clones if clones is not None else upstream.parent if upstream is not None else None
-    found = {} if beside is None else {each: beside / each.partition("/")[2] for each in repositories}
-    if upstream is not None and repositories:
-        found[repositories[0]] = upstream
+    """Repository -> its clone. `clones`: a folder of clones under their repositories' names.
+
+    `upstream` is one of them, known by its name or else by its files, beside which others lie under their names; or it
+    is such a folder itself.
+    """
+    names = {each: each.partition("/")[2] for each in dict.fromkeys(root[0] for root in readme.roots.values())}
+    found = {} if clones is None else {each: clones / name for each, name in names.items()}
+    if upstream is not None:
+        own = [each for each, name in names.items() if name == upstream.name]
+        own += [each for each in names if is_clone(upstream, each, readme)]
+        beside = upstream.parent if own else upstream
+        found |= {each: beside / name for each, name in names.items() if (beside / name).is_dir()}
+        found |= {each: upstream for each in own[:1]}
     return {repository: path for repository, path in found.items() if path.is_dir()}
 
 
-def check_commits(readme: Readme, clones: dict[str, Path]) -> None:
-    """Say where a clone does not stand at the commit whose lines the README names."""
-    for repository, commit, _ in readme.roots.values():
-        if repository in clones:
-            git = ["git", "-C", str(clones[repository]), "rev-parse", "HEAD"]
-            head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-            known = tuple(each for name, each, _ in readme.roots.values() if name == repository)
-            if head and not head.startswith(known):
-                print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
+def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
+    """Say which clone was not found, and which does not stand at the commit whose lines the README names."""
+    for repository, commit in commits(readme.roots).items():
+        if repository not in clones:
+            print(f"note: no clone of {repository} was found: its lines are links alone")
+            continue
+        git = ["git", "-C", str(clones[repository]), "rev-parse", "HEAD"]
+        head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        if head and not head.startswith(commit):
+            print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
 
 
 def main(
@@ -364,7 +425,8 @@ def main(
 
     Args:
         folders: Papers' folders; all, if none is named.
-        upstream: Clone of the authors' repository of the one folder, whose lines then stand beside ours.
+        upstream: Clone of the authors' repository of the one folder, whose lines then stand beside ours. Clones of
+            others that the README names lie beside it under their names; or this is the folder of all of them.
         clones: Folder of clones under their repositories' names, for several folders.
         out: Folder for FOLDER.html.
     """
@@ -374,6 +436,7 @@ def main(
             raise ValueError(f"{name} is no paper's folder; those are {', '.join(presets.folders())}")
     if upstream is not None and len(names) != 1:
         raise ValueError("--upstream is a clone for one folder: name it, or give --clones for several")
+    upstream, clones = (path and path.expanduser().resolve() for path in (upstream, clones))
     for flag, path in (("--upstream", upstream), ("--clones", clones)):
         if path is not None and not path.is_dir():
             raise ValueError(f"{flag} {path} is no folder")
@@ -382,7 +445,8 @@ def main(
         readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"
         tests = read_json(file)["tests"] if file.is_file() else []
         beside = clones_of(readme, upstream, clones)
-        check_commits(readme, beside)
+        if upstream is not None or clones is not None:
+            check_clones(readme, beside)
         path.write_text(page(readme, beside, tests), encoding="utf-8")
         functions = sum(len(row.functions) for row in readme.rows)
         print(f"{path}: {len(readme.rows)} parts, {functions} functions of ours, {len(tests)} measured differences")

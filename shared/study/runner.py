@@ -4,6 +4,8 @@ A paper's study.py declares a `Study`; `python -m FOLDER.study` (`make reproduce
 that go on where they were stopped by themselves; what an arm starts from is trained before it.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -287,7 +289,8 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
 def run(study: Study, options: Options) -> None:
     """Everything: what runs once, the arms, their evaluation, the comparison."""
     if options.measure is not None:
-        study.evaluate([options.measure])
+        with contextlib.redirect_stdout(io.StringIO()):  # printed when all runs are compared
+            study.evaluate([options.measure])
         return
     arms = study.chosen(options.arms)
     path, clone = options.results, options.upstream

@@ -166,7 +166,7 @@ class Table:
         verdict = ("ok" if good and good_too else "**FAIL**") + (f" ({note})" if note else "")
         self.rows.append([component, self.where(function), own_name, f"{value:.1e}", shown, tolerance, ratio, verdict])
         differences = {"values": value} | ({} if gradient is None else {"gradients": gradient})
-        names = re.findall(r"\w+", own_name)
+        names = re.findall(r"\w[\w.]*", own_name)
         measured.append({"test": component, "functions": names, "against": "the authors' code", **differences})
         assert good, f"{component}: values differ by {value:.3g}, tolerance {tolerance}"
         assert good_too, f"{component}: gradients differ by {gradient:.3g}, tolerance {tolerance}"

@@ -1,7 +1,8 @@
 """LexVLA beside its predecessors' functions: `pytest tests/parity/test_lexvla.py -s --upstream PATH`.
 
-LexVLA's authors have released no code. PATH is a folder with clones of the code that computes the same quantities:
-PATH/VDR (jzhoubu/VDR@12c3e7a) and PATH/splade (naver/splade@8dcd33a). Prints the table of differences and time ratios.
+LexVLA's authors have released no code. PATH is a folder with clones of the code that computes the same quantities,
+PATH/VDR (jzhoubu/VDR@12c3e7a) and PATH/splade (naver/splade@8dcd33a), or one of these two. Prints the table of
+differences and time ratios.
 """
 
 import ast
@@ -71,7 +72,8 @@ def vdr_image_encoder(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType
 @pytest.fixture(scope="module")
 def roots(request: pytest.FixtureRequest) -> dict[str, Path]:
     upstream = request.config.getoption("upstream") or pytest.skip("needs --upstream PATH")
-    roots = {name: upstream / name for name in COMMITS}
+    home = upstream.parent if upstream.name in COMMITS else upstream  # one of the clones, or the folder of both
+    roots = {name: home / name for name in COMMITS}
     for name, root in roots.items():
         if not root.is_dir():
             pytest.fail(f"{root} is missing: --upstream is a folder with clones named {' and '.join(COMMITS)}")
