@@ -43,7 +43,8 @@ from shared.study import companion
 ROOT = Path(__file__).parent.parent
 RUNS = set(  # where a run is and what it prints, not what it computes
     (
-        "out data cache window_shards device workers strict save_every keep_every log_every eval_every eval_set dry_run"
+        "out data cache window_shards device workers strict save_every keep_every keep_best log_every eval_every "
+        "eval_set dry_run"
     ).split()
 )
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
