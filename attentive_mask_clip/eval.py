@@ -64,11 +64,11 @@ METRICS = {  # what is shown of a run, and its heading
 @dataclasses.dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, or checkpoint files of the authors (A-CLIP's, SLIP's)."""
+    """Run folders, checkpoint files in them such as checkpoint-best.pt, or the authors' (A-CLIP's, SLIP's)."""
     method: str = "aclip"
-    """aclip, slip or clip, for checkpoint files."""
+    """aclip, slip or clip, for the authors' checkpoint files."""
     model: str = "vit_b16"
-    """vit_s16, vit_b16 or vit_l16, for checkpoint files."""
+    """vit_s16, vit_b16 or vit_l16, for the authors' checkpoint files."""
     sets: tuple[str, ...] = tuple(
         EMOJI + name
         for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
