@@ -3,6 +3,8 @@
 Authors' code: microsoft/A-CLIP@0e51942, cited as `U:`, and facebookresearch/SLIP@c6faf5d, cited as `S:`.
 """
 
+import functools
+
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -102,6 +104,7 @@ def view_transform(kind: str = "aclip") -> transforms.Compose:
     return transforms.Compose([*steps[kind], data.ToNormalizedTensor(MEAN, STD)])
 
 
+@functools.cache  # one object, by which `quick_top1` knows the images of the evaluation before
 def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Compose:
     """Shorter side to `resize` (default: size), centre crop. U:eval_zeroshot.py:68; the linear probe resizes to 8/7 of
     the size, 256 for 224 (U:main_linear.py:190)."""
@@ -115,6 +118,15 @@ def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Com
 
 
 # --------------------------------------------------------------------------------------------------------- dataset
+
+
+def title_and_description(text: str) -> list[str]:
+    """A caption file's first line and its other lines as one: those of the two that are not blank. U:datasets.py:68.
+
+    Descriptions of YFCC15M have line breaks of their own, which are no third and fourth caption.
+    """
+    title, _, description = text.partition("\n")
+    return [line for part in (title, description) if (line := " ".join(part.split()))]
 
 
 class ViewDataset(Dataset):
@@ -149,8 +161,8 @@ class ViewDataset(Dataset):
             images += [self.ssl(crop(pair.image, box, self.size)) for box in augmented]
         caption = pair.caption
         if cfg.caption_lines:
-            lines = caption.splitlines()
-            caption = lines[_randint(0, len(lines) - 1)]
+            captions = title_and_description(caption)
+            caption = captions[_randint(0, len(captions) - 1)]
         return images, boxes, self.tokenizer(caption)[0], broken
 
 

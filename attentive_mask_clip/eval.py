@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import open_clip
@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 import tyro
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
+from attentive_mask_clip import suite
 from attentive_mask_clip.config import Config as TrainConfig
 from attentive_mask_clip.crops import MEAN, STD, eval_transform
 from attentive_mask_clip.model import (
     ACLIP,
     CLIP,
     PRESETS,
+    Towers,
     attentive_keep_ids,
     create_model,
     load_checkpoint,
@@ -62,16 +64,20 @@ METRICS = {  # what is shown of a run, and its heading
 @dataclasses.dataclass
 class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, or checkpoint files of the authors (A-CLIP's, SLIP's)."""
+    """Run folders, checkpoint files in them such as checkpoint-best.pt, or the authors' (A-CLIP's, SLIP's)."""
     method: str = "aclip"
-    """aclip, slip or clip, for checkpoint files."""
+    """aclip, slip or clip, for the authors' checkpoint files."""
     model: str = "vit_b16"
-    """vit_s16, vit_b16 or vit_l16, for checkpoint files."""
+    """vit_s16, vit_b16 or vit_l16, for the authors' checkpoint files."""
     sets: tuple[str, ...] = tuple(
         EMOJI + name
         for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
     )
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    prompts: Literal["set", "slip"] = "set"
+    """Class names and templates of classification sets. set: the set's own. slip: those of the paper's 26 sets."""
+    slip: str | None = None
+    """Clone of facebookresearch/SLIP, whose labels.json and templates.json --prompts slip reads."""
     probe: str | None = EMOJI + "subgroups_ood"
     """Set with a train/ split for the linear probe on frozen features of the online tower; None leaves it out."""
     probe_lr: float | None = 0.1
@@ -108,28 +114,8 @@ def roc_auc(logits: Tensor, targets: Tensor) -> float:
 
 
 def paper_metric(name: str, metrics: dict[str, float]) -> float:
-    """What the paper's suite reports of a set, by its name (U:eval_zeroshot.py:89-102); percent.
-
-    Mean per class for aircraft, pets, caltech101 and flowers, (top1 + top5) / 2 for kinetics, ROC AUC for hateful
-    memes, top-1 for all others.
-    """
-    name = name.lower()
-    if any(part in name for part in ("aircraft", "pets", "caltech101", "flowers")):
-        return metrics["mean_per_class"]
-    if "kinetics" in name:
-        return metrics["top1_top5"]
-    if "hateful" in name:
-        return metrics.get("roc_auc", math.nan)
-    return metrics["top1"]
-
-
-class Towers:
-    """encode_image and encode_text of a model: the EMA towers where it has them and `ema` is set, else the online."""
-
-    def __init__(self, model: nn.Module, ema: bool = True):
-        which = {"ema": True} if ema and isinstance(model, ACLIP) else {}
-        self.encode_image = lambda images: model.encode_image(images, **which)
-        self.encode_text = lambda tokens: model.encode_text(tokens, **which)
+    """What the paper's suite reports of a set, by its name (see `suite.reported`); percent, NaN if not measured."""
+    return metrics.get(suite.reported(name), math.nan)
 
 
 def zero_shot(
@@ -327,14 +313,12 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
 
 
 def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16") -> CLIP:
-    """Model in eval mode, of a run folder or of an authors' checkpoint file (with `method` and `preset`)."""
+    """Model in eval mode, of a run folder, of a checkpoint file of ours, or of the authors' (`method`, `preset`)."""
     path = Path(path)
-    if not path.is_dir():
-        model = create_model(method, preset)
-        load_checkpoint(model, path)
-        return model.eval()
-    state = checkpoints.load_checkpoint(path / "checkpoint.pt")
-    model = untrained(state, path)
+    state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no weights")
+    model = untrained(state, path) if path.is_dir() or "config" in state else create_model(method, preset)
     load_checkpoint(model, state)
     return model.eval()
 
@@ -425,9 +409,11 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     transform = eval_transform(model.image_size)
     sets = [EvalSet(folder, transform) for folder in cfg.sets]
+    labelled = [eval_set for eval_set in sets if eval_set.kind == "classification"]
+    prompts = suite.read_prompts(cfg.slip, labelled) if cfg.prompts == "slip" else {}
     flat: dict[str, float] = {}
     for prefix, ema in (("", True), ("online/", False)) if isinstance(model, ACLIP) else (("", False),):
-        reported = []
+        reported: dict[str, float] = {}
         for eval_set in sets:
             loader = eval_set.batches(cfg.batch_size, cfg.workers)
             if eval_set.kind == "retrieval":
@@ -435,14 +421,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             elif eval_set.kind == "multilabel":
                 raise ValueError(f"{eval_set.folder} is a multilabel set, of which the paper's suite has none")
             else:
-                prompts = class_prompts(tokenizer, eval_set.classnames, eval_set.templates)
                 name = eval_set.name
-                metrics = zero_shot(model, loader, prompts, ema, cfg.batch_size, process.device, dtype, name)
+                classnames, templates = prompts.get(name, (eval_set.classnames, eval_set.templates))
+                tokens = class_prompts(tokenizer, classnames, templates)
+                label = suite.suite_name(name) or name
+                metrics = zero_shot(model, loader, tokens, ema, cfg.batch_size, process.device, dtype, label)
                 del metrics["logits"]
-                reported.append(metrics["metric"])
+                reported[name] = metrics["metric"]
             flat |= {f"{prefix}{eval_set.name}/{key}": value for key, value in metrics.items()}
-        if reported:
-            flat[f"{prefix}average"] = sum(reported) / len(reported)  # of all classification sets, as the paper's 26
+        flat |= {f"{prefix}{key}": value for key, value in suite.averages(reported, cfg.prompts).items()}
     if not isinstance(model, ACLIP):
         flat |= {f"online/{key}": value for key, value in flat.items()}
     if cfg.probe:
@@ -470,18 +457,25 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
     sets = (*cfg.sets, cfg.probe, cfg.foreground)
-    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process))
+    files = [Path(cfg.slip) / name for name in suite.FILES] if cfg.prompts == "slip" else []
+    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict] | None:
     """Measure every run; compare them if a report is asked for. Returns the measurements of each run, with the table of
     step times in `--times` under "step_times"."""
     process = run.setup(0, cfg.device)
+    if (cfg.prompts == "slip") != (cfg.slip is not None):
+        raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, need each other")
     if cfg.export:
         return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
     times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}
     kinds = "run folder or checkpoint file"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
+    if cfg.prompts == "slip":
+        for path, measured in zip(cfg.runs, results, strict=True):
+            if rows := suite.rows(measured):
+                print(f"\n{path}, with SLIP's prompts:\n\n{evaluation.table(rows)}")
     results = [measured | times for measured in results]
     if cfg.report:
         evaluation.compare("attentive_mask_clip", cfg.runs, results, cfg.report)

@@ -477,6 +477,20 @@ class ACLIP(CLIP):
         }
 
 
+class Towers(nn.Module):
+    """The towers of a model to evaluate: its EMA towers, if it has them and `ema` is set, else the online ones."""
+
+    def __init__(self, model: CLIP, ema: bool = True):
+        super().__init__()
+        self.model, self.which = model, {"ema": True} if ema and isinstance(model, ACLIP) else {}
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(images, **self.which)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens, **self.which)
+
+
 def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> CLIP | SLIP | ACLIP:
     """The model of a preset, as `method` aclip, clip or slip; `settings` override the preset's.
 
@@ -590,7 +604,8 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
         state = checkpoints.load_checkpoint(state)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path_or_dict} holds no weights")
+        where = "the checkpoint" if isinstance(path_or_dict, dict) else path_or_dict
+        raise ValueError(f"{where} holds no weights")
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     if type(model) is CLIP:
         weights = {key: value for key, value in weights.items() if not key.startswith("image_mlp.")}

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attentive_mask_clip.config import PRESETS, Config, check, check_model
 from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops  # noqa: F401
-from attentive_mask_clip.model import ACLIP, CLIP, aclip_loss, baseline_loss, create_model
+from attentive_mask_clip.model import ACLIP, CLIP, Towers, aclip_loss, baseline_loss, create_model
 from shared import cli, data, run, windows
 from shared.clip import cut_padding, set_grad_checkpointing
 from shared.zeroshot import quick_top1
@@ -119,6 +119,14 @@ def train_step(
 # -------------------------------------------------------------------------------------------------------- the script
 
 
+def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, precision: str) -> dict[str, float]:
+    """zero_shot_top1 (percent, on `cfg.eval_set`) of the online towers, and zero_shot_top1_ema of A-CLIP's EMA towers.
+    U:main.py:262-263, with seven templates; here the class names stand alone."""
+    named = {"": Towers(model, ema=False)} | ({"_ema": Towers(model)} if isinstance(model, ACLIP) else {})
+    common = eval_transform(model.image_size), cfg.eval_set, device, run.DTYPES[precision]
+    return {f"zero_shot_top1{name}": quick_top1(towers, tokenizer, *common) for name, towers in named.items()}
+
+
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
     check_model(cfg)
@@ -145,10 +153,10 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     cli.show_plan(
         [
             ("parameters", f"{trained:,} trained, {frozen:,} frozen or EMA"),
-            ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
+            ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs" if n else "all of --data"),
             cli.disk_row(n, trained, frozen),
             cli.batch_row(cfg, world_size),
-            cli.step_row(per_epoch * cfg.epochs, per_epoch),
+            *([cli.step_row(per_epoch * cfg.epochs, per_epoch)] if n else []),
             *(("learning rate", rates(step)) for step in steps),
             ("patches", f"{patches}{kept}"),
             *cli.memory_rows(
@@ -199,7 +207,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if folder.finished(epoch=cfg.epochs):
         return folder.path
-    first, start = folder.state["epoch"], folder.state["batch"]
+    first, start, best = folder.state["epoch"], folder.state["batch"], folder.state.get("best", {})
 
     # Data
     pairs = windows.open_pairs(cfg, process)
@@ -228,17 +236,18 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                 losses = run.over_ranks(losses)
                 folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **losses)
             if folder.due(step) and batch < per_epoch and math.isfinite(losses["loss"]):
-                folder.save(step, epoch=epoch, batch=batch)
+                folder.save(step, epoch=epoch, batch=batch, best=best)
 
-        done, start = per_epoch * (epoch + 1), 0
+        done, start, is_best = per_epoch * (epoch + 1), 0, False
         if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
             with folder.clock.paused():
-                transform, dtype = eval_transform(model.image_size), run.DTYPES[precision]
-                top1 = quick_top1(model, tokenizer, transform, cfg.eval_set, process.device, dtype)
-            folder.log(done, epoch=epoch, zero_shot_top1=top1)
+                measured = zero_shot_top1(model, tokenizer, cfg, process.device, precision)
+            folder.log(done, epoch=epoch, **measured)
+            is_best = cfg.keep_best and measured["zero_shot_top1"] > best.get(cfg.eval_set, -math.inf)
+            best |= {cfg.eval_set: measured["zero_shot_top1"]} if is_best else {}
         data.report_broken(broken, process, f"epoch {epoch + 1}")
-        if folder.due(done) or epoch + 1 == cfg.epochs:
-            folder.save(done, epoch=epoch + 1, batch=0)
+        if folder.due(done) or epoch + 1 == cfg.epochs or is_best:
+            folder.save(done, is_best, epoch=epoch + 1, batch=0, best=best)
     folder.close()
     return folder.path
 

@@ -130,6 +130,7 @@ def resume(folder: Path, config: Any) -> dict | None:
         "workers",
         "save_every",
         "keep_every",
+        "keep_best",
         "log_every",
         "eval_every",
         "eval_set",

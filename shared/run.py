@@ -322,13 +322,17 @@ class RunFolder:
         every = getattr(self.cfg, "keep_every", 0)
         return every > 0 and step % every == 0
 
-    def save(self, step: int, /, **values: Any) -> None:
-        """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings."""
+    def save(self, step: int, /, is_best: bool = False, **values: Any) -> None:
+        """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings.
+
+        `is_best`: checkpoint-best.pt, too, and first: a run that is killed between the two goes on from before both.
+        """
         self.saved = step
         if self.process.main:
             parts = {name: part.state_dict() for name, part in self.parts.items() if not disabled(part)}
             about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
-            save_checkpoint(self.path / "checkpoint.pt", parts | values | self.fixed | about)
+            for name in ["checkpoint-best.pt"] * is_best + ["checkpoint.pt"]:
+                save_checkpoint(self.path / name, parts | values | self.fixed | about)
             if self.stays(step):
                 with replaced(self.path / f"checkpoint-{step}.pt") as file:
                     file.write((self.path / "checkpoint.pt").read_bytes())

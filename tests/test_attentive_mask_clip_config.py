@@ -29,6 +29,8 @@ ERRORS = {
     "uneven micro-batches": (["emoji", "--accumulate", "3"], "--batch-size 32 cannot be shared out evenly"),
     "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    "the best of nothing": (["emoji", "--keep-best"], "--keep-best keeps the best of what --eval-every evaluates"),
+    "no evaluation set of CC3M": (["cc3m-vitb16", "--data", "x"], "--eval-set data/wds_imagenet1k does not exist"),
     "no evaluation set": (
         ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
         "--eval-set /nowhere does not exist",
@@ -54,9 +56,6 @@ def test_wrong_flags(in_process, arguments: list[str]):
     assert all(word in result.err for word in arguments[1:2])
 
 
-STEPS_AN_EPOCH = 14_689_580 // 4096
-
-
 def thin_towers(method: str, preset: str, **settings):
     """Of the preset's geometry, but quick."""
     geometry = dict(image_size=40, patch_size=5) if preset == "emoji" else dict(image_size=224, patch_size=16)
@@ -71,16 +70,25 @@ def test_dry_run(corpus: None, in_process, preset: str, tmp_path: Path, monkeypa
         monkeypatch.setattr("attentive_mask_clip.model.create_model", thin_towers)
     if cfg.data:  # counts the samples of the corpus
         (tmp_path / "data").symlink_to(ROOT / "data")
-    result = in_process(preset, "--dry-run")
+    samples = cfg.dataset_size or 500_000  # nobody has said how much of CC3M and CC12M there was
+    given = [] if cfg.data or cfg.dataset_size else ["--dataset-size", samples]
+    result = in_process(preset, "--dry-run", *given)
     assert result.code == 0 and result.err == "" and {path.name for path in tmp_path.iterdir()} <= {"data"}
     assert all(word in result.out for word in ("parameters", "learning rate", "samples", "batch", "patches"))
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
     assert ("EMA momentum 0.9" in result.out) == (cfg.method == "aclip")
     if not cfg.data:
-        assert re.search(rf"^steps +{STEPS_AN_EPOCH * cfg.epochs:,} ", result.out, re.MULTILINE)
+        assert re.search(rf"^steps +{samples // 4096 * cfg.epochs:,} ", result.out, re.MULTILINE)
         masked = cfg.method == "aclip"
         kept = {"random": 98, "attentive": 100, "high": 100}[cfg.mask]
         assert (f"patches            196, {kept} kept in each of {cfg.views} views" in result.out) == masked
+
+
+def test_dry_run_without_a_number_of_samples(in_process, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("attentive_mask_clip.model.create_model", thin_towers)
+    result = in_process("cc3m-vitb16", "--dry-run")
+    assert result.code == 0 and re.search("^samples +all of --data$", result.out, re.MULTILINE)
+    assert "learning rate" not in result.out and "steps" not in result.out
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)

@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from attentive_mask_clip.config import Config
-from attentive_mask_clip.crops import MEAN, STD, ViewDataset, eval_transform, three_boxes, view_transform
+from attentive_mask_clip.crops import (
+    MEAN,
+    STD,
+    ViewDataset,
+    eval_transform,
+    three_boxes,
+    title_and_description,
+    view_transform,
+)
 from attentive_mask_clip.train import three_crops
 
 
@@ -115,3 +123,37 @@ def test_samples_are_functions_of_seed_and_index(method, views):
     assert boxes.shape == (online + 1, 4)
     captions = {tuple(ViewDataset(Pairs(), cfg, 16, tokenizer, (s,), True)[0][2].tolist()) for s in range(20)}
     assert captions == {tuple(tokenizer(text)[0].tolist()) for text in ("one", "two")}
+
+
+SUNSET = "Sunset\nTaken in Rome.\n\nWith my brother..."  # a description of YFCC15M may have line breaks
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        (SUNSET, ["Sunset", "Taken in Rome. With my brother..."]),
+        ("Sunset\r\n \r\n", ["Sunset"]),
+        ("\nTaken in\tRome.\x0bAt  night.", ["Taken in Rome. At night."]),
+        ("Sunset\u2028in Rome\nat night", ["Sunset in Rome", "at night"]),
+        (" \n\n", []),
+    ],
+)
+def test_a_caption_file_is_a_title_and_a_description(text, captions):
+    assert title_and_description(text) == captions
+
+
+@pytest.mark.parametrize("caption_lines", [True, False])
+def test_title_and_description_are_drawn_equally_often(caption_lines):
+    class Pairs(list):
+        read = list.__getitem__
+
+    pair = type("Pair", (), {"image": Image.new("RGB", (9, 8)), "caption": SUNSET})
+    seen = []
+    cfg = Config(method="clip", augmentation="crop", caption_lines=caption_lines)
+    dataset = ViewDataset(Pairs([pair] * 400), cfg, 4, lambda text: [seen.append(text)], (0, 0), False)
+    for i in range(len(dataset)):
+        dataset[i]
+    if caption_lines:
+        assert set(seen) == {"Sunset", "Taken in Rome. With my brother..."} and 160 < seen.count("Sunset") < 240
+    else:
+        assert set(seen) == {SUNSET}

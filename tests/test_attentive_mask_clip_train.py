@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from attentive_mask_clip import config, train
+from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip.config import Config
 from attentive_mask_clip.model import aclip_loss, create_model
 from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, train_step
@@ -290,6 +291,34 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli):
     result = finished(cli(*ARMS["aclip"], *TINY, "--out", out))
     assert "is finished (3 epochs); nothing to do" in result.out and time.monotonic() - began < 10
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
+
+
+EVALUATED = ["--eval-every", "1", "--eval-set", ROOT / "data/emoji/eval/groups_ood"]
+
+
+def test_the_best_checkpoint_is_kept_through_kills(arms: dict[str, Path], cli, start, folder: Path):
+    """By the online towers; the EMA towers are evaluated, too. Neither changes the training."""
+    outs = [folder / "best", folder / "best-killed"]
+    command = [*ARMS["aclip"], *TINY, *EVALUATED, "--keep-best", "--save-every", "2", "--out"]
+    finished(cli(*command, outs[0]))
+    points = {line["step"]: line for line in metrics(outs[0]) if "zero_shot_top1" in line}
+    assert list(points) == [PER_EPOCH, 2 * PER_EPOCH, STEPS]
+    assert all(0 <= line[name] <= 100 for line in points.values() for name in ("zero_shot_top1", "zero_shot_top1_ema"))
+    assert [line for line in metrics(outs[0]) if "loss" in line] == metrics(arms["aclip"])
+    top = max(line["zero_shot_top1"] for line in points.values())
+    first = min(step for step, line in points.items() if line["zero_shot_top1"] == top)
+    best = checkpoints.load_checkpoint(outs[0] / "checkpoint-best.pt")
+    assert best["epoch"] == first // PER_EPOCH and best["best"] == {str(EVALUATED[3]): top}
+    assert same(dict(evaluation.load_model(outs[0] / "checkpoint-best.pt").state_dict()), dict(best["state_dict"]))
+
+    for line in (random.randint(2, 5), random.randint(6, 11)):
+        kill_at(start(*command, outs[1]), outs[1], line, timeout=120)
+    finished(ended(start(*command, outs[1])))
+    assert metrics(outs[0]) == metrics(outs[1])
+    for name in ("checkpoint.pt", "checkpoint-best.pt"):
+        one, two = (checkpoints.load_checkpoint(out / name) for out in outs)
+        for part in ("state_dict", "optimizer", "epoch", "batch", "best"):
+            assert same(one[part], two[part]), (name, part)
 
 
 def test_evaluation_during_training_changes_nothing(arms: dict[str, Path], cli, folder: Path):

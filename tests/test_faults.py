@@ -34,8 +34,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().randrange(10**6))
 
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before
-    "concept_frequency.count", "flame.embed", "flame.recaption", "lexvla.text", "nmtune.finetune", "nmtune.train",
-    "protoclip.teacher", "tldr_reduction.corpus", "tldr_reduction.reduce",
+    "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "flame.recaption", "lexvla.text",
+    "nmtune.finetune", "nmtune.train", "protoclip.teacher", "tldr_reduction.corpus", "tldr_reduction.reduce",
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
@@ -50,6 +50,7 @@ ELSEWHERE = {  # where each other script is tested
 }
 KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
+    "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_killed_packing_goes_on",
     "concept_frequency.count": "test_concept_frequency_count.py::test_killed_count_goes_on",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
     "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
@@ -476,8 +477,9 @@ def test_a_stage_on_hostile_data(module: str, stage, hostile: Path, tmp_path: Pa
 
 
 GOES_ON_FROM = {
-    "flame.embed": "run/index.json", "lexvla.text": "states.pt", "nmtune.finetune": "run/checkpoint.pt",
-    "nmtune.train": "run/checkpoint.pt", "protoclip.teacher": "teacher.npz", "tldr_reduction.reduce": "run/config.json",
+    "attentive_mask_clip.pack_yfcc": "run/config.json", "flame.embed": "run/index.json", "lexvla.text": "states.pt",
+    "nmtune.finetune": "run/checkpoint.pt", "nmtune.train": "run/checkpoint.pt", "protoclip.teacher": "teacher.npz",
+    "tldr_reduction.reduce": "run/config.json",
 }  # fmt: skip
 
 

@@ -44,8 +44,8 @@ from shared.study import companion
 ROOT = Path(__file__).parent.parent
 RUNS = set(  # where a run is, what it prints and how much memory it takes, not what it computes
     (
-        "out data cache window_shards device workers strict save_every keep_every log_every eval_every eval_set "
-        "dry_run accumulate grad_checkpointing"
+        "out data cache window_shards device workers strict save_every keep_every keep_best log_every eval_every "
+        "eval_set dry_run accumulate grad_checkpointing"
     ).split()
 )
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"

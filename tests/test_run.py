@@ -210,3 +210,13 @@ def test_chosen_checkpoints_stay(tmp_path: Path):
     ]
     kept = [checkpoints.load_checkpoint(tmp_path / f"run/checkpoint{step}.pt")["epoch"] for step in ("-3", "-6", "")]
     assert kept == [3, 6, 8]
+
+
+def test_the_best_checkpoint_is_written_before_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, written = run.RunFolder(Settings(out=str(tmp_path / "run")), ALONE, epoch=0), []
+    folder.restore(**parts(0))
+    folder.start(0)
+    monkeypatch.setattr(run, "save_checkpoint", lambda path, state: written.append((path.name, state["epoch"])))
+    folder.save(2, True, epoch=1)
+    folder.save(4, epoch=2)
+    assert written == [("checkpoint-best.pt", 1), ("checkpoint.pt", 1), ("checkpoint.pt", 2)]

@@ -6,8 +6,10 @@
 import dataclasses
 import io
 import json
+import pickle
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,21 @@ def features(path: Path) -> Path:
     return path
 
 
+def yfcc15m(folder: Path, data: Path) -> Path:
+    """SLIP's yfcc15m.pkl, and the zips of the 24 pairs that it names."""
+    pairs, rows = open_pairs(str(data)), []
+    for row in range(24):
+        number, image = 12_345_990 + row, io.BytesIO()
+        path = folder / f"images/12/{number // 1000 % 1000:03}.zip"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs.read(row).image.save(image, "JPEG")
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{number % 1000:03}.jpg", image.getvalue())
+        rows.append((number, pairs.caption(row), "a picture\nof it"))
+    (folder / "yfcc15m.pkl").write_bytes(pickle.dumps(rows))
+    return folder
+
+
 def stages(data: Path, parts: Path) -> dict[str, list[str]]:
     """Arguments of the scripts that make what training reads, or go on from what it made, less --out: a second or two
     each. `parts` is what `commands` has filled."""
@@ -160,7 +177,9 @@ def stages(data: Path, parts: Path) -> dict[str, list[str]]:
         (parts / f"{kind}.json").write_text(json.dumps(entries))
     tune = "--epochs 2 --log-every 1 --save-every 2 --workers 0 --precision fp32"
     pipeline = "--spacy en_core_web_sm --query-spacy en_core_web_sm --workers 1"
+    yfcc = yfcc15m(parts / "yfcc", data)
     arguments = {
+        "attentive_mask_clip.pack_yfcc": f"{yfcc}/yfcc15m.pkl --root {yfcc} --shard-size 10 --workers 1",
         "nmtune.train": f"--features {features(parts / 'features.npz')} --batch-size 12 {tune}",
         "nmtune.finetune": f"""full --encoder timm:resnet_emoji --data {image_folder(parts / "images", data)} {tune}
             --batch-size 8""",

@@ -73,6 +73,7 @@ UNIMPORTANT = (
     "cache",
     "save_every",
     "keep_every",
+    "keep_best",
     "log_every",
     "dry_run",
 )

@@ -5,6 +5,7 @@ or is a folder SLIP beside PATH. Both sides get the same seeded inputs on the CP
 For the authors' timm 0.5.4 stands the installed one, whose blocks get the names and the plain attention of then.
 """
 
+import ast
 import contextlib
 import copy
 import inspect
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import clip_benchmark.datasets
 import numpy as np
 import open_clip
 import pytest
@@ -26,7 +28,7 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
-from attentive_mask_clip import crops, model, train
+from attentive_mask_clip import crops, model, pack_yfcc, suite, train
 from attentive_mask_clip import eval as evaluation
 
 from . import Table, check_commit, clone_of, import_beside, printed, race, seeded, trajectory  # noqa: F401  (seeded: autouse)
@@ -598,6 +600,44 @@ def test_slip(slip, table):
     grads = gradients(theirs), gradients(ours)  # of entries up to 10
     options = dict(gradients=grads, rtol=1e-4, atol=1e-3, seconds=seconds)
     table.compare("SLIP, forward and losses", slip.models.SLIP.forward, "model.SLIP.forward", *results, **options)
+
+
+# ------------------------------------------------------------------------------------------------ captions and suite
+
+
+def test_cleaning_of_captions(up):
+    """By the two expressions in their make_dataset.py, a script that cannot be imported."""
+    html, urls = re.findall(r"= re\.compile\('(.+?)'\)\n", (up.root / "make_dataset.py").read_text())
+    for text in (
+        "Sunset\nTaken in Rome.\n\nWith my brother...", "<b>a</b> <i>b</i> <a href='http://x.y'>c</a> <abbr>d</abbr>",
+        "see http://x.y/z?a=1, https://x.y or www.x.y www", "<a\nhref='x'>y</a> <B>z</B> < a > <bold>", "C++ & 50% off",
+    ):  # fmt: skip
+        assert pack_yfcc.clean(text) == " ".join(re.sub(urls, "", re.sub(html, "", text)).split())
+
+
+def test_what_the_suite_reports(up):
+    source = inspect.getsource(up.eval_zeroshot.main)
+    listed = re.search(r"if d in (\[.*?\]):\s+metric = mean_per_class", source)[1]
+    for kind, names in {
+        "mean_per_class": ast.literal_eval(listed), "top1_top5": ["kinetics700_frames"], "roc_auc": ["hateful_memes"],
+    }.items():  # fmt: skip
+        assert [name for name in suite.SUITE if suite.reported(name) == kind] == names
+
+
+def test_suite_of_slip(slip):
+    """All sets have names and templates, and class names find their places in the order of CLIP-benchmark."""
+    files = "dataset_catalog", "labels", "templates"
+    catalog, labels, templates = (json.loads((slip.root / f"{name}.json").read_text()) for name in files)
+    assert list(catalog) == list(suite.SUITE) and set(suite.SUITE) <= set(labels) & set(templates)
+    known = json.loads((Path(clip_benchmark.datasets.__file__).parent / "en_classnames.json").read_text())
+    known["caltech101"], checked = known["caltech101_vtab"], []
+    for name, benchmark in suite.SUITE.items():
+        if ours := known.get((benchmark or "").rpartition("/")[2]):
+            entries = [[entry] if isinstance(entry, str) else entry for entry in labels[name]]
+            for own, synonyms in zip(ours, suite.in_order_of(ours, entries, name), strict=True):
+                assert suite.plain(own) in map(suite.plain, synonyms), name
+            checked.append(name)
+    assert {"imagenet", "pets", "caltech101", "kitti_distance", "clevr_counts", "fer2013"} <= set(checked)
 
 
 # --------------------------------------------------------------------------------------------------------- distributed

@@ -1,0 +1,241 @@
+"""Pack YFCC15M into shards: `python -m attentive_mask_clip.pack_yfcc yfcc15m.pkl --root yfcc100m --out DIR`.
+
+SLIP's make_dataset.py (facebookresearch/SLIP@c6faf5d, cited as `S:`; A-CLIP's repository has the same file) writes
+yfcc15m.pkl, a list of (number, title, description). Image 12345678 is 678.jpg in images/12/345.zip (S:datasets.py:29).
+From both this script makes what train.py reads with --caption-lines:
+
+    DIR/00000.tar            NUMBER.jpg, NUMBER.txt (title and description, a line each), NUMBER.json (both uncleaned)
+        00000_stats.json     how many pairs the shard has and what was left out, why; it is written last
+        config.json          what the shards were made from
+
+A run that was stopped leaves shards with a _stats.json alone; remove one to have its shard made again.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from shared import checkpoints, cli, data, run, tars
+
+TAGS = re.compile(r"<a.*?>|</a>|</?[bi]>")  # S:make_dataset.py:15
+URLS = re.compile(r"(?:http|www)\S+")  # S:make_dataset.py:16
+MISSING, DAMAGED = "missing zip", "damaged zip"
+
+
+@dataclasses.dataclass
+class Config:
+    metadata: Annotated[str, tyro.conf.Positional]
+    """SLIP's yfcc15m.pkl."""
+    root: str
+    """Folder that holds images/00/000.zip to images/99/999.zip."""
+    out: str
+    """Folder for the shards."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    shard_size: int = 10_000
+    """Rows of the metadata per shard, which has fewer pairs where some are left out."""
+    workers: int = 0
+    """Processes; 0: one a core."""
+
+
+# ---------------------------------------------------------------------------------------------------------- metadata
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, tuples, dicts, strings and numbers. ValueError at whatever else is named: nothing is imported."""
+
+    def find_class(self, module: str, name: str):
+        raise ValueError(f"it holds {module}.{name}, where only plain lists, tuples, strings and numbers are read")
+
+
+def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
+    """(number, title, description) of all images, by number. ValueError if the pickle holds anything else."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: SLIP's make_dataset.py writes yfcc15m.pkl")
+    try:
+        with open(path, "rb") as file:
+            rows = PlainUnpickler(file).load()
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # pickle raises nearly anything at a damaged file
+        reason = str(error) if type(error) is ValueError else f"it cannot be unpickled ({type(error).__name__})"
+        raise ValueError(f"{path} is no yfcc15m.pkl of SLIP's: {reason}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} is no yfcc15m.pkl of SLIP's: it holds no list of images")
+    for i, row in enumerate(rows):
+        if not (
+            isinstance(row, (tuple, list))
+            and [type(value) for value in row] == [int, str, str]
+            and 0 <= row[0] < 10**8  # two digits of the folder, three of the zip, three of the file
+        ):
+            raise ValueError(f"{path}, entry {i} is no (number of up to eight digits, title, description)")
+    return sorted(rows, key=itemgetter(0))
+
+
+# ---------------------------------------------------------------------------------------------------------- captions
+
+
+def clean(text: str) -> str:
+    """A title or description on one line, without URLs and tags of links, bold and italics. S:make_dataset.py:38-44.
+
+    make_dataset.py has done this and undone URL quoting, but left line breaks; doing it again changes nothing else.
+    """
+    return " ".join(URLS.sub("", TAGS.sub("", text)).split())
+
+
+def caption_file(title: str, description: str) -> bytes:
+    """Title and description, a line each, those that are not blank: `crops.title_and_description` parts them again."""
+    return "\n".join(filter(None, (clean(title), clean(description)))).encode("utf-8", "replace")
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
+    """For each file of a zip (content, ""), or (b"", why there is none)."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # damaged ones raise BadZipFile, struct.error, ValueError, OSError ...
+        reason = MISSING if isinstance(error, FileNotFoundError) else DAMAGED
+        yield from [(b"", reason)] * len(names)
+        return
+    with archive:
+        for name in names:
+            content, reason = b"", ""
+            try:
+                if archive.getinfo(name).file_size <= tars.MAX_BYTES:
+                    content = archive.read(name)
+                else:
+                    reason = f"file of more than {tars.MAX_BYTES} bytes"
+            except KeyError:
+                reason = "missing image"
+            except Exception:  # BadZipFile of a wrong checksum, zlib.error, EOFError, NotImplementedError ...
+                reason = "damaged in its zip"
+            yield content, reason
+
+
+def fault(image: bytes) -> str:
+    """Why training could not use an image; empty if it can be decoded."""
+    try:
+        data.decode_image(image)
+    except data.BrokenSample as error:
+        return str(error)
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------ shards
+
+
+def stats_file(out: str, shard: int) -> Path:
+    return Path(out) / f"{shard:05}_stats.json"
+
+
+def pack_shard(cfg: Config, shard: int, rows: Sequence[tuple[int, str, str]]) -> None:
+    """Write a shard, and then its statistics."""
+    left_out: Counter[str] = Counter()
+    zips: dict[str, str] = {}
+
+    def samples() -> Iterator[dict]:
+        for thousand, group in itertools.groupby(rows, key=lambda row: row[0] // 1000):
+            in_zip, name = list(group), f"images/{thousand // 1000:02}/{thousand % 1000:03}.zip"
+            contents = zipped(Path(cfg.root) / name, [f"{number % 1000:03}.jpg" for number, _, _ in in_zip])
+            for (number, title, description), (image, reason) in zip(in_zip, contents, strict=True):
+                caption = caption_file(title, description)
+                if reason in (MISSING, DAMAGED):
+                    zips[name] = reason
+                if reason := reason or ("" if caption else "empty caption") or fault(image):
+                    left_out[reason] += 1
+                    continue
+                key = f"{number:08}"
+                about = json.dumps({"key": key, "title": title, "description": description})
+                yield {"__key__": key, "jpg": image, "txt": caption, "json": about.encode()}
+
+    with checkpoints.replaced(Path(cfg.out) / f"{shard:05}.tar") as file:
+        with TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:  # no bytes but the samples'
+            for sample in samples():
+                tar.write(sample)
+    pairs = len(rows) - left_out.total()
+    checkpoints.write_json(
+        stats_file(cfg.out, shard), {"rows": len(rows), "pairs": pairs, "left_out": left_out, "zips": zips}
+    )
+
+
+def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
+    """Write the shards that are not there yet, several at a time."""
+    starts = range(0, len(rows), cfg.shard_size)
+    todo = [shard for shard in range(len(starts)) if not stats_file(cfg.out, shard).exists()]
+    jobs = ([cfg] * len(todo), todo, (rows[starts[shard] : starts[shard] + cfg.shard_size] for shard in todo))
+    bar = dict(total=len(starts), initial=len(starts) - len(todo), unit="shard", disable=None)
+    workers = min(cfg.workers or cli.cores(), len(todo))
+    if workers < 2:
+        for _ in tqdm(map(pack_shard, *jobs), **bar):
+            pass
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for _ in tqdm(pool.map(pack_shard, *jobs), **bar):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def report(cfg: Config, shards: int) -> None:
+    """Print how many pairs there are, what was left out, and how to train on them. ValueError if there are none."""
+    found = [checkpoints.read_json(stats_file(cfg.out, shard)) for shard in range(shards)]
+    rows, pairs = (sum(stats[name] for stats in found) for name in ("rows", "pairs"))
+    left_out = sum((Counter(stats["left_out"]) for stats in found), Counter())
+    zips = {name: reason for stats in found for name, reason in stats["zips"].items()}
+    print(f"{pairs:,} pairs of {rows:,} images in {shards:,} shards")
+    if left_out:
+        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common()))
+    for reason, count in Counter(zips.values()).most_common():
+        names = [name for name in zips if zips[name] == reason]
+        print(f"{reason}: {count:,} ({', '.join(names[:3])}{', ...' * (count > 3)})")
+    if not pairs:
+        raise ValueError(f"none of the images of {cfg.metadata} could be read below {cfg.root}")
+    print(f"train on them with --data '{cfg.out}/{{00000..{shards - 1:05}}}.tar' --dataset-size {pairs}")
+
+
+def main(cfg: Config) -> None:
+    """Check the settings and the output folder, then pack."""
+    cli.check_counts(cfg, "dataset_size", "shard_size")
+    cli.check_counts(cfg, "workers", least=0)
+    if not (Path(cfg.root) / "images").is_dir():
+        raise ValueError(f"--root {cfg.root} has no folder images, of images/00/000.zip and so on")
+    out = Path(cfg.out)
+    with run.lock(out):
+        rows = read_metadata(cfg.metadata)[: cfg.dataset_size]
+        made_from = {
+            "metadata": data.fingerprint(np.memmap(cfg.metadata, mode="r")),
+            "root": str(Path(cfg.root).resolve()),
+            "rows": len(rows),
+            "shard_size": cfg.shard_size,
+        }
+        if (out / "config.json").exists():
+            if what := checkpoints.changes(checkpoints.read_json(out / "config.json"), made_from):
+                raise ValueError(f"{out} holds shards that were made otherwise: {what}; choose another --out")
+        elif list(out.glob("*.tar")):
+            raise ValueError(f"{out} holds shards that this script has not written: choose another --out")
+        checkpoints.write_json(out / "config.json", made_from)
+        pack(cfg, rows)
+        report(cfg, math.ceil(len(rows) / cfg.shard_size))
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

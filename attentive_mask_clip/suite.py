@@ -1,0 +1,153 @@
+"""The paper's zero-shot suite: 26 sets, what each is called, and its class names and templates out of a clone of SLIP.
+
+SLIP (facebookresearch/SLIP@c6faf5d, cited as `S:`) keeps names and templates in labels.json and templates.json, and
+A-CLIP's suite reads these two. Nothing of them is kept here: `--slip PATH` says where a clone is.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from shared import checkpoints
+from shared.evalsets import EvalSet
+
+# SLIP's name of a set (S:dataset_catalog.json) and CLIP-benchmark's; None: CLIP-benchmark does not know the set.
+# Its code knows food101 and cub, but none of its lists of sets has them.
+SUITE: dict[str, str | None] = {
+    "food101": "food101",
+    "cifar10": "vtab/cifar10",
+    "cifar100": "vtab/cifar100",
+    "cub200": "vtab/cub",
+    "sun397": "sun397",
+    "cars": "cars",
+    "aircraft": "fgvc_aircraft",
+    "dtd": "vtab/dtd",
+    "pets": "vtab/pets",
+    "caltech101": "vtab/caltech101",
+    "flowers": "vtab/flowers",
+    "mnist": "mnist",
+    "fer2013": "fer2013",
+    "stl10": "stl10",
+    "eurosat": "vtab/eurosat",
+    "resisc45": "vtab/resisc45",
+    "gtsrb": "gtsrb",
+    "kitti_distance": "vtab/kitti_closest_vehicle_distance",
+    "country211": "country211",
+    "patch_camelyon": "vtab/pcam",
+    "ucf101_frames": None,
+    "kinetics700_frames": None,
+    "clevr_counts": "vtab/clevr_count_all",
+    "hateful_memes": None,
+    "rendered_sst2": "renderedsst2",
+    "imagenet": "imagenet1k",
+}
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+FILES = ("labels.json", "templates.json")  # of SLIP: class names, templates
+
+
+class Prompts(NamedTuple):
+    """A set's class names, by label, each with its synonyms; and templates, in which `{c}` stands for a name."""
+
+    classnames: list[list[str]]
+    templates: list[str]
+
+
+def suite_name(folder: str) -> str | None:
+    """SLIP's name of the set in a folder of this name, None if it is none of the 26.
+
+    The folder is called as SLIP calls the set, or as CLIP-benchmark does: cifar10, vtab-cifar10, wds_vtab-cifar10.
+    """
+    name = folder.lower().removeprefix("wds_").removeprefix("vtab-")
+    known = {benchmark.rpartition("/")[2]: slip for slip, benchmark in SUITE.items() if benchmark}
+    return name if name in SUITE else known.get(name)
+
+
+def reported(name: str) -> str:
+    """What the suite reports of a set, by its name. U:eval_zeroshot.py:89-102.
+
+    Mean per class of aircraft, pets, caltech101 and flowers, the mean of top-1 and top-5 of kinetics, ROC AUC of
+    hateful memes, top-1 of all others.
+    """
+    name = name.lower()
+    if any(part in name for part in ("aircraft", "pets", "caltech101", "flowers")):
+        return "mean_per_class"
+    return "top1_top5" if "kinetics" in name else "roc_auc" if "hateful" in name else "top1"
+
+
+def plain(name: str) -> str:
+    """A class name without what data sets write differently: case, punctuation, spaces, digits or words, numbering."""
+    words = re.sub(r"^\d+\.", "", name.lower()).replace("_", " ").split()  # 001.Black_footed_Albatross
+    return re.sub(r"[\W_]", "", "".join(NUMBERS.get(word, word) for word in words))
+
+
+def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: str) -> list[list[str]]:
+    """SLIP's `entries`, each a class with its synonyms, in the order of a set's own `classnames`.
+
+    Label numbers differ: SLIP has the cats among the pets first, CLIP-benchmark the alphabet. If every class is found
+    by name, names decide. Else, if at least half is found and all of these at the same place, the order is the same and
+    the others are worded differently (or occur twice, as ImageNet's missile). ValueError in any other case.
+    """
+    if len(classnames) != len(entries):
+        raise ValueError(f"{where} has {len(classnames)} classes where SLIP's labels.json has {len(entries)}")
+    places: dict[str, set[int]] = {}
+    for i, synonyms in enumerate(entries):
+        for name in synonyms:
+            places.setdefault(plain(name), set()).add(i)
+    found = [places.get(plain(name), set()) for name in classnames]
+    if all(len(at) == 1 for at in found) and len(set().union(*found)) == len(entries):
+        return [list(entries[i]) for at in found for i in at]
+    if 2 * sum(map(bool, found)) >= len(entries) and all(i in at for i, at in enumerate(found) if at):
+        return [list(synonyms) for synonyms in entries]
+    other = next(name for i, (name, at) in enumerate(zip(classnames, found, strict=True)) if i not in at)
+    raise ValueError(f"{where} is ordered by other class names than SLIP's labels.json, which has no {other!r} there")
+
+
+def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompts]:
+    """Prompts of evaluation sets, by folder name, out of a clone of SLIP. ValueError if a set is none of the 26."""
+    files = [Path(clone) / name for name in FILES]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"--slip {clone} is no clone of facebookresearch/SLIP: {file.name} is not there")
+    labels, templates = map(checkpoints.read_json, files)
+    found: dict[str, Prompts] = {}
+    seen: dict[str, str] = {}
+    for each in sets:
+        name = suite_name(each.name)
+        if name is None:
+            raise ValueError(f"--prompts slip: {each.folder} is none of the suite's sets: {', '.join(SUITE)}")
+        if name in seen:
+            raise ValueError(f"--prompts slip: {seen[name]} and {each.folder} are both the suite's {name}")
+        seen[name] = str(each.folder)
+        entries = [[entry] if isinstance(entry, str) else entry for entry in labels.get(name, [])]
+        theirs = templates.get(name, [])
+        if not entries or not theirs or not all("{}" in template for template in theirs):
+            raise ValueError(f"{clone} has no class names or no templates of {name}")
+        ours = [template.replace("{}", "{c}") for template in theirs]
+        found[each.name] = Prompts(in_order_of(each.classnames, entries, str(each.folder)), ours)
+    return found
+
+
+def averages(values: Mapping[str, float], prompts: str) -> dict[str, float]:
+    """Means of what was reported of sets, by folder name: `average_measured` of all that were measured, and with SLIP's
+    prompts `average_26`, which is the paper's, where these are the 26."""
+    if not values:
+        return {}
+    mean = sum(values.values()) / len(values)
+    whole = prompts == "slip" and {suite_name(name) for name in values} == set(SUITE) and len(values) == len(SUITE)
+    return {"average_measured": mean} | ({"average_26": mean} if whole else {})
+
+
+def rows(measured: Mapping[str, float]) -> list[dict[str, str]]:
+    """A table of a checkpoint's measurements, {"FOLDER/metric": percent}, in the suite's order; averages below."""
+    folders = {suite_name(key.removesuffix("/metric")): key for key in measured if key.count("/") == 1}
+    found = []
+    for name in SUITE:
+        value = measured.get(folders.get(name, ""), math.nan)
+        if not math.isnan(value):
+            found.append({"set": name, "reported": reported(name), "%": f"{value:.1f}"})
+    for name in ("average_measured", "average_26"):
+        if name in measured:
+            found.append({"set": name, "reported": f"mean of {len(found)} sets", "%": f"{measured[name]:.1f}"})
+    return found
