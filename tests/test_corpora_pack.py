@@ -91,7 +91,7 @@ def test_other_tables(photos: Path) -> None:
     lines = [json.dumps({"image": name, "caption": some, "tags": ["x", 1]}) for name, some in texts.items()]
     write(photos / "a.jsonl", lines[0], "", lines[1])
     write(photos / "b.json", f"[{lines[0]},", f"{lines[1]}]")
-    write(photos / "c.tsv", "path\ttitle", '0.jpg\ta "b', "0.jpg\tb", "1.jpg\tc")
+    write(photos / "c.tsv", "path\ttitle", '0.jpg\t"a "b', '"0.jpg"\t"b"', '1.jpg\t"say ""c"""')
     write(photos.parent / "elsewhere/d.csv", "x,0.jpg,a", "y,0.jpg,b", "z,1.jpg,c")
     (photos / "e.csv").write_bytes("\ufeffcaption,image\r\na,0.jpg\r\nb,0.jpg\r\nc,1.jpg\r\n".encode())
     write(photos / "f.jsonl", '{"path": "0.jpg", "text": "a"}', '{"path": "1.jpg", "text": ["b", "c"]}')
@@ -104,7 +104,7 @@ def test_other_tables(photos: Path) -> None:
 
     assert captions("a.jsonl") == captions("b.json") == captions("e.csv") == ["a", "b", "c"]
     assert about(photos.parent / "out-a.jsonl/train")[0]["tags"] == ["x", 1]
-    assert captions("c.tsv", image_column="path", caption_column="title") == ['a "b', "b", "c"]
+    assert captions("c.tsv", image_column="path", caption_column="title") == ['"a "b', "b", 'say "c"']
     numbers = {"image_column": "1", "caption_column": "2", "image_root": photos}
     assert captions("../elsewhere/d.csv", **numbers) == ["a", "b", "c"]
     assert captions("f.jsonl", image_column="path", caption_column="text") == ["a", "b", "c"]
@@ -357,6 +357,7 @@ WRONG = {  # what is called -> what is said
     "classes captions.csv": r"captions\.csv has the columns image, caption, source, not image and label: .*label-col",
     "pairs captions.csv --image-column 0 --caption-column 9": r"has the columns .*, not 0 and 9",
     "pairs latin.csv": r"latin\.csv is not UTF-8 text",
+    "pairs quotes.csv": r"quotes\.csv, line 3 cannot be read as cells: unexpected end of data",
     "pairs list.json": r"list\.json begins as a JSON list and is none",
     "pairs captions.csv --image-root more": r"none of the 10 pictures of captions\.csv \(train\) can be read.*--image",
     "pairs captions.csv --image-root nowhere": r"nowhere is no folder: --image-root",
@@ -381,6 +382,7 @@ def test_wrong_calls_exit_2_with_one_sentence(labelled: Path, arguments: str, mo
     write(labelled / "header-labels.csv", "image,label")
     (labelled / "latin.csv").write_bytes("image,caption\n0.jpg,größer\n".encode("latin-1"))
     write(labelled / "list.json", "[1, 2")
+    write(labelled / "quotes.csv", "image,caption", '0.jpg,"a', "1.jpg,b")
     write(labelled / "one.csv", "image,caption", "0.jpg,a", "0.jpg,b")
     write(labelled / "twice.csv", "image,label", "0.jpg,a", "0.jpg,b")
     write(labelled / "oneclass.csv", "image,label", "0.jpg,a", "1.jpg,a")

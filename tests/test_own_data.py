@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import clip_benchmark.cli as their_cli
@@ -36,8 +37,8 @@ SHORT = {  # what is appended to a command
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
         --batch-size 64 --warmup 2""",
     "lexvla.text": "--lm parts/lm",
-    "lexvla.train": """--lm parts/lm --backbone parts/dinov2 --image-size 28 --adapter-hidden 32 --min-count 1 --epochs 2
-        --batch-size 64 --warmup 2""",
+    "lexvla.train": """--lm parts/lm --backbone parts/dinov2 --image-size 28 --adapter-hidden 32 --min-count 1
+        --epochs 2 --batch-size 64 --warmup 2""",
     "tldr_reduction.reduce": "--captioner-epochs 1 --clusters 4 --workers 0",
     "tldr_reduction.train": "--epochs 2 --batch-size 32 --warmup 2",
     "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
@@ -79,20 +80,17 @@ def draw(colour: str, form: str, size: str, place: str) -> Image.Image:
 
 
 def shapes(folder: Path) -> None:
-    """200 pictures; captions.csv with two captions of each, all different; labels.csv with 20 classes and other words."""
+    """200 pictures; captions.csv with two captions of each, all different; labels.csv with 20 classes and tags."""
     folder.mkdir()
-    with (
-        open(folder / "captions.csv", "w", newline="") as first,
-        open(folder / "labels.csv", "w", newline="") as second,
-    ):
-        captions, labels = csv.writer(first), csv.writer(second)
-        captions.writerow(["image", "caption"])
-        labels.writerow(["image", "label", "tags"])
-        for i, (colour, form, size, place) in enumerate(itertools.product(COLOURS, FORMS, SIZES, PLACES)):
-            draw(colour, form, size, place).save(folder / f"{i:03}.png")
-            captions.writerow([f"{i:03}.png", f"a {size} {colour} {form}, {place}"])
-            captions.writerow([f"{i:03}.png", f"{place}: {form} in {colour}, {size}"])
-            labels.writerow([f"{i:03}.png", f"{colour} {form}", f"drawing, {form}"])
+    captions, labels = [("image", "caption")], [("image", "label", "tags")]
+    for i, (colour, form, size, place) in enumerate(itertools.product(COLOURS, FORMS, SIZES, PLACES)):
+        draw(colour, form, size, place).save(folder / (name := f"{i:03}.png"))
+        captions.append((name, f"a {size} {colour} {form}, {place}"))
+        captions.append((name, f"{place}: {form} in {colour}, {size}"))
+        labels.append((name, f"{colour} {form}", f"drawing, {form}"))
+    for table, rows in (("captions.csv", captions), ("labels.csv", labels)):
+        with open(folder / table, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
 
 
 def section(page: Path) -> str:
@@ -101,7 +99,7 @@ def section(page: Path) -> str:
 
 def commands(text: str) -> list[list[str]]:
     """The words of each command, from the module on."""
-    lines = re.findall(r"^ {4}(?:python -m )?((?:\w+\.\w+|clip_benchmark) .*)$", text.replace("\\\n", " "), re.M)
+    lines = re.findall(r"^ {4}(?:python -m )?((?:[\w.]+\.\w+|clip_benchmark) .*)$", text.replace("\\\n", " "), re.M)
     return [shlex.split(line) for line in lines]
 
 
@@ -118,14 +116,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def execute(cli, folder: Path):
-    """execute(words) -> what the command has printed."""
+    """execute(words, more) -> what the command has printed."""
 
-    def execute(words: list[str]) -> str:
+    def execute(words: list[str], more: str = "") -> str:
         module, *rest = words
         rest = [*rest, *shlex.split(SHORT.get(module, ""))]
         if module.partition(".")[2] in PRECISE and rest[0] != "search":
             rest += ["--precision", "fp32"]
-        return finished(cli(*rest, module=module)).out
+        return finished(cli(*rest, *more.split(), module=module)).out
 
     return execute
 
@@ -171,7 +169,7 @@ def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
 def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
     """A model that has learned, and clip-benchmark's command line finds the same of it elsewhere."""
     _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
-    execute([*train, "--steps", "150", "--lr", "2e-3"])
+    execute(train, "--steps 150 --lr 2e-3")
     said = execute(evaluate)
     assert evaluate[1] in said
     scores = measured(evaluate[1])
@@ -191,8 +189,8 @@ def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, mon
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: str) -> None:
     text = section(ROOT / name / "README.md")
-    for code in re.findall(r"(?:^    (?:import|from|for|with|samples|  ).*\n)+", text, re.M):
-        exec(re.sub(r"^    ", "", code, flags=re.M) if code.lstrip().startswith("import") else "")
+    for code in re.findall(r"^ {4}import .*\n(?:^ {4}.*\n)+", text, re.M):
+        exec(textwrap.dedent(code), {})
     expected, exported = FOLDERS[name]
     scored = []
     for words in commands(text):

@@ -92,31 +92,49 @@ def read_rows(
                     yield place, name.strip(), row.pop(text, None), row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: save it as such") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
 
 def table_rows(
     file: TextIO, path: Path, separator: str, columns: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(place, row by column) of a table; without a header, columns are called by their number from 0."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(file, delimiter=separator)
-    first = next(reader, None)
+    rows = cells(file, path, separator)
+    first = next(rows, None)
     if first is None:
         raise ValueError(f"{path} is empty")
-    header, names, rows = [name.strip() for name in first], list(columns.values()), reader
+    header, names = [name.strip() for name in first[1]], list(columns.values())
     if not set(names) <= set(header):
-        if not all(name.isdecimal() and int(name) < len(first) for name in names):
+        if not all(name.isdecimal() and int(name) < len(header) for name in names):
             flags = " and ".join(f"--{flag}" for flag in columns)
             raise ValueError(
                 f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} say which to read, by "
                 f"name, or by number from 0 where the first row is no header"
             )
-        header, rows = [str(number) for number in range(len(first))], itertools.chain([first], reader)
-    for row in rows:
-        if row:  # a blank line is none
-            yield f"{path.name}, line {reader.line_num}", dict(zip(header, row, strict=False))
+        header, rows = [str(number) for number in range(len(header))], itertools.chain([first], rows)
+    yield from ((place, dict(zip(header, row, strict=False))) for place, row in rows)
+
+
+def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """(place, cells) of the rows that are not blank. Between tabs only a whole cell can be quoted.
+
+    ValueError if quotation marks do not match: one that is never closed would swallow what follows.
+    """
+    csv.field_size_limit(2**31 - 1)
+    tabs = separator == "\t"
+    reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield f"{path.name}, line {reader.line_num}", [unquoted(cell) for cell in row] if tabs else row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} cannot be read as cells: {error}") from error
+
+
+def unquoted(cell: str) -> str:
+    """What a quoted cell holds; another one as it is."""
+    inside = cell[1:-1].replace('""', "")
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside
+    return cell[1:-1].replace('""', '"') if quoted else cell
 
 
 def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
