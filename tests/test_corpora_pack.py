@@ -195,7 +195,7 @@ def test_classes_of_folders(tmp_path: Path, capsys) -> None:
     (tmp_path / "test/empty").mkdir()
     pack.Classes(tmp_path / "test", tmp_path / "out", train=tmp_path / "train").build()
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("test: passed over 1 .heic, 1 .txt, folder without pictures empty")
+    assert said[0].endswith("test: passed over 1 .txt, 1 .heic, folder without pictures empty")
     assert said[1] == f"{tmp_path}/out built: classes 3, test 6, train 9, broken 0"
     assert (tmp_path / "out/classnames.txt").read_text().splitlines() == ["10", "9", "hot dog"]
     assert [label for _, _, label in read_set(tmp_path / "out")] == [0, 0, 1, 1, 2, 2]

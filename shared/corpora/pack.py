@@ -110,7 +110,8 @@ def table_rows(
                 f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} say which to read, by "
                 f"name, or by number from 0 where the first row is no header"
             )
-        header, rows = [str(number) for number in range(len(header))], itertools.chain([first], rows)
+        numbers = map(str, range(len(header)))
+        header, rows = [number if number in names else "" for number in numbers], itertools.chain([first], rows)
     yield from ((place, dict(zip(header, row, strict=False))) for place, row in rows)
 
 
