@@ -25,20 +25,20 @@ from tiny import PRELOAD, language_model  # noqa: F401
 from shared import checkpoints, data
 from shared.evalsets import EvalSet
 
-SCRIPT, SECONDS = "shared.corpora.pack", 100
+SCRIPT, SECONDS = "shared.corpora.pack", 300
 COLOURS, FORMS = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
 SIZES, PLACES = ("small", "large"), ("top left", "top right", "middle", "bottom left", "bottom right")
 SHORT = {  # what is appended to a command
-    "protoclip.train": """--image-size 16 --episodes 2 --episode-size 320 --batch-size 64 --k 8 --niter 5 --nredo 1
+    "protoclip.train": """--image-size 32 --episodes 2 --episode-size 320 --batch-size 64 --k 8 --niter 5 --nredo 1
         --hidden-dim 32 --projection-dim 16 --warmup 2""",
     "attentive_mask_clip.train": "--image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
     "tinyclip.train": "--image-size 32 --steps 12 --warmup 4 --batch-size 64",
     "flame.embed": "--llm parts/lm --layers 1",
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
         --batch-size 64 --warmup 2""",
-    "lexvla.text": "--lm parts/lm",
-    "lexvla.train": """--lm parts/lm --backbone parts/dinov2 --image-size 28 --adapter-hidden 32 --min-count 1
-        --epochs 2 --batch-size 64 --warmup 2""",
+    "lexvla.text": "--lm parts/lm --max-length 192",
+    "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 28 --adapter-hidden 32
+        --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
     "tldr_reduction.reduce": "--captioner-epochs 1 --clusters 4 --workers 0",
     "tldr_reduction.train": "--epochs 2 --batch-size 32 --warmup 2",
     "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
@@ -150,6 +150,7 @@ def parts(packed, folder: Path) -> Path:
 def measured(run: str) -> dict[str, float]:
     """What an evaluation has kept of a run, all of it finite but what is not defined."""
     found = checkpoints.read_json(Path(run) / "results.json")["metrics"]
+    found = found.get("metrics", found)  # beside a table of concepts
     assert (Path(run) / "results.md").read_text().count("\n") >= len(found)
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
@@ -169,12 +170,12 @@ def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
 def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
     """A model that has learned, and clip-benchmark's command line finds the same of it elsewhere."""
     _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
-    execute(train, "--steps 150 --lr 2e-3")
+    execute(train, "--steps 60 --warmup 10")
     said = execute(evaluate)
     assert evaluate[1] in said
     scores = measured(evaluate[1])
     recalls = {name: value for name, value in scores.items() if name.startswith("held_out/")}
-    assert recalls["held_out/mean_recall"] > 40, recalls  # of 20 pictures; chance is 25
+    assert recalls["held_out/mean_recall"] > 60, recalls  # of 20 pictures; chance is 25
     assert "open_clip loads it" in execute(export)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export[-1]}")
     assert model.visual.image_size == (32, 32)
