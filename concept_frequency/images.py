@@ -51,7 +51,7 @@ def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_conc
         for key, about, image in read_labelled(data.fetch(path, Path("data/cache")), broken):
             if about["name"] in wanted and (not groups or about.get("group") in groups):
                 rows.setdefault(about["name"], []).append((key, image))
-                words[about["name"]] = list(about.get("tags", ()))
+                words[about["name"]] = other_words(about.get("tags"))
     if len(rows) < num_concepts:
         raise ValueError(
             f"{spec} holds {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts}"
@@ -73,6 +73,12 @@ def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_conc
     if strict and broken:
         raise ValueError(f"--strict: sample {broken[0].key}: {broken[0].reason}")
     return Corpus(concepts, keys, torch.stack(images), broken)
+
+
+def other_words(tags: object) -> list[str]:
+    """The words of "tags": a list, or a text with commas between them, as the cell of a table has it."""
+    tags = tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list) else []
+    return [word for tag in tags if (word := str(tag).strip())]
 
 
 def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, dict, bytes]]:

@@ -233,6 +233,8 @@ def export_run(path: str, folder: str, name: str) -> None:
     mean, std = image_statistics(model)
     transform = image_transform(image_side(model), train=False, statistics=(mean, std))
     export.write(folder, model, config, towers, transform, mean=mean, std=std)
+    if config["vision_cfg"].get("timm_model_name") == "resnet7_small":
+        print(f"{folder}: timm knows this image tower after `import shared.resnet`, clip_benchmark alone does not")
 
 
 # ---------------------------------------------------------------------------------------------------- one checkpoint

@@ -126,12 +126,18 @@ def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
             tar.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
 
 
-def write_split(folder: Path, samples: Iterable[dict[str, str | bytes]]) -> int:
+def write_split(folder: Path, samples: Iterable[dict[str, str | bytes]], shard_size: int | None = None) -> int:
     """Write a split of an evaluation set in the CLIP-benchmark layout; returns the number of samples.
 
     A sample maps file endings to contents: an image's, `cls` (label) or `txt` (captions, one a line), and others.
+    shard_size: samples of a shard; None writes one shard.
     """
     count = itertools.count()
-    write_tar(folder / "0.tar", ({"__key__": f"s{next(count):07d}"} | sample for sample in samples))
-    (folder / "nshards.txt").write_text("1\n")
+    keyed = ({"__key__": f"s{next(count):07d}"} | sample for sample in samples)
+    write_tar(folder / "0.tar", itertools.islice(keyed, shard_size))
+    shards = 1
+    for first in keyed if shard_size else ():  # there is another shard
+        write_tar(folder / f"{shards}.tar", itertools.chain([first], itertools.islice(keyed, shard_size - 1)))
+        shards += 1
+    (folder / "nshards.txt").write_text(f"{shards}\n")
     return next(count)

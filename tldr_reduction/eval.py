@@ -170,7 +170,9 @@ def data_metrics(spec: str) -> dict[str, float]:
     """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
     generated captions with true names, ITM scores with the injected noise."""
     samples = dict(tars.descriptions(data.expand_shards(spec)))
-    metrics = {"data/pairs": len(samples), "data/emoji": len({d.get("hexcode") for d in samples.values()})}
+    metrics = {"data/pairs": len(samples)}
+    if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # else it is another corpus
+        metrics["data/emoji"] = len(emoji)
     if all("noise" in d for d in samples.values()):
         metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples.values()) / len(samples)
     folder = Path(spec).parent
@@ -184,13 +186,13 @@ def data_metrics(spec: str) -> dict[str, float]:
     everything = dict(tars.descriptions(data.expand_shards(settings["data"])))
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
-    if clustered := [line for line in lines if line.get("cluster")]:
+    if clustered := [line for line in lines if line.get("cluster") and "subgroup" in line]:
         labels = ([line[name] for line in clustered] for name in ("subgroup", "cluster"))
         metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
     if settings["captions"] != "original":  # T_g that is the emoji's true name
-        written = [line for line in lines if line["kept"] == "1"]
+        written = [line for line in lines if line["kept"] == "1" and "name" in line]
         right = sum(plain(line["name"]) == plain(line["generated"]) for line in written)
-        metrics["data/generated_right"] = 100 * right / len(written)
+        metrics |= {"data/generated_right": 100 * right / len(written)} if written else {}
     told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
     if len({line["noise"] for line in told}) == 2:  # do scores tell true names from those of other emoji?
         labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in told), strict=True)

@@ -25,14 +25,14 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "") -> int:
+def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "", shard_size: int = SHARD) -> int:
     """Writes training shards in img2dataset layout, `folder/{prefix}{00000..}.tar`; returns the number of samples.
 
     A sample maps file endings to contents: an image's, `txt` (caption), `json` (dict), and others as they are.
     """
     samples, count = iter(samples), 0
     for shard in itertools.count():
-        some = list(itertools.islice(samples, SHARD))
+        some = list(itertools.islice(samples, shard_size))
         if not some:
             return count
         keyed = []
@@ -45,9 +45,9 @@ def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "") -> int:
         count += len(some)
 
 
-def write_retrieval(folder: Path, samples: Iterable[dict]) -> int:
-    """Writes a retrieval set with the split `test`; returns the number of images."""
-    count = write_split(folder / "test", samples)
+def write_retrieval(folder: Path, samples: Iterable[dict], shard_size: int | None = None) -> int:
+    """Writes a retrieval set with the split `test`, in one shard or in several; returns the number of images."""
+    count = write_split(folder / "test", samples, shard_size)
     (folder / "dataset_type.txt").write_text("retrieval\n")
     return count
 
@@ -56,7 +56,8 @@ def write_classes(folder: Path, classes: Sequence[str], templates: Sequence[str]
     """Writes class names and prompt templates of a classification set."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
+    prompts = "".join(f"{line}\n" for line in templates)
+    (folder / "zeroshot_classification_templates.txt").write_text(prompts, encoding="utf-8")
 
 
 def share_split(source: Path, target: Path) -> None:

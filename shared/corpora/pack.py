@@ -1,0 +1,621 @@
+"""Your own pictures as training shards and evaluation sets: `python -m shared.corpora.pack KIND SOURCE --out DIR`.
+
+    python -m shared.corpora.pack pairs photos/captions.csv --hold-out 0.1 --out data/mine
+    python -m shared.corpora.pack retrieval photos/test.jsonl --out data/my_test
+    python -m shared.corpora.pack classes photos/labels.csv --hold-out 0.2 --out data/my_classes
+
+SOURCE names the pictures, and their captions or labels:
+    table        .csv (commas) or .tsv (tabs) with the columns `image` and `caption`, or `image` and `label`
+    JSON lines   .jsonl, a line {"image": "a.jpg", "caption": "a dog"} or {"image": "a.jpg", "caption": ["a dog", ...]}
+    folder       SOURCE/CLASS/picture.jpg, for classes
+Several captions of a picture stand in several rows, or in a list. Further columns go into the samples' .json.
+
+Paths start from the folder of SOURCE, or from --image-root, and may not lead out of it. Pictures keep their bytes, but
+for those that a camera has stored on their side, those above --max-side, and GIF and BMP, which become PNG. What cannot
+be read is left out, counted and named. The same source gives the same bytes; DIR appears when it is whole and has been
+read back.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TextIO
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from shared import checkpoints, cli, data
+from shared.corpora import layout
+from shared.corpora.emoji import sha256
+from shared.evalsets import EvalSet
+from shared.tars import Broken, write_split
+
+RECIPE = 1  # raised when the same pictures and setting give other files
+TABLES = {".csv": ",", ".tsv": "\t"}  # ending: what separates columns
+LINES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the pictures in a folder of classes
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that shards keep as they are
+ORIENTATION = 274  # EXIF's tag
+UPRIGHT = {  # how a picture with this value of the tag is turned
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TEMPLATES = ("{c}", "a photo of a {c}.")
+MOST = 10_000  # samples of a shard, as keys have four digits for them
+CHECKED = 1000  # pictures of training shards that are decoded once more
+
+
+class Picture(NamedTuple):
+    file: str  # without links, below the folder that paths start from
+    name: str  # its path from there
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+
+def read_rows(
+    path: Path, columns: Mapping[str, str], broken: list[Broken]
+) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """(place in the file, picture's path, caption or label, further columns) of the rows of a table or JSON lines.
+
+    columns: what the file calls the picture and the text, by the flags that say so. Rows that lack the picture are
+    appended to `broken`. ValueError if this is no such file.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*TABLES, *LINES):
+        raise ValueError(f"{path} is none of {', '.join((*TABLES, *LINES))}")
+    image, text = columns.values()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = json_rows(file, path) if suffix in LINES else table_rows(file, path, TABLES[suffix], columns)
+            for place, row in rows:
+                if not isinstance(row, dict):
+                    broken.append(Broken(place, "no JSON object"))
+                elif not isinstance(name := row.pop(image, None), str) or not name.strip():
+                    broken.append(Broken(place, f"row without {image!r}"))
+                else:
+                    yield place, name.strip(), row.pop(text, None), row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as such") from error
+
+
+def table_rows(
+    file: TextIO, path: Path, separator: str, columns: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """(place, row by column) of a table; without a header, columns are called by their number from 0."""
+    rows = cells(file, path, separator)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{path} is empty")
+    header, names = [name.strip() for name in first[1]], list(columns.values())
+    if not set(names) <= set(header):
+        if not all(name.isdecimal() and int(name) < len(header) for name in names):
+            flags = " and ".join(f"--{flag}" for flag in columns)
+            raise ValueError(
+                f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} say which to read, by "
+                f"name, or by number from 0 where the first row is no header"
+            )
+        numbers = map(str, range(len(header)))
+        header, rows = [number if number in names else "" for number in numbers], itertools.chain([first], rows)
+    yield from ((place, dict(zip(header, row, strict=False))) for place, row in rows)
+
+
+def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """(place, cells) of the rows that are not blank. Between tabs only a whole cell can be quoted.
+
+    ValueError if quotation marks do not match: one that is never closed would swallow what follows.
+    """
+    csv.field_size_limit(2**31 - 1)
+    tabs = separator == "\t"
+    reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield f"{path.name}, line {reader.line_num}", [unquoted(cell) for cell in row] if tabs else row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} cannot be read as cells: {error}") from error
+
+
+def unquoted(cell: str) -> str:
+    """What a quoted cell holds; another one as it is."""
+    inside = cell[1:-1].replace('""', "")
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of JSON lines, or of one JSON list."""
+    text = file.read()
+    if text.lstrip().startswith("["):
+        if not isinstance(entries := parsed(text), list):
+            raise ValueError(f"{path} begins as a JSON list and is none")
+        yield from ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path.name}, line {number}", parsed(line)
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, its strings valid Unicode; None if it is no JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace"))
+    return None
+
+
+def class_folders(root: Path) -> Iterator[tuple[str, str]]:
+    """(picture's path from `root`, name of its class folder); says what was passed over, and ValueError if all was."""
+    found, others, empty = False, Counter(), []
+    for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+        others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in SUFFIXES)
+        found |= bool(pictures)
+        empty += [] if pictures else [home.name]
+        yield from ((path.relative_to(root).as_posix(), home.name) for path in pictures)
+    if not found:
+        raise ValueError(f"{root} holds no picture in a folder of its class, {root}/CLASS/picture.jpg")
+    if empty or others:
+        kinds = [f"{count} {kind}" for kind, count in others.most_common(5)]
+        folders = [f"folder{'s' * (len(empty) > 1)} without pictures {', '.join(empty[:5])}"] * bool(empty)
+        print(f"{root}: passed over {', '.join(kinds + folders)}")
+
+
+def further(columns: dict[str, Any]) -> dict[str, Any]:
+    """What joins a sample's .json of a row's further columns."""
+    return {name: value for name, value in columns.items() if name and name not in ("key", "caption")}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file, stripped. ValueError if one is empty, or the file is no text."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as such") from error
+    except OSError as error:
+        raise FileNotFoundError(f"{path} cannot be read ({error.strerror})") from error
+    if "" in lines:
+        raise ValueError(f"{path} has an empty line where every line must hold one entry")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[str, bytes]:
+    """{file ending: bytes} of a picture in a shard: its own `content`, or anew if it lies on its side or is too large.
+
+    picture: `content` as RGB.
+    """
+    turn = None
+    with Image.open(io.BytesIO(content), formats=data.FORMATS) as opened:
+        ending = ENDINGS.get(opened.format)
+        with contextlib.suppress(Exception):  # damaged EXIF says nothing
+            turn = UPRIGHT.get(opened.getexif().get(ORIENTATION))
+    scale = min(1.0, (max_side or max(picture.size)) / max(picture.size))
+    if turn is None and scale == 1 and ending is not None:
+        return {ending: content}
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if scale < 1:
+        picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BICUBIC)
+    picture.info.pop("exif", None)  # it says how the picture lay
+    target, ending = io.BytesIO(), "jpg" if ending in ("jpg", "webp") else "png"
+    picture.save(target, "jpeg" if ending == "jpg" else "png", quality=95)
+    return {ending: target.getvalue()}
+
+
+def size_of(picture: Picture) -> int:
+    """Bytes of a picture's file, or -1 if it is none."""
+    try:
+        return os.path.getsize(picture.file) if os.path.isfile(picture.file) else -1
+    except (OSError, ValueError):
+        return -1
+
+
+def copies(pictures: Iterable[Picture]) -> list[list[Picture]]:
+    """The pictures in groups of equal bytes."""
+    of_size, groups = defaultdict(list), []
+    for picture in pictures:
+        of_size[size_of(picture)].append(picture)
+    for size, some in of_size.items():
+        if size < 0 or len(some) == 1:
+            groups += [[picture] for picture in some]
+            continue
+        of_digest = defaultdict(list)
+        for picture in some:
+            try:
+                of_digest[sha256(Path(picture.file))].append(picture)
+            except OSError:
+                of_digest[picture.file].append(picture)
+        groups += of_digest.values()
+    return groups
+
+
+def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
+    """`share` of the pictures, at least one and never all, by a hash of their names.
+
+    Copies of one picture stay together, so that none is trained on and tested on.
+    """
+    groups, chosen = copies(pictures), set()
+    groups.sort(key=lambda group: data.stable_hash("hold out", min(picture.name for picture in group)))
+    wanted = max(round(share * sum(map(len, groups))), 1)
+    for group in groups[:-1]:
+        if len(chosen) < wanted:
+            chosen.update(group)
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------------------- reading back
+
+
+def check_pairs(folder: Path, count: int) -> None:
+    """OSError if training shards do not hold `count` readable samples; at most CHECKED pictures are decoded."""
+    try:
+        pairs = data.Shards(data.expand_shards(str(folder)), strict=True)
+        found = sum(bool(pairs.caption(row)) for row in range(len(pairs)))
+        for row in np.linspace(0, len(pairs) - 1, min(len(pairs), CHECKED)).astype(int):
+            pairs.read(int(row))
+    except (ValueError, data.BrokenSample) as error:
+        raise OSError(f"what was written cannot be read back: {error}") from error
+    if found != count:
+        raise OSError(f"of {count:,} samples that were written only {found:,} can be read back")
+
+
+def check_set(folder: Path, split: str, count: int) -> None:
+    """OSError if a split of an evaluation set does not hold `count` readable samples."""
+    try:
+        found = sum(1 for _ in EvalSet(folder, lambda picture: None, split))
+    except ValueError as error:
+        raise OSError(f"what was written cannot be read back: {error}") from error
+    if found != count:
+        raise OSError(f"of {count:,} samples of {folder.name}/{split} only {found:,} can be read back")
+
+
+# ------------------------------------------------------------------------------------------------------ what is packed
+
+
+@dataclasses.dataclass
+class Pictures:
+    """What all kinds take."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Table (.csv, .tsv) or JSON lines (.jsonl) that name the pictures; for classes also a folder of class folders."""
+    out: Path
+    """Folder to write. It appears there only when it is complete."""
+    image_root: Path | None = None
+    """Folder that the image paths start from; None: the folder of SOURCE."""
+    image_column: str = "image"
+    """Column or key of the pictures' paths; in a table without a header its number, from 0."""
+    max_side: int | None = None
+    """Resize pictures whose longer side has more pixels than this; None keeps their bytes."""
+    shard_size: int = layout.SHARD
+    """Samples of a shard, at most 10,000."""
+    strict: bool = False
+    """Stop at the first broken picture instead of counting it."""
+
+    def __post_init__(self):
+        self.broken: list[Broken] = []
+        self.classes: list[str] = []
+        self.prompts: Sequence[str] = ()
+
+    def root_of(self, table: Path) -> str:
+        """The folder that a table's paths start from, without links."""
+        root = self.image_root or table.parent
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is no folder: --image-root names the one that image paths start from")
+        return os.path.realpath(root)
+
+    def picture(self, root: str, path: str, place: str) -> Picture:
+        """The picture of a path. ValueError if that leads out of `root`, by itself or by links."""
+        if "\0" in path:
+            return Picture(path, path)  # no file has such a name
+        file = os.path.realpath(os.path.join(root, path))
+        if not Path(file).is_relative_to(root):
+            raise ValueError(
+                f"{place}: {path} leads out of {root}, and only what lies below that folder is packed; --image-root "
+                "names another"
+            )
+        name = os.fsencode(Path(file).relative_to(root).as_posix())
+        return Picture(file, name.decode("utf-8", "replace"))
+
+    def lacking(self, place: str, reason: str) -> None:
+        """Count something as broken; ValueError with --strict."""
+        if self.strict:
+            raise ValueError(f"--strict: {place}: {reason}")
+        self.broken.append(Broken(place, reason))
+
+    def check_any(self, parts: Mapping[str, Mapping]) -> None:
+        """ValueError if a part has no picture."""
+        if empty := [name for name, pictures in parts.items() if not pictures]:
+            why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
+            raise ValueError(f"{self.source} leaves no picture for {empty[0]}{why}")
+
+    def rows(self, source: Path, flag: str, column: str) -> Iterator[tuple[Picture, str, Any, dict[str, Any]]]:
+        """(picture, place, caption or label, further columns) of a table's rows; `column` is what --`flag` says."""
+        if not source.is_file():
+            what = "a folder" if source.is_dir() else "no file"
+            raise FileNotFoundError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
+        root, known, broken = self.root_of(source), {}, []
+        for place, path, text, more in read_rows(source, {"image-column": self.image_column, flag: column}, broken):
+            if path not in known:
+                known[path] = self.picture(root, path, place)
+            yield known[path], place, text, more
+        for one in broken:
+            self.lacking(*one)
+
+    def captioned(self, caption_column: str) -> dict[Picture, list[tuple[str, dict]]]:
+        """{picture: [(caption, further columns), ...]} in the order of the source."""
+        found = defaultdict(list)
+        for picture, place, text, more in self.rows(self.source, "caption-column", caption_column):
+            texts = text if isinstance(text, list) else [text]
+            captions = [" ".join(each.split()) for each in texts if isinstance(each, str)]
+            if not texts or len(captions) < len(texts) or not all(captions):
+                self.lacking(place, f"row without {caption_column!r}")
+            found[picture] += [(caption, further(more)) for caption in captions if caption]
+        return {picture: entries for picture, entries in found.items() if entries}
+
+    def read(self, picture: Picture) -> dict[str, bytes] | None:
+        """{file ending: bytes} of a picture, or None, counted, if it cannot be read."""
+        try:
+            content = data.read_file(picture.file)
+            return encoded(content, data.decode_image(content), self.max_side)
+        except data.BrokenSample as error:
+            self.lacking(picture.name, str(error))
+            return None
+
+    def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
+        """(picture, content, what belongs to it) of those that can be read. ValueError if none can."""
+        found = False
+        for picture, what in tqdm(pictures.items(), label, unit="image", disable=None):
+            if (content := self.read(picture)) is not None:
+                found = True
+                yield picture, content, what
+        if not found:
+            raise ValueError(
+                f"none of the {len(pictures):,} pictures of {self.source} ({label}) can be read, such as "
+                f"{self.broken[-1].key} ({self.broken[-1].reason}): --image-root names the folder that paths start from"
+            )
+
+    def write_retrieval(self, folder: Path, captions: Mapping[Picture, list[str]]) -> tuple[int, int]:
+        """A retrieval set, read back; returns the numbers of pictures and captions."""
+        written: Counter[str] = Counter()
+
+        def samples() -> Iterator[dict]:
+            for _, content, texts in self.read_all(captions, folder.name):
+                written["captions"] += len(texts)
+                yield content | {"txt": "\n".join(texts)}
+
+        pictures = layout.write_retrieval(folder, samples(), self.shard_size)
+        check_set(folder, "test", pictures)
+        return pictures, written["captions"]
+
+    def build(self) -> None:
+        """Writes the folder and its manifest, and says what was written; a finished folder is left as it is."""
+        cli.check_counts(self, "max_side", "shard_size")
+        if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
+            raise ValueError(f"--hold-out is a share of at least 0 and less than 1, not {share}")
+        if self.shard_size > MOST:
+            raise ValueError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
+        plan = self.plan()
+        self.check_any(plan)
+        setting = {"data": type(self).__name__.lower(), "recipe": RECIPE} | {
+            name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)
+        }
+        del setting["strict"]
+        listed = {name: [(p.name, size_of(p), what) for p, what in part.items()] for name, part in plan.items()}
+        setting["files"] = data.fingerprint(json.dumps([listed, self.classes, self.prompts]).encode())
+
+        def write(folder: Path) -> dict:
+            counts = self.write(folder, plan)
+            broken = dict(sorted(self.broken))
+            return {"counts": counts | {"broken": len(broken)}, "broken": broken}
+
+        layout.build(self.out, setting, write)
+        broken = checkpoints.read_json(self.out / "manifest.json")["broken"]
+        if line := data.broken_report((Broken(*each) for each in broken.items()), "left out"):
+            print(line)
+        print(self.used_as())
+
+
+@dataclasses.dataclass
+class Pairs(Pictures):
+    """Training shards of pictures and captions, DIR/train/{00000..}.tar in img2dataset layout, and with --hold-out a
+    retrieval set of other pictures, DIR/eval/held_out."""
+
+    caption_column: str = "caption"
+    """Column or key of the captions; in a table without a header its number, from 0."""
+    every_caption: bool = True
+    """A sample for each caption instead of one with the first caption."""
+    hold_out: float = 0.0
+    """Share of the pictures that are kept for testing, with all of their captions."""
+
+    def plan(self) -> dict[str, dict[Picture, list[tuple[str, dict]]]]:
+        found = self.captioned(self.caption_column)
+        if not self.hold_out:
+            return {"train": found}
+        kept = held_out(found, self.hold_out)
+        return {
+            "train": {p: entries for p, entries in found.items() if p not in kept},
+            "held_out": {p: entries for p, entries in found.items() if p in kept},
+        }
+
+    def write(self, folder: Path, plan: dict[str, dict[Picture, list[tuple[str, dict]]]]) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+
+        def samples() -> Iterator[dict]:
+            for picture, content, entries in self.read_all(plan["train"], "train"):
+                counts.update(pictures=1, captions=len(entries))
+                about = {"file": picture.name, "captions": [caption for caption, _ in entries]}
+                for caption, more in entries if self.every_caption else entries[:1]:
+                    yield content | {"txt": caption, "json": more | about}
+
+        samples_written = layout.write_pairs(folder / "train", samples(), shard_size=self.shard_size)
+        check_pairs(folder / "train", samples_written)
+        found = {"pictures": counts["pictures"], "captions": counts["captions"], "samples": samples_written}
+        if "held_out" in plan:
+            captions = {p: [caption for caption, _ in entries] for p, entries in plan["held_out"].items()}
+            images, texts = self.write_retrieval(folder / "eval/held_out", captions)
+            found |= {"held_out": images, "held_out_captions": texts}
+        return found
+
+    def used_as(self) -> str:
+        held = f", evaluate with --sets {self.out}/eval/held_out" if self.hold_out else ""
+        return f"train with --data {self.out}/train{held}"
+
+
+@dataclasses.dataclass
+class Retrieval(Pictures):
+    """A retrieval set, DIR, of all pictures and all of their captions."""
+
+    caption_column: str = "caption"
+    """Column or key of the captions; in a table without a header its number, from 0."""
+
+    def plan(self) -> dict[str, dict[Picture, list[str]]]:
+        found = self.captioned(self.caption_column)
+        return {"test": {picture: [caption for caption, _ in entries] for picture, entries in found.items()}}
+
+    def write(self, folder: Path, plan: dict[str, dict[Picture, list[str]]]) -> dict[str, int]:
+        return dict(zip(("pictures", "captions"), self.write_retrieval(folder, plan["test"]), strict=True))
+
+    def used_as(self) -> str:
+        return f"evaluate with --sets {self.out}"
+
+
+@dataclasses.dataclass
+class Classes(Pictures):
+    """A classification set, DIR, of labelled pictures, and with --hold-out or --train a train split for probes. Its
+    captions are class names, so that DIR/train is training data, too."""
+
+    label_column: str = "label"
+    """Column or key of the labels; in a table without a header its number, from 0."""
+    hold_out: float = 0.0
+    """Share of each class's pictures that are kept for testing; the others are the train split. 0: all are for
+    testing."""
+    train: Path | None = None
+    """Pictures of the train split, in a form that SOURCE may have, too."""
+    classnames: Path | None = None
+    """Class names, one a line, for labels that are numbers of lines, from 0, or that stand for the lines in the order
+    of the alphabet; None: names of folders, `_` being a space, or the labels themselves."""
+    templates: Path | None = None
+    """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
+
+    def labelled(self, source: Path) -> dict[Picture, tuple[str, dict]]:
+        """{picture: (label, further columns)}. ValueError if one has two labels."""
+        found: dict[Picture, tuple[str, dict]] = {}
+        if source.is_dir():
+            root = os.path.realpath(source)
+            if self.out.resolve().is_relative_to(root):
+                raise ValueError(f"--out {self.out} lies in the folder of classes: choose another")
+            return {self.picture(root, path, str(source)): (name, {}) for path, name in class_folders(Path(root))}
+        for picture, place, text, more in self.rows(source, "label-column", self.label_column):
+            label = " ".join(str(text).split()) if isinstance(text, (str, int)) else ""
+            if not label:
+                self.lacking(place, f"row without {self.label_column!r}")
+            elif found.setdefault(picture, (label, further(more)))[0] != label:
+                raise ValueError(f"{place}: {picture.name} is {label!r} here and {found[picture][0]!r} before")
+        return found
+
+    def plan(self) -> dict[str, dict[Picture, tuple[int, dict]]]:
+        """{split: {picture: (number of its class, further columns)}}; sets `classes` and `prompts`."""
+        if self.train and self.hold_out:
+            raise ValueError("--train and --hold-out are two ways to the same thing: name one")
+        parts = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
+        self.check_any(parts)
+        labels = sorted({label for part in parts.values() for label, _ in part.values()})
+        numbers, self.classes = self.number(labels)
+        self.prompts = read_lines(self.templates) if self.templates else TEMPLATES
+        if lacking := [prompt for prompt in self.prompts if "{c}" not in prompt]:
+            raise ValueError(f"{self.templates} has the line {lacking[0]!r}, which lacks {{c}} for the class name")
+        if self.hold_out:
+            whole, of_label = parts["test"], defaultdict(list)
+            for picture, (label, _) in whole.items():
+                of_label[label].append(picture)
+            kept = set().union(*(held_out(pictures, self.hold_out) for pictures in of_label.values()))
+            parts = {
+                "test": {p: about for p, about in whole.items() if p in kept},
+                "train": {p: about for p, about in whole.items() if p not in kept},
+            }
+            if untested := [label for label in labels if kept.isdisjoint(of_label[label])]:
+                print(f"too few pictures to hold some out, all are in the train split: {', '.join(untested[:5])}")
+        if both := parts["test"].keys() & parts.get("train", {}).keys():
+            raise ValueError(f"{min(both).name} is in both splits")
+        return {
+            split: {p: (numbers[label], more) for p, (label, more) in part.items()} for split, part in parts.items()
+        }
+
+    def number(self, labels: list[str]) -> tuple[dict[str, int], list[str]]:
+        """({label: number of its class}, class names)."""
+        decimal = all(label.isdecimal() for label in labels)
+        order = sorted(labels, key=int) if decimal else labels
+        names = [label.replace("_", " ") for label in order] if self.source.is_dir() else order
+        numbers = {label: number for number, label in enumerate(order)}
+        if self.classnames:
+            names = read_lines(self.classnames)
+            if set(labels) <= set(names):
+                numbers = {label: names.index(label) for label in labels}
+            elif decimal and int(order[-1]) < len(names):
+                numbers = {label: int(label) for label in labels}
+            elif len(names) != len(labels):
+                raise ValueError(
+                    f"{self.classnames} has {len(names)} lines for {len(labels)} labels ({', '.join(order[:3])}, ...)"
+                )
+        elif decimal:
+            print(f"classes are called {', '.join(order[:3])}, ...: --classnames names them")
+        if len(names) < 2:
+            raise ValueError(f"{self.source} has one class, {names[0]}: at least two are wanted")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"two classes are called {twice[0]!r}")
+        return numbers, names
+
+    def write(self, folder: Path, plan: dict[str, dict[Picture, tuple[int, dict]]]) -> dict[str, int]:
+        layout.write_classes(folder, self.classes, self.prompts)
+        counts = {"classes": len(self.classes)}
+        for split, labels in plan.items():
+            counts[split] = write_split(folder / split, self.samples(split, labels), self.shard_size)
+            check_set(folder, split, counts[split])
+        if "train" in plan:
+            check_pairs(folder / "train", counts["train"])
+        return counts
+
+    def samples(self, split: str, labels: dict[Picture, tuple[int, dict]]) -> Iterator[dict]:
+        """Samples of a split: in the order of the source, or for training with the classes mixed, and with captions."""
+        if split == "train":
+            labels = dict(random.Random(0).sample(list(labels.items()), len(labels)))
+        for picture, content, (label, more) in self.read_all(labels, split):
+            sample = content | {"cls": str(label)}
+            if split == "train":
+                name = self.classes[label]
+                about = more | {"file": picture.name, "name": name, "label": label}
+                sample |= {"txt": name, "json": json.dumps(about, sort_keys=True, ensure_ascii=False)}
+            yield sample
+
+    def used_as(self) -> str:
+        trained = self.train or self.hold_out
+        return f"evaluate with --sets {self.out}" + f", train with --data {self.out}/train" * bool(trained)
+
+
+KINDS = {"pairs": Pairs, "retrieval": Retrieval, "classes": Classes}
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(KINDS, prog="python -m shared.corpora.pack").build()
+
+
+if __name__ == "__main__":
+    cli.command_line(main)

@@ -1,0 +1,213 @@
+"""Somebody else's data: coloured shapes and their captions, packed, and all commands of the READMEs' "Your own data".
+
+The commands are read from the READMEs and run as printed, in a folder that holds `photos/` alone; behind them stand
+shorter schedules and smaller models, and random stand-ins for what would be downloaded.
+"""
+
+import csv
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import clip_benchmark.cli as their_cli
+import open_clip
+import pytest
+from PIL import Image, ImageDraw
+from scripts import ROOT, finished
+from tiny import PRELOAD, language_model  # noqa: F401
+
+from shared import checkpoints, data
+from shared.evalsets import EvalSet
+
+SCRIPT, SECONDS = "shared.corpora.pack", 300
+COLOURS, FORMS = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
+SIZES, PLACES = ("small", "large"), ("top left", "top right", "middle", "bottom left", "bottom right")
+SHORT = {  # what is appended to a command
+    "protoclip.train": """--image-size 32 --episodes 2 --episode-size 320 --batch-size 64 --k 8 --niter 5 --nredo 1
+        --hidden-dim 32 --projection-dim 16 --warmup 2""",
+    "attentive_mask_clip.train": "--image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
+    "tinyclip.train": "--image-size 32 --steps 12 --warmup 4 --batch-size 64",
+    "flame.embed": "--llm parts/lm --layers 1",
+    "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
+        --batch-size 64 --warmup 2""",
+    "lexvla.text": "--lm parts/lm --max-length 192",
+    "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 28 --adapter-hidden 32
+        --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
+    "tldr_reduction.reduce": "--captioner-epochs 1 --clusters 4 --workers 0",
+    "tldr_reduction.train": "--epochs 2 --batch-size 32 --warmup 2",
+    "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
+    "nmtune.train": "--epochs 1 --workers 0",
+    "concept_frequency.train": "--image-size 16 --total 300 --epochs 2 --batch-size 64 --warmup 2",
+    "clip_benchmark": "--num_workers 0",
+}
+SKIPPED = {"shared.pretrained"}  # would need the package; `parts/lm` takes its place
+PRECISE = ("train", "eval", "embed", "text", "reduce", "pretrain")  # scripts that get --precision fp32
+FOLDERS = {  # folder: (scores that its evaluation gives, what is exported)
+    "protoclip": ({"held_out/mean_recall", "modality_gap"}, "mine-protoclip"),
+    "attentive_mask_clip": ({"held_out/image_to_text_R@1", "online/held_out/text_to_image_R@1"}, "mine-aclip"),
+    "tinyclip": ({"held_out/mean_recall", "parameters_m"}, "mine-tinyclip"),
+    "flame": ({"held_out/image_to_text_R@1", "held_out/text_to_image_R@10"}, None),
+    "lexvla": ({"held_out/mean_recall", "held_out/image/active"}, None),
+    "tldr_reduction": ({"held_out/mean_recall", "data/pairs"}, "mine-tldr"),
+    "nmtune": ({"test/top1", "test/sve_z"}, "mine-nmtune"),
+    "concept_frequency": ({"top1", "counted_both"}, "mine-frequency"),
+}
+
+
+def draw(colour: str, form: str, size: str, place: str) -> Image.Image:
+    """A shape on white, 48 pixels wide."""
+    picture = Image.new("RGB", (48, 48), "white")
+    half = 7 if size == "small" else 11
+    x = 14 if "left" in place else 34 if "right" in place else 24
+    y = 14 if "top" in place else 34 if "bottom" in place else 24
+    pen, box = ImageDraw.Draw(picture), (x - half, y - half, x + half, y + half)
+    if form == "circle":
+        pen.ellipse(box, fill=colour)
+    elif form == "square":
+        pen.rectangle(box, fill=colour)
+    elif form == "triangle":
+        pen.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=colour)
+    else:
+        pen.line((x - half, y, x + half, y), fill=colour, width=5)
+        pen.line((x, y - half, x, y + half), fill=colour, width=5)
+    return picture
+
+
+def shapes(folder: Path) -> None:
+    """200 pictures; captions.csv with two captions of each, all different; labels.csv with 20 classes and tags."""
+    folder.mkdir()
+    captions, labels = [("image", "caption")], [("image", "label", "tags")]
+    for i, (colour, form, size, place) in enumerate(itertools.product(COLOURS, FORMS, SIZES, PLACES)):
+        draw(colour, form, size, place).save(folder / (name := f"{i:03}.png"))
+        captions.append((name, f"a {size} {colour} {form}, {place}"))
+        captions.append((name, f"{place}: {form} in {colour}, {size}"))
+        labels.append((name, f"{colour} {form}", f"drawing, {form}"))
+    for table, rows in (("captions.csv", captions), ("labels.csv", labels)):
+        with open(folder / table, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def section(page: Path) -> str:
+    return re.search(r"^## Your own data\n(.*?)(?=^## )", page.read_text(encoding="utf-8"), re.M | re.S)[1]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command, from the module on."""
+    lines = re.findall(r"^ {4}(?:python -m )?((?:[\w.]+\.\w+|clip_benchmark) .*)$", text.replace("\\\n", " "), re.M)
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """The folder in which everything happens; scripts start there."""
+    path = tmp_path_factory.mktemp("own")
+    shapes(path / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def execute(cli, folder: Path):
+    """execute(words, more) -> what the command has printed."""
+
+    def execute(words: list[str], more: str = "") -> str:
+        module, *rest = words
+        rest = [*rest, *shlex.split(SHORT.get(module, ""))]
+        if module.partition(".")[2] in PRECISE and rest[0] != "search":
+            rest += ["--precision", "fp32"]
+        return finished(cli(*rest, *more.split(), module=module)).out
+
+    return execute
+
+
+@pytest.fixture(scope="module")
+def packed(execute, folder: Path) -> dict[str, str]:
+    """What is printed where data/mine and data/my_classes are packed, as the READMEs say."""
+    pairs, *_ = commands(section(ROOT / "README.md"))
+    classes, *_ = commands(section(ROOT / "concept_frequency/README.md"))
+    return {"pairs": execute(pairs), "classes": execute(classes)}
+
+
+@pytest.fixture(scope="module")
+def parts(packed, folder: Path) -> Path:
+    """Random stand-ins for a language model and an image backbone of the Hugging Face hub."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    language_model(folder / "parts/lm", folder / "data/mine/train")
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "parts/dinov2")
+    return folder / "parts"
+
+
+def measured(run: str) -> dict[str, float]:
+    """What an evaluation has kept of a run, all of it finite but what is not defined."""
+    found = checkpoints.read_json(Path(run) / "results.json")["metrics"]
+    found = found.get("metrics", found)  # beside a table of concepts
+    assert (Path(run) / "results.md").read_text().count("\n") >= len(found)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
+    assert packed["pairs"].splitlines() == [
+        "data/mine built: pictures 180, captions 360, samples 360, held_out 20, held_out_captions 40, broken 0",
+        "train with --data data/mine/train, evaluate with --sets data/mine/eval/held_out",
+    ]
+    assert "data/my_classes built: classes 20, test 40, train 160, broken 0" in packed["classes"]
+    pairs = data.open_pairs("data/mine/train")
+    assert len({pairs.caption(row) for row in range(len(pairs))}) == 360
+    held_out = EvalSet("data/mine/eval/held_out", lambda image: image.size)
+    assert all(size == (48, 48) and len(captions) == 2 for _, size, captions in held_out)
+
+
+def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
+    """A model that has learned, and clip-benchmark's command line finds the same of it elsewhere."""
+    _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
+    execute(train, "--steps 60 --warmup 10")
+    said = execute(evaluate)
+    assert evaluate[1] in said
+    scores = measured(evaluate[1])
+    recalls = {name: value for name, value in scores.items() if name.startswith("held_out/")}
+    assert recalls["held_out/mean_recall"] > 60, recalls  # of 20 pictures; chance is 25
+    assert "open_clip loads it" in execute(export)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export[-1]}")
+    assert model.visual.image_size == (32, 32)
+    monkeypatch.setattr(sys, "argv", [*benchmark, *SHORT["clip_benchmark"].split()])
+    their_cli.main()
+    theirs = json.loads((folder / "held_out.json").read_text())["metrics"]
+    for ours, name in (("image_to_text", "text_retrieval"), ("text_to_image", "image_retrieval")):
+        for k in (1, 5, 10):
+            assert abs(recalls[f"held_out/{ours}_R@{k}"] - 100 * theirs[f"{name}_recall@{k}"]) < 1e-3, (ours, k)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: str) -> None:
+    text = section(ROOT / name / "README.md")
+    for code in re.findall(r"^ {4}import .*\n(?:^ {4}.*\n)+", text, re.M):
+        exec(textwrap.dedent(code), {})
+    expected, exported = FOLDERS[name]
+    scored = []
+    for words in commands(text):
+        if words[0] in SKIPPED or words[:2] == ["shared.corpora.pack", "classes"]:
+            continue
+        said = execute(words)
+        if words[0].endswith(".eval") and "--export" not in words and words[1] != "search":
+            runs = list(itertools.takewhile(lambda word: not word.startswith("--"), words[1:]))
+            assert all(run in said for run in runs), said
+            scored += runs
+        elif words[1] == "search":
+            assert len(said.splitlines()) > 3, said
+    assert scored
+    for run in scored:
+        found = measured(run)
+        assert expected <= found.keys(), (run, sorted(found))
+        assert all(0 <= value <= 100 for key, value in found.items() if "_R@" in key or "top1" in key)
+    for path in [f"exported/{exported}"] * bool(exported):
+        assert open_clip.create_model_and_transforms(f"local-dir:{path}")[0].logit_scale.isfinite()
