@@ -124,7 +124,12 @@ def load_results(path: str | Path, model: str) -> dict[str, float]:
     CIFAR-10's `plane` is counted as `airplane` (U:notebooks/zero_shot_integrated_search_results.ipynb cell 6). The key
     is looked up whole; upstream takes the first that contains both names.
     """
-    value, key = load_json(path), model_key(model)
+    return scores_of(load_json(path), model, path)
+
+
+def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str, float]:
+    """`load_results` of what the file `path` holds."""
+    key = model_key(model)
     if key not in value:
         raise ValueError(f"{path} has no model {key}; it has {', '.join(value)}")
     scores = dict(value[key].get("classwise", value[key].get("conceptwise")))

@@ -45,6 +45,13 @@ def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Cur
     return Curve(np.exp(edges), mean, std, size, index)
 
 
+def from_saved(saved: dict[str, ArrayLike]) -> Curve:
+    """A curve from what the authors' notebooks saved of it: exp_bins, cum_means, cum_stds; sizes are not there: 0."""
+    position, mean, std = (np.asarray(saved[key], dtype=np.float64) for key in ("exp_bins", "cum_means", "cum_stds"))
+    nothing = np.zeros(0, dtype=np.int64)
+    return Curve(position, mean, std, np.zeros(len(position), dtype=np.int64), nothing)
+
+
 def points(curve: Curve, bins: slice) -> tuple[Array, Array]:
     """(ln position, mean) of the bins of a slice that hold pairs."""
     x, y = np.log(curve.position[bins]), curve.mean[bins]
@@ -88,8 +95,8 @@ def permutation_null(
     groups = np.zeros(len(y), dtype=np.int64) if groups is None else np.unique(groups, return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     order = np.argsort(groups, kind="stable")
-    # sorting by (group, random number) permutes within groups
-    shuffled = np.lexsort((rng.random((repetitions, len(y))), np.broadcast_to(groups, (repetitions, len(y)))))
+    # sorting by group plus a random number below 1 permutes within groups
+    shuffled = np.argsort(groups + rng.random((repetitions, len(y))), axis=1)
     drawn = np.empty((repetitions, len(y)))
     drawn[:, order] = y[shuffled]
     member = np.eye(num_bins)[curve.index]  # (P, B)
@@ -141,20 +148,67 @@ def within_slope(changes: ArrayLike, gains: ArrayLike, repetitions: int = 1000, 
     return {"slope": slope(np.arange(num_concepts)), "low": float(low), "high": float(high)}
 
 
+def small_bins(sizes: ArrayLike) -> list[int]:
+    """Bins whose size lies 1.5 interquartile ranges below the first quartile of all: the usual rule for outliers.
+
+    The paper (section 3.2) says that an IQR rule left out bins with few concepts; the slices of its figures do not
+    follow from this one.
+    """
+    x = np.asarray(sizes, dtype=np.float64)
+    first, third = np.quantile(x, (0.25, 0.75))
+    return np.flatnonzero(x < first - 1.5 * (third - first)).tolist()
+
+
+class Diagnostics(NamedTuple):
+    """The paper's correlation, and how much of it is left without its choices."""
+
+    rho: float  # on the slice of bins
+    p: float
+    all_bins: float
+    inner: float  # bins 1:-1
+    pearson: float  # without bins
+    spearman: float
+    bin0: float  # share of pairs in bin 0, which most of the paper's panels leave out
+    across: float  # mean rho of scores shuffled across everything
+    within: float  # ... within each group
+    reached: float  # share of the latter that reach rho
+
+
+def diagnose(
+    counts: ArrayLike, scores: ArrayLike, groups: ArrayLike, num_bins: int, bins: slice, repetitions: int = 300
+) -> tuple[Curve, Diagnostics]:
+    """(curve of pairs (P,), correlation on a slice of its bins with diagnostics); groups (P,): data set of each."""
+    curve = log_linear_curve(counts, scores, num_bins)
+    rho, p = correlation(curve, bins)
+    across = permutation_null(counts, scores, None, num_bins, bins, repetitions)
+    within = permutation_null(counts, scores, groups, num_bins, bins, repetitions)
+    flat = unbinned(counts, scores)
+    return curve, Diagnostics(
+        rho, p, correlation(curve)[0], correlation(curve, slice(1, -1))[0], flat["pearson"], flat["spearman"],
+        float(curve.size[0] / len(curve.index)), float(across.mean()), float(within.mean()),
+        float((within >= rho).mean()),
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------- what the counts are like
 
 
-def misalignment(text_pairs: ArrayLike, image_pairs: ArrayLike, dataset_size: int) -> tuple[int, float, float]:
-    """(number, of extracted, of dataset): samples with concepts on both sides, none of them in common.
+def misalignment(
+    text_pairs: ArrayLike, image_pairs: ArrayLike, dataset_size: int, both_sides: bool = True
+) -> tuple[int, float, float]:
+    """(number, of extracted, of dataset): samples whose caption and image have no concept in common.
 
-    Source: U:src/misalignment_degree_quantification.py:152. Pairs are (document, concept) rows. The second divides by
-    the larger of the two numbers of samples with any concept, the third, the paper's, by the size of the corpus.
+    Source: U:src/misalignment_degree_quantification.py:152, which asks for a concept on both sides, as this does by
+    default. Algorithm 1 of the paper counts a sample without any concept, too: `both_sides=False`. Pairs are
+    (document, concept) rows. The second number divides by the larger of the two numbers of samples with any concept,
+    the third, the paper's, by the size of the corpus.
     """
     text, image = (np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for pairs in (text_pairs, image_pairs))
     width = 1 + max(text[:, 1].max(initial=0), image[:, 1].max(initial=0))
     with_text, with_image = np.unique(text[:, 0]), np.unique(image[:, 0])
     agreeing = np.intersect1d(pair_keys(text, width), pair_keys(image, width), assume_unique=True) // width
-    number = len(np.intersect1d(with_text, with_image, assume_unique=True)) - len(np.unique(agreeing))
+    could_agree = len(np.intersect1d(with_text, with_image, assume_unique=True)) if both_sides else dataset_size
+    number = could_agree - len(np.unique(agreeing))
     return number, number / max(len(with_text), len(with_image), 1), number / dataset_size
 
 
@@ -185,6 +239,28 @@ def long_tail(counts: ArrayLike) -> dict[str, float]:
     }
 
 
+def negligible(counts: ArrayLike, corpus_size: int, share: float = 1e-5) -> float:
+    """Fraction of concepts that less than `share` of the corpus' samples hold.
+
+    The paper (section 5) speaks of "almost negligible frequencies relative to the size of the datasets" and names no
+    share; this one is ours.
+    """
+    return float((np.asarray(counts, dtype=np.float64) < share * corpus_size).mean())
+
+
+DECADES = ((0, 0), *((10**k, 10 ** (k + 1) - 1) for k in range(9)))  # of counts: 0, 1 to 9, 10 to 99, ...
+TABLE6_BANDS = ((0, 1), (2, 9), (10, 99), (100, 1000), (1001, 10_000))  # that give the numbers of the paper's table 6
+
+
+def frequency_bands(
+    counts: ArrayLike, scores: ArrayLike, bands: Sequence[tuple[int, int]] = DECADES
+) -> dict[str, tuple[int, float]]:
+    """{band: (concepts, mean score)} for counts from a lowest to a highest one, both included; empty bands left out."""
+    f, y = np.asarray(counts, dtype=np.int64), np.asarray(scores, dtype=np.float64)
+    found = {f"{low:,} to {high:,}" if low < high else f"{low:,}": (f >= low) & (f <= high) for low, high in bands}
+    return {band: (int(rows.sum()), float(y[rows].mean())) for band, rows in found.items() if rows.any()}
+
+
 def two_slopes(imagenet: ArrayLike, tail: ArrayLike, split: float = 50.0) -> dict[str, float]:
     """Slopes of tail accuracy on ImageNet accuracy (percent) for models below and above `split`, one line each.
 
@@ -202,21 +278,35 @@ def frequency_buckets(counts: ArrayLike, smallest: int = 100, largest: int = 100
     """(min, max) count of the people study's buckets, most frequent first; `counts` of names of several words.
 
     Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:38. A bucket ends where the count
-    changes and it has `smallest` names, or at `largest`; what is left at the end is dropped, as are zeros.
+    changes, zero included, and it has `smallest` names, or at `largest`. Zeros are in none, nor are the names before
+    them that are too few for a bucket (upstream fills these up with zeros, where it finds enough of them).
     """
     buckets: list[tuple[float, float]] = []
     current: list[float] = []
     for count in np.sort(np.asarray(counts))[::-1]:
-        if count <= 0:
-            break
         if current and count < current[-1] and len(current) >= smallest:
             buckets.append((float(current[-1]), float(current[0])))
             current = []
+        if count <= 0:
+            break
         current.append(count)
         if len(current) == largest:
             buckets.append((float(current[-1]), float(current[0])))
             current = []
     return buckets
+
+
+def people_points(counts: ArrayLike, judged: dict[int, Sequence[float]], buckets: int = 46) -> tuple[Array, Array]:
+    """(frequency (n,), accuracy (n,)) of the people study: middle of a bucket, mean judgement of its names' images.
+
+    Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:95-141. `counts` of names of
+    several words, `judged`: scores by bucket. Of the first `buckets` those with judgements, less the most frequent one.
+    """
+    ends = frequency_buckets(counts)[:buckets]
+    middles = {i: (low + high) / 2 for i, (low, high) in enumerate(ends) if judged.get(i)}
+    points = sorted((middle, float(np.mean(judged[i]))) for i, middle in middles.items())
+    x, y = np.array(points[:-1], dtype=np.float64).reshape(-1, 2).T
+    return x, y
 
 
 def pooled(

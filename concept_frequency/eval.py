@@ -194,7 +194,8 @@ def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
         data=(str(path),), out=str(path.with_suffix("")), spacy=pipeline, query_spacy=pipeline, label_column="concept",
         workers=1,
     )  # fmt: skip
-    return count.count_corpus(cfg, names)
+    with run.lock(Path(cfg.out)):
+        return count.count_corpus(cfg, names)
 
 
 def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipeline: str) -> count.Counted:

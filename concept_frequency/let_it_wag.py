@@ -1,17 +1,18 @@
 """Let It Wag!: a benchmark of the concepts that pretraining sets hold least. `python -m concept_frequency.let_it_wag`.
 
-Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:let_it_wag_datasets/`. Steps: the least frequent
-concepts, images of them, near-duplicates out (per class, perceptual hash), classes balanced. The authors' outlier
-removal by a network and their check by hand come before; there is no rule in them to follow. Writes a set in the
-CLIP-benchmark layout that `concept_frequency.measure`, clip-benchmark and all folders here evaluate.
+Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:let_it_wag_datasets/`. Steps (appendix H): the
+least frequent concepts and images of them; with an ImageNet network, outliers and duplicates out; a check by hand,
+which is left to you; near-duplicates by perceptual hash out; classes balanced. Writes a set in the CLIP-benchmark
+layout, with the paper's 80 templates, that `concept_frequency.measure`, clip-benchmark and all folders here evaluate.
+The set that the authors released is read by datasets.py.
 """
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import tyro
 from numpy.typing import ArrayLike, NDArray
@@ -19,17 +20,58 @@ from PIL import Image
 from scipy.fft import dct
 
 from concept_frequency.concepts import load_counts
+from concept_frequency.datasets import png, write_set
 from shared import cli, data, tars
 from shared.evalsets import EvalSet
-from shared.tars import write_split
 
 
-def select_tail(counts: Sequence[dict[str, int]], n: int = 290) -> list[str]:
+def select_tail(counts: Sequence[dict[str, int]], n: int = 290, zeros: bool = True) -> list[str]:
     """The n concepts with the lowest total count over all pretraining sets, of those that every set counted; by name
     where totals are equal.
+
+    `zeros=False` leaves out concepts that no set holds: with LAION-400M's counts alone that is the rule of appendix
+    H.1, which then lists three concepts with a count of 0. Section 6 speaks of all pretraining sets.
     """
     names = set.intersection(*(set(each) for each in counts))
-    return sorted(names, key=lambda name: (sum(each[name] for each in counts), name))[:n]
+    total = {name: sum(each[name] for each in counts) for name in names}
+    return sorted((name for name in names if zeros or total[name]), key=lambda name: (total[name], name))[:n]
+
+
+def unit(features: ArrayLike) -> NDArray[np.float32]:
+    """Features (n, D) of length 1."""
+    x = np.asarray(features, dtype=np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def nearest(features: ArrayLike, rows: int = 1024) -> NDArray[np.float32]:
+    """(n,) cosine similarity of each image to the most similar other one, from features (n, D), `rows` at a time."""
+    x, found = unit(features), []
+    for start in range(0, len(x), rows):
+        similarity = x[start : start + rows] @ x.T
+        similarity[np.arange(len(similarity)), start + np.arange(len(similarity))] = -1  # itself
+        found.append(similarity.max(axis=1))
+    return np.concatenate(found)
+
+
+def outliers(features: ArrayLike, share: float = 0.05) -> list[int]:
+    """The images with the lowest `share` of similarities to any other, from features (n, D). Appendix H.2, step 3.
+
+    The paper removes the images in the lowest 5 % of all pairwise cosine similarities (with fastdup, which takes each
+    image's most similar one).
+    """
+    similarity = nearest(features)
+    return np.sort(np.argsort(similarity, kind="stable")[: int(share * len(similarity))]).tolist()
+
+
+def feature_duplicates(features: ArrayLike, threshold: float = 0.9) -> list[int]:
+    """The images to remove so that no two are more similar than `threshold`, in order. Appendix H.2, step 4.
+
+    The paper: 0.9 for common classes, 0.95 for fine-grained ones. An image goes if one before it that stays is closer.
+    """
+    x = unit(features)
+    close = x @ x.T > threshold
+    np.fill_diagonal(close, False)
+    return removed(close, range(len(close)))
 
 
 def phash(image: Image.Image | ArrayLike) -> NDArray[np.bool_]:
@@ -60,11 +102,16 @@ def deduplicate(hamming: ArrayLike, order: Sequence[int], max_distance: int = 10
     """
     close = np.asarray(hamming) <= max_distance
     np.fill_diagonal(close, False)
-    removed = np.zeros(len(close), dtype=bool)
+    return removed(close, order)
+
+
+def removed(close: NDArray[np.bool_], order: Sequence[int]) -> list[int]:
+    """The images that go when each that is still there removes all that are close to it (n, n), walked in `order`."""
+    gone = np.zeros(len(close), dtype=bool)
     for image in order:
-        if not removed[image]:
-            removed |= close[image]
-    return np.flatnonzero(removed).tolist()
+        if not gone[image]:
+            gone |= close[image]
+    return np.flatnonzero(gone).tolist()
 
 
 def balance_classes(
@@ -101,6 +148,12 @@ class Config:
     """How many of the least frequent concepts."""
     per_class: int = 450
     """Images of a class; classes need more than that."""
+    zeros: bool = True
+    """Concepts that no pretraining set holds are among them."""
+    network: str = ""
+    """timm network with ImageNet weights that finds outliers and duplicates (`inception_v3`); none: these stay."""
+    similarity: float = 0.9
+    """Images whose features are more similar than this are one: 0.9, or 0.95 for fine-grained classes."""
     max_distance: int = 10
     """Images whose hashes differ in at most so many of 64 bits are near-duplicates."""
     seed: int = 0
@@ -128,36 +181,49 @@ def collect(folders: Sequence[str], names: set[str]) -> dict[str, list[Image.Ima
     return found
 
 
+@torch.inference_mode()
+def embed(images: Sequence[Image.Image], network: str) -> NDArray[np.float32]:
+    """Features (n, D) of a timm network with ImageNet weights."""
+    model = timm.create_model(network, pretrained=True, num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    return torch.cat([model(transform(image)[None]) for image in images]).numpy()
+
+
+def clean(images: dict[str, list[Image.Image]], network: str, similarity: float) -> dict[str, list[Image.Image]]:
+    """Without outliers of the whole pool, and then without duplicates of each concept, by a network's features."""
+    names = [name for name, of in images.items() for _ in of]
+    pool = [image for of in images.values() for image in of]
+    if not pool:
+        return images
+    features = embed(pool, network)
+    apart = set(outliers(features))
+    found: dict[str, list[Image.Image]] = {name: [] for name in images}
+    for name in images:
+        rows = [i for i, of in enumerate(names) if of == name and i not in apart]
+        twice = set(feature_duplicates(features[rows], similarity)) if rows else set()
+        found[name] = [pool[i] for k, i in enumerate(rows) if k not in twice]
+    return found
+
+
 def build(cfg: Config) -> dict[str, int]:
     """Write the benchmark; -> {concept: images it had, near-duplicates left out}."""
-    tail = select_tail([load_counts(path) for path in cfg.counts], cfg.n)
+    tail = select_tail([load_counts(path) for path in cfg.counts], cfg.n, cfg.zeros)
     images = collect(cfg.images, set(tail))
+    if cfg.network:
+        images = clean(images, cfg.network, cfg.similarity)
     kept: dict[str, list[str]] = {}
     for name in tail:
         hashes = np.array([phash(image) for image in images[name]], dtype=np.int64).reshape(-1, 64)
-        removed = set(deduplicate(hamming_distances(hashes), range(len(hashes)), cfg.max_distance))
-        kept[name] = [f"{i}.jpg" for i in range(len(hashes)) if i not in removed]
+        twice = set(deduplicate(hamming_distances(hashes), range(len(hashes)), cfg.max_distance))
+        kept[name] = [f"{i}.jpg" for i in range(len(hashes)) if i not in twice]
     chosen = balance_classes(kept, cfg.per_class, torch.Generator().manual_seed(cfg.seed))
     if not chosen:
         most = max(map(len, kept.values()), default=0)
         raise ValueError(f"no concept has more than --per-class {cfg.per_class} images; the most is {most}")
     classes = [name for name in tail if name in chosen]
-    rows = [(c, images[name][int(file.partition(".")[0])]) for c, name in enumerate(classes) for file in chosen[name]]
-    write_set(Path(cfg.out), classes, rows)
+    rows = ((c, images[name][int(file.partition(".")[0])]) for c, name in enumerate(classes) for file in chosen[name])
+    write_set(Path(cfg.out), classes, ((label, {"png": png(image)}) for label, image in rows))
     return {name: len(kept[name]) for name in tail}
-
-
-def write_set(folder: Path, classes: Sequence[str], rows: Sequence[tuple[int, Image.Image]]) -> None:
-    """An evaluation set with the plain class name as its prompt; rows are (label, image)."""
-    write_split(folder / "test", ({"png": png(image), "cls": str(label)} for label, image in rows))
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-    (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
 
 
 def main(cfg: Config) -> None:

@@ -6,7 +6,9 @@
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:src/zero_shot_eval.py`, `U:src/retrieval_eval.py`.
 Writes their JSON: `<set>_<prompts>_results.json` with percent, `<set>_<t2i|i2t>_k=<k>_results.json` with fractions.
-Sets are in the CLIP-benchmark layout; a set's own templates are the `ensemble`.
+Sets are in the CLIP-benchmark layout; a set's own templates are the `ensemble`, and OpenAI's 80 for ImageNet, which the
+paper's text names for all sets, `ensemble80`. Those of the authors that are not public in that layout are made by
+datasets.py. Classes that share a name are numbered in the results: `missile (1)`, `missile (2)`.
 """
 
 import dataclasses
@@ -22,13 +24,15 @@ from torch import Tensor, nn
 from concept_frequency.clip_models import load_model
 from concept_frequency.concepts import caption_concepts, load_json, model_key
 from concept_frequency.config import MODELS
+from concept_frequency.datasets import TEMPLATES
 from concept_frequency.eval import concept_recall, per_class_accuracy
+from concept_frequency.joining import numbered
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
-PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."]}
+PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."], "ensemble80": list(TEMPLATES)}
 
 
 @dataclasses.dataclass
@@ -44,7 +48,7 @@ class Config:
     label: str = ""
     """Name BACKBONE|CORPUS in the results; none: the model's."""
     prompts: tuple[str, ...] = ("class", "simple", "ensemble")
-    """class: `{c}`, simple: `A photo of a {c}.`, ensemble: the set's templates."""
+    """class: `{c}`, simple: `A photo of a {c}.`, ensemble: the set's templates, ensemble80: the 80 of ImageNet."""
     k: tuple[int, ...] = (1, 5, 10)
     """Recall at these."""
     min_images: int = 10
@@ -59,8 +63,8 @@ class Config:
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """Autocast of the encoders."""
+    precision: str = "authors"
+    """Autocast of the encoders. authors: fp16 on a GPU, fp32 on a CPU, as theirs; the others as in training."""
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -73,7 +77,7 @@ def classify(
     """{"full": percent, "classwise": {name: percent}}; a class without test images is left out."""
     classifier = build_classifier(model.encode_text, tokenizer, classnames, templates, batch_size, device, dtype)
     percent, per_class = per_class_accuracy(F.normalize(features, dim=-1) @ classifier, labels)
-    named = zip(classnames, per_class.tolist(), strict=True)
+    named = zip(numbered(classnames), per_class.tolist(), strict=True)
     return {"full": percent, "classwise": {name: value for name, value in named if value == value}}
 
 
@@ -99,12 +103,14 @@ def main(cfg: Config) -> None:
     if not cfg.sets:
         raise ValueError("--sets is missing: name evaluation sets in the CLIP-benchmark layout")
     if unknown := set(cfg.prompts) - {*PROMPTS, "ensemble"}:
-        raise ValueError(f"--prompts are class, simple and ensemble, not {unknown.pop()}")
+        raise ValueError(f"--prompts are class, simple, ensemble and ensemble80, not {unknown.pop()}")
     name, tag = MODELS.get(cfg.model, (cfg.model, ""))
     if cfg.model in MODELS and not (cfg.pretrained or tag):
         raise ValueError(f"{cfg.model} is not among open_clip's weights: name its checkpoint with --pretrained FILE")
     model, transform, tokenizer = load_model(name, cfg.pretrained or tag, process.device)
-    dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
+    theirs = "fp16" if process.device.type == "cuda" else "fp32"
+    precision = theirs if cfg.precision == "authors" else cfg.precision
+    dtype = run.DTYPES[run.resolve_precision(precision, process.device)]
     weights = Path(cfg.pretrained or "random").stem
     label = cfg.label or (cfg.model if "|" in cfg.model else f"{Path(name).name}|{weights}")
     key, out = model_key(label), Path(cfg.out)

@@ -68,6 +68,7 @@ def test_published_curves_correlate(case):
 def test_misalignment_counts_documents_once():
     text, image = [[0, 0], [0, 1], [1, 0], [2, 2]], [[0, 1], [1, 3], [1, 4], [3, 0]]
     assert misalignment(text, image, 10) == (1, 1 / 3, 0.1)
+    assert misalignment(text, image, 10, both_sides=False) == (9, 3, 0.9)  # algorithm 1: all but document 0
 
 
 def test_permutation_null():
@@ -125,3 +126,35 @@ def test_frequency_buckets():
     counts = np.concatenate([np.repeat(7, 150), np.repeat(5, 60), np.repeat(3, 60), np.repeat(0, 500), [1] * 99])
     assert curves.frequency_buckets(counts) == [(7.0, 7.0), (3.0, 5.0)]
     assert curves.frequency_buckets(np.repeat(2, 2500)) == [(2.0, 2.0), (2.0, 2.0)]
+    assert curves.frequency_buckets([5] * 120 + [2] * 110 + [0] * 9) == [(5.0, 5.0), (2.0, 2.0)]  # zero ends a bucket
+    assert curves.frequency_buckets([5] * 120 + [2] * 110) == [(5.0, 5.0)]  # nothing does
+
+
+def test_people_points():
+    counts = [90] * 100 + [40] * 100 + [8] * 100 + [1] * 100 + [0] * 5
+    x, y = curves.people_points(counts, {0: [1.0], 1: [1.0, 0.5], 3: [0.0, 0.5]})
+    assert x.tolist() == [1, 40] and y.tolist() == [0.25, 0.75]  # less the most frequent, and one nobody judged
+
+
+def test_frequency_bands_and_negligible_concepts():
+    counts, scores = [0, 0, 1, 9, 10, 500], [1.0, 3.0, 4.0, 6.0, 7.0, 8.0]
+    found = curves.frequency_bands(counts, scores)
+    assert found == {"0": (2, 2.0), "1 to 9": (2, 5.0), "10 to 99": (1, 7.0), "100 to 999": (1, 8.0)}
+    assert curves.negligible(counts, 1_000_000) == pytest.approx(4 / 6)
+
+
+def test_small_bins_by_the_rule_of_quartiles():
+    assert curves.small_bins([100, 110, 120, 130, 2]) == [4]
+    assert curves.small_bins([1, 10, 100, 1000]) == []
+
+
+def test_diagnostics_are_those_of_the_functions():
+    rng = np.random.default_rng(0)
+    counts, groups = (10 ** rng.uniform(0, 4, 500)).astype(int), np.repeat(["a", "b"], 250)
+    scores = np.log(counts + 1.0) + rng.normal(0, 1, 500)
+    curve, about = curves.diagnose(counts, scores, groups, 10, slice(1, -1), 50)
+    assert (about.rho, about.p) == correlation(curve, slice(1, -1)) and about.inner == about.rho
+    assert about.within == pytest.approx(permutation_null(counts, scores, groups, 10, slice(1, -1), 50).mean())
+    assert about.bin0 == curve.size[0] / 500 and about.reached == 0
+    saved = {"exp_bins": curve.position, "cum_means": curve.mean, "cum_stds": curve.std}
+    assert correlation(curves.from_saved(saved), slice(1, -1)) == (about.rho, about.p)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch.nn.functional as F
-from scripts import one_sentence
+from scripts import held, one_sentence
 from test_concept_frequency_model import partner
 
 from concept_frequency import eval
@@ -67,3 +67,8 @@ def test_contract_is_importable():
         "prompts_with_concept load_counts load_results"
     )
     assert all(hasattr(eval, name) for name in names.split())
+
+
+def test_a_corpus_is_counted_by_one_process(tmp_path):
+    with held(tmp_path / "pairs"), pytest.raises(ValueError, match="belongs to a run that is still going"):
+        eval.count_pairs(tmp_path / "pairs.parquet", ["cat"], "en_core_web_sm")

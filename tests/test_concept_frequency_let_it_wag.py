@@ -48,6 +48,31 @@ def test_balance(case):
 
 def test_select_tail():
     assert select_tail([{"a": 0, "b": 5, "c": 1, "d": 9}, {"a": 7, "b": 0, "c": 2}], 2) == ["c", "b"]
+    assert select_tail([{"a": 0, "b": 5, "c": 1}], 2) == ["a", "c"]
+    assert select_tail([{"a": 0, "b": 5, "c": 1}], 2, zeros=False) == ["c", "b"]
+
+
+def test_outliers_and_duplicates_by_features():
+    """Appendix H.2: the lowest 5 % of similarities go, and of images closer than the threshold the later ones."""
+    generator = np.random.default_rng(0)
+    crowd = np.array([1.0, 0, 0]) + generator.normal(0, 0.05, (39, 3))
+    features = np.concatenate([crowd, [[0, 0, 1.0]]])
+    assert let_it_wag.outliers(features, 0.05)[-1] == 39 and len(let_it_wag.outliers(features, 0.05)) == 2
+    assert let_it_wag.nearest(features, rows=7) == pytest.approx(let_it_wag.nearest(features))
+    line = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1.0]])
+    assert let_it_wag.feature_duplicates(line, 0.99) == [1]  # the third is close to one that went
+    assert let_it_wag.feature_duplicates(line, 0.9) == [1, 2]
+
+
+def test_cleaning_with_a_network(monkeypatch):
+    images = {"a": [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(20)], "b": []}
+    angle = {i: np.array([np.cos(i / 10), np.sin(i / 10)]) for i in range(20)}
+    angle[1] = angle[0]  # twice
+    angle[7] = -angle[7]  # unlike any other
+    features = lambda pool, network: np.array([angle[image.getpixel((0, 0))[0]] for image in pool])  # noqa: E731
+    monkeypatch.setattr(let_it_wag, "embed", features)
+    found = let_it_wag.clean(images, "inception_v3", 0.999)
+    assert [image.getpixel((0, 0))[0] for image in found["a"]] == [0, *range(2, 7), *range(8, 20)] and not found["b"]
 
 
 def test_phash_takes_images():

@@ -16,7 +16,8 @@ def test_measure_writes_the_authors_layout(arms, tmp_path):
         spacy=PIPELINE,
         out=str(tmp_path),
         device="cpu",
-        precision="fp32",
+        precision="authors",
+        prompts=("class", "simple", "ensemble", "ensemble80"),
         k=(1, 10),
     )
     measure.main(cfg)

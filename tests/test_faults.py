@@ -40,6 +40,8 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
     "attentive_mask_clip.timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
+    "concept_frequency.curve": "test_concept_frequency_curve.py::test_what_cannot_be_drawn_ends_in_one_sentence",
+    "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",

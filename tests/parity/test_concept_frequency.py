@@ -18,7 +18,7 @@ import torch
 
 from concept_frequency import concepts, curves, eval, model, tagging, train
 from concept_frequency.config import Config
-from concept_frequency.replay import BINS, Results
+from concept_frequency.published import BINS, Results
 from shared import run
 from shared.clip import without_padding
 

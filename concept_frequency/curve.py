@@ -1,0 +1,291 @@
+"""The paper's curve from your own counts and scores: `python -m concept_frequency.curve --counts ... --scores ...`
+
+    python -m concept_frequency.curve --counts runs/cc3m/counts.parquet --scores scores/wds_*_class_results.json
+    python -m concept_frequency.curve --counts imagenet_laion400m_lemmatized_search_counts.json --scores log.txt
+
+Counts are those of `concept_frequency.count` or the authors', scores those of `concept_frequency.measure`, of
+CLIP-benchmark, or a table. Writes the curve as a figure, correlation, nulls and diagnostics, the pairs, and which names
+did not join. The statistics are in curves.py, the joining of names is in joining.py.
+"""
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.parquet as pq
+import tyro
+
+from concept_frequency import curves, figures
+from concept_frequency.concepts import load_json, scores_of
+from concept_frequency.joining import Joined, join, numbered
+from concept_frequency.published import short
+from shared import checkpoints, cli, evaluation
+
+NAMES = ("concept", "class", "classname", "name")  # of the column of names in tables
+COUNTS = ("integrated", "count", "counts", "frequency", "text")  # ... of counts, if none is named
+
+
+@dataclasses.dataclass
+class Config:
+    """Counts and scores of concepts in, the curve of each model out."""
+
+    counts: tuple[str, ...] = ()
+    """Counts of concepts: JSON name -> number, counts.parquet, or CSV with a header. One file for all files of scores,
+    or one for each."""
+    scores: tuple[str, ...] = ()
+    """Scores of concepts, a file a data set: JSON of `concept_frequency.measure` or the authors, JSON name -> number,
+    CSV with a header, or what `clip_benchmark eval --dump_classnames` printed (.txt or .log)."""
+    models: tuple[str, ...] = ()
+    """Models in the files of scores, `ViT-B-32|laion400m`; none given: all."""
+    count_column: str = ""
+    """Column of the counts in parquet and CSV; none: integrated, count, frequency or text, the first that is there."""
+    score_column: str = "score"
+    """Column of the scores in CSV; a column `model` tells models apart."""
+    aliases: str = ""
+    """JSON {name in the scores: name in the counts}, for names that differ in more than spelling."""
+    num_bins: int = 12
+    """Bins of log frequency: the paper's 12 for classification, 7 for retrieval."""
+    bins: str = "1:-1"
+    """Which bins are correlated, as a Python slice. The paper: 1:-1, LAION-400M 2:-1, SynthCI-30M 0:-4, retrieval 3:"""
+    repetitions: int = 300
+    """Shuffles for each null."""
+    out: str = "runs/concept_frequency/curve"
+    """Folder for curve.png, curve.json, results.md, pairs.csv and unjoined.json."""
+
+
+class Scores(NamedTuple):
+    """Scores of one model on one data set."""
+
+    dataset: str
+    model: str
+    values: dict[str, float]
+
+
+class Pairs(NamedTuple):
+    """Counts and scores of one model, pooled over data sets."""
+
+    names: list[str]
+    counts: np.ndarray  # (P,) int64
+    scores: np.ndarray  # (P,) float64
+    datasets: list[str]  # (P,)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def read_table(path: Path) -> dict[str, list]:
+    """Columns of a parquet or CSV file by name; ValueError if it has none of names."""
+    if path.suffix == ".parquet":
+        columns = pq.read_table(path).to_pydict()
+    else:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        columns = {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
+    if not any(name in columns for name in NAMES):
+        raise ValueError(f"{path} has no column {' or '.join(NAMES)}; it has {', '.join(columns) or 'none'}")
+    return columns
+
+
+def column(columns: dict[str, list], wanted: Iterable[str], path: Path) -> list:
+    """The first of the wanted columns that is there; ValueError if none is."""
+    wanted = tuple(wanted)
+    for name in wanted:
+        if name in columns:
+            return columns[name]
+    raise ValueError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(columns)}")
+
+
+def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
+    """{concept: count} from JSON, parquet or CSV."""
+    path = Path(path)
+    if path.suffix in (".parquet", ".csv"):
+        columns = read_table(path)
+        names = column(columns, NAMES, path)
+        values = column(columns, (count_column,) if count_column else COUNTS, path)
+        found = dict(zip(names, values, strict=True))
+    else:
+        found = load_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds no counts, name -> number, but a {type(found).__name__}")
+    try:
+        return {name: int(float(value)) for name, value in found.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} holds no counts: a value is no number") from None
+
+
+def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
+    """Scores of every model in a file, and of every data set in one of CLIP-benchmark's."""
+    path = Path(path)
+    if path.suffix in (".txt", ".log"):
+        return clip_benchmark_scores(path)
+    if path.suffix == ".csv":
+        columns = read_table(path)
+        names, values = column(columns, NAMES, path), column(columns, (score_column,), path)
+        models = columns.get("model", ["scores"] * len(names))
+        found: dict[str, dict[str, float]] = {model: {} for model in models}
+        for name, value, model in zip(names, values, models, strict=True):
+            found[model][name] = float(value)
+        return [Scores(path.stem, model, values) for model, values in found.items()]
+    value = load_json(path)
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{path} holds no scores, name -> number, but a {type(value).__name__}")
+    if "metrics" in value and "task" in value:
+        raise ValueError(
+            f"{path} is CLIP-benchmark's of a whole set: it prints recall by class, so keep that (`clip_benchmark eval "
+            "... --dump_classnames | tee log.txt`) and name log.txt"
+        )
+    if all(isinstance(each, (int, float)) for each in value.values()):
+        return [Scores(path.stem, "scores", {name: float(score) for name, score in value.items()})]
+    return [Scores(path.stem.removesuffix("_results"), short(key), scores_of(value, key, path)) for key in value]
+
+
+def clip_benchmark_scores(path: Path) -> list[Scores]:
+    """Recall of each class in percent, from what `clip_benchmark eval` printed for one or more sets and models.
+
+    It prints a report of classes by number, and then the file that it writes, which has their names
+    (`--dump_classnames`), data set and model. Classes without images are left out.
+    """
+    parts = re.split(r"^Dump results to: (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = []
+    for printed, name in zip(parts[::2], parts[1::2], strict=False):
+        rows = re.findall(r"^ +(\d+) +[\d.]+ +([\d.]+) +[\d.]+ +(\d+) *$", printed, flags=re.MULTILINE)
+        if not rows:  # a retrieval set, say
+            continue
+        places = (Path(name.strip()), path.parent / Path(name.strip()).name)
+        if (file := next((each for each in places if each.is_file()), None)) is None:
+            raise ValueError(f"{path} names {name.strip()}, which is neither there nor beside it")
+        about = load_json(file)
+        if not about.get("classnames"):
+            raise ValueError(f"{file} has no names of classes: run clip_benchmark with --dump_classnames")
+        names = numbered(about["classnames"])
+        if max(int(row[0]) for row in rows) >= len(names):
+            raise ValueError(f"{path} reports more classes than {file} names")
+        values = {names[int(c)]: 100 * float(recall) for c, recall, images in rows if int(images)}
+        found.append(Scores(about["dataset"], f"{about['model']}|{about['pretrained']}", values))
+    if not found:
+        raise ValueError(f"{path} holds no report of classes as clip_benchmark prints it (unless --quiet is given)")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
+    """({model: its pairs}, {data set: what did not join}). ValueError if no name of a file of scores has a count."""
+    if not cfg.counts or not cfg.scores:
+        raise ValueError("--counts and --scores are both needed: files of counts, and of scores of the same concepts")
+    if len(cfg.counts) not in (1, len(cfg.scores)):
+        raise ValueError(f"{len(cfg.counts)} files of counts, {len(cfg.scores)} of scores: name one, or one for each")
+    one_for_all = len(cfg.counts) < len(cfg.scores)
+    files = cfg.counts * len(cfg.scores) if one_for_all else cfg.counts
+    aliases = load_json(cfg.aliases) if cfg.aliases else {}
+    rows: dict[str, list[tuple[str, int, float, str]]] = {}
+    report: dict[str, dict] = {}
+    for counts_file, scores_file in zip(files, cfg.scores, strict=True):
+        counts = read_counts(counts_file, cfg.count_column)
+        for scores in read_scores(scores_file, cfg.score_column):
+            if cfg.models and scores.model not in cfg.models:
+                continue
+            joined = join(counts, scores.values, aliases)
+            if not joined.names:
+                theirs, ours = (next(iter(each), "nothing") for each in (scores.values, counts))
+                raise ValueError(
+                    f"no name in {scores_file} has a count in {counts_file}, as {theirs!r} there and {ours!r} here: "
+                    "--aliases names those that belong together"
+                )
+            report[scores.dataset] = described(joined, one_for_all)
+            rows.setdefault(scores.model, []).extend(
+                (name, counts[other], scores.values[name], scores.dataset) for name, other in joined.names.items()
+            )
+    if missing := [model for model in cfg.models if model not in rows]:
+        raise ValueError(f"no file of scores has the model {missing[0]}")
+    return {model: pooled(of) for model, of in rows.items()}, report
+
+
+def described(joined: Joined, one_for_all: bool) -> dict:
+    """What a join did; counts without a score are named only where the file of counts is of this data set alone."""
+    return {
+        "joined": len(joined.names), "other spelling": joined.respelled, "other name": joined.renamed,
+        "scores without a count": joined.scores_left,
+        "counts without a score": len(joined.counts_left) if one_for_all else joined.counts_left,
+    }  # fmt: skip
+
+
+def pooled(rows: list[tuple[str, int, float, str]]) -> Pairs:
+    """Pairs of one model from (name, count, score, data set); ValueError if there is nothing to correlate."""
+    names, counts, scores, datasets = (list(each) for each in zip(*rows, strict=True))
+    if len(set(counts)) < 2:
+        raise ValueError(f"all {len(counts)} concepts have the count {counts[0]}: there is no curve")
+    return Pairs(names, np.array(counts, dtype=np.int64), np.array(scores, dtype=np.float64), datasets)
+
+
+def parse_slice(text: str) -> slice:
+    """`1:-1` -> slice(1, -1)."""
+    if not re.fullmatch(r"-?\d*:-?\d*", text):
+        raise ValueError(f"--bins is a slice such as 1:-1 or 3:, not {text!r}")
+    return slice(*(int(each) if each else None for each in text.split(":")))
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def row_of(model: str, pairs: Pairs, about: curves.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
+    """A model's line in the table."""
+    return {
+        "model": model, "concepts": str(len(pairs.names)), "rho": f"{about.rho:.3f}", "p": f"{about.p:.0e}",
+        "all bins": f"{about.all_bins:.3f}", "no bins": f"{about.pearson:.3f}", "rank": f"{about.spearman:.3f}",
+        "bin 0": f"{about.bin0:.0%}", "shuffled": f"{about.across:.2f}", "... within data sets": f"{about.within:.2f}",
+        "reach": f"{about.reached:.0%}",
+        "score a decade": f"{slope['slope']:.2f} ({slope['low']:.2f} to {slope['high']:.2f})",
+    }  # fmt: skip
+
+
+def write_pairs(path: Path, found: dict[str, Pairs]) -> None:
+    """All pairs of all models as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "dataset", "concept", "count", "score"))
+        for model, pairs in found.items():
+            columns = (pairs.datasets, pairs.names, pairs.counts.tolist(), pairs.scores.tolist())
+            writer.writerows((model, *row) for row in zip(*columns, strict=True))
+
+
+def main(cfg: Config) -> list[dict[str, str]]:
+    """Join, correlate, draw and write; returns the rows of the table, one a model."""
+    cli.check_counts(cfg, "repetitions")
+    bins, out = parse_slice(cfg.bins), Path(cfg.out)
+    found, report = pair_up(cfg)
+    rows, written = [], {}
+    figure, axis = plt.subplots(figsize=(6.4, 4.8))
+    for i, (model, pairs) in enumerate(found.items()):
+        curve, about = curves.diagnose(pairs.counts, pairs.scores, pairs.datasets, cfg.num_bins, bins, cfg.repetitions)
+        slope = curves.slope_per_decade(pairs.counts, pairs.scores)
+        rows.append(row_of(model, pairs, about, slope))
+        places = {key: getattr(curve, key).tolist() for key in ("position", "mean", "std", "size")}
+        written[model] = about._asdict() | {f"decade_{key}": value for key, value in slope.items()} | {"bins": places}
+        figures.draw_curve(axis, curve, bins, figures.legend(model, about.rho, about.p), i, len(found), interval=True)
+    figures.frame(axis, "score")
+    out.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(out / "curve.png", dpi=150)
+    plt.close(figure)
+    write_pairs(out / "pairs.csv", found)
+    checkpoints.write_json(out / "curve.json", written)
+    checkpoints.write_json(out / "unjoined.json", report)
+    (out / "results.md").write_text(evaluation.table(rows) + "\n")
+    for dataset, about in report.items():
+        apart = about["scores without a count"]
+        some = ", ".join(map(repr, apart[:5])) + ", ..." * (len(apart) > 5)
+        print(f"{dataset}: {about['joined']} concepts" + (f"; no count of {len(apart)}: {some}" if apart else ""))
+    print(f"\n{evaluation.table(rows)}\n\nwritten to {out}")
+    return rows
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

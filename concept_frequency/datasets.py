@@ -1,0 +1,205 @@
+"""The authors' test sets, as they lie on disk, in the CLIP-benchmark layout: `python -m concept_frequency.datasets SET`
+
+    python -m concept_frequency.datasets ucf101 --root /data/ucf101 --out data/wds_ucf101
+    python -m concept_frequency.datasets let_it_wag --root Let-It-Wag/data --out data/let_it_wag
+
+Twelve classification sets come with a JSON file of splits, {train, val, test: [image, label, class name]}, most of them
+those of Zhou et al. (CoOp); Birdsnap, UCF101, Caltech-256 and CUB have no public set in that layout, and the others'
+test sets are not these. Let It Wag! is released as parquet files (bethgelab/Let-It-Wag on the Hugging Face Hub), or
+lies in a folder a class. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`,
+U:src/downstream_dataloader.py.
+"""
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import open_clip
+import pyarrow.parquet as pq
+import tyro
+from PIL import Image
+
+from concept_frequency.concepts import load_json
+from shared import cli, data, tars
+
+TEMPLATES = tuple(template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)  # 80, of the paper's ensembles
+WAG_ENDINGS = ("_bird", "_flowers", "_aircraft", "_food")  # of folders of Let It Wag!; no part of the names
+
+
+class Layout(NamedTuple):
+    """Where a set's file of splits and its images are, and how many test images and classes the authors have."""
+
+    split: str
+    images: str
+    test_images: int
+    classes: int
+
+
+LAYOUTS = {
+    "birdsnap": Layout("split_Birdsnap.json", "images", 11_747, 500),
+    "caltech101": Layout("split_zhou_Caltech101.json", "101_ObjectCategories", 2_465, 100),
+    "caltech256": Layout("split_Caltech256.json", "256_ObjectCategories", 9_076, 257),
+    "cub": Layout("split_CUB.json", "images", 5_794, 200),
+    "dtd": Layout("split_zhou_DescribableTextures.json", "images", 1_692, 47),
+    "eurosat": Layout("split_zhou_EuroSAT.json", "2750", 8_100, 10),
+    "flowers102": Layout("split_zhou_OxfordFlowers.json", "jpg", 2_463, 102),
+    "food101": Layout("split_zhou_Food101.json", "images", 30_300, 101),
+    "oxfordpets": Layout("split_zhou_OxfordPets.json", "images", 3_669, 37),
+    "stanfordcars": Layout("split_zhou_StanfordCars.json", "", 8_041, 196),
+    "sun397": Layout("split_zhou_SUN397.json", "SUN397", 19_850, 397),
+    "ucf101": Layout("split_zhou_UCF101.json", "UCF-101-midframes", 3_783, 101),
+}
+WAG = Layout("", "", 290 * 450, 290)
+
+
+class LabelledImages(NamedTuple):
+    """Names of classes, and (label, encoded image) of every test image."""
+
+    classnames: list[str]
+    images: Iterable[tuple[int, bytes]]
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+
+
+def read_split(root: Path, name: str) -> LabelledImages:
+    """The test images of one of LAYOUTS. U:src/downstream_dataloader.py:64-110, 308-360.
+
+    Names are those of all splits in the order of labels; Caltech-256's begin after the dot and lose `-101`.
+    """
+    layout = LAYOUTS[name]
+    file = root / layout.split
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: --root is the folder with {layout.split} and the images")
+    splits = load_json(file)
+    by_label = {label: title for part in ("train", "val", "test") for _, label, title in splits[part]}
+    if sorted(by_label) != list(range(len(by_label))):
+        raise ValueError(f"{file} has labels other than 0 to {len(by_label) - 1}")
+    titles = [by_label[label] for label in range(len(by_label))]
+    if name == "caltech256":
+        titles = [title.split(".")[1].replace("-101", "") for title in titles]
+    images = ((label, (root / layout.images / path).read_bytes()) for path, label, _ in splits["test"])
+    return LabelledImages(titles, images)
+
+
+def read_let_it_wag(root: Path) -> LabelledImages:
+    """Let It Wag! from its release, parquet files with the columns image and label, or from a folder a class.
+
+    The names of classes are in the files' own description, or in README.md beside or above them. Endings that tell
+    fine-grained classes are cut off, as U:src/downstream_dataloader.py:266 does; each image keeps its folder's name,
+    where that loader sorts names anew after the cut.
+    """
+    files = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
+    if files:
+        titles = parquet_classes(files)
+        images: Iterator[tuple[int, bytes]] = parquet_images(files)
+    else:
+        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        if not folders:
+            raise FileNotFoundError(f"{root} holds neither parquet files nor folders of images: it is no Let It Wag!")
+        titles = [folder.name for folder in folders]
+        images = (
+            (label, file.read_bytes())
+            for label, folder in enumerate(folders)
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower().lstrip(".") in tars.IMAGE_EXTENSIONS
+        )
+    return LabelledImages([re.sub(f"({'|'.join(WAG_ENDINGS)})$", "", title) for title in titles], images)
+
+
+def parquet_classes(files: Sequence[Path]) -> list[str]:
+    """Names of the classes of an image set that the library `datasets` wrote, in the order of labels."""
+    described = (pq.read_schema(files[0]).metadata or {}).get(b"huggingface")
+    features = json.loads(described)["info"]["features"] if described else {}
+    if names := features.get("label", {}).get("names"):
+        return names
+    for page in (files[0].parent / "README.md", files[0].parent.parent / "README.md"):
+        if page.is_file() and (found := re.findall(r"^ +'(\d+)': (.+)$", page.read_text(encoding="utf-8"), re.M)):
+            return [title.strip().strip("'\"") for _, title in sorted(found, key=lambda each: int(each[0]))]
+    raise ValueError(f"{files[0]} does not name its classes: keep README.md beside the parquet files")
+
+
+def parquet_images(files: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
+    """(label, encoded image) of every row, a batch of rows in memory at a time."""
+    for path in files:
+        for batch in pq.ParquetFile(path).iter_batches(256, columns=["image", "label"]):
+            for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
+                yield label, image["bytes"]
+
+
+# --------------------------------------------------------------------------------------------------------------- writer
+
+
+def encoded(image: bytes) -> dict[str, bytes]:
+    """{file ending: bytes} of an encoded image: as it is if readers know its kind, else as PNG."""
+    kinds = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+    for start, ending in kinds.items():
+        if image.startswith(start):
+            return {ending: image}
+    try:
+        return {"png": png(data.decode_image(image))}
+    except data.BrokenSample as error:
+        raise ValueError(f"an image of {len(image)} bytes cannot be read ({error})") from error
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as PNG."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_set(
+    folder: Path,
+    classnames: Sequence[str],
+    images: Iterable[tuple[int, dict[str, bytes]]],
+    templates: Sequence[str] = TEMPLATES,
+) -> int:
+    """Write a classification set from (label, {file ending: bytes}); returns the number of images."""
+    number = tars.write_split(folder / "test", (image | {"cls": str(label)} for label, image in images))
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classnames), encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
+    return number
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+@dataclasses.dataclass
+class Config:
+    """One set in, the same in the CLIP-benchmark layout out."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """birdsnap, caltech101, caltech256, cub, dtd, eurosat, flowers102, food101, oxfordpets, stanfordcars, sun397,
+    ucf101 or let_it_wag."""
+    root: str
+    """Folder with the set's JSON file of splits and its images; Let It Wag!'s parquet files, or a folder a class."""
+    out: str
+    """Folder to write."""
+    templates: str = ""
+    """File of prompt templates, one a line, `{c}` for the class; none: the 80 of ImageNet, as the paper says of all."""
+
+
+def main(cfg: Config) -> None:
+    """Write the set, and say how far it has the authors' numbers of images and classes."""
+    if cfg.name not in (*LAYOUTS, "let_it_wag"):
+        raise ValueError(f"there is no set {cfg.name!r}: those are {', '.join(LAYOUTS)} and let_it_wag")
+    root, layout = Path(cfg.root), LAYOUTS.get(cfg.name, WAG)
+    test = read_let_it_wag(root) if cfg.name == "let_it_wag" else read_split(root, cfg.name)
+    templates = Path(cfg.templates).read_text(encoding="utf-8").splitlines() if cfg.templates else TEMPLATES
+    if wrong := [template for template in templates if "{c}" not in template]:
+        raise ValueError(f"--templates {cfg.templates}: {wrong[0]!r} lacks {{c}} for the class")
+    images = ((label, encoded(image)) for label, image in test.images)
+    number = write_set(Path(cfg.out), test.classnames, images, templates)
+    print(
+        f"{cfg.out}: {number:,} images of {len(test.classnames)} classes; "
+        f"the authors': {layout.test_images:,} of {layout.classes}"
+    )
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,236 @@
+"""The paper's other tables from the authors' published files: what counts are like, generated images, Let It Wag!
+
+Sections 5 and 6, appendix C: tables 3, 4 and 9, figures 3, 5, 6 and 11 to 17. Each function returns (table rows, claims
+rows), both empty where a clone lacks the files. The curves of classification and retrieval are in panels.py.
+"""
+
+import numpy as np
+
+from concept_frequency import curves
+from concept_frequency.joining import fold
+from concept_frequency.panels import Rows, as_printed, counted, number
+from concept_frequency.printed import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
+from concept_frequency.published import BINS, CORPORA, FINE_GRAINED, GENERATION, METHODS, SIZES, Results, plotted_bins
+
+# -------------------------------------------------------------------------------------------- what the counts are like
+
+
+def agreement(results: Results) -> tuple[Rows, Rows]:
+    """Table 4: Spearman's rank correlation of counts, names aligned; number of concepts in brackets."""
+    rows, same, found = [], [], []
+    for (a, b), printed in TABLE4.items():
+        if results.has("image", a) and results.has("image", b):
+            row = {"corpora": f"{CORPORA[a]}, {CORPORA[b]}", "table 4": number(printed, 2)}
+            for search in METHODS:
+                spearman, n = curves.frequency_agreement(results.all_counts(a, search), results.all_counts(b, search))
+                row[search] = f"{spearman:.3f} ({n:,})"
+                found.append(spearman)
+            rows.append(row)
+            same.append(any(number(value, 2) == number(printed, 2) for value in found[-len(METHODS) :]))
+    if not rows:
+        return [], []
+    claim = counted("agreement of counts between corpora (tab. 4)", " ".join(row["table 4"] for row in rows), same)
+    claim["here"] += f", of any counts; aligned: {min(found):.2f} to {max(found):.2f}"
+    return rows, [claim]
+
+
+def tails(results: Results) -> tuple[Rows, Rows]:
+    """Figure 5: how unevenly the classes of 17 data sets occur."""
+    rows, few = [], {search: [] for search in METHODS}
+    for corpus, size in SIZES.items():
+        for search in METHODS:
+            if results.has(search, corpus):
+                counts = results.tail_counts(corpus, search)
+                tail = curves.long_tail(counts)
+                few[search].append(100 * curves.negligible(counts, size))
+                rows.append(
+                    {
+                        "corpus": CORPORA[corpus],
+                        "counts": search,
+                        "below 1e-5 of the corpus": f"{few[search][-1]:.1f} %",
+                        "below 1e-6": f"{100 * curves.negligible(counts, size, 1e-6):.1f} %",
+                        "below max/1000": f"{tail['frac_norm_below_1e-3']:.1%}",
+                        "never": f"{tail['n_zero'] / tail['n']:.1%}",
+                        "Gini": f"{tail['gini']:.3f}",
+                        "share of top 1 %": f"{tail['top1pct_share']:.1%}",
+                        "median": f"{tail['median']:,.0f}",
+                    }
+                )
+    if not rows:
+        return [], []
+    shares = [f"{search} {min(values):.0f} to {max(values):.0f} %" for search, values in few.items() if values]
+    return rows, [
+        {
+            "claim": "published files: concepts below 1e-5 of the corpus (no cut-off in the paper)",
+            "paper": "more than 2/3 negligible",
+            "here": ", ".join(shares),
+            "verdict": "reproduced" if min(map(min, filter(None, few.values()))) > 200 / 3 else "same direction",
+        }
+    ]
+
+
+def misalignments(results: Results) -> tuple[Rows, Rows]:
+    """Table 3: misaligned pairs, and their share of the fixed sizes of the corpora."""
+    rows, same = [], []
+    for name, (pairs, degree) in TABLE3.items():
+        if (found := results.misalignment(name)) is not None:
+            rows.append(
+                {
+                    "corpus": CORPORA.get(name, "LAION-Aesthetics"),
+                    "table 3": f"{pairs:,} ({degree} %)",
+                    "here": f"{found[0]:,} ({100 * found[1]:.3f} %)",
+                }
+            )
+            same.append(found[0] == pairs and as_printed(100 * found[1], degree))
+    return rows, [counted("misaligned pairs and degree (tab. 3)", "5.31 to 36.48 %", same, "equal")] if rows else []
+
+
+# ----------------------------------------------------------------------------------------------------- generated images
+
+
+def generation_curve(results: Results, setting: str, model: str) -> tuple[curves.Curve, str] | None:
+    """(curve of a text-to-image model, where it is from), or None: from the scores, else the curve that was saved."""
+    if (pairs := results.generation_pairs(setting, model)) is not None:
+        return curves.log_linear_curve(*pairs, BINS["generation"]), "scores"
+    saved = results.saved_curve("generation", "integrated", f"{model}|laion_aesthetics", setting)
+    return None if saved is None else (curves.from_saved(saved), "saved curve")
+
+
+def generation(results: Results) -> tuple[Rows, Rows]:
+    """Figures 3 and 11 to 15: rho of the last 4 of 7 bins by text-to-image model and score.
+
+    Numbers in brackets are of the saved curve, where the clone lacks the scores.
+    """
+    rows, found = [], {setting: [] for setting in GENERATION}
+    for model in results.generation_models():
+        row = {"model": model}
+        for setting, heading in GENERATION.items():
+            row[heading] = "-"
+            if (of := generation_curve(results, setting, model)) is not None:
+                rho, _ = curves.correlation(of[0], plotted_bins("generation", ""))
+                row[heading] = number(rho, 2) if of[1] == "scores" else f"({number(rho, 2)})"
+                found[setting] += [rho] if rho == rho else []
+        rows.append(row)
+    claims = []
+    for setting, heading in GENERATION.items():
+        if rhos := found[setting]:
+            claim = counted(
+                f"rho, text to image, {heading}", "linear rise", [rho > 0 for rho in rhos], "models above 0"
+            )
+            mean = float(np.mean(rhos))
+            if mean <= 0:
+                claim["verdict"] = "not reproduced"
+            claims.append(claim | {"here": f"{claim['here']}, mean {mean:+.2f}"})
+    return rows, claims
+
+
+def people(results: Results) -> tuple[Rows, Rows]:
+    """Figure 17: accuracy of generated public figures, as people judged it."""
+    if (found := results.people()) is None:
+        return [], []
+    counts, judged = found
+    x, y = curves.people_points(counts, judged)
+    curve = curves.log_linear_curve(x, y, BINS["people"])
+    rho, p = curves.correlation(curve)
+    row = {
+        "buckets of names": str(len(curves.frequency_buckets(counts))),
+        "used": str(len(x)),
+        "judgements": f"{sum(map(len, judged.values()))} (the text: 6 times 72)",
+        "rho": f"{rho:.4f}",
+        "p": f"{p:.4f}",
+        "no bins": number(curves.unbinned(x, y)["pearson"]),
+    }
+    same = [number(rho, 2) == number(PEOPLE, 2)]
+    return [row], [counted("rho, people judge generated people (fig. 17)", number(PEOPLE, 2), same)]
+
+
+# --------------------------------------------------------------------------------------------------------- Let It Wag!
+
+
+def let_it_wag(results: Results) -> tuple[Rows, Rows]:
+    """Table 9 and figure 6: accuracy on Let It Wag!, and on its two halves, against ImageNet, over models."""
+    imagenet, tail = results.imagenet(), results.let_it_wag()
+    names = [model for model in TABLE9 if model in tail]
+    if not names:
+        return [], []
+    rows, same = [], []
+    fine = fine_grained(results)
+    for model in names:
+        here = (number(imagenet[model], 2), number(tail[model]["full"], 2))
+        printed = tuple(number(value, 2) for value in TABLE9[model])
+        classes = tail[model].get("classwise", {})
+        halves = {
+            "common": [value for name, value in classes.items() if name not in fine],
+            "fine-grained": [value for name, value in classes.items() if name in fine],
+        }
+        rows.append(
+            {
+                "corpus": model.partition("|")[2],
+                "model": model.partition("|")[0],
+                "table 9": " ".join(printed),
+                "ImageNet": here[0],
+                "Let It Wag!": here[1],
+                **{f"{part} ({len(of)})": number(float(np.mean(of)), 2) for part, of in halves.items() if of},
+                "points lost": number(imagenet[model] - tail[model]["full"], 1),
+            }
+        )
+        of_both = zip((imagenet[model], tail[model]["full"]), printed, strict=True)
+        same += [as_printed(value, text) for value, text in of_both]
+    x, y = (np.array(values) for values in zip(*((imagenet[n], tail[n]["full"]) for n in names), strict=True))
+    return rows, [counted("Let It Wag! and ImageNet (tab. 9)", f"{2 * len(names)} numbers", same), *wag_claims(x, y)]
+
+
+def wag_claims(imagenet: curves.Array, tail: curves.Array) -> Rows:
+    """Claims rows of section 6: two slopes, and how much lower the accuracy on Let It Wag! is."""
+    found = curves.two_slopes(imagenet, tail)
+    slopes = [number(found["slope_below"], 2), number(found["slope_above"], 2)]
+    printed = [number(slope, 2) for slope in SLOPES]
+    models = f"{found['n_below']} models below 50 % and {found['n_above']} above"
+    lost = imagenet - tail
+    same = [a == b for a, b in zip(slopes, printed, strict=True)]
+    return [
+        counted(f"Let It Wag! slopes (fig. 6), {models}", " ".join(printed), same) | {"here": " ".join(slopes)},
+        {
+            "claim": "published files: points lost on Let It Wag! (sec. 6)",
+            "paper": "up to 20",
+            "here": f"{lost.min():.1f} to {lost.max():.1f}, mean {lost.mean():.1f}; {(lost > 20).sum()} of {len(lost)} "
+            "lose more than 20",
+            "verdict": "same direction" if (lost > 0).all() else "not reproduced",
+        },
+    ]
+
+
+def fine_grained(results: Results) -> set[str]:
+    """The classes of Let It Wag! that a fine-grained data set of birds, aircraft, flowers or dishes has, too.
+
+    The authors speak of a common and a fine-grained half and list neither; their loader knows the second by folders
+    that end in `_bird`, `_aircraft`, `_flowers`, `_food` (U:src/downstream_dataloader.py:268).
+    """
+    files = (results.scores_file("classification", dataset, "class") for dataset in FINE_GRAINED)
+    names = {fold(name) for path in files if path.is_file() for name in results.classes(path)}
+    return {name for name in results.wag_classes() if fold(name) in names}
+
+
+def tail_concepts(results: Results) -> Rows:
+    """Counts of the classes of Let It Wag! in LAION-400M; appendix H.1 adds up those of captions and of images."""
+    if not results.has("text", "laion400m"):
+        return []
+    found = {search: {fold(n): c for n, c in results.all_counts("laion400m", search).items()} for search in METHODS}
+    classes = [fold(name) for name in results.wag_classes()]
+    known = [name for name in classes if all(name in counts for counts in found.values())]
+    if not known:
+        return []
+    columns = {search: np.array([counts[name] for name in known]) for search, counts in found.items()}
+    columns["text + image"] = columns["text"] + columns["image"]
+    return [
+        {
+            "counts": kind,
+            "classes found": f"{len(known)} of {len(classes)}",
+            "never": str(int((x == 0).sum())),
+            "median": f"{np.median(x):,.1f}",
+            "mean": f"{x.mean():,.1f}",
+            "max": f"{x.max():,}",
+            "below 1,000": f"{(x < 1000).mean():.0%}",
+        }
+        for kind, x in columns.items()
+    ]

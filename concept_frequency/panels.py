@@ -1,0 +1,268 @@
+"""The paper's curves from the authors' published counts and scores: figures 2, 4, 8 to 10, 18, 19, 24, 25 and table 6.
+
+A panel is one model with one kind of counts (captions, images, both) and one score (prompts of a class, recall).
+Beside the correlation stand the legend of the authors' figure, the correlation of the curve that they saved, and the
+diagnostics that the paper lacks: all bins, no bins, scores shuffled across everything and within each dataset.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from concept_frequency import curves
+from concept_frequency.curves import Curve, Diagnostics
+from concept_frequency.printed import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
+from concept_frequency.published import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
+
+Rows = list[dict[str, str]]  # of a table
+Key = tuple[str, str, str]  # task, counts, prompts or recall
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7)  # of RAM++
+TEN = CURVE_MODELS[:10]  # of figure 2
+CLAIMS: tuple[tuple[str, tuple[Key, ...]], ...] = (  # which legends are a claim together
+    ("classification, matched counts (fig. 2)", (("classification", "integrated", "class"),)),
+    ("classification, image counts (fig. 18)", (("classification", "image", "class"),)),
+    ("classification, text counts (fig. 19)", (("classification", "text", "class"),)),
+    ("classification, other prompts (fig. 8)",
+     tuple(("classification", "integrated", prompts) for prompts in ("simple", "ensemble"))),
+    ("retrieval, matched counts (fig. 2)", (("retrieval", "integrated", "t2i_k=10"),)),
+    ("retrieval, other recalls (figs. 9, 10)",
+     tuple(("retrieval", "integrated", recall) for recall in SETTINGS["retrieval"][:-1])),
+    ("retrieval, image counts (fig. 18)", tuple(("retrieval", "image", recall) for recall in SETTINGS["retrieval"])),
+    ("retrieval, text counts (fig. 19)", tuple(("retrieval", "text", recall) for recall in SETTINGS["retrieval"])),
+)  # fmt: skip
+
+
+class Panel(NamedTuple):
+    """One model in one panel of a figure."""
+
+    model: str
+    bins: slice  # that the paper plots
+    curve: Curve
+    about: Diagnostics
+    printed: float | None  # in the legend of the authors' figure
+    saved: float | None  # rho of the curve that the authors saved
+    gap: float | None  # largest difference between the means of our bins and of theirs
+
+
+def panel(results: Results, key: Key, model: str, printed: float | None = None) -> Panel:
+    """Curve, correlation and diagnostics of one model."""
+    task, search, setting = key
+    bins = plotted_bins(task, model.partition("|")[2])
+    curve, about = curves.diagnose(*results.pairs(task, search, model, setting), BINS[task], bins)
+    theirs = results.saved_curve(task, search, model, setting)
+    saved = gap = None
+    if theirs is not None and len(theirs["cum_means"]) == len(curve.mean):
+        saved, _ = curves.correlation(curves.from_saved(theirs), bins)
+        gap = float(np.abs(np.nan_to_num(curve.mean) - theirs["cum_means"]).max())
+    return Panel(model, bins, curve, about, printed, saved, gap)
+
+
+def figure_panels(results: Results, key: Key) -> list[Panel]:
+    """All models whose counts are among the files."""
+    task, search, _ = key
+    legends = PRINTED.get(key, (None,) * len(CURVE_MODELS))
+    return [
+        panel(results, key, model, printed)
+        for model, printed in zip(CURVE_MODELS, legends, strict=True)
+        if results.has(search, model.partition("|")[2], task)
+    ]
+
+
+def keys() -> list[Key]:
+    """All figures: tasks by counts by prompts or recalls, those of figure 2 first."""
+    found = [(task, search, setting) for task in SETTINGS for search in METHODS for setting in SETTINGS[task]]
+    return sorted(found, key=lambda key: key[2] != MAIN[key[0]])
+
+
+def title(key: Key) -> str:
+    """A figure's name in tables."""
+    task, search, setting = key
+    counts = {"integrated": "matched", "image": "image", "text": "text"}[search]
+    score = f"{setting} prompts" if task == "classification" else setting.replace("_k=", " recall at ")
+    return f"{task}, {counts} counts, {score}"
+
+
+# --------------------------------------------------------------------------------------------------- tables and claims
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def as_printed(value: float, printed: str) -> bool:
+    """Whether a number is the printed one to two digits: the paper's tables round in some places and cut in others."""
+    return printed in (f"{value:.2f}", f"{math.floor(100 * value + 1e-9) / 100:.2f}")
+
+
+def panel_rows(panels: Iterable[Panel]) -> Rows:
+    """One table row a panel."""
+    return [
+        {
+            "corpus": CORPORA[p.model.partition("|")[2]],
+            "model": p.model.partition("|")[0],
+            "legend": number(p.printed, 2),
+            "saved curve": number(p.saved),
+            "here": number(p.about.rho),
+            "p": f"{p.about.p:.0e}",
+            "bins differ by": "-" if p.gap is None else f"{p.gap:.0e}",
+            "all bins": number(p.about.all_bins),
+            "1:-1": number(p.about.inner),
+            "no bins": number(p.about.pearson),
+            "rank": number(p.about.spearman),
+            "bin 0": f"{p.about.bin0:.0%}",
+            "shuffled": number(p.about.across, 2),
+            "... within": number(p.about.within, 2),
+            "reach": f"{p.about.reached:.0%}",
+        }
+        for p in panels
+    ]
+
+
+def counted(claim: str, paper: str, same: Sequence[bool], what: str = "equal to the digit") -> dict[str, str]:
+    """A claims row: how many of several numbers agree with the paper's."""
+    verdict = "reproduced" if same and all(same) else "same direction" if any(same) else "not reproduced"
+    return {
+        "claim": f"published files: {claim}", "paper": paper, "here": f"{sum(same)} of {len(same)} {what}",
+        "verdict": verdict,
+    }  # fmt: skip
+
+
+def listed(values: Sequence[float]) -> str:
+    """Numbers one by one, or their range where there are many."""
+    if len(values) <= len(CURVE_MODELS):
+        return " ".join(f"{value:.2f}" for value in values)
+    return f"{len(values)} values, {min(values):.2f} to {max(values):.2f}"
+
+
+def legend_claims(figures: dict[Key, list[Panel]]) -> Rows:
+    """Claims rows: which correlations agree with the legends of figures, which curves with those that were saved."""
+    rows = []
+    for name, of in CLAIMS:
+        shown = [p for key in of for p in figures.get(key, ()) if p.printed is not None]
+        if shown:
+            same = [f"{p.about.rho:.2f}" == f"{p.printed:.2f}" for p in shown]
+            rows.append(counted(f"rho, {name}", listed([p.printed for p in shown]), same))
+    main = [p for p in figures.get(("classification", "integrated", "class"), ()) if p.model in DERIVED]
+    if main:
+        same = [f"{p.about.rho:.3f}" == f"{DERIVED[p.model]:.3f}" for p in main]
+        rows.insert(1, counted("rho, LAION-400M, main figure", ".957 .916 .855 (no figure file)", same, "equal"))
+    saved = [p.gap < 1e-6 for panels in figures.values() for p in panels if p.gap is not None]
+    if saved:
+        rows.append(counted("bins of the curves that the authors saved", "their files", saved, "equal to 1e-6"))
+    return rows
+
+
+# ------------------------------------------------------------------------------------ what the paper leaves out or adds
+
+
+def of_corpus(model: str) -> dict[str, str]:
+    return {"corpus": CORPORA[model.partition("|")[2]], "model": model.partition("|")[0]}
+
+
+def models_with_counts(results: Results, models: Sequence[str] = TEN, search: str = "integrated") -> list[str]:
+    return [model for model in models if results.has(search, model.partition("|")[2])]
+
+
+def data_sets(results: Results) -> Rows:
+    """rho of the main figure over 18 data sets, as its legends need, and over the 17 of the paper's text."""
+    rows = []
+    for model in models_with_counts(results, CURVE_MODELS):
+        cells = {}
+        for heading, sketch in (("18, with ImageNet-Sketch", True), ("17, without", False)):
+            counts, scores, _ = results.pairs("classification", "integrated", model, "class", sketch=sketch)
+            curve = curves.log_linear_curve(counts, scores, BINS["classification"])
+            rho, p = curves.correlation(curve, plotted_bins("classification", model.partition("|")[2]))
+            cells |= {heading: number(rho), "p, " + heading.partition(",")[0]: f"{p:.0e}"}
+        rows.append(of_corpus(model) | cells)
+    return rows
+
+
+def left_out(results: Results) -> Rows:
+    """The pairs in each bin of the main figure, the bins that it shows, and those that an IQR rule would leave out."""
+    rows = []
+    of = {model.partition("|")[2]: model for model in models_with_counts(results, CURVE_MODELS)}  # one a corpus
+    for corpus, model in of.items():
+        counts, scores, _ = results.pairs("classification", "integrated", model)
+        curve = curves.log_linear_curve(counts, scores, BINS["classification"])
+        bins = plotted_bins("classification", corpus)
+        rows.append({
+            "corpus": CORPORA[corpus], "bins shown": f"{bins.start}:{bins.stop}",
+            "pairs in bins 0 to 11": " ".join(map(str, curve.size)),
+            "too few by 1.5 IQR": " ".join(map(str, curves.small_bins(curve.size))) or "none",
+            "... of log sizes": " ".join(map(str, curves.small_bins(np.log(np.maximum(curve.size, 1))))) or "none",
+        })  # fmt: skip
+    return rows
+
+
+def with_zeros(results: Results) -> tuple[Rows, Rows]:
+    """(table rows, claims rows) of figure 25: bin 0, where concepts that were never counted are, included."""
+    rows, found = [], []
+    for model in models_with_counts(results):
+        counts, scores, _ = results.pairs("classification", "integrated", model)
+        curve = curves.log_linear_curve(counts, scores, BINS["classification"])
+        rho, p = curves.correlation(curve, slice(0, -1))
+        zeros = (counts[curve.index == 0] == 0).mean()
+        rows.append(of_corpus(model) | {"bins 0:-1": number(rho), "p": f"{p:.0e}", "zeros in bin 0": f"{zeros:.0%}"})
+        found.append(rho > 0 and p < 0.05)
+    claim = counted("rho with concepts never counted (fig. 25)", "trend retained", found, "positive, p < 0.05")
+    return rows, [claim] if rows else []
+
+
+def table6(results: Results) -> tuple[Rows, Rows]:
+    """(table rows, claims rows) of table 6: mean accuracy of concepts by their count.
+
+    Its numbers are those of the ensemble of prompts over 18 data sets, and its concepts of frequency 0 are those with a
+    count of 0 or 1, as in the curves' first bin.
+    """
+    rows, equal = [], []
+    for model in models_with_counts(results, tuple(TABLE6)):
+        found = curves.frequency_bands(
+            *results.pairs("classification", "integrated", model, "ensemble")[:2], curves.TABLE6_BANDS
+        )
+        row = of_corpus(model)
+        for (band, (_, mean)), printed in zip(found.items(), TABLE6[model], strict=False):
+            row[band] = f"{mean:.2f} ({printed:.2f})"
+            equal.append(as_printed(mean, f"{printed:.2f}"))
+        rows.append(row)
+    return rows, [counted("accuracy by frequency (tab. 6)", "50 numbers", equal)] if rows else []
+
+
+def by_count(results: Results) -> tuple[Rows, Rows]:
+    """(table rows, claims rows): mean accuracy of the main figure's pairs by decade of the count, zeros apart."""
+    rows, lowest = [], []
+    for model in models_with_counts(results):
+        found = curves.frequency_bands(*results.pairs("classification", "integrated", model)[:2])
+        rows.append(of_corpus(model) | {band: f"{mean:.1f} ({n:,})" for band, (n, mean) in found.items()})
+        means = [mean for _, mean in found.values()]
+        lowest.append(means[0] == min(means))
+    printed = sum(values[0] == min(values) for values in TABLE6.values())
+    paper = f"all (app. J); {printed} of {len(TABLE6)} in table 6"
+    return rows, [counted("concepts never counted score lowest", paper, lowest, "models")] if rows else []
+
+
+def thresholds(results: Results) -> tuple[Rows, Rows]:
+    """(table rows, claims rows) of figure 24: rho of image counts by RAM++ threshold."""
+    rows, found, same = [], [], []
+    for i, model in enumerate(TEN):
+        pretraining, cells = model.partition("|")[2], {}
+        for threshold in THRESHOLDS:
+            method = f"rampp{threshold}"
+            if results.counts_file("imagenet-sketch", pretraining, method).is_file():
+                counts, scores, _ = results.pairs("classification", "image", model, "class", method)
+                curve = curves.log_linear_curve(counts, scores, BINS["classification"])
+                rho, p = curves.correlation(curve, plotted_bins("classification", pretraining))
+                cells[str(threshold)] = number(rho, 2) + "**" * bool(p < 0.05)
+                if threshold in FIGURE24:
+                    found.append(rho > 0 and p < 0.05)
+                    same.append(number(rho, 2) == number(FIGURE24[threshold][i], 2))
+        if cells:
+            legends = {f"legend, {t}": number(values[i], 2) for t, values in FIGURE24.items()}
+            rows.append(of_corpus(model) | {str(t): cells.get(str(t), "-") for t in THRESHOLDS} | legends)
+    if not rows:
+        return [], []
+    return rows, [
+        counted("rho at RAM++ thresholds (fig. 24)", "0.07 to 0.98", same),
+        counted("significance at RAM++ thresholds (fig. 24)", "all (caption)", found, "positive, p < 0.05"),
+    ]

@@ -1,0 +1,102 @@
+"""Test sets as the authors' loaders find them, in the CLIP-benchmark layout."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from scripts import one_sentence
+
+from concept_frequency import datasets
+from shared.evalsets import EvalSet
+
+
+def picture(seed: int, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def labels(folder) -> list[int]:
+    return [label for _, _, label in EvalSet(folder, lambda image: np.asarray(image).mean())]
+
+
+def test_a_set_with_a_file_of_splits(tmp_path, capsys):
+    root = tmp_path / "caltech256"
+    for i, name in enumerate(("001.ak47", "002.american-flag-101")):
+        (root / "256_ObjectCategories" / name).mkdir(parents=True)
+        for k in range(3):
+            (root / f"256_ObjectCategories/{name}/{k}.jpg").write_bytes(picture(10 * i + k))
+    rows = [
+        [f"{name}/{k}.jpg", i, name] for i, name in enumerate(("001.ak47", "002.american-flag-101")) for k in range(3)
+    ]
+    (root / "split_Caltech256.json").write_text(json.dumps({"train": rows[:1], "val": rows[1:2], "test": rows[2:]}))
+    datasets.main(datasets.Config("caltech256", str(root), str(tmp_path / "wds")))
+    assert "4 images of 2 classes; the authors': 9,076 of 257" in capsys.readouterr().out
+    made = EvalSet(tmp_path / "wds", lambda image: image.size)
+    assert made.classnames == ["ak47", "american-flag"] and labels(tmp_path / "wds") == [0, 1, 1, 1]
+    assert made.templates == list(datasets.TEMPLATES) and len(set(made.templates)) == 80
+    (tmp_path / "own.txt").write_text("a {c}\n")
+    cfg = datasets.Config("caltech256", str(root), str(tmp_path / "wds"), str(tmp_path / "own.txt"))
+    datasets.main(cfg)
+    assert EvalSet(tmp_path / "wds", lambda image: image).templates == ["a {c}"]
+    (root / "split_Caltech256.json").write_text(json.dumps({"train": [], "val": [], "test": rows[3:]}))
+    with pytest.raises(ValueError, match="labels other than 0 to 0"):
+        datasets.read_split(root, "caltech256")
+
+
+def write_release(folder, described: bool) -> None:
+    """Two parquet files as the library `datasets` writes a set of images."""
+    folder.mkdir(parents=True)
+    for k in range(2):
+        rows = [{"bytes": picture(2 * k + i, "PNG" if i else "JPEG"), "path": f"{i}.jpg"} for i in range(2)]
+        table = pa.table({"image": rows, "label": [k, 1]})
+        names = {"names": ["Zone_tailed_Hawk_bird", "A300B4_aircraft"], "_type": "ClassLabel"}
+        about = {"info": {"features": {"image": {"_type": "Image"}, "label": names}}}
+        if described:
+            table = table.replace_schema_metadata({b"huggingface": json.dumps(about).encode()})
+        pq.write_table(table, folder / f"train-{k:05d}-of-00002.parquet")
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_let_it_wag_as_released(tmp_path, described):
+    root = tmp_path / "Let-It-Wag"
+    write_release(root / "data", described)
+    if not described:
+        with pytest.raises(ValueError, match="keep README.md beside"):
+            datasets.read_let_it_wag(root)
+        page = "dataset_info:\n  features:\n    class_label:\n      names:\n"
+        page += "        '0': Zone_tailed_Hawk_bird\n        '1': A300B4_aircraft\n"
+        (root / "README.md").write_text(page)
+    datasets.main(datasets.Config("let_it_wag", str(root), str(tmp_path / "wds")))
+    made = EvalSet(tmp_path / "wds", lambda image: image.size)
+    assert made.classnames == ["Zone_tailed_Hawk", "A300B4"] and labels(tmp_path / "wds") == [0, 1, 1, 1]
+
+
+def test_let_it_wag_in_folders(tmp_path):
+    for name in ("B_bird", "A_food", "C"):  # sorted anew after the cut, B would be A's
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / f"images/{name}/1.png").write_bytes(picture(ord(name[0]), "PNG"))
+    found = datasets.read_let_it_wag(tmp_path / "images")
+    assert found.classnames == ["A", "B", "C"] and [label for label, _ in found.images] == [0, 1, 2]
+
+
+def test_images_of_other_kinds():
+    assert set(datasets.encoded(picture(0, "WEBP"))) == {"webp"}
+    assert set(datasets.encoded(picture(0, "GIF"))) == {"png"}
+    with pytest.raises(ValueError, match="cannot be read"):
+        datasets.encoded(b"nothing")
+
+
+def test_command_lines_end_in_one_sentence(in_process, tmp_path):
+    for arguments, words in (
+        (["ucf101", "--root", tmp_path], "split_zhou_UCF101.json does not exist"),
+        (["ucf102", "--root", tmp_path], "there is no set 'ucf102'"),
+        (["let_it_wag", "--root", tmp_path / "none"], "it is no Let It Wag!"),
+    ):
+        result = in_process(*arguments, "--out", tmp_path / "out", module="concept_frequency.datasets")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
