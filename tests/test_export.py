@@ -134,8 +134,9 @@ def test_clip_benchmark_gives_the_same_numbers(exported, runs, small_sets, name:
     for k in (1, 5, 10):
         names[f"{SETS[1]}/image_to_text_R@{k}"] = f"text_retrieval_recall@{k}"
         names[f"{SETS[1]}/text_to_image_R@{k}"] = f"image_retrieval_recall@{k}"
+    one = 0.11 if TOLERANCES[name][0] else 0.0  # a sample in a thousand: near ties
     for mine, other in names.items():
-        assert ours[mine] == pytest.approx(100 * theirs[other], rel=1e-6), (mine, name)
+        assert ours[mine] == pytest.approx(100 * theirs[other], rel=1e-6, abs=one), (mine, name)
     assert ours[f"{SETS[1]}/text_to_image_R@10"] > 0
 
 
