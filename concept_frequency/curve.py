@@ -238,7 +238,8 @@ def parse_slice(text: str) -> slice:
 def row_of(model: str, pairs: Pairs, about: curves.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
     """A model's line in the table."""
     return {
-        "model": model, "concepts": str(len(pairs.names)), "rho": f"{about.rho:.3f}", "p": f"{about.p:.0e}",
+        "model": model.replace("|", ", "), "concepts": str(len(pairs.names)), "rho": f"{about.rho:.3f}",
+        "p": f"{about.p:.0e}",
         "all bins": f"{about.all_bins:.3f}", "no bins": f"{about.pearson:.3f}", "rank": f"{about.spearman:.3f}",
         "bin 0": f"{about.bin0:.0%}", "shuffled": f"{about.across:.2f}", "... within data sets": f"{about.within:.2f}",
         "reach": f"{about.reached:.0%}",

@@ -148,9 +148,13 @@ def legend_claims(figures: dict[Key, list[Panel]]) -> Rows:
     if main:
         same = [f"{p.about.rho:.3f}" == f"{DERIVED[p.model]:.3f}" for p in main]
         rows.insert(1, counted("rho, LAION-400M, main figure", ".957 .916 .855 (no figure file)", same, "equal"))
-    saved = [p.gap < 1e-6 for panels in figures.values() for p in panels if p.gap is not None]
+    saved = [p for panels in figures.values() for p in panels if p.gap is not None]
     if saved:
-        rows.append(counted("bins of the curves that the authors saved", "their files", saved, "equal to 1e-6"))
+        same = [p.gap < 1e-6 for p in saved]
+        claim = counted("bins of the curves that the authors saved", "their files", same, "equal to 1e-6")
+        others = {CORPORA[p.model.partition("|")[2]] for p, equal in zip(saved, same, strict=True) if not equal}
+        claim["here"] += f", not of {', '.join(sorted(others))}" if others else ""
+        rows.append(claim)
     return rows
 
 

@@ -52,7 +52,7 @@ def run(files: Path, counts: str, given: str, **more) -> list[dict[str, str]]:
 
 def test_curve_of_every_kind_of_file(files, capsys):
     with_trend, without = run(files, "counts.json", "things_class_results.json")
-    assert (with_trend["model"], without["model"]) == ("RN50|cc3m", "ViT-B-16|cc3m")
+    assert (with_trend["model"], without["model"]) == ("RN50, cc3m", "ViT-B-16, cc3m")
     assert float(with_trend["rho"]) > 0.95 > float(without["rho"])
     written = json.loads((files / "out/curve.json").read_text())
     low, slope, high = (written["RN50|cc3m"][f"decade_{key}"] for key in ("low", "slope", "high"))

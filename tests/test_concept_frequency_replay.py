@@ -84,6 +84,16 @@ def test_let_it_wag(case, request):
     assert found["slope_above"] == pytest.approx(case["slope_imagenet_above_50"], abs=1e-9)
 
 
+@pytest.mark.golden("concept_frequency", "human_eval_curve")
+def test_people_study(case, request):
+    """From the counts of all names and the participants' judgements: buckets, middles, means."""
+    if (found := results(case, request).people()) is None:
+        pytest.skip("needs the judgements of the people study: --upstream CLONE")
+    x, y = curves.people_points(*found)
+    case.close("bucket_centers", x, rtol=1e-6)
+    case.close("bucket_accuracy", y, rtol=1e-6, atol=1e-6)
+
+
 def key_of(model: str) -> str:
     backbone, _, corpus = model.partition("|")
     return f"backbone{backbone}_pretrained{corpus}"
