@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scripts import ROOT, ended, held, kill_when, one_sentence
 from test_concept_frequency_corpus import write_captions, write_shard
@@ -168,7 +169,7 @@ def red_blue(names, device):
     \"\"\"Is the image red, is it blue; a dark image ends the process as long as there is a file.\"\"\"
     def probabilities(images):
         dark = (images.amax((1, 2, 3)) < 0.5).any()
-        if dark and os.path.exists(os.environ["COLOURS_STOP"]):
+        if dark and os.path.exists(os.environ.get("COLOURS_STOP", "")):
             os._exit(9)
         return torch.stack([images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))], 1)
     return lambda image: pil_to_tensor(image).float() / 255, probabilities
@@ -219,37 +220,49 @@ def test_wrong_address_fails_at_once(server):
     assert time.monotonic() - start < 2 * count.CONNECT_SECONDS
 
 
-@pytest.mark.skipif(
-    not os.environ.get("PAPER_CLIPS_RAY"), reason="starts a Ray cluster, tens of seconds: PAPER_CLIPS_RAY=1"
-)
-def test_ray_counts_alike_from_any_folder(tmp_path):
-    """The command line in another folder, relative paths, a cluster that was started in a third one."""
+def test_ray_counts_alike_from_any_folder(tmp_path, monkeypatch):
+    """The command line in another folder, relative paths, a cluster that was started in a third one and believes that
+    it has a GPU: captions and images."""
     pytest.importorskip("ray")
-    write_captions(tmp_path, CAPTIONS)
-    (tmp_path / "names.txt").write_text("\n".join(NAMES))
     (tmp_path / "elsewhere").mkdir()
-    truth = counted(tmp_path, "here", data=(str(tmp_path / "a.txt"), str(tmp_path / "a.tsv")), caption_column="1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     plain = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-    head = [*ray, "start", "--head", "--block", "--num-cpus", "2", "--include-dashboard", "false"]
+    head = [*ray, "start", "--head", "--block", "--num-cpus", "1", "--num-gpus", "1", "--include-dashboard", "false"]
     cluster = subprocess.Popen(
-        [*head, "--port", address.rpartition(":")[2]], cwd=tmp_path / "elsewhere", env=plain,
+        [*head, "--disable-usage-stats", "--port", address.rpartition(":")[2]], cwd=tmp_path / "elsewhere", env=plain,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
+        write_captions(tmp_path, CAPTIONS)
+        colors = [((255, 0, 0), (0, 0, 255), (255, 0, 255))[row % 3] for row in range(20)]
+        write_shard(tmp_path / "images.tar", [(f"{row:05}", "?", color) for row, color in enumerate(colors)])
+        (tmp_path / "names.txt").write_text("\n".join(NAMES))
+        (tmp_path / "colours.py").write_text(COLOURS)
+        monkeypatch.syspath_prepend(tmp_path)
+        images = {"images": (str(tmp_path / "images.tar"),), "ids": "cc3m", "tagger": "colours:red_blue"}
+        truth = counted(tmp_path, "here", data=(str(tmp_path / "a.txt"),), **images)  # while the cluster starts
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 count.check_head(address)
                 break
             except ValueError:
-                time.sleep(1)
-        command = [sys.executable, "-m", "concept_frequency.count", "shards", "--data", "a.txt", "a.tsv"]
-        command += ["--concepts", "names.txt", "--caption-column", "1", "--out", "out", "--memory", "1"]
-        command += ["--spacy", PIPELINE, "--query-spacy", PIPELINE, "--address", address]
+                time.sleep(0.2)
+        command = [sys.executable, "-m", "concept_frequency.count", "shards", "--data", "a.txt", "--out", "out"]
+        command += ["--concepts", "names.txt", "--images", "images.tar", "--ids", "cc3m"]
+        command += [
+            "--tagger",
+            "colours:red_blue",
+            "--spacy",
+            PIPELINE,
+            "--query-spacy",
+            PIPELINE,
+            "--address",
+            address,
+        ]
         done = subprocess.run(
             command, cwd=tmp_path, env=plain | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
         )
@@ -257,8 +270,9 @@ def test_ray_counts_alike_from_any_folder(tmp_path):
     finally:
         cluster.terminate()
         cluster.wait(30)
-    found = load_counts(tmp_path / "out/names_corpus_lemmatized_search_counts.json")
-    assert found == dict(zip(NAMES, truth.text.tolist(), strict=True))
+    found = pq.read_table(tmp_path / "out/counts.parquet").to_pydict()
+    assert found["concept"] == NAMES and found["text"] == truth.text.tolist()
+    assert found["image"] == truth.image.tolist() and truth.image.sum() == 26
 
 
 def test_killed_count_goes_on(tmp_path, start):
