@@ -69,7 +69,7 @@ def thumbnail(path: Path) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def save(columns: Sequence[Column], path: Path, title: str, width: int = 6) -> None:
+def save(columns: Sequence[Column], path: Path, title: str, width: int = 4) -> None:
     """Draw panels side by side, `width` a row; below each row the authors' images, if there is one for any of them."""
     rows = [columns[start : start + width] for start in range(0, len(columns), width)]
     heights = [height for row in rows for height in ([1.0] + [0.85] * any(each.theirs for each in row))]

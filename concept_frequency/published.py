@@ -51,6 +51,17 @@ GENERATION = {  # scores of text-to-image models, in the order of figures 3 and 
     "exp_clip": "expected CLIP score",
     "max_clip": "max CLIP score",
 }
+GENERATION_MODELS = (  # three a panel of these figures
+    "huggingface_openjourney-v1-0", "DeepFloyd_IF-I-L-v1.0", "huggingface_promptist-stable-diffusion-v1-4",
+    "craiyon_dalle-mini", "huggingface_openjourney-v2-0", "adobe_giga-gan",
+    "huggingface_vintedois-diffusion-v0-1", "huggingface_stable-diffusion-safe-strong", "DeepFloyd_IF-I-M-v1.0",
+    "huggingface_stable-diffusion-safe-weak", "huggingface_stable-diffusion-v1-5",
+    "huggingface_dreamlike-diffusion-v1-0",
+    "huggingface_stable-diffusion-safe-medium", "huggingface_redshift-diffusion", "craiyon_dalle-mega",
+    "lexica_search-stable-diffusion-1.5", "AlephAlpha_m-vader", "huggingface_stable-diffusion-v2-base",
+    "DeepFloyd_IF-I-XL-v1.0", "huggingface_stable-diffusion-safe-max", "huggingface_stable-diffusion-v1-4",
+    "kakaobrain_mindall-e", "huggingface_stable-diffusion-v2-1-base", "huggingface_dreamlike-photoreal-v2-0",
+)  # fmt: skip
 
 
 def plotted_bins(task: str, pretraining: str) -> slice:

@@ -23,7 +23,16 @@ from tqdm import tqdm
 from concept_frequency import curves, figures, insights, panels
 from concept_frequency.figures import Column
 from concept_frequency.panels import Key, Panel, Rows
-from concept_frequency.published import BINS, CORPORA, GENERATION, METHODS, SIZES, Results, plotted_bins
+from concept_frequency.published import (
+    BINS,
+    CORPORA,
+    GENERATION,
+    GENERATION_MODELS,
+    METHODS,
+    SIZES,
+    Results,
+    plotted_bins,
+)
 from shared import checkpoints, cli, evaluation
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -73,18 +82,27 @@ def threshold_columns(results: Results, threshold: float) -> list[Column]:
 
 
 def generation_columns(results: Results, setting: str) -> list[Column]:
-    """Figures 3, 11 to 15 of one score: every text-to-image model in a panel of its own."""
+    """Figures 3, 11 to 15 of one score: three text-to-image models a panel, in the order of theirs."""
     columns, bins = [], plotted_bins("generation", "")
-    for model in results.generation_models():
-        if (found := insights.generation_curve(results, setting, model)) is None:
+    groups = [GENERATION_MODELS[i : i + 3] for i in range(0, len(GENERATION_MODELS), 3)]
+    groups.append(tuple(model for model in results.generation_models() if model not in GENERATION_MODELS))
+    for number, group in enumerate(groups, start=1):
+        found = {model: insights.generation_curve(results, setting, model) for model in group}
+        if not any(found.values()):
             continue
 
-        def draw(axis: Axes, found: tuple[curves.Curve, str] = found) -> None:
-            curve, source = found
-            figures.draw_curve(axis, curve, bins, figures.legend(f"their {source}", *curves.correlation(curve, bins)))
+        def draw(axis: Axes, found: dict[str, tuple[curves.Curve, str] | None] = found) -> None:
+            for i, (model, of) in enumerate(found.items()):
+                if of is not None:
+                    label = figures.legend(model.partition("_")[2], *curves.correlation(of[0], bins))
+                    figures.draw_curve(axis, of[0], bins, label, i, len(found))
             figures.frame(axis, GENERATION[setting])
 
-        columns.append(Column(model, draw))
+        sources = " and ".join(sorted({f"their {of[1]}" for of in found.values() if of}))
+        theirs = results.figure(
+            f"eccv-paper-laion400m-t2i-log-linear-plot-integrated-queried-search_{number}-{setting}"
+        )
+        columns.append(Column(sources, draw, theirs))
     return columns
 
 
