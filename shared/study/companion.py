@@ -265,7 +265,8 @@ def authors_lines(file: Path, place: Place) -> Excerpt:
 
 STYLE = """
 :root { color-scheme: light dark } body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 84rem;
-padding: 0 1rem } nav { columns: 18rem; font-size: .92rem } nav a { display: block } h2 { border-top: 1px solid #8884;
+padding: 0 1rem; overflow-wrap: anywhere } nav { columns: 18rem; font-size: .92rem } nav a { display: block }
+h2 { border-top: 1px solid #8884;
 margin-top: 2.5rem; padding-top: 1rem } .sides { display: grid; gap: 1rem; grid-template-columns: 1fr 1fr }
 .sides > div { min-width: 0 } @media (max-width: 60rem) { .sides { grid-template-columns: 1fr } }
 pre { font: .8rem/1.4 ui-monospace, monospace; margin: 0; max-height: 44rem; overflow: auto; padding: .6rem }
