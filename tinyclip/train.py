@@ -320,18 +320,22 @@ def whole_views(pixels: Tensor) -> Tensor:
 
 
 class PairDataset(Dataset):
-    """Row -> (image (3, R, R), tokens (S,), broken samples passed over). A crop is a function of (seed, row)."""
+    """Item i of a run -> (uint8 image (3, R, R), tokens (S,), broken samples passed over). `normalise` is for batches.
 
-    def __init__(self, pairs: data.Shards | data.TSV, transform, tokenizer, seed: tuple[int, ...] = (0,)):
-        self.pairs, self.transform, self.tokenizer, self.seed = pairs, transform, tokenizer, seed
+    A crop is a function of seed, epoch and row.
+    """
+
+    def __init__(self, pairs: data.Shards | data.TSV | windows.Windowed, transform, tokenizer, seed: int = 0):
+        self.pairs, self.tokenizer, self.seed = pairs, tokenizer, seed
+        self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(row), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(row)))  # CPU only: cheap
+        pair = data.read_or_next(self.pairs, int(i), broken)
+        data.seed_views(self.seed, i, len(self))
         return self.transform(pair.image), self.tokenizer(pair.caption)[0], broken
 
 
@@ -349,11 +353,9 @@ class Corpus:
         data.check_pairs(self.pairs, cfg, state, process)
         self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
         self.size, context = image_and_context(student)
-        self.transform = image_transform(self.size, cfg.augmentation == "crop")
         self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
-
-    def dataset(self, *seed: int) -> PairDataset:
-        return PairDataset(self.pairs, self.transform, self.tokenizer, seed)
+        transform = image_transform(self.size, cfg.augmentation == "crop")
+        self.dataset = PairDataset(self.pairs, transform, self.tokenizer, cfg.seed)
 
     def remember(self, teacher: CLIP | None, precision: str) -> None:
         """Decode all images once; keep their views and the teacher's features of them on the device, and the tokens."""
@@ -374,31 +376,31 @@ class Corpus:
     ) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """(images, tokens, the teacher's features of them) of every step from `start` on, on the process's device."""
         cfg, device = self.cfg, self.process.device
-        for epoch in range(start // self.steps_per_epoch, math.ceil(cfg.steps / self.steps_per_epoch)):
-            first = max(start - epoch * self.steps_per_epoch, 0)
-            read = self.read if self.memory is None else self.recall
-            for images, tokens, answer in read((cfg.seed, epoch), first):
-                images, tokens = images.to(device, non_blocking=True), cut_padding(tokens, device)
-                if answer is None and teacher is not None:
-                    answer = ask_teacher(teacher, images, tokens, cfg, precision)
-                yield images, tokens, answer
+        epoch, first = divmod(start, self.steps_per_epoch)
+        epochs = range(epoch, math.ceil(cfg.steps / self.steps_per_epoch))
+        read = self.read if self.memory is None else self.recall
+        for images, tokens, answer in read(epochs, first):
+            images, tokens = images.to(device, non_blocking=True), cut_padding(tokens, device)
+            if answer is None and teacher is not None:
+                answer = ask_teacher(teacher, images, tokens, cfg, precision)
+            yield images, tokens, answer
 
-    def read(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
-        """Batches of an epoch, shuffled by `seed`, from its batch `first` on; read by `workers` processes."""
-        loader = windows.epoch_loader(self.dataset(*seed), collate, self.cfg, self.process, seed, first)
+    def read(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Shuffled batches of these epochs, from batch `first` of the first on; read by `workers` processes."""
+        loader = windows.training_batches(self.dataset, collate, self.cfg, self.process, epochs, first)
         for images, tokens, _ in data.watch(loader, self.broken):
-            yield images, tokens, None
+            yield self.dataset.normalise(images.to(self.process.device, non_blocking=True)), tokens, None
 
-    def recall(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
+    def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """The same batches, with the teacher's features, out of memory."""
-        rank, world_size, _ = self.process
-        order = data.batches(len(self.pairs), self.cfg.batch_size // world_size, seed, rank, world_size, first)
-        order, rows = order[: self.steps_per_epoch - first], np.arange(len(self.pairs))
-        as_it_is = lambda images, u: images  # noqa: E731
-        for index, images, tokens, _ in memory.Views(self.memory, rows, as_it_is, 0, seed, order):
-            answer = self.answer
-            found = answer and TeacherOutput(answer.image[index], answer.text[index], answer.scale)
-            yield images, tokens, found
+        (rank, world_size, _), size = self.process, self.cfg.batch_size // self.process.world_size
+        rows, as_it_is, answer = np.arange(len(self.pairs)), lambda images, u: images, self.answer
+        for epoch in epochs:
+            seed, start = (self.cfg.seed, epoch), first if epoch == epochs[0] else 0
+            order = data.batches(len(self.pairs), size, seed, rank, world_size, start)[: self.steps_per_epoch - start]
+            for index, images, tokens, _ in memory.Views(self.memory, rows, as_it_is, 0, seed, order):
+                found = answer and TeacherOutput(answer.image[index], answer.text[index], answer.scale)
+                yield images, tokens, found
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
