@@ -1,15 +1,16 @@
 """The bank: embeddings of every image's captions, computed once by embed.py, so that training never sees the LLM.
 
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. They have one .pth
-file per image, U:training/data.py:393-435. Here a folder holds `index.json` (how it was made), `keys.npy` (sample keys,
-sorted), `rows.npy` (the row of each key; samples with the same captions share one), `centres.npy`, and shards
-`00000.npy`, ... of (n, T, D) float16, which are mapped into memory. T = 11 facets of an image: 1 of the raw caption, 3
-of the short, 7 of the long one; unit length.
+file per image, U:training/data.py:393-435. Here a folder holds `index.json` (how it was made), `keys.npy`, `ends.npy`
+(sample keys as bytes, one behind the other, and where each ends), `rows.npy` (the row of each key; samples of the same
+captions share one), `centres.npy`, and shards `00000.npy`, ... of (n, T, D) float16, which are mapped into memory.
+T = 11 facets of an image: 1 of the raw caption, 3 of the short, 7 of the long one; unit length.
 """
 
 import functools
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints
+from shared.index import Lookup, Strings
 
 
 class Bank:
@@ -32,19 +34,26 @@ class Bank:
                 raise ValueError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
         if not (self.root / "centres.npy").is_file():
             raise ValueError(f"{root} is not finished; run 'python -m flame.embed' again")
-        self.keys, self.rows = (np.load(self.root / name, mmap_mode="r") for name in ("keys.npy", "rows.npy"))
+        self.keys, self.rows = read_keys(self.root), np.load(self.root / "rows.npy", mmap_mode="r")
         self.dim, self.count = self.index["dim"], self.index["rows"]
 
     @staticmethod
     def shard_path(root: Path, shard: int) -> Path:
         return root / f"{shard:05d}.npy"
 
-    def check(self, keys: np.ndarray) -> None:
+    @functools.cached_property
+    def lookup(self) -> Lookup:
+        """Places by key."""
+        return Lookup(self.keys)
+
+    def check(self, keys: Strings) -> None:
         """ValueError if a sample is not in the bank."""
-        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        missing = self.keys[places] != keys
-        if missing.any():
-            raise ValueError(f"{self.root} has no row for sample {keys[missing][0]}: embed the captions of this --data")
+        missing = np.flatnonzero(self.lookup.find(keys) < 0)
+        if missing.size:
+            self.lacks(keys[int(missing[0])])
+
+    def lacks(self, key: str) -> NoReturn:
+        raise ValueError(f"{self.root} has no row for sample {key}: embed the captions of this --data")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
     def shard(self, number: int) -> np.ndarray:
@@ -52,9 +61,8 @@ class Bank:
         return np.load(self.shard_path(self.root, number), mmap_mode="r")
 
     def __getitem__(self, key: str) -> Tensor:
-        place = np.searchsorted(self.keys, key)
-        if place == len(self.keys) or self.keys[place] != key:
-            raise ValueError(f"{self.root} has no row for sample {key}: embed the captions of this --data")
+        if (place := self.lookup.row(key)) < 0:
+            self.lacks(key)
         shard, row = divmod(int(self.rows[place]), self.index["shard_size"])
         return torch.from_numpy(self.shard(shard)[row].astype(np.float32))
 
@@ -63,6 +71,12 @@ class Bank:
         """(T + 1, D) float32: the mean of each row over images, and of what stands for a caption in evaluation with the
         long prompt, the unit mean of its facets."""
         return torch.from_numpy(np.load(self.root / "centres.npy"))
+
+
+def read_keys(root: Path) -> Strings:
+    """The keys of a bank, which older ones hold as an array of strings."""
+    keys = np.load(root / "keys.npy", mmap_mode="r")
+    return Strings(keys, np.load(root / "ends.npy", mmap_mode="r")) if keys.dtype == np.uint8 else Strings.of(keys)
 
 
 def sums(rows: np.ndarray, multi: slice) -> np.ndarray:
@@ -88,10 +102,10 @@ class AuthorsBank:
     def path(self, key: str) -> Path:
         return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"
 
-    def check(self, keys: np.ndarray) -> None:
+    def check(self, keys: Strings) -> None:
         """Of a thousand keys: to look for millions of files takes minutes."""
-        for key in keys[np.linspace(0, len(keys) - 1, min(len(keys), 1000), dtype=int)]:
-            self.existing(str(key))
+        for row in np.linspace(0, len(keys) - 1, min(len(keys), 1000), dtype=int).tolist():
+            self.existing(keys[row])
 
     def existing(self, key: str) -> Path:
         if not self.path(key).is_file():

@@ -30,6 +30,7 @@ from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
 from flame.recaption import read_captions
 from shared import checkpoints, cli, data, pretrained, run
 from shared.evalsets import EvalSet
+from shared.index import Strings
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
 PROMPTS: Prompts = (RAW, SHORT, LONG)
@@ -213,7 +214,7 @@ def embed_captions(
     return F.normalize(torch.cat(rows, dim=1), dim=-1)
 
 
-def captions_of(cfg: Config) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
     """Sample keys and (raw, short, long) of each."""
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     if line := data.broken_report(pairs.broken, "left out"):
@@ -275,9 +276,9 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
         return
     with run.lock(out, process):
         if process.main and missing:
-            order = np.argsort(keys)
-            save(out / "keys.npy", keys[order])
-            save(out / "rows.npy", np.array([row_of[triples[i]] for i in order], dtype=np.int64))
+            save(out / "keys.npy", keys.text[: int(keys.ends[-1])])
+            save(out / "ends.npy", keys.ends)
+            save(out / "rows.npy", np.array([row_of[triple] for triple in triples], dtype=np.int64))
             index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
             checkpoints.write_json(out / "index.json", index)

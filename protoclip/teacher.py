@@ -6,6 +6,7 @@ The file holds one row per sample, found again by the sample's key.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ import tyro
 from torch import Tensor
 
 from shared import checkpoints, cli, data, pretrained, run
+from shared.index import Lookup, Strings
 
 
 @dataclasses.dataclass
@@ -28,7 +30,7 @@ class Config:
     data: str = ""
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
-    """File to write: keys (N,) and features (N, dim)."""
+    """File to write: features (N, dim), and the sample keys as bytes, one behind the other, that end at `ends` (N,)."""
     dataset_size: int | None = None
     """Keep the first so many rows, as in training; None keeps all."""
     model: str = "roberta-large"
@@ -95,6 +97,11 @@ def pca(features: Tensor, dim: int = 64) -> Tensor:
     return torch.from_numpy(matrix.apply(x))
 
 
+def keys_in(file: dict[str, np.ndarray]) -> Strings:
+    """The sample keys of a teacher file, which older ones hold as an array of strings."""
+    return Strings(file["keys"], file["ends"]) if file["keys"].dtype == np.uint8 else Strings.of(file["keys"].tolist())
+
+
 class Teacher:
     """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy, row by row of the dataset."""
 
@@ -104,11 +111,10 @@ class Teacher:
         self.path = path
         try:
             file = np.load(path, allow_pickle=False)
-            self.features, keys = (file, None) if path.endswith(".npy") else (file["features"], file["keys"])
-        except (ValueError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
+            self.features, self.keys = (file, None) if path.endswith(".npy") else (file["features"], keys_in(file))
+        except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
-        self.keys = keys
-        self.order = None if keys is None else np.argsort(keys)
+        self.pairs = self.places = None  # the last pairs that were looked up, and the rows of `features` that they have
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
         """(N,) dataset rows -> (N,) rows of `features`. ValueError if one is not there, or not to be told apart."""
@@ -118,18 +124,23 @@ class Teacher:
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
             return rows
-        if np.array_equal(self.keys, pairs.keys):  # the same rows in the same order: repeated keys do no harm
+        if self.keys.equals(pairs.keys):  # the same rows in the same order: repeated keys do no harm
             return rows
-        wanted, keys = pairs.keys[rows], self.keys[self.order]
-        if (twice := keys[1:] == keys[:-1]).any():
-            raise ValueError(
-                f"{self.path} has two rows for sample {keys[1:][twice][0]}; make it again from this --data"
-            )
-        places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        missing = keys[places] != wanted
-        if missing.any():
-            raise ValueError(f"{self.path} has no row for sample {wanted[missing][0]}: make it again from this --data")
-        return self.order[places]
+        if self.pairs is not pairs:
+            self.pairs, self.places = pairs, self.lookup.find(pairs.keys)
+        places = self.places[rows]
+        if (missing := np.flatnonzero(places < 0)).size:
+            key = pairs.keys[int(rows[missing[0]])]
+            raise ValueError(f"{self.path} has no row for sample {key}: make it again from this --data")
+        return places
+
+    @functools.cached_property
+    def lookup(self) -> Lookup:
+        """Rows by key; ValueError if a key has two."""
+        lookup = Lookup(self.keys)
+        if (row := lookup.twice()) is not None:
+            raise ValueError(f"{self.path} has two rows for sample {self.keys[row]}; make it again from this --data")
+        return lookup
 
     def rows(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> Tensor:
         """(N,) dataset rows -> (N, X) float32."""
@@ -182,7 +193,8 @@ def main(cfg: Config) -> Path:
     features = pca(rows, cfg.dim)
     out.parent.mkdir(parents=True, exist_ok=True)
     with checkpoints.replaced(out) as file:
-        np.savez(file, keys=pairs.keys, features=features.numpy(), made=np.array(made))
+        keys = pairs.keys.text[: int(pairs.keys.ends[-1])]
+        np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), made=np.array(made))
     if line := data.broken_report(pairs.broken, "left out"):
         print(line)
     print(f"{out}: {features.shape[0]:,} captions, {rows.shape[1]} -> {features.shape[1]} dimensions")

@@ -8,6 +8,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -27,6 +28,7 @@ from shared.tars import Broken, index_shard
 LARGE = 2**28  # bytes of a data set whose index is kept; that of a smaller one takes a second
 VERSION = 1  # of what is written
 WEEK = 7 * 24 * 3600  # seconds
+CHUNK = 2**22  # bytes of strings that are hashed at a time
 
 
 class Strings(Sequence):
@@ -74,8 +76,75 @@ class Strings(Sequence):
     def tolist(self) -> list[str]:
         return list(self)
 
+    def equals(self, other: "Strings") -> bool:
+        """Whether both hold the same strings in the same order."""
+        last = int(self.ends[-1]) if len(self) else 0
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.text[:last], other.text[:last])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(list(self), dtype=dtype or np.str_)
+        raise TypeError("an array of strings takes the longest one's room for each: see Lookup, or take some by [rows]")
+
+
+@functools.lru_cache(maxsize=4)
+def factors(length: int) -> np.ndarray:
+    """(2, length) random uint64; fewer are the first of more."""
+    pairs = np.random.default_rng(0).integers(0, 2**64 - 1, (length, 2), dtype=np.uint64, endpoint=True)
+    return np.ascontiguousarray(pairs.T)
+
+
+def hashes(strings: Strings) -> np.ndarray:
+    """(2, N) uint64: two sums of each string's bytes, each byte times a random number of its place."""
+    ends = np.asarray(strings.ends, dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+    weights = factors(1 << int((ends - starts).max(initial=1)).bit_length())
+    found, first = np.empty((2, len(strings)), dtype=np.uint64), 0
+    while first < len(strings):
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + CHUNK, side="right")))
+        begin, end = starts[first:last] - starts[first], ends[first:last] - starts[first]
+        text = strings.text[starts[first] : ends[last - 1]].astype(np.uint64) + np.uint64(1)  # a zero counts, too
+        place = np.arange(len(text)) - np.repeat(begin, end - begin)
+        for sums, weight in zip(found, weights, strict=True):
+            total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(text * weight[place])])
+            sums[first:last] = total[end] - total[begin]  # modulo 2^64
+        first = last
+    return found
+
+
+class Lookup:
+    """The rows of strings, by their hashes: 24 bytes a row, whatever the length of the strings."""
+
+    def __init__(self, strings: Strings):
+        first, second = hashes(strings)
+        self.order = np.argsort(first, kind="stable")
+        self.first, self.second = first[self.order], second[self.order]
+
+    def find(self, strings: Strings) -> np.ndarray:
+        """(N,) int64: the first row of each string, -1 where there is none."""
+        first, second = hashes(strings)
+        place = np.searchsorted(self.first, first)
+        while True:
+            here = place.clip(max=len(self.first) - 1)
+            same = (place < len(self.first)) & (self.first[here] == first)
+            if not (other := same & (self.second[here] != second)).any():
+                return np.where(same, self.order[here], -1)
+            place = place + other
+
+    def row(self, string: str) -> int:
+        """`find` of one string, quicker."""
+        text = np.frombuffer(string.encode(errors="surrogateescape"), dtype=np.uint8).astype(np.uint64)
+        weights = factors(1 << max(len(text), 1).bit_length())[:, : len(text)]
+        first, second = ((text + np.uint64(1)) * weights).sum(axis=1)
+        for place in range(int(np.searchsorted(self.first, first)), len(self.first)):
+            if self.first[place] != first:
+                break
+            if self.second[place] == second:
+                return int(self.order[place])
+        return -1
+
+    def twice(self) -> int | None:
+        """A row whose string another row has, too."""
+        same = (self.first[1:] == self.first[:-1]) & (self.second[1:] == self.second[:-1])
+        return int(self.order[same.argmax()]) if same.any() else None
 
 
 class Index(NamedTuple):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from flame.bank import AuthorsBank, Bank, centred, open_bank, sums
 from shared import checkpoints
+from shared.index import Strings
 
 
 @pytest.fixture
@@ -21,8 +22,10 @@ def rows() -> torch.Tensor:
 def small_bank(rows: torch.Tensor, tmp_path: Path) -> Path:
     """Four samples, of which a and c have the same captions; two rows in the first shard, one in the second."""
     checkpoints.write_json(tmp_path / "index.json", {"shards": 2, "shard_size": 2, "rows": 11, "dim": 4})
-    np.save(tmp_path / "keys.npy", np.array(["a", "b", "c", "d"]))
-    np.save(tmp_path / "rows.npy", np.array([0, 2, 0, 1]))
+    keys = Strings.of(["b", "a", "d", "c"])
+    np.save(tmp_path / "keys.npy", keys.text)
+    np.save(tmp_path / "ends.npy", keys.ends)
+    np.save(tmp_path / "rows.npy", np.array([2, 0, 1, 0]))
     for shard, part in enumerate(rows.split(2)):
         np.save(tmp_path / f"{shard:05d}.npy", part.numpy())
     np.save(tmp_path / "centres.npy", (sums(rows.numpy(), slice(4, 11)) / 3).astype(np.float32))
@@ -34,11 +37,19 @@ def test_samples_of_the_same_captions_share_a_row(small_bank: Path, rows: torch.
     assert isinstance(opened, Bank) and (opened.count, opened.dim) == (11, 4)
     for key, row in zip("abcd", (0, 2, 0, 1), strict=True):
         assert opened[key].dtype == torch.float32 and torch.equal(opened[key], rows[row].float())
-    opened.check(np.array(["d", "a"]))
+    opened.check(Strings.of(["d", "a"]))
     with pytest.raises(ValueError, match="no row for sample e"):
-        opened.check(np.array(["a", "e"]))
+        opened.check(Strings.of(["a", "e"]))
     with pytest.raises(ValueError, match="no row for sample aa"):
         opened["aa"]
+
+
+def test_older_banks_hold_arrays_of_strings(small_bank: Path, rows: torch.Tensor):
+    np.save(small_bank / "keys.npy", np.array(["a", "b", "c", "long" * 9]))
+    np.save(small_bank / "rows.npy", np.array([0, 2, 0, 1]))
+    (small_bank / "ends.npy").unlink()
+    opened = Bank(small_bank)
+    assert torch.equal(opened["b"], rows[2].float()) and torch.equal(opened["long" * 9], rows[1].float())
 
 
 def test_centres_are_means_over_images(small_bank: Path, rows: torch.Tensor):
@@ -72,6 +83,6 @@ def test_authors_banks_are_read(tmp_path: Path):
     assert theirs["000001234"].dtype == torch.float32 and torch.equal(theirs["123_456"][10], torch.tensor([20.0, 21.0]))
     with pytest.raises(ValueError, match="000009.pth is missing"):
         theirs["000009"]
-    theirs.check(np.array(["000001234", "123_456"]))
+    theirs.check(Strings.of(["000001234", "123_456"]))
     with pytest.raises(ValueError, match="000009.pth is missing"):
-        theirs.check(np.array(["000001234", "000009", "123_456"]))
+        theirs.check(Strings.of(["000001234", "000009", "123_456"]))

@@ -19,11 +19,48 @@ def test_strings_are_read_like_a_list():
     assert strings.tolist() == list(strings) == words and len(strings) == 5
     assert strings[2] == strings[-3] == "caf\u00e9" and strings[np.int64(0)] == "a"
     assert strings[[4, 0]].tolist() == [words[4], "a"] and strings[::-1].tolist() == words[::-1]
-    assert np.isin(strings, ["a", "b"]).tolist() == [True, False, False, False, False]
+    with pytest.raises(TypeError, match="the longest one's room"):
+        np.isin(strings, ["a", "b"])
+    assert strings.equals(index.Strings.of(words)) and not strings.equals(index.Strings.of(words[::-1]))
+    assert strings.head(2).equals(index.Strings.of(["a", ""])) and not strings.equals(strings.head(4))
     assert strings.head(2).tolist() == ["a", ""] and strings.head(None).tolist() == words
     assert strings.text.nbytes < 1600  # one long string does not make the others long
     with pytest.raises(IndexError):
         strings[5]
+
+
+def test_rows_of_strings_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index, "CHUNK", 100)  # hashed in many parts
+    words = [
+        "",
+        "a",
+        "b",
+        "ab",
+        "ba",
+        "a\0",
+        "\0a",
+        "caf\u00e9",
+        "\udcff",
+        *(f"{i:05d}" for i in range(300)),
+        "long " * 300,
+    ]
+    lookup, wanted = index.Lookup(index.Strings.of(words)), [*words[::-1], "none", "aa", "00300", "long " * 299]
+    expected = [words.index(word) if word in words else -1 for word in wanted]
+    assert lookup.find(index.Strings.of(wanted)).tolist() == expected
+    assert [lookup.row(word) for word in wanted] == expected and lookup.twice() is None
+    assert lookup.find(index.Strings.of([])).tolist() == []
+    again = index.Lookup(index.Strings.of(["x", "y", "z", "y"]))
+    assert again.row("y") == 1 and again.twice() in (1, 3)
+
+
+def test_strings_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch):
+    factors = index.factors
+    monkeypatch.setattr(index, "factors", lambda length: factors(length) * np.array([[0], [1]], dtype=np.uint64))
+    words = [f"{i}" for i in range(50)]
+    lookup = index.Lookup(index.Strings.of(words))
+    assert not lookup.first.any() and lookup.twice() is None
+    assert lookup.find(index.Strings.of([*words, "50"])).tolist() == [*range(50), -1]
+    assert [lookup.row(word) for word in (*words, "50")] == [*range(50), -1]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from test_protoclip_train import PRELOAD, SCRIPT, SECONDS, SHARDS, TEACHER, TINY
 
 from protoclip.teacher import Teacher, pca
 from shared import data
+from shared.index import Strings
 
 
 @pytest.mark.golden("protoclip", "pca")
@@ -49,16 +50,17 @@ def test_row_aligned_teacher(cli, folder: Path):
 
 def test_teacher_rows_of_repeated_keys(tmp_path: Path):
     class Pairs:
-        keys = np.array(["a", "b", "a"])
+        keys = Strings.of(["a", "b", "a"])
 
         def __len__(self):
             return 3
 
-    np.savez(tmp_path / "t.npz", keys=Pairs.keys, features=np.arange(3.0)[:, None])
+    features = np.arange(3.0)[:, None]
+    np.savez(tmp_path / "t.npz", keys=Pairs.keys.text, ends=Pairs.keys.ends, features=features)
     teacher = Teacher(str(tmp_path / "t.npz"))
     assert teacher.rows(Pairs(), np.array([2, 0, 1])).flatten().tolist() == [2, 0, 1]  # same rows, same order
     other = Pairs()
-    other.keys = np.array(["b", "a", "a"])
+    other.keys = Strings.of(["b", "a", "a"])
     with pytest.raises(ValueError, match="two rows for sample a"):
         teacher.rows(other, np.array([0]))
 
