@@ -10,19 +10,20 @@
 An evaluation set has to be whole: what is missing or unreadable raises one sentence that names the file and the key.
 """
 
+import copy
 import io
-import tarfile
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shared.data import BrokenSample, decode_image
-from shared.tars import IMAGE_EXTENSIONS
+from shared.data import BrokenSample, decode_image, in_two
+from shared.tars import IMAGE_EXTENSIONS, MAX_BYTES, Broken, key_of, tar_files
 
 KINDS = ("classification", "multilabel", "retrieval")
 
@@ -65,23 +66,21 @@ class EvalSet(IterableDataset):
         return shards
 
     def _samples(self) -> Iterator[tuple[Path, dict]]:
-        """Undecoded samples with their shard; sample i goes to worker i % n, so one-shard sets use all workers too."""
+        """Undecoded samples with their shard. Each worker has shards of its own, or if there are fewer shards than
+        workers every n-th sample; of other samples it reads headers alone."""
         worker = get_worker_info()
         rank, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        shards, step, first = self.shards, count, rank
+        if len(shards) >= count:
+            shards, step, first = shards[rank::count], 1, 0
         index = 0
-        for shard in self.shards:
-            # A list of one shard, no splitting over nodes or workers: this class has already decided who reads what.
-            pipeline = wds.WebDataset(
-                [str(shard)], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-            )
-            try:
-                for sample in pipeline:
-                    if index % count == rank:
-                        yield shard, sample
+        for shard in shards:
+            with open(shard, "rb", buffering=0) as file:  # else Python reads a block of the file system ahead
+                for key, files in _grouped(shard):
+                    if index % step == first:
+                        yield shard, {"__key__": key} | _contents(file, files)
                     index += 1
-            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-                raise ValueError(f"{shard} cannot be read as a tar file ({_first(error)}).") from error
-        if index == 0:
+        if index == 0 and worker is None:
             raise ValueError(f"{self.folder / self.split} holds no samples.")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor, int | torch.Tensor | list[str]]]:
@@ -118,17 +117,29 @@ class EvalSet(IterableDataset):
             raise ValueError(f"{where} has label {label}, outside of the {num_classes} classes of classnames.txt.")
         return label
 
-    def batches(self, batch_size: int, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor | list]]:
-        """Yields `(images (B, ...), labels (B,) int64 | (B, C) float32 | list of B caption lists)`.
+    def batches(
+        self, batch_size: int, num_workers: int = 0, device: str | torch.device = "cpu"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | list]]:
+        """Yields `(images (B, ...) on the device, labels (B,) int64 | (B, C) float32 | list of B caption lists)`.
 
         With workers the order differs from shard order, but is the same on every run.
         """
+        pixels, normalise = in_two(self.transform)
+        own, empty = copy.copy(self), True
+        own.transform = pixels
         # Workers send an error as a value: DataLoader would wrap a raised one into a page of traceback text.
-        loader = DataLoader(_ErrorsAsItems(self), batch_size, num_workers=num_workers, collate_fn=_collate)
+        pin = torch.device(device).type == "cuda"
+        loader = DataLoader(
+            _ErrorsAsItems(own), batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin
+        )
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            images, targets = batch
+            yield normalise(images.to(device, non_blocking=True)), targets
+            empty = False
+        if empty:
+            raise ValueError(f"{self.folder / self.split} holds no samples.")
 
 
 class _ErrorsAsItems(IterableDataset):
@@ -138,7 +149,7 @@ class _ErrorsAsItems(IterableDataset):
     def __iter__(self):
         try:
             yield from self.dataset
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield ValueError(str(error))
 
 
@@ -149,6 +160,40 @@ def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exceptio
     if isinstance(targets[0], list):
         return torch.stack(images), list(targets)
     return torch.stack(images), torch.stack(targets) if torch.is_tensor(targets[0]) else torch.tensor(targets)
+
+
+def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """(key, {extension: (offset, size)}) of a tar's samples, whose files are neighbours. ValueError: it is damaged."""
+    broken: list[Broken] = []
+    key, files = None, {}
+    for member in tar_files(shard, broken):
+        found, extension = key_of(member.name)
+        if not os.path.basename(found) or not extension:  # ._hidden files, and such as belong to no sample
+            continue
+        if found != key and files:
+            yield key, files
+            files = {}
+        if extension in files:
+            raise ValueError(f"{shard}, sample {found!r} has two .{extension} files.")
+        key, files[extension] = found, (member.offset_data, member.size)
+    if broken:
+        raise ValueError(f"{shard} cannot be read as a tar file ({broken[0].reason}).")
+    if files:
+        yield key, files
+
+
+def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    """What a sample is made of out of its tar, the first kind of image alone."""
+    image = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
+    contents = {}
+    for extension in {image, "cls", "npy", "txt"} & files.keys():
+        offset, size = files[extension]
+        if size > MAX_BYTES:
+            raise ValueError(f"{file.name} holds a file of more than {MAX_BYTES} bytes.")
+        contents[extension] = os.pread(file.fileno(), size, offset)
+        if len(contents[extension]) < size:
+            raise ValueError(f"{file.name} cannot be read as a tar file (truncated or damaged tar).")
+    return contents
 
 
 def _image(sample: dict, where: str) -> Image.Image:

@@ -1,6 +1,8 @@
 """Evaluation sets, read as clip-benchmark reads them; what is wrong with one is named."""
 
 import io
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from test_zeroshot import (  # noqa: F401
     tokenizer,
     write_set,
 )
+from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from shared import zeroshot
+from shared import evalsets, zeroshot
+from shared.data import ToNormalizedTensor
 from shared.evalsets import EvalSet
 
 
@@ -119,6 +123,60 @@ def test_bad_multilabel_is_named(tmp_path):
         assert "'k7'" in message and expected in message
 
 
+def many_shards(folder: Path, shards: int, samples: int) -> Path:
+    """Numbered samples of 5 KB, the number being the label, in so many shards."""
+    random = np.random.default_rng(0)
+    noise = [Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(samples)]
+    contents = []
+    for i, image in enumerate(noise):
+        stream = io.BytesIO()
+        image.save(stream, "png")
+        contents.append([(f"k{i:03d}.png", stream.getvalue()), (f"k{i:03d}.cls", f"{i % 3}".encode())])
+    return write_set(folder, [sum(contents[j::shards], []) for j in range(shards)])
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux")
+@pytest.mark.parametrize("shards", [1, 2, 4, 6])
+def test_a_worker_reads_its_own_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int):
+    folder = many_shards(tmp_path / "set", shards, 48)
+    whole = EvalSet(folder, pil_to_tensor)
+    size, expected = sum(shard.stat().st_size for shard in whole.shards), sorted(key for key, _, _ in whole)
+    seen = []
+    for rank in range(4):
+        monkeypatch.setattr(evalsets, "get_worker_info", lambda rank=rank: SimpleNamespace(id=rank, num_workers=4))
+        before = bytes_read()
+        own = [key for key, _, _ in EvalSet(folder, pil_to_tensor)]
+        share = len(own) / 48
+        assert bytes_read() - before < (share + 0.25) * size + 4096  # and headers, of all samples if shards are few
+        assert abs(share - 1 / 4) < 0.1
+        seen += own
+    assert sorted(seen) == expected
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_pixels_are_normalised_behind_the_workers(tmp_path: Path, shards: int):
+    transform = transforms.Compose([transforms.CenterCrop(32), ToNormalizedTensor((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))])
+    eval_set = EvalSet(many_shards(tmp_path / "set", shards, 24), transform)
+    expected = sorted((tuple(image.flatten().tolist()[:8]), label) for _, image, label in eval_set)
+    for workers in (0, 2):
+        found = []
+        for images, labels in eval_set.batches(5, workers, "cpu"):
+            assert images.dtype == torch.float32
+            found += [(tuple(x.flatten().tolist()[:8]), y) for x, y in zip(images, labels.tolist(), strict=True)]
+        assert sorted(found) == expected
+
+
+def test_files_of_no_sample_are_passed_over(tmp_path: Path):
+    files = [("._a.png", b"?"), ("README", b"?"), ("a.png", image_bytes(0)), ("a.cls", b"1"), ("a.json", b"{}")]
+    assert [(key, label) for key, _, label in EvalSet(write_set(tmp_path / "s", [files]), pil_to_tensor)] == [("a", 1)]
+    twice = [("a.png", image_bytes(0)), ("a.cls", b"1"), ("a.png", image_bytes(1))]
+    assert "two .png files" in first_error(write_set(tmp_path / "twice", [twice]))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_truncated_tar_is_named(classification_set, workers):
     shard = classification_set / "test" / "1.tar"
@@ -126,8 +184,9 @@ def test_truncated_tar_is_named(classification_set, workers):
     assert str(shard) in first_error(classification_set, workers)
 
 
-def test_empty_split_is_named(tmp_path):
-    assert "no samples" in first_error(write_set(tmp_path / "empty", [[]]))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_split_is_named(tmp_path, workers):
+    assert "no samples" in first_error(write_set(tmp_path / "empty", [[], [], []]), workers)
 
 
 def test_image_size_is_bounded(classification_set, monkeypatch):
