@@ -136,7 +136,8 @@ def resume(folder: Path, config: Any) -> dict | None:
         "dry_run",
     }
     now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    if what := changes(state["config"], now):
+    then = {field.name: field.default for field in dataclasses.fields(config)}  # a field may be newer than the run
+    if what := changes(then | state["config"], now):
         raise ValueError(
             f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
         )

@@ -95,6 +95,12 @@ def test_resume_refuses_another_configuration(tmp_path: Path):
     message = str(error.value)
     assert str(tmp_path) in message and "choose another --out" in message
     assert "lr (was 0.1, now 0.2), model (was None, now 'ViT')" in message
+    older = dataclasses.asdict(Config())
+    del older["model"]  # a field that the run is older than: it has had the default
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 4, "config": older})
+    assert checkpoints.resume(tmp_path, Config())["step"] == 4
+    with pytest.raises(ValueError, match=r"model \(was None, now 'ViT'\)"):
+        checkpoints.resume(tmp_path, Config(model="ViT"))
 
 
 def test_write_json_is_atomic(tmp_path: Path):
