@@ -118,19 +118,20 @@ def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Com
 
 
 class ViewDataset(Dataset):
-    """Item i: the views that the method trains on, boxes (V+1, 4), tokens (T,), and broken samples that it replaced.
+    """Item i of a run: the views that the method trains on, boxes (V+1, 4), tokens (T,), broken samples it replaced.
 
     aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view.
-    A view is a function of (seed, i) alone, and the first crop of all methods is the same.
+    Views are uint8; `normalise` makes a batch of them what the towers read. A view is a function of seed, epoch and row
+    alone, and the first crop of all methods is the same.
     """
 
-    def __init__(self, pairs, cfg, size: int, tokenizer, seed: tuple[int, ...], ema_view: bool):
+    def __init__(self, pairs, cfg, size: int, tokenizer, seed: int, ema_view: bool):
         self.pairs, self.cfg, self.size, self.tokenizer, self.seed = pairs, cfg, size, tokenizer, seed
         self.ema_view = ema_view
         own = {"aclip": "aclip", "slip": "plain", "clip": "plain"}[cfg.method]
-        self.online = view_transform("plain" if cfg.augmentation == "crop" else own)
-        self.ssl = view_transform("plain" if cfg.augmentation == "crop" else "slip")
-        self.plain = view_transform("plain")
+        online, ssl = ("plain", "plain") if cfg.augmentation == "crop" else (own, "slip")
+        self.online, self.ssl, self.plain = (data.in_two(view_transform(kind))[0] for kind in (online, ssl, "plain"))
+        self.normalise = data.in_two(view_transform("plain"))[1]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -138,7 +139,7 @@ class ViewDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken]]:
         cfg, broken = self.cfg, []
         pair = data.read_or_next(self.pairs, int(i), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        data.seed_views(self.seed, i, len(self))
         views = cfg.views if cfg.method == "aclip" else 1
         boxes = three_boxes(pair.image, (cfg.crop_scale, 1.0), cfg.released_boxes and views == 2, views)
         images = [self.online(crop(pair.image, box, self.size)) for box in boxes[:-1]]

@@ -429,7 +429,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     for prefix, ema in (("", True), ("online/", False)) if isinstance(model, ACLIP) else (("", False),):
         reported = []
         for eval_set in sets:
-            loader = eval_set.batches(cfg.batch_size, cfg.workers)
+            loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
             if eval_set.kind == "retrieval":
                 metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, process.device, dtype)
             elif eval_set.kind == "multilabel":
@@ -448,7 +448,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if cfg.probe:
         resize = eval_transform(model.image_size, round(model.image_size * 8 / 7))
         loaders = tuple(
-            EvalSet(cfg.probe, resize, split).batches(cfg.batch_size, cfg.workers) for split in ("train", "test")
+            EvalSet(cfg.probe, resize, split).batches(cfg.batch_size, cfg.workers, process.device)
+            for split in ("train", "test")
         )
         for name, value in linear_probe(
             model, loaders, lr=cfg.probe_lr, device=process.device, precision=dtype

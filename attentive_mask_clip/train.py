@@ -205,18 +205,18 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     ema_view = isinstance(model, ACLIP) and model.needs_ema_view
     folder.start(per_epoch * first + start, data=pairs.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
+    dataset = ViewDataset(pairs, cfg, model.image_size, tokenizer, cfg.seed, ema_view)
+    loader = windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)
 
     for epoch in range(first, cfg.epochs):
         model.train()
         broken = list(pairs.broken)
-        dataset = ViewDataset(pairs, cfg, model.image_size, tokenizer, (cfg.seed, epoch), ema_view)
-        loader = windows.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, boxes, tokens, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # of random masks: resume agrees
-            images = [view.to(process.device, non_blocking=True) for view in images]
+            images = [dataset.normalise(view.to(process.device, non_blocking=True)) for view in images]
             boxes, tokens = (x.to(process.device, non_blocking=True) for x in (boxes, tokens))
             lr, momentum = lrs[step - 1], momenta[step - 1]
             losses = train_step(ddp, (images, boxes, tokens), optimizer, lr, momentum, cfg, precision, scaler)

@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for folder in cfg.sets:
         evaluation = EvalSet(folder, transform)
-        loader = evaluation.batches(cfg.batch_size, cfg.workers)
+        loader = evaluation.batches(cfg.batch_size, cfg.workers, process.device)
         features, targets = extract_image_features(model.encode_image, loader, process.device, dtype, evaluation.name)
         if evaluation.kind == "retrieval":
             n = min(5, *map(len, targets))  # the first five of each image, as upstream

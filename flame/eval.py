@@ -320,8 +320,9 @@ def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: tor
 
 def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
     """`linear_probe` on `cfg.probe`: test accuracy in percent after the last epoch."""
+    view = eval_transform(model)
     loaders = [
-        open_set(cfg.probe, eval_transform(model), "classification", split=split).batches(cfg.batch_size, cfg.workers)
+        open_set(cfg.probe, view, "classification", split=split).batches(cfg.batch_size, cfg.workers, device)
         for split in ("train", "test")
     ]
     (train_x, train_y), (test_x, test_y) = (

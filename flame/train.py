@@ -26,6 +26,7 @@ from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from flame.zeroshot import Curve
 from shared import cli, data, run, windows
+from shared.index import Strings
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -93,24 +94,25 @@ def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None 
 
 
 class FacetDataset(Dataset):
-    """Item i: image (3, H, H), its K texts, broken samples passed over; a function of (seed, i) alone.
+    """Item i of a run: uint8 image (3, H, H), its K texts, broken samples passed over; `normalise` is for batches.
 
     Texts are facets (K, D) of the bank, or the CLIP tokens (77,) of one of the captions. U:training/data.py:393-435.
+    A function of seed, epoch and row alone.
     """
 
     def __init__(
         self,
-        pairs: data.Shards | data.TSV,
+        pairs: data.Shards | data.TSV | windows.Windowed,
         cfg: Config,
         size: int,
-        seed: tuple[int, ...],
+        seed: int,
         bank: Bank | AuthorsBank | None = None,
         captions: Sequence[dict[str, str]] = (),
         tokenizer: Callable | None = None,
     ):
         self.pairs, self.cfg, self.seed, self.bank = pairs, cfg, seed, bank
         self.captions, self.tokenizer = captions, tokenizer
-        self.view = view(size, True, cfg.crop_scale)
+        self.view, self.normalise = data.in_two(view(size, True, cfg.crop_scale))
         self.centres = bank.centres[: bank.count] if cfg.centre and bank is not None else None
 
     def __len__(self) -> int:
@@ -124,7 +126,7 @@ class FacetDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
         pair = data.read_or_next(self.pairs, int(i), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        data.seed_views(self.seed, i, len(self))
         image = self.view(pair.image)
         if self.bank is not None:
             return image, self.facets(pair.key), broken
@@ -229,7 +231,7 @@ def open_texts(
     ValueError if a sample has no text, which of windows shows when it is read, or if the bank does not have what is
     drawn from it.
     """
-    keys = [] if isinstance(pairs, windows.Windowed) else pairs.keys
+    keys = Strings.of([]) if isinstance(pairs, windows.Windowed) else pairs.keys
     if cfg.method == "clip":
         captions = [read_captions(path) for path in cfg.captions]
         for path, found in zip(cfg.captions, captions, strict=True):
@@ -238,8 +240,7 @@ def open_texts(
                 raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
         return None, captions, data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     bank = open_bank(cfg.bank)
-    if len(keys):
-        bank.check(keys)
+    bank.check(keys)  # sorts its keys, too, before loader processes are forked, which share what it has then
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
         raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
     if cfg.centre and not isinstance(bank, Bank):
@@ -277,19 +278,19 @@ def main(cfg: Config) -> Path | None:
     first, start = folder.state["epoch"], folder.state["batch"]
     folder.start(per_epoch * first + start, text_dim=text_dim, data=pairs.fingerprint)
     ddp = DistributedDataParallel(model, static_graph=True) if process.world_size > 1 else model
+    dataset = FacetDataset(pairs, cfg, model.visual.image_size[0], cfg.seed, bank, captions, tokenizer)
+    loader = windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)
 
     for epoch in range(first, cfg.epochs):
         model.train()
         broken = list(pairs.broken)
-        dataset = FacetDataset(pairs, cfg, model.visual.image_size[0], (cfg.seed, epoch), bank, captions, tokenizer)
-        loader = windows.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             images, texts = (x.to(process.device, non_blocking=True) for x in (images, texts))
             lr = schedule(cfg, step - 1, total)
-            loss = train_step(ddp, (images, texts), optimizer, lr, cfg, precision, scaler)
+            loss = train_step(ddp, (dataset.normalise(images), texts), optimizer, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
                 bias = {"logit_bias": model.logit_bias} if cfg.method == "flame" else {}
                 folder.log(step, epoch=epoch, lr=lr, loss=loss, logit_scale=model.logit_scale.exp(), **bias)

@@ -86,7 +86,7 @@ def zero_shot(
     precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
-    features, labels = image_features(model, eval_set.batches(batch_size, workers), device, precision)
+    features, labels = image_features(model, eval_set.batches(batch_size, workers, device), device, precision)
     return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
 
 

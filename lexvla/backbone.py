@@ -70,21 +70,22 @@ def drawings(spec: str, keys: list[str]) -> list[list[int]]:
 
 
 class Views(Dataset):
-    """Item i: (crops (2, 3, S, S) of two drawings of emoji i, or of its only one; broken samples passed over).
+    """Item i of a run: (crops (2, 3, S, S) of two drawings of emoji i, or of its only one; broken samples passed over).
 
-    A function of (seed, i).
+    A function of seed, epoch and i. Images are uint8 where `transform` ends in normalising, which is `normalise`.
     """
 
-    def __init__(self, pairs, rows: list[list[int]], transform, seed: tuple[int, ...]):
-        self.pairs, self.rows, self.transform, self.seed = pairs, rows, transform, seed
+    def __init__(self, pairs, rows: list[list[int]], transform, seed: int):
+        self.pairs, self.rows, self.seed = pairs, rows, seed
+        self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))
-        rows = self.rows[i]
+        data.seed_views(self.seed, i, len(self))
+        rows = self.rows[i % len(self)]
         chosen = [rows[j] for j in torch.randperm(len(rows))[:2]]
         images = [data.read_or_next(self.pairs, row, broken).image for row in (chosen * 2)[:2]]
         return torch.stack([self.transform(image) for image in images]), broken
@@ -125,15 +126,16 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
         print(f"going on after epoch {first} of {cfg.epochs}", flush=True)
     transform = train_transform(cfg.out, cfg.image_size, cfg.crop_scale)
     precision = run.resolve_precision(cfg.precision, process.device)
+    dataset = Views(pairs, rows, transform, cfg.seed)
+    loader = data.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs))
     for epoch in range(first, cfg.epochs):
-        seed, losses, broken = (cfg.seed, epoch), [], list(pairs.broken)
-        loader = data.epoch_loader(Views(pairs, rows, transform, seed), collate, cfg, process, seed)
+        losses, broken = [], list(pairs.broken)
         label = f"backbone epoch {epoch + 1}/{cfg.epochs}"
         bar = run.progress(data.watch(loader, broken), per_epoch, label, 2 * cfg.batch_size)
         for step, (views, _) in enumerate(bar, epoch * per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(step, cfg.lr, per_epoch * cfg.epochs, 50)
-            pixels = views.to(process.device).transpose(0, 1)  # (2, B, 3, S, S)
+            pixels = dataset.normalise(views.to(process.device)).transpose(0, 1)  # (2, B, 3, S, S)
             with run.autocast(precision, process.device):
                 tokens = vit.forward_features(pixels.flatten(0, 1)).unflatten(0, (2, -1))
             loss = drawing_loss(tokens, cfg.temperature)

@@ -23,6 +23,11 @@ class Config:
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
+    window_shards: int = 0
+    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
+    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
+    hold fewer, samples come again. A new run first goes through all shards once, for the vocabulary."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
 
@@ -214,6 +219,8 @@ def check_model(cfg: Config) -> None:
         raise ValueError("--text bow has no LM: leave --head lexical and --states ''")
     if cfg.text == "bow" and cfg.bias is None:
         raise ValueError("--text bow has no logits to take a bias from: pass a number as --bias")
+    if cfg.encode_once and cfg.window_shards:
+        raise ValueError("--encode-once keeps all tokens in memory; --window-shards is for data that do not fit")
     if cfg.head == "dense" and cfg.penalty != "none":
         raise ValueError("--head dense has no words to penalise: pass --penalty none")
     if cfg.head == "dense" and cfg.sparse_training:

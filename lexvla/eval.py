@@ -96,7 +96,7 @@ def encode_pairs(
     model: LexVLA, read: Callable, eval_set: EvalSet, batch_size: int, workers: int, device, dtype
 ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """(s_img (Ni, V), s_txt (Nt, V), image_of_text (Nt,), captions) of a retrieval set."""
-    batches = eval_set.batches(batch_size, workers)
+    batches = eval_set.batches(batch_size, workers, device)
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
     image_of_text = owners(captions)
@@ -298,9 +298,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
                 flat[f"{name}/top5_in_caption"] = said
                 word_plots(Path(path), name, *encoded, words)
         elif eval_set.kind == "classification":
-            features, labels = extract_image_features(
-                model.image, eval_set.batches(cfg.batch_size, cfg.workers), process.device, dtype, name
-            )
+            loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
+            features, labels = extract_image_features(model.image, loader, process.device, dtype, name)
             classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
             if lexical:
                 features, classes = few(features), few(classes)

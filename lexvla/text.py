@@ -254,23 +254,28 @@ def pieces(tokenizer, ids: Iterable[int]) -> list[str]:
     return [str(piece).replace("▁", " ").replace("Ġ", " ") for piece in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
-def caption_vocabulary(
-    tokenizer, captions: Iterable[str], min_count: int = 1, max_size: int | None = None, pattern: str | None = None
-) -> Tensor:
-    """`refine_vocabulary` of the pieces that occur in the captions, special and byte pieces left out.
-
-    `pattern` is a regular expression that a piece has to match as a whole (see `pieces`).
-    """
+def piece_counts(tokenizer, captions: Iterable[str]) -> Tensor:
+    """(V,) int64: how often each piece of the tokenizer occurs in the captions."""
     size, space = len(tokenizer), leading_space(tokenizer)
     counts, captions = torch.zeros(size, dtype=torch.long), iter(captions)
     while batch := list(itertools.islice(captions, 10_000)):
         rows = tokenizer([space + caption for caption in batch], add_special_tokens=False)["input_ids"]
         counts += torch.bincount(torch.tensor(list(itertools.chain(*rows)), dtype=torch.long), minlength=size)
-    texts = pieces(tokenizer, range(size))
+    return counts
+
+
+def caption_vocabulary(
+    tokenizer, counts: Tensor, min_count: int = 1, max_size: int | None = None, pattern: str | None = None
+) -> Tensor:
+    """`refine_vocabulary` of the pieces with these counts (V,), special and byte pieces left out.
+
+    `pattern` is a regular expression that a piece has to match as a whole (see `pieces`).
+    """
+    texts = pieces(tokenizer, range(len(counts)))
     refused = set(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if re.fullmatch("<0x..>", text)}
     if pattern is not None:
         refused |= {i for i, text in enumerate(texts) if not re.fullmatch(pattern, text)}
-    kept = refine_vocabulary(counts, [i for i in refused if i < size], min_count, max_size)
+    kept = refine_vocabulary(counts, [i for i in refused if i < len(counts)], min_count, max_size)
     if len(kept) < 2:
         raise ValueError(f"{len(kept)} pieces of the vocabulary are left: lower --min-count or change --pattern")
     return kept

@@ -7,6 +7,7 @@ Settings are in config.py, towers by name in towers.py, what captions become in 
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ from tqdm import tqdm
 from lexvla.checkpoints import frozen_fingerprint, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
-from lexvla.text import States, caption_vocabulary, encode_texts, lm_dtype, load_lm
+from lexvla.text import States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
 from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
-from shared import cli, data, run
+from shared import cli, data, run, windows
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -59,10 +60,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class PairDataset(Dataset):
-    """Item i: (image, caption, broken samples passed over); the crop is a function of (seed, i) alone."""
+    """Item i of a run: (image, caption, broken samples passed over); the crop is a function of seed, epoch and row.
 
-    def __init__(self, pairs, transform: Callable, seed: Sequence[int]):
-        self.pairs, self.transform, self.seed = pairs, transform, seed
+    Images are uint8 where `transform` ends in normalising: `normalise` does that for a batch.
+    """
+
+    def __init__(self, pairs, transform: Callable, seed: int = 0):
+        self.pairs, self.seed = pairs, seed
+        self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -70,7 +75,7 @@ class PairDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, str, list[data.Broken]]:
         broken: list[data.Broken] = []
         pair = data.read_or_next(self.pairs, int(i), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        data.seed_views(self.seed, i, len(self))
         return self.transform(pair.image), pair.caption, broken
 
 
@@ -78,10 +83,12 @@ class TokenDataset(Dataset):
     """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples passed over)."""
 
     def __init__(self, pairs, transform: Callable, image: ImageEncoder, device: torch.device, precision: str):
-        items = DataLoader(PairDataset(pairs, transform, ()), batch_size=256, collate_fn=lambda items: items)
+        views = PairDataset(pairs, transform)
+        self.pairs, self.normalise = pairs, data.as_it_is
+        items = DataLoader(views, batch_size=256, collate_fn=lambda items: items)
         tokens, self.captions, self.broken = [], [], []
         for batch in tqdm(items, desc="images through the frozen backbone", unit="batch", disable=None):
-            pixels = torch.stack([pixels for pixels, _, _ in batch]).to(device)
+            pixels = views.normalise(torch.stack([pixels for pixels, _, _ in batch]).to(device))
             with run.autocast(precision, device):
                 tokens.append(image.frozen(pixels).half().cpu())
             self.captions += [caption for _, caption, _ in batch]
@@ -92,7 +99,17 @@ class TokenDataset(Dataset):
         return len(self.captions)
 
     def __getitem__(self, i: int) -> tuple[Tensor, str, list[data.Broken]]:
+        i %= len(self)
         return self.tokens[i].float(), self.captions[i], self.broken[i]
+
+
+def training_set(
+    cfg: Config, pairs, image: ImageEncoder, device: torch.device, precision: str
+) -> PairDataset | TokenDataset:
+    """Crops of the images, or with --encode-once the tokens of whole ones."""
+    if cfg.encode_once:
+        return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, device, precision)
+    return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
 
 
 class Collate:
@@ -113,16 +130,17 @@ def first_bias(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
     return -2 * (z @ model.codebook.T).std().item()
 
 
-def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer) -> tuple[Tensor, float]:
-    """Vocabulary from all captions, and the bias as given or from the first 256."""
-    captions = (pairs.caption(row) for row in range(len(pairs)))
-    vocab_ids = caption_vocabulary(tokenizer, captions, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
-    if cfg.bias is not None:
-        return vocab_ids, cfg.bias
-    first = list(filter(None, (pairs.caption(row) for row in range(min(len(pairs), 256)))))
-    return vocab_ids, first_bias(
-        TextEncoder(lm, vocab_ids, center=cfg.centre_codebook), text_input(cfg, tokenizer, vocab_ids)(first)
-    )
+def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
+    """Vocabulary from all captions, each process counting its share, and the bias as given or from the first 256."""
+    captions = windows.captions(pairs, process.rank, process.world_size)
+    counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
+    vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
+    bias = cfg.bias
+    if bias is None and process.main:
+        first = list(filter(None, itertools.islice(windows.captions(pairs), 256)))
+        text = TextEncoder(lm, vocab_ids, center=cfg.centre_codebook)
+        bias = first_bias(text, text_input(cfg, tokenizer, vocab_ids)(first))
+    return vocab_ids, run.broadcast(bias, process)
 
 
 def quick_recall(
@@ -242,13 +260,13 @@ def memory(cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: in
 
 
 def prepare(
-    cfg: Config, folder: run.RunFolder, pairs: data.Shards | data.TSV, process: run.Process, precision: str
+    cfg: Config, folder: run.RunFolder, pairs, process: run.Process, precision: str
 ) -> tuple[LexVLA, Callable, nn.Module, Any]:
     """(model, text input, LM, tokenizer): of the checkpoint, or new with a vocabulary from the captions."""
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
     if not folder.resumed:
-        found = vocabulary_and_bias(cfg, pairs, lm, tokenizer) if process.main else None
-        folder.state["vocab_ids"], folder.state["bias"] = run.broadcast(found, process)
+        found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
+        folder.state["vocab_ids"], folder.state["bias"] = found
     vocab_ids, bias = folder.state["vocab_ids"], folder.state["bias"]
     torch.manual_seed(cfg.seed)
     model = create_model(cfg, lm, vocab_ids, bias).to(process.device)
@@ -269,7 +287,7 @@ def main(cfg: Config) -> Path | None:
         return folder.path
 
     # Data, model, optimizer
-    pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+    pairs = windows.open_pairs(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
     model, read, lm, tokenizer = prepare(cfg, folder, pairs, process, precision)
     groups = param_groups(model, cfg.weight_decay)
@@ -281,20 +299,20 @@ def main(cfg: Config) -> Path | None:
     folder.start(per_epoch * first + folder.state["batch"], data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
-    transform, crop = eval_transform(cfg.backbone, cfg.image_size), (cfg.backbone, cfg.image_size, cfg.crop_scale)
-    encoded = TokenDataset(pairs, transform, model.image, device, precision) if cfg.encode_once else None
+    transform, start = eval_transform(cfg.backbone, cfg.image_size), folder.state["batch"]
+    dataset = training_set(cfg, pairs, model.image, device, precision)
+    loader = windows.training_batches(dataset, Collate(read), cfg, process, range(first, cfg.epochs), start)
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        start, broken, seed = folder.state["batch"] if epoch == first else 0, list(pairs.broken), (cfg.seed, epoch)
-        dataset = encoded or PairDataset(pairs, train_transform(*crop), seed)
-        loader = data.epoch_loader(dataset, Collate(read), cfg, process, seed, start)
+        broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (pixels, text, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
-            on_device = pixels.to(device, non_blocking=True), tuple(x.to(device, non_blocking=True) for x in text)
+            pixels = dataset.normalise(pixels.to(device, non_blocking=True))
+            on_device = pixels, tuple(x.to(device, non_blocking=True) for x in text)
             lr = cosine_lr(step - 1, cfg.lr, per_epoch * cfg.epochs, cfg.warmup)
             losses = train_step(ddp, on_device, optimizer, step, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
@@ -302,7 +320,7 @@ def main(cfg: Config) -> Path | None:
             if folder.due(step) and batch < per_epoch:
                 folder.save(step, epoch=epoch, batch=batch, weights=trained_weights(model))
 
-        done, last = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs
+        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
             with folder.clock.paused(), unknown_captions(read, lm, tokenizer):
                 recall = quick_recall(model, read, transform, cfg.eval_set, device, run.DTYPES[precision])

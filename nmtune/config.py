@@ -26,6 +26,15 @@ class PretrainConfig:
     data: str = ""
     """supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt. clip:
     shards 'yfcc15m/{00000..01538}.tar' or a .tsv. Both: data/emoji:TASK:pretrain."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all. Of clip alone."""
+    window_shards: int = 0
+    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
+    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
+    hold fewer, samples come again. Captions are then swapped within each shard. Of clip alone."""
+    cache: str = "data/cache"
+    """Folder for copies of remote shards, and for the index of large data."""
     noise: float = 0.0
     """Noise ratio gamma: this share of the labels is flipped, or int(N gamma/2) random pairs swap their captions. The
     share that really changed is printed, and kept in the checkpoint."""
@@ -132,6 +141,10 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
             else "labelled images, e.g. --data /data/imagenet/train or --data /data/wds_imagenet1k:train"
         )
         raise ValueError(f"--data is missing: it takes {wanted}")
+    if cfg.kind == "supervised" and (cfg.dataset_size is not None or cfg.window_shards):
+        raise ValueError("--dataset-size and --window-shards are for --kind clip: labelled images are all read by row")
+    if ":pretrain" in cfg.data and cfg.window_shards:
+        raise ValueError("--window-shards reads shards whole: of the embedded corpus only a part is pre-trained on")
     if not 0 <= cfg.noise <= 1:
         raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")

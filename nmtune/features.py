@@ -51,30 +51,31 @@ class TwoViews:
 
 
 def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
-    """RandAugment (3 operations, magnitude 5) before the tensor conversion: upstream's strong view.
+    """RandAugment (3 operations, magnitude 5) behind the crop: upstream's strong view.
 
-    U:src/models/nml_tune.py:72-76, which puts it third from last: after the crop of either family of transforms.
+    U:src/models/nml_tune.py:72-76, which puts it third from last, of either family of transforms, as torchvision has
+    them with two steps at the end for what is one here.
     """
     steps = list(transform.transforms)
     bicubic = transforms.InterpolationMode.BICUBIC
-    steps.insert(len(steps) - 3, transforms.RandAugment(3, 5, interpolation=bicubic))
+    steps.insert(1, transforms.RandAugment(3, 5, interpolation=bicubic))
     return transforms.Compose(steps)
 
 
 class Views(Dataset):
-    """Items (views of the image as one tensor (V, 3, S, S), label, broken samples passed over), a function of (seed,
-    epoch, row). `transform` gives a tensor or a tuple of tensors."""
+    """Item i of a run: (views of the image as one tensor (V, 3, S, S), label, broken samples passed over), a function
+    of seed, epoch and row. `transform` gives a tensor or a tuple of tensors."""
 
-    def __init__(self, images: LabelledImages, transform: Callable, seed: int, epoch: int = 0):
-        self.images, self.transform, self.seed, self.epoch = images, transform, seed, epoch
+    def __init__(self, images: LabelledImages, transform: Callable, seed: int):
+        self.images, self.transform, self.seed = images, transform, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, int, list]:
-        torch.default_generator.manual_seed(data.stable_hash(self.seed, self.epoch, int(row)))
+    def __getitem__(self, i: int) -> tuple[Tensor, int, list]:
+        data.seed_views(self.seed, i, len(self))
         broken: list[data.Broken] = []
-        image, label = data.read_or_next(self.images, row, broken)
+        image, label = data.read_or_next(self.images, int(i), broken)
         views = self.transform(image)
         return torch.stack(views if isinstance(views, tuple) else (views,)), label, broken
 
@@ -131,7 +132,8 @@ def encode_set(
 ) -> tuple[Tensor, Tensor]:
     """Features (V, N, D) of V views of every image, and labels (N,); ranks share out the images. Broken ones are
     reported."""
-    many = transform if views == 1 else lambda image: tuple(transform(image) for _ in range(views))
+    pixels, normalise = data.in_two(transform)
+    many = pixels if views == 1 else lambda image: tuple(pixels(image) for _ in range(views))
     rows = [part.tolist() for part in np.array_split(np.arange(len(images)), process.world_size)][process.rank]
     step = max(1, batch_size // views)
     order = [rows[i : i + step] for i in range(0, len(rows), step)]
@@ -140,6 +142,7 @@ def encode_set(
     bar = run.progress(loader, len(order), label, step * views, process)
     features, labels = [], []
     for batch, batch_labels, _ in data.watch(bar, broken):
+        batch = normalise(batch.to(process.device, non_blocking=True))
         features.append(encode(encoder, batch, process.device, precision).cpu())
         labels.append(batch_labels)
     data.report_broken(broken, process, label)
@@ -409,21 +412,24 @@ class RunFeatures:
             workers=self.cfg.workers, batch_size=self.batch_size, label=label,
         )  # fmt: skip
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This epoch's global batches of feats (n, D) and labels (n,) from batch `start` on, on the device."""
+    def batches(self, epochs: range, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Global batches of feats (n, D) and labels (n,) of these epochs, from batch `start` of the first on, on the
+        device."""
         cfg, process = self.cfg, self.process
         if self.bank is not None:
-            for feats, labels in bank_batches(self.bank, cfg.batch_size, cfg.seed, epoch, start, self.two):
-                yield feats.to(process.device), labels.to(process.device)
+            for epoch in epochs:
+                first = start if epoch == epochs[0] else 0
+                for feats, labels in bank_batches(self.bank, cfg.batch_size, cfg.seed, epoch, first, self.two):
+                    yield feats.to(process.device), labels.to(process.device)
             return
         strong = with_rand_augment(self.train_view) if cfg.views == "train+rand" else self.train_view
-        views = Views(self.images, TwoViews(self.train_view, strong), cfg.seed, epoch)
-        size = cfg.batch_size // process.world_size
-        order = data.batches(self.size, size, (cfg.seed, epoch), process.rank, process.world_size, start)
-        loader = DataLoader(views, batch_sampler=order, num_workers=cfg.workers, collate_fn=collate)
+        (pixels_w, normalise), (pixels_s, _) = data.in_two(self.train_view), data.in_two(strong)
+        views = Views(self.images, TwoViews(pixels_w, pixels_s), cfg.seed)
+        loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
         for images, labels, _ in data.watch(loader, self.broken):
             feats = torch.zeros(2, 0, self.dim, device=process.device)
             if len(labels):
+                images = normalise(images.to(process.device, non_blocking=True))
                 feats = encode(self.encoder, images, process.device, self.precision)
             feats, labels = gather_views(feats, labels.to(process.device), process)
             yield feats.flatten(0, 1), labels.repeat(2)

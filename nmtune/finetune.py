@@ -12,7 +12,6 @@ import torch
 import tyro
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from nmtune.config import FINETUNE_PRESETS, FinetuneConfig, check_finetune
 from nmtune.datasets import LabelledImages, open_labelled, open_test
@@ -153,18 +152,18 @@ def main(cfg: FinetuneConfig) -> Path | None:
     steps, first, start = math.ceil(len(images) / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
     total, weights = steps * cfg.epochs, (cfg.w_cov, cfg.w_svd)
     folder.start(steps * first + start, data=images.fingerprint, classnames=images.classnames)
-    for epoch in range(first, cfg.epochs):
+    pixels, normalise = data.in_two(train_view)
+    views, epochs = Views(images, pixels, cfg.seed), range(first, cfg.epochs)
+    loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
+    for epoch in epochs:
         broken: list[data.Broken] = []
-        order = data.batches(len(images), cfg.batch_size, (cfg.seed, epoch), start=start)
-        views = Views(images, train_view, cfg.seed, epoch)
-        loader = DataLoader(views, batch_sampler=order, num_workers=cfg.workers, collate_fn=collate)
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        batches = data.watch(run.progress(loader, len(order), label, cfg.batch_size, process), broken)
+        batches = data.watch(run.progress(loader, steps - start, label, cfg.batch_size, process), broken)
         model.train()
         for done, (batch, labels, _) in enumerate(batches, steps * epoch + start + 1):
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, done - 1)
             torch.manual_seed(data.stable_hash(cfg.seed, done - 1))  # for dropout: a resumed run agrees
-            x, labels = batch[0].to(process.device, **channels_last), labels.to(process.device)
+            x, labels = normalise(batch[0].to(process.device, **channels_last)), labels.to(process.device)
             losses = train_step(model, x, labels, optimizer, scaler, weights, cfg.svd_k, precision)
             if done % cfg.log_every == 0 or done == total:
                 folder.log(done, epoch=epoch, lr=lr, **losses)

@@ -7,8 +7,11 @@ The paper's controlled study: the same encoder at five noise ratios gamma,
 The authors trained with stock timm and OpenCLIP 2.16.0; so do we: timm's and open_clip's models, losses and optimizers.
 """
 
+import dataclasses
+import functools
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +28,23 @@ from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.datasets import flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
-from shared import cli, data, run
+from shared import cli, data, run, windows
 from shared.clip import trimmed
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
 class NoisyLabels(Dataset):
-    """Training views and noisy labels: item (row) -> image (3, S, S), label, broken samples passed over."""
+    """Training views and noisy labels: item i of a run -> uint8 image (3, S, S), label, noisy?, broken samples.
+
+    `normalise` is for batches of images. A view is a function of seed, epoch and row.
+    """
 
     def __init__(self, cfg: PretrainConfig, transform: Callable):
         self.images = open_labelled(cfg.data)
         self.images.strict = cfg.strict
-        self.transform, self.seed, self.epoch = transform, cfg.seed, 0
+        self.seed = cfg.seed
+        self.transform, self.normalise = data.in_two(transform)
         rng = np.random.RandomState(cfg.seed if cfg.noise_seed is None else cfg.noise_seed)
         labels = flip_labels(self.images.labels, self.images.num_classes, cfg.noise, rng, cfg.exclude_true)
         self.noisy = labels != self.images.labels
@@ -48,45 +55,101 @@ class NoisyLabels(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, int, bool, list]:
-        torch.default_generator.manual_seed(data.stable_hash(self.seed, self.epoch, int(row)))
+    def share(self) -> float:
+        """Share of the labels that are wrong."""
+        return float(self.noisy.mean())
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, bool, list]:
+        data.seed_views(self.seed, i, len(self))
         broken: list[data.Broken] = []
-        image, label = data.read_or_next(self.images, row, broken)
-        return self.transform(image), label, bool(self.noisy[row]), broken
+        image, label = data.read_or_next(self.images, int(i), broken)
+        return self.transform(image), label, bool(self.noisy[i % len(self)]), broken
 
 
 class SwappedCaptions(Dataset):
-    """Training views and captions after swapping: item (row) -> image (3, S, S), tokens (L,), swapped?, broken."""
+    """Training views and captions after swapping: item i of a run -> uint8 image (3, S, S), tokens (L,), swapped?, and
+    broken samples. `normalise` is for batches of images. A view is a function of seed, epoch and row.
+    """
 
-    def __init__(self, cfg: PretrainConfig, transform: Callable, tokenizer: Callable):
-        path, _, rest = cfg.data.partition(":") if ":pretrain" in cfg.data else (cfg.data, "", "")
-        self.pairs = data.open_pairs(f"{path}/train" if rest else path, strict=cfg.strict)
-        self.broken = self.pairs.broken
+    def __init__(self, cfg: PretrainConfig, transform: Callable, tokenizer: Callable, pairs):
+        self.pairs, self.broken, self.tokenizer, self.seed = pairs, pairs.broken, tokenizer, cfg.seed
+        self.transform, self.normalise = data.in_two(transform)
+        self.noise, self.noise_seed = cfg.noise, cfg.seed if cfg.noise_seed is None else cfg.noise_seed
+        self.fingerprint = data.fingerprint(pairs.fingerprint.encode(), self.swap(cfg))
+
+    def swap(self, cfg: PretrainConfig) -> bytes:
+        """Swap captions; returns what tells these swaps from others."""
         self.rows = np.arange(len(self.pairs))
-        if rest:  # of the embedded corpus, the emoji that are not held out
-            self.rows = np.flatnonzero(np.isin(self.pairs.keys, open_labelled(cfg.data).keys))
-        self.transform, self.tokenizer, self.seed, self.epoch = transform, tokenizer, cfg.seed, 0
-        rng = random.Random(cfg.seed if cfg.noise_seed is None else cfg.noise_seed)
-        self.source = swap_captions(len(self.rows), int(len(self.rows) * cfg.noise / 2), rng)
-        self.noisy = self.source != np.arange(len(self.rows))
-        self.fingerprint = data.fingerprint(self.pairs.fingerprint.encode(), self.source.tobytes())
+        if ":pretrain" in cfg.data:  # of the embedded corpus, the emoji that are not held out
+            known = set(open_labelled(cfg.data).keys.tolist())
+            self.rows = np.array([row for row, key in enumerate(self.pairs.keys) if key in known], dtype=np.int64)
+        n = len(self.rows)
+        self.source = swap_captions(n, int(n * self.noise / 2), random.Random(self.noise_seed))
+        return self.source.tobytes()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, bool, list]:
-        torch.default_generator.manual_seed(data.stable_hash(self.seed, self.epoch, int(row)))
+    def share(self) -> float:
+        """Share of the captions that are another pair's."""
+        return float((self.source != np.arange(len(self))).mean())
+
+    def place(self, i: int) -> tuple[data.Shards | data.TSV, int, int]:
+        """Item -> (pairs, row in them, the row whose caption it has)."""
+        i %= len(self)
+        return self.pairs, int(self.rows[i]), int(self.rows[self.source[i]])
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, bool, list]:
+        pairs, row, source = self.place(int(i))
+        data.seed_views(self.seed, i, len(self))
         broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, self.rows[row], broken)
-        caption = self.pairs.caption(self.rows[self.source[row]]) if self.noisy[row] else pair.caption
-        return self.transform(pair.image), self.tokenizer([caption])[0], bool(self.noisy[row]), broken
+        pair = data.read_or_next(pairs, row, broken)
+        caption = pairs.caption(source) if source != row else pair.caption
+        return self.transform(pair.image), self.tokenizer([caption])[0], source != row, broken
 
 
-def open_samples(cfg: PretrainConfig, transform: Callable) -> NoisyLabels | SwappedCaptions:
+class SwappedWithinShards(SwappedCaptions):
+    """The same of windows of shards, where other shards' captions are not at hand: each shard's are swapped among
+    themselves, alike in every epoch and whichever window the shard is in.
+    """
+
+    def swap(self, cfg: PretrainConfig) -> bytes:
+        return repr((self.noise, self.noise_seed)).encode()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def swaps_of(self, pairs: data.Shards, rows: range) -> np.ndarray:
+        """`swap_captions` of a shard, whose pairs are these rows; a function of its first key and its size."""
+        return shard_swaps(pairs.keys[rows[0]], len(rows), self.noise, self.noise_seed)
+
+    def share(self) -> float:
+        """That of the first window."""
+        pairs, _ = self.pairs.open(0, 0, self.pairs.rank)
+        shards = [rows for shard in range(len(pairs.paths)) if (rows := pairs.rows_of(shard))]
+        moved = [self.swaps_of(pairs, rows) != np.arange(len(rows)) for rows in shards]
+        return float(np.concatenate(moved).mean())
+
+    def place(self, i: int) -> tuple[data.Shards, int, int]:
+        pairs, row = self.pairs.place(i)
+        rows = pairs.rows_of(pairs.shard_of(row))
+        return pairs, row, rows[int(self.swaps_of(pairs, rows)[row - rows[0]])]
+
+
+@functools.lru_cache(maxsize=1024)  # shards
+def shard_swaps(first: str, n: int, noise: float, seed: int) -> np.ndarray:
+    return swap_captions(n, int(n * noise / 2), random.Random(data.stable_hash(seed, first)))
+
+
+def open_samples(cfg: PretrainConfig, transform: Callable, process: run.Process) -> NoisyLabels | SwappedCaptions:
     """The training set of a kind of pre-training, with its noise."""
     if cfg.kind == "supervised":
         return NoisyLabels(cfg, transform)
-    return SwappedCaptions(cfg, transform, data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model)))
+    shards = f"{cfg.data.partition(':')[0]}/train" if ":pretrain" in cfg.data else cfg.data
+    pairs = windows.open_pairs(dataclasses.replace(cfg, data=shards), process)
+    data.say_size(pairs, cfg, process)
+    tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model))
+    return (SwappedWithinShards if cfg.window_shards else SwappedCaptions)(cfg, transform, tokenizer, pairs)
 
 
 def batch_order(
@@ -105,6 +168,33 @@ def batch_order(
     own = [np.array_split(batch, process.world_size)[process.rank] for batch in order]
     weights = [len(rows) * process.world_size / len(batch) for rows, batch in zip(own, order, strict=True)]
     return [rows if len(rows) else batch[:1] for rows, batch in zip(own, order, strict=True)], weights
+
+
+def steps_an_epoch(cfg: PretrainConfig, n: int) -> int:
+    """How many batches `batch_order` gives of n samples."""
+    whole, rest = divmod(n, cfg.batch_size)
+    return whole if cfg.kind == "clip" and whole else whole + (rest > 0)
+
+
+def training_batches(
+    samples: NoisyLabels | SwappedCaptions, cfg: PretrainConfig, process: run.Process, epochs: range, start: int
+) -> Iterator[tuple]:
+    """(weight, *batch of `collate`) in `batch_order`, or by window, from batch `start` of the first epoch on."""
+    if cfg.window_shards:
+        for batch in windows.training_batches(samples, collate, cfg, process, epochs, start):
+            yield 1.0, *batch
+        return
+    ahead: deque[float] = deque()  # weights of the batches that the loader has been asked for
+
+    def order() -> Iterator[np.ndarray]:
+        for epoch in epochs:
+            own, weights = batch_order(cfg, len(samples), epoch, process, start if epoch == epochs[0] else 0)
+            for rows, weight in zip(own, weights, strict=True):
+                ahead.append(weight)
+                yield epoch * len(samples) + rows
+
+    for batch in data.loader_of(samples, order(), collate, cfg, process):
+        yield ahead.popleft(), *batch
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list]:
@@ -176,6 +266,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     samples = {"supervised": 1_281_167, "clip": 15_388_848}[cfg.kind] if "emoji" not in cfg.data else 4_494
     if "cc12m" in cfg.out or cfg.model == "ViT-B-16":
         samples += 12_423_374
+    samples = cfg.dataset_size or samples
     per_epoch = -(-samples // cfg.batch_size)
     total = per_epoch * cfg.epochs
     swaps = f", {int(samples * cfg.noise / 2):,} swaps" if cfg.kind == "clip" else ""
@@ -221,10 +312,10 @@ def main(cfg: PretrainConfig) -> Path | None:
     first, start = folder.state["epoch"], folder.state["batch"]
 
     # Data and its noise
-    samples = open_samples(cfg, transform)
+    samples = open_samples(cfg, transform, process)
     if folder.state.get("data", samples.fingerprint) != samples.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
-    noise = float(samples.noisy.mean())
+    noise = folder.state["noise"] if folder.resumed else samples.share()
     if process.main:
         what = "captions displaced" if cfg.kind == "clip" else "labels wrong"
         print(f"noise ratio {cfg.noise:g}: {100 * noise:.2f} % of {len(samples):,} {what}")
@@ -234,15 +325,15 @@ def main(cfg: PretrainConfig) -> Path | None:
     folder.start(per_epoch * first + start, data=samples.fingerprint, noise=noise)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
+    loader = training_batches(samples, cfg, process, range(first, cfg.epochs), start)
     for epoch in range(first, cfg.epochs):
-        samples.epoch, broken = epoch, list(samples.broken)
-        order, weights = batch_order(cfg, len(samples), epoch, process, start)
-        loader = data.loader_of(samples, order, collate, cfg, process)
+        broken, left = list(samples.broken), steps_an_epoch(cfg, len(samples)) - start
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        bar = run.progress(loader, len(order), label, cfg.batch_size, process)
-        steps = enumerate(zip(data.watch(bar, broken), weights, strict=True), per_epoch * epoch + start)
-        for step, ((*batch, _), weight) in steps:
+        bar = run.progress(loader, left, label, cfg.batch_size, process)
+        for step, (weight, *batch, _) in enumerate(data.watch(bar, broken), per_epoch * epoch + start):
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run agrees
+            images = batch[0].to(process.device, non_blocking=True, memory_format=torch.channels_last)
+            batch[0] = samples.normalise(images)
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
             parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
             if done % cfg.log_every == 0:

@@ -200,10 +200,11 @@ def main(cfg: Config) -> Path | None:
     total, weights = steps * cfg.epochs, cfg.weights
     about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint}
     folder.start(steps * first + start, **about)
+    batches = source.batches(range(first, cfg.epochs), start)
     for epoch in range(first, cfg.epochs):
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        batches = run.progress(source.batches(epoch, start), steps - start, label, cfg.batch_size, process)
-        for step, (feats, labels) in enumerate(batches, steps * epoch + start):
+        of_epoch = run.progress(batches, steps - start, label, cfg.batch_size, process)
+        for step, (feats, labels) in enumerate(of_epoch, steps * epoch + start):
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, step)
             losses = train_step(head, feats, labels, optimizer, weights, cfg.svd_k)
             done = step + 1

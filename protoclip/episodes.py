@@ -4,12 +4,14 @@ Authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`). An 
 replacement; everything cached of it (features, pseudo-labels) is indexed by the position i in 0..N-1.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
@@ -109,10 +111,12 @@ class EpisodeDataset(Dataset):
     """Item i is (i, image (3, S, S), tokens (L,), broken samples passed over), of row `rows[i]`. U:training/data.py:24.
 
     Pseudo-labels and cached features are indexed by the episodic index i. A view is a function of (seed, i) alone.
+    Images are uint8 where `transform` ends in normalising: `normalise` does that for a batch.
     """
 
     def __init__(self, pairs, rows: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
-        self.pairs, self.rows, self.transform, self.tokenizer, self.seed = pairs, rows, transform, tokenizer, seed
+        self.pairs, self.rows, self.tokenizer, self.seed = pairs, rows, tokenizer, seed
+        self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,26 +133,32 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
     return torch.tensor(index), torch.stack(images), torch.stack(tokens), [b for each in broken for b in each]
 
 
-def episode_loader(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> DataLoader | memory.Views:
+def pass_order(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> list[np.ndarray]:
     """This rank's batches of one shuffled pass, from batch `start` on."""
     size = cfg.batch_size // process.world_size
     batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
-    batches = [batch for batch in batches if len(batch)]
     if cfg.distinct_captions:
         order = np.random.default_rng(dataset.seed).permutation(len(dataset))
         whole = memory.distinct_batches(order, dataset.pairs.labels[dataset.rows], cfg.batch_size)
-        parts = [batch[process.rank * size : (process.rank + 1) * size] for batch in whole[start:]]
-        batches = [batch for batch in parts if len(batch)]
-    if isinstance(dataset.pairs, memory.InMemory):
-        return memory.Views(dataset.pairs, dataset.rows, dataset.transform, BatchTransform.COUNT, dataset.seed, batches)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=cfg.workers,
-        collate_fn=collate,
-        pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
-    )
+        batches = [batch[process.rank * size : (process.rank + 1) * size] for batch in whole[start:]]
+    return [batch for batch in batches if len(batch)]
+
+
+def episode_batches(
+    cfg, process: run.Process, passes: Sequence[EpisodeDataset], start: int = 0
+) -> tuple[list[int], Iterator]:
+    """(how many batches this rank has of each of the passes over an episode, all of them one after the other).
+
+    The last pass is from batch `start` on. The same workers read all passes; they start at once.
+    """
+    orders = [pass_order(cfg, process, dataset, start if dataset is passes[-1] else 0) for dataset in passes]
+    counts = list(map(len, orders))
+    if isinstance(passes[0].pairs, memory.InMemory):
+        count, each = BatchTransform.COUNT, zip(passes, orders, strict=True)
+        views = (memory.Views(of.pairs, of.rows, of.transform, count, of.seed, order) for of, order in each)
+        return counts, itertools.chain.from_iterable(views)
+    items = [number * len(passes[0]) + batch for number, order in enumerate(orders) for batch in order]
+    return counts, iter(data.loader_of(ConcatDataset(passes), items, collate, cfg, process))
 
 
 class Episodes:
@@ -179,12 +189,10 @@ class Episodes:
             folder = Path(self.cfg.cache)
             wanted = self.shards_of(episode)
             if episode > 1:  # the last episode's copies stay: another rank may still be reading them
-                recent = {*wanted, *self.shards_of(episode - 1)}
-                self.fetcher.evict([old for old in self.shards_of(episode - 2) if old not in recent])
+                self.fetcher.evict(self.shards_of(episode - 2), {*wanted, *self.shards_of(episode - 1)})
+            self.fetcher.start(wanted)
             self.fetcher.wait(wanted)
             pairs = data.Shards([data.fetch(shard, folder) for shard in wanted], strict=self.cfg.strict, cache=folder)
-            if episode + 1 < self.cfg.episodes:
-                self.fetcher.start(self.shards_of(episode + 1))
             rng = np.random.RandomState(data.stable_hash(self.cfg.seed, episode) % 2**32)
             return pairs, sample_episode(len(pairs), self.cfg.episode_size, rng)
         while self.drawn < episode:
@@ -192,3 +200,8 @@ class Episodes:
             self.drawn += 1
         self.drawn += 1
         return pairs, sample_episode(len(pairs), self.cfg.episode_size, self.rng)
+
+    def fetch(self, episode: int) -> None:
+        """Begin to fetch the shards of an episode, if there is such a one: while no process is about to start."""
+        if self.pairs is None and episode < self.cfg.episodes:
+            self.fetcher.start(self.shards_of(episode))

@@ -255,7 +255,7 @@ def evaluate_run(
         flat["mean_top1"] = sum(top1) / len(top1)
 
     def features(folder: str, split: str) -> tuple[Tensor, Tensor | list]:
-        loader = EvalSet(folder, transform, split).batches(cfg.batch_size, cfg.workers)
+        loader = EvalSet(folder, transform, split).batches(cfg.batch_size, cfg.workers, process.device)
         return extract_image_features(model.encode_image, loader, process.device, dtype, f"{Path(folder).name} {split}")
 
     shown = None

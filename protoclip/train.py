@@ -31,7 +31,7 @@ from protoclip.episodes import (  # noqa: F401
     Episodes,
     as_it_is,
     ascii_caption,
-    episode_loader,
+    episode_batches,
     image_transform,
     sample_episode,
 )
@@ -284,8 +284,8 @@ class EpisodicData:
         self.episodes = Episodes(cfg)
         pairs = self.episodes.pairs
         self.fingerprint = None if pairs is None else pairs.fingerprint
-        if process.main and pairs is not None and len(pairs) < (cfg.dataset_size or 0):
-            print(f"{cfg.data} holds {len(pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+        if pairs is not None:
+            data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
         if self.teacher is not None and pairs is not None:  # else a hole would show after the first episode only
             self.teacher.find(pairs, np.arange(len(pairs)))
@@ -302,21 +302,34 @@ class EpisodicData:
                 self.train_view = self.eval_view = as_it_is
             self.remembered = self.remembered.to(process.device)
 
-    def draw(self, episode: int) -> None:
-        """Draw the rows of an episode."""
+    def draw(self, episode: int, start: int = 0, known: bool = False) -> None:
+        """Draw the rows of an episode and begin to read them: first the pass to extract features from, unless the
+        prototypes are `known` or not wanted, then the training pass, from batch `start` on."""
+        cfg, self.reading = self.cfg, iter(())  # ends the workers of the last episode
         self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
         self.broken, self.errors = list(self.pairs.broken) + (self.remembered.broken if self.remembered else []), {}
+        views = {"train": self.train_view}
+        if not known and any(weights_in(cfg, episode)[1:]):
+            views = {"extract": self.train_view if cfg.extraction_view == "train" else self.eval_view, **views}
+        pairs, passes = self.remembered or self.pairs, {}
+        for what, view in views.items():
+            seed = (cfg.seed, episode, int(what == "train"))
+            passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
+        counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
+        self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
+        self.episodes.fetch(episode + 1)  # workers have been forked, so that no thread's lock is copied into them
 
-    def loader(self, what: str, start: int = 0) -> Iterable:
-        """Batches of the drawn rows, from batch `start` on, to "extract" features from or to "train" on."""
-        cfg, training = self.cfg, what == "train"
-        view = self.train_view if training or cfg.extraction_view == "train" else self.eval_view
-        seed = (cfg.seed, self.episode, int(training))
-        dataset = EpisodeDataset(self.remembered or self.pairs, self.rows, view, self.tokenizer, seed)
-        loader = episode_loader(cfg, self.process, dataset, start)
-        label = f"{Path(cfg.out).name} {what} {self.episode + 1}/{cfg.episodes}"
-        bar = run.progress(loader, cfg.steps_per_episode() - start, label, cfg.batch_size, self.process)
-        return data.watch(bar, self.broken) if training else bar
+    def loader(self, what: str) -> Iterable:
+        """Batches of the drawn rows to "extract" features from, and then to "train" on; images on the device."""
+        label = f"{Path(self.cfg.out).name} {what} {self.episode + 1}/{self.cfg.episodes}"
+        bar = run.progress(self.batches(), self.count[what], label, self.cfg.batch_size, self.process)
+        return data.watch(bar, self.broken) if what == "train" else bar
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[data.Broken]]]:
+        """What is left of the episode. No loop over `reading` itself, which would keep its workers alive."""
+        while True:
+            index, images, tokens, broken = next(self.reading)
+            yield index, self.normalise(images.to(self.process.device, non_blocking=True)), tokens, broken
 
     def prototypes(self, model: nn.Module, precision: str) -> Prototypes | None:
         """The episode's prototypes; None where their losses have weight 0."""
@@ -369,9 +382,9 @@ def main(cfg: Config) -> Path | None:
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
     for episode in range(first, cfg.episodes):
-        episodes.draw(episode)
+        episodes.draw(episode, start, known=bool(prototypes))
         prototypes = Prototypes(**prototypes) if prototypes else episodes.prototypes(ddp, precision)
-        loader = episodes.loader("train", start)
+        loader = episodes.loader("train")
         steps = train_episode(ddp, loader, optimizer, prototypes, episode, cfg, process, start, scaler, precision)
         for step, losses in steps:
             batch = step - per_episode * episode + 1

@@ -4,6 +4,10 @@ A shard's tar headers are indexed once, without reading its payloads; every samp
 the order of an epoch is a pure function of (seed, epoch), the same for any number of loader workers and split evenly
 over ranks, and a run that resumes skips what it has seen before anything is read or decoded.
 
+A run asks its dataset of N rows for items: item i is row i % N in epoch i // N. So workers start once a run and read
+ahead from one epoch into the next. They hand on uint8 pixels, which the training process normalises on its device
+(`in_two`).
+
 Broken samples (truncated tar, unreadable image, missing or empty caption, wrong encoding) are never silently lost: the
 next readable row takes their place, and `Broken` records are handed on for the report at the end of the epoch.
 """
@@ -19,7 +23,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Normalize, ToTensor
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
@@ -84,15 +89,46 @@ def read_file(path: str | Path) -> bytes:
     return content
 
 
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB image -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 class ToNormalizedTensor:
     """RGB image -> (3, H, W): torchvision's ToTensor and Normalize in half their time, bit for bit."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        values = tuple(torch.tensor(each)[:, None, None] for each in (mean, std))
+        self.values = {values[0].device: values}  # mean and std (3, 1, 1) on each device where they have been wanted
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
+        return self.normalise(to_pixels(image))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(..., 3, H, W) uint8 -> float32, on the same device and in the same memory format."""
+        if pixels.device not in self.values:
+            values = next(iter(self.values.values()))
+            self.values[pixels.device] = tuple(value.to(pixels.device) for value in values)
+        mean, std = self.values[pixels.device]
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def as_it_is(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels
+
+
+def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:
+    """A transform of images that ends in normalising -> (it up to uint8 pixels (3, H, W), what normalises batches).
+
+    The first half is for loader processes, so that a quarter of the bytes goes from process to process, and the second
+    for the device. Other transforms -> (the transform, nothing more).
+    """
+    *steps, last = getattr(transform, "transforms", [transform])
+    if isinstance(last, Normalize) and steps and isinstance(steps[-1], ToTensor):  # torchvision's own
+        *steps, last = *steps[:-1], ToNormalizedTensor(last.mean, last.std)
+    if not isinstance(last, ToNormalizedTensor):
+        return transform, as_it_is
+    return Compose([*steps, to_pixels]), last.normalise
 
 
 class RememberingTokenizer:
@@ -205,7 +241,7 @@ class NoPairs(ValueError):
 class Shards:
     """Random access to the pairs of local webdataset shards: `len`, `keys`, `read(row)`, `caption(row)`.
 
-    `limit` keeps the first rows. With `strict`, any broken sample is a ValueError.
+    `limit` keeps the first of `total` rows. With `strict`, any broken sample is a ValueError.
     """
 
     def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False, cache: Path | None = None):
@@ -219,15 +255,15 @@ class Shards:
 
     def _read_index(self) -> None:
         found = read_index(self.paths, self.cache)
-        self.keys, self.broken = found.keys.head(self.limit), found.broken
+        self.keys, self.broken, self.total = found.keys.head(self.limit), found.broken, len(found.keys)
         self._starts, self._spans = found.starts, found.spans[: self.limit]
-        last = self._shard(len(self.keys) - 1)
+        last = self.shard_of(len(self.keys) - 1)
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _shard(self, row: int) -> int:
+    def shard_of(self, row: int) -> int:
         """Number of the shard that a row is in."""
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
@@ -237,7 +273,7 @@ class Shards:
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
         """Bytes of a row's shard, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
-        return os.pread(self._open(self._shard(row)), size, offset)
+        return os.pread(self._open(self.shard_of(row)), size, offset)
 
     def _open(self, shard: int) -> int:
         """The descriptor of a shard, of which the last OPEN_FILES stay open in each process."""
@@ -309,6 +345,7 @@ class TSV:
     def __init__(self, path: str, limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.strict, self.broken = strict, []
         arrays, about = kept([path], cache, lambda: read_table(path))
+        self.total = len(arrays["file_ends"])
         self._captions = Strings(arrays["captions"], arrays["caption_ends"]).head(limit)
         self.keys = Strings(arrays["files"], arrays["file_ends"]).head(limit)  # an image's path is its sample's key
         self.fingerprint = fingerprint(repr((len(self.keys), about["digest"])).encode())
@@ -340,35 +377,43 @@ def open_pairs(
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
-    """ValueError if `pairs` are not those of the run's checkpoint `state`, or fewer than one batch of `cfg`.
-
-    Fewer than its `dataset_size` are only reported.
-    """
+    """ValueError if `pairs` are not those of the run's checkpoint `state`, or fewer than one batch of `cfg`."""
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
         dealt = ", or dealt to another number of processes" * hasattr(pairs, "place")
         raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
     if len(pairs) < cfg.batch_size:
         raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
-    if process.main and len(pairs) < (cfg.dataset_size or 0):
-        print(f"{cfg.data} holds {len(pairs):,} pairs, fewer than --dataset-size {cfg.dataset_size:,}")
+    say_size(pairs, cfg, process)
+
+
+def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
+    """Print a sentence if --dataset-size is not what the data hold; of windows of shards nobody knows it beforehand."""
+    total, wanted = getattr(pairs, "total", None), cfg.dataset_size
+    if process.main and total is not None and wanted is not None and total != wanted:
+        unlike = "fewer than" if total < wanted else "of which the first are kept by"
+        print(f"{cfg.data} holds {total:,} pairs, {unlike} --dataset-size {wanted:,}")
 
 
 # ------------------------------------------------------------------------------------------- order, reading, report
 
 
 def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
-    """`pairs.read(row)`, or the next readable row in its place; what was passed over is appended to `broken`."""
+    """`pairs.read(row)`, or the next readable row in its place; what was passed over is appended to `broken`.
+
+    An item of a run will do: see the head of this file.
+    """
     if hasattr(pairs, "place"):  # a window of shards
         pairs, row = pairs.place(row)
-    for candidate in range(row, row + min(len(pairs), 1000)):
-        candidate %= len(pairs)
+    n = len(pairs)
+    for candidate in range(row, row + min(n, 1000)):
+        candidate %= n
         try:
             return pairs.read(candidate)
         except BrokenSample as error:
             if pairs.strict:
                 raise ValueError(f"--strict: sample {pairs.keys[candidate]}: {error}") from error
             broken.append(Broken(str(pairs.keys[candidate]), str(error)))
-    raise ValueError(f"1000 samples in a row from {pairs.keys[row]} on are unreadable ({broken[-1].reason})")
+    raise ValueError(f"1000 samples in a row from {pairs.keys[row % n]} on are unreadable ({broken[-1].reason})")
 
 
 def batches(
@@ -386,20 +431,34 @@ def batches(
     return [order[first : first + size][rank * batch_size : (rank + 1) * batch_size] for first in firsts]
 
 
-def epoch_loader(
-    dataset: Dataset, collate: Callable, cfg, process: run.Process, seed: Sequence[int], start: int = 0
-) -> DataLoader:
-    """This rank's whole batches of one shuffled pass, from batch `start` on; the last short batch is left out.
+def training_batches(
+    dataset: Dataset,
+    collate: Callable,
+    cfg,
+    process: run.Process,
+    epochs: range,
+    start: int = 0,
+    drop_last: bool = True,
+) -> Iterator:
+    """This rank's batches of these epochs, one after the other, from batch `start` of the first on.
 
-    `cfg` has the global batch_size and the number of loader `workers`.
+    Each epoch is a pass over the dataset, shuffled by (cfg.seed, epoch), whose last short batch is left out unless
+    `drop_last` is off. `cfg` has the global batch_size and the number of loader `workers`, too. They start at once.
     """
-    size = cfg.batch_size // process.world_size
-    order = batches(len(dataset), size, seed, process.rank, process.world_size, start)
-    return loader_of(dataset, order[: len(dataset) // cfg.batch_size - start], collate, cfg, process)
+    n, size = len(dataset), cfg.batch_size // process.world_size
+
+    def order() -> Iterator[np.ndarray]:
+        for epoch in epochs:
+            first = start if epoch == epochs[0] else 0
+            of_epoch = batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, first)
+            for rows in of_epoch[: n // cfg.batch_size - first] if drop_last else of_epoch:
+                yield epoch * n + rows
+
+    return iter(loader_of(dataset, order(), collate, cfg, process))
 
 
 def loader_of(
-    dataset: Dataset, batches: Sequence[Sequence[int]], collate: Callable, cfg, process: run.Process
+    dataset: Dataset, batches: Iterable[Sequence[int]], collate: Callable, cfg, process: run.Process
 ) -> DataLoader:
     """A loader of these batches of items."""
     return DataLoader(
@@ -415,6 +474,11 @@ def loader_of(
 def stable_hash(*parts: int | str) -> int:
     """A 63-bit seed from its parts, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_views(seed: int, item: int, n: int) -> None:
+    """Seed the CPU's generator for an item of a run over n rows; `torch.manual_seed` walks all backends, at 0.1 ms."""
+    torch.default_generator.manual_seed(stable_hash(seed, *divmod(int(item), n)))
 
 
 def watch(batches: Iterable, broken: list[Broken]) -> Iterable:

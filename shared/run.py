@@ -366,8 +366,7 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
 
 
 def progress(items: Iterable, total: int, label: str, images: int, process: Process | None = None) -> tqdm:
-    """tqdm over batches of `images` samples, counting images/s; nothing is shown when stderr is not a terminal."""
+    """tqdm over the next `total` batches of `images` samples, counting images/s; shown when stderr is a terminal."""
     hidden = not sys.stderr.isatty() or (process is not None and not process.main)
-    return tqdm(
-        items, total=total, desc=label, disable=hidden, leave=False, unit="img", unit_scale=images, dynamic_ncols=True
-    )
+    how = {"leave": False, "unit": "img", "unit_scale": images, "dynamic_ncols": True}
+    return tqdm(itertools.islice(items, total), total=total, desc=label, disable=hidden, **how)

@@ -1,20 +1,21 @@
 """Data that does not fit: windows of a few shards are fetched ahead, read, and removed.
 
-A pass deals the shards, shuffled by (seed, epoch), to the ranks, and cuts each rank's share into windows of S shards.
+An epoch deals the shards, shuffled by (seed, epoch), to the ranks, and cuts each rank's share into windows of S shards.
 A window gives a fixed number of batches, of its rows in random order. If it has fewer rows they come again; if it has
 more, the rest is left out. So the sample of every (epoch, batch, rank) is known before any shard is read, and a run
 goes on in the middle of a window.
 
-Where `data.Shards` has rows, `Windowed` has positions 0 .. N-1 of a pass: position p is item p % B of batch
-p // B // W on rank p // B % W, with B items a rank and W ranks.
+Where `data.Shards` has rows, `Windowed` has positions 0 .. N-1 of an epoch: position p is item p % B of batch
+p // B // W on rank p // B % W, with B items a rank and W ranks. Item e N + p of a run is position p of epoch e.
 """
 
 import concurrent.futures
 import contextlib
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,31 +25,37 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared import data, index, run
 
+AHEAD = 4  # shards that are fetched at a time
+
 
 class Fetcher:
-    """Fetches shards in the background, and removes their copies; local shards stay where they are."""
+    """Fetches shards in the background, and removes their copies; local shards stay where they are.
+
+    Its threads start with the first fetch. Whoever starts processes does so before, or when all that was begun has been
+    waited for: a process that is forked in the middle of a fetch could wait forever for what its thread had locked.
+    """
 
     def __init__(self, cache: Path):
         self.cache, self.coming = cache, {}
-        self.pool = ThreadPoolExecutor(4, "fetch")  # its threads start with the first fetch
+        self.pool = ThreadPoolExecutor(AHEAD, "fetch")
 
     def start(self, urls: Iterable[str]) -> None:
         """Begins to fetch; returns at once. What fails is tried again, and told, by the one who opens the shard."""
         for url in urls:
-            if data.is_remote(url):
+            if data.is_remote(url) and url not in self.coming:
                 self.coming[url] = self.pool.submit(data.fetch, url, self.cache)
 
     def wait(self, urls: Iterable[str]) -> None:
         """Waits until these are there, or have failed."""
         concurrent.futures.wait([self.coming.pop(url) for url in urls if url in self.coming])
 
-    def evict(self, urls: Sequence[str]) -> None:
-        """Removes copies, and the index of these shards as they were opened: together."""
+    def evict(self, urls: Sequence[str], wanted: Collection[str] = ()) -> None:
+        """Removes the index of these shards as they were opened, together, and the copies that are not `wanted`."""
         local = lambda url: Path(url.removeprefix("file:"))  # noqa: E731
         paths = [data.cached_path(url, self.cache) if data.is_remote(url) else local(url) for url in urls]
         index.forget([str(path) for path in paths], self.cache)
         for url, path in zip(urls, paths, strict=True):
-            if data.is_remote(url):
+            if data.is_remote(url) and url not in wanted:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
 
@@ -58,7 +65,7 @@ class Fetcher:
 
 
 class Windowed:
-    """Pairs of a pass over shards, by position; what `data.Shards` is to shards that fit."""
+    """Pairs of a run's epochs over shards, by item; what `data.Shards` is to shards that fit."""
 
     def __init__(
         self,
@@ -66,6 +73,7 @@ class Windowed:
         shards: int,
         samples: int,
         batch_size: int,
+        seed: int,
         process: run.Process,
         cache: Path,
         strict: bool = False,
@@ -76,102 +84,96 @@ class Windowed:
             raise ValueError(f"--dataset-size {samples} is less than one batch of {batch_size}")
         if len(set(urls)) < len(urls):
             raise ValueError("--data names a shard more than once, which --window-shards cannot read")
-        self.urls, self.samples, self.strict = list(urls), samples, strict
+        self.urls, self.samples, self.seed, self.strict = list(urls), samples, seed, strict
         self.cache = cache / f"window-{process.rank}"  # this process' own: nobody else removes what is in it
         self.rank, self.world_size = process.rank, process.world_size
         self.steps, self.batch_size = samples // batch_size, batch_size // process.world_size
         most = min(len(urls) // self.world_size, self.steps)  # a shard and a batch each, at least
-        self.count = min(math.ceil(len(urls) / (shards * self.world_size)), most)  # windows of a pass
+        self.count = min(math.ceil(len(urls) / (shards * self.world_size)), most)  # windows of an epoch
         self.fingerprint = data.fingerprint(repr((self.urls, shards, samples, self.world_size)).encode())
         self.broken: list[data.Broken] = []
-        self.begin((0, 0))
+        self.opened: dict[tuple[int, int, int], tuple[data.Shards, np.ndarray]] = {}
 
-    def begin(self, seed: Sequence[int]) -> None:
-        """Begin the pass that a seed stands for, (run seed, epoch)."""
-        self.order = np.random.default_rng(seed).permutation(len(self.urls))
-        self.seed, self.opened = tuple(seed), {}
-
-    def shards_of(self, window: int, rank: int) -> list[str]:
-        share = self.order[rank :: self.world_size]
+    def shards_of(self, epoch: int, window: int, rank: int) -> list[str]:
+        share = np.random.default_rng((self.seed, epoch)).permutation(len(self.urls))[rank :: self.world_size]
         return [self.urls[i] for i in np.array_split(share, self.count)[window]]
 
     def window_of(self, batch: int) -> int:
         return batch * self.count // self.steps
 
+    def batches_of(self, window: int) -> range:
+        """The batches that a window gives."""
+        return range(*(-(-each * self.steps // self.count) for each in (window, window + 1)))
+
     def __len__(self) -> int:
         return self.samples
 
-    def open(self, window: int, rank: int) -> tuple[data.Shards, np.ndarray]:
+    def open(self, epoch: int, window: int, rank: int) -> tuple[data.Shards, np.ndarray]:
         """(pairs of a window, their random order); the last two stay open."""
-        if (window, rank) not in self.opened:
+        which = epoch, window, rank
+        if which not in self.opened:
             while len(self.opened) > 1:
                 self.opened.pop(next(iter(self.opened)))
-            pairs = self.pairs_of(window, rank)
-            order = np.random.default_rng((*self.seed, rank, window)).permutation(len(pairs))
-            self.opened[window, rank] = pairs, order
-        return self.opened[window, rank]
+            pairs = self.pairs_of(*which)
+            order = np.random.default_rng((self.seed, epoch, rank, window)).permutation(len(pairs))
+            self.opened[which] = pairs, order
+        return self.opened[which]
 
-    def pairs_of(self, window: int, rank: int, tried: int = 1) -> data.Shards:
+    def pairs_of(self, epoch: int, window: int, rank: int, tried: int = 1) -> data.Shards:
         """Pairs of a window; where none can be read, those of the next one, with what was broken in this one."""
-        paths = [data.fetch(url, self.cache) for url in self.shards_of(window, rank)]
+        paths = [data.fetch(url, self.cache) for url in self.shards_of(epoch, window, rank)]
         try:
             return data.Shards(paths, strict=self.strict, cache=self.cache)
         except data.NoPairs as error:
             if tried == self.count:
                 raise
-            pairs = self.pairs_of((window + 1) % self.count, rank, tried + 1)
+            pairs = self.pairs_of(epoch, (window + 1) % self.count, rank, tried + 1)
             pairs.broken = [*error.broken, *pairs.broken]
             return pairs
 
-    def place(self, position: int) -> tuple[data.Shards, int]:
-        """Position -> (pairs of its window, row in them)."""
-        batch, item = divmod(position, self.batch_size)
+    def place(self, item: int) -> tuple[data.Shards, int]:
+        """Item -> (pairs of its window, row in them)."""
+        epoch, position = divmod(item, self.samples)
+        batch, i = divmod(position, self.batch_size)
         batch, rank = divmod(batch, self.world_size)
         window = self.window_of(batch)
-        pairs, order = self.open(window, rank)
-        first = math.ceil(window * self.steps / self.count)  # batch of the window
-        return pairs, int(order[((batch - first) * self.batch_size + item) % len(order)])
+        pairs, order = self.open(epoch, window, rank)
+        batch -= self.batches_of(window).start
+        return pairs, int(order[(batch * self.batch_size + i) % len(order)])
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"opened": {}}
 
 
-class WindowLoader:
-    """Batches of a loader over `Windowed`, from batch `start` on; the next window is fetched meanwhile.
+def fetched_ahead(loader: DataLoader, pairs: Windowed, epochs: range, start: int) -> Iterator:
+    """Batches of a loader over `Windowed`, from batch `start` of the first epoch on; the next window comes meanwhile.
 
     The last item of a batch lists broken samples; a window's first batch brings those that its shards' index found.
     """
-
-    def __init__(self, loader: DataLoader, pairs: Windowed, start: int):
-        self.loader, self.pairs, self.start = loader, pairs, start
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator:
-        pairs, window = self.pairs, None
-        shards = lambda window: pairs.shards_of(window, pairs.rank)  # noqa: E731
-        clear(pairs.cache, shards(pairs.window_of(self.start)))
-        fetcher, batches = Fetcher(pairs.cache), iter(self.loader)  # workers are forked while no thread runs
-        fetcher.start(shards(pairs.window_of(self.start)))
-        try:
-            for number in range(self.start, pairs.steps):
-                new = pairs.window_of(number) != window
-                if new:
-                    fetcher.wait(shards(pairs.window_of(number)))
-                batch = next(batches)
-                if new:
-                    if window is not None:
-                        fetcher.evict(shards(window))
-                    window = pairs.window_of(number)
-                    if window + 1 < pairs.count:
-                        fetcher.start(shards(window + 1))
-                    batch[-1].extend(pairs.open(window, pairs.rank)[0].broken)
-                yield batch
-        finally:
-            fetcher.close()
-            del batches  # and its workers, which may be reading
-            clear(pairs.cache, [])
+    turns = [(epoch, window) for epoch in epochs for window in range(pairs.count)][pairs.window_of(start) :]
+    shards = lambda number: pairs.shards_of(*turns[number], pairs.rank) if number < len(turns) else []  # noqa: E731
+    read_ahead = loader.num_workers * (loader.prefetch_factor or 0)  # batches, maybe of windows after the next
+    reach = 1 + math.ceil(read_ahead / (pairs.steps // pairs.count))
+    clear(pairs.cache, shards(0))
+    batches, fetcher = iter(loader), Fetcher(pairs.cache)  # workers are forked before a thread fetches
+    fetcher.start(shards(0))
+    try:
+        for number, (epoch, window) in enumerate(turns):
+            fetcher.wait(shards(number))
+            batch = next(batches)
+            if number:
+                wanted = {url for step in range(reach + 1) for url in shards(number + step)}
+                fetcher.evict(shards(number - 1), wanted)
+            fetcher.start(shards(number + 1))
+            batch[-1].extend(pairs.open(epoch, window, pairs.rank)[0].broken)
+            yield batch
+            of_window = pairs.batches_of(window)
+            done = start - of_window.start if number == 0 and epoch == epochs[0] else 0
+            yield from itertools.islice(batches, len(of_window) - done - 1)
+    finally:
+        fetcher.close()
+        del batches  # and its workers, which may be reading
+        clear(pairs.cache, [])
 
 
 def clear(cache: Path, wanted: Sequence[str]) -> None:
@@ -187,18 +189,41 @@ def clear(cache: Path, wanted: Sequence[str]) -> None:
             cache.rmdir()
 
 
-def epoch_loader(
-    dataset: Dataset, collate: Callable, cfg: Any, process: run.Process, seed: Sequence[int], start: int = 0
-) -> DataLoader | WindowLoader:
-    """`data.epoch_loader` of a dataset over its `pairs`, by row or by window."""
+def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+    """Every world_size-th caption of the data, or those of every world_size-th shard of `Windowed`, from `rank` on.
+
+    Each shard is fetched once, ahead, and removed when it has been gone through.
+    """
+    if not isinstance(pairs, Windowed):
+        yield from (pairs.caption(row) for row in range(rank, len(pairs), world_size))
+        return
+    urls, fetcher = pairs.urls[rank::world_size], Fetcher(pairs.cache)
+    try:
+        for number, url in enumerate(urls):
+            fetcher.start(urls[number : number + AHEAD])
+            fetcher.wait([url])
+            with contextlib.suppress(data.NoPairs):  # training tells of it
+                shard = data.Shards([data.fetch(url, pairs.cache)], strict=pairs.strict, cache=pairs.cache)
+                yield from map(shard.caption, range(len(shard)))
+            fetcher.evict([url])
+    finally:
+        fetcher.close()
+
+
+def training_batches(
+    dataset: Dataset, collate: Callable, cfg: Any, process: run.Process, epochs: range, start: int = 0
+) -> Iterator:
+    """`data.training_batches` of a dataset over its `pairs`, by row or by window."""
     pairs = dataset.pairs
     if not isinstance(pairs, Windowed):
-        return data.epoch_loader(dataset, collate, cfg, process, seed, start)
-    pairs.begin(seed)
-    size, width = pairs.batch_size, process.world_size
-    firsts = [(batch * width + process.rank) * size for batch in range(start, pairs.steps)]
-    batches = [range(first, first + size) for first in firsts]
-    return WindowLoader(data.loader_of(dataset, batches, collate, cfg, process), pairs, start)
+        return data.training_batches(dataset, collate, cfg, process, epochs, start)
+    firsts = (
+        epoch * len(pairs) + (batch * process.world_size + process.rank) * pairs.batch_size
+        for epoch in epochs
+        for batch in range(start if epoch == epochs[0] else 0, pairs.steps)
+    )
+    order = (range(first, first + pairs.batch_size) for first in firsts)
+    return fetched_ahead(data.loader_of(dataset, order, collate, cfg, process), pairs, epochs, start)
 
 
 def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windowed:
@@ -207,10 +232,10 @@ def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windo
         raise ValueError(f"--window-shards {cfg.window_shards} is a number of shards, or 0 to read by row")
     if not cfg.window_shards:
         return data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
-    if cfg.data.endswith((".tsv", ".csv")):
-        raise ValueError("--window-shards reads tar shards; a .tsv is read by row")
     if not cfg.dataset_size:
         raise ValueError("--window-shards needs --dataset-size, the number of samples of an epoch")
+    if (ending := Path(cfg.data).suffix) in (".tsv", ".csv", ".json"):
+        raise ValueError(f"--window-shards reads tar shards; a {ending} is read by row")
     urls = data.expand_shards(cfg.data)
     cache = Path(cfg.cache) / f"{Path(cfg.out).name}-{data.stable_hash(os.path.abspath(cfg.out)):016x}"
-    return Windowed(urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, process, cache, cfg.strict)
+    return Windowed(urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, cfg.seed, process, cache, cfg.strict)

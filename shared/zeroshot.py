@@ -268,7 +268,7 @@ def evaluate(
     results = {}
     try:
         for eval_set in sets:
-            loader = eval_set.batches(batch_size, num_workers)
+            loader = eval_set.batches(batch_size, num_workers, device)
             features, targets = extract_image_features(model.encode_image, loader, device, precision, eval_set.name)
             if eval_set.kind == "retrieval":
                 captions = [caption for of_image in targets for caption in of_image]

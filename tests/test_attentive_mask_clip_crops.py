@@ -104,14 +104,15 @@ def test_samples_are_functions_of_seed_and_index(method, views):
 
     cfg = Config(method=method, views=views, ema_image_size=8, caption_lines=True)
     tokenizer = open_clip.SimpleTokenizer(context_length=5)
-    first, again, other = (ViewDataset(Pairs(), cfg, 16, tokenizer, seed, True) for seed in ((0, 1), (0, 1), (0, 2)))
+    first, again, other = (ViewDataset(Pairs(), cfg, 16, tokenizer, seed, True) for seed in (0, 0, 1))
     images, boxes, tokens, broken = first[3]
     first[0]
     for ours, theirs in ((first[3], again[3]), (first[2], again[2])):
         assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
         assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
     assert not torch.equal(first[3][0][0], other[3][0][0])
+    assert torch.equal(first[3 + 4][1], again[3 + 4][1]) and not torch.equal(first[3][1], first[3 + 4][1])  # epochs
     online = {"aclip": views, "slip": 1, "clip": 1}[method]
     assert boxes.shape == (online + 1, 4)
-    captions = {tuple(ViewDataset(Pairs(), cfg, 16, tokenizer, (s,), True)[0][2].tolist()) for s in range(20)}
+    captions = {tuple(ViewDataset(Pairs(), cfg, 16, tokenizer, s, True)[0][2].tolist()) for s in range(20)}
     assert captions == {tuple(tokenizer(text)[0].tolist()) for text in ("one", "two")}

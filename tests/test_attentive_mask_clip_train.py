@@ -260,7 +260,7 @@ def test_methods_start_from_the_same_towers_and_first_crops(corpus: None):
         cfg = dataclasses.replace(config.PRESETS[arm][1])
         torch.manual_seed(cfg.seed)
         states.append(create_model(cfg.method, cfg.model, **cfg.model_settings()).state_dict())
-        dataset = train.ViewDataset(pairs, cfg, 20, lambda text: torch.zeros(1, 4, dtype=torch.long), (0, 0), True)
+        dataset = train.ViewDataset(pairs, cfg, 20, lambda text: torch.zeros(1, 4, dtype=torch.long), 0, True)
         samples.append([dataset[i][1][0] for i in range(8)])
     for name in states[1]:
         assert torch.equal(states[0][name], states[1][name]) and torch.equal(states[2][name], states[1][name]), name

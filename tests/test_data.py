@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision import transforms
 
-from protoclip.episodes import EpisodeDataset, episode_loader
+from protoclip.episodes import EpisodeDataset, episode_batches
 from shared import data, run
 
 
@@ -86,12 +87,54 @@ def test_workers_change_nothing(tmp_path: Path):
     dataset = EpisodeDataset(data.Shards([str(shard)]), rows, noise, lambda text: torch.tensor([[len(text)]]), (0, 1))
     process = run.Process(0, 1, torch.device("cpu"))
     cfg = lambda workers: SimpleNamespace(batch_size=4, workers=workers, distinct_captions=False)  # noqa: E731
-    read = lambda workers: list(episode_loader(cfg(workers), process, dataset))  # noqa: E731
+    read = lambda workers: list(episode_batches(cfg(workers), process, [dataset])[1])  # noqa: E731
     expected = read(0)
     assert sum(len(batch[0]) for batch in expected) == 20 and any(batch[3] for batch in expected)
     for workers in (1, 2):
         for batch, same in zip(expected, read(workers), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(batch[:3], same[:3], strict=True)) and batch[3] == same[3]
+
+
+class Where(Dataset):
+    """(item, process that reads it, broken) of the rows of nothing."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> tuple[int, int, list]:
+        return int(i), os.getpid(), []
+
+
+def joined(items: list) -> tuple[list, list, list]:
+    return [number for number, _, _ in items], [process for _, process, _ in items], []
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_run_of_epochs_is_read_by_the_same_workers(drop_last: bool):
+    """In the order of `batches`, as item e N + r for row r in epoch e; and a resume goes on in the middle."""
+    cfg, n = SimpleNamespace(batch_size=8, workers=2, seed=5), 42
+    for rank in range(2):
+        process = run.Process(rank, 2, torch.device("cpu"))
+        expected = []
+        for epoch in range(1, 4):
+            rows = data.batches(n, 4, (5, epoch), rank, 2)
+            expected += [(epoch * n + batch).tolist() for batch in (rows[:5] if drop_last else rows)]
+        read = list(data.training_batches(Where(n), joined, cfg, process, range(1, 4), 0, drop_last))
+        assert [numbers for numbers, _, _ in read] == expected
+        assert len({worker for _, workers, _ in read for worker in workers} - {os.getpid()}) == 2
+        tail = data.training_batches(Where(n), joined, cfg, process, range(2, 4), 3, drop_last)
+        assert [numbers for numbers, _, _ in tail] == expected[len(expected) // 3 + 3 :]
+
+
+def test_views_change_from_epoch_to_epoch():
+    drawn = []
+    for item in (3, 13, 3):
+        data.seed_views(7, np.int64(item), 10)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_stable_hash():
@@ -287,6 +330,17 @@ def test_tsv(tmp_path: Path):
         read_all(data.open_pairs(str(tmp_path / "t.tsv"), strict=True))
 
 
+def test_another_size_than_the_datas_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
+    shard, main = str(three(tmp_path / "0.tar")), run.Process(0, 2, torch.device("cpu"))
+    for size, message in ((2, "3 pairs, of which the first are kept by --dataset-size 2"), (3, ""), (None, ""),
+                          (4, "3 pairs, fewer than --dataset-size 4")):  # fmt: skip
+        cfg = SimpleNamespace(data=shard, dataset_size=size, batch_size=1, out="run")
+        data.check_pairs(data.open_pairs(shard, size), cfg, {}, main)
+        assert capsys.readouterr().out == (message and f"{shard} holds {message}\n")
+        data.check_pairs(data.open_pairs(shard, size), cfg, {}, main._replace(rank=1))
+        assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -332,6 +386,25 @@ def test_normalized_pixels_are_torchvisions_bit_for_bit():
         image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
         ours = data.ToNormalizedTensor(mean, std)(image)
         assert ours.is_contiguous() and torch.equal(ours, theirs(image))
+
+
+def test_normalising_a_batch_is_normalising_each_image(tmp_path: Path):
+    """Bit for bit, in either memory format; and of torchvision's own steps, too."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    crop, random = transforms.CenterCrop(20), np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 256, (24, 28, 3), dtype=np.uint8)) for _ in range(5)]
+    theirs = transforms.Compose([crop, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    for transform in (transforms.Compose([crop, data.ToNormalizedTensor(mean, std)]), theirs):
+        pixels, normalise = data.in_two(transform)
+        batch = torch.stack([pixels(image) for image in images])
+        assert batch.dtype == torch.uint8 and batch.shape == (5, 3, 20, 20)
+        expected = torch.stack([theirs(image) for image in images])
+        assert torch.equal(normalise(batch), expected)
+        last = normalise(batch.contiguous(memory_format=torch.channels_last))
+        assert torch.equal(last, expected) and last.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(normalise(batch[None]), expected[None])
+    alone, nothing = data.in_two(transforms.ToTensor())
+    assert isinstance(alone, transforms.ToTensor) and nothing(batch) is batch
 
 
 def test_texts_are_tokenised_once():

@@ -102,7 +102,7 @@ def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
     assert sorted(row for of_one in rows for row in of_one) == list(range(len(pairs)))
     assert all(len({names[f"{pairs.keys[row]}.json"] for row in of_one}) == 1 for of_one in rows)
     assert len(rows) == len(set(names.values()))
-    views = backbone.Views(pairs, [[0], [1, 2]], towers.train_transform("x.pt", 16, 0.5), (0, 1))
+    views = backbone.Views(pairs, [[0], [1, 2]], towers.train_transform("x.pt", 16, 0.5), 0)
     assert views[0][0].shape == (2, 3, 16, 16) and torch.equal(views[1][0], views[1][0])
     tokens = torch.randn(2, 8, 5, 64)
     equal = torch.stack([tokens[0], tokens[0]])

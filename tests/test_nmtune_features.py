@@ -3,12 +3,15 @@
 import re
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from test_nmtune_model import cases
 from test_nmtune_train import features_file, in_process, one_sentence  # noqa: F401
+from torchvision.transforms import RandAugment, RandomResizedCrop
 
 from nmtune import features
+from nmtune.model import timm_transforms
 from nmtune.train import subset_per_class
 from shared import checkpoints
 
@@ -114,3 +117,17 @@ def test_features_that_blow_up_end_in_a_sentence(in_process, tmp_path):
         command = [method, "--features", tmp_path / "f.npz", "--lr", "1e30", "--out", tmp_path / method]
         code, _, err = in_process("nmtune.train", *command)
         assert code == 2 and "lower" in err and one_sentence(err), err
+
+
+def test_rand_augment_follows_the_crop():
+    sizes = {
+        "input_size": (3, 32, 32),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+    }
+    for view in (timm_transforms(sizes)[0], open_clip.image_transform(32, is_train=True)):
+        crop, augment, *rest = features.with_rand_augment(view).transforms
+        assert isinstance(crop, RandomResizedCrop) and isinstance(augment, RandAugment)
+        assert rest == view.transforms[1:]

@@ -1,6 +1,7 @@
 """Pre-training on labels and captions with planted noise, in one process and in two, killed and resumed."""
 
 import dataclasses
+import io
 import re
 import tarfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from test_nmtune_train import (  # noqa: F401
 )
 
 from nmtune import config, pretrain
-from shared import checkpoints, run
+from shared import checkpoints, data, run, windows
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
 SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
@@ -78,11 +79,46 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):
     cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5)
-    samples = pretrain.SwappedCaptions(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]])
-    captions = [samples.pairs.caption(row) for row in range(len(samples))]
+    opened = data.open_pairs(str(pairs))
+    samples = pretrain.SwappedCaptions(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]], opened)
+    captions = [opened.caption(row) for row in range(len(samples))]
     for row, source in enumerate(samples.source):
-        assert samples[row][1] == captions[source]
-    assert samples.noisy.any() and samples.noisy.mean() < 0.5
+        assert samples[row][1] == captions[source] == samples[row + len(samples)][1]  # in each epoch
+        assert samples[row][2] == (row != source)
+    assert 0 < samples.share() < 0.5
+
+
+def test_within_windows_captions_are_swapped_shard_by_shard(pairs: Path, tmp_path: Path):
+    """The same in every epoch, whatever the window; nearly as many as gamma says, and none is lost."""
+    urls = [str(pairs)]
+    for i in (1, 2):
+        urls.append(str(tmp_path / f"{i}.tar"))
+        with tarfile.open(pairs) as source, tarfile.open(urls[-1], "w") as target:
+            for member in source:
+                content = source.extractfile(member).read() if member.name.endswith("png") else f"{i} {member.name}"
+                content, member.name = content if isinstance(content, bytes) else content.encode(), f"{i}-{member.name}"
+                member.size = len(content)
+                target.addfile(member, io.BytesIO(content))
+    settings = {"data": "::".join(urls), "noise": 0.5, "window_shards": 2, "dataset_size": 240, "batch_size": 8}
+    cfg = dataclasses.replace(config.EMOJI_CLIP, **settings, cache=str(tmp_path / "cache"), out=str(tmp_path / "run"))
+    opened = windows.open_pairs(cfg, run.Process(0, 1, torch.device("cpu")))
+    samples = pretrain.SwappedWithinShards(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]], opened)
+    by_row = data.open_pairs(cfg.data)
+    own = {by_row.keys[row]: by_row.caption(row) for row in range(len(by_row))}
+    shard = {by_row.keys[row]: by_row.shard_of(row) for row in range(len(by_row))}
+    home, seen = {caption: shard[key] for key, caption in own.items()}, ({}, {})
+    for epoch in range(2):
+        for i in range(epoch * 240, (epoch + 1) * 240):
+            at, row, _ = samples.place(i)
+            _, caption, noisy, _ = samples[i]
+            seen[epoch][at.keys[row]] = caption
+            assert noisy == (caption != own[at.keys[row]]) or list(own.values()).count(caption) > 1
+    for key in seen[0].keys() & seen[1].keys():
+        assert seen[0][key] == seen[1][key]
+    others = [(key, caption) for key, caption in seen[0].items() if shard[key]]  # their captions say whose they are
+    assert len(others) > 50 and all(home[caption] == shard[key] for key, caption in others)
+    moved = [caption != own[key] for found in seen for key, caption in found.items()]
+    assert 0.25 < sum(moved) / len(moved) < 0.5 and 0.25 < samples.share() < 0.5
 
 
 def test_two_processes_equal_one_in_pretraining(in_process, tmp_path, pairs):

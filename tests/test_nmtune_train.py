@@ -236,7 +236,7 @@ def test_other_arms_on_images(in_process, tmp_path, preset, images):
     process = run.Process(0, 1, torch.device("cpu"))
     source = features.RunFeatures(dataclasses.replace(cfg, batch_size=32, bank=2), process, "fp32")
     source.encode_training_set()
-    assert len(next(iter(source.batches(0)))[0]) == rows
+    assert len(next(source.batches(range(1)))[0]) == rows
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
@@ -263,9 +263,10 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_two_processes_equal_one_in_tuning(in_process, tmp_path, images):
-    """The last batch of 8 is short, and the second process has none of it."""
-    command = ["nmtune", *TUNE, "--data", images, "--tests", f"id={images}", "--out"]
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_equal_one_in_tuning(in_process, tmp_path, images, count: int):
+    """Of 48 images in batches of 30 the last batch is short, and a third process has none of it."""
+    command = ["nmtune", *TUNE, "--batch-size", "30", "--data", images, "--tests", f"id={images}", "--out"]
     assert in_process("nmtune.train", *command, tmp_path / "one")[0] == 0
-    two("nmtune.train", *command, tmp_path / "two")
+    two("nmtune.train", *command, tmp_path / "two", count=count)
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "head")

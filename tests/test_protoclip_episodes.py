@@ -1,7 +1,9 @@
 """Episodes: which rows are drawn, their captions and views, against the numbers of the authors' code."""
 
 import csv
+import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -10,9 +12,12 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from test_protoclip_model import tiny_model
+from test_windows import forks, shards  # noqa: F401
 
+from protoclip import config, train
 from protoclip.episodes import EpisodeDataset, ascii_caption, image_transform, sample_episode
-from shared import data
+from shared import data, memory, run
 
 
 @pytest.mark.golden("protoclip", "episode_sampling")
@@ -74,3 +79,27 @@ def test_image_transforms(case):
             else:  # random views are the same only with the same libraries
                 assert out.shape == case[f"{image}/{view}"].shape
                 assert out.abs().max() < 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_read_both_passes_and_start_while_no_shard_is_fetched(
+    shards: Path, forks: list[int], tmp_path: Path, workers: int
+):
+    sizes = {"episodes": 4, "episode_shards": 2, "episode_size": 14, "batch_size": 4, "dataset_size": None}
+    losses = {"w_external": 0.0, "infonce_warmup": 1, "keep_in_memory": False, "distinct_captions": False}
+    urls = "::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8))
+    cfg = dataclasses.replace(config.PRESETS["emoji"][1], data=urls, cache=str(tmp_path), workers=workers, **sizes)
+    cfg, process = dataclasses.replace(cfg, **losses), run.Process(0, 1, torch.device("cpu"))
+    model = tiny_model()
+    model.visual.image_mean, model.visual.image_std = memory.CLIP_STATISTICS
+    episodes = train.EpisodicData(cfg, process, model, lambda text: torch.tensor([[len(text)]]))
+    for episode in range(4):
+        episodes.draw(episode, start=1 if episode == 3 else 0, known=episode == 2)
+        passes = {what: list(episodes.loader(what)) for what in episodes.count}
+        assert list(passes) == (["train"] if episode in (0, 2) else ["extract", "train"])  # warm-up; a resumed run
+        assert len(passes["train"]) == (3 if episode == 3 else 4)  # and a short one
+        for what, batches in passes.items():
+            seen = torch.cat([index for index, *_ in batches]).tolist()
+            assert len(set(seen)) == len(seen) == (10 if episode == 3 and what == "train" else 14)
+            assert all(images.dtype == torch.float32 and images.shape[1:] == (3, 16, 16) for _, images, *_ in batches)
+    assert len(forks) == 4 * workers and not any(forks)

@@ -67,11 +67,12 @@ def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):
     model.visual.trunk.load_state_dict(pretrained.efficientnet_lite0().state_dict())
     model.lock_trunk()
     tokenizer = lambda captions: torch.ones(len(captions), 24, dtype=torch.long)  # noqa: E731
+    cfg = dataclasses.replace(cfg, w_proto=1.0, infonce_warmup=0)  # so that features are extracted, too
     episodes = train.EpisodicData(cfg, CPU, model, tokenizer)
     assert image_statistics(model) == (pretrained.LITE0_MEAN, pretrained.LITE0_STD)
     view = image_transform(32, train=False, statistics=image_statistics(model))
     episodes.draw(0)
-    for what in ("train", "extract"):
+    for what in ("extract", "train"):
         for index, features, *_ in episodes.loader(what):
             rows = episodes.rows[index].tolist()
             images = torch.stack([view(data.read_or_next(episodes.pairs, row, []).image) for row in rows])

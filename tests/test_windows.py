@@ -1,7 +1,9 @@
 """Windows of shards: every sample once a pass, the same after a resume; fetched ahead, tried again, and removed."""
 
 import http.server
+import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,14 +45,18 @@ def shards(tmp_path: Path) -> Path:
 
 
 def settings(data_: str, cache: Path, **more) -> SimpleNamespace:
-    usual = dict(out="run", window_shards=2, dataset_size=48, batch_size=4, cache=str(cache), strict=False, workers=0)
-    return SimpleNamespace(data=data_, **usual | more)
+    usual = dict(out="run", window_shards=2, dataset_size=48, batch_size=4, strict=False, workers=0, seed=7)
+    return SimpleNamespace(data=data_, cache=str(cache), **usual | more)
+
+
+def read(cfg, epochs: range, rank: int = 0, world_size: int = 1, start: int = 0):
+    process = run.Process(rank, world_size, torch.device("cpu"))
+    dataset = Seen(windows.open_pairs(cfg, process))
+    return windows.training_batches(dataset, collate, cfg, process, epochs, start)
 
 
 def one_pass(cfg, rank: int = 0, world_size: int = 1, epoch: int = 0, start: int = 0) -> list[tuple]:
-    process = run.Process(rank, world_size, torch.device("cpu"))
-    pairs = windows.open_pairs(cfg, process)
-    return list(windows.epoch_loader(Seen(pairs), collate, cfg, process, (7, epoch), start))
+    return list(read(cfg, range(epoch, epoch + 1), rank, world_size, start))
 
 
 def keys_of(batches: list[tuple]) -> list[str]:
@@ -67,6 +73,69 @@ def test_every_sample_is_seen_once_a_pass_and_a_resume_goes_on(shards: Path, tmp
         assert one_pass(cfg, start=start) == whole[start:]
     of_first = {key.partition("-")[0] for key in keys_of(whole[:3])}
     assert len(of_first) == 2  # a window's shards, mixed
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_epochs_follow_each_other_without_a_restart(shards: Path, tmp_path: Path, workers: int):
+    """Though windows are small, so that workers read ahead over several of them, and into the next epoch."""
+    urls = "::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8))
+    cfg = settings(urls, tmp_path / "cache", window_shards=1, workers=workers)
+    batches, most = [], 0
+    for batch in read(cfg, range(4)):
+        batches.append(batch)
+        most = max(most, len(list((tmp_path / "cache").rglob("*.tar"))))
+    expected = [one_pass(cfg, epoch=epoch) for epoch in range(4)]
+    assert batches == sum(expected, []) and len({tuple(keys_of(of_epoch)) for of_epoch in expected}) == 4
+    assert most <= 2 if not workers else most <= 8
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    assert list(read(cfg, range(2, 4), start=5)) == batches[2 * 12 + 5 :]
+
+
+def test_captions_of_all_shards_are_read_once_and_copies_go(shards: Path, tmp_path: Path):
+    urls = "::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8))
+    cfg, expected = settings(urls, tmp_path / "cache"), sorted(f"{i} {j}" for i in range(8) for j in range(6))
+    process, most, found = run.Process(0, 1, torch.device("cpu")), 0, []
+    pairs = windows.open_pairs(cfg, process)
+    for caption in windows.captions(pairs):
+        found.append(caption)
+        most = max(most, len(list((tmp_path / "cache").rglob("*.tar"))))
+    assert sorted(found) == expected and most <= windows.AHEAD + 1
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    by_row = data.open_pairs(f"{shards}/{{0..7}}.tar")
+    for source in (pairs, by_row):
+        shares = [list(windows.captions(source, rank, 3)) for rank in range(3)]
+        assert sorted(sum(shares, [])) == expected and all(shares)
+    write_tar(shards / "3.tar", ("x.txt", b"no image"))  # a shard without a pair is passed over
+    assert sorted(windows.captions(pairs)) == [caption for caption in expected if caption[0] != "3"]
+
+
+FETCHING = [0]  # how many threads of this process are in the middle of a fetch
+SEEN_AT_FORK: list[int] = []
+os.register_at_fork(before=lambda: SEEN_AT_FORK.append(FETCHING[0]))
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each process that is forked, how many shards were being fetched then, each of which takes a while."""
+    fetch = data.fetch
+
+    def slow(url: str, folder: Path) -> str:
+        FETCHING[0] += 1
+        try:
+            time.sleep(0.05)
+            return fetch(url, folder)
+        finally:
+            FETCHING[0] -= 1
+
+    monkeypatch.setattr(data, "fetch", slow)
+    SEEN_AT_FORK.clear()
+    return SEEN_AT_FORK
+
+
+def test_no_worker_is_forked_in_the_middle_of_a_fetch(shards: Path, tmp_path: Path, forks: list[int]):
+    cfg = settings("::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8)), tmp_path / "cache", workers=2)
+    assert len(list(read(cfg, range(2)))) == 24
+    assert len(forks) == 2 and not any(forks)
 
 
 def test_ranks_share_the_shards(shards: Path, tmp_path: Path):
@@ -132,7 +201,7 @@ def test_what_a_killed_run_left_goes(shards: Path, tmp_path: Path):
     pairs.cache.mkdir(parents=True)
     (pairs.cache / "old.tar").write_bytes(b"left")
     (pairs.cache / "index").mkdir()
-    loader = iter(windows.epoch_loader(Seen(pairs), collate, cfg, process, (7, 0)))
+    loader = windows.training_batches(Seen(pairs), collate, cfg, process, range(1))
     next(loader)
     assert not (pairs.cache / "old.tar").exists() and list(pairs.cache.glob("*.tar"))
     loader.close()  # as an exception would
@@ -173,8 +242,7 @@ def test_a_flaky_server_is_asked_again_and_copies_go(shards: Path, tmp_path: Pat
         cache = tmp_path / "cache"
         cfg = settings(f"http://127.0.0.1:{server.server_port}/{{0..7}}.tar", cache)
         most, whole = 0, []
-        process = run.Process(0, 1, torch.device("cpu"))
-        for batch in windows.epoch_loader(Seen(windows.open_pairs(cfg, process)), collate, cfg, process, (7, 0)):
+        for batch in read(cfg, range(1)):
             whole.append(batch)
             most = max(most, len(list(cache.rglob("*.tar"))))
     finally:

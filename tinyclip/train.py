@@ -261,18 +261,22 @@ def image_transform(size: int, train: bool = False) -> transforms.Compose:
 
 
 class PairDataset(Dataset):
-    """Row -> (image (3, R, R), tokens (S,), broken samples passed over). A crop is a function of (seed, row)."""
+    """Item i of a run -> (uint8 image (3, R, R), tokens (S,), broken samples passed over). `normalise` is for batches.
 
-    def __init__(self, pairs: data.Shards | data.TSV, transform, tokenizer, seed: tuple[int, ...] = (0,)):
-        self.pairs, self.transform, self.tokenizer, self.seed = pairs, transform, tokenizer, seed
+    A crop is a function of seed, epoch and row.
+    """
+
+    def __init__(self, pairs: data.Shards | data.TSV | windows.Windowed, transform, tokenizer, seed: int = 0):
+        self.pairs, self.tokenizer, self.seed = pairs, tokenizer, seed
+        self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(row), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(row)))  # CPU only: cheap
+        pair = data.read_or_next(self.pairs, int(i), broken)
+        data.seed_views(self.seed, i, len(self))
         return self.transform(pair.image), self.tokenizer(pair.caption)[0], broken
 
 
@@ -290,19 +294,18 @@ class Corpus:
         data.check_pairs(self.pairs, cfg, state, process)
         self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
         size, context = image_and_context(student)
-        self.transform = image_transform(size, cfg.augmentation == "crop")
         self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
-
-    def dataset(self, *seed: int) -> PairDataset:
-        return PairDataset(self.pairs, self.transform, self.tokenizer, seed)
+        transform = image_transform(size, cfg.augmentation == "crop")
+        self.dataset = PairDataset(self.pairs, transform, self.tokenizer, cfg.seed)
 
     def remember(self, teacher: CLIP | None, precision: str) -> None:
         """Keep all images, tokens and features of the teacher in memory."""
         device = self.process.device
-        loader = DataLoader(self.dataset(0), 256, num_workers=self.cfg.workers, collate_fn=collate)
+        loader = DataLoader(self.dataset, 256, num_workers=self.cfg.workers, collate_fn=collate)
         bar = run.progress(loader, len(loader), "reading", 256, self.process)
         images, tokens, answers = [], [], []
         for image, token, _ in data.watch(bar, self.broken):
+            image = self.dataset.normalise(image)
             images.append(image)
             tokens.append(token)
             if teacher is not None:
@@ -317,29 +320,31 @@ class Corpus:
     ) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """(images, tokens, the teacher's features of them) of every step from `start` on, on the process's device."""
         cfg, device = self.cfg, self.process.device
-        for epoch in range(start // self.steps_per_epoch, math.ceil(cfg.steps / self.steps_per_epoch)):
-            first = max(start - epoch * self.steps_per_epoch, 0)
-            read = self.read if self.memory is None else self.recall
-            for images, tokens, answer in read((cfg.seed, epoch), first):
-                images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
-                if answer is None and teacher is not None:
-                    answer = ask_teacher(teacher, images, tokens, cfg, precision)
-                yield images, tokens, answer
+        epoch, first = divmod(start, self.steps_per_epoch)
+        epochs = range(epoch, math.ceil(cfg.steps / self.steps_per_epoch))
+        read = self.read if self.memory is None else self.recall
+        for images, tokens, answer in read(epochs, first):
+            images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+            if answer is None and teacher is not None:
+                answer = ask_teacher(teacher, images, tokens, cfg, precision)
+            yield images, tokens, answer
 
-    def read(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
-        """Batches of an epoch, shuffled by `seed`, from its batch `first` on; read by `workers` processes."""
-        loader = windows.epoch_loader(self.dataset(*seed), collate, self.cfg, self.process, seed, first)
+    def read(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Shuffled batches of these epochs, from batch `first` of the first on; read by `workers` processes."""
+        loader = windows.training_batches(self.dataset, collate, self.cfg, self.process, epochs, first)
         for images, tokens, _ in data.watch(loader, self.broken):
-            yield images, tokens, None
+            yield self.dataset.normalise(images.to(self.process.device, non_blocking=True)), tokens, None
 
-    def recall(self, seed: tuple[int, int], first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
+    def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """The same batches, with the teacher's features, out of memory."""
-        rank, world_size, _ = self.process
-        order = data.batches(len(self.pairs), self.cfg.batch_size // world_size, seed, rank, world_size, first)
+        (rank, world_size, _), size = self.process, self.cfg.batch_size // self.process.world_size
         images, tokens, answer = self.memory
-        for rows in map(torch.from_numpy, order[: self.steps_per_epoch - first]):
-            found = answer and TeacherOutput(answer.image[rows], answer.text[rows], answer.scale)
-            yield images[rows], tokens[rows], found
+        for epoch in epochs:
+            start = first if epoch == epochs[0] else 0
+            order = data.batches(len(self.pairs), size, (self.cfg.seed, epoch), rank, world_size, start)
+            for rows in map(torch.from_numpy, order[: self.steps_per_epoch - start]):
+                found = answer and TeacherOutput(answer.image[rows], answer.text[rows], answer.scale)
+                yield images[rows], tokens[rows], found
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

@@ -29,6 +29,11 @@ class Config:
     """Folder that the image paths of an annotation .json start from; None: the folder of that file."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
+    window_shards: int = 0
+    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
+    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
+    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
+    hold fewer, samples come again. A codebook of the captions' keywords takes a pass over all shards first."""
     expected: int | None = None
     """Pairs in the paper's data set: --dry-run counts with it where there is no --data."""
     cache: str = "data/cache"

@@ -116,13 +116,14 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
 
 
 class PairDataset(Dataset):
-    """Item i: row, image (3, S, S), caption as `pre_caption` leaves it, broken samples passed over.
+    """Item i of a run: i, uint8 image (3, S, S), caption as `pre_caption` leaves it, broken samples passed over.
 
-    A view is a function of (seed, i) alone.
+    `normalise` is for batches of images. A view is a function of seed, epoch and row alone.
     """
 
-    def __init__(self, pairs, transform, seed: tuple[int, ...], max_words: int = 30):
-        self.pairs, self.transform, self.seed, self.max_words = pairs, transform, seed, max_words
+    def __init__(self, pairs, transform, seed: int, max_words: int = 30):
+        self.pairs, self.seed, self.max_words = pairs, seed, max_words
+        self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -130,12 +131,12 @@ class PairDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[int, Tensor, str, list[data.Broken]]:
         broken: list[data.Broken] = []
         pair = data.read_or_next(self.pairs, int(i), broken)
-        torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
+        data.seed_views(self.seed, i, len(self))
         return int(i), self.transform(pair.image), pre_caption(pair.caption, self.max_words), broken
 
 
 class Collate:
-    """Batches of `PairDataset`: rows (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` goes in front.
+    """Batches of `PairDataset`: items (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` goes in front.
 
     The tokenizer is WordPiece, or open_clip's.
     """
@@ -146,13 +147,13 @@ class Collate:
             self.tokenizer = data.RememberingTokenizer(tokenizer)
 
     def __call__(self, items: list) -> tuple[Tensor, Tensor, Tensor, Tensor, list[data.Broken]]:
-        rows, images, captions, broken = zip(*items, strict=True)
+        numbers, images, captions, broken = zip(*items, strict=True)
         if isinstance(self.tokenizer, WordPiece):
             ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_length)
         else:
             ids = self.tokenizer(captions)
             mask = (ids != 0).long()
-        return torch.tensor(rows), torch.stack(images), ids, mask, [b for each in broken for b in each]
+        return torch.tensor(numbers), torch.stack(images), ids, mask, [b for each in broken for b in each]
 
 
 class OrderedDataset(Dataset):

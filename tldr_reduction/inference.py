@@ -6,7 +6,7 @@ Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -153,8 +153,11 @@ class Inference:
             self.loaded[path] = model.to(self.process.device), tokenizer, eval_transform(settings.image_size)
         return self.loaded[path]
 
-    def loader(self, rows: np.ndarray, transform: Callable) -> Iterable:
-        return ordered_loader(self.pairs, rows, transform, self.cfg.batch_size, self.cfg.workers)
+    def loader(self, rows: np.ndarray, transform: Callable) -> Iterator[tuple]:
+        """Batches (rows (b,), images on the device, captions, hashes, reasons)."""
+        pixels, normalise = data.in_two(transform)
+        for index, images, *rest in ordered_loader(self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers):
+            yield index, normalise(images.to(self.process.device, non_blocking=True)), *rest
 
     def keep(self, folder: Path, rows: np.ndarray, label: str, compute: Callable[[np.ndarray], dict]) -> Path:
         """`cached_rows` with the reduction's settings; returns the folder."""
@@ -199,7 +202,6 @@ class Inference:
         def compute(rows: np.ndarray) -> dict:
             batches = []
             for _, images, *_ in self.loader(rows, transform):
-                images = images.to(self.process.device)
                 with torch.no_grad(), run.autocast(self.precision, images.device):
                     batches.append(encode(images).float().cpu())
             return {"features": torch.cat(batches).numpy()}
@@ -226,7 +228,6 @@ class Inference:
             batches = []
             for index, images, own, *_ in self.loader(rows, transform):
                 texts = own if captions is None else [captions[int(row)] for row in index]
-                images = images.to(self.process.device)
                 with run.autocast(self.precision, images.device):
                     batches.append(itm_scores(scorer, tokenizer, images, texts, cfg.cls_scores).float().cpu())
             return {"scores": torch.cat(batches).numpy()}
@@ -243,7 +244,6 @@ class Inference:
         def compute(rows: np.ndarray) -> dict:
             texts = []
             for _, images, *_ in self.loader(rows, transform):
-                images = images.to(self.process.device)
                 with run.autocast(self.precision, images.device):
                     ids = captioner.generate(images, prompt, cfg.num_beams, cfg.max_length, cfg.min_length)
                 texts += tokenizer.decode(ids.cpu())

@@ -157,8 +157,8 @@ def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
 # ------------------------------------------------------------------------------------ how a codebook starts, and stays
 
 
-def keyword_codebook(captions: Iterable[str], num_codes: int, embed: Callable[[list[str]], Tensor]) -> Tensor:
-    """Text embeddings (K, c) of the K most frequent keywords and two-word phrases of the captions (paper, sec. 3.1).
+def frequent_keywords(captions: Iterable[str], count: int) -> list[str]:
+    """The most frequent keywords and two-word phrases of the captions, as many as `count`.
 
     Stop words are left out and end a phrase; a keyword counts once a caption; ties are in alphabetical order.
     """
@@ -171,13 +171,17 @@ def keyword_codebook(captions: Iterable[str], num_codes: int, embed: Callable[[l
         found = {word for word, good in zip(words, plain, strict=True) if good}
         found |= {f"{words[i]} {words[i + 1]}" for i in range(len(words) - 1) if plain[i] and plain[i + 1]}
         counts.update(found)
-    if len(counts) < num_codes:
+    if len(counts) < count:
         raise ValueError(
-            f"the captions hold {len(counts)} keywords, fewer than {num_codes} codes: lower --num-codes, or choose "
+            f"the captions hold {len(counts)} keywords, fewer than {count} codes: lower --num-codes, or choose "
             "another --codebook-init"
         )
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:num_codes]
-    return embed([keyword for keyword, _ in ranked]).float()
+    return [keyword for keyword, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]]
+
+
+def keyword_codebook(captions: Iterable[str], num_codes: int, embed: Callable[[list[str]], Tensor]) -> Tensor:
+    """Text embeddings (K, c) of the K most frequent keywords of the captions (paper, sec. 3.1)."""
+    return embed(frequent_keywords(captions, num_codes)).float()
 
 
 def rescaled(codebook: Tensor, tokens: Tensor) -> Tensor:

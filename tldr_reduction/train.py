@@ -10,7 +10,7 @@ Models are in model.py and blip.py, settings in config.py, pairs and their views
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import cli, data, pretrained, run
+from shared import cli, data, pretrained, run, windows
 from shared.clip import trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
@@ -30,8 +30,8 @@ from tldr_reduction.model import (
     build,
     build_for,
     codebook_perplexity,
+    frequent_keywords,
     image_side,
-    keyword_codebook,
     rescaled,
     restart_unused,
     sampled_codebook,
@@ -105,18 +105,23 @@ def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: ru
         weight.copy_(nn.init.xavier_uniform_(torch.empty(weight.shape), generator=generator))
         return
     codes_per_image = captioner.visual_encoder.pos_embed.shape[1] * cfg.width // cfg.code_dim
-    rows = torch.randperm(len(pairs), generator=generator)[: -(-4 * cfg.num_codes // codes_per_image)]
-    dataset = PairDataset(pairs, eval_transform(cfg.image_size), (cfg.seed,), cfg.max_words)
-    images = torch.stack([dataset[int(row)][1] for row in rows]).to(process.device)
+    wanted = -(-4 * cfg.num_codes // codes_per_image)
+    if isinstance(pairs, windows.Windowed):  # the first window is in random order
+        items = range(min(wanted, len(pairs)))
+    else:
+        items = torch.randperm(len(pairs), generator=generator)[:wanted].tolist()
+    dataset = PairDataset(pairs, eval_transform(cfg.image_size), cfg.seed, cfg.max_words)
+    images = dataset.normalise(torch.stack([dataset[i][1] for i in items]).to(process.device))
     tokens = torch.cat([captioner.visual_encoder(part).float() for part in images.split(64)]).reshape(-1, cfg.code_dim)
     if cfg.codebook_init == "data":
         weight.copy_(sampled_codebook(tokens, cfg.num_codes, generator))
     else:
-        embed = text_embedder(cfg.keyword_model, cfg.code_dim)
         if cfg.keywords is not None:
-            codebook = embed(Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes])
-        else:
-            codebook = keyword_codebook((pairs.caption(row) for row in range(len(pairs))), cfg.num_codes, embed)
+            keywords = Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes]
+        else:  # the first process goes through all captions, its peers wait
+            found = frequent_keywords(windows.captions(pairs), cfg.num_codes) if process.main else None
+            keywords = run.broadcast(found, process)
+        codebook = text_embedder(cfg.keyword_model, cfg.code_dim)(keywords).float()
         weight.copy_(rescaled(codebook.to(process.device), tokens))
 
 
@@ -212,25 +217,42 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     cli.show_plan([*rows, *cli.memory_rows(forward, samples, trained, 4 * frozen, kept)])
 
 
-def batches_of(
-    pairs, tokenizer, side: int, epoch: int, start: int, cfg: Config, process: run.Process
-) -> tuple[Iterable, list[data.Broken]]:
-    """Batches of an epoch from batch `start` on, as `Collate` makes them, and the list that broken samples go to."""
-    view = train_transform(side, cfg.crop_scale, cfg.flip, cfg.augment)
+def pairs_of(cfg: Config, process: run.Process):
+    """What is trained on: by window, or by row."""
+    if cfg.window_shards:
+        return windows.open_pairs(cfg, process)
+    return open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
+
+
+def training_batches(
+    pairs, tokenizer, model: nn.Module, first: int, start: int, cfg: Config, process: run.Process
+) -> tuple[PairDataset, Iterator[tuple]]:
+    """The stage's views, and batches of all epochs from batch `start` of epoch `first` on, as `Collate` makes them."""
+    view = train_transform(image_side(model, cfg), cfg.crop_scale, cfg.flip, cfg.augment)
+    dataset = PairDataset(pairs, view, cfg.seed, cfg.max_words)
     collate = Collate(tokenizer, cfg.max_length, PROMPT if cfg.stage == "finetune" else "")
-    dataset = PairDataset(pairs, view, (cfg.seed, epoch), cfg.max_words)
+    epochs = range(first, cfg.epochs)
+    return dataset, windows.training_batches(dataset, collate, cfg, process, epochs, start)
+
+
+def of_epoch(
+    loader: Iterator[tuple], pairs, epoch: int, start: int, cfg: Config, process: run.Process
+) -> tuple[Iterable, list[data.Broken]]:
+    """The batches of an epoch from batch `start` on, which come next, and the list that broken samples go to."""
+    broken, left = list(pairs.broken), len(pairs) // cfg.batch_size - start
     label = f"{Path(cfg.out).name} epoch {epoch + 1}/{cfg.epochs}"
-    loader = data.epoch_loader(dataset, collate, cfg, process, dataset.seed, start)
-    total = len(pairs) // cfg.batch_size - start
-    broken = list(pairs.broken)
-    return data.watch(run.progress(loader, total, label, cfg.batch_size, process), broken), broken
+    bar = run.progress(loader, left, label, cfg.batch_size, process)
+    return data.watch(bar, broken), broken
 
 
-def on_device(inputs: list[Tensor], model: nn.Module, cfg: Config, device: torch.device) -> list[Tensor]:
-    """Images, ids, mask of a batch."""
+def on_device(
+    inputs: list[Tensor], dataset: PairDataset, model: nn.Module, cfg: Config, device: torch.device
+) -> list[Tensor]:
+    """Images, ids, mask of a batch of the dataset."""
     images, ids, mask = inputs
     ids = trimmed(ids, model, device) if cfg.stage == "clip" else ids
-    return [x.to(device, non_blocking=True) for x in (images, ids, mask)]
+    images, ids, mask = (x.to(device, non_blocking=True) for x in (images, ids, mask))
+    return [dataset.normalise(images), ids, mask]
 
 
 def train_step(
@@ -284,7 +306,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     if folder.finished(epoch=cfg.epochs):
         return folder.path
     first, start = folder.state["epoch"], folder.state["batch"]
-    pairs = open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
+    pairs = pairs_of(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
@@ -301,16 +323,17 @@ def train(cfg: Config, process: run.Process) -> Path:
     used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
     folder.start(per_epoch * first + start, data=pairs.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
+    dataset, loader = training_batches(pairs, tokenizer, model, first, start, cfg, process)
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        batches, broken = batches_of(pairs, tokenizer, image_side(model, cfg), epoch, start, cfg, process)
+        batches, broken = of_epoch(loader, pairs, epoch, start, cfg, process)
         for batch, (_, *inputs, _) in enumerate(batches, start):
             step, lr = per_epoch * epoch + batch + 1, learning_rate(cfg, epoch, batch)
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, negatives: resume agrees
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            inputs = on_device(inputs, model, cfg, process.device)
+            inputs = on_device(inputs, dataset, model, cfg, process.device)
             alpha = alpha_ramp(epoch, batch, per_epoch, cfg.alpha)
             how = {"alpha": alpha, "prompt_length": prompt_length, "precision": precision}
             losses, codes = train_step(ddp, inputs, optimizer, scaler, cfg, **how)

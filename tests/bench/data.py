@@ -31,6 +31,7 @@ from . import at_least, resident
 SIDE, VIEW, BATCH = 256, 224, 64
 MEAN = STD = (0.5, 0.5, 0.5)
 VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor(MEAN, STD)])
+PIXELS_OF, NORMALISE = data.in_two(VIEW_OF)
 
 
 # ----------------------------------------------------------------------------------------------------------- the shards
@@ -112,7 +113,7 @@ class Views(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list]:
         broken: list[data.Broken] = []
         pair = data.read_or_next(self.pairs, int(i), broken)
-        return VIEW_OF(pair.image), tokens([pair.caption])[0], broken
+        return PIXELS_OF(pair.image), tokens([pair.caption])[0], broken
 
 
 def tokens(texts: list[str]) -> torch.Tensor:
@@ -124,13 +125,15 @@ def collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list]:
     return torch.stack(images), torch.stack(texts), [one for each in broken for one in each]
 
 
-def ours(urls: str, cache: str, window: int, samples: int, workers: int, start: int = 0) -> Iterable:
+def ours(urls: str, cache: str, window: int, samples: int, workers: int, start: int = 0) -> Iterator:
     cfg = SimpleNamespace(
         data=urls, dataset_size=samples, window_shards=window, cache=cache, strict=False, batch_size=BATCH,
-        workers=workers, out="bench",
+        workers=workers, out="bench", seed=0,
     )  # fmt: skip
     process = run.Process(0, 1, torch.device("cpu"))
-    return windows.epoch_loader(Views(windows.open_pairs(cfg, process)), collate, cfg, process, (0, 0), start)
+    dataset, epoch = Views(windows.open_pairs(cfg, process)), range(1)
+    for images, *rest in windows.training_batches(dataset, collate, cfg, process, epoch, start):
+        yield NORMALISE(images), *rest
 
 
 def by_row(*arguments) -> Iterable:

@@ -141,7 +141,7 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
     with tempfile.TemporaryDirectory() as folder:
         keys = written_bank(Path(folder), size * steps)
         bank = Bank(folder)
-        dataset = train.FacetDataset(keys, cfg, 32, (0,), bank)
+        dataset = train.FacetDataset(keys, cfg, 32, 0, bank)
 
         def reading():
             for i, x in enumerate(images):

@@ -618,7 +618,9 @@ def test_dataset(up, table, tmp_path):
     ours = episodes.EpisodeDataset(data.open_pairs(str(tmp_path / "data.tsv"), 4), rows, view, tokenizer)
     captions = [episodes.ascii_caption(ours.pairs.caption(row)) for row in range(4)]
     assert [caption.decode() for caption in theirs.captions] == captions
-    values = [theirs[i] for i in range(len(rows))], [ours[i][:3] for i in range(len(rows))]
+    items = [ours[i] for i in range(len(rows))]
+    normalised = [(index, ours.normalise(image), tokens) for index, image, tokens, _ in items]
+    values = [theirs[i] for i in range(len(rows))], normalised
     function = up.data.CsvDataset.__getitem__
     table.compare("episode's samples", function, "train.EpisodeDataset", *values, rtol=0, atol=1e-6)
 

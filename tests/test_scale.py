@@ -1,0 +1,121 @@
+"""Every training script as it runs where data and machines are large: by window of shards, killed on the way; and in
+two and three processes, whose last batch of an epoch is short, against one.
+"""
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, same, start_two
+from test_consistency import config
+from test_faults import trained
+from tiny import PRELOAD, SCRIPTS, SHARDS, commands, image_folder, small_corpus, small_set  # noqa: F401
+
+from shared import checkpoints
+
+SCRIPT, SECONDS = "protoclip.train", 120
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: 'make data' builds it", pytrace=False)
+    path = tmp_path_factory.mktemp("scale")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def given(folder: Path) -> dict[str, list[str]]:
+    (folder / "parts").mkdir()
+    return commands(small_corpus(folder / "corpus", shards=4), folder / "parts")
+
+
+def has(name: str, field: str) -> bool:
+    return field in {each.name for each in dataclasses.fields(config(*SCRIPTS[name].split(".")))}
+
+
+# ----------------------------------------------------------------------------------------------------------- by window
+
+WINDOWED = [name for name in SCRIPTS if has(name, "window_shards")]
+
+
+def test_windows_are_offered_where_a_pass_over_shards_is_all_that_is_wanted():
+    """ProtoCLIP has episodes of shards; concept_frequency draws its pairs from images in memory (its README)."""
+    assert {name.partition("-")[0] for name in SCRIPTS} - {*WINDOWED} == {"protoclip", "concept_frequency"}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_are_gone_through_and_a_killed_run_goes_on(name: str, given, start, folder: Path):
+    urls = "::".join(f"pipe:cat {folder}/corpus/{i:05}.tar" for i in range(4))
+    cache, (whole, out) = folder / "cache" / name, (folder / "windows" / name / each for each in ("whole", "killed"))
+    command = [*given[name], "--data", urls, "--window-shards", "1", "--dataset-size", "160", "--cache", cache]
+    command += ["--no-encode-once"] if name == "lexvla" else []
+    finished(ended(start(*command, "--out", whole, module=SCRIPTS[name])))
+    kill_at(start(*command, "--out", out, module=SCRIPTS[name]), out, random.randint(1, 9))
+    workers = ["--workers", "1"] if name == "flame" else []
+    finished(ended(start(*command, *workers, "--out", out, module=SCRIPTS[name])))
+    assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) == 10
+    assert same(trained(out), trained(whole))
+    assert not list(cache.rglob("*.tar"))
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+EQUAL = {  # without BatchNorm, which normalises each process' share on its own
+    "attentive_mask_clip": ["--views", "1", "--no-ssl"],
+    "protoclip": ["--num-layers", "0", "--model", "ViT-emoji"],
+}
+EVALUATED = ("attentive_mask_clip", "flame", "protoclip", "tinyclip", "tldr_reduction-clip")  # by the first process
+SUPERVISED = (
+    "emoji-sup-30 --model convnext_atto --precision fp32 --epochs 1 --warmup 2 --log-every 1 --workers 0".split()
+)
+
+
+@pytest.fixture(scope="module")
+def short(given, folder: Path) -> dict[str, list[str]]:
+    """Each script on 64 pairs in batches of 24: two whole ones and one of 16; evaluated where it can be."""
+    once = {"protoclip": "--episodes 1 --episode-size 64", "tinyclip": "--steps 4", "concept_frequency": "--total 64"}
+    shown = ["--eval-set", small_set("names_ood", folder / "sets", every=80), "--eval-every", "1"]
+    found = {}
+    for name, command in given.items():
+        size = ["--dataset-size", "64"] if has(name, "dataset_size") else []
+        passes = once.get(name, "").split() + (["--epochs", "1"] if has(name, "epochs") else [])
+        evaluated = shown if name in EVALUATED else []
+        found[name] = [*command, "--batch-size", "24", *size, *passes, *EQUAL.get(name, ()), *evaluated]
+    images = image_folder(folder / "images", folder / "corpus")
+    return found | {"nmtune-supervised": [*SUPERVISED, "--data", images, "--batch-size", "18"]}
+
+
+@pytest.fixture(scope="module")
+def alone(cli, short, folder: Path) -> Lazily:
+    """Run folders of one process."""
+
+    def make(name: str) -> Path:
+        out = folder / "ranks" / name / "1"
+        finished(cli(*short[name], "--out", out, module=SCRIPTS.get(name, "nmtune.pretrain")))
+        return out
+
+    return Lazily(make)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", [*SCRIPTS, "nmtune-supervised"])
+def test_processes_with_a_short_last_batch_equal_one(name: str, count: int, short, alone, start, folder: Path):
+    out = folder / "ranks" / name / f"{count}"
+    module = SCRIPTS.get(name, "nmtune.pretrain")
+    for process in start_two(start, *short[name], "--out", out, count=count, module=module):
+        finished(ended(process))
+    ours, theirs = metrics(out), metrics(alone[name])
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert len([line for line in ours if "loss" in line]) >= 2
+    apart, total = 0, 0
+    for (_, x), (_, y) in zip(*(checkpoints.tensors(trained(each)) for each in (out, alone[name])), strict=True):
+        apart += int(((x.double() - y.double()).abs() > 1e-3 * (1 + y.double().abs())).sum())
+        total += x.numel()
+    assert apart <= 1e-3 * total  # where a gradient is 0, AdamW makes steps from rounding
+    tops = [[line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line] for lines in (ours, theirs)]
+    assert len(tops[0]) == len(tops[1]) and bool(tops[0]) == (name in EVALUATED or name == "concept_frequency")
