@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import conftest
 import pytest
 from conftest import case_files, claims, family
 
+from shared import checkpoints, evaluation, run
 from shared.presets import folders
 
 
@@ -20,3 +22,21 @@ def test_a_test_claims_the_case(folder: str, file: Path):
 
 def test_every_family_is_claimed_by_a_test_of_its_own_folder():
     assert set(claims()) == set(folders())
+
+
+def helper():
+    return checkpoints.State({})["a"]
+
+
+def test_functions_that_a_test_uses_are_named_with_their_module():
+    """What companion pages match with the functions of a row: not bare names, which several files have."""
+
+    def sample():
+        evaluation.table([{"a": run.Stopwatch()}])
+        helper()
+
+    used = {"shared.evaluation.table", "shared.run.Stopwatch", "shared.checkpoints.State"}
+    assert conftest.functions_in(sample) == used
+    names = ["run.Stopwatch.read", "table", "none", "none.such"]  # a module by its own name, a function as imported
+    found = conftest.named_functions(names, {"table": evaluation.table}, "shared")
+    assert found == {"shared.run.Stopwatch.read", "shared.evaluation.table"}
