@@ -6,8 +6,9 @@
     model, _, transform = open_clip.create_model_and_transforms("local-dir:DIR")
     tokenizer = open_clip.get_tokenizer("local-dir:DIR")
 
-    clip_benchmark eval --model local-dir:DIR --pretrained "" --no_amp --batch_size 256 --output names_ood.json \\
-        --dataset wds/names_ood --dataset_root 'data/emoji/eval/{dataset}' --task zeroshot_classification
+    clip_benchmark eval --model local-dir:DIR --pretrained "" --no_amp --batch_size 256 --num_workers 1 \\
+        --dataset wds/names_ood --dataset_root 'data/emoji/eval/{dataset}' --task zeroshot_classification \\
+        --output names_ood.json
 """
 
 import os

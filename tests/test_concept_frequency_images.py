@@ -56,3 +56,8 @@ def test_the_plain_view_is_the_image():
     torch.testing.assert_close(images.plain_view(64)(image), plain[1])
     noise = torch.rand(2, images.NOISE, generator=torch.Generator().manual_seed(0))
     assert (images.views(pixels, noise, 64) - plain).abs().mean() > 0.1
+
+
+def test_other_words_of_a_list_or_of_a_cell():
+    assert images.other_words(["a b", 3, " "]) == images.other_words(" a b ,3,") == ["a b", "3"]
+    assert images.other_words(None) == images.other_words({"a": 1}) == images.other_words("") == []

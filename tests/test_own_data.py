@@ -44,7 +44,6 @@ SHORT = {  # what is appended to a command
     "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",
     "concept_frequency.train": "--image-size 16 --total 300 --epochs 2 --batch-size 64 --warmup 2",
-    "clip_benchmark": "--num_workers 0",
 }
 SKIPPED = {"shared.pretrained"}  # would need the package; `parts/lm` takes its place
 PRECISE = ("train", "eval", "embed", "text", "reduce", "pretrain")  # scripts that get --precision fp32
@@ -179,7 +178,7 @@ def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, mon
     assert "open_clip loads it" in execute(export)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export[-1]}")
     assert model.visual.image_size == (32, 32)
-    monkeypatch.setattr(sys, "argv", [*benchmark, *SHORT["clip_benchmark"].split()])
+    monkeypatch.setattr(sys, "argv", benchmark)
     their_cli.main()
     theirs = json.loads((folder / "held_out.json").read_text())["metrics"]
     for ours, name in (("image_to_text", "text_retrieval"), ("text_to_image", "image_retrieval")):

@@ -294,7 +294,7 @@ def check_set(folder: Path, split: str, count: int) -> None:
 class Pictures:
     """What all kinds take."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Table (.csv, .tsv) or JSON lines (.jsonl) that name the pictures; for classes also a folder of class folders."""
     out: Path
     """Folder to write. It appears there only when it is complete."""
