@@ -122,6 +122,12 @@ def dry_run(cfg: FinetuneConfig) -> None:
     )
 
 
+def check_same_data(folder: run.RunFolder, images: LabelledImages) -> None:
+    """ValueError if a run folder's checkpoint was trained on other images than these."""
+    if folder.state.get("data", images.fingerprint) != images.fingerprint:
+        raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
+
+
 def main(cfg: FinetuneConfig) -> Path | None:
     """Tune to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
@@ -137,8 +143,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     images.strict = cfg.strict
     for test in tests.values():  # errors in test sets are reported before training
         open_test(test, images.classnames)
-    if folder.state.get("data", images.fingerprint) != images.fingerprint:
-        raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
+    check_same_data(folder, images)
 
     # Model and optimizer; from the checkpoint if there is one
     source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from shared import checkpoints, presets, pytest_options, run
 
@@ -192,29 +193,28 @@ def upstream(request: pytest.FixtureRequest) -> Path:
     return request.config.getoption("upstream") or pytest.skip("needs --upstream PATH")
 
 
-class Watch:
+class Watch(TorchFunctionMode):
     """Inside its functions tensors say that they are on a GPU, and fail where that would have to be waited for."""
 
-    ASKED = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+    ASKED = (
+        *("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"),
+        *("bincount", "multinomial"),
+    )
 
-    def __init__(self, patch: pytest.MonkeyPatch):
+    def __init__(self):
+        super().__init__()
         self.on = False
-        patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: self.on))
-        for name in self.ASKED:
-            patch.setattr(torch.Tensor, name, self.refusing(name, getattr(torch.Tensor, name)))
-        for name in ("bincount", "multinomial"):
-            patch.setattr(torch, name, self.refusing(name, getattr(torch, name)))
-        for name in ("__getitem__", "__setitem__"):
-            patch.setattr(torch.Tensor, name, self.refusing(name, getattr(torch.Tensor, name), of_masks=True))
 
-    def refusing(self, name: str, function: Callable, of_masks: bool = False) -> Callable:
-        def refused(*arguments, **options):
-            index = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], tuple) else arguments[1:2]
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if self.on:
+            if function == torch.Tensor.is_cuda.__get__:
+                return True
+            name, index = function.__name__, ()
+            if name in ("__getitem__", "__setitem__"):
+                index = arguments[1] if isinstance(arguments[1], tuple) else arguments[1:2]
             mask = any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in index)
-            assert not self.on or (of_masks and not mask), f"{name} would wait for a GPU"
-            return function(*arguments, **options)
-
-        return refused
+            assert name not in self.ASKED and not mask, f"{name} would wait for a GPU"
+        return function(*arguments, **(options or {}))
 
     def within(self, function: Callable, on: bool = True) -> Callable:
         """The function, which must not wait; or, with `on` False, may."""
@@ -223,7 +223,8 @@ class Watch:
         def watched(*arguments, **options):
             before, self.on = self.on, on
             try:
-                return function(*arguments, **options)
+                with self:
+                    return function(*arguments, **options)
             finally:
                 self.on = before
 
@@ -231,8 +232,8 @@ class Watch:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    return Watch(monkeypatch)
+def watch() -> Watch:
+    return Watch()
 
 
 def named_functions(names: list[str], scope: dict[str, Any], folder: str) -> set[str]:

@@ -107,7 +107,17 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
     second = Claim("secondary", None, "m", "other", "base")
     rows = judged([second, CLAIM], found, FLOORS, together=False)
     assert [row["claim"] for row in rows] == ["higher", "secondary"]
-    assert set(rows[0]) == {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
+    assert set(rows[0]) == {
+        "claim",
+        "primary",
+        "paper",
+        "metric",
+        "difference",
+        "interval",
+        "resolves",
+        "seeds_needed",
+        "verdict",
+    }
     scatter = pooled(found, "m")
     half = stats.t.ppf(0.975, 4) * scatter.std / math.sqrt(3)
     assert scatter.df == 4 and rows[0]["resolves"] == pytest.approx(half)

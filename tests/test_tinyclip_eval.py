@@ -103,7 +103,7 @@ def test_an_exported_folder_is_measured_like_its_run(small_run: Path, folder: Pa
     assert same(dict(load_clip(exported).state_dict()), dict(load_clip(small_run).state_dict()))
     (values,) = evaluation.main(replace(cfg, runs=(str(exported),)))
     (of_run,) = evaluation.main(cfg)
-    assert values == {name: of_run[name] for name in values} and (exported / "open_clip_model.eval/results.md").exists()
+    assert values == {name: of_run[name] for name in values} and (exported / "results.md").exists()
 
 
 def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):

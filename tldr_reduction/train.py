@@ -313,6 +313,13 @@ def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, pr
     return quick_top1(model, eval_tokenizer(tokenizer, cfg), view, cfg.eval_set, device, run.DTYPES[precision])
 
 
+def count_codes(used: Tensor, codes: Tensor | None) -> None:
+    """Add the codes (B, ...) of all ranks, if there are any, to how often each was used, (K,) int64."""
+    if codes is not None:
+        chosen = run.gather(codes).flatten()
+        used.scatter_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
+
+
 def train(cfg: Config, process: run.Process) -> Path:
     """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
@@ -353,9 +360,7 @@ def train(cfg: Config, process: run.Process) -> Path:
             losses, codes = train_step(ddp, inputs, optimizer, scaler, cfg, **how)
             if cfg.stage == "clip":
                 model.logit_scale.data.clamp_(0, math.log(100))
-            if codes is not None:
-                chosen = run.gather(codes).flatten()
-                used.scatter_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
+            count_codes(used, codes)
             if step % cfg.log_every == 0 or batch == 0:
                 folder.log(step, epoch=epoch, lr=lr, **step_metrics(model, losses, codes, used, cfg))
             if folder.due(step) and batch + 1 < per_epoch:
