@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared import accumulate, checkpoints, run
 
-SCRIPT, SECONDS = "protoclip.train", 120
+SCRIPT, SECONDS = "protoclip.train", 300
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 
 

@@ -42,7 +42,7 @@ HELP = {  # field: (type, start of its help)
     "weight_decay": (float, "(AdamW's|Decay)"),
     "crop_scale": (float, "Smallest share of "),
     "accumulate": (int, "Micro-batches a step"),
-    "grad_checkpointing": (bool, ""),
+    "grad_checkpointing": (bool, "(Compute|Recompute) .* in the backward pass"),
     "seed": (int, "Seed of "),
     "device": (str, "auto, cpu, cuda or cuda:N."),
     "workers": (int, "Loader processes"),
@@ -86,6 +86,8 @@ THINGS = {  # what a field's help says in any dataclass: what that field is call
     "Steps between checkpoints": "save_every",
     "Steps between lines": "log_every",
     "(Steps|Epochs|Episodes) between .* evaluations": "eval_every",
+    "Micro-batches a step": "accumulate",
+    "(Compute|Recompute) .* in the backward pass": "grad_checkpointing",
     "Print (sizes|what would be)": "dry_run",
 }
 EVALUATION = {

@@ -126,6 +126,8 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "| flame" in cfg_error.out and "| claim" in cfg_error.out
+    assert f"all of it: {runs[1]}/results.md" in cfg_error.out
+    assert f" {flat['retrieval_long_ood/text_to_image_R@1']['mean']:.2f} " in cfg_error.out
 
 
 def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_path: Path):

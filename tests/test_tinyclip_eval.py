@@ -76,10 +76,12 @@ def small_run(folder: Path) -> Path:
     return trained("emoji-teacher", *TINY, "--model", "emoji-25", "--steps", "2", "--out", folder / "small-seed0")
 
 
-def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatch):
+def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatch, capsys: pytest.CaptureFixture):
     cfg = evaluation.Config((str(small_run),), sets=SETS, throughput=False, device="cpu")
     (values,) = evaluation.main(cfg)
     assert json.loads((small_run / "results.json").read_text())["metrics"] == values
+    printed = capsys.readouterr().out
+    assert f"all of it: {small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
     model = load_clip(small_run)
     assert values["macs_g"] == pytest.approx(evaluation.macs(model) / 1e9)
     assert values["total_parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)

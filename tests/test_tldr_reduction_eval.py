@@ -70,6 +70,8 @@ def test_evaluation(chain, cli, folder):
     assert clip["steps"] == 2 * (clip["data/pairs"] // 32) and 0 <= clip["data/generated_right"] <= 100
     assert plain("Piñata: T-shirt") == plain("pinata t - shirt") and "itm/auc" not in clip  # all captions here are true
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
+    for path, value in ((runs[0], clip["groups_ood/top1"]), (runs[1], blip["rerank/retrieval_ood/txt_r1"])):
+        assert f"all of it: {path}/results.md" in result.out and f" {value:.2f} " in result.out
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
     refused(cli(chain["captioner"], *sets, module="tldr_reduction.eval"), "stage captioner")
