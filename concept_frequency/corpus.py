@@ -170,7 +170,7 @@ def read_captions(part: Part, column: str, also: str, broken: list[data.Broken])
 def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
     shard = tars.index_shard(file)
     broken += shard.broken
-    with open(file, "rb") as tar:
+    with open(file, "rb", buffering=0) as tar:  # one read a caption, of its own bytes
         for key, (_, _, offset, size) in zip(shard.keys, shard.spans.tolist(), strict=True):
             tar.seek(offset)
             try:

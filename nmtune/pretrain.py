@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
-from nmtune.datasets import flip_labels, open_labelled, swap_captions
+from nmtune.datasets import LabelledImages, flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
 from shared import accumulate, cli, data, run, windows
@@ -42,8 +42,8 @@ class NoisyLabels(Dataset):
     `normalise` is for batches of images. A view is a function of seed, epoch and row.
     """
 
-    def __init__(self, cfg: PretrainConfig, transform: Callable):
-        self.images = open_labelled(cfg.data)
+    def __init__(self, cfg: PretrainConfig, transform: Callable, images: LabelledImages):
+        self.images = images
         self.images.strict = cfg.strict
         self.seed = cfg.seed
         self.transform, self.normalise = data.in_two(transform)
@@ -143,10 +143,12 @@ def shard_swaps(first: str, n: int, noise: float, seed: int) -> np.ndarray:
     return swap_captions(n, int(n * noise / 2), random.Random(data.stable_hash(seed, first)))
 
 
-def open_samples(cfg: PretrainConfig, transform: Callable, process: run.Process) -> NoisyLabels | SwappedCaptions:
-    """The training set of a kind of pre-training, with its noise."""
+def open_samples(
+    cfg: PretrainConfig, transform: Callable, process: run.Process, images: LabelledImages | None
+) -> NoisyLabels | SwappedCaptions:
+    """The training set of a kind of pre-training, with its noise; `images` are those of kind supervised."""
     if cfg.kind == "supervised":
-        return NoisyLabels(cfg, transform)
+        return NoisyLabels(cfg, transform, images)
     shards = f"{cfg.data.partition(':')[0]}/train" if ":pretrain" in cfg.data else cfg.data
     pairs = windows.open_pairs(dataclasses.replace(cfg, data=shards), process)
     data.say_size(pairs, cfg, process)
@@ -303,7 +305,8 @@ def main(cfg: PretrainConfig) -> Path | None:
     precision = run.resolve_precision(cfg.precision, process.device)
 
     # Model and optimizer; from the checkpoint if there is one
-    num_classes = open_labelled(cfg.data).num_classes if cfg.kind == "supervised" else 0
+    images = open_labelled(cfg.data) if cfg.kind == "supervised" else None
+    num_classes = 0 if images is None else images.num_classes
     torch.manual_seed(cfg.seed)
     model, transform, _ = create_model(cfg, num_classes)
     model = model.to(process.device, memory_format=torch.channels_last)
@@ -319,7 +322,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     first, start = folder.state["epoch"], folder.state["batch"]
 
     # Data and its noise
-    samples = open_samples(cfg, transform, process)
+    samples = open_samples(cfg, transform, process, images)
     if folder.state.get("data", samples.fingerprint) != samples.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     noise = folder.state["noise"] if folder.resumed else samples.share()

@@ -170,7 +170,7 @@ class Episodes:
             self.shards = data.expand_shards(cfg.data)
             if not 0 < cfg.episode_shards <= len(self.shards):
                 raise ValueError(f"--episode-shards {cfg.episode_shards} of {len(self.shards)} shards")
-            self.pairs, self.fetcher = None, windows.Fetcher(Path(cfg.cache))
+            self.pairs, self.fetcher = None, windows.Fetcher(windows.own_cache(cfg))
         else:
             self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
 
@@ -186,7 +186,7 @@ class Episodes:
         """(pairs, rows (N,)) of that episode. Episodes passed over are drawn all the same, so a resumed run agrees."""
         pairs = self.pairs
         if pairs is None:
-            folder = Path(self.cfg.cache)
+            folder = windows.own_cache(self.cfg)
             wanted = self.shards_of(episode)
             if episode > 1:  # the last episode's copies stay: another rank may still be reading them
                 self.fetcher.evict(self.shards_of(episode - 2), {*wanted, *self.shards_of(episode - 1)})

@@ -321,6 +321,7 @@ class EpisodicData:
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
         self.episodes.fetch(episode + 1)  # workers have been forked, so that no thread's lock is copied into them
+        run.wait()  # an episode may have been fetched for long; what follows would not wait for it
 
     def loader(self, what: str) -> Iterable:
         """Batches of the drawn rows to "extract" features from, and then to "train" on; images on the device."""

@@ -1,6 +1,6 @@
 """Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by row.
 
-A shard's tar headers are indexed once, without reading its payloads; every sample is then one seek and one read. So
+A shard's tar headers are indexed once, without reading its payloads; every sample is then a read of its own bytes. So
 the order of an epoch is a pure function of (seed, epoch), the same for any number of loader workers and split evenly
 over ranks, and a run that resumes skips what it has seen before anything is read or decoded.
 

@@ -63,7 +63,7 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
 
 def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] | None = None) -> Iterator:
     """(name, content) of a tar's files, or of those with such an extension; see `tar_files`."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:  # one read a file, of its own bytes
         for member in tar_files(path, broken):
             if extensions is not None and key_of(member.name)[1] not in extensions:
                 continue

@@ -160,12 +160,13 @@ def fetched_ahead(loader: DataLoader, pairs: Windowed, epochs: range, start: int
     try:
         for number, (epoch, window) in enumerate(turns):
             fetcher.wait(shards(number))
+            run.wait()  # a rank's shards may come late; the step that follows would not wait for it
             batch = next(batches)
             if number:
                 wanted = {url for step in range(reach + 1) for url in shards(number + step)}
                 fetcher.evict(shards(number - 1), wanted)
+            batch[-1].extend(pairs.open(epoch, window, pairs.rank)[0].broken)  # may fork: before a thread fetches
             fetcher.start(shards(number + 1))
-            batch[-1].extend(pairs.open(epoch, window, pairs.rank)[0].broken)
             yield batch
             of_window = pairs.batches_of(window)
             done = start - of_window.start if number == 0 and epoch == epochs[0] else 0
@@ -237,5 +238,11 @@ def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windo
     if (ending := Path(cfg.data).suffix) in (".tsv", ".csv", ".json"):
         raise ValueError(f"--window-shards reads tar shards; a {ending} is read by row")
     urls = data.expand_shards(cfg.data)
-    cache = Path(cfg.cache) / f"{Path(cfg.out).name}-{data.stable_hash(os.path.abspath(cfg.out)):016x}"
-    return Windowed(urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, cfg.seed, process, cache, cfg.strict)
+    return Windowed(
+        urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, cfg.seed, process, own_cache(cfg), cfg.strict
+    )
+
+
+def own_cache(cfg: Any) -> Path:
+    """A run's own folder in --cache, from which nobody else's shards are removed."""
+    return Path(cfg.cache) / f"{Path(cfg.out).name}-{data.stable_hash(os.path.abspath(cfg.out)):016x}"

@@ -3,14 +3,17 @@ two and three processes, whose last batch of an epoch is short, against one.
 """
 
 import dataclasses
+import http.server
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, same, start_two
 from test_consistency import config
 from test_faults import trained
+from test_windows import Flaky
 from tiny import PRELOAD, SCRIPTS, SHARDS, commands, image_folder, small_corpus, small_set  # noqa: F401
 
 from shared import checkpoints
@@ -55,12 +58,41 @@ def test_windows_are_gone_through_and_a_killed_run_goes_on(name: str, given, sta
     command = [*given[name], "--data", urls, "--window-shards", "1", "--dataset-size", "160", "--cache", cache]
     command += ["--no-encode-once"] if name == "lexvla" else []
     finished(ended(start(*command, "--out", whole, module=SCRIPTS[name])))
-    kill_at(start(*command, "--out", out, module=SCRIPTS[name]), out, random.randint(1, 9))
+    print("killed at line", line := random.randint(1, 9))
+    kill_at(start(*command, "--out", out, module=SCRIPTS[name]), out, line)
     workers = ["--workers", "1"] if name == "flame" else []
     finished(ended(start(*command, *workers, "--out", out, module=SCRIPTS[name])))
     assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) == 10
     assert same(trained(out), trained(whole))
     assert not list(cache.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("name", ["attentive_mask_clip"])
+def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, start, folder: Path):
+    """Each shard's first answer breaks off; both processes are killed at random, and end like two that were not."""
+    handler = lambda *arguments: Flaky(*arguments, directory=str(folder / "corpus"))  # noqa: E731
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    urls = f"http://127.0.0.1:{server.server_port}/{{00000..00003}}.tar"
+    command = [*given[name], "--data", urls, "--window-shards", "1", "--dataset-size", "160"]
+    whole, out = (folder / "windows of two" / each for each in ("whole", "killed"))
+    print("killed at line", line := random.randint(1, 9))
+    try:
+        for path, killed in ((whole, False), (out, True), (out, False)):
+            Flaky.dropped.clear()
+            both = start_two(start, *command, "--cache", folder / "cache of two", "--out", path, module=SCRIPTS[name])
+            if killed:
+                kill_at(both[0], path, line)
+                both[1].kill()
+                both[1].join()
+            else:
+                for process in both:
+                    finished(ended(process))
+            assert len(Flaky.dropped) == 4 or killed
+    finally:
+        server.shutdown()
+    assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) >= 4
+    assert same(trained(out), trained(whole))
 
 
 # --------------------------------------------------------------------------------------------------- several processes

@@ -171,10 +171,13 @@ def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
 
 
 def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student of a checkpoint and its masks: its towers may have been pruned since the run began."""
+    """The student of a checkpoint and its masks: its towers may have been pruned since the run began.
+
+    Their weights leave `state`, where they would take their memory once more.
+    """
     clip, masks = CLIP(**state["geometry"]), []
-    clip.load_state_dict(state["state_dict"])
-    for tower, values in zip(("vision", "text"), state["masks"] or (), strict=False):
+    clip.load_state_dict(state.pop("state_dict"))
+    for tower, values in zip(("vision", "text"), state.pop("masks") or (), strict=False):
         masks.append(L0Mask.of(state["geometry"][tower], cfg.mask_types))
         masks[-1].load_state_dict(values)
     return clip, masks

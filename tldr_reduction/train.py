@@ -10,6 +10,7 @@ Models are in model.py and blip.py, settings in config.py, pairs and their views
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -108,8 +109,9 @@ def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: ru
         return
     codes_per_image = captioner.visual_encoder.pos_embed.shape[1] * cfg.width // cfg.code_dim
     wanted = -(-4 * cfg.num_codes // codes_per_image)
-    if isinstance(pairs, windows.Windowed):  # the first window is in random order
-        items = range(min(wanted, len(pairs)))
+    if isinstance(pairs, windows.Windowed):  # of the first process' share, whose first window is in random order
+        own = (i for i in range(len(pairs)) if i // pairs.batch_size % process.world_size == 0)
+        items = list(itertools.islice(own, wanted))
     else:
         items = torch.randperm(len(pairs), generator=generator)[:wanted].tolist()
     dataset = PairDataset(pairs, eval_transform(cfg.image_size), cfg.seed, cfg.max_words)
@@ -194,7 +196,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     n = cfg.dataset_size or cfg.expected or 0
-    if cfg.data and Path(cfg.data).exists():
+    if cfg.data and Path(cfg.data).exists() and not cfg.window_shards:
         n = len(open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache))
     per_epoch = n // cfg.batch_size
     rows = [("parameters", f"{trained:,} trained, {frozen:,} momentum copies")]
