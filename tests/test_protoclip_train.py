@@ -286,8 +286,8 @@ def test_windows_of_shards_train_and_resume(cli, start, folder: Path, small_shar
     assert metrics(outs[0]) == metrics(outs[1]) and len(metrics(outs[0])) == 8
     states = [checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"] for out in outs]
     assert same(*states)
-    copies = [path for path in cache.glob("*.tar") if path.name != "precious.tar"]
-    assert len(copies) == (2 if remote else 0) and (cache / "precious.tar").exists()  # this window and the last
+    copies = [len(list(cache.glob(f"{out.name}-*/*.tar"))) for out in outs]  # in a folder of each run's own
+    assert copies == ([2, 2] if remote else [0, 0]) and (cache / "precious.tar").exists()  # this window and the last
     assert all(path.exists() for path in small_shards)
 
 
