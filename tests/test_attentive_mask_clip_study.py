@@ -37,7 +37,7 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
     time = claims["step time of A-CLIP / CLIP's"]
     assert (time["paper"], time["here"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
     pictures = {"attentive_mask_clip_curves.png", "attentive_mask_clip_kept.png"}
-    assert {path.name for path in report.parent.iterdir()} == pictures | {"results.json"}
+    assert {path.name for path in report.parent.iterdir()} == pictures | {"results.json", "results_packages.txt"}
     assert (report.parent / "attentive_mask_clip_kept.png").read_bytes() == b"picture"
 
 

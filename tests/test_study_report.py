@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,9 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     known |= set(summary["floors"]) | set(study.metrics.values())
     named = {" ".join(name.split()) for name in re.findall(r"\*([^*]+)\*", said)}
     assert named and named <= known, sorted(named - known)
+
+
+def test_packages_are_kept_beside_results(tmp_path: Path):
+    report.write_packages(tmp_path / "packages.txt")
+    lines = (tmp_path / "packages.txt").read_text().splitlines()
+    assert f"torch=={version('torch')}" in lines and lines == sorted(lines)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from datetime import date
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,12 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
         },
         "claims": list(claims),
     }
+
+
+def write_packages(path: Path) -> None:
+    """Names and versions of all installed packages, one a line as `pip install -r` reads them."""
+    found = {each.metadata["Name"].lower(): each.version for each in distributions() if each.metadata["Name"]}
+    path.write_text("".join(f"{name}=={found[name]}\n" for name in sorted(found)), encoding="utf-8")
 
 
 def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:

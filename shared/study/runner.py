@@ -172,6 +172,7 @@ class Study:
                 self.paper, found, judge_all(self.claims, found.arms) + self.more_rows(found, **more)
             )
         write_json(path, summary)
+        report.write_packages(path.with_name(f"{path.stem}_packages.txt"))
         self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
