@@ -6,16 +6,20 @@ patches. A-CLIP is evaluated with its EMA towers, as in upstream's suite; with t
 """
 
 import dataclasses
+import io
 import math
+import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -84,6 +88,8 @@ class Config:
     """First learning rate of the probe; None: upstream's 0.00625."""
     foreground: str | None = EMOJI + "names_ood"
     """Set whose images measure the share of foreground among kept patches; None leaves it out."""
+    keep_ratio: float = 0.5
+    """Share of blocks to keep there."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
     report: str | None = None
@@ -230,6 +236,18 @@ def linear_probe(
 # ----------------------------------------------------------------------------------------------------- kept patches
 
 
+def object_masks(eval_set: EvalSet) -> Tensor | None:
+    """(N, S, S) 1 where the samples' `mask.png` names an object, as scenes have them; None if a set has no masks."""
+    masks = []
+    for shard in eval_set.shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".mask.png"):
+                    mask = np.array(Image.open(io.BytesIO(tar.extractfile(member).read()), formats=["PNG"]))
+                    masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
+    return torch.stack(masks).float() if masks else None
+
+
 def foreground(images: Tensor) -> Tensor:
     """(B, S, S) 1 where a normalised image (B, 3, S, S) is not white: the drawing of an emoji."""
     mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
@@ -242,14 +260,16 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
 
     images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. For the
     model's own attention, its high-drop variant, blocks nearest to the centre, and random patches (expectation):
-    `X_share` of the kept patches that are foreground, `X_recall` of the foreground that is kept.
+    `X_share` of the kept patches that are foreground, `X_recall` of the foreground patches that are kept, `X_pixels` of
+    an image's foreground pixels that are.
     """
     was_training = model.training
     model.eval()
     tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
     scores = torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
     model.train(was_training)
-    patches = F.max_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N)
+    pixels = F.avg_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N), share of each patch
+    patches = (pixels > 0).float()
     grid = math.isqrt(patches.shape[1])
     axis = torch.arange(grid, device=images.device) - (grid - 1) / 2
     centre = -(axis[:, None] ** 2 + axis**2).flatten().expand(len(images), -1)
@@ -264,10 +284,12 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
         hits = patches.gather(1, ids).sum()
         results[f"{name}_share"] = 100 * (hits / ids.numel()).item()
         results[f"{name}_recall"] = 100 * (hits / total).item()
+        results[f"{name}_pixels"] = 100 * (pixels.gather(1, ids).sum(1) / pixels.sum(1)).nanmean().item()
     count = int(patches.shape[1] * keep_ratio)  # what random masks keep: single patches, not blocks
     return results | {
         "random_share": 100 * patches.mean().item(),
         "random_recall": 100 * count / patches.shape[1],
+        "random_pixels": 100 * count / patches.shape[1],
     }
 
 
@@ -443,15 +465,18 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         ).items():
             flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
     if cfg.foreground:
-        loader = EvalSet(cfg.foreground, transform).batches(cfg.batch_size, cfg.workers)
-        images = torch.cat([images for images, _ in loader]).to(process.device)
-        kept = kept_foreground(model, images, foreground(images))
+        eval_set = EvalSet(cfg.foreground, transform)
+        images = torch.cat([images for images, _ in eval_set.batches(cfg.batch_size)]).to(process.device)
+        alpha = object_masks(eval_set)
+        alpha = foreground(images) if alpha is None else alpha.to(process.device)
+        kept = kept_foreground(model, images, alpha, cfg.keep_ratio)
         flat |= {f"kept/{key}": value for key, value in kept.items()}
         if Path(path).is_dir():
             before = untrained(checkpoints.load_checkpoint(Path(path) / "checkpoint.pt"), path).to(process.device)
-            flat["kept/untrained_share"] = kept_foreground(before, images, foreground(images))["attentive_share"]
+            untrained_kept = kept_foreground(before, images, alpha, cfg.keep_ratio)
+            flat |= {f"kept/untrained_{key}": untrained_kept[f"attentive_{key}"] for key in ("share", "pixels")}
             few = images[torch.linspace(0, len(images) - 1, 8).long()]
-            plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png")
+            plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png", cfg.keep_ratio)
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 

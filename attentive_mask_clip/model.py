@@ -51,6 +51,20 @@ PRESETS = {
         ssl_hidden=256,
         ssl_dim=64,
     ),
+    "scenes": dict(
+        embed_dim=128,
+        image_size=48,
+        patch_size=6,
+        vision_width=128,
+        vision_layers=4,
+        vision_heads=4,
+        context_length=16,
+        text_width=128,
+        text_heads=4,
+        text_layers=2,
+        ssl_hidden=256,
+        ssl_dim=64,
+    ),
 }
 
 # --------------------------------------------------------------------------------------------------------- image tower

@@ -119,8 +119,9 @@ def pixel_probe(*data: torch.Tensor) -> dict[str, float]:
 def on_labels() -> dict[str, float]:
     """The ceiling: the image tower of the arms, trained on names and on subgroups."""
     epochs = PRESETS["emoji"][1].episodes
-    names = ceiling.trained_on_labels("ResNet-emoji", NAMES, epochs=epochs)
-    return names | ceiling.trained_on_labels("ResNet-emoji", SUBGROUPS, ("probe_best", "nearest"), epochs=epochs)
+    tower = functools.partial(ceiling.open_clip_tower, "ResNet-emoji")
+    names = ceiling.trained_on_labels(tower, NAMES, epochs=epochs)
+    return names | ceiling.trained_on_labels(tower, SUBGROUPS, ("probe_best", "nearest"), epochs=epochs)
 
 
 def pixel_clusters() -> dict[str, float]:

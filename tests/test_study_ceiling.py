@@ -1,12 +1,13 @@
 """The ceiling of a table of arms: an image tower that is trained on labels learns them."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from shared.study.ceiling import trained_on_labels
+from shared.study.ceiling import open_clip_tower, trained_on_labels
 from shared.tars import write_split
 
 
@@ -26,5 +27,11 @@ def test_a_tower_learns_the_labels_of_its_set(tmp_path: Path):
         write_split(folder / split, [{"png": picture(rng, i % 2), "cls": str(i % 2)} for i in range(count)])
     (folder / "classnames.txt").write_text("above\nbelow\n")
     (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
-    found = trained_on_labels("ResNet-emoji", [folder], ("top1", "probe"), epochs=6, batch_size=16, lr=1e-3)
+    tower, recipe = partial(open_clip_tower, "ResNet-emoji"), {"epochs": 6, "batch_size": 16, "lr": 1e-3}
+    found = trained_on_labels(tower, [folder], ("top1", "probe"), **recipe)
     assert found["halves/top1"] == found["halves/probe"] > 90
+
+    # The labels of training pairs are the classes that their captions name
+    pairs = [{"jpg": picture(rng, i % 2), "txt": ("above", "below")[i % 2]} for i in range(64)]
+    write_split(tmp_path / "pairs", pairs)
+    assert trained_on_labels(tower, [folder], shards=str(tmp_path / "pairs"), **recipe)["halves/top1"] > 90

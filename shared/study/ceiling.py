@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from shared import export, memory, run
+from shared import data, export, memory, run
 from shared.clip import image_side
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent
@@ -28,8 +29,36 @@ def read(folder: str | Path, split: str, side: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
+def labelled_by_caption(shards: str, classnames: Sequence[str], side: int) -> tuple[Tensor, Tensor]:
+    """The same of training pairs, whose label is the class that the caption names."""
+    captions: list[str] = []
+
+    def number(texts: list[str]) -> Tensor:
+        captions.extend(texts)
+        return torch.zeros(len(texts), 1)
+
+    corpus = memory.read(data.open_pairs(shards), side, number)
+    return corpus.pixels, torch.tensor([classnames.index(caption) for caption in captions])
+
+
+class Tower(NamedTuple):
+    """An image tower: images (B, 3, side, side) -> features (B, width)."""
+
+    network: nn.Module
+    width: int
+    side: int
+
+
+def open_clip_tower(model: str) -> Tower:
+    """The image tower of an open_clip config, with random weights."""
+    logging.disable(logging.WARNING)  # open_clip says that the weights are random
+    clip = open_clip.create_model(model)
+    logging.disable(logging.NOTSET)
+    return Tower(clip.visual, export.open_clip_config(model)["embed_dim"], image_side(clip))
+
+
 def trained_on_labels(
-    model: str,
+    make_tower: Callable[[], Tower],
     sets: Iterable[str | Path],
     metrics: Iterable[str] = ("top1",),
     epochs: int = 20,
@@ -38,22 +67,24 @@ def trained_on_labels(
     weight_decay: float = 0.2,
     crop: tuple[float, float] = (0.7, 1.4),
     seed: int = 0,
+    shards: str | None = None,
+    stored: int = 2,
 ) -> dict[str, float]:
     """{"SET/METRIC": top-1 in percent} of one tower, trained on the `train` split that `sets` share.
 
-    model: open_clip config, whose image tower gets a linear layer on its embedding. Trained by AdamW with a warm-up of
-    one epoch, then a cosine, on random crops of these shares of the area.
+    The tower gets a linear layer. Trained by AdamW with a warm-up of one epoch, then a cosine, on random crops of these
+    shares of the area, from images kept at `stored` times the tower's side. `shards`: training pairs whose captions
+    are class names, instead of the `train` split.
     """
     torch.manual_seed(seed)
-    width = export.open_clip_config(model)["embed_dim"]
-    logging.disable(logging.WARNING)  # open_clip says that the weights are random
-    clip = open_clip.create_model(model)
-    logging.disable(logging.NOTSET)
-    tower, size = clip.visual, image_side(clip)
-    sets = list(sets)
-    pixels, labels = read(sets[0], "train", 2 * size)
-    head = nn.Linear(width, len(EvalSet(sets[0], None).classnames))
-    network = nn.Sequential(tower, head)
+    tower, sets = make_tower(), list(sets)
+    size, classnames = tower.side, EvalSet(sets[0], None).classnames
+    if shards is None:
+        pixels, labels = read(sets[0], "train", stored * size)
+    else:
+        pixels, labels = labelled_by_caption(shards, classnames, stored * size)
+    head = nn.Linear(tower.width, len(classnames))
+    network = nn.Sequential(tower.network, head)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     batch_size = min(batch_size, len(labels))
     steps, cpu = len(labels) // batch_size, torch.device("cpu")
@@ -77,7 +108,7 @@ def trained_on_labels(
     network.eval()
     found = {}
     for folder in sets:
-        images, truth = read(folder, "test", 2 * size)
+        images, truth = read(folder, "test", stored * size)
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(len(images), 4)
         with torch.no_grad(), run.autocast(precision, cpu):
             parts = [network(views(x, b)) for x, b in zip(images.split(256), whole.split(256), strict=True)]
