@@ -38,7 +38,7 @@ class Config:
     misaligned: float = 0.0
     """Share of pairs whose caption is another pair's."""
 
-    model: str = "ViT-emoji"
+    model: str = "ResNet-emoji"
     """Any open_clip config."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
@@ -80,7 +80,7 @@ class Config:
         return self.total // self.batch_size
 
 
-EMOJI = Config(data="data/emoji/train")
+EMOJI = Config(data="data/emoji/train", model="ResNet-emoji", epochs=16, batch_size=256, lr=3e-3, warmup=31)
 PRESETS = {
     "emoji": ("Zipf frequencies over 400 emoji, minutes on two CPU cores", EMOJI),
     "emoji-uniform": (

@@ -2,7 +2,7 @@
 
 Captions go through spaCy. An image tagger is any callable f32 (B, 3, H, W) -> f32 (B, K) in 0..1. Authors' code:
 bethgelab/frequency_determines_performance@11ef009, `U:`; their tagger is RAM++ (arXiv 2310.15200), chosen over CLIP
-scores and open-vocabulary detectors, which were worse on fine-grained names (paper, App. F).
+scores and open-vocabulary detectors, which were worse on fine-grained names (paper, App. I.1).
   RAM++   `load_ram_plus`: Swin-L, 384 pixels squashed, `model.OpenSetHead` on descriptions; needs its checkpoint
   CLIP    `load_clip_tagger`: any open_clip model without further files: a concept against a plain photo
   yours   `package.module:function`, called with (names, device) for a `Tagger`

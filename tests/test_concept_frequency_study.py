@@ -12,6 +12,8 @@ from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, sha
 
 from concept_frequency import eval, study
 from concept_frequency.concepts import load_counts
+from shared.study import verdicts
+from shared.study.floors import Floor
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +21,26 @@ def runs(arms) -> dict[str, Path]:
     return {arm: arms[arm] for arm in ARMS}
 
 
-def test_arms_are_compared(runs, folder, capsys):
+def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     cfg = eval.Config(
         runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
         report=str(folder / "results.json"),
     )  # fmt: skip
-    eval.main(cfg)
+    bars = (Floor("none", lambda: study.of_all(-1.0)),)
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
+    with monkeypatch.context() as here:
+        here.chdir(folder)
+        eval.main(cfg)
     summary = json.loads((folder / "results.json").read_text())
-    assert set(summary) == {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
     assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
     values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
     assert values["counted_both"] > 0.5 and values["misaligned_planted"] > values["misaligned"]
-    assert {row["verdict"] for row in summary["claims"]} <= {"not resolved at this scale", "not testable at this scale"}
+    rows = {row["claim"]: row for row in summary["claims"]}
+    assert {claim.claim for claim in study.CLAIMS} < set(rows)
+    assert {row["verdict"] for row in rows.values()} == {"not resolved", "not testable here", "no claim"}
+    assert rows["ρ of the bins above that of shuffles"]["difference"] == pytest.approx(
+        values["rho"] - values["rho_null"]
+    )
     table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
     assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
     assert "tail benchmark" in capsys.readouterr().out
@@ -45,8 +55,6 @@ def test_study_measures_what_a_report_compares(runs):
     of_all = {"top1", "misaligned_planted", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
     assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == ["uniform", "reassigned"]
-    rows = study.judged({arm: [found] for arm, found in zip(runs, results, strict=True)})
-    assert len(rows) == len(study.CLAIMS) + 1  # and the one of all seeds together
 
 
 def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
@@ -67,17 +75,20 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
     return arms
 
 
-def verdicts(effect: float, seeds: int) -> dict[str, str]:
-    return {row["claim"]: row["verdict"] for row in study.judged(synthetic_arms(effect, seeds))}
+def judged(effect: float, seeds: int, floor: float = 0.0) -> dict[str, str]:
+    arms = synthetic_arms(effect, seeds)
+    rows = verdicts.judged(study.CLAIMS, arms, [((), study.of_all(floor))], together=False)
+    return {row["claim"]: row["verdict"] for row in rows}
 
 
 def test_claims_follow_the_effect():
-    planted, none, one = verdicts(8.0, 3), verdicts(0.0, 3), verdicts(8.0, 1)
-    of_frequency = [name for name in planted if "decade" in name or "made equal" in name or "bootstrap" in name]
-    assert len(of_frequency) == 4 and len(planted) == 13
+    planted, none, one = judged(8.0, 6), judged(0.0, 6), judged(8.0, 1)
+    of_frequency = [name for name in planted if "decade" in name or "made equal" in name or "assignment" in name]
+    assert len(of_frequency) == 4 and len(planted) == len(study.CLAIMS)
     assert {planted[name] for name in of_frequency} == {"reproduced"}
     assert "reproduced" not in {none[name] for name in of_frequency}
-    assert set(one.values()) == {"not resolved at this scale"}
+    assert set(one.values()) == {"not resolved"}
+    assert set(judged(8.0, 6, floor=99.0).values()) == {"has not learned"}
 
 
 def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
@@ -87,13 +98,11 @@ def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
     more = study.STUDY.upstream(tmp_path / "clone")
     kept = json.loads((tmp_path / "runs/concept_frequency/replay/results.json").read_text())
     assert more == {"replayed": kept["claims"]} and len(kept["claims"]) > 5
-    arms = synthetic_arms(8.0, 2)
-    found = SimpleNamespace(arms=arms)  # all of a `report.Comparison` that is read
-    judged, plain = study.judged(arms), study.STUDY.more_rows(found)
-    assert study.STUDY.more_rows(found, **more) == [*judged, *kept["claims"], plain[-1]]
-    assert plain[:-2] == judged and {row["verdict"] for row in plain[-2:]} == {"not testable at this scale"}
-    with pytest.raises(ValueError, match="needs the arm zipf"):
-        study.STUDY.more_rows(SimpleNamespace(arms={"uniform": arms["uniform"]}))
+    found = SimpleNamespace(arms=synthetic_arms(8.0, 2))  # all of a `report.Comparison` that is read
+    rows, plain = study.more_rows(found, **more), study.more_rows(found)
+    assert rows == [plain[0], *({"primary": False} | row for row in kept["claims"]), plain[-1]]
+    assert "2 seeds together" in plain[0]["claim"] and plain[0]["interval"][0] < 8 < plain[0]["interval"][1]
+    assert {row["verdict"] for row in plain[1:]} == {"not testable here"} and len(plain) == 3
 
 
 def test_study_runs_the_presets_of_its_arms():

@@ -204,3 +204,20 @@ def test_pilot_runs_tell_the_number_of_seeds():
     assert verdicts.seeds_needed(Scatter(0.0, 14), CLAIM) == 2
     assert verdicts.seeds_needed(scatter, CLAIM._replace(negligible=None, effect=None)) is None
     assert verdicts.seeds_needed(None, CLAIM) is None
+
+
+def test_a_claim_within_an_arm_or_against_zero_scatters_by_itself():
+    """Baselines "arm:metric" and "0": differences of the same runs, whose scatter no other arm tells."""
+    found = {
+        "ours": [{"m": m, "n": n, "seen": 50.0} for m, n in ((5.0, 1.0), (7.0, 2.0), (9.0, 6.0))],
+        "base": [{"m": m, "n": 0.0, "seen": 1.0} for m in (5.0, 5.5, 7.0)],
+    }
+    within = Claim("m above n", "+", "m", "ours", "ours:n", learned_by="seen")
+    claims = [within, Claim("m above zero", "+", "m", "base", "0"), Claim("missing", "+", "m", "ours", "ours:p")]
+    rows = judged([*claims, Claim("absent", "+", "m", "other", "0")], found, [((), {"seen": 30.0})], together=False)
+    assert [row["claim"] for row in rows] == ["m above n", "m above zero"]
+    for row, differences in zip(rows, ([4.0, 5.0, 3.0], [5.0, 5.5, 7.0]), strict=True):
+        half = stats.t.ppf(0.975, 2) * np.std(differences, ddof=1) / math.sqrt(3)
+        assert row["difference"] == pytest.approx(np.mean(differences)) and row["resolves"] == pytest.approx(half)
+    floors = [((), {"seen": 60.0})]
+    assert [row["verdict"] for row in judged([within], found, floors, together=False)] == ["has not learned"]

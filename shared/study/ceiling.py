@@ -69,21 +69,29 @@ def trained_on_labels(
     seed: int = 0,
     shards: str | None = None,
     stored: int = 2,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """{"SET/METRIC": top-1 in percent} of one tower, trained on the `train` split that `sets` share.
 
     The tower gets a linear layer. Trained by AdamW with a warm-up of one epoch, then a cosine, on random crops of these
     shares of the area, from images kept at `stored` times the tower's side. `shards`: training pairs whose captions
-    are class names, instead of the `train` split.
+    are class names, instead of the `train` split. `classes`: the only ones that are learned and asked for.
     """
     torch.manual_seed(seed)
     tower, sets = make_tower(), list(sets)
     size, classnames = tower.side, EvalSet(sets[0], None).classnames
+    number = {name: i for i, name in enumerate(classes or classnames)}
+    place = torch.tensor([number.get(name, -1) for name in classnames])
+
+    def asked(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        labels = place[labels]
+        return pixels[labels >= 0], labels[labels >= 0]
+
     if shards is None:
-        pixels, labels = read(sets[0], "train", stored * size)
+        pixels, labels = asked(*read(sets[0], "train", stored * size))
     else:
-        pixels, labels = labelled_by_caption(shards, classnames, stored * size)
-    head = nn.Linear(tower.width, len(classnames))
+        pixels, labels = asked(*labelled_by_caption(shards, classnames, stored * size))
+    head = nn.Linear(tower.width, len(number))
     network = nn.Sequential(tower.network, head)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     batch_size = min(batch_size, len(labels))
@@ -108,7 +116,7 @@ def trained_on_labels(
     network.eval()
     found = {}
     for folder in sets:
-        images, truth = read(folder, "test", stored * size)
+        images, truth = asked(*read(folder, "test", stored * size))
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(len(images), 4)
         with torch.no_grad(), run.autocast(precision, cpu):
             parts = [network(views(x, b)) for x, b in zip(images.split(256), whole.split(256), strict=True)]

@@ -93,7 +93,7 @@ class Study:
     derive: Callable[[report.Comparison], None] = lambda found: None
     """Adds metrics that take more than one run to `found.arms`, before claims are judged."""
     claims: tuple[Claim, ...] = ()
-    """Differences between two arms, paired by seed."""
+    """Differences between two arms, or within one, paired by seed."""
     more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None

@@ -14,7 +14,7 @@ class Claim(NamedTuple):
     paper: str | None  # the paper's number or word; None: it claims nothing, the difference is only shown
     metric: str
     method: str
-    baseline: str
+    baseline: str  # an arm; or "arm:metric", another metric of it; or "0"
     sign: int = 1  # +1: the paper says higher, -1: lower
     effect: float | None = None  # the paper's difference in the same unit, where it is one
     primary: bool = False  # whether the paper's abstract states it

@@ -132,6 +132,26 @@ def floor_of(claim: Claim, floors: Bars) -> float | None:
     return max((values[metric] for values in counting if metric in values), default=None)
 
 
+def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Measurements by seed that stand for the baselines "0" and "arm:metric" of claims, under these names.
+
+    What tells whether the arm has learned (`learned_by`) comes along.
+    """
+    found: dict[str, list[dict]] = {}
+    for claim in claims:
+        arm, _, metric = claim.baseline.partition(":")
+        if claim.baseline == "0":
+            arm, metric = claim.method, None
+        if metric == "" or any(metric and metric not in run for run in arms.get(arm, [{}])):
+            continue
+        runs = arms[arm] if arm in arms else []
+        for stand_in, run in zip(found.setdefault(claim.baseline, [{} for _ in runs]), runs, strict=True):
+            stand_in[claim.metric] = run[metric] if metric else 0.0
+            if claim.learned_by in run:
+                stand_in[claim.learned_by] = run[claim.learned_by]
+    return found
+
+
 def judged(
     claims: Iterable[Claim],
     arms: dict[str, list[dict]],
@@ -144,6 +164,8 @@ def judged(
     together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
     with the same settings, whose pooled scatter is used where it has more degrees of freedom.
     """
+    claims, real = list(claims), set(arms)
+    arms = arms | other_baselines(claims, arms)
     chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
     found = []
     for claim in chosen:
@@ -152,7 +174,8 @@ def judged(
         sides = [[run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)]
         differences = [a - b for a, b in zip(*sides, strict=True)]
         scatters = [own(differences)]
-        if len(set(sides[1])) > 1 or len(differences) == 1:  # a constant baseline shares no effect of the seed
+        if claim.baseline in real and (len(set(sides[1])) > 1 or len(differences) == 1):
+            # a constant baseline, or another metric, shares no effect of the seed
             comparable = related(claim, chosen)
             for source in (arms, earlier or {}):
                 few = {arm: runs for arm, runs in source.items() if arm in comparable}
