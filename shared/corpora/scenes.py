@@ -93,7 +93,7 @@ class Config(Setting):
     samples: int = 20000
     """Training scenes."""
     eval_samples: int = 2000
-    """Scenes of an evaluation set."""
+    """Scenes of an evaluation set; of several emoji, at most half as many as there are sets of that many concepts."""
 
 
 class Scene(NamedTuple):
@@ -444,10 +444,7 @@ def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_sampl
         captioned_size=tuple(min(share, 0.5) for share in cfg.captioned_size),  # so that two have room
     )
     train = Scenes(cfg, "train", samples, sprites=sprites)
-    if eval_samples > (most := math.comb(len(train.emoji), together.captioned[0])) // 2:
-        raise ValueError(
-            f"--eval-samples {eval_samples} scenes cannot differ with so few concepts: {most} sets of them"
-        )
+    differing = min(eval_samples, math.comb(len(train.emoji), together.captioned[0]) // 2)
     counts = {"concepts": len(train.emoji), "train": layout.write_pairs(folder / "train", training_samples(train))}
     for split in ("id", "ood"):
         names = folder / f"eval/names_{split}"
@@ -455,7 +452,7 @@ def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_sampl
         counts[names.name] = write_split(names / "test", labelled(scenes, eval_samples))
         layout.write_classes(names, scenes.classnames, emoji.TEMPLATES)
         scenes = Scenes(together, split, sprites=sprites)
-        chosen = list(several(scenes, eval_samples))
+        chosen = list(several(scenes, differing))
         pngs = [layout.png(scene.pixels) for _, scene in chosen]
         for form, name in (("names", f"retrieval_{split}"), ("long", f"retrieval_long_{split}")):
             texts = [scenes.caption(scene, index, form) for index, scene in chosen]
