@@ -28,7 +28,6 @@ from concept_frequency.config import CountConfig
 from concept_frequency.model import InvertedIndex, query_terms
 
 SCRIPT, SECONDS = "concept_frequency.count", 120
-PRELOAD = ["concept_frequency.count"]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,7 @@ from PIL import Image
 from scripts import one_sentence
 from test_flame_train import (  # noqa: F401
     ARMS,
-    ENVIRONMENT,
     EVAL,
-    PRELOAD,
     SCRIPT,
     SECONDS,
     arms,

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 from scripts import ROOT, finished
 from test_consistency import BUILDERS
-from tiny import FOLDERS, PRELOAD, SHARDS, small_corpus, small_set  # noqa: F401
+from tiny import FOLDERS, SHARDS, small_corpus, small_set  # noqa: F401
 
 SCRIPT, SECONDS = "protoclip.train", 120
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
 
 

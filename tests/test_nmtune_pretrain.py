@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import metrics, same
+from scripts import ended, finished, kill_at, metrics, same
 from test_nmtune_train import (  # noqa: F401
+    SCRIPT,
+    SECONDS,
     SHARDS,
     assert_equal_runs,
     corpus,
-    finished,
+    folder,
     images,
     in_process,
-    kill_at,
     start,
     two,
 )
@@ -41,12 +42,12 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
-def test_pretraining_on_labels_kill_and_resume(in_process, tmp_path, images):
+def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, images):
     command = [*SUPERVISED, "--data", images, "--batch-size", "16", "--save-every", "2", "--out"]
     code, out, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
     assert code == 0 and re.search(r"noise ratio 0.3: 31.25 % of 48 labels wrong", out), err
     kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
-    finished(start("nmtune.pretrain", *command, tmp_path / "killed"))
+    finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
@@ -122,14 +123,14 @@ def test_within_windows_captions_are_swapped_shard_by_shard(pairs: Path, tmp_pat
     assert 0.25 < sum(moved) / len(moved) < 0.5 and 0.25 < samples.share() < 0.5
 
 
-def test_two_processes_equal_one_in_pretraining(in_process, tmp_path, pairs):
+def test_two_processes_equal_one_in_pretraining(in_process, two, tmp_path, pairs):
     command = [*CLIP, "--data", pairs, "--out"]
     assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
     two("nmtune.pretrain", *command, tmp_path / "two")
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "state_dict")
 
 
-def test_three_processes_share_a_short_last_batch(in_process, tmp_path, images):
+def test_three_processes_share_a_short_last_batch(in_process, two, tmp_path, images):
     """48 images in batches of 36: the last twelve would all be the first process's."""
     command = ["emoji-sup-30", "--model", "convnext_atto", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
     command += ["--epochs", "1", "--batch-size", "36", "--warmup", "2", "--data", images, "--out"]

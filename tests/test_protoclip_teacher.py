@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import finished, metrics, one_sentence
-from test_protoclip_train import PRELOAD, SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
+from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
 
 from protoclip.teacher import Teacher, pca
 from shared import data

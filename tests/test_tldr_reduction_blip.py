@@ -5,10 +5,9 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import Case
-from scripts import free_port
+from scripts import in_ranks
 
 from shared.clip import set_grad_checkpointing
 from tldr_reduction.blip import (
@@ -190,11 +189,8 @@ def test_vision_tower_is_timms():
     torch.testing.assert_close(tower(image), theirs.forward_features(image))
 
 
-def blip_rank(rank: int, world: int, port: str, path: str) -> None:
+def blip_rank(rank: int, world: int) -> dict[str, torch.Tensor]:
     """Losses and averaged gradients of a tiny BLIP on this rank's part of eight pairs, with given negatives."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = tiny_blip(queue_size=16)
     generator = torch.Generator().manual_seed(3)
     image = torch.randn(8, 3, 16, 16, generator=generator)
@@ -214,14 +210,10 @@ def blip_rank(rank: int, world: int, port: str, path: str) -> None:
         for tensor in (values, *gradients.values()):
             dist.all_reduce(tensor)
             tensor /= world
-        dist.destroy_process_group()
-    if rank == 0:
-        torch.save({"losses": values, "queue": model.image_queue, **gradients}, path)
+    return {"losses": values, "queue": model.image_queue, **gradients}
 
 
 def test_two_processes_give_one_blips_gradients(tmp_path):
-    blip_rank(0, 1, "", str(tmp_path / "one.pt"))
-    mp.spawn(blip_rank, (2, free_port(), str(tmp_path / "two.pt")), nprocs=2)
-    one, both = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    one, (both, _) = blip_rank(0, 1), in_ranks(blip_rank, 2, tmp_path, 2)
     for name, expected in one.items():
         torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from scripts import finished, held, kill_when
 from test_tldr_reduction_train import (  # noqa: F401
-    PRELOAD,
     REDUCE,
     SCRIPT,
     SECONDS,
