@@ -21,6 +21,7 @@ from test_nmtune_train import (  # noqa: F401
     start,
     two,
 )
+from torch.utils.data import Dataset
 
 from nmtune import config, pretrain
 from shared import checkpoints, data, run, windows
@@ -153,6 +154,32 @@ def test_shares_of_a_batch_add_up():
         mean = sum(weight * sum(rows) / len(rows) for rows, weight in weighted) / 3
         assert mean == pytest.approx(one[0][step].mean())
     assert [weights[2] for _, weights in ranks] == [1.5, 1.5, 0.0]
+
+
+class Rows(Dataset):
+    """Items that are their own numbers."""
+
+    def __len__(self) -> int:
+        return 14
+
+    def __getitem__(self, i: int) -> tuple:
+        return torch.tensor([int(i)]), 0, False, []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_of_a_resumed_run_are_right_while_workers_read_ahead(rank: int, workers: int):
+    """Loaders ask for the batches of several steps at once, and of the next epoch; the third rank has none of the last
+    two rows, so that its weight is 0 there."""
+    cfg = dataclasses.replace(config.PRETRAIN_PRESETS["emoji-sup-30"][1], batch_size=6, workers=workers)
+    process = run.Process(rank, 3, torch.device("cpu"))
+    found = pretrain.training_batches(Rows(), cfg, process, range(1, 4), 2)
+    found = [(weight, items.flatten().tolist()) for weight, items, *_ in found]
+    expected = []
+    for epoch, first in ((1, 2), (2, 0), (3, 0)):
+        order, weights = pretrain.batch_order(cfg, 14, epoch, process, first)
+        expected += [(weight, (14 * epoch + rows).tolist()) for rows, weight in zip(order, weights, strict=True)]
+    assert found == expected and [weight for weight, _ in found[1:4]] == [1.0, 1.0, {0: 1.5, 2: 0.0}[rank]]
 
 
 @pytest.mark.parametrize("kind, name", [("clip", "ViT-emoji"), ("supervised", "convnext_atto")])

@@ -10,6 +10,7 @@ from conftest import Case
 from scripts import in_ranks
 
 from shared.clip import set_grad_checkpointing
+from tldr_reduction import blip
 from tldr_reduction.blip import (
     BLIP,
     TextDecoder,
@@ -217,3 +218,19 @@ def test_two_processes_give_one_blips_gradients(tmp_path):
     one, (both, _) = blip_rank(0, 1), in_ranks(blip_rank, 2, tmp_path, 2)
     for name, expected in one.items():
         torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_ranks_agree_on_widths_without_a_wait(watch, monkeypatch: pytest.MonkeyPatch):
+    """Of captions of which another process has longer ones."""
+    model = tiny_blip(queue_size=16).eval()
+    ids, negatives = torch.randint(4, 28, (4, 5)), (torch.tensor([4, 5, 6, 7]), torch.tensor([1, 2, 3, 0]))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(blip, "gather_lists", lambda items, process: [*items, 9])
+    monkeypatch.setattr(blip, "gather", lambda x: torch.cat([x, x]))
+    widths, whole = [], model.match
+    monkeypatch.setattr(model, "match", lambda image, ids, mask: widths.append(ids.shape[1]) or whole(image, ids, mask))
+    embeds = model.visual_encoder(torch.randn(4, 3, 16, 16))
+    loss = watch.within(model.matching_loss)(embeds, ids, torch.ones_like(ids), negatives)
+    assert loss.isfinite() and widths == [9]
