@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,5 +24,7 @@ os.fsync = lambda descriptor: None  # what tests write need not survive a power 
 for name in [*LATE, *OURS]:
     with contextlib.suppress(Exception):  # the test that needs it says what is wrong
         importlib.import_module(name)
+with contextlib.suppress(Exception):
+    sys.modules["concept_frequency.tagging"].load_spacy("en_core_web_sm")
 gc.collect()
 gc.freeze()  # forks need not go through all of it again and again
