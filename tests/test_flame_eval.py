@@ -110,17 +110,8 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
     names = "groups_ood", "retrieval_long_ood", "retrieval_xm_en", "retrieval_xm_ja", "groups_id"
     classes, long, english, japanese, probe = (small_set(name, folder / "sets", every=16) for name in names)
     sets = ["--sets", classes, long, "--gallery", "8", "--language-sets", english, japanese, "--language-gallery", "6"]
-    flags = [
-        *sets,
-        "--few-shot",
-        classes,
-        "--episodes",
-        "3",
-        "--probe",
-        probe,
-        "--report",
-        folder / "report/results.json",
-    ]
+    sets += ["--few-shot", classes, "--episodes", "3"]
+    flags = [*sets, "--probe", probe, "--report", folder / "report/results.json"]
     runs = [arms["clip"], arms["flame"], arms["summary"]]
     cfg_error = cli(*runs, *flags, module="flame.eval")
     assert cfg_error.code == 0, cfg_error.err
