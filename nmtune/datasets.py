@@ -227,6 +227,19 @@ def is_held_out(hexcode: str) -> bool:
     return stable_hash("nmtune held out", hexcode) < HELD_OUT * 2**63
 
 
+@functools.lru_cache(maxsize=1)
+def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict], list[tuple[int, int, int]]]:
+    """Descriptions of the samples and where their images lie, read once for all parts of files of these times."""
+    about, spans = [], []
+    for i, tar in enumerate(tars):
+        content = tar.read_bytes()
+        for files in tar_members(tar).values():
+            offset, size = files["json"]
+            about.append(json.loads(content[offset : offset + size]))
+            spans.append((i, *files["png"]))
+    return about, spans
+
+
 def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     """The embedded corpus in four parts: `pretrain` (half of the emoji, seven styles), and of the other half `tune` and
     `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style).
@@ -240,13 +253,7 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     tars = sorted((folder / "train").glob("*.tar"))
     if not tars:
         raise FileNotFoundError(f"{folder} holds no corpus: 'make data' builds the embedded one")
-    about, spans = [], []
-    for i, tar in enumerate(tars):
-        content = tar.read_bytes()
-        for files in tar_members(tar).values():
-            offset, size = files["json"]
-            about.append(json.loads(content[offset : offset + size]))
-            spans.append((i, *files["png"]))
+    about, spans = described(tuple(tars), tuple(tar.stat().st_mtime_ns for tar in tars))
     held = np.array([is_held_out(one["hexcode"]) for one in about])
     test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
     by_name = {one["name"]: one for one in about}

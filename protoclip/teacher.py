@@ -156,6 +156,8 @@ def mapped(path: str, name: str) -> np.ndarray:
         with archive.open(member) as content:  # behind the member's own header, of a length that only it knows
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, fortran, dtype = read_header[np.lib.format.read_magic(content)](content)
+            if dtype.hasobject:
+                raise ValueError(f"{path} holds pickled objects")
             offset = content.tell()
         file.seek(member.header_offset + 26)
         names = np.frombuffer(file.read(4), "<u2")  # lengths of the name and of what follows it
