@@ -15,6 +15,7 @@ from concept_frequency.images import plain_view
 from concept_frequency.train import load_run
 from shared import checkpoints
 from shared.clip import image_side
+from shared.data import ToNormalizedTensor
 
 
 def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
@@ -89,9 +90,7 @@ def slip(weights: dict[str, Tensor]) -> tuple[nn.Module, Callable, Callable]:
         [
             transforms.Resize(side),
             transforms.CenterCrop(side),
-            transforms.PILToTensor(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ToNormalizedTensor((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
     return model, transform, open_clip.SimpleTokenizer(context_length=context)

@@ -98,14 +98,15 @@ def tagger_of(settings: str, names: tuple[str, ...], device: str) -> Tagger:
 
 def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
     """Tag the images of a shard on a device: (document, concept, probability) of all above one half, or a lower
-    threshold. Images are decoded by so many processes beside this one, or by itself."""
+    threshold. Images are decoded by so many processes beside this one, which hand on uint8, or by itself."""
     cfg, broken, found = job.cfg, [], [(np.zeros(0),) * 3]
     if job.part.kind != ".tar":
         raise ValueError(f"--tagger needs images, and {job.part.path} is no .tar shard")
     tagger = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names, device)
     table = RowTable.load(job.table) if job.table else None
+    pixels, normalise = data.in_two(tagger.transform)
     with job.part.local() as file, open(file, "rb", buffering=0) as tar:
-        shard = ShardImages(tar, job.part.number, cfg.ids, table, tagger.transform)
+        shard = ShardImages(tar, job.part.number, cfg.ids, table, pixels)
         loader = DataLoader(
             shard, BATCH, num_workers=decoders, collate_fn=collate, pin_memory=device.startswith("cuda"),
             multiprocessing_context="fork" if decoders else None,
@@ -113,7 +114,8 @@ def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
         for documents, images, passed_over in loader:
             broken += passed_over
             if len(documents):
-                probabilities = tag_images([images.to(device, non_blocking=True)], tagger.probabilities)
+                images = normalise(images.to(device, non_blocking=True))
+                probabilities = tag_images([images], tagger.probabilities)
                 row, concept = np.nonzero(tag_presence(probabilities, min(0.5, cfg.threshold)))
                 found.append((documents[row], concept, probabilities[row, concept]))
     save = tags_writer(*(np.concatenate(column) for column in zip(*found, strict=True)))

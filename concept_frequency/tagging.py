@@ -30,6 +30,7 @@ from concept_frequency.clip_models import load_model
 from concept_frequency.concepts import read_descriptions
 from concept_frequency.model import OpenSetHead, label_embedding, noun_set
 from shared import checkpoints
+from shared.data import ToNormalizedTensor
 from shared.zeroshot import encode_texts
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -270,9 +271,7 @@ def load_ram_plus(
     transform = transforms.Compose(
         [
             transforms.Resize((image_size, image_size)),  # squashed, not cropped
-            transforms.PILToTensor(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ToNormalizedTensor((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
 

@@ -16,10 +16,14 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from shared import run
 
 CHUNK = 2**26  # numbers in the largest block of logits that exists at a time: 256 MB of float32
 
@@ -117,29 +121,52 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
 
 
-def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 5, InfoNCE image -> text and text -> image over rows (N, V); logit_scale is ln(1/tau).
+# In float32 and over the batch of all processes: each rank has the rows of its own pairs, against everyone's columns,
+# gathered with gradient. The mean over ranks is the loss of the global batch, and so are DDP's averaged gradients.
 
-    LexVLA adds the two, where CLIP takes their mean (V:src/ir/training/loss_utils.py:266). From the scores on in
-    float64: of pairs that are told apart well, float32 loses the loss, a small difference of large logits.
+
+def info_nce(logits: Tensor, own: Tensor) -> Tensor:
+    """Mean over rows of -log softmax(logits (B, N)) at column own (B,), as log(1 + sum_(j != own) e^(l_j - l_own)).
+
+    Of pairs that are told apart well, float32 holds this sum, but not the difference of two large numbers.
     """
-    logits = logit_scale.double().exp() * (s_img.float() @ s_txt.float().T).double()  # (N, N)
-    labels = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, labels).float(), F.cross_entropy(logits.T, labels).float()
+    own = own[:, None]
+    others = logits.scatter(1, own, torch.finfo(logits.dtype).min).logsumexp(1)
+    return F.softplus(others - logits.gather(1, own)[:, 0]).mean()
+
+
+def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 5, InfoNCE image -> text and text -> image of this rank's rows (B, V); logit_scale is ln(1/tau).
+
+    LexVLA adds the two, where CLIP takes their mean (V:src/ir/training/loss_utils.py:266).
+    """
+    s_img, s_txt, scale = s_img.float(), s_txt.float(), logit_scale.float().exp()
+    images, texts, own = run.gather(s_img), run.gather(s_txt), run.own_columns(s_img)
+    to_text = scale * (s_img @ texts.T)  # (B, W*B)
+    to_image = to_text.T if images is s_img else scale * (s_txt @ images.T)
+    return info_nce(to_text, own), info_nce(to_image, own)
+
+
+def mean_activation(s: Tensor) -> Tensor:
+    """(V,) mean of the global batch's rows, of which this rank has (B, V); with gradient to all ranks' rows."""
+    m = s.float().mean(0)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return m
+    return torch.distributed.nn.all_reduce(m / dist.get_world_size())
 
 
 def flops_loss(s: Tensor) -> Tensor:
-    """Eq. 6 of (N, V): sum_j m_j^2, m_j the batch's mean activation. S:splade/losses/regularization.py:18."""
-    return s.float().mean(0).square().sum()
+    """Eq. 6 of (B, V): sum_j m_j^2, m_j the batch's mean activation. S:splade/losses/regularization.py:18."""
+    return mean_activation(s).square().sum()
 
 
 def overuse_penalty(s: Tensor, detach_weight: bool = False) -> Tensor:
-    """Eq. 7 of (N, V): V sum_j w_j m_j^2, w_j = m_j / sum_k m_k, so V sum m^3 / sum m.
+    """Eq. 7 of (B, V): V sum_j w_j m_j^2, w_j = m_j / sum_k m_k, so V sum m^3 / sum m.
 
     1 where all words are used alike, V where all rows use one word alone (FLOPs: 1 in both). The gradient flows through
     w, which is part of the formula; `detach_weight`, not stated in the paper, stops it.
     """
-    m = s.float().mean(0)
+    m = mean_activation(s)
     w = m / m.sum().clamp_min(torch.finfo(m.dtype).tiny)
     return len(m) * ((w.detach() if detach_weight else w) * m.square()).sum()
 
@@ -157,7 +184,7 @@ def total_loss(
     detach_weight: bool = False,
     sparse: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> dict[str, Tensor]:
-    """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of the global batch (N, V).
+    """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of this rank's rows (B, V).
 
     `penalty` is overuse, flops (the ablation) or none, of dense rows; `sparse` makes those of the contrastive loss
     sparse, which is not stated in the paper. Returns `loss` and its unweighted parts.

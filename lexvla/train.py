@@ -1,7 +1,7 @@
 """Train LexVLA, or an ablation of it: `python -m lexvla.train PRESET [--overrides]`.
 
-LexVLA (arXiv 2407.17827); no code of the authors is public. A step: both lexical representations, gathered from all
-processes; summed InfoNCE and the penalties with their weights of this step (eq. 8); Adam; the cap on the temperature.
+LexVLA (arXiv 2407.17827); no code of the authors is public. A step: both lexical representations; summed InfoNCE and
+the penalties of all processes' pairs, with their weights of this step (eq. 8); Adam; the cap on the temperature.
 Settings are in config.py, towers by name in towers.py, what captions become in text.py.
 """
 
@@ -171,7 +171,7 @@ def train_step(
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """One optimizer step, `step` from 1, on (pixels, text input); returns the losses of the global batch."""
+    """One optimizer step, `step` from 1, on (pixels, text input); returns this rank's losses."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     pixels, text = batch
@@ -180,8 +180,7 @@ def train_step(
     (s_img, s_txt, logit_scale), backward = accumulate.forward(model, (pixels, *text), cfg, precision)
     weights = (quadratic_warmup(step, value, cfg.penalty_warmup) for value in (cfg.lambda_image, cfg.lambda_text))
     options = {"sparse": functools.partial(sparsify, topk=cfg.topk)} if cfg.sparse_training else {}
-    both = run.gather(s_img), run.gather(s_txt)
-    losses = total_loss(*both, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
+    losses = total_loss(s_img, s_txt, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
     optimizer.zero_grad()
     backward(scaler.scale(losses["loss"]))
     scaler.step(optimizer)
@@ -317,7 +316,7 @@ def main(cfg: Config) -> Path | None:
             lr = cosine_lr(step - 1, cfg.lr, per_epoch * cfg.epochs, cfg.warmup)
             losses = train_step(ddp, on_device, optimizer, step, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
-                folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **losses)
+                folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **run.over_ranks(losses))
             if folder.due(step) and batch < per_epoch:
                 folder.save(step, epoch=epoch, batch=batch, weights=trained_weights(model))
 

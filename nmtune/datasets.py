@@ -11,6 +11,7 @@ A set is named by a path:
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning, `U:` = @f249dce, `U0:` = its first, @e9c5fb1.
 """
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from PIL import Image
 
 from shared import data
 from shared.data import BrokenSample, decode_image, stable_hash
-from shared.tars import IMAGE_EXTENSIONS, Broken, key_of, tar_files
+from shared.index import kept
+from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # sets of less than 32 MB in files are kept decoded
+LABEL_BYTES = 64  # of a .cls file that are looked at
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees: downstream tasks are made of them
 ID_TEST = 0.4  # share of their drawings in known styles that tuning does not see
 
@@ -43,13 +46,17 @@ class LabelledImages:
             raise ValueError(
                 f"labels {self.labels.min()} to {self.labels.max()} of {files[0]} do not fit {len(classnames)} classes"
             )
-        self.keys = np.array([f"{self.files[file]}@{offset}" for file, offset, _ in self.spans], dtype=np.str_)
-        self.strict, self.border = False, 0
+        self.strict, self.border, self._files = False, 0, OpenFiles(self.files)
         sizes = self.spans[:, 2]
         self._kept: dict[int, Image.Image] | None = {} if sizes.min() >= 0 and sizes.sum() < SMALL else None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """(N,) strings: where each image lies."""
+        return np.array([f"{self.files[file]}@{offset}" for file, offset, _ in self.spans], dtype=np.str_)
 
     @property
     def num_classes(self) -> int:
@@ -65,9 +72,7 @@ class LabelledImages:
             return self._kept[row], int(self.labels[row])
         file, offset, size = self.spans[row].tolist()
         try:
-            with open(self.files[file], "rb") as stream:
-                stream.seek(offset)
-                image = decode_image(stream.read(size))
+            image = decode_image(self._files.read(file, offset, size) if size >= 0 else _whole_file(self.files[file]))
         except OSError as error:
             raise BrokenSample("missing image") from error
         if self.border:
@@ -125,7 +130,7 @@ def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
-def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def tar_members(path: str | Path) -> dict[str, dict[str, tuple[int, int]]]:
     """{key: {ending: (offset, size)}} of a tar, in its order."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     broken: list[Broken] = []
@@ -137,38 +142,42 @@ def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return members
 
 
-def _bytes(path: Path, span: tuple[int, int]) -> bytes:
-    with open(path, "rb") as stream:
-        stream.seek(span[0])
-        return stream.read(span[1])
-
-
 def _image(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
     return next((files[ending] for ending in IMAGE_EXTENSIONS if ending in files), None)
 
 
-def clip_benchmark(folder: Path, split: str) -> LabelledImages:
-    """One split of a classification set in the CLIP-benchmark webdataset layout."""
+def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> LabelledImages:
+    """One split of a classification set in the CLIP-benchmark webdataset layout.
+
+    `cache` keeps the places and labels of a large set's images, which are read once a machine.
+    """
     tars = sorted((folder / split).glob("*.tar"), key=lambda path: (len(path.name), path.name))
     if not tars:
         raise FileNotFoundError(f"{folder / split} holds no .tar file; a set is named DIR:test or DIR:train")
     if not (folder / "classnames.txt").is_file():
         raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
     names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
-    spans, labels = [], []
+    files = [str(tar) for tar in tars]
+    found, _ = kept(files, cache / "labelled" if cache else None, lambda: (labelled_index(files), {}))
+    return LabelledImages(files, found["spans"], found["labels"], names)
+
+
+def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
+    """`spans` (N, 3) and `labels` (N,) int64 of the images in tars: headers are read, and .cls files."""
+    spans, labels, opened = [], [], OpenFiles(tars)
     for i, tar in enumerate(tars):
-        content = tar.read_bytes() if tar.stat().st_size < SMALL else None
         for key, files in tar_members(tar).items():
             image, span = _image(files), files.get("cls")
             if image is None or span is None:
                 raise ValueError(f"{tar}, sample {key!r} has no {'image' if image is None else '.cls file'}")
-            text = content[span[0] : sum(span)] if content is not None else _bytes(tar, span)
+            text = opened.read(i, span[0], min(span[1], LABEL_BYTES))
             try:
                 labels.append(int(text))
             except ValueError as error:
                 raise ValueError(f"{tar}, sample {key!r} has the label {text[:20]!r}, which is no integer") from error
             spans.append((i, *image))
-    return LabelledImages([str(tar) for tar in tars], spans, labels, names)
+    spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
+    return {"spans": spans, "labels": np.array(labels, dtype=np.int64)}
 
 
 def image_folder(root: Path) -> LabelledImages:
@@ -199,6 +208,11 @@ def image_list(path: Path) -> LabelledImages:
     return _whole([str(path.parent / file) for file, _ in rows], labels, names)
 
 
+def _whole_file(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as stream:
+        return stream.read()
+
+
 def _whole(files: list[str], labels: list[int], names: list[str]) -> LabelledImages:
     spans = np.zeros((len(files), 3), dtype=np.int64)
     spans[:, 0], spans[:, 2] = np.arange(len(files)), -1
@@ -211,6 +225,19 @@ def _whole(files: list[str], labels: list[int], names: list[str]) -> LabelledIma
 def is_held_out(hexcode: str) -> bool:
     """Whether pre-training never sees this emoji, in any style: a property of its code alone."""
     return stable_hash("nmtune held out", hexcode) < HELD_OUT * 2**63
+
+
+@functools.lru_cache(maxsize=1)
+def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict], list[tuple[int, int, int]]]:
+    """Descriptions of the samples and where their images lie, read once for all parts of files of these times."""
+    about, spans = [], []
+    for i, tar in enumerate(tars):
+        content = tar.read_bytes()
+        for files in tar_members(tar).values():
+            offset, size = files["json"]
+            about.append(json.loads(content[offset : offset + size]))
+            spans.append((i, *files["png"]))
+    return about, spans
 
 
 def emoji(folder: Path, task: str, part: str) -> LabelledImages:
@@ -226,13 +253,7 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     tars = sorted((folder / "train").glob("*.tar"))
     if not tars:
         raise FileNotFoundError(f"{folder} holds no corpus: 'make data' builds the embedded one")
-    about, spans = [], []
-    for i, tar in enumerate(tars):
-        content = tar.read_bytes()
-        for files in tar_members(tar).values():
-            offset, size = files["json"]
-            about.append(json.loads(content[offset : offset + size]))
-            spans.append((i, *files["png"]))
+    about, spans = described(tuple(tars), tuple(tar.stat().st_mtime_ns for tar in tars))
     held = np.array([is_held_out(one["hexcode"]) for one in about])
     test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
     by_name = {one["name"]: one for one in about}
@@ -253,15 +274,18 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     return chosen
 
 
-def open_labelled(spec: str) -> LabelledImages:
-    """A set by its path, see the head of this file. FileNotFoundError or ValueError say what is wrong with it."""
+def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages:
+    """A set by its path, see the head of this file. FileNotFoundError or ValueError say what is wrong with it.
+
+    `cache` keeps the index of large tars.
+    """
     path, *rest = spec.split(":")
     if len(rest) == 2:
         return emoji(Path(path), *rest)
     if len(rest) == 1:
         if not Path(path).is_dir():
             raise FileNotFoundError(f"data set {path} does not exist")
-        return clip_benchmark(Path(path), rest[0])
+        return clip_benchmark(Path(path), rest[0], cache)
     if not Path(path).exists():
         raise FileNotFoundError(f"data set {path} does not exist")
     return image_list(Path(path)) if path.endswith(".txt") else image_folder(Path(path))

@@ -138,7 +138,10 @@ def encode_set(
     step = max(1, batch_size // views)
     order = [rows[i : i + step] for i in range(0, len(rows), step)]
     broken: list[data.Broken] = []
-    loader = DataLoader(Views(images, many, seed), batch_sampler=order, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(
+        Views(images, many, seed), batch_sampler=order, num_workers=workers, collate_fn=collate,
+        pin_memory=process.device.type == "cuda",
+    )  # fmt: skip
     bar = run.progress(loader, len(order), label, step * views, process)
     features, labels = [], []
     for batch, batch_labels, _ in data.watch(bar, broken):
@@ -195,17 +198,23 @@ class BankLoader:
         return bank_batches(self.bank, self.batch_size, self.seed, self.epoch - 1, two=self.two)
 
 
-def gather_views(views: Tensor, labels: Tensor, process: run.Process) -> tuple[Tensor, Tensor]:
+def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) -> Iterator[list[int]]:
+    """How many rows each rank has of each global batch that `data.training_batches` makes of n rows."""
+    size = batch_size // world_size
+    for epoch in epochs:
+        first = start if epoch == epochs[0] else 0
+        for begin in range(first * size * world_size, n, size * world_size):
+            yield [min(max(n - begin - rank * size, 0), size) for rank in range(world_size)]
+
+
+def gather_views(views: Tensor, labels: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """Features (V, B, D) and labels (B,) of all ranks, in rank order; the encoder is frozen, so no gradient is needed.
 
-    Ranks may hold unequal numbers of rows, in a short last batch.
+    Ranks hold `counts` rows, unequal ones in a short last batch: a GPU is not asked for them.
     """
-    if process.world_size == 1:
+    if len(counts) == 1:
         return views, labels
-    count = torch.tensor(len(labels), device=views.device)
-    counts = [torch.zeros_like(count) for _ in range(process.world_size)]
-    dist.all_gather(counts, count)
-    most = int(max(counts))
+    most = max(counts)
     padded = views.new_zeros(views.shape[0], most, views.shape[2])
     padded[:, : len(labels)] = views
     padded_labels = labels.new_zeros(most)
@@ -214,8 +223,7 @@ def gather_views(views: Tensor, labels: Tensor, process: run.Process) -> tuple[T
     all_labels = [torch.empty_like(padded_labels) for _ in counts]
     dist.all_gather(all_views, padded)
     dist.all_gather(all_labels, padded_labels)
-    parts = zip(all_views, all_labels, map(int, counts), strict=True)
-    kept = [(v[:, :n], y[:n]) for v, y, n in parts]
+    kept = [(v[:, :n], y[:n]) for v, y, n in zip(all_views, all_labels, counts, strict=True)]
     return torch.cat([v for v, _ in kept], dim=1), torch.cat([y for _, y in kept])
 
 
@@ -426,12 +434,13 @@ class RunFeatures:
         (pixels_w, normalise), (pixels_s, _) = data.in_two(self.train_view), data.in_two(strong)
         views = Views(self.images, TwoViews(pixels_w, pixels_s), cfg.seed)
         loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
-        for images, labels, _ in data.watch(loader, self.broken):
+        sizes = shares(len(views), cfg.batch_size, epochs, start, process.world_size)
+        for counts, (images, labels, _) in zip(sizes, data.watch(loader, self.broken), strict=True):
             feats = torch.zeros(2, 0, self.dim, device=process.device)
             if len(labels):
                 images = normalise(images.to(process.device, non_blocking=True))
                 feats = encode(self.encoder, images, process.device, self.precision)
-            feats, labels = gather_views(feats, labels.to(process.device, non_blocking=True), process)
+            feats, labels = gather_views(feats, labels.to(process.device, non_blocking=True), counts)
             yield feats.flatten(0, 1), labels.repeat(2)
 
     def test_set(self, name: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:

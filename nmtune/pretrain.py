@@ -239,14 +239,17 @@ def train_step(
     precision: str,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One optimizer step on (images, targets, noisy) -> `losses`; weight: of these rows in the mean over ranks."""
+    """One optimizer step on (images, targets, noisy), images on the device -> `losses`.
+
+    weight: of these rows in the mean over ranks.
+    """
     images, targets, noisy = batch
     for group in optimizer.param_groups:
         group["lr"] = lr
-    images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
     if cfg.kind == "clip":
         targets = trimmed(targets, model, process.device)
-    targets = targets.to(process.device, non_blocking=True)
+    else:
+        targets = targets.to(process.device, non_blocking=True)
     inputs = (images, targets) if cfg.kind == "clip" else (images,)
     output, backward = accumulate.forward(model, inputs, cfg, precision)
     parts = losses(cfg, output, targets, noisy, process)
@@ -305,7 +308,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     precision = run.resolve_precision(cfg.precision, process.device)
 
     # Model and optimizer; from the checkpoint if there is one
-    images = open_labelled(cfg.data) if cfg.kind == "supervised" else None
+    images = open_labelled(cfg.data, Path(cfg.cache)) if cfg.kind == "supervised" else None
     num_classes = 0 if images is None else images.num_classes
     torch.manual_seed(cfg.seed)
     model, transform, _ = create_model(cfg, num_classes)

@@ -5,12 +5,17 @@ L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student ne
 The file holds one row per sample, found again by the sample's key.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import sys
+import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +54,8 @@ class Config:
     """Autocast of the encoder; fp32 is upstream's."""
 
 
+BLOCK = 2**17  # captions that are in memory as tokens at a time
+
 PRESETS = {
     "roberta-large": ("the paper's teacher, downloaded from the Hugging Face hub", Config()),
     "minilm": (
@@ -60,23 +67,28 @@ PRESETS = {
 
 @torch.no_grad()
 def embed_captions(
-    captions: list[str], model, tokenizer, length: int = 77, attend_padding: bool = True, batch_size: int = 256
+    captions: Sequence[str],
+    model,
+    tokenizer,
+    length: int = 77,
+    attend_padding: bool = True,
+    batch_size: int = 256,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Captions -> unit rows (N, H) fp32 of a Hugging Face encoder's mean last hidden state.
+    """Captions -> unit rows (N, H) fp32 of a Hugging Face encoder's mean last hidden state, written to `rows`.
 
     With `attend_padding`, ids are padded to `length` with 0 (RoBERTa's `<s>`, not its `<pad>`) and every position is
     attended and averaged, which is what upstream's features are (src/utils/RoBERTa.py:23,62). Ids beyond `length` are
     cut, the end token with them.
     """
     device = next(model.parameters()).device
-    ids = [row[:length] for row in tokenizer(captions, truncation=False)["input_ids"]]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of one length waste nothing
-    rows = torch.empty(len(ids), model.config.hidden_size)
-    for start in run.progress(range(0, len(ids), batch_size), -(-len(ids) // batch_size), "teacher", batch_size):
-        chosen = order[start : start + batch_size]
-        width = length if attend_padding else max(len(ids[i]) for i in chosen)
-        tokens = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in chosen], device=device)
-        real = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in chosen], device=device)
+    rows = torch.empty(len(captions), model.config.hidden_size) if rows is None else rows
+    total = sum(-(-min(BLOCK, len(captions) - first) // batch_size) for first in range(0, len(captions), BLOCK))
+    batches = batches_by_length(captions, tokenizer, length, batch_size)
+    for chosen, ids in run.progress(batches, total, "teacher", batch_size):
+        width = length if attend_padding else max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+        real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
         mask = torch.ones_like(real) if attend_padding else real
         hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -84,34 +96,96 @@ def embed_captions(
     return rows
 
 
+def batches_by_length(
+    captions: Sequence[str], tokenizer, length: int, batch_size: int
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(rows, their token ids) of each batch: of BLOCK captions at a time, so that batches of one length waste nothing
+    and no more than that is tokenised at once."""
+    for first in range(0, len(captions), BLOCK):
+        texts = [captions[row] for row in range(first, min(first + BLOCK, len(captions)))]
+        ids = [row[:length] for row in tokenizer(texts, truncation=False)["input_ids"]]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in range(0, len(ids), batch_size):
+            chosen = order[start : start + batch_size]
+            yield [first + i for i in chosen], [ids[i] for i in chosen]
+
+
+@contextlib.contextmanager
+def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
+    """A float32 tensor in a file of the folder, memory-mapped, that is gone afterwards or when the process is killed.
+
+    OSError if there is no room for it. 15 M captions of RoBERTa-large take 61 GB.
+    """
+    size = 4 * math.prod(shape)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process without a word
+        except OSError as error:
+            raise OSError(f"{folder} has no room for {size / 1e9:.1f} GB of features ({error.strerror})") from error
+        yield torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
 def pca(features: Tensor, dim: int = 64) -> Tensor:
     """(N, D) -> (N, dim) float32: centred, rotated to the leading components; neither whitened nor normalised again.
 
-    faiss' PCAMatrix, src/utils/RoBERTa.py:30. Column signs are arbitrary. ValueError with fewer than `dim` rows.
+    faiss' PCAMatrix, src/utils/RoBERTa.py:30, which learns from 1,000 D rows at most. Column signs are arbitrary.
+    ValueError with fewer than `dim` rows.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if min(x.shape) < dim:
         raise ValueError(f"PCA to {dim} dimensions needs at least {dim} rows and columns, not {x.shape}")
     matrix = faiss.PCAMatrix(x.shape[1], dim)
     matrix.train(x)
-    return torch.from_numpy(matrix.apply(x))
+    blocks = (slice(first, first + BLOCK) for first in range(0, len(x), BLOCK))
+    return torch.from_numpy(np.concatenate([matrix.apply(x[block]) for block in blocks]))
 
 
-def keys_in(file: dict[str, np.ndarray]) -> Strings:
+# ------------------------------------------------------------------------------------------------------------ its file
+
+
+def mapped(path: str, name: str) -> np.ndarray:
+    """Array `name` of an .npz, memory-mapped: what is read of it is read from the file. LookupError if it has none.
+
+    Files that `numpy.savez_compressed` wrote are read whole.
+    """
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[name]
+        with archive.open(member) as content:  # behind the member's own header, of a length that only it knows
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[np.lib.format.read_magic(content)](content)
+            if dtype.hasobject:
+                raise ValueError(f"{path} holds pickled objects")
+            offset = content.tell()
+        file.seek(member.header_offset + 26)
+        names = np.frombuffer(file.read(4), "<u2")  # lengths of the name and of what follows it
+        offset += member.header_offset + 30 + int(names.sum())
+        return np.memmap(file, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def keys_in(path: str) -> Strings:
     """The sample keys of a teacher file, which older ones hold as an array of strings."""
-    return Strings(file["keys"], file["ends"]) if file["keys"].dtype == np.uint8 else Strings.of(file["keys"].tolist())
+    keys = mapped(path, "keys")
+    return Strings(keys, mapped(path, "ends")) if keys.dtype == np.uint8 else Strings.of(keys.tolist())
 
 
 class Teacher:
-    """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy, row by row of the dataset."""
+    """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy, row by row of the dataset.
+
+    The file is memory-mapped: rows are read when they are wanted, and processes share them.
+    """
 
     def __init__(self, path: str):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"teacher file {path} does not exist; make it with 'python -m protoclip.teacher'")
         self.path = path
         try:
-            file = np.load(path, allow_pickle=False)
-            self.features, self.keys = (file, None) if path.endswith(".npy") else (file["features"], keys_in(file))
+            if path.endswith(".npy"):
+                self.features, self.keys = np.load(path, mmap_mode="r", allow_pickle=False), None
+            else:
+                self.features, self.keys = mapped(path, "features"), keys_in(path)
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
         self.pairs = self.places = None  # the last pairs that were looked up, and the rows of `features` that they have
@@ -144,7 +218,18 @@ class Teacher:
 
     def rows(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> Tensor:
         """(N,) dataset rows -> (N, X) float32."""
-        return torch.from_numpy(self.features[self.find(pairs, rows)].astype(np.float32))
+        places = self.find(pairs, rows)
+        order, found = np.argsort(places), np.empty((len(places), *self.features.shape[1:]), dtype=np.float32)
+        found[order] = self.features[places[order]]  # from front to back, as files are best read
+        return torch.from_numpy(found)
+
+
+def fingerprint(captions: Strings) -> str:
+    """`data.fingerprint` of the captions' lines, which are not put together for it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in range(len(captions)):
+        digest.update(b"\n" * (row > 0) + captions.bytes_of(row))
+    return digest.hexdigest()
 
 
 def load_encoder(name: str):
@@ -171,11 +256,11 @@ def main(cfg: Config) -> Path:
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    captions = [pairs.caption(row) for row in range(len(pairs))]  # non-ASCII characters included
+    captions = Strings.of(pairs.caption(row) for row in range(len(pairs)))  # non-ASCII characters included
     setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
     if cfg.precision != "auto":
         setting["precision"] = cfg.precision
-    made = json.dumps(setting | {"captions": data.fingerprint("\n".join(captions).encode())}, sort_keys=True)
+    made = json.dumps(setting | {"captions": fingerprint(captions)}, sort_keys=True)
     if out.exists():
         Teacher(str(out)).find(pairs, np.arange(len(pairs)))
         kept = np.load(out, allow_pickle=False)
@@ -186,18 +271,18 @@ def main(cfg: Config) -> Path:
         print(f"{out} holds {len(pairs):,} rows already; nothing to do")
         return out
     model, tokenizer = load_encoder(cfg.model)
-    with run.autocast(run.resolve_precision(cfg.precision, process.device), process.device):
-        rows = embed_captions(
-            captions, model.to(process.device), tokenizer, cfg.max_length, cfg.attend_padding, cfg.batch_size
-        )
-    features = pca(rows, cfg.dim)
+    precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size
     out.parent.mkdir(parents=True, exist_ok=True)
+    with on_disk(out.parent, len(captions), width) as rows, run.autocast(precision, process.device):
+        how = cfg.max_length, cfg.attend_padding, cfg.batch_size
+        embed_captions(captions, model.to(process.device), tokenizer, *how, rows)
+        features = pca(rows, cfg.dim)
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]
         np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), made=np.array(made))
     if line := data.broken_report(pairs.broken, "left out"):
         print(line)
-    print(f"{out}: {features.shape[0]:,} captions, {rows.shape[1]} -> {features.shape[1]} dimensions")
+    print(f"{out}: {features.shape[0]:,} captions, {width} -> {features.shape[1]} dimensions")
     return out
 
 

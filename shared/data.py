@@ -38,12 +38,11 @@ from webdataset.shardlists import expand_urls
 
 from shared import run
 from shared.index import Strings, fingerprint, kept, locked, read_index
-from shared.tars import MAX_BYTES, Broken
+from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
-OPEN_FILES = 64  # shards that a process keeps open
 ATTEMPTS = 4  # to fetch a remote shard
 PAUSE = 1.0  # seconds before the second; four times as long before each that follows
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
@@ -246,7 +245,7 @@ class Shards:
 
     def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.paths, self.limit, self.strict, self.cache = list(paths), limit, strict, cache
-        self._process, self._descriptors = None, {}
+        self._files = OpenFiles(self.paths)
         self._read_index()
         if strict and self.broken:
             raise ValueError(f"--strict: sample {self.broken[0].key}: {self.broken[0].reason}")
@@ -272,21 +271,11 @@ class Shards:
         return range(*self._starts[shard : shard + 2].clip(max=len(self)).tolist())
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
-        """Bytes of a row's shard, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
-        return os.pread(self._open(self.shard_of(row)), size, offset)
-
-    def _open(self, shard: int) -> int:
-        """The descriptor of a shard, of which the last OPEN_FILES stay open in each process."""
-        if self._process != os.getpid():  # a loader's process opens its own
-            self._process, self._descriptors = os.getpid(), {}
-        if shard not in self._descriptors:
-            if len(self._descriptors) >= OPEN_FILES:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[shard]
+        """Bytes of a row's shard."""
+        return self._files.read(self.shard_of(row), offset, size)
 
     def __getstate__(self) -> dict:
-        state = self.__dict__ | {"_process": None, "_descriptors": {}}
+        state = dict(self.__dict__)
         if isinstance(self._spans, np.memmap):  # another process maps it for itself
             state |= {"keys": None, "_starts": None, "_spans": None}
         return state
@@ -295,11 +284,6 @@ class Shards:
         self.__dict__ |= state
         if self._spans is None:
             self._read_index()
-
-    def __del__(self) -> None:
-        if getattr(self, "_process", None) == os.getpid():
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
 
     def read(self, row: int) -> Pair:
         """Pair of that row. Raises BrokenSample."""

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from webdataset import TarWriter
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 2**28  # of one file
-MAX_KEY = 2**10  # characters of a key, which all rows of an array of keys take
+MAX_KEY = 2**10  # characters of a key
+OPEN_FILES = 64  # files that a process keeps open
 
 
 class Broken(NamedTuple):
@@ -29,6 +30,36 @@ class ShardIndex(NamedTuple):
     keys: list[str]
     spans: np.ndarray  # (n, 4) int64: image offset, image size, caption offset, caption size
     broken: list[Broken]
+
+
+class OpenFiles:
+    """Files that are read at random places and stay open, the last OPEN_FILES of them in each process."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+        self._process, self._descriptors = None, {}
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """Bytes of that file, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
+        return os.pread(self._open(file), size, offset)
+
+    def _open(self, file: int) -> int:
+        """The file's descriptor."""
+        if self._process != os.getpid():  # a loader's process opens its own
+            self._process, self._descriptors = os.getpid(), {}
+        if file not in self._descriptors:
+            if len(self._descriptors) >= OPEN_FILES:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._descriptors[file] = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[file]
+
+    def __getstate__(self) -> dict:
+        return {"paths": self.paths, "_process": None, "_descriptors": {}}
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) == os.getpid():
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
 
 
 def key_of(name: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ Families that DIR lacks give no tests, except that the default DIR must have the
 import ast
 import functools
 import json
+import os
 import sys
 import types
 from collections import defaultdict
@@ -30,6 +31,7 @@ from shared import checkpoints, presets, pytest_options, run
 pytest.register_assert_rewrite("scripts")
 from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
 
+os.fsync = lambda descriptor: None  # what tests write need not survive a power cut
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "tests/golden"
 deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)

@@ -1,13 +1,12 @@
 """What the end-to-end tests share: scripts started in processes of their own, waited for, killed, compared.
 
-A test module says which script it is about and what that imports:
+A test module says which script it is about:
 
     SCRIPT = "protoclip.train"              # what `start`, `cli` and `in_process` run unless told otherwise
-    PRELOAD = ["protoclip.model", ...]      # imported by the server whose forks the scripts are: 4 seconds less each
     SECONDS = 60                            # how long `ended` waits
-    ENVIRONMENT = {...}                     # optional, of the scripts; the default is below
 
-and has a fixture `folder`, of module scope, for logs and run folders.
+and has a fixture `folder`, of module scope, for logs and run folders. Scripts are forks of a server that has imported
+preload.py, so that they start at once.
 """
 
 import contextlib
@@ -25,11 +24,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from shared import run
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}  # of what is no fork of the server, too
+multiprocessing.set_forkserver_preload(["tests.preload"])
 
 
 class Ended(NamedTuple):
@@ -53,11 +55,9 @@ def script(module: str, arguments: list[str], log: str, environment: dict[str, s
 def start(request: pytest.FixtureRequest, folder: Path):
     """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
     tests = request.module
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(tests.PRELOAD)
-    count = iter(range(10**6))
+    context, count = multiprocessing.get_context("forkserver"), iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in getattr(tests, "ENVIRONMENT", ENVIRONMENT).items():
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
 
         def start(*arguments, module: str = tests.SCRIPT, **environment: str):
@@ -68,6 +68,20 @@ def start(request: pytest.FixtureRequest, folder: Path):
             return process
 
         yield start
+
+
+def in_ranks(function: Callable, world_size: int, folder: Path, *arguments) -> list:
+    """What `function(rank, *arguments)` returns in each of several gloo processes."""
+    given = function, world_size, folder, arguments
+    torch.multiprocessing.start_processes(one_rank, given, nprocs=world_size, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def one_rank(rank: int, function: Callable, world_size: int, folder: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    torch.save(function(rank, *arguments), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

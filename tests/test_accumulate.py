@@ -2,21 +2,17 @@
 
 import contextlib
 import math
-import multiprocessing
 import shutil
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from scripts import ROOT, ended, finished, metrics, start_two
-from tiny import PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+from scripts import ended, finished, in_ranks, metrics, start_two
+from tiny import SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from shared import accumulate, checkpoints, run
 
 SCRIPT, SECONDS = "protoclip.train", 300
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 
 
 class Output(NamedTuple):
@@ -187,20 +182,6 @@ def test_statistics_are_frozen_only_in_training_and_only_inside():
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def process(rank: int, function: Callable, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(function(rank), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def processes(function: Callable, folder: Path) -> list:
-    """What `function(rank)` returns in each of two gloo processes."""
-    multiprocessing.set_forkserver_preload(["shared.accumulate"])
-    mp.start_processes(process, (function, folder), nprocs=2, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
 def two_steps_of_rank(rank: int) -> tuple:
     """Gradients and loss of a rank's half in three micro-batches, in the second step; how often gradients were sent."""
     model, sent = DistributedDataParallel(Towers()), []
@@ -212,7 +193,7 @@ def two_steps_of_rank(rank: int) -> tuple:
 
 
 def test_two_processes_equal_one_batch_and_share_gradients_once_a_step(tmp_path: Path):
-    (one, sent), (two, _) = processes(two_steps_of_rank, tmp_path)
+    (one, sent), (two, _) = in_ranks(two_steps_of_rank, 2, tmp_path)
     mean = (one[0], (one[1] + two[1]) / 2)
     close(mean, step(Towers(), pairs(), 1, others=True), rtol=1e-5, atol=1e-6)
     close((two[0], mean[1]), mean, rtol=0, atol=0)

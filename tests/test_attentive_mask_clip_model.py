@@ -11,11 +11,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import Case
+from scripts import in_ranks
 from torch import nn
 
 from attentive_mask_clip.model import (
@@ -268,21 +267,6 @@ def test_losses(case):
     case.close("released/clip_acc", accuracy(view, case["in/text_embed"]), **tolerance)
 
 
-def processes(function: Callable, world_size: int, folder, *arguments) -> list:
-    """What `function(rank, *arguments)` returns in each of several gloo processes."""
-    multiprocessing.set_forkserver_preload(["attentive_mask_clip.model", "conftest", "timm"])  # imported once
-    arguments = (function, world_size, folder, arguments)
-    mp.start_processes(process, arguments, nprocs=world_size, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
-
-
-def process(rank: int, function: Callable, world_size: int, folder, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
-    torch.save(function(rank, *arguments), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 def losses_of_rank(rank: int, path) -> dict[str, torch.Tensor]:
     case, results = Case(path), {}
     for name in ("released", "simclr_twoview"):
@@ -303,7 +287,7 @@ def losses_of_rank(rank: int, path) -> dict[str, torch.Tensor]:
 @pytest.mark.golden("attentive_mask_clip", "losses_distributed")
 def test_losses_distributed(case, tmp_path):
     tolerance, world_size = dict(rtol=1e-5, atol=1e-5), case["world_size"]
-    ranks = processes(losses_of_rank, world_size, tmp_path, case.path)
+    ranks = in_ranks(losses_of_rank, world_size, tmp_path, case.path)
     for rank, results in enumerate(ranks):
         for name in case.keys():
             part = name.removeprefix(f"rank{rank}/")
@@ -718,7 +702,7 @@ def batch_norm_of_rank(rank: int, world_size: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_batch_norm_of_processes_equals_that_of_one(world_size, tmp_path):
     one = batch_norm_of_rank(0, 1)
-    ranks = processes(batch_norm_of_rank, world_size, tmp_path, world_size)
+    ranks = in_ranks(batch_norm_of_rank, world_size, tmp_path, world_size)
     for name in ("y", "x"):
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), one[name], rtol=1e-5, atol=1e-5)
     for name in ("weight", "bias"):

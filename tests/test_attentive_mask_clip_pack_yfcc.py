@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scripts import ROOT, ended, finished, kill_when, one_sentence
+from scripts import ended, finished, kill_when, one_sentence
 
 from attentive_mask_clip import pack_yfcc
 from attentive_mask_clip.crops import title_and_description
@@ -19,8 +19,6 @@ from attentive_mask_clip.pack_yfcc import caption_file, clean, read_metadata
 from shared import data
 
 SCRIPT, SECONDS = "attentive_mask_clip.pack_yfcc", 120
-PRELOAD = ["attentive_mask_clip.pack_yfcc"]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def jpeg(number: int) -> bytes:

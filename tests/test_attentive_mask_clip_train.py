@@ -19,7 +19,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ENVIRONMENT, ROOT, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import (
+    ENVIRONMENT,
+    ROOT,
+    Lazily,
+    ended,
+    finished,
+    in_ranks,
+    kill_at,
+    metrics,
+    one_sentence,
+    same,
+    start_two,
+)
 from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, processes, tiny  # noqa: F401
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +46,6 @@ from shared.clip import set_grad_checkpointing
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
-PRELOAD = ["attentive_mask_clip.model", "attentive_mask_clip.crops", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS, PER_EPOCH = 9, 3
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32 --warmup-epochs 1
@@ -171,7 +182,7 @@ def weights_after_accumulation(rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_accumulation_shares_gradients_once(tmp_path: Path):
-    one, two = processes(weights_after_accumulation, 2, tmp_path)
+    one, two = in_ranks(weights_after_accumulation, 2, tmp_path)
     assert same(one, two) and one["shared"] == 1  # the one bucket of the last backward pass
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of other authors as open_clip models."""
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -7,6 +8,7 @@ from authors_files import beside_weights
 from PIL import Image
 
 from concept_frequency import clip_models
+from shared import data
 
 
 def test_checkpoints_in_other_layouts(tmp_path):
@@ -14,7 +16,8 @@ def test_checkpoints_in_other_layouts(tmp_path):
     model = open_clip.create_model("ViT-emoji", load_weights=False)
     weights = {f"module.{k}": v for k, v in model.state_dict().items()}
     torch.save(beside_weights(state_dict=weights), tmp_path / "ddp.pt")
-    loaded, _, _ = clip_models.load_model("ViT-emoji", str(tmp_path / "ddp.pt"), device)
+    loaded, transform, _ = clip_models.load_model("ViT-emoji", str(tmp_path / "ddp.pt"), device)
+    assert_in_two(transform)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="does not hold the weights of RN50"):
         clip_models.load_model("RN50", str(tmp_path / "ddp.pt"), device)
@@ -23,10 +26,19 @@ def test_checkpoints_in_other_layouts(tmp_path):
     torch.save(beside_weights(state_dict={f"module.{k}": v for k, v in state.items()}), tmp_path / "slip.pt")
     slip, transform, tokenizer = clip_models.load_model("ViT-B-16", str(tmp_path / "slip.pt"), device)
     with torch.no_grad():
+        assert_in_two(transform)
         image = transform(Image.new("RGB", (300, 250)))[None]
         token = slip.visual.trunk.forward_features(image)[:, 0]
         torch.testing.assert_close(slip.encode_image(image), token @ state["image_projection"])
         assert slip.encode_text(tokenizer(["a dog"])).shape == (1, 32)
+
+
+def assert_in_two(transform) -> None:
+    """Decoder processes hand on uint8, and what is normalised later is the same bit for bit."""
+    pixels, normalise = data.in_two(transform)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 250, 3), dtype=np.uint8))
+    assert pixels(image).dtype == torch.uint8
+    assert torch.equal(normalise(pixels(image)), transform(image))
 
 
 def slip_state(width: int, layers: int, dim: int) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import http.server
 import io
+import multiprocessing
 import os
 import re
 import socket
@@ -13,11 +14,12 @@ import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from scripts import ROOT, ended, held, kill_when, one_sentence
+from scripts import ROOT, ended, finished, held, kill_when, one_sentence
 from test_concept_frequency_corpus import write_captions, write_shard
 from test_concept_frequency_train import EVAL, PIPELINE, SHARDS, shards  # noqa: F401
 from tqdm import tqdm
@@ -28,7 +30,6 @@ from concept_frequency.config import CountConfig
 from concept_frequency.model import InvertedIndex, query_terms
 
 SCRIPT, SECONDS = "concept_frequency.count", 120
-PRELOAD = ["concept_frequency.count"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,14 @@ def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
     assert any(line.startswith("counts: ") for line in lines)
 
 
-def test_processes_count_alike(tmp_path):
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes of a count are forks of the tests' server, which start at once; jobs are pickled all the same."""
+    server = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(count, "multiprocessing", SimpleNamespace(get_context={"spawn": server}.get))
+
+
+def test_processes_count_alike(tmp_path, forks):
     files = write_captions(tmp_path, CAPTIONS)
     settings = {"data": (files["txt"], files["tsv"]), "caption_column": "1"}
     one = counted(tmp_path, "one", **settings)
@@ -166,24 +174,23 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 def red_blue(names, device):
-    \"\"\"Is the image red, is it blue; a dark image ends the process as long as there is a file.\"\"\"
+    \"\"\"Is the image red, is it blue; a dark image ends the process as long as there is a file `stop`.\"\"\"
     def probabilities(images):
         dark = (images.amax((1, 2, 3)) < 0.5).any()
-        if dark and os.path.exists(os.environ.get("COLOURS_STOP", "")):
+        if dark and os.path.exists(os.path.join(os.path.dirname(__file__), "stop")):
             os._exit(9)
         return torch.stack([images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))], 1)
     return lambda image: pil_to_tensor(image).float() / 255, probabilities
 """
 
 
-def test_two_devices_tag_like_one_and_go_on(tmp_path, monkeypatch):
+def test_two_devices_tag_like_one_and_go_on(tmp_path, forks, monkeypatch):
     """Shards tagged by two processes with a device and decoders each, one of which dies: what there is stays."""
     for i in range(6):
         colors = [(255, 0, 0), (0, 0, 255), (99, 0, 99) if i == 3 else (255, 0, 255)] * 3
         write_shard(tmp_path / f"{i}.tar", [(f"{row:03}", "a dog", color) for row, color in enumerate(colors)])
     (tmp_path / "colours.py").write_text(COLOURS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("COLOURS_STOP", str(tmp_path / "stop"))
     parts = corpus.list_parts([str(tmp_path / "{0..5}.tar")], 1000, tmp_path)
     cfg = CountConfig(out=str(tmp_path / "one"), tagger="colours:red_blue", workers=1)
 
@@ -220,7 +227,7 @@ def test_wrong_address_fails_at_once(server):
     assert time.monotonic() - start < 2 * count.CONNECT_SECONDS
 
 
-def test_ray_counts_alike_from_any_folder(tmp_path, monkeypatch):
+def test_ray_counts_alike_from_any_folder(tmp_path, start, monkeypatch):
     """The command line in another folder, relative paths, a cluster that was started in a third one and believes that
     it has a GPU: captions and images."""
     pytest.importorskip("ray")
@@ -251,22 +258,10 @@ def test_ray_counts_alike_from_any_folder(tmp_path, monkeypatch):
                 break
             except ValueError:
                 time.sleep(0.2)
-        command = [sys.executable, "-m", "concept_frequency.count", "shards", "--data", "a.txt", "--out", "out"]
-        command += ["--concepts", "names.txt", "--images", "images.tar", "--ids", "cc3m"]
-        command += [
-            "--tagger",
-            "colours:red_blue",
-            "--spacy",
-            PIPELINE,
-            "--query-spacy",
-            PIPELINE,
-            "--address",
-            address,
-        ]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=plain | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
-        )
-        assert done.returncode == 0, done.stderr
+        command = ["shards", "--data", "a.txt", "--out", "out", "--concepts", "names.txt", "--images", "images.tar"]
+        command += ["--ids", "cc3m", "--tagger", "colours:red_blue", "--spacy", PIPELINE, "--query-spacy", PIPELINE]
+        monkeypatch.chdir(tmp_path)
+        finished(ended(start(*command, "--address", address, PYTHONPATH=str(ROOT))))
     finally:
         cluster.terminate()
         cluster.wait(30)

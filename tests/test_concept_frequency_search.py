@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from test_concept_frequency_corpus import write_shard
 from test_concept_frequency_train import PIPELINE, shards  # noqa: F401
+from torchvision.transforms import Compose
 
 from concept_frequency import corpus, count, search
 from concept_frequency.config import CountConfig, check_count
+from shared import data
 
 
 def test_memory_is_bounded_by_its_flag(tmp_path, monkeypatch):
@@ -134,3 +136,23 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
         ("00900", "unreadable image: UnidentifiedImageError"),
         ("cover", "not among the captions"),
     ]
+
+
+def test_decoders_hand_on_uint8(tmp_path, monkeypatch):
+    """Where a tagger's transform ends in normalising: the tags are those of normalised images."""
+    write_shard(tmp_path / "0.tar", [(f"{row:05}", "?", (row, 0, 255 - row)) for row in range(0, 256, 4)])
+    (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
+    seen, whole = set(), search.collate
+    monkeypatch.setattr(search, "collate", lambda items: seen.add(items[0][1].dtype) or whole(items))
+    plain, probabilities = red_blue((), None)
+    halves = Compose([data.ToNormalizedTensor((0.5,) * 3, (0.25,) * 3)])
+    monkeypatch.setattr(sys.modules[__name__], "other", lambda names, device: (
+        halves, lambda images: probabilities(images * 0.25 + 0.5)), raising=False)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
+    tags = []
+    for tagger in ("red_blue", "other"):
+        cfg = CountConfig(images=(str(tmp_path / "0.tar"),), tagger=f"colours:{tagger}")
+        done = search.tag_part(search.Job(part, cfg, str(tmp_path / f"{tagger}.npz"), ("dog", "cat")))
+        with np.load(done.target) as file:
+            tags.append({name: file[name].tolist() for name in file.files})
+    assert seen == {torch.float32, torch.uint8} and tags[0] == tags[1] and len(tags[0]["document"]) == 64

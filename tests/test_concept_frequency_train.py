@@ -25,7 +25,6 @@ TINY = Config(
 STEPS = 30
 ARMS = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}  # settings of each
 SCRIPT, SECONDS = "concept_frequency.train", 120
-PRELOAD = ["concept_frequency.train", "torch.utils.tensorboard"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import pickle
 import subprocess
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from protoclip.episodes import EpisodeDataset, episode_batches
-from shared import data, run
+from shared import data, run, tars
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (6, 4), colour="red", **options) -> bytes:
@@ -256,15 +257,17 @@ def test_a_sample_costs_a_read_of_its_own_bytes(tmp_path: Path):
 
 
 def test_few_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data, "OPEN_FILES", 3)
+    monkeypatch.setattr(tars, "OPEN_FILES", 3)
     paths = [write_tar(tmp_path / f"{i}.tar", (f"{i}.png", png()), (f"{i}.txt", b"a cat")) for i in range(8)]
     pairs = data.Shards([str(path) for path in paths])
     for row in (*range(8), *range(8)):
-        assert pairs.read(row).key == str(row) and len(pairs._descriptors) <= 3
-    again = copy.copy(pairs)
-    assert not again._descriptors and again.read(5).key == "5" and pairs._descriptors
-    open_ones = list(pairs._descriptors.values())
+        assert pairs.read(row).key == str(row) and len(pairs._files._descriptors) <= 3
+    again, elsewhere = copy.copy(pairs), pickle.loads(pickle.dumps(pairs))
+    assert not elsewhere._files._descriptors and elsewhere.read(5).key == "5"
+    open_ones = list(pairs._files._descriptors.values())
     del pairs
+    assert again.read(5).key == "5" and len(open_ones) == 3
+    del again
     for descriptor in open_ones:
         with pytest.raises(OSError):
             os.fstat(descriptor)

@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 from scripts import finished, one_sentence
-from tiny import EVAL, PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+from tiny import EVAL, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
 
 from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run

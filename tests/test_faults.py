@@ -24,13 +24,12 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same
-from tiny import FOLDERS, PRELOAD, SCRIPTS, SHARDS, add_sample, commands, small_corpus, stages  # noqa: F401
+from tiny import FOLDERS, SCRIPTS, SHARDS, add_sample, commands, small_corpus, stages  # noqa: F401
 
 from shared import checkpoints, data
 from shared.run import read_metrics
 
 SCRIPT, SECONDS = "faulty", 120
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().randrange(10**6))
 
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before

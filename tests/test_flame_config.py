@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import one_sentence
 from test_flame_train import (  # noqa: F401
-    ENVIRONMENT,
     EVAL,
-    PRELOAD,
     SCRIPT,
     SECONDS,
     SHARDS,

@@ -29,9 +29,7 @@ from shared import data
 
 SHARDS = ROOT / "data/emoji/train"
 EVAL = ROOT / "data/emoji/eval"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 SCRIPT, SECONDS = "flame.embed", 120
-PRELOAD = ["flame.model", "flame.bank", "shared.zeroshot", "transformers", "torch.utils.tensorboard"]
 IMAGES = 160
 
 

@@ -13,9 +13,7 @@ from PIL import Image
 from scripts import one_sentence
 from test_flame_train import (  # noqa: F401
     ARMS,
-    ENVIRONMENT,
     EVAL,
-    PRELOAD,
     SCRIPT,
     SECONDS,
     arms,
@@ -27,6 +25,7 @@ from test_flame_train import (  # noqa: F401
     tiny,
     tiny_llm,
 )
+from tiny import small_set
 
 from flame import config
 from flame import eval as evaluation
@@ -108,10 +107,11 @@ def test_results_are_measured_anew_when_a_long_or_multilingual_set_changes(tmp_p
 
 
 def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
-    sets = ["--sets", EVAL / "groups_ood", EVAL / "retrieval_long_ood", "--gallery", "8"]
-    sets += ["--language-sets", EVAL / "retrieval_xm_en", EVAL / "retrieval_xm_ja", "--language-gallery", "6"]
-    sets += ["--few-shot", EVAL / "groups_ood", "--episodes", "3"]
-    flags = [*sets, "--probe", EVAL / "groups_id", "--report", folder / "report/results.json"]
+    names = "groups_ood", "retrieval_long_ood", "retrieval_xm_en", "retrieval_xm_ja", "groups_id"
+    classes, long, english, japanese, probe = (small_set(name, folder / "sets", every=16) for name in names)
+    sets = ["--sets", classes, long, "--gallery", "8", "--language-sets", english, japanese, "--language-gallery", "6"]
+    sets += ["--few-shot", classes, "--episodes", "3"]
+    flags = [*sets, "--probe", probe, "--report", folder / "report/results.json"]
     runs = [arms["clip"], arms["flame"], arms["summary"]]
     cfg_error = cli(*runs, *flags, module="flame.eval")
     assert cfg_error.code == 0, cfg_error.err

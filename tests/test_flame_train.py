@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from scripts import Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from test_flame_embed import (  # noqa: F401
-    ENVIRONMENT,
     EVAL,
     IMAGES,
-    PRELOAD,
     SECONDS,
     SHARDS,
     bank,

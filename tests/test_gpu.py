@@ -15,11 +15,10 @@ import pytest
 import torch
 from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, start_two
 from test_accumulate import PLAIN
-from tiny import PRELOAD, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+from tiny import SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 SCRIPT, SECONDS = "protoclip.train", 300
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 # Of the first loss, relative: sums in another order and TF32's 11 bits of mantissa; 8 and 11 bits in the towers'
 # products. And of the second, after a step of AdamW, which makes much of small gradients.
 TOLERANCE = {"fp32": 5e-3, "bf16": 5e-2, "fp16": 1e-2}

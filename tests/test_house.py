@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 from scripts import ROOT, finished
 from test_consistency import BUILDERS
-from tiny import FOLDERS, PRELOAD, SHARDS, small_corpus, small_set  # noqa: F401
+from tiny import FOLDERS, SHARDS, small_corpus, small_set  # noqa: F401
 
 SCRIPT, SECONDS = "protoclip.train", 120
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
 
 
@@ -51,6 +50,7 @@ def test_papers_run_without_their_studies(folder: Path):
     lines = [
         ["protoclip.train", "emoji", "--data", str(corpus), *more.split(), "--out", str(out)],
         ["protoclip.eval", str(out), *sets],
+        ["protoclip.eval", str(out), *sets, "--report", str(folder / "r.json")],
     ]
     driver = """
         import importlib, importlib.util, json, runpy, sys
@@ -67,16 +67,13 @@ def test_papers_run_without_their_studies(folder: Path):
     (copy / "driver.py").write_text(textwrap.dedent(driver))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
 
-    def run(modules: list[str], lines: list[list[str]]) -> subprocess.CompletedProcess:
-        (copy / "lines.json").write_text(json.dumps([modules, lines]))
-        command = [sys.executable, "-W", "ignore", "driver.py", "lines.json"]
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=200)
-
-    result = run(modules, lines)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file()
-    result = run([], [["protoclip.eval", str(out), *sets, "--report", str(folder / "r.json")]])
-    assert result.returncode == 2 and "protoclip/study.py says, which could not be imported" in result.stderr
+    (copy / "lines.json").write_text(json.dumps([modules, lines]))
+    command = [sys.executable, "-W", "ignore", "driver.py", "lines.json"]
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=200)
+    shown = result.stdout[-2000:] + result.stderr[-4000:]
+    assert [module for module, *_ in lines] == [line for line in result.stdout.splitlines() if line in modules], shown
+    assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
+    assert result.returncode == 2 and "protoclip/study.py says, which could not be imported" in result.stderr, shown
 
 
 @functools.cache
@@ -96,13 +93,22 @@ def test_readmes_give_commands():
     assert {words[0].split(".")[0] for words in said()} >= set(FOLDERS) and len(said()) > 30
 
 
+HELP: dict[tuple[str, ...], str] = {}  # what (module, preset) has shown
+
+
 @pytest.mark.parametrize("words", said(), ids=lambda words: " ".join(words)[:60])
-def test_commands_of_the_readmes_have_help(words: list[str], cli):
+def test_commands_of_the_readmes_have_help(words: list[str], in_process):
     """Each module, with the preset or subcommand that it is given, shows help that has every option of the command."""
+
+    def help_of(*words: str) -> str:
+        if words not in HELP:
+            HELP[words] = finished(in_process(*words[1:], "--help", module=words[0])).out
+        return HELP[words]
+
     module, *rest = words
     first = [word for word in rest[:1] if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", word)]
-    shown = finished(cli(*first, "--help", module=module)).out
+    shown = help_of(module, *first)
     if not first and (presets := re.search(r"\{([^,}]+)[,}]", shown)):  # a script whose preset may be left out
-        shown += finished(cli(presets[1], "--help", module=module)).out
+        shown += help_of(module, presets[1])
     for option in [word for word in rest if word.startswith("--") and word != "--help"]:
         assert option in shown or option.replace("--no-", "--") in shown, f"{module} {first} has no {option}"

@@ -15,7 +15,6 @@ from lexvla import backbone, towers
 from shared import checkpoints, data
 
 SCRIPT, SECONDS = "lexvla.backbone", 120
-PRELOAD = ["lexvla.train", "timm"]
 SHARDS = ROOT / "data/emoji/train"
 FLAGS = "--image-size 16 --epochs 3 --batch-size 32 --device cpu --precision fp32".split()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from scripts import one_sentence
-from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, backbone, folder, lm, states, tiny  # noqa: F401
+from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder, lm, states, tiny  # noqa: F401
 
 from lexvla import config, train
 

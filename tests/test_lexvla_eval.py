@@ -11,7 +11,6 @@ from test_lexvla_model import check, something_was_compared  # noqa: F401
 from test_lexvla_scenes import small_scenes  # noqa: F401
 from test_lexvla_train import (  # noqa: F401
     ARMS,
-    PRELOAD,
     SCRIPT,
     SECONDS,
     SHARDS,

@@ -3,6 +3,7 @@
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
 
+import functools
 import math
 
 import conftest
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Case
+from scripts import in_ranks
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +28,7 @@ from lexvla.model import (
     contrastive_loss,
     elu1p,
     flops_loss,
+    info_nce,
     last_token,
     lexical_map,
     lexical_prompt,
@@ -392,6 +395,50 @@ def test_losses_of_pairs_told_apart():
     for loss in contrastive_loss(torch.eye(4), torch.eye(4), torch.tensor(20.0).log()):
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(math.log1p(3 * math.exp(-20)), rel=1e-5)
+
+
+def test_info_nce_is_cross_entropy():
+    torch.manual_seed(0)
+    logits, own = leaf(30 * torch.randn(6, 9)), torch.tensor([3, 0, 8, 8, 1, 5])
+    loss, expected = info_nce(logits, own), F.cross_entropy(logits.double(), own)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    pairs = [torch.autograd.grad(each, logits)[0] for each in (loss, expected)]
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-7)
+    alone = leaf(torch.tensor([[7.0]]))
+    info_nce(alone, torch.tensor([0])).backward()
+    assert info_nce(alone, torch.tensor([0])) == 0 and alone.grad.item() == 0
+
+
+PENALTY = {"overuse": ("overuse", False), "detached": ("overuse", True), "flops": ("flops", False)}
+
+
+def losses_of_rank(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Losses and gradients of the rank's rows of six pairs, by penalty; "columns": of the logits that it computes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.rand(2, 6, 24, generator=generator) ** 3, dim=-1).chunk(world, dim=1)[rank]
+    found, whole = {}, model.info_nce
+    for name, (penalty, detach) in PENALTY.items():
+        inputs, shapes = (leaf(rows[0]), leaf(rows[1]), leaf(torch.tensor(2.5))), []
+        model.info_nce = lambda logits, own, shapes=shapes: shapes.append(logits.shape) or whole(logits, own)
+        sparse = functools.partial(sparsify, topk=9)
+        losses = total_loss(*inputs, 0.3, 0.7, penalty, detach, sparse=sparse)
+        model.info_nce = whole
+        losses["loss"].backward()
+        assert shapes == [(6 // world, 6)] * 2 and all(loss.dtype == torch.float32 for loss in losses.values())
+        found |= {f"{name}/{part}": loss.detach() for part, loss in losses.items()}
+        found |= {f"{name}/gradient{i}": x.grad for i, x in enumerate(inputs)}
+    return found
+
+
+def test_ranks_compute_their_own_rows(tmp_path):
+    """The mean over ranks is the loss of the global batch, and so are the gradients that DDP averages."""
+    one, ranks = losses_of_rank(0, 1), in_ranks(losses_of_rank, 3, tmp_path, 3)
+    for name, expected in one.items():
+        found = [rank[name] for rank in ranks]
+        rows = torch.cat(found) / 3 if found[0].ndim else sum(found) / 3
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        if "overuse" in name.partition("/")[2] or "flops" in name.partition("/")[2]:
+            torch.testing.assert_close(found[0], expected)  # a penalty is the whole batch's on every rank
 
 
 def test_total_loss_adds_only_what_was_asked_for():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from scripts import ROOT
-from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, folder  # noqa: F401
+from test_lexvla_train import SCRIPT, SECONDS, SHARDS, folder  # noqa: F401
 
 from lexvla import eval as evaluation
 from lexvla import scenes

@@ -9,7 +9,6 @@ from scripts import one_sentence
 from test_lexvla_train import (  # noqa: F401
     ARMS,
     GROUPS,
-    PRELOAD,
     SCRIPT,
     SECONDS,
     SHARDS,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, folder, lm, states  # noqa: F401
+from test_lexvla_train import SCRIPT, SECONDS, SHARDS, folder, lm, states  # noqa: F401
 from tiny import language_model, small_corpus
 from transformers import (
     AutoTokenizer,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lexvla_train import PRELOAD, SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
+from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

@@ -32,8 +32,6 @@ from shared import checkpoints, data
 SHARDS = ROOT / "data/emoji/train"
 GROUPS = ROOT / "data/emoji/eval/groups_id"
 SCRIPT, SECONDS = "lexvla.train", 120
-PRELOAD = ["lexvla.eval", "lexvla.towers", "lexvla.text", "transformers.models.llama.modeling_llama",
-           "torch.utils.tensorboard"]  # fmt: skip
 STEPS, PER_EPOCH = 15, 5
 
 

@@ -15,6 +15,7 @@ from test_nmtune_train import SHARDS, corpus, images, in_process, one_sentence  
 from nmtune import datasets
 from nmtune.datasets import flip_labels_per_sample
 from nmtune.pretrain import flip_labels, swap_captions
+from shared import index
 
 
 @pytest.mark.golden("nmtune", "label_noise")
@@ -141,6 +142,30 @@ def webdataset(folder: Path, pictures: list, labels: list[int], names: list[str]
                 member = tarfile.TarInfo(f"s{i:05d}.{ending}")
                 member.size = len(value)
                 tar.addfile(member, io.BytesIO(value))
+
+
+def test_the_index_of_tars_is_kept_and_images_are_read_alone(tmp_path, images, monkeypatch):
+    """Made once a machine, by whoever is first, and again when a tar has changed; a sample is one read of its bytes."""
+    source = datasets.open_labelled(str(images))
+    pictures, labels = zip(*(source.read(row) for row in range(len(source))), strict=True)
+    webdataset(tmp_path / "set", pictures, labels, source.classnames, "train")
+    monkeypatch.setattr(index, "LARGE", 1)
+    monkeypatch.setattr(datasets, "SMALL", 0)
+    made, whole = [], datasets.labelled_index
+    monkeypatch.setattr(datasets, "labelled_index", lambda tars: made.append(1) or whole(tars))
+    first = datasets.open_labelled(f"{tmp_path}/set:train", tmp_path / "cache")
+    again = datasets.open_labelled(f"{tmp_path}/set:train", tmp_path / "cache")
+    assert len(made) == 1 and again.labels.tolist() == list(labels) and again.fingerprint == first.fingerprint
+    rchar = lambda: int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])  # noqa: E731
+    again.read(0)
+    before, nothing = rchar(), rchar()
+    for row in range(len(again)):
+        assert list(again.read(row)[0].getdata()) == list(pictures[row].getdata())
+    used = again.spans[:, 2].sum()
+    assert used <= rchar() - nothing <= used + 2 * (nothing - before)  # the file that counts is read, too
+    webdataset(tmp_path / "new", pictures[:5], labels[:5], source.classnames, "train")
+    (tmp_path / "new/train/0.tar").replace(tmp_path / "set/train/0.tar")
+    assert len(datasets.open_labelled(f"{tmp_path}/set:train", tmp_path / "cache")) == 5 and len(made) == 2
 
 
 @pytest.mark.parametrize("name", datasets.ID_SETS)

@@ -1,6 +1,7 @@
 """Features of any model: files and what is wrong with them, banks of views, subsets of the training set."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -13,7 +14,7 @@ from torchvision.transforms import RandAugment, RandomResizedCrop
 from nmtune import features
 from nmtune.model import timm_transforms
 from nmtune.train import subset_per_class
-from shared import checkpoints
+from shared import checkpoints, data, run
 
 
 def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
@@ -51,6 +52,38 @@ def test_views_of_a_batch_are_two_different_ones():
     single = features.Bank(x[:1], torch.arange(10))
     feats, _ = next(iter(features.bank_batches(single, 8, seed=0, epoch=0)))
     assert torch.equal(feats[:8], feats[8:])
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that are their own numbers."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> int:
+        return int(i)
+
+
+@pytest.mark.parametrize(("n", "batch_size", "world_size"), [(48, 30, 3), (48, 16, 2), (5, 6, 3), (12, 12, 1)])
+def test_shares_are_those_of_the_loaders(n: int, batch_size: int, world_size: int):
+    cfg, ranks, first = SimpleNamespace(batch_size=batch_size, workers=0, seed=0), [], int(n > batch_size)
+    for rank in range(world_size):
+        process = run.Process(rank, world_size, torch.device("cpu"))
+        ranks.append(list(data.training_batches(Numbers(n), len, cfg, process, range(1, 3), first, drop_last=False)))
+    found = list(features.shares(n, batch_size, range(1, 3), first, world_size))
+    assert found == [list(each) for each in zip(*ranks, strict=True)] and sum(found[-1]) in (n % batch_size, batch_size)
+
+
+def test_views_of_ranks_are_put_together_without_a_wait(watch, monkeypatch: pytest.MonkeyPatch):
+    others = [torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)]
+    given = iter([others, [torch.arange(3), torch.arange(3), torch.arange(3)]])
+    filled = lambda parts, own: [part.copy_(x) for part, x in zip(parts, next(given), strict=True)]  # noqa: E731
+    monkeypatch.setattr(features.dist, "all_gather", filled)
+    views, labels = watch.within(features.gather_views)(others[0][:, :2], torch.arange(2), [2, 3, 0])
+    assert torch.equal(views, torch.cat([others[0][:, :2], others[1]], dim=1)) and labels.tolist() == [0, 1, 0, 1, 2]
 
 
 @pytest.mark.golden("nmtune", "train_subset")

@@ -1,14 +1,14 @@
 """Fine-tuning, whole and by LoRA, killed and resumed, with activations computed again."""
 
 import pytest
-from scripts import metrics, same
-from test_nmtune_train import corpus, finished, images, in_process, kill_at, start  # noqa: F401
+from scripts import ended, finished, kill_at, metrics, same
+from test_nmtune_train import SCRIPT, SECONDS, corpus, folder, images, in_process, start  # noqa: F401
 
 from shared import checkpoints
 
 
 @pytest.mark.parametrize("preset", ["full", "emoji-lora"])
-def test_fine_tuning_kill_and_resume(in_process, tmp_path, images, preset):
+def test_fine_tuning_kill_and_resume(in_process, start, tmp_path, images, preset):
     encoder = {"full": "timm:resnet_emoji", "emoji-lora": "open_clip:ViT-emoji"}[preset]
     command = [
         preset, "--encoder", encoder, "--data", images, "--tests", f"again={images}", "--epochs", "2", "--batch-size",
@@ -17,7 +17,7 @@ def test_fine_tuning_kill_and_resume(in_process, tmp_path, images, preset):
     code, _, err = in_process("nmtune.finetune", *command, tmp_path / "whole")
     assert code == 0, err
     kill_at(start("nmtune.finetune", *command, tmp_path / "killed"), tmp_path / "killed", 4)
-    finished(start("nmtune.finetune", *command, tmp_path / "killed"))
+    finished(ended(start("nmtune.finetune", *command, tmp_path / "killed")))
     code, _, err = in_process("nmtune.finetune", *command, tmp_path / "recomputed", "--grad-checkpointing")
     assert code == 0, err
     whole = checkpoints.load_checkpoint(tmp_path / "whole" / "checkpoint.pt")

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import metrics, same
+from scripts import ended, finished, kill_at, metrics, same
 from test_nmtune_train import (  # noqa: F401
+    SCRIPT,
+    SECONDS,
     SHARDS,
     assert_equal_runs,
     corpus,
-    finished,
+    folder,
     images,
     in_process,
-    kill_at,
     start,
     two,
 )
+from torch.utils.data import Dataset
 
 from nmtune import config, pretrain
 from shared import checkpoints, data, run, windows
@@ -41,12 +43,12 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
-def test_pretraining_on_labels_kill_and_resume(in_process, tmp_path, images):
+def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, images):
     command = [*SUPERVISED, "--data", images, "--batch-size", "16", "--save-every", "2", "--out"]
     code, out, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
     assert code == 0 and re.search(r"noise ratio 0.3: 31.25 % of 48 labels wrong", out), err
     kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
-    finished(start("nmtune.pretrain", *command, tmp_path / "killed"))
+    finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
@@ -122,14 +124,14 @@ def test_within_windows_captions_are_swapped_shard_by_shard(pairs: Path, tmp_pat
     assert 0.25 < sum(moved) / len(moved) < 0.5 and 0.25 < samples.share() < 0.5
 
 
-def test_two_processes_equal_one_in_pretraining(in_process, tmp_path, pairs):
+def test_two_processes_equal_one_in_pretraining(in_process, two, tmp_path, pairs):
     command = [*CLIP, "--data", pairs, "--out"]
     assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
     two("nmtune.pretrain", *command, tmp_path / "two")
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "state_dict")
 
 
-def test_three_processes_share_a_short_last_batch(in_process, tmp_path, images):
+def test_three_processes_share_a_short_last_batch(in_process, two, tmp_path, images):
     """48 images in batches of 36: the last twelve would all be the first process's."""
     command = ["emoji-sup-30", "--model", "convnext_atto", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
     command += ["--epochs", "1", "--batch-size", "36", "--warmup", "2", "--data", images, "--out"]
@@ -152,6 +154,32 @@ def test_shares_of_a_batch_add_up():
         mean = sum(weight * sum(rows) / len(rows) for rows, weight in weighted) / 3
         assert mean == pytest.approx(one[0][step].mean())
     assert [weights[2] for _, weights in ranks] == [1.5, 1.5, 0.0]
+
+
+class Rows(Dataset):
+    """Items that are their own numbers."""
+
+    def __len__(self) -> int:
+        return 14
+
+    def __getitem__(self, i: int) -> tuple:
+        return torch.tensor([int(i)]), 0, False, []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weights_of_a_resumed_run_are_right_while_workers_read_ahead(rank: int, workers: int):
+    """Loaders ask for the batches of several steps at once, and of the next epoch; the third rank has none of the last
+    two rows, so that its weight is 0 there."""
+    cfg = dataclasses.replace(config.PRETRAIN_PRESETS["emoji-sup-30"][1], batch_size=6, workers=workers)
+    process = run.Process(rank, 3, torch.device("cpu"))
+    found = pretrain.training_batches(Rows(), cfg, process, range(1, 4), 2)
+    found = [(weight, items.flatten().tolist()) for weight, items, *_ in found]
+    expected = []
+    for epoch, first in ((1, 2), (2, 0), (3, 0)):
+        order, weights = pretrain.batch_order(cfg, 14, epoch, process, first)
+        expected += [(weight, (14 * epoch + rows).tolist()) for rows, weight in zip(order, weights, strict=True)]
+    assert found == expected and [weight for weight, _ in found[1:4]] == [1.0, 1.0, {0: 1.5, 2: 0.0}[rank]]
 
 
 @pytest.mark.parametrize("kind, name", [("clip", "ViT-emoji"), ("supervised", "convnext_atto")])

@@ -6,16 +6,12 @@ test files of nmtune, too.
 
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scripts import metrics, same, start_two
+from scripts import ROOT, ended, finished, kill_at, metrics, same, start_two
 from test_nmtune_model import exact, head_of
 
 from nmtune import config, datasets, features
@@ -23,9 +19,8 @@ from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
 
-ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCRIPT, SECONDS = "nmtune.train", 120
 TUNE = "--encoder timm:resnet_emoji --epochs 2 --batch-size 20 --workers 0 --log-every 1 --precision fp32".split()
 
 
@@ -54,25 +49,16 @@ def in_process(in_process):
     return lambda module, *arguments: in_process(*arguments, module=module)
 
 
-def start(module: str, *arguments, **environment) -> subprocess.Popen:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | environment, **streams)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """For the output of scripts."""
+    return tmp_path_factory.mktemp("nmtune")
 
 
-def finished(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    return out
-
-
-def kill_at(process: subprocess.Popen, out: Path, line: int) -> None:
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 90
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= line):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stdout.read()
+@pytest.fixture(scope="module")
+def start(start):
+    """start(module, *arguments) -> a running script."""
+    return lambda module, *arguments, **environment: start(*arguments, module=module, **environment)
 
 
 def one_sentence(err: str) -> bool:
@@ -212,7 +198,7 @@ def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_pa
 # --------------------------------------------------------------------------------------------- images, kill and resume
 
 
-def test_fresh_views_kill_and_resume(in_process, tmp_path, images):
+def test_fresh_views_kill_and_resume(in_process, start, tmp_path, images):
     """Encoder and images, new views in every step; killed twice on the way."""
     sets = ["--data", images, "--tests", f"id={images}"]
     command = ["nmtune", *TUNE, *sets, "--epochs", "4", "--save-every", "2", "--out"]
@@ -220,7 +206,7 @@ def test_fresh_views_kill_and_resume(in_process, tmp_path, images):
     assert code == 0 and "id/top1" in out, err
     for line in (3, 8):
         kill_at(start("nmtune.train", *command, tmp_path / "killed"), tmp_path / "killed", line)
-    finished(start("nmtune.train", *command, tmp_path / "killed"))
+    finished(ended(start("nmtune.train", *command, tmp_path / "killed")))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("head", "optimizer", "epoch"))
@@ -242,9 +228,15 @@ def test_other_arms_on_images(in_process, tmp_path, preset, images):
 # ------------------------------------------------------------------------------------------------------- two processes
 
 
-def two(module: str, *arguments, count: int = 2) -> None:
-    for process in start_two(start, module, *arguments, count=count):
-        finished(process)
+@pytest.fixture
+def two(start):
+    """two(module, *arguments, count=2): the script in so many processes, to its end."""
+
+    def two(module: str, *arguments, count: int = 2) -> None:
+        for process in start_two(start, module, *arguments, count=count):
+            finished(ended(process))
+
+    return two
 
 
 def assert_equal_runs(one: Path, other: Path, part: str) -> None:
@@ -264,7 +256,7 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_equal_one_in_tuning(in_process, tmp_path, images, count: int):
+def test_processes_equal_one_in_tuning(in_process, two, tmp_path, images, count: int):
     """Of 48 images in batches of 30 the last batch is short, and a third process has none of it."""
     command = ["nmtune", *TUNE, "--batch-size", "30", "--data", images, "--tests", f"id={images}", "--out"]
     assert in_process("nmtune.train", *command, tmp_path / "one")[0] == 0

@@ -20,7 +20,7 @@ import open_clip
 import pytest
 from PIL import Image, ImageDraw
 from scripts import ROOT, finished
-from tiny import PRELOAD, language_model  # noqa: F401
+from tiny import language_model  # noqa: F401
 
 from shared import checkpoints, data
 from shared.evalsets import EvalSet

@@ -3,16 +3,12 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import ROOT, finished, one_sentence
 
 from shared import presets
-
-ROOT = Path(__file__).parent.parent
 
 
 def offered(folder: str) -> dict[str, Any]:
@@ -61,13 +57,8 @@ def test_numbers_of_claims_are_the_papers():
     assert one - none == pytest.approx(4.5)
 
 
-def test_command_line():
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "shared.presets", *words], cwd=ROOT, capture_output=True, text=True
-        )
-
-    found = run("flame", "--json")
-    assert json.loads(found.stdout) == presets.rows("flame")
-    wrong = run("blip")
-    assert wrong.returncode == 2 and "blip is no paper's folder" in wrong.stderr and "Traceback" not in wrong.stderr
+def test_command_line(in_process):
+    found = in_process("flame", "--json", module="shared.presets")
+    assert json.loads(finished(found).out) == presets.rows("flame")
+    wrong = in_process("blip", module="shared.presets")
+    assert wrong.code == 2 and "blip is no paper's folder" in wrong.err and one_sentence(wrong.err)

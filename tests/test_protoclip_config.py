@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from scripts import ROOT, one_sentence
-from test_protoclip_train import PRELOAD, SCRIPT, SECONDS, SHARDS, TEACHER, TINY  # noqa: F401
+from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY  # noqa: F401
 
 from protoclip import config, train
 

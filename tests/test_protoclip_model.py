@@ -4,17 +4,15 @@ One golden test per family; everything about a case is read from its file, toler
 """
 
 import math
-import multiprocessing
 import re
 
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import Case
 from open_clip.transformer import QuickGELU
+from scripts import in_ranks
 
 from protoclip.model import (
     ProtoCLIP,
@@ -203,12 +201,9 @@ def test_train_step_loss(case):
         case.close("acc_text2external", parts["accuracy_text_to_external"], rtol=1e-5, atol=1e-5)
 
 
-def distributed_rank(rank: int, path, folder) -> None:
-    """One of the case's processes: writes its loss and the gradients of its own rows."""
-    torch.set_num_threads(1)
+def losses_of_rank(rank: int, path) -> dict:
+    """In one of the case's processes: its loss and the gradients of its own rows."""
     case = Case(path)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=case["world_size"])
     inputs = {key: leaf(case[f"in/{key}"][rank]) for key in RANK_INPUTS}
     scales = {key: leaf(case[f"in/{key}"]) for key in ("log_logit_scale", "log_logit_scale_proto")}
     features = [gather(x, bool(case["gather_with_grad"])) for x in inputs.values()]
@@ -220,8 +215,7 @@ def distributed_rank(rank: int, path, folder) -> None:
     losses["loss"].backward()
     results = {key: x.grad for key, x in (inputs | scales).items()}
     results |= {"index": index, "losses": {key: loss.detach() for key, loss in losses.items()}}
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 RANK_INPUTS = ("image_features", "text_features", "image_projected", "text_projected")
@@ -229,9 +223,7 @@ RANK_INPUTS = ("image_features", "text_features", "image_projected", "text_proje
 
 @pytest.mark.golden("protoclip", "distributed_loss")
 def test_distributed_loss(case, tmp_path):
-    multiprocessing.set_forkserver_preload(["protoclip.train", "protoclip.eval"])  # imported once, not by each process
-    mp.start_processes(distributed_rank, (case.path, tmp_path), nprocs=case["world_size"], start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(case["world_size"])]
+    ranks = in_ranks(losses_of_rank, case["world_size"], tmp_path, case.path)
     for rank in ranks:  # every rank computes the whole loss
         case.close("gathered_index", rank["index"])
         case.close("total_loss", rank["losses"]["loss"], rtol=1e-5, atol=1e-5)

@@ -1,14 +1,15 @@
 """The external teacher: its features, its file, its command line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scripts import finished, metrics, one_sentence
-from test_protoclip_train import PRELOAD, SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
+from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
 
-from protoclip.teacher import Teacher, pca
+from protoclip.teacher import Teacher, embed_captions, on_disk, pca
 from shared import data
 from shared.index import Strings
 
@@ -63,6 +64,78 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
     other.keys = Strings.of(["b", "a", "a"])
     with pytest.raises(ValueError, match="two rows for sample a"):
         teacher.rows(other, np.array([0]))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_features_stay_on_the_disk(tmp_path: Path, save):
+    """Of files as the script and upstream write them; compressed ones are read whole."""
+    rng, keys = np.random.default_rng(0), Strings.of(f"key{i}" for i in range(300))
+    features = rng.standard_normal((300, 5)).astype(np.float32)
+    save(tmp_path / "t.npz", keys=keys.text, ends=keys.ends, features=features)
+    np.save(tmp_path / "t.npy", features)
+    rows = rng.integers(0, 300, 40)
+    for name in ("t.npz", "t.npy"):
+        pairs = keys_alone(keys)
+        teacher = Teacher(str(tmp_path / name))
+        assert isinstance(teacher.features, np.memmap) == (name == "t.npy" or save is np.savez)
+        assert np.array_equal(teacher.rows(pairs, rows).numpy(), features[rows])
+    shuffled = keys_alone(Strings.of(f"key{i}" for i in reversed(range(300))))
+    assert np.array_equal(Teacher(str(tmp_path / "t.npz")).rows(shuffled, rows).numpy(), features[::-1][rows])
+
+
+def keys_alone(keys: Strings):
+    """Pairs of which nothing is read but their keys."""
+    return type("Pairs", (), {"keys": keys, "__len__": lambda self: len(keys)})()
+
+
+def test_files_that_are_none(tmp_path: Path):
+    np.savez(tmp_path / "pickled.npz", keys=np.array(["a"]), features=np.array([[{}]]))
+    np.savez(tmp_path / "keyless.npz", features=np.zeros((1, 1)))
+    (tmp_path / "text.npz").write_text("features")
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, keys=np.array(["a"]), features=np.zeros((9, 9)))
+    (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:200])
+    for name in ("pickled", "keyless", "text", "cut"):
+        with pytest.raises(ValueError, match=f"{name}.npz is no teacher file"):
+            Teacher(str(tmp_path / f"{name}.npz"))
+
+
+@pytest.mark.parametrize("attend_padding", [False, True])
+def test_captions_are_embedded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attend_padding: bool):
+    """Rows in a file that is gone afterwards; all the same whether captions are tokenised at once or not."""
+
+    class Encoder(torch.nn.Embedding):
+        config = SimpleNamespace(hidden_size=6)
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(last_hidden_state=super().forward(input_ids))
+
+    def tokenizer(texts: list[str], truncation: bool) -> dict:
+        sizes.append(len(texts))
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+    torch.manual_seed(0)
+    encoder, sizes = Encoder(128, 6), []
+    captions = ["x" * (i % 7 + 1) + chr(97 + i % 26) for i in range(50)]
+    whole = embed_captions(captions, encoder, tokenizer, 6, attend_padding, 8)
+    assert sizes == [50] and whole.norm(dim=1).allclose(torch.ones(50))
+    monkeypatch.setattr("protoclip.teacher.BLOCK", 16)
+    with on_disk(tmp_path, 50, 6) as rows:
+        embed_captions(Strings.of(captions), encoder, tokenizer, 6, attend_padding, 8, rows)
+        torch.testing.assert_close(rows, whole)
+        reduced = pca(rows, 3)
+    assert sizes == [50, 16, 16, 16, 2] and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    torch.testing.assert_close(reduced, pca(whole, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_no_room_for_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for 0.2 GB of features \(No space left"), on_disk(tmp_path, 10**5, 512):
+        pass
 
 
 def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):

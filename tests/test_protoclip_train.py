@@ -36,7 +36,6 @@ from shared import checkpoints, run
 SHARDS = ROOT / "data/emoji/train"
 TEACHER = ROOT / "data/emoji/teacher.npz"
 SCRIPT, SECONDS = "protoclip.train", 60
-PRELOAD = ["protoclip.episodes", "protoclip.model", "protoclip.teacher", "shared.zeroshot", "torch.utils.tensorboard"]
 
 STEPS, PER_EPISODE = 15, 5
 TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160

@@ -10,16 +10,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, same, start_two
+from scripts import Lazily, ended, finished, kill_at, metrics, same, start_two
 from test_consistency import config
 from test_faults import trained
 from test_windows import Flaky
-from tiny import PRELOAD, SCRIPTS, SHARDS, commands, image_folder, small_corpus, small_set  # noqa: F401
+from tiny import SCRIPTS, SHARDS, commands, image_folder, small_corpus, small_set  # noqa: F401
 
 from shared import checkpoints
 
 SCRIPT, SECONDS = "protoclip.train", 120
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 
 
 @pytest.fixture(scope="module")

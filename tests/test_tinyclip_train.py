@@ -40,7 +40,6 @@ from tinyclip.train import first_weights, image_transform, lr_at, mask_lr_at, ma
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "tinyclip.train", 90
-PRELOAD = ["tinyclip.model", "tinyclip.config", "shared.data", "shared.zeroshot", "torch.utils.tensorboard"]
 STEPS = 8
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
     --warmup 2 --precision fp32 --log-every 1""".split()

@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import Case
-from scripts import free_port
+from scripts import in_ranks
 
 from shared.clip import set_grad_checkpointing
+from tldr_reduction import blip
 from tldr_reduction.blip import (
     BLIP,
     TextDecoder,
@@ -190,11 +190,8 @@ def test_vision_tower_is_timms():
     torch.testing.assert_close(tower(image), theirs.forward_features(image))
 
 
-def blip_rank(rank: int, world: int, port: str, path: str) -> None:
+def blip_rank(rank: int, world: int) -> dict[str, torch.Tensor]:
     """Losses and averaged gradients of a tiny BLIP on this rank's part of eight pairs, with given negatives."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = tiny_blip(queue_size=16)
     generator = torch.Generator().manual_seed(3)
     image = torch.randn(8, 3, 16, 16, generator=generator)
@@ -214,14 +211,26 @@ def blip_rank(rank: int, world: int, port: str, path: str) -> None:
         for tensor in (values, *gradients.values()):
             dist.all_reduce(tensor)
             tensor /= world
-        dist.destroy_process_group()
-    if rank == 0:
-        torch.save({"losses": values, "queue": model.image_queue, **gradients}, path)
+    return {"losses": values, "queue": model.image_queue, **gradients}
 
 
 def test_two_processes_give_one_blips_gradients(tmp_path):
-    blip_rank(0, 1, "", str(tmp_path / "one.pt"))
-    mp.spawn(blip_rank, (2, free_port(), str(tmp_path / "two.pt")), nprocs=2)
-    one, both = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    one, (both, _) = blip_rank(0, 1), in_ranks(blip_rank, 2, tmp_path, 2)
     for name, expected in one.items():
         torch.testing.assert_close(both[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_ranks_agree_on_widths_without_a_wait(watch, monkeypatch: pytest.MonkeyPatch):
+    """Of captions of which another process has longer ones."""
+    model = tiny_blip(queue_size=16).eval()
+    ids, negatives = torch.randint(4, 28, (4, 5)), (torch.tensor([4, 5, 6, 7]), torch.tensor([1, 2, 3, 0]))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(blip, "gather_lists", lambda items, process: [*items, 9])
+    monkeypatch.setattr(blip, "gather", lambda x: torch.cat([x, x]))
+    widths, whole = [], model.match
+    monkeypatch.setattr(model, "match", lambda image, ids, mask: widths.append(ids.shape[1]) or whole(image, ids, mask))
+    embeds = model.visual_encoder(torch.randn(4, 3, 16, 16))
+    loss = watch.within(model.matching_loss)(embeds, ids, torch.ones_like(ids), negatives)
+    assert loss.isfinite() and widths == [9]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import ROOT, finished
 from test_tldr_reduction_blip import blip_of
-from test_tldr_reduction_train import PRELOAD, SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
+from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
 
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, plain, rerank_scores, retrieval_recall

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from scripts import finished, held, kill_when
 from test_tldr_reduction_train import (  # noqa: F401
-    PRELOAD,
     REDUCE,
     SCRIPT,
     SECONDS,
@@ -236,7 +235,7 @@ def test_broken_samples_are_left_out(cli, folder, chain, broken):
     refused(cli(*flags, module=REDUCE), "--strict")
 
 
-def test_wrong_reduction_flags(cli, folder, chain):
+def test_wrong_reduction_flags(in_process, folder, chain):
     pool, out = folder / "pool", ["--out", folder / "wrong"]
     (folder / "words.json").write_text('[{"image": "a.png", "caption": ["a", "b"]}]')
     (folder / "gone.json").write_text('[{"image": "a.png", "caption": "a"}]')
@@ -259,20 +258,22 @@ def test_wrong_reduction_flags(cli, folder, chain):
         ([pool, "--precision", "fp16"], "fp16 needs a GPU"),
         ([pool, "--caption-model", chain["captioner"]], "where one of stage finetune"),
     ):
-        refused(cli(*arguments, *out, module=REDUCE), words)
+        refused(in_process(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
-    refused(cli(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
+    refused(in_process(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
     own = chain["reduced"].parent / "own"  # shards as input, which the output would be mixed with
     shutil.copytree(chain["reduced"] / "shards", own / "shards")
-    refused(cli(own / "shards", "--out", own, module=REDUCE), "choose another --out")
+    refused(in_process(own / "shards", "--out", own, module=REDUCE), "choose another --out")
 
 
-def test_dry_run_of_a_reduction(cli, folder):
+def test_dry_run_of_a_reduction(in_process, folder):
     """Sizes of what is there, or of the recipe's data set; nothing is written."""
     out = folder / "dry"
-    printed = finished(cli(folder / "pool", "--keep", "0.5", "--dry-run", "--out", out, module=REDUCE)).out
+    printed = finished(in_process(folder / "pool", "--keep", "0.5", "--dry-run", "--out", out, module=REDUCE)).out
     assert "160 (" in printed and "80, and up to one more in each of 5 clusters" in printed
-    printed = finished(cli("gone/{0..9}.tar", "--recipe", "yfcc15m", "--dry-run", "--out", out, module=REDUCE)).out
+    printed = finished(
+        in_process("gone/{0..9}.tar", "--recipe", "yfcc15m", "--dry-run", "--out", out, module=REDUCE)
+    ).out
     assert "14,900,000 (yfcc15m" in printed and "2,488,300" in printed and not out.exists()
 
 

@@ -26,7 +26,6 @@ from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
-PRELOAD = ["tldr_reduction.train", "tldr_reduction.inference", "shared.zeroshot", "torch.utils.tensorboard"]
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
     --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
 STEPS, PER_EPOCH = 12, 4

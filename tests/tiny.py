@@ -24,10 +24,6 @@ FOLDERS = (
 )  # fmt: skip
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
 SCRIPTS["tldr_reduction-clip"] = "tldr_reduction.train"  # the one script whose stages have little in common
-PRELOAD = [
-    *("open_clip", "timm", "faiss", "pyarrow.parquet", "transformers", "shared.zeroshot", "torch.utils.tensorboard"),
-    *("transformers.models.llama.modeling_llama", "timm.optim"),
-]
 
 
 def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.run import gather
+from shared.run import Process, gather, gather_lists
 
 PAD, SEP = 0, 102  # of bert-base-uncased
 
@@ -554,9 +554,9 @@ class BLIP(nn.Module):
         image_index, text_index = negatives
         batch = len(ids)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            widest = torch.tensor(ids.shape[1], device=ids.device)
-            dist.all_reduce(widest, dist.ReduceOp.MAX)
-            ids, attention_mask = (F.pad(x, (0, int(widest) - x.shape[1])) for x in (ids, attention_mask))
+            process = Process(dist.get_rank(), dist.get_world_size(), ids.device)
+            widest = max(gather_lists([ids.shape[1]], process))  # CPUs agree on it: a GPU is not asked
+            ids, attention_mask = (F.pad(x, (0, widest - x.shape[1])) for x in (ids, attention_mask))
         wrong_images = gather(image_embeds)[image_index]
         wrong_ids, wrong_mask = gather(ids)[text_index], gather(attention_mask)[text_index]
         logits = self.match(

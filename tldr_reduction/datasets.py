@@ -185,8 +185,11 @@ def collate_ordered(items: list) -> tuple[Tensor, Tensor, list[str], list[int], 
     return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
 
 
-def ordered_loader(pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0) -> DataLoader:
+def ordered_loader(
+    pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
     """Batches (rows (b,), images, captions, hashes, reasons) of `OrderedDataset`."""
     return DataLoader(
-        OrderedDataset(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate_ordered
-    )
+        OrderedDataset(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate_ordered,
+        pin_memory=pin_memory,
+    )  # fmt: skip

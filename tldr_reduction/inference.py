@@ -161,9 +161,11 @@ class Inference:
 
     def loader(self, rows: np.ndarray, transform: Callable) -> Iterator[tuple]:
         """Batches (rows (b,), images on the device, captions, hashes, reasons)."""
-        pixels, normalise = data.in_two(transform)
-        for index, images, *rest in ordered_loader(self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers):
-            yield index, normalise(images.to(self.process.device, non_blocking=True)), *rest
+        (pixels, normalise), device = data.in_two(transform), self.process.device
+        pin = device.type == "cuda"
+        loader = ordered_loader(self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers, pin)
+        for index, images, *rest in loader:
+            yield index, normalise(images.to(device, non_blocking=True)), *rest
 
     def keep(self, folder: Path, rows: np.ndarray, label: str, compute: Callable[[np.ndarray], dict]) -> Path:
         """`cached_rows` with the reduction's settings; returns the folder."""

@@ -33,8 +33,8 @@ from tldr_reduction.model import (
     build,
     build_for,
     codebook_perplexity,
-    frequent_keywords,
     image_side,
+    keyword_codebook,
     rescaled,
     restart_unused,
     sampled_codebook,
@@ -120,12 +120,12 @@ def start_codebook(captioner: CodebookCaptioner, cfg: Config, pairs, process: ru
     if cfg.codebook_init == "data":
         weight.copy_(sampled_codebook(tokens, cfg.num_codes, generator))
     else:
+        embed = text_embedder(cfg.keyword_model, cfg.code_dim)
         if cfg.keywords is not None:
-            keywords = Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes]
+            codebook = embed(Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes]).float()
         else:  # the first process goes through all captions, its peers wait
-            found = frequent_keywords(windows.captions(pairs), cfg.num_codes) if process.main else None
-            keywords = run.broadcast(found, process)
-        codebook = text_embedder(cfg.keyword_model, cfg.code_dim)(keywords).float()
+            found = keyword_codebook(windows.captions(pairs), cfg.num_codes, embed) if process.main else None
+            codebook = run.broadcast(found, process)
         weight.copy_(rescaled(codebook.to(process.device), tokens))
 
 
@@ -263,11 +263,11 @@ def on_device(
 ) -> list[Tensor]:
     """Images, ids, mask of a batch of the dataset, and what a decoder has to predict: `target_places`."""
     images, ids, mask = inputs
-    rest = (trimmed(ids, model, device), mask)
-    if cfg.stage != "clip":
-        rest = (ids, mask, run.pinned(target_places(ids, prompt_length), device))
-    images, *rest = (x.to(device, non_blocking=True) for x in (images, *rest))
-    return [dataset.normalise(images), *rest]
+    images, mask = dataset.normalise(images.to(device, non_blocking=True)), mask.to(device, non_blocking=True)
+    if cfg.stage == "clip":
+        return [images, trimmed(ids, model, device), mask]
+    places = run.pinned(target_places(ids, prompt_length), device)
+    return [images, ids.to(device, non_blocking=True), mask, places.to(device, non_blocking=True)]
 
 
 def train_step(

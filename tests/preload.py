@@ -1,0 +1,30 @@
+"""Imported once by the server whose forks are the tests' processes, scripts and ranks alike: seconds less for each.
+
+A process of pytest has one such server, which imports what was asked for when its first fork was wanted; so this is
+everything that any of them imports.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LATE = [  # imported inside functions, and by what runs in ranks
+    *("pytest", "sklearn.feature_extraction.text", "torch.utils.tensorboard", "safetensors.torch", "peft"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "dinov2", "llama")),
+]
+PATHS = [path for path in ROOT.glob("*/*.py") if path.parent.name == "shared" or path.with_name("model.py").is_file()]
+OURS = [f"{path.parent.name}.{path.stem}" for path in sorted(PATHS) if "study" not in path.stem]
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+os.fsync = lambda descriptor: None  # what tests write need not survive a power cut
+for name in [*LATE, *OURS]:
+    with contextlib.suppress(Exception):  # the test that needs it says what is wrong
+        importlib.import_module(name)
+with contextlib.suppress(Exception):
+    sys.modules["concept_frequency.tagging"].load_spacy("en_core_web_sm")
+gc.collect()
+gc.freeze()  # forks need not go through all of it again and again
