@@ -81,19 +81,20 @@ class Config:
     """Number type of the LLM: bf16, fp16, fp32, or auto. The bank is in fp16 always."""
 
 
-EMOJI = Config(
+SMALL = Config(llm=SMOLLM2, shard_size=256)
+EMOJI = dataclasses.replace(
+    SMALL,
     data="data/emoji/train",
     raw="data/flame/captions/raw.json",
     short="data/flame/captions/short.json",
     long="data/flame/captions/long.json",
-    llm=SMOLLM2,
-    shard_size=256,
     sets=ZERO_SHOT_SETS + LONG_SETS,
     language_sets=LANGUAGE_SETS,
     gallery=500,
     language_gallery=125,
 )
 PRESETS = {
+    "small": ("SmolLM2-135M on your own --data", SMALL),
     "emoji": ("SmolLM2-135M on the embedded corpus", EMOJI),
     "cc3m-mistral-nemo": ("the paper's CC3M bank", Config(dataset_size=2_905_954, precision="fp16")),
     "yfcc15m-mistral-nemo": ("the paper's YFCC15M bank", Config(dataset_size=15_061_521, precision="fp16")),

@@ -26,6 +26,13 @@ def check_data(config: Any, example: str) -> None:
         )
     if config.data.startswith("data/emoji") and not Path(config.data).exists():
         raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
+    check_eval_set(config)
+
+
+def check_eval_set(config: Any) -> None:
+    """ValueError if a training is to evaluate, and its set is not named or not there."""
+    if config.eval_every and not config.eval_set:
+        raise ValueError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
     if config.eval_every and not Path(config.eval_set).is_dir():
         raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
 

@@ -32,7 +32,7 @@ SHORT = {  # what is appended to a command
     "protoclip.train": """--image-size 32 --episodes 2 --episode-size 320 --batch-size 64 --k 8 --niter 5 --nredo 1
         --hidden-dim 32 --projection-dim 16 --warmup 2""",
     "attentive_mask_clip.train": "--image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
-    "tinyclip.train": "--image-size 32 --steps 12 --warmup 4 --batch-size 64",
+    "tinyclip.train": "--image-size 32 --epochs 3 --batch-size 64",
     "flame.embed": "--llm parts/lm --layers 1",
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
         --batch-size 64 --warmup 2""",
@@ -169,7 +169,7 @@ def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
 def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
     """A model that has learned, and clip-benchmark's command line finds the same of it elsewhere."""
     _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
-    execute(train, "--steps 60 --warmup 10")
+    execute(train, "--epochs 12")
     said = execute(evaluate)
     assert evaluate[1] in said
     scores = measured(evaluate[1])

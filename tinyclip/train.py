@@ -12,6 +12,7 @@ Losses and towers are in model.py, inheritance in inheritance.py and masks.py, s
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import cut_padding, set_grad_checkpointing
 from shared.run import gather
 from shared.zeroshot import quick_top1
-from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
+from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage, in_steps  # noqa: F401
 from tinyclip.geometry import CONFIGS, tower_of
 from tinyclip.inheritance import inherit_at_random, inherit_weights, resize_positional_embedding
 from tinyclip.masks import (
@@ -351,10 +352,11 @@ class Corpus:
     """A run's training pairs in the order of its steps: read while it trains, or once before (--keep-in-memory)."""
 
     def __init__(self, cfg: Config, process: run.Process, student: CLIP, state: dict):
-        self.cfg, self.process, self.memory, self.answer = cfg, process, None, None
+        self.process, self.memory, self.answer = process, None, None
         self.pairs = windows.open_pairs(cfg, process)
         data.check_pairs(self.pairs, cfg, state, process)
         self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
+        self.cfg = in_steps(cfg, self.steps_per_epoch)
         self.size, context = image_and_context(student)
         self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
         transform = image_transform(self.size, cfg.augmentation == "crop")
@@ -411,6 +413,7 @@ class Corpus:
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
+    cfg = planned(cfg)
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
     with torch.device("meta"):
@@ -422,7 +425,6 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     activations = cli.activation_bytes(lambda: student(images, tokens), checkpointed) / 2 / 2**30
     activations *= cfg.batch_size / world_size / cfg.accumulate
     weights = 16 * sum(p.numel() for p in student.parameters()) / 2**30
-    prune_step = cfg.prune_step if cfg.masks else None
     cli.show_plan(
         [
             ("parameters", "{total:,} (image {image:,}, text {text:,} without tokens)".format(**counts)),
@@ -430,18 +432,30 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             *locked_rows(cfg),
             ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
             cli.batch_row(cfg, world_size),
-            ("steps", f"{cfg.steps:,}"),
-            ("samples", f"{cfg.steps * cfg.batch_size:,}"),
+            *schedule_rows(cfg),
             cli.disk_row(cfg.dataset_size, sum(p.numel() for p in student.parameters())),
-            *cli.rate_rows(
-                lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}",
-                prune_step or cfg.warmup,
-                cfg.steps,
-            ),
             ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32, without the teacher:"),
             ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
         ]
     )
+
+
+def planned(cfg: Config) -> Config:
+    """The settings of a dry run, with `epochs` in steps where the number of samples is known."""
+    samples = cfg.dataset_size or 0
+    if cfg.epochs and cfg.data and not samples:
+        samples = len(data.open_pairs(cfg.data, cache=Path(cfg.cache)))
+    return replace(in_steps(cfg, samples // cfg.batch_size), epochs=0) if samples >= cfg.batch_size else cfg
+
+
+def schedule_rows(cfg: Config) -> list[tuple[str, str]]:
+    """Steps, samples and learning rates of a dry run."""
+    if cfg.epochs:
+        return [("steps", f"{cfg.epochs} epochs of --data, which is not named")]
+    prune_step = cfg.prune_step if cfg.masks else None
+    rate = lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}"  # noqa: E731
+    rows = [("steps", f"{cfg.steps:,}"), ("samples", f"{cfg.steps * cfg.batch_size:,}")]
+    return rows + cli.rate_rows(rate, prune_step or cfg.warmup, cfg.steps)
 
 
 def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tuple[str, str]]:
@@ -513,8 +527,8 @@ def main(cfg: Config) -> Path | None:
     device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
 
     # Student, teacher, optimizers, pairs; from the checkpoint if there is one
-    folder = run.RunFolder(cfg, process, step=0)
-    if folder.finished(step=cfg.steps):
+    folder = run.RunFolder(cfg, process, step=0, epoch=0)
+    if folder.finished(**({"epoch": cfg.epochs} if cfg.epochs else {"step": cfg.steps})):
         return folder.path
     first = folder.state["step"]
     clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
@@ -525,6 +539,7 @@ def main(cfg: Config) -> Path | None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizers=optimizers, scaler=scaler)
     corpus = Corpus(cfg, process, student.clip, folder.state)
+    cfg = corpus.cfg  # in steps
     if cfg.keep_in_memory:
         corpus.remember(teacher, precision)
     folder.start(first, data=corpus.pairs.fingerprint)
@@ -555,9 +570,10 @@ def main(cfg: Config) -> Path | None:
             data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+            passed = {"step": done, "epoch": done // corpus.steps_per_epoch}
             if last and process.main:  # before the last checkpoint, which is what says that all is done
                 checkpoints.save_checkpoint(folder.path / "model.pt", weights)
-            folder.save(done, step=done, masks=[mask.state_dict() for mask in student.masks] or None, **weights)
+            folder.save(done, masks=[mask.state_dict() for mask in student.masks] or None, **passed, **weights)
     folder.close()
     return folder.path
 

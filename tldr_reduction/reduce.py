@@ -39,7 +39,7 @@ from tldr_reduction.cluster import (
     select_fraction,
     whiten,  # noqa: F401  of this file's contract
 )
-from tldr_reduction.config import EMOJI, SETS, ReduceConfig, check_reduction, kept_by
+from tldr_reduction.config import SETS, SMALL, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import open_pairs
 from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows  # noqa: F401  extract_codes
 from tldr_reduction.report import Outcome, itm_summary, print_report, summary_of, table_of, write_csv
@@ -194,7 +194,7 @@ def train_captioner(cfg: ReduceConfig, pairs, process: run.Process) -> str:
             file.write(("\n".join(words) + "\n").encode())
     run.gather_lists([], process)  # until it is written
     settings = dataclasses.replace(
-        EMOJI, data=cfg.data, image_root=cfg.image_root, vocab=str(vocab), out=str(folder), epochs=cfg.captioner_epochs,
+        SMALL, data=cfg.data, image_root=cfg.image_root, vocab=str(vocab), out=str(folder), epochs=cfg.captioner_epochs,
         seed=cfg.seed, device=cfg.device, workers=cfg.workers, cache=cfg.cache,
     )  # fmt: skip
     return str(train(settings, process))
