@@ -97,7 +97,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles, views and random masks."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Scores' softmax, logits and losses are in fp32 always."""
     workers: int = 8

@@ -61,7 +61,7 @@ class Config:
     seed: int = 0
     """Seed of assignment, pairs, initial weights, order and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. The loss is in fp32 always."""
     strict: bool = False

@@ -30,7 +30,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
-from tqdm import tqdm
 
 from concept_frequency.concepts import read_concepts
 from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
@@ -132,12 +131,11 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
     for folder in {Path(job.target).parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     start, seen = time.perf_counter(), 0
-    with tqdm(total=len(jobs), initial=len(done), desc=label, unit="part", disable=None, dynamic_ncols=True) as bar:
+    with run.counting(len(todo), label, "part") as tick:
         for i, result in spread(work, [jobs[i] for i in todo], cfg):
             done[todo[i]] = result
             seen += result.documents
-            bar.set_postfix_str(f"{seen / (time.perf_counter() - start):,.0f} {label}/s")
-            bar.update()
+            tick(1, f"{seen / (time.perf_counter() - start):,.0f} {label}/s")
             refuse_broken(result, cfg)
     return [done[i] for i in range(len(jobs))]
 
@@ -151,7 +149,7 @@ def refuse_broken(result: Done, cfg: CountConfig) -> None:
 def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
     """Results as they come, under a progress bar."""
     results = (result for _, result in spread(work, jobs, cfg))
-    return tqdm(results, label, len(jobs), unit="part", leave=False, disable=None, dynamic_ncols=True)
+    return run.progress(results, len(jobs), label, unit="part")
 
 
 def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:

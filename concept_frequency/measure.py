@@ -62,7 +62,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "authors"
     """Autocast of the encoders. authors: fp16 on a GPU, fp32 on a CPU, as theirs; the others as in training."""
 

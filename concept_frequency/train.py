@@ -346,7 +346,7 @@ def train(cfg: Config) -> Path | None:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main:
         arm.write(folder.path)
-    folder.start(first, data=arm.fingerprint, name=cfg.out)
+    folder.start(first, cfg.epochs * steps, cfg.total, data=arm.fingerprint, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
 
@@ -368,7 +368,7 @@ def train(cfg: Config) -> Path | None:
             run.wait()
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, step=done)
-    folder.close()
+    folder.close(f"--eval-set {cfg.eval_set}")
     return folder.path
 
 

@@ -103,7 +103,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles, crops and facets."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Logits and losses are in fp32 always."""
     workers: int = 4

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
@@ -76,7 +75,7 @@ class Config:
     dry_run: bool = False
     """Print sizes and stop; needs no data."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Number type of the LLM: bf16, fp16, fp32, or auto. The bank is in fp16 always."""
 
@@ -288,10 +287,10 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
         mine = missing[process.rank :: process.world_size]
         total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
         start = time.perf_counter()
-        with tqdm(total=total, desc=str(out), unit="caption", disable=None if process.main else True) as bar:
+        with run.counting(total, str(out), "caption", process) as tick:
             for shard in mine:
                 rows = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
-                bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, bar.update)
+                bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, tick)
                 if not bank.isfinite().all():
                     raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
                 save(Bank.shard_path(out, shard), bank.half().numpy())
@@ -331,8 +330,8 @@ class Texts:
         path, texts = self.path(texts, multi), list(texts)
         if not path.exists():
             prompt = self.prompts[2 if multi else 0]
-            with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
-                hidden = embed_batches(self.llm(), texts, prompt, tick=bar.update)
+            with run.counting(len(texts), "texts", "text") as tick:
+                hidden = embed_batches(self.llm(), texts, prompt, tick=tick)
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
             save(path, unit, f".{os.getpid()}.tmp")  # several evaluations may want the same texts

@@ -51,7 +51,7 @@ class Config:
     seed: int = 0
     """Seed of weights, pairs and crops. One backbone serves all seeds of the experiment."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """auto, bf16, fp16 or fp32."""
 
@@ -123,7 +123,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
         vit.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
-        print(f"going on after epoch {first} of {cfg.epochs}", flush=True)
+        run.say(f"going on after epoch {first} of {cfg.epochs}", process)
     transform = train_transform(cfg.out, cfg.image_size, cfg.crop_scale)
     precision = run.resolve_precision(cfg.precision, process.device)
     dataset = Views(pairs, rows, transform, cfg.seed)
@@ -145,7 +145,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
             losses.append(loss.item())
         mean = sum(losses) / per_epoch
         run.check_loss(torch.tensor(mean), (epoch + 1) * per_epoch)
-        print(f"backbone epoch {epoch + 1}: loss {mean:.3f}", flush=True)
+        run.say(f"backbone epoch {epoch + 1} of {cfg.epochs}: loss {mean:.3f}", process)
         data.report_broken(broken, process, f"backbone epoch {epoch + 1}")
         state = {"model": vit.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         state |= {"data": pairs.fingerprint, "config": dataclasses.asdict(cfg)}

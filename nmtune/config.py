@@ -73,7 +73,7 @@ class PretrainConfig:
     seed: int = 0
     """Seed of initial weights, noise, shuffles and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
     workers: int = 8
@@ -228,7 +228,7 @@ class Config:
     seed: int = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder; heads and losses are in fp32 always."""
     workers: int = 4
@@ -360,7 +360,7 @@ class FinetuneConfig:
     seed: int = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder; losses are in fp32 always."""
     workers: int = 4
@@ -429,7 +429,7 @@ class StudyConfig:
     batch_size: int = 64
     """Images per step."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
 
 
 # ---------------------------------------------------------------------------------------- rows of the paper's tables

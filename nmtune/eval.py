@@ -189,7 +189,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "fp32"
     """Autocast of the encoder, as in training."""
 

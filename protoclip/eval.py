@@ -86,7 +86,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
 

@@ -542,7 +542,7 @@ def main(cfg: Config) -> Path | None:
     cfg = corpus.cfg  # in steps
     if cfg.keep_in_memory:
         corpus.remember(teacher, precision)
-    folder.start(first, data=corpus.pairs.fingerprint)
+    folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint)
 
     network, skipped, steps = distributed(student, process), 0, range(first, cfg.steps)
     batches = zip(steps, corpus.batches(first, teacher, precision), strict=False)
@@ -558,7 +558,7 @@ def main(cfg: Config) -> Path | None:
         skipped = (skipped + 1) * logged["skipped"]
         if done % cfg.log_every == 0 or done == 1 or last:  # losses that are not finite, too: their steps were skipped
             check_skipped(skipped, step)
-            folder.metrics.write(done, epoch=epoch, seconds=folder.clock.read(), **logged)
+            folder.write(done, epoch=epoch, **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
                 with folder.clock.paused():
@@ -574,7 +574,7 @@ def main(cfg: Config) -> Path | None:
             if last and process.main:  # before the last checkpoint, which is what says that all is done
                 checkpoints.save_checkpoint(folder.path / "model.pt", weights)
             folder.save(done, masks=[mask.state_dict() for mask in student.masks] or None, **passed, **weights)
-    folder.close()
+    folder.close("--sets FOLDER")
     return folder.path
 
 

@@ -139,7 +139,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Quantiser and losses are in fp32 always."""
     workers: int = 8
@@ -378,7 +378,7 @@ class ReduceConfig:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Of the forward passes; codes are comparable only within one precision."""
     strict: bool = False
