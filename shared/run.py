@@ -448,6 +448,7 @@ class RunFolder:
         if self.process.main:
             parts = {name: part.state_dict() for name, part in self.parts.items() if not disabled(part)}
             about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
+            about["paper"] = paper_of(self.cfg)
             for name in ["checkpoint-best.pt"] * is_best + ["checkpoint.pt"]:
                 save_checkpoint(self.path / name, parts | values | self.fixed | about)
             if self.stays(step):
@@ -463,10 +464,15 @@ class RunFolder:
         if self.total and self.process.main and not quiet():
             if then is None:
                 own = flags if flags and not self.cfg.data.startswith("data/emoji") else ""
-                then = f"python -m {type(self.cfg).__module__.partition('.')[0]}.eval {self.path} {own}".rstrip()
+                then = f"python -m {paper_of(self.cfg)}.eval {self.path} {own}".rstrip()
             loss = "".join(f", {name} {float(value):.4g}" for name, value in self.latest.items())
             after = f"; next: {then}" if then else ""
             say(f"{self.path}: finished, {self.total:,} steps in {duration(self.clock.read())}{loss}{after}")
+
+
+def paper_of(cfg: Any) -> str:
+    """The folder that a configuration is of."""
+    return type(cfg).__module__.partition(".")[0]
 
 
 def disabled(part: Any) -> bool:

@@ -248,7 +248,8 @@ def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
             folder.save(step, epoch=0, batch=step)
     folder.close()
     state = checkpoints.load_checkpoint(tmp_path / "run/checkpoint.pt")
-    assert set(state) == {"state_dict", "optimizer", "epoch", "batch", "data", "seconds", "commit", "config"}
+    about = {"seconds", "commit", "config", "paper"}
+    assert set(state) == {"state_dict", "optimizer", "epoch", "batch", "data"} | about
     assert state["batch"] == 4 and state["data"] == "abc" and state["config"] == dataclasses.asdict(cfg)
 
     again, others = run.RunFolder(cfg, ALONE, epoch=0, batch=0), parts(1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from shared import cli
+from shared import cli, export
 from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
 from tinyclip.geometry import CONFIGS, weights_file
 
@@ -103,8 +103,8 @@ class Config(Stage):
     model: str = "TinyCLIP-ViT-61M-32-Text-29M"
     """The student's geometry, by name in tinyclip.model.CONFIGS; with masks, that before pruning."""
     teacher: str | None = "ViT-B-32@laion2b_e16"
-    """A run folder, a checkpoint in the authors' layout, a folder of transformers or open_clip, or MODEL@WEIGHTS of
-    open_clip. The same in all stages."""
+    """A run folder of any paper, a checkpoint in the authors' layout, a folder of transformers or open_clip
+    (local-dir:DIR), or MODEL@WEIGHTS of open_clip. The same in all stages. Its images may be larger or smaller."""
     init: str | None = "ViT-B-32@laion2b_e16"
     """Where first weights come from, as `teacher`: the teacher, or the stage before. None: random weights."""
     inherit: Literal["manual", "random"] = "manual"
@@ -245,11 +245,13 @@ def check(cfg: Config, world_size: int) -> None:
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
             continue
-        if Path(source).is_dir() and weights_file(Path(source)) in (Path(source), Path(source) / "checkpoint.pt"):
+        path = Path(source.removeprefix(export.LOCAL))
+        own = export.trained_by(path) in (None, "tinyclip")  # of another paper any checkpoint will do
+        if own and path.is_dir() and weights_file(path) in (path, path / "checkpoint.pt"):
             raise ValueError(
                 f"--{name} {source} has no model.pt: its run is not finished; let it go on to its end first"
             )
-        if not Path(source).exists():
+        if not path.exists():
             raise ValueError(
                 f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip"
                 + (

@@ -42,7 +42,8 @@ from tinyclip.masks import (
     sparsity_loss,
     target_sparsity,
 )
-from tinyclip.model import CLIP, Student, distillation_loss, load_clip, parameter_counts
+from tinyclip.model import CLIP, Student, distillation_loss, parameter_counts
+from tinyclip.teacher import Teacher, first_source, load_teacher
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -127,7 +128,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
-    source = load_clip(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
+    source = first_source(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
     state, own = source.state_dict(), clip.state_dict()
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
@@ -143,7 +144,10 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         clip.logit_scale.data.copy_(own["logit_scale"])
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
-        clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
+        try:
+            clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
+        except ValueError as error:
+            raise ValueError(f"--model {cfg.model} cannot start from --init {cfg.init}: {error}") from error
     return clip, masks
 
 
@@ -194,7 +198,9 @@ class TeacherOutput(NamedTuple):
 
 
 @torch.no_grad()
-def ask_teacher(teacher: CLIP, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32") -> TeacherOutput:
+def ask_teacher(
+    teacher: CLIP | Teacher, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32"
+) -> TeacherOutput:
     """The frozen teacher's features; its temperature is the fixed one, or its own. U:training/train.py:409."""
     parts = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
     with run.autocast(precision, images.device):
@@ -482,16 +488,24 @@ def locked_rows(cfg: Config) -> list[tuple[str, str]]:
     ]
 
 
-def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | None:
-    """The teacher, None where nothing asks it. ValueError if it takes other images or captions than the student."""
-    if cfg.alpha == 0 and not (cfg.use_teacher_image or cfg.use_teacher_text):
+def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | Teacher | None:
+    """The teacher, None where nothing asks it. ValueError if the student is to have a tower of it, and it sees other
+    images or captions."""
+    borrowed, (side, context) = cfg.use_teacher_image or cfg.use_teacher_text, image_and_context(student)
+    if cfg.alpha == 0 and not borrowed:
         return None
-    teacher = load_clip(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu).to(device).requires_grad_(False)
-    teacher.cuts_padding = False  # `Corpus` has done it
-    seen, own = image_and_context(teacher), image_and_context(student)
-    if seen != own:
-        raise ValueError(f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {own[0]} and {own[1]}")
-    return teacher
+    if not process.main:
+        run.wait()  # a run of another paper is exported once
+    teacher = load_teacher(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu, side, context)
+    if process.main:
+        run.wait()
+    if isinstance(teacher, Teacher):
+        sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
+        if borrowed:
+            raise ValueError(f"--use-teacher-* need a teacher like the student: it sees {sizes}")
+        if (teacher.side, teacher.context) != (side, context):
+            run.say(f"the teacher sees {sizes}: its images are resized, its captions cut", process)
+    return teacher.to(process.device).requires_grad_(False)
 
 
 def distributed(student: Student, process: run.Process) -> nn.Module:
@@ -532,7 +546,7 @@ def main(cfg: Config) -> Path | None:
         return folder.path
     first = folder.state["step"]
     clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
-    teacher = frozen_teacher(cfg, clip, device)
+    teacher = frozen_teacher(cfg, clip, process)
     student = Student(trained_towers(clip, teacher, cfg), *masks).to(device).train()
     set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     optimizers = make_optimizers(student, cfg)

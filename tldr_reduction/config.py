@@ -343,7 +343,8 @@ class ReduceConfig:
     caption_model: str | None = None
     """Run folder of stage finetune, which writes T_g."""
     scorer: str | None = None
-    """Run folder of stage blip, which scores image-text matching."""
+    """Run folder of stage blip, which scores image-text matching. A dual encoder scores by its cosine: a run folder of
+    any paper, local-dir:DIR with what --export wrote, MODEL@TAG of open_clip."""
     cls_scores: bool = False
     """Score with [CLS] at position 0, as upstream does, instead of [ENC], with which BLIP trains."""
     match: str | None = None

@@ -41,7 +41,7 @@ from tldr_reduction.cluster import (
 )
 from tldr_reduction.config import SETS, SMALL, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import open_pairs
-from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows  # noqa: F401  extract_codes
+from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows, weights_of  # noqa: F401
 from tldr_reduction.report import Outcome, itm_summary, print_report, summary_of, table_of, write_csv
 from tldr_reduction.tokenizer import build_vocab, pre_caption  # noqa: F401  of this file's contract
 from tldr_reduction.train import train
@@ -330,7 +330,7 @@ def main(cfg: ReduceConfig) -> None:
     for path, stage in ((cfg.captioner, "captioner"), (cfg.caption_model, "finetune"), (cfg.scorer, "blip")):
         if path:
             inference.model(path, stage)
-            weights[path] = data.fingerprint(np.memmap(Path(path) / "checkpoint.pt", mode="r"))
+            weights[path] = data.fingerprint(weights_of(path))
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}
     if is_finished(out, settings):
