@@ -176,6 +176,9 @@ class CountConfig:
     """Of a concept's word of several tokens only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
     clean_terms: bool = False
     """Delete from concepts' terms what is deleted from nouns, so that `crème` can match. Upstream does not."""
+    phrases: bool = True
+    """Also count the captions that have a concept's name as it is written, in any case: not the paper's count, but one
+    to hold beside it. Concepts that come later cost another reading of the captions."""
     unknown: Literal["drop", "zero"] = "drop"
     """A term that no caption has is dropped (upstream: `unicorn dog` counts as `dog`), or makes the count zero."""
 

@@ -47,9 +47,9 @@ class Config:
     raw: str | None = None
     """Caption file in the place of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
     short: str | None = None
-    """Caption file of short captions."""
+    """Caption file of short captions; `raw`: the raw ones in their place. Samples that it lacks keep their raw ones."""
     long: str | None = None
-    """Caption file of long captions."""
+    """Caption file of long captions; `raw`, and what it lacks, as `short`."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
@@ -219,21 +219,26 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     if line := data.broken_report(pairs.broken, "left out"):
         print(line)
-    columns = []
+    columns: list[list[str]] = []
     for kind in ("raw", "short", "long"):
         path = getattr(cfg, kind)
-        if path is None:
-            if kind != "raw":
-                raise ValueError(
-                    f'--{kind} is missing: a JSON list of {{"__key__": sample, "caption": {kind} caption}}'
-                )
-            columns.append([pairs.caption(row) for row in range(len(pairs))])
+        if path is None and kind != "raw":
+            raise ValueError(
+                f'--{kind} is missing: a file with a JSON list of {{"__key__": sample, "caption": {kind} caption}}, or '
+                f"`--{kind} raw` for the raw captions again"
+            )
+        if path is None or (path == "raw" and kind != "raw"):
+            columns.append(columns[0] if columns else [pairs.caption(row) for row in range(len(pairs))])
             continue
-        found = read_captions(path)
-        missing = next((key for key in pairs.keys.tolist() if key not in found), None)
-        if missing is not None:
-            raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
-        columns.append([found[key] for key in pairs.keys.tolist()])
+        found, keys = read_captions(path), pairs.keys.tolist()
+        missing = [key for key in keys if key not in found]
+        if missing and (kind == "raw" or len(missing) == len(keys)):
+            raise ValueError(f"{path} has no caption of sample {missing[0]}, which is in {cfg.data}")
+        if missing:
+            print(
+                f"{path} lacks {len(missing):,} of {len(keys):,} samples, such as {missing[0]}: they keep raw captions"
+            )
+        columns.append([found.get(key, raw) for key, raw in zip(keys, columns[0] if columns else keys, strict=True)])
         if empty := sum(not caption.strip() for caption in columns[-1]):
             print(f"{path}: {empty:,} of {len(pairs):,} captions are empty")
     return pairs.keys, list(zip(*columns, strict=True))

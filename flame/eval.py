@@ -55,6 +55,8 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, or checkpoint files of the authors. As baselines: another paper's run folder, local-dir:DIR with
     what --export wrote, MODEL@TAG of open_clip."""

@@ -64,6 +64,8 @@ LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both s
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders. For zero-shot and retrieval alone also another paper's, local-dir:DIR with what --export wrote, or
     MODEL@TAG of open_clip."""

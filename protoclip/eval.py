@@ -63,6 +63,8 @@ METRICS = {  # what is shown of a run, and its heading
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in upstream's layout, or MODEL@PRETRAINED of open_clip, such as RN50@openai."""
     model: str = "RN50"

@@ -97,6 +97,7 @@ def test_open_clip_loads_it(exported: dict, runs: dict[str, Path], name: str):
 
 def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_sets: Path, folder: Path, monkeypatch):
     """Its paper exports it once; then it is TinyCLIP's teacher, and measured, compared with and scored by elsewhere."""
+    monkeypatch.chdir(folder)
     theirs, mine = runs["protoclip"], runs["tinyclip"]
     sets = [str(small_sets / name) for name in SETS]
     assert checkpoints.trained_by(theirs) == "protoclip"

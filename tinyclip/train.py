@@ -41,6 +41,7 @@ from tinyclip.masks import (
     resized,
     sparsity_loss,
     target_sparsity,
+    too_little,
 )
 from tinyclip.model import CLIP, Student, distillation_loss, parameter_counts
 from tinyclip.teacher import Teacher, first_source, load_teacher
@@ -525,7 +526,10 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
     if folder.process.main:
         masks = dict(zip(("image", "text"), student.eval_masks(), strict=True))
         checkpoints.save_checkpoint(folder.path / "masks.pt", masks)
-        folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached_sparsity(student.masks))
+        reached = float(reached_sparsity(student.masks))
+        folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached)
+        if warning := too_little(reached, cfg.target_sparsity):
+            print(f"{warning}: raise --prune-step, or --mask-lr and --lambda-lr")
     student = student.pruned(cfg.exact_prune)
     set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     return student
