@@ -2,11 +2,13 @@
 
 import contextlib
 import re
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from scripts import ROOT, one_sentence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -157,3 +159,16 @@ def test_a_plan_is_a_line_for_each_row(capsys):
         "                   1.0 weights, AdamW; 1.0 activations",
     ]
     assert cli.rate_rows(str, 1, 0) == []
+
+
+@pytest.mark.parametrize("folder", ["flame", "tldr_reduction"])
+def test_a_missing_package_is_one_sentence_with_the_line_that_installs_it(folder: str):
+    code = f"import {folder}, nothing_of_this_name.part"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    install = f"pip install '.[{folder.replace('_', '-')}]'"
+    assert result.returncode == 2 and one_sentence(result.stderr), result.stderr
+    assert f"package nothing_of_this_name is missing; in the project's folder: {install}" in result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {folder}.nothing"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 1 and "Traceback" in result.stderr

@@ -150,7 +150,7 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
         data, dataset_size, batch_size, out = "shards", None, 1, "run"
 
     for i in range(3):
-        samples = ({"__key__": f"{i}-{j}", "png": png(j), "txt": "a caption"} for j in range(10))
+        samples = ({"__key__": f"{i}-{j}", "png": png(), "txt": "a caption"} for j in range(10))
         tars.write_tar(tmp_path / f"{i}.tar", samples)
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[: len(whole) * 2 // 5])
@@ -159,7 +159,7 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     data.check_pairs(pairs, Settings, {}, run.Process(0, 1, torch.device("cpu")))
     said, size = capsys.readouterr().out, len(whole) * 2 // 5
     assert (
-        f"1.tar is truncated or damaged: read up to byte " in said
+        "1.tar is truncated or damaged: read up to byte " in said
         and f" of {size:,}, {kept} pairs; its neighbours have 10" in said
     )
     (tmp_path / "1_stats.json").write_text('{"successes": 12}')
