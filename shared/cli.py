@@ -194,6 +194,8 @@ def command_line(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        os.environ.update({QUIET: loud}) if loud is not None else os.environ.pop(QUIET, None)
+        os.environ.pop(QUIET, None)
+        if loud is not None:
+            os.environ[QUIET] = loud
         with contextlib.suppress(Exception):
             finish()

@@ -26,11 +26,11 @@ def as_clip(source: str) -> str | Path | None:
         folder = export.exported(source)
     if folder is None:
         return source if not named(source) or source.partition("@")[0] in MODELS else None
-    config = checkpoints.read_json(folder / "open_clip_config.json")["model_cfg"]
-    vision, text = config["vision_cfg"], config["text_cfg"]
+    config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
-    whole = isinstance(vision.get("layers"), int) or vision["image_size"] % 32 == 0  # what a ResNet's shapes tell
-    return folder if whole and not strange else None
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # not told by its weights
+    return None if strange or odd else folder
 
 
 def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
