@@ -13,6 +13,7 @@
 `load_model` takes such a folder, MODEL@TAG of open_clip, or a run folder of any paper, which its eval.py exports.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -82,8 +83,12 @@ def exported(run: str | Path) -> Path:
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
         raise ValueError(f"{run}/checkpoint.pt does not say whose it is: export it first, python -m FOLDER.eval {run}")
-    made = folder / "open_clip_config.json"  # written last
-    if made.is_file() and made.stat().st_mtime >= (run / "checkpoint.pt").stat().st_mtime:
+
+    def is_fresh() -> bool:
+        made = folder / "open_clip_config.json"  # written last
+        return made.is_file() and made.stat().st_mtime >= (run / "checkpoint.pt").stat().st_mtime
+
+    if is_fresh():
         return folder
     new = run / f"open_clip.{os.getpid()}"
     alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "SLURM_NTASKS")}
@@ -94,8 +99,11 @@ def exported(run: str | Path) -> Path:
         shutil.rmtree(new, ignore_errors=True)
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
         raise ValueError(f"{run}, a run of {paper}, is no model to be used here: {why}")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)
+    if not is_fresh():  # else another process was faster
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.replace(new, folder)
+    shutil.rmtree(new, ignore_errors=True)
     return folder
 
 
