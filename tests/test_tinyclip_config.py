@@ -1,5 +1,6 @@
 """Presets, dry runs and settings that are refused before a run starts."""
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY, corpus  # noqa: F40
 from tinyclip import config, train
 from tinyclip.config import PRESETS, Config
 from tinyclip.geometry import CONFIGS
-from tinyclip.model import create_model
+from tinyclip.model import CLIP
 
 ERRORS = {
     "paper preset without data": (["manual-61M-29M"], "--data is missing: it takes image-text shards"),
@@ -71,8 +72,10 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     result = in_process(preset, "--dry-run")
     assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
     total = int(re.search(r"parameters +([\d,]+) ", result.out)[1].replace(",", ""))
+    shape = copy.deepcopy(CONFIGS[cfg.model])
+    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
     with torch.device("meta"):
-        assert total == sum(p.numel() for p in create_model(cfg.model).parameters())
+        assert total == sum(p.numel() for p in CLIP(**shape).parameters())
     steps = f"{cfg.epochs} epochs of --data, which is not named" if cfg.epochs else f"{cfg.steps:,}"
     assert re.search(rf"^steps +{steps}$", result.out, re.MULTILINE) and ("masks  " in result.out) == cfg.masks
     assert cfg.epochs or f"{cfg.steps * cfg.batch_size:,}" in result.out

@@ -241,6 +241,11 @@ def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "laion/{0000..4140}.tar")
     check_stage(cfg)
+    if cfg.alpha > 0 and cfg.teacher is None:
+        raise ValueError(
+            "affinity mimicking needs --teacher, which 'python -m tinyclip.train small-teacher' trains; without one "
+            "pass --alpha 0"
+        )
     for name in ("teacher", "init"):
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
@@ -279,11 +284,6 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--steps must be at least 1, not {cfg.steps}")
     if not 0 <= cfg.alpha <= 1:
         raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
-    if cfg.alpha > 0 and cfg.teacher is None:
-        raise ValueError(
-            "affinity mimicking needs --teacher, which 'python -m tinyclip.train small-teacher' trains; without one "
-            "pass --alpha 0"
-        )
     if cfg.image_size is not None and cfg.image_size < 1:
         raise ValueError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
     if cfg.logit_scale is not None and cfg.logit_scale <= 0:
