@@ -1,7 +1,7 @@
 """Every setting of an A-CLIP, SLIP or CLIP run, its presets, and the checks before a run starts.
 
 Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which is
-in the authors' code only; `emoji*` are ours.
+in the authors' code only; `emoji*` and `small*` are ours.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
 from shared import cli
-from shared.presets import EMBEDDED, Row
+from shared.presets import EMBEDDED, OWN, Row
 
 
 @dataclasses.dataclass
@@ -97,7 +97,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles, views and random masks."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Scores' softmax, logits and losses are in fp32 always."""
     workers: int = 8
@@ -113,7 +113,7 @@ class Config:
     eval_every: int = 0
     """Epochs between zero-shot evaluations on `eval_set` (online towers, and A-CLIP's EMA towers); 0: never during
     training."""
-    eval_set: str = "data/emoji/eval/names_ood"
+    eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     keep_best: bool = False
     """Keep checkpoint-best.pt, too: of all that `eval_every` evaluates, the one with the best top-1 (online towers)."""
@@ -138,12 +138,10 @@ CC12M = dataclasses.replace(CC3M, epochs=35)
 SLIP = dict(method="slip", lr=3e-3, weight_decay=0.1)
 CLIP = dict(method="clip")
 ABLATION = dict(ssl=False)  # masking alone, the first table of the authors' README
-EMOJI = Config(
-    data="data/emoji/train",
+SMALL = Config(
     model="emoji",
+    image_size=60,
     ema_momentum=0.95,
-    crop_scale=0.8,
-    augmentation="crop",
     epochs=8,
     batch_size=128,
     lr=1e-3,
@@ -151,7 +149,15 @@ EMOJI = Config(
     weight_decay=0.2,
     workers=0,
     save_every=200,
+)
+EMOJI = dataclasses.replace(
+    SMALL,
+    data="data/emoji/train",
+    image_size=None,
+    crop_scale=0.8,
+    augmentation="crop",
     eval_every=2,
+    eval_set="data/emoji/eval/names_ood",
 )
 SCENES = dataclasses.replace(
     EMOJI,
@@ -174,6 +180,9 @@ def _row(about: str, base: Config = YFCC, **settings) -> tuple[str, Config]:
 
 
 PRESETS = {
+    "small": ("A-CLIP on your own --data, small", SMALL),
+    "small-slip": _row("its SLIP baseline: same samples and steps", SMALL, method="slip"),
+    "small-clip": _row("its CLIP baseline: same samples and steps", SMALL, method="clip"),
     "emoji": ("A-CLIP on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-slip": _row("its SLIP baseline: same samples and steps", EMOJI, method="slip"),
     "emoji-clip": _row("its CLIP baseline: same samples and steps", EMOJI, method="clip"),
@@ -258,6 +267,7 @@ SLIP_README = "SLIP's README, additional data sets, "
 
 PAPER_ROWS = {
     "train": {
+        **dict.fromkeys(("small", "small-slip", "small-clip"), OWN),
         **dict.fromkeys(("emoji", "emoji-slip", "emoji-clip", "scenes", "scenes-slip", "scenes-clip"), EMBEDDED),
         "yfcc15m-vitb16": _paper("main table, A-CLIP", 43.9, "62.7/42.1", "38.0/23.2"),
         "yfcc15m-vitb16-eff": _paper("main table, A-CLIP-eff", 42.9, "62.7/40.6", "37.4/22.5"),

@@ -67,6 +67,8 @@ METRICS = {  # what is shown of a run, and its heading
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in them such as checkpoint-best.pt, or the authors' (A-CLIP's, SLIP's)."""
     method: str = "aclip"
@@ -101,7 +103,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
 

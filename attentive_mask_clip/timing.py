@@ -45,7 +45,7 @@ class Config:
     rounds: int = 5
     """Timed rounds after one to warm up; an arm has one step in each."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast, as in training."""
     out: str | None = None

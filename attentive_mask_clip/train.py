@@ -218,7 +218,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     per_epoch = len(pairs) // cfg.batch_size
     lrs, momenta = schedules(cfg, per_epoch)
     ema_view = isinstance(model, ACLIP) and model.needs_ema_view
-    folder.start(per_epoch * first + start, data=pairs.fingerprint)
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     dataset = ViewDataset(pairs, cfg, model.image_size, tokenizer, cfg.seed, ema_view)
     loader = windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)
@@ -251,7 +251,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or epoch + 1 == cfg.epochs or is_best:
             folder.save(done, is_best, epoch=epoch + 1, batch=0, best=best)
-    folder.close()
+    folder.close("--sets FOLDER --probe None --foreground None")
     return folder.path
 
 

@@ -1,1 +1,5 @@
 """No "Zero-Shot" Without Exponential Data: see README.md."""
+
+import shared
+
+shared.tell_missing_packages(__name__)

@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from concept_frequency.images import plain_view
 from concept_frequency.train import load_run
-from shared import checkpoints
+from shared import checkpoints, export
 from shared.clip import image_side
 from shared.data import ToNormalizedTensor
+from shared.evaluation import named
 
 
 def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or a run folder."""
-    if (Path(name) / "checkpoint.pt").is_file():
+    """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or what
+    `shared.export.load_model` takes."""
+    if export.trained_by(name) == "concept_frequency":
         cfg, model = load_run(name, device)
         transform = plain_view(image_side(model))
         tokenizer = open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
+    elif known(name):
+        model, transform, tokenizer = export.load_model(name)
     elif Path(pretrained).is_file():
         model, transform, tokenizer = load_file(name, pretrained)
     else:
@@ -35,6 +39,11 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
             raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
         tokenizer = open_clip.get_tokenizer(name)
     return model.to(device).eval(), transform, tokenizer
+
+
+def known(name: str) -> bool:
+    """Whether this is MODEL@TAG, `local-dir:DIR` or a folder, as which scores are filed under the model's own name."""
+    return named(name) or name.startswith(export.LOCAL) or Path(name).is_dir()
 
 
 def load_file(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:

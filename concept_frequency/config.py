@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import cli
-from shared.presets import EMBEDDED, Row
+from shared.presets import EMBEDDED, OWN, Row
 
 # ------------------------------------------------------------------------------------------- the controlled experiment
 
@@ -23,12 +23,12 @@ class Config:
     run resumes."""
     data: str = ""
     """Shards in img2dataset layout whose .json names each image's concept ("name") and other words for it ("tags")."""
-    eval_set: str = "data/emoji/eval/names_ood"
+    eval_set: str = ""
     """Classification set with the concepts' names among its classes; its images are never trained on."""
     groups: tuple[str, ...] = ("animals-nature", "food-drink", "travel-places", "objects", "activities")
     """Only concepts of these groups ("group" in .json); none given: of all."""
-    num_concepts: int = 400
-    """Concepts K, drawn once and for all from those with an evaluation image."""
+    num_concepts: int | None = 400
+    """Concepts K, drawn once and for all from those with an evaluation image; None: all of these."""
     total: int = 8_000
     """Pairs N of the corpus."""
     exponent: float = 1.0
@@ -61,7 +61,7 @@ class Config:
     seed: int = 0
     """Seed of assignment, pairs, initial weights, order and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. The loss is in fp32 always."""
     strict: bool = False
@@ -80,8 +80,20 @@ class Config:
         return self.total // self.batch_size
 
 
-EMOJI = Config(data="data/emoji/train", model="ResNet-emoji", epochs=16, batch_size=256, lr=3e-3, warmup=31)
+SMALL = Config(groups=(), num_concepts=None)
+EMOJI = dataclasses.replace(
+    SMALL,
+    data="data/emoji/train",
+    eval_set="data/emoji/eval/names_ood",
+    groups=Config.groups,
+    num_concepts=400,
+    epochs=16,
+    batch_size=256,
+    lr=3e-3,
+    warmup=31,
+)
 PRESETS = {
+    "small": ("Zipf frequencies over the classes of your own --data and --eval-set, small", SMALL),
     "emoji": ("Zipf frequencies over 400 emoji, minutes on two CPU cores", EMOJI),
     "emoji-uniform": (
         "the same concepts and number of pairs, all equally frequent",
@@ -113,11 +125,13 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    if not cfg.eval_set:
+        raise ValueError("--eval-set is missing: it takes a classification set in the CLIP-benchmark layout")
     if not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
     cli.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every")
     cli.check_batch(cfg, world_size)
-    if cfg.total < cfg.num_concepts:
+    if cfg.num_concepts and cfg.total < cfg.num_concepts:
         raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
     if cfg.total < cfg.batch_size:
         raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
@@ -166,6 +180,9 @@ class CountConfig:
     """Of a concept's word of several tokens only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
     clean_terms: bool = False
     """Delete from concepts' terms what is deleted from nouns, so that `crème` can match. Upstream does not."""
+    phrases: bool = True
+    """Also count the captions that have a concept's name as it is written, in any case: not the paper's count, but one
+    to hold beside it. Concepts that come later cost another reading of the captions."""
     unknown: Literal["drop", "zero"] = "drop"
     """A term that no caption has is dropped (upstream: `unicorn dog` counts as `dog`), or makes the count zero."""
 
@@ -315,7 +332,8 @@ CURVES = {
 }  # fmt: skip
 MISALIGNED = {"cc3m": 16.81, "cc12m": 17.25, "yfcc15m": 36.48, "laion400m": 5.31, "laion-aesthetics": 14.34}  # table 3
 PAPER_ROWS = {
-    "train": dict.fromkeys(("emoji", "emoji-uniform", "emoji-reassigned"), EMBEDDED)
+    "train": {"small": OWN}
+    | dict.fromkeys(("emoji", "emoji-uniform", "emoji-reassigned"), EMBEDDED)
     | {
         "shards": Row("ours: the experiment on other data", "any shards with concepts", number="none: not in the paper")
     },

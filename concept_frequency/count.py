@@ -30,12 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
-from tqdm import tqdm
 
 from concept_frequency.concepts import read_concepts
 from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
 from concept_frequency.corpus import Part, RowTable, list_parts, read_captions, sample_id  # noqa: F401
-from concept_frequency.model import InvertedIndex, query_terms
+from concept_frequency.model import InvertedIndex, clean, query_terms
 from concept_frequency.search import (
     Counted,
     CountJob,
@@ -50,6 +49,8 @@ from concept_frequency.search import (
     known_terms,
     label_part,
     parts_of_tags,
+    phrase_part,
+    read_phrases,
     tag_part,
 )
 from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
@@ -65,12 +66,21 @@ def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
         connect(cfg.address)
     out = Path(cfg.out)
     parts = list_parts(cfg.data, cfg.part_captions, out / "cache")
-    texts = text_stage(cfg, parts, out)
-    tags, broken = tag_stage(cfg, names, parts, out)
-    broken += [b for done in texts for b in done.broken]
+    phrases = phrase_files(cfg, names, parts, out)
+    texts = text_stage(cfg, parts, out, names, phrases)
+    broken = [b for done in texts for b in done.broken]
+    if not sum(done.documents for done in texts):
+        why = f": {broken[0].reason} ({broken[0].key})" if broken else ""
+        raise ValueError(f"{', '.join(cfg.data)} holds no caption{why}")
+    tags, broken_images = tag_stage(cfg, names, parts, out)
+    broken += broken_images
     if line := data.broken_report(broken, "kept as documents without concepts"):
         print(line)
     total = add_up(cfg, names, texts, tags)
+    if cfg.phrases:
+        jobs = [Job(part, cfg, file, names) for part, file in zip(parts, phrases, strict=True)]
+        found = stage(phrase_part, jobs, cfg, "captions")
+        total = total._replace(phrase=sum(read_phrases(done.target) for done in found))
     if cfg.merge:
         InvertedIndex.merge([InvertedIndex.load(done.target) for done in texts]).save(out / "index.npz")
     return total
@@ -85,11 +95,26 @@ def absolute(cfg: CountConfig) -> CountConfig:
     return dataclasses.replace(cfg, out=os.path.abspath(cfg.out), **found)
 
 
-def text_stage(cfg: CountConfig, parts: list[Part], out: Path) -> list[Done]:
-    """An index of the nouns of every part."""
+def phrase_files(cfg: CountConfig, names: tuple[str, ...], parts: list[Part], out: Path) -> list[str]:
+    """The file of each part's phrase counts; "" where they are not wanted."""
+    if not cfg.phrases:
+        return [""] * len(parts)
+    folder = out / "parts" / f"phrases-{data.stable_hash(cfg.caption_column, cfg.also, *names):016x}"
+    return [str(folder / f"{part.name()}.npz") for part in parts]
+
+
+def text_stage(
+    cfg: CountConfig, parts: list[Part], out: Path, names: tuple[str, ...] = (), phrases: Sequence[str] = ()
+) -> list[Done]:
+    """An index of the nouns of every part; those that are made also give phrase counts of the names."""
     settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.exact, cfg.casefold)
     folder = out / "parts" / f"text-{data.stable_hash(*map(str, settings)):016x}"
-    return stage(index_part, [Job(p, cfg, str(folder / f"{p.name()}.npz")) for p in parts], cfg, "captions")
+    files = phrases or [""] * len(parts)
+    jobs = [
+        Job(part, cfg, str(folder / f"{part.name()}.npz"), names if file else (), phrases=file)
+        for part, file in zip(parts, files, strict=True)
+    ]
+    return stage(index_part, jobs, cfg, "captions")
 
 
 def tag_stage(
@@ -132,12 +157,11 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
     for folder in {Path(job.target).parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     start, seen = time.perf_counter(), 0
-    with tqdm(total=len(jobs), initial=len(done), desc=label, unit="part", disable=None, dynamic_ncols=True) as bar:
+    with run.counting(len(todo), label, "part") as tick:
         for i, result in spread(work, [jobs[i] for i in todo], cfg):
             done[todo[i]] = result
             seen += result.documents
-            bar.set_postfix_str(f"{seen / (time.perf_counter() - start):,.0f} {label}/s")
-            bar.update()
+            tick(1, f"{seen / (time.perf_counter() - start):,.0f} {label}/s")
             refuse_broken(result, cfg)
     return [done[i] for i in range(len(jobs))]
 
@@ -151,16 +175,17 @@ def refuse_broken(result: Done, cfg: CountConfig) -> None:
 def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
     """Results as they come, under a progress bar."""
     results = (result for _, result in spread(work, jobs, cfg))
-    return tqdm(results, label, len(jobs), unit="part", leave=False, disable=None, dynamic_ncols=True)
+    return run.progress(results, len(jobs), label, unit="part")
 
 
 def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:
     """Sums over parts, each of which is counted by itself with the terms that any part knows."""
     lemmas = lemmas_of(cfg.query_spacy) if cfg.lemmatize else None
     queries = [query_terms(name, lemmas, cfg.last_token, cfg.clean_terms) for name in names]
+    wanted = frozenset(term for terms in queries for term in terms)
+    vocabulary = set().union(*shown(known_terms, [(done.target, wanted) for done in texts], cfg, "terms"))
+    missing = tuple(tuple(term for term in terms if term not in vocabulary) for terms in queries)
     if cfg.unknown == "drop":
-        wanted = frozenset(term for terms in queries for term in terms)
-        vocabulary = set().union(*shown(known_terms, [(done.target, wanted) for done in texts], cfg, "terms"))
         queries = [[term for term in terms if term in vocabulary] for terms in queries]
     frozen = tuple(map(tuple, queries))
 
@@ -182,7 +207,7 @@ def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: li
         for done, base in zip(tags, [0] * len(tags) if cfg.images else bases, strict=False)
     ]
     zero = np.zeros(len(names), dtype=np.int64)
-    total = Counted(zero, zero, 0, 0, 0, zero, zero, 0)
+    total = Counted(zero, zero, 0, 0, 0, zero, zero, 0, searched=frozen, missing=missing)
     for work, todo, label in ((count_part, jobs, "counts"), (count_tags, tag_jobs, "image counts")):
         for counted in shown(work, todo, cfg, label):
             total = Counted(*(a + b for a, b in zip(total, counted, strict=True)))
@@ -352,8 +377,13 @@ def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[
         methods |= {"image": f"{kind}{cfg.threshold}", "integrated": f"integrated_t{text_method}_i{cfg.threshold}"}
     if cfg.keep:
         columns["kept"], methods["kept"] = counted.kept, f"kept_{methods['image']}"
+    said = {"phrase": counted.phrase} if cfg.phrases else {}
+    said |= {
+        "searched_as": list(map(" ".join, counted.searched)),
+        missing_heading(cfg): list(map(" ".join, counted.missing)),
+    }
     with checkpoints.replaced(out / "counts.parquet") as file:
-        pq.write_table(pa.table({"concept": list(names)} | columns), file)
+        pq.write_table(pa.table({"concept": list(names)} | columns | said), file)
     place = {name: i for i, name in enumerate(names)}
     for title, wanted in lists.items():
         for key, method in methods.items():
@@ -371,6 +401,36 @@ def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[
         )
 
 
+def missing_heading(cfg: CountConfig) -> str:
+    """What a concept's terms are called that no caption has: they were dropped, or made its count zero."""
+    return "dropped" if cfg.unknown == "drop" else "unknown"
+
+
+def most_frequent(cfg: CountConfig, names: Sequence[str], counted: Counted, rows: int = 10) -> str:
+    """A table of the concepts that most captions have, with what each was searched as."""
+    columns = {"captions": counted.text}
+    columns |= {"phrase": counted.phrase} if cfg.phrases else {}
+    columns |= {"images": counted.image, "both": counted.both} if cfg.tagger or cfg.label_column else {}
+    return evaluation.table([
+        {"concept": names[i], "searched as": " ".join(counted.searched[i]),
+         missing_heading(cfg): " ".join(counted.missing[i])}
+        | {heading: f"{values[i]:,}" for heading, values in columns.items()}
+        for i in np.argsort(-counted.text, kind="stable")[:rows]
+    ])  # fmt: skip
+
+
+def why_never(cfg: CountConfig, names: Sequence[str], counted: Counted) -> str | None:
+    """A sentence about concepts that no caption has, if it is their spelling that forbids it."""
+    odd = [name for name, terms in zip(names, counted.missing, strict=True) if any(clean(t) != t for t in terms)]
+    if not odd:
+        return None
+    remedy = "pass --lemmatize, which cuts words as captions are cut" if not cfg.lemmatize else "pass --clean-terms"
+    return (
+        f"{len(odd):,} concepts, such as {odd[0]!r}, have a term with other signs than letters, which captions' nouns "
+        f"lose: such a term is in no caption; {remedy}"
+    )
+
+
 def main(cfg: CountConfig) -> None:
     """Count the concepts of the lists, write the counts, print the most frequent."""
     check_count(cfg)
@@ -384,11 +444,9 @@ def main(cfg: CountConfig) -> None:
         write_counts(cfg, lists, names, counted)
     seconds, never = time.perf_counter() - start, int((counted.text == 0).sum())
     print(f"{counted.documents:,} captions, {len(names):,} concepts, {seconds:.1f} s; {never:,} concepts in no caption")
-    top = np.argsort(-counted.text, kind="stable")[:10]
-    print(evaluation.table([
-        {"concept": names[i], "captions": f"{counted.text[i]:,}", "images": f"{counted.image[i]:,}",
-         "both": f"{counted.both[i]:,}"} for i in top
-    ]))  # fmt: skip
+    print(most_frequent(cfg, names, counted))
+    if line := why_never(cfg, names, counted):
+        print(line)
     if cfg.tagger or cfg.label_column:
         size = cfg.size or max(counted.documents, 1)
         print(f"misaligned: {counted.misaligned:,} pairs, {counted.misaligned / size:.2%}")

@@ -102,6 +102,8 @@ def concept_recall(
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of `concept_frequency.train`."""
     eval_set: str = "data/emoji/eval/names_ood"
@@ -121,7 +123,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
 
@@ -192,7 +194,7 @@ def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
     """Concepts of an arm's corpus by our own count: nouns of captions, labels of images, and both."""
     cfg = CountConfig(
         data=(str(path),), out=str(path.with_suffix("")), spacy=pipeline, query_spacy=pipeline, label_column="concept",
-        workers=1,
+        phrases=False, workers=1,
     )  # fmt: skip
     with run.lock(Path(cfg.out)):
         return count.count_corpus(cfg, names)

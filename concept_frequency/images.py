@@ -39,8 +39,10 @@ class Corpus(NamedTuple):
     broken: list[data.Broken]
 
 
-def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_concepts: int, strict: bool) -> Corpus:
-    """The images of `num_concepts` concepts, drawn from those of `names` that the shards hold.
+def read_corpus(
+    spec: str, names: Sequence[str], groups: Sequence[str], num_concepts: int | None, strict: bool
+) -> Corpus:
+    """The images of `num_concepts` concepts, drawn from those of `names` that the shards hold; None: of all of these.
 
     The draw depends on the names alone, so that all arms and seeds have the same concepts.
     """
@@ -52,9 +54,9 @@ def read_corpus(spec: str, names: Sequence[str], groups: Sequence[str], num_conc
             if about["name"] in wanted and (not groups or about.get("group") in groups):
                 rows.setdefault(about["name"], []).append((key, image))
                 words[about["name"]] = other_words(about.get("tags"))
-    if len(rows) < num_concepts:
+    if len(rows) < (num_concepts or 1):
         raise ValueError(
-            f"{spec} holds {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts}"
+            f"{spec} holds {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts or 1}"
         )
     chosen = sorted(sorted(rows, key=lambda name: data.stable_hash("concept", name))[:num_concepts])
     concepts, keys, images = [], [], []

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from concept_frequency.clip_models import load_model
+from concept_frequency.clip_models import known, load_model
 from concept_frequency.concepts import caption_concepts, load_json, model_key
 from concept_frequency.config import MODELS
 from concept_frequency.datasets import TEMPLATES
 from concept_frequency.eval import concept_recall, per_class_accuracy
 from concept_frequency.joining import numbered
 from concept_frequency.tagging import load_spacy
-from shared import checkpoints, cli, run
+from shared import checkpoints, cli, export, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
@@ -40,13 +40,14 @@ class Config:
     """One model, any number of sets."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A model of the paper (`RN50|cc3m`), an open_clip name (`ViT-B-32`), or a run folder of ours."""
+    """A model of the paper (`RN50|cc3m`), an open_clip name (`ViT-B-32`), a run folder of any paper, local-dir:DIR with
+    what --export wrote, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = ()
     """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval with as many captions an image."""
     pretrained: str = ""
     """open_clip's tag or a checkpoint file (open_clip's, CyCLIP's, SLIP's layout); none: the paper's tag."""
     label: str = ""
-    """Name BACKBONE|CORPUS in the results; none: the model's."""
+    """Name in the results, such as BACKBONE|CORPUS; none: the model's."""
     prompts: tuple[str, ...] = ("class", "simple", "ensemble")
     """class: `{c}`, simple: `A photo of a {c}.`, ensemble: the set's templates, ensemble80: the 80 of ImageNet."""
     k: tuple[int, ...] = (1, 5, 10)
@@ -62,7 +63,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "authors"
     """Autocast of the encoders. authors: fp16 on a GPU, fp32 on a CPU, as theirs; the others as in training."""
 
@@ -92,6 +93,13 @@ def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min
     return found
 
 
+def label_of(cfg: Config) -> str:
+    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, else the model's own name."""
+    if "|" in cfg.model:
+        return cfg.model
+    return export.name_of(cfg.model) if known(cfg.model) else f"{cfg.model}|{Path(cfg.pretrained or 'random').stem}"
+
+
 def write(folder: Path, title: str, key: str, result: dict) -> None:
     """Add a model's result to a file in the authors' layout."""
     path = folder / f"{title}_results.json"
@@ -111,8 +119,7 @@ def main(cfg: Config) -> None:
     theirs = "fp16" if process.device.type == "cuda" else "fp32"
     precision = theirs if cfg.precision == "authors" else cfg.precision
     dtype = run.DTYPES[run.resolve_precision(precision, process.device)]
-    weights = Path(cfg.pretrained or "random").stem
-    label = cfg.label or (cfg.model if "|" in cfg.model else f"{Path(name).name}|{weights}")
+    label = cfg.label or label_of(cfg)
     key, out = model_key(label), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in cfg.sets:

@@ -8,7 +8,8 @@ all: a killed count goes on with those that are missing, and other concepts late
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -34,13 +35,14 @@ BATCH = 64  # images of a forward pass
 
 
 class Job(NamedTuple):
-    """Make the index or the tags of a part."""
+    """Make the index, the tags or the phrase counts of a part."""
 
     part: Part
     cfg: CountConfig
     target: str  # file to write
     names: tuple[str, ...] = ()
     table: str = ""  # file of a RowTable
+    phrases: str = ""  # file to write the phrase counts to, beside an index
 
 
 class Done(NamedTuple):
@@ -52,11 +54,56 @@ class Done(NamedTuple):
 
 
 def index_part(job: Job) -> Done:
-    """Tag the captions of a part and write their index."""
-    cfg, broken = job.cfg, []
-    captions = read_captions(job.part, cfg.caption_column, cfg.also, broken)
+    """Tag the captions of a part and write their index, and on the way their phrase counts."""
+    cfg, broken, phrases = job.cfg, [], Phrases(job.names if job.phrases else ())
+    captions = phrases.watch(read_captions(job.part, cfg.caption_column, cfg.also, broken))
     index = InvertedIndex.build(tag_captions(captions, cfg.spacy, cfg.exact, cfg.casefold, cfg.batch_captions))
+    if job.phrases:
+        Path(job.phrases).parent.mkdir(parents=True, exist_ok=True)
+        finish(job.phrases, phrases.save, index.num_documents, [])
     return finish(job.target, index.save, index.num_documents, broken)
+
+
+def phrase_part(job: Job) -> Done:
+    """Write the phrase counts of a part whose index was made before."""
+    phrases = Phrases(job.names)
+    captions = phrases.watch(read_captions(job.part, job.cfg.caption_column, job.cfg.also, []))
+    return finish(job.target, phrases.save, sum(1 for _ in captions), [])
+
+
+def words_of(text: str) -> list[str]:
+    """`A T-shirt, red` -> a, t-shirt, red."""
+    return re.findall(r"\w+(?:[-'’]\w+)*", text.replace("_", " ").lower())
+
+
+class Phrases:
+    """How many captions have each of some names as it is written: its words one behind the other, in any case."""
+
+    def __init__(self, names: Sequence[str]):
+        self.counts = np.zeros(len(names), dtype=np.int64)
+        self.starts: dict[str, list[tuple[list[str], int]]] = {}  # first word -> (words, number of the name)
+        for c, name in enumerate(names):
+            if words := words_of(name):
+                self.starts.setdefault(words[0], []).append((words, c))
+
+    def watch(self, captions: Iterable[str]) -> Iterator[str]:
+        """The captions, counted as they go by."""
+        for caption in captions:
+            if self.starts:
+                words = words_of(caption)
+                first = ((i, each) for i, word in enumerate(words) for each in self.starts.get(word, ()))
+                for c in {c for i, (wanted, c) in first if words[i : i + len(wanted)] == wanted}:
+                    self.counts[c] += 1
+            yield caption
+
+    def save(self, file: BinaryIO) -> None:
+        np.savez(file, counts=self.counts)
+
+
+def read_phrases(path: str) -> NDArray[np.int64]:
+    """(K,) captions with each name."""
+    with np.load(path, allow_pickle=False) as file:
+        return file["counts"]
 
 
 def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
@@ -211,6 +258,9 @@ class Counted(NamedTuple):
     image: NDArray[np.int64]
     kept: NDArray[np.int64]  # images among those that the similarity control keeps
     with_image: int
+    phrase: NDArray[np.int64] | int = 0  # captions with the name as it is written; 0 where that is not counted
+    searched: tuple[tuple[str, ...], ...] = ()  # of the sum: the terms that each concept was searched as
+    missing: tuple[tuple[str, ...], ...] = ()  # ... and those of its terms that no caption has
 
 
 def known_terms(job: tuple[str, frozenset[str]]) -> set[str]:

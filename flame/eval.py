@@ -27,6 +27,7 @@ from flame.incontext import few_shot_accuracy
 from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from flame.zeroshot import (
+    DualEncoder,
     TextFeatures,
     eval_transform,
     image_features,
@@ -35,7 +36,7 @@ from flame.zeroshot import (
     zero_shot,
     zero_shot_classifier,  # noqa: F401  (offered here, too)
 )
-from shared import checkpoints, cli, evaluation, run
+from shared import checkpoints, cli, evaluation, export, run
 from shared.probes import Probe, fit
 from shared.zeroshot import owners, retrieval_ranks
 
@@ -54,8 +55,11 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, or checkpoint files of the authors."""
+    """Run folders, or checkpoint files of the authors. As baselines: another paper's run folder, local-dir:DIR with
+    what --export wrote, MODEL@TAG of open_clip."""
     model: str = "ViT-B-16"
     """Image tower of checkpoint files: ViT-B-16, ViT-L-14 or ViT-L-16."""
     bank: str | None = None
@@ -88,7 +92,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the image tower, as in training."""
 
@@ -217,8 +221,10 @@ def retrieval(
     return named | {"chance": 100 / len(features)}
 
 
-def load_model(path: str | Path, cfg: Config) -> tuple[FLAME, TrainConfig]:
-    """Model in eval mode and configuration of a run folder, or of an authors' checkpoint file."""
+def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, TrainConfig]:
+    """Model in eval mode and configuration of a run folder, of an authors' checkpoint file, or of another model."""
+    if export.foreign(path, "flame"):
+        return DualEncoder(*export.load_model(str(path))).eval(), TrainConfig()
     path = Path(path)
     if path.is_dir():
         state = checkpoints.load_checkpoint(path / "checkpoint.pt")
@@ -244,7 +250,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "languages/text_to_image_R@1": ..., ...}."""
     model, train_cfg = load_model(path, cfg)
     model = model.to(process.device)
-    if not isinstance(model, TrainedText) and not (cfg.bank or train_cfg.bank):
+    if not isinstance(model, TrainedText | DualEncoder) and not (cfg.bank or train_cfg.bank):
         raise ValueError(f"{path} says no bank: name one with --bank, for its LLM and prompts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
@@ -272,7 +278,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat |= languages(model, texts, cfg, device, dtype)
     if cfg.probe:
         flat |= probe_metrics(model, cfg, device, dtype)
-    if cfg.few_shot and not isinstance(model, TrainedText):
+    if cfg.few_shot and not isinstance(model, TrainedText | DualEncoder):
         eval_set = open_set(cfg.few_shot, eval_transform(model), "classification")
         images, labels = zip(*((image, label) for _, image, label in eval_set), strict=True)
         lm, tokenizer = load_causal_lm(bank_config(cfg.bank or train_cfg.bank), device)

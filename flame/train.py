@@ -298,7 +298,7 @@ def main(cfg: Config) -> Path | None:
         raise ValueError(f"--cooldown {cfg.cooldown} is longer than the {total} steps of the run")
     curve = Curve(model, cfg, process.device, run.DTYPES[precision]) if cfg.eval_every and process.main else None
     first, start = folder.state["epoch"], folder.state["batch"]
-    folder.start(per_epoch * first + start, text_dim=text_dim, data=pairs.fingerprint)
+    folder.start(per_epoch * first + start, total, len(pairs), text_dim=text_dim, data=pairs.fingerprint)
     ddp = distributed(model, cfg) if process.world_size > 1 else model
     dataset = FacetDataset(pairs, cfg, model.visual.image_size[0], cfg.seed, bank, captions, tokenizer)
     loader = windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)
@@ -327,7 +327,7 @@ def main(cfg: Config) -> Path | None:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0)
-    folder.close()
+    folder.close("--sets FOLDER --language-sets --probe None")
     return folder.path
 
 

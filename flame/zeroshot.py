@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flame.bank import centred, open_bank
 from flame.config import Config
@@ -18,6 +18,23 @@ from flame.model import FLAME, TrainedText
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features
 
+
+class DualEncoder(nn.Module):
+    """Another model in FLAME's place, with image transform and tokenizer of its own: a baseline for FLAME's tables."""
+
+    def __init__(self, model: nn.Module, transform: Callable, tokenizer: Callable):
+        super().__init__()
+        self.model, self.transform, self.tokenizer = model, transform, tokenizer
+
+    def encode_image(self, images: Tensor, visual_only: bool = False) -> Tensor:
+        """(B, D) unit rows; as encoded for probes (`visual_only`)."""
+        features = self.model.encode_image(images)
+        return features if visual_only else F.normalize(features.float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)
+
+
 TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
 
 
@@ -25,13 +42,13 @@ def text_features(
     model: FLAME, cfg: Config, device: torch.device | str = "cpu", precision: torch.dtype = torch.float32,
     bank: str | None = None, load: bool = True,
 ) -> TextFeatures:  # fmt: skip
-    """The function that embeds texts for a run's evaluation: its bank's LLM, or its trained text transformer.
+    """The function that embeds texts for a run's evaluation: its bank's LLM, or a trained text transformer.
 
     `load`: whether the LLM may be loaded for texts that embed.py has not embedded. For a run that trained on summary
     facets alone, long captions are embedded with the single prompt, too.
     """
-    if isinstance(model, TrainedText):
-        tokenizer = open_clip.SimpleTokenizer(context_length=cfg.max_length)
+    if isinstance(model, TrainedText | DualEncoder):
+        tokenizer = getattr(model, "tokenizer", None) or open_clip.SimpleTokenizer(context_length=cfg.max_length)
 
         def trained(texts: Sequence[str], multi: bool = False) -> Tensor:
             was_training = model.training
@@ -66,7 +83,9 @@ def image_features(
 
 
 def eval_transform(model: FLAME) -> Callable:
-    """open_clip's evaluation transform, PIL image -> (3, H, H), at the model's image size."""
+    """open_clip's evaluation transform, PIL image -> (3, H, H), at the model's image size; of another model its own."""
+    if isinstance(model, DualEncoder):
+        return model.transform
     return open_clip.transform.image_transform(model.visual.image_size[0], is_train=False)
 
 

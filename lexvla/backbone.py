@@ -26,7 +26,10 @@ from shared import checkpoints, cli, data, run, tars
 @dataclasses.dataclass
 class Config:
     data: str = "data/emoji/train"
-    """Shards of the embedded corpus, whose .json says which emoji is drawn."""
+    """Shards; those of the embedded corpus say in .json which emoji is drawn."""
+    same: str = "hexcode"
+    """Field of .json in which pictures of the same thing agree. A picture without it is its own positive, in two
+    crops."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     out: str = "data/lexvla/backbone.pt"
@@ -51,21 +54,18 @@ class Config:
     seed: int = 0
     """Seed of weights, pairs and crops. One backbone serves all seeds of the experiment."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """auto, bf16, fp16 or fp32."""
 
 
-def drawings(spec: str, keys: list[str]) -> list[list[int]]:
-    """Rows of each emoji: which of `keys` are drawings of the same one, by the `hexcode` in a sample's .json."""
-    emoji_of = {}
-    for key, about in tars.descriptions(data.expand_shards(spec)):
-        emoji_of[key] = about.get("hexcode")
-    rows: dict[str, list[int]] = {}
+def drawings(spec: str, keys: list[str], same: str = "hexcode") -> list[list[int]]:
+    """Rows of each thing: which of `keys` show the same, by the field `same` of their .json; without it, one each."""
+    thing_of = {key: about.get(same) for key, about in tars.descriptions(data.expand_shards(spec))}
+    rows: dict[tuple, list[int]] = {}
     for row, key in enumerate(keys):
-        if emoji_of.get(key) is None:
-            raise ValueError(f"sample {key} of {spec} has no .json with a hexcode: this is for the embedded corpus")
-        rows.setdefault(emoji_of[key], []).append(row)
+        thing = thing_of.get(key)
+        rows.setdefault(("one", key) if thing is None else ("same", str(thing)), []).append(row)
     return list(rows.values())
 
 
@@ -112,10 +112,11 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
     """The trained ViT; `work` holds the checkpoint of the last epoch."""
     state = checkpoints.resume(work, cfg)
     data.check_pairs(pairs, cfg, state or {}, process)
-    rows = drawings(cfg.data, list(pairs.keys))
+    rows = drawings(cfg.data, list(pairs.keys), cfg.same)
+    run.say(f"{cfg.data}: {len(pairs):,} pictures of {len(rows):,} things, by their {cfg.same}", process)
     per_epoch = len(rows) // cfg.batch_size
     if not per_epoch:
-        raise ValueError(f"{cfg.data} draws {len(rows)} emoji, less than one batch of {cfg.batch_size}")
+        raise ValueError(f"{cfg.data} draws {len(rows)} things, less than one batch of {cfg.batch_size}")
     vit = small_vit(cfg.image_size).to(process.device).train()
     optimizer = torch.optim.AdamW(param_groups(vit, cfg.weight_decay), lr=cfg.lr, fused=True)
     first = 0
@@ -123,7 +124,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
         vit.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
-        print(f"going on after epoch {first} of {cfg.epochs}", flush=True)
+        run.say(f"going on after epoch {first} of {cfg.epochs}", process)
     transform = train_transform(cfg.out, cfg.image_size, cfg.crop_scale)
     precision = run.resolve_precision(cfg.precision, process.device)
     dataset = Views(pairs, rows, transform, cfg.seed)
@@ -145,7 +146,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
             losses.append(loss.item())
         mean = sum(losses) / per_epoch
         run.check_loss(torch.tensor(mean), (epoch + 1) * per_epoch)
-        print(f"backbone epoch {epoch + 1}: loss {mean:.3f}", flush=True)
+        run.say(f"backbone epoch {epoch + 1} of {cfg.epochs}: loss {mean:.3f}", process)
         data.report_broken(broken, process, f"backbone epoch {epoch + 1}")
         state = {"model": vit.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         state |= {"data": pairs.fingerprint, "config": dataclasses.asdict(cfg)}
@@ -164,7 +165,8 @@ def check_made(out: Path, cfg: Config) -> None:
         raise ValueError(f"{out} is no file of this script: choose another --out")
     free = {"out", "device", "workers"} | ({"data", "dataset_size"} if "data" in kept else set())
     now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
-    if what := checkpoints.changes(kept["config"], now):
+    then = {field.name: field.default for field in dataclasses.fields(cfg)}  # a field may be newer than the file
+    if what := checkpoints.changes(then | kept["config"], now):
         raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
     if "data" in kept and kept["data"] != data.open_pairs(cfg.data, cfg.dataset_size).fingerprint:
         raise ValueError(

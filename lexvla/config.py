@@ -1,6 +1,6 @@
 """Every setting of a LexVLA run, its presets, and what is refused before a run starts.
 
-Presets named cc12m* are the paper's (one setting and its ablations); `emoji*` are ours.
+Presets named cc12m* are the paper's (one setting and its ablations); `emoji*` and `small` are ours.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Literal
 
 from lexvla.model import LLAMA_LINEARS
 from shared import cli
-from shared.presets import EMBEDDED, Row
+from shared.presets import EMBEDDED, OWN, Row
 
 
 @dataclasses.dataclass
@@ -120,7 +120,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles and crops."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Norms, penalties and losses are in fp32 always."""
     workers: int = 8
@@ -133,21 +133,18 @@ class Config:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Epochs between retrieval evaluations on `eval_set`; 0: never during training."""
-    eval_set: str = "data/emoji/eval/retrieval_ood"
+    eval_set: str = ""
     """Retrieval set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
 
 
 PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True, accumulate=4)
-EMOJI = Config(
-    data="data/emoji/train",
-    backbone="data/lexvla/backbone.pt",
+SMALL = Config(
+    backbone="facebook/dinov2-small",
     encode_once=True,
-    image_size=40,
     adapter_hidden=256,
     lm="data/smollm2-135m",
-    states="data/lexvla/states.pt",
     lora_rank=16,
     lora_alpha=32.0,
     min_count=5,
@@ -164,7 +161,15 @@ EMOJI = Config(
     warmup=50,
     workers=0,
     save_every=200,
+)
+EMOJI = dataclasses.replace(
+    SMALL,
+    data="data/emoji/train",
+    backbone="data/lexvla/backbone.pt",
+    image_size=40,
+    states="data/lexvla/states.pt",
     eval_every=5,
+    eval_set="data/emoji/eval/retrieval_ood",
 )
 
 
@@ -173,6 +178,7 @@ def _row(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
 
 
 PRESETS = {
+    "small": ("LexVLA with the overuse penalty on your own --data and the --states of their captions, small", SMALL),
     "emoji": ("LexVLA with the overuse penalty on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-none": _row("... without a penalty", EMOJI, penalty="none"),
     # both weights by recall and shared words on the ID set, of a seed that the results do not use (README, 24)
@@ -239,6 +245,7 @@ def check_model(cfg: Config) -> None:
 CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"
 PAPER_ROWS = {
     "train": {
+        "small": OWN,
         **dict.fromkeys(("emoji", "emoji-none", "emoji-flops", "emoji-bow", "emoji-dense"), EMBEDDED),
         "cc12m": Row("Tables 1 and 2, LexVLA", CC12M, A100, "active words 1,081 of 17,149"),
         "cc12m-flops": Row("Table 1, FLOPs loss", CC12M, A100),

@@ -30,9 +30,15 @@ from lexvla.plots import plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, patch_side
-from shared import checkpoints, cli, data, evaluation, run
+from shared import checkpoints, cli, data, evaluation, export, run
 from shared.evalsets import EvalSet
-from shared.zeroshot import classification_metrics, extract_image_features, owners, retrieval_ranks_from_scores
+from shared.zeroshot import (
+    classification_metrics,
+    evaluate,
+    extract_image_features,
+    owners,
+    retrieval_ranks_from_scores,
+)
 
 EMOJI = "data/emoji/eval/"
 SET = "retrieval_ood"  # on which arms are compared
@@ -58,8 +64,11 @@ LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both s
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders."""
+    """Run folders. For zero-shot and retrieval alone also another paper's, local-dir:DIR with what --export wrote, or
+    MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
     patchdis: str | None = "data/lexvla/scenes"
@@ -84,7 +93,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
 
@@ -263,11 +272,20 @@ def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ one checkpoint
 
 
+def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Zero-shot and retrieval of another paper's run, an export or MODEL@TAG: a dual encoder without words to show."""
+    model, transform, tokenizer = export.load_model(path, device)
+    found = evaluate(model, tokenizer, transform, cfg.sets, device, cfg.batch_size, dtype, cfg.workers)
+    return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
+
+
 @torch.no_grad()
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """Every measurement of one run, flat: {"retrieval_ood/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
     precision = run.resolve_precision(cfg.precision, process.device)
     dtype = run.DTYPES[precision]
+    if export.foreign(path, "lexvla"):
+        return other_model(path, cfg, process.device, dtype)
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
     if cfg.patchdis:
@@ -373,7 +391,7 @@ def word_plots(
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    if not (checkpoint := Path(path) / "checkpoint.pt").is_file():
+    if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
     scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)

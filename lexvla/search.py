@@ -26,6 +26,8 @@ from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features
 
+EMOJI = "data/emoji/eval/names_ood"
+
 
 @dataclasses.dataclass
 class Search:
@@ -33,8 +35,9 @@ class Search:
     """Run folder."""
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """Words to search for."""
-    images: str = "data/emoji/eval/names_ood"
-    """Set whose images are searched, in the CLIP-benchmark webdataset layout."""
+    images: str = ""
+    """Set whose images are searched, in the CLIP-benchmark webdataset layout; for a run on the embedded corpus its
+    names_ood."""
     k: int = 10
     """Images to show."""
 
@@ -150,7 +153,10 @@ def search(cfg: Search) -> None:
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
-    eval_set = EvalSet(cfg.images, eval_transform(train_cfg.backbone, train_cfg.image_size))
+    images = cfg.images or (EMOJI if train_cfg.data.startswith("data/emoji") else "")
+    if not images:
+        raise ValueError(f"--images is missing: {cfg.run} was trained on {train_cfg.data}; name a set to search")
+    eval_set = EvalSet(images, eval_transform(train_cfg.backbone, train_cfg.image_size))
     index, names = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
     query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
     if not query.any():

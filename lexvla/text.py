@@ -23,7 +23,6 @@ import torch
 import tyro
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lexvla.model import EXAMPLE, FOCUS, LexVLA, bag_of_words, last_token, lexical_prompt, refine_vocabulary
 from shared import checkpoints, cli, data, run
@@ -55,7 +54,7 @@ class Config:
     batch_size: int = 128
     """Captions per forward pass."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Number type of the LM's weights: bf16, fp16, fp32, or auto."""
 
@@ -213,7 +212,8 @@ def compute_states(
         prefix = DynamicCache()
         if length:
             lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True, **{keyword: prefix})
-        for start in tqdm(range(0, len(rows), batch_size), desc="captions", unit="batch", disable=None):
+        starts = range(0, len(rows), batch_size)
+        for start in run.progress(starts, len(starts), "captions", batch_size, unit="caption"):
             chosen = order[start : start + batch_size]
             ids, mask = (x.to(device) for x in pad([rows[i][length:] for i in chosen]))
             cache = copy.deepcopy(prefix)

@@ -50,7 +50,8 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
         if "/" in name:
             from transformers import AutoModel, Dinov2Config, Dinov2Model
 
-            vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config(patch_size=14))
+            sizes = {"hidden_size": 384, "num_attention_heads": 6} if name.endswith("dinov2-small") else {}
+            vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config(patch_size=14, **sizes))
             return vit, vit.config.hidden_size, patch_side(vit)
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
     except (OSError, RuntimeError, TypeError) as error:

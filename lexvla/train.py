@@ -18,7 +18,6 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from lexvla.checkpoints import frozen_fingerprint, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
@@ -87,7 +86,7 @@ class TokenDataset(Dataset):
         self.pairs, self.normalise = pairs, data.as_it_is
         items = DataLoader(views, batch_size=256, collate_fn=lambda items: items)
         tokens, self.captions, self.broken = [], [], []
-        for batch in tqdm(items, desc="images through the frozen backbone", unit="batch", disable=None):
+        for batch in run.progress(items, len(items), "images through the frozen backbone", unit="batch"):
             pixels = views.normalise(torch.stack([pixels for pixels, _, _ in batch]).to(device))
             with run.autocast(precision, device):
                 tokens.append(image.frozen(pixels).half().cpu())
@@ -296,7 +295,8 @@ def main(cfg: Config) -> Path | None:
     folder.restore(optimizer=optimizer, scaler=scaler)
     per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
     kept = {"vocab_ids": folder.state["vocab_ids"], "bias": folder.state["bias"], "backbone": frozen_fingerprint(model)}
-    folder.start(per_epoch * first + folder.state["batch"], data=pairs.fingerprint, **kept)
+    done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
+    folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
     transform, start = eval_transform(cfg.backbone, cfg.image_size), folder.state["batch"]
@@ -313,7 +313,7 @@ def main(cfg: Config) -> Path | None:
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
             pixels = dataset.normalise(pixels.to(device, non_blocking=True))
             on_device = pixels, tuple(x.to(device, non_blocking=True) for x in text)
-            lr = cosine_lr(step - 1, cfg.lr, per_epoch * cfg.epochs, cfg.warmup)
+            lr = cosine_lr(step - 1, cfg.lr, total, cfg.warmup)
             losses = train_step(ddp, on_device, optimizer, step, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
                 folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **run.over_ranks(losses))
@@ -328,7 +328,7 @@ def main(cfg: Config) -> Path | None:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0, weights=trained_weights(model))
-    folder.close()
+    folder.close("--sets FOLDER --patchdis None")
     return folder.path
 
 

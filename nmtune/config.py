@@ -1,14 +1,14 @@
 """Every setting of pre-training, tuning, fine-tuning and the study of one encoder; presets and their checks.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Presets of pre-training are what the
-names of its checkpoints tell, those of tuning the commands of its README; `emoji*` are ours.
+names of its checkpoints tell, those of tuning the commands of its README; `emoji*` and `small*` are ours.
 """
 
 import dataclasses
 from typing import Literal
 
 from shared import cli
-from shared.presets import EMBEDDED, NOT_STATED, Row
+from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
 
 # -------------------------------------------------------------------------------------------------------- pre-training
 
@@ -73,7 +73,7 @@ class PretrainConfig:
     seed: int = 0
     """Seed of initial weights, noise, shuffles and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
     workers: int = 8
@@ -88,8 +88,7 @@ class PretrainConfig:
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
 
-EMOJI_SUPERVISED = PretrainConfig(  # little augmentation and decay: it is to memorise a part of the wrong labels
-    data="data/emoji:subgroup:pretrain",
+SMALL_SUPERVISED = PretrainConfig(  # little augmentation and decay: it is to memorise a part of the wrong labels
     model="resnet_emoji",
     epochs=20,
     batch_size=128,
@@ -101,8 +100,11 @@ EMOJI_SUPERVISED = PretrainConfig(  # little augmentation and decay: it is to me
     workers=0,
     save_every=200,
 )
-EMOJI_CLIP = dataclasses.replace(
-    EMOJI_SUPERVISED, kind="clip", model="ViT-emoji", epochs=18, lr=1e-3, warmup=64, weight_decay=0.2
+SMALL_CLIP = dataclasses.replace(
+    SMALL_SUPERVISED, kind="clip", model="ViT-emoji", epochs=18, lr=1e-3, warmup=64, weight_decay=0.2
+)
+EMOJI_SUPERVISED, EMOJI_CLIP = (
+    dataclasses.replace(cfg, data="data/emoji:subgroup:pretrain") for cfg in (SMALL_SUPERVISED, SMALL_CLIP)
 )
 IN1K = PretrainConfig()
 YFCC = PretrainConfig(
@@ -123,6 +125,8 @@ def noise_levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict
 
 
 PRETRAIN_PRESETS = {
+    "small-sup": ("small ResNet on your own labelled --data; --noise flips labels", SMALL_SUPERVISED),
+    "small-clip": ("small CLIP on your own --data; --noise swaps captions", SMALL_CLIP),
     **noise_levels("emoji-sup", "small ResNet on emoji subgroups, minutes on one CPU core", EMOJI_SUPERVISED),
     **noise_levels("emoji-clip", "small CLIP on emoji captions, minutes on one CPU core", EMOJI_CLIP),
     **noise_levels("in1k-rn50", "ResNet-50 on ImageNet-1K labels", IN1K),
@@ -224,7 +228,7 @@ class Config:
     seed: int = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder; heads and losses are in fp32 always."""
     workers: int = 4
@@ -356,7 +360,7 @@ class FinetuneConfig:
     seed: int = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder; losses are in fp32 always."""
     workers: int = 4
@@ -425,7 +429,7 @@ class StudyConfig:
     batch_size: int = 64
     """Images per step."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
 
 
 # ---------------------------------------------------------------------------------------- rows of the paper's tables
@@ -460,7 +464,7 @@ def pretraining_row(name: str) -> Row:
 
 
 PAPER_ROWS = {
-    script: {name: EMBEDDED if name.startswith("emoji") else row(name) for name in presets}
+    script: {name: {"emoji": EMBEDDED, "small": OWN}.get(name.split("-")[0]) or row(name) for name in presets}
     for script, presets, row in (
         ("pretrain", PRETRAIN_PRESETS, pretraining_row),
         ("train", PRESETS, tuning_row),

@@ -171,6 +171,8 @@ def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of nmtune.train; with --report, encoder folders ARM-seedN of nmtune.pretrain and
     nmtune.encoder_study."""
@@ -189,7 +191,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "fp32"
     """Autocast of the encoder, as in training."""
 

@@ -287,6 +287,9 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
         if not len(kept) or not len(rest):
             raise ValueError(f"{path} has too few rows to keep some for testing; add test_features and test_labels")
         sets["test"] = train.features[0, rest], train.labels[rest]
+        run.say(
+            f"{path} has no test set: {len(rest):,} of {len(labels):,} rows, {holdout:.0%} of each class, are held out"
+        )
         train = Bank(train.features[:, kept], train.labels[kept])
     return FeatureSets(train, sets, [str(name) for name in classnames])
 

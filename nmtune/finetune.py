@@ -160,7 +160,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
 
     steps, first, start = math.ceil(len(images) / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
     total, weights = steps * cfg.epochs, (cfg.w_cov, cfg.w_svd)
-    folder.start(steps * first + start, data=images.fingerprint, classnames=images.classnames)
+    folder.start(steps * first + start, total, len(images), data=images.fingerprint, classnames=images.classnames)
     pixels, normalise = data.in_two(train_view)
     views, epochs = Views(images, pixels, cfg.seed), range(first, cfg.epochs)
     loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
@@ -184,7 +184,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     results = test_metrics(model, tests, images, eval_view, process, precision, cfg.workers)
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)
-    folder.close()
+    folder.close(then="")
     shown = [f"{name} {value:.2f} %" for name, value in results.items() if name.endswith("top1")]
     print(f"{folder.path}: {', '.join(shown) or 'no test set was named'}")
     return folder.path

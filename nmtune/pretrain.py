@@ -335,7 +335,7 @@ def main(cfg: PretrainConfig) -> Path | None:
 
     per_epoch = -(-len(samples) // cfg.batch_size)
     total = per_epoch * cfg.epochs
-    folder.start(per_epoch * first + start, data=samples.fingerprint, noise=noise)
+    folder.start(per_epoch * first + start, total, len(samples), data=samples.fingerprint, noise=noise)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
     loader = training_batches(samples, cfg, process, range(first, cfg.epochs), start)
@@ -357,7 +357,7 @@ def main(cfg: PretrainConfig) -> Path | None:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         start = 0
     folder.save(total, epoch=cfg.epochs, batch=0)
-    folder.close()
+    folder.close(then=f"python -m nmtune.train nmtune --encoder {cfg.out} --data FOLDER")
     return folder.path
 
 

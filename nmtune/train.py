@@ -199,7 +199,7 @@ def main(cfg: Config) -> Path | None:
     steps, first, start = math.ceil(source.size / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
     total, weights = steps * cfg.epochs, cfg.weights
     about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint}
-    folder.start(steps * first + start, **about)
+    folder.start(steps * first + start, total, source.size, **about)
     batches = source.batches(range(first, cfg.epochs), start)
     for epoch in range(first, cfg.epochs):
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"

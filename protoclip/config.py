@@ -1,6 +1,7 @@
 """Every setting of a ProtoCLIP run, its presets, and what is refused before a run starts.
 
-Presets named cc3m-* are the commands in the README of megvii-research/protoclip@fde1933; `emoji*` are ours.
+Presets named cc3m-* are the commands in the README of megvii-research/protoclip@fde1933; `emoji*` and `small*` are
+ours.
 """
 
 import dataclasses
@@ -8,7 +9,7 @@ import math
 from typing import Literal
 
 from shared import cli, export
-from shared.presets import EMBEDDED, Row
+from shared.presets import EMBEDDED, OWN, Row
 from shared.pretrained import LITE0
 
 
@@ -116,7 +117,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, episodes, shuffles and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
     workers: int = 8
@@ -131,7 +132,7 @@ class Config:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Episodes between zero-shot evaluations on `eval_set`; 0: never during training."""
-    eval_set: str = "data/emoji/eval/names_ood"
+    eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
@@ -154,16 +155,14 @@ class Config:
 PAPER = Config(dataset_size=2_500_000, lit_start=399, gather_with_grad=False)
 CLIP = dict(w_proto=0.0, w_external=0.0, infonce_warmup=0, lit_start=None, episode_size=2_500_000)
 ONE_GPU = dict(batch_size=64, lr=5e-5, warmup=2_000)
-EMOJI = Config(
-    data="data/emoji/train_names",
-    model="ResNet-emoji",
+SMALL = Config(
+    model="RN-emoji",
+    image_size=64,
     hidden_dim=512,
     projection_dim=64,
-    external_teacher="data/emoji/teacher.npz",
+    w_external=0.0,
     keep_in_memory=True,
     distinct_captions=True,
-    crop=(0.7, 1.4),
-    crop_ratio=(0.85, 1.18),
     augmentation="default",
     k=200,
     episodes=30,
@@ -176,10 +175,22 @@ EMOJI = Config(
     max_grad_norm=1.0,
     workers=0,
     save_every=200,
+)
+EMOJI = dataclasses.replace(
+    SMALL,
+    data="data/emoji/train_names",
+    model="ResNet-emoji",
+    image_size=None,
+    w_external=1.0,
+    external_teacher="data/emoji/teacher.npz",
+    crop=(0.7, 1.4),
+    crop_ratio=(0.85, 1.18),
     eval_every=4,
     eval_set="data/emoji/eval/bare_names_ood",
 )
 PRESETS = {
+    "small": ("ProtoCLIP on your own --data, without a teacher, small", SMALL),
+    "small-clip": ("its CLIP baseline", dataclasses.replace(SMALL, w_proto=0.0)),
     "emoji": ("ProtoCLIP on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-clip": (
         "its CLIP baseline: the same samples, augmentation and steps",
@@ -251,6 +262,7 @@ CC3M, ONE, EIGHT = "CC3M, 2.5M pairs", "1", "8 x 2080 Ti"
 NUMBERS = "ImageNet zero-shot {}, linear probe {} %; COCO mean recall {} %"
 PAPER_ROWS = {
     "train": {
+        **dict.fromkeys(("small", "small-clip"), OWN),
         "emoji": EMBEDDED,
         "emoji-clip": EMBEDDED,
         "cc3m-rn50": Row(README + "ProtoCLIP, 8 GPUs", CC3M, EIGHT, NUMBERS.format(21.47, 55.22, 35.69)),

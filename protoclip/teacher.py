@@ -49,7 +49,7 @@ class Config:
     batch_size: int = 256
     """Captions per forward pass."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast of the encoder; fp32 is upstream's."""
 

@@ -286,7 +286,7 @@ class EpisodicData:
         self.cfg, self.process, self.tokenizer, self.broken = cfg, process, tokenizer, []
         self.episodes = Episodes(cfg)
         pairs = self.episodes.pairs
-        self.fingerprint = None if pairs is None else pairs.fingerprint
+        self.fingerprint, self.samples = (None, None) if pairs is None else (pairs.fingerprint, len(pairs))
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
@@ -382,7 +382,8 @@ def main(cfg: Config) -> Path | None:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
-    folder.start(per_episode * first + start, data=episodes.fingerprint, name=cfg.out)
+    total = per_episode * cfg.episodes
+    folder.start(per_episode * first + start, total, episodes.samples, data=episodes.fingerprint, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
     for episode in range(first, cfg.episodes):
@@ -409,7 +410,7 @@ def main(cfg: Config) -> Path | None:
         data.report_broken(episodes.broken, process, f"episode {episode + 1}")
         if folder.due(done) or last:
             folder.save(done, episode=episode + 1, epoch=episode + 1, batch=0, prototypes=None)
-    folder.close()
+    folder.close("--sets FOLDER --gap FOLDER --probe")
     return folder.path
 
 

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+ROOT = Path(__file__).parent.parent
+
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` so that `path` always holds a whole file.
@@ -88,6 +90,20 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise ValueError(
             f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
         ) from error
+
+
+def trained_by(run: str | Path) -> str | None:
+    """The paper whose script wrote a run folder's checkpoint; None if there is none, or it is too old to say so and the
+    path does not, either."""
+    file = Path(run) / "checkpoint.pt"
+    if not file.is_file():
+        return None
+    try:  # of large ones nothing but this is read
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # who loads it will say what is wrong
+        return None
+    said = state.get("paper") if isinstance(state, dict) else None
+    return next((name for name in ([said] if said else file.parts) if (ROOT / name / "eval.py").is_file()), None)
 
 
 def config_in(state: Any, config: type, path: str | Path) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shared.clip import set_grad_checkpointing
-from shared.run import finish
+from shared.run import QUIET, finish
 
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M as its authors give it, 10 TB in shards
 
@@ -26,6 +26,13 @@ def check_data(config: Any, example: str) -> None:
         )
     if config.data.startswith("data/emoji") and not Path(config.data).exists():
         raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
+    check_eval_set(config)
+
+
+def check_eval_set(config: Any) -> None:
+    """ValueError if a training is to evaluate, and its set is not named or not there."""
+    if config.eval_every and not config.eval_set:
+        raise ValueError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
     if config.eval_every and not Path(config.eval_set).is_dir():
         raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
@@ -152,9 +159,19 @@ def fail(sentence: str) -> None:
 
 
 def command_line(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2."""
+    """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2.
+
+    Every script takes --quiet, which its own options need not name.
+    """
+    loud, words = os.environ.get(QUIET), [word for word in sys.argv if word != "--quiet"]
+    if len(words) < len(sys.argv):
+        sys.argv[:], os.environ[QUIET] = words, "1"
     try:
         main()
+    except SystemExit as stop:
+        if stop.code == 0 and {"--help", "-h"} & set(sys.argv):
+            print("--quiet leaves out lines about progress; every script takes it.")
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
@@ -166,6 +183,10 @@ def command_line(main: Callable[[], Any]) -> None:
         if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
         fail(f"the checkpoint holds weights of another model: {str(error)[:300]}")
+    except TypeError as error:
+        if "MPS" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail(f"--device mps: this script computes what Apple's GPUs cannot ({error}); use --device cpu")
     except MemoryError:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
@@ -173,5 +194,8 @@ def command_line(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        os.environ.pop(QUIET, None)
+        if loud is not None:
+            os.environ[QUIET] = loud
         with contextlib.suppress(Exception):
             finish()

@@ -17,6 +17,7 @@ import codecs
 import csv
 import hashlib
 import io
+import json
 import os
 import shutil
 import socket
@@ -259,6 +260,27 @@ class Shards:
         last = self.shard_of(len(self.keys) - 1)
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
+    def cut(self) -> list[str]:
+        """A sentence on each damaged shard: how far it could be read, and how many pairs it should have: as many as
+        img2dataset's FILE_stats.json says, or as its neighbours have."""
+        damaged, found = {each.key for each in self.broken}, []
+        ends = self._starts[1:].tolist()
+        counts = np.diff(self._starts).tolist()
+        whole = [count for path, count in zip(self.paths, counts, strict=True) if str(path) not in damaged]
+        for path, count, end in zip(self.paths, counts, ends, strict=True):
+            if str(path) not in damaged:
+                continue
+            rows = self._spans[end - count : end]
+            read = int((rows[:, [0, 2]] + rows[:, [1, 3]]).max()) if len(rows) else 0
+            size = os.path.getsize(path)
+            about = f"{path} is truncated or damaged: read up to byte {read:,} of {size:,}, {count:,} pairs"
+            if expected := told_by(path):
+                about += f" of the {expected:,} that its _stats.json tells"
+            elif whole:
+                about += f"; its neighbours have {int(np.median(whole)):,}"
+            found.append(about)
+        return found
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -296,6 +318,15 @@ class Shards:
         _, _, offset, size = self._spans[row].tolist()
         text = self._bytes(row, offset, min(size, CAPTION_BYTES))
         return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
+
+
+def told_by(shard: str) -> int | None:
+    """How many samples img2dataset has written into a shard, from the file that it leaves beside it."""
+    path = Path(shard).with_name(f"{Path(shard).stem}_stats.json")
+    try:
+        return int(json.loads(path.read_text())["successes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
@@ -371,7 +402,10 @@ def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> 
 
 
 def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
-    """Print a sentence if --dataset-size is not what the data hold; of windows of shards nobody knows it beforehand."""
+    """Print a sentence if --dataset-size is not what the data hold, and on each damaged shard; of windows of shards
+    nobody knows it beforehand."""
+    for sentence in pairs.cut()[:5] if process.main and isinstance(pairs, Shards) else ():
+        print(sentence)
     total, wanted = getattr(pairs, "total", None), cfg.dataset_size
     if process.main and total is not None and wanted is not None and total != wanted:
         unlike = "fewer than" if total < wanted else "of which the first are kept by"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoints import read_json, write_json
+from shared.checkpoints import read_json, trained_by, write_json
 from shared.run import commit, read_metrics
 
 
@@ -45,10 +45,15 @@ def named(path: str | Path) -> bool:
 def results_folder(path: str | Path, cfg: Any) -> Path:
     """Where results.json and results.md of a run folder, a checkpoint file or MODEL@TAG lie.
 
-    In the run folder; in FILE.eval/ beside a file; in runs/PAPER/MODEL@TAG/, PAPER being the folder of `cfg`'s class.
+    In the run folder; in FILE.eval/ beside a file; in runs/PAPER/MODEL@TAG/, PAPER being the folder of `cfg`'s class,
+    and so with `local-dir:DIR` and with another paper's run, which has results of its own.
     """
+    paper = Path(inspect.getfile(type(cfg))).parent.name
     if named(path):
-        return Path("runs", Path(inspect.getfile(type(cfg))).parent.name, str(path).replace("/", "-"))
+        return Path("runs", paper, str(path).replace("/", "-"))
+    folder = Path(str(path).removeprefix("local-dir:"))
+    if str(folder) != str(path) or trained_by(folder) not in (None, paper):
+        return Path("runs", paper, folder.resolve().name)
     return Path(path) if Path(path).is_dir() else Path(path).with_suffix(".eval")
 
 
@@ -65,7 +70,9 @@ def measured_run(
     evaluation set, one of `files`, or a field of `cfg` has changed, other than those that change no number.
     """
     path, folder = Path(path), results_folder(path, cfg)
-    weights = [path] if path.is_file() else [each for each in [path / "checkpoint.pt"] if each.is_file()]
+    inside = Path(str(path).removeprefix("local-dir:"))
+    inside = [inside / name for name in ("checkpoint.pt", "open_clip_model.safetensors")]
+    weights = [path] if path.is_file() else [file for file in inside if file.is_file()]
     unimportant = ("runs", "report", "export", "times", "curve", "workers", "device")
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
     sources = [*weights, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
@@ -73,7 +80,7 @@ def measured_run(
     def measure_and_show() -> dict[str, float]:
         metrics = measure(folder)
         if (path / "metrics.jsonl").is_file():
-            metrics["seconds"] = read_metrics(folder, "seconds")[-1]["seconds"]
+            metrics["seconds"] = read_metrics(path, "seconds")[-1]["seconds"]
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
         (folder / "results.md").write_text(table(rows) + "\n")

@@ -9,9 +9,15 @@
     clip_benchmark eval --model local-dir:DIR --pretrained "" --no_amp --batch_size 256 --num_workers 1 \\
         --dataset wds/names_ood --dataset_root 'data/emoji/eval/{dataset}' --task zeroshot_classification \\
         --output names_ood.json
+
+`load_model` takes such a folder, MODEL@TAG of open_clip, or a run folder of any paper, which its eval.py exports.
 """
 
+import contextlib
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +28,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import shared.resnet  # noqa: F401  (registers its model with timm)
 from shared import checkpoints
+from shared.checkpoints import ROOT, trained_by
+from shared.clip import without_padding
+from shared.evaluation import named
 
+LOCAL = "local-dir:"
+KINDS = "a run folder, local-dir:DIR with what --export wrote, or MODEL@TAG of open_clip"
 TOLERANCE = 1e-5  # of unit features: rounding of another order of sums, no more
 
 
@@ -50,6 +61,73 @@ def open_clip_config(name: str) -> dict:
     if config is None:
         raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
     return config
+
+
+# ------------------------------------------------------------------------------------------- any model of these papers
+
+
+def local_folder(source: str | Path) -> Path | None:
+    """The folder of `local-dir:DIR`, or DIR, if an export is in it."""
+    path = Path(str(source).removeprefix(LOCAL))
+    return path if (path / "open_clip_config.json").is_file() else None
+
+
+def foreign(source: str | Path, paper: str) -> bool:
+    """Whether this is a model, but no run or file of this paper: another paper's run, an export, MODEL@TAG."""
+    return named(source) or local_folder(source) is not None or trained_by(source) not in (None, paper)
+
+
+def exported(run: str | Path) -> Path:
+    """A run as a folder that open_clip loads, RUN/open_clip: made by its paper's eval.py where it is missing, or older
+    than the checkpoint. ValueError if it cannot be."""
+    run, folder = Path(run), Path(run) / "open_clip"
+    if (paper := trained_by(run)) is None:
+        raise ValueError(f"{run}/checkpoint.pt does not say whose it is: export it first, python -m FOLDER.eval {run}")
+
+    def is_fresh() -> bool:
+        made = folder / "open_clip_config.json"  # written last
+        return made.is_file() and made.stat().st_mtime >= (run / "checkpoint.pt").stat().st_mtime
+
+    if is_fresh():
+        return folder
+    new = run / f"open_clip.{os.getpid()}"
+    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "SLURM_NTASKS")}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [alone.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", f"{paper}.eval", str(run), "--export", str(new), "--device", "cpu"]
+    done = subprocess.run(command, env=alone | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(new, ignore_errors=True)
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+        raise ValueError(f"{run}, a run of {paper}, is no model to be used here: {why}")
+    if not is_fresh():  # else another process was faster
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.replace(new, folder)
+    shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def name_of(source: str) -> str:
+    """What scores of a model are filed under: MODEL@TAG, or the name of its folder."""
+    return source if named(source) else Path(source.removeprefix(LOCAL)).resolve().name
+
+
+def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable, Callable]:
+    """(model in eval mode, image transform, tokenizer) of one of KINDS. ValueError if it is none of them."""
+    folder = local_folder(source)
+    if folder is None and (Path(source) / "checkpoint.pt").is_file():
+        folder = exported(source)
+    name, _, tag = (f"{LOCAL}{folder}", "", "") if folder else source.partition("@")
+    if not folder and (not named(source) or tag not in open_clip.list_pretrained_tags_by_model(name)):
+        raise ValueError(f"{source} is no model that can be used here: it takes {KINDS}")
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
+    return without_padding(model).to(device).eval(), transform, open_clip.get_tokenizer(name)
+
+
+# ---------------------------------------------------------------------------------------------------------- exporting
 
 
 def write(

@@ -32,6 +32,7 @@ class Row(NamedTuple):
 
 
 EMBEDDED = Row("ours", "embedded corpus", "none: CPU", "none: other data")
+OWN = Row("ours", "your own", "none: CPU", "none: other data")
 
 
 def folders() -> list[str]:

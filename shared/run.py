@@ -1,4 +1,4 @@
-"""A process and its run folder: start-up, gathering over processes, precision, resume, save, log, progress.
+"""A process and its run folder: start-up, gathering over processes, precision, signs of life, resume, save, log.
 
 Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothing here knows of any paper.
 """
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -56,20 +56,26 @@ class Process(NamedTuple):
 def setup(seed: int, device: str = "auto") -> Process:
     """Seed every generator and join the process group if torchrun (or SLURM) started us.
 
-    `device` is auto (CUDA if there is one), cpu, cuda or cuda:N. Of several processes each takes the GPU of its local
-    rank, modulo their number; where torchrun starts more of them than there are GPUs, they talk by gloo, since NCCL
-    refuses to share one. On a CPU the flash kernel of scaled dot product attention is switched off: its backward pass
-    is several times slower than the plain one at a few dozen tokens.
+    `device` is auto (CUDA if there is one), cpu, cuda, cuda:N, or mps on a Mac. Of several processes each takes the GPU
+    of its local rank, modulo their number; where torchrun starts more of them than there are GPUs, they talk by gloo,
+    since NCCL refuses to share one. On a CPU the flash kernel of scaled dot product attention is switched off: its
+    backward pass is several times slower than the plain one at a few dozen tokens.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"there is no device {device!r}: --device is auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"there is no device {device!r}: --device is auto, cpu, cuda, cuda:N or mps")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' was asked for, but torch sees no GPU of a Mac; use --device cpu")
+    if device == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--device mps is one GPU, which one process uses: start the script without torchrun")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
     crowded = device.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
-    info = init_distributed_device_so(device, "gloo" if crowded else None, no_set_device_rank=True)
-    place = torch.device(info["device"])
+    info = init_distributed_device_so(
+        "cpu" if device == "mps" else device, "gloo" if crowded else None, no_set_device_rank=True
+    )
+    place = torch.device(device if device == "mps" else info["device"])
     if place.type == "cuda" and info["distributed"]:  # SLURM may show each process its own GPU alone, as number 0
         place = torch.device("cuda", info["local_rank"] % torch.cuda.device_count())
     if place.index is not None:
@@ -165,6 +171,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
         raise ValueError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     if name != "auto":
         return name
+    if device.type == "mps":  # untried here, and its half precisions differ by version
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     native = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile")]
@@ -175,6 +183,74 @@ def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autoca
     """Autocast region for a forward pass; `precision` is bf16, fp16 or fp32 (then it does nothing), or such a dtype."""
     dtype = DTYPES.get(precision, precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- signs of life
+
+QUIET = "PAPER_CLIPS_QUIET"  # in the environment: no signs of life
+EVERY = 60.0  # seconds: off a terminal, long work says so often how far it is
+_last = time.monotonic()  # when a line was said
+
+
+def quiet() -> bool:
+    """Whether --quiet was passed, or the environment says so, as a study does for its runs."""
+    return bool(os.environ.get(QUIET))
+
+
+def say(text: str, process: Process | None = None) -> None:
+    """Print a line about what is going on, above a progress bar if there is one; nothing if `quiet`, or on ranks other
+    than 0."""
+    global _last
+    if not quiet() and (process is None or process.main):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        _last = time.monotonic()
+
+
+def silent(seconds: float = EVERY) -> bool:
+    """Whether a line is due: nothing was said for so long, no terminal shows a progress bar, and not `quiet`."""
+    return time.monotonic() - _last >= seconds and not sys.stderr.isatty() and not quiet()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 0:01:40."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+@contextlib.contextmanager
+def counting(
+    total: int | None, label: str | None, unit: str = "image", process: Process | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Gives `tick(n, note)`, to be called whenever n of `total` things are done: a bar on a terminal, elsewhere a line
+    a minute, with things a second and the time left; nothing if `quiet`, or on ranks other than 0."""
+    shown = not quiet() and (process is None or process.main)
+    how = {"leave": False, "unit": unit, "unit_scale": True, "dynamic_ncols": True}
+    done, start = 0, time.monotonic()
+    with tqdm(total=total, desc=label, disable=None if shown else True, **how) as bar:
+
+        def tick(n: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += n
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(n)
+            if shown and silent():
+                rate = done / max(time.monotonic() - start, 1e-9)
+                of, left = (f" of {total:,}", f", {duration((total - done) / rate)} left") if total else ("", "")
+                say(f"{label or 'working'}: {done:,}{of} {unit}s, {rate:,.1f} {unit}s/s{left}{note and ', '}{note}")
+
+        yield tick
+
+
+def progress(
+    items: Iterable, total: int | None, label: str | None, images: int = 1, process: Process | None = None,
+    unit: str = "image",
+) -> Iterator:  # fmt: skip
+    """The next `total` items (None: all), batches of `images` things of this unit, which are `counting`."""
+    whole = None if total is None else total * images
+    with counting(whole, label, unit, process) as tick:
+        for item in itertools.islice(items, total):
+            yield item
+            tick(images)
 
 
 # ------------------------------------------------------------------------------------------------------ run folders
@@ -265,7 +341,7 @@ class RunFolder:
         if folder.finished(epoch=cfg.epochs):
             return folder.path
         folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
-        folder.start(step, data=pairs.fingerprint)
+        folder.start(step, total, len(pairs), data=pairs.fingerprint)
         ...
             folder.log(step, epoch=epoch, loss=loss)
             if folder.due(step):
@@ -300,21 +376,62 @@ class RunFolder:
                 part.load_state_dict(self.state[name])
                 del self.state[name]
 
-    def start(self, step: int, **fixed: Any) -> None:
-        """Open the log behind `step`, the last one saved, and start the clock. Each checkpoint also holds `fixed`."""
+    def start(self, step: int, total: int = 0, samples: int | None = None, **fixed: Any) -> None:
+        """Open the log behind `step`, the last one saved, and start the clock. Each checkpoint also holds `fixed`.
+
+        Says what begins: `samples`, `total` steps, device, precision.
+        """
         wait()  # a rank may have indexed or copied data for hours; what follows would not wait for it
+        self.total, self.latest = total, {}
         self.saved, self.fixed, self.commit = step, fixed, commit()
         self.metrics = RunLog(self.path, self.cfg, self.process, step)
         self.clock = Stopwatch(self.state["seconds"] if self.resumed else 0.0)
+        self.mark = step, self.clock.read()
+        if total:
+            cfg, (_, processes, device) = self.cfg, self.process
+            source = next(filter(None, (getattr(cfg, name, "") for name in ("features", "benchmark", "data"))), "")
+            many = f"{processes} processes on " if processes > 1 else ""
+            what = "samples" if samples is None else f"{samples:,} samples"
+            begun = f", {step:,} of them done" if step else ""
+            say(
+                f"{self.path}: {what} of {source}, {total:,} steps of {cfg.batch_size:,}{begun}, {many}{device} in "
+                f"{resolve_precision(cfg.precision, device)}",
+                self.process,
+            )
 
     def log(self, step: int, /, **values: Any) -> None:
         """Write a line of metrics with the seconds so far. ValueError if `loss` is among them and not finite."""
-        self.metrics.write(step, seconds=self.clock.read(), **values)
+        self.write(step, **values)
         if "loss" in values:
             check_loss(values["loss"], step)
 
+    def write(self, step: int, /, **values: Any) -> None:
+        """Write a line of metrics with the seconds so far; say those of an evaluation, which come without a loss."""
+        self.metrics.write(step, seconds=self.clock.read(), **values)
+        if "loss" in values:
+            self.latest = {"loss": values["loss"]}
+        elif self.total:
+            self.say(step, {name: value for name, value in values.items() if name != "epoch"})
+
+    def say(self, step: int, values: dict[str, Any]) -> None:
+        """A line of how far the run is, with the last loss and `values`."""
+        (before, then), now = self.mark, self.clock.read()
+        speed = ""
+        if step > before and now > then:
+            rate, self.mark = (step - before) / (now - then), (step, now)
+            speed = f"; {rate * self.cfg.batch_size:,.1f} images/s, {duration((self.total - step) / rate)} left"
+        if self.process.main and not quiet():
+            shown = list((self.latest | values).items())[:6]
+            shown = "".join(f", {name} {float(value):.4g}" for name, value in shown)
+            say(f"{self.path}: step {step:,} of {self.total:,}{shown}{speed}")
+
     def due(self, step: int) -> bool:
-        """Whether `save_every` steps have gone by since the last checkpoint, or this one stays (`keep_every`)."""
+        """Whether `save_every` steps have gone by since the last checkpoint, or this one stays (`keep_every`).
+
+        It is asked at every step, and off a terminal says every minute how far the run is.
+        """
+        if self.total and silent(EVERY - 10):  # before a bar of the same loop does
+            self.say(step, {})
         return step - self.saved >= self.cfg.save_every or self.stays(step)
 
     def stays(self, step: int) -> bool:
@@ -331,14 +448,31 @@ class RunFolder:
         if self.process.main:
             parts = {name: part.state_dict() for name, part in self.parts.items() if not disabled(part)}
             about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
+            about["paper"] = paper_of(self.cfg)
             for name in ["checkpoint-best.pt"] * is_best + ["checkpoint.pt"]:
                 save_checkpoint(self.path / name, parts | values | self.fixed | about)
             if self.stays(step):
                 with replaced(self.path / f"checkpoint-{step}.pt") as file:
                     file.write((self.path / "checkpoint.pt").read_bytes())
 
-    def close(self) -> None:
+    def close(self, flags: str = "", then: str | None = None) -> None:
+        """Close the log, and say that the run is finished, and the command that comes `then`.
+
+        None is the evaluation, which on other data than the embedded corpus is to have these `flags`.
+        """
         self.metrics.close()
+        if self.total and self.process.main and not quiet():
+            if then is None:
+                own = flags if flags and not self.cfg.data.startswith("data/emoji") else ""
+                then = f"python -m {paper_of(self.cfg)}.eval {self.path} {own}".rstrip()
+            loss = "".join(f", {name} {float(value):.4g}" for name, value in self.latest.items())
+            after = f"; next: {then}" if then else ""
+            say(f"{self.path}: finished, {self.total:,} steps in {duration(self.clock.read())}{loss}{after}")
+
+
+def paper_of(cfg: Any) -> str:
+    """The folder that a configuration is of."""
+    return type(cfg).__module__.partition(".")[0]
 
 
 def disabled(part: Any) -> bool:
@@ -381,10 +515,3 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
     """The lines of a run's metrics.jsonl that have this key."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if key in line]
-
-
-def progress(items: Iterable, total: int, label: str, images: int, process: Process | None = None) -> tqdm:
-    """tqdm over the next `total` batches of `images` samples, counting images/s; shown when stderr is a terminal."""
-    hidden = not sys.stderr.isatty() or (process is not None and not process.main)
-    how = {"leave": False, "unit": "img", "unit_scale": images, "dynamic_ncols": True}
-    return tqdm(itertools.islice(items, total), total=total, desc=label, disable=hidden, **how)

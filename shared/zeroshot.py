@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from shared.evalsets import EvalSet
-from shared.run import autocast
+from shared.run import autocast, counting, progress
 
 CHUNK = 2**24  # 64 MB of float32
 
@@ -35,10 +34,12 @@ def extract_image_features(
 ) -> tuple[Tensor, Tensor | list]:
     """Runs the encoder over `(images, targets)` batches -> raw features (N, D) float32 on the CPU, targets."""
     features, targets = [], []
-    for images, batch_targets in tqdm(loader, desc=desc, unit="batch", disable=None):
-        with autocast(precision, torch.device(device)):
-            features.append(encode_image(images.to(device)).float().cpu())
-        targets.append(batch_targets)
+    with counting(None, desc) as tick:
+        for images, batch_targets in loader:
+            with autocast(precision, torch.device(device)):
+                features.append(encode_image(images.to(device)).float().cpu())
+            targets.append(batch_targets)
+            tick(len(images))
     if torch.is_tensor(targets[0]):
         return torch.cat(features), torch.cat(targets)
     return torch.cat(features), [target for batch in targets for target in batch]
@@ -56,7 +57,8 @@ def encode_texts(
 ) -> Tensor:
     """(P, D) float32 on the CPU, as encoded. The context length is the tokenizer's own."""
     features = []
-    for start in tqdm(range(0, len(texts), batch_size), desc=desc, unit="batch", disable=None):
+    starts = range(0, len(texts), batch_size)
+    for start in progress(starts, len(starts), desc, batch_size, unit="text"):
         tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
         with autocast(precision, torch.device(device)):
             features.append(encode_text(tokens).float().cpu())

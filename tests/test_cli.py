@@ -2,14 +2,17 @@
 
 import contextlib
 import re
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from scripts import ROOT, one_sentence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shared import cli
+from shared import cli, run
 
 
 def test_activation_bytes():
@@ -54,6 +57,27 @@ def test_what_the_user_can_mend_is_one_sentence(error: type, capsys, monkeypatch
     monkeypatch.setenv("PAPER_CLIPS_TRACEBACK", "1")
     with pytest.raises(error):
         cli.command_line(main)
+
+
+def test_quiet_is_an_option_of_every_script(capsys, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["script", "--quiet", "emoji"])
+    cli.command_line(lambda: (seen.append(list(sys.argv)), run.say("hidden")))
+    cli.command_line(lambda: run.say("shown"))
+    assert seen == [["script", "emoji"]] and capsys.readouterr().out == "shown\n" and not run.quiet()
+    monkeypatch.setattr("sys.argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(lambda: sys.exit(0))
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("--quiet leaves out lines")
+
+
+def test_what_a_mac_lacks_is_one_sentence(capsys):
+    def main():
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    with pytest.raises(SystemExit):
+        cli.command_line(main)
+    assert capsys.readouterr().err.startswith("error: --device mps: this script computes what Apple's GPUs cannot")
 
 
 class Unreadable(torch.utils.data.Dataset):
@@ -135,3 +159,16 @@ def test_a_plan_is_a_line_for_each_row(capsys):
         "                   1.0 weights, AdamW; 1.0 activations",
     ]
     assert cli.rate_rows(str, 1, 0) == []
+
+
+@pytest.mark.parametrize("folder", ["flame", "tldr_reduction"])
+def test_a_missing_package_is_one_sentence_with_the_line_that_installs_it(folder: str):
+    code = f"import {folder}, nothing_of_this_name.part"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    install = f"pip install '.[{folder.replace('_', '-')}]'"
+    assert result.returncode == 2 and one_sentence(result.stderr), result.stderr
+    assert f"package nothing_of_this_name is missing; in the project's folder: {install}" in result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {folder}.nothing"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 1 and "Traceback" in result.stderr

@@ -70,6 +70,62 @@ def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
     assert folded.text.sum() >= truth.sum()
 
 
+def test_what_a_concept_was_searched_as_and_its_phrase(tmp_path):
+    """`hot dog` is found where both are nouns, `t-shirt` as `shirt`; beside it what is written so."""
+    captions = [
+        "a hot dog on a plate",
+        "the dog has a shirt",
+        "a red T-shirt",
+        "Hot dog! And a hot_dog.",
+        "t-shirts",
+        "",
+    ]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    names = ["hot dog", "t-shirt", "unicorn dog", "plate"]
+    base = dict(data=(str(tmp_path / "captions.txt"),), spacy=PIPELINE, query_spacy=PIPELINE, workers=1)
+    found = count.count_corpus(CountConfig(**base, out=str(tmp_path / "a")), names)
+    assert found.phrase.tolist() == [2, 1, 0, 1]
+    assert found.searched[1] == ("shirt",) and found.searched[2] == ("dog",) and found.missing[2] == ("unicorn",)
+    again = count.count_corpus(CountConfig(**base, out=str(tmp_path / "a")), ["t-shirt"])  # the index is there already
+    assert again.phrase.tolist() == [1] and again.text.tolist() == [found.text[1]]
+    plain = count.count_corpus(CountConfig(**base, out=str(tmp_path / "b"), phrases=False), names)
+    assert isinstance(plain.phrase, int) and plain.text.tolist() == found.text.tolist()
+
+
+def test_the_table_says_what_was_searched(tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a dog\na dog and a cat\na red t-shirt\n")
+    (tmp_path / "names.txt").write_text("dog\nunicorn dog\nt-shirt\n")
+    base = dict(data=(str(tmp_path / "captions.txt"),), concepts=(str(tmp_path / "names.txt"),), workers=1)
+    base |= dict(spacy=PIPELINE, query_spacy=PIPELINE)
+    count.main(CountConfig(**base, out=str(tmp_path / "out")))
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert rows[0] == ["concept", "searched as", "dropped", "captions", "phrase"]
+    assert ["unicorn dog", "dog", "unicorn", "2", "0"] in rows and ["t-shirt", "shirt", "", "1", "1"] in rows
+    table = pq.read_table(tmp_path / "out/counts.parquet").to_pydict()
+    assert table["searched_as"] == ["dog", "dog", "shirt"] and table["dropped"] == ["", "unicorn", ""]
+    odd = dict(unknown="zero", casefold=True, lemmatize=False, last_token=False)
+    count.main(CountConfig(**base, **odd, out=str(tmp_path / "odd")))
+    said = capsys.readouterr().out
+    assert "1 concepts, such as 't-shirt', have a term with other signs than letters" in said and "--lemmatize" in said
+    assert "| unknown" in said
+
+
+@pytest.mark.parametrize(("file", "settings", "message"), [
+    ("page.tar", {}, "page.tar holds no caption: truncated or damaged tar"),
+    ("captions.txt", {"also": "url"}, "captions.txt has no column 'url', being lines of text: pass --also ''"),
+    ("empty.txt", {}, "empty.txt holds no caption"),
+    ("captions.txt", {"spacy": "en_core_web_xl"}, "python -m spacy download en_core_web_xl, or name en_core_web_sm"),
+])  # fmt: skip
+def test_counts_of_nothing_are_refused(tmp_path, file, settings, message):
+    (tmp_path / "page.tar").write_text("<!DOCTYPE html><html><body>404</body></html>" * 100)
+    (tmp_path / "captions.txt").write_text("a dog\n")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        counted(tmp_path, "refused", data=(str(tmp_path / file),), **settings)
+
+
 @pytest.fixture
 def server(tmp_path):
     """A web server of tmp_path/web: (address, paths that were asked for)."""

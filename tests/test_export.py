@@ -95,6 +95,53 @@ def test_open_clip_loads_it(exported: dict, runs: dict[str, Path], name: str):
         assert value <= bound
 
 
+def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_sets: Path, folder: Path, monkeypatch):
+    """Its paper exports it once; then it is TinyCLIP's teacher, and measured, compared with and scored by elsewhere."""
+    monkeypatch.chdir(folder)
+    theirs, mine = runs["protoclip"], runs["tinyclip"]
+    sets = [str(small_sets / name) for name in SETS]
+    assert checkpoints.trained_by(theirs) == "protoclip"
+    model, _, tokenizer = export.load_model(str(theirs))
+    trained = checkpoints.load_checkpoint(theirs / "checkpoint.pt")["state_dict"]
+    assert torch.equal(model.logit_scale, trained["logit_scale"]) and (theirs / "open_clip").is_dir()
+    words = [
+        "emoji",
+        "--data",
+        folder / "corpus",
+        "--teacher",
+        theirs,
+        "--init",
+        mine,
+        "--image-size",
+        "16",
+        "--steps",
+        "4",
+    ]
+    words += ["--batch-size", "32", "--eval-every", "0", "--precision", "fp32", "--out", folder / "taught"]
+    finished(cli(*words, module="tinyclip.train"))
+    plain = ["--sets", *sets, "--precision", "fp32"]
+    said = finished(cli(theirs, "--language-sets", "--probe", "None", *plain, module="flame.eval")).out
+    assert "retrieval_ood/image_to_text_R@1" in said or "image_to_text_R@1" in said
+    said = finished(cli(f"local-dir:{theirs}/open_clip", *plain, "--patchdis", "None", module="lexvla.eval")).out
+    assert "mean_recall" in said and "runs/lexvla/open_clip/results.md" in said
+    out = folder / "scores"
+    finished(cli(theirs, "--sets", sets[0], "--prompts", "class", "--out", out, module="concept_frequency.measure"))
+    assert list(json.loads((out / "subgroups_ood_class_results.json").read_text())) == ["protoclip"]
+    words = [folder / "corpus", "--select", "itm", "--keep", "0.5", "--scorer", theirs, "--out", folder / "reduced"]
+    finished(cli(*words, "--precision", "fp32", module="tldr_reduction.reduce"))
+    monkeypatch.setattr(export.subprocess, "run", None)  # what is kept is not made again
+    assert export.exported(theirs) == theirs / "open_clip"
+
+
+def test_models_that_are_none(tmp_path: Path):
+    for source in ("nowhere", "ViT-B-32@nothing", "local-dir:nowhere", str(tmp_path)):
+        with pytest.raises(ValueError, match="is no model that can be used here: it takes a run folder, local-dir:DIR"):
+            export.load_model(source)
+    torch.save({"paper": "flame"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="a run of flame, is no model to be used here: --export: open_clip has no"):
+        export.load_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_texts_are_read_alike(exported: dict, runs: dict[str, Path], name: str):
     """As open_clip reads them, and TL;DR's after its own preparation, up to the first end token."""

@@ -62,6 +62,12 @@ def test_centres_are_means_over_images(small_bank: Path, rows: torch.Tensor):
     torch.testing.assert_close(without, F.normalize(rows.float() - centres[:11], dim=-1))
 
 
+def test_a_bank_that_was_only_begun(tmp_path: Path):
+    (tmp_path / ".lock").touch()
+    with pytest.raises(ValueError, match="has nothing embedded yet: 'python -m flame.embed' was stopped; run it again"):
+        open_bank(tmp_path)
+
+
 @pytest.mark.parametrize("file, message", [("00001.npy", "shard 1 is missing"), ("centres.npy", "is not finished")])
 def test_banks_that_are_not_finished_are_refused(small_bank: Path, file: str, message: str):
     (small_bank / file).unlink()

@@ -256,6 +256,18 @@ def test_texts_are_embedded_in_the_precision_of_the_bank(tmp_path: Path):
     assert len(set(paths.values())) == 3 and paths["auto"] == paths[None]
 
 
+def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
+    shard = f"{SHARDS}/00000.tar"
+    keys = data.open_pairs(shard, 4).keys.tolist()
+    entries = [{"__key__": key, "caption": f"short {key}"} for key in keys[:3]]
+    (tmp_path / "short.json").write_text(json.dumps(entries))
+    cfg = embed.Config(data=shard, dataset_size=4, short=str(tmp_path / "short.json"), long="raw")
+    _, found = embed.captions_of(cfg)
+    raw, short, long = zip(*found, strict=True)
+    assert list(short) == [*(entry["caption"] for entry in entries), raw[3]] and long == raw
+    assert f"lacks 1 of 4 samples, such as {keys[3]}: they keep raw captions" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 
 
@@ -265,6 +277,7 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
         "--data is missing": ["cc3m-mistral-nemo", "--precision", "fp32"],
         "--short is missing": ["cc3m-mistral-nemo", "--precision", "fp32", "--data", SHARDS / "00000.tar"],
         "has no caption of sample": [*embed_flags, "--data", SHARDS / "00001.tar"],
+        "`--short raw` for the raw captions again": [*embed_flags, "--short", "None"],
         "is no caption file": [*embed_flags, "--long", tmp_path / "bad.json"],
         "--llm no.gguf does not exist": [*embed_flags, "--llm", "no.gguf"],
         "could not be loaded": [*embed_flags, "--llm", tmp_path / "nothing"],

@@ -108,5 +108,7 @@ def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
     assert backbone.drawing_loss(equal, 0.01) < 1e-3 < backbone.drawing_loss(tokens, 0.01)
     with pytest.raises(ValueError, match="has to end in .pt"):
         backbone.main(backbone.Config(out="backbone"))
-    with pytest.raises(ValueError, match="has no .json with a hexcode"):
-        backbone.drawings(f"{SHARDS}/00000.tar", ["another"])
+    assert backbone.drawings(f"{SHARDS}/00000.tar", ["another", "one"]) == [[0], [1]]  # each its own positive
+    keys = list(data.open_pairs(f"{SHARDS}/00000.tar").keys)
+    groups = backbone.drawings(f"{SHARDS}/00000.tar", keys, same="group")
+    assert len(groups) < len(backbone.drawings(f"{SHARDS}/00000.tar", keys)) < len(keys) == sum(map(len, groups))

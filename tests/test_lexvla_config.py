@@ -55,7 +55,7 @@ def test_wrong_flags(in_process, arguments: list[str]):
 @pytest.mark.parametrize("preset", config.PRESETS)
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there are neither data nor weights
-    options = ["--data", f"{SHARDS}/00000.tar"] if preset.startswith("emoji") else []
+    options = ["--data", f"{SHARDS}/00000.tar"] if preset.startswith(("emoji", "small")) else []
     result = in_process(preset, "--dry-run", *options)
     assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir()), result.err
     cfg = config.PRESETS[preset][1]

@@ -32,7 +32,7 @@ SHORT = {  # what is appended to a command
     "protoclip.train": """--image-size 32 --episodes 2 --episode-size 320 --batch-size 64 --k 8 --niter 5 --nredo 1
         --hidden-dim 32 --projection-dim 16 --warmup 2""",
     "attentive_mask_clip.train": "--image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
-    "tinyclip.train": "--image-size 32 --steps 12 --warmup 4 --batch-size 64",
+    "tinyclip.train": "--image-size 32 --epochs 3 --batch-size 64",
     "flame.embed": "--llm parts/lm --layers 1",
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
         --batch-size 64 --warmup 2""",
@@ -169,7 +169,7 @@ def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
 def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
     """A model that has learned, and clip-benchmark's command line finds the same of it elsewhere."""
     _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
-    execute(train, "--steps 60 --warmup 10")
+    execute(train, "--epochs 12")
     said = execute(evaluate)
     assert evaluate[1] in said
     scores = measured(evaluate[1])
@@ -192,7 +192,7 @@ def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: st
     for code in re.findall(r"^ {4}import .*\n(?:^ {4}.*\n)+", text, re.M):
         exec(textwrap.dedent(code), {})
     expected, exported = FOLDERS[name]
-    scored = []
+    scored: dict[str, str] = {}  # run -> what its evaluation has printed
     for words in commands(text):
         if words[0] in SKIPPED or words[:2] == ["shared.corpora.pack", "classes"]:
             continue
@@ -200,13 +200,17 @@ def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: st
         if words[0].endswith(".eval") and "--export" not in words and words[1] != "search":
             runs = list(itertools.takewhile(lambda word: not word.startswith("--"), words[1:]))
             assert all(run in said for run in runs), said
-            scored += runs
+            scored |= dict.fromkeys(runs, said)
+        elif words[0].endswith((".train", ".pretrain")):
+            assert re.search(r"samples of \S+, [\d,]+ steps of [\d,]+, cpu in fp32$", said, re.M), said
+            assert re.search(r": finished, [\d,]+ steps in \S+, .*loss .*; next: python -m ", said), said
         elif words[1] == "search":
             assert len(said.splitlines()) > 3, said
     assert scored
-    for run in scored:
+    for run, said in scored.items():
         found = measured(run)
         assert expected <= found.keys(), (run, sorted(found))
+        assert all(f"{found[score]:.2f}" in said for score in expected), said
         assert all(0 <= value <= 100 for key, value in found.items() if "_R@" in key or "top1" in key)
     for path in [f"exported/{exported}"] * bool(exported):
         assert open_clip.create_model_and_transforms(f"local-dir:{path}")[0].logit_scale.isfinite()

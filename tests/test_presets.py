@@ -1,5 +1,6 @@
 """`make presets`: one row for each preset, in the words of the paper."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -39,6 +40,38 @@ def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
         name = row["preset"].split()[-1]
         assert (row["data"] == "embedded corpus") == (name.split("-")[0] in ("emoji", "minilm")), row
         assert all(row.values()), row
+
+
+CORPUS = set(  # what an emoji preset may say beside its small one: where the corpus is, and what suits drawings
+    """data eval_set eval_every sets language_sets gallery language_gallery bank captions raw short long states backbone
+    vocab teacher init external_teacher w_external groups num_concepts model image_size crop crop_ratio crop_scale
+    augmentation epochs""".split()
+)
+
+
+def small_presets(folder: str) -> dict[str, Any]:
+    return {name: cfg for name, cfg in offered(folder).items() if name.split()[1].startswith("small")}
+
+
+@pytest.mark.parametrize("folder", presets.folders())
+def test_small_presets_are_the_embedded_ones_without_the_corpus(folder: str):
+    known, small = offered(folder), small_presets(folder)
+    assert small and {name.split()[0] for name in small} & {"train", "pretrain"}
+    for name, cfg in small.items():
+        assert not cfg.data and "emoji/" not in repr(cfg) and not getattr(cfg, "eval_every", 0), name
+        name = name.replace("small", "emoji")
+        ours, theirs = (dataclasses.asdict(each) for each in (cfg, known.get(name) or known[f"{name}-00"]))
+        assert {field for field in ours if ours[field] != theirs[field]} <= CORPUS, name
+
+
+@pytest.mark.parametrize("folder", presets.folders())
+def test_small_presets_ask_for_data(folder: str, in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in small_presets(folder):
+        script, preset = name.split()
+        result = in_process(preset, module=f"{folder}.{script}")
+        assert result.code == 2 and one_sentence(result.err) and "--data is missing" in result.err, (name, result.err)
+        assert not list(tmp_path.iterdir())
 
 
 def test_numbers_of_claims_are_the_papers():

@@ -50,7 +50,9 @@ def test_wrong_flags(in_process, arguments: list[str]):
 
 
 DRY_RUNS = {  # parameters, projection heads, steps
-    "emoji": (None, None, None),  # no published numbers
+    "small": (None, None, None),  # no published numbers
+    "small-clip": (None, 0, None),
+    "emoji": (None, None, None),
     "emoji-clip": (None, 0, None),
     "cc3m-rn50": ("106.7", 4.73, 156_400),
     "cc3m-rn50-clip": ("102.0", 0, 156_256),
@@ -91,4 +93,4 @@ def test_dry_run_of_the_published_eight_processes(capsys):
 def test_recipes_of_the_paper_gather_as_upstream_does():
     """Without gradient to other processes' rows: the encoders' gradients meet the clipping norm that they had there."""
     for name, (_, cfg) in config.PRESETS.items():
-        assert cfg.gather_with_grad == name.startswith("emoji"), name
+        assert cfg.gather_with_grad == name.startswith(("emoji", "small")), name

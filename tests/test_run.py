@@ -4,11 +4,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT
+from scripts import ROOT, one_sentence
 from torch import nn
 
 from shared import checkpoints, run
@@ -86,7 +87,7 @@ def test_setup_seeds_and_names_a_missing_device():
     first = torch.rand(2)
     run.setup(3, "cpu")
     assert torch.equal(first, torch.rand(2))
-    with pytest.raises(ValueError, match="no device 'tpu': --device is auto, cpu, cuda or cuda:N"):
+    with pytest.raises(ValueError, match="no device 'tpu': --device is auto, cpu, cuda, cuda:N or mps"):
         run.setup(0, "tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda:1' was asked for.*--device cpu"):
@@ -108,6 +109,98 @@ def test_autocast():
     for precision, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
         with run.autocast(precision, CPU):
             assert layer(x).dtype == dtype
+
+
+def test_a_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch):
+    """As far as a fake one shows it: it is asked for by name, computes in fp32, and serves one process."""
+    with pytest.raises(ValueError, match="torch sees no GPU of a Mac; use --device cpu"):
+        run.setup(0, "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    process = run.setup(0, "mps")
+    assert process.device == torch.device("mps") and run.setup(0, "auto").device.type != "mps"
+    assert run.resolve_precision("auto", process.device) == "fp32"
+    with run.autocast("fp32", process.device):
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start the script without torchrun"):
+        run.setup(0, "mps")
+
+
+def test_windows_is_refused_in_one_sentence():
+    code = "import sys; sys.platform = 'win32'; import shared"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and one_sentence(result.stderr) and "Windows Subsystem" in result.stderr
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the test lets go by, off a terminal; the first line is said at 0."""
+    now = [0.0]
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(run.time, name, lambda: now[0])
+    monkeypatch.setattr(run, "_last", 0.0)
+    return now
+
+
+def test_off_a_terminal_progress_is_a_line_a_minute(clock: list[float], capsys, monkeypatch: pytest.MonkeyPatch):
+    def items(seconds: float) -> Iterator[int]:
+        for i in range(9):
+            clock[0] += seconds
+            yield i
+
+    assert list(run.progress(items(20), 9, "held_out", 32)) == list(range(9))
+    assert capsys.readouterr() == (
+        "held_out: 96 of 288 images, 1.6 images/s, 0:02:00 left\n"
+        "held_out: 192 of 288 images, 1.6 images/s, 0:01:00 left\n"
+        "held_out: 288 of 288 images, 1.6 images/s, 0:00:00 left\n",
+        "",
+    )
+    assert len(list(run.progress(items(61), None, None, unit="text"))) == 9
+    assert capsys.readouterr().out.startswith("working: 1 texts, 0.0 texts/s\nworking: 2 texts")
+    with run.counting(3, "parts", "part") as tick:
+        clock[0] += 100
+        tick(2, "7 captions/s")
+    assert capsys.readouterr().out == "parts: 2 of 3 parts, 0.0 parts/s, 0:00:50 left, 7 captions/s\n"
+    list(run.progress(items(61), 9, "rank 1", 32, run.Process(1, 2, CPU)))
+    monkeypatch.setenv(run.QUIET, "1")
+    list(run.progress(items(61), 9, "quiet", 32))
+    assert capsys.readouterr() == ("", "")
+
+
+@dataclasses.dataclass
+class Lively(Config):
+    data: str = "data/mine"
+    batch_size: int = 64
+    precision: str = "fp32"
+    save_every: int = 100
+
+
+def test_signs_of_life_of_a_run(clock: list[float], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """A line at the start, one a minute and at each evaluation, one at the end."""
+
+    def life(folder: str) -> list[str]:
+        life = run.RunFolder(Lively(out=str(tmp_path / folder)), ALONE, epoch=0)
+        life.restore(**parts(0))
+        life.start(0, 9, 640, data="abc")
+        for step in range(1, 10):
+            clock[0] += 20
+            if step % 2 == 0:
+                life.log(step, epoch=0, loss=torch.tensor(1 / step))
+            assert not life.due(step)
+            if step == 5:
+                life.log(step, epoch=0, zero_shot_top1=12.345)
+        life.close("--sets FOLDER")
+        return capsys.readouterr().out.replace(f"{tmp_path}/{folder}", "RUN").splitlines()
+
+    assert life("a") == [
+        "RUN: 640 samples of data/mine, 9 steps of 64, cpu in fp32",
+        "RUN: step 3 of 9, loss 0.5; 3.2 images/s, 0:02:00 left",
+        "RUN: step 5 of 9, loss 0.25, zero_shot_top1 12.35; 3.2 images/s, 0:01:20 left",
+        "RUN: step 8 of 9, loss 0.125; 3.2 images/s, 0:00:20 left",
+        "RUN: finished, 9 steps in 0:03:00, loss 0.125; next: python -m test_run.eval RUN --sets FOLDER",
+    ]
+    monkeypatch.setenv(run.QUIET, "1")
+    assert life("b") == []
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -155,7 +248,8 @@ def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
             folder.save(step, epoch=0, batch=step)
     folder.close()
     state = checkpoints.load_checkpoint(tmp_path / "run/checkpoint.pt")
-    assert set(state) == {"state_dict", "optimizer", "epoch", "batch", "data", "seconds", "commit", "config"}
+    about = {"seconds", "commit", "config", "paper"}
+    assert set(state) == {"state_dict", "optimizer", "epoch", "batch", "data"} | about
     assert state["batch"] == 4 and state["data"] == "abc" and state["config"] == dataclasses.asdict(cfg)
 
     again, others = run.RunFolder(cfg, ALONE, epoch=0, batch=0), parts(1)

@@ -6,9 +6,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from test_data import pair, png, read_all, three, write_tar  # noqa: F401
 
-from shared import data, tars
+from shared import data, run, tars
 
 SIZE = 512 + 512  # header and payload of a small member, each padded to blocks
 
@@ -140,3 +141,28 @@ def test_names_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "i.png").write_bytes(png())
     with pytest.raises(data.BrokenSample, match="file of more than 20 bytes"):
         data.read_file(tmp_path / "i.png")
+
+
+def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
+    """How far it can be read, and how many pairs its neighbours, or its own file of statistics, lead one to expect."""
+
+    class Settings:
+        data, dataset_size, batch_size, out = "shards", None, 1, "run"
+
+    for i in range(3):
+        samples = ({"__key__": f"{i}-{j}", "png": png(), "txt": "a caption"} for j in range(10))
+        tars.write_tar(tmp_path / f"{i}.tar", samples)
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) * 2 // 5])
+    pairs = data.open_pairs(str(tmp_path))
+    kept = len(pairs) - 20
+    data.check_pairs(pairs, Settings, {}, run.Process(0, 1, torch.device("cpu")))
+    said, size = capsys.readouterr().out, len(whole) * 2 // 5
+    assert (
+        "1.tar is truncated or damaged: read up to byte " in said
+        and f" of {size:,}, {kept} pairs; its neighbours have 10" in said
+    )
+    (tmp_path / "1_stats.json").write_text('{"successes": 12}')
+    assert f"{kept} pairs of the 12 that its _stats.json tells" in pairs.cut()[0]
+    with pytest.raises(ValueError, match="--strict: sample"):
+        data.open_pairs(str(tmp_path), strict=True)

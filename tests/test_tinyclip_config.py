@@ -1,5 +1,7 @@
 """Presets, dry runs and settings that are refused before a run starts."""
 
+import copy
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY, corpus  # noqa: F40
 from tinyclip import config, train
 from tinyclip.config import PRESETS, Config
 from tinyclip.geometry import CONFIGS
-from tinyclip.model import create_model
+from tinyclip.model import CLIP
 
 ERRORS = {
     "paper preset without data": (["manual-61M-29M"], "--data is missing: it takes image-text shards"),
@@ -70,11 +72,25 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     result = in_process(preset, "--dry-run")
     assert result.code == 0 and result.err == "" and not list(tmp_path.iterdir())
     total = int(re.search(r"parameters +([\d,]+) ", result.out)[1].replace(",", ""))
+    shape = copy.deepcopy(CONFIGS[cfg.model])
+    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
     with torch.device("meta"):
-        assert total == sum(p.numel() for p in create_model(cfg.model).parameters())
-    assert re.search(rf"^steps +{cfg.steps:,}$", result.out, re.MULTILINE)
-    assert f"{cfg.steps * cfg.batch_size:,}" in result.out and ("masks  " in result.out) == cfg.masks
+        assert total == sum(p.numel() for p in CLIP(**shape).parameters())
+    steps = f"{cfg.epochs} epochs of --data, which is not named" if cfg.epochs else f"{cfg.steps:,}"
+    assert re.search(rf"^steps +{steps}$", result.out, re.MULTILINE) and ("masks  " in result.out) == cfg.masks
+    assert cfg.epochs or f"{cfg.steps * cfg.batch_size:,}" in result.out
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
+
+
+def test_epochs_stretch_the_schedule(in_process):
+    """`small-auto` has 300 steps, of which the masks live 120; two epochs of 5,120 pairs are 40."""
+    result = in_process("small-auto", "--dry-run", "--epochs", "2", "--dataset-size", "5120")
+    assert re.search(r"^steps +40$", result.out, re.M) and re.search(r"^pruned +at step 16,", result.out, re.M)
+    cfg = config.in_steps(PRESETS["small-auto"][1], 20)
+    assert (cfg.steps, cfg.warmup, cfg.sparsity_warmup, cfg.prune_step) == (240, 24, 48, 96)
+    with pytest.raises(ValueError, match="--prune-step 1 is not within the 1 steps"):
+        config.in_steps(dataclasses.replace(cfg, epochs=1), 1)
+    assert config.in_steps(PRESETS["emoji"][1], 7) == PRESETS["emoji"][1]
 
 
 def test_a_dry_run_says_what_is_not_trained(in_process):

@@ -579,10 +579,19 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     assert result.code == 2 and "--inherit random cannot cut emoji-50" in result.err and one_sentence(result.err)
     result = in_process("emoji", *given, *TINY, "--use-teacher-text", "--quick-gelu", "--out", tmp_path / "a")
     assert result.code == 2 and "quick_gelu is False there and True here" in result.err and one_sentence(result.err)
-    result = in_process("emoji", *given, *TINY, "--image-size", "24", "--out", tmp_path / "a")
-    assert result.code == 2 and "the teacher sees 16 pixels" in result.err and one_sentence(result.err)
+    result = in_process("emoji", *given, *TINY, "--image-size", "24", "--use-teacher-text", "--out", tmp_path / "a")
+    assert result.code == 2 and "it sees 16 pixels" in result.err and one_sentence(result.err)
     result = in_process("emoji", "--teacher", runs["teacher"], *TINY, "--model", "emoji-100", "--init", runs["auto"])
     assert result.code == 2 and "more than" in result.err and one_sentence(result.err)
+    assert "--model emoji-100 cannot start from --init " in result.err
+
+
+def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_path: Path):
+    """16 pixels for the teacher, 24 for the student, whose positions are stretched."""
+    given = ["--teacher", runs["teacher"], "--init", runs["teacher"], *TINY, "--image-size", "24"]
+    result = in_process("emoji", *given, "--out", tmp_path / "a")
+    assert result.code == 0, result.err
+    assert "the teacher sees 16 pixels and 24 tokens, the student 24 and 24: its images are resized" in result.out
 
 
 @pytest.mark.usefixtures("corpus")

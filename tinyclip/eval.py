@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared import cli, evaluation, export, run, zeroshot
 from shared.evalsets import EvalSet
 from tinyclip.geometry import open_clip_config, weights_file
+from tinyclip.masks import too_little
 from tinyclip.model import CLIP, load_clip, parameter_counts
 from tinyclip.train import image_transform
 
@@ -42,6 +43,8 @@ EMOJI = "data/emoji/eval/"
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in one of the authors' layouts, folders of transformers or open_clip, or
     MODEL@WEIGHTS of open_clip."""
@@ -69,7 +72,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
 
@@ -225,6 +228,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         for key in ("sparsity_reached", "expected_sparsity", "target_sparsity"):
             found = [line[key] for line in lines if key in line]
             flat |= {key: found[-1]} if found else {}
+        if "sparsity_reached" in flat and (warning := too_little(flat["sparsity_reached"], flat["target_sparsity"])):
+            print(f"{path}: {warning}, so that it is larger than it should be")
+            flat["sparsity_missing"] = flat["target_sparsity"] - flat["sparsity_reached"]
     return {name: value for name, value in flat.items() if not math.isnan(value)}  # top-5 of four classes, say
 
 

@@ -159,6 +159,13 @@ def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
     return 1 - sum(m.expected_params() for m in masks) / sum(m.prunable_params for m in masks)
 
 
+def too_little(reached: float, asked: float) -> str | None:
+    """A sentence if masks have closed much less than they were asked for."""
+    if asked - reached < 0.05:
+        return None
+    return f"the masks reached a sparsity of {reached:.3f}, where {asked:.3f} was asked for"
+
+
 def reached_sparsity(masks: Sequence[L0Mask]) -> float:
     """What pruning now would take away, as a share of the prunable parameters of all towers."""
     return 1 - sum(m.kept_params() for m in masks) / sum(m.prunable_params for m in masks)

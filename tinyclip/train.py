@@ -12,6 +12,7 @@ Losses and towers are in model.py, inheritance in inheritance.py and masks.py, s
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import cut_padding, set_grad_checkpointing
 from shared.run import gather
 from shared.zeroshot import quick_top1
-from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage  # noqa: F401
+from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage, in_steps  # noqa: F401
 from tinyclip.geometry import CONFIGS, tower_of
 from tinyclip.inheritance import inherit_at_random, inherit_weights, resize_positional_embedding
 from tinyclip.masks import (
@@ -40,8 +41,10 @@ from tinyclip.masks import (
     resized,
     sparsity_loss,
     target_sparsity,
+    too_little,
 )
-from tinyclip.model import CLIP, Student, distillation_loss, load_clip, parameter_counts
+from tinyclip.model import CLIP, Student, distillation_loss, parameter_counts
+from tinyclip.teacher import Teacher, first_source, load_teacher
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -126,7 +129,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
-    source = load_clip(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
+    source = first_source(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
     state, own = source.state_dict(), clip.state_dict()
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
@@ -142,7 +145,10 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         clip.logit_scale.data.copy_(own["logit_scale"])
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
-        clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
+        try:
+            clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
+        except ValueError as error:
+            raise ValueError(f"--model {cfg.model} cannot start from --init {cfg.init}: {error}") from error
     return clip, masks
 
 
@@ -193,7 +199,9 @@ class TeacherOutput(NamedTuple):
 
 
 @torch.no_grad()
-def ask_teacher(teacher: CLIP, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32") -> TeacherOutput:
+def ask_teacher(
+    teacher: CLIP | Teacher, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32"
+) -> TeacherOutput:
     """The frozen teacher's features; its temperature is the fixed one, or its own. U:training/train.py:409."""
     parts = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
     with run.autocast(precision, images.device):
@@ -351,10 +359,11 @@ class Corpus:
     """A run's training pairs in the order of its steps: read while it trains, or once before (--keep-in-memory)."""
 
     def __init__(self, cfg: Config, process: run.Process, student: CLIP, state: dict):
-        self.cfg, self.process, self.memory, self.answer = cfg, process, None, None
+        self.process, self.memory, self.answer = process, None, None
         self.pairs = windows.open_pairs(cfg, process)
         data.check_pairs(self.pairs, cfg, state, process)
         self.broken, self.steps_per_epoch = list(self.pairs.broken), len(self.pairs) // cfg.batch_size
+        self.cfg = in_steps(cfg, self.steps_per_epoch)
         self.size, context = image_and_context(student)
         self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
         transform = image_transform(self.size, cfg.augmentation == "crop")
@@ -411,6 +420,7 @@ class Corpus:
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
+    cfg = planned(cfg)
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
     with torch.device("meta"):
@@ -422,7 +432,6 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     activations = cli.activation_bytes(lambda: student(images, tokens), checkpointed) / 2 / 2**30
     activations *= cfg.batch_size / world_size / cfg.accumulate
     weights = 16 * sum(p.numel() for p in student.parameters()) / 2**30
-    prune_step = cfg.prune_step if cfg.masks else None
     cli.show_plan(
         [
             ("parameters", "{total:,} (image {image:,}, text {text:,} without tokens)".format(**counts)),
@@ -430,18 +439,30 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             *locked_rows(cfg),
             ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
             cli.batch_row(cfg, world_size),
-            ("steps", f"{cfg.steps:,}"),
-            ("samples", f"{cfg.steps * cfg.batch_size:,}"),
+            *schedule_rows(cfg),
             cli.disk_row(cfg.dataset_size, sum(p.numel() for p in student.parameters())),
-            *cli.rate_rows(
-                lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}",
-                prune_step or cfg.warmup,
-                cfg.steps,
-            ),
             ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32, without the teacher:"),
             ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
         ]
     )
+
+
+def planned(cfg: Config) -> Config:
+    """The settings of a dry run, with `epochs` in steps where the number of samples is known."""
+    samples = cfg.dataset_size or 0
+    if cfg.epochs and cfg.data and not samples:
+        samples = len(data.open_pairs(cfg.data, cache=Path(cfg.cache)))
+    return replace(in_steps(cfg, samples // cfg.batch_size), epochs=0) if samples >= cfg.batch_size else cfg
+
+
+def schedule_rows(cfg: Config) -> list[tuple[str, str]]:
+    """Steps, samples and learning rates of a dry run."""
+    if cfg.epochs:
+        return [("steps", f"{cfg.epochs} epochs of --data, which is not named")]
+    prune_step = cfg.prune_step if cfg.masks else None
+    rate = lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}"  # noqa: E731
+    rows = [("steps", f"{cfg.steps:,}"), ("samples", f"{cfg.steps * cfg.batch_size:,}")]
+    return rows + cli.rate_rows(rate, prune_step or cfg.warmup, cfg.steps)
 
 
 def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tuple[str, str]]:
@@ -468,16 +489,24 @@ def locked_rows(cfg: Config) -> list[tuple[str, str]]:
     ]
 
 
-def frozen_teacher(cfg: Config, student: CLIP, device: torch.device) -> CLIP | None:
-    """The teacher, None where nothing asks it. ValueError if it takes other images or captions than the student."""
-    if cfg.alpha == 0 and not (cfg.use_teacher_image or cfg.use_teacher_text):
+def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | Teacher | None:
+    """The teacher, None where nothing asks it. ValueError if the student is to have a tower of it, and it sees other
+    images or captions."""
+    borrowed, (side, context) = cfg.use_teacher_image or cfg.use_teacher_text, image_and_context(student)
+    if cfg.alpha == 0 and not borrowed:
         return None
-    teacher = load_clip(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu).to(device).requires_grad_(False)
-    teacher.cuts_padding = False  # `Corpus` has done it
-    seen, own = image_and_context(teacher), image_and_context(student)
-    if seen != own:
-        raise ValueError(f"the teacher sees {seen[0]} pixels and {seen[1]} tokens, the student {own[0]} and {own[1]}")
-    return teacher
+    if not process.main:
+        run.wait()  # a run of another paper is exported once
+    teacher = load_teacher(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu, side, context)
+    if process.main:
+        run.wait()
+    if isinstance(teacher, Teacher):
+        sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
+        if borrowed:
+            raise ValueError(f"--use-teacher-* need a teacher like the student: it sees {sizes}")
+        if (teacher.side, teacher.context) != (side, context):
+            run.say(f"the teacher sees {sizes}: its images are resized, its captions cut", process)
+    return teacher.to(process.device).requires_grad_(False)
 
 
 def distributed(student: Student, process: run.Process) -> nn.Module:
@@ -497,7 +526,10 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
     if folder.process.main:
         masks = dict(zip(("image", "text"), student.eval_masks(), strict=True))
         checkpoints.save_checkpoint(folder.path / "masks.pt", masks)
-        folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached_sparsity(student.masks))
+        reached = float(reached_sparsity(student.masks))
+        folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached)
+        if warning := too_little(reached, cfg.target_sparsity):
+            print(f"{warning}: raise --prune-step, or --mask-lr and --lambda-lr")
     student = student.pruned(cfg.exact_prune)
     set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     return student
@@ -513,21 +545,22 @@ def main(cfg: Config) -> Path | None:
     device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
 
     # Student, teacher, optimizers, pairs; from the checkpoint if there is one
-    folder = run.RunFolder(cfg, process, step=0)
-    if folder.finished(step=cfg.steps):
+    folder = run.RunFolder(cfg, process, step=0, epoch=0)
+    if folder.finished(**({"epoch": cfg.epochs} if cfg.epochs else {"step": cfg.steps})):
         return folder.path
     first = folder.state["step"]
     clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
-    teacher = frozen_teacher(cfg, clip, device)
+    teacher = frozen_teacher(cfg, clip, process)
     student = Student(trained_towers(clip, teacher, cfg), *masks).to(device).train()
     set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     optimizers = make_optimizers(student, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizers=optimizers, scaler=scaler)
     corpus = Corpus(cfg, process, student.clip, folder.state)
+    cfg = corpus.cfg  # in steps
     if cfg.keep_in_memory:
         corpus.remember(teacher, precision)
-    folder.start(first, data=corpus.pairs.fingerprint)
+    folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint)
 
     network, skipped, steps = distributed(student, process), 0, range(first, cfg.steps)
     batches = zip(steps, corpus.batches(first, teacher, precision), strict=False)
@@ -543,7 +576,7 @@ def main(cfg: Config) -> Path | None:
         skipped = (skipped + 1) * logged["skipped"]
         if done % cfg.log_every == 0 or done == 1 or last:  # losses that are not finite, too: their steps were skipped
             check_skipped(skipped, step)
-            folder.metrics.write(done, epoch=epoch, seconds=folder.clock.read(), **logged)
+            folder.write(done, epoch=epoch, **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
                 with folder.clock.paused():
@@ -555,10 +588,11 @@ def main(cfg: Config) -> Path | None:
             data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+            passed = {"step": done, "epoch": done // corpus.steps_per_epoch}
             if last and process.main:  # before the last checkpoint, which is what says that all is done
                 checkpoints.save_checkpoint(folder.path / "model.pt", weights)
-            folder.save(done, step=done, masks=[mask.state_dict() for mask in student.masks] or None, **weights)
-    folder.close()
+            folder.save(done, masks=[mask.state_dict() for mask in student.masks] or None, **passed, **weights)
+    folder.close("--sets FOLDER")
     return folder.path
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from shared import cli
-from shared.presets import EMBEDDED, Row
+from shared.presets import EMBEDDED, OWN, Row
 
 # -------------------------------------------------------------------------------------------------------- training runs
 
@@ -139,7 +139,7 @@ class Config:
     seed: int = 0
     """Seed of initial weights, shuffles and views."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor computes in it. Quantiser and losses are in fp32 always."""
     workers: int = 8
@@ -152,7 +152,7 @@ class Config:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Epochs between zero-shot evaluations on `eval_set` (blip, clip); 0: never during training."""
-    eval_set: str = "data/emoji/eval/names_ood"
+    eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
@@ -180,36 +180,47 @@ FINETUNE = Config(
 BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased", seed=42)
 CLIP = Config(stage="clip")
 POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
-SMALL = dict(
-    vocab=VOCAB, image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
+SMALL = Config(
+    image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
     max_positions=40, dropout=0.0, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True,
     keyword_model="minilm", legacy=False, beta=0.1,
     embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup=100,
     crop_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
 )  # fmt: skip
-EMOJI = Config(data=POOL, **SMALL)
-EMOJI_VLP = dict(data=POOL, batch_size=128, epochs=7, lr_decay_rate=0.6, warmup=15, eval_every=2)
+VLP_RATES = dict(batch_size=128, epochs=7, lr_decay_rate=0.6, warmup=15)
+SMALL_STAGES = {  # preset, without its first word: (what it is, settings)
+    "captioner": (
+        "codebook captioner on noisy pairs",
+        dataclasses.replace(SMALL, epochs=30, lr=1.5e-3, lr_decay_rate=0.94, warmup=200),
+    ),
+    "finetune": (
+        "the captioner on clean pairs; writes the refined captions",
+        dataclasses.replace(SMALL, stage="finetune", epochs=12, lr=5e-4, min_lr=0.0),
+    ),
+    "scorer": (
+        "a small BLIP on clean pairs: scores image-text matching",
+        dataclasses.replace(SMALL, stage="blip", epochs=14, lr_decay_rate=0.82),
+    ),
+    "clip": ("a small CLIP on all pairs, or on any reduction", dataclasses.replace(SMALL, stage="clip", **VLP_RATES)),
+    "blip": (
+        "a small BLIP on all pairs, or on any reduction",
+        dataclasses.replace(SMALL, stage="blip", layers=3, text_layers=1, **VLP_RATES),
+    ),
+}
+EMOJI = dict(vocab=VOCAB, eval_set="data/emoji/eval/names_ood")
+CORPUS = {  # where the embedded corpus has what a stage reads
+    "captioner": EMOJI | dict(data=POOL),
+    "finetune": EMOJI | dict(data=CLEAN),
+    "scorer": EMOJI | dict(data=CLEAN),
+    "clip": EMOJI | dict(data=POOL, eval_every=2),
+    "blip": EMOJI | dict(data=POOL, eval_every=2),
+}
 PRESETS = {
-    "emoji-captioner": (
-        "codebook captioner on the noisy pool of the embedded corpus",
-        dataclasses.replace(EMOJI, epochs=30, lr=1.5e-3, lr_decay_rate=0.94, warmup=200),
-    ),
-    "emoji-finetune": (
-        "the captioner on the clean style; writes the refined captions",
-        dataclasses.replace(EMOJI, stage="finetune", data=CLEAN, epochs=12, lr=5e-4, min_lr=0.0),
-    ),
-    "emoji-scorer": (
-        "a small BLIP on the clean style: scores image-text matching",
-        dataclasses.replace(EMOJI, stage="blip", data=CLEAN, epochs=14, lr_decay_rate=0.82),
-    ),
-    "emoji-clip": (
-        "a small CLIP on the pool, or on any reduction of it",
-        dataclasses.replace(EMOJI, stage="clip", **EMOJI_VLP),
-    ),
-    "emoji-blip": (
-        "a small BLIP on the pool, or on any reduction of it",
-        dataclasses.replace(EMOJI, stage="blip", layers=3, text_layers=1, **EMOJI_VLP),
-    ),
+    **{f"small-{stage}": (f"{about}; your own --data", cfg) for stage, (about, cfg) in SMALL_STAGES.items()},
+    **{
+        f"emoji-{stage}": (f"{about}; the embedded corpus", dataclasses.replace(cfg, **CORPUS[stage]))
+        for stage, (about, cfg) in SMALL_STAGES.items()
+    },
     "captioner": ("codebook captioner as released: K=1024, uniform start, decay 0.9", CAPTIONER),
     "captioner-paper": (
         "as the paper says: K=3000, keyword start",
@@ -262,8 +273,8 @@ def check(cfg: Config, world_size: int) -> None:
             )
     if cfg.stage == "finetune" and cfg.quantize and not Path(cfg.init).exists():
         raise FileNotFoundError(f"--init {cfg.init} does not exist")
-    if cfg.eval_every and cfg.stage in ("blip", "clip") and not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder, or pass --eval-every 0")
+    if cfg.stage in ("blip", "clip"):
+        cli.check_eval_set(cfg)
 
 
 def check_sizes(cfg: Config, world_size: int) -> None:
@@ -332,7 +343,8 @@ class ReduceConfig:
     caption_model: str | None = None
     """Run folder of stage finetune, which writes T_g."""
     scorer: str | None = None
-    """Run folder of stage blip, which scores image-text matching."""
+    """Run folder of stage blip, which scores image-text matching. A dual encoder scores by its cosine: a run folder of
+    any paper, local-dir:DIR with what --export wrote, MODEL@TAG of open_clip."""
     cls_scores: bool = False
     """Score with [CLS] at position 0, as upstream does, instead of [ENC], with which BLIP trains."""
     match: str | None = None
@@ -367,7 +379,7 @@ class ReduceConfig:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Of the forward passes; codes are comparable only within one precision."""
     strict: bool = False
@@ -431,7 +443,8 @@ OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
 TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
 PAPER_ROWS = {
     "train": {
-        **dict.fromkeys((name for name in PRESETS if name.startswith("emoji-")), EMBEDDED),
+        **dict.fromkeys((f"small-{stage}" for stage in SMALL_STAGES), OWN),
+        **dict.fromkeys((f"emoji-{stage}" for stage in SMALL_STAGES), EMBEDDED),
         "captioner": Row("released config", "CC3M", "4 nodes of 8"),
         "captioner-paper": Row("codebook ablation, keywords", "CC3M", number=TUNED.format("72.8/54.8")),
         "captioner-xavier": Row("codebook ablation, xavier", "CC3M", number=TUNED.format("72.0/54.1")),

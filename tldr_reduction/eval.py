@@ -50,6 +50,8 @@ METRICS = {  # what is shown of a run, and its heading
 
 @dataclasses.dataclass
 class Config:
+    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of stages clip or blip."""
     sets: tuple[str, ...] = tuple(EMOJI + name for name in ("names_id", "names_ood", "subgroups_ood", "retrieval_ood"))
@@ -67,7 +69,7 @@ class Config:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Autocast of the encoders, as in training."""
 

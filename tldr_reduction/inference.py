@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import checkpoints, data, run
+from shared import checkpoints, data, export, run
+from shared.evaluation import named
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import eval_transform, no_pixels, ordered_loader
@@ -53,9 +55,29 @@ def scored_tokens(scorer: BLIP, tokenizer: WordPiece, captions: list[str]) -> tu
     return tokenizer([pre_caption(caption) for caption in captions], length)
 
 
+class DualScorer(nn.Module):
+    """A dual encoder in the place of BLIP's ITM head: a pair's score is its cosine, moved into 0..1."""
+
+    def __init__(self, model: nn.Module, tokenizer: Callable):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit features (B, E)."""
+        return F.normalize(self.model.encode_image(images).float(), dim=-1)
+
+    def encode_captions(self, captions: list[str], device: torch.device) -> Tensor:
+        """Unit features (B, E)."""
+        return F.normalize(self.model.encode_text(self.tokenizer(captions).to(device)).float(), dim=-1)
+
+
 @torch.no_grad()
-def itm_scores(scorer: BLIP, tokenizer: WordPiece, images: Tensor, captions: list[str], cls: bool = False) -> Tensor:
+def itm_scores(
+    scorer: BLIP | DualScorer, tokenizer: WordPiece, images: Tensor, captions: list[str], cls: bool = False
+) -> Tensor:
     """Probability of a match (B,), captions as `scored_tokens` prepares them; [ENC], or [CLS], at position 0."""
+    if isinstance(scorer, DualScorer):
+        return (1 + (scorer.encode_image(images) * scorer.encode_captions(captions, images.device)).sum(dim=1)) / 2
     ids, mask = scored_tokens(scorer, tokenizer, captions)
     ids[:, 0] = tokenizer.cls if cls else tokenizer.enc
     return scorer.itm(images, ids.to(images.device), mask.to(images.device)).softmax(dim=1)[:, 1]
@@ -133,6 +155,20 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- all of a reduction
 
 
+def dual(path: str) -> bool:
+    """Whether a scorer is a dual encoder: a run of stage clip or another paper's, an export, MODEL@TAG of open_clip."""
+    if export.trained_by(path) == "tldr_reduction":
+        return checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")["config"].get("stage") == "clip"
+    return export.trained_by(path) is not None or export.local_folder(path) is not None or named(path)
+
+
+def weights_of(path: str) -> bytes:
+    """What tells one model from another of the same name: its weights, or its name where open_clip has them."""
+    folder = export.local_folder(path)
+    file = folder / "open_clip_model.safetensors" if folder else Path(path) / "checkpoint.pt"
+    return np.memmap(file, mode="r") if file.is_file() else path.encode()
+
+
 class Inference:
     """The forward passes of a reduction over its data, kept in the work folder; each method is called by all ranks."""
 
@@ -145,13 +181,17 @@ class Inference:
 
     def folder(self, what: str, model: str) -> Path:
         """Where results of one model on this data are kept: other models and other data have other folders."""
-        path = Path(model) / "checkpoint.pt"
+        folder = export.local_folder(model)
+        path = folder / "open_clip_model.safetensors" if folder else Path(model) / "checkpoint.pt"
         stamp = path.stat() if path.exists() else None
         marks = (self.pairs.fingerprint, os.path.abspath(model), stamp and stamp.st_mtime_ns, self.precision)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def model(self, path: str, stage: str) -> tuple[nn.Module, WordPiece, Callable]:
-        """Model and tokenizer of a run folder, and the transform of its images."""
+        """Model and tokenizer of a run folder, and the transform of its images. A scorer may be any dual encoder."""
+        if path not in self.loaded and stage == "blip" and dual(path):
+            encoder, transform, tokenizer = export.load_model(path, self.process.device)
+            self.loaded[path] = DualScorer(encoder, tokenizer), tokenizer, transform
         if path not in self.loaded:
             model, settings, tokenizer = load_run(path)
             if settings.stage != stage:
@@ -222,6 +262,10 @@ class Inference:
         batches = []
         for first in range(0, len(self.rows), self.cfg.batch_size):
             captions = [self.pairs.caption(row) for row in self.rows[first : first + self.cfg.batch_size]]
+            if isinstance(scorer, DualScorer):
+                with torch.no_grad():
+                    batches.append(scorer.encode_captions(captions, self.process.device).cpu())
+                continue
             ids, mask = scored_tokens(scorer, tokenizer, captions)
             with torch.no_grad():
                 batches.append(scorer.encode_text(ids.to(self.process.device), mask.to(self.process.device)).cpu())

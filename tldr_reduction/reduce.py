@@ -39,9 +39,9 @@ from tldr_reduction.cluster import (
     select_fraction,
     whiten,  # noqa: F401  of this file's contract
 )
-from tldr_reduction.config import EMOJI, SETS, ReduceConfig, check_reduction, kept_by
+from tldr_reduction.config import SETS, SMALL, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import open_pairs
-from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows  # noqa: F401  extract_codes
+from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows, weights_of  # noqa: F401
 from tldr_reduction.report import Outcome, itm_summary, print_report, summary_of, table_of, write_csv
 from tldr_reduction.tokenizer import build_vocab, pre_caption  # noqa: F401  of this file's contract
 from tldr_reduction.train import train
@@ -194,7 +194,7 @@ def train_captioner(cfg: ReduceConfig, pairs, process: run.Process) -> str:
             file.write(("\n".join(words) + "\n").encode())
     run.gather_lists([], process)  # until it is written
     settings = dataclasses.replace(
-        EMOJI, data=cfg.data, image_root=cfg.image_root, vocab=str(vocab), out=str(folder), epochs=cfg.captioner_epochs,
+        SMALL, data=cfg.data, image_root=cfg.image_root, vocab=str(vocab), out=str(folder), epochs=cfg.captioner_epochs,
         seed=cfg.seed, device=cfg.device, workers=cfg.workers, cache=cfg.cache,
     )  # fmt: skip
     return str(train(settings, process))
@@ -330,7 +330,7 @@ def main(cfg: ReduceConfig) -> None:
     for path, stage in ((cfg.captioner, "captioner"), (cfg.caption_model, "finetune"), (cfg.scorer, "blip")):
         if path:
             inference.model(path, stage)
-            weights[path] = data.fingerprint(np.memmap(Path(path) / "checkpoint.pt", mode="r"))
+            weights[path] = data.fingerprint(weights_of(path))
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}
     if is_finished(out, settings):

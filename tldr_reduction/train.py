@@ -344,7 +344,7 @@ def train(cfg: Config, process: run.Process) -> Path:
     if not folder.resumed:
         initialise(model, cfg, pairs, process)
     used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
-    folder.start(per_epoch * first + start, data=pairs.fingerprint)
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     dataset, loader = training_batches(pairs, tokenizer, model, first, start, cfg, process)
 
@@ -380,8 +380,14 @@ def train(cfg: Config, process: run.Process) -> Path:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0, used=used.cpu())
-    folder.close()
+    folder.close("--sets FOLDER --rerank", next_command(cfg))
     return folder.path
+
+
+def next_command(cfg: Config) -> str | None:
+    """What a captioner is for; None where a run is evaluated."""
+    flag = {"captioner": "--captioner", "finetune": "--caption-model"}.get(cfg.stage)
+    return flag and f"python -m tldr_reduction.reduce {cfg.data} {flag} {cfg.out} --out FOLDER"
 
 
 def main(cfg: Config) -> Path | None:

@@ -32,9 +32,8 @@ from typing import Annotated, Any, NamedTuple, TextIO
 import numpy as np
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
-from shared import checkpoints, cli, data
+from shared import checkpoints, cli, data, run
 from shared.corpora import layout
 from shared.corpora.emoji import sha256
 from shared.evalsets import EvalSet
@@ -382,7 +381,7 @@ class Pictures:
     def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
         """(picture, content, what belongs to it) of those that can be read. ValueError if none can."""
         found = False
-        for picture, what in tqdm(pictures.items(), label, unit="image", disable=None):
+        for picture, what in run.progress(pictures.items(), len(pictures), label):
             if (content := self.read(picture)) is not None:
                 found = True
                 yield picture, content, what

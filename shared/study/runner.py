@@ -22,6 +22,7 @@ import tyro
 
 from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
+from shared.run import QUIET
 from shared.study import report, verdicts
 from shared.study.floors import Floor
 from shared.study.statistics import Claim, judge_all, measured
@@ -254,7 +255,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     """Train arms and what they start from, `at_once` side by side. ValueError names a command that failed."""
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
-    environment = environment_of(at_once)
+    environment = environment_of(at_once) | {QUIET: "1"}  # several at once: their lines would mix
     total, start = len(jobs) * len(seeds), time.perf_counter()
     begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"

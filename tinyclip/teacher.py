@@ -1,0 +1,98 @@
+"""The teacher, and whatever else first weights come from: which models TinyCLIP takes, and at which image size.
+
+A teacher only has to answer: any dual encoder will do that reads CLIP's tokens, a run of another paper, an export, a
+model of open_clip. What a student inherits from has to be in the layout of `model.CLIP`.
+"""
+
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared import checkpoints, export
+from shared.clip import cuts, image_side
+from shared.evaluation import named
+from tinyclip.model import CLIP, load_clip
+
+MODELS = ("ViT-B-32", "ViT-B-16", "RN50")  # of open_clip, whose weights `load_clip` takes by name
+
+
+def as_clip(source: str) -> str | Path | None:
+    """What `load_clip` reads of a source; None if it has other towers than `CLIP`. Another paper's run is exported."""
+    folder = export.local_folder(source)
+    if folder is None and export.trained_by(source) not in (None, "tinyclip"):
+        folder = export.exported(source)
+    if folder is None:
+        return source if not named(source) or source.partition("@")[0] in MODELS else None
+    config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # not told by its weights
+    return None if strange or odd else folder
+
+
+def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
+    """The model that first weights come from. ValueError if its towers are none that can be cut."""
+    path = as_clip(source)
+    if path is None:
+        raise ValueError(
+            f"--init {source} has towers that weights cannot be inherited from: it takes CLIP's transformers or ResNet"
+        )
+    return load_clip(path, head_width, quick_gelu)
+
+
+class Teacher(nn.Module):
+    """A dual encoder that answers for a student's images and tokens, at its own image side and context length.
+
+    model: `encode_image(images)`, `encode_text(tokens)`, `logit_scale`. statistics: mean and std of its images.
+    """
+
+    def __init__(self, model: nn.Module, side: int, context: int, statistics: tuple, whole_texts: bool = False):
+        super().__init__()
+        self.model, self.side, self.context, self.whole_texts = model, side, context, whole_texts
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in statistics)
+        own_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+        own_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+        self.register_buffer("scale", own_std / std)
+        self.register_buffer("shift", (own_mean - mean) / std)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, S, S) in CLIP's statistics, token ids (B, L) -> unit features (B, D) of both, exp(scale)."""
+        images = images * self.scale + self.shift
+        if images.shape[-1] != self.side:
+            images = F.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
+        tokens = fitted(tokens, self.context, self.whole_texts)
+        image, text = self.model.encode_image(images), self.model.encode_text(tokens)
+        unit = (F.normalize(x.float(), dim=-1) for x in (image, text))
+        return *unit, self.model.logit_scale.exp()
+
+
+def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
+    """Token ids (B, L) cut to `context`, with the end token, which has the highest id, in the last place of what was
+    longer; `whole`: padded to it."""
+    if tokens.shape[1] > context:
+        end, tokens = tokens.amax(dim=1), tokens[:, :context].clone()
+        tokens[:, -1] = torch.where(tokens.amax(dim=1) < end, end, tokens[:, -1])
+    return F.pad(tokens, (0, context - tokens.shape[1])) if whole else tokens
+
+
+def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: int, context: int) -> CLIP | Teacher:
+    """The teacher of a student that sees images of `side` pixels and `context` tokens: a `CLIP` of the same sizes as it
+    is, anything else as a `Teacher`. ValueError if it reads other tokens."""
+    path = as_clip(source)
+    if path is not None:
+        model = load_clip(path, head_width, quick_gelu)
+        model.cuts_padding = False  # the corpus has done it
+        own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
+        statistics, whole = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), False
+        if own == (side, context):
+            return model
+    else:
+        model, _, tokenizer = export.load_model(source)
+        if getattr(tokenizer, "vocab_size", 49408) != 49408:
+            raise ValueError(f"--teacher {source} reads other tokens than CLIP's, which the student has")
+        own, whole = (image_side(model), model.context_length), not cuts(model)
+        statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
+    return Teacher(model, *own, statistics, whole)
