@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
