@@ -140,6 +140,8 @@ class ViewDataset(Dataset):
     def __init__(self, pairs, cfg, size: int, tokenizer, seed: int, ema_view: bool):
         self.pairs, self.cfg, self.size, self.tokenizer, self.seed = pairs, cfg, size, tokenizer, seed
         self.ema_view = ema_view
+        if cfg.keep_in_memory:
+            pairs.read = functools.cache(pairs.read)
         own = {"aclip": "aclip", "slip": "plain", "clip": "plain"}[cfg.method]
         online, ssl = ("plain", "plain") if cfg.augmentation == "crop" else (own, "slip")
         self.online, self.ssl, self.plain = (data.in_two(view_transform(kind))[0] for kind in (online, ssl, "plain"))

@@ -7,7 +7,6 @@ Model and losses are in model.py, settings in config.py, boxes and augmentations
 """
 
 import contextlib
-import functools
 import math
 from pathlib import Path
 
@@ -213,8 +212,6 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     # Data
     pairs = windows.open_pairs(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
-    if cfg.keep_in_memory:
-        pairs.read = functools.cache(pairs.read)
     per_epoch = len(pairs) // cfg.batch_size
     lrs, momenta = schedules(cfg, per_epoch)
     ema_view = isinstance(model, ACLIP) and model.needs_ema_view

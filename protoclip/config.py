@@ -238,6 +238,11 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
     if cfg.episode_shards and cfg.dataset_size:
         raise ValueError("--dataset-size cannot be kept with --episode-shards: pass --dataset-size None")
+    if cfg.episode_shards and cfg.w_external != 0 and str(cfg.external_teacher).endswith(".npy"):
+        raise ValueError(
+            f"--external-teacher {cfg.external_teacher} has features by row, and --episode-shards reads rows in "
+            "another order: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
+        )
     if cfg.keep_in_memory and cfg.episode_shards:
         raise ValueError(
             "--keep-in-memory needs a corpus that fits into memory; --episode-shards reads one that does not"

@@ -51,7 +51,10 @@ class ConvolutionMatrix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h, w, channels, height, width, C = ctx.shape
-        gradient, by_place = gradient.view(ctx.shape), gradient.new_zeros(3, 3, channels, C, dtype=torch.float32)
+        gradient, by_place = (
+            gradient.view(ctx.shape),
+            gradient.new_zeros(3, 3, channels, C, dtype=torch.promote_types(gradient.dtype, torch.float32)),
+        )
         for y, x, i, j, down, right in places(h, w, height, width, ctx.stride):
             by_place[i, j] += gradient[y, x, :, down, right]
         return by_place.permute(2, 3, 0, 1).to(gradient.dtype), None, None, None

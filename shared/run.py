@@ -422,7 +422,8 @@ class RunFolder:
             speed = f"; {rate * self.cfg.batch_size:,.1f} images/s, {duration((self.total - step) / rate)} left"
         if self.process.main and not quiet():
             shown = list((self.latest | values).items())[:6]
-            shown = "".join(f", {name} {float(value):.4g}" for name, value in shown)
+            numbers = ((name, value.item() if isinstance(value, torch.Tensor) else value) for name, value in shown)
+            shown = "".join(f", {name} {number:.4g}" for name, number in numbers)
             say(f"{self.path}: step {step:,} of {self.total:,}{shown}{speed}")
 
     def due(self, step: int) -> bool:

@@ -263,6 +263,8 @@ def test_what_shared_offers_is_used_by_two_papers_or_within():
     for folder in folders():
         for name in set().union(*(used(file) for file in (ROOT / folder).glob("*.py"))):
             users[name].add(folder)
+        for name in re.findall(r"^shared\.(\w+)\(", (ROOT / folder / "__init__.py").read_text(), re.MULTILINE):
+            users["__init__", name].add(folder)
     within = set().union(*(used(file, file.stem) for file in (ROOT / "shared").glob("*.py")))
     within |= set().union(*(used(file) for file in (ROOT / "shared").glob("*/*.py")))
     for file in (ROOT / "shared").glob("*.py"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
+from shared.run import machine
 from shared.study import report
 from shared.study.verdicts import VERDICTS, shown
 
@@ -28,7 +29,9 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
             assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
     row_of = {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
     for row in summary["claims"]:
-        assert set(row) - {"why"} == (row_of if set(summary) == second else {"claim", "paper", "here", "verdict"})
+        assert set(row) - {"why", "seeds_needed"} == (
+            row_of if set(summary) == second else {"claim", "paper", "here", "verdict"}
+        )
     assert {row["verdict"] for row in shown(summary["claims"])} <= set(VERDICTS)
     if set(summary) == second:
         assert len(summary["seeds"]) >= 5 and all(len(set(row)) for row in summary["floors"].values())
@@ -61,3 +64,23 @@ def test_packages_are_kept_beside_results(tmp_path: Path):
     report.write_packages(tmp_path / "packages.txt")
     lines = (tmp_path / "packages.txt").read_text().splitlines()
     assert f"torch=={version('torch')}" in lines and lines == sorted(lines)
+
+
+def test_an_option_that_is_off_is_no_setting_of_a_run():
+    before = {"lr": 1e-3, "episodes": 3, "heads": True, "out": "runs/a-seed0", "seed": 0}
+    later = before | {"accumulate": 1, "grad_checkpointing": False, "crop": None, "out": "runs/a-seed1", "seed": 1}
+    assert report.setting_of(before) == report.setting_of(later)
+    for change in ({"accumulate": 2}, {"grad_checkpointing": True}, {"lr": 2e-3}, {"heads": False}, {"episodes": 1}):
+        assert report.setting_of(before) != report.setting_of(later | change), change
+
+
+def test_the_scatter_of_earlier_results_counts_where_settings_agree(tmp_path: Path):
+    arms = {"a": {"m": {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}}}
+    about = {"seeds": [0, 1, 2], "machine": machine(), "settings": {"a": "x", "other": "y"}, "arms": arms}
+    checkpoints.write_json(tmp_path / "r.json", about)
+    found = report.Comparison({"a": [{"m": 1.0}, {"m": 2.0}]}, [0, 1], {}, set(), {"a": "x"})
+    assert report.earlier_arms(tmp_path / "r.json", found) == {"a": [{"m": 1.0}, {"m": 2.0}, {"m": 3.0}]}
+    for change in ({"settings": {"a": "z"}}, {"seeds": [0, 1, 2]}):  # other settings; no more seeds
+        assert report.earlier_arms(tmp_path / "r.json", found._replace(**change)) == {}
+    checkpoints.write_json(tmp_path / "r.json", about | {"machine": "another"})
+    assert report.earlier_arms(tmp_path / "r.json", found) == {}

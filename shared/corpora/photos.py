@@ -161,7 +161,10 @@ class Flickr8k(Photographs):
     every_caption: bool = False
     """A sample for each caption instead of one with the first caption."""
     joined_lines = 0
-    licence = "Photographs belong to their authors on Flickr; Flickr8k is for non-commercial research and education."
+    licence = (
+        "Photographs belong to their authors on Flickr; Flickr8k is for non-commercial research and education. "
+        "Translations are Multi30k's and of the Arabic Flickr8k, under the terms of these."
+    )
 
     def plan(self) -> dict[str, dict[Path, dict]]:
         """{split: {photograph: {"captions": [...], "captions_de": [...], ...}}}."""

@@ -71,6 +71,7 @@ def markdown(summaries: dict[str, dict]) -> str:
     ]
     page = ["# Results", INTRODUCTION, table(overview)]
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
+    page.append(report.STARS.strip())
     for folder, summary in summaries.items():
         page += [
             f'<a id="{folder}"></a>\n\n## {summary["paper"]}',
@@ -118,6 +119,7 @@ def html_page(summaries: dict[str, dict], pictures: Path) -> str:
     links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in summaries)
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>{html_table(overview)}<ul>{meanings}</ul>"]
+    page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
     for folder, summary in summaries.items():
         arms, metrics = named_arms(folder, summary)
         page.append(f'<h2 id="{folder}">{html.escape(summary["paper"])}</h2><p>{html.escape(provenance(summary))}</p>')

@@ -81,8 +81,14 @@ UNIMPORTANT = (
 
 
 def setting_of(config: dict) -> str:
-    """A short word for a run's settings, the same for all its seeds and for whatever changes no result."""
-    kept = {name: value for name, value in config.items() if name not in UNIMPORTANT}
+    """A short word for a run's settings, the same for all its seeds and for whatever changes no result.
+
+    What is off (None, False, 0, empty; one micro-batch a step) is left out, so that an option which joins later changes
+    no setting.
+    """
+    off = (None, False, "", (), [], {})
+    on = {name: value for name, value in config.items() if value not in off and (name, value) != ("accumulate", 1)}
+    kept = {name: value for name, value in on.items() if name not in UNIMPORTANT}
     text = re.sub(r"-seed\d+", "", json.dumps(kept, sort_keys=True, default=str))
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -147,7 +153,7 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
 def write_packages(path: Path) -> None:
     """Names and versions of all installed packages, one a line as `pip install -r` reads them."""
     found = {each.metadata["Name"].lower(): each.version for each in distributions() if each.metadata["Name"]}
-    path.write_text("".join(f"{name}=={found[name]}\n" for name in sorted(found)), encoding="utf-8")
+    path.write_text("".join(sorted(f"{name}=={version}\n" for name, version in found.items())), encoding="utf-8")
 
 
 def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:

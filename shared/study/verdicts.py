@@ -105,8 +105,13 @@ def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = L
     return levels
 
 
-def verdict(claim: Claim, mean: float, half: float | None, strongest: float, floor: float | None) -> str:
-    """The word for a mean difference ± half; `strongest`: the better arm's mean in the metric that `floor` is of."""
+def verdict(
+    claim: Claim, mean: float, half: float | None, strongest: float, floor: float | None, plain: float | None = None
+) -> str:
+    """The word for a mean difference ± half; `strongest`: the better arm's mean in the metric that `floor` is of.
+
+    plain: half of the interval before Holm's correction, which the paper's effect has to lie in; None: `half`.
+    """
     if claim.paper is None:
         return "no claim"
     if floor is not None and strongest <= floor:
@@ -119,7 +124,7 @@ def verdict(claim: Claim, mean: float, half: float | None, strongest: float, flo
         return "not resolved"
     if mean * claim.sign < 0:
         return "not reproduced"
-    if claim.effect is not None and abs(mean) + half < abs(claim.effect):
+    if claim.effect is not None and abs(mean) + (plain or half) < abs(claim.effect):
         return "same direction"
     return "reproduced"
 
@@ -142,10 +147,10 @@ def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dic
         arm, _, metric = claim.baseline.partition(":")
         if claim.baseline == "0":
             arm, metric = claim.method, None
-        if metric == "" or any(metric and metric not in run for run in arms.get(arm, [{}])):
+        if arm not in arms or metric == "" or any(metric and metric not in run for run in arms[arm]):
             continue
-        runs = arms[arm] if arm in arms else []
-        for stand_in, run in zip(found.setdefault(claim.baseline, [{} for _ in runs]), runs, strict=True):
+        stand_ins = found.setdefault(claim.baseline, [{} for _ in arms[arm]])
+        for stand_in, run in zip(stand_ins, arms[arm], strict=True):
             stand_in[claim.metric] = run[metric] if metric else 0.0
             if claim.learned_by in run:
                 stand_in[claim.learned_by] = run[claim.learned_by]
@@ -201,7 +206,7 @@ def judged(
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
                 "seeds_needed": seeds_needed(scatter, claim),
-                "verdict": verdict(claim, mean, half, strongest, floor_of(claim, floors)),
+                "verdict": verdict(claim, mean, half, strongest, floor_of(claim, floors), half_width(scatter, n)),
             }
         )
     return rows
