@@ -94,10 +94,12 @@ def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min
 
 
 def label_of(cfg: Config) -> str:
-    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, else the model's own name."""
-    if "|" in cfg.model:
+    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, MODEL@TAG, or a model's folder's name."""
+    if "|" in cfg.model or export.named(cfg.model):
         return cfg.model
-    return export.name_of(cfg.model) if known(cfg.model) else f"{cfg.model}|{Path(cfg.pretrained or 'random').stem}"
+    if known(cfg.model):
+        return Path(cfg.model.removeprefix(export.LOCAL)).resolve().name
+    return f"{cfg.model}|{Path(cfg.pretrained or 'random').stem}"
 
 
 def write(folder: Path, title: str, key: str, result: dict) -> None:
