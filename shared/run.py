@@ -224,7 +224,7 @@ def counting(
     """Gives `tick(n, note)`, to be called whenever n of `total` things are done: a bar on a terminal, elsewhere a line
     a minute, with things a second and the time left; nothing if `quiet`, or on ranks other than 0."""
     shown = not quiet() and (process is None or process.main)
-    how = {"leave": False, "unit": unit, "unit_scale": True, "dynamic_ncols": True}
+    how = {"leave": False, "unit": unit, "unit_scale": total is None or total >= 10_000, "dynamic_ncols": True}
     done, start = 0, time.monotonic()
     with tqdm(total=total, desc=label, disable=None if shown else True, **how) as bar:
 

@@ -28,6 +28,7 @@ from concept_frequency import corpus, count, search, tagging
 from concept_frequency.concepts import load_counts
 from concept_frequency.config import CountConfig
 from concept_frequency.model import InvertedIndex, query_terms
+from shared import run
 
 SCRIPT, SECONDS = "concept_frequency.count", 120
 
@@ -166,7 +167,7 @@ def test_remote_files_are_counted(tmp_path, server, monkeypatch):
 
 def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(count, "tqdm", lambda *a, **o: tqdm(*a, **o | {"disable": False, "file": shown, "ncols": 120}))
+    monkeypatch.setattr(run, "tqdm", lambda *a, **o: tqdm(*a, **o | {"disable": False, "file": shown, "ncols": 120}))
     files = write_captions(tmp_path, CAPTIONS * 4)
     counted(tmp_path, "out", data=(files["txt"],), memory=1)
     lines = re.split(r"[\r\n]", shown.getvalue())

@@ -21,8 +21,10 @@ ERRORS = {
     "missing teacher": (["emoji", "--init", "None", "--teacher", "/nowhere"], "--teacher /nowhere does not exist"),
     "missing weights": (["emoji-contrastive", "--init", "/nowhere"], "--init /nowhere does not exist"),
     "a teacher that is none": (["emoji", "--init", "None", "--teacher", f"{SHARDS}/00000.tar"], "is not a checkpoint"),
-    "unknown weights": (["emoji", "--init", "None", "--teacher", "ViT-B-32@nothing"], "weights of open_clip that fit"),
-    "other weights": (["emoji", "--init", "None", "--teacher", "ViT-L-14@openai"], "weights of open_clip that fit"),
+    "other weights": (
+        ["emoji", "--init", "None", "--teacher", "ViT-L-14@nothing"],
+        "is no model that can be used here",
+    ),
     "affinity without a teacher": (["emoji", "--teacher", "None"], "affinity mimicking needs --teacher"),
     "unknown model": (["emoji-teacher", "--model", "RN51"], "--model 'RN51' is none of"),
     "alpha": (["emoji-teacher", "--alpha", "2"], "--alpha 2.0 is not between 0"),
