@@ -94,7 +94,7 @@ def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min
 
 
 def label_of(cfg: Config) -> str:
-    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, MODEL@TAG, or a model's folder's name."""
+    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, MODEL@TAG, or the name of a folder."""
     if "|" in cfg.model or export.named(cfg.model):
         return cfg.model
     if known(cfg.model):
