@@ -107,11 +107,6 @@ def exported(run: str | Path) -> Path:
     return folder
 
 
-def name_of(source: str) -> str:
-    """What scores of a model are filed under: MODEL@TAG, or the name of its folder."""
-    return source if named(source) else Path(source.removeprefix(LOCAL)).resolve().name
-
-
 def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable, Callable]:
     """(model in eval mode, image transform, tokenizer) of one of KINDS. ValueError if it is none of them."""
     folder = local_folder(source)
