@@ -100,7 +100,7 @@ def label_of(cfg: Config) -> str:
         return cfg.model
     if known(cfg.model):
         return Path(cfg.model.removeprefix(export.LOCAL)).resolve().name
-    return f"{cfg.model}|{Path(cfg.pretrained or 'random').stem}"
+    return f"{Path(cfg.model).name}|{Path(cfg.pretrained or 'random').stem}"
 
 
 def write(folder: Path, title: str, key: str, result: dict) -> None:
