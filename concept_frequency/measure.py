@@ -30,6 +30,7 @@ from concept_frequency.joining import numbered
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, export, run
 from shared.evalsets import EvalSet
+from shared.evaluation import named
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
 PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."], "ensemble80": list(TEMPLATES)}
@@ -94,12 +95,12 @@ def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min
 
 
 def label_of(cfg: Config) -> str:
-    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, MODEL@TAG, or the name of a folder."""
-    if "|" in cfg.model or export.named(cfg.model):
+    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, else MODEL@TAG or the folder's name."""
+    if "|" in cfg.model or named(cfg.model):
         return cfg.model
     if known(cfg.model):
         return Path(cfg.model.removeprefix(export.LOCAL)).resolve().name
-    return f"{cfg.model}|{Path(cfg.pretrained or 'random').stem}"
+    return f"{Path(cfg.model).name}|{Path(cfg.pretrained or 'random').stem}"
 
 
 def write(folder: Path, title: str, key: str, result: dict) -> None:
