@@ -32,7 +32,7 @@ from scripts import (
     same,
     start_two,
 )
-from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, processes, tiny  # noqa: F401
+from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, tiny  # noqa: F401
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
