@@ -552,7 +552,7 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
         )
     if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:
         raise ValueError(
-            "ITM scores, blip and text features need --scorer: a BLIP's run folder, transformers' or open_clip:"
+            "ITM scores, blip and text features need --scorer, a run, transformers' BLIP or a dual encoder"
         )
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise NotADirectoryError(f"--out {cfg.out} is a file, where a folder is wanted")

@@ -24,6 +24,7 @@ from tldr_reduction.cluster import as_float, nearest, train_kmeans
 LITE0 = "efficientnet_lite0"
 NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, or {export.KINDS}"
 SIDE = 128  # pixels of an image for EfficientNet-Lite0
+PART = 32  # images that go through a network at once on a CPU
 GRID = 3  # an image has GRID x GRID tokens
 
 # ------------------------------------------------------------------------------------------------------------ encoders
@@ -50,18 +51,28 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
     """The encoder of that name (NAMES). ValueError or FileNotFoundError says in a sentence why it cannot be had."""
     kind, _, rest = name.partition(":")
     if name == LITE0:
-        model = pretrained.efficientnet_lite0().to(device)
+        model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
         view = square(SIDE, pretrained.LITE0_MEAN, pretrained.LITE0_STD)
-        return Encoder(view, last_map(model.forward_intermediates), model)
+        return Encoder(view, in_parts(last_map(model.forward_intermediates)), in_parts(model))
     if kind == "timm" and rest:
         model = load_timm(*rest.partition(":")[::2]).to(device)
         settings = timm.data.resolve_model_data_config(model)
         view = square(settings["input_size"][-1], settings["mean"], settings["std"])
-        return Encoder(view, last_map(model.forward_intermediates), model)
+        return Encoder(view, in_parts(last_map(model.forward_intermediates)), in_parts(model))
     if export.foreign(name, "tldr_reduction"):
         model, transform, _ = export.load_model(name, device)
-        return Encoder(transform, last_map(model.visual.forward_intermediates), model.encode_image)
+        return Encoder(transform, in_parts(last_map(model.visual.forward_intermediates)), in_parts(model.encode_image))
     raise ValueError(f"there is no encoder {name!r}: it is {NAMES}")
+
+
+def in_parts(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same, of PART images at a time on a CPU, whose cache so few stay in, channels last."""
+
+    def parts(images: Tensor) -> Tensor:
+        size = PART if images.device.type == "cpu" else len(images)
+        return torch.cat([encode(part.contiguous(memory_format=torch.channels_last)) for part in images.split(size)])
+
+    return parts
 
 
 def last_map(forward_intermediates: Callable) -> Callable[[Tensor], Tensor]:
