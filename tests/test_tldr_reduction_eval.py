@@ -74,6 +74,6 @@ def test_evaluation(chain, cli, folder):
     found = report.compare_runs(list(map(str, runs)), [clip, blip], STUDY.headings)
     (folder / "report").mkdir()
     STUDY.plot(found, folder / "report")
-    for plot in ("itm", "clusters", "shares"):
+    for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
     refused(cli(chain["captioner"], *sets, module="tldr_reduction.eval"), "stage captioner")

@@ -177,7 +177,7 @@ FLOORS = (
 def plot(found: Comparison, out: Path) -> None:
     """Three plots, tldr_reduction_*.png: accuracy by what is planted; of arm tldr and the first seed scores and
     clusters."""
-    plot_shares(found.arms, out)
+    plot_fractions(found.arms, out)
     if "tldr" in found.folders:
         reduction = Path(json.loads((found.folders["tldr"][0] / "config.json").read_text())["data"]).parent
         if (reduction / "report.json").is_file():
@@ -185,8 +185,8 @@ def plot(found: Comparison, out: Path) -> None:
             plot_clusters(reduction, out)
 
 
-def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
-    """tldr_reduction_shares.png: what selection and refinement add to a random sample, by what is planted."""
+def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
+    """tldr_reduction_fractions.png: what selection and refinement add to a random sample, by what is planted."""
     pools = {"-clean": "true captions", "": "30 % bad", "-noisy": "60 % bad", "-distinct": "30 % bad, no copies"}
     figure, axis = plt.subplots(figsize=(7, 3.8))
     for shift, (method, label) in enumerate((("codes", "selection by codes"), ("random-refined", "refined captions"))):
@@ -205,7 +205,7 @@ def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
     axis.axhline(0, color="black", linewidth=0.8)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(out / "tldr_reduction_shares.png", dpi=110)
+    figure.savefig(out / "tldr_reduction_fractions.png", dpi=110)
     plt.close(figure)
 
 
