@@ -28,7 +28,11 @@ TOOLS = {  # of shared/: run by make or pytest, or part of one that is, or of wh
 }
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
 BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora
-TRAINING = [(folder, "train") for folder in folders()] + [("nmtune", "pretrain"), ("nmtune", "finetune")]
+TRAINING = [
+    *((folder, "train") for folder in folders()),
+    *(("nmtune", "pretrain"), ("nmtune", "finetune")),
+    *(("tldr_reduction", script) for script in ("captioner", "finetune", "retrieval")),
+]
 FREE = {"out", "device", "save_every", "log_every", "dry_run", "strict"}  # every training script has these
 HELP = {  # field: (type, start of its help)
     "out": (str, "Run folder: config.json,"),

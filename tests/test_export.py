@@ -53,10 +53,11 @@ def runs(cli, folder: Path) -> dict[str, Path]:
     """A run of each folder whose model open_clip has, and a TinyCLIP pruned by masks."""
     (folder / "parts").mkdir()
     given = commands(small_corpus(folder / "corpus"), folder / "parts")
-    given["tldr_reduction"] = ["emoji-clip", *given["tldr_reduction"][1:], "--lr", "1e-3"]
+    given["tldr_reduction"] = [*given["tldr_reduction-clip"], "--lr", "1e-3"]
+    scripts = SCRIPTS | {"tldr_reduction": SCRIPTS["tldr_reduction-clip"]}
     done = {name: folder / name for name in (*TOLERANCES, "pruned")}
     for name in TOLERANCES:
-        finished(cli(*given[name], "--out", done[name], module=SCRIPTS[name]))
+        finished(cli(*given[name], "--out", done[name], module=scripts[name]))
     first = ["--teacher", done["tinyclip"], "--init", done["tinyclip"], "--mask-lr", "1.0", "--lambda-lr", "-1.0"]
     masks = ["emoji-auto", *given["tinyclip"][1:], *first, "--prune-step", "4", "--sparsity-warmup", "2"]
     finished(cli(*masks, "--out", done["pruned"], module="tinyclip.train"))

@@ -48,6 +48,9 @@ ELSEWHERE = {  # where each other script is tested
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_encoder_study.py::test_study_and_report",
     "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
+    "tldr_reduction.finetune": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
+    "tldr_reduction.pool": "test_tldr_reduction_pool.py::test_a_pool_is_written",
+    "tldr_reduction.retrieval": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
 }
 KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
@@ -64,7 +67,9 @@ KILLED = {  # where arms and scripts that are not killed here are
     "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",
     "tinyclip, masks and distillation": "test_tinyclip_train.py::test_kill_and_resume_equals_uninterrupted",
     "tldr_reduction.reduce": "test_tldr_reduction_reduce.py::test_a_killed_reduction_goes_on",
-    "tldr_reduction, scorer": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
+    "tldr_reduction, scorer, finetune and retrieval": (
+        "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted"
+    ),
 }
 
 

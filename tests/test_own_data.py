@@ -39,7 +39,7 @@ SHORT = {  # what is appended to a command
     "lexvla.text": "--lm parts/lm --max-length 192",
     "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 28 --adapter-hidden 32
         --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
-    "tldr_reduction.reduce": "--captioner-epochs 1 --clusters 4 --workers 0",
+    "tldr_reduction.reduce": "--clusters 4 --num-codes 64 --workers 0",
     "tldr_reduction.train": "--epochs 2 --batch-size 32 --warmup 2",
     "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",

@@ -6,9 +6,10 @@ from authors_files import beside_weights
 from test_tldr_reduction_blip import tiny_blip
 from test_tldr_reduction_model import tiny_captioner
 
-from tldr_reduction import checkpoints
+from tldr_reduction import checkpoints, config
 from tldr_reduction.blip import TextTransformer, VisionTransformer, resize_pos_embed
 from tldr_reduction.model import CodebookCaptioner
+from tldr_reduction.tokenizer import WordPiece
 
 
 def test_authors_layout_loads(tmp_path):
@@ -77,6 +78,10 @@ def test_a_released_file_becomes_a_run(tmp_path, capsys):
     assert checkpoints.load_run(tmp_path / "larger")[0].visual_encoder.pos_embed.shape[1] == 10
     with pytest.raises(ValueError, match="cannot serve as --stage finetune"):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "writer"), stage="finetune"))
+    source = checkpoints.Config(**flags, out=str(tmp_path / "again"))
+    source.source = str(tmp_path / "scorer/checkpoint.pt")
+    with pytest.raises(ValueError, match="is of a run folder already"):
+        checkpoints.main(source)
     with pytest.raises(ValueError, match="holds a run already"):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))
 
@@ -101,3 +106,28 @@ def test_bert_starts_the_text_towers(tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         wider = TextTransformer(30, 32, 2, 4, 24, 16)
         checkpoints.init_text(CodebookCaptioner(VisionTransformer(16, 8, 16, 2, 4), wider, None), str(tmp_path))
+
+
+def test_runs_are_exported_for_stock_blip_and_transformers(tmp_path, capsys):
+    """blip.pth has {"model": ...} with all of BLIP's names; transformers' classes load the folders and agree."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", *map(str, range(22))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer, model = WordPiece(tmp_path / "vocab.txt"), tiny_blip().eval()
+    sizes = dict(image_size=16, patch_size=8, width=16, layers=2, heads=4, text_width=16, text_layers=2, text_heads=4)
+    sizes |= dict(max_positions=24, embed_dim=len(model.vision_proj.weight))
+    checkpoints.export_blip(model, config.Config(**sizes), tokenizer, tmp_path / "out")
+    assert "retrieval" in capsys.readouterr().out
+    state = torch.load(tmp_path / "out/blip.pth", weights_only=True)["model"]
+    assert {"itm_head.weight", "visual_encoder_m.pos_embed", "text_decoder.cls.predictions.decoder.bias"} <= set(state)
+    assert checkpoints.load_blip(tiny_blip(), tmp_path / "out/blip.pth") == []
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out/retrieval")
+    assert loaded("cat").input_ids == [2, 5, 3] and loaded.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [28, 29]
+    assert transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "out/captioning") is not None
+    with pytest.raises(ValueError, match="run folder: name another"):
+        (tmp_path / "out/checkpoint.pt").touch()
+        checkpoints.export_blip(model, config.Config(**sizes), tokenizer, tmp_path / "out")
+    sizes.pop("embed_dim")
+    codes = tiny_captioner().eval()  # transformers has no place for a codebook
+    checkpoints.export_blip(codes, config.CaptionerConfig(**sizes), tokenizer, tmp_path / "codes")
+    assert [path.name for path in (tmp_path / "codes").iterdir()] == ["blip.pth"]

@@ -103,3 +103,22 @@ def test_selections():
     assert not torch.equal(random_subset(100, 0.25, 3), random_subset(100, 0.25, 4))
     assert len(random_subset(100, 0.25, 3).unique()) == 25
     assert keep_top(torch.tensor([1.0, 3, 2, 3]), 0.5).tolist() == [False, True, False, True]
+
+
+def test_a_drawn_start_favours_no_member():
+    """As many of each cluster as from the first on, evenly spaced in a ring; over seeds all members alike."""
+    assignment = torch.arange(70) % 7
+    assignment[assignment == 4] = 5  # an empty cluster, and one of 20
+    counts = torch.zeros(70)
+    for seed in range(400):
+        kept = select_fraction(assignment, 7, 0.25, seed)
+        assert torch.equal(
+            torch.bincount(assignment[kept]), torch.bincount(assignment[select_fraction(assignment, 7, 0.25)])
+        )
+        assert torch.equal(kept, select_fraction(assignment, 7, 0.25, seed))
+        counts[kept] += 1
+    sizes = torch.bincount(assignment, minlength=7)
+    expected = 400 * (-(-sizes // 4) / sizes)[assignment]
+    assert ((counts - expected).abs() < 4 * (400 * 0.3 * 0.7) ** 0.5).all()
+    ring = select_fraction(torch.zeros(12, dtype=torch.long), 1, 0.25, 3)
+    assert (ring.diff() == 4).all()

@@ -4,24 +4,31 @@ import dataclasses
 
 import pytest
 import torch
-from test_tldr_reduction_train import SCRIPT, refused  # noqa: F401
+from test_tldr_reduction_train import PROGRAMS, SCRIPT, refused  # noqa: F401
 
-from tldr_reduction import config, train
+from tldr_reduction import captioner, config, finetune, retrieval, train
 from tldr_reduction.config import RECIPES
 
+CAPTIONER, FINETUNE = PROGRAMS["captioner"][0], PROGRAMS["finetune"][0]
+SCRIPTS = (
+    (captioner, config.CAPTIONERS),
+    (finetune, config.FINETUNES),
+    (retrieval, config.RETRIEVALS),
+    (train, config.PRESETS),
+)
 WRONG = {
     "no data": (["blip-cc3m"], "--data is missing"),
     "missing shard": (
         ["emoji-clip", "--data", "nowhere/{000..002}.tar", "--eval-every", "0"],
         "nowhere/000.tar does not",
     ),
-    "no init": (["emoji-finetune", "--data", "x.tar"], "--init is missing"),
-    "patch": (["emoji-captioner", "--data", "x.tar", "--image-size", "60"], "no multiple of --patch-size 16"),
-    "codes": (["emoji-captioner", "--data", "x.tar", "--code-dim", "48"], "cannot be cut into codes of --code-dim 48"),
+    "no init": (["emoji", "--data", "x.tar"], "--init is missing", FINETUNE),
+    "patch": (["emoji", "--data", "x.tar", "--image-size", "60"], "no multiple of --patch-size 16", CAPTIONER),
+    "codes": (["emoji", "--data", "x.tar", "--code-dim", "48"], "cut into codes of --code-dim 48", CAPTIONER),
     "queue": (["emoji-blip", "--data", "x.tar", "--queue-size", "8", "--eval-every", "0"], "--queue-size 8 is smaller"),
     "tokens": (["emoji-clip", "--data", "x.tar", "--max-length", "99"], "--max-length 99 is not in 2..40"),
     "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
-    "a BLIP in parts": (["emoji-blip", "--data", "x.tar", "--accumulate", "2"], "--accumulate is for stage clip"),
+    "a BLIP in parts": (["emoji-blip", "--data", "x.tar", "--accumulate", "2"], "--accumulate is for --objective clip"),
     "uneven": (["emoji-clip", "--data", "x.tar", "--accumulate", "3"], "over 1 processes and 3 micro-batches in each"),
     "device": (["emoji-clip", "--device", "cuda"], "--device cpu"),
 }
@@ -31,8 +38,8 @@ WRONG = {
 def test_wrong_training_flags(in_process, case):
     if case == "device" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    arguments, words = WRONG[case]
-    refused(in_process(*arguments), words)
+    arguments, words, *module = WRONG[case]
+    refused(in_process(*arguments, module=module[0] if module else SCRIPT), words)
 
 
 def test_presets_are_the_tables():
@@ -41,20 +48,19 @@ def test_presets_are_the_tables():
     for name, (full, reduced, size) in config.SETS.items():
         assert (presets[f"blip-{name}"].expected, presets[f"blip-{name}-tldr"].expected) == (full, reduced)
         assert presets[f"blip-{name}"].image_size == size
-    starts = {name: presets[f"captioner{name}"] for name in ("", "-paper", "-xavier", "-tags")}
+    starts = {name: config.CAPTIONERS[name][1] for name in ("released", "paper", "xavier", "tags")}
     assert [cfg.num_codes for cfg in starts.values()] == [1024, 3000, 3000, 1600]
     assert [cfg.codebook_init for cfg in starts.values()] == ["uniform", "keywords", "xavier", "keywords"]
     assert all(cfg.text_init == "bert-base-uncased" for cfg in starts.values())
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
-def test_dry_runs_need_no_data(preset, capsys):
-    cfg = config.PRESETS[preset][1]
+@pytest.mark.parametrize(("script", "preset"), [(script, name) for script, presets in SCRIPTS for name in presets])
+def test_dry_runs_need_no_data(script, preset, capsys):
+    cfg = dict(SCRIPTS)[script][preset][1]
     small = dict(width=64, layers=1, heads=2, text_width=64, text_layers=1, text_heads=2, code_dim=64, queue_size=1260)
-    cfg = dataclasses.replace(
-        cfg, **small, dataset_size=100_000, clip_model="ViT-emoji", data=""
-    )  # for the time it takes
-    train.dry_run(dataclasses.replace(cfg, image_size=32))
+    small |= dict(dataset_size=100_000, clip_model="ViT-emoji", data="", image_size=32)  # for the time it takes
+    small = {name: value for name, value in small.items() if hasattr(cfg, name)}
+    script.dry_run(dataclasses.replace(cfg, **small))
     printed = capsys.readouterr().out
     for word in ("parameters", "samples", "batch", "steps", "learning rate", "memory estimate"):
         assert word in printed

@@ -10,8 +10,10 @@ from scripts import ROOT, finished
 from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
 
+from shared.study import report
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, plain, rerank_scores, retrieval_recall
+from tldr_reduction.study import STUDY
 
 
 @pytest.mark.golden("tldr_reduction", "retrieval_rerank")
@@ -61,10 +63,7 @@ def test_evaluation(chain, cli, folder):
     for arm, run_folder in (("tldr", chain["clip"]), ("blip-tldr", chain["blip"])):
         shutil.copytree(run_folder, folder / f"{arm}-seed0")
     runs = [folder / "tldr-seed0", folder / "blip-tldr-seed0"]
-    result = finished(
-        cli(*runs, *sets, "--k-test", "2", "--report", folder / "report/results.json", module="tldr_reduction.eval")
-    )
-    assert "not testable here" in result.out
+    result = finished(cli(*runs, *sets, "--k-test", "2", module="tldr_reduction.eval"))
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
     assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
     assert clip["steps"] == 2 * (clip["data/pairs"] // 32) and 0 <= clip["data/generated_right"] <= 100
@@ -72,6 +71,9 @@ def test_evaluation(chain, cli, folder):
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for path, value in ((runs[0], clip["groups_ood/top1"]), (runs[1], blip["rerank/retrieval_ood/txt_r1"])):
         assert f"all of it: {path}/results.md" in result.out and f" {value:.2f} " in result.out
+    found = report.compare_runs(list(map(str, runs)), [clip, blip], STUDY.headings)
+    (folder / "report").mkdir()
+    STUDY.plot(found, folder / "report")
     for plot in ("itm", "clusters", "fractions"):
         assert (folder / f"report/tldr_reduction_{plot}.png").stat().st_size > 5000
     refused(cli(chain["captioner"], *sets, module="tldr_reduction.eval"), "stage captioner")

@@ -28,7 +28,7 @@ def test_rows_are_kept_and_mended(tmp_path):
         return {"squares": missing**2}
 
     def squares(wanted: np.ndarray) -> list[int]:
-        cached_rows(tmp_path, wanted, 5, run.Process(0, 1, torch.device("cpu")), "", compute)
+        cached_rows(tmp_path, wanted, 5, run.Process(0, 1, torch.device("cpu")), compute)
         return read_rows(tmp_path, wanted, 5, "squares").tolist()
 
     assert squares(rows[1::2]) == [1, 81, 121] and asked == [[1], [9], [11]]

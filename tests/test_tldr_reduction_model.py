@@ -253,10 +253,10 @@ def test_generation_by_hand():
 
 
 def test_a_learned_caption_is_written(tmp_path):
-    """Stage finetune, tokenizer and generation together: [SEP] has another id in every vocabulary."""
+    """Fine-tuning, tokenizer and generation together: [SEP] has another id in every vocabulary."""
     (tmp_path / "vocab.txt").write_text("\n".join(build_vocab(["red apple", "blue car"])) + "\n")
     cfg = dataclasses.replace(
-        config.PRESETS["emoji-finetune"][1], vocab=str(tmp_path / "vocab.txt"), image_size=16, patch_size=8, width=32,
+        config.FINETUNES["emoji"][1], vocab=str(tmp_path / "vocab.txt"), image_size=16, patch_size=8, width=32,
         layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, dropout=0.0,
     )  # fmt: skip
     tokenizer = tokenizer_of(cfg)

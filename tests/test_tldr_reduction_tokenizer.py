@@ -7,7 +7,7 @@ import torch
 from test_tldr_reduction_blip import tiny_blip
 
 from tldr_reduction.config import Config
-from tldr_reduction.inference import itm_scores
+from tldr_reduction.scorers import itm_scores
 from tldr_reduction.tokenizer import WordPiece, build_vocab, eval_tokenizer, pre_caption
 
 
@@ -40,7 +40,7 @@ def test_captions_are_cut_later_in_retrieval_and_matching_than_in_training(tmp_p
     """At 35 tokens as in BLIP, or where the model has no more positions."""
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(24))]) + "\n")
-    tokenizer, settings = WordPiece(path), Config(stage="blip", vocab=str(path), max_words=50)
+    tokenizer, settings = WordPiece(path), Config(objective="blip", vocab=str(path), max_words=50)
     assert tokenizer(["1 " * 50])[0].shape == (1, 30)
     for positions, length in ((512, 35), (32, 32)):
         tokens = eval_tokenizer(tokenizer, dataclasses.replace(settings, max_positions=positions))

@@ -1,10 +1,9 @@
-"""python -m tldr_reduction.train, end to end on real emoji shards, in processes of their own.
+"""The training programs of TL;DR, end to end on real emoji shards, in processes of their own.
 
-Every stage that a reduction needs, kill -9 and resume, two processes against one, broken shards, the start of a
-codebook, schedules. Scripts start in forks of a server that has imported torch and the rest already.
+Captioner, fine-tuning, pre-training and fine-tuning for retrieval: kill -9 and resume, two processes against one,
+broken shards, schedules. Scripts start in forks of a server that has imported torch and the rest already.
 """
 
-import dataclasses
 import io
 import random
 import shutil
@@ -17,20 +16,36 @@ import torch
 from scripts import ROOT, Ended, Lazily, ended, finished, kill_at, metrics, same, start_two
 from test_tldr_reduction_model import exact
 
-from shared import checkpoints, data, run
-from tldr_reduction import config, corpus, train
-from tldr_reduction.datasets import open_pairs
-from tldr_reduction.model import build
+from shared import checkpoints
+from tldr_reduction import corpus
 from tldr_reduction.tokenizer import build_vocab
 from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
 
 SHARDS = ROOT / "data/emoji/train"
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
-SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2
-    --code-dim 16 --num-codes 32 --embed-dim 16 --queue-size 64""".split()
+PROGRAMS = {  # a stage of the chain: module, preset
+    "captioner": ("tldr_reduction.captioner", "emoji"),
+    "finetune": ("tldr_reduction.finetune", "emoji"),
+    "retrieval": ("tldr_reduction.retrieval", "coco"),
+    "scorer": (SCRIPT, "emoji-scorer"),
+    "clip": (SCRIPT, "emoji-clip"),
+    "blip": (SCRIPT, "emoji-blip"),
+}
+SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1
+    --text-heads 2""".split()
 STEPS, PER_EPOCH = 12, 4
-COMMON = """--epochs 3 --batch-size 32 --lr 1e-3 --lr-decay-rate 0.85 --warmup 4 --precision fp32 --workers 0
-    --eval-every 0 --log-every 1 --dataset-size 128""".split()
+COMMON = (
+    """--epochs 3 --batch-size 32 --lr 1e-3 --precision fp32 --workers 0 --log-every 1 --dataset-size 128""".split()
+)
+CODES = ["--code-dim", "16", "--num-codes", "32"]
+WARM = ["--lr-decay-rate", "0.85", "--warmup", "4"]
+QUEUE = ["--embed-dim", "16", "--queue-size", "64"]
+OWN = {  # what a stage has beside SIZES and COMMON
+    "captioner": [*CODES, *WARM],
+    "finetune": CODES,
+    "retrieval": [*QUEUE, "--max-positions", "40", "--no-augment", "--no-flip"],
+    **dict.fromkeys(("scorer", "clip", "blip"), [*QUEUE, *WARM, "--eval-every", "0"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +71,11 @@ def tiny(folder: Path) -> list[str]:
     return [*SIZES, *COMMON, "--data", str(folder / "pool"), "--vocab", str(folder / "vocab.txt")]
 
 
+def command(stage: str, tiny: list[str], *more) -> list:
+    """Arguments of a stage's program, behind its module."""
+    return [PROGRAMS[stage][1], *tiny, *OWN[stage], *more]
+
+
 @pytest.fixture(scope="module")
 def chain(folder: Path, cli, tiny) -> Lazily:
     """Folder of each stage, which runs when it is first asked for; `command` and `printed` are the reduction's."""
@@ -76,7 +96,9 @@ def chain(folder: Path, cli, tiny) -> Lazily:
             options = ["--init", chain["captioner"]]
         if name in ("clip", "blip"):
             options = ["--data", chain["reduced"] / "shards", *shorter]
-        finished(cli(f"emoji-{name}", *tiny, *options, "--out", folder / name))
+        if name == "retrieval":
+            options = ["--init", chain["scorer"]]
+        finished(cli(*command(name, tiny, *options), "--out", folder / name, module=PROGRAMS[name][0]))
         return folder / name
 
     chain = Lazily(make)
@@ -128,6 +150,7 @@ def test_every_stage_trains(chain):
         ("captioner", {"loss_lm", "loss_emb"}),
         ("finetune", {"loss_lm", "loss_emb"}),
         ("scorer", {"loss_ita", "loss_itm", "loss_lm"}),
+        ("retrieval", {"loss_ita", "loss_itm"}),
     ):
         lines = [line for line in metrics(chain[stage]) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -144,68 +167,40 @@ def test_every_stage_trains(chain):
     }
 
 
-@pytest.mark.parametrize("stage", ["captioner", "scorer"])
+@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "retrieval"])
 def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage):
-    out = folder / f"killed-{stage}"
-    command = [f"emoji-{stage}", *tiny, "--save-every", "3", "--out", out]
+    out, first = folder / f"killed-{stage}", {"finetune": "captioner", "retrieval": "scorer"}.get(stage)
+    init = ["--init", chain[first]] if first else []
+    words, module = [*command(stage, tiny, *init), "--save-every", "3", "--out", out], PROGRAMS[stage][0]
     for line in (random.randint(2, 5), random.randint(7, 11)):
-        kill_at(start(*command), out, line, timeout=120)
-    finished(ended(start(*command)))
+        kill_at(start(*words, module=module), out, line, timeout=120)
+    finished(ended(start(*words, module=module)))
     assert metrics(out) == metrics(chain[stage])
     state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, chain[stage]))
-    for part in ("state_dict", "optimizer", "used", "epoch", "batch"):
+    assert ("used" in state) == (stage == "captioner")
+    for part in ("state_dict", "optimizer", "epoch", "batch", *["used"] * ("used" in state)):
         assert same(state[part], expected[part]), part
 
 
 @pytest.mark.parametrize("stage", ["captioner", "clip"])
 def test_two_processes_equal_one(start, cli, folder, tiny, stage):
-    flags = [f"emoji-{stage}", *tiny, "--dropout", "0", "--eps", "1e-4"]
+    flags, module = [*command(stage, tiny), "--dropout", "0", "--eps", "1e-4"], PROGRAMS[stage][0]
     one, both = folder / f"{stage}-1", folder / f"{stage}-2"
-    finished(cli(*flags, "--out", one))
-    two(start, *flags, "--out", both)
+    finished(cli(*flags, "--out", one, module=module))
+    two(start, *flags, "--out", both, module=module)
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, both))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_broken_samples_are_counted(cli, folder, tiny, broken):
-    flags = ["emoji-captioner", *tiny, "--data", broken, "--dataset-size", "64", "--batch-size", "16"]
-    result = finished(cli(*flags, "--out", folder / "broken"))
+    flags = [*command("captioner", tiny), "--data", broken, "--dataset-size", "64", "--batch-size", "16"]
+    result = finished(cli(*flags, "--out", folder / "broken", module=PROGRAMS["captioner"][0]))
     reports = [line for line in result.out.splitlines() if "broken samples" in line]
     assert len(reports) == 3 and all("truncated or damaged tar" in line for line in reports)
-    refused(cli(*flags, "--strict", "--out", folder / "strict"), "--strict")
+    refused(cli(*flags, "--strict", "--out", folder / "strict", module=PROGRAMS["captioner"][0]), "--strict")
 
 
 def test_a_run_never_goes_on_as_another(chain, cli, tiny, folder):
-    refused(cli("emoji-captioner", *tiny, "--lr", "2e-3", "--out", chain["captioner"]), "another configuration: lr")
-
-
-def test_keyword_start(folder, monkeypatch, tiny):
-    """The paper's codebook: keywords by a text encoder, onto the tokens' mean and spread; same on every call."""
-
-    def embed(texts: list[str]) -> torch.Tensor:  # a vector of its own for every text
-        seeds = [torch.Generator().manual_seed(data.stable_hash(text)) for text in texts]
-        return torch.stack([torch.randn(16, generator=seed) for seed in seeds])
-
-    monkeypatch.setattr(train, "text_embedder", lambda name, dim: embed)
-    cfg = dataclasses.replace(
-        config.EMOJI, data=str(folder / "pool"), vocab=str(folder / "vocab.txt"), image_size=16, patch_size=8, width=32,
-        layers=1, heads=2, text_width=32, text_layers=1, text_heads=2, code_dim=16, num_codes=24,
-        codebook_init="keywords",
-    )  # fmt: skip
-    pairs, weights = open_pairs(cfg.data), []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = build(cfg, 300)
-        train.start_codebook(model, cfg, pairs, run.Process(0, 1, torch.device("cpu")))
-        weights.append(model.quantize.embedding.weight.detach().clone())
-    assert torch.equal(*weights)
-    assert 0.3 < weights[0].std() < 3
-    (folder / "tags.txt").write_text("".join(f"tag {i}\n" for i in range(24)))
-    for other in (dict(keywords=str(folder / "tags.txt")), dict(codebook_init="xavier")):
-        train.start_codebook(model, dataclasses.replace(cfg, **other), pairs, run.Process(0, 1, torch.device("cpu")))
-        assert not torch.equal(model.quantize.embedding.weight, weights[0])
-    assert model.quantize.embedding.weight.abs().max() <= (6 / (24 + 16)) ** 0.5
-    short = dataclasses.replace(cfg, keywords=str(folder / "tags.txt"), num_codes=25)
-    with pytest.raises(ValueError, match="holds 24 keywords, fewer than --num-codes 25"):
-        config.check(short, 1)
+    changed = [*command("captioner", tiny), "--lr", "2e-3", "--out", chain["captioner"]]
+    refused(cli(*changed, module=PROGRAMS["captioner"][0]), "another configuration: lr")

@@ -23,7 +23,7 @@ FOLDERS = (
     "attentive_mask_clip", "concept_frequency", "flame", "lexvla", "nmtune", "protoclip", "tinyclip", "tldr_reduction",
 )  # fmt: skip
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
-SCRIPTS["tldr_reduction-clip"] = "tldr_reduction.train"  # the one script whose stages have little in common
+SCRIPTS |= {"tldr_reduction": "tldr_reduction.captioner", "tldr_reduction-clip": "tldr_reduction.train"}  # its two
 
 
 def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:
@@ -118,14 +118,14 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
             --hidden-dim 32 --projection-dim 16 --warmup 2""",
         "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2",
-        "tldr_reduction": f"""emoji-captioner --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
+        "tldr_reduction": f"""emoji --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
             --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
             --epochs 2 --warmup 2""",
         "tldr_reduction-clip": f"""emoji-clip --vocab {parts / "vocab.txt"} --image-size 16 --epochs 2 --warmup 2""",
     }
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
     workers = {name: ["--workers", "0"] for name in arms} | {"concept_frequency": []}
-    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": []}
+    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": []}
     return {name: [*arms[name].split(), *common, *workers[name], *evaluation[name]] for name in arms}
 
 

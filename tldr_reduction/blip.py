@@ -432,7 +432,7 @@ class BLIP(nn.Module):
         self,
         visual_encoder: VisionTransformer,
         text_encoder: TextTransformer,
-        text_decoder: TextDecoder | TextTransformer,
+        text_decoder: TextDecoder | TextTransformer | None,
         embed_dim: int = 256,
         queue_size: int = 57600,
         momentum: float = 0.995,
@@ -450,9 +450,10 @@ class BLIP(nn.Module):
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.temp = nn.Parameter(torch.tensor(0.07))
-        bert = text_decoder.bert if isinstance(text_decoder, TextDecoder) else text_decoder
-        tie_decoder(text_encoder, bert)
-        self.text_decoder = TextDecoder(bert)
+        if text_decoder is not None:
+            bert = text_decoder.bert if isinstance(text_decoder, TextDecoder) else text_decoder
+            tie_decoder(text_encoder, bert)
+            self.text_decoder = TextDecoder(bert)
 
     # ------------------------------------------------------------------------------------------------------ features
 
@@ -512,11 +513,12 @@ class BLIP(nn.Module):
         losses = self.text_decoder.losses(decoder_ids, attention_mask, image_embeds, 0, 0.1, places)
         return loss_ita, loss_itm, token_mean(losses)
 
-    def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float):
+    def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float, image_ids=None):
         """loss_ita and the in-batch similarities (B, W*B); moves the momentum encoders, then fills the queues.
 
         y = alpha softmax(momentum similarities / temp) + (1 - alpha) onehot;
-        loss = mean of both directions' -sum y log softmax(f keys / temp).
+        loss = mean of both directions' -sum y log softmax(f keys / temp). With `image_ids` (B,), of `RetrievalBLIP`,
+        there is an equal share for all keys of the same image in place of onehot.
         """
         with torch.no_grad():
             self.update_momentum()
@@ -524,21 +526,21 @@ class BLIP(nn.Module):
             image_m = F.normalize(self.vision_proj_m(embeds).float(), dim=-1)
             text_m = F.normalize(self.text_proj_m(self.text_encoder_m(input_ids, attention_mask)[:, 0]).float(), dim=-1)
         with torch.autocast(image.device.type, enabled=False):
-            return self.contrast_keys(image_features, text_features, image_m, text_m, alpha)
+            return self.contrast_keys(image_features, text_features, image_m, text_m, alpha, image_ids)
 
-    def contrast_keys(self, image_features, text_features, image_m, text_m, alpha: float):
+    def contrast_keys(self, image_features, text_features, image_m, text_m, alpha: float, image_ids=None):
         """`contrast` in fp32, from the features (B, E) of the online and the momentum encoders."""
         with torch.no_grad():
             all_image, all_text = gather(image_m), gather(text_m)
             image_keys = torch.cat([all_image.T, self.image_queue], dim=1)  # (E, W*B + Q)
             text_keys = torch.cat([all_text.T, self.text_queue], dim=1)
             own = self.offset(len(image_m)) + torch.arange(len(image_m), device=image_m.device)
-            onehot = F.one_hot(own, image_keys.shape[1])
-            targets_i2t = alpha * (image_m @ text_keys / self.temp).softmax(1) + (1 - alpha) * onehot
-            targets_t2i = alpha * (text_m @ image_keys / self.temp).softmax(1) + (1 - alpha) * onehot
+            positives = F.one_hot(own, image_keys.shape[1]) if image_ids is None else self.of_same_image(image_ids)
+            targets_i2t = alpha * (image_m @ text_keys / self.temp).softmax(1) + (1 - alpha) * positives
+            targets_t2i = alpha * (text_m @ image_keys / self.temp).softmax(1) + (1 - alpha) * positives
         sim_i2t, sim_t2i = image_features @ text_keys / self.temp, text_features @ image_keys / self.temp
         loss = (F.cross_entropy(sim_i2t, targets_i2t) + F.cross_entropy(sim_t2i, targets_t2i)) / 2
-        self.enqueue(all_image, all_text)
+        self.enqueue(all_image, all_text, image_ids)
         return loss, sim_i2t[:, : len(all_text)].detach(), sim_t2i[:, : len(all_image)].detach()
 
     def draw_negatives(self, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor]:
@@ -583,11 +585,53 @@ class BLIP(nn.Module):
             torch._foreach_add_(slow, online, alpha=1 - self.momentum)
 
     @torch.no_grad()
-    def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
+    def enqueue(self, image_features: Tensor, text_features: Tensor, image_ids: Tensor | None = None) -> None:
         """Replace the oldest keys by those of the global batch. B:...:232."""
         size, count = self.image_queue.shape[1], len(image_features)
         if count > size:
             raise ValueError(f"a queue of {size} keys is smaller than the batch of {count}: raise --queue-size")
         places = (self.queue_ptr + torch.arange(count, device=self.queue_ptr.device)) % size
         self.image_queue[:, places], self.text_queue[:, places] = image_features.T, text_features.T
+        if image_ids is not None:
+            self.idx_queue[0, places] = gather(image_ids)
         self.queue_ptr[0] = (self.queue_ptr[0] + count) % size
+
+
+class RetrievalBLIP(BLIP):
+    """BLIP as it is fine-tuned for retrieval: no decoder, and all pairs of one image are matches of each other.
+
+    B:models/blip_retrieval.py. `idx_queue` holds the images of the queued keys, -100 where there is none yet.
+    """
+
+    def __init__(self, visual_encoder, text_encoder, embed_dim: int = 256, queue_size: int = 57600, momentum=0.995):
+        super().__init__(visual_encoder, text_encoder, None, embed_dim, queue_size, momentum)
+        self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
+
+    def forward(
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        alpha: float,
+        image_ids: Tensor,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(loss_ita, loss_itm). B:models/blip_retrieval.py:62-200; image_ids (B,) int64 tells images apart.
+
+        `negatives` as in BLIP; drawn ones are never of the same image.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        image_embeds = self.visual_encoder(image)
+        image_features = F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
+        features = image_features, self.encode_text(input_ids, attention_mask)
+        loss_ita, sim_i2t, sim_t2i = self.contrast(*features, image, input_ids, attention_mask, alpha, image_ids)
+        if negatives is None:
+            others = image_ids[:, None] != gather(image_ids)[None]
+            negatives = tuple(drawn(sim.softmax(dim=1) * others) for sim in (sim_t2i, sim_i2t))
+        return loss_ita, self.matching_loss(image_embeds, input_ids, attention_mask, negatives)
+
+    def of_same_image(self, image_ids: Tensor) -> Tensor:
+        """(B, W*B + Q): an equal share, summing to 1, for each key of the pair's own image."""
+        same = (image_ids[:, None] == torch.cat([gather(image_ids), self.idx_queue[0]])[None]).float()
+        return same / same.sum(dim=1, keepdim=True)

@@ -1,7 +1,8 @@
 """Weights of our runs, and from elsewhere: BLIP's and the authors' files, Hugging Face's BLIP, DeiT, BERT.
 
 `python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` makes a run folder of a file, which reduce.py takes
-as --scorer, --caption-model or --captioner, and train.py as --init.
+as --scorer, --caption-model or --captioner, and the training programs as --init. `export_blip` goes the other way
+(`python -m tldr_reduction.eval RUN --export DIR`).
 
 `V:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `B:` salesforce/BLIP@056a169.
 """
@@ -16,12 +17,13 @@ import open_clip
 import timm
 import torch
 import tyro
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared import checkpoints, cli
 from tldr_reduction import config
 from tldr_reduction.blip import VisionTransformer, resize_pos_embed
-from tldr_reduction.model import build_for
+from tldr_reduction.model import build, build_for
 from tldr_reduction.tokenizer import WordPiece, tokenizer_of
 
 HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this order
@@ -42,16 +44,94 @@ NEEDED = {  # what a stage does not work without
 }
 
 
-def load_run(path: str | Path) -> tuple[nn.Module, config.Config, WordPiece | open_clip.SimpleTokenizer]:
+def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | open_clip.SimpleTokenizer]:
     """Model in eval mode, settings and tokenizer of a run folder."""
     if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
-    cfg = checkpoints.config_in(state, config.Config, path)
+    kept = state.get("config") if isinstance(state, dict) else None
+    cfg = checkpoints.config_in(state, config.class_of(kept if isinstance(kept, dict) else {}), path)
     tokenizer = tokenizer_of(cfg)
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
     return model.eval(), cfg, tokenizer
+
+
+def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPiece]:
+    """The model of a run folder, or of transformers' BLIP (a folder, or a name on the Hugging Face hub), that can
+    serve as captioner, finetune (writes captions) or blip (scores matching).
+
+    ValueError or FileNotFoundError says in a sentence what is missing.
+    """
+    folder = Path(path)
+    if stage != "captioner" and not (folder / "checkpoint.pt").is_file():
+        if is_hugging_face(folder) or (not folder.exists() and path.count("/") == 1):
+            return load_hugging_face(path, stage)
+    model, settings, tokenizer = load_run(path)
+    if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # it matches, too
+        raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
+    return model, settings, tokenizer
+
+
+def weights_of(path: str) -> Path | None:
+    """The file of weights in a run folder, an export or a folder of transformers; None for models elsewhere."""
+    names = ("open_clip_model.safetensors", "checkpoint.pt", "model.safetensors", "pytorch_model.bin")
+    folder = Path(path.removeprefix("local-dir:"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+# -------------------------------------------------------------------------------------------------- transformers' BLIP
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder holds transformers' BLIP."""
+    file = folder / "config.json"
+    return file.is_file() and checkpoints.read_json(file).get("model_type") == "blip"
+
+
+def hub_folder(name: str) -> Path:
+    """The files of a model on the Hugging Face hub, fetched unless they are on this machine; no code among them."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("model.safetensors", "pytorch_model.bin"):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "vocab.txt", weights]))
+            if weights_of(str(folder)) is not None:
+                return folder
+    except Exception as error:  # the hub and the network raise all kinds
+        why = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{name} is no run folder, and the Hugging Face hub does not give it ({why}); "
+            "a folder with its config.json, tokenizer.json and model.safetensors will do, too"
+        ) from error
+    raise ValueError(f"{name} on the Hugging Face hub has no model.safetensors")
+
+
+def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPiece]:
+    """`load_model` of transformers' BLIP: BlipForConditionalGeneration writes, BlipForImageTextRetrieval scores."""
+    from transformers import BlipConfig
+
+    folder = Path(path) if Path(path).exists() else hub_folder(path)
+    file, theirs = weights_of(str(folder)), BlipConfig.from_pretrained(folder)
+    if file is None:
+        raise FileNotFoundError(f"{folder} has no model.safetensors")
+    vision, text = theirs.vision_config, theirs.text_config
+    sizes = dict(image_size=vision.image_size, patch_size=vision.patch_size, width=vision.hidden_size)
+    sizes |= dict(layers=vision.num_hidden_layers, heads=vision.num_attention_heads, text_width=text.hidden_size)
+    sizes |= dict(text_layers=text.num_hidden_layers, text_heads=text.num_attention_heads)
+    sizes |= dict(max_positions=text.max_position_embeddings, vocab=str(folder))
+    if stage == "finetune":
+        settings: config.Common = config.FinetuneConfig(**sizes)
+    else:
+        settings = config.RetrievalConfig(embed_dim=theirs.image_text_hidden_size, queue_size=1, batch_size=1, **sizes)
+    tokenizer = WordPiece(folder)
+    model = build(settings, text.vocab_size, tokenizer.sep)
+    state = load_file(file) if file.suffix == ".safetensors" else checkpoints.load_checkpoint(file)
+    missing = load_blip(model, state)
+    if lost := [name for name in missing if name.startswith(NEEDED[stage]) and "_m." not in name]:
+        what = "write captions" if stage == "finetune" else "score matching"
+        raise ValueError(f"{path} cannot {what}: it lacks {lost[0]}")
+    return model.eval(), settings, tokenizer
 
 
 # ------------------------------------------------------------------------------------------- BLIP's and the authors'
@@ -80,7 +160,7 @@ def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
 
 
 def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
-    """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacked.
+    """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacked, tied ones aside.
 
     Positions are resized to the model's grid; keys of other shapes are left out, as upstream does
     (V:models/blip.py:224-236), and so are keys that the model has no place for (the codebook in a captioner without
@@ -94,7 +174,117 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
         state[key] = resize_pos_embed(state[key], math.isqrt(own[key].shape[1] - 1))
     state = {key: value for key, value in state.items() if value.shape == own[key].shape}
     model.load_state_dict(state, strict=False)
-    return sorted(set(own) - set(state))
+    shared = {own[key].data_ptr() for key in state}  # a file may hold tied tensors once
+    return sorted(key for key in set(own) - set(state) if own[key].data_ptr() not in shared)
+
+
+# -------------------------------------------------------------------------------------- to stock BLIP and transformers
+
+TO_HUGGING_FACE = (  # BLIP's key patterns -> transformers', in this order
+    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
+    (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"^visual_encoder\.blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."),
+)
+PARTS = {  # transformers' class, by folder: what it has beside the image tower
+    "retrieval": ("BlipForImageTextRetrieval", ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")),
+    "captioning": ("BlipForConditionalGeneration", ("text_decoder.",)),
+}
+
+
+def to_hugging_face(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """What transformers' BLIP of that kind (PARTS) takes of a state dict under BLIP's names, under its own names."""
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith(("visual_encoder.", *PARTS[kind][1])):
+            for pattern, replacement in TO_HUGGING_FACE:
+                key, count = re.subn(pattern, replacement, key)
+                if count:
+                    break
+            renamed[key] = value
+    return renamed
+
+
+def hugging_face_config(cfg: config.Common, tokenizer: WordPiece):
+    """transformers' BlipConfig of a run."""
+    from transformers import BlipConfig
+
+    vision = dict(hidden_size=cfg.width, intermediate_size=4 * cfg.width, num_hidden_layers=cfg.layers)
+    vision |= dict(num_attention_heads=cfg.heads, image_size=cfg.image_size, patch_size=cfg.patch_size)
+    text = dict(hidden_size=cfg.text_width, intermediate_size=4 * cfg.text_width, num_hidden_layers=cfg.text_layers)
+    text |= dict(num_attention_heads=cfg.text_heads, max_position_embeddings=cfg.max_positions)
+    text |= dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.dec, sep_token_id=tokenizer.sep)
+    text |= dict(eos_token_id=tokenizer.sep, pad_token_id=tokenizer.pad, encoder_hidden_size=cfg.width)
+    return BlipConfig(
+        vision_config=vision | {"layer_norm_eps": 1e-6},
+        text_config=text,
+        image_text_hidden_size=getattr(cfg, "embed_dim", 256),
+    )
+
+
+@torch.no_grad()
+def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, folder: str | Path) -> None:
+    """Write a captioner's, a blip's or a retrieval run's weights for others, and load them as their users will.
+
+    folder/blip.pth       {"model": ...}: what stock BLIP's and the authors' scripts take as `pretrained`
+    folder/retrieval/     transformers' BlipForImageTextRetrieval, where the run has a text encoder
+    folder/captioning/    its BlipForConditionalGeneration, where the run has a decoder and no codebook
+    RuntimeError if transformers' model gives other numbers. Its BlipModel, which is a CLIP with a pooler that BLIP has
+    not, is not written.
+    """
+    import transformers
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--export {folder} is a file: name a folder")
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"--export {folder} is a run folder: name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    state, shown = model.state_dict(), []
+    checkpoints.save_checkpoint(folder / "blip.pth", {"model": state, "epoch": cfg.epochs - 1})
+    kinds = ["retrieval"] * hasattr(model, "itm_head")
+    kinds += ["captioning"] * (hasattr(model, "text_decoder") and getattr(model, "quantize", None) is None)
+    view = {"height": cfg.image_size, "width": cfg.image_size}
+    processor = transformers.BlipImageProcessor(
+        size=view, image_mean=open_clip.OPENAI_DATASET_MEAN, image_std=open_clip.OPENAI_DATASET_STD
+    )
+    for kind in kinds:
+        theirs = getattr(transformers, PARTS[kind][0])(hugging_face_config(cfg, tokenizer)).eval()
+        missing, unexpected = theirs.load_state_dict(to_hugging_face(state, kind), strict=False)
+        if lost := [name for name in (*missing, *unexpected) if "position_ids" not in name]:
+            raise RuntimeError(f"transformers' {PARTS[kind][0]} has other parameters: {', '.join(lost[:3])}")
+        theirs.save_pretrained(folder / kind)
+        processor.save_pretrained(folder / kind)
+        tokenizer.save(folder / kind)
+        loaded = type(theirs).from_pretrained(folder / kind).eval()
+        shown.append(f"{kind} {largest_difference(model, loaded, cfg, tokenizer):.1e}")
+    print(f"{folder}: blip.pth for BLIP's scripts; for transformers, with largest differences: {', '.join(shown)}")
+
+
+def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, tokenizer: WordPiece) -> float:
+    """Between matching logits and cosines, or logits of next words, of the model and transformers' one, on noise.
+
+    RuntimeError if they are not the same numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, cfg.image_size, cfg.image_size, generator=generator)
+    ids = torch.randint(5, tokenizer.dec, (2, min(6, cfg.max_positions)), generator=generator)
+    ids[:, 0], mask = tokenizer.enc, torch.ones_like(ids)
+    if hasattr(theirs, "itm_head"):
+        inputs = dict(input_ids=ids, pixel_values=images, attention_mask=mask)
+        ours = model.itm(images, ids, mask), model.itc(images, ids, mask)
+        found = [theirs(**inputs, use_itm_head=matching).itm_score for matching in (True, False)]
+    else:
+        ours = (model.text_decoder(ids, mask, model.visual_encoder(images)),)
+        found = [theirs(pixel_values=images, input_ids=ids, attention_mask=mask).logits]
+    difference = max((a - b).abs().max().item() for a, b in zip(ours, found, strict=True))
+    if difference > 1e-3:
+        raise RuntimeError(f"transformers' BLIP gives other numbers than the run, by {difference}")
+    return difference
 
 
 # --------------------------------------------------------------------------------------------------- DeiT and BERT
@@ -179,13 +369,15 @@ def main(cfg: Config) -> None:
     if (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} holds a run already: choose another --out")
     state = checkpoints.load_checkpoint(cfg.source)
-    if "stage" in state.get("config", {}):
+    if "seconds" in state:
         raise ValueError(f"{cfg.source} is of a run folder already")
     state = blip_state(state)
     sizes = sizes_of(state) | ({"image_size": cfg.image_size} if cfg.image_size else {})
-    settings = config.Config(
-        stage=cfg.stage, out=cfg.out, init=cfg.source, vocab=cfg.vocab, queue_size=1, epochs=1, batch_size=1, **sizes
-    )
+    known = {"captioner": config.CaptionerConfig, "finetune": config.FinetuneConfig, "blip": config.Config}[cfg.stage]
+    fields = {field.name for field in dataclasses.fields(known)}
+    sizes = {name: size for name, size in sizes.items() if name in fields}
+    queue = {"queue_size": 1} if cfg.stage == "blip" else {}
+    settings = known(out=cfg.out, init=cfg.source, vocab=cfg.vocab, epochs=1, batch_size=1, **queue, **sizes)
     if settings.image_size % settings.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of the patches' {settings.patch_size} pixels")
     model = build_for(settings, tokenizer_of(settings))

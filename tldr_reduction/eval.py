@@ -20,10 +20,10 @@ from torch import Tensor
 from shared import cli, data, evaluation, export, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
-from tldr_reduction.checkpoints import load_run
+from tldr_reduction.checkpoints import export_blip, load_run
 from tldr_reduction.datasets import eval_transform
-from tldr_reduction.inference import scored_tokens
 from tldr_reduction.model import BLIP, image_side
+from tldr_reduction.scorers import scored_tokens
 from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, save_tokenizer
 
 EMOJI = "data/emoji/eval/"
@@ -37,11 +37,13 @@ METRICS = {  # what is shown of a run, and its heading
     "data/pairs": "pairs",
     "steps": "steps",
     "data/emoji": "distinct emoji",
+    "data/scenes": "distinct scenes",
+    "data/named": "true T_o",
     "itm/after_mean": "ITM mean",
     "itm/after_below_half": "ITM < 0.5",
     "itm/auc": "ITM AUC, true names against others'",
     "data/generated_right": "T_g is the name",
-    "data/nmi": "NMI of clusters and subgroups",
+    "data/nmi": "NMI of clusters and scenes",
     "codes/codes_used": "codes used",
     "early_loss_ita": "ITC loss, epochs 0-2",
     "seconds": "seconds",
@@ -53,7 +55,7 @@ class Config:
     """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders of stages clip or blip."""
+    """Run folders of train.py (clip, blip) or retrieval.py."""
     sets: tuple[str, ...] = tuple(EMOJI + name for name in ("names_id", "names_ood", "subgroups_ood", "retrieval_ood"))
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
     rerank: tuple[str, ...] = (EMOJI + "retrieval_ood",)
@@ -61,7 +63,8 @@ class Config:
     k_test: int = 16
     """Candidates that are ranked again (paper scale: 256 for COCO, 128 for Flickr30K)."""
     export: str | None = None
-    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing. Of
+    anything but a clip: blip.pth, as stock BLIP loads it, and folders for transformers."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -175,6 +178,8 @@ def data_metrics(spec: str) -> dict[str, float]:
     metrics = {"data/pairs": len(samples)}
     if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # else it is another corpus
         metrics["data/emoji"] = len(emoji)
+    if all("original" in d for d in samples.values()):
+        metrics["data/scenes"] = len({d["original"] for d in samples.values()})
     if all("noise" in d for d in samples.values()):
         metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples.values()) / len(samples)
     folder = Path(spec).parent
@@ -182,14 +187,15 @@ def data_metrics(spec: str) -> dict[str, float]:
         return metrics
     summary = json.loads((folder / "report.json").read_text())
     for when, values in summary.get("itm", {}).items():
-        metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_half"]}
+        metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_cut"]}
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
     settings = json.loads((folder / "config.json").read_text())
     everything = dict(tars.descriptions(data.expand_shards(settings["data"])))
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
-    if clustered := [line for line in lines if line.get("cluster") and "subgroup" in line]:
-        labels = ([line[name] for line in clustered] for name in ("subgroup", "cluster"))
+    truth = "original" if "original" in lines[0] else "subgroup"  # scenes, or emoji
+    if clustered := [line for line in lines if line.get("cluster") and truth in line]:
+        labels = ([line[name] for line in clustered] for name in (truth, "cluster"))
         metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
     if settings["captions"] != "original":  # T_g that is the emoji's true name
         written = [line for line in lines if line["kept"] == "1" and "name" in line]
@@ -206,15 +212,14 @@ def data_metrics(spec: str) -> dict[str, float]:
 
 
 def export_run(path: str, folder: str) -> None:
-    """Write a run of stage clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does.
+    """Write a clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does; other runs as
+    stock BLIP and transformers load them.
 
     Captions of more than `max_words` words, which training cuts, stay whole there.
     """
-    model, settings, _ = load_run(path)
+    model, settings, tokenizer = load_run(path)
     if settings.stage != "clip":
-        raise ValueError(
-            f"a run of stage {settings.stage} cannot be exported: open_clip has no BLIP; use a run of stage clip"
-        )
+        return export_blip(model, settings, tokenizer, folder)
     config = export.named_config(settings.clip_model)
     config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the one in the folder
     side = config["vision_cfg"]["image_size"]
@@ -225,15 +230,15 @@ def export_run(path: str, folder: str) -> None:
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """Every measurement of one run, flat: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
     model, settings, tokenizer = load_run(path)
-    if settings.stage not in ("clip", "blip"):
-        raise ValueError(f"{path} is a run of stage {settings.stage}; clip and blip runs are evaluated")
+    if settings.stage not in ("clip", "blip", "retrieval"):
+        raise ValueError(f"{path} is a run of stage {settings.stage}; clip, blip and retrieval runs are evaluated")
     model = model.to(process.device)
     transform = eval_transform(image_side(model, settings))
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     tokens = eval_tokenizer(tokenizer, settings)
     results = evaluate(model, tokens, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
-    if settings.stage == "blip":
+    if settings.stage != "clip":
         for folder in cfg.rerank:
             recall = reranked(model, tokenizer, transform, folder, cfg)
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import checkpoints, data, export, run
-from shared.evaluation import named
-from tldr_reduction.checkpoints import load_run
+from shared import checkpoints, data, run
+from tldr_reduction.checkpoints import load_model, weights_of
 from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import eval_transform, no_pixels, ordered_loader
-from tldr_reduction.model import BLIP, CodebookCaptioner
-from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece, pre_caption
+from tldr_reduction.encoders import LITE0, Codebook, Encoder, fit_codebook, load_encoder
+from tldr_reduction.model import CodebookCaptioner
+from tldr_reduction.quality import CHECKED, thumbnails
+from tldr_reduction.scorers import Scorer, load_scorer
+from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece
+
+FITTED = 4096  # images whose tokens an encoder's codebook is made of
 
 # ------------------------------------------------------------------------------------------------------- forward passes
 
@@ -49,45 +52,11 @@ def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
     return captioner.visual_encoder(images).float().mean(dim=1)
 
 
-def scored_tokens(scorer: BLIP, tokenizer: WordPiece, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """ids (B, T), mask (B, T) of captions to match or embed: as in training, but cut at `SCORED_LENGTH` tokens."""
-    length = min(SCORED_LENGTH, scorer.text_encoder.max_positions)
-    return tokenizer([pre_caption(caption) for caption in captions], length)
-
-
-class DualScorer(nn.Module):
-    """A dual encoder in the place of BLIP's ITM head: a pair's score is its cosine, moved into 0..1."""
-
-    def __init__(self, model: nn.Module, tokenizer: Callable):
-        super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Unit features (B, E)."""
-        return F.normalize(self.model.encode_image(images).float(), dim=-1)
-
-    def encode_captions(self, captions: list[str], device: torch.device) -> Tensor:
-        """Unit features (B, E)."""
-        return F.normalize(self.model.encode_text(self.tokenizer(captions).to(device)).float(), dim=-1)
-
-
-@torch.no_grad()
-def itm_scores(
-    scorer: BLIP | DualScorer, tokenizer: WordPiece, images: Tensor, captions: list[str], cls: bool = False
-) -> Tensor:
-    """Probability of a match (B,), captions as `scored_tokens` prepares them; [ENC], or [CLS], at position 0."""
-    if isinstance(scorer, DualScorer):
-        return (1 + (scorer.encode_image(images) * scorer.encode_captions(captions, images.device)).sum(dim=1)) / 2
-    ids, mask = scored_tokens(scorer, tokenizer, captions)
-    ids[:, 0] = tokenizer.cls if cls else tokenizer.enc
-    return scorer.itm(images, ids.to(images.device), mask.to(images.device)).softmax(dim=1)[:, 1]
-
-
 # ---------------------------------------------------------------------------------------------------------- kept by row
 
 
 def cached_rows(
-    folder: Path, rows: np.ndarray, size: int, process: run.Process, label: str, compute: Callable[[np.ndarray], dict]
+    folder: Path, rows: np.ndarray, size: int, process: run.Process, compute: Callable[[np.ndarray], dict]
 ) -> None:
     """Work out `compute(rows)`, a dict of arrays by row, for those of `rows` (ascending) that `folder` lacks.
 
@@ -95,8 +64,7 @@ def cached_rows(
     when the folder was begun.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = np.unique(rows // size)[process.rank :: process.world_size]
-    for number in run.progress(chunks, len(chunks), label, size, process):
+    for number in np.unique(rows // size)[process.rank :: process.world_size]:
         path, wanted = folder / f"{number:06}.npz", rows_in(rows, number, size)
         kept = load_file(path)
         missing = wanted if kept is None else np.setdiff1d(wanted, kept["rows"])
@@ -155,20 +123,6 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- all of a reduction
 
 
-def dual(path: str) -> bool:
-    """Whether a scorer is a dual encoder: a run of stage clip or another paper's, an export, MODEL@TAG of open_clip."""
-    if export.trained_by(path) == "tldr_reduction":
-        return checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")["config"].get("stage") == "clip"
-    return export.trained_by(path) is not None or export.local_folder(path) is not None or named(path)
-
-
-def weights_of(path: str) -> bytes:
-    """What tells one model from another of the same name: its weights, or its name where open_clip has them."""
-    folder = export.local_folder(path)
-    file = folder / "open_clip_model.safetensors" if folder else Path(path) / "checkpoint.pt"
-    return np.memmap(file, mode="r") if file.is_file() else path.encode()
-
-
 class Inference:
     """The forward passes of a reduction over its data, kept in the work folder; each method is called by all ranks."""
 
@@ -178,43 +132,72 @@ class Inference:
         self.work = Path(cfg.work or Path(cfg.out) / "work")
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}
+        self.tick: Callable[[int], None] = lambda _: None  # counts the samples of a pass
 
     def folder(self, what: str, model: str) -> Path:
         """Where results of one model on this data are kept: other models and other data have other folders."""
-        folder = export.local_folder(model)
-        path = folder / "open_clip_model.safetensors" if folder else Path(model) / "checkpoint.pt"
-        stamp = path.stat() if path.exists() else None
-        marks = (self.pairs.fingerprint, os.path.abspath(model), stamp and stamp.st_mtime_ns, self.precision)
+        file = weights_of(model)
+        stamp = file and file.stat().st_mtime_ns
+        marks = (self.pairs.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def model(self, path: str, stage: str) -> tuple[nn.Module, WordPiece, Callable]:
-        """Model and tokenizer of a run folder, and the transform of its images. A scorer may be any dual encoder."""
-        if path not in self.loaded and stage == "blip" and dual(path):
-            encoder, transform, tokenizer = export.load_model(path, self.process.device)
-            self.loaded[path] = DualScorer(encoder, tokenizer), tokenizer, transform
+        """Model and tokenizer of a run folder or of transformers' BLIP, and the transform of its images."""
         if path not in self.loaded:
-            model, settings, tokenizer = load_run(path)
-            if settings.stage != stage:
-                raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
+            model, settings, tokenizer = load_model(path, stage)
             self.loaded[path] = model.to(self.process.device), tokenizer, eval_transform(settings.image_size)
         return self.loaded[path]
+
+    def scorer(self) -> Scorer:
+        """What scores image-text matching."""
+        if "scorer" not in self.loaded:
+            self.loaded["scorer"] = load_scorer(self.cfg.scorer, self.process.device, self.cfg.cls_scores)
+        return self.loaded["scorer"]
 
     def loader(self, rows: np.ndarray, transform: Callable) -> Iterator[tuple]:
         """Batches (rows (b,), images on the device, captions, hashes, reasons)."""
         (pixels, normalise), device = data.in_two(transform), self.process.device
         pin = device.type == "cuda"
-        loader = ordered_loader(self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers, pin)
-        for index, images, *rest in loader:
+        for index, images, *rest in ordered_loader(
+            self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers, pin
+        ):
             yield index, normalise(images.to(device, non_blocking=True)), *rest
+            self.tick(len(index) * self.process.world_size)
 
-    def keep(self, folder: Path, rows: np.ndarray, label: str, compute: Callable[[np.ndarray], dict]) -> Path:
-        """`cached_rows` with the reduction's settings; returns the folder."""
-        cached_rows(folder, rows, self.cfg.chunk, self.process, label, compute)
+    def keep(
+        self,
+        folder: Path,
+        rows: np.ndarray,
+        label: str,
+        compute: Callable[[np.ndarray], dict],
+        size: int | None = None,
+    ) -> Path:
+        """`cached_rows` with the reduction's settings, saying how far it has come; returns the folder."""
+        size = size or self.cfg.chunk
+        files = {number for number in np.unique(rows // size).tolist() if (folder / f"{number:06}.npz").exists()}
+        left = len(rows) - sum(len(rows_in(rows, number, size)) for number in files)
+        with run.counting(left, label, "sample", self.process) as self.tick:
+            cached_rows(folder, rows, size, self.process, compute)
+        self.tick = lambda _: None
         return folder
 
-    def codes(self, path: str) -> Path:
-        """Folder of code vectors, pixel hashes and reasons of the broken ("" else), of all rows."""
-        captioner, _, transform = self.model(path, "captioner")
+    def encoder(self, name: str) -> Encoder:
+        """A pretrained image encoder from elsewhere."""
+        if name not in self.loaded:
+            self.loaded[name] = load_encoder(name, self.process.device)
+        return self.loaded[name]
+
+    def codes(self, path: str | None) -> Path:
+        """Folder of code vectors, pixel hashes and reasons of the broken ("" else), of all rows.
+
+        Codes are those of the captioner in `path`, or of the encoder's k-means codebook.
+        """
+        if path:
+            captioner, _, transform = self.model(path, "captioner")
+            encode, kept_in = None, self.folder("codes", path)
+        else:
+            transform, encode = self.encoder(self.cfg.encoder).transform, self.encoder_codes()
+            kept_in = self.encoder_folder("codes")
 
         def compute(rows: np.ndarray) -> dict:
             pixels, reasons = [], []
@@ -225,10 +208,71 @@ class Inference:
                     reasons.extend(why)
                     yield index, images
 
-            codes = extract_codes(captioner, watched(), self.precision)
+            if encode is None:
+                codes = extract_codes(captioner, watched(), self.precision)
+            else:
+                codes = np.concatenate([encode(images) for _, images in watched()])
             return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": np.array(reasons, "U80")}
 
-        return self.keep(self.folder("codes", path), self.rows, "codes", compute)
+        return self.keep(kept_in, self.rows, "codes", compute)
+
+    def encoder_folder(self, what: str) -> Path:
+        """`folder` of an encoder and its codebook's settings."""
+        cfg = self.cfg
+        marks = (self.pairs.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
+        return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
+
+    def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
+        """images (B, 3, S, S) -> codes (B, 9), by a codebook made of a sample of the data; kept, and made by rank 0."""
+        cfg, encoder, path = self.cfg, self.encoder(self.cfg.encoder), self.encoder_folder("codebook") / "codebook.npz"
+        if self.process.main and load_file(path) is None:
+            sample = np.sort(np.random.default_rng(cfg.seed).permutation(len(self.rows))[:FITTED])
+            tokens = [encoder.tokens(images).cpu() for _, images, *_ in self.loader(sample, encoder.transform)]
+            codebook = fit_codebook(torch.cat(tokens), cfg.num_codes, cfg.code_dim, cfg.seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with checkpoints.replaced(path) as file:
+                np.savez(file, **codebook.arrays())
+        run.gather_lists([], self.process)  # until it is written
+        kept = load_file(path)
+        codebook = Codebook(*(torch.from_numpy(kept[name]) for name in Codebook._fields))
+
+        def encode(images: Tensor) -> np.ndarray:
+            with run.autocast(self.precision, images.device):
+                return codebook(encoder.tokens(images))
+
+        return encode
+
+    def checks(self, good: np.ndarray) -> tuple[np.ndarray, dict[str, Tensor], list[str]]:
+        """Of at most CHECKED readable rows: which they are, features (n, D) by what they are of, captions.
+
+        Features are small pictures, and those of an encoder that did not make the clusters.
+        """
+        cfg = self.cfg
+        rows = np.sort(np.random.default_rng(cfg.seed).permutation(good)[:CHECKED])
+        name, encoder = LITE0 if cfg.check == "auto" else cfg.check, None
+        if not (cfg.check == "auto" and cfg.coded_by == LITE0):
+            try:
+                encoder = self.encoder(name)
+            except FileNotFoundError:
+                if cfg.check != "auto":
+                    raise
+        transform = encoder.transform if encoder else eval_transform(32)
+
+        def compute(rows: np.ndarray) -> dict:
+            small, features = [], []
+            for _, images, *_ in self.loader(rows, transform):
+                small.append(thumbnails(images))
+                with torch.no_grad(), run.autocast(self.precision, images.device):
+                    features.append(encoder.features(images).float().cpu() if encoder else small[-1][:, :0])
+            return {"small": torch.cat(small).numpy(), "features": torch.cat(features).numpy()}
+
+        folder = self.work / f"check-{data.stable_hash(self.pairs.fingerprint, str(encoder and name)):016x}"
+        size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few rows
+        self.keep(folder, rows, "check", compute, size)
+        found = {"images at 8 x 8 pixels": torch.from_numpy(read_rows(folder, rows, size, "small"))}
+        if encoder:
+            found[name] = torch.from_numpy(read_rows(folder, rows, size, "features"))
+        return rows, found, [self.pairs.caption(row) for row in rows]
 
     def readable(self) -> Path:
         """Folder of pixel hashes and reasons of the broken, of all rows, where no captioner is wanted."""
@@ -241,11 +285,17 @@ class Inference:
         return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)
 
     def features(self, captioner: str | None) -> Path:
-        """Folder of continuous features of all images, for ablations: the captioner's, or the scorer's embedding."""
-        blip = self.cfg.features == "blip"
-        path = self.cfg.scorer if blip else captioner
-        model, _, transform = self.model(path, "blip" if blip else "captioner")
-        encode = model.encode_image if blip else lambda images: image_features(model, images)
+        """Folder of continuous features of all images, for ablations: the captioner's, the encoder's, or the scorer's
+        embedding."""
+        if self.cfg.features == "blip":
+            transform, encode = self.scorer().transform, self.scorer().encode_image
+            kept_in = self.folder("features-blip", self.cfg.scorer)
+        elif captioner:
+            model, _, transform = self.model(captioner, "captioner")
+            encode, kept_in = lambda images: image_features(model, images), self.folder("features-image", captioner)
+        else:
+            transform, _, encode = self.encoder(self.cfg.encoder)
+            kept_in = self.encoder_folder("features")
 
         def compute(rows: np.ndarray) -> dict:
             batches = []
@@ -254,39 +304,36 @@ class Inference:
                     batches.append(encode(images).float().cpu())
             return {"features": torch.cat(batches).numpy()}
 
-        return self.keep(self.folder(f"features-{self.cfg.features}", path), self.rows, "features", compute)
+        return self.keep(kept_in, self.rows, "features", compute)
 
     def text_features(self) -> np.ndarray:
         """The scorer's embeddings of all captions, (N, E); not kept."""
-        scorer, tokenizer, _ = self.model(self.cfg.scorer, "blip")
         batches = []
         for first in range(0, len(self.rows), self.cfg.batch_size):
             captions = [self.pairs.caption(row) for row in self.rows[first : first + self.cfg.batch_size]]
-            if isinstance(scorer, DualScorer):
-                with torch.no_grad():
-                    batches.append(scorer.encode_captions(captions, self.process.device).cpu())
-                continue
-            ids, mask = scored_tokens(scorer, tokenizer, captions)
             with torch.no_grad():
-                batches.append(scorer.encode_text(ids.to(self.process.device), mask.to(self.process.device)).cpu())
+                batches.append(self.scorer().encode_text(captions).cpu())
         return torch.cat(batches).numpy()
 
     def scores(self, rows: np.ndarray, captions: dict[int, str] | None, what: str) -> np.ndarray:
         """ITM scores of rows with their own or other captions."""
-        cfg = self.cfg
-        scorer, tokenizer, transform = self.model(cfg.scorer, "blip")
+        cfg, scorer = self.cfg, self.scorer()
 
         def compute(rows: np.ndarray) -> dict:
             batches = []
-            for index, images, own, *_ in self.loader(rows, transform):
+            for index, images, own, *_ in self.loader(rows, scorer.transform):
                 texts = own if captions is None else [captions[int(row)] for row in index]
                 with run.autocast(self.precision, images.device):
-                    batches.append(itm_scores(scorer, tokenizer, images, texts, cfg.cls_scores).float().cpu())
+                    batches.append(scorer.score(images, texts).float().cpu())
             return {"scores": torch.cat(batches).numpy()}
 
         name = f"{what}-{SCORED_LENGTH}" + "-cls" * cfg.cls_scores
-        folder = self.keep(self.folder(name, cfg.scorer), rows, what, compute)
+        folder = self.keep(self.folder(name, cfg.scorer), rows, what.partition("-after")[0], compute)
         return read_rows(folder, rows, cfg.chunk, "scores")
+
+    def scores_after(self, rows: np.ndarray, captions: dict[int, str]) -> np.ndarray:
+        """ITM scores of the kept rows with their new captions."""
+        return self.scores(rows, captions, f"itm-after-{data.stable_hash(*captions.items()):016x}")
 
     def generated(self, rows: np.ndarray) -> np.ndarray:
         """T_g of those rows."""

@@ -20,11 +20,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import shared.resnet  # noqa: F401  (registers its model with timm)
 from shared import clip
 from tldr_reduction.blip import (
     BLIP,
     PAD,
     SEP,
+    RetrievalBLIP,
     TextDecoder,
     TextTransformer,
     VisionTransformer,
@@ -33,7 +35,7 @@ from tldr_reduction.blip import (
     resize_pos_embed,  # noqa: F401  of this file's contract
     token_mean,
 )
-from tldr_reduction.config import Config
+from tldr_reduction.config import Common
 from tldr_reduction.tokenizer import pre_caption
 
 BLOCK = 2048  # tokens compared with the codebook at a time
@@ -263,7 +265,7 @@ class CodebookCaptioner(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Code vector of each image, (B, L') int64. U:codebook_extractor.py:36-42."""
         if self.quantize is None:
-            raise ValueError("this captioner has no codebook: codes come from one trained with stage captioner")
+            raise ValueError("this captioner has no codebook: codes come from one trained by captioner.py")
         return self.quantize.encode(self.visual_encoder(image))
 
     @torch.no_grad()
@@ -306,7 +308,7 @@ class CodebookCaptioner(nn.Module):
 # --------------------------------------------------------------------------------------------------- model of a stage
 
 
-def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
+def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
     """The stage's model, randomly initialised; `sep_token_id` is the vocabulary's [SEP], which ends a caption."""
     if cfg.stage == "clip":
         settings = open_clip.get_model_config(cfg.clip_model)
@@ -319,17 +321,19 @@ def build(cfg: Config, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
     text = TextTransformer(*sizes)
     if cfg.stage == "blip":
         return BLIP(vision, text, TextTransformer(*sizes), cfg.embed_dim, cfg.queue_size, cfg.momentum)
+    if cfg.stage == "retrieval":
+        return RetrievalBLIP(vision, text, cfg.embed_dim, cfg.queue_size, cfg.momentum)
     quantize = None
     if cfg.stage == "captioner" or cfg.quantize:
         quantize = VectorQuantizer(cfg.num_codes, cfg.code_dim, cfg.beta, cfg.legacy)
     return CodebookCaptioner(vision, TextDecoder(text), quantize, sep_token_id=sep_token_id)
 
 
-def build_for(cfg: Config, tokenizer) -> nn.Module:
+def build_for(cfg: Common, tokenizer) -> nn.Module:
     """`build` for that tokenizer's vocabulary."""
     return build(cfg, 0) if cfg.stage == "clip" else build(cfg, len(tokenizer), tokenizer.sep)
 
 
-def image_side(model: nn.Module, cfg: Config) -> int:
+def image_side(model: nn.Module, cfg: Common) -> int:
     """Side in pixels of the images that the stage's model reads."""
     return clip.image_side(model) if cfg.stage == "clip" else cfg.image_size

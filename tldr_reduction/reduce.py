@@ -6,9 +6,12 @@ refined captions (`refined`).
 
 DIR will hold
   shards/            the kept samples, with their new captions; train.py, or any trainer, reads them
-  annotation.json    [{"image", "caption"}] of the kept samples, cluster by cluster as the authors' code orders them
+  annotation.json    [{"image", "caption"}] of the kept samples, cluster by cluster as the authors' code orders them;
+                     image is a path: below DIR (images/SHARD/NAME, written with --extract-images), or the input's own
   report.csv         one line a sample: kept or not and why, cluster, place in it, distance, duplicates, ITM, captions
-  report.json        counts, duplicates, cluster sizes, codes used, ITM before and after, seconds
+  report.json        counts, duplicates, cluster sizes, codes used, cohesion and coverage beside a random selection, ITM
+                     before and after, seconds
+  report.html        the same to look at: kept and dropped examples with reasons, clusters, duplicates, captions
   work/              code vectors, scores and generated captions by row; a run that was killed goes on from them
 Under torchrun, ranks share out the rows of the costly passes.
 """
@@ -28,6 +31,7 @@ import tyro
 from torch import Tensor
 
 from shared import checkpoints, cli, data, run, tars
+from tldr_reduction.checkpoints import weights_of
 from tldr_reduction.cluster import (
     Clusters,
     cluster_codes,
@@ -39,12 +43,14 @@ from tldr_reduction.cluster import (
     select_fraction,
     whiten,  # noqa: F401  of this file's contract
 )
-from tldr_reduction.config import SETS, SMALL, ReduceConfig, check_reduction, kept_by
+from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import open_pairs
-from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows, weights_of  # noqa: F401
-from tldr_reduction.report import Outcome, itm_summary, print_report, summary_of, table_of, write_csv
-from tldr_reduction.tokenizer import build_vocab, pre_caption  # noqa: F401  of this file's contract
-from tldr_reduction.train import train
+from tldr_reduction.encoders import GRID
+from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows  # noqa: F401  extract_codes
+from tldr_reduction.page import write_page
+from tldr_reduction.quality import caption_features, measured
+from tldr_reduction.report import Outcome, first_of_equal, itm_summaries, print_report, summary_of, table_of, write_csv
+from tldr_reduction.tokenizer import pre_caption  # noqa: F401  of this file's contract
 
 # ----------------------------------------------------------------------------------------------------- refined captions
 
@@ -99,8 +105,20 @@ def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clust
     if cfg.select == "itm":
         return keep_top(torch.from_numpy(scores), keep).nonzero().flatten()
     if cfg.select == "stride":
-        return select_fraction(clusters.assignment, cfg.clusters, keep)
+        seed = cfg.seed if cfg.start == "seed" else None
+        return select_fraction(clusters.assignment, cfg.clusters, keep, seed)
     return select_by_distance(clusters.assignment, clusters.dist2, cfg.clusters, keep, cfg.select == "farthest")
+
+
+def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | None, clusters: Clusters | None):
+    """`select` of n samples with these hashes of their images (n,), of which a selection by clusters takes the first
+    of identical ones alone; the share is that of all n, so that other images take the place of copies."""
+    distinct = np.flatnonzero(first_of_equal(pixels) == np.arange(len(pixels)))
+    if not (cfg.clustered and cfg.drop_duplicates) or len(distinct) == len(pixels):
+        return select(cfg, len(pixels), scores, clusters)
+    keep = min(1.0, cfg.keep * len(pixels) / len(distinct))
+    without = clusters._replace(assignment=clusters.assignment[distinct], dist2=clusters.dist2[distinct])
+    return torch.from_numpy(distinct)[select(dataclasses.replace(cfg, keep=keep), len(distinct), None, without)]
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -124,6 +142,40 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 target.addfile(info, io.BytesIO(content))
+
+
+def write_images(pairs, kept: Container[int], out: Path, extract: bool, process: run.Process) -> dict[int, str]:
+    """{row: path of its image below `out`} of the samples in the written shards, images/SHARD/NAME.
+
+    `extract`: also write these files, ranks sharing out the shards; `tar -xf` makes the same of a shard.
+    """
+    paths: dict[int, str] = {}
+    for number in range(len(pairs.paths)):
+        shard, folder = out / f"shards/{number:05}.tar", f"images/{number:05}"
+        if not shard.exists():
+            continue
+        rows = {str(pairs.keys[row]): row for row in pairs.rows_of(number) if row in kept}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, extension = tars.key_of(member.name)
+                if extension not in tars.IMAGE_EXTENSIONS or key not in rows:
+                    continue
+                path = f"{folder}/{member.name.replace('/', '_')}"  # a tar's names are not trusted with folders
+                paths[rows[key]] = path
+                if extract and number % process.world_size == process.rank and not (out / path).exists():
+                    (out / folder).mkdir(parents=True, exist_ok=True)
+                    with checkpoints.replaced(out / path) as file:
+                        file.write(tar.extractfile(member).read())
+    return paths
+
+
+def write_samples(cfg: ReduceConfig, pairs, kept: dict[int, str], process: run.Process) -> dict[int, str]:
+    """Write the kept samples of shards (row -> caption) as shards again; {row: path of its image}, by all ranks."""
+    if not isinstance(pairs, data.Shards):
+        return {row: str(pairs.keys[row]) for row in kept}
+    write_shards(pairs, kept, Path(cfg.out) / "shards", process)
+    run.gather_lists([], process)  # until all ranks have written theirs
+    return write_images(pairs, kept, Path(cfg.out), cfg.extract_images, process)
 
 
 def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]:
@@ -152,12 +204,13 @@ def dry_run(cfg: ReduceConfig) -> None:
         rows += [("ITM filter", f"of those only the ones in the upper {100 * cfg.itm_keep:g} % by score")]
     if cfg.clustered and cfg.features == "codes":
         trained = min(n, cfg.clusters * cfg.points_per_centroid)
-        codes, axes = n * 197 * 2 / 2**30, trained * cfg.whiten_dim * 4 / 2**30
+        length, whose = (197, "ViT-B/16 at 224 px") if cfg.captioner else (GRID**2, cfg.encoder)
+        codes, axes = n * length * 2 / 2**30, trained * min(length, cfg.whiten_dim) * 4 / 2**30
         rows += [
-            ("code vectors", f"{codes:.2f} GiB in work/ (197 codes of ViT-B/16 at 224 px), memory-mapped"),
-            ("k-means", f"{trained:,} rows of at most {cfg.whiten_dim} axes, {axes:.2f} GiB"),
+            ("code vectors", f"{codes:.2f} GiB in work/ ({length} codes of {whose}), memory-mapped"),
+            ("k-means", f"{trained:,} rows of at most {min(length, cfg.whiten_dim)} axes, {axes:.2f} GiB"),
         ]
-    more = f", {kept:,} to generate" if cfg.captions != "original" else ""
+    more = f", {kept:,} to generate" if cfg.captions != "original" and cfg.caption_model else ""
     cli.show_plan([*rows, ("captions", f"{cfg.captions}{more}")])
 
 
@@ -179,25 +232,11 @@ def is_finished(out: Path, settings: dict) -> bool:
         if weights.get(path, made) != made:  # another path is another flag, below
             raise ValueError(f"{out} was made by other weights than {path} holds now: choose another --out")
     free = ("out", "workers", "device", "batch_size", "cache", "work", "weights", "fingerprint")
+    then = {field.name: field.default for field in dataclasses.fields(ReduceConfig)} | then  # it may be older
     changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
     if changed:
         raise ValueError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
     return (out / "report.json").exists()
-
-
-def train_captioner(cfg: ReduceConfig, pairs, process: run.Process) -> str:
-    """Stage 1 on the shards themselves, with a small captioner; returns its run folder."""
-    folder, vocab = Path(cfg.out) / "captioner", Path(cfg.out) / "vocab.txt"
-    if process.main and not vocab.exists():
-        words = build_vocab(pairs.caption(row) for row in range(len(pairs)))
-        with checkpoints.replaced(vocab) as file:
-            file.write(("\n".join(words) + "\n").encode())
-    run.gather_lists([], process)  # until it is written
-    settings = dataclasses.replace(
-        SMALL, data=cfg.data, image_root=cfg.image_root, vocab=str(vocab), out=str(folder), epochs=cfg.captioner_epochs,
-        seed=cfg.seed, device=cfg.device, workers=cfg.workers, cache=cfg.cache,
-    )  # fmt: skip
-    return str(train(settings, process))
 
 
 @contextlib.contextmanager
@@ -218,35 +257,82 @@ def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, cod
     return cluster_codes(vectors, cfg.clusters, cfg.whiten_dim, cfg.seed, cfg.niter, cfg.points_per_centroid)
 
 
+def check_selection(
+    cfg: ReduceConfig, inference: Inference, good: np.ndarray, kept: np.ndarray, clusters: Clusters | None
+) -> dict[str, dict]:
+    """{features: `quality.measured`} of clusters and selection, on at most CHECKED samples.
+
+    {} on other ranks than 0, and where there is nothing to compare: no check, all samples, or a random selection.
+    """
+    if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(good):
+        return {}
+    rows, features, captions = inference.checks(good)
+    chosen = torch.from_numpy(np.isin(rows, kept))
+    if not inference.process.main or not chosen.any() or chosen.all():
+        return {}
+    if (words := caption_features(captions)) is not None:
+        features["captions"] = words
+    labels = None if clusters is None else clusters.assignment[np.searchsorted(good, rows)]
+    return {name: {"samples": len(rows), **measured(x, labels, chosen, cfg.seed)} for name, x in features.items()}
+
+
 def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> tuple[dict[int, str], dict[int, str]]:
     """Captions of the kept rows (ascending), and the generated ones (T_g) of which they are made."""
     captions, generated = {int(row): inference.pairs.caption(row) for row in rows}, {}
     if cfg.captions != "original":
-        generated = dict(zip(rows.tolist(), inference.generated(rows).tolist(), strict=True))
+        if cfg.predictions:
+            generated = predicted(cfg.predictions, inference.pairs.keys, rows)
+        else:
+            generated = dict(zip(rows.tolist(), inference.generated(rows).tolist(), strict=True))
         join = refined if cfg.captions == "refined" else lambda original, text: text
         captions = {row: join(captions[row], text) if text else captions[row] for row, text in generated.items()}
     return captions, generated
 
 
-def write_tables(
-    cfg: ReduceConfig, pairs, found: Outcome, captions: dict[int, str], generated: dict[int, str], itm: tuple | None
-) -> dict:
-    """Write annotation.json and report.csv; returns what goes into report.json.
+def predicted(path: str, keys: Sequence[str], rows: np.ndarray) -> dict[int, str]:
+    """{row: caption} of a file of predictions, "" where it has none; a sample's last one counts.
 
-    `itm`: matching scores of all rows, and of the kept ones with their new captions.
+    ValueError if it is no list of {"image_id": key or row number, "caption": text}.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = {entry["image_id"]: str(entry["caption"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'--predictions {path} is no JSON list of {{"image_id": key or row number, "caption": text}}'
+        ) from error
+    return {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
+
+
+def write_tables(
+    cfg: ReduceConfig,
+    pairs,
+    found: Outcome,
+    images: dict[int, str],
+    captions: dict[int, str],
+    generated: dict[int, str],
+    itm: tuple | None,
+) -> tuple[dict, dict]:
+    """Write annotation.json and report.csv; returns what goes into report.json, and the columns of report.csv.
+
+    `images`: paths of the kept ones. `itm`: matching scores of all rows, and of the kept ones with their new captions,
+    and whether they are probabilities.
     """
     out, rows = Path(cfg.out), range(len(pairs))
-    annotation = [{"image": str(pairs.keys[row]), "caption": captions[row]} for row in found.kept.tolist()]
+    annotation = [{"image": images[row], "caption": captions[row]} for row in found.kept.tolist()]
     checkpoints.write_json(out / "annotation.json", annotation)
     columns, report = table_of(cfg, pairs.keys, found), summary_of(cfg, found, len(pairs.broken))
     if itm is not None:
-        before, after = itm
+        before, after, probabilities = itm
         columns["itm"] = [round(score, 4) for score in before.tolist()]
-        report["itm"] = {"before": itm_summary(before[found.good]), "after": itm_summary(after)}
+        report["itm"] = itm_summaries(before[found.good], after, probabilities)
+        columns["itm_after"] = [""] * len(pairs)
+        for row, score in zip(np.sort(found.kept).tolist(), after.tolist(), strict=True):
+            columns["itm_after"][row] = round(score, 4)
     columns["caption"] = [captions.get(row, "") for row in rows]
     columns["generated"] = [generated.get(row, "") for row in rows]
     write_csv(out / "report.csv", columns)
-    return report
+    return report, columns
 
 
 def print_broken(pairs, reasons: np.ndarray) -> None:
@@ -262,13 +348,11 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     seconds: dict[str, float] = {}
 
     # Costly passes over all images: codes, features, ITM scores
-    with timed(seconds, "captioner"):
-        wanted = cfg.clustered and cfg.features in ("codes", "image")
-        captioner = cfg.captioner or (train_captioner(cfg, pairs, process) if wanted else None)
+    coded = cfg.captioner is not None or (cfg.clustered and cfg.features == "codes")
     with timed(seconds, "codes"):
-        folder = inference.codes(captioner) if captioner else inference.readable()
+        folder = inference.codes(cfg.captioner) if coded else inference.readable()
         pixels, reasons = (read_rows(folder, rows, cfg.chunk, name) for name in ("pixels", "reasons"))
-    features = inference.features(captioner) if cfg.clustered and cfg.features in ("image", "blip") else None
+    features = inference.features(cfg.captioner) if cfg.clustered and cfg.features in ("image", "blip") else None
     good = rows[reasons == ""]
     if not len(good):
         raise ValueError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
@@ -278,17 +362,21 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     # Selection, on rank 0
     selected = codes = clusters = None
     if process.main:
-        if captioner:
+        if coded:
             codes = gathered_codes(folder, good, cfg.chunk)
         if cfg.clustered:
             with timed(seconds, "clusters"):
                 clusters = find_clusters(cfg, inference, good, codes, features)
         scores = None if before is None else before[good]
-        selected = good[select(cfg, len(good), scores, clusters).numpy()]
+        selected = good[select_distinct(cfg, pixels[good], scores, clusters).numpy()]
     selected = kept = run.broadcast(selected, process)
     if cfg.itm_keep is not None:
         top = good[keep_top(torch.from_numpy(before[good]), cfg.itm_keep).numpy()]
         kept = selected[np.isin(selected, top)]
+
+    # Is it better than a random one?
+    with timed(seconds, "check"):
+        checks = check_selection(cfg, inference, good, kept, clusters)
 
     # Captions of the kept, and their scores
     with timed(seconds, "captions"):
@@ -296,21 +384,18 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
         captions, generated = new_captions(cfg, inference, ascending)
     itm = None
     if cfg.scorer:
-        after = before[ascending]
-        if cfg.captions != "original":
-            what = f"itm-after-{data.stable_hash(*captions.items()):016x}"
-            after = inference.scores(ascending, captions, what)
-        itm = before, after
+        after = before[ascending] if cfg.captions == "original" else inference.scores_after(ascending, captions)
+        itm = before, after, inference.scorer().matches
 
     # Output
     with timed(seconds, "output"):
-        if isinstance(pairs, data.Shards):
-            write_shards(pairs, captions, Path(cfg.out) / "shards", process)
-            run.gather_lists([], process)  # until all ranks have written theirs
+        images = write_samples(cfg, pairs, captions, process)
         if not process.main:
             return
         found = Outcome(good, selected, kept, pixels, reasons, codes, clusters)
-        report = write_tables(cfg, pairs, found, captions, generated, itm)
+        report, columns = write_tables(cfg, pairs, found, images, captions, generated, itm)
+        report["checks"] = checks
+        write_page(Path(cfg.out) / "report.html", cfg, pairs, report, columns)
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     checkpoints.write_json(Path(cfg.out) / "report.json", report)
     print_broken(pairs, reasons)
@@ -327,10 +412,17 @@ def main(cfg: ReduceConfig) -> None:
     pairs = open_pairs(cfg.data, cfg.image_root, None, cfg.strict, cfg.cache)
     cfg = check_reduction(cfg, len(pairs))
     inference, weights, out = Inference(cfg, pairs, process), {}, Path(cfg.out)
-    for path, stage in ((cfg.captioner, "captioner"), (cfg.caption_model, "finetune"), (cfg.scorer, "blip")):
+    if cfg.coded_by:
+        inference.encoder(cfg.coded_by)  # it is missed before work starts
+    for path, load in (
+        (cfg.captioner, lambda: inference.model(cfg.captioner, "captioner")),
+        (cfg.caption_model, lambda: inference.model(cfg.caption_model, "finetune")),
+        (cfg.scorer, inference.scorer),
+    ):
         if path:
-            inference.model(path, stage)
-            weights[path] = data.fingerprint(weights_of(path))
+            load()
+            if (file := weights_of(path)) is not None:
+                weights[path] = data.fingerprint(np.memmap(file, mode="r"))
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}
     if is_finished(out, settings):

@@ -76,6 +76,8 @@ def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, l
     copies = first != np.arange(len(first))
     duplicate_of = np.full(len(keys), "", dtype=object)
     duplicate_of[found.good[copies]] = keys[found.good[first[copies]]]
+    if cfg.clustered and cfg.drop_duplicates:
+        why[found.good[copies]] = [f"same image as {key}" for key in duplicate_of[found.good[copies]]]
     columns = {"key": keys.tolist(), "kept": kept.astype(int).tolist(), "reason": why.tolist()}
     columns["duplicate_of"] = duplicate_of.tolist()
     if found.clusters is not None:
@@ -104,15 +106,26 @@ def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
 # ---------------------------------------------------------------------------------------------------------- report.json
 
 
-def itm_summary(scores: np.ndarray) -> dict:
-    """Mean, shares in percent and histogram of matching scores."""
+def itm_summary(scores: np.ndarray, cut: float = 0.5, span: tuple[float, float] = (0.0, 1.0)) -> dict:
+    """Mean, percent below `cut`, and histogram over `span` of matching scores."""
     scores = torch.from_numpy(np.asarray(scores, dtype=np.float32))
     return {
         "mean": scores.mean().item(),
-        "below_half": 100 * (scores < 0.5).float().mean().item(),
-        "above_0.9": 100 * (scores > 0.9).float().mean().item(),
-        "histogram": itm_histogram(scores).tolist(),
+        "cut": cut,
+        "below_cut": 100 * (scores < cut).float().mean().item(),
+        "span": list(span),
+        "histogram": itm_histogram((scores - span[0]) / max(span[1] - span[0], 1e-6)).tolist(),
     }
+
+
+def itm_summaries(before: np.ndarray, after: np.ndarray, probabilities: bool) -> dict:
+    """`itm_summary` of scores before and after, on one scale: probabilities of a match, cut at one half, or cosines,
+    cut at the median before."""
+    if probabilities:
+        return {"before": itm_summary(before), "after": itm_summary(after)}
+    ends = np.concatenate([before, after])
+    how = float(np.median(before)), (float(ends.min()), float(ends.max()))
+    return {"before": itm_summary(before, *how), "after": itm_summary(after, *how)}
 
 
 def code_summary(codes: np.ndarray) -> dict:
@@ -160,6 +173,17 @@ def summary_of(cfg: ReduceConfig, found: Outcome, unread: int) -> dict:
     return report
 
 
+def check_line(name: str, check: dict) -> str:
+    """What `quality.measured` found, in words."""
+    drawn = check["coverage_random"]
+    random = f"{np.mean(drawn):.3f} at random ({min(drawn):.3f} to {max(drawn):.3f})"
+    words = f"coverage {check['coverage']:.3f}, {random}"
+    if "cohesion" in check:
+        others = f"{check['cohesion_shuffled']:.3f} shuffled, {check['cohesion_kmeans']:.3f} by k-means on them"
+        words = f"cohesion {check['cohesion']:.3f}, {others}; {words}"
+    return f"by {name}: {words}"
+
+
 def print_report(report: dict) -> None:
     """Print the main numbers of report.json."""
     print(f"kept               {report['kept']:,} of {report['samples']:,} ({100 * report['kept_share']:.1f} %)")
@@ -173,10 +197,12 @@ def print_report(report: dict) -> None:
             f"clusters           {report['clusters']:,} of {low:.0f} to {high:.0f} samples, median {middle:.0f}; "
             f"{report['empty_clusters']:,} empty; {report['whitened_axes']} axes"
         )
+    for name, check in report.get("checks", {}).items():
+        print(f"{'better than a coin?':<19}{check_line(name, check)}")
     if "itm" in report:
         before, after = report["itm"]["before"], report["itm"]["after"]
         print(
             f"ITM score          mean {before['mean']:.3f} before, {after['mean']:.3f} after; "
-            f"below 0.5: {before['below_half']:.1f} %, {after['below_half']:.1f} %"
+            f"below {before['cut']:.2f}: {before['below_cut']:.1f} %, {after['below_cut']:.1f} %"
         )
     print("seconds            " + ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()))

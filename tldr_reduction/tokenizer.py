@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from tldr_reduction.config import Config
+from tldr_reduction.config import Common
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPT = "a picture of "
@@ -45,11 +45,17 @@ def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
 class WordPiece:
     """BERT's uncased tokenizer with BLIP's two extra tokens behind it: [DEC], which starts a caption, and [ENC].
 
-    `vocab` is a vocab.txt, or the name of a tokenizer on the Hugging Face hub (bert-base-uncased).
+    `vocab` is a vocab.txt, a folder with one or with a tokenizer.json, or the name of a tokenizer on the Hugging Face
+    hub (bert-base-uncased).
     """
 
     def __init__(self, vocab: str | Path):
-        if Path(vocab).is_file():
+        folder = Path(vocab)
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+            vocab = folder / "vocab.txt"
+        if (folder / "tokenizer.json").is_file():
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif Path(vocab).is_file():
             lines = Path(vocab).read_text(encoding="utf-8").splitlines()
             model = models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]")
             self.tokenizer = Tokenizer(model)
@@ -61,6 +67,7 @@ class WordPiece:
         else:
             self.tokenizer = Tokenizer.from_pretrained(str(vocab))
         self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         size = self.tokenizer.get_vocab_size(with_added_tokens=False)
         self.pad, self.cls, self.sep = (self.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
         self.dec, self.enc = size, size + 1
@@ -80,6 +87,18 @@ class WordPiece:
         """[CLS] a picture of [SEP]."""
         return self([prompt])[0][0]
 
+    def save(self, folder: str | Path) -> None:
+        """Write it in transformers' layout: [CLS] ... [SEP], the two extra tokens behind the vocabulary."""
+        from transformers import PreTrainedTokenizerFast
+
+        own = Tokenizer.from_str(self.tokenizer.to_str())
+        special = [("[CLS]", self.cls), ("[SEP]", self.sep)]
+        own.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+        names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+        fast = PreTrainedTokenizerFast(tokenizer_object=own, **names)
+        fast.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+        fast.save_pretrained(folder)
+
     def decode(self, ids: Tensor, prompt: str = PROMPT) -> list[str]:
         """Captions of generated ids (B, T), special tokens and the prompt's characters removed."""
         special = {self.pad, self.cls, self.sep, self.dec, self.enc}
@@ -87,15 +106,15 @@ class WordPiece:
         return [text[len(prompt) :].strip() for text in self.tokenizer.decode_batch(rows)]
 
 
-def tokenizer_of(cfg: Config) -> WordPiece | open_clip.SimpleTokenizer:
-    """open_clip's for stage clip, else WordPiece."""
+def tokenizer_of(cfg: Common) -> WordPiece | open_clip.SimpleTokenizer:
+    """open_clip's for a clip, else WordPiece."""
     if cfg.stage != "clip":
         return WordPiece(cfg.vocab)
     length = open_clip.get_model_config(cfg.clip_model)["text_cfg"]["context_length"]
     return open_clip.get_tokenizer(cfg.clip_model, context_length=length)
 
 
-def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Config) -> Callable[[Sequence[str]], Tensor]:
+def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Common) -> Callable[[Sequence[str]], Tensor]:
     """texts -> ids, prepared as in training; BLIP's are cut at `SCORED_LENGTH` tokens."""
 
     def tokens(texts: Sequence[str]) -> Tensor:

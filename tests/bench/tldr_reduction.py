@@ -137,7 +137,7 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
     precision = run.resolve_precision("auto", torch.device("cpu"))
 
     def ours():
-        losses, _, backward = train.losses_of(clip, (images, ids, mask), cfg, precision=precision)
+        losses, backward = train.losses_of(clip, (images, ids, mask), cfg, precision=precision)
         optimizers[0].zero_grad()
         backward(losses["loss"])
         optimizers[0].step()

@@ -19,9 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tldr_reduction import blip, cluster, model, reduce, train
+from tldr_reduction import blip, captioner, cluster, loop, model, reduce, train
 from tldr_reduction.checkpoints import load_blip
-from tldr_reduction.config import Config
+from tldr_reduction.config import CaptionerConfig
 from tldr_reduction.tokenizer import WordPiece, build_vocab, pre_caption
 
 from . import (  # noqa: F401  (seeded: autouse)
@@ -528,7 +528,7 @@ def test_trajectory(up, table, tmp_path):
     words = WordPiece(tmp_path / "vocab.txt")
     starts = twins(up, Words(words), vocab=len(words))
     rows = trajectory.orders(len(captions), batch_size, epochs * per_epoch)
-    cfg = Config(epochs=epochs, batch_size=batch_size, lr=1e-3, warmup=20, lr_decay_rate=0.8)
+    cfg = CaptionerConfig(epochs=epochs, batch_size=batch_size, lr=1e-3, warmup=20, lr_decay_rate=0.8)
     config = dict(
         laion_path="", warmup_steps=cfg.warmup, warmup_lr=cfg.warmup_lr, init_lr=cfg.lr, min_lr=cfg.min_lr, alpha=0.4,
         lr_decay_rate=cfg.lr_decay_rate, weight_decay=cfg.weight_decay, max_epoch=epochs,
@@ -552,11 +552,11 @@ def test_trajectory(up, table, tmp_path):
         trained, decay = list(network.parameters()), cfg.weight_decay
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=decay, fused=True)
         for step, (images, texts) in enumerate(batches(dtype)):
-            optimizer.param_groups[0]["lr"] = train.learning_rate(cfg, *divmod(step, per_epoch))
-            yield train.train_step(network, [images, *words(texts)], optimizer, scaler, cfg)
+            optimizer.param_groups[0]["lr"] = loop.learning_rate(cfg, *divmod(step, per_epoch))
+            yield captioner.train_step(network, [images, *words(texts)], optimizer, scaler)
 
     where = f"{table.where(up.pretrain_vq_compress.train)}, vq_compress_model/pretrain_vq_compress.py:125"
-    trajectory.compare(table, "tldr_reduction", where, "train.train_step", trajectory.run(theirs, ours))
+    trajectory.compare(table, "tldr_reduction", where, "captioner.train_step", trajectory.run(theirs, ours))
 
 
 def test_schedules(up, table):

@@ -1,0 +1,45 @@
+"""What the training programs have in common: schedules by program, weights to start from, the plan of a dry run."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_tldr_reduction_blip import tiny_blip
+
+from tldr_reduction import config, loop
+
+
+def test_each_program_has_its_schedule():
+    captioner = dataclasses.replace(config.CAPTIONER, warmup=10)
+    assert loop.learning_rate(captioner, 0, 0) == captioner.warmup_lr
+    assert loop.learning_rate(captioner, 0, 10) == captioner.lr
+    assert loop.learning_rate(captioner, 2, 5) == pytest.approx(captioner.lr * 0.81)
+    for cfg in (config.FINETUNE, config.RETRIEVAL):
+        rates = [loop.learning_rate(cfg, epoch, 3) for epoch in range(cfg.epochs)]
+        assert rates[0] == cfg.lr and rates == sorted(rates, reverse=True)
+    assert [loop.alpha_ramp(e, 0, 4, 0.4, epochs=1) for e in range(3)] == [0, 0.4, 0.4]
+    assert [loop.alpha_ramp(e, 2, 4, 0.4) for e in range(3)] == pytest.approx([0.1, 0.3, 0.4])
+
+
+def test_a_blip_starts_with_equal_momentum_encoders(tmp_path, capsys):
+    source, model = tiny_blip(), tiny_blip()
+    state = {name: value for name, value in source.state_dict().items() if "text_decoder" not in name}
+    torch.save({"model": {name: value + 1.0 for name, value in state.items()}}, tmp_path / "blip.pth")
+    cfg = config.Config(objective="blip", init=str(tmp_path / "blip.pth"))
+    loop.start_from_elsewhere(model, cfg)
+    assert "which start at random" in capsys.readouterr().out
+    for online, slow in zip(model.visual_encoder.parameters(), model.visual_encoder_m.parameters(), strict=True):
+        assert torch.equal(online, slow)
+
+
+def test_rows_of_a_plan_need_no_data(capsys):
+    model = torch.nn.Linear(2, 2)
+    cfg = dataclasses.replace(config.FINETUNE, dataset_size=1000)
+    loop.show_plan(cfg, 2, model, lambda: model(torch.ones(2, 2)).sum(), [("codes", "none")])
+    printed = capsys.readouterr().out
+    assert (
+        "6 trained" in printed
+        and "codes" in printed
+        and "1.000e-05 in epoch 0" in printed
+        and "15 (3 an epoch)" in printed
+    )

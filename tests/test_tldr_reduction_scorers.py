@@ -1,0 +1,68 @@
+"""Scorers: BLIP's matching head of our runs and of transformers' folders, the cosine of an open_clip model."""
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_tldr_reduction_train import SCRIPT, SECONDS, chain, command, folder, tiny  # noqa: F401
+
+from shared import export
+from tldr_reduction import checkpoints, scorers
+from tldr_reduction.model import CodebookCaptioner
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a red heart", "grinning face"]
+
+
+def test_a_run_and_its_export_score_alike(chain, folder):
+    """transformers' folder, with its tokenizer, is as good as the run folder that it was made of."""
+    model, settings, tokenizer = checkpoints.load_run(chain["scorer"])
+    checkpoints.export_blip(model, settings, tokenizer, folder / "exported")
+    ours = scorers.load_scorer(str(chain["scorer"]), CPU)
+    theirs = scorers.load_scorer(str(folder / "exported/retrieval"), CPU)
+    images = ours.transform(Image.new("RGB", (30, 30), "red"))[None].repeat(2, 1, 1, 1)
+    assert ours.matches and theirs.matches
+    torch.testing.assert_close(theirs.score(images, CAPTIONS), ours.score(images, CAPTIONS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs.encode_text(CAPTIONS), ours.encode_text(CAPTIONS), rtol=1e-4, atol=1e-5)
+    writer, settings, words = checkpoints.load_model(str(folder / "exported/captioning"), "finetune")
+    assert settings.stage == "finetune" and len(words) == len(tokenizer)
+    written = writer.generate(images, words.prompt_ids(), max_length=10)
+    state = model.eval()
+    expected = CodebookCaptioner(state.visual_encoder, state.text_decoder, None, sep_token_id=tokenizer.sep)
+    assert torch.equal(written, expected.generate(images, tokenizer.prompt_ids(), max_length=10))
+    with pytest.raises(ValueError, match="cannot write captions: it lacks"):
+        checkpoints.load_model(str(folder / "exported/retrieval"), "finetune")
+
+
+def test_cosine_of_a_dual_encoder(tmp_path):
+    torch.manual_seed(0)
+    clip, _, transform = open_clip.create_model_and_transforms("ViT-emoji-32")
+    export.write(tmp_path, clip.eval(), export.named_config("ViT-emoji-32"), clip.state_dict(), transform)
+    scorer = scorers.load_scorer(f"local-dir:{tmp_path}", CPU)
+    images = torch.stack([scorer.transform(Image.new("RGB", (30, 30), colour)) for colour in ("red", "blue")])
+    tokens = open_clip.get_tokenizer("ViT-emoji-32", context_length=clip.context_length)(CAPTIONS)
+    expected = F.cosine_similarity(clip.encode_image(images), clip.encode_text(tokens))
+    torch.testing.assert_close(scorer.score(images, CAPTIONS), expected, rtol=1e-4, atol=1e-5)
+    assert not scorer.matches and scorer.encode_image(images).norm(dim=1).allclose(torch.ones(2))
+
+
+def test_a_clip_of_ours_scores_by_its_cosine(chain):
+    scorer = scorers.load_scorer(str(chain["clip"]), CPU)
+    scores = scorer.score(torch.stack([scorer.transform(Image.new("RGB", (30, 30), "red"))] * 2), CAPTIONS)
+    assert not scorer.matches and scores.shape == (2,) and (scores.abs() <= 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gone", "gone is no run folder"),
+        ("nobody/nothing", "nobody/nothing is no run folder, and the Hugging Face hub does not give it"),
+        ("ViT-B-32@nothing", "ViT-B-32@nothing is no model that can be used here"),
+    ],
+)
+def test_what_is_missing_is_said(name, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        scorers.load_scorer(name, CPU)

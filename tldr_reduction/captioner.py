@@ -1,0 +1,188 @@
+"""Train the codebook captioner: `python -m tldr_reduction.captioner PRESET [--overrides]`.
+
+TL;DR (arXiv 2305.20087), section 3.1; authors' code showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`.
+The captioner reads the image through a codebook; loss = loss_lm + loss_emb, on the noisy data. reduce.py codes and
+clusters the images with it, finetune.py goes on from it.
+"""
+
+import itertools
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from shared import cli, data, pretrained, run, windows
+from tldr_reduction import loop
+from tldr_reduction.config import CAPTIONERS, CaptionerConfig
+from tldr_reduction.datasets import PairDataset, eval_transform
+from tldr_reduction.model import (
+    CodebookCaptioner,
+    build,
+    build_for,
+    codebook_perplexity,
+    keyword_codebook,
+    rescaled,
+    restart_unused,
+    sampled_codebook,
+)
+from tldr_reduction.tokenizer import WordPiece
+
+# ----------------------------------------------------------------------------------------------------------- codebook
+
+
+@torch.no_grad()
+def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, process: run.Process) -> None:
+    """Xavier's codebook, or tokens of the data, or keywords moved and scaled onto those; a function of the seed.
+
+    uniform is as it is built.
+    """
+    generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
+    weight = captioner.quantize.embedding.weight
+    if cfg.codebook_init == "uniform":
+        return
+    if cfg.codebook_init == "xavier":
+        weight.copy_(nn.init.xavier_uniform_(torch.empty(weight.shape), generator=generator))
+        return
+    codes_per_image = captioner.visual_encoder.pos_embed.shape[1] * cfg.width // cfg.code_dim
+    wanted = -(-4 * cfg.num_codes // codes_per_image)
+    if isinstance(pairs, windows.Windowed):  # of the first process' share, whose first window is in random order
+        own = (i for i in range(len(pairs)) if i // pairs.batch_size % process.world_size == 0)
+        items = list(itertools.islice(own, wanted))
+    else:
+        items = torch.randperm(len(pairs), generator=generator)[:wanted].tolist()
+    dataset = PairDataset(pairs, eval_transform(cfg.image_size), cfg.seed, cfg.max_words)
+    images = dataset.normalise(torch.stack([dataset[i][1] for i in items]).to(process.device))
+    tokens = torch.cat([captioner.visual_encoder(part).float() for part in images.split(64)]).reshape(-1, cfg.code_dim)
+    if cfg.codebook_init == "data":
+        weight.copy_(sampled_codebook(tokens, cfg.num_codes, generator))
+    else:
+        embed = text_embedder(cfg.keyword_model, cfg.code_dim)
+        if cfg.keywords is not None:
+            codebook = embed(Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes]).float()
+        else:  # the first process goes through all captions, its peers wait
+            found = keyword_codebook(windows.captions(pairs), cfg.num_codes, embed) if process.main else None
+            codebook = run.broadcast(found, process)
+        weight.copy_(rescaled(codebook.to(process.device), tokens))
+
+
+def text_embedder(name: str, dim: int):
+    """texts -> (n, dim): mean last hidden state of a text encoder; a seeded random rotation where its width differs."""
+    from transformers import AutoModel, AutoTokenizer
+
+    name = str(pretrained.minilm()) if name == "minilm" else name
+    tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+
+    def embed(texts: list[str]) -> Tensor:
+        parts = []
+        for first in range(0, len(texts), 256):
+            batch = tokenizer(texts[first : first + 256], padding=True, return_tensors="pt")
+            mask = batch["attention_mask"][..., None]
+            parts.append((encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+        embedded = torch.cat(parts).detach()
+        if embedded.shape[1] != dim:
+            random = torch.randn(max(embedded.shape[1], dim), dim, generator=torch.Generator().manual_seed(0))
+            embedded = embedded @ torch.linalg.qr(random).Q[: embedded.shape[1]]
+        return embedded
+
+    return embed
+
+
+@torch.no_grad()
+def restart_codes(captioner: CodebookCaptioner, used: Tensor, images: Tensor, epoch: int, cfg: CaptionerConfig) -> int:
+    """Move codes that nothing chose in the epoch onto tokens of its last batch; returns how many."""
+    tokens = run.gather(captioner.visual_encoder(images).float()).reshape(-1, cfg.code_dim)
+    generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
+    return restart_unused(captioner.quantize, used, tokens, generator)
+
+
+def count_codes(used: Tensor, codes: Tensor) -> None:
+    """Add the codes (B, L') of all ranks to how often each was used, (K,) int64."""
+    chosen = run.gather(codes).flatten()
+    used.scatter_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
+
+
+# --------------------------------------------------------------------------------------------------------- the script
+
+
+def train_step(
+    model: nn.Module,
+    inputs: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: str = "fp32",
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step on images, ids, mask, and `target_places` if they are known -> losses and codes (B, L')."""
+    images, ids, mask, places = (*inputs, None)[:4]
+    with run.autocast(precision, images.device):
+        loss_lm, loss_emb, codes = model(images, ids, mask, return_codes=True, places=places)
+    loss = loss_lm + loss_emb
+    loop.update(loss, optimizer, scaler)
+    return {"loss": loss, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes
+
+
+def dry_run(cfg: CaptionerConfig, world_size: int = 1) -> None:
+    """Print what a run would be."""
+    model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
+    codes = (1 + (cfg.image_size // cfg.patch_size) ** 2) * cfg.width // cfg.code_dim
+    rows = [("codes", f"{codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")]
+    loop.show_plan(cfg, world_size, model, lambda: model.train()(*batch), rows)
+
+
+def train(cfg: CaptionerConfig, process: run.Process) -> Path:
+    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    folder = run.RunFolder(cfg, process, epoch=0, batch=0)
+    if folder.finished(epoch=cfg.epochs):
+        return folder.path
+    first, start = folder.state["epoch"], folder.state["batch"]
+    pairs = loop.pairs_of(cfg, process)
+    data.check_pairs(pairs, cfg, folder.state, process)
+    per_epoch = len(pairs) // cfg.batch_size
+
+    # Tokenizer, model, optimizer
+    precision, tokenizer = run.resolve_precision(cfg.precision, process.device), WordPiece(cfg.vocab)
+    model = build_for(cfg, tokenizer).to(process.device)
+    optimizer, scaler = loop.optimizer_of(model, cfg, precision, process)
+    folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
+    if not folder.resumed:
+        loop.start_from_elsewhere(model, cfg)
+        start_codebook(model, cfg, pairs, process)
+    used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
+    ddp = loop.parallel(model, process)
+    dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process)
+
+    for epoch in range(first, cfg.epochs):
+        model.train()
+        batches, broken = loop.of_epoch(loader, pairs, epoch, start, cfg, process)
+        for batch, (_, *inputs, _) in enumerate(batches, start):
+            step, lr = per_epoch * epoch + batch + 1, loop.learning_rate(cfg, epoch, batch)
+            loop.begin_step(optimizer, lr, step, cfg, process)
+            inputs = loop.on_device(inputs, dataset, process.device)
+            losses, codes = train_step(ddp, inputs, optimizer, scaler, precision)
+            count_codes(used, codes)
+            if step % cfg.log_every == 0 or batch == 0:
+                usage = {"codes_used": (used > 0).sum()}
+                usage["perplexity"] = codebook_perplexity(run.gather(codes), cfg.num_codes)
+                folder.log(step, epoch=epoch, lr=lr, **run.over_ranks(losses), **usage)
+            if folder.due(step) and batch + 1 < per_epoch:
+                folder.save(step, epoch=epoch, batch=batch + 1, used=used.cpu())
+
+        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
+        if cfg.restart_codes and not last:
+            folder.log(done, epoch=epoch, codes_restarted=restart_codes(model, used, inputs[0], epoch, cfg))
+        used.zero_()
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
+        if folder.due(done) or last:
+            folder.save(done, epoch=epoch + 1, batch=0, used=used.cpu())
+    folder.close(then=f"python -m tldr_reduction.reduce {cfg.data} --captioner {cfg.out} --out FOLDER")
+    return folder.path
+
+
+def main(cfg: CaptionerConfig) -> Path | None:
+    """`train`, or --dry-run."""
+    return loop.main(cfg, train, dry_run)
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(CAPTIONERS)))

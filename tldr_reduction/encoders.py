@@ -1,0 +1,135 @@
+"""Pretrained image encoders from elsewhere, for what a reduction does without a codebook captioner.
+
+Their tokens become code vectors by a k-means codebook; their features tell how good a selection is.
+
+Shapes: B images, S their side, C channels of a token, D features, c numbers of a code, K codes.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from shared import checkpoints, data, export, pretrained
+from tldr_reduction.cluster import as_float, nearest, train_kmeans
+
+LITE0 = "efficientnet_lite0"
+NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, or {export.KINDS}"
+SIDE = 128  # pixels of an image for EfficientNet-Lite0
+PART = 32  # images that go through a network at once on a CPU
+GRID = 3  # an image has GRID x GRID tokens
+
+# ------------------------------------------------------------------------------------------------------------ encoders
+
+
+class Encoder(NamedTuple):
+    transform: Callable  # PIL RGB -> (3, S, S), aspect ratio not kept
+    map: Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> last feature map (B, C, h, w)
+    features: Callable[[Tensor], Tensor]  # images -> (B, D)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """The feature map, averaged over 3 x 3 parts of the image: (B, 9, C) float32."""
+        return F.adaptive_avg_pool2d(self.map(images).float(), GRID).flatten(2).transpose(1, 2)
+
+
+def square(size: int, mean: tuple, std: tuple) -> transforms.Compose:
+    """PIL RGB -> normalised (3, S, S)."""
+    resize = transforms.Resize((size, size), InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, data.ToNormalizedTensor(mean, std)])
+
+
+def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder of that name (NAMES). ValueError or FileNotFoundError says in a sentence why it cannot be had."""
+    kind, _, rest = name.partition(":")
+    if name == LITE0:
+        model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
+        view = square(SIDE, pretrained.LITE0_MEAN, pretrained.LITE0_STD)
+        return Encoder(view, in_parts(last_map(model.forward_intermediates)), in_parts(model))
+    if kind == "timm" and rest:
+        model = load_timm(*rest.partition(":")[::2]).to(device)
+        settings = timm.data.resolve_model_data_config(model)
+        view = square(settings["input_size"][-1], settings["mean"], settings["std"])
+        return Encoder(view, in_parts(last_map(model.forward_intermediates)), in_parts(model))
+    if export.foreign(name, "tldr_reduction"):
+        model, transform, _ = export.load_model(name, device)
+        return Encoder(transform, in_parts(last_map(model.visual.forward_intermediates)), in_parts(model.encode_image))
+    raise ValueError(f"there is no encoder {name!r}: it is {NAMES}")
+
+
+def in_parts(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same, of PART images at a time on a CPU, whose cache so few stay in, channels last."""
+
+    def parts(images: Tensor) -> Tensor:
+        size = PART if images.device.type == "cpu" else len(images)
+        return torch.cat([encode(part.contiguous(memory_format=torch.channels_last)) for part in images.split(size)])
+
+    return parts
+
+
+def last_map(forward_intermediates: Callable) -> Callable[[Tensor], Tensor]:
+    """images -> the last of the feature maps that timm's and open_clip's towers offer."""
+
+    def last(images: Tensor) -> Tensor:
+        found = forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
+        return (found["image_intermediates"] if isinstance(found, dict) else found)[-1]
+
+    return last
+
+
+def load_timm(name: str, file: str = "") -> nn.Module:
+    """A timm model without its classifier, in eval mode: with the weights of `file`, or else timm's own."""
+    try:
+        model = timm.create_model(name, pretrained=not file, num_classes=0)
+    except Exception as error:  # timm, the hub and the network raise all kinds
+        why = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"timm:{name} is not on this machine and could not be fetched ({why}); timm:{name}:FILE takes weights from "
+            f"a file, or name {LITE0}"
+        ) from error
+    if file:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}, the weights of timm:{name}, does not exist")
+        state = load_file(file) if file.endswith(".safetensors") else checkpoints.load_checkpoint(file)
+        state = state.get("state_dict", state.get("model", state))
+        missing, _ = model.load_state_dict(state, strict=False)
+        if missing:
+            raise ValueError(f"{file} holds no weights of timm:{name}: it lacks {missing[0]}")
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------- codes
+
+
+class Codebook(NamedTuple):
+    """Tokens (B, 9, C) -> codes (B, 9): projected on c principal axes, then the nearest of K centroids."""
+
+    mean: Tensor  # (C,)
+    axes: Tensor  # (C, c)
+    centroids: Tensor  # (K, c), in the order of their place on the first axis: near numbers are alike
+
+    def __call__(self, tokens: Tensor) -> np.ndarray:
+        flat = (tokens.cpu().flatten(0, 1) - self.mean) @ self.axes
+        return nearest(flat, self.centroids)[0].view(len(tokens), -1).numpy().astype(np.uint16)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in self._asdict().items()}
+
+
+def fit_codebook(tokens: Tensor, num_codes: int, code_dim: int, seed: int) -> Codebook:
+    """The codebook of tokens (n, 9, C): k-means on their first principal axes, not whitened."""
+    flat = as_float(tokens).flatten(0, 1)
+    mean = flat.mean(0)
+    centred = flat - mean
+    _, vectors = torch.linalg.eigh((centred.T @ centred).double())  # ascending
+    axes = vectors.flip(1)[:, :code_dim].float().contiguous()
+    centroids, _ = train_kmeans(centred @ axes, min(num_codes, len(flat)), seed, niter=10)
+    return Codebook(mean, axes, centroids[centroids[:, 0].argsort()].contiguous())

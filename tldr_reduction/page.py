@@ -1,0 +1,170 @@
+"""report.html of a reduction: what was kept and dropped and why, clusters, duplicates, captions and their scores.
+
+One file without scripts; examples are small pictures in it, drawn by the seed.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shared import checkpoints, data
+from tldr_reduction.config import ReduceConfig
+from tldr_reduction.report import check_line
+
+SIDE = 96  # pixels of an example's longer side
+CLUSTERS, MEMBERS = 8, 10  # that are shown, of each how many
+EXAMPLES = 10  # of a reason, of duplicates, of captions
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
+h2 { margin-top: 2em } table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left }
+.row { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0 18px }
+figure { width: 132px; margin: 0; padding: 5px; border: 3px solid #ccc; border-radius: 4px; font-size: 11px;
+  line-height: 1.25; overflow-wrap: anywhere }
+figure.kept { border-color: #2a9d4a } figure img { display: block; margin: 0 auto 4px; max-width: 100% }
+figure.dropped img { opacity: .65 } .new { color: #1d6f35 } .note { color: #666 }
+"""
+
+
+def write_page(path: Path, cfg: ReduceConfig, pairs, report: dict, columns: dict[str, Sequence]) -> None:
+    """Write the page, from what report.json and report.csv hold."""
+    rng = np.random.default_rng(cfg.seed)
+    show = Examples(pairs, columns)
+    kept = f"{report['kept']:,} of {report['samples']:,} samples kept ({100 * report['kept_share']:.1f} %)"
+    body = [f"<h1>{html.escape(cfg.data)}</h1>", f"<p><b>{kept}</b></p>", facts(cfg, report)]
+    if report.get("checks"):
+        body += ["<h2>Is it better than a coin?</h2>", checks(report["checks"])]
+    if "itm" in report:
+        body += ["<h2>Scores of captions, before and after</h2>", histogram(report["itm"])]
+    if written := [row for row, text in enumerate(columns["generated"]) if text]:
+        body += ["<h2>Refined captions</h2>", show.row(drawn(rng, written, EXAMPLES))]
+    body += ["<h2>Why samples were kept or dropped</h2>", *reasons(columns, show, rng)]
+    if copies := [row for row, key in enumerate(columns["duplicate_of"]) if key]:
+        body += [f"<h2>Identical images: {len(copies):,}</h2>"]
+        for row in drawn(rng, copies, EXAMPLES // 2):
+            body += [show.row([columns["key"].index(columns["duplicate_of"][row]), row])]
+    if "cluster" in columns:
+        body += ["<h2>Clusters</h2>", *clusters(columns, show, rng)]
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Reduction</title><style>{STYLE}</style>"
+    with checkpoints.replaced(path) as file:
+        file.write((page + "\n".join(body) + "</html>\n").encode())
+
+
+class Examples:
+    """Samples as small pictures with what is said of them."""
+
+    def __init__(self, pairs, columns: dict[str, Sequence]):
+        self.pairs, self.columns = pairs, columns
+
+    def row(self, rows: Iterable[int]) -> str:
+        """Some of them beside each other, kept ones framed."""
+        return f'<div class="row">{"".join(map(self.one, rows))}</div>'
+
+    def one(self, row: int) -> str:
+        line = {name: values[row] for name, values in self.columns.items()}
+        words = [f"<b>{html.escape(str(line['key']))}</b>"]
+        try:
+            pair = self.pairs.read(row)
+        except data.BrokenSample:
+            picture, caption = "", ""
+        else:
+            picture, caption = f'<img alt="" src="{thumbnail(pair.image)}">', pair.caption
+        words += [html.escape(caption[:160])]
+        if line["generated"]:
+            words += [f'<span class="new">{html.escape(str(line["generated"])[:160])}</span>']
+        if "itm" in line:
+            after = f" to {line['itm_after']:.2f}" if line["itm_after"] != "" else ""
+            words += [f'<span class="note">score {line["itm"]:.2f}{after}</span>']
+        words += [f'<span class="note">{html.escape(line["reason"])}</span>']
+        state = "kept" if line["kept"] else "dropped"
+        return f'<figure class="{state}">{picture}{"<br>".join(word for word in words if word)}</figure>'
+
+
+def thumbnail(image) -> str:
+    """A picture as a data URL."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((SIDE, SIDE))
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def drawn(rng: np.random.Generator, rows: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the rows, in order."""
+    return np.sort(rng.permutation(np.asarray(rows, dtype=np.int64))[:count]).tolist()
+
+
+def facts(cfg: ReduceConfig, report: dict) -> str:
+    """Counts and settings as a table."""
+    made_by = cfg.captioner or cfg.encoder
+    rows = [
+        ("unreadable", f"{report['broken']:,}"),
+        ("identical images", f"{report['identical_images']:,}"),
+        ("selection", f"{cfg.select}, {cfg.keep:g}"),
+        ("captions", ", by ".join(filter(None, (cfg.captions, cfg.caption_model or cfg.predictions)))),
+        ("scorer", cfg.scorer or "none"),
+    ]
+    if "codes_used" in report:
+        rows += [("codes", f"of {made_by}: {report['codes_used']:,} used, perplexity {report['perplexity']:.1f}")]
+    if "clusters" in report:
+        low, _, middle, _, high = report["cluster_sizes"]
+        rows += [("clusters", f"{report['clusters']:,} of {low:.0f} to {high:.0f} samples, median {middle:.0f}")]
+    return f"<table>{''.join(f'<tr><th>{a}</th><td>{html.escape(b)}</td></tr>' for a, b in rows)}</table>"
+
+
+def checks(found: dict[str, dict]) -> str:
+    """Cohesion and coverage, a line for each kind of features."""
+    lines = "".join(f"<li>{html.escape(check_line(name, check))}</li>" for name, check in found.items())
+    what = (
+        "Cohesion: mean cosine of two members of a cluster. Coverage: mean best cosine from a dropped sample to a kept "
+        "one. Both in features that did not make the clusters; the same numbers as at random mean a coin would do."
+    )
+    return f'<p class="note">{what}</p><ul>{lines}</ul>'
+
+
+def histogram(itm: dict) -> str:
+    """Densities before and after as bars."""
+    before, after = (itm[when]["histogram"] for when in ("before", "after"))
+    top, (low, high), bars = max(*before, *after, 1e-6), itm["before"]["span"], []
+    for i, pair in enumerate(zip(before, after, strict=True)):
+        for shift, (value, colour) in enumerate(zip(pair, ("#aaa", "#2a9d4a"), strict=True)):
+            tall = 140 * value / top
+            x = 40 * i + 18 * shift
+            bars += [f'<rect x="{x}" y="{150 - tall:.1f}" width="16" height="{tall:.1f}" fill="{colour}"/>']
+    wide = 40 * len(before)
+    ends = f'<text x="0" y="168">{low:.2f}</text><text x="{wide - 40}" y="168">{high:.2f}</text>'
+    words = "; ".join(
+        f"{when}: mean {itm[when]['mean']:.3f}, {itm[when]['below_cut']:.1f} % below {itm[when]['cut']:.2f}"
+        for when in ("before", "after")
+    )
+    return f'<p>{words} (grey: before, green: after)</p><svg width="{wide}" height="175">{"".join(bars)}{ends}</svg>'
+
+
+def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:
+    """Each reason with its number and examples; identical images have a part of their own."""
+    groups: dict[str, list[int]] = {}
+    for row, reason in enumerate(columns["reason"]):
+        if not reason.startswith("same image"):
+            groups.setdefault(reason, []).append(row)
+    parts = []
+    for reason, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
+        parts += [f"<h3>{html.escape(reason or 'dropped')}: {len(rows):,}</h3>", show.row(drawn(rng, rows, EXAMPLES))]
+    return parts
+
+
+def clusters(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:
+    """Some clusters, from small to large, with some members of each."""
+    members: dict[int, list[int]] = {}
+    for row, cluster in enumerate(columns["cluster"]):
+        if cluster != "":
+            members.setdefault(cluster, []).append(row)
+    by_size = sorted(members, key=lambda cluster: (len(members[cluster]), cluster))
+    places = np.linspace(0, len(by_size) - 1, min(CLUSTERS, len(by_size))).astype(int)
+    parts = []
+    for cluster in (by_size[place] for place in np.unique(places)):
+        rows = members[cluster]
+        kept = sum(columns["kept"][row] for row in rows)
+        parts += [f"<h3>cluster {cluster}: {kept} of {len(rows)} kept</h3>", show.row(drawn(rng, rows, MEMBERS))]
+    return parts

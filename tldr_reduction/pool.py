@@ -1,0 +1,104 @@
+"""A pool to reduce, with redundancy and misalignment planted and known: `python -m tldr_reduction.pool` rewrites the
+captions of scenes (shared/corpora/scenes.py), of which many are near copies of others.
+
+    OUT/noise-NN/           shards with NN % of bad captions: half of them exchanged with another concept's name, half
+                            generic; the others are true, the name with some of its tags
+    OUT/oracle-NN.json      captions for --predictions: an oracle's, which knows the true name and is wrong in NN %
+
+What is bad in a pool is bad in those with more noise, too; all is a function of a sample's key. Each json says its
+scene ("original"), true "name" and kind of caption ("noise": name, other or generic).
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+
+from shared import checkpoints, cli, data, tars
+
+GENERIC = ("an image of an icon", "picture", "a drawing on a background", "symbol clip art")
+RECIPE = 1  # raised when the same scenes and shares give other pools
+
+
+@dataclasses.dataclass
+class Config:
+    source: str = "data/tldr-scenes"
+    """Folder of scenes, as `python -m shared.corpora.scenes` builds it, one captioned emoji each."""
+    out: str = "data/tldr"
+    """Folder to write; a finished one is left as it is."""
+    noise: tuple[int, ...] = (0, 30, 60)
+    """Percent of bad captions of each pool."""
+    oracle: tuple[int, ...] = (20, 50, 80)
+    """Percent of wrong names of each oracle."""
+
+
+def caption(key: str, true: str, names: list[str], name: str, percent: int) -> tuple[str, str]:
+    """Caption and kind of one sample in the pool with `percent` bad captions."""
+    rng = random.Random(data.stable_hash("noise", key))
+    place, other = rng.random() * 100, rng.choice([each for each in names if each != name])
+    if place >= percent:
+        return true, "name"
+    return (other, "other") if rng.random() < 0.5 else (rng.choice(GENERIC), "generic")
+
+
+def told(key: str, names: list[str], name: str, percent: int) -> str:
+    """What the oracle with `percent` wrong names says of one sample."""
+    rng = random.Random(data.stable_hash("oracle", key))
+    wrong, other = rng.random() * 100 < percent, rng.choice([each for each in names if each != name])
+    return other if wrong else name
+
+
+def samples(folder: Path) -> Iterator[tuple[str, bytes, dict]]:
+    """(key, picture, description) of the scenes' training shards, in order."""
+    for shard in data.expand_shards(str(folder / "train")):
+        unfinished: dict[str, dict[str, bytes]] = {}
+        broken: list[data.Broken] = []
+        for name, content in tars.read_tar(shard, broken, ("png", "json")):
+            key, extension = tars.key_of(name)
+            unfinished.setdefault(key, {})[extension] = content
+        if broken:
+            raise ValueError(f"{shard} is damaged: remove {folder}, and build it anew")
+        for key, files in unfinished.items():
+            yield key, files["png"], json.loads(files["json"])
+
+
+def main(cfg: Config) -> None:
+    source, out = Path(cfg.source), Path(cfg.out)
+    if not (source / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no scenes: 'python -m shared.corpora.scenes --out {source}' builds them"
+        )
+    made = {"recipe": RECIPE, "noise": list(cfg.noise), "oracle": list(cfg.oracle)}
+    made["scenes"] = data.fingerprint((source / "manifest.json").read_bytes())
+    if (out / "manifest.json").is_file():
+        if checkpoints.read_json(out / "manifest.json") == made:
+            return print(f"{out} is complete")
+        raise ValueError(f"{out} was made of other scenes or shares: choose another --out, or remove it")
+    everything = list(samples(source))
+    names = sorted({about["names"][0] for _, _, about in everything})
+    for percent in cfg.noise:
+        folder = out / f"noise-{percent:02}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(0, len(everything), 1000):
+            rows = []
+            for key, picture, about in everything[number : number + 1000]:
+                name = about["names"][0]
+                text, kind = caption(key, about["captions"]["tags"], names, name, percent)
+                said = {"original": about["original"], "name": name, "noise": kind}
+                rows.append({"__key__": key, "png": picture, "txt": text, "json": json.dumps(said)})
+            tars.write_tar(folder / f"{number // 1000:05}.tar", rows)
+    for percent in cfg.oracle:
+        spoken = [
+            {"image_id": key, "caption": told(key, names, about["names"][0], percent)} for key, _, about in everything
+        ]
+        checkpoints.write_json(out / f"oracle-{percent:02}.json", spoken)
+    checkpoints.write_json(out / "manifest.json", made)
+    scenes = len({about["original"] for _, _, about in everything})
+    print(f"{out}: {len(everything):,} samples of {scenes:,} scenes and {len(names)} concepts")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,95 @@
+"""Fine-tune a BLIP for retrieval: `python -m tldr_reduction.retrieval PRESET --init RUN [--overrides]`.
+
+The headline numbers of TL;DR (arXiv 2305.20087) are of BLIPs that were pre-trained on the full or the reduced data and
+fine-tuned like this on COCO or Flickr30K. salesforce/BLIP@056a169:train_retrieval.py, cited as `B:`. All captions of an
+image are its matches: images are told apart by their pixels, so that a sample a caption, in any layout, will do.
+`python -m tldr_reduction.eval RUN --rerank SET` then measures recall. Stock BLIP; nothing here is TL;DR's.
+"""
+
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from shared import cli, data, run
+from tldr_reduction import loop
+from tldr_reduction.config import RETRIEVALS, RetrievalConfig
+from tldr_reduction.datasets import PairDataset, pixel_hash
+from tldr_reduction.model import build, build_for
+from tldr_reduction.tokenizer import WordPiece, pre_caption
+
+
+class ImageDataset(PairDataset):
+    """Items of `PairDataset`, with a number that is the same for all pairs of one image behind the caption."""
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, list[data.Broken]]:
+        broken: list[data.Broken] = []
+        pair = data.read_or_next(self.pairs, int(i), broken)
+        data.seed_views(self.seed, i, len(self))
+        caption, image_id = pre_caption(pair.caption, self.max_words), pixel_hash(pair.image) >> 1  # fits int64
+        return int(i), self.transform(pair.image), caption, image_id, broken
+
+
+def dry_run(cfg: RetrievalConfig, world_size: int = 1) -> None:
+    """Print what a run would be."""
+    model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
+    loop.show_plan(cfg, world_size, model, lambda: model.train()(*batch, 0.4, torch.arange(2)))
+
+
+def train(cfg: RetrievalConfig, process: run.Process) -> Path:
+    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    folder = run.RunFolder(cfg, process, epoch=0, batch=0)
+    if folder.finished(epoch=cfg.epochs):
+        return folder.path
+    first, start = folder.state["epoch"], folder.state["batch"]
+    pairs = loop.pairs_of(cfg, process)
+    data.check_pairs(pairs, cfg, folder.state, process)
+    per_epoch = len(pairs) // cfg.batch_size
+
+    # Tokenizer, model, optimizer
+    precision, tokenizer = run.resolve_precision(cfg.precision, process.device), WordPiece(cfg.vocab)
+    model = build_for(cfg, tokenizer).to(process.device)
+    optimizer, scaler = loop.optimizer_of(model, cfg, precision, process)
+    folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
+    if not folder.resumed:
+        loop.start_from_elsewhere(model, cfg)
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
+    ddp = loop.parallel(model, process)
+    dataset, loader = loop.training_batches(
+        pairs, tokenizer, model, first, start, cfg, process, dataset_type=ImageDataset
+    )
+
+    for epoch in range(first, cfg.epochs):
+        model.train()
+        batches, broken = loop.of_epoch(loader, pairs, epoch, start, cfg, process)
+        for batch, (_, *inputs, _) in enumerate(batches, start):
+            step, lr = per_epoch * epoch + batch + 1, loop.learning_rate(cfg, epoch, batch)
+            loop.begin_step(optimizer, lr, step, cfg, process)
+            images, ids, mask, _, image_ids = loop.on_device(inputs, dataset, process.device)
+            alpha = loop.alpha_ramp(epoch, batch, per_epoch, cfg.alpha, epochs=1)  # B:train_retrieval.py:44-47
+            with run.autocast(precision, process.device):
+                loss_ita, loss_itm = ddp(images, ids, mask, alpha, image_ids)
+            loss = loss_ita + loss_itm
+            loop.update(loss, optimizer, scaler)
+            if step % cfg.log_every == 0 or batch == 0:
+                losses = run.over_ranks({"loss": loss, "loss_ita": loss_ita, "loss_itm": loss_itm})
+                folder.log(step, epoch=epoch, lr=lr, logit_scale=1 / model.temp, **losses)
+            if folder.due(step) and batch + 1 < per_epoch:
+                folder.save(step, epoch=epoch, batch=batch + 1)
+
+        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
+        data.report_broken(broken, process, f"epoch {epoch + 1}")
+        if folder.due(done) or last:
+            folder.save(done, epoch=epoch + 1, batch=0)
+    folder.close("--sets FOLDER --rerank FOLDER")
+    return folder.path
+
+
+def main(cfg: RetrievalConfig) -> Path | None:
+    """`train`, or --dry-run."""
+    return loop.main(cfg, train, dry_run)
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(RETRIEVALS)))
