@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lexvla.config import Config
-from lexvla.model import LexVLA
+from lexvla.model import ImageEncoder, LexVLA
 from lexvla.text import Bags, Prompts, States, load_lm
 from lexvla.towers import create_model, text_input
 from shared import checkpoints, data
@@ -29,14 +29,14 @@ def trained_weights(model: LexVLA) -> dict[str, Tensor]:
     return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def frozen_fingerprint(model: LexVLA) -> str:
+def backbone_fingerprint(image: ImageEncoder) -> str:
     """Tells one image backbone from another, which a checkpoint names but does not hold."""
-    return data.fingerprint(*(x.cpu().numpy().tobytes() for x in model.image.backbone.state_dict().values()))
+    return data.fingerprint(*(x.cpu().numpy().tobytes() for x in image.backbone.state_dict().values()))
 
 
 def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
     """Weights of `trained_weights` from a checkpoint's state; ValueError if they are of another model."""
-    if frozen_fingerprint(model) != state["backbone"]:
+    if backbone_fingerprint(model.image) != state["backbone"]:
         raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
     weights = state["weights"]
     own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}

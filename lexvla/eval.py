@@ -2,35 +2,32 @@
 `python -m lexvla.eval explain RUN apple.png "red fruit"`.
 
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
-3.4), and what words say: word clouds, the patches of a word, the words that make a pair similar. Ours: how often the
-most used words are used, which is what the overuse penalty is about; and search in an inverted index. Search and the
-explanation of a pair are in search.py, pictures of words in plots.py.
+3.4), and what words say: word clouds, the patches of a word. Ours: how often the most used words are used, which is
+what the overuse penalty is about; the words that make a pair similar; and search in an inverted index. PatchDis is in
+patchdis.py, search and the explanation of a pair are in search.py, pictures of words in plots.py.
 """
 
 import dataclasses
-import io
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 from lexvla.checkpoints import load_run
-from lexvla.model import LexVLA, sparsify
-from lexvla.plots import plot_patches, plot_words
+from lexvla.model import DenseImageEncoder, LexVLA, sparsify
+from lexvla.patchdis import DRAWN, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
+from lexvla.plots import plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, patch_side
-from shared import checkpoints, cli, data, evaluation, export, run
+from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import (
     classification_metrics,
@@ -40,26 +37,25 @@ from shared.zeroshot import (
     retrieval_ranks_from_scores,
 )
 
-EMOJI = "data/emoji/eval/"
-SET = "retrieval_ood"  # on which arms are compared
+SCENES = "data/lexvla/scenes/eval/"
+SET, NEW = "retrieval_known", "retrieval_new"  # on which arms are compared
+KS = (1, 5, 10)
 METRICS = {
     f"{SET}/image_to_text_R@1": "I2T R@1",
     f"{SET}/text_to_image_R@1": "T2I R@1",
     f"{SET}/mean_recall": "mean recall",
     f"{SET}/dense/mean_recall": "... all words",
+    "retrieval_mixed/mean_recall": "... half new words",
+    f"{NEW}/mean_recall": "... new words",
     f"{SET}/image/max_document_frequency": "most used word, images",
     f"{SET}/text/max_document_frequency": "most used word, texts",
-    f"{SET}/image/entropy": "usage entropy, images",
     f"{SET}/image/active": "active words, images",
     f"{SET}/text/active": "active words, texts",
     f"{SET}/top5_in_caption": "top-5 words in caption",
-    "names_ood/top1": "names OOD",
-    "patchdis/miou_present": "PatchDis, present classes",
     "patchdis/miou": "PatchDis, all classes",
+    "patchdis/miou_present": "... present classes",
     "seconds": "seconds",
 }
-IGNORE = 65535  # in masks of 16 bits; 255 in those of 8
-LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # active words on both sides
 
 
 @dataclasses.dataclass
@@ -69,11 +65,11 @@ class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders. For zero-shot and retrieval alone also another paper's, local-dir:DIR with what --export wrote, or
     MODEL@TAG of open_clip."""
-    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "names_ood")
+    sets: tuple[str, ...] = tuple(SCENES + name for name in (SET, "retrieval_mixed", NEW))
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
-    patchdis: str | None = "data/lexvla/scenes"
-    """Folder of images and masks (see scenes.py) for PatchDis; None leaves it out."""
-    patchdis_side: int = 96
+    patchdis: str | None = SCENES + "patchdis"
+    """Folder of images and masks (see patchdis.py) for PatchDis; None leaves it out."""
+    patchdis_side: int = 128
     """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
     topk: int | None = None
     """Words kept of each representation; None: as the run's configuration says."""
@@ -82,6 +78,8 @@ class Config:
     class_text: str = "prompt"
     """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
     in the paper."""
+    patchdis_sparse: bool = False
+    """PatchDis compares sparse patches and classes. Not stated in the paper."""
     background: bool = False
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
     export: str | None = None
@@ -125,22 +123,28 @@ def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> t
     return tuple(torch.stack([(ranks < k).float().mean() for k in ks]) for ranks in both)
 
 
-def sparsity_sweep(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, levels: Sequence[int]) -> Tensor:
-    """R@1 (len levels, 2), image -> text and text -> image, with the top k words of both sides kept (Fig. 5)."""
-    return torch.stack(
-        [torch.cat(retrieval_recall(sparsify(s_img, k) @ sparsify(s_txt, k).T, image_of_text, (1,))) for k in levels]
-    )
+def sparsity_sweep(
+    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, levels: Sequence[int], ks: Sequence[int] = (1,)
+) -> Tensor:
+    """R@k (len levels, 2 len ks), image -> text, then text -> image, of the strongest words of both sides (Fig. 5)."""
+    few = ((sparsify(s_img, kept), sparsify(s_txt, kept)) for kept in levels)
+    return torch.stack([torch.cat(retrieval_recall(img @ txt.T, image_of_text, ks)) for img, txt in few])
+
+
+def grid(words: int) -> list[int]:
+    """Numbers of words kept: powers of two below all, and all."""
+    return [2**i for i in range((words - 1).bit_length())] + [words]
 
 
 def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, float]:
     """R@1/5/10 both ways and their mean, in percent."""
-    recalls = retrieval_recall(s_img @ s_txt.T, image_of_text, (1, 5, 10))
-    ways = ("image_to_text", "text_to_image")
-    values = {
-        f"{way}_R@{k}": 100 * r.item()
-        for way, rs in zip(ways, recalls, strict=True)
-        for k, r in zip((1, 5, 10), rs, strict=True)
-    }
+    return named_recalls(torch.cat(retrieval_recall(s_img @ s_txt.T, image_of_text, KS)))
+
+
+def named_recalls(recalls: Tensor) -> dict[str, float]:
+    """(2 len KS,) of `sparsity_sweep` by name, and their mean, in percent."""
+    names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in KS]
+    values = dict(zip(names, (100 * recalls).tolist(), strict=True))
     return values | {"mean_recall": sum(values.values()) / len(values)}
 
 
@@ -167,95 +171,21 @@ def usage(s: Tensor, k: int = 10) -> dict:
 # ------------------------------------------------------------------------------------------------------------- PatchDis
 
 
-def patchdis(
-    s_patch: Tensor,
-    s_class: Tensor,
-    grid: tuple[int, int],
-    masks: Tensor,
-    ignore: int = 255,
-    present_only: bool = False,
-    background: bool = False,
-) -> tuple[Tensor, Tensor, float]:
-    """Section 3.4: each patch gets the class most similar to it; (intersection (C,), union (C,), mIoU in 0..1).
+def patchdis_of_run(
+    model: LexVLA, s_class: Tensor, names: list[str], cfg: Config, backbone: str, device, picture: Path
+) -> dict[str, float]:
+    """`patchdis.measure` of a folder, sparse where `patchdis_sparse` says so; draws a map of predicted classes."""
+    few = sparsify if cfg.patchdis_sparse and not isinstance(model.image, DenseImageEncoder) else lambda s: s
+    normalise, s_class = normalize(backbone), few(s_class)
 
-    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest:
-    row floor(y gh / H)). Both counts add up over images, so that batches can be added, see `mean_iou`. Not stated in
-    the paper: pixels labelled `ignore` are left out (`background`: what is predicted there counts as false); all
-    classes compete (`present_only`: those in the image's mask).
-    """
-    (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
-    sim = s_patch @ s_class.T  # (N, P, C)
-    labelled = masks != ignore
-    if present_only:
-        present = torch.zeros(N, C + 1, dtype=torch.bool, device=masks.device)
-        present.scatter_(1, torch.where(labelled, masks, C).view(N, -1), True)
-        sim = sim.masked_fill(~present[:, None, :C], -math.inf)
-    pred = sim.argmax(-1).view(N, gh, gw)
-    rows, columns = (torch.arange(size, device=masks.device) * g // size for size, g in ((H, gh), (W, gw)))
-    pred = pred[:, rows[:, None], columns]  # (N, H, W)
-    truth, seen = masks[labelled], pred if background else pred[labelled]
-    intersection = torch.bincount(truth[pred[labelled] == truth], minlength=C)
-    union = torch.bincount(seen.flatten(), minlength=C) + torch.bincount(truth, minlength=C) - intersection
-    return intersection.float(), union.float(), mean_iou(intersection, union)
+    def patches(pixels: Tensor) -> Tensor:
+        return few(model.image.patches(pixels))
 
-
-def labelled_images(folder: str, side: int, backbone: str) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
-    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([resize, normalize(backbone)])
-    classes = len((Path(folder) / "classnames.txt").read_text(encoding="utf-8").splitlines())
-    masks = sorted((Path(folder) / "masks").glob("*.png"))
-    if not masks:
-        raise FileNotFoundError(f"{folder}/masks holds no .png; 'python -m lexvla.scenes' makes such a folder")
-    for file in masks:
-        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
-        if image is None:
-            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
-        mask = read_mask(file)
-        if mask.ndim != 2:
-            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
-        ignore = 255 if mask.dtype == np.uint8 else IGNORE
-        if (largest := mask[mask != ignore].max(initial=0)) >= classes:
-            raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
-        try:
-            picture = data.decode_image(data.read_file(image))
-        except data.BrokenSample as error:
-            raise ValueError(f"{image}: {error}") from error
-        yield transform(picture)[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
-
-
-def read_mask(file: Path) -> np.ndarray:
-    """The values of a .png as they are. ValueError if it cannot be read, or has more pixels than an image may have."""
-    try:
-        image = Image.open(io.BytesIO(data.read_file(file)), formats=("PNG",))
-        if image.width * image.height > data.MAX_PIXELS:
-            raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
-        return np.asarray(image)
-    except Exception as error:  # PIL's are of many kinds
-        raise ValueError(f"{file} cannot be read as a mask: {error}") from error
-
-
-def mean_iou(intersection: Tensor, union: Tensor) -> float:
-    """Mean over the classes that occur; NaN if none does."""
-    return (intersection / union)[union > 0].mean().item()
-
-
-@torch.no_grad()
-def patchdis_of_run(model: LexVLA, s_class: Tensor, cfg: Config, backbone: str, device) -> dict[str, float]:
-    """mIoU in percent over a folder: of the model, with the image's classes only, and of random patches."""
-    totals: dict[str, list[Tensor]] = {}
-    noise, C = torch.Generator().manual_seed(0), len(s_class)
-    for pixels, mask, ignore in labelled_images(cfg.patchdis, cfg.patchdis_side, backbone):
-        s_patch = model.image.patches(pixels.to(device)).float().cpu()
-        side = math.isqrt(s_patch.shape[1])
-        random = torch.rand(1, side * side, C, generator=noise)
-        for name, patches, classes in (("", s_patch, s_class), ("random_", random, torch.eye(C))):
-            for kind, present_only in (("miou", False), ("miou_present", True)):
-                counts = patchdis(patches, classes, (side, side), mask, ignore, present_only, cfg.background)[:2]
-                sums = totals.setdefault(name + kind, [torch.zeros(C), torch.zeros(C)])
-                for total, count in zip(sums, counts, strict=True):
-                    total += count
-    return {f"patchdis/{name}": 100 * mean_iou(*sums) for name, sums in totals.items()}
+    images = labelled_images(cfg.patchdis, cfg.patchdis_side, normalise)
+    found = measure(patches, s_class, images, cfg.background, device=device)
+    images = itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, normalise), DRAWN)
+    plot_class_maps(class_maps(patches, s_class, images, device), names, picture)
+    return {f"patchdis/{name}": value for name, value in found.items()}
 
 
 def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
@@ -281,7 +211,7 @@ def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype
 
 @torch.no_grad()
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Every measurement of one run, flat: {"retrieval_ood/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
+    """Every measurement of one run, flat: {"retrieval_known/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
     precision = run.resolve_precision(cfg.precision, process.device)
     dtype = run.DTYPES[precision]
     if export.foreign(path, "lexvla"):
@@ -289,8 +219,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
     model.to(process.device)
     if cfg.patchdis:
-        if not (names := Path(cfg.patchdis) / "classnames.txt").is_file():
-            raise FileNotFoundError(f"{names} does not exist: 'python -m lexvla.scenes' makes it")
+        names = classnames(cfg.patchdis)
         if cfg.patchdis_side % (patch := patch_side(model.image.backbone)):
             raise ValueError(
                 f"--patchdis-side {cfg.patchdis_side} is no multiple of {path}'s patches of {patch} pixels"
@@ -314,7 +243,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
                 s_img, s_txt, image_of_text, texts = encoded
                 said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
                 flat[f"{name}/top5_in_caption"] = said
-                word_plots(Path(path), name, *encoded, words)
+                if folder == cfg.sets[0]:
+                    word_plots(Path(path), name, *encoded, words)
         elif eval_set.kind == "classification":
             loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
             features, labels = extract_image_features(model.image, loader, process.device, dtype, name)
@@ -325,15 +255,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         else:
             raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
     if cfg.patchdis:
-        classnames = names.read_text(encoding="utf-8").splitlines()
         if cfg.class_text == "word" and lexical and train_cfg.text == "lm":
-            s_class = class_words(model, tokenizer, classnames)
+            s_class = class_words(model, tokenizer, names)
         else:
-            s_class = encode_texts(model, read, classnames, cfg.batch_size, process.device, dtype)
-        flat |= patchdis_of_run(model, s_class, cfg, train_cfg.backbone, process.device)
+            s_class = encode_texts(model, read, names, cfg.batch_size, process.device, dtype)
+        picture, device = Path(path) / "classes.png", process.device
+        flat |= patchdis_of_run(model, s_class, names, cfg, train_cfg.backbone, device, picture)
         if lexical:
-            few_images = itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, train_cfg.backbone), 6)
-            plot_patches(model, few_images, words, s_class, classnames, Path(path) / "patches.png")
+            images = labelled_images(cfg.patchdis, cfg.patchdis_side, normalize(train_cfg.backbone))
+            plot_patches(model, itertools.islice(images, DRAWN), words, s_class, names, Path(path) / "patches.png")
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
@@ -346,18 +276,16 @@ def retrieval_of_run(
     sparse = [few(s) for s in (s_img, s_txt)]
     flat = retrieval(*sparse, image_of_text)
     flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
-    levels = [k for k in LEVELS if k < s_img.shape[1]]
-    for k, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels), strict=True):
-        flat |= {
-            f"top{k}/{way}_R@1": 100 * r.item()
-            for way, r in zip(("image_to_text", "text_to_image"), recalls, strict=True)
-        }
+    levels = grid(s_img.shape[1])
+    for kept, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels, KS), strict=True):
+        flat |= {f"top{kept}/{name}": value for name, value in named_recalls(recalls).items()}
     for side, s, kept in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
         used = usage(s)
         flat[f"{side}/active"] = (kept > 0).sum(-1).float().mean().item()
         flat[f"{side}/sparsity"] = 100 * (1 - flat[f"{side}/active"] / s.shape[1])
         flat[f"{side}/max_document_frequency"] = 100 * used["max_document_frequency"]
         flat[f"{side}/entropy"] = used["entropy"]
+    flat["max_document_frequency"] = sum(flat[f"{side}/max_document_frequency"] for side in ("image", "text")) / 2
     return flat
 
 

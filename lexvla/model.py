@@ -292,16 +292,18 @@ class VisualAdapter(nn.Module):
     """g_img, section 3.2.2: "a self-attention layer and 2 multi-layer perceptrons", (B, n, D) -> (B, n, d).
 
     Not stated in the paper: the layout. A pre-norm transformer block (attention, first MLP), then a two-layer MLP D ->
-    `hidden` -> d; at 768, 12 heads, 2,048 and 4,096 these are 17.06M parameters, and the paper has 17M.
+    `hidden` -> d; at 768, 12 heads, 2,048 and 4,096 these are 17.06M parameters, and the paper has 17M. Tokens of
+    another width, `in_dim`, are mapped to D first, which is ours.
     """
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, out_dim: int):
+    def __init__(self, dim: int, num_heads: int, hidden: int, out_dim: int, in_dim: int | None = None):
         super().__init__()
+        self.reduce = nn.Identity() if in_dim in (None, dim) else nn.Linear(in_dim, dim)
         self.block = Block(dim, num_heads, qkv_bias=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
         self.proj = Mlp(dim, hidden, out_dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.proj(self.block(y))
+        return self.proj(self.block(self.reduce(y)))
 
 
 # -------------------------------------------------------------------------------------------------------------- towers
@@ -349,6 +351,14 @@ class ImageEncoder(nn.Module):
     def patches(self, pixels: Tensor) -> Tensor:
         """s_patch (B, P, V): the same of each patch, without pooling (section 3.4)."""
         return lexical_map(self.tokens(pixels)[:, 1:], self.codebook, bias=self.bias)
+
+    def patch_set(self, pixels: Tensor, chosen: Tensor) -> Tensor:
+        """s (B, V) of a set of patches, chosen (B, P) bool, at least one of each image: eq. 4 restricted to the set."""
+        first = chosen.long().argmax(dim=1, keepdim=True)  # in the place of the others, which changes no maximum
+        rows = torch.where(chosen, torch.arange(chosen.shape[1], device=chosen.device), first).to(pixels.device)
+        z = self.tokens(pixels)[:, 1:]
+        z = z.gather(1, rows[..., None].expand_as(z))
+        return lexical_map(z, self.codebook, pool=True, bias=self.bias)
 
 
 class TextEncoder(nn.Module):
@@ -417,24 +427,36 @@ class BagOfWords(nn.Module):
 
 
 class DenseImageEncoder(ImageEncoder):
-    """The latent baseline: a linear map (E, d) in the codebook's place, of [CLS], without activation."""
+    """The latent baseline: a linear map (E, d) in the codebook's place, without activation.
+
+    Of [CLS], as CLIP's; without `pool_cls` of the mean patch, which trains patches, too.
+    """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.normalize((self.tokens(pixels)[:, 0] @ self.codebook.T).float(), dim=-1)
+        tokens = self.tokens(pixels)
+        z = tokens[:, 0] if self.pool_cls else tokens[:, 1:].mean(1)
+        return F.normalize((z @ self.codebook.T).float(), dim=-1)
 
     def patches(self, pixels: Tensor) -> Tensor:
         return F.normalize((self.tokens(pixels)[:, 1:] @ self.codebook.T).float(), dim=-1)
 
 
 class DenseTextEncoder(TextEncoder):
-    """The latent baseline: a linear map (E, d) of z_txt in the codebook's place, trained."""
+    """The latent baseline: an affine map of z_txt to E dimensions in the codebook's place, trained."""
 
     def __init__(self, lm: nn.Module, vocab_ids: Tensor, projection: Tensor):
         super().__init__(lm, vocab_ids)
-        self.projection = nn.Parameter(projection.clone())
+        self.projection = nn.Parameter(projection.clone())  # (E, d)
+        self.offset = nn.Parameter(torch.zeros(len(projection)))
+
+    @torch.no_grad()
+    def centre(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Start such that these captions' mean is 0: prompts have nearly equal states, which hides what differs."""
+        z = self.hidden_of_states(input_ids) if attention_mask is None else self.hidden(input_ids, attention_mask)
+        self.offset.copy_(-(z @ self.projection.T).mean(0))
 
     def read(self, z: Tensor) -> Tensor:
-        return F.normalize((z @ self.projection.T).float(), dim=-1)
+        return F.normalize((z @ self.projection.T + self.offset).float(), dim=-1)
 
 
 class LexVLA(nn.Module):

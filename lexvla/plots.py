@@ -1,8 +1,10 @@
-"""Pictures of what words say: word clouds, and the patches of a word (the paper's Fig. 4 and 6)."""
+"""Pictures of what words say: word clouds of images, of sets of patches and of captions (Fig. 1 and 4), the patches of
+a word (Fig. 4), and a map of the classes that patches are taken for (Fig. 3)."""
 
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,11 +35,6 @@ def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def patch_set_words(s_patch: Tensor, chosen: Tensor) -> Tensor:
-    """Words of a set of patches: the maximum over them, (P, V) and (P,) bool -> (V,)."""
-    return s_patch[chosen].amax(0)
 
 
 def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -89,7 +86,7 @@ def plot_patches(
     path: Path,
 ) -> None:
     """PatchDis images (pixels, mask, value to ignore); beside each, for its classes, the patches of the class's
-    strongest word (as brightness), and the words that the patches inside the class's mask say."""
+    strongest word (as brightness), and the words of the set of patches inside the class's mask."""
     device = next(model.parameters()).device
     few = list(images)
     figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
@@ -102,9 +99,46 @@ def plot_patches(
             mask_of_word = word_mask(s_patch, word_rows(model, word), (side, side))
             axis.imshow(mask_of_word.numpy(), vmin=0, vmax=1, cmap="magma")
             inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
-            said = ", ".join(words[i].strip() for i in patch_set_words(s_patch, inside).topk(3).indices.tolist())
+            said = model.image.patch_set(pixels.to(device), inside[None])[0].cpu().topk(3).indices.tolist()
+            said = ", ".join(words[i].strip() for i in said)
             axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{said}", fontsize=7)
         for axis in row:
+            axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class ClassMap(NamedTuple):
+    """An image of PatchDis and what its patches are taken for."""
+
+    pixels: Tensor
+    """(3, S, S), normalised."""
+    truth: Tensor
+    """(H, W) class of each pixel, -1 where there is none."""
+    predicted: Tensor
+    """(gh, gw) class of each patch."""
+
+
+def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: Path) -> None:
+    """Images, their classes, and the predicted class of each patch (Fig. 3): a class has one colour in both maps.
+
+    Patches that are taken for a class that the image does not show are grey; the titles name the classes.
+    """
+    palette = np.array([plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [(1, 1, 1), (0.75, 0.75, 0.75)])
+    figure, axes = plt.subplots(3, len(maps), figsize=(2.1 * len(maps), 6.8), squeeze=False)
+    for column, (pixels, truth, predicted) in zip(axes.T, maps, strict=True):
+        shown = [c for c in truth.unique().tolist() if c >= 0][:10]
+        colour = {c: i for i, c in enumerate(shown)} | {-1: 10}
+        often = predicted.flatten().bincount().argsort(descending=True, stable=True)[: len(shown)].tolist()
+        column[0].imshow(picture_of(pixels))
+        for axis, classes, named in zip(column[1:], (truth, predicted), (shown, often), strict=True):
+            index = np.full(classes.shape, 11)
+            for c, i in colour.items():
+                index[classes.numpy() == c] = i
+            axis.imshow(palette[index])
+            axis.set_title("\n".join(classnames[c][:24] for c in named[:4]), fontsize=7)
+        for axis in column:
             axis.axis("off")
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)

@@ -1,111 +1,143 @@
-"""Scenes of several emoji with a label for each pixel, for PatchDis: `python -m lexvla.scenes`.
+"""The study's corpus: pictures of two or three emoji, and sentences about them: `python -m lexvla.scenes`.
 
-Drawings of the held-out style are rendered with their transparency, which gives exact masks. A folder that this writes,
-or any other of the same layout, is what eval.py reads:
+    train/                          shards in img2dataset layout
+    eval/retrieval_{known,mixed,new}/   scenes of held-out drawings, with a sentence each
+    eval/patchdis/                  the same scenes, with masks (see patchdis.py)
+    eval/patchdis_train/            scenes of training drawings, with masks, for the study's ceiling
+    manifest.json                   setting, counts, sha256 of every shard
 
-    classnames.txt     one class a line
-    images/KEY.png     (or .jpg)
-    masks/KEY.png      class of each pixel; the largest value of the mask's type, 255 or 65535, is ignored
-
-`scenes.json` beside them says how this script made them; where it is there already, it has to be what is asked for.
+An emoji has words: its name and its keywords. Training sentences call it by its name or by one half of the keywords; so
+do those of `known`. `new` calls every emoji by a keyword of the other half, which no training sentence uses for it, and
+`mixed` one emoji of each scene. Sentences have articles and say how things lie to each other.
 """
 
-import io
-import json
+import dataclasses
 import random
-import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import resvg_py
 import tyro
-from PIL import Image
 
-from lexvla.eval import IGNORE
-from shared import checkpoints, cli, data
-from shared.corpora import emoji, emoji_sources
+from shared import cli, data
+from shared.corpora import layout
+from shared.corpora.captions import listed, relation
+from shared.corpora.emoji_sources import Emoji
+from shared.corpora.scenes import Scene, Scenes, Setting, several
+from shared.corpora.sprites import Sprites, load_sprites, packages
 
-CELL = 48  # pixels; a scene has 2 x 2 cells
-
-
-def draw(svg: str, side: int) -> Image.Image:
-    """RGBA picture of an SVG document, transparent where it draws nothing."""
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png)), formats=("PNG",)).convert("RGBA")
+FORMS = ("a picture of {}", "there is {}", "an image that shows {}", "photo of {}", "{}", "we see {} here")
+WAYS = ("known", "mixed", "new")
 
 
-def compose(drawings: list, classes: list[int], rng: random.Random) -> tuple[Image.Image, np.ndarray]:
-    """(picture on white, mask (2 CELL, 2 CELL) uint16) of 2 to 4 drawings, each in a cell of its own."""
-    canvas = Image.new("RGBA", (2 * CELL, 2 * CELL), "white")
-    mask = np.full((2 * CELL, 2 * CELL), IGNORE, dtype=np.uint16)
-    for cell, drawing, label in zip(rng.sample(range(4), len(drawings)), drawings, classes, strict=True):
-        side = rng.randint(CELL - 8, CELL)
-        left, top = (CELL * part + rng.randint(0, CELL - side) for part in (cell % 2, cell // 2))
-        picture = draw(drawing.svg, side)
-        canvas.alpha_composite(picture, (left, top))
-        mask[top : top + side, left : left + side][np.asarray(picture)[..., 3] > 127] = label
-    return canvas.convert("RGB"), mask
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Writes the corpus; a finished folder is left as it is, and refused if it is not what is asked for."""
+
+    out: Path = Path("data/lexvla/scenes")
+    """Folder to write. It appears there only when it is complete."""
+    corpus: Path = Path("data/emoji")
+    """The emoji corpus, whose drawings are used."""
+    image_size: int = 128
+    """Image side in pixels."""
+    concepts: int = 150
+    """Number of emoji that scenes show."""
+    samples: int = 4000
+    """Training scenes."""
+    eval_samples: int = 500
+    """Scenes of an evaluation set."""
+    seed: int = 0
+    """Seed of the choice of emoji, of scenes and of sentences."""
 
 
-def check_made(out: Path, made: dict) -> None:
-    """ValueError if the folder `out` was made otherwise; an older one does not say more than how many scenes it has."""
-    try:
-        kept = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        kept = made | {"scenes": len(list((out / "masks").glob("*.png")))}
-    if what := checkpoints.changes(kept, made):
-        raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
+# ----------------------------------------------------------------------------------------------------------- sentences
 
 
-def main(out: Path = Path("data/lexvla/scenes"), corpus: Path = Path("data/emoji"), scenes: int = 200) -> None:
-    """Writes the scenes; a finished folder is left as it is, and refused if it is not what is asked for.
-
-    Args:
-        out: Folder to write. It appears there only when it is complete.
-        corpus: The embedded corpus; its npm packages are beside it.
-        scenes: Number of scenes.
-    """
-    if scenes < 1:
-        raise ValueError(f"--scenes must be at least 1, not {scenes}")
-    if not (corpus / "manifest.json").is_file():
-        raise FileNotFoundError(f"{corpus} holds no corpus: 'make data' builds it")
-    packages = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))["packages"]
-    versions = " ".join(f"{name} {about['version']}" for name, about in sorted(packages.items()))
-    made = {"scenes": scenes, "seed": emoji.SEED, "cell": CELL, "packages": data.fingerprint(versions.encode())}
-    if out.exists():
-        check_made(out, made)
-        return print(f"{out} is there already")
-    try:
-        modules = emoji_sources.install(corpus.parent / ".npm")
-    except emoji_sources.BuildError as error:
-        raise ValueError(str(error)) from error
-    drawings, _ = emoji.collect(modules, emoji_sources.read_emoji(modules, None))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        write([drawing for drawing in drawings if drawing.split == "ood"], Path(scratch) / "scenes", scenes)
-        checkpoints.write_json(Path(scratch) / "scenes/scenes.json", made)
-        (Path(scratch) / "scenes").rename(out)
-    print(f"{out}: {scenes} scenes")
+def words_of(emoji: Emoji) -> tuple[list[str], list[str]]:
+    """(words that training uses for an emoji, words that it does not): its name with half of its keywords, and the
+    other half. Keywords that share a word with the name are left out."""
+    in_name = set(emoji.name.split())
+    tags = [tag for tag in emoji.tags if not in_name & set(tag.split()) and tag.replace(" ", "").isalpha()]
+    tags.sort(key=lambda tag: data.stable_hash("half", emoji.hexcode, tag))
+    half = len(tags) // 2
+    return [emoji.name, *tags[:half]], tags[half:]
 
 
-def write(drawings: list, folder: Path, scenes: int) -> None:
-    """So many scenes of these drawings into a new folder."""
-    rng = random.Random(emoji.SEED)
-    chosen = []
-    while len(chosen) < scenes:
-        some = rng.sample(drawings, rng.randint(2, 4))
-        if len({drawing.emoji.subgroup for drawing in some}) == len(some):
-            chosen.append(some)
-    names = sorted({drawing.emoji.name for some in chosen for drawing in some})
-    label = {name: i for i, name in enumerate(names)}
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    for i, some in enumerate(chosen):
-        picture, mask = compose(some, [label[drawing.emoji.name] for drawing in some], rng)
-        picture.save(folder / f"images/{i:05d}.png")
-        Image.fromarray(mask).save(folder / f"masks/{i:05d}.png")
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+def word(emoji: Emoji, new: bool, rng: random.Random) -> str:
+    """What a sentence calls an emoji: in half of the cases its name, else a keyword; `new`: one of the other words."""
+    known, others = words_of(emoji)
+    if new:
+        return rng.choice(others)
+    return known[0] if rng.random() < 0.5 else rng.choice(known)
+
+
+def with_article(noun: str, rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return f"the {noun}"
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def sentence(nouns: Sequence[str], boxes: Sequence[tuple[int, int, int]], rng: random.Random) -> str:
+    """A sentence about things in boxes (top, left, side): a list of them, or how the first lies to the second."""
+    things = [with_article(noun, rng) for noun in nouns]
+    if rng.random() < 0.4:
+        things[:2] = [f"{things[0]} {relation(boxes[0], boxes[1])} {things[1]}"]
+    return rng.choice(FORMS).format(listed(things))
+
+
+def caption(scenes: Scenes, scene: Scene, index: int, way: str, seed: int) -> str:
+    """The sentence about scene `index` in one of WAYS."""
+    rng = random.Random(f"{seed} {scenes.split} {index} {way}")
+    one = rng.randrange(len(scene.concepts))
+    new = [way == "new" or (way == "mixed" and i == one) for i in range(len(scene.concepts))]
+    nouns = [word(scenes.emoji[c], other, rng) for c, other in zip(scene.concepts, new, strict=True)]
+    return sentence(nouns, scene.boxes, rng)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def with_words(sprites: Sprites) -> Sprites:
+    """The drawings of emoji that have a word of each kind beside their name."""
+    kept = [i for i, emoji in enumerate(sprites.emoji) if len(words_of(emoji)[0]) > 1]
+    return Sprites(*([part[i] for i in kept] for part in sprites))
+
+
+def write(folder: Path, cfg: Config, sprites: Sprites) -> dict[str, int]:
+    """Writes shards and evaluation sets; returns the number of samples of each and of concepts."""
+    setting = Setting(cfg.image_size, (2, 3), (0.34, 0.47), clutter=(0, 0), concepts=cfg.concepts, seed=cfg.seed)
+    sprites = with_words(sprites)
+    train = Scenes(setting, "train", cfg.samples, sprites=sprites)
+    held_out = Scenes(setting, "id", sprites=sprites)
+
+    def samples() -> Iterator[dict]:
+        for index in range(cfg.samples):
+            scene = train.draw(index)
+            text = caption(train, scene, index, "known", cfg.seed)
+            about = {"names": [train.classnames[c] for c in scene.concepts]}
+            yield {"png": layout.png(scene.pixels), "txt": text, "json": about}
+
+    counts = {"concepts": len(train.emoji), "train": layout.write_pairs(folder / "train", samples())}
+    for scenes, name in ((held_out, "patchdis"), (train, "patchdis_train")):
+        chosen = list(several(scenes, cfg.eval_samples))
+        pngs = [layout.png(scene.pixels) for _, scene in chosen]
+        masks = (
+            (f"{i:06d}.png", png, scene.labels) for i, (png, (_, scene)) in enumerate(zip(pngs, chosen, strict=True))
+        )
+        counts[name] = layout.write_masks(folder / "eval" / name, scenes.classnames, masks)
+        for way in WAYS if scenes is held_out else ():
+            texts = [caption(scenes, scene, index, way, cfg.seed) for index, scene in chosen]
+            pairs = ({"png": png, "txt": text} for png, text in zip(pngs, texts, strict=True))
+            counts[f"retrieval_{way}"] = layout.write_retrieval(folder / f"eval/retrieval_{way}", pairs)
+    return counts
+
+
+def main(cfg: Config) -> None:
+    cli.check_counts(cfg, "samples", "eval_samples", "concepts", "image_size")
+    about = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "corpus")}
+    versions = " ".join(f"{name} {of['version']}" for name, of in sorted(packages(cfg.corpus).items()))
+    setting = about | {"packages": data.fingerprint(versions.encode()), "forms": list(FORMS)}
+    layout.build(cfg.out, setting, lambda folder: {"counts": write(folder, cfg, load_sprites(cfg.corpus))})
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: tyro.cli(main))
+    cli.command_line(lambda: main(tyro.cli(Config)))

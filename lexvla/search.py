@@ -1,7 +1,8 @@
 """What makes an image and a text alike, word by word: search in an inverted index, and the explanation of a pair.
 
 `python -m lexvla.eval search RUN "red fruit"`; `python -m lexvla.eval explain RUN apple.png "red fruit"`. The paper
-explains pairs (Fig. 4, 6); search is ours.
+shows words of images, patches and captions as clouds (Fig. 1 and 4); what each word adds to a score is ours, and so is
+search.
 """
 
 import dataclasses
@@ -19,14 +20,14 @@ from torch import Tensor
 from lexvla.checkpoints import load_run
 from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
-from lexvla.plots import patch_set_words, plot_pair, word_mask, word_rows
+from lexvla.plots import plot_pair, word_mask, word_rows
 from lexvla.text import encode_texts, pieces
 from lexvla.towers import eval_transform
 from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features
 
-EMOJI = "data/emoji/eval/names_ood"
+SCENES = "data/lexvla/scenes/eval/retrieval_known"
 
 
 @dataclasses.dataclass
@@ -36,8 +37,8 @@ class Search:
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """Words to search for."""
     images: str = ""
-    """Set whose images are searched, in the CLIP-benchmark webdataset layout; for a run on the embedded corpus its
-    names_ood."""
+    """Set whose images are searched, in the CLIP-benchmark webdataset layout; for a run on the study's corpus its
+    retrieval_known."""
     k: int = 10
     """Images to show."""
 
@@ -61,7 +62,7 @@ class Explain:
 
 
 def top_words(s: Tensor, words: Sequence[str], k: int = 10) -> list[tuple[str, float]]:
-    """The k strongest words of one representation (V,), and their weights; words of weight 0 are none."""
+    """The k strongest words of one representation (V,), and their weights; words of weight 0 are left out."""
     values, index = s.sort(descending=True, stable=True)
     return [(words[i], v) for v, i in zip(values[:k].tolist(), index[:k].tolist(), strict=True) if v > 0]
 
@@ -153,7 +154,7 @@ def search(cfg: Search) -> None:
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
-    images = cfg.images or (EMOJI if train_cfg.data.startswith("data/emoji") else "")
+    images = cfg.images or (SCENES if train_cfg.data.startswith("data/lexvla/scenes") else "")
     if not images:
         raise ValueError(f"--images is missing: {cfg.run} was trained on {train_cfg.data}; name a set to search")
     eval_set = EvalSet(images, eval_transform(train_cfg.backbone, train_cfg.image_size))
@@ -198,7 +199,7 @@ def explain_pair(cfg: Explain) -> None:
     masks = [word_mask(s_patch, s_word, (side, side)) for s_word in word_rows(model, chosen)]
     names = [words[i].strip() for i in chosen]
     for name, mask in zip(names[:1], masks, strict=False):
-        said = patch_set_words(s_patch, mask.flatten() > 0.5)
+        said = model.image.patch_set(pixels, mask.flatten()[None] > 0.5)[0].cpu()
         clouds[f"patches of {name}"] = dict(top_words(said, words, 40))
     plot_pair(pixels[0].cpu(), cfg.caption, clouds, dict(zip(names, masks, strict=True)), Path(cfg.out))
     print(f"drawn in {cfg.out}")

@@ -1,125 +1,295 @@
 """The small-scale study of LexVLA: `python -m lexvla.study` (`make reproduce-lexvla`).
 
-Arms are trained on the embedded emoji corpus, a stand-in for CC12M, and compared seed by seed. The paper's tables are
-pictures that could not be read, so its side of a row is a direction and where it stands.
+Arms are trained on scenes of two or three emoji with sentences about them, a stand-in for CC12M, and compared seed by
+seed. The paper's tables are pictures that could not be read, so its side of a row is a direction and where it stands.
+
+Why the effects can appear: every sentence has articles, which the language model predicts for all of them, so that
+words can become shared dimensions; scenes show several things at known places; and test sentences call things by words
+that training sentences never use for them, which a language model may know and a bag of words cannot. They would vanish
+with captions that are lists of names (the overuse of articles, the language model's knowledge) and with one thing a
+picture (what patches have to tell apart).
 """
 
+import functools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.feature_extraction.text import CountVectorizer
+from torch import Tensor
 
 from lexvla import eval as evaluation
-from lexvla.eval import METRICS, SET
+from lexvla import patchdis
+from lexvla.config import LITE0
+from lexvla.eval import KS, METRICS, NEW, SCENES, SET
+from lexvla.towers import Lite0Maps, eval_transform, normalize
+from shared import data
 from shared.checkpoints import read_json
-from shared.study import runner, statistics
+from shared.evalsets import EvalSet
+from shared.study import floors, runner, verdicts
+from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
+from shared.zeroshot import extract_image_features, owners
 
-BEFORE = (  # the frozen models run once: the language model over all captions, the backbone's own training
+BEFORE = (  # the frozen language model runs once over all captions
     Once("shared.pretrained smollm2"),
-    Once("lexvla.text"),
-    Once("lexvla.backbone"),
+    Once("shared.pretrained efficientnet_lite0"),
     Once("lexvla.scenes"),
+    Once("lexvla.text"),
 )
 ARMS = (
     Arm("none", "train emoji-none", heading="no penalty"),
     Arm("flops", "train emoji-flops", heading="FLOPs loss"),
     Arm("overuse", "train emoji", heading="LexVLA: overuse penalty"),
-    Arm(
-        "overuse-weak",
-        "train emoji --lambda-image 0.03 --lambda-text 0.03",
-        heading="overuse, weight / 10",
-        core=False,
-    ),
-    Arm("overuse-strong", "train emoji --lambda-image 3 --lambda-text 3", heading="overuse, weight x 10", core=False),
-    Arm(
-        "flops-strong", "train emoji-flops --lambda-image 30 --lambda-text 30", heading="FLOPs, weight x 10", core=False
-    ),
+    Arm("bow", "train emoji-bow", heading="bag of words for text"),
+    Arm("dense", "train emoji-dense", heading="latent baseline, 512 dimensions"),
+    Arm("flops-strong", "train emoji-flops --lambda-image 10 --lambda-text 10", heading="FLOPs x 10", core=False),
+    Arm("overuse-weak", "train emoji --lambda-image 0.03 --lambda-text 0.03", heading="overuse x 0.3", core=False),
     Arm("frozen-codebook", "train emoji --no-tune-codebook", heading="overuse, image codebook frozen", core=False),
-    Arm("bow", "train emoji-bow", heading="bag of words for text", core=False),
-    Arm("dense", "train emoji-dense", heading="latent baseline, 512 dimensions", core=False),
+    Arm("dense-64", "train emoji-dense --dense-dim 64", heading="latent baseline, 64 dimensions", core=False),
+    Arm("dense-cls", "train emoji-dense --pool-cls", heading="latent baseline of [CLS]", core=False),
 )
+PENALTIES = {"none": ("none",), "FLOPs": ("flops", "flops-strong"), "overuse": ("overuse-weak", "overuse")}
 
-RECALL, IMAGE_DF, TEXT_DF = (
-    f"{SET}/{name}" for name in ("mean_recall", "image/max_document_frequency", "text/max_document_frequency")
-)
-PRESENT, ALL = "patchdis/miou_present", "patchdis/miou"
+RECALL, ON_NEW, MIXED = f"{SET}/mean_recall", f"{NEW}/mean_recall", "retrieval_mixed/mean_recall"
+SHARED, EQUAL = f"{SET}/max_document_frequency", "equal/max_document_frequency"
+IMAGE_DF, TEXT_DF = (f"{SET}/{side}/max_document_frequency" for side in ("image", "text"))
+ALL, PRESENT = "patchdis/miou", "patchdis/miou_present"
 FIGURE_6, TABLE_1, TABLE_2 = "Fig. 6: shared words removed", "Table 1", "Table 2"
-CLAIMS = (  # document frequencies and recalls in percent
-    Claim("overuse: images' top word rarer than with FLOPs", FIGURE_6, IMAGE_DF, "overuse", "flops", -1),
-    Claim("... the captions' too", FIGURE_6, TEXT_DF, "overuse", "flops", -1),
-    Claim("overuse: images' top word rarer than without", FIGURE_6, IMAGE_DF, "overuse", "none", -1),
-    Claim("... the captions' too", FIGURE_6, TEXT_DF, "overuse", "none", -1),
-    Claim("overuse retrieves better than FLOPs", f"{TABLE_1}: in most cases", RECALL, "overuse", "flops"),
-    Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
-    Claim("LLM text retrieves better than bags of words", TABLE_1, RECALL, "overuse", "bow"),
-    Claim("sparse words retrieve better than 512 latent dimensions", "Fig. 5", RECALL, "overuse", "dense"),
-    Claim("a tuned image codebook better than a frozen one", None, RECALL, "overuse", "frozen-codebook"),
-    Claim("PatchDis: words above the latent baseline", TABLE_2, PRESENT, "overuse", "dense"),
-    Claim("... among all classes", TABLE_2, ALL, "overuse", "dense"),
-)
-WITHIN = (  # two measurements of one arm: (arm, claim, paper, ours, theirs)
-    ("overuse", "recall with words above 1/sqrt(V) alone, against all words", None, RECALL, f"{SET}/dense/mean_recall"),
-    ("overuse", "PatchDis above random: LexVLA: overuse penalty", TABLE_2, PRESENT, "patchdis/random_miou_present"),
-    (
-        "dense",
-        "PatchDis above random: latent baseline, 512 dimensions",
-        f"{TABLE_2}: slightly",
-        PRESENT,
-        "patchdis/random_miou_present",
+
+
+def rarer(claim: str, metric: str, baseline: str, primary: bool = False) -> Claim:
+    """Words that all samples share are rarer with the overuse penalty than in another arm."""
+    return Claim(claim, FIGURE_6, metric, "overuse", baseline, -1, None, primary, 5.0, RECALL)
+
+
+CLAIMS = (  # document frequencies, recalls and mIoU in percent
+    rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True),
+    rarer("overuse: most used word rarer than without", SHARED, "none", True),
+    Claim(
+        "overuse retrieves better than FLOPs",
+        f"{TABLE_1}: in most cases",
+        RECALL,
+        "overuse",
+        "flops",
+        1,
+        None,
+        True,
+        1.0,
     ),
+    Claim("LLM better than bags of words, on new words", TABLE_1, ON_NEW, "overuse", "bow", 1, None, True, 1.0),
+    Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
+    Claim("PatchDis: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
+    rarer("overuse: images' most used word rarer than with FLOPs", IMAGE_DF, "flops"),
+    rarer("... the captions' too", TEXT_DF, "flops"),
+    rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none"),
+    rarer("... the captions' too", TEXT_DF, "none"),
+    rarer("overuse: most used word rarer than with FLOPs of equal recall", EQUAL, "flops"),
+    Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
+    Claim("LLM better than bags of words, half new words", TABLE_1, MIXED, "overuse", "bow", negligible=1.0),
+    Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", negligible=1.0),
+    Claim("words better than 512 dimensions, on new words", "Fig. 5", ON_NEW, "overuse", "dense", negligible=1.0),
+    Claim("64 words better than 64 dimensions", "Fig. 5", f"{SET}/top64/mean_recall", "overuse", "dense-64"),
+    Claim("PatchDis of present classes: words, latent dimensions", None, PRESENT, "overuse", "dense"),
+    Claim("PatchDis: words above the latent baseline of [CLS]", TABLE_2, ALL, "overuse", "dense-cls"),
+    Claim("a tuned image codebook better than a frozen one", None, RECALL, "overuse", "frozen-codebook"),
 )
 
 
-def more_rows(found: Comparison) -> list[dict[str, str]]:
-    """Comparisons of two measurements of one arm, and what this scale cannot show."""
-    rows, arms = [], found.arms
-    for arm, claim, paper, ours, theirs in WITHIN:
-        if arm in arms and ours in arms[arm][0] and theirs in arms[arm][0]:
-            values = ([seed[key] for seed in arms[arm]] for key in (ours, theirs))
-            rows.append(statistics.judge(Claim(claim, paper, "", "", ""), *values))
+def derive(found: Comparison) -> None:
+    """Adds metrics that take more than one arm: latent dimensions among numbers of words, and overuse at equal recall.
+
+    equal/max_document_frequency: of `overuse` its own; of `flops` what the arms without and with the FLOPs loss give at
+    the recall of `overuse`, by linear interpolation between the two arms around it, or the nearest arm's.
+    """
+    arms = found.arms
+    for values in arms.get("dense-64", ()):
+        values[f"{SET}/top64/mean_recall"] = values[RECALL]
+    with_flops = [arm for arm in ("none", *PENALTIES["FLOPs"]) if arm in arms]
+    if not {"none", "flops", "overuse"} <= set(arms) or not measured(arms, SHARED):
+        return
+    for i, values in enumerate(arms["overuse"]):
+        points = sorted((arms[arm][i][RECALL], arms[arm][i][SHARED]) for arm in with_flops)
+        recalls, shares = zip(*points, strict=True)
+        values[EQUAL] = values[SHARED]
+        arms["flops"][i][EQUAL] = float(np.interp(values[RECALL], recalls, shares))
+
+
+def measured(arms: dict[str, list[dict]], metric: str) -> bool:
+    return all(metric in run for arm in ("none", "flops", "overuse") for run in arms[arm])
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """Comparisons of an arm with random patches and with all of its words, and what this scale cannot show."""
+    arms = {arm: runs for arm, runs in found.arms.items() if arm in ("overuse", "dense")}
+    pairs = {"random": (ALL, "patchdis/random_miou"), "all words": (RECALL, f"{SET}/dense/mean_recall")}
+    for name, (metric, other) in pairs.items():
+        runs = found.arms.get("overuse") or found.arms.get("dense", [])
+        if all(other in run for run in runs):
+            arms[name] = [{metric: run[other]} for run in runs]
+    claims = (
+        Claim("PatchDis of words above random patches", TABLE_2, ALL, "overuse", "random"),
+        Claim("PatchDis of latent dimensions above random patches", f"{TABLE_2}: slightly", ALL, "dense", "random"),
+        Claim("words above 1/sqrt(V) alone, against all words", None, RECALL, "overuse", "all words"),
+    )
     needs = "needs CC12M, Llama 2"
     return [
-        *rows,
-        statistics.untestable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", needs),
-        statistics.untestable("above CLIP at 0.4B and 1.1B pairs, VDR, STAIR", "Table 1", needs),
+        *verdicts.judged(claims, arms, [], False),
+        verdicts.not_testable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", needs),
+        verdicts.not_testable("above CLIP at 0.4B and 1.1B pairs, VDR, STAIR", TABLE_1, needs),
     ]
 
 
+# --------------------------------------------------------------------------------------------------- floors and ceiling
+
+SETS = tuple(SCENES + name for name in (SET, "retrieval_mixed", NEW))
+TRAIN = "data/lexvla/scenes/train"
+
+
+@functools.cache
+def network() -> Lite0Maps:
+    return Lite0Maps().eval()
+
+
+@torch.no_grad()
+def tokens(pixels: Tensor) -> Tensor:
+    """Frozen tokens (B, 1 + P, 432) of normalised images."""
+    return network().forward_features(pixels)
+
+
+class Pooled(torch.nn.Module):
+    """The mean patch of the frozen maps, as unit rows."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(tokens(pixels)[:, 0], dim=-1)
+
+
+def nearest_caption() -> dict[str, float]:
+    """Recall of the caption of the nearest training scene, by its words in common with each caption.
+
+    Nearest by cosine of the pretrained tower's mean patch.
+    """
+    pairs, transform = data.open_pairs(TRAIN), eval_transform(LITE0, 128)
+    rows = torch.arange(len(pairs)).split(256)
+    pooled = [Pooled()(torch.stack([transform(pairs.read(int(i)).image) for i in part])) for part in rows]
+    train, captions = torch.cat(pooled), [pairs.caption(row) for row in range(len(pairs))]
+    bags, found = CountVectorizer(stop_words="english", binary=True).fit(captions), {}
+    said = F.normalize(torch.from_numpy(bags.transform(captions).toarray()).float(), dim=-1)
+    for folder in SETS:
+        eval_set = EvalSet(folder, transform)
+        features, of_images = extract_image_features(Pooled(), eval_set.batches(256), desc=eval_set.name)
+        texts = [text for of_image in of_images for text in of_image]
+        rows = F.normalize(torch.from_numpy(bags.transform(texts).toarray()).float(), dim=-1)
+        nearest = said[(features @ train.T).argmax(1)]
+        recalls = evaluation.retrieval(nearest, rows, owners(of_images))
+        found |= {f"{eval_set.name}/{name}": value for name, value in recalls.items()}
+    return found
+
+
+def random_patches() -> dict[str, float]:
+    """PatchDis of random similarities."""
+    images = patchdis.labelled_images(SCENES + "patchdis", 128, normalize(LITE0))
+    classes = torch.eye(len(patchdis.classnames(SCENES + "patchdis")))
+    found = patchdis.measure(lambda pixels: torch.rand(len(pixels), 64, len(classes)), classes, images)
+    return {f"patchdis/{name}": found[f"random_{name}"] for name in ("miou", "miou_present")}
+
+
+def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (P, 432) and classes (P,) of an image's patches that one class covers by half."""
+    for pixels, mask, ignore in patchdis.labelled_images(folder, 128, normalize(LITE0)):
+        patches = tokens(pixels)[0, 1:]
+        cells = mask[0].unflatten(0, (8, -1)).unflatten(2, (8, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        label = torch.where(cells == ignore, -1, cells).mode(-1).values
+        covered = (cells == label[:, None]).float().mean(-1) >= 0.5
+        yield patches[covered & (label >= 0)], label[covered & (label >= 0)]
+
+
+def patches_by_labels() -> dict[str, float]:
+    """The ceiling of PatchDis: least squares from the frozen patches of training drawings to their classes."""
+    x, y = (torch.cat(part) for part in zip(*labelled_patches(SCENES + "patchdis_train"), strict=True))
+    x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(SCENES + "patchdis"))
+    weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()
+    images = patchdis.labelled_images(SCENES + "patchdis", 128, normalize(LITE0))
+    found = patchdis.measure(
+        lambda pixels: F.pad(tokens(pixels)[:, 1:], (0, 1), value=1.0) @ weights, torch.eye(C), images
+    )
+    return {f"patchdis/{name}": found[name] for name in ("miou", "miou_present")}
+
+
+FLOORS = (
+    Floor("chance", lambda: floors.chance(SETS)),
+    Floor("caption of the nearest training scene, on EfficientNet-Lite0", nearest_caption),
+    Floor("random patches", random_patches),
+    Floor("patches by least squares on labels", patches_by_labels, ceiling=True),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
 def plot(found: Comparison, out: Path) -> None:
-    """lexvla_{sparsity,words,clouds,patches}.png, as far as the arms and sets were measured."""
+    """lexvla_{sparsity,words,penalties,clouds,patches,classes}.png, as far as arms and sets were measured."""
     if all(RECALL in seed for seeds in found.arms.values() for seed in seeds):
         plot_sweep(found.arms, out / "lexvla_sparsity.png")
+        plot_penalties(found.arms, out / "lexvla_penalties.png")
     plot_usage(found.folders, out / "lexvla_words.png")
     if "overuse" in found.folders:  # what the method's first seed says, as eval.py drew it
-        for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches")):
+        for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches"), ("classes.png", "classes")):
             if (drawn := found.folders["overuse"][0] / file).exists():
                 shutil.copyfile(drawn, out / f"lexvla_{name}.png")
 
 
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
-    """Recall against active words (Fig. 5); a dot where the threshold stands, a dashed line for the latent baseline."""
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2))
-    for axis, way in zip(axes, ("image_to_text", "text_to_image"), strict=True):
-        for color, (arm, seeds) in zip(plt.get_cmap("tab10").colors, arms.items(), strict=False):
-            levels = [int(key.split("/")[1][3:]) for key in seeds[0] if key.startswith(f"{SET}/top") and way in key]
-            recall = np.mean([seed[f"{SET}/{way}_R@1"] for seed in seeds])
-            if not levels:
-                axis.axhline(recall, color=color, ls="--", label=STUDY.headings.get(arm, arm))
-                continue
-            mean = [np.mean([seed[f"{SET}/top{k}/{way}_R@1"] for seed in seeds]) for k in levels]
-            axis.plot(levels, mean, color=color, label=STUDY.headings.get(arm, arm))
-            active = np.mean([(seed[f"{SET}/image/active"] + seed[f"{SET}/text/active"]) / 2 for seed in seeds])
-            axis.plot(active, recall, "o", color=color)
-        axis.set(xscale="log", xlabel="words kept on both sides", ylabel=f"{way.replace('_', ' ')} R@1 (%), OOD")
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    """R@1, 5 and 10 against the words kept on both sides (Fig. 5), from one to all.
+
+    A dot where the threshold stands; a dashed line for the latent baseline.
+    """
+    ways, colors = ("image_to_text", "text_to_image"), plt.get_cmap("tab10").colors
+    figure, axes = plt.subplots(2, len(KS), figsize=(4.2 * len(KS) + 2, 7.4), sharex=True)
+    for row, way in zip(axes, ways, strict=True):
+        for axis, k in zip(row, KS, strict=True):
+            for color, (arm, seeds) in zip(colors, arms.items(), strict=False):
+                recall, label = mean(seeds, f"{SET}/{way}_R@{k}"), STUDY.headings.get(arm, arm)
+                levels = sorted(int(key.split("/")[1][3:]) for key in seeds[0] if key.startswith(f"{SET}/top")
+                                and key.endswith(f"{way}_R@{k}"))  # fmt: skip
+                if not levels:
+                    axis.axhline(recall, color=color, ls="--", label=label)
+                    continue
+                axis.plot(levels, [mean(seeds, f"{SET}/top{n}/{way}_R@{k}") for n in levels], color=color, label=label)
+                active = (mean(seeds, f"{SET}/image/active") + mean(seeds, f"{SET}/text/active")) / 2
+                axis.plot(active, recall, "o", color=color)
+            axis.set(xscale="log", xlabel="words kept on both sides", title=f"{way.replace('_', ' ')}, R@{k} (%)")
+            axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_penalties(arms: dict[str, list[dict]], path: Path) -> None:
+    """Overuse against FLOPs (Fig. 6) at all weights: share of samples with the most used word, against recall."""
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for name, of_penalty in PENALTIES.items():
+        seeds = [arms[arm] for arm in of_penalty if arm in arms and all(SHARED in run for run in arms[arm])]
+        if seeds:
+            points = [(mean(runs, SHARED), mean(runs, RECALL)) for runs in seeds]
+            axis.plot(*zip(*points, strict=True), "o-", label=name)
+    axis.set(xlabel="samples with the most used word among their ten strongest (%)", ylabel="mean recall (%)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def mean(seeds: list[dict], metric: str) -> float:
+    return float(np.mean([seed[metric] for seed in seeds]))
 
 
 def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
@@ -148,10 +318,16 @@ STUDY = Study(
     stands_for="CC12M",
     before=BEFORE,
     arms=ARMS,
-    minutes={"core": 11, "all": 16},
+    corpus="Scenes of two or three emoji with sentences; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
+    "SmolLM2-135M-Instruct in Llama 2's",
+    minutes={"core": 6, "all": 11},
     # fp32: in bf16 words tie at the edge of the ten strongest
     evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
+    alone=True,
+    derive=derive,
     metrics=METRICS,
+    sets=SETS,
+    floors=FLOORS,
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,

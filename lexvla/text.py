@@ -1,6 +1,6 @@
 """What the text towers read: captions as prompts, as bags of words, or as states that the frozen LM gave once.
 
-    python -m lexvla.text          # states of the embedded corpus, training and evaluation, with SmolLM2-135M
+    python -m lexvla.text          # states of the study's corpus, training and evaluation, with SmolLM2-135M
 
 A frozen LM says the same of a caption in every epoch. So for small experiments each distinct caption goes through it
 once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The prompt before the
@@ -29,7 +29,7 @@ from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
-EMOJI = "data/emoji/eval/"
+SCENES = "data/lexvla/scenes/"
 # Nouns, adjectives and verbs that scikit-learn's list of stop words has among its pronouns, prepositions and numerals
 CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
     go interest keep last made mill move name next part put see seem seemed seeming seems serious show side sincere
@@ -41,10 +41,12 @@ STOP_WORDS = ENGLISH_STOP_WORDS - set(CONTENT.split())
 class Config:
     lm: str = "data/smollm2-135m"
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.pretrained smollm2'."""
-    data: str = "data/emoji/train"
+    data: str = SCENES + "train"
     """Shards whose captions are wanted."""
-    sets: tuple[str, ...] = (EMOJI + "retrieval_ood", EMOJI + "retrieval_id", EMOJI + "names_ood")
-    """Evaluation sets whose captions and class names are wanted, too."""
+    sets: tuple[str, ...] = tuple(
+        SCENES + "eval/" + name for name in ("retrieval_known", "retrieval_mixed", "retrieval_new", "patchdis")
+    )
+    """Evaluation sets, and folders of PatchDis, whose captions and class names are wanted, too."""
     out: str = "data/lexvla/states.pt"
     """File to write; a finished one is left as it is, and refused if it is not what is asked for."""
     max_length: int = 128
@@ -291,6 +293,9 @@ def texts_of(cfg: Config) -> list[str]:
         print(line)
     texts = [pairs.caption(row) for row in range(len(pairs))]
     for folder in cfg.sets:
+        if (Path(folder) / "masks").is_dir():
+            texts += (Path(folder) / "classnames.txt").read_text(encoding="utf-8").splitlines()
+            continue
         eval_set = EvalSet(folder, lambda image: torch.zeros(1))
         texts += eval_set.classnames or [text for _, _, captions in eval_set for text in captions]
     return list(dict.fromkeys(filter(None, texts)))

@@ -4,12 +4,13 @@ import functools
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from lexvla.config import Config
+from lexvla.config import LITE0, Config
 from lexvla.model import (
     BagOfWords,
     DenseImageEncoder,
@@ -22,6 +23,35 @@ from lexvla.model import (
 )
 from lexvla.text import Bags, Prompts, States
 from shared import checkpoints, data
+from shared.pretrained import LITE0 as LITE0_OF_TIMM
+from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
+
+
+class Lite0Maps(nn.Module):
+    """EfficientNet-Lite0's maps as the tokens of a ViT: the mean patch in [CLS]'s place, and patches of 16 pixels.
+
+    (B, 3, H, W) -> (B, 1 + H W / 256, 432). A patch is the map of stride 16 (112 channels) beside the last one (320,
+    interpolated from stride 32), each normalised over its channels. Ours, for small experiments, in DINOv2's place.
+    """
+
+    patch_size, num_features, middle = (16, 16), 432, 4  # stage whose map has stride 16
+
+    def __init__(self, pretrained: bool = True):
+        super().__init__()
+        network = efficientnet_lite0() if pretrained else timm.create_model(LITE0_OF_TIMM, num_classes=0)
+        network = fold_batch_norms(network)
+        self.stem, self.stages = nn.Sequential(network.conv_stem, network.bn1), network.blocks
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        x = self.stem(pixels)
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if number == self.middle:
+                middle = x
+        last = F.interpolate(x, scale_factor=2, mode="bilinear")
+        rows = [each.flatten(2).transpose(1, 2) for each in (middle, last)]
+        patches = torch.cat([F.layer_norm(each, each.shape[-1:]) for each in rows], dim=-1)
+        return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
 
 
 def small_vit(image_size: int) -> nn.Module:
@@ -32,10 +62,13 @@ def small_vit(image_size: int) -> nn.Module:
 
 
 def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int, int]:
-    """(ViT whose tokens are [CLS] and patches, its width D, pixels of a patch's side).
+    """(network whose tokens are [CLS] and patches, its width D, pixels of a patch's side).
 
-    A .pt file of backbone.py, transformers for other names with a /, else timm.
+    `LITE0` is EfficientNet-Lite0's maps, a .pt file backbone.py's; other names with a / are transformers', the rest
+    timm's.
     """
+    if name == LITE0:
+        return Lite0Maps(pretrained), Lite0Maps.num_features, Lite0Maps.patch_size[0]
     if name.endswith(".pt"):
         vit = small_vit(image_size)
         if pretrained:
@@ -64,14 +97,17 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
 
 
 def patch_side(backbone: nn.Module) -> int:
-    """Pixels of a patch's side, of transformers' ViTs and timm's."""
+    """Pixels of a patch's side, of transformers' ViTs, timm's and `Lite0Maps`."""
+    if isinstance(backbone, Lite0Maps):
+        return backbone.patch_size[0]
     return backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else backbone.config.patch_size
 
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
     """Backbone and adapter as the configuration says; the codebook (V, d) is copied."""
     backbone, dim, _ = create_backbone(cfg.backbone, cfg.image_size, pretrained)
-    adapter = VisualAdapter(dim, max(dim // 64, 1), cfg.adapter_hidden, codebook.shape[1])
+    width = cfg.adapter_width or dim
+    adapter = VisualAdapter(width, max(width // 64, 1), cfg.adapter_hidden, codebook.shape[1], dim)
     cls = DenseImageEncoder if cfg.head == "dense" else ImageEncoder
     encoder = cls(backbone, adapter, codebook, cfg.pool_cls, bias)
     encoder.codebook.requires_grad_(cfg.tune_codebook)
@@ -126,7 +162,10 @@ def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | St
 
 
 def normalize(backbone: str) -> data.ToNormalizedTensor:
-    """Mean and deviation with which the backbone was trained: CLIP's, ImageNet's, or 1/2 for backbone.py's."""
+    """Mean and deviation with which the backbone was trained: EfficientNet-Lite0's, CLIP's, ImageNet's, or 1/2 for
+    backbone.py's."""
+    if backbone == LITE0:
+        return data.ToNormalizedTensor(LITE0_MEAN, LITE0_STD)
     if backbone.endswith(".pt"):
         return data.ToNormalizedTensor((0.5,) * 3, (0.5,) * 3)
     clip = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)

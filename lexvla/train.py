@@ -9,22 +9,24 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from lexvla.checkpoints import frozen_fingerprint, load_weights, trained_weights
+from lexvla.checkpoints import backbone_fingerprint, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
-from lexvla.text import States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
+from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
 from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
-from shared import accumulate, cli, data, run, windows
+from shared import accumulate, checkpoints, cli, data, run, windows
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -79,27 +81,53 @@ class PairDataset(Dataset):
 
 
 class TokenDataset(Dataset):
-    """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples passed over)."""
+    """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples passed over).
 
-    def __init__(self, pairs, transform: Callable, image: ImageEncoder, device: torch.device, precision: str):
+    `file` keeps the tokens for other runs on the same images, if none of these is broken. It is read where the first
+    image still has the same tokens.
+    """
+
+    def __init__(self, pairs, transform: Callable, image: ImageEncoder, device, precision: str, file: Path):
+        self.pairs, self.normalise, self.file = pairs, data.as_it_is, file
         views = PairDataset(pairs, transform)
-        self.pairs, self.normalise = pairs, data.as_it_is
-        items = DataLoader(views, batch_size=256, collate_fn=lambda items: items)
-        tokens, self.captions, self.broken = [], [], []
+        first = self.encoded(Subset(views, range(1)), views.normalise, image, device, precision)
+        if (kept := self.kept(first)) is not None:
+            self.tokens, self.broken = kept, [[]] * len(pairs)
+            self.captions = [pairs.caption(row) for row in range(len(pairs))]
+            return
+        self.tokens = self.encoded(views, views.normalise, image, device, precision)
+        if not any(self.broken) and np.isfinite(self.tokens).all():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with checkpoints.replaced(file, f".{os.getpid()}.tmp") as target:
+                np.save(target, self.tokens)
+
+    def kept(self, first: np.ndarray) -> np.ndarray | None:
+        """Tokens of all images out of `file`, mapped into memory that all runs share; None if it has none of them."""
+        try:
+            tokens = np.load(self.file, mmap_mode="r")
+        except (OSError, ValueError):
+            return None
+        same = tokens.shape == (len(self.pairs), *first.shape[1:])
+        return tokens if same and np.allclose(tokens[:1], first, rtol=0.01, atol=0.01) else None
+
+    def encoded(self, views: Dataset, normalise: Callable, image: ImageEncoder, device, precision: str) -> np.ndarray:
+        """(N, n, D) in half precision; sets captions and broken samples as the images were read."""
+        items, tokens = DataLoader(views, batch_size=256, collate_fn=lambda items: items), []
+        self.captions, self.broken = [], []
         for batch in run.progress(items, len(items), "images through the frozen backbone", unit="batch"):
-            pixels = views.normalise(torch.stack([pixels for pixels, _, _ in batch]).to(device))
+            pixels = normalise(torch.stack([pixels for pixels, _, _ in batch]).to(device))
             with run.autocast(precision, device):
                 tokens.append(image.frozen(pixels).half().cpu())
             self.captions += [caption for _, caption, _ in batch]
             self.broken += [broken for _, _, broken in batch]
-        self.tokens = torch.cat(tokens)
+        return torch.cat(tokens).numpy()
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, i: int) -> tuple[Tensor, str, list[data.Broken]]:
         i %= len(self)
-        return self.tokens[i].float(), self.captions[i], self.broken[i]
+        return torch.from_numpy(self.tokens[i].astype(np.float32)), self.captions[i], self.broken[i]
 
 
 def training_set(
@@ -107,7 +135,9 @@ def training_set(
 ) -> PairDataset | TokenDataset:
     """Crops of the images, or with --encode-once the tokens of whole ones."""
     if cfg.encode_once:
-        return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, device, precision)
+        parts = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
+        file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(part.encode() for part in parts))}.npy"
+        return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, device, precision, file)
     return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
 
 
@@ -124,7 +154,7 @@ class Collate:
 
 @torch.no_grad()
 def first_bias(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
-    """Minus two standard deviations of a batch's text logits: a word must stand out to pass 0 (ours)."""
+    """Minus two standard deviations of a batch's text logits, so that few words lie above 0 (ours)."""
     z = model.hidden_of_states(texts[0]) if texts[0].is_floating_point() else model.hidden(*texts)
     return -2 * (z @ model.codebook.T).std().item()
 
@@ -136,10 +166,13 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: r
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:
-        first = list(filter(None, itertools.islice(windows.captions(pairs), 256)))
         text = TextEncoder(lm, vocab_ids, center=cfg.centre_codebook)
-        bias = first_bias(text, text_input(cfg, tokenizer, vocab_ids)(first))
+        bias = first_bias(text, text_input(cfg, tokenizer, vocab_ids)(first_captions(pairs)))
     return vocab_ids, run.broadcast(bias, process)
+
+
+def first_captions(pairs) -> list[str]:
+    return list(filter(None, itertools.islice(windows.captions(pairs), 256)))
 
 
 def quick_recall(
@@ -226,7 +259,10 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             lambdas = [quadratic_warmup(step + 1, x, cfg.penalty_warmup) for x in (cfg.lambda_image, cfg.lambda_text)]
             rates = f"{lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}"
             cli.show_plan([("learning rate", rates)])
-    weights, image, text, rows = memory(cfg, cfg.batch_size // world_size, model, lm_config, patch, V)
+    mean, longest = prompt_lengths(cfg)
+    weights, image, text, rows = memory(cfg, cfg.batch_size // world_size, model, lm_config, patch, V, longest)
+    said = f"{mean:.0f} tokens on average, the longest {longest}" if mean else f"{longest} tokens, by --max-length"
+    cli.show_plan([("prompts", said)] if cfg.text == "lm" else [])
     estimate = f"{weights + image + rows + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
     parts = f"{image:.1f} image tokens; {text:.1f} language model; {rows:.1f} rows of words"
     cli.show_plan([("memory estimate", estimate + parts)])
@@ -244,8 +280,29 @@ def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any, int]:
     return model, lm.config, patch
 
 
-def memory(cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: int) -> tuple[float, ...]:
-    """GiB of weights with Adam, image tokens, language model, and rows of words, for `size` pairs a process."""
+def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
+    """(tokens of a prompt on average, of the longest one) in the first shard, which says how long batches are padded.
+
+    (None, --max-length) where the data, or the folder of the LM's tokenizer, is not at hand.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.lm, local_files_only=True)
+        first = cfg.data if cfg.data.endswith((".tsv", ".csv")) else data.expand_shards(cfg.data)[0]
+        pairs = data.open_pairs(first, cache=Path(cfg.cache))
+    except (OSError, ValueError):
+        return None, cfg.max_length
+    captions = filter(None, map(pairs.caption, range(min(len(pairs), 10_000))))
+    lengths = [len(ids) for ids in Prompts(tokenizer, cfg.max_length, cfg.prompt_end).ids(list(captions))]
+    return sum(lengths) / len(lengths), max(lengths)
+
+
+def memory(
+    cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: int, length: int | None = None
+) -> tuple[float, ...]:
+    """GiB of weights with Adam, image tokens, language model, and rows of words, for `size` pairs a process whose
+    prompts have `length` tokens, by default --max-length."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
@@ -254,7 +311,7 @@ def memory(cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: in
     part, cached = size / cfg.accumulate, size if cfg.accumulate > 1 else 0  # cached: rows of words and their gradients
     image = part * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
     rows = (20 * part + 16 * cached + 24 * cfg.batch_size) * words / gib
-    text = part * cfg.max_length * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
+    text = part * (length or cfg.max_length) * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
     return weights, image, 0.0 if cfg.states or cfg.text == "bow" else text, rows
 
 
@@ -268,10 +325,12 @@ def prepare(
         folder.state["vocab_ids"], folder.state["bias"] = found
     vocab_ids, bias = folder.state["vocab_ids"], folder.state["bias"]
     torch.manual_seed(cfg.seed)
-    model = create_model(cfg, lm, vocab_ids, bias).to(process.device)
+    model, read = create_model(cfg, lm, vocab_ids, bias).to(process.device), text_input(cfg, tokenizer, vocab_ids)
     if folder.resumed:
         load_weights(model, folder.state, folder.path)
-    return model, text_input(cfg, tokenizer, vocab_ids), lm, tokenizer
+    elif cfg.head == "dense":
+        model.text.centre(*(x.to(process.device) for x in read(first_captions(pairs))))
+    return model, read, lm, tokenizer
 
 
 def main(cfg: Config) -> Path | None:
@@ -294,7 +353,11 @@ def main(cfg: Config) -> Path | None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizer=optimizer, scaler=scaler)
     per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
-    kept = {"vocab_ids": folder.state["vocab_ids"], "bias": folder.state["bias"], "backbone": frozen_fingerprint(model)}
+    kept = {
+        "vocab_ids": folder.state["vocab_ids"],
+        "bias": folder.state["bias"],
+        "backbone": backbone_fingerprint(model.image),
+    }
     done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
     folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from scripts import one_sentence
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder, lm, states, tiny  # noqa: F401
+from transformers import AutoTokenizer
 
 from lexvla import config, train
+from lexvla.model import lexical_prompt
+from shared import data
 
 ERRORS = {
     "paper preset without data": (["cc12m"], "--data is missing: it takes image-text shards"),
@@ -20,6 +23,11 @@ ERRORS = {
     "backbone of another size": (["emoji", "--image-size", "24"], "at 24 pixels is no file of 'python -m lexvla.b"),
     "unknown backbone": (["emoji", "--backbone", "vit_nothing"], "--backbone vit_nothing is neither"),
     "no patches": (["emoji", "--image-size", "20"], "--image-size 20 cannot be cut into patches of 8"),
+    "half patches": (
+        ["emoji", "--backbone", config.LITE0, "--image-size", "20"],
+        "--image-size 20 is no multiple of 32",
+    ),
+    "no width": (["emoji", "--adapter-width", "0"], "--adapter-width must be at least 1"),
     "less than a batch": (["emoji", "--batch-size", "161"], "holds 160 pairs, less than one batch of 161"),
     "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
     "negative weight": (["emoji", "--lambda-text", "-1"], "--lambda-text must be at least 0"),
@@ -86,3 +94,18 @@ def test_paper_presets_fit_the_machines_that_they_name(preset: str):
     assert gib(cfg.accumulate) < 0.9 * A100_40GB  # a part is for what no formula counts
     if cfg.accumulate > 1:
         assert gib(1) > A100_40GB and gib(cfg.accumulate // 2) > 0.9 * A100_40GB
+
+
+def test_the_estimate_takes_prompts_as_long_as_they_are(in_process, lm: Path, folder: Path):
+    """With the LM's tokenizer and data at hand; else --max-length."""
+    options = ["--data", f"{SHARDS}/00000.tar", "--dry-run", "--states", "", "--bias", "0"]
+    known, unknown = (in_process("emoji", *options, "--lm", name) for name in (lm, "/nowhere/lm"))
+    mean, longest = map(int, re.search(r"prompts +(\d+) tokens on average, the longest (\d+)", known.out).groups())
+    pairs, tokenizer = data.open_pairs(f"{SHARDS}/00000.tar"), AutoTokenizer.from_pretrained(lm)
+    lengths = [len(tokenizer(lexical_prompt(pairs.caption(row)))["input_ids"]) for row in range(len(pairs))]
+    assert longest == min(max(lengths), 128) and mean == round(sum(min(n, 128) for n in lengths) / len(lengths))
+    assert re.search(r"prompts +128 tokens, by --max-length", unknown.out), unknown.err
+    cfg = config.PRESETS["cc12m"][1]
+    model, about, patch = train.model_without_weights(cfg, 100)
+    short, long = (train.memory(cfg, 96, model, about, patch, 100, length)[2] for length in (64, None))
+    assert long == 2 * short

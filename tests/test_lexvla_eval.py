@@ -1,5 +1,6 @@
 """Retrieval, PatchDis and use of words, on known numbers and on small runs."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from scripts import one_sentence
+from test_corpora_scenes import bank, corpus  # noqa: F401
 from test_lexvla_model import check, something_was_compared  # noqa: F401
-from test_lexvla_scenes import small_scenes  # noqa: F401
+from test_lexvla_scenes import small_corpus, small_scenes  # noqa: F401
 from test_lexvla_train import (  # noqa: F401
     ARMS,
     SCRIPT,
@@ -24,10 +26,12 @@ from test_lexvla_train import (  # noqa: F401
 )
 
 from lexvla import eval as evaluation
-from lexvla.eval import explain, patchdis, retrieval_recall, sparsity_sweep, usage
+from lexvla.eval import explain, grid, named_recalls, patchdis, retrieval_recall, sparsity_sweep, usage
 from lexvla.model import (
     sparsify,
 )
+from lexvla.patchdis import labelled_images
+from lexvla.towers import normalize
 from shared import data, run
 
 
@@ -75,6 +79,19 @@ def test_patchdis(case):
         check(case, pred=sim.argmax(-1).view(len(sim), *grid))
 
 
+def test_the_sweep_goes_from_one_word_to_all():
+    assert grid(5) == [1, 2, 4, 5] and grid(8) == [1, 2, 4, 8] and grid(2) == [1, 2]
+    torch.manual_seed(0)
+    s_img, s_txt, owners = torch.rand(6, 9), torch.rand(12, 9), torch.arange(6).repeat_interleave(2)
+    whole = sparsity_sweep(s_img, s_txt, owners, grid(9), (1, 5, 10))
+    assert whole.shape == (5, 6)
+    torch.testing.assert_close(whole[-1], torch.cat(retrieval_recall(s_img @ s_txt.T, owners, (1, 5, 10))))
+    torch.testing.assert_close(whole[:, [0, 3]], sparsity_sweep(s_img, s_txt, owners, grid(9)))
+    names = named_recalls(whole[-1])
+    assert names["text_to_image_R@5"] == pytest.approx(100 * whole[-1, 4].item())
+    assert names["mean_recall"] == pytest.approx(100 * whole[-1].mean().item())
+
+
 @pytest.mark.golden("lexvla", "explain")
 def test_explain(case):
     values, index = explain(case["s_img"], case["s_txt"], case["top_index"].shape[-1])
@@ -104,22 +121,27 @@ def test_scenes_of_others_are_read_with_care(part: str, tmp_path: Path, monkeypa
     (tmp_path / "classnames.txt").write_text("a\nb\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "images/0.png")
     Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "masks/0.png")
-    ((pixels, mask, ignore),) = evaluation.labelled_images(str(tmp_path), 8, "x.pt")
+    ((pixels, mask, ignore),) = labelled_images(str(tmp_path), 8, normalize(""))
     assert pixels.shape == (1, 3, 8, 8) and torch.equal(mask[0], torch.eye(8).long()) and ignore == 255
     bad = tmp_path / part / "0.png"
     Image.new("L", (8, 8)).save(bad, "EPS")
     with pytest.raises(ValueError, match=f"{part}/0.png"):
-        list(evaluation.labelled_images(str(tmp_path), 8, "x.pt"))
+        list(labelled_images(str(tmp_path), 8, normalize("")))
     Image.new("L", (8, 8)).save(bad, "PNG")
     monkeypatch.setattr(data, "MAX_PIXELS", 63)
     with pytest.raises(ValueError, match="/0.png.* 63 "):
-        list(evaluation.labelled_images(str(tmp_path), 8, "x.pt"))
+        list(labelled_images(str(tmp_path), 8, normalize("")))
 
 
 def test_word_classes_and_background(arms: dict[str, Path], small_scenes: Path):
-    cfg = evaluation.Config((), (), str(small_scenes), class_text="word", background=True)
-    flat = evaluation.evaluate_run(str(arms["overuse"]), cfg, run.Process(0, 1, torch.device("cpu")))
+    process = run.Process(0, 1, torch.device("cpu"))
+    cfg = evaluation.Config((), (), str(small_scenes), 32, class_text="word", background=True)
+    flat = evaluation.evaluate_run(str(arms["overuse"]), cfg, process)
     assert 0 <= flat["patchdis/miou"] <= flat["patchdis/miou_present"] <= 100
+    for name in ("classes.png", "patches.png"):
+        assert (arms["overuse"] / name).stat().st_size > 5_000
+    sparse = evaluation.evaluate_run(str(arms["overuse"]), dataclasses.replace(cfg, patchdis_sparse=True), process)
+    assert sparse["patchdis/random_miou"] == flat["patchdis/random_miou"]
 
 
 def test_renormalizing_after_sparsifying(arms: dict[str, Path], small_set: Path):
@@ -129,9 +151,9 @@ def test_renormalizing_after_sparsifying(arms: dict[str, Path], small_set: Path)
         cfg = evaluation.Config((), (str(small_set),), None, topk=topk, renormalize=renormalize)
         found.append(evaluation.evaluate_run(str(arms["overuse"]), cfg, process))
     for a, b in (found[:2], found[2:]):
-        assert a["retrieval_ood/image/active"] == b["retrieval_ood/image/active"]
-    assert found[2]["retrieval_ood/mean_recall"] == found[2]["retrieval_ood/dense/mean_recall"]
-    assert abs(found[2]["retrieval_ood/mean_recall"] - found[3]["retrieval_ood/mean_recall"]) < 1
+        assert a["retrieval_known/image/active"] == b["retrieval_known/image/active"]
+    assert found[2]["retrieval_known/mean_recall"] == found[2]["retrieval_known/dense/mean_recall"]
+    assert abs(found[2]["retrieval_known/mean_recall"] - found[3]["retrieval_known/mean_recall"]) < 1
 
 
 def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):

@@ -18,6 +18,7 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalL
 from lexvla import model
 from lexvla.config import Config
 from lexvla.model import (
+    DenseTextEncoder,
     ImageEncoder,
     LexVLA,
     LoRALinear,
@@ -541,3 +542,31 @@ def test_recomputed_blocks_give_the_same_gradients():
         assert len(calls) == 1 + checkpointing
         grads.append({name: p.grad for name, p in text.named_parameters() if p.grad is not None and ".B" in name})
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_words_of_a_set_of_patches_are_pooled_first_and_normalised_then():
+    """Eq. 4 of the set's tokens alone; of all patches it is that of the image without [CLS]."""
+    torch.manual_seed(0)
+    tokens, codebook = torch.randn(3, 7, 8), torch.randn(20, 8)
+    image = ImageEncoder(torch.nn.Identity(), torch.nn.Identity(), codebook, pool_cls=False, bias=-1.0)
+    chosen = torch.rand(3, 6) < 0.5
+    chosen[:, 2] = True
+    found = image.patch_set(tokens, chosen)
+    for row, z, kept in zip(found, tokens, chosen, strict=True):
+        torch.testing.assert_close(row, lexical_map(z[None, 1:][:, kept], codebook, pool=True, bias=-1.0)[0])
+    torch.testing.assert_close(image.patch_set(tokens, torch.ones(3, 6, dtype=torch.bool)), image(tokens))
+    assert not torch.allclose(found, image.patches(tokens).where(chosen[..., None], 0.0).amax(1))  # as it was before
+
+
+def test_latent_texts_start_around_zero():
+    """Centred, the captions' rows differ; before, what all prompts have in common hides it."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+    lm = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    encoder = DenseTextEncoder(lm, torch.arange(90), torch.randn(8, 24))
+    ids, mask = torch.randint(0, 90, (6, 7)), torch.ones(6, 7, dtype=torch.long)
+    encoder.centre(ids, mask)
+    z = encoder.hidden(ids, mask) @ encoder.projection.T + encoder.offset
+    torch.testing.assert_close(z.mean(0), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(ids, mask), torch.nn.functional.normalize(z, dim=-1))
+    assert {name for name, p in encoder.named_parameters() if p.requires_grad} == {"projection", "offset"}

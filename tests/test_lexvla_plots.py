@@ -19,10 +19,8 @@ def test_word_clouds_show_each_word_once_and_larger_words_larger(tmp_path: Path)
     assert (tmp_path / "words.png").stat().st_size > 5_000
 
 
-def test_words_of_patches_and_where_a_word_is():
+def test_where_a_word_is():
     s_patch = torch.tensor([[1.0, 0.0, 0.2], [0.5, 0.1, 0.9], [0.0, 0.7, 0.0], [0.2, 0.2, 0.2]])
-    chosen = torch.tensor([True, False, True, False])
-    assert plots.patch_set_words(s_patch, chosen).tolist() == pytest.approx([1.0, 0.7, 0.2])
     mask = plots.word_mask(s_patch, torch.tensor([0.0, 0.0, 1.0]), (2, 2))
     assert mask.shape == (2, 2) and mask.argmax() == 1 and mask.min() == 0 and mask.max() == 1
     assert plots.word_mask(torch.ones(4, 3), torch.ones(3), (2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
@@ -31,3 +29,17 @@ def test_words_of_patches_and_where_a_word_is():
 def test_pixels_become_an_image_that_can_be_looked_at():
     picture = plots.picture_of(torch.randn(3, 5, 4))
     assert picture.shape == (5, 4, 3) and picture.min() == 0 and picture.max() == pytest.approx(1.0)
+
+
+def test_map_of_predicted_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A class has one colour in both maps; nothing is white, a class that is not shown grey."""
+    truth = torch.tensor([[3, 3, -1, -1], [3, 3, -1, -1], [1, 1, 3, 3], [1, 1, 3, 3]])
+    shown = []
+    monkeypatch.setattr(plots.plt.Axes, "imshow", lambda axis, picture, **_: shown.append(np.asarray(picture)))
+    one = plots.ClassMap(torch.randn(3, 8, 8), truth, torch.tensor([[3, 0], [1, 3]]))
+    plots.plot_class_maps([one, one], ["a", "b", "c", "d"], tmp_path / "classes.png")
+    picture, classes, predicted = shown[:3]
+    assert picture.shape == (8, 8, 3) and classes.shape == (4, 4, 3) and predicted.shape == (2, 2, 3)
+    assert (classes[0, 2] == 1).all() and (predicted[0, 1] == 0.75).all()
+    assert (classes[0, 0] == predicted[0, 0]).all() and (classes[2, 0] == predicted[1, 0]).all()
+    assert not (classes[0, 0] == classes[2, 0]).all() and (tmp_path / "classes.png").is_file()

@@ -1,47 +1,75 @@
-"""Scenes with a label for each pixel: exact masks; a finished folder is as asked for, or is refused."""
+"""The study's corpus: words that training uses and words that it does not; exact masks; finished folders."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from scripts import ROOT
+from test_corpora_scenes import bank, corpus  # noqa: F401
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, folder  # noqa: F401
 
-from lexvla import eval as evaluation
-from lexvla import scenes
+from lexvla import patchdis, scenes
+from lexvla.towers import normalize
+from shared import data
+from shared.corpora.emoji_sources import Emoji
+from shared.evalsets import EvalSet
 
-
-def test_finished_scenes_are_what_is_asked_for_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    out, corpus = folder / "scenes", ROOT / "data/emoji"
-    (folder / "scenes.tmp/images").mkdir(parents=True)
-    (folder / "scenes.tmp/images/00009.png").write_text("of a run that was killed")
-    scenes.main(out, corpus, 3)
-    assert sorted(path.name for path in (out / "images").iterdir()) == ["00000.png", "00001.png", "00002.png"]
-    scenes.main(out, corpus, 3)
-    assert "is there already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings: scenes \(was 3, now 4\)"):
-        scenes.main(out, corpus, 4)
-    monkeypatch.setattr(scenes.emoji, "SEED", 1)
-    with pytest.raises(ValueError, match=r"other settings: seed \(was 0, now 1\)"):
-        scenes.main(out, corpus, 3)
-    (out / "scenes.json").unlink()  # an older folder, which has so many
-    scenes.main(out, corpus, 3)
-    with pytest.raises(ValueError, match=r"scenes \(was 3, now 4\)"):
-        scenes.main(out, corpus, 4)
+SIZES = dict(image_size=64, concepts=6, samples=30, eval_samples=16)
+CAT = Emoji(
+    "1F408", "cat", ("cat", "pet", "feline", "big cat", "kitty", "9 lives", "animal"), "animals-nature", "mammal"
+)
 
 
 @pytest.fixture(scope="module")
-def small_scenes(folder: Path) -> Path:
-    scenes.main(folder / "four-scenes", ROOT / "data/emoji", 4)
-    return folder / "four-scenes"
+def small_corpus(corpus: Path, folder: Path) -> Path:
+    scenes.main(scenes.Config(folder / "small-scenes", corpus, **SIZES))
+    return folder / "small-scenes"
+
+
+@pytest.fixture(scope="module")
+def small_scenes(small_corpus: Path) -> Path:
+    return small_corpus / "eval/patchdis"
+
+
+def test_words_of_an_emoji_are_halved():
+    known, new = scenes.words_of(CAT)
+    assert known[0] == "cat" and len(known) == 3 and len(new) == 2
+    assert {*known[1:], *new} == {"pet", "feline", "kitty", "animal"}  # none with the name's word, or a number
+
+
+def test_sentences_say_words_of_their_kind(small_corpus: Path, corpus: Path):
+    pairs = data.open_pairs(str(small_corpus / "train"))
+    assert len(pairs) == 30
+    texts = {way: [t for _, _, of in EvalSet(small_corpus / f"eval/retrieval_{way}", np.asarray) for t in of]
+             for way in scenes.WAYS}  # fmt: skip
+    words = {one.name: scenes.words_of(one) for one in scenes.load_sprites(corpus).emoji}
+    names = (small_corpus / "eval/patchdis/classnames.txt").read_text().splitlines()
+    masks = patchdis.labelled_images(str(small_corpus / "eval/patchdis"), 64, normalize(""))
+    for i, (_, mask, ignore) in enumerate(masks):
+        shown = [words[names[c]] for c in mask.unique().tolist() if c != ignore]
+        said = {way: texts[way][i] for way in scenes.WAYS}
+        assert all(any(f" {word}" in f" {said['known']}" for word in known) for known, _ in shown), said
+        assert all(any(f" {word}" in f" {said['new']}" for word in new) for _, new in shown), said
+        assert sum(any(f" {word}" in f" {said['mixed']}" for word in new) for _, new in shown) >= 1, said
+    assert len(set(texts["known"])) > 10 and all(len(of) == 16 for of in texts.values())
 
 
 def test_scenes_have_exact_masks(small_scenes: Path):
-    names = (small_scenes / "classnames.txt").read_text().splitlines()
-    found = set()
-    for pixels, mask, ignore in evaluation.labelled_images(str(small_scenes), 96, "x.pt"):
+    names, found = (small_scenes / "classnames.txt").read_text().splitlines(), set()
+    for pixels, mask, ignore in patchdis.labelled_images(str(small_scenes), 64, normalize("")):
         labels = set(mask.unique().tolist()) - {ignore}
-        assert 2 <= len(labels) <= 4 and pixels.shape == (1, 3, 96, 96) and mask.shape == (1, 96, 96)
-        drawn = (pixels[0] < -0.1).any(0)  # covered by more than half, so with a label
-        assert not (drawn & (mask[0] == ignore)).any()
+        assert 2 <= len(labels) <= 3 and pixels.shape == (1, 3, 64, 64) and mask.shape == (1, 64, 64)
         found |= labels
-    assert found == set(range(len(names)))
+    assert len(names) == 6 and found == set(range(6))
+
+
+def test_finished_scenes_are_what_is_asked_for_or_refused(small_corpus: Path, corpus: Path, capsys):
+    again = scenes.Config(small_corpus, corpus, **SIZES)
+    scenes.main(again)
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"another setting: concepts \(was 6, now 5\)"):
+        scenes.main(scenes.Config(small_corpus, corpus, **(SIZES | {"concepts": 5})))
+    counts = json.loads((small_corpus / "manifest.json").read_text())["counts"]
+    assert counts["train"] == 30 and counts["patchdis_train"] == counts["retrieval_new"] == 16
+    with pytest.raises(ValueError, match="--samples must be at least 1"):
+        scenes.main(scenes.Config(small_corpus, corpus, **(SIZES | {"samples": 0})))

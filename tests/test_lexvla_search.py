@@ -32,7 +32,7 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     scores = [float(line.split()[0]) for line in lines]
     assert 1 <= len(lines) <= 10 and scores == sorted(scores, reverse=True)
     again = in_process("search", arms["overuse"], "red fruit", "--images", small_set, module="lexvla.eval")
-    assert again.out == result.out and len(list(arms["overuse"].glob("index-retrieval_ood-*.npz"))) == 1
+    assert again.out == result.out and len(list(arms["overuse"].glob("index-retrieval_known-*.npz"))) == 1
     other = in_process("search", arms["overuse"], "red fruit", "--images", GROUPS, "--k", 3, module="lexvla.eval")
     assert other.code == 0 and len(other.out.splitlines()) <= 4, other.err
     result = in_process("search", arms["dense"], "red fruit", "--images", small_set, module="lexvla.eval")

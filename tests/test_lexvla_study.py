@@ -1,4 +1,4 @@
-"""The study: arms and their commands, compared and reported."""
+"""The study: arms and their commands, floors, compared and reported."""
 
 import dataclasses
 import json
@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_lexvla_scenes import small_scenes  # noqa: F401
+import torch
+from test_corpora_scenes import bank, corpus  # noqa: F401
+from test_lexvla_scenes import small_corpus, small_scenes  # noqa: F401
 from test_lexvla_train import (  # noqa: F401
     ARMS,
     GROUPS,
@@ -23,32 +25,34 @@ from test_lexvla_train import (  # noqa: F401
     tiny,
 )
 
-from lexvla import config, study
+from lexvla import config, patchdis, study
 from lexvla import eval as evaluation
 from shared import checkpoints
+from shared.study.floors import Floor
+from shared.study.report import Comparison
 
 
 def test_arms_differ_in_what_they_are_named_after():
-    """Presets against LexVLA's, and the weights that study.py gives against the preset's."""
+    """Presets against LexVLA's, and what study.py gives against the preset's."""
     base = dataclasses.asdict(config.EMOJI)
     allowed = {
         "emoji-none": {"penalty"},
         "emoji-flops": {"penalty", "lambda_image", "lambda_text"},
         "emoji-bow": {"text", "states", "lora_rank", "bias"},
-        "emoji-dense": {"head", "penalty", "bias"},
+        "emoji-dense": {"head", "penalty", "bias", "pool_cls"},
     }
     for preset, names in allowed.items():
         other = dataclasses.asdict(config.PRESETS[preset][1])
         assert {name for name in base if base[name] != other[name]} == names
     commands = {arm.name: arm.command for arm in study.ARMS}
-    for arm, preset, factor in (("flops-strong", "emoji-flops", 10), ("overuse-weak", "emoji", 0.1),
-                                ("overuse-strong", "emoji", 10)):  # fmt: skip
+    for arm, preset, factor in (("flops-strong", "emoji-flops", 10), ("overuse-weak", "emoji", 0.3)):
         cfg = config.PRESETS[preset][1]
         given = re.fullmatch(rf"train {preset} --lambda-image (\S+) --lambda-text (\S+)", commands[arm])
         assert given, f"{arm} is not there"
         assert [float(x) for x in given.groups()] == pytest.approx(
             [factor * cfg.lambda_image, factor * cfg.lambda_text]
         )
+    assert {name for of in study.PENALTIES.values() for name in of} <= set(commands)
 
 
 @pytest.fixture(scope="module")
@@ -60,28 +64,66 @@ def measured(arms: dict[str, Path], folder: Path, small_set: Path, small_scenes:
             runs.append(str(folder / "eval" / f"{arm}-seed{seed}"))
             shutil.copytree(arms[arm], runs[-1])
     sets = (str(small_set), str(GROUPS))
+    floor = Floor("none", lambda: {study.RECALL: -1.0, study.ALL: 101.0})
     cfg = evaluation.Config(
         runs=tuple(runs), sets=sets, patchdis=str(small_scenes), report=str(folder / "eval/results.json"), device="cpu"
     )
-    evaluation.main(cfg)
-    return cfg
+    cfg = dataclasses.replace(cfg, patchdis_side=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=(floor,)))
+        patch.chdir(folder)
+        evaluation.main(cfg)
+        yield cfg
 
 
-def test_report(measured: evaluation.Config, capsys):
+def test_report(measured: evaluation.Config):
     summary = checkpoints.read_json(measured.report)
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"overuse", "dense"}
     overuse = summary["arms"]["overuse"]
-    for name in ("retrieval_ood/top16/text_to_image_R@1", "retrieval_ood/image/active", "patchdis/random_miou_present",
-                 "groups_id/top1", "retrieval_ood/top5_in_caption"):  # fmt: skip
+    for name in ("retrieval_known/top16/text_to_image_R@10", "retrieval_known/image/active",
+                 "patchdis/random_miou_present", "groups_id/top1", "retrieval_known/top5_in_caption"):  # fmt: skip
         assert name in overuse
-    assert any("PatchDis above random" in row["claim"] for row in summary["claims"])
-    for name in ("lexvla_sparsity.png", "lexvla_words.png", "lexvla_clouds.png", "lexvla_patches.png"):
-        assert (Path(measured.report).parent / name).stat().st_size > 5_000
+    rows = {row["claim"]: row for row in summary["claims"]}
+    primary = rows["words retrieve better than 512 dimensions"]
+    recall = {arm: values[study.RECALL]["mean"] for arm, values in summary["arms"].items()}
+    assert primary["primary"] and primary["difference"] == pytest.approx(recall["overuse"] - recall["dense"])
+    assert rows["PatchDis: words above latent dimensions"]["verdict"] == "has not learned"
+    assert rows["PatchDis of present classes: words, latent dimensions"]["verdict"] == "no claim"
+    above = rows["PatchDis of words above random patches"]
+    assert above["difference"] == pytest.approx(overuse[study.ALL]["mean"] - overuse["patchdis/random_miou"]["mean"])
+    for name in ("sparsity", "words", "penalties", "clouds", "patches", "classes"):
+        assert (Path(measured.report).parent / f"lexvla_{name}.png").stat().st_size > 5_000
     first = Path(measured.runs[0])
-    assert (first / "patches.png").is_file() and (first / "words_retrieval_ood.png").is_file()
-    assert json.loads((first / "words_retrieval_ood.json").read_text())["image"]
+    assert (first / "patches.png").is_file() and (first / "words_retrieval_known.png").is_file()
+    assert json.loads((first / "words_retrieval_known.json").read_text())["image"]
     with pytest.MonkeyPatch.context() as patch:  # what has been measured is not measured again
         patch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
         evaluation.main(measured)
     with pytest.raises(ValueError, match="ARM-seedN"):
         study.STUDY.compare(["runs/other"], [{}], Path(measured.report))
+
+
+def test_flops_at_the_recall_of_overuse():
+    """Between the two arms around it, or the nearest arm's beyond them; other arms have no such metric."""
+    recall, share = study.RECALL, study.SHARED
+    values = {"none": (12.0, 90.0), "flops": (10.0, 70.0), "flops-strong": (6.0, 30.0), "overuse": (11.0, 40.0)}
+    found = {arm: [{recall: r, share: s}, {recall: r + 100 * (arm == "overuse"), share: s}] for arm, (r, s) in
+             values.items()}  # fmt: skip
+    study.derive(Comparison(found, [0, 1], {}, set()))
+    assert [run[study.EQUAL] for run in found["flops"]] == [80.0, 90.0]
+    assert [run[study.EQUAL] for run in found["overuse"]] == [40.0, 40.0] and study.EQUAL not in found["none"][0]
+    few = {"overuse": [{recall: 1.0}], "dense-64": [{recall: 2.0}]}
+    study.derive(Comparison(few, [0], {}, set()))
+    assert few["dense-64"][0]["retrieval_known/top64/mean_recall"] == 2.0 and study.EQUAL not in few["overuse"][0]
+
+
+def test_labels_of_patches_are_what_covers_them_by_half(small_corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(study, "tokens", lambda pixels: torch.arange(65.0)[None, :, None].expand(len(pixels), 65, 3))
+    images = small_corpus / "eval/patchdis_train"
+    scenes = list(patchdis.labelled_images(str(images), 128, lambda image: torch.zeros(3, 128, 128)))
+    for (_, mask, ignore), (tokens, labels) in zip(scenes, study.labelled_patches(str(images)), strict=True):
+        side = mask.shape[-1] // 8
+        for token, label in zip(tokens[:, 0].long() - 1, labels, strict=True):
+            top, left = (int(token) // 8 * side, int(token) % 8 * side)
+            cell = mask[0, top : top + side, left : left + side]
+            assert label != ignore and (cell == label).float().mean() >= 0.5

@@ -3,9 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from open_clip.transformer import QuickGELU, VisionTransformer
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
+from timm.models.vision_transformer import checkpoint_filter_fn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -13,11 +16,9 @@ from transformers import (
 
 from lexvla import config, towers, train
 from lexvla.config import Config
-from lexvla.model import (
-    LoRALinear,
-)
+from lexvla.model import ImageEncoder, LoRALinear
 from lexvla.towers import with_lora
-from shared import data
+from shared import data, pretrained
 
 
 def tiny_lm(**sizes) -> LlamaForCausalLM:
@@ -41,14 +42,74 @@ def test_lora_targets_of_a_run():
         with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj",), states="states.pt"))
 
 
-def test_frozen_tokens_are_the_backbones(backbone: Path):
-    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16)
+def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: Path):
+    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
     pairs, cpu = data.open_pairs(f"{SHARDS}/00000.tar", 30), torch.device("cpu")
     transform = towers.eval_transform(cfg.backbone, 16)
-    encoded = train.TokenDataset(pairs, transform, image, cpu, "fp32")
+    file = tmp_path / "cache/tokens.npy"
+    encoded = train.TokenDataset(pairs, transform, image, cpu, "fp32", file)
     pixels = torch.stack([transform(pairs.read(row).image) for row in range(30)])
     tokens = torch.stack([encoded[i][0] for i in range(30)])
     torch.testing.assert_close(tokens, image.frozen(pixels), rtol=1e-3, atol=1e-3)  # kept in half precision
     torch.testing.assert_close(image(tokens), image(pixels), rtol=1e-2, atol=1e-2)
     assert [encoded[i][1] for i in range(30)] == [pairs.caption(row) for row in range(30)]
+    again = train.TokenDataset(
+        pairs, transform, image, cpu, "fp32", file
+    )  # from the file, where the first image agrees
+    assert isinstance(again.tokens, np.memmap) and all(torch.equal(again[i][0], encoded[i][0]) for i in range(30))
+    assert [again[i][1:] for i in range(30)] == [encoded[i][1:] for i in range(30)]
+    np.save(file, np.zeros_like(encoded.tokens))
+    third = train.TokenDataset(pairs, transform, image, cpu, "fp32", file)
+    assert torch.equal(third[7][0], encoded[7][0]) and np.load(file).any()
+    file.write_bytes(b"no array")
+    assert torch.equal(train.TokenDataset(pairs, transform, image, cpu, "fp32", file)[7][0], encoded[7][0])
+
+
+def test_maps_of_efficientnet_lite0_are_tokens():
+    """Of the pretrained network: its two maps, each normalised; wider tokens are mapped to the adapter's width."""
+    network, maps = pretrained.efficientnet_lite0(), towers.create_backbone(config.LITE0, 128)[0].eval()
+    pixels = torch.randn(2, 3, 128, 64)
+    with torch.no_grad():
+        tokens, x = maps.forward_features(pixels), network.bn1(network.conv_stem(pixels))
+        for number, stage in enumerate(network.blocks):
+            x = stage(x)
+            if number == 4:
+                torch.testing.assert_close(tokens[:, 1:, :112], normalized(x), rtol=1e-3, atol=1e-3)
+    assert tokens.shape == (2, 1 + 8 * 4, 432)
+    last = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(tokens[:, 1:, 112:], normalized(last), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(tokens[:, 0], tokens[:, 1:].mean(1))
+    cfg = dataclasses.replace(config.EMOJI, adapter_width=24, adapter_hidden=32)
+    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0, pretrained=False)
+    assert image(pixels).shape == (2, 40) and image.adapter.reduce.weight.shape == (24, 432)
+    assert towers.patch_side(image.backbone) == 16 and not image.backbone.training
+
+
+def normalized(maps: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H W, C) of mean 0 and variance 1 over channels."""
+    rows = maps.flatten(2).transpose(1, 2)
+    rows = rows - rows.mean(-1, keepdim=True)
+    return rows / (rows.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+def test_clips_tower_has_the_activation_that_its_weights_were_trained_with():
+    """The preset's tower and open_clip's of the same random state give the same tokens; with GELU they do not."""
+    torch.manual_seed(0)
+    sizes = dict(image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_ratio=4.0, output_tokens=True)
+    theirs = VisionTransformer(**sizes, act_layer=QuickGELU).eval()
+    state = {f"visual.{name}": value for name, value in theirs.state_dict().items()}
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        x = theirs._embeds(pixels)
+        tokens = theirs.ln_post(theirs.transformer(x))
+        for name, agrees in ((config.PRESETS["cc12m-clip"][1].backbone, True), ("vit_base_patch16_clip_224", False)):
+            ours, width, side = towers.create_backbone(name, 224, pretrained=False)
+            kept = checkpoint_filter_fn(dict(state), ours)
+            ours.load_state_dict({key: value for key, value in kept.items() if not key.startswith("head.")})
+            image = ImageEncoder(ours, torch.nn.Identity(), torch.randn(4, 768))
+            assert (width, side) == (768, 16)
+            assert torch.allclose(image.frozen(pixels), tokens, rtol=1e-3, atol=1e-3) == agrees, name
+    assert config.PRESETS["cc12m-clip"][1].backbone.endswith(".openai")
+    mean, _ = next(iter(towers.normalize(config.PRESETS["cc12m-clip"][1].backbone).values.values()))
+    assert mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])

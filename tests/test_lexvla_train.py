@@ -75,16 +75,17 @@ def states(folder: Path, lm: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Path:
-    cfg = backbones.Config(f"{SHARDS}/00000.tar", 300, str(folder / "backbone.pt"), image_size=16, epochs=2)
-    backbones.main(dataclasses.replace(cfg, batch_size=32, device="cpu", precision="fp32"))
+    cfg = backbones.Config(f"{SHARDS}/00000.tar", dataset_size=300, out=str(folder / "backbone.pt"), image_size=16)
+    backbones.main(dataclasses.replace(cfg, epochs=2, batch_size=32, device="cpu", precision="fp32"))
     return folder / "backbone.pt"
 
 
 @pytest.fixture(scope="module")
-def tiny(lm: Path, states: Path, backbone: Path) -> list[str]:
+def tiny(lm: Path, states: Path, backbone: Path, folder: Path) -> list[str]:
     return f"""--data {SHARDS}/00000.tar --dataset-size 160 --lm {lm} --states {states} --backbone {backbone}
-        --image-size 16 --epochs 3 --adapter-hidden 32 --batch-size 32 --lora-rank 2 --min-count 2 --eval-every 0
-        --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1""".split()
+        --cache {folder}/cache --image-size 16 --epochs 3 --adapter-width None --adapter-hidden 32 --batch-size 32
+        --lora-rank 2 --min-count 2 --eval-every 0 --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32
+        --log-every 1""".split()
 
 
 # --------------------------------------------------------------------------------------------------------- end to end
@@ -120,7 +121,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     for line in lines:
         parts = line["i2t"] + line["t2i"]
         if penalty:
-            weight = (3 if arm == "flops" else 0.3) * min(1, line["step"] / 4) ** 2
+            weight = (1 if arm == "flops" else 0.1) * min(1, line["step"] / 4) ** 2
             parts += weight * (line[f"{penalty}_image"] + line[f"{penalty}_text"])
         assert np.isclose(line["loss"], parts, rtol=1e-5)
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
@@ -232,8 +233,8 @@ def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path]
 
 @pytest.fixture(scope="module")
 def small_set(folder: Path) -> Path:
-    """The first 40 images of the OOD retrieval set."""
-    source, target = ROOT / "data/emoji/eval/retrieval_ood", folder / "retrieval_ood"
+    """The first 40 images of the embedded corpus' OOD retrieval set, by the name of the study's."""
+    source, target = ROOT / "data/emoji/eval/retrieval_ood", folder / "retrieval_known"
     (target / "test").mkdir(parents=True)
     (target / "dataset_type.txt").write_text("retrieval\n")
     (target / "test/nshards.txt").write_text("1\n")

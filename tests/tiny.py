@@ -88,8 +88,8 @@ def backbone(folder: Path, data: Path) -> Path:
     """LexVLA's image tower, trained for one epoch."""
     from lexvla import backbone
 
-    cfg = backbone.Config(f"{data}/00000.tar", 64, str(folder / "backbone.pt"), image_size=16, epochs=1)
-    backbone.main(dataclasses.replace(cfg, batch_size=32, device="cpu", precision="fp32"))
+    cfg = backbone.Config(f"{data}/00000.tar", dataset_size=64, out=str(folder / "backbone.pt"), image_size=16)
+    backbone.main(dataclasses.replace(cfg, epochs=1, batch_size=32, device="cpu", precision="fp32"))
     return folder / "backbone.pt"
 
 
@@ -113,7 +113,8 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
             --epochs 2 --warmup 2""",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
-            --lora-rank 0 --image-size 16 --adapter-hidden 32 --min-count 1 --epochs 2 --warmup 2""",
+            --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 32 --min-count 1
+            --epochs 2 --warmup 2""",
         "nmtune": "emoji-clip-30 --epochs 2 --warmup 2",
         "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
             --hidden-dim 32 --projection-dim 16 --warmup 2""",

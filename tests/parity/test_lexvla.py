@@ -37,7 +37,9 @@ from lexvla.model import (
     lexical_map,
     sparsify,
 )
+from lexvla.patchdis import VDRImage, vdr_vocabulary
 from lexvla.train import cosine_lr, param_groups, quadratic_warmup, train_step
+from shared import pretrained
 
 from . import Table, check_commit, race, trajectory
 
@@ -126,8 +128,23 @@ def test_image_tower(roots, table, monkeypatch):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         s = lexical_map(encoder(images), encoder.proj, pool=True)
+        ours = VDRImage(len(encoder.proj), side=32, patch=8, width=16, layers=2, heads=2).eval()
+        ours.load_state_dict(encoder.state_dict())
+        patches = F.normalize(module.elu1p(encoder(images) @ encoder.proj.T), dim=-1)
+        table.compare(
+            "patches", module.VDRImageEncoder.forward, "VDRImage", patches, ours(images), rtol=1e-4, atol=1e-5
+        )
         table.compare("sparse image representation", module.VDRImageEncoder.embed, "lexical_map, sparsify",
                       encoder.embed(images), sparsify(s, topk=100), rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+def test_vocabulary(roots, table):
+    """The pieces that VDR leaves out are those of its list."""
+    pieces = AutoTokenizer.from_pretrained(pretrained.minilm()).convert_ids_to_tokens(list(range(30_522)))
+    left_out = take(roots["VDR"] / "src/ir/encoder/vdr_crossmodal_text.py", "INVALID_TOKEN_IDS")
+    kept = [i for i in range(30_522) if i not in set(left_out)]
+    table.compare("vocabulary", "VDR/src/ir/encoder/vdr_crossmodal_text.py:156", "vdr_vocabulary", kept,
+                  vdr_vocabulary(pieces), rtol=0, atol=0)  # fmt: skip
 
 
 def test_sparsification(roots, table):

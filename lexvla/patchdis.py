@@ -1,0 +1,381 @@
+"""PatchDis (section 3.4, Table 2): is each patch of an image most similar to the class that it shows?
+
+    python -m lexvla.patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
+    python -m lexvla.patchdis vdr:vsearch/vdr-cross-modal local-dir:my-export --folder data/coco/eval/patchdis_val
+
+The measure takes any dual encoder whose patches and classes lie in one space: here open_clip's ViTs, also folders that
+`--export` of the other papers has written, and VDR's published weights. eval.py measures runs of LexVLA. A folder has
+
+    classnames.txt     one class a line
+    images/KEY.png     (or .jpg)
+    masks/KEY.png      class of each pixel; the largest value of the mask's type, 255 or 65535, is no class
+
+`make photos-coco` and `python -m shared.corpora.scenes` write such folders.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+import tyro
+from open_clip.transformer import QuickGELU, Transformer
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+
+from lexvla.model import lexical_map
+from lexvla.plots import ClassMap, plot_class_maps
+from shared import checkpoints, cli, data, evaluation, run
+
+IGNORE = 65535  # in masks of 16 bits; 255 in those of 8
+DRAWN = 6  # images of which the predicted classes are drawn
+
+
+@dataclasses.dataclass
+class Config:
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Dual encoders: MODEL@TAG of open_clip, local-dir:FOLDER, or vdr:FOLDER (or name on the hub) for VDR's weights."""
+    folder: str = "data/lexvla/scenes/eval/patchdis"
+    """Folder of images, masks and classnames.txt."""
+    out: str = "runs/lexvla/patchdis"
+    """Folder for patchdis.json and a picture for each model."""
+    template: str = "{}"
+    """What the text tower reads of a class, {} being its name. Not stated in the paper."""
+    background: bool = False
+    """Count unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
+    batch_size: int = 32
+    """Images per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+# --------------------------------------------------------------------------------------------------------- the measure
+
+
+def present_classes(masks: Tensor, classes: int, ignore: int) -> Tensor:
+    """(N, C) bool: the classes that occur in masks (N, H, W)."""
+    present = torch.zeros(len(masks), classes + 1, dtype=torch.bool, device=masks.device)
+    present.scatter_(1, torch.where(masks != ignore, masks, classes).flatten(1), True)
+    return present[:, :classes]
+
+
+def patchdis(
+    s_patch: Tensor,
+    s_class: Tensor,
+    grid: tuple[int, int],
+    masks: Tensor,
+    ignore: int = 255,
+    present_only: bool = False,
+    background: bool = False,
+) -> tuple[Tensor, Tensor, float]:
+    """Section 3.4: each patch gets the class most similar to it; (intersection (C,), union (C,), mIoU in 0..1).
+
+    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest:
+    row floor(y gh / H)). Both counts add up over images, so that batches can be added, see `mean_iou`. Not stated in
+    the paper: pixels labelled `ignore` are left out (`background`: what is predicted there counts as false); all
+    classes compete (`present_only`: those in the image's mask).
+    """
+    (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
+    sim = s_patch @ s_class.T  # (N, P, C)
+    if present_only:
+        sim = sim.masked_fill(~present_classes(masks, C, ignore)[:, None], -math.inf)
+    pred, labelled = sim.argmax(-1).view(N, gh, gw), masks != ignore
+    rows, columns = (torch.arange(size, device=masks.device) * g // size for size, g in ((H, gh), (W, gw)))
+    pred = pred[:, rows[:, None], columns]  # (N, H, W)
+    truth, seen = masks[labelled], pred if background else pred[labelled]
+    intersection = torch.bincount(truth[pred[labelled] == truth], minlength=C)
+    union = torch.bincount(seen.flatten(), minlength=C) + torch.bincount(truth, minlength=C) - intersection
+    return intersection.float(), union.float(), mean_iou(intersection, union)
+
+
+def mean_iou(intersection: Tensor, union: Tensor) -> float:
+    """Mean over the classes that occur; NaN if none does."""
+    return (intersection / union)[union > 0].mean().item()
+
+
+@torch.no_grad()
+def measure(
+    patches: Callable[[Tensor], Tensor],
+    s_class: Tensor,
+    images: Iterator[tuple[Tensor, Tensor, int]],
+    background: bool = False,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """{"miou", "miou_present", "random_miou", "random_miou_present"} in percent.
+
+    patches: pixels (B, 3, S, S) -> (B, P, V), square grids; s_class (C, V); images: of `labelled_images`. All classes
+    compete in the first, those of the image alone in the second; random patches have equally random similarities.
+    """
+    totals: dict[str, Tensor] = {}  # float64: there may be more pixels than float32 can count
+    noise, C, s_class = torch.Generator().manual_seed(0), len(s_class), s_class.to(device)
+    while batch := list(itertools.islice(images, batch_size)):
+        found = patches(torch.cat([pixels for pixels, _, _ in batch]).to(device)).float()
+        side = math.isqrt(found.shape[1])
+        for s_patch, (_, mask, ignore) in zip(found, batch, strict=True):
+            mask, random = mask.to(device), torch.rand(1, side * side, C, generator=noise).to(device)
+            for name, values, classes in (("", s_patch[None], s_class), ("random_", random, torch.eye(C).to(device))):
+                for kind, present_only in (("miou", False), ("miou_present", True)):
+                    counts = patchdis(values, classes, (side, side), mask, ignore, present_only, background)[:2]
+                    totals[name + kind] = totals.get(name + kind, 0) + torch.stack(counts).double()
+    return {name: 100 * mean_iou(*sums) for name, sums in totals.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- labelled images
+
+
+def classnames(folder: str | Path) -> list[str]:
+    """The classes of a PatchDis folder."""
+    if not (names := Path(folder) / "classnames.txt").is_file():
+        raise FileNotFoundError(f"{names} does not exist: 'python -m lexvla.scenes' and 'make photos-coco' make such")
+    return names.read_text(encoding="utf-8").splitlines()
+
+
+def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
+    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
+    transform, classes = transforms.Compose([resize, normalise]), len(classnames(folder))
+    masks = sorted((Path(folder) / "masks").glob("*.png"))
+    if not masks:
+        raise FileNotFoundError(f"{folder}/masks holds no .png")
+    for file in masks:
+        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
+        if image is None:
+            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
+        mask = read_mask(file)
+        if mask.ndim != 2:
+            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
+        ignore = 255 if mask.dtype == np.uint8 else IGNORE
+        if (largest := mask[mask != ignore].max(initial=0)) >= classes:
+            raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
+        try:
+            picture = data.decode_image(data.read_file(image))
+        except data.BrokenSample as error:
+            raise ValueError(f"{image}: {error}") from error
+        yield transform(picture)[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """The values of a .png as they are. ValueError if it cannot be read, or has more pixels than an image may have."""
+    try:
+        image = Image.open(io.BytesIO(data.read_file(file)), formats=("PNG",))
+        if image.width * image.height > data.MAX_PIXELS:
+            raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
+        return np.asarray(image)
+    except Exception as error:  # PIL's are of many kinds
+        raise ValueError(f"{file} cannot be read as a mask: {error}") from error
+
+
+@torch.no_grad()
+def class_maps(
+    patches: Callable[[Tensor], Tensor], s_class: Tensor, images: Iterator[tuple[Tensor, Tensor, int]], device
+) -> list[ClassMap]:
+    """The class of each pixel and the predicted class of each patch, of a few images (Fig. 3)."""
+    maps = []
+    for pixels, mask, ignore in images:
+        predicted = (patches(pixels.to(device))[0].float() @ s_class.to(device).T).argmax(-1).cpu()
+        side = math.isqrt(len(predicted))
+        maps.append(ClassMap(pixels[0], torch.where(mask[0] == ignore, -1, mask[0]), predicted.view(side, side)))
+    return maps
+
+
+# ------------------------------------------------------------------------------------------------------- dual encoders
+
+
+class DualEncoder(NamedTuple):
+    """What PatchDis asks of a model: unit rows, whose products are its similarity."""
+
+    patches: Callable[[Tensor], Tensor]
+    """Pixels (B, 3, S, S) -> (B, P, E)."""
+    classes: Callable[[Sequence[str]], Tensor]
+    """Texts -> (C, E)."""
+    side: int
+    """Pixels of an image's side."""
+    normalise: data.ToNormalizedTensor
+
+
+def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
+    """MODEL@TAG or local-dir:FOLDER: patch tokens go through the last LayerNorm and the projection of [CLS].
+
+    The usual reading of "CLIP's patches", not stated in the paper. ValueError for towers that are not open_clip's ViT.
+    """
+    model_name, _, tag = name.partition("@")
+    logging.disable(logging.WARNING)
+    try:
+        model = open_clip.create_model(model_name, pretrained=tag or None).to(device).eval()
+        tokenizer = open_clip.get_tokenizer(model_name)
+    except (RuntimeError, OSError, AssertionError) as error:
+        raise ValueError(f"{name} is no MODEL@TAG that open_clip can load: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    visual = model.visual
+    if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool is not None:
+        raise ValueError(f"{name} has a {type(visual).__name__}: PatchDis needs a ViT whose patches can be projected")
+    visual.output_tokens = True
+    about = open_clip.get_model_preprocess_cfg(model)
+
+    def patches(pixels: Tensor) -> Tensor:
+        tokens = visual(pixels)[1]
+        tokens = visual.ln_post(tokens) if visual.final_ln_after_pool else tokens
+        return F.normalize(tokens if visual.proj is None else tokens @ visual.proj, dim=-1)
+
+    def classes(texts: Sequence[str]) -> Tensor:
+        return model.encode_text(tokenizer(list(texts)).to(device), normalize=True)
+
+    return DualEncoder(patches, classes, visual.image_size[0], data.ToNormalizedTensor(about["mean"], about["std"]))
+
+
+class VDRImage(nn.Module):
+    """VDR's image tower, a ViT without [CLS] that ends in a codebook. V:src/ir/encoder/vdr_crossmodal_image.py:200."""
+
+    def __init__(
+        self, words: int, side: int = 224, patch: int = 32, width: int = 768, layers: int = 12, heads: int = 12
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.positional_embedding = nn.Parameter(torch.zeros((side // patch) ** 2, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, act_layer=QuickGELU)
+        self.proj = nn.Parameter(torch.zeros(words, width))
+        self.side = side
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, P, V), each patch by itself."""
+        x = self.conv1(pixels).flatten(2).transpose(1, 2) + self.positional_embedding
+        return lexical_map(self.ln_post(self.transformer(self.ln_pre(x))), self.proj)
+
+
+class VDRText(nn.Module):
+    """VDR's text tower, BERT and its input embedding as codebook. V:src/ir/encoder/vdr_crossmodal_text.py:39-57.
+
+    The maximum over tokens includes padding up to `max_len`, which its weights were trained with.
+    """
+
+    def __init__(self, config: Any, vocab_ids: Tensor):
+        from transformers import BertModel
+
+        super().__init__()
+        self.ln = nn.LayerNorm(config.hidden_size)
+        self.bert_model = BertModel(config, add_pooling_layer=False)
+        self.register_buffer("vocab_ids", vocab_ids, persistent=False)
+
+    def forward(self, **encoded: Tensor) -> Tensor:
+        """(N, V) of the tokenizer's `input_ids`, `token_type_ids` and `attention_mask`."""
+        codebook = self.bert_model.embeddings.word_embeddings.weight[self.vocab_ids]
+        return lexical_map(self.ln(self.bert_model(**encoded).last_hidden_state), codebook, pool=True)
+
+
+def vdr_vocabulary(pieces: Sequence[str]) -> Tensor:
+    """Ids of BERT's pieces that VDR keeps, 27,623 of 30,522: of ASCII letters, and not special.
+
+    V:src/ir/encoder/vdr_crossmodal_text.py:156 lists the others.
+    """
+    return torch.tensor([i for i, piece in enumerate(pieces) if piece.isascii() and not re.fullmatch(r"\[.+\]", piece)])
+
+
+def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
+    """VDR's published towers out of a folder, or of the hub, as its own `from_pretrained` keeps them.
+
+    config.json has `encoder_q` (text) and `encoder_p` (image); the weights' names start with these words.
+    """
+    from transformers import AutoTokenizer, BertConfig
+
+    try:
+        folder = Path(name) if Path(name).is_dir() else Path(from_hub(name))
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text, image = about["encoder_q"], about["encoder_p"]
+        files = [folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()]
+        state = read_weights(files[0])
+        own = folder if (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file() else None
+        tokenizer = AutoTokenizer.from_pretrained(own or text.get("model_id", "bert-base-uncased"))
+        kept = vdr_vocabulary(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+        sizes = {ours: image[theirs] for ours, theirs in VDR_SIZES.items() if theirs in image}
+        towers = VDRText(BertConfig(**text), kept), VDRImage(len(state["encoder_p.proj"]), **sizes)
+        for tower, prefix in zip(towers, ("encoder_q.", "encoder_p."), strict=True):
+            weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            weights.pop("bert_model.embeddings.position_ids", None)  # of older versions
+            tower.load_state_dict(weights)
+            tower.to(device).eval()
+        if len(kept) != len(towers[1].proj):
+            raise ValueError(f"{len(kept)} words in the text tower, {len(towers[1].proj)} in the image tower")
+    except (OSError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"vdr:{name} is no folder or hub name of VDR's cross-modal weights: {error}") from error
+    length = text.get("max_len", 256)
+
+    def classes(texts: Sequence[str]) -> Tensor:
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        return torch.cat([towers[0](**tokenizer([text], **options).to(device)) for text in texts])
+
+    return DualEncoder(towers[1], classes, towers[1].side, data.ToNormalizedTensor(*CLIP_STATISTICS))
+
+
+VDR_SIZES = {"side": "resolution", "patch": "patch_size", "width": "width", "layers": "layers", "heads": "heads"}
+CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def from_hub(name: str) -> str:
+    """Folder of a repository of the Hugging Face hub, fetched unless it is there."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"])
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    return checkpoints.load_checkpoint(file)
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+@torch.no_grad()
+def main(cfg: Config) -> dict[str, dict[str, float]]:
+    """Measure each model, print a table, draw what the patches of a few images are taken for."""
+    if not cfg.models:
+        raise ValueError("name at least one model: MODEL@TAG of open_clip, local-dir:FOLDER or vdr:FOLDER")
+    if "{}" not in cfg.template:
+        raise ValueError(f"--template {cfg.template!r} has no {{}} for the class's name")
+    cli.check_counts(cfg, "batch_size")
+    device, names = run.setup(0, cfg.device).device, classnames(cfg.folder)
+    found: dict[str, dict[str, float]] = {}
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    for name in cfg.models:
+        encoder = (vdr_encoder(name[4:], device)) if name.startswith("vdr:") else open_clip_encoder(name, device)
+        s_class = encoder.classes([cfg.template.replace("{}", one) for one in names]).float()
+        images = labelled_images(cfg.folder, encoder.side, encoder.normalise)
+        found[name] = measure(encoder.patches, s_class, images, cfg.background, cfg.batch_size, device)
+        few = itertools.islice(labelled_images(cfg.folder, encoder.side, encoder.normalise), DRAWN)
+        picture = Path(cfg.out) / f"{re.sub(r'[^A-Za-z0-9@._-]+', '-', name)}.png"
+        plot_class_maps(class_maps(encoder.patches, s_class, few, device), names, picture)
+    print(evaluation.table(rows_of(found)))
+    checkpoints.write_json(Path(cfg.out) / "patchdis.json", {"setting": dataclasses.asdict(cfg), "models": found})
+    print(f"kept in {cfg.out}")
+    return found
+
+
+def rows_of(found: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    """A row for each model, the random one first; columns: all classes compete, those of the image alone."""
+    random = {key.removeprefix("random_"): v for key, v in next(iter(found.values())).items() if "random" in key}
+    heads = {"miou": "mIoU, all classes", "miou_present": "mIoU, present classes"}
+    return [
+        {"model": name} | {head: f"{values[key]:.2f}" for key, head in heads.items()}
+        for name, values in ({"random patches": random} | found).items()
+    ]
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,198 @@
+"""PatchDis of any dual encoder: open_clip's ViTs and VDR's weights; folders of images and masks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from scripts import one_sentence
+from test_lexvla_train import SECONDS, folder  # noqa: F401
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from lexvla import patchdis
+from lexvla.model import lexical_map
+from shared.corpora import photos
+
+SCRIPT, CPU = "lexvla.patchdis", torch.device("cpu")
+PIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "[unused1]",
+    "a",
+    "##b",
+    "[",
+    "]",
+    "é",
+    "car",
+    "##s",
+    "dog",
+    "語",
+]
+
+
+@pytest.fixture(scope="module")
+def labelled(folder: Path) -> Path:
+    """Three pictures of two classes, of different sizes."""
+    out, rng = folder / "labelled", np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (out / part).mkdir(parents=True)
+    (out / "classnames.txt").write_text("car\ndog\n")
+    for i, size in enumerate(((40, 30), (32, 32), (16, 64))):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(out / f"images/{i}.png")
+        Image.fromarray(rng.choice([0, 1, 255], size).astype(np.uint8)).save(out / f"masks/{i}.png")
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> Path:
+    """A small random CLIP as `--export` of the other papers writes it."""
+    out = folder / "clip"
+    out.mkdir()
+    vision = dict(image_size=32, layers=2, width=64, head_width=16, patch_size=8)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1)
+    about = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3)}
+    (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": about, "preprocess_cfg": statistics}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**about).state_dict(), out / "open_clip_model.safetensors")
+    return out
+
+
+def test_patches_of_open_clip_are_its_tokens_projected(exported: Path):
+    encoder = patchdis.open_clip_encoder(f"local-dir:{exported}", CPU)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+    model.eval()
+    pixels, seen = torch.randn(2, 3, 32, 32), []
+    model.visual.ln_post.register_forward_hook(lambda *inputs: seen.append(inputs[-1]))
+    with torch.no_grad():
+        pooled = F.normalize(model.encode_image(pixels), dim=-1)
+        found = encoder.patches(pixels)
+        torch.testing.assert_close(found, F.normalize(seen[0][:, 1:] @ model.visual.proj, dim=-1))
+        torch.testing.assert_close(pooled, F.normalize(seen[0][:, 0] @ model.visual.proj, dim=-1))
+        tokens = open_clip.get_tokenizer(f"local-dir:{exported}")(["car", "dog"])
+        torch.testing.assert_close(encoder.classes(["car", "dog"]), model.encode_text(tokens, normalize=True))
+    assert encoder.side == 32 and found.shape == (2, 16, 24)
+    mean, std = next(iter(encoder.normalise.values.values()))
+    assert mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3]) and std.flatten().tolist()[0] == pytest.approx(0.2)
+
+
+@pytest.fixture(scope="module")
+def vdr(folder: Path) -> Path:
+    """Random weights by the names that VDR's `BiEncoder` gives them, of small towers over seven words."""
+    out = folder / "vdr"
+    out.mkdir()
+    tokenizer = BertWordPieceTokenizer({piece: i for i, piece in enumerate(PIECES)})._tokenizer
+    special = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(out)
+    text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_len=12)
+    text |= {"vocab_size": len(PIECES), "type": "vdr_crossmodal_text", "model_id": "bert-base-uncased"}
+    image = dict(type="vdr_crossmodal_image", resolution=32, patch_size=8, width=32, layers=2, heads=4)
+    (out / "config.json").write_text(json.dumps({"encoder_q": text, "encoder_p": image, "shared_encoder": False}))
+    torch.manual_seed(0)
+    towers = {"encoder_q": patchdis.VDRText(BertConfig(**text), patchdis.vdr_vocabulary(PIECES)),
+              "encoder_p": patchdis.VDRImage(7, side=32, patch=8, width=32, layers=2, heads=4)}  # fmt: skip
+    for parameter in towers["encoder_p"].parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = {f"{name}.{key}": value for name, tower in towers.items() for key, value in tower.state_dict().items()}
+    state["encoder_q.bert_model.embeddings.position_ids"] = torch.arange(512)[None]
+    torch.save(state, out / "pytorch_model.bin")
+    return out
+
+
+def test_vdr_keeps_ascii_pieces_that_are_not_special():
+    assert [PIECES[i] for i in patchdis.vdr_vocabulary(PIECES)] == ["a", "##b", "[", "]", "car", "##s", "dog"]
+
+
+def test_vdrs_weights_load_and_give_its_rows(vdr: Path):
+    """Text: BERT's states, LayerNorm, input embedding, maximum over all positions with the padding; image: patches."""
+    encoder = patchdis.vdr_encoder(str(vdr), CPU)
+    state = torch.load(vdr / "pytorch_model.bin", weights_only=True)
+    with torch.no_grad():
+        patches, classes = encoder.patches(torch.randn(2, 3, 32, 32)), encoder.classes(["car", "cars dog"])
+        about = json.loads((vdr / "config.json").read_text())["encoder_q"]
+        bert = BertModel(BertConfig(**about), add_pooling_layer=False).eval()
+        weights = {key.removeprefix("encoder_q.bert_model."): value for key, value in state.items() if "bert_m" in key}
+        bert.load_state_dict({key: value for key, value in weights.items() if "position_ids" not in key})
+        ids = torch.tensor([[2, 11, 3, *[0] * 9]])
+        hidden = bert(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state
+        z = F.layer_norm(hidden, (16,), state["encoder_q.ln.weight"], state["encoder_q.ln.bias"])
+        rows = state["encoder_q.bert_model.embeddings.word_embeddings.weight"][patchdis.vdr_vocabulary(PIECES)]
+        torch.testing.assert_close(classes[0], lexical_map(z, rows, pool=True)[0], rtol=1e-4, atol=1e-5)
+    assert patches.shape == (2, 16, 7) and classes.shape == (2, 7) and encoder.side == 32
+    torch.testing.assert_close(patches.norm(dim=-1), torch.ones(2, 16))
+
+
+def test_models_are_measured_and_drawn(labelled: Path, exported: Path, vdr: Path, in_process, tmp_path: Path):
+    options = ["--folder", labelled, "--out", tmp_path / "out", "--device", "cpu"]
+    result = in_process(f"local-dir:{exported}", f"vdr:{vdr}", *options, "--template", "a {}")
+    assert result.code == 0, result.err
+    assert "random patches" in result.out and "mIoU, present classes" in result.out
+    found = json.loads((tmp_path / "out/patchdis.json").read_text())["models"]
+    assert list(found) == [f"local-dir:{exported}", f"vdr:{vdr}"]
+    for values in found.values():
+        assert all(0 <= value <= 100 for value in values.values()) and len(values) == 4
+    assert found[f"vdr:{vdr}"]["random_miou"] == found[f"local-dir:{exported}"]["random_miou"]  # the same grid
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    again = in_process(f"local-dir:{exported}", *options, "--template", "a {}", "--batch-size", "1")
+    assert again.code == 0, again.err
+    kept = json.loads((tmp_path / "out/patchdis.json").read_text())["models"][f"local-dir:{exported}"]
+    assert kept == pytest.approx(found[f"local-dir:{exported}"])
+
+
+def test_perfect_patches_reach_all_and_random_ones_do_not(labelled: Path):
+    """Patches of one pixel that say the pixel's class."""
+    masks = [mask for _, mask, _ in patchdis.labelled_images(str(labelled), 32, lambda image: torch.zeros(3, 32, 32))]
+    square = [(torch.zeros(1, 3, 4, 4), mask[:, :16, :16], 255) for mask in masks]
+    answers = iter(mask.flatten(1).clamp(max=1) for _, mask, _ in square)
+    found = patchdis.measure(
+        lambda pixels: F.one_hot(next(answers), 2).float(), torch.eye(2), iter(square), batch_size=1
+    )
+    assert found["miou"] == found["miou_present"] == 100 and 10 < found["random_miou"] < 60
+
+
+def test_cocos_masks_are_read(tmp_path: Path):
+    """What photos.py writes of COCO's annotations is a folder for PatchDis."""
+    root = tmp_path / "coco"
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir(parents=True)
+        Image.new("RGB", (40, 20), "red").save(root / f"{split}2017/1.jpg")
+        image = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 40}
+        instance = {"id": 1, "image_id": 1, "category_id": 18, "area": 200, "iscrowd": 0,
+                    "segmentation": [[0, 0, 20, 0, 20, 10, 0, 10]]}  # fmt: skip
+        files = {"captions": {"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]},
+                 "instances": {"images": [image], "annotations": [instance],
+                               "categories": [{"id": 3, "name": "car"}, {"id": 18, "name": "dog"}]}}  # fmt: skip
+        (root / "annotations").mkdir(exist_ok=True)
+        for kind, content in files.items():
+            (root / f"annotations/{kind}_{split}2017.json").write_text(json.dumps(content))
+    photos.COCO(root, tmp_path / "out").build()
+    folder = tmp_path / "out/eval/patchdis_val"
+    assert patchdis.classnames(folder) == ["car", "dog"]
+    ((_, mask, ignore),) = patchdis.labelled_images(str(folder), 32, lambda image: torch.zeros(3, 32, 32))
+    assert mask.shape == (1, 20, 40) and (mask[0, :10, :20] == 1).all() and (mask == ignore).sum() == 600
+
+
+def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported: Path, vdr: Path, tmp_path: Path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text("{}")
+    for arguments, words in (
+        ((), "name at least one model"),
+        ((f"local-dir:{exported}", "--folder", tmp_path), "classnames.txt does not exist"),
+        ((f"local-dir:{exported}", "--folder", labelled, "--template", "a photo"), "has no {} for the class's name"),
+        ((f"local-dir:{exported}", "--folder", labelled, "--batch-size", "0"), "--batch-size must be at least 1"),
+        ((f"vdr:{bad}", "--folder", labelled), "is no folder or hub name of VDR's"),
+        (("RN50", "--folder", labelled), "PatchDis needs a ViT"),
+        (("ViT-nothing@x", "--folder", labelled), "is no MODEL@TAG that open_clip can load"),
+    ):
+        result = in_process(*arguments, "--out", tmp_path / "out")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
