@@ -28,7 +28,9 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
             assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
     row_of = {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
     for row in summary["claims"]:
-        assert set(row) - {"why"} == (row_of if set(summary) == second else {"claim", "paper", "here", "verdict"})
+        assert set(row) - {"why", "seeds_needed"} == (
+            row_of if set(summary) == second else {"claim", "paper", "here", "verdict"}
+        )
     assert {row["verdict"] for row in shown(summary["claims"])} <= set(VERDICTS)
     if set(summary) == second:
         assert len(summary["seeds"]) >= 5 and all(len(set(row)) for row in summary["floors"].values())
