@@ -24,12 +24,11 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.byobnet import ByobNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints
-from shared.resnet import ARCHITECTURE
+from shared.resnet import resnet7_small
 from tinyclip.geometry import (
     CONFIGS,
     block_sizes,
@@ -265,7 +264,7 @@ class PlainResNet(nn.Module):
 
     def __init__(self, tower: Mapping, embed_dim: int):
         super().__init__()
-        self.trunk = ByobNet(ARCHITECTURE, num_classes=0, width_factor=tower["width"] / 128)
+        self.trunk = resnet7_small(num_classes=0, width_factor=tower["width"] / 128)
         channels = self.trunk.num_features
         self.proj = nn.Parameter(channels**-0.5 * torch.randn(channels, embed_dim))
 
