@@ -652,7 +652,7 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
 
 def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_path: Path):
     """16 pixels for the teacher, 24 for the student, whose positions are stretched."""
-    given = ["--teacher", runs["teacher"], "--init", runs["teacher"], *TINY, "--image-size", "24"]
+    given = [*inheriting(runs["teacher"]), *TINY, "--image-size", "24"]
     result = in_process("emoji", *given, "--out", tmp_path / "a")
     assert result.code == 0, result.err
     assert "the teacher sees 16 pixels and 24 tokens, the student 24 and 24: its images are resized" in result.out
