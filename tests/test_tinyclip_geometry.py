@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_tinyclip_model import TEXT, VISION, example, some_masks, tiny
 
-from tinyclip.geometry import convert_state_dict, geometry, open_clip_config, said_beside, weights_file
+from tinyclip.geometry import CONFIGS, convert_state_dict, geometry, open_clip_config, said_beside, weights_file
 from tinyclip.masks import prune
 from tinyclip.model import CLIP, load_clip
 
@@ -30,6 +30,10 @@ def test_a_pruned_network_is_rebuilt_from_its_weights():
     again.load_state_dict(small.state_dict())
     assert torch.equal(again.encode_image(example()[0]), small.encode_image(example()[0]))
     assert open_clip_config(small.geometry) is None and open_clip_config(tiny().geometry) is not None
+    assert (
+        open_clip_config(CONFIGS["emoji-resnet-50"]) is None
+        and open_clip_config(CONFIGS["RN50"] | {"quick_gelu": True}) is not None
+    )
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
@@ -284,6 +285,32 @@ def test_what_stands_behind_the_end_token_does_not_matter():
     end = tokens.argmax(1)[:, None]
     other = torch.where(torch.arange(8) > end, 7, tokens)
     torch.testing.assert_close(model.encode_text(other), model.encode_text(tokens))
+
+
+def test_groups_of_texts_of_similar_length_change_nothing():
+    """64 texts on a CPU are sorted and cut into groups; fewer are computed as they come."""
+    model, tokens = tiny(), torch.zeros(64, 8, dtype=torch.long)
+    for row, end in zip(tokens, torch.arange(64) % 7 + 1, strict=True):
+        row[:end], row[end] = torch.randint(1, 29, (int(end),)), 29
+    masks = some_masks(TEXT)
+    for given in (None, masks):
+        parts = torch.cat([model.encode_text(part, given) for part in tokens.split(16)])
+        torch.testing.assert_close(model.encode_text(tokens, given), parts, rtol=1e-5, atol=1e-6)
+    model.cuts_padding = False
+    torch.testing.assert_close(model.encode_text(tokens, masks), parts, rtol=1e-5, atol=1e-6)
+
+
+def test_the_plain_resnet_is_the_shared_one():
+    """Width 128; narrower ones have fewer channels, and the small models are half and a quarter of the large one."""
+    clip, shared_one = create_model("emoji-resnet-100").eval(), timm.create_model("resnet7_small", num_classes=0).eval()
+    shared_one.load_state_dict(clip.visual.trunk.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(clip.encode_image(images), shared_one(images) @ clip.visual.proj)
+    sizes = []
+    for share in (100, 50, 25):
+        counts = parameter_counts(create_model(f"emoji-resnet-{share}"))
+        sizes.append(counts["image"] + counts["text"])
+    assert [round(size / sizes[0], 1) for size in sizes] == [1, 0.5, 0.3] and sizes[2] < 0.28 * sizes[0]
 
 
 def test_checkpointing_changes_no_gradient():

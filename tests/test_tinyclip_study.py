@@ -1,18 +1,19 @@
-"""The study: arms as commands, runs compared and reported, the rows and plots that are its own."""
+"""The study: arms as commands, runs compared and reported, the metrics, rows and plots that are its own."""
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from test_tinyclip_eval import SETS, trained
 from test_tinyclip_train import arms, corpus, folder  # noqa: F401
 
 from shared import checkpoints
 from shared.study import statistics
+from shared.study.floors import Floor
 from shared.study.report import Comparison
 from tinyclip import config, study
 from tinyclip import eval as evaluation
@@ -27,39 +28,38 @@ def runs(folder: Path) -> dict[str, Path]:
 
 
 def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
-    cfg = evaluation.Config(
-        tuple(map(str, runs.values())), sets=SETS, report=str(tmp_path / "results.json"), device="cpu"
-    )
-    monkeypatch.setattr(evaluation, "throughput", lambda *_, **__: {"pairs_per_second": 10.0})
-    claim = statistics.Claim("higher", "+1", "groups_id/top1", "inherited-affinity", "random-contrastive")
-    metrics = {"groups_id/top1": "groups", "parameters_m": "M", "macs_g": "G"}
-    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, claims=(claim,), metrics=metrics))
-    monkeypatch.setattr(study, "CLAIMS_AT_SIZES", ())  # they read names_ood
-    monkeypatch.setattr(
-        study, "learning_curve", lambda folder: [(4, 1.0), (8, 3.0 if "affinity" in str(folder) else 2.0)]
-    )
+    sets = dict(sets=SETS, throughput=False, device="cpu")
+    cfg = evaluation.Config(tuple(map(str, runs.values())), report=str(tmp_path / "results.json"), **sets)
+    arms = "inherited-affinity", "random-contrastive"
+    claim = statistics.Claim("higher", "+1", "groups_id/top1", *arms, primary=True)
+    faster = statistics.Claim("faster", "1.4x", study.TIME, *arms, -1, learned_by="groups_id/top1")
+    metrics, bars = {"groups_id/top1": "groups", "macs_g": "G"}, (Floor("none", lambda: {"groups_id/top1": -1.0}),)
+    changed = dict(claims=(faster, claim), metrics=metrics, floors=bars, sets=())
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, **changed))
+    curve = [(4, 2.0, 1.0), (8, 4.0, 3.0)], [(4, 2.0, 1.0), (8, 4.0, 2.0)]
+    monkeypatch.setattr(study, "learning_curve", lambda folder: curve["affinity" not in str(folder)])
     monkeypatch.setattr(evaluation, "METRICS", metrics)
+    monkeypatch.chdir(tmp_path)
     found = evaluation.main(cfg)
     summary = checkpoints.read_json(tmp_path / "results.json")
     assert list(summary["arms"]) == list(runs) and summary["seeds"] == [0]
     values = {arm: json.loads((runs[arm] / "results.json").read_text())["metrics"] for arm in runs}
-    assert found == list(values.values())
-    for arm in runs:
+    for arm, measured in zip(runs, found, strict=True):
+        assert measured | values[arm] == measured  # and what it was compared with another for
         assert summary["arms"][arm]["groups_id/top1"]["values"] == [values[arm]["groups_id/top1"]]
     assert values["auto"]["parameters_m"] < values["teacher"]["parameters_m"]
     assert values["inherited-affinity"]["macs_g"] < values["teacher"]["macs_g"]
     rows = {row["claim"]: row for row in summary["claims"]}
-    assert rows["higher"] == statistics.judge(
-        claim, *([values[arm]["groups_id/top1"]] for arm in ("inherited-affinity", "random-contrastive"))
-    )
-    assert rows["steps to the score of random weights, contrastive"]["here"] == "1.33x fewer"  # 8 of 6 steps
-    assert "asked" in rows["sparsity reached within 5 points, auto"]["here"]
-    assert rows["ImageNet zero-shot of the model zoo"]["verdict"] == "not testable at this scale"
+    difference = values[arms[0]]["groups_id/top1"] - values[arms[1]]["groups_id/top1"]
+    assert rows["higher"]["difference"] == pytest.approx(difference) and summary["claims"][0] == rows["higher"]
+    assert rows["faster"]["difference"] == pytest.approx(-0.25)  # half way between steps 4 and 8
+    reached = 100 * (values["auto"]["sparsity_reached"] - values["auto"]["target_sparsity"])
+    assert rows["sparsity (%), reached - asked: auto"]["difference"] == pytest.approx(reached)
+    assert rows["ImageNet zero-shot of the model zoo"]["verdict"] == "not testable here"
     assert "not testable here" in capsys.readouterr().out
     for name in ("tinyclip_curves.png", "tinyclip_masks.png"):
         assert (tmp_path / name).stat().st_size > 10_000
-    monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
-    evaluation.main(cfg)
+    assert not (tmp_path / "tinyclip_teachers.png").exists()
 
 
 def test_report_refuses(tmp_path: Path):
@@ -68,96 +68,92 @@ def test_report_refuses(tmp_path: Path):
     assert not (tmp_path / "r.json").exists()
 
 
-def test_claims_about_what_was_not_measured_are_left_out(runs: dict[str, Path], tmp_path: Path, capsys):
+def test_claims_about_what_was_not_measured_are_left_out(runs: dict[str, Path], tmp_path: Path, capsys, monkeypatch):
     folders = [str(runs[arm]) for arm in ("random-contrastive", "inherited-affinity")]
-    study.STUDY.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
-    assert re.search("claims about .*names_ood/top1.* are left out: give --sets those sets", capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    changed = dataclasses.replace(study.STUDY, floors=(Floor("none", dict),), sets=())
+    changed.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
+    left_out = "claims about .*bare_names_ood/top1.* are left out: give --sets those sets"
+    assert re.search(left_out, capsys.readouterr().out)
     rows = {row["claim"] for row in checkpoints.read_json(tmp_path / "r.json")["claims"]}
-    assert rows and "both together, zero-shot" in {claim.claim for claim in study.CLAIMS} - rows
+    assert rows and "both together" in {claim.claim for claim in study.CLAIMS} - rows
 
 
-def test_curves(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(study, "learning_curve", lambda folder: [(1, 1.0), (2, 2.0)])
-    runs = [{"names_ood/top1": x, "parameters_m": x, "pairs_per_second": x} for x in (1.0, 2.0)]
-    study.plot(Comparison({"auto": runs}, [0, 1], {"auto": [tmp_path, tmp_path]}, set(), {}), tmp_path)
-    assert (tmp_path / "tinyclip_curves.png").stat().st_size > 10_000
+def test_a_run_is_measured_on_sets_of_what_it_was_trained_on(tmp_path: Path, monkeypatch):
+    for name, data in (("names", "data/emoji/train_names"), ("scenes", f"{study.SCENES}/train")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"data": data}))
+    monkeypatch.setattr(evaluation, "main", lambda cfg: [{Path(path).name: 1.0 for path in cfg.sets}])
+    names, scenes = study.evaluate([str(tmp_path / name) for name in ("names", "scenes")])
+    assert set(names) == {"bare_names_ood", "bare_names_id", "retrieval_xm_en"}
+    assert set(scenes) == {"names_ood", "names_id"}
+
+
+# ------------------------------------------------------------------------------------------------- metrics and plots
+
+
+def test_reached():
+    curve = [(10, 1.0, 1.0), (20, 3.0, 3.0), (30, 4.0, 3.0)]
+    assert study.reached(curve, 2.0) == (15, 2.0) and study.reached(curve, 0.5) == (5, 0.5)
+    assert study.reached(curve, 4.0) == (30, 4.0)  # never
+    assert study.reached([(8, 2.0, 0.0)], 0.0) == (8, 2.0)
+
+
+def test_students_are_compared_with_those_of_neither(monkeypatch):
+    """On either corpus with its own; a teacher of another has no such number."""
+    curves = {
+        "random-contrastive": [(10, 5.0, 2.0)],
+        "inherited-affinity": [(10, 20.0, 4.0)],
+        "vit-random-contrastive": [(4, 8.0, 3.0)],
+        "auto": [(2, 2.0, 1.0), (4, 4.0, 2.0)],
+    }
+    monkeypatch.setattr(study, "learning_curve", lambda folder: curves[folder.name])
+    arms, folders = {arm: [{}] for arm in curves}, {arm: [Path(arm)] for arm in curves}
+    study.derive(Comparison(arms, [0], folders, set()))
+    assert arms["random-contrastive"] == arms["vit-random-contrastive"] == [{study.STEPS: 0.0, study.TIME: 0.0}]
+    assert arms["inherited-affinity"] == [{study.STEPS: -0.5, study.TIME: 1.0}]
+    assert arms["auto"] == [{study.STEPS: 0.0, study.TIME: -0.5}]
+
+
+def test_plots(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(study, "learning_curve", lambda folder: [(1, 1.0, 1.0), (2, 3.0, 2.0)])
+    metrics = (study.TOP1, study.TOP1_SCENES, "parameters_m")
+    runs = [dict.fromkeys(metrics, x) for x in (1.0, 2.0)]
+    arms = dict.fromkeys([arm.name for arm in study.STUDY.arms], runs)
+    folders = {arm: [tmp_path, tmp_path] for arm in arms}
+    study.plot(Comparison(arms, [0, 1], folders, set(), {}), tmp_path)
+    for name in ("tinyclip_curves.png", "tinyclip_teachers.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     assert not (tmp_path / "tinyclip_masks.png").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
-
-
-def test_steps_to_reach():
-    curve = [(10, 1.0), (20, 3.0), (30, 3.0)]
-    assert study.steps_to_reach(curve, 2.0) == 15 and study.steps_to_reach(curve, 0.5) == 5
-    assert study.steps_to_reach(curve, 4.0) == math.inf
-
-
-def test_speed_up_says_who_never_gets_there(monkeypatch):
-    curves = {
-        "a0": [(4, 2.0), (8, 3.0)],
-        "b0": [(4, 1.0), (8, 2.0)],
-        "a1": [(8, 1.0)],
-        "b1": [(8, 2.0)],
-        "zero": [(8, 0)],
-    }
-    monkeypatch.setattr(study, "learning_curve", curves.get)
-    row = study.speed_up(["a0", "a1"], ["b0", "b1"])  # twice as fast, and never
-    assert row["here"].startswith("1.00 ± ") and row["here"].endswith("x fewer, 1 of 2 never")
-    assert row["verdict"] == "not resolved at this scale"
-    assert study.speed_up(["a0"], ["zero"])["here"] == "8.00x fewer"  # a baseline that ends at 0
-
-
-@pytest.mark.parametrize(
-    ("gain", "size", "verdict"),
-    [
-        (1.0, 1.01, "reproduced"),
-        (1.0, 0.9, "reproduced"),
-        (1.0, 1.1, "not resolved at this scale"),
-        (-1.0, 0.9, "not resolved at this scale"),
-        (-1.0, 1.1, "not reproduced"),
-    ],
-)
-def test_sizes_may_take_a_verdict(gain: float, size: float, verdict: str):
-    claim = statistics.Claim("higher", "claimed", "m", "auto", "manual")
-    method, baseline = ([{"m": m, "block_parameters_m": s}] * 2 for m, s in ((10 + gain, size), (10.0, 1.0)))
-    row = statistics.judge(claim, [10 + gain] * 2, [10.0] * 2)
-    row = study.with_sizes(row, claim, method, baseline)
-    assert row["verdict"] == verdict and row["here"].endswith(f"{size:.2f}x the size")
+def test_towers_of_the_ceiling():
+    for model in ("emoji-100", "emoji-resnet-100"):
+        tower = study.tower(model)
+        assert tower.network(torch.zeros(2, 3, tower.side, tower.side)).shape == (2, tower.width)
 
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 
 
-# Presets and overrides that results/tinyclip.json was measured with; TEACHER is the run folder of the same seed
-COMMANDS = {
-    "teacher": "emoji-teacher",
-    "random-contrastive": "emoji-contrastive --init None",
-    "random-affinity": "emoji --teacher TEACHER --init None",
-    "inherited-contrastive": "emoji-contrastive --init TEACHER",
-    "inherited-affinity": "emoji --teacher TEACHER --init TEACHER",
-    "random-channels": "emoji --teacher TEACHER --init TEACHER --inherit random",
-    "auto": "emoji-auto --teacher TEACHER --init TEACHER",
-    "auto-half": """emoji-auto --teacher TEACHER --init TEACHER --steps 200 --prune-step 80 --sparsity-warmup 40
-        --mask-lr 0.3 --lambda-lr -0.3 --target-sparsity 0.5""",
-    "auto-progressive": """emoji-auto --teacher TEACHER --init runs/tinyclip/auto-half-seed3 --steps 200 --prune-step 80
-        --sparsity-warmup 40 --mask-lr 0.3 --lambda-lr -0.3 --start-sparsity 0.5 --target-sparsity 0.75""",
-    "auto-oneshot": """emoji-auto --teacher TEACHER --init TEACHER --steps 400 --prune-step 160 --sparsity-warmup 80
-        --target-sparsity 0.75""",
-}
-
-
 def test_arms_are_commands_that_their_script_takes():
     """Each arm's command line, what it waits for, and that train.py reads it."""
-    known = {arm.name: arm for arm in study.STUDY.chosen("all")}
-    assert set(known) == set(COMMANDS)
-    for name, arm in known.items():
-        expected = COMMANDS[name].replace("TEACHER", "runs/tinyclip/teacher-seed3").split()
-        expected += ["--seed", "3", "--out", f"runs/tinyclip/{name}-seed3"]
+    for arm in study.STUDY.chosen("all"):
         ((_, *words),) = study.STUDY.words(arm, 3)
-        assert words == ["-m", "tinyclip.train", *expected]
+        assert words[:2] == ["-m", "tinyclip.train"] and words[-4:-1] == ["--seed", "3", "--out"]
         cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words[2:])
         config.check_stage(cfg)
-        assert arm.needs == {Path(folder).name.removesuffix("-seed3") for folder in (cfg.teacher, cfg.init) if folder}
-    core = [arm.name for arm in study.STUDY.chosen("core")]
-    assert core == list(COMMANDS)[:5]
+        teacher_or_first = {Path(path).name.removesuffix("-seed3") for path in (cfg.teacher, cfg.init) if path}
+        assert arm.needs == teacher_or_first, arm.name
+        assert cfg.data == f"{study.SCENES}/train" if arm in study.BY_MASKS else cfg.data == "data/emoji/train_names"
+
+
+def test_core_arms_are_those_of_primary_claims():
+    """And what these start from."""
+    primary = [claim for claim in study.CLAIMS if claim.primary]
+    compared = {arm for claim in primary for arm in (claim.method, claim.baseline)}
+    core = {arm.name for arm in study.STUDY.chosen("core")}
+    assert core == compared | {"teacher", "vit-teacher", "auto-half"}
+    assert study.CLAIMS[: len(primary)] == tuple(primary)
+    known = {arm.name for arm in study.STUDY.arms}
+    assert all({claim.method, claim.baseline} <= known for claim in study.CLAIMS)

@@ -345,15 +345,58 @@ def test_batches_in_memory_are_those_that_are_read(corpus: None, tmp_path: Path)
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def in_memory(words: list[str], process: run.Process) -> train.Corpus:
+    cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
+    corpus = train.Corpus(cfg, process, first_weights(cfg)[0], {})
+    corpus.remember(None, "fp32")
+    return corpus
+
+
+def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path: Path):
+    """Those of a resumed run are those of a whole one; they are crops of what `augmentation` none shows."""
+    words, cpu = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--out", str(tmp_path)], torch.device("cpu")
+    corpus = in_memory(words, run.Process(0, 1, cpu))
+    whole = [batch for batch, _ in zip(corpus.batches(0, None, "fp32"), range(6), strict=False)]
+    for start in (2, 4):
+        for (images, tokens, answer), expected in zip(corpus.batches(start, None, "fp32"), whole[start:], strict=False):
+            assert torch.equal(images, expected[0]) and torch.equal(tokens, expected[1]) and answer is None
+    assert not torch.equal(whole[0][0], whole[3][0])
+    plain = in_memory([*words, "--crop", "1", "1", "--crop-ratio", "1", "1"], run.Process(0, 1, cpu))
+    images = train.whole_views(in_memory([*words, "--augmentation", "none"], run.Process(0, 1, cpu)).memory.pixels)
+    index = plain.order(0, 0)[0]
+    shown = next(iter(plain.batches(0, None, "fp32")))[0]
+    assert (shown - images[index]).abs().mean() < 0.05 < (whole[0][0] - images[index]).abs().mean()
+
+
+def test_distinct_captions_are_apart_on_every_process(corpus: None, tmp_path: Path):
+    names = str(ROOT / "data/emoji/train_names")
+    words = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--data", names, "--out", str(tmp_path)]
+    one, *two = (in_memory(words, run.Process(r, w, torch.device("cpu"))) for r, w in ((0, 1), (0, 2), (1, 2)))
+    for epoch, start in ((0, 0), (3, 1)):
+        whole, parts = one.order(epoch, start), [each.order(epoch, start) for each in two]
+        assert len(whole) == 96 // 32 - start and all(len(rows) == 32 for rows in whole)
+        for rows, *of_process in zip(whole, *parts, strict=True):
+            assert rows.tolist() == [row for each in of_process for row in each]
+        labels = [one.memory.labels[rows] for rows in whole[:-1]]  # the last takes what is left
+        assert all(len(set(of_batch)) == 32 for of_batch in labels)
+
+
 # ----------------------------------------------------------------------------------------------------------- end to end
+
+
+def inheriting(teacher: Path) -> list:
+    """Options of a student that starts from a teacher and mimics it, at the authors' scale."""
+    return ["--teacher", teacher, "--init", teacher, "--logit-scale", "50"]
 
 
 def arms(folder: Path) -> dict[str, list]:
     """A teacher and every kind of stage after it; the second automatic stage starts from the first."""
-    teacher = folder / "teacher-seed0"
-    given = ["--teacher", teacher, "--init", teacher]
+    given, of_resnet = (inheriting(folder / f"{name}-seed0") for name in ("teacher", "resnet-teacher"))
     commands = {
         "teacher": ["emoji-teacher"],
+        "resnet-teacher": ["emoji-resnet-teacher"],
+        "resnet": ["emoji-resnet", *of_resnet],
+        "resnet-image": ["emoji-resnet", *of_resnet, "--inherit-only", "image"],
         "random-contrastive": ["emoji-contrastive", "--init", "None"],
         "inherited-affinity": ["emoji", *given],
         "random-channels": ["emoji", *given, "--inherit", "random"],
@@ -388,7 +431,8 @@ def test_every_stage_trains(runs: dict[str, Path]):
         state = checkpoints.load_checkpoint(out / "checkpoint.pt")
         assert state["step"] == STEPS and state["masks"] is None
         scale = state["state_dict"]["logit_scale"].exp().item()
-        assert math.isclose(scale, 50, rel_tol=1e-5) == (arm not in ("teacher", "random-contrastive"))
+        learned = arm in ("teacher", "resnet-teacher", "random-contrastive")
+        assert math.isclose(scale, 50, rel_tol=1e-5) != learned
 
 
 def test_sizes(runs: dict[str, Path]):
@@ -407,14 +451,33 @@ def test_sizes(runs: dict[str, Path]):
 def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
     cfg = dataclasses.replace(config.EMOJI, init=str(runs["teacher"]), image_size=16)
     (student, _), teacher = first_weights(cfg), load_clip(runs["teacher"])
-    assert torch.equal(student.visual.conv1.weight, teacher.visual.conv1.weight[:96])
-    assert torch.equal(student.transformer.resblocks[1].ln_1.weight, teacher.transformer.resblocks[2].ln_1.weight)
+    assert torch.equal(student.visual.conv1.weight, teacher.visual.conv1.weight[:72])
+    assert torch.equal(student.transformer.resblocks[0].ln_1.weight, teacher.transformer.resblocks[0].ln_1.weight)
     assert student.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["teacher"]), image_size=16)
     whole, masks = first_weights(auto)
     state = whole.state_dict()
     assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items() if k != "logit_scale")
     assert all((loga == 10).all() for mask in masks for loga in mask.logas().values())
+
+
+def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
+    """The other starts as it would without --init."""
+    cfg = dataclasses.replace(config.PRESETS["emoji-resnet"][1], init=str(runs["resnet-teacher"]), image_size=16)
+
+    def start(**changes) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return first_weights(dataclasses.replace(cfg, **changes))[0].state_dict()
+
+    random_weights, inherited, image, text = (
+        start(**changes) for changes in ({"init": None}, {}, {"inherit_only": "image"}, {"inherit_only": "text"})
+    )
+    stem = load_clip(runs["resnet-teacher"]).visual.trunk.stem.conv.weight
+    assert torch.equal(inherited["visual.trunk.stem.conv.weight"], stem[:22])
+    for name, value in inherited.items():
+        of_image = name.startswith("visual.")
+        assert torch.equal(image[name], value if of_image else random_weights[name]), name
+        assert torch.equal(text[name], random_weights[name] if of_image else value), name
 
 
 def test_a_tower_that_is_not_trained_stays_as_it_was(runs: dict[str, Path]):
@@ -427,7 +490,7 @@ def test_a_tower_that_is_not_trained_stays_as_it_was(runs: dict[str, Path]):
         moments = state["optimizers"][0]["state"]
         assert len(moments) == len(state["state_dict"]) - len(image)
     student = load_clip(runs["text-alone"])
-    assert (student.geometry["vision"]["width"], student.geometry["text"]["layers"]) == (128, 2)
+    assert (student.geometry["vision"]["width"], student.geometry["text"]["layers"]) == (96, 1)
     text = first_weights(cfg)[0].transformer.state_dict()
     assert not all(torch.equal(value, text[name]) for name, value in student.transformer.state_dict().items())
 
@@ -447,8 +510,7 @@ def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
 def test_a_finished_run_is_not_run_twice(runs: dict[str, Path], cli):
     out = runs["auto"]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
-    given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
-    result = finished(cli("emoji-auto", *given, *MASKS, *TINY, "--out", out))
+    result = finished(cli("emoji-auto", *inheriting(runs["teacher"]), *MASKS, *TINY, "--out", out))
     assert f"is finished ({STEPS} steps); nothing to do" in result.out
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
 
@@ -467,16 +529,17 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 
-@pytest.mark.parametrize("arm", ["auto", "crops", "text-alone"])
+@pytest.mark.parametrize("arm", ["auto", "crops", "resnet", "text-alone"])
 def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
-    """Once before the masks are cut, once after, in a run that reads and crops while it trains, and in one that takes
-    the teacher's image tower."""
-    out, teacher = folder / f"killed-{arm}", runs["teacher"]
-    given = ["--teacher", teacher, "--init", teacher, *TINY, "--save-every", "1", "--out", out]
+    """Once before the masks are cut, once after, in runs that crop while they train, what they read or have in memory,
+    and in one that takes the teacher's image tower."""
+    out, teacher = folder / f"killed-{arm}", runs["resnet-teacher" if arm == "resnet" else "teacher"]
+    given = [*inheriting(teacher), *TINY, "--save-every", "1", "--out", out]
     crops = ["--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform", "--workers", "1"]
     presets = {
         "auto": ["emoji-auto", *MASKS],
         "crops": ["emoji", *crops],
+        "resnet": ["emoji-resnet"],
         "text-alone": ["emoji", "--use-teacher-image"],
     }
     command = [*presets[arm], *given]
@@ -499,7 +562,7 @@ def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm
     out, teacher = folder / f"two-{arm}", runs["teacher"]
     preset = ["emoji-auto", *MASKS] if arm == "auto" else ["emoji"]
     preset += ["--use-teacher-image"] if arm == "text-alone" else []
-    command = [*preset, "--teacher", teacher, "--init", teacher, *TINY, "--out", out]
+    command = [*preset, *inheriting(teacher), *TINY, "--out", out]
     for process in start_two(start, *command):
         finished(ended(process))
     one, two = ([line for line in metrics(path) if "loss" in line] for path in (runs[arm], out))
@@ -552,6 +615,7 @@ def broken_shards(folder: Path) -> str:
 def test_broken_shards_are_reported_and_the_run_finishes(cli, folder: Path, broken_shards: str, preset: str):
     out = folder / f"broken-{preset}"
     options = [*TINY, "--init", "None", "--dataset-size", "None", "--data", broken_shards, "--steps", "4", "--out", out]
+    options += ["--no-keep-in-memory"] if preset == "emoji-teacher" else []
     result = finished(cli(preset, *options))
     reports = [line for line in result.out.splitlines() if "broken samples" in line]
     assert reports and reports[0].startswith("epoch 1: ")
@@ -569,9 +633,9 @@ def test_strict_names_the_sample(cli, folder: Path, broken_shards: str):
 
 
 def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp_path: Path):
-    given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
+    given = inheriting(runs["teacher"])
     result = in_process("emoji", *given, *TINY, "--lr", "1e-4", "--out", runs["inherited-affinity"])
-    assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "lr (was 0.002, now 0.0001)" in result.err and one_sentence(result.err)
     (tmp_path / "unfinished").mkdir()
     result = in_process("emoji-contrastive", *TINY, "--init", tmp_path / "unfinished", "--out", tmp_path / "a")
     assert result.code == 2 and "its run is not finished" in result.err and one_sentence(result.err)
@@ -588,7 +652,7 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
 
 def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_path: Path):
     """16 pixels for the teacher, 24 for the student, whose positions are stretched."""
-    given = ["--teacher", runs["teacher"], "--init", runs["teacher"], *TINY, "--image-size", "24"]
+    given = [*inheriting(runs["teacher"]), *TINY, "--image-size", "24"]
     result = in_process("emoji", *given, "--out", tmp_path / "a")
     assert result.code == 0, result.err
     assert "the teacher sees 16 pixels and 24 tokens, the student 24 and 24: its images are resized" in result.out

@@ -118,7 +118,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "nmtune": "emoji-clip-30 --epochs 2 --warmup 2",
         "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
             --hidden-dim 32 --projection-dim 16 --warmup 2""",
-        "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2",
+        "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2 --no-keep-in-memory",
         "tldr_reduction": f"""emoji --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
             --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
             --epochs 2 --warmup 2""",

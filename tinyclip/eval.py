@@ -171,11 +171,16 @@ def throughput(
 
 
 def export_run(path: str, folder: str, cfg: Config) -> None:
-    """The model as one of open_clip's. ValueError if it was pruned to layers of different widths."""
+    """The model as one of open_clip's. ValueError if that lacks its towers."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu)
     config = open_clip_config(model.geometry)
     if config is None:
-        raise ValueError(f"{path} cannot be exported: its masks left layers of different widths, which open_clip lacks")
+        has = (
+            "its image tower is a plain ResNet"
+            if "block" in model.geometry["vision"]
+            else ("its masks left layers of different widths")
+        )
+        raise ValueError(f"{path} cannot be exported: {has}, which open_clip lacks")
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
 
 

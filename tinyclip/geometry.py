@@ -33,6 +33,10 @@ def _resnet(width: int) -> dict:
     return {"image_size": 224, "width": width, "layers": [3, 4, 6, 3], "head_width": 64}
 
 
+def _plain_resnet(width: int) -> dict:
+    return {"image_size": 32, "width": width, "layers": [1, 1, 1], "block": "basic"}
+
+
 _EMOJI_TEXT = {"context_length": 24}
 CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* ones are ours
     "ViT-B-32": _config(512, _vit(768, 12, 32), 512, 8, 12),
@@ -48,9 +52,12 @@ CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* on
     "TinyCLIP-auto-ViT-63M-32-Text-31M": _config(512, _vit(768, 12, 32), 512, 8, 12),
     "TinyCLIP-auto-ViT-45M-32-Text-18M": _config(512, _vit(768, 12, 32), 512, 8, 12),
     "TinyCLIP-auto-ViT-22M-32-Text-10M": _config(512, _vit(768, 12, 32), 512, 8, 12),
-    "emoji-100": _config(128, _vit(128, 6, 8, 40, 32), 128, 4, 4, **_EMOJI_TEXT),
-    "emoji-50": _config(128, _vit(96, 6, 8, 40, 32), 128, 4, 2, **_EMOJI_TEXT),
-    "emoji-25": _config(128, _vit(64, 6, 8, 40, 32), 128, 4, 1, **_EMOJI_TEXT),
+    "emoji-100": _config(128, _vit(96, 4, 8, 40, 24), 96, 4, 2, **_EMOJI_TEXT),
+    "emoji-50": _config(128, _vit(72, 4, 8, 40, 24), 96, 4, 1, **_EMOJI_TEXT),
+    "emoji-25": _config(128, _vit(48, 4, 8, 40, 24), 72, 3, 1, **_EMOJI_TEXT),
+    "emoji-resnet-100": _config(256, _plain_resnet(128), 128, 4, 2, **_EMOJI_TEXT),
+    "emoji-resnet-50": _config(256, _plain_resnet(88), 128, 4, 1, **_EMOJI_TEXT),
+    "emoji-resnet-25": _config(256, _plain_resnet(60), 96, 3, 1, **_EMOJI_TEXT),
 }
 
 
@@ -236,7 +243,10 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
 
 
 def open_clip_config(shape: Mapping) -> dict | None:
-    """The geometry as a config of open_clip, or None where that has no such shapes (layers of different widths)."""
+    """The geometry as a config of open_clip, or None where that has no such shapes: layers of different widths, or a
+    plain ResNet."""
+    if "block" in shape["vision"]:
+        return None
     towers = {}
     for name in ("vision", "text"):
         tower = shape[name]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints
+from shared.resnet import resnet7_small
 from tinyclip.geometry import (
     CONFIGS,
     block_sizes,
@@ -43,6 +44,7 @@ from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
 from tinyclip.masks import L0Mask, Masks, expand_pruned, prune, sparsity_loss, target_sparsity  # noqa: F401
 
 Gather = Callable[[Tensor], Tensor]
+GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
@@ -256,12 +258,26 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0], shared) @ self.proj
 
 
+class PlainResNet(nn.Module):
+    """Basic residual blocks of width / 2, width and 2 width channels, averaged over places -> (B, D): for small images
+    on a CPU, where `ModifiedResNet` is slow. Width 128 is `shared.resnet`'s network, with its names."""
+
+    def __init__(self, tower: Mapping, embed_dim: int):
+        super().__init__()
+        self.trunk = resnet7_small(num_classes=0, width_factor=tower["width"] / 128)
+        channels = self.trunk.num_features
+        self.proj = nn.Parameter(channels**-0.5 * torch.randn(channels, embed_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.trunk(image) @ self.proj
+
+
 class CLIP(nn.Module):
     """Two towers and a temperature, OpenAI's parameter names; loads open_clip's ViT, QuickGELU and ResNet weights.
 
-    vision: image_size, width, layers, and patch_size (ViT) or a list of four `layers` (ResNet); text: context_length,
-    vocab_size, width, layers, heads. `block_sizes` says how a pruned network's layers are given.
-    U:open_clip/model.py:1073.
+    vision: image_size, width, layers, and patch_size (ViT), a list of four `layers` (ResNet), or `block` (basic: a
+    `PlainResNet`); text: context_length, vocab_size, width, layers, heads. `block_sizes` says how a pruned network's
+    layers are given. U:open_clip/model.py:1073.
     """
 
     def __init__(self, embed_dim: int, vision: Mapping, text: Mapping, quick_gelu: bool = False):
@@ -270,6 +286,8 @@ class CLIP(nn.Module):
         activation = QuickGELU() if quick_gelu else nn.GELU()
         if isinstance(vision["layers"], int):
             self.visual = VisionTransformer(vision, embed_dim, activation)
+        elif "block" in vision:
+            self.visual = PlainResNet(vision, embed_dim)
         else:
             width = vision["width"]
             heads = width * 32 // vision.get("head_width", 64)
@@ -308,16 +326,26 @@ class CLIP(nn.Module):
         """(B, S) int64 -> (B, D) at the end token, the largest id. U:open_clip/model.py:764.
 
         Attention is causal: what stands behind the last end token of the batch is not computed. In training on a GPU,
-        which would have to be waited for, `cut_padding` has cut it.
+        which would have to be waited for, `cut_padding` has cut it. On a CPU texts are sorted by length, and groups of
+        them are computed up to their own longest.
         """
         shared, end = gates(masks), text.argmax(dim=-1)
         cuts = self.cuts_padding and not (text.is_cuda and self.training)
         length = int(end.max()) + 1 if cuts else text.shape[1]
+        groups = GROUPS if text.device.type == "cpu" and len(text) >= 64 else 1
+        if groups > 1:
+            end, order = end.sort(stable=True)
+            text = text[order]
         x = self.token_embedding(text[:, :length]) + self.positional_embedding[:length]
         if shared.hidden is not None:
             x = x * shared.hidden
-        x = self.transformer(x, shared, masks)
-        features = self.ln_final(x[torch.arange(len(x), device=x.device), end], shared) @ self.text_projection
+        pooled = []
+        for part, last in zip(x.tensor_split(groups), end.tensor_split(groups), strict=True):
+            part = part if groups == 1 else part[:, : int(last[-1]) + 1]
+            part = self.transformer(part, shared, masks)
+            pooled.append(part[torch.arange(len(part), device=part.device), last])
+        pooled = torch.cat(pooled) if groups == 1 else torch.cat(pooled)[order.argsort()]
+        features = self.ln_final(pooled, shared) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
@@ -343,7 +371,7 @@ class CLIP(nn.Module):
     def train(self, mode: bool = True) -> "CLIP":
         """Training mode, of a locked image tower excepted."""
         super().train(mode)
-        self.visual.train(mode and self.visual.conv1.weight.requires_grad)
+        self.visual.train(mode and next(self.visual.parameters()).requires_grad)
         return self
 
 

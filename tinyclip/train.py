@@ -146,9 +146,11 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
         try:
-            clip.load_state_dict(own | inherit_weights(own, state, head_width, cfg.depth_rule))
+            taken = inherit_weights(own, state, head_width, cfg.depth_rule)
         except ValueError as error:
             raise ValueError(f"--model {cfg.model} cannot start from --init {cfg.init}: {error}") from error
+        towers = {None: ("vision", "text"), "image": ("vision",), "text": ("text",)}[cfg.inherit_only]
+        clip.load_state_dict(own | {name: value for name, value in taken.items() if tower_of(name) in towers})
     return clip, masks
 
 
@@ -313,19 +315,24 @@ def image_and_context(clip: CLIP) -> tuple[int, int]:
     return clip.geometry["vision"]["image_size"], clip.geometry["text"]["context_length"]
 
 
-def image_transform(size: int, train: bool = False) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) with CLIP's statistics; no flip, no colours. U:open_clip/transform.py:71."""
+def image_transform(
+    size: int, train: bool = False, crop: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> transforms.Compose:
+    """PIL RGB -> (3, size, size) with CLIP's statistics; no flip, no colours. U:open_clip/transform.py:71.
+
+    In training a random crop of these shares of the area and ratios of width to height.
+    """
     bicubic = InterpolationMode.BICUBIC
     if train:
-        steps = [transforms.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
+        steps = [transforms.RandomResizedCrop(size, crop, ratio, interpolation=bicubic)]
     else:
         steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
     normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     return transforms.Compose([*steps, normalise])
 
 
-def whole_views(pixels: Tensor) -> Tensor:
-    """`image_transform` of decoded images that have its size already, (B, 3, R, R) uint8."""
+def whole_views(pixels: Tensor, u: Tensor | None = None) -> Tensor:
+    """`image_transform` of decoded images that have its size already, (B, 3, R, R) uint8; u is not used."""
     mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -366,19 +373,20 @@ class Corpus:
         self.cfg = in_steps(cfg, self.steps_per_epoch)
         self.size, context = image_and_context(student)
         self.tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=context))
-        transform = image_transform(self.size, cfg.augmentation == "crop")
+        self.crops, self.whole_image = cfg.augmentation == "crop", image_transform(self.size)
+        transform = image_transform(self.size, self.crops, cfg.crop, cfg.crop_ratio)
         self.dataset = PairDataset(self.pairs, transform, self.tokenizer, cfg.seed)
 
     def remember(self, teacher: CLIP | None, precision: str) -> None:
-        """Decode all images once; keep their views and the teacher's features of them on the device, and the tokens."""
+        """Decode all images once, for crops at twice their side, and keep them on the device, and the tokens; without
+        crops the teacher's features, too."""
         device = self.process.device
-        found = memory.read(self.pairs, self.size, self.tokenizer, self.process).to(device)
-        self.memory = found._replace(pixels=whole_views(found.pixels))
-        data.report_broken([*self.broken, *found.broken], self.process, "epoch 1")
+        self.memory = memory.read(self.pairs, self.size * (1 + self.crops), self.tokenizer, self.process).to(device)
+        data.report_broken([*self.broken, *self.memory.broken], self.process, "epoch 1")
         self.broken.clear()
-        if teacher is not None:
+        if teacher is not None and not self.crops:
             parts = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
-            inputs = ((images, cut_padding(tokens, device)) for images, tokens in parts)
+            inputs = ((whole_views(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
             answers = [ask_teacher(teacher, *batch, self.cfg, precision) for batch in inputs]
             image, text, scales = zip(*answers, strict=True)
             self.answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
@@ -404,15 +412,29 @@ class Corpus:
             yield self.dataset.normalise(images.to(self.process.device, non_blocking=True)), tokens, None
 
     def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
-        """The same batches, with the teacher's features, out of memory."""
-        (rank, world_size, _), size = self.process, self.cfg.batch_size // self.process.world_size
-        rows, as_it_is, answer = np.arange(len(self.pairs)), lambda images, u: images, self.answer
+        """The same batches out of memory, with the teacher's features where there are no crops."""
+        rows, answer, (view, count) = np.arange(len(self.pairs)), self.answer, (whole_views, 0)
+        if self.crops:
+            view, count = self.random_views, 4
         for epoch in epochs:
-            seed, start = (self.cfg.seed, epoch), first if epoch == epochs[0] else 0
-            order = data.batches(len(self.pairs), size, seed, rank, world_size, start)[: self.steps_per_epoch - start]
-            for index, images, tokens, _ in memory.Views(self.memory, rows, as_it_is, 0, seed, order):
+            order = self.order(epoch, first if epoch == epochs[0] else 0)
+            for index, images, tokens, _ in memory.Views(self.memory, rows, view, count, (self.cfg.seed, epoch), order):
                 found = answer and TeacherOutput(answer.image[index], answer.text[index], answer.scale)
                 yield images, tokens, found
+
+    def order(self, epoch: int, start: int) -> list[np.ndarray]:
+        """This process's batches of rows in an epoch, from batch `start` on; --distinct-captions parts equal ones."""
+        (rank, world_size, _), n, batch = self.process, len(self.pairs), self.cfg.batch_size
+        size, seed = batch // world_size, (self.cfg.seed, epoch)
+        if not self.cfg.distinct_captions:
+            return data.batches(n, size, seed, rank, world_size, start)[: self.steps_per_epoch - start]
+        whole = memory.distinct_batches(np.random.default_rng(seed).permutation(n), self.memory.labels, batch)
+        return [rows[rank * size : (rank + 1) * size] for rows in whole[start : self.steps_per_epoch]]
+
+    def random_views(self, pixels: Tensor, u: Tensor) -> Tensor:
+        """Random crops (B, 3, R, R) of images (B, 3, 2R, 2R) uint8, by random numbers (B, 4)."""
+        boxes = memory.random_crops(u, self.cfg.crop, self.cfg.crop_ratio)
+        return memory.normalized(memory.crop_and_resize(pixels, boxes, self.size))
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -580,7 +602,7 @@ def main(cfg: Config) -> Path | None:
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
                 with folder.clock.paused():
-                    view, dtype = image_transform(image_and_context(student.clip)[0]), run.DTYPES[precision]
+                    view, dtype = corpus.whole_image, run.DTYPES[precision]
                     top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype)
                 folder.log(done, epoch=epoch, zero_shot_top1=top1)
             run.wait()

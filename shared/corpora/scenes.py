@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from shared import cli, data
-from shared.corpora import emoji, emoji_sources, layout
+from shared.corpora import emoji_sources, layout
 from shared.corpora.captions import FORMS, write_caption
 from shared.corpora.sprites import Sprites, load_sprites, packages, scaled
 from shared.tars import write_split
@@ -450,7 +450,7 @@ def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_sampl
         names = folder / f"eval/names_{split}"
         scenes = Scenes(plain, split, sprites=sprites)
         counts[names.name] = write_split(names / "test", labelled(scenes, eval_samples))
-        layout.write_classes(names, scenes.classnames, emoji.TEMPLATES)
+        layout.write_classes(names, scenes.classnames, ["{c}"])  # no caption says "a drawing of"
         scenes = Scenes(together, split, sprites=sprites)
         chosen = list(several(scenes, differing))
         pngs = [layout.png(scene.pixels) for _, scene in chosen]
