@@ -119,7 +119,10 @@ def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
     size = 4 * math.prod(shape)
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process without a word
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process without a word
+            else:
+                file.truncate(size)
         except OSError as error:
             raise OSError(f"{folder} has no room for {size / 1e9:.1f} GB of features ({error.strerror})") from error
         yield torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import threading
@@ -45,6 +46,7 @@ MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
 ATTEMPTS = 4  # to fetch a remote shard
+STALLED = 60  # seconds without a byte after which a download is begun anew
 PAUSE = 1.0  # seconds before the second; four times as long before each that follows
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
 
@@ -207,7 +209,7 @@ def fetch(url: str, folder: Path) -> str:
             temporary = folder / f"{path.stem}.{host}-{os.getpid()}-{threading.get_ident()}.part"
             for attempt in range(ATTEMPTS):
                 try:
-                    with gopen(url) as source, open(temporary, "wb") as target:
+                    with gopen(command_of(url)) as source, open(temporary, "wb") as target:
                         shutil.copyfileobj(source, target, 1 << 20)
                     os.replace(temporary, path)
                     break
@@ -217,6 +219,14 @@ def fetch(url: str, folder: Path) -> str:
                         raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
                     time.sleep(PAUSE * 4**attempt)
     return str(path)
+
+
+def command_of(url: str) -> str:
+    """What webdataset opens: of http(s) its own curl command, which also gives up where nothing comes for a while."""
+    if not url.startswith(("http://", "https://")):
+        return url
+    patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALLED} --retry 30 --retry-delay 2"
+    return f"pipe:curl {patience} -f -s -L {shlex.quote(url)}"
 
 
 def alive(process: int) -> bool:

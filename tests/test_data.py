@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import socket
 import subprocess
 import tarfile
 from pathlib import Path
@@ -422,3 +423,18 @@ def test_texts_are_tokenised_once():
         expected = [[len(text), ord(text[0])] for text in ([texts] if isinstance(texts, str) else texts)]
         assert remembering(texts).tolist() == expected
     assert calls == [["ab", "c"], ["def"], ["g"], ["ab"], ["c"]]  # "g" was one too many
+
+
+def test_a_server_that_falls_silent_is_left(tmp_path, monkeypatch):
+    """It takes the connection and says nothing: the fetch ends with a sentence instead of waiting for ever."""
+    monkeypatch.setattr(data, "STALLED", 1)
+    monkeypatch.setattr(data, "ATTEMPTS", 1)
+    command = data.command_of
+    monkeypatch.setattr(data, "command_of", lambda url: command(url).replace("--retry 30", "--retry 0"))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/00000.tar"
+        with pytest.raises(FileNotFoundError, match="could not be fetched"):
+            data.fetch(url, tmp_path)
+    assert not list(tmp_path.glob("*.tar")) and data.command_of("gs://a/b.tar") == "gs://a/b.tar"

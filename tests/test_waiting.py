@@ -12,6 +12,8 @@ from tiny import SCRIPTS, SHARDS, commands, small_corpus
 
 # What takes a step in each script; timm's AdamW, which keeps the number of steps on the CPU, is left out.
 STEP = {"protoclip": ["protoclip_loss", "batch_statistics", "ProtoCLIP.forward"], "nmtune": ["losses"]}
+STEP |= {"tldr_reduction-clip": ["losses_of"]}
+NAMES = {"nmtune": "PRETRAIN_PRESETS", "tldr_reduction": "CAPTIONERS"}  # of presets
 MAIN = {"concept_frequency": "train"}
 
 
@@ -35,7 +37,7 @@ def test_a_step_does_not_wait(given, watch: Watch, monkeypatch: pytest.MonkeyPat
     for function in ("trimmed", "cut_padding"):
         if hasattr(script, function):
             monkeypatch.setattr(script, function, watch.within(getattr(script, function), on=False))
-    presets = script.PRETRAIN_PRESETS if name == "nmtune" else script.PRESETS
+    presets = getattr(script, NAMES.get(name, "PRESETS"))
     words = [*given[name], "--device", "cpu", "--out", str(tmp_path / name)]
     cfg = tyro.extras.overridable_config_cli(presets, args=words)
     getattr(script, MAIN.get(name, "main"))(cfg)
