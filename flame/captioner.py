@@ -46,7 +46,7 @@ class Config:
 
 
 class Captioner:
-    """Images -> captions, of a model and processor of transformers. Decoding is greedy, so that a run can be repeated."""
+    """Images -> captions, of a model and processor of transformers; decoding is greedy, so that runs agree."""
 
     def __init__(self, model: torch.nn.Module, processor: Any, instruction: str | None, max_length: int):
         self.model, self.processor, self.max_length = model.eval(), processor, max_length

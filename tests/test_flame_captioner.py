@@ -20,8 +20,15 @@ SCRIPT = "flame.captioner"
 @pytest.fixture(scope="module")
 def tiny_blip(folder: Path) -> Path:
     """A random BLIP of one small layer each, with a vocabulary of letters, as transformers saves it."""
-    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
-    from transformers import BlipProcessor, BlipTextConfig, BlipVisionConfig
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+        BlipTextConfig,
+        BlipVisionConfig,
+    )
 
     out = folder / "blip"
     out.mkdir()
