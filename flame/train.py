@@ -351,7 +351,7 @@ def main(cfg: Config) -> Path | None:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0)
-    folder.close("--sets FOLDER --language-sets --probe None")
+    folder.close("--sets FOLDER")
     return folder.path
 
 
