@@ -41,7 +41,7 @@ def tiny_blip(folder: Path) -> Path:
     torch.manual_seed(0)
     config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
     BlipForConditionalGeneration(config).save_pretrained(out)
-    tokenizer = BertTokenizerFast(vocab_file=str(out / "vocab.txt"))
+    tokenizer = BertTokenizerFast.from_pretrained(out)
     BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(out)
     return out
 

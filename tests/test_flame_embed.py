@@ -276,7 +276,7 @@ def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process,
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
     words += [f"##{letter}" for letter in words[5:]]
     (home / "vocab.txt").write_text("\n".join(words) + "\n")
-    BertTokenizerFast(vocab_file=str(home / "vocab.txt")).save_pretrained(home)
+    BertTokenizerFast.from_pretrained(home).save_pretrained(home)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(home)
     monkeypatch.setattr(embed.pretrained, "minilm", lambda: home)
