@@ -125,7 +125,7 @@ def before(llm: str) -> tuple[Once, ...]:
         Once(f"{embed} --out {bank}"),
         Once("flame.embed emoji --llm minilm --out data/flame/bank-minilm", arms=("minilm",)),
         Once(f"{embed} --mask causal --out {bank}-causal", arms=("causal",)),
-        Once(f"flame.embed emoji --llm {SMOLLM2} --out {BANKS[SMOLLM2]}", arms=("flame-english",)),
+        *([] if llm == SMOLLM2 else [Once(f"flame.embed emoji --out {BANKS[SMOLLM2]}", arms=("flame-english",))]),
         Once(f"shared.corpora.scenes --out {SCENES} {scenes}", arms=ON_SCENES),
         Once(f"flame.recaption --data {SCENES}/train --out {SCENES}/captions", arms=ON_SCENES),
         Once(f"{embed} --data {SCENES}/train {captions} {sets}", arms=("flame-scenes",)),
