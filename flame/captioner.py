@@ -122,10 +122,11 @@ def main(cfg: Config) -> None:
     captioner = load_captioner(cfg, process.device) if mine else None
     for start in tqdm(mine, cfg.out, unit="part", disable=None if process.main else True):
         rows = range(start, min(start + cfg.part_size, len(pairs)))
-        checkpoints.write_json(parts / f"{start}.json", described(pairs, rows, captioner, cfg))
+        checkpoints.write_json(parts / f"{start}.json", {"captions": described(pairs, rows, captioner, cfg)})
     run.wait()
     if process.main:
-        entries = [entry for start in starts for entry in checkpoints.read_json(parts / f"{start}.json")]
+        of_parts = (checkpoints.read_json(parts / f"{start}.json")["captions"] for start in starts)
+        entries = [entry for part in of_parts for entry in part]
         checkpoints.write_json(Path(cfg.out), entries)
         shutil.rmtree(parts)
         empty = sum(not entry["caption"] for entry in entries)

@@ -58,7 +58,7 @@ def test_captions_of_shards_are_a_file_that_embedding_reads(tiny_blip: Path, cli
     (again := folder / "again").mkdir()  # a part that is there is not made again, others are the same
     (again / "short.json.parts").mkdir()
     kept = [{"__key__": key, "caption": "kept"} for key in keys[:4]]
-    (again / "short.json.parts/0.json").write_text(json.dumps(kept))
+    (again / "short.json.parts/0.json").write_text(json.dumps({"captions": kept}))
     finished(cli(*flags[:-1], again / "short.json"))
     assert list(read_captions(str(again / "short.json")).items()) == [
         *((key, "kept") for key in keys[:4]), *list(found.items())[4:]

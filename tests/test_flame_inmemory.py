@@ -99,7 +99,7 @@ def test_facets_are_drawn_as_from_the_bank(settings: config.Config, bank: Path):
         distances = torch.cdist(facets[i], of_image)
         assert distances.min(1).values.max() < 1e-3 and len(set(distances.argmin(1).tolist())) == 6
     raw = opened(dataclasses.replace(settings, rows=(0,), facets=1, centre=False))
-    torch.testing.assert_close(raw.drawn(rows, u[rows, 4:])[:, 0], torch.stack([found[key][0] for key in keys[:20]]))
+    torch.testing.assert_close(raw.drawn(rows, u[rows, 4:5])[:, 0], torch.stack([found[key][0] for key in keys[:20]]))
 
 
 def test_both_methods_see_the_same_images_and_no_caption_twice(settings: config.Config, captions: Path):
