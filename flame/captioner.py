@@ -8,14 +8,13 @@ for each. An interrupted run goes on with the first part that is missing; under 
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 from shared import checkpoints, cli, data, run
 
@@ -40,7 +39,7 @@ class Config:
     part_size: int = 1024
     """Images per part, after which an interrupted run goes on."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
     """Number type of the model: bf16, fp16, fp32, or auto."""
 
@@ -85,7 +84,10 @@ def load_captioner(cfg: Config, device: torch.device) -> Captioner:
     return Captioner(model.to(device), processor, cfg.instruction, cfg.max_length)
 
 
-def described(pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config) -> list[dict[str, str]]:
+def described(
+    pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config,
+    tick: Callable[[int], object] = lambda count: None,
+) -> list[dict[str, str]]:  # fmt: skip
     """Entries of the caption file for these rows. An image that cannot be read has an empty caption."""
     found = {}
     for first in range(rows.start, rows.stop, cfg.batch_size):
@@ -97,6 +99,7 @@ def described(pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, 
                 found[row] = ""
         if images:
             found |= dict(zip(images, captioner(list(images.values())), strict=True))
+        tick(min(cfg.batch_size, rows.stop - first))
     return [{"__key__": str(pairs.keys[row]), "caption": found[row]} for row in rows]
 
 
@@ -120,9 +123,10 @@ def main(cfg: Config) -> None:
     starts = range(0, len(pairs), cfg.part_size)
     mine = [start for start in starts[process.rank :: process.world_size] if not (parts / f"{start}.json").exists()]
     captioner = load_captioner(cfg, process.device) if mine else None
-    for start in tqdm(mine, cfg.out, unit="part", disable=None if process.main else True):
-        rows = range(start, min(start + cfg.part_size, len(pairs)))
-        checkpoints.write_json(parts / f"{start}.json", {"captions": described(pairs, rows, captioner, cfg)})
+    rows_of = {start: range(start, min(start + cfg.part_size, len(pairs))) for start in mine}
+    with run.counting(sum(map(len, rows_of.values())), cfg.out, "image", process) as tick:
+        for start, rows in rows_of.items():
+            checkpoints.write_json(parts / f"{start}.json", {"captions": described(pairs, rows, captioner, cfg, tick)})
     run.wait()
     if process.main:
         of_parts = (checkpoints.read_json(parts / f"{start}.json")["captions"] for start in starts)

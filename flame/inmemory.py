@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from flame.bank import Bank, centred
 from flame.config import Config
@@ -56,9 +55,14 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
     path = Path(cfg.cache) / f"tokens-{pairs.fingerprint}-{side}-{precision}.npy"
     if process.main and not path.exists():
         broken, view = [], whole_image(side)
-        rows = tqdm(range(len(pairs)), f"tokens of {cfg.data}", unit="image", disable=None)
-        images = (view(data.read_or_next(pairs, row, broken).image) for row in rows)
-        tokens = trunk_tokens(images, tower, process.device, run.DTYPES[precision])
+
+        def images(tick: Callable[[int], object]) -> Iterator[Tensor]:
+            for row in range(len(pairs)):
+                yield view(data.read_or_next(pairs, row, broken).image)
+                tick(1)
+
+        with run.counting(len(pairs), f"tokens of {cfg.data}", "image", process) as tick:
+            tokens = trunk_tokens(images(tick), tower, process.device, run.DTYPES[precision])
         if line := data.broken_report(broken):
             print(line)
         path.parent.mkdir(parents=True, exist_ok=True)
