@@ -189,7 +189,7 @@ PRESETS = {
     ),
     "emoji-resnet": ("FLAME with a small ResNet from scratch", RESNET),
     "emoji-resnet-clip": _row("its baseline: a trained text encoder", RESNET, method="clip"),
-    "emoji-lite0": ("FLAME on a locked EfficientNet-Lite0, under a minute", LITE0),
+    "emoji-lite0": ("FLAME on a locked EfficientNet-Lite0", LITE0),
     "emoji-lite0-clip": _row("its baseline: a trained text encoder", LITE0, method="clip"),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
     "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),

@@ -415,7 +415,7 @@ def study(llm: str) -> Study:
         before=before(llm),
         arms=arms(llm),
         corpus=corpus(llm),
-        minutes={"core": 6, "all": 15},
+        minutes={"core": 6, "all": 15},  # estimates, until the study has been measured
         evaluate=evaluate,
         derive=derive,
         metrics=METRICS,
