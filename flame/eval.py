@@ -1,14 +1,14 @@
 """Evaluate FLAME and its baseline: `python -m flame.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/;
-LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/): zero-shot classification (zeroshot.py) and
-Crossmodal-3600 with the single prompt; COCO, Flickr30k and long captions with the long one; linear probe on raw patch
-features; few-shot in the context of an LLM (incontext.py). Texts come from the files that embed.py keeps; an LLM is
-loaded only for texts that are not there.
+LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/): zero-shot classification (zeroshot.py), that
+of ImageNet in five languages and Crossmodal-3600 with the single prompt; COCO, Flickr30k, long captions, Winoground and
+SugarCrepe with the long one (longsets.py, compositionality.py); linear probe on raw patch features; few-shot in the
+context of an LLM (incontext.py). Texts come from the files that embed.py keeps; an LLM is loaded only for texts that
+are not there.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,35 +20,38 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from flame.config import EVAL, LANGUAGE_SETS, LANGUAGES, LONG_SETS, ZERO_SHOT_SETS
+from flame.compositionality import READERS, caption_selection, read_instances
+from flame.config import LANGUAGES
 from flame.config import Config as TrainConfig
-from flame.embed import bank_config, load_causal_lm, open_set, read_pairs
+from flame.embed import bank_config, load_causal_lm, open_set
 from flame.incontext import few_shot_accuracy
-from flame.longsets import LONG_SET_READERS, crossmodal3600, read_image, read_set
+from flame.longsets import LONG_SET_READERS, crossmodal3600, imagenet_names, read_image, read_set
 from flame.model import FLAME, TrainedText, create_model, load_checkpoint
 from flame.zeroshot import (
     DualEncoder,
     TextFeatures,
+    encode,
     eval_transform,
     image_features,
+    name_classifier,
     set_classifier,
+    set_features,
     text_features,
     zero_shot,
     zero_shot_classifier,  # noqa: F401  (offered here, too)
 )
 from shared import checkpoints, cli, evaluation, export, run
 from shared.probes import Probe, fit
-from shared.zeroshot import owners, retrieval_ranks
+from shared.zeroshot import classification_metrics, owners, retrieval_ranks
 
 METRICS = {
-    "names_ood/top1": "names OOD",
-    "names_id/top1": "names ID",
+    "bare_names_ood/top1": "names OOD",
+    "bare_names_id/top1": "names ID",
     "subgroups_ood/top1": "subgroups OOD",
-    "retrieval_long_ood/image_to_text_R@1": "long I2T OOD",
-    "retrieval_long_ood/text_to_image_R@1": "long T2I OOD",
+    "retrieval_long_ood/image_to_text_R@1": "long I2T",
+    "retrieval_long_ood/text_to_image_R@1": "long T2I",
     "languages/image_to_text_R@1": "36 languages I2T",
     "languages/text_to_image_R@1": "36 languages T2I",
-    "subgroups_ood/probe_final": "probe OOD",
     "seconds": "seconds",
 }
 
@@ -64,10 +67,15 @@ class Config:
     """Image tower of checkpoint files: ViT-B-16, ViT-L-14 or ViT-L-16."""
     bank: str | None = None
     """Bank whose LLM and prompts embed the texts; None: that of the run (checkpoint files: say which)."""
-    sets: tuple[str, ...] = ZERO_SHOT_SETS + LONG_SETS
+    sets: tuple[str, ...] = ()
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification (single prompt) or retrieval (long
     prompt, mean of its facets) as each says."""
-    language_sets: tuple[str, ...] = LANGUAGE_SETS
+    multilingual: str | None = None
+    """SET:FOLDER: ImageNet in that layout, and CLIP_benchmark's clip_benchmark/datasets with class names and templates
+    of ImageNet in Arabic, English, Japanese, Italian and Chinese."""
+    compositional: tuple[str, ...] = ()
+    """Sets of captions that differ in a word or in order: winoground:FOLDER, sugar_crepe:FOLDER."""
+    language_sets: tuple[str, ...] = ()
     """Retrieval sets whose names end in _LANGUAGE; first caption, single prompt."""
     long_sets: tuple[str, ...] = ()
     """Long-context sets as their authors ship them: urban1k:FOLDER, sharegpt4v:FOLDER, docci:FOLDER, dci:FOLDER."""
@@ -77,7 +85,9 @@ class Config:
     """Images kept of each retrieval set, evenly spaced; None keeps all."""
     language_gallery: int | None = None
     """Images kept of each language; None keeps all."""
-    probe: str | None = EVAL + "subgroups_ood"
+    centre: bool = False
+    """Subtract from the captions of each language their mean, which also tells the language (not in the paper)."""
+    probe: str | None = None
     """Set with a train/ split for the linear probe; None leaves it out."""
     export: str | None = None
     """Refused: open_clip has no tower like FLAME's."""
@@ -197,24 +207,15 @@ def log_sweep(score: Callable[[float], float], low: int, high: int) -> float:
 # ------------------------------------------------------------------------------------------------------- evaluations
 
 
-def encode(
-    model: FLAME, images: Iterable[Tensor], device: torch.device | str, precision: torch.dtype, batch_size: int
-) -> Tensor:
-    """(I, D) features of images (3, H, H), of which no more than a batch is held."""
-
-    def batches():
-        source = iter(images)
-        while batch := list(itertools.islice(source, batch_size)):
-            yield torch.stack(batch), torch.zeros(0)
-
-    return image_features(model, batches(), device, precision)[0]
-
-
 def retrieval(
-    features: Tensor, captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool
+    features: Tensor, captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool, centre: bool = False
 ) -> dict[str, float]:
-    """R@1, 5, 10 both ways in percent, and what chance would give at 1; features (I, D), captions of each image."""
+    """R@1, 5, 10 both ways in percent, and what chance would give at 1; features (I, D), captions of each image.
+
+    `centre`: captions less their mean.
+    """
     embeds = texts([caption for each in captions for caption in each], multi)
+    embeds = F.normalize(embeds - embeds.mean(0), dim=-1) if centre else embeds
     recalls = retrieval_recall(features, embeds, owners(captions))
     names = {"image_retrieval_recall": "text_to_image_R", "text_retrieval_recall": "image_to_text_R"}
     named = {names[key.split("@")[0]] + "@" + key.split("@")[1]: 100 * value for key, value in recalls.items()}
@@ -243,6 +244,8 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
         text_dim = len(last)
     model = create_model(train_cfg, text_dim)
     load_checkpoint(model, state)
+    if train_cfg.lock_image:
+        model.visual.lock()
     return model.eval(), train_cfg
 
 
@@ -258,18 +261,18 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     for folder in cfg.sets:
         eval_set = open_set(folder, eval_transform(model), "classification", "retrieval")
         if eval_set.kind == "retrieval":
-            images, captions = read_pairs(eval_set, cfg.gallery)
-            metrics = retrieval(encode(model, images, device, dtype, cfg.batch_size), captions, texts, True)
+            features, captions = set_features(model, eval_set, device, dtype, cfg.batch_size, limit=cfg.gallery)
+            metrics = retrieval(features, captions, texts, True)
         else:
             classifier = set_classifier(texts, eval_set)
             metrics = zero_shot(model, classifier, eval_set, device, dtype, cfg.batch_size, cfg.workers)
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
+    if cfg.multilingual:
+        flat |= multilingual_imagenet(model, texts, cfg, device, dtype)
+    for entry in cfg.compositional:
+        flat |= compositional(model, texts, *named_folder("compositional", entry, READERS), cfg, device, dtype)
     for entry in cfg.long_sets:
-        name, _, folder = entry.partition(":")
-        if name not in LONG_SET_READERS:
-            raise ValueError(
-                f"--long-sets {entry} should be one of {', '.join(LONG_SET_READERS)}, a colon and a folder"
-            )
+        name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
         pairs, view = read_set(LONG_SET_READERS[name], folder), eval_transform(model)
         images = (view(read_image(path)) for path, _ in pairs)
         features = encode(model, images, device, dtype, cfg.batch_size)
@@ -288,6 +291,45 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
+def named_folder(option: str, entry: str, known: Iterable[str]) -> tuple[str, str]:
+    """(name, folder) of an entry NAME:FOLDER. ValueError if that name is not known."""
+    name, _, folder = entry.partition(":")
+    if name not in known:
+        raise ValueError(f"--{option} {entry} should be one of {', '.join(known)}, a colon and a folder")
+    return name, folder
+
+
+def multilingual_imagenet(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: torch.dtype) -> dict:
+    """{"imagenet_LANGUAGE/METRIC": percent} of the five languages of `cfg.multilingual`."""
+    folder, _, names = cfg.multilingual.rpartition(":")
+    eval_set, named = open_set(folder, eval_transform(model), "classification"), imagenet_names(names)
+    features, labels = set_features(model, eval_set, device, dtype, cfg.batch_size, cfg.workers)
+    flat = {}
+    for language, (classes, templates) in named.items():
+        if len(classes) != len(eval_set.classnames):
+            raise ValueError(f"{folder} has {len(eval_set.classnames)} classes, but {names} names {len(classes)}")
+        classifier = name_classifier(texts, classes, templates)
+        metrics = classification_metrics(F.normalize(features, dim=-1), labels, classifier)
+        flat |= {f"imagenet_{language}/{key}": value for key, value in metrics.items()}
+    return flat
+
+
+def compositional(
+    model: FLAME, texts: TextFeatures, name: str, folder: str, cfg: Config, device, dtype: torch.dtype
+) -> dict[str, float]:
+    """{"SET/METRIC": percent} of Winoground, or of the seven sets of SugarCrepe and their mean."""
+    view, flat = eval_transform(model), {}
+    for kind, instances in read_instances(name, folder).items():
+        images = (view(read_image(path)) for one in instances for path in one.images)
+        features = F.normalize(encode(model, images, device, dtype, cfg.batch_size), dim=-1)
+        captions = texts([caption for one in instances for caption in one.captions], True)
+        each = (part.unflatten(0, (len(instances), -1)) for part in (features, captions))
+        flat |= {f"{kind}/{key}": value for key, value in caption_selection(*each).items()}
+    if len(found := [value for key, value in flat.items() if key.endswith("/text_acc")]) > 1:
+        flat[f"{name}/text_acc"] = sum(found) / len(found)
+    return flat
+
+
 def language_sets(
     model: FLAME, cfg: Config, device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor, list[list[str]]]]:
@@ -302,8 +344,8 @@ def language_sets(
             yield language, features[[row[path] for path, _ in each]], [[text] for _, text in each]
         return
     for folder in cfg.language_sets:
-        images, captions = read_pairs(open_set(folder, view, "retrieval"), cfg.language_gallery)
-        features = encode(model, images, device, dtype, cfg.batch_size)
+        eval_set = open_set(folder, view, "retrieval")
+        features, captions = set_features(model, eval_set, device, dtype, cfg.batch_size, limit=cfg.language_gallery)
         yield Path(folder).name.rpartition("_")[2], features, [of_image[:1] for of_image in captions]
 
 
@@ -312,7 +354,7 @@ def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: tor
     flat: dict[str, float] = {}
     of_all: dict[str, dict[str, float]] = {}
     for language, features, firsts in language_sets(model, cfg, device, dtype):
-        metrics = retrieval(features, firsts, texts, False)
+        metrics = retrieval(features, firsts, texts, False, cfg.centre)
         of_all[language] = metrics
         flat |= {f"language_{language}/{key}": metrics[key] for key in ("image_to_text_R@1", "text_to_image_R@1")}
     if of_all:
@@ -340,8 +382,10 @@ def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
-    sets = (*cfg.sets, *cfg.language_sets, cfg.probe, cfg.few_shot)
-    folders = [*(entry.partition(":")[2] for entry in cfg.long_sets), *([cfg.crossmodal] if cfg.crossmodal else [])]
+    imagenet = cfg.multilingual.rpartition(":")[0] if cfg.multilingual else None
+    sets = (*cfg.sets, imagenet, *cfg.language_sets, cfg.probe, cfg.few_shot)
+    folders = [entry.partition(":")[2] for entry in (*cfg.long_sets, *cfg.compositional)]
+    folders += [cfg.crossmodal] if cfg.crossmodal else []
     files = [file for folder in folders for file in Path(folder).rglob("*") if file.is_file()]
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 

@@ -1,6 +1,7 @@
 """The paper's long-context retrieval sets and Crossmodal-3600 as their authors ship them -> (image file, caption).
 
 As FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,docci,dci}.py): one caption an image.
+Also ImageNet's class names in five languages, as LAION-AI/CLIP_benchmark@48de38c ships them.
 """
 
 import json
@@ -59,6 +60,23 @@ def crossmodal3600(root: Path, language: str) -> Pairs:
 
 
 LONG_SET_READERS = {"urban1k": urban1k, "sharegpt4v": sharegpt4v, "docci": docci, "dci": dci}
+
+
+IMAGENET_LANGUAGES = ("ar", "en", "jp", "it", "cn")  # as the files are named
+
+
+def imagenet_names(root: str | Path) -> dict[str, tuple[list[str], list[str]]]:
+    """{language: (1,000 class names, templates with {c})} of clip_benchmark/datasets; B:datasets/builder.py:53-66."""
+    found = {}
+    for language in IMAGENET_LANGUAGES:
+        names, templates = (
+            Path(root) / f"{language}_{kind}.json" for kind in ("classnames", "zeroshot_classification_templates")
+        )
+        try:
+            found[language] = tuple(json.loads(_text(path))["imagenet1k"] for path in (names, templates))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{names} and {templates.name} hold no class names of imagenet1k ({error!r})") from error
+    return found
 
 
 def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pairs:

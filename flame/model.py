@@ -3,7 +3,8 @@
 Authors' code: MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The paper's own are the prompts with several
 facets (`Prompt`), reading all facets in one pass (`facet_decoupled_mask`, `FrozenLLM`), the image tower whose MLP maps
 every token into the space of the LLM (`FLAME`), and the losses with several texts an image (`mp_sigmoid_loss`,
-`mp_nce_loss`). Letters: N images, K facets (texts of an image), D width of the LLM, W of the ViT, S tokens.
+`mp_nce_loss`). For the study alone: `SentenceEncoder` in the place of the LLM, `Convolutional` in that of the ViT,
+`TrainedText`. Letters: N images, K facets (texts of an image), D width of the LLM, W of the ViT, S tokens.
 """
 
 import math
@@ -11,13 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
+import shared.resnet  # noqa: F401  (registers its network with timm)
 from shared import checkpoints
+from shared.memory import CLIP_STATISTICS
+from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 from shared.run import gather, own_columns
 
 # ----------------------------------------------------------------------------------------------------------- prompts
@@ -48,6 +53,7 @@ _REST = (
 RAW = Prompt(f'Caption of an image: "{SLOT}" . In short ,', (_SUMMARY,), False)
 SHORT = Prompt(f'Caption of an image: "{SLOT}" . In short ,', (_SUMMARY, *_MAIN), True)
 LONG = Prompt(f'Detailed caption of an image: "{SLOT}" . In short ,', (_SUMMARY, *_MAIN, *_REST), True)
+PLAIN = Prompt(SLOT, ("",), False)  # the caption itself, for encoders that are asked nothing
 
 
 def clean_caption(text: str) -> str:
@@ -202,21 +208,91 @@ class FrozenLLM(nn.Module):
         return self.encode_ids(ids, real, lengths)
 
 
+class SentenceEncoder(nn.Module):
+    """A small frozen sentence encoder in the place of the LLM (ours): the mean of a caption's last hidden states.
+
+    It reads the caption as it is, without a prompt, so that a caption has one facet.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer, max_caption: int = 256):
+        super().__init__()
+        self.encoder, self.tokenizer, self.max_caption = encoder.eval().requires_grad_(False), tokenizer, max_caption
+
+    @property
+    def dim(self) -> int:
+        return self.encoder.config.hidden_size
+
+    @torch.no_grad()
+    def forward(self, captions: list[str], prompt: Prompt = PLAIN) -> Tensor:
+        """(B, 1, D) float32, not normalised. Each caption's row is the one it would have alone."""
+        if not captions:
+            return torch.zeros(0, 1, self.dim)
+        texts = [prompt.head.replace(SLOT, caption) for caption in captions]
+        options = dict(padding=True, truncation=True, max_length=self.max_caption, return_tensors="pt")
+        inputs = self.tokenizer(texts, **options).to(self.encoder.device)
+        hidden = self.encoder(**inputs).last_hidden_state.float()
+        real = inputs["attention_mask"][..., None]
+        return ((hidden * real).sum(1) / real.sum(1))[:, None]
+
+
 # -------------------------------------------------------------------------------------------------------- image tower
 
-TOWERS = {  # of the released configs, and a small one
+TOWERS = {  # of the released configs, and small ones
     "ViT-B-16": dict(width=768, layers=12, heads=12, patch_size=16, image_size=224, output_dim=512),
     "ViT-L-14": dict(width=1024, layers=24, heads=16, patch_size=14, image_size=224, output_dim=768),
     "ViT-L-16": dict(width=1024, layers=24, heads=16, patch_size=16, image_size=224, output_dim=768),
     "emoji": dict(width=128, layers=3, heads=4, patch_size=8, image_size=32, output_dim=128),
+    "ResNet-emoji": dict(width=256, network="resnet7_small", grid=2, image_size=32),
+    "Lite0-emoji": dict(width=1280, network=LITE0, grid=2, image_size=128, drop=0.2),
 }
 
 
-def vit(name: str, image_size: int | None = None) -> VisionTransformer:
-    """An open_clip ViT by its name in TOWERS; its final norm and projection exist, as upstream, but are not used."""
+class Convolutional(nn.Module):
+    """A network of timm in the place of the ViT (ours): the places of its last map are the tokens.
+
+    The map is averaged to `grid` x `grid` places; in training a share `drop` of the numbers is dropped. A locked trunk
+    keeps its weights and batch norms. In place of images, the tokens that a locked trunk has computed of them will do.
+    """
+
+    def __init__(self, network: str, width: int, grid: int, image_size: int, drop: float = 0.0):
+        super().__init__()
+        self.trunk, self.drop = timm.create_model(network, num_classes=0), nn.Dropout(drop)
+        self.image_size, self.grid_size, self.width, self.locked = (image_size,) * 2, (grid,) * 2, width, False
+        self.statistics = (LITE0_MEAN, LITE0_STD) if network == LITE0 else CLIP_STATISTICS
+
+    def lock(self) -> None:
+        self.trunk.requires_grad_(False).eval()
+        self.locked = True
+
+    def train(self, mode: bool = True) -> "Convolutional":
+        super().train(mode)
+        if self.locked:
+            self.trunk.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.trunk.set_grad_checkpointing(enable)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """(B, 3, H, H) -> (B, G * G, W)."""
+        maps = F.adaptive_avg_pool2d(self.trunk.forward_features(image), self.grid_size)
+        return maps.flatten(2).transpose(1, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images (B, 3, H, H), or tokens (B, G * G, W) -> tokens."""
+        return self.drop(self.tokens(image) if image.ndim == 4 else image)
+
+
+def vit(name: str, image_size: int | None = None) -> VisionTransformer | Convolutional:
+    """An image tower by its name in TOWERS; a ViT is open_clip's.
+
+    A ViT's final norm and projection exist, as upstream, but are not used.
+    """
     if name not in TOWERS:
         raise ValueError(f"model {name!r} is none of {', '.join(TOWERS)}")
     sizes = TOWERS[name] | ({} if image_size is None else {"image_size": image_size})
+    if "network" in sizes:
+        return Convolutional(**sizes)
     if sizes["image_size"] % sizes["patch_size"]:
         raise ValueError(f"patches of {sizes['patch_size']} pixels do not tile an image of {sizes['image_size']}")
     return VisionTransformer(mlp_ratio=4.0, pool_type="avg", **sizes)
@@ -225,10 +301,18 @@ def vit(name: str, image_size: int | None = None) -> VisionTransformer:
 class FLAME(nn.Module):
     """ViT -> MLP on every token -> mean of patches, in the space of the LLM; U:open_clip/model.py:191-206,442-448.
 
-    The hidden width is at least 4096 upstream, whatever the LLM. Names of weights are upstream's.
+    The hidden width is at least 4096 upstream, whatever the LLM. Names of weights are upstream's. `bias`: whether there
+    is a logit_bias, which the sigmoid loss alone has.
     """
 
-    def __init__(self, visual: VisionTransformer, width: int, text_dim: int, hidden_dim: int | None = None):
+    def __init__(
+        self,
+        visual: VisionTransformer | Convolutional,
+        width: int,
+        text_dim: int,
+        hidden_dim: int | None = None,
+        bias: bool = True,
+    ):
         super().__init__()
         hidden_dim = max(text_dim, 4096) if hidden_dim is None else hidden_dim
         self.visual = visual
@@ -236,10 +320,12 @@ class FLAME(nn.Module):
             nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, text_dim), nn.LayerNorm(text_dim)
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if bias else None
 
     def patch_tokens(self, image: Tensor) -> Tensor:
         """(B, 3, H, H) -> patch tokens (B, N, W) of the last block: no class token, no final norm."""
+        if isinstance(self.visual, Convolutional):
+            return self.visual(image)
         output = self.visual.forward_intermediates(image, indices=1, intermediates_only=True, output_fmt="NLC")
         return output["image_intermediates"][-1]
 
@@ -249,10 +335,11 @@ class FLAME(nn.Module):
         features = (tokens if visual_only else self.mm(tokens)).mean(dim=1)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit image features (B, D) float32, t = exp(logit_scale), b = logit_bias."""
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Unit image features (B, D) float32, t = exp(logit_scale), and b = logit_bias where there is one."""
         # a clone: DistributedDataParallel would take a parameter that is returned itself for one that is not used
-        return self.encode_image(image, normalize=True), self.logit_scale.exp(), self.logit_bias.clone()
+        bias = [] if self.logit_bias is None else [self.logit_bias.clone()]
+        return self.encode_image(image, normalize=True), self.logit_scale.exp(), *bias
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -263,11 +350,17 @@ class FLAME(nn.Module):
 class TrainedText(FLAME):
     """The baseline: the same image tower, and a text transformer that is trained with it, as in CLIP."""
 
-    def __init__(self, visual: VisionTransformer, width: int, embed_dim: int, hidden_dim: int, text: dict[str, int]):
-        super().__init__(visual, width, embed_dim, hidden_dim)
+    def __init__(
+        self,
+        visual: VisionTransformer | Convolutional,
+        width: int,
+        embed_dim: int,
+        hidden_dim: int,
+        text: dict[str, int],
+    ):
+        super().__init__(visual, width, embed_dim, hidden_dim, bias=False)
         self.text = TextTransformer(output_dim=embed_dim, **text)
         self.logit_scale.data.fill_(math.log(1 / 0.07))
-        del self.logit_bias
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each without padding after its longest.
@@ -295,9 +388,10 @@ def create_model(cfg, text_dim: int) -> FLAME:
     width = TOWERS.get(cfg.model, {}).get("width", 0)
     visual = vit(cfg.model, cfg.image_size)
     if cfg.method == "flame":
-        model = FLAME(visual, width, text_dim, cfg.hidden_dim)
+        model = FLAME(visual, width, text_dim, cfg.hidden_dim, bias=cfg.loss == "mp-sigmoid")
         model.logit_scale.data.fill_(math.log(cfg.logit_scale))
-        model.logit_bias.data.fill_(cfg.logit_bias)
+        if model.logit_bias is not None:
+            model.logit_bias.data.fill_(cfg.logit_bias)
         return model
     text = {"context_length": cfg.max_length, "vocab_size": 49408, "width": cfg.text_width}
     text |= {"heads": max(cfg.text_width // 64, 1), "layers": cfg.text_layers}
@@ -310,7 +404,7 @@ def create_model(cfg, text_dim: int) -> FLAME:
 def mp_sigmoid_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, negative_only: bool = False
 ) -> Tensor:
-    """L = -1/(N K) sum_ij log sigmoid(y_ij (t x_i . y_j + b)), y_ij = 1 if text j is of image i, else -1.
+    """L = -1/(N K) sum_ij log sigmoid(s_ij (t x_i . y_j + b)), s_ij = 1 if text j is of image i, else -1.
 
     image (N, D) and text (N*K, D) unit rows; row i*K + k is facet k of image i. K = 1 is SigLIP. In several processes
     each has its own images against everyone's texts, over its own N K: the mean over processes is the loss of one.
@@ -319,11 +413,11 @@ def mp_sigmoid_loss(
     rows, facets = len(text), len(text) // len(image)
     everyone = text if negative_only else gather(text)
     logits = logit_scale * image.float() @ everyone.float().T + logit_bias
-    y = torch.full_like(logits, -1.0)
+    sign = torch.full_like(logits, -1.0)
     if not negative_only:
         first = dist.get_rank() * rows if dist.is_initialized() else 0
-        y[:, first : first + rows].unflatten(1, (len(image), facets)).diagonal().fill_(1.0)
-    return -F.logsigmoid(y * logits).sum() / rows
+        sign[:, first : first + rows].unflatten(1, (len(image), facets)).diagonal().fill_(1.0)
+    return -F.logsigmoid(sign * logits).sum() / rows
 
 
 def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -359,7 +453,8 @@ def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if not isinstance(model, TrainedText):
         state = {name: value for name, value in state.items() if not name.startswith("text.")}
-        state.setdefault("logit_bias", model.logit_bias.detach())
+        if model.logit_bias is not None:
+            state.setdefault("logit_bias", model.logit_bias.detach())
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -2,8 +2,10 @@
 
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every image, and keeps the alt text as a third.
 The embedded corpus has no captioner; its captions are put together from the words it has of each emoji: raw is the
-name, short adds a few keywords, long is a few sentences. All drawings of an emoji share them. Files are lists of
-{"__key__": sample, "caption": text}, which is the layout of the authors' caption files.
+name, short adds a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
+(shared.corpora.scenes) bring captions of their own: raw names them, short says where each is, long says more of each.
+Files are lists of {"__key__": sample, "caption": text}, which is the layout of the authors' caption files. For other
+images, captioner.py writes such files.
 """
 
 import dataclasses
@@ -32,13 +34,15 @@ LONG = (
 @dataclasses.dataclass
 class Config:
     data: str = "data/emoji/train"
-    """Training shards of the embedded corpus."""
+    """Training shards of the embedded corpus, or of scenes."""
     out: str = "data/flame/captions"
     """Folder for raw.json, short.json and long.json."""
 
 
 def captions(about: dict) -> tuple[str, str, str]:
-    """(raw, short, long) of an emoji, from the .json of one of its samples; the same on every call."""
+    """(raw, short, long) of an emoji or a scene, from the .json of one of its samples; the same on every call."""
+    if "captions" in about:
+        return about["captions"]["names"], about["captions"]["positions"], about["captions"]["long"]
     rng = random.Random(f"recaption {about['hexcode']}")
     tags = rng.sample(about["tags"], len(about["tags"]))
     words = {key: about[key].replace("-", " and " if key == "group" else " ") for key in ("group", "subgroup")}
@@ -51,7 +55,8 @@ def captions(about: dict) -> tuple[str, str, str]:
 def main(cfg: Config) -> None:
     lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
     for key, about in tars.descriptions(data.expand_shards(cfg.data)):
-        if lacking := {"hexcode", "name", "tags", "group", "subgroup"} - about.keys():
+        needed = {"captions"} if "boxes" in about else {"hexcode", "name", "tags", "group", "subgroup"}
+        if lacking := needed - about.keys():
             missing = ", ".join(sorted(lacking))
             raise ValueError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")
         for kind, text in zip(KINDS, captions(about), strict=True):

@@ -7,7 +7,7 @@ Image tower and losses are in model.py, settings in config.py, the curve's texts
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import open_clip
@@ -22,12 +22,14 @@ from torchvision.transforms import Compose
 from flame.bank import AuthorsBank, Bank, centred, open_bank
 from flame.config import PRESETS, Config, check, check_inputs
 from flame.embed import embed_captions  # noqa: F401  (offered here, too)
+from flame.inmemory import InMemory
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.recaption import read_captions
 from flame.zeroshot import Curve
-from shared import accumulate, cli, data, run, windows
+from shared import accumulate, cli, data, memory, run, windows
 from shared.clip import cut_padding
 from shared.index import Strings
+from shared.pretrained import efficientnet_lite0
 
 # -------------------------------------------------------------------------------------------- schedules and optimizer
 
@@ -80,11 +82,12 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def view(size: int, train: bool, crop_scale: float = 0.9):
-    """RandomResizedCrop (bicubic, no flip) or resize of the short side and centre crop; OpenAI's mean and deviation."""
+def view(size: int, train: bool, crop_scale: float = 0.9, statistics=memory.CLIP_STATISTICS):
+    """RandomResizedCrop (bicubic, no flip) or resize of the short side and centre crop; mean and deviation are OpenAI's
+    unless `statistics` says others."""
     crop = {"scale": (crop_scale, 1.0)} if train else None
-    *steps, _, normalize = image_transform(size, train, aug_cfg=crop).transforms
-    return Compose([*steps, data.ToNormalizedTensor(normalize.mean, normalize.std)])
+    *steps, _, _ = image_transform(size, train, aug_cfg=crop).transforms
+    return Compose([*steps, data.ToNormalizedTensor(*statistics)])
 
 
 def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None = None) -> Tensor:
@@ -110,10 +113,11 @@ class FacetDataset(Dataset):
         bank: Bank | AuthorsBank | None = None,
         captions: Sequence[dict[str, str]] = (),
         tokenizer: Callable | None = None,
+        statistics=memory.CLIP_STATISTICS,
     ):
         self.pairs, self.cfg, self.seed, self.bank = pairs, cfg, seed, bank
         self.captions, self.tokenizer = captions, tokenizer
-        self.view, self.normalise = data.in_two(view(size, True, cfg.crop_scale))
+        self.view, self.normalise = data.in_two(view(size, True, cfg.crop_scale, statistics))
         self.centres = bank.centres[: bank.count] if cfg.centre and bank is not None else None
 
     def __len__(self) -> int:
@@ -163,11 +167,9 @@ def batch_loss(outputs: tuple[Tensor, ...], texts: Tensor, cfg: Config) -> Tenso
     """Loss of what the model returns of a batch; texts are facets (B, K, D) of the bank, or tokens that it has read."""
     if cfg.method == "clip":
         return mp_nce_loss(*outputs)  # one text an image: CLIP's loss
-    image, scale, bias = outputs
-    texts = texts.flatten(0, 1)
-    if cfg.loss == "mp-sigmoid":
-        return mp_sigmoid_loss(image, texts, scale, bias)
-    return mp_nce_loss(image, texts, scale) + 0.0 * bias  # DistributedDataParallel wants a gradient, if zero, of all
+    image, scale, *bias = outputs
+    loss = mp_sigmoid_loss if cfg.loss == "mp-sigmoid" else mp_nce_loss
+    return loss(image, texts.flatten(0, 1), scale, *bias)
 
 
 def train_step(
@@ -199,7 +201,7 @@ def train_step(
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
-    text_dim = 576 if cfg.model == "emoji" else 5120  # SmolLM2-135M, Mistral-Nemo
+    text_dim = 5120 if cfg.model.startswith("ViT-") else 576  # Mistral-Nemo, SmolLM2-135M
     model = create_model(cfg, text_dim)
     parameters = sum(p.numel() for p in model.parameters())
     mlp = sum(p.numel() for p in model.mm.parameters())
@@ -236,6 +238,18 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     )
 
 
+def training_batches(
+    cfg: Config, pairs, texts: tuple, tower: nn.Module, process: run.Process, epochs: range, start: int
+) -> tuple[Iterable, Callable]:
+    """(batches of these epochs from `start` of the first on, what normalises their images on the device)."""
+    if cfg.keep_in_memory:
+        dataset = InMemory(pairs, cfg, tower, process, *texts)
+        return dataset.batches(epochs, start), dataset.normalise
+    statistics = getattr(tower, "statistics", memory.CLIP_STATISTICS)
+    dataset = FacetDataset(pairs, cfg, tower.image_size[0], cfg.seed, *texts, statistics)
+    return windows.training_batches(dataset, collate, cfg, process, epochs, start), dataset.normalise
+
+
 def open_texts(
     cfg: Config, pairs: data.Shards | data.TSV | windows.Windowed
 ) -> tuple[Bank | AuthorsBank | None, list[dict[str, str]], Callable | None]:
@@ -256,9 +270,19 @@ def open_texts(
     bank.check(keys)  # sorts its keys, too, before loader processes are forked, which share what it has then
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
         raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
-    if cfg.centre and not isinstance(bank, Bank):
-        raise ValueError("--centre needs a bank made by 'python -m flame.embed', which knows its centres")
+    if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
+        raise ValueError("--centre and --keep-in-memory need a bank made by 'python -m flame.embed'")
     return bank, [], None
+
+
+def open_model(cfg: Config, text_dim: int) -> nn.Module:
+    """The model of a configuration, with its pretrained trunk where one is locked."""
+    model = create_model(cfg, text_dim)
+    if cfg.lock_image:
+        model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
+        model.visual.lock()
+    model.visual.set_grad_checkpointing(cfg.grad_checkpointing)
+    return model
 
 
 def distributed(model: nn.Module, cfg: Config) -> DistributedDataParallel:
@@ -283,10 +307,9 @@ def main(cfg: Config) -> Path | None:
     pairs = windows.open_pairs(cfg, process)
     per_epoch = len(pairs) // cfg.batch_size
     total = per_epoch * cfg.epochs
-    bank, captions, tokenizer = open_texts(cfg, pairs)
-    text_dim = cfg.embed_dim if bank is None else bank.dim
-    model = create_model(cfg, text_dim).to(process.device)
-    model.visual.set_grad_checkpointing(cfg.grad_checkpointing)
+    texts = open_texts(cfg, pairs)
+    text_dim = cfg.embed_dim if texts[0] is None else texts[0].dim
+    model = open_model(cfg, text_dim).to(process.device)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw(), fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
@@ -300,21 +323,22 @@ def main(cfg: Config) -> Path | None:
     first, start = folder.state["epoch"], folder.state["batch"]
     folder.start(per_epoch * first + start, total, len(pairs), text_dim=text_dim, data=pairs.fingerprint)
     ddp = distributed(model, cfg) if process.world_size > 1 else model
-    dataset = FacetDataset(pairs, cfg, model.visual.image_size[0], cfg.seed, bank, captions, tokenizer)
-    loader = windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)
+    epochs = range(first, cfg.epochs)
+    loader, normalise = training_batches(cfg, pairs, texts, model.visual, process, epochs, start)
 
-    for epoch in range(first, cfg.epochs):
+    for epoch in epochs:
         model.train()
         broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):
+        for batch, (images, facets, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             lr = schedule(cfg, step - 1, total)
-            images, texts = on_device(images, texts, cfg, process.device)
-            loss = train_step(ddp, (dataset.normalise(images), texts), optimizer, lr, cfg, precision, scaler)
+            images, facets = on_device(images, facets, cfg, process.device)
+            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # of dropout: a resume agrees
+            loss = train_step(ddp, (normalise(images), facets), optimizer, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
-                bias = {"logit_bias": model.logit_bias} if cfg.method == "flame" else {}
+                bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias}
                 folder.log(step, epoch=epoch, lr=lr, loss=loss, logit_scale=model.logit_scale.exp(), **bias)
             if folder.due(step) and batch < per_epoch:
                 folder.save(step, epoch=epoch, batch=batch)
@@ -327,7 +351,7 @@ def main(cfg: Config) -> Path | None:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0)
-    folder.close("--sets FOLDER --language-sets --probe None")
+    folder.close("--sets FOLDER")
     return folder.path
 
 

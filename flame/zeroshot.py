@@ -4,6 +4,7 @@ FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` wi
 of the LLM that embed.py has kept in files, or of the baseline's text transformer. The LLM is not loaded in training.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import open_clip
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from flame.bank import centred, open_bank
 from flame.config import Config
-from flame.embed import open_set, prompts_of, texts_of_bank
+from flame.embed import open_set, prompts_of, read_captions_of, read_images, texts_of_bank
+from flame.inmemory import set_tokens
 from flame.model import FLAME, TrainedText
+from shared import memory
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features
 
@@ -82,11 +85,44 @@ def image_features(
     return features
 
 
+def encode(
+    model: FLAME, images: Iterable[Tensor], device: torch.device | str, precision: torch.dtype, batch_size: int
+) -> Tensor:
+    """(I, D) features of images (3, H, H), of which no more than a batch is held."""
+
+    def batches():
+        source = iter(images)
+        while batch := list(itertools.islice(source, batch_size)):
+            yield torch.stack(batch), torch.zeros(0)
+
+    return image_features(model, batches(), device, precision)[0]
+
+
+def set_features(
+    model: FLAME, eval_set: EvalSet, device: torch.device | str, precision: torch.dtype, batch_size: int = 256,
+    workers: int = 0, limit: int | None = None,
+) -> tuple[Tensor, Tensor | list[list[str]]]:  # fmt: skip
+    """Features (N, D), and labels (N,) or captions of each image, of an evaluation set.
+
+    `limit`: at most so many images of a retrieval set, evenly spaced. Of a locked trunk, the tokens of a set's images
+    are computed once a process, whatever the number of runs that are evaluated.
+    """
+    if getattr(getattr(model, "visual", None), "locked", False):
+        tokens, targets = set_tokens(eval_set, model.visual, torch.device(device), precision, limit)
+        batches = ((part.float(), torch.zeros(0)) for part in tokens.split(batch_size))
+        return image_features(model, batches, device, precision)[0], targets
+    if eval_set.kind == "retrieval":
+        features = encode(model, read_images(eval_set, limit), device, precision, batch_size)
+        return features, read_captions_of(eval_set, limit)
+    return image_features(model, eval_set.batches(batch_size, workers, device), device, precision)
+
+
 def eval_transform(model: FLAME) -> Callable:
     """open_clip's evaluation transform, PIL image -> (3, H, H), at the model's image size; of another model its own."""
     if isinstance(model, DualEncoder):
         return model.transform
-    return open_clip.transform.image_transform(model.visual.image_size[0], is_train=False)
+    mean, std = getattr(model.visual, "statistics", memory.CLIP_STATISTICS)
+    return open_clip.transform.image_transform(model.visual.image_size[0], is_train=False, mean=mean, std=std)
 
 
 def zero_shot_classifier(template_embeds: Tensor) -> Tensor:
@@ -94,10 +130,14 @@ def zero_shot_classifier(template_embeds: Tensor) -> Tensor:
     return F.normalize(F.normalize(template_embeds.float(), dim=-1).mean(dim=1), dim=-1).T
 
 
+def name_classifier(texts: TextFeatures, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(D, C) of class names in templates, with the single prompt."""
+    return zero_shot_classifier(texts(prompts_of(classnames, templates), False).unflatten(0, (len(classnames), -1)))
+
+
 def set_classifier(texts: TextFeatures, eval_set: EvalSet) -> Tensor:
-    """(D, C) of a classification set: its class names in its templates, with the single prompt."""
-    embeds = texts(prompts_of(eval_set), False)
-    return zero_shot_classifier(embeds.unflatten(0, (len(eval_set.classnames), -1)))
+    """(D, C) of a classification set: its class names in its templates."""
+    return name_classifier(texts, eval_set.classnames, eval_set.templates)
 
 
 def zero_shot(
@@ -105,7 +145,7 @@ def zero_shot(
     precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
-    features, labels = image_features(model, eval_set.batches(batch_size, workers, device), device, precision)
+    features, labels = set_features(model, eval_set, device, precision, batch_size, workers)
     return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
 
 

@@ -88,6 +88,11 @@ class EvalSet(IterableDataset):
             where = f"{shard}, sample {sample['__key__']!r}"
             yield sample["__key__"], self.transform(_image(sample, where)), self._target(sample, where)
 
+    def targets(self) -> Iterator[tuple[str, int | torch.Tensor | list[str]]]:
+        """(key, target) of each sample, as iterating gives them; no image is decoded."""
+        for shard, sample in self._samples():
+            yield sample["__key__"], self._target(sample, f"{shard}, sample {sample['__key__']!r}")
+
     def _target(self, sample: dict, where: str) -> int | torch.Tensor | list[str]:
         extension = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}[self.kind]
         if extension not in sample:

@@ -56,6 +56,14 @@ def test_reader_equals_clip_benchmark_on_captions(retrieval_set):
     assert [c for _, batch in ours for c in batch] == [c for _, batch in theirs for c in batch]
 
 
+def test_targets_are_read_without_images(classification_set, retrieval_set, monkeypatch: pytest.MonkeyPatch):
+    for folder in (classification_set, retrieval_set):
+        both = [(key, target) for key, _, target in EvalSet(folder, pil_to_tensor)]
+        with monkeypatch.context() as patch:
+            patch.setattr(evalsets, "decode_image", lambda _: pytest.fail("decoded"))
+            assert list(EvalSet(folder, pil_to_tensor).targets()) == both
+
+
 def first_error(folder, workers=0):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         list(EvalSet(folder, pil_to_tensor).batches(4, workers))

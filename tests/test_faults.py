@@ -44,6 +44,7 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
+    "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
@@ -58,7 +59,9 @@ KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_killed_packing_goes_on",
     "concept_frequency.count": "test_concept_frequency_count.py::test_killed_count_goes_on",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
+    "flame.captioner": "test_flame_captioner.py::test_captions_of_shards_are_a_file_that_embedding_reads",
     "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
+    "flame, in memory on a locked trunk": "test_flame_inmemory.py::test_a_locked_run_trains_resumes_and_is_evaluated",
     "lexvla, with states, and with LM and backbone trained": (
         "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
     ),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import one_sentence
 from test_flame_train import (  # noqa: F401
     EVAL,
@@ -22,6 +23,7 @@ from test_flame_train import (  # noqa: F401
 )
 
 from flame import config, embed
+from flame.model import create_model
 
 ERRORS = {
     "paper preset without data": (["cc3m-vitb16"], "--data is missing: it takes image-text shards"),
@@ -58,6 +60,8 @@ ERRORS = {
         ["emoji", "--eval-every", "1", "--eval-set", EVAL / "subgroups_ood"],
         "the texts of this evaluation set are not embedded",
     ),
+    "locked tower without weights": (["emoji", "--lock-image"], "--lock-image has weights of EfficientNet-Lite0 only"),
+    "distinct captions one by one": (["emoji", "--distinct-captions"], "--distinct-captions needs --keep-in-memory"),
     "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "/nowhere does not exist"),
 }
 
@@ -92,7 +96,7 @@ def test_help_documents_every_field(in_process):
     assert result.code == 0 and "--bank" in result.out
 
 
-@pytest.mark.parametrize("preset", ["emoji", "emoji-clip", "cc3m-vitb16"])
+@pytest.mark.parametrize("preset", ["emoji", "emoji-clip", "emoji-lite0", "emoji-resnet-clip", "cc3m-vitb16"])
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     result = in_process(preset, "--dry-run")
@@ -110,3 +114,14 @@ def test_presets_are_the_published_settings():
     assert (cfg.lr, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay) == (5e-4, 0.9, 0.95, 1e-8, 0.5)
     assert (cfg.batch_size, cfg.epochs, cfg.warmup, cfg.facets, cfg.crop_scale) == (3072, 32, 2000, 6, 0.9)
     assert (cfg.model, cfg.hidden_dim, cfg.dataset_size) == ("ViT-B-16", None, 2_905_954)
+    assert (cfg.logit_scale, cfg.logit_bias) == (10, -10)
+    with torch.device("meta"):
+        nce = create_model(config.PRESETS["cc3m-vitb16-nce"][1], 8)
+    assert nce.logit_bias is None and config.PRESETS["cc3m-vitb16-nce"][1].logit_scale == 1 / 0.07
+
+
+def test_rows_of_presets_claim_no_table_that_was_not_read():
+    for script, rows in config.PAPER_ROWS.items():
+        for preset, row in rows.items():
+            words = row.source.lower()
+            assert "table" not in words and "ablation" not in words, (script, preset)

@@ -268,6 +268,40 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
     assert f"lacks 1 of 4 samples, such as {keys[3]}: they keep raw captions" in capsys.readouterr().out
 
 
+def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process, folder: Path, monkeypatch):
+    """minilm: three rows an image, of the captions as they are; texts of evaluations likewise."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    (home := folder / "minilm").mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{letter}" for letter in words[5:]]
+    (home / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast.from_pretrained(home).save_pretrained(home)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(home)
+    monkeypatch.setattr(embed.pretrained, "minilm", lambda: home)
+    finished(in_process(*embed_flags, "--llm", "minilm", "--out", folder / "sentences/bank"))
+    found = Bank(folder / "sentences/bank")
+    assert (found.count, found.dim) == (3, 16) and found.centres.shape == (4, 16)
+    texts = embed.texts_of_bank(folder / "sentences/bank", load=False)
+    pairs = data.open_pairs(f"{SHARDS}/00000.tar", 1)
+    assert torch.allclose(found[pairs.keys[0]].norm(dim=1), torch.ones(3), atol=1e-3)
+    classes = [
+        f"a {name}" for name in (EVAL / "groups_ood/classnames.txt").read_text().splitlines()
+    ]  # not what was embedded
+    with pytest.raises(ValueError, match="are not embedded"):
+        texts(classes)
+
+
+def test_gemma_is_loaded_by_name_and_its_terms_are_shown(tiny_llm: Path, monkeypatch, capsys):
+    monkeypatch.setattr(embed.pretrained, "gemma3_270m", lambda out: tiny_llm)
+    lm, _ = embed.load_causal_lm(embed.Config(llm="gemma", precision="fp32"))
+    assert lm.config.hidden_size == 16 and "Gemma terms of use" in capsys.readouterr().out
+    monkeypatch.setattr(embed.pretrained, "smollm2", lambda out: tiny_llm)
+    embed.load_causal_lm(embed.Config(llm="smollm2", precision="fp32"))
+    assert capsys.readouterr().out == ""
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 
 

@@ -1,5 +1,6 @@
 """Retrieval and linear probe on known numbers, python -m flame.eval on small runs."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -27,9 +28,10 @@ from test_flame_train import (  # noqa: F401
 )
 from tiny import small_set
 
-from flame import config
+from flame import config, study
 from flame import eval as evaluation
 from flame.eval import linear_probe, retrieval_recall
+from shared.study.floors import Floor
 from shared.zeroshot import retrieval_ranks
 
 
@@ -71,6 +73,15 @@ def test_linear_probe_learns_and_normalises():
     assert probe.final > 95 and probe.weight_decay == 0.0
 
 
+class Red(torch.nn.Module):
+    """A tower that sees how red an image is, in seven steps."""
+
+    visual = SimpleNamespace(image_size=(8, 8))
+
+    def encode_image(self, images, visual_only=False):
+        return F.one_hot((images[:, 0].mean((1, 2)) * 5.8).round().long() % 7, 7).float()
+
+
 def test_crossmodal_images_are_encoded_once_and_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "images").mkdir()
     lines = []
@@ -80,21 +91,78 @@ def test_crossmodal_images_are_encoded_once_and_a_batch_at_a_time(tmp_path: Path
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     sizes, seen = [], {}
 
-    class Red(torch.nn.Module):
-        visual = SimpleNamespace(image_size=(8, 8))
-
+    class Counting(Red):
         def encode_image(self, images, visual_only=False):
             sizes.append(len(images))
-            return F.one_hot((images[:, 0].mean((1, 2)) * 5.8).round().long() % 7, 7).float()
+            return super().encode_image(images)
 
     def texts(strings, multi):
         seen[strings[0].split()[0]] = strings, multi
         return torch.randn(len(strings), 7)
 
     cfg = evaluation.Config(runs=(), crossmodal=str(tmp_path), batch_size=2)
-    flat = evaluation.languages(Red(), texts, cfg, "cpu", torch.float32)
+    flat = evaluation.languages(Counting(), texts, cfg, "cpu", torch.float32)
     assert sizes == [2, 2, 1] and set(seen) == set(config.LANGUAGES)
     assert seen["quz"] == ([f"quz {key}" for key in "abcde"], False) and flat["languages/other_chance"] == 20
+
+
+def test_defaults_are_the_papers_and_the_study_names_its_own():
+    cfg = evaluation.Config(runs=())
+    assert cfg.sets == cfg.language_sets == () and cfg.probe is None and not cfg.centre
+
+
+def test_captions_of_a_language_lose_what_they_share():
+    """With `centre`, a direction that all captions of a language have cannot hide which image is whose."""
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.eye(8)[:6], dim=-1), torch.eye(8)[:6]
+    shared = 20 * torch.eye(8)[7] + torch.arange(6)[:, None] * 2 * torch.eye(8)[6]
+    texts = lambda strings, multi: F.normalize(text + shared, dim=-1)  # noqa: E731
+    images = F.normalize(image + 0.3 * torch.rand(6, 1) * torch.eye(8)[7], dim=-1)
+    plain, less = (evaluation.retrieval(images, [["a"]] * 6, texts, False, centre) for centre in (False, True))
+    assert less["text_to_image_R@1"] > plain["text_to_image_R@1"]
+
+
+def test_imagenet_in_five_languages(tmp_path: Path):
+    """Names and templates come from CLIP_benchmark's files; a set of another number of classes is refused."""
+    classes = (EVAL / "groups_ood/classnames.txt").read_text().splitlines()
+    for language in ("ar", "en", "jp", "it", "cn"):
+        names = {"imagenet1k": [f"{language} {name}" for name in classes]}
+        (tmp_path / f"{language}_classnames.json").write_text(json.dumps(names))
+        templates = {"imagenet1k": ["{c}", f"a {{c}} {language}"]}
+        (tmp_path / f"{language}_zeroshot_classification_templates.json").write_text(json.dumps(templates))
+    asked = []
+
+    def texts(strings, multi):
+        asked.append((strings[:2], multi))
+        return torch.randn(len(strings), 7)
+
+    cfg = evaluation.Config(runs=(), multilingual=f"{EVAL / 'groups_ood'}:{tmp_path}")
+    found = evaluation.multilingual_imagenet(Red(), texts, cfg, "cpu", torch.float32)
+    assert {key.split("/")[0] for key in found} == {f"imagenet_{name}" for name in ("ar", "en", "jp", "it", "cn")}
+    assert asked[0] == ([f"ar {classes[0]}", f"a ar {classes[0]} ar"], False) and len(asked) == 5
+    (tmp_path / "it_classnames.json").write_text(json.dumps({"imagenet1k": classes[:3]}))
+    with pytest.raises(ValueError, match="has 9 classes, but .* names 3"):
+        evaluation.multilingual_imagenet(Red(), texts, cfg, "cpu", torch.float32)
+
+
+def test_compositional_sets_are_embedded_with_the_long_prompt(tmp_path: Path):
+    (tmp_path / "data/images").mkdir(parents=True)
+    lines = []
+    for i in range(3):
+        for j in range(2):
+            Image.new("RGB", (8, 8), (90 * i + 40 * j, 0, 0)).save(tmp_path / f"data/images/ex_{i}_{j}.png")
+        lines.append({"image_0": f"ex_{i}_0", "image_1": f"ex_{i}_1", "caption_0": f"{i}0", "caption_1": f"{i}1"})
+    (tmp_path / "data/examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    seen = []
+
+    def texts(strings, multi):
+        seen.append((list(strings), multi))
+        return torch.randn(len(strings), 7)
+
+    cfg = evaluation.Config(runs=(), batch_size=4)
+    found = evaluation.compositional(Red(), texts, "winoground", str(tmp_path), cfg, "cpu", torch.float32)
+    assert set(found) == {"winoground/text_acc", "winoground/image_acc", "winoground/acc"}
+    assert seen == [(["00", "01", "10", "11", "20", "21"], True)]
 
 
 def test_results_are_measured_anew_when_a_long_or_multilingual_set_changes(tmp_path: Path, monkeypatch):
@@ -106,14 +174,16 @@ def test_results_are_measured_anew_when_a_long_or_multilingual_set_changes(tmp_p
     assert evaluation.evaluated("run", cfg, None) == {tmp_path / "urban/caption/1.txt", tmp_path / "xm/captions.jsonl"}
 
 
-def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: Path):
+def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], in_process, folder: Path, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=(Floor("none", dict),)))
+    monkeypatch.chdir(tmp_path)  # where floors are kept
     names = "groups_ood", "retrieval_long_ood", "retrieval_xm_en", "retrieval_xm_ja", "groups_id"
     classes, long, english, japanese, probe = (small_set(name, folder / "sets", every=16) for name in names)
     sets = ["--sets", classes, long, "--gallery", "8", "--language-sets", english, japanese, "--language-gallery", "6"]
     sets += ["--few-shot", classes, "--episodes", "3"]
     flags = [*sets, "--probe", probe, "--report", folder / "report/results.json"]
     runs = [arms["clip"], arms["flame"], arms["summary"]]
-    cfg_error = cli(*runs, *flags, module="flame.eval")
+    cfg_error = in_process(*runs, *flags, module="flame.eval")
     assert cfg_error.code == 0, cfg_error.err
     summary = json.loads((folder / "report/results.json").read_text())
     assert set(summary["arms"]) == {"clip", "flame", "summary"} and summary["seeds"] == [0]
@@ -123,7 +193,7 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], cli, folder: P
         assert np.isfinite(flat[name]["mean"]), name
     assert 0 <= flat["groups_ood/few_shot"]["mean"] <= 100 and "groups_ood/few_shot" not in summary["arms"]["clip"]
     assert flat["retrieval_long_ood/chance"]["mean"] == 12.5
-    for name in ("flame_languages.png", "flame_facets.png", "flame_curves.png", "flame_arms.png"):
+    for name in ("flame_languages.png", "flame_facets.png", "flame_shares.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "| flame" in cfg_error.out and "| claim" in cfg_error.out
     assert f"all of it: {runs[1]}/results.md" in cfg_error.out
@@ -144,6 +214,8 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
         "retrieval_ood is a retrieval set": [*flame, "--few-shot", pairs],
         "--gallery and --language-gallery must be": [*flame, "--sets", pairs, "--gallery", "-1"],
         "long-sets photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
+        "compositional photos:x should be one of winoground": [*flame, "--compositional", "photos:x"],
+        "ar_classnames.json is missing": [*flame, "--multilingual", f"{classes}:{tmp_path}"],
         "name at least one run folder": [],
         "no checkpoint at": [tmp_path],
         "holds no weights of FLAME": [tmp_path / "other.pt"],

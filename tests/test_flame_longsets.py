@@ -1,5 +1,6 @@
 """Sets of long or multilingual captions, read as their authors ship them."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -52,3 +53,19 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
         longsets.read_set(longsets.crossmodal3600, tmp_path, "sw")
     (root / "caption/1.txt").write_text("")
     assert longsets.read_set(longsets.urban1k, root)[0][1] == ""
+
+
+def test_class_names_of_imagenet_in_five_languages(tmp_path: Path):
+    """The files that CLIP_benchmark ships, read as they are."""
+    folder = Path(importlib.util.find_spec("clip_benchmark").submodule_search_locations[0]) / "datasets"
+    found = longsets.imagenet_names(folder)
+    assert {language: len(templates) for language, (_, templates) in found.items()} == {
+        "ar": 55, "en": 80, "jp": 37, "it": 49, "cn": 80
+    }  # fmt: skip
+    assert all(len(names) == 1000 and all("{c}" in one for one in of) for names, of in found.values())
+    with pytest.raises(FileNotFoundError, match="ar_classnames.json is missing"):
+        longsets.imagenet_names(tmp_path)
+    for kind in ("classnames", "zeroshot_classification_templates"):
+        (tmp_path / f"ar_{kind}.json").write_text("{}")
+    with pytest.raises(ValueError, match="hold no class names of imagenet1k"):
+        longsets.imagenet_names(tmp_path)

@@ -16,15 +16,25 @@ import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import Case
 from open_clip.transformer import VisionTransformer
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BatchEncoding,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from flame.embed import render
 from flame.model import (
     FLAME,
     LONG,
+    PLAIN,
     RAW,
     SHORT,
     FrozenLLM,
+    SentenceEncoder,
     TrainedText,
     clean_caption,
     facet_decoupled_mask,
@@ -352,6 +362,38 @@ def test_trained_text_leaves_padding_out():
     torch.testing.assert_close(model.encode_text(tokens), model.text(tokens), rtol=1e-4, atol=1e-5)
     image, texts, scale = model(torch.randn(2, 3, 32, 32), tokens)
     assert image.shape == texts.shape == (2, 24) and math.isclose(scale.item(), 1 / 0.07, rel_tol=1e-5)
+
+
+def test_the_bias_is_the_sigmoid_losss_alone():
+    torch.manual_seed(0)
+    plain = FLAME(vit("emoji"), 128, 16, 32, bias=False)
+    assert plain.logit_bias is None and "logit_bias" not in plain.state_dict()
+    image, scale = plain(torch.zeros(2, 3, 32, 32))
+    assert image.shape == (2, 16) and scale > 1
+    load_checkpoint(plain, {"state_dict": plain.state_dict()})
+    assert len(FLAME(vit("emoji"), 128, 16, 32)(torch.zeros(2, 3, 32, 32))) == 3
+
+
+def test_a_sentence_encoder_reads_captions_without_a_prompt():
+    """The mean of its last states over the words of a caption, whatever else is in the batch."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=256, **sizes))
+
+    class Bytes:
+        def __call__(self, texts, padding, truncation, max_length, return_tensors):
+            rows = [list(text.encode())[:max_length] for text in texts]
+            width = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+            return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+    encoder = SentenceEncoder(bert, Bytes(), max_caption=12)
+    together = encoder(["a cat", "a much longer caption"], PLAIN)
+    assert together.shape == (2, 1, 16) and encoder.dim == 16 and encoder([]).shape == (0, 1, 16)
+    for caption, row in zip(("a cat", "a much longer caption"), together, strict=True):
+        ids = torch.tensor([list(caption.encode())[:12]])
+        torch.testing.assert_close(row[0], bert(ids).last_hidden_state[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_towers_are_refused():

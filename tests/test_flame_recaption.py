@@ -49,3 +49,10 @@ def test_the_name_of_a_caption_does_not_matter(tmp_path: Path):
     assert read_captions(str(tmp_path / "theirs.json")) == {"a": "A cat.", "b": ""}
     with pytest.raises(FileNotFoundError, match="caption file .*none.json does not exist"):
         read_captions(str(tmp_path / "none.json"))
+
+
+def test_scenes_bring_their_captions(tmp_path: Path):
+    forms = {"names": "a cat and a dog", "tags": "-", "positions": "a cat at the top and a dog", "long": "There is."}
+    assert recaption.captions({"boxes": [], "captions": forms}) == (
+        "a cat and a dog", "a cat at the top and a dog", "There is."
+    )  # fmt: skip

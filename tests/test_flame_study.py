@@ -1,54 +1,158 @@
-"""FLAME's study: what it runs, and how its claims are judged."""
+"""FLAME's study: what it runs with either language model, and how its claims are judged."""
 
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
 import torch
 
-from flame import config
-from flame.study import CLAIMS, SCRIPTS, STUDY, above_chance, facet_similarity, more_rows
-from shared.study import statistics
+from flame import config, study
+from flame.embed import GEMMA, SMOLLM2
+from flame.study import SCRIPTS, facet_similarity
+from shared.study import runner, verdicts
 from shared.study.report import Comparison
 
 
+def words(llm: str, arm: str) -> str:
+    of = study.study(llm)
+    return " ".join(of.words(next(each for each in of.arms if each.name == arm), 3)[0][2:])
+
+
 def test_arms_are_flags_of_one_preset_each():
-    words = {arm.name: " ".join(STUDY.words(arm, 3)[0][2:]) for arm in STUDY.arms}
-    out = "--seed 3 --out runs/flame/{}-seed3"
-    assert words == {
-        "clip": f"flame.train emoji-clip {out.format('clip')}",
-        "raw": f"flame.train emoji --rows 0 --facets 1 {out.format('raw')}",
-        "summary": f"flame.train emoji --rows 0 1 4 --facets 3 {out.format('summary')}",
-        "causal": f"flame.train emoji --bank data/flame/bank-causal {out.format('causal')}",
-        "flame": f"flame.train emoji {out.format('flame')}",
-        "flame-raw-states": f"flame.train emoji --no-centre {out.format('flame-raw-states')}",
+    bank, small = "--bank data/flame/bank-gemma", "flame.train emoji-lite0"
+    assert words(GEMMA, "flame") == f"{small} {bank} --seed 3 --out runs/flame/flame-seed3"
+    assert words(SMOLLM2, "flame") == f"{small} --bank data/flame/bank --seed 3 --out runs/flame/flame-seed3"
+    assert words(GEMMA, "causal").startswith(f"{small} {bank}-causal ")
+    assert words(GEMMA, "summary").startswith(f"{small} {bank} --rows 0 1 4 --facets 3 ")
+    assert words(GEMMA, "clip").startswith("flame.train emoji-lite0-clip --seed")
+    assert words(GEMMA, "flame-english") == words(SMOLLM2, "flame").replace("flame-seed3", "flame-english-seed3")
+    core = ["clip", "clip-4", "clip-16", "minilm", "flame", "flame-4", "flame-16"]
+    for llm in (GEMMA, SMOLLM2):
+        of = study.study(llm)
+        assert [arm.name for arm in of.chosen("core")] == core
+        assert {arm.name for arm in of.arms} >= {*study.ON_LITE0, *study.ON_SCENES}
+
+
+def test_arms_on_fewer_pairs_take_as_many_steps():
+    for preset in ("emoji-lite0", "emoji-lite0-clip"):
+        cfg = config.PRESETS[preset][1]
+        steps = {8913 // cfg.batch_size * cfg.epochs}
+        for flags in study.FEWER.values():
+            pairs, epochs = (int(word) for word in flags.split()[1::2])
+            steps.add(pairs // cfg.batch_size * epochs)
+        assert len(steps) == 1
+    assert [math.floor(8913 / int(share)) for share in study.FEWER] == [2228, 557]
+
+
+def test_what_runs_once_is_made_for_the_arms_that_read_it():
+    for llm in (GEMMA, SMOLLM2):
+        made = {once.command: once.arms for once in study.before(llm)}
+        bank = study.BANKS[llm]
+        assert made["flame.recaption"] == made[f"flame.embed emoji --llm {llm} --out {bank}"] == ()
+        assert made[f"flame.embed emoji --llm {llm} --mask causal --out {bank}-causal"] == ("causal",)
+        banks = {line.split("--out ")[1].split()[0] for line in made if line.startswith("flame.embed")}
+        wanted = {
+            words(llm, arm.name).split("--bank ")[1].split()[0] for arm in study.arms(llm) if "clip" not in arm.name
+        }
+        assert wanted == banks
+
+
+def test_the_language_model_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("LLM", GEMMA)
+    assert study.language_model() == GEMMA
+    monkeypatch.setenv("LLM", "gpt")
+    with pytest.raises(SystemExit) as stopped:
+        study.language_model()
+    assert stopped.value.code == 2 and "LLM=gpt should be gemma or smollm2" in capsys.readouterr().err
+    monkeypatch.setenv("LLM", "")  # not said: what is installed
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    assert study.language_model() == SMOLLM2
+
+
+def test_languages_are_no_claim_of_an_english_model():
+    about = {row["claim"]: row for row in study.more_rows(Comparison({}, [0], {}, set(), {}), SMOLLM2)}
+    row = about[study.LANGUAGE_CLAIMS[0].claim]
+    assert row["verdict"] == "not testable here" and row["primary"]
+    assert not set(study.LANGUAGE_CLAIMS) & set(study.claims(SMOLLM2))
+    assert study.claims(GEMMA)[0].primary and study.claims(GEMMA)[0].metric == study.OTHER_TO_TEXT
+    assert study.LANGUAGE_CLAIMS[0].claim not in {
+        row["claim"] for row in study.more_rows(Comparison({}, [0], {}, set(), {}), GEMMA)
     }
-    assert [arm.name for arm in STUDY.chosen("core")] == ["clip", "flame"]
 
 
-def test_the_bank_of_a_causal_mask_is_made_for_its_arm_alone():
-    made = [(once.command, once.arms) for once in STUDY.before]
-    causal = "flame.embed emoji --mask causal --out data/flame/bank-causal"
-    assert made == [("flame.recaption", ()), ("flame.embed emoji", ()), (causal, ("causal",))]
+def test_primary_claims_are_judged_by_floors_where_all_pairs_were_seen():
+    """An arm on a sixteenth may stay below the floor: the claim is the difference."""
+    for claim in study.CLAIMS + study.LANGUAGE_CLAIMS:
+        assert claim.negligible is None or claim.effect is None or claim.negligible <= claim.effect / 2
+    runs = {
+        "clip": [42.0, 42.5, 43.0], "flame": [43.0, 43.5, 44.0],
+        "clip-16": [10.0, 10.5, 11.0], "flame-16": [20.0, 20.5, 21.0],
+    }  # fmt: skip
+    arms = {arm: [{study.NAMES_OOD: value} for value in values] for arm, values in runs.items()}
+    found = Comparison(arms, [0, 1, 2], {}, set(), {})
+    study.derive(found)
+    assert found.arms["flame"][0][study.AT["16"]] == 20.0 and found.arms["clip"][0][study.GROWTH] == -32.0
+    bars = [(study.ON_LITE0, {study.NAMES_OOD: 40.6})]
+    rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=True)}
+    assert rows[study.AT["16"]]["difference"] == 10.0 and rows[study.AT["16"]]["verdict"] == "reproduced"
+    assert rows[study.GROWTH]["difference"] == 9.0 and rows[study.GROWTH]["primary"]
+    few = [(study.ON_LITE0, {study.NAMES_OOD: 50.0})]
+    judged = verdicts.judged(study.CLAIMS, found.arms, few, together=True)
+    assert {row["verdict"] for row in judged} == {"has not learned"}
 
 
-def test_languages_are_compared_with_chance_by_script():
+def test_languages_are_averaged_by_script():
     assert sorted([*sum(SCRIPTS.values(), []), "en"]) == sorted(config.LANGUAGES)
-    chance, flat = 0.8, {"languages/other_chance": 0.8, "languages/chance": 0.8}
+    flat = {}
     for language in config.LANGUAGES:
-        recall = 5.8 if language in SCRIPTS["Latin script"] else chance
-        flat |= {f"language_{language}/{way}_R@1": recall for way in ("image_to_text", "text_to_image")}
-    latin, other = above_chance({"flame": [flat, flat]})
-    assert latin["here"].startswith("+5.00") and "FLAME: 22 languages in Latin script" in latin["claim"]
-    assert other["here"].startswith("+0.00") and "FLAME: 13 languages in other scripts" in other["claim"]
-    assert above_chance({"raw": [flat]}) == []
-    rows = more_rows(Comparison({"flame": [flat]}, [0], {}, set(), {}))
-    assert [row["verdict"] for row in rows[-2:]] == ["not testable at this scale"] * 2 and len(rows) == 4
+        flat[f"language_{language}/image_to_text_R@1"] = 5.8 if language in SCRIPTS["Latin script"] else 0.8
+    found = Comparison({"flame": [flat]}, [0], {}, set(), {})
+    study.derive(found)
+    assert flat[study.BY_SCRIPT["Latin script"]] == pytest.approx(5.8)
+    assert flat[study.BY_SCRIPT["other scripts"]] == pytest.approx(0.8)
 
 
-def test_claims_count_with_an_effect_of_the_papers_size():
-    metric = "retrieval_long_ood/image_to_text_R@1"
-    arms = {"flame": [{metric: 20.0}, {metric: 20.1}], "clip": [{metric: 10.0}, {metric: 10.0}]}
-    (row,) = statistics.judge_all([claim for claim in CLAIMS if claim.metric == metric], arms)
-    assert row["verdict"] == "same direction"  # far from the paper's +54.6
+def test_scenes_are_measured_on_their_own_set(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def measured(cfg):
+        asked.append(cfg)
+        return [{"retrieval_long_ood/chance": 0.2, "seconds": float(len(path))} for path in cfg.runs]
+
+    monkeypatch.setattr(study.evaluation, "main", measured)
+    runs = ["runs/flame/flame-seed0", "runs/flame/flame-scenes-seed0", "runs/flame/clip-seed0"]
+    found = study.evaluate(runs)
+    assert [sorted(each) for each in found] == [
+        ["retrieval_long_ood/chance", "seconds"], ["scenes/chance", "seconds"], ["retrieval_long_ood/chance", "seconds"]
+    ]  # fmt: skip
+    assert [each["seconds"] for each in found] == [len(path) for path in runs]
+    assert {cfg.sets for cfg in asked} == {(study.SCENE_SET,), config.ZERO_SHOT_SETS + config.LONG_SETS}
+
+
+def test_floors_name_the_metrics_that_claims_are_about():
+    sets = study.NAMES[0], study.LONG_TO_TEXT
+    if not Path(sets[0]).is_dir():
+        pytest.skip("the embedded corpus is not built")
+    chance = study.chance()
+    claimed = {claim.learned_by or claim.metric for claim in study.claims(GEMMA)}
+    assert claimed <= set(chance) and chance[study.LONG_TO_TEXT] == 0.2 and chance[study.OTHER_TO_TEXT] == 0.8
 
 
 def test_facets_of_an_image_are_compared_with_each_other():
     facets = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
     assert facet_similarity(facets).tolist() == [[1.0, 0.5], [0.5, 1.0]]
+
+
+def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Arms and what they need, in order: nothing is embedded for arms that are not asked for."""
+    called = []
+    monkeypatch.setattr(runner.subprocess, "run", lambda line, **_: called.append(line) or dataclasses.make_dataclass(
+        "Done", [("returncode", int)])(0))  # fmt: skip
+    of = dataclasses.replace(study.study(GEMMA), evaluate=lambda runs: [{} for _ in runs])
+    monkeypatch.setattr(runner.Study, "compare", lambda *_, **__: None)
+    monkeypatch.chdir(tmp_path)
+    runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
+    scripts = [" ".join(line[2:]) for line in called]
+    assert scripts[:2] == ["flame.recaption", "flame.embed emoji --llm gemma --out data/flame/bank-gemma"]
+    assert [line.split()[0] for line in scripts[2:]] == ["flame.train", "flame.train"]

@@ -163,7 +163,7 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert ("logit_bias" in lines[0]) == (arm != "clip")
+    assert ("logit_bias" in lines[0]) == (arm not in ("clip", "nce"))
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     assert (state["epoch"], state["batch"]) == (3, 0)
     assert any(name.startswith("text.") for name in state["state_dict"]) == (arm == "clip")
@@ -177,7 +177,7 @@ def test_training_never_loads_the_language_model(tiny: list, folder: Path, bank:
     )  # fmt: skip
     train.main(cfg)
     top1 = [line["zero_shot_top1"] for line in metrics(folder / "curve") if "zero_shot_top1" in line]
-    settings = evaluation.Config((), sets=(cfg.eval_set,), language_sets=(), probe=None, precision="fp32")
+    settings = evaluation.Config((), sets=(cfg.eval_set,), precision="fp32")
     measured = evaluation.evaluate_run(cfg.out, settings, run.Process(0, 1, torch.device("cpu")))
     assert len(top1) == 2 and top1[-1] == measured["groups_ood/top1"]
 

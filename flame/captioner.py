@@ -1,0 +1,141 @@
+"""Captions of one's own images by any image-to-text model: `python -m flame.captioner --data SHARDS --out short.json`.
+
+The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; its instructions are published
+nowhere. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
+{"__key__": sample, "caption": text}, which `flame.embed` reads as --short or --long: run it twice, with an instruction
+for each. An interrupted run goes on with the first part that is missing; under torchrun the parts are shared out.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from PIL import Image
+
+from shared import checkpoints, cli, data, run
+
+
+@dataclasses.dataclass
+class Config:
+    data: str = ""
+    """Shards, or one .tsv, whose images are described; their keys name the captions."""
+    out: str = "data/flame/own/short.json"
+    """Caption file to write. Its parts lie in OUT.parts until it is complete."""
+    dataset_size: int | None = None
+    """Keep the first so many rows of the data; None keeps all."""
+    model: str = "Salesforce/blip-image-captioning-base"
+    """Hugging Face id or folder of an image-to-text model."""
+    instruction: str | None = None
+    """What a model that converses is asked, "Describe the image in a sentence.", say; a plain captioner goes on from
+    it. None: a plain captioner begins by itself, and one that converses is asked for a description."""
+    max_length: int = 64
+    """Tokens of a caption, at most: those that are generated."""
+    batch_size: int = 16
+    """Images per forward pass."""
+    part_size: int = 1024
+    """Images per part, after which an interrupted run goes on."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: str = "auto"
+    """Number type of the model: bf16, fp16, fp32, or auto."""
+
+
+class Captioner:
+    """Images -> captions, of a model and processor of transformers; decoding is greedy, so that runs agree."""
+
+    def __init__(self, model: torch.nn.Module, processor: Any, instruction: str | None, max_length: int):
+        self.model, self.processor, self.max_length = model.eval(), processor, max_length
+        self.converses = getattr(processor, "chat_template", None) is not None
+        self.text = instruction
+        if self.converses:
+            processor.tokenizer.padding_side = "left"  # what is generated begins behind the last token of the prompt
+            asked = [{"type": "image"}, {"type": "text", "text": instruction or "Describe this image."}]
+            turns = [{"role": "user", "content": asked}]
+            self.text = processor.apply_chat_template(turns, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        texts = {} if self.text is None else {"text": [self.text] * len(images), "padding": True}
+        pictures = [[image] for image in images] if self.converses else list(images)
+        inputs = self.processor(images=pictures, return_tensors="pt", **texts)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        ids = self.model.generate(**inputs, max_new_tokens=self.max_length, do_sample=False)
+        if self.converses:
+            ids = ids[:, inputs["input_ids"].shape[1] :]
+        return [" ".join(text.split()) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def load_captioner(cfg: Config, device: torch.device) -> Captioner:
+    """The captioner that `cfg` says. ValueError if there is none of that name."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    dtype = run.DTYPES[run.resolve_precision(cfg.precision, device)]
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(cfg.model)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(f"--model {cfg.model} could not be loaded as an image-to-text model: {what}") from error
+    return Captioner(model.to(device), processor, cfg.instruction, cfg.max_length)
+
+
+def described(
+    pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config,
+    tick: Callable[[int], object] = lambda count: None,
+) -> list[dict[str, str]]:  # fmt: skip
+    """Entries of the caption file for these rows. An image that cannot be read has an empty caption."""
+    found = {}
+    for first in range(rows.start, rows.stop, cfg.batch_size):
+        images = {}
+        for row in range(first, min(first + cfg.batch_size, rows.stop)):
+            try:
+                images[row] = pairs.read(row).image
+            except data.BrokenSample:
+                found[row] = ""
+        if images:
+            found |= dict(zip(images, captioner(list(images.values())), strict=True))
+        tick(min(cfg.batch_size, rows.stop - first))
+    return [{"__key__": str(pairs.keys[row]), "caption": found[row]} for row in rows]
+
+
+def main(cfg: Config) -> None:
+    process = run.setup(0, cfg.device)
+    cli.check_counts(cfg, "batch_size", "part_size", "max_length", "dataset_size")
+    if not cfg.data:
+        raise ValueError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
+    if Path(cfg.out).exists():
+        return print(f"{cfg.out} is there already; nothing to do") if process.main else None
+    pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+    parts, setting = Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg) | {"data": pairs.fingerprint}
+    for name in ("out", "device", "batch_size", "dataset_size"):
+        del setting[name]
+    if process.main:
+        parts.mkdir(parents=True, exist_ok=True)
+        if (about := parts / "about.json").exists() and checkpoints.read_json(about) != setting:
+            raise ValueError(f"{parts} holds captions of other settings or data: remove it, or choose another --out")
+        checkpoints.write_json(about, setting)
+    run.wait()
+    starts = range(0, len(pairs), cfg.part_size)
+    mine = [start for start in starts[process.rank :: process.world_size] if not (parts / f"{start}.json").exists()]
+    captioner = load_captioner(cfg, process.device) if mine else None
+    rows_of = {start: range(start, min(start + cfg.part_size, len(pairs))) for start in mine}
+    with run.counting(sum(map(len, rows_of.values())), cfg.out, "image", process) as tick:
+        for start, rows in rows_of.items():
+            checkpoints.write_json(parts / f"{start}.json", {"captions": described(pairs, rows, captioner, cfg, tick)})
+    run.wait()
+    if process.main:
+        of_parts = (checkpoints.read_json(parts / f"{start}.json")["captions"] for start in starts)
+        entries = [entry for part in of_parts for entry in part]
+        checkpoints.write_json(Path(cfg.out), entries)
+        shutil.rmtree(parts)
+        empty = sum(not entry["caption"] for entry in entries)
+        print(f"{cfg.out}: {len(entries):,} captions" + (f", {empty:,} of them empty" if empty else ""))
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config, description=__doc__)))
