@@ -69,14 +69,14 @@ def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, imag
 
 
 @pytest.mark.parametrize("kind", ["sup", "clip"])
-def test_pretraining_in_memory_kill_and_resume(in_process, tmp_path, images, pairs, kind):
+def test_pretraining_in_memory_kill_and_resume(in_process, start, tmp_path, images, pairs, kind):
     data = images if kind == "sup" else pairs
     command = [f"emoji-{kind}-30", "--data", data, "--precision", "fp32", "--epochs", "2", "--batch-size", "16"]
     command += ["--warmup", "2", "--log-every", "1", "--save-every", "2", "--keep-every", "4", "--out"]
     code, _, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
     assert code == 0 and (tmp_path / "whole/checkpoint-4.pt").is_file(), err
     kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
-    finished(start("nmtune.pretrain", *command, tmp_path / "killed"))
+    finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
