@@ -1,10 +1,11 @@
 """Labelled images for pre-training, tuning and testing, by row: `len`, `labels`, `classnames`, `read(row)`; and noise.
 
 A set is named by a path:
-    DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar)
+    DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar); DIR:train+val
     DIR                         image folder, DIR/CLASS/*.jpg; classes in the order of their folders' names
     FILE.txt                    lines `path label`, paths from the file's own folder up (DomainNet)
-    data/emoji:TASK:PART        the embedded corpus; TASK group, subgroup or name, PART pretrain, tune, id or ood
+    data/emoji:TASK:PART        the embedded corpus; TASK group, subgroup or name, PART pretrain, tune, id,
+                                ood or known (pretrain and tune)
 `benchmark` knows the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
 `flip_labels` and `swap_captions` are the paper's noise in supervision.
 
@@ -92,17 +93,25 @@ class LabelledImages:
 
 
 def flip_labels(
-    labels: np.ndarray, num_classes: int, ratio: float, rng: np.random.RandomState, exclude_true: bool = True
+    labels: np.ndarray,
+    num_classes: int,
+    ratio: float,
+    rng: np.random.RandomState,
+    exclude_true: bool = True,
+    asymmetric: bool = False,
 ) -> np.ndarray:
     """Give the first ceil(ratio N) of N permuted labels a random class -> (N,) noisy labels.
 
     exclude_true: uniform on the other classes (the paper's pre-training noise), so that exactly that share is wrong.
-    Otherwise on all classes (U:src/datasets/common.py:184-195), which leaves ratio (1 - 1/C) wrong.
+    Otherwise on all classes (U:src/datasets/common.py:184-195), which leaves ratio (1 - 1/C) wrong. asymmetric: the
+    next class instead of a random one, so that wrong labels of a class agree.
     """
     noisy = np.array(labels)
     selected = rng.permutation(len(noisy))
     selected = selected[np.arange(len(noisy)) < ratio * len(noisy)]
-    if exclude_true and num_classes > 1:
+    if asymmetric:
+        noisy[selected] = (noisy[selected] + 1) % num_classes
+    elif exclude_true and num_classes > 1:
         noisy[selected] = (noisy[selected] + rng.randint(1, num_classes, size=len(selected))) % num_classes
     else:
         noisy[selected] = rng.randint(num_classes, size=len(selected), dtype=np.int32)
@@ -147,13 +156,16 @@ def _image(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
 
 
 def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> LabelledImages:
-    """One split of a classification set in the CLIP-benchmark webdataset layout.
+    """One split of a classification set in the CLIP-benchmark webdataset layout, or several joined: train+val.
 
     `cache` keeps the places and labels of a large set's images, which are read once a machine.
     """
-    tars = sorted((folder / split).glob("*.tar"), key=lambda path: (len(path.name), path.name))
-    if not tars:
-        raise FileNotFoundError(f"{folder / split} holds no .tar file; a set is named DIR:test or DIR:train")
+    tars = []
+    for part in split.split("+"):
+        found = sorted((folder / part).glob("*.tar"), key=lambda path: (len(path.name), path.name))
+        if not found:
+            raise FileNotFoundError(f"{folder / part} holds no .tar file; a set is named DIR:test or DIR:train")
+        tars += found
     if not (folder / "classnames.txt").is_file():
         raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
     names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
@@ -242,13 +254,14 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
 
 def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     """The embedded corpus in four parts: `pretrain` (half of the emoji, seven styles), and of the other half `tune` and
-    `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style).
+    `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style). `known` is what may be learned
+    from, `pretrain` and `tune`.
 
     `task` says what the label is: group (9), subgroup (98) or name; the classes of `name` are the emoji that
     are tuned on (or pre-trained on), those of the others are the same in all parts.
     """
-    if task not in ("group", "subgroup", "name") or part not in ("pretrain", "tune", "id", "ood"):
-        known = "(group|subgroup|name):(pretrain|tune|id|ood)"
+    if task not in ("group", "subgroup", "name") or part not in ("pretrain", "tune", "id", "ood", "known"):
+        known = "(group|subgroup|name):(pretrain|tune|id|ood|known)"
         raise ValueError(f"the emoji sets are {folder}:{known}, not :{task}:{part}")
     tars = sorted((folder / "train").glob("*.tar"))
     if not tars:
@@ -257,7 +270,8 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     held = np.array([is_held_out(one["hexcode"]) for one in about])
     test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
     by_name = {one["name"]: one for one in about}
-    tuned = np.ones_like(held) if task != "name" else ~held if part == "pretrain" else held & ~test
+    parts = {"pretrain": ~held, "tune": held & ~test, "id": held & test, "known": ~held | ~test}
+    tuned = np.ones_like(held) if task != "name" else parts[part if part in ("pretrain", "known") else "tune"]
     classes = list(dict.fromkeys(one[task] for one in sorted(np.array(about)[tuned], key=lambda one: one["hexcode"])))
     index = {name: label for label, name in enumerate(classes)}
     if part == "ood":
@@ -267,7 +281,7 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
         labels = [index[one[task]] for one, row in zip(drawn, rows, strict=True) if row]
         return LabelledImages(names.files, names.spans[rows], labels, classes)
     known = np.array([one[task] in index for one in about])
-    rows = known & (~held if part == "pretrain" else held & (test if part == "id" else ~test))
+    rows = known & parts[part]
     labels = [index[one[task]] for one, row in zip(about, rows, strict=True) if row]
     chosen = LabelledImages([str(tar) for tar in tars], np.array(spans)[rows], labels, classes)
     chosen.keys = np.array([one["key"] for one, row in zip(about, rows, strict=True) if row], dtype=np.str_)
@@ -298,6 +312,13 @@ ID_SETS = {  # what CLIP-benchmark calls them; classes and sizes are read from t
     "stanford_cars": "cars", "fgvc_aircraft": "fgvc_aircraft", "svhn": "svhn", "dtd": "dtd", "caltech101": "caltech101",
     "eurosat": "eurosat", "pcam": "pcam", "resisc45": "resisc45", "rendered_sst2": "renderedsst2",
 }  # fmt: skip
+VTAB = (
+    "caltech101",
+    "eurosat",
+    "svhn",
+    "resisc45",
+    "pcam",
+)  # tuned on trainval: U:src/datasets/vtab.py:56,141,170,199,227
 DOMAINS = ("real", "sketch", "painting", "clipart")
 SIZES = {  # training images and classes as published, for --dry-run alone
     "cifar10": (50_000, 10), "cifar100": (50_000, 100), "flowers102": (1_020, 102), "food101": (75_750, 101),
@@ -318,6 +339,13 @@ IMAGENET = {  # image folder, and the webdataset of CLIP-benchmark that stands i
 }
 
 
+def training_split(folder: Path, name: str) -> str:
+    """The split of a webdataset to tune on: trainval of VTAB's sets, or what there is of train and val; else train."""
+    if name in VTAB and (folder / "trainval").is_dir():
+        return "trainval"
+    return "train+val" if name in VTAB and (folder / "val").is_dir() else "train"
+
+
 def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
     """(training set, {test name: test set}) of one of the paper's downstream tasks, below the folder `root`.
 
@@ -329,7 +357,7 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
         webdatasets = [base / f"wds_{prefix}{ID_SETS[name]}" for prefix in ("vtab-", "")]
         for folder in webdatasets:
             if folder.is_dir():
-                return f"{folder}:train", {name: f"{folder}:test"}
+                return f"{folder}:{training_split(folder, name)}", {name: f"{folder}:test"}
         wanted = (
             f"a webdataset {' or '.join(map(str, webdatasets))}, or image folders {base / name}/(train|test)/CLASS/"
         )

@@ -3,7 +3,8 @@
 NMTune (arXiv 2309.17002), sections 2 to 4, for an encoder that `nmtune.pretrain` trained at one noise ratio:
   1. encode once: V training views of the tuning set, one view of the in-domain and of the out-of-domain test set
   2. the spectrum of the test features: SVE, LSVR in the three centring modes
-  3. tune every head from several seeds; accuracy in and out of domain, and the spectrum of what the head makes of F
+  3. tune every head for every task; accuracy in and out of domain, and the spectrum of what the head makes of F; for
+     comparison the nearest neighbour
 Numbers go to RUN/study.json, singular values to RUN/spectra.npz; `nmtune.eval --report` compares encoders by them.
 """
 
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,38 @@ import tyro
 from torch import Tensor, nn
 
 from nmtune.config import PRESETS, StudyConfig
-from nmtune.datasets import open_labelled
+from nmtune.datasets import LabelledImages, open_labelled
 from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
 from nmtune.features import Bank, BankLoader, encode_set, split_encoder
 from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
 from nmtune.train import make_head, tune
-from shared import checkpoints, cli, run
+from shared import checkpoints, cli, probes, run
+
+
+class Encoded(NamedTuple):
+    """Features of all drawings of each part of the corpus that pre-training has not seen."""
+
+    images: dict[str, LabelledImages]  # by part: tune, id, ood
+    plain: dict[str, Tensor]  # by part, (N, D) of the evaluation view
+    views: Tensor  # (V, N, D) of training views of part tune
+
+    def rows(self, part: str, images: LabelledImages) -> Tensor:
+        """Rows of a part's features that belong to `images`, which are some of its drawings -> (M,)."""
+        known = {key: row for row, key in enumerate(self.images[part].keys.tolist())}
+        return torch.tensor([known[key] for key in images.keys.tolist()])
+
+
+def encode_parts(cfg: StudyConfig, process: run.Process) -> Encoded:
+    """Encode what every task is made of, once."""
+    encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
+    encoder.to(process.device, memory_format=torch.channels_last)
+    images = {part: open_labelled(f"data/emoji:group:{part}") for part in ("tune", "id", "ood")}
+    precision = run.resolve_precision("auto", process.device)
+    options = {"process": process, "precision": precision, "label": Path(cfg.encoder).name}
+    plain = {part: encode_set(encoder, each, eval_view, **options)[0][0] for part, each in images.items()}
+    if all(PRESETS[method][1].views == "eval" for method in cfg.methods):
+        return Encoded(images, plain, plain["tune"][None])  # of which nobody asks for more
+    return Encoded(images, plain, encode_set(encoder, images["tune"], train_view, views=cfg.bank, **options)[0])
 
 
 def spectrum_metrics(features: Tensor, center: str = "sample") -> dict[str, float]:
@@ -50,37 +78,29 @@ def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> di
 
 
 def study_task(
-    cfg: StudyConfig, task: str, process: run.Process
+    cfg: StudyConfig, task: str, encoded: Encoded, process: run.Process
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """({"METHOD/METRIC": one number a seed, "METRIC@CENTRE": [one number]}, singular values by name) of one task."""
-    source, name, checkpoint = split_encoder(cfg.encoder, None)
-    encoder, dim, train_view, eval_view = load_encoder(source, name, checkpoint)
-    encoder.to(process.device, memory_format=torch.channels_last)
-    sets = {part: open_labelled(f"data/emoji:{task}:{part}") for part in ("tune", "id", "ood")}
-    label = f"{Path(cfg.encoder).name} {task}"
-    options = {"process": process, "precision": run.resolve_precision("auto", process.device), "label": label}
-    views = Bank(*encode_set(encoder, sets["tune"], train_view, views=cfg.bank, **options))
-    plain = Bank(*encode_set(encoder, sets["tune"], eval_view, **options))
-    tests = {}
-    for part in ("id", "ood"):
-        features, labels = encode_set(encoder, sets[part], eval_view, **options)
-        tests[part] = features[0], labels
-
-    numbers: dict[str, list[float]] = {}
-    spectra = {f"F/{part}": feature_spectrum(features).numpy() for part, (features, _) in tests.items()}
-    for center in CENTRES:
-        for part, (features, _) in tests.items():
-            for metric, value in spectrum_metrics(features, center).items():
-                numbers[f"{metric}_{part}@{center}"] = [value]
+    """({"METHOD/METRIC": one number a seed, "nearest/PART": [top-1 of the nearest neighbour]}, {"METHOD/PART": singular
+    values of z}) of one task."""
+    sets = {part: open_labelled(f"data/emoji:{task}:{part}") for part in encoded.images}
+    rows = {part: encoded.rows(part, images) for part, images in sets.items()}
+    labels = {part: torch.from_numpy(images.labels) for part, images in sets.items()}
+    tests = {part: (encoded.plain[part][rows[part]], labels[part]) for part in ("id", "ood")}
+    views = Bank(encoded.views[:, rows["tune"]], labels["tune"])
+    plain = Bank(encoded.plain["tune"][None, rows["tune"]], labels["tune"])
+    found = {part: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for part, test in tests.items()}
+    numbers: dict[str, list[float]] = {f"nearest/{part}": [top1] for part, top1 in found.items()}
+    spectra: dict[str, np.ndarray] = {}
     jobs = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
-    for method, seed in run.progress(jobs, len(jobs), label, 1, process):
+    for method, seed in run.progress(jobs, len(jobs), f"{Path(cfg.encoder).name} {task}", 1, process):
         preset = dataclasses.replace(PRESETS[method][1], epochs=cfg.epochs, batch_size=cfg.batch_size)
         torch.manual_seed(seed)
-        head = make_head(preset, dim, sets["tune"].num_classes)
-        bank = plain if preset.views == "eval" else views
-        loader = BankLoader(bank, cfg.batch_size, seed, two=preset.views != "eval")
-        arguments = preset.epochs, preset.lr, preset.weight_decay, preset.weights, preset.warmup, preset.svd_k
-        tune(preset.method, head, loader, *arguments)
+        head = make_head(preset, plain.features.shape[2], sets["tune"].num_classes)
+        two = preset.views != "eval"
+        loader = BankLoader(views if two else plain, cfg.batch_size, seed, two)
+        weights = preset.loss_weights(plain.features.shape[2])
+        arguments = preset.epochs, preset.lr, preset.weight_decay, weights, preset.warmup, preset.svd_k
+        tune(preset.method, head, loader, *arguments, views=2 if two else 1)
         for metric, value in head_metrics(head, tests).items():
             numbers.setdefault(f"{method}/{metric}", []).append(value)
         if seed == 0 and preset.method != "lp":
@@ -106,9 +126,18 @@ def main(cfg: StudyConfig) -> None:
         if checkpoints.read_json(file)["setting"] == setting:
             print(f"{file} is there, of the same checkpoint and settings; nothing to do")
             return
-    start, tasks, spectra = time.perf_counter(), {}, {}
+    start, tasks = time.perf_counter(), {}
+    encoded = encode_parts(cfg, process)
+    tests = {part: encoded.plain[part] for part in ("id", "ood")}
+    spectra = {f"F/{part}": feature_spectrum(features).numpy() for part, features in tests.items()}
+    spectrum = {
+        f"{metric}_{part}@{center}": value
+        for center in CENTRES
+        for part, features in tests.items()
+        for metric, value in spectrum_metrics(features, center).items()
+    }
     for task in cfg.tasks:
-        tasks[task], found = study_task(cfg, task, process)
+        tasks[task], found = study_task(cfg, task, encoded, process)
         spectra |= {f"{task}/{name}": values for name, values in found.items()}
         shown = {m: [np.mean(tasks[task][f"{m}/{part}"]) for part in ("id", "ood")] for m in cfg.methods}
         line = ", ".join(f"{method} {i:.2f} / {o:.2f}" for method, (i, o) in shown.items())
@@ -117,7 +146,7 @@ def main(cfg: StudyConfig) -> None:
         np.savez(kept, **spectra)
     about = {"setting": setting, "noise": state["noise"], "kind": state["config"]["kind"], "commit": state["commit"]}
     seconds = {"pretrain_seconds": state["seconds"], "study_seconds": time.perf_counter() - start}
-    checkpoints.write_json(file, about | seconds | {"tasks": tasks})
+    checkpoints.write_json(file, about | seconds | {"spectrum": spectrum, "tasks": tasks})
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, 
 pre-training noise off the singular values of a test set's features F (M, D): `feature_spectrum`,
 `singular_value_entropy` (SVE), `largest_singular_value_ratio` (LSVR).
   - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
-  - encoder folders ARM-seedN that nmtune.encoder_study measured, with --report: tables, claims with verdicts, plots
+  - CLIPs of nmtune.pretrain with --sets: zero-shot accuracy and retrieval
+  - with --report, folders ARM-seedN of encoders that nmtune.encoder_study measured, and of heads: tables, claims with
+    verdicts, plots
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
@@ -25,23 +28,20 @@ from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
 from nmtune.features import RunFeatures
 from nmtune.model import create_model, head_from, split_upstream, transformed
-from shared import checkpoints, cli, evaluation, export, run
+from shared import checkpoints, cli, evaluation, export, run, zeroshot
 
 CENTRES = ("none", "sample", "sample+feature")
-METRICS = {  # of an encoder: headings in tables
+METRICS = {  # headings in tables
     "lp/id": "LP ID",
     "lp/ood": "LP OOD",
-    "lp-views/id": "LP, two views, ID",
-    "lp-views/ood": "LP, two views, OOD",
-    "mlp/id": "MLP ID",
-    "mlp/ood": "MLP OOD",
-    "nmtune/id": "NMTune ID",
-    "nmtune/ood": "NMTune OOD",
+    "nearest/id": "nearest neighbour ID",
+    "nearest/ood": "nearest neighbour OOD",
     "sve_id": "SVE ID (nats)",
     "sve_ood": "SVE OOD",
     "lsvr_id": "LSVR ID (nats)",
     "lsvr_ood": "LSVR OOD",
-    "share_ood": "largest share OOD",
+    "blackbox/id": "black box ID",
+    "blackbox/ood": "black box OOD",
     "noise": "measured noise",
 }
 
@@ -174,10 +174,12 @@ class Config:
     """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders of nmtune.train; with --report, encoder folders ARM-seedN of nmtune.pretrain and
-    nmtune.encoder_study."""
+    """Run folders of nmtune.train; with --report, folders ARM-seedN of encoders that nmtune.encoder_study has
+    measured, and of heads of nmtune.train with the test sets id and ood."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH instead of the run's own."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets in the CLIP-benchmark layout, on which CLIPs of nmtune.pretrain are measured zero-shot."""
     head: str = ""
     """A state dict exported from the authors' tuned model, in the place of the run's own head."""
     centre: str = "sample"
@@ -185,7 +187,7 @@ class Config:
     export: str | None = None
     """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, and measure nothing."""
     report: str | None = None
-    """Compare all encoders and write this file with claims and verdicts."""
+    """Compare all runs and write this file with claims and verdicts."""
     batch_size: int = 256
     """Images per forward pass."""
     workers: int = 0
@@ -201,7 +203,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     """({"SET/METRIC": number}, singular values by name) of one tuned head."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if "head" not in state:
-        raise ValueError(f"{path} holds no head of nmtune.train; encoders are compared with --report")
+        raise ValueError(
+            f"{path} holds no head of nmtune.train; encoders are compared with --report, CLIPs take --sets"
+        )
     settings = state["config"] | {"tests": tuple(cfg.tests or state["config"]["tests"])}
     settings |= {"workers": cfg.workers, "precision": cfg.precision}
     precision = run.resolve_precision(cfg.precision, process.device)
@@ -230,7 +234,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, printed and kept in the run folder: results.json, results.md, spectra.png."""
     folder = Path(path)
-    metrics, spectra = evaluate_run(path, cfg, process)
+    metrics, spectra = (zero_shot_metrics(path, cfg, process), {}) if cfg.sets else evaluate_run(path, cfg, process)
     checkpoints.write_json(folder / "results.json", {"metrics": metrics})
     rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
     (folder / "results.md").write_text(evaluation.table(rows) + "\n")
@@ -241,7 +245,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def encoder_metrics(path: str) -> dict[str, float]:
-    """An encoder's numbers: means over tasks and tuning seeds; spectra of the default centring by their bare names.
+    """Numbers of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/PART" of each task; spectra of the
+    default centring by their bare names.
 
     FileNotFoundError if nmtune.encoder_study has not measured it.
     """
@@ -252,26 +257,57 @@ def encoder_metrics(path: str) -> dict[str, float]:
             "python -m nmtune.encoder_study --encoder FOLDER has measured"
         )
     study = checkpoints.read_json(folder / "study.json")
-    tasks = list(study["tasks"].values())
-    numbers = {metric: float(np.mean([np.mean(task[metric]) for task in tasks])) for metric in tasks[0]}
-    numbers |= {
-        metric.removesuffix("@sample"): value for metric, value in numbers.items() if metric.endswith("@sample")
+    tasks = {
+        task: {metric: float(np.mean(values)) for metric, values in of.items()} for task, of in study["tasks"].items()
     }
+    first = next(iter(tasks.values()))
+    numbers = {metric: float(np.mean([of[metric] for of in tasks.values()])) for metric in first}
+    tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
+    numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
+    numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}
     seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
     return numbers | seconds | {"noise": 100 * study["noise"]}
 
 
-def export_run(path: str, folder: str) -> None:
-    """A CLIP of nmtune.pretrain as an open_clip model; tuned heads and encoders of labels have no text tower."""
+def compared_metrics(path: str) -> dict[str, float]:
+    """What --report compares of a run folder: `encoder_metrics` of an encoder, and of a head that was tuned on
+    black-box features {"blackbox/TEST": top-1 in per cent}, as the last line of its log says."""
+    folder = Path(path)
+    if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
+        for line in run.read_metrics(folder, "id/top1")[-1:]:
+            return {f"blackbox/{name}": line[f"{name}/top1"] for name in ("id", "ood")}
+    return encoder_metrics(path)
+
+
+def pretrained_clip(path: str) -> tuple[PretrainConfig, nn.Module, Callable]:
+    """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain; tuned heads and encoders of
+    labels have no text tower."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if state["config"].get("kind") != "clip":
-        raise ValueError(f"{path} cannot be exported: it has no text tower, which a model of open_clip needs")
+        raise ValueError(
+            f"{path} is no CLIP: it has no text tower, which zero-shot evaluation and a model of open_clip need"
+        )
     settings = PretrainConfig(**state["config"])
     model, _, side = create_model(settings)
     model.load_state_dict(state["state_dict"])
     model.output_dict = False
-    transform = image_transform_v2(PreprocessCfg(side), is_train=False)
-    export.write(folder, model.eval(), export.named_config(settings.model), model.state_dict(), transform)
+    return settings, model.eval(), image_transform_v2(PreprocessCfg(side), is_train=False)
+
+
+def zero_shot_metrics(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """{"SET/METRIC": per cent} of a CLIP of nmtune.pretrain, zero-shot on `cfg.sets`."""
+    settings, model, transform = pretrained_clip(path)
+    precision = run.resolve_precision(cfg.precision, process.device)
+    tokenizer = open_clip.get_tokenizer(settings.model)
+    options = cfg.sets, process.device, cfg.batch_size, precision, cfg.workers
+    found = zeroshot.evaluate(model.to(process.device), tokenizer, transform, *options)
+    return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
+
+
+def export_run(path: str, folder: str) -> None:
+    """A CLIP of nmtune.pretrain as an open_clip model."""
+    settings, model, transform = pretrained_clip(path)
+    export.write(folder, model, export.named_config(settings.model), model.state_dict(), transform)
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
@@ -285,7 +321,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     if cfg.centre not in CENTRES:
         raise ValueError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
     if cfg.report:
-        results = [encoder_metrics(path) for path in cfg.runs]
+        results = [compared_metrics(path) for path in cfg.runs]
         evaluation.compare("nmtune", cfg.runs, results, cfg.report)
         return results
     return [evaluated(path, cfg, process) for path in cfg.runs]

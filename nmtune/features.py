@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -163,15 +164,17 @@ class Bank(NamedTuple):
     labels: Tensor
 
     def batch(self, rows: Tensor, generator: torch.Generator, two: bool = True) -> tuple[Tensor, Tensor]:
-        """Rows [view w; view s] (2B, D) and labels (2B,), two different views of each image where there are two.
+        """Rows [view w; view s] (2B, D) and labels (2B,), two different views of each image.
 
-        A bank of one view gives it twice. `two=False` gives one view, (B, D) and (B,).
+        Of a bank of one view, or with `two=False`, one view (B, D) and (B,); a single row comes twice, since a batch
+        norm cannot do with one.
         """
         count = len(self.features)
-        if not two:
+        if not two or count == 1:
+            rows = rows.repeat(2) if len(rows) == 1 else rows
             return self.features[0, rows], self.labels[rows]
         w = torch.randint(count, rows.shape, generator=generator)
-        s = (w + torch.randint(1, max(count, 2), rows.shape, generator=generator)) % count
+        s = (w + torch.randint(1, count, rows.shape, generator=generator)) % count
         return self.features[torch.cat([w, s]), rows.repeat(2)], self.labels[rows].repeat(2)
 
 
@@ -326,15 +329,17 @@ def checked_features(path: Path, name: str, features: np.ndarray, labels: Sequen
 
 
 def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | None]:
-    """`timm:NAME`, `open_clip:NAME` or a run folder of pretrain -> (source, name, checkpoint)."""
+    """`timm:NAME`, `open_clip:NAME`, `lite0:SIDE` or a run folder of pretrain -> (source, name, checkpoint)."""
     if (Path(name) / "checkpoint.pt").is_file():
         pretrained = checkpoints.config_in(
             checkpoints.load_checkpoint(Path(name) / "checkpoint.pt"), PretrainConfig, name
         )
         return "open_clip" if pretrained.kind == "clip" else "timm", pretrained.model, name
     source, _, model = name.partition(":")
-    if source not in ("timm", "open_clip") or not model:
-        raise ValueError(f"encoder {name!r} is neither timm:NAME, open_clip:NAME nor a run folder with a checkpoint.pt")
+    if source not in ("timm", "open_clip", "lite0") or not model:
+        raise ValueError(
+            f"encoder {name!r} is neither timm:NAME, open_clip:NAME, lite0:SIDE nor a run folder with a checkpoint.pt"
+        )
     return source, model, checkpoint or None
 
 
@@ -380,7 +385,12 @@ class RunFeatures:
             self._from_file()
         else:
             self._from_images()
-        self.two = cfg.method != "lp" or (cfg.views != "eval" and (self.bank is None or len(self.bank.features) > 1))
+
+    @property
+    def views(self) -> int:
+        """Views of an image in a batch: two, or one where there is one, or where a linear probe is to have no more."""
+        several = self.bank is None or len(self.bank.features) > 1
+        return 2 if several and (self.cfg.method != "lp" or self.cfg.views != "eval") else 1
 
     def _from_file(self) -> None:
         sets = read_features(self.cfg.features, seed=self.cfg.seed)
@@ -393,7 +403,9 @@ class RunFeatures:
 
     def _from_images(self) -> None:
         cfg = self.cfg
-        source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
+        self.model = source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
+        if cfg.zero_shot and source != "open_clip":
+            raise ValueError(f"--zero-shot needs an encoder with a text tower, which {cfg.encoder} has not")
         training, self.tests = data_sets(cfg)
         images = open_labelled(training)
         images = images.subset(reduced(images.labels, cfg))
@@ -407,8 +419,9 @@ class RunFeatures:
         self.fingerprint = images.fingerprint
 
     def encode_training_set(self) -> None:
-        """Encode what is encoded once, the evaluation view or a bank of training views, if the settings say so."""
-        if self.images is None or (self.cfg.views != "eval" and not self.cfg.bank):
+        """Encode what is encoded once, the evaluation view or a bank of training views, if the settings say so, unless
+        it is there."""
+        if self.bank is not None or (self.cfg.views != "eval" and not self.cfg.bank):
             return
         one = self.cfg.views == "eval"
         transform, views = (self.eval_view, 1) if one else (self.train_view, self.cfg.bank)
@@ -417,11 +430,12 @@ class RunFeatures:
         self.bank = Bank(*self.encoded(self.images, transform, views, "training set"))
 
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
-        """`encode_set` with the run's settings."""
-        return encode_set(
+        """`encode_set` with the run's settings; features of length 1 where the classifier is a text tower's."""
+        features, labels = encode_set(
             self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
             workers=self.cfg.workers, batch_size=self.batch_size, label=label,
         )  # fmt: skip
+        return (F.normalize(features, dim=-1) if self.cfg.zero_shot else features), labels
 
     def batches(self, epochs: range, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Global batches of feats (n, D) and labels (n,) of these epochs, from batch `start` of the first on, on the
@@ -430,7 +444,7 @@ class RunFeatures:
         if self.bank is not None:
             for epoch in epochs:
                 first = start if epoch == epochs[0] else 0
-                for chosen in bank_batches(self.bank, cfg.batch_size, cfg.seed, epoch, first, self.two):
+                for chosen in bank_batches(self.bank, cfg.batch_size, cfg.seed, epoch, first, self.views == 2):
                     yield tuple(run.pinned(x, process.device).to(process.device, non_blocking=True) for x in chosen)
             return
         strong = with_rand_augment(self.train_view) if cfg.views == "train+rand" else self.train_view

@@ -12,17 +12,18 @@ Beside it what every arm needs: the linear classifier (LP) and the frozen encode
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
 """
 
+import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import open_clip
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import ByobNet
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision import transforms
@@ -30,6 +31,9 @@ from torchvision import transforms
 from nmtune.config import PretrainConfig
 from shared import checkpoints, data
 from shared.clip import image_side, without_padding
+from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
+from shared.resnet import ARCHITECTURE
+from shared.zeroshot import build_classifier
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
@@ -131,19 +135,20 @@ def nmtune_loss(
     feats: Tensor,
     weights: tuple[float, float, float] = (1.0, 0.04, 0.001),
     k: int = 5,
+    views: int = 2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s].
+    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s], or with views=1 of one view.
 
     logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default the authors';
     the paper writes one lambda = 0.01. Parts of weight 0 are not computed; all three 0 is the paper's MLP baseline.
     Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted parts. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
-    half = len(z) // 2
+    rows = len(z) // views
     parts = {"ce": F.cross_entropy(logits.float(), labels)}
     loss = parts["ce"]
     if w_mse:
-        parts["mse"] = consistency_loss(z[half:], feats[:half])
+        parts["mse"] = consistency_loss(z[-rows:], feats[:rows])
         loss = loss + w_mse * parts["mse"]
     if w_cov:
         parts["cov"] = covariance_loss(z)
@@ -224,16 +229,25 @@ def transformed(head: nn.Module, feats: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------- encoders
 
 
+default_cfgs = generate_default_cfgs(  # timm looks for them by this name
+    {
+        "resnet_emoji": {
+            "input_size": (3, 32, 32), "pool_size": (2, 2), "crop_pct": 1.0, "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "first_conv": "stem.conv", "classifier": "head.fc",
+        }
+    }
+)  # fmt: skip
+
+
 @register_model
-def resnet_emoji(pretrained: bool = False, **kwargs) -> ResNet:
-    """The embedded corpus' encoder, 0.5 M parameters, D = 128; a timm model by this name once this file is imported."""
-    known = {name: value for name, value in kwargs.items() if name in ("num_classes", "in_chans", "global_pool")}
-    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(24, 48, 96, 128), stem_width=24, **known)
-    model.pretrained_cfg = model.default_cfg = {
-        "input_size": (3, 40, 40), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5), "num_classes": 1000, "classifier": "fc", "first_conv": "conv1",
-    }  # fmt: skip
-    return model
+def resnet_emoji(pretrained: bool = False, **options) -> ByobNet:
+    """The embedded corpus' encoder: a stem of 24 channels, blocks of 48, 96 and 192, each halving the image; 0.7 M
+    parameters, D = 192. A timm model by this name once this file is imported."""
+    widths = zip(ARCHITECTURE.blocks, (48, 96, 192), strict=True)
+    blocks = tuple(dataclasses.replace(block, c=width) for block, width in widths)
+    small = dataclasses.replace(ARCHITECTURE, blocks=blocks, stem_chs=24)
+    flat = {"flatten_sequential": True}
+    return build_model_with_cfg(ByobNet, "resnet_emoji", pretrained, model_cfg=small, feature_cfg=flat, **options)
 
 
 def timm_transforms(config: dict, crop_scale: float = 0.8) -> tuple[Callable, Callable]:
@@ -274,7 +288,8 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
     """(module, D, training transform, evaluation transform); the module maps images (B, 3, H, W) to features (B, D).
 
     timm: pooled features before the classifier (U:src/models/modeling.py:14-65). open_clip: the projected image
-    embedding, *not* normalised (U:src/models/modeling.py:78-85). In eval mode and without gradients: frozen.
+    embedding, *not* normalised (U:src/models/modeling.py:78-85). lite0: EfficientNet-Lite0, pretrained on ImageNet-1k,
+    for images of NAME pixels (shared.pretrained). In eval mode and without gradients: frozen.
     checkpoint: None random weights; "pretrained" timm's own, by name and tag; open_clip's tag; or a file or run folder
     with `state_dict`, in timm's `model.pth.tar`, open_clip's `epoch_32.pt` or our layout, `module.` prefixes allowed.
     """
@@ -298,11 +313,31 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
         encoder, dim = model.visual, config["embed_dim"]
         if weights is not None:
             weights = {key.removeprefix("visual."): w for key, w in weights.items() if key.startswith("visual.")}
+    elif source == "lite0":
+        if not name.isdecimal() or not int(name) or int(name) % 32:
+            raise ValueError(f"lite0:{name} should say the side of its images in pixels, a multiple of 32: lite0:128")
+        size = {"input_size": (3, int(name), int(name)), "crop_pct": 1.0, "interpolation": "bicubic"}
+        encoder, dim = fold_batch_norms(efficientnet_lite0()), 1280
+        views = timm_transforms(size | {"mean": LITE0_MEAN, "std": LITE0_STD})
     else:
-        raise ValueError(f"an encoder comes from timm or open_clip, not from {source!r}")
+        raise ValueError(f"an encoder comes from timm, open_clip or lite0, not from {source!r}")
     if weights is not None:
         load_weights(encoder, weights, source, name, checkpoint)
     return encoder.eval().requires_grad_(False), dim, *views
+
+
+@torch.no_grad()
+def zero_shot_weights(name: str, checkpoint: str | None, classnames: Sequence[str]) -> Tensor:
+    """Classifier (C, D) of an open_clip model for features of length 1: e^logit_scale times the unit embeddings of
+    "a photo of a CLASS.". U:src/models/zeroshot.py:18-60."""
+    weights = encoder_weights(checkpoint) if checkpoint and Path(checkpoint).exists() else None
+    model, *_ = create_clip(name, None if weights else checkpoint or None)
+    if weights:
+        model.load_state_dict(weights)
+    names = [classname.replace("_", " ") for classname in classnames]
+    tokenizer = open_clip.get_tokenizer(name)
+    classifier = build_classifier(model.eval().encode_text, tokenizer, names, ["a photo of a {c}."])
+    return model.logit_scale.exp() * classifier.T
 
 
 def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, name: str, checkpoint: str) -> None:

@@ -7,6 +7,7 @@ The paper's controlled study: the same encoder at five noise ratios gamma,
 The authors trained with stock timm and OpenCLIP 2.16.0; so do we: timm's and open_clip's models, losses and optimizers.
 """
 
+import copy
 import dataclasses
 import functools
 import random
@@ -28,7 +29,7 @@ from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
 from nmtune.datasets import LabelledImages, flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
-from shared import accumulate, cli, data, run, windows
+from shared import accumulate, cli, data, memory, run, windows
 from shared.clip import set_grad_checkpointing, trimmed
 
 IMAGENET_BYTES = 110_000  # of an image as it comes
@@ -48,8 +49,9 @@ class NoisyLabels(Dataset):
         self.seed = cfg.seed
         self.transform, self.normalise = data.in_two(transform)
         rng = np.random.RandomState(cfg.seed if cfg.noise_seed is None else cfg.noise_seed)
-        labels = flip_labels(self.images.labels, self.images.num_classes, cfg.noise, rng, cfg.exclude_true)
-        self.noisy = labels != self.images.labels
+        given, classes = self.images.labels, self.images.num_classes
+        labels = flip_labels(given, classes, cfg.noise, rng, cfg.exclude_true, cfg.asymmetric)
+        self.noisy = labels != given
         self.images.labels = labels
         self.broken: list[data.Broken] = []  # none is known before images are read
         self.fingerprint = self.images.fingerprint
@@ -144,16 +146,36 @@ def shard_swaps(first: str, n: int, noise: float, seed: int) -> np.ndarray:
 
 
 def open_samples(
-    cfg: PretrainConfig, transform: Callable, process: run.Process, images: LabelledImages | None
+    cfg: PretrainConfig, transform: Callable, side: int, process: run.Process, images: LabelledImages | None
 ) -> NoisyLabels | SwappedCaptions:
-    """The training set of a kind of pre-training, with its noise; `images` are those of kind supervised."""
+    """The training set of a kind of pre-training, with its noise; `images` are those of kind supervised.
+
+    With `keep_in_memory` it has what is `decoded`, and the `side` of views.
+    """
     if cfg.kind == "supervised":
-        return NoisyLabels(cfg, transform, images)
-    shards = f"{cfg.data.partition(':')[0]}/train" if ":pretrain" in cfg.data else cfg.data
-    pairs = windows.open_pairs(dataclasses.replace(cfg, data=shards), process)
-    data.say_size(pairs, cfg, process)
-    tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model))
-    return (SwappedWithinShards if cfg.window_shards else SwappedCaptions)(cfg, transform, tokenizer, pairs)
+        samples = NoisyLabels(cfg, transform, images)
+    else:
+        shards = f"{cfg.data.partition(':')[0]}/train" if ":pretrain" in cfg.data else cfg.data
+        pairs = windows.open_pairs(dataclasses.replace(cfg, data=shards), process)
+        data.say_size(pairs, cfg, process)
+        tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model))
+        kind = SwappedWithinShards if cfg.window_shards else SwappedCaptions
+        samples = kind(cfg, transform, tokenizer, pairs)
+    if cfg.keep_in_memory:
+        samples.side, samples.decoded = side, decoded(samples, 2 * side, process)
+    return samples
+
+
+def decoded(samples: "NoisyLabels | SwappedCaptions", side: int, process: run.Process) -> tuple[Tensor, Tensor, Tensor]:
+    """Every sample once: images as centre squares of `side` pixels (N, 3, side, side) uint8, labels (N,) or tokens
+    (N, L), and whether they are noise (N,). Broken samples join `samples.broken`."""
+    memory.check_size(len(samples), side, process)
+    whole = copy.copy(samples)
+    whole.transform = lambda image: torch.from_numpy(np.array(memory.square(image, side))).permute(2, 0, 1)
+    rows = run.progress(range(len(samples)), len(samples), "reading", 1, process)
+    *batch, broken = collate([whole[row] for row in rows])
+    samples.broken = [*samples.broken, *broken]
+    return tuple(batch)
 
 
 def batch_order(
@@ -180,6 +202,23 @@ def steps_an_epoch(cfg: PretrainConfig, n: int) -> int:
     return whole if cfg.kind == "clip" and whole else whole + (rest > 0)
 
 
+def memory_batches(
+    samples: NoisyLabels | SwappedCaptions, cfg: PretrainConfig, process: run.Process, epochs: range, start: int
+) -> Iterator[tuple]:
+    """What `training_batches` gives, of samples that are `decoded`: crops (and flips) of a whole batch at a time."""
+    (pixels, targets, noisy), labels = samples.decoded, cfg.kind == "supervised"
+    scale = (cfg.crop_scale, 1.0) if labels else (0.9, 1.0)
+    for epoch in epochs:
+        u = memory.uniforms((cfg.seed, epoch, 1), len(samples), 5)  # 1: not the stream that shuffles
+        own = batch_order(cfg, len(samples), epoch, process, start if epoch == epochs[0] else 0)
+        for rows, weight in zip(*own, strict=True):
+            rows = torch.from_numpy(rows)
+            flip = u[rows, 4] < 0.5 if labels else None
+            boxes = memory.random_crops(u[rows], scale)
+            images = memory.crop_and_resize(pixels[rows], boxes, samples.side, flip)
+            yield weight, images, targets[rows], noisy[rows], []
+
+
 def training_batches(
     samples: NoisyLabels | SwappedCaptions, cfg: PretrainConfig, process: run.Process, epochs: range, start: int
 ) -> Iterator[tuple]:
@@ -187,6 +226,9 @@ def training_batches(
     if cfg.window_shards:
         for batch in windows.training_batches(samples, collate, cfg, process, epochs, start):
             yield 1.0, *batch
+        return
+    if cfg.keep_in_memory:
+        yield from memory_batches(samples, cfg, process, epochs, start)
         return
     ahead: deque[float] = deque()  # weights of the batches that the loader has been asked for
 
@@ -226,6 +268,18 @@ def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: T
                 rows = run.pinned(rows, hit.device).to(hit.device, non_blocking=True)
                 parts[f"accuracy_{name}"] = 100 * ((hit & rows).sum() / count)
     return parts
+
+
+def make_optimizer(model: nn.Module, cfg: PretrainConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW. Biases and gains do not decay; positional embeddings of a CLIP do, which
+    timm spares and open_clip 2.16 does not: U:open_clip/training/main.py:292-302."""
+    name = {"sgd": "nesterov"}.get(cfg.optimizer, cfg.optimizer)
+    adam = {"betas": (0.9, cfg.beta2), "eps": cfg.eps} if cfg.optimizer == "adamw" else {}
+    parameters = model
+    if cfg.kind == "clip":
+        gains, matrices = ([p for p in model.parameters() if (p.ndim < 2) == spared] for spared in (True, False))
+        parameters = [{"params": gains, "weight_decay": 0.0}, {"params": matrices}]
+    return create_optimizer_v2(parameters, opt=name, lr=cfg.lr, weight_decay=cfg.weight_decay, **adam)
 
 
 def train_step(
@@ -311,12 +365,10 @@ def main(cfg: PretrainConfig) -> Path | None:
     images = open_labelled(cfg.data, Path(cfg.cache)) if cfg.kind == "supervised" else None
     num_classes = 0 if images is None else images.num_classes
     torch.manual_seed(cfg.seed)
-    model, transform, _ = create_model(cfg, num_classes)
+    model, transform, side = create_model(cfg, num_classes)
     model = model.to(process.device, memory_format=torch.channels_last)
     set_grad_checkpointing(model, cfg.grad_checkpointing)
-    name = {"sgd": "nesterov"}.get(cfg.optimizer, cfg.optimizer)
-    adam = {"betas": (0.9, cfg.beta2), "eps": cfg.eps} if cfg.optimizer == "adamw" else {}
-    optimizer = create_optimizer_v2(model, opt=name, lr=cfg.lr, weight_decay=cfg.weight_decay, **adam)
+    optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
@@ -325,7 +377,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     first, start = folder.state["epoch"], folder.state["batch"]
 
     # Data and its noise
-    samples = open_samples(cfg, transform, process, images)
+    samples = open_samples(cfg, transform, side, process, images)
     if folder.state.get("data", samples.fingerprint) != samples.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
     noise = folder.state["noise"] if folder.resumed else samples.share()

@@ -9,19 +9,23 @@ gathered, and all take the same step of the small head, so that W processes do w
 Heads and losses are in model.py, views, features files and batches in features.py, accuracy in eval.py.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
 from nmtune.config import EMOJI, PRESETS, Config, FinetuneConfig, check
 from nmtune.datasets import SIZES
-from nmtune.eval import test_metrics
+from nmtune.eval import accuracy, test_metrics
 from nmtune.features import (  # noqa: F401
+    Bank,
+    BankLoader,
     RunFeatures,
     TwoViews,
     extract_features,
@@ -30,8 +34,10 @@ from nmtune.features import (  # noqa: F401
     split_encoder,
     subset_per_class,
 )
-from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed
+from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed, zero_shot_weights
 from shared import cli, data, run
+
+RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (1e-4, 1e-2, 1e-1, 1.0)  # among which `choose` chooses
 
 # ------------------------------------------------------------------------------------------------------------ one step
 
@@ -66,15 +72,16 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     weights: tuple[float, float, float] = (1.0, 0.04, 0.001),
     k: int = 5,
+    views: int = 2,
 ) -> dict[str, Tensor]:
-    """One optimizer step on feats (n, D) = [view w; view s] -> {"loss", "ce", "mse", "cov", "svd"}, detached.
+    """One optimizer step on feats (n, D), [view w; view s] or one view -> {"loss", "ce", ...}, detached.
 
     labels (n,), or (n/2,) which both views share. A linear head has no z of its own: cross-entropy alone.
     """
     head.train()
     labels = labels.repeat(len(feats) // len(labels))
     z, logits = transformed(head, feats)
-    loss, parts = nmtune_loss(logits, labels, z, feats, weights if z is not feats else (0.0, 0.0, 0.0), k)
+    loss, parts = nmtune_loss(logits, labels, z, feats, weights if z is not feats else (0.0, 0.0, 0.0), k, views)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -91,11 +98,13 @@ def tune(
     weights: tuple[float, float, float] = (1.0, 0.04, 0.001),
     warmup: int = 0,
     k: int = 5,
+    views: int = 2,
 ) -> list[dict[str, float]]:
     """Tune `head` in place on features in memory; -> a line {"loss", ..., "lr"} a step. The script's loop is `main`'s.
 
     method lp, mlp or nmtune; only nmtune uses `weights`. `loader`, with a length, gives one epoch's batches each
     time: (feats (n, D), labels), or ((feats_w, feats_s), labels) with labels of one view.
+    `views`: how many of an image are among the rows.
     """
     if method not in ("lp", "mlp", "nmtune"):
         raise ValueError(f"method is lp, mlp or nmtune, not {method!r}")
@@ -105,9 +114,44 @@ def tune(
         for i, (feats, labels) in enumerate(loader):
             feats = torch.cat(list(feats)) if isinstance(feats, (tuple, list)) else feats
             now = optimizer.param_groups[0]["lr"] = cosine_lr(lr, warmup, epochs * steps, epoch * steps + i)
-            parts = train_step(head, feats, labels, optimizer, weights, k)
+            parts = train_step(head, feats, labels, optimizer, weights, k, views)
             history.append({name: part.item() for name, part in parts.items()} | {"lr": now})
     return history
+
+
+def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
+    """{"lr", "weight_decay"} that are best for a fifth of every class, held out of the training set: first the learning
+    rate, then the decay. By top-1, and where that is equal by cross-entropy."""
+    device = source.process.device
+    features, labels = source.bank.features.to(device), source.bank.labels.to(device)
+    kept = np.sort(subset_per_class(labels.cpu().numpy(), 0.8, np.random.RandomState(cfg.seed)))
+    rest = np.setdiff1d(np.arange(len(labels)), kept)
+    if not len(kept) or not len(rest):
+        raise ValueError("--select holds out a fifth of every class, for which all classes are too small")
+    part = Bank(features[:, kept], labels[kept])
+
+    def score(tried: Config) -> tuple[float, float]:
+        torch.manual_seed(cfg.seed)
+        head = make_head(tried, source.dim, len(source.classnames)).to(device)
+        loader, weights = BankLoader(part, cfg.batch_size, cfg.seed, source.views == 2), tried.loss_weights(source.dim)
+        arguments = tried.epochs, tried.lr, tried.weight_decay, weights, tried.warmup, tried.svd_k, source.views
+        try:
+            tune(tried.method, head, loader, *arguments)
+        except torch.linalg.LinAlgError:  # of features that have grown without bounds
+            return 0.0, -math.inf
+        with torch.no_grad():
+            logits = head.eval()(features[0, rest])
+        loss = torch.nn.functional.cross_entropy(logits, labels[rest]).item()
+        return accuracy(logits, labels[rest]), -loss if math.isfinite(loss) else -math.inf
+
+    for field, values in (("lr", RATES), ("weight_decay", DECAYS)):
+        found = {value: score(dataclasses.replace(cfg, **{field: value})) for value in values}
+        best = max(found, key=found.__getitem__)
+        cfg = dataclasses.replace(cfg, **{field: best})
+        if source.process.main:
+            tried = ", ".join(f"{value:g} {100 * top1:.1f} %" for value, (top1, _) in found.items())
+            print(f"--{field.replace('_', '-')} {best:g} was chosen on {len(rest):,} held-out samples, top-1: {tried}")
+    return {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -119,7 +163,9 @@ def planned_encoder(cfg: Config | FinetuneConfig, default: tuple[str, str]) -> t
         return split_encoder(cfg.encoder, None)[:2]
     if not cfg.encoder:
         return default
-    return ("open_clip", "ViT-emoji") if "clip" in Path(cfg.encoder).name else ("timm", "resnet_emoji")
+    if "clip" not in Path(cfg.encoder).name:
+        return "timm", "resnet_emoji"
+    return "open_clip", "ViT-emoji" if "vit" in Path(cfg.encoder).name else "ResNet-emoji"
 
 
 def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
@@ -168,7 +214,7 @@ def dry_run(cfg: Config) -> None:
     memory = f"{gib:.2f} GiB of the head's step, {4 * frozen / 2**30:.2f} GiB of frozen weights, in fp32"
     cli.show_plan(
         [
-            ("method", "{}, weights mse {:g}, cov {:g}, svd {:g}".format(cfg.method, *cfg.weights)),
+            ("method", "{}, weights mse {:g}, cov {:g}, svd {:g}".format(cfg.method, *cfg.loss_weights(dim))),
             ("parameters", f"{parameters:,} tuned; {what}, D = {dim:,}"),
             *plan_rows(cfg, samples, classes, remark, rows),
             ("memory estimate", memory),
@@ -190,15 +236,22 @@ def main(cfg: Config) -> Path | None:
     source = RunFeatures(cfg, process, run.resolve_precision(cfg.precision, process.device))
     if folder.state.get("data", source.fingerprint) != source.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
+    chosen = folder.state.get("chosen", {})
+    if cfg.select:
+        source.encode_training_set()
+        chosen = chosen or choose(cfg, source)
+        cfg = dataclasses.replace(cfg, **chosen)
     torch.manual_seed(cfg.seed)
     head = make_head(cfg, source.dim, len(source.classnames)).to(process.device)
+    if cfg.zero_shot and not folder.resumed:
+        head.weight.data.copy_(zero_shot_weights(*source.model[1:], source.classnames))
     optimizer = make_optimizer(head, cfg.lr, cfg.weight_decay)
     folder.restore(head=head, optimizer=optimizer)
     source.encode_training_set()
 
     steps, first, start = math.ceil(source.size / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
-    total, weights = steps * cfg.epochs, cfg.weights
-    about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint}
+    total, weights = steps * cfg.epochs, cfg.loss_weights(source.dim)
+    about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint, "chosen": chosen}
     folder.start(steps * first + start, total, source.size, **about)
     batches = source.batches(range(first, cfg.epochs), start)
     for epoch in range(first, cfg.epochs):
@@ -206,7 +259,7 @@ def main(cfg: Config) -> Path | None:
         of_epoch = run.progress(batches, steps - start, label, cfg.batch_size, process)
         for step, (feats, labels) in enumerate(of_epoch, steps * epoch + start):
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, step)
-            losses = train_step(head, feats, labels, optimizer, weights, cfg.svd_k)
+            losses = train_step(head, feats, labels, optimizer, weights, cfg.svd_k, source.views)
             done = step + 1
             if done % cfg.log_every == 0 or done == total:
                 folder.log(done, epoch=epoch, lr=lr, **losses)
@@ -225,9 +278,12 @@ def main(cfg: Config) -> Path | None:
 
 
 def command() -> Config:
-    """Preset and overrides; without a preset, the overrides of plain NMTune."""
+    """Preset and overrides; without a preset, the overrides of NMTune, for a features file with --select if neither
+    learning rate nor weight decay is given."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--") and sys.argv[1] != "--help":
-        return tyro.cli(Config)
+        flags = {word.partition("=")[0] for word in sys.argv[1:]}
+        own = "--features" in flags and not flags & {"--lr", "--weight-decay"}
+        return tyro.cli(Config, default=Config(select=own))
     return tyro.extras.overridable_config_cli(PRESETS)
 
 

@@ -49,6 +49,18 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def check_size(count: int, side: int, process: run.Process | None = None) -> None:
+    """ValueError if `count` images of `side` pixels take more than half of the machine's memory, with all of its
+    processes."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
+    needed, there = 3 * side**2 * count * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there / 2:
+        raise ValueError(
+            f"{count:,} images of {side} pixels take {needed / 2**30:.0f} GiB in {processes} processes, of "
+            f"{there / 2**30:.0f} GiB: pass --no-keep-in-memory"
+        )
+
+
 def read(
     pairs: data.Shards | data.TSV,
     side: int,
@@ -59,13 +71,7 @@ def read(
 
     ValueError if that takes more than half of the machine's memory, with all of its processes.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
-    needed, there = 3 * side**2 * len(pairs) * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there / 2:
-        raise ValueError(
-            f"{len(pairs):,} images of {side} pixels take {needed / 2**30:.0f} GiB in {processes} processes, of "
-            f"{there / 2**30:.0f} GiB: pass --no-keep-in-memory"
-        )
+    check_size(len(pairs), side, process)
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
     for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
         pair = data.read_or_next(pairs, row, broken)

@@ -49,6 +49,7 @@ ELSEWHERE = {  # where each other script is tested
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_encoder_study.py::test_study_and_report",
+    "nmtune.extract": "test_nmtune_extract.py::test_command_lines_end_in_one_sentence",
     "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
     "tldr_reduction.finetune": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
     "tldr_reduction.pool": "test_tldr_reduction_pool.py::test_a_pool_is_written",
@@ -66,6 +67,7 @@ KILLED = {  # where arms and scripts that are not killed here are
         "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
     ),
     "nmtune, labels": "test_nmtune_pretrain.py::test_pretraining_on_labels_kill_and_resume",
+    "nmtune, in memory": "test_nmtune_pretrain.py::test_pretraining_in_memory_kill_and_resume",
     "nmtune.finetune, whole and LoRA": "test_nmtune_finetune.py::test_fine_tuning_kill_and_resume",
     "nmtune.train": "test_nmtune_train.py::test_fresh_views_kill_and_resume",
     "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",

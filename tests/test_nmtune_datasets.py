@@ -245,3 +245,33 @@ def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
                 tar.addfile(member, io.BytesIO(b"?"))
         with pytest.raises(ValueError, match="cannot be read|no .cls|has no"):
             datasets.open_labelled(f"{tmp_path / broken}:test")
+
+
+def test_vtabs_sets_are_tuned_on_trainval(tmp_path, images):
+    """Or on train and val; other sets on train."""
+    source = datasets.open_labelled(str(images))
+    pictures, names = [source.read(row)[0] for row in (0, 13, 40)], ["a", "b", "c"]
+    for name in ("eurosat", "cifar10"):
+        folder = tmp_path / f"wds_vtab-{name}"
+        for split in ("train", "val", "test"):
+            webdataset(folder, pictures, [0, 1, 2], names, split)
+        training, tests = datasets.benchmark(name, str(tmp_path))
+        assert training == f"{folder}:{'train+val' if name == 'eurosat' else 'train'}" and tests == {
+            name: f"{folder}:test"
+        }
+        found = datasets.open_labelled(training)
+        assert len(found) == (6 if name == "eurosat" else 3) and len(set(found.keys.tolist())) == len(found)
+    assert found.read(2)[1] == 2
+    webdataset(tmp_path / "wds_vtab-eurosat", pictures, [0, 1, 2], names, "trainval")
+    assert datasets.benchmark("eurosat", str(tmp_path))[0].endswith("wds_vtab-eurosat:trainval")
+    with pytest.raises(FileNotFoundError, match="nothing holds no .tar file"):
+        datasets.open_labelled(f"{tmp_path}/wds_vtab-eurosat:train+nothing")
+
+
+def test_asymmetric_noise_agrees():
+    labels = np.arange(600) % 6
+    noisy = datasets.flip_labels(labels, 6, 0.3, np.random.RandomState(0), asymmetric=True)
+    wrong = noisy != labels
+    assert wrong.sum() == 180 and (noisy[wrong] == (labels[wrong] + 1) % 6).all()
+    symmetric = datasets.flip_labels(labels, 6, 0.3, np.random.RandomState(0))
+    assert ((symmetric != labels) == wrong).all()  # the same samples

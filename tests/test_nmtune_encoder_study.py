@@ -1,21 +1,24 @@
 """The controlled study of one encoder, and the comparison of several."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from test_nmtune_train import corpus  # noqa: F401
 
-from nmtune import config, encoder_study, model
+from nmtune import config, encoder_study, model, study
 from nmtune import eval as evaluation
 from shared import checkpoints
+from shared.study.floors import Floor
 
 
 def test_study_and_report(tmp_path, monkeypatch, capsys):
     """Two encoders of two seeds with random weights: what stands in the report was measured on them."""
     whole = encoder_study.open_labelled
     monkeypatch.setattr(encoder_study, "open_labelled", lambda spec: whole(spec).subset(np.arange(150)))
+    tasks = ("group", "subgroup")
     for arm, noise in (("sup-00", 0.0), ("sup-30", 0.3)):
         for seed in (0, 1):
             cfg = dataclasses.replace(config.EMOJI_SUPERVISED, noise=noise, seed=seed)
@@ -31,19 +34,45 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
                 "config": dataclasses.asdict(cfg),
             }
             torch.save(state | {"state_dict": encoder.state_dict()}, folder / "checkpoint.pt")
-            small = config.StudyConfig(encoder=str(folder), tasks=("group",), seeds=1, bank=2, epochs=1, batch_size=512)
+            small = config.StudyConfig(encoder=str(folder), tasks=tasks, seeds=1, bank=2, epochs=1, batch_size=512)
             encoder_study.main(dataclasses.replace(small, device="cpu"))
     encoder_study.main(dataclasses.replace(small, device="cpu"))
     assert "nothing to do" in capsys.readouterr().out
-    runs = tuple(str(path) for path in sorted(tmp_path.glob("sup-*")))
+    for arm in study.BLACK_BOX:  # heads that were tuned on a features file
+        for seed in (0, 1):
+            folder = tmp_path / f"{arm}-seed{seed}"
+            folder.mkdir()
+            torch.save({"epoch": 1, "config": {"epochs": 1}, "head": {}}, folder / "checkpoint.pt")
+            lines = [{"step": 1, "loss": 1.0}, {"step": 2, "id/top1": 60.0 + seed + len(arm), "ood/top1": 50.0}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = tuple(str(path) for path in sorted(tmp_path.glob("*-seed?")))
+    bars = (Floor("none", lambda: {"lp/id": -1.0, "lp/ood": -1.0, "blackbox/id": -1.0, "blackbox/ood": -1.0}),)
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars))
+    monkeypatch.chdir(tmp_path)
     evaluation.main(evaluation.Config(runs=runs, report=str(tmp_path / "results.json"), device="cpu"))
     shown, summary = capsys.readouterr().out, checkpoints.read_json(tmp_path / "results.json")
-    assert summary["seeds"] == [0, 1] and list(summary["arms"]) == ["sup-00", "sup-30"]
-    kept = checkpoints.read_json(tmp_path / "sup-30-seed1/study.json")["tasks"]["group"]
-    assert summary["arms"]["sup-30"]["nmtune/ood"]["values"][1] == kept["nmtune/ood"][0]
+    assert summary["seeds"] == [0, 1] and list(summary["arms"]) == ["sup-00", "sup-30", *study.BLACK_BOX]
+    kept = checkpoints.read_json(tmp_path / "sup-30-seed1/study.json")
+    assert set(kept["tasks"]) == set(tasks) and "sve_id@none" in kept["spectrum"]
+    both = [kept["tasks"][task]["nmtune/ood"][0] for task in tasks]
+    assert summary["arms"]["sup-30"]["nmtune/ood"]["values"][1] == pytest.approx(np.mean(both))
+    assert summary["arms"]["sup-30"]["group/nmtune/ood"]["values"][1] == both[0]
+    assert summary["arms"]["sup-30"]["sve_id"]["values"][1] == kept["spectrum"]["sve_id@sample"]
     assert summary["arms"]["sup-30"]["noise"]["mean"] == pytest.approx(30)
-    assert {"mlp/cov_id", "nmtune/top5_id", "sve_id@none", "lsvr_ood@sample+feature"} <= set(kept)
-    c2 = next(claim for claim in summary["claims"] if claim["claim"] == "C2 30 % noise lowers LP OOD")
+    assert summary["arms"]["lite0-mlp"]["blackbox/id"]["values"] == [69.0, 70.0]
+    assert {"mlp/cov_id", "nmtune/top5_id"} <= set(kept["tasks"]["group"])
+    c2 = next(claim for claim in summary["claims"] if claim["claim"] == "C2 30 % label noise lowers LP OOD")
     difference = np.subtract(*(summary["arms"][arm]["lp/ood"]["values"] for arm in ("sup-30", "sup-00"))).mean()
-    assert c2["here"].startswith(f"{difference:+.2f}") and "C4 NMTune above MLP, OOD (4 encoders)" in shown
+    assert c2["difference"] == pytest.approx(difference) and "C4 NMTune above MLP, 30 % label noise, OOD" in shown
     assert (tmp_path / "nmtune_noise.png").is_file() and (tmp_path / "nmtune_spectra.png").is_file()
+
+
+def test_tasks_share_features_of_the_same_drawings():
+    """Labels of a task belong to the rows that its drawings have among all of a part."""
+    images = {part: encoder_study.open_labelled(f"data/emoji:group:{part}") for part in ("tune", "id", "ood")}
+    plain = {part: torch.arange(len(each))[:, None] for part, each in images.items()}
+    encoded = encoder_study.Encoded(images, plain, torch.zeros(2, len(images["tune"]), 1))
+    for part in images:
+        names = encoder_study.open_labelled(f"data/emoji:name:{part}")
+        rows = encoded.rows(part, names)
+        assert (names.keys == images[part].keys[rows.numpy()]).all() and (names.spans == images[part].spans[rows]).all()

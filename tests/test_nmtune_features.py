@@ -50,8 +50,10 @@ def test_views_of_a_batch_are_two_different_ones():
     again, _ = next(iter(features.bank_batches(bank, 8, seed=0, epoch=0)))
     assert torch.equal(feats, again)
     single = features.Bank(x[:1], torch.arange(10))
-    feats, _ = next(iter(features.bank_batches(single, 8, seed=0, epoch=0)))
-    assert torch.equal(feats[:8], feats[8:])
+    feats, labels = next(iter(features.bank_batches(single, 8, seed=0, epoch=0)))
+    assert feats.shape == (8, 2) and labels.shape == (8,)
+    *_, last = features.bank_batches(single, 9, seed=0, epoch=0)
+    assert last[0].shape == (2, 2) and torch.equal(last[0][0], last[0][1])  # for a batch norm
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -264,14 +264,14 @@ def test_consistency_loss_is_the_papers_over_d():
 
 def test_encoders_are_frozen_and_unnormalised():
     torch.manual_seed(0)
-    images = torch.randn(3, 3, 40, 40)
-    for source, name, dim in (("timm", "resnet_emoji", 128), ("open_clip", "ViT-emoji", 128)):
+    for source, name, dim, side in (("timm", "resnet_emoji", 192, 32), ("open_clip", "ViT-emoji", 128, 40)):
+        images = torch.randn(3, 3, side, side)
         encoder, found, train_view, eval_view = load_encoder(source, name)
         features = encoder(images)
         assert found == dim and features.shape == (3, dim) and not features.requires_grad and not encoder.training
         assert not torch.allclose(features.norm(dim=1), torch.ones(3), atol=1e-2)
         picture = Image.fromarray(np.zeros((64, 50, 3), np.uint8))
-        assert train_view(picture).shape == eval_view(picture).shape == (3, 40, 40)
+        assert train_view(picture).shape == eval_view(picture).shape == (3, side, side)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -302,11 +302,12 @@ def test_an_exported_classifier_of_the_authors_loads(tmp_path, source, name):
     """The state dict of their ImageClassifier: a wrapped encoder with an alias of its classifier, MLP, scale, head."""
     import open_clip
 
-    images, head = torch.randn(2, 3, 40, 40), NMTuneHead(128, 5, ratio=2, layers=2)
+    dim = 192 if source == "timm" else 128
+    images, head = torch.randn(2, 3, 40, 40), NMTuneHead(dim, 5, ratio=2, layers=2)
     if source == "timm":
         model = timm.create_model(name, num_classes=7)
         state = {f"image_encoder.model.model.{key}": value for key, value in model.state_dict().items()}
-        state |= {f"image_encoder.model.fc.{key}": value for key, value in model.fc.state_dict().items()}
+        state |= {f"image_encoder.model.fc.{key}": value for key, value in model.head.fc.state_dict().items()}
         expected = model.eval().forward_head(model.forward_features(images), pre_logits=True)
     else:
         model = open_clip.create_model(name)

@@ -21,15 +21,19 @@ from test_nmtune_train import (  # noqa: F401
     start,
     two,
 )
+from tiny import small_set
 from torch.utils.data import Dataset
 
-from nmtune import config, pretrain
+from nmtune import config, model, pretrain
+from nmtune.datasets import open_labelled
 from shared import checkpoints, data, run, windows
 from shared.clip import set_grad_checkpointing
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
-SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--epochs", "2", "--batch-size", "32", "--warmup", "2"]
-CLIP = "emoji-clip-30 --precision fp32 --log-every 1 --epochs 2 --batch-size 32 --warmup 2".split()
+SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--no-keep-in-memory", "--epochs", "2", "--batch-size", "32"]
+SUPERVISED += ["--warmup", "2"]
+CLIP = "emoji-clip-30 --model ViT-emoji --no-keep-in-memory --precision fp32 --log-every 1 --warmup 2".split()
+CLIP += ["--epochs", "2", "--batch-size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,65 @@ def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, imag
     assert {"ce", "cov", "svd"} <= set(metrics(tmp_path / "tuned")[0]) and "mse" not in metrics(tmp_path / "tuned")[0]
     state = checkpoints.load_checkpoint(tmp_path / "tuned/checkpoint.pt")["state_dict"]
     before = checkpoints.load_checkpoint(tmp_path / "whole/checkpoint.pt")["state_dict"]
-    assert not torch.equal(state["image_encoder.conv1.weight"], before["conv1.weight"])
+    assert not torch.equal(state["image_encoder.stem.conv.weight"], before["stem.conv.weight"])
+
+
+@pytest.mark.parametrize("kind", ["sup", "clip"])
+def test_pretraining_in_memory_kill_and_resume(in_process, start, tmp_path, images, pairs, kind):
+    data = images if kind == "sup" else pairs
+    command = [f"emoji-{kind}-30", "--data", data, "--precision", "fp32", "--epochs", "2", "--batch-size", "16"]
+    command += ["--warmup", "2", "--log-every", "1", "--save-every", "2", "--keep-every", "4", "--out"]
+    code, _, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
+    assert code == 0 and (tmp_path / "whole/checkpoint-4.pt").is_file(), err
+    kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
+    finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
+    assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
+
+
+@pytest.mark.parametrize("kind", ["supervised", "clip"])
+def test_views_in_memory_are_the_samples(images, pairs, kind):
+    """Labels, captions and what is noise are those that are read one by one, broken images are counted; whole images
+    are the transform's, but for the resizing of decoded pixels."""
+    base = config.EMOJI_SUPERVISED if kind == "supervised" else config.EMOJI_CLIP
+    cfg = dataclasses.replace(base, data=str(images if kind == "supervised" else pairs), noise=0.3, batch_size=16)
+    process, opened = run.Process(0, 1, torch.device("cpu")), []
+    for kept in (False, True):
+        labelled = open_labelled(cfg.data) if kind == "supervised" else None
+        _, transform, side = model.create_model(cfg, 4)
+        changed = dataclasses.replace(cfg, keep_in_memory=kept)
+        opened.append(pretrain.open_samples(changed, transform, side, process, labelled))
+    one_by_one, in_memory = opened
+    pixels, targets, noisy = in_memory.decoded
+    assert pixels.shape == (len(one_by_one), 3, 64, 64) and pixels.dtype == torch.uint8
+    for row in range(len(one_by_one)):
+        _, target, is_noise, _ = one_by_one[row]
+        assert torch.equal(torch.as_tensor(target), targets[row]) and is_noise == noisy[row]
+    epochs, found = range(0, 2), []
+    for start_at in (0, 1):
+        batches = pretrain.training_batches(
+            in_memory, dataclasses.replace(cfg, keep_in_memory=True), process, epochs, start_at
+        )
+        found.append(list(batches))
+    assert [len(batch[1]) for batch in found[0]][:3] == [16, 16, 16] and len(found[0]) == len(found[1]) + 1
+    for (weight, views, labels, *_), (_, again, same_labels, *_) in zip(found[0][1:], found[1], strict=True):
+        assert weight == 1 and views.shape[1:] == (3, 32, 32) and torch.equal(views, again)
+        assert torch.equal(labels, same_labels)
+    assert not torch.equal(found[0][0][1], found[0][len(found[0]) // 2][1])  # another epoch, other crops
+
+
+def test_positional_embeddings_decay_as_in_open_clip():
+    """Gains, biases and the logit scale do not; timm's rule for its own models stays."""
+    network = model.create_model(dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji"))[0]
+    optimizer = pretrain.make_optimizer(network, config.EMOJI_CLIP)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: decay[id(p)] for name, p in network.named_parameters()}
+    assert found["positional_embedding"] == found["visual.positional_embedding"] == config.EMOJI_CLIP.weight_decay
+    assert found["logit_scale"] == found["ln_final.weight"] == found["visual.class_embedding"] == 0
+    network = model.create_model(config.EMOJI_SUPERVISED, 5)[0]
+    groups = pretrain.make_optimizer(network, config.EMOJI_SUPERVISED).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
 
 
 def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
@@ -78,10 +140,29 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     assert tuned < 0.2 * whole
     state = checkpoints.load_checkpoint(tmp_path / "lora/checkpoint.pt")["state_dict"]
     assert any("lora_A" in key and "c_fc" in key for key in state)
+    # zero-shot: measured, and where a linear probe starts
+    sets = small_set("groups_ood", tmp_path / "sets", every=40)
+    code, out, err = in_process("nmtune.eval", tmp_path / "clip", "--sets", sets, "--device", "cpu")
+    assert (
+        code == 0
+        and "top1" in out
+        and "groups_ood/top1" in checkpoints.read_json(tmp_path / "clip/results.json")["metrics"]
+    )
+    options = ["lp", "--encoder", tmp_path / "clip", "--data", images, "--tests", f"again={images}", "--workers", "0"]
+    code, out, err = in_process(
+        "nmtune.train", *options, "--zero-shot", "--epochs", "1", "--lr", "1e-12", "--out", tmp_path / "probe"
+    )
+    assert code == 0 and "again/top1" in out, err
+    weights = checkpoints.load_checkpoint(tmp_path / "probe/checkpoint.pt")["head"]["weight"]
+    scale = checkpoints.load_checkpoint(tmp_path / "clip/checkpoint.pt")["state_dict"]["logit_scale"].exp()
+    torch.testing.assert_close(weights.norm(dim=1), scale.expand(len(weights)), rtol=1e-4, atol=1e-4)
+    options[options.index(tmp_path / "clip")] = "timm:resnet_emoji"
+    code, _, err = in_process("nmtune.train", *options, "--zero-shot", "--out", tmp_path / "none")
+    assert code == 2 and "text tower, which timm:resnet_emoji has not" in err
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):
-    cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5)
+    cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5, model="ViT-emoji")
     opened = data.open_pairs(str(pairs))
     samples = pretrain.SwappedCaptions(cfg, lambda image: torch.zeros(1), lambda texts: [texts[0]], opened)
     captions = [opened.caption(row) for row in range(len(samples))]

@@ -1,51 +1,105 @@
-"""The study: arms at each noise ratio, and claims between encoders and heads."""
+"""The study: arms at each noise ratio and on a black box, claims, floors, plots."""
 
+import numpy as np
 import pytest
 
 from nmtune import config, study
+from shared.study import verdicts
+
+SEEDS = (0, 1, 2)
 
 
-def made_up(level: int, seed: int) -> dict[str, float]:
+def encoder(level: int, seed: int) -> dict[str, float]:
     """An encoder's numbers: accuracy falls with noise, spectra rise; NMTune is a point above MLP, MLP two above LP."""
+    noise = np.random.default_rng([level, seed]).normal(0, 0.05, 4)
     numbers = {"sve_id": 4 + 0.01 * level, "sve_ood": 4 + 0.02 * level, "lsvr_id": 3 + 0.01 * level, "noise": level}
-    numbers["lsvr_ood"] = 3 + 0.02 * level + 0.001 * seed * level
-    for part in ("id", "ood"):
-        lp = 50 - 0.2 * level - 0.01 * seed * level
-        numbers |= {f"lp/{part}": lp, f"mlp/{part}": lp + 2, f"nmtune/{part}": lp + 3 + 0.01 * seed}
+    numbers["lsvr_ood"] = 3 + 0.02 * level + 0.001 * noise[0]
+    for i, part in enumerate(("id", "ood")):
+        lp = 50 - 0.2 * level + seed + noise[1 + i]
+        numbers |= {f"lp/{part}": lp, f"mlp/{part}": lp + 2, f"nmtune/{part}": lp + 3 + noise[3]}
     return numbers | {"mlp/cov_id": 9.0, "nmtune/cov_id": 8.0 + 0.1 * seed, "mlp/top5_id": 1.0, "nmtune/top5_id": 1.0}
 
 
-def compared(arms: dict[str, list[dict[str, float]]]) -> study.Comparison:
-    return study.Comparison(arms=arms, seeds=[0, 1, 2], folders={}, commits={"x"}, settings={})
+def compared(levels=config.NOISE) -> study.Comparison:
+    arms = {f"sup-{level:02d}": [encoder(level, seed) for seed in SEEDS] for level in levels}
+    for arm, more in zip(study.BLACK_BOX, (0, 1.5, 2.4), strict=True):
+        arms[arm] = [{f"blackbox/{part}": 70 + more + 0.01 * seed * more for part in ("id", "ood")} for seed in SEEDS]
+    return study.Comparison(arms=arms, seeds=list(SEEDS), folders={}, commits={"x"}, settings={})
+
+
+def judged(found: study.Comparison, floor: float = 20.0, together: bool = True) -> dict[str, dict]:
+    bars = [((), {metric: floor for metric in ("lp/id", "lp/ood", "blackbox/id", "blackbox/ood")})]
+    rows = verdicts.judged(study.CLAIMS, found.arms, bars, together) + study.more_rows(found)
+    return {row["claim"]: row for row in rows}
 
 
 def test_claims_are_differences_of_encoders_and_of_heads():
-    arms = {f"sup-{level:02d}": [made_up(level, seed) for seed in (0, 1, 2)] for level in config.NOISE}
-    rows = {row["claim"]: row for row in study.more_rows(compared(arms))}
-    assert not [claim for claim in rows if "captions" in claim or "same views" in claim or "lambda" in claim]
-    c1 = rows["C1 5-10 % noise raises LP ID over 0 %"]
-    assert c1["here"].startswith("-1.58") and c1["verdict"] == "not reproduced"  # mean of 5 and 10 %: 7.5 * 0.21
-    c2 = rows["C2 any noise (mean of 5-30 %) lowers LP OOD"]
-    assert c2["here"].startswith("-3.41") and c2["verdict"] == "reproduced"
-    assert rows["C3 30 % noise raises LSVR, OOD features"]["here"].startswith("+0.63")
-    assert rows["C3 higher SVE goes with higher LP ID (correlation over levels)"]["here"].startswith("-1.00")
-    c4 = rows["C4 NMTune above MLP, OOD (15 encoders)"]
-    assert c4["here"].startswith("+1.01") and c4["verdict"] == "reproduced" and c4["paper"] == "about +1"
-    assert rows["C4 the same at 30 % noise, ID (3 encoders)"]["here"].startswith("+1.010 ± ")
-    covariance = rows["mechanism: NMTune's z has lower L_COV than MLP's, ID (15 encoders)"]
-    assert covariance["here"].startswith("-0.90") and covariance["verdict"] == "reproduced"
-    few = {arm: arms[arm] for arm in ("sup-05", "sup-30")}
-    claims = [row["claim"] for row in study.more_rows(compared(few))]
-    assert not [claim for claim in claims if claim.startswith(("C1", "C2", "C3"))] and len(claims) == 9
-    with pytest.raises(ValueError, match="encoder folders such as sup-30-seed0, not vit-seedN"):
-        study.more_rows(compared(arms | {"vit": arms["sup-00"]}))
+    rows = judged(compared())
+    primary = [claim for claim, row in rows.items() if row["primary"]]
+    assert len(primary) == 9 and not [claim for claim in rows if "caption" in claim]
+    c1 = rows["C1 10 % label noise raises LP ID"]
+    assert c1["primary"] and c1["difference"] == pytest.approx(-2, abs=0.2) and c1["verdict"] == "not reproduced"
+    assert rows["C1 30 % label noise lowers LP ID"]["verdict"] == "reproduced"
+    assert (
+        rows["C2 10 % label noise lowers LP OOD"]["primary"] and not rows["C2 5 % label noise lowers LP OOD"]["primary"]
+    )
+    assert rows["C3 30 % label noise raises LSVR, OOD features"]["difference"] == pytest.approx(0.6, abs=0.01)
+    correlation = rows["C3 higher SVE goes with higher LP ID (correlation over levels)"]
+    assert correlation["difference"] == pytest.approx(-1, abs=0.01) and correlation["verdict"] == "not reproduced"
+    c4 = rows["C4 NMTune above MLP, black box, OOD"]
+    assert c4["primary"] and c4["difference"] == pytest.approx(0.9, abs=0.02) and c4["verdict"] == "same direction"
+    mean = rows["C4 NMTune above MLP, labels, mean of noise levels, OOD"]
+    assert mean["difference"] == pytest.approx(1, abs=0.1) and not mean["primary"]
+    assert rows["NMTune's z has lower L_COV than MLP's, labels, mean of noise levels, ID"]["verdict"] == "reproduced"
+    assert {row["verdict"] for row in judged(compared(), floor=80.0).values() if row["primary"]} == {"has not learned"}
+    few = judged(compared(levels=(5, 30)))
+    assert not [claim for claim in few if claim.startswith(("C1", "C2", "C3"))]
+    unknown = compared()._replace(arms={"vit": [encoder(0, 0)]})
+    with pytest.raises(ValueError, match="folders such as sup-30-seed0, not vit-seedN"):
+        study.more_rows(unknown)
 
 
-def test_arms_are_encoders_at_each_noise_ratio():
+def test_negligible_differences_are_at_most_half_of_the_papers():
+    for claim in study.CLAIMS:
+        assert claim.effect is None or claim.negligible <= claim.effect / 2
+
+
+def test_plots_show_differences_with_intervals(tmp_path):
+    found = compared()
+    of = study.differences(found.arms, "sup", "lp/id")
+    noisy, clean = ([run["lp/id"] for run in found.arms[arm]] for arm in ("sup-30", "sup-00"))
+    each = np.subtract(noisy, clean)
+    assert of[0] == (0.0, 0.0) and of[30][0] == pytest.approx(np.mean(each)) and 0 < of[30][1] < 0.2
+    study.plot(found, tmp_path)
+    assert (tmp_path / "nmtune_noise.png").is_file() and not (tmp_path / "nmtune_spectra.png").exists()
+
+
+def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     arms = [arm.name for arm in study.STUDY.chosen("core")]
-    assert arms == ["sup-00", "sup-05", "sup-10", "sup-20", "sup-30", "clip-00", "clip-30"]
-    assert len(study.STUDY.chosen("all")) == 10
-    pretraining, tuning = (words[2:] for words in study.STUDY.words(study.STUDY.arms[-1], 1))
+    assert arms == ["sup-00", "sup-10", "sup-30", "lite0-lp", "lite0-mlp", "lite0-nmtune"]
+    assert len(study.STUDY.chosen("all")) == 13
+    pretraining, tuning = (words[2:] for words in study.STUDY.words(study.STUDY.arms[9], 1))
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
-    assert tuning == ["nmtune.encoder_study", "--encoder", out]
+    assert tuning == ["nmtune.encoder_study", "--encoder", out, "--methods", "lp"]
+    (head,) = (words[2:] for words in study.STUDY.words(study.STUDY.arms[-1], 1))
+    assert head[:2] == ["nmtune.train", "emoji-lite0-nmtune"]
+    features = config.PRESETS["emoji-lite0-nmtune"][1].features
+    assert f"--out {features}" in study.STUDY.before[0].command and study.STUDY.before[0].arms == study.BLACK_BOX
+
+
+def test_floors_need_no_training(monkeypatch):
+    """Chance and raw pixels, on a few drawings of the corpus; the metrics are those of the arms' claims."""
+    whole = study.open_labelled
+    monkeypatch.setattr(study, "open_labelled", lambda spec: whole(spec).subset(np.arange(120)))
+    monkeypatch.setattr(study, "TASKS", ("group",))
+    monkeypatch.setattr(study, "SUBGROUPS", study.SUBGROUPS[1:])
+    study.pixels.cache_clear()
+    chance = study.chance()
+    assert chance["lp/id"] == chance["lp/ood"] == pytest.approx(100 / 9) and chance["blackbox/ood"] == pytest.approx(
+        100 / 98
+    )
+    neighbour, probe = study.pixel_neighbour(), study.pixel_probe()
+    assert set(probe) == {"lp/id", "lp/ood"} and set(neighbour) == {"nearest/id", "nearest/ood", "blackbox/ood"}
+    assert all(0 <= value <= 100 for value in (*probe.values(), *neighbour.values()))
+    study.pixels.cache_clear()

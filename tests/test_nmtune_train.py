@@ -6,6 +6,7 @@ test files of nmtune, too.
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,64 @@ def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_pa
     assert in_process("nmtune.train", *command)[0] == 0
     code, _, err = in_process("nmtune.train", *command, "--lr", "1e-4")
     assert code == 2 and "lr (was 0.001, now 0.0001)" in err and one_sentence(err)
+
+
+def test_rates_are_chosen_on_held_out_features(in_process, tmp_path):
+    """Few samples of many dimensions, where the authors' rates overfit: chosen ones do as well as a logistic
+    regression. What was chosen is said and kept; a run that goes on does not choose again."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    centres, labels, test = rng.standard_normal((8, 200)), np.arange(240) % 8, np.arange(800) % 8
+    x, x2 = (4 * centres[y] + 12 * rng.standard_normal((len(y), 200)) + 5 for y in (labels, test))
+    np.savez(tmp_path / "f.npz", features=x, labels=labels, ood_features=x2, ood_labels=test)
+    best = 100 * linear_model.LogisticRegression(max_iter=1000).fit(x, labels).score(x2, test)
+    found = {}
+    for preset in ("lp", "own-lp"):
+        code, out, err = in_process(
+            "nmtune.train", preset, "--features", tmp_path / "f.npz", "--out", tmp_path / preset
+        )
+        assert code == 0, err
+        found[preset] = float(re.search(r"ood/top1 ([\d.]+) %", out)[1])
+    assert re.search(r"--lr [\d.e-]+ was chosen on 48 held-out samples, top-1: 0.0001 [\d.]+ %", out)
+    assert found["own-lp"] > found["lp"] and found["own-lp"] > best - 2, (found, best)
+    state = checkpoints.load_checkpoint(tmp_path / "own-lp/checkpoint.pt")
+    assert set(state["chosen"]) == {"lr", "weight_decay"} and state["config"]["lr"] == 0.01
+    code, out, err = in_process(
+        "nmtune.train", "--features", tmp_path / "f.npz", "--epochs", "2", "--out", tmp_path / "n"
+    )
+    assert code == 0 and "--weight-decay" in out, err  # without a preset, too
+    code, out, err = in_process(
+        "nmtune.train", "--features", tmp_path / "f.npz", "--epochs", "2", "--lr", "1e-3", "--out", tmp_path / "given"
+    )
+    assert code == 0 and "chosen" not in out, err
+
+
+def test_the_papers_consistency_term_is_d_times_the_authors():
+    torch.manual_seed(0)
+    z, logits = torch.randn(8, 6), torch.randn(8, 3)
+    found = {}
+    for mse_sum in (False, True):
+        cfg = config.Config(w_mse=0.5, mse_sum=mse_sum, w_cov=0.0, w_svd=0.0)
+        found[mse_sum], parts = nmtune_loss(logits, torch.arange(8) % 3, z, z.flip(0), cfg.loss_weights(6))
+    assert (found[True] - parts["ce"]).item() == pytest.approx(6 * (found[False] - parts["ce"]).item(), rel=1e-4)
+    assert config.Config(method="mlp").loss_weights(6) == (0.0, 0.0, 0.0)
+
+
+def test_one_view_is_two_equal_ones():
+    """A features file of one view gives each sample once a step: loss and gradients are those of the sample twice."""
+    torch.manual_seed(0)
+    head = NMTuneHead(6, 3).train()
+    feats, labels = torch.randn(40, 6), torch.arange(40) % 3
+    found = []
+    for times in (1, 2):
+        x, y = feats.repeat(times, 1), labels.repeat(times)
+        z, logits = transformed(head, x)
+        head.zero_grad()
+        loss, parts = nmtune_loss(logits, y, z, x, (1.0, 0.0, 0.001), views=times)
+        loss.backward()
+        found.append([loss, *parts.values(), *(p.grad.clone() for p in head.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------- images, kill and resume

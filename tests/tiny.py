@@ -115,7 +115,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
             --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 32 --min-count 1
             --epochs 2 --warmup 2""",
-        "nmtune": "emoji-clip-30 --epochs 2 --warmup 2",
+        "nmtune": "emoji-clip-30 --model ViT-emoji --no-keep-in-memory --epochs 2 --warmup 2",
         "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
             --hidden-dim 32 --projection-dim 16 --warmup 2""",
         "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2 --no-keep-in-memory",

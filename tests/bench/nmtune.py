@@ -92,7 +92,7 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
 
 def clip_step(repetitions: int) -> None:
     """The small CLIP's pre-training step against the same towers, loss and optimizer as open_clip_train uses them."""
-    cfg = dataclasses.replace(config.EMOJI_CLIP, precision="bf16")
+    cfg = dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji", precision="bf16")
     process = run.Process(0, 1, torch.device("cpu"))
     network, *_ = model.create_model(cfg)
     images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))

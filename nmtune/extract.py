@@ -1,0 +1,262 @@
+"""Features of any frozen model into a file that `nmtune.train --features` reads: `python -m nmtune.extract KIND ...`.
+
+    images     pictures, by an encoder of timm or open_clip, a run of nmtune.pretrain, or EfficientNet-Lite0
+    texts      texts in GLUE's layout or JSON lines, by any encoder of Hugging Face
+    answers    embeddings that an API has given, as JSON lines
+NMTune (arXiv 2309.17002) tunes black boxes, language models and an embedding API among them, for which the authors have
+released no code. A finished file is left as it is.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from nmtune.datasets import LabelledImages, open_labelled, open_test
+from nmtune.features import encode_set, split_encoder
+from nmtune.model import load_encoder
+from shared import checkpoints, cli, run
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclasses.dataclass
+class Images:
+    """Features of labelled pictures."""
+
+    encoder: str
+    """Frozen encoder: timm:NAME, open_clip:NAME, lite0:SIDE, or the run folder of `python -m nmtune.pretrain`."""
+    data: str
+    """Training images: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, or a list FILE.txt."""
+    out: str
+    """Features file to write, .npz."""
+    tests: tuple[str, ...] = ()
+    """Test sets as NAME=PATH, paths as in `data`."""
+    checkpoint: str = ""
+    """Weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` for timm's own."""
+    views: int = 0
+    """Training views of each training image; 0: one view of each, by the evaluation transform."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast of the encoder."""
+    seed: int = 0
+    """Seed of training views."""
+
+
+@dataclasses.dataclass
+class Texts:
+    """Features of labelled texts."""
+
+    encoder: str
+    """Encoder that transformers' AutoModel loads, by name or folder: roberta-large, gpt2."""
+    data: str
+    """Training texts: a .tsv with a header line, as GLUE's, or a .jsonl."""
+    out: str
+    """Features file to write, .npz."""
+    tests: tuple[str, ...] = ()
+    """Test sets as NAME=PATH, files as in `data`."""
+    columns: tuple[str, ...] = ("sentence",)
+    """Columns or keys of the text; of two, the encoder reads a pair, such as premise and hypothesis."""
+    label: str = "label"
+    """Column or key of the label."""
+    pooling: Literal["first", "mean", "last"] = "first"
+    """Which hidden state of the last layer: the first token's (BERT), the mean (sentence encoders), the last (GPT)."""
+    max_length: int = 128
+    """Tokens of a text at most."""
+    batch_size: int = 32
+    """Texts of a forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Autocast of the encoder."""
+
+
+@dataclasses.dataclass
+class Answers:
+    """Embeddings that an API has given."""
+
+    data: str
+    """Training set: a .jsonl whose lines hold an embedding and a label."""
+    out: str
+    """Features file to write, .npz."""
+    tests: tuple[str, ...] = ()
+    """Test sets as NAME=PATH, files as in `data`."""
+    embedding: str = "embedding"
+    """Key of the embedding, a list of numbers; dots lead inwards, and numbers into lists: data.0.embedding."""
+    label: str = "label"
+    """Key of the label."""
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+Sets = Iterator[tuple[str, Tensor, list[str]]]  # name ("" of the training set), features (V, N, D) or (M, D), labels
+
+
+def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Sets:
+    """Features of `train` and of the tests, whose labels are named by the classes of `train`."""
+    process = run.setup(cfg.seed, cfg.device)
+    encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, cfg.checkpoint))
+    encoder.to(process.device, memory_format=torch.channels_last)
+    options = {"process": process, "precision": run.resolve_precision(cfg.precision, process.device), "seed": cfg.seed}
+    options |= {"workers": cfg.workers, "batch_size": cfg.batch_size}
+    opened = {name: open_test(path, train.classnames) for name, path in tests.items()}
+    views = {"transform": train_view if cfg.views else eval_view, "views": max(cfg.views, 1)}
+    features, labels = encode_set(encoder, train, **views, **options, label="training set")
+    yield "", features, [train.classnames[label] for label in labels]
+    for name, (images, groups) in opened.items():
+        groups = groups or [[label] for label in range(len(train.classnames))]
+        if any(len(group) > 1 for group in groups):
+            raise ValueError(
+                f"{tests[name]} has classes that several of {cfg.data} count as: measure it by nmtune.train"
+            )
+        features, labels = encode_set(encoder, images, eval_view, **options, label=name)
+        yield name, features[0], [train.classnames[groups[label][0]] for label in labels]
+
+
+def entries(path: str) -> list[dict[str, Any]]:
+    """Lines of a .jsonl, or of a .tsv by the names in its first line. ValueError says which line is unusable."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    with open(path, encoding="utf-8", newline="") as file:
+        if path.endswith(".tsv"):
+            return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        found = []
+        for number, line in enumerate(file, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number} is no JSON ({error}); other files than .tsv are read so"
+                ) from error
+        return found
+
+
+def value(path: str, number: int, entry: Any, key: str) -> Any:
+    """entry[key], where dots in `key` lead inwards. ValueError names file, line and key."""
+    for part in key.split("."):
+        try:
+            entry = entry[int(part) if isinstance(entry, list) else part]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, entry {number} has no {key!r}") from error
+    if entry is None:
+        raise ValueError(f"{path}, entry {number} has no {key!r}")
+    return entry
+
+
+def labels_of(path: str, lines: list[dict[str, Any]], key: str) -> list[str]:
+    return [str(value(path, number, entry, key)) for number, entry in enumerate(lines, 1)]
+
+
+@torch.no_grad()
+def text_features(cfg: Texts, texts: list[list[str]], tokenizer: Any, model: Any, process: run.Process) -> Tensor:
+    """Texts, or pairs of texts -> the hidden states (N, D) of `cfg.pooling`, fp32."""
+    precision, features = run.resolve_precision(cfg.precision, process.device), []
+    wanted = inspect.signature(model.forward).parameters  # not every model takes token_type_ids
+    starts = range(0, len(texts), cfg.batch_size)
+    for start in run.progress(starts, len(starts), "texts", cfg.batch_size, process):
+        columns = [list(column) for column in zip(*texts[start : start + cfg.batch_size], strict=True)]
+        tokens = tokenizer(*columns, padding=True, truncation=True, max_length=cfg.max_length, return_tensors="pt")
+        tokens = {name: each.to(process.device) for name, each in tokens.items() if name in wanted}
+        with run.autocast(precision, process.device):
+            hidden = model(**tokens).last_hidden_state.float()  # (B, L, D)
+        mask = tokens["attention_mask"]
+        if cfg.pooling == "mean":
+            pooled = (hidden * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        else:
+            column = mask.argmax(dim=1) if cfg.pooling == "first" else mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+            pooled = hidden[torch.arange(len(hidden)), column]  # padding may stand on either side
+        features.append(pooled.cpu())
+    return torch.cat(features)
+
+
+def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
+    """Features of the texts of all files."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("texts need transformers: pip install 'transformers>=4.40'") from error
+    process = run.setup(0, cfg.device)
+    read = {name: entries(path) for name, path in {"": cfg.data, **tests}.items()}  # errors come before the encoder
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.encoder)
+        model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--encoder {cfg.encoder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for name, lines in read.items():
+        path = tests.get(name, cfg.data)
+        texts = [[str(value(path, i, entry, key)) for key in cfg.columns] for i, entry in enumerate(lines, 1)]
+        yield name, text_features(cfg, texts, tokenizer, model, process), labels_of(path, lines, cfg.label)
+
+
+def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
+    """Embeddings of all files."""
+    for name, path in {"": cfg.data, **tests}.items():
+        lines = entries(path)
+        rows = [value(path, number, entry, cfg.embedding) for number, entry in enumerate(lines, 1)]
+        try:
+            features = torch.tensor(rows, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {cfg.embedding} should be lists of numbers of one length ({error})") from error
+        yield name, features, labels_of(path, lines, cfg.label)
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def main(cfg: Images | Texts | Answers) -> Path:
+    """Write the features file, unless it is there, of the same settings and data. Returns its path."""
+    if any("=" not in test for test in cfg.tests):
+        raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
+    out, tests = Path(cfg.out), dict(test.split("=", 1) for test in cfg.tests)
+    if out.suffix != ".npz":
+        raise ValueError(f"--out {out} should end in .npz")
+    about = {key: kept for key, kept in vars(cfg).items() if key not in ("out", "workers", "device", "batch_size")}
+    if isinstance(cfg, Images):
+        train = open_labelled(cfg.data)
+        about["fingerprints"] = [train.fingerprint, *(open_labelled(path).fingerprint for path in tests.values())]
+        found = image_sets(cfg, tests, train)
+    else:
+        about["fingerprints"] = [fingerprint(path) for path in (cfg.data, *tests.values())]
+        found = text_sets(cfg, tests) if isinstance(cfg, Texts) else answer_sets(cfg, tests)
+    said = json.dumps(about, sort_keys=True)
+    if out.is_file():
+        with np.load(out, allow_pickle=False) as file:
+            if "about" not in file.files or str(file["about"]) != said:
+                raise ValueError(f"{out} holds features of other data or settings: choose another --out")
+        print(f"{out} is there, of the same data and settings; nothing to do")
+        return out
+    arrays: dict[str, np.ndarray] = {"about": np.array(said)}
+    for name, features, labels in found:
+        prefix = f"{name}_" if name else ""
+        arrays |= {f"{prefix}features": features.numpy(), f"{prefix}labels": np.array(labels, dtype=str)}
+        print(f"{name or 'training set'}: {' x '.join(map(str, features.shape))} features", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoints.replaced(out) as file:
+        np.savez(file, **arrays)
+    return out
+
+
+def fingerprint(path: str) -> str:
+    """Of a file's content. FileNotFoundError if there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Images | Texts | Answers)))

