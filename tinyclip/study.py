@@ -44,7 +44,7 @@ BY_HAND = (  # ResNets on emoji names: {random, inherited} x {contrastive, affin
     ),
     Arm(
         "inherited-contrastive-equal-time",
-        f"{SCRATCH} --init {{teacher}} --steps 255",
+        f"{SCRATCH} --init {{teacher}} --steps 238",
         heading="50 %: inherited, contrastive, as many seconds as affinity",
         core=False,
     ),
@@ -369,7 +369,7 @@ STUDY = Study(
     corpus="Emoji with their names as captions for ResNets, scenes of 30 emoji for ViTs; all teachers from scratch",
     before=(Once(MAKE_SCENES),),
     arms=BY_HAND + BY_MASKS,
-    minutes={"core": 9, "all": 20},
+    minutes={"core": 11, "all": 20},
     passes="step",
     evaluate=evaluate,
     alone=True,
