@@ -457,6 +457,7 @@ class RunFeatures:
             if len(labels):
                 images = normalise(images.to(process.device, non_blocking=True))
                 feats = encode(self.encoder, images, process.device, self.precision)
+                feats = F.normalize(feats, dim=-1) if cfg.zero_shot else feats
             feats, labels = gather_views(feats, labels.to(process.device, non_blocking=True), counts)
             yield feats.flatten(0, 1), labels.repeat(2)
 
