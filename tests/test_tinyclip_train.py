@@ -345,33 +345,36 @@ def test_batches_in_memory_are_those_that_are_read(corpus: None, tmp_path: Path)
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def in_memory(words: list[str], process: run.Process) -> train.Corpus:
+def in_memory(words: list[str]) -> train.Corpus:
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
-    corpus = train.Corpus(cfg, process, first_weights(cfg)[0], {})
+    corpus = train.Corpus(cfg, run.Process(0, 1, torch.device("cpu")), first_weights(cfg)[0], {})
     corpus.remember(None, "fp32")
     return corpus
 
 
 def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path: Path):
     """Those of a resumed run are those of a whole one; they are crops of what `augmentation` none shows."""
-    words, cpu = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--out", str(tmp_path)], torch.device("cpu")
-    corpus = in_memory(words, run.Process(0, 1, cpu))
+    words = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--out", str(tmp_path)]
+    corpus = in_memory(words)
     whole = [batch for batch, _ in zip(corpus.batches(0, None, "fp32"), range(6), strict=False)]
     for start in (2, 4):
         for (images, tokens, answer), expected in zip(corpus.batches(start, None, "fp32"), whole[start:], strict=False):
             assert torch.equal(images, expected[0]) and torch.equal(tokens, expected[1]) and answer is None
     assert not torch.equal(whole[0][0], whole[3][0])
-    plain = in_memory([*words, "--crop", "1", "1", "--crop-ratio", "1", "1"], run.Process(0, 1, cpu))
-    images = train.whole_views(in_memory([*words, "--augmentation", "none"], run.Process(0, 1, cpu)).memory.pixels)
+    plain = in_memory([*words, "--crop", "1", "1", "--crop-ratio", "1", "1"])
+    images = train.whole_views(in_memory([*words, "--augmentation", "none"]).memory.pixels)
     index = plain.order(0, 0)[0]
     shown = next(iter(plain.batches(0, None, "fp32")))[0]
-    assert (shown - images[index]).abs().mean() < 0.05 < (whole[0][0] - images[index]).abs().mean()
+    assert 4 * (shown - images[index]).abs().mean() < (whole[0][0] - images[index]).abs().mean()
 
 
 def test_distinct_captions_are_apart_on_every_process(corpus: None, tmp_path: Path):
     names = str(ROOT / "data/emoji/train_names")
     words = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--data", names, "--out", str(tmp_path)]
-    one, *two = (in_memory(words, run.Process(r, w, torch.device("cpu"))) for r, w in ((0, 1), (0, 2), (1, 2)))
+    one = in_memory(words)
+    two = [copy.copy(one), copy.copy(one)]
+    for rank, each in enumerate(two):
+        each.process = one.process._replace(rank=rank, world_size=2)
     for epoch, start in ((0, 0), (3, 1)):
         whole, parts = one.order(epoch, start), [each.order(epoch, start) for each in two]
         assert len(whole) == 96 // 32 - start and all(len(rows) == 32 for rows in whole)
