@@ -80,17 +80,13 @@ class Config:
         return self.total // self.batch_size
 
 
-SMALL = Config(groups=(), num_concepts=None)
+SMALL = Config(groups=(), num_concepts=None, epochs=16, batch_size=256, lr=3e-3, warmup=31)
 EMOJI = dataclasses.replace(
     SMALL,
     data="data/emoji/train",
     eval_set="data/emoji/eval/names_ood",
     groups=Config.groups,
     num_concepts=400,
-    epochs=16,
-    batch_size=256,
-    lr=3e-3,
-    warmup=31,
 )
 PRESETS = {
     "small": ("Zipf frequencies over the classes of your own --data and --eval-set, small", SMALL),

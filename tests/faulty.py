@@ -133,4 +133,5 @@ if __name__ == "__main__":
     faults = (no_network, full_disk, no_space, die_saving, nan, vanish, pause, read_only)
     {each.__name__: each for each in faults}[name](*options)
     sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # imported before the fork, but a script starts without
     runpy.run_module(module, run_name="__main__", alter_sys=True)
