@@ -124,7 +124,8 @@ def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
             else:
                 file.truncate(size)
         except OSError as error:
-            raise OSError(f"{folder} has no room for {size / 1e9:.1f} GB of features ({error.strerror})") from error
+            need = f"{size / 1e9:.1f} GB of features could not be written into {folder}"
+            raise OSError(f"{need} ({error.strerror})") from error
         yield torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 

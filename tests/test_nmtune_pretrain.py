@@ -252,7 +252,9 @@ class Rows(Dataset):
 def test_weights_of_a_resumed_run_are_right_while_workers_read_ahead(rank: int, workers: int):
     """Loaders ask for the batches of several steps at once, and of the next epoch; the third rank has none of the last
     two rows, so that its weight is 0 there."""
-    cfg = dataclasses.replace(config.PRETRAIN_PRESETS["emoji-sup-30"][1], batch_size=6, workers=workers)
+    cfg = dataclasses.replace(
+        config.PRETRAIN_PRESETS["emoji-sup-30"][1], batch_size=6, workers=workers, keep_in_memory=False
+    )
     process = run.Process(rank, 3, torch.device("cpu"))
     found = pretrain.training_batches(Rows(), cfg, process, range(1, 4), 2)
     found = [(weight, items.flatten().tolist()) for weight, items, *_ in found]

@@ -196,7 +196,7 @@ def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_pa
     assert code == 2 and "lr (was 0.001, now 0.0001)" in err and one_sentence(err)
 
 
-def test_rates_are_chosen_on_held_out_features(in_process, tmp_path):
+def test_rates_of_ones_own_features(in_process, tmp_path):
     """Few samples of many dimensions, where the authors' rates overfit: chosen ones do as well as a logistic
     regression. What was chosen is said and kept; a run that goes on does not choose again."""
     linear_model = pytest.importorskip("sklearn.linear_model")

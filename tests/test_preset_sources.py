@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = set(  # where a run is, what it prints and how much memory it takes, not what it computes
     (
         "out data cache window_shards device workers strict save_every keep_every keep_best log_every eval_every "
-        "eval_set dry_run accumulate grad_checkpointing"
+        "eval_set dry_run accumulate grad_checkpointing keep_in_memory"
     ).split()
 )
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"

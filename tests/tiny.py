@@ -108,8 +108,8 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
     two. `parts` is a folder for what must be there first."""
     arms = {
         "attentive_mask_clip": "emoji --image-size 20 --epochs 2 --warmup-epochs 1",
-        "concept_frequency": f"""emoji --model ViT-emoji --image-size 16 --num-concepts 12 --total 160 --epochs 2 --warmup 2
-            --eval-set {EVAL}/names_ood""",
+        "concept_frequency": f"""emoji --model ViT-emoji --image-size 16 --num-concepts 12 --total 160 --epochs 2
+            --warmup 2 --eval-set {EVAL}/names_ood""",
         "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
             --epochs 2 --warmup 2""",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
