@@ -233,8 +233,9 @@ def counting(
             done += n
             bar.set_postfix_str(note, refresh=False)
             bar.update(n)
-            if shown and silent():
-                rate = done / max(time.monotonic() - start, 1e-9)
+            passed = time.monotonic() - start
+            if shown and passed >= EVERY and silent():
+                rate = done / max(passed, 1e-9)
                 of, left = (f" of {total:,}", f", {duration((total - done) / rate)} left") if total else ("", "")
                 say(f"{label or 'working'}: {done:,}{of} {unit}s, {rate:,.1f} {unit}s/s{left}{note and ', '}{note}")
 

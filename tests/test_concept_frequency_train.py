@@ -20,7 +20,7 @@ SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
 PIPELINE = "en_core_web_sm"
 TINY = Config(
     data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, total=320, epochs=3, batch_size=32,
-    image_size=16, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
+    model="ViT-emoji", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
 )  # fmt: skip
 STEPS = 30
 ARMS = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}  # settings of each
@@ -55,8 +55,8 @@ def flags(cfg, *names: str) -> list[str]:
 
 
 TINY_FLAGS = flags(
-    TINY, "data", "eval_set", "num_concepts", "total", "epochs", "batch_size", "image_size", "warmup", "log_every",
-    "save_every", "device", "precision",
+    TINY, "data", "eval_set", "num_concepts", "total", "epochs", "batch_size", "model", "image_size", "lr", "warmup",
+    "log_every", "save_every", "device", "precision",
 )  # fmt: skip
 
 

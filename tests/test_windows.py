@@ -234,6 +234,8 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
 def test_a_flaky_server_is_asked_again_and_copies_go(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(data, "PAUSE", 0)
     monkeypatch.setattr(index, "LARGE", 0)
+    monkeypatch.setattr(Flaky, "asked", [])
+    monkeypatch.setattr(Flaky, "dropped", set())
     local = one_pass(settings(f"{shards}/{{0..7}}.tar", tmp_path / "other"))
     handler = lambda *args: Flaky(*args, directory=str(shards))  # noqa: E731
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
