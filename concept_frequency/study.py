@@ -149,7 +149,13 @@ def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> lis
         rows.append(pooled_within(tables_of(found.arms["zipf"]), tables_of(found.arms["reassigned"])))
     files = verdicts.not_testable("published files: all correlations", "0.83 to 1.00", "name UPSTREAM=CLONE")
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
-    return [*rows, *({"primary": False} | row for row in replayed or [files]), corpora]
+    return [*rows, *(map(as_row, replayed) if replayed else [files]), corpora]
+
+
+def as_row(claim: dict[str, str]) -> dict[str, Any]:
+    """A row of the table for a claim of the replay, which compares no arms."""
+    row = verdicts.not_testable(claim["claim"], claim["paper"], claim["here"])
+    return row | {"verdict": claim["verdict"].replace(" at this scale", "")}
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots

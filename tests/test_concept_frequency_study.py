@@ -99,7 +99,10 @@ def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
     assert more == {"replayed": kept["claims"]} and len(kept["claims"]) > 5
     found = SimpleNamespace(arms=synthetic_arms(8.0, 2))  # all of a `report.Comparison` that is read
     rows, plain = study.more_rows(found, **more), study.more_rows(found)
-    assert rows == [plain[0], *({"primary": False} | row for row in kept["claims"]), plain[-1]]
+    assert rows == [plain[0], *map(study.as_row, kept["claims"]), plain[-1]]
+    for row, claim in zip(rows[1:-1], kept["claims"], strict=True):
+        assert (row["claim"], row["paper"], row["why"]) == (claim["claim"], claim["paper"], claim["here"])
+        assert row["verdict"] in verdicts.VERDICTS and row["difference"] is None and not row["primary"]
     assert "2 seeds together" in plain[0]["claim"] and plain[0]["interval"][0] < 8 < plain[0]["interval"][1]
     assert {row["verdict"] for row in plain[1:]} == {"not testable here"} and len(plain) == 3
 
