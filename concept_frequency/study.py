@@ -37,7 +37,7 @@ ARMS = (
     Arm("reassigned", "train emoji-reassigned", heading="Zipf, ranks given to other concepts"),
 )
 
-LEARNED = "head"  # accuracy on the frequent tenth of the concepts, which has to be above the floor
+LEARNED = "frequent"  # accuracy on the arm's own frequent tenth of concepts, which has to be above the floor
 
 
 def claim(text: str, paper: str, metric: str, method: str, baseline: str, sign: int = 1, **more) -> Claim:
@@ -80,7 +80,7 @@ def concepts() -> list[str]:
 
 def of_all(top1: float) -> dict[str, float]:
     """A number for all concepts, which is also what to expect of a tenth of them that is drawn at random."""
-    return {"top1": top1, LEARNED: top1}
+    return {"top1": top1, "head": top1, LEARNED: top1}
 
 
 def pixels() -> dict[str, float]:
@@ -121,6 +121,14 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
 def replay_clone(clone: Path) -> dict[str, Any]:
     """Claims rows of the authors' published files, for `more_rows`."""
     return {"replayed": replay.main(replay.Config(str(clone)))}
+
+
+def derive(found: Comparison) -> None:
+    """Adds to each run its accuracy on the tenth of the concepts that are most frequent in it; of all, if all are."""
+    for runs in found.arms.values():
+        for measured in runs:
+            frequency, accuracy = (column(measured["concepts"], key) for key in ("assigned", "accuracy"))
+            measured[LEARNED] = float(accuracy[frequency >= np.quantile(frequency, 0.9)].mean())
 
 
 def tables_of(runs: Sequence[dict[str, Any]]) -> list[Table]:
@@ -226,7 +234,8 @@ STUDY = Study(
     arms=ARMS,
     minutes={"core": 4, "all": 4},
     evaluate=evaluate,
-    metrics=evaluation.METRICS,
+    derive=derive,
+    metrics=evaluation.METRICS | {LEARNED: "frequent tenth"},
     sets=(PRESETS["emoji"][1].eval_set,),
     floors=FLOORS,
     claims=CLAIMS,

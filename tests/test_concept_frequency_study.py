@@ -71,6 +71,7 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
             rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
             found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
             arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
+    study.derive(SimpleNamespace(arms=arms))
     return arms
 
 
