@@ -106,6 +106,8 @@ def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
         assert row["verdict"] in verdicts.VERDICTS and row["difference"] is None and not row["primary"]
     assert "2 seeds together" in plain[0]["claim"] and plain[0]["interval"][0] < 8 < plain[0]["interval"][1]
     assert {row["verdict"] for row in plain[1:]} == {"not testable here"} and len(plain) == 3
+    with pytest.raises(ValueError, match="needs the arm zipf"):
+        study.STUDY.more_rows(SimpleNamespace(arms={"uniform": found.arms["uniform"]}))
 
 
 def test_study_runs_the_presets_of_its_arms():
