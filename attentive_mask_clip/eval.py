@@ -8,7 +8,6 @@ patches. A-CLIP is evaluated with its EMA towers, as in upstream's suite; with t
 import dataclasses
 import io
 import math
-import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +38,7 @@ from attentive_mask_clip.model import (
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
+from shared.tars import read_tar
 from shared.zeroshot import (
     classification_metrics,
     encode_texts,
@@ -242,11 +242,9 @@ def object_masks(eval_set: EvalSet) -> Tensor | None:
     """(N, S, S) 1 where the samples' `mask.png` names an object, as scenes have them; None if a set has no masks."""
     masks = []
     for shard in eval_set.shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".mask.png"):
-                    mask = np.array(Image.open(io.BytesIO(tar.extractfile(member).read()), formats=["PNG"]))
-                    masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
+        for _, content in read_tar(shard, [], {"mask.png"}):
+            mask = np.array(Image.open(io.BytesIO(content), formats=["PNG"]))
+            masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
     return torch.stack(masks).float() if masks else None
 
 
