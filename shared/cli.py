@@ -31,6 +31,8 @@ def check_data(config: Any, example: str) -> None:
 
 def check_eval_set(config: Any) -> None:
     """ValueError if a training is to evaluate, and its set is not named or not there."""
+    if config.eval_every < 0:
+        raise ValueError(f"--eval-every must be at least 0 (never), not {config.eval_every}")
     if config.eval_every and not config.eval_set:
         raise ValueError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
     if config.eval_every and not Path(config.eval_set).is_dir():

@@ -333,14 +333,14 @@ def test_killed_count_goes_on(tmp_path, start):
     out = tmp_path / "out"
     arguments = ["shards", "--data", SHARDS, "--concepts", listed, "--out", out, "--workers", 1]
     arguments += ["--spacy", PIPELINE, "--query-spacy", PIPELINE]
-    kill_when(start(*arguments), lambda: list(out.glob("parts/*/*.npz")), timeout=100)
+    kill_when(start(*arguments), lambda: list(out.glob("parts/text-*/*.npz")), timeout=100)
     finished = {
-        path: path.stat().st_mtime_ns for path in out.glob("parts/*/*.json") if path.with_suffix(".npz").exists()
+        path: path.stat().st_mtime_ns for path in out.glob("parts/text-*/*.json") if path.with_suffix(".npz").exists()
     }
     assert 0 < len(finished) < 9
     code, printed, err = ended(start(*arguments))
     assert code == 0, err
-    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
     truth = counted(tmp_path, "whole", data=(str(SHARDS),))
     assert load_counts(out / "names_corpus_lemmatized_search_counts.json") == dict(
         zip(NAMES, truth.text.tolist(), strict=True)

@@ -302,8 +302,6 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares with 0 < least <= most <= {most}")
     if not 0 < cfg.crop_ratio[0] <= cfg.crop_ratio[1]:
         raise ValueError(f"--crop-ratio {cfg.crop_ratio[0]} {cfg.crop_ratio[1]} should be two ratios above 0")
-    if cfg.eval_every < 0:
-        raise ValueError(f"--eval-every must be at least 0 (never), not {cfg.eval_every}")
 
 
 def check_stage(cfg: Config) -> None:
