@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
-from shared.study import overview
+from shared.study import overview, verdicts
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +27,24 @@ def test_the_page_with_plots_needs_nothing_else():
         assert all(html.escape(row["claim"]) in page for row in summary["claims"])
 
 
+def test_claims_of_abstracts_come_first_and_are_counted():
+    rows = [
+        {"claim": "up", "primary": True, "paper": "+2", "metric": "m", "floor": 30.0, "method": 42.0, "baseline": 40.5}
+        | {"difference": 1.5, "interval": [1.0, 2.0], "resolves": 0.5, "verdict": "reproduced"},
+        verdicts.not_testable("absolute", "70", "needs data", primary=True),
+        verdicts.not_testable("other", "70", "needs data"),
+    ]
+    found = overview.primary_rows({"protoclip": {"claims": rows, "seeds": [0, 1, 2]}})
+    assert [row["claim"] for row in found] == ["up", "absolute"]
+    assert [found[0][key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
+    assert found[0]["difference"] == "+1.50 ± 0.50" and found[0]["seeds"] == 3 and found[1]["floor"] == "-"
+    assert (
+        "2 claims" in overview.settled(found)
+        and "1 have" in overview.settled(found)
+        and "50%" in overview.settled(found)
+    )
+
+
 def test_what_files_say_cannot_become_markup():
     row = {"claim": "<b>", "paper": "-", "here": "&", "verdict": "reproduced"}
     table = overview.html_table([row])
@@ -42,7 +60,7 @@ def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["overview", str(tmp_path / "runs")])
     overview.main()
     page = (tmp_path / "runs/report.html").read_text()
-    assert "cGxvdA==" in page and html.escape(summary["paper"]) in page and page.count("<h2") == 1
+    assert "cGxvdA==" in page and html.escape(summary["paper"]) in page and page.count("<h2 id") == 1
     assert str(tmp_path / "runs/report.html: 1 papers") in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["overview", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no results"):

@@ -29,7 +29,7 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
             assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
     row_of = {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
     for row in summary["claims"]:
-        assert set(row) - {"why", "seeds_needed"} == (
+        assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline"} == (
             row_of if set(summary) == second else {"claim", "paper", "here", "verdict"}
         )
     assert {row["verdict"] for row in shown(summary["claims"])} <= set(VERDICTS)

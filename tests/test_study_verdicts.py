@@ -112,6 +112,9 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
         "primary",
         "paper",
         "metric",
+        "floor",
+        "method",
+        "baseline",
         "difference",
         "interval",
         "resolves",
@@ -123,6 +126,7 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
     assert scatter.df == 4 and rows[0]["resolves"] == pytest.approx(half)
     assert rows[0]["interval"] == pytest.approx([rows[0]["difference"] - half, rows[0]["difference"] + half])
     assert rows[0]["verdict"] == "reproduced" and rows[1]["verdict"] == "no claim"
+    assert rows[0]["baseline"] == pytest.approx(41) and rows[0]["method"] == pytest.approx(46.0333, abs=1e-3)
 
 
 def test_primary_claims_hold_together_where_asked():

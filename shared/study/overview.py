@@ -48,6 +48,29 @@ def counts(summary: dict) -> dict[str, int]:
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
+def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
+    """What the abstracts state, a row a claim: floor, means of both arms, difference, seeds, verdict."""
+    rows = []
+    for folder, summary in summaries.items():
+        primary = [row for row in summary["claims"] if row.get("primary")]
+        for row, line in zip(primary, shown(primary), strict=True):
+            numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
+            about = {"paper": folder, "claim": row["claim"], "the paper's": row["paper"]}
+            about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
+            rows.append(about | {"difference": line["here"], "seeds": len(summary["seeds"]), "verdict": row["verdict"]})
+    return rows
+
+
+def settled(rows: list[dict[str, Any]]) -> str:
+    """How many of the primary claims have an answer."""
+    n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
+    return (
+        f"Of {len(rows)} claims of abstracts, {n} have a verdict that seeds resolve ({n / len(rows):.0%}). Floor: what "
+        "chance, raw pixels or the pretrained tower itself reach in the metric by which a claim's arms are known to "
+        "have learned, mostly the claim's own."
+    )
+
+
 def named_arms(folder: str, summary: dict) -> tuple[dict[str, dict], dict[str, str]]:
     """(metrics of each arm by its heading, heading of each metric), as the folder's README shows them."""
     study = study_of(folder)
@@ -69,7 +92,10 @@ def markdown(summaries: dict[str, dict]) -> str:
         {"paper": f"[{summary['paper']}](#{folder})"} | {verdict: n or "" for verdict, n in counts(summary).items()}
         for folder, summary in summaries.items()
     ]
-    page = ["# Results", INTRODUCTION, table(overview)]
+    primary = primary_rows(summaries)
+    page = ["# Results", INTRODUCTION]
+    page += [settled(primary), table(primary)] if primary else []
+    page += ["## All claims", table(overview)]
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
     page.append(report.STARS.strip())
     for folder, summary in summaries.items():
@@ -118,7 +144,9 @@ def html_page(summaries: dict[str, dict], pictures: Path) -> str:
     overview = [{"paper": summary["paper"]} | counts(summary) for summary in summaries.values()]
     links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in summaries)
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
-    page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>{html_table(overview)}<ul>{meanings}</ul>"]
+    page, primary = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"], primary_rows(summaries)
+    page += [f"<p>{settled(primary)}</p>{html_table(primary)}"] if primary else []
+    page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
     for folder, summary in summaries.items():
         arms, metrics = named_arms(folder, summary)

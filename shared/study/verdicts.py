@@ -172,7 +172,7 @@ def judged(
     claims, real = list(claims), set(arms)
     arms = arms | other_baselines(claims, arms)
     chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
-    found = []
+    found, means = [], []
     for claim in chosen:
         if claim.negligible is not None and claim.effect is not None and claim.negligible > abs(claim.effect) / 2:
             raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
@@ -189,24 +189,27 @@ def judged(
         told_by = claim.learned_by or claim.metric
         strongest = max(float(np.mean([run[told_by] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
         found.append((float(np.mean(differences)), scatter, len(differences), strongest))
+        means.append({"method": float(np.mean(sides[0])), "baseline": float(np.mean(sides[1]))})
     levels = [LEVEL] * len(chosen)
     if together:
         primary = [each[:3] for claim, each in zip(chosen, found, strict=True) if claim.primary]
         levels[: len(primary)] = holm(primary)
     rows = []
-    for claim, (mean, scatter, n, strongest), level in zip(chosen, found, levels, strict=True):
-        half = half_width(scatter, n, level)
+    for claim, sides, (mean, scatter, n, strongest), level in zip(chosen, means, found, levels, strict=True):
+        half, floor = half_width(scatter, n, level), floor_of(claim, floors)
         rows.append(
             {
                 "claim": claim.claim,
                 "primary": claim.primary,
                 "paper": claim.paper or "-",
                 "metric": claim.metric,
+                "floor": floor,
+                **sides,
                 "difference": mean,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
                 "seeds_needed": seeds_needed(scatter, claim),
-                "verdict": verdict(claim, mean, half, strongest, floor_of(claim, floors), half_width(scatter, n)),
+                "verdict": verdict(claim, mean, half, strongest, floor, half_width(scatter, n)),
             }
         )
     return rows
@@ -214,7 +217,7 @@ def judged(
 
 def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dict[str, Any]:
     """A row for what this scale cannot show."""
-    numbers = {"metric": None, "difference": None, "interval": None, "resolves": None}
+    numbers = dict.fromkeys(("metric", "floor", "method", "baseline", "difference", "interval", "resolves"))
     return {"claim": claim, "primary": primary, "paper": paper} | numbers | {"verdict": "not testable here", "why": why}
 
 
