@@ -80,7 +80,7 @@ class Config:
         return self.total // self.batch_size
 
 
-SMALL = Config(groups=(), num_concepts=None, epochs=16, batch_size=256, lr=3e-3, warmup=31)
+SMALL = Config(groups=(), num_concepts=None, epochs=24, batch_size=256, lr=3e-3, warmup=46)
 EMOJI = dataclasses.replace(
     SMALL,
     data="data/emoji/train",

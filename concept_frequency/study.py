@@ -97,7 +97,7 @@ def pixels() -> dict[str, float]:
 def on_labels() -> dict[str, float]:
     cfg = PRESETS["emoji"][1]
     tower = functools.partial(ceiling.open_clip_tower, cfg.model)
-    return of_all(next(iter(ceiling.trained_on_labels(tower, [cfg.eval_set], classes=concepts()).values())))
+    return of_all(next(iter(ceiling.trained_on_labels(tower, [cfg.eval_set], classes=concepts(), epochs=100).values())))
 
 
 FLOORS = (
