@@ -1,13 +1,19 @@
 """Zero-shot classification, measurements, tokens and the linear probe's learning rate against the authors' numbers."""
 
+import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from test_attentive_mask_clip_model import attention_as_in_training, model_of  # noqa: F401
+from test_corpora_scenes import SETTING, bank, built, config, corpus  # noqa: F401
 
-from attentive_mask_clip.eval import linear_probe_lr, mean_per_class, roc_auc, zero_shot
+from attentive_mask_clip.eval import linear_probe_lr, mean_per_class, object_masks, roc_auc, zero_shot
+from shared.corpora import scenes
+from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, label_ranks
 
 
@@ -54,3 +60,14 @@ def test_tokenizer(case):
     assert torch.equal(ids[whole], case["ids"][whole])
     # Where a text is cut, ours differs on purpose in one id: the last is the end token, where the text tower pools
     assert torch.equal(ids[~whole, :-1], case["ids"][~whole, :-1]) and (ids[~whole, -1] == end).all()
+
+
+def test_masks_of_scenes(built: Path, bank):  # noqa: F811
+    """Where the captioned emoji is seen, sample by sample."""
+    eval_set = EvalSet(built / "eval/names_ood", np.asarray)
+    one = dataclasses.replace(SETTING, captioned=(1, 1))
+    masks, shown = object_masks(eval_set), scenes.Scenes(one, "ood", sprites=bank)
+    assert masks.shape == (11, SETTING.image_size, SETTING.image_size) and masks.dtype == torch.float32
+    for index, (mask, (_, pixels, _)) in enumerate(zip(masks, eval_set, strict=True)):
+        scene = shown.draw(index, (index % 10,))
+        assert np.array_equal(pixels, scene.pixels) and np.array_equal(mask.numpy() > 0, scene.labels >= 0)
