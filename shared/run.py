@@ -467,7 +467,9 @@ class RunFolder:
             if then is None:
                 own = flags if flags and not self.cfg.data.startswith("data/emoji") else ""
                 then = f"python -m {paper_of(self.cfg)}.eval {self.path} {own}".rstrip()
-            loss = "".join(f", {name} {float(value):.4g}" for name, value in self.latest.items())
+            loss = "".join(
+                f", {name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in self.latest.items()
+            )
             after = f"; next: {then}" if then else ""
             say(f"{self.path}: finished, {self.total:,} steps in {duration(self.clock.read())}{loss}{after}")
 

@@ -30,6 +30,14 @@ WRONG = {
     "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
     "a BLIP in parts": (["emoji-blip", "--data", "x.tar", "--accumulate", "2"], "--accumulate is for --objective clip"),
     "uneven": (["emoji-clip", "--data", "x.tar", "--accumulate", "3"], "over 1 processes and 3 micro-batches in each"),
+    "a lock without weights": (
+        ["emoji-clip", "--data", "x.tar", "--eval-every", "0", "--lock-image"],
+        "--lock-image has weights of EfficientNet-Lite0 only: --objective clip --clip-model Lite0-emoji, not ViT",
+    ),
+    "a lock by window": (
+        ["emoji-scenes", "--data", "x.tar", "--window-shards", "1", "--dataset-size", "256"],
+        "--lock-image computes the features of all images once",
+    ),
     "device": (["emoji-clip", "--device", "cuda"], "--device cpu"),
 }
 

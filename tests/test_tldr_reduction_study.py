@@ -32,9 +32,7 @@ def test_arms_are_trained_on_the_reduction_they_are_named_after():
         (words,) = STUDY.words(arm, 7)
         parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[3:])
         assert parsed.data == (shards("") if arm.name == "full" else f"{runs}/reduced/{arm.name}-seed7/shards")
-        assert (
-            words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and parsed.clip_model == "ResNet-emoji"
-        )
+        assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and parsed.lock_image
 
 
 def test_reductions_are_of_their_pool_and_equal_in_number():

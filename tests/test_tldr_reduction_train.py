@@ -17,7 +17,10 @@ from scripts import ROOT, Ended, Lazily, ended, finished, kill_at, metrics, same
 from test_tldr_reduction_model import exact
 
 from shared import checkpoints
+from shared.pretrained import efficientnet_lite0
 from tldr_reduction import corpus
+from tldr_reduction.checkpoints import load_run
+from tldr_reduction.datasets import LockedPairs, open_pairs, view_of
 from tldr_reduction.tokenizer import build_vocab
 from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
 
@@ -29,6 +32,7 @@ PROGRAMS = {  # a stage of the chain: module, preset
     "retrieval": ("tldr_reduction.retrieval", "coco"),
     "scorer": (SCRIPT, "emoji-scorer"),
     "clip": (SCRIPT, "emoji-clip"),
+    "locked": (SCRIPT, "emoji-scenes"),
     "blip": (SCRIPT, "emoji-blip"),
 }
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1
@@ -44,7 +48,7 @@ OWN = {  # what a stage has beside SIZES and COMMON
     "captioner": [*CODES, *WARM],
     "finetune": CODES,
     "retrieval": [*QUEUE, "--max-positions", "40", "--no-augment", "--no-flip"],
-    **dict.fromkeys(("scorer", "clip", "blip"), [*QUEUE, *WARM, "--eval-every", "0"]),
+    **dict.fromkeys(("scorer", "clip", "locked", "blip"), [*QUEUE, *WARM, "--eval-every", "0"]),
 }
 
 
@@ -167,7 +171,7 @@ def test_every_stage_trains(chain):
     }
 
 
-@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "retrieval"])
+@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "locked", "retrieval"])
 def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage):
     out, first = folder / f"killed-{stage}", {"finetune": "captioner", "retrieval": "scorer"}.get(stage)
     init = ["--init", chain[first]] if first else []
@@ -191,6 +195,21 @@ def test_two_processes_equal_one(start, cli, folder, tiny, stage):
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, both))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_locked_trunk_keeps_its_weights(chain, folder):
+    """Its projection learns from features of whole images, which are what the tower gives for the images themselves."""
+    model, settings, _ = load_run(chain["locked"])
+    loaded = efficientnet_lite0().state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.visual.trunk.state_dict().items())
+    pairs = open_pairs(settings.data, limit=40)
+    dataset = LockedPairs(pairs, view_of(model, settings), 0)
+    images = torch.stack([view_of(model, settings)(pairs.read(row).image) for row in range(40)])
+    with torch.no_grad():
+        close = torch.cosine_similarity(model.visual.eval()(images), model.visual(dataset.features))
+    assert close.min() > 0.999 and dataset[43][2] == dataset[3][2] and len(dataset) == 40
+    assert torch.equal(dataset[43][1], dataset[3][1]) and dataset[43][0] == 43
+    assert not model.visual.train().trunk.training and not any(p.requires_grad for p in model.visual.trunk.parameters())
 
 
 def test_broken_samples_are_counted(cli, folder, tiny, broken):

@@ -6,6 +6,7 @@ BLIP's code: salesforce/BLIP@056a169, cited as `B:`; authors' code showlab/datac
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,32 @@ import open_clip
 import torch
 import torchvision.transforms.functional as vision
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import data
+from shared.pretrained import LITE0_MEAN, LITE0_STD, lite0_features
+from tldr_reduction.config import Common
+from tldr_reduction.model import LockedTower, image_side
 from tldr_reduction.tokenizer import WordPiece, pre_caption
 
 # ------------------------------------------------------------------------------------------------------- transforms
 
 normalised = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+of_lite0 = data.ToNormalizedTensor(LITE0_MEAN, LITE0_STD)
 
 
-def eval_transform(size: int) -> transforms.Compose:
+def eval_transform(size: int, normalise: Callable[[Image.Image], Tensor] = normalised) -> transforms.Compose:
     """PIL RGB -> normalised (3, S, S): bicubic to a square, aspect ratio not kept. B:data/__init__.py:26."""
-    return transforms.Compose([transforms.Resize((size, size), InterpolationMode.BICUBIC), normalised])
+    return transforms.Compose([transforms.Resize((size, size), InterpolationMode.BICUBIC), normalise])
+
+
+def view_of(model: nn.Module, cfg: Common) -> transforms.Compose:
+    """`eval_transform` for the model of a stage."""
+    locked = isinstance(getattr(model, "visual", None), LockedTower)
+    return eval_transform(image_side(model, cfg), of_lite0 if locked else normalised)
 
 
 def no_pixels(image: Image.Image) -> Tensor:
@@ -138,6 +149,32 @@ class PairDataset(Dataset):
         pair = data.read_or_next(self.pairs, int(i), broken)
         data.seed_views(self.seed, i, len(self))
         return int(i), self.transform(pair.image), pre_caption(pair.caption, self.max_words), broken
+
+
+class LockedPairs(PairDataset):
+    """`PairDataset` with the features (C,) of a locked Lite0 trunk in the images' place, computed once of whole images.
+
+    `transform` is the model's view. A broken sample's place is taken by the next one.
+    """
+
+    def __init__(self, pairs, transform, seed: int, max_words: int = 30):
+        super().__init__(pairs, transform, seed, max_words)
+        self.captions: list[str] = []
+        self.broken: list[data.Broken] = []
+        self.normalise = data.as_it_is
+        self.features = lite0_features(self.views())
+
+    def views(self, size: int = 256) -> Iterator[Tensor]:
+        """Batches (B, 3, S, S) uint8 of all rows, whose captions are kept."""
+        for first in range(0, len(self.pairs), size):
+            last = min(first + size, len(self.pairs))
+            found = [data.read_or_next(self.pairs, row, self.broken) for row in range(first, last)]
+            self.captions += [pre_caption(pair.caption, self.max_words) for pair in found]
+            yield torch.stack([self.transform(pair.image) for pair in found])
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str, list[data.Broken]]:
+        row = int(i) % len(self)
+        return int(i), self.features[row], self.captions[row], self.broken if row == 0 else []
 
 
 class Collate:

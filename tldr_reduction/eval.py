@@ -21,8 +21,8 @@ from shared import cli, data, evaluation, export, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.checkpoints import export_blip, load_run
-from tldr_reduction.datasets import eval_transform
-from tldr_reduction.model import BLIP, image_side
+from tldr_reduction.datasets import view_of
+from tldr_reduction.model import BLIP
 from tldr_reduction.scorers import scored_tokens
 from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, save_tokenizer
 
@@ -222,9 +222,8 @@ def export_run(path: str, folder: str) -> None:
         return export_blip(model, settings, tokenizer, folder)
     config = export.named_config(settings.clip_model)
     config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the one in the folder
-    side = config["vision_cfg"]["image_size"]
     save_tokenizer(folder)
-    export.write(folder, model, config, model.state_dict(), eval_transform(side), resize_mode="squash")
+    export.write(folder, model, config, model.state_dict(), view_of(model, settings), resize_mode="squash")
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -233,7 +232,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if settings.stage not in ("clip", "blip", "retrieval"):
         raise ValueError(f"{path} is a run of stage {settings.stage}; clip, blip and retrieval runs are evaluated")
     model = model.to(process.device)
-    transform = eval_transform(image_side(model, settings))
+    transform = view_of(model, settings)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     tokens = eval_tokenizer(tokenizer, settings)
     results = evaluate(model, tokens, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared import cli, data, run, windows
 from shared.clip import set_grad_checkpointing
+from shared.pretrained import efficientnet_lite0
 from tldr_reduction.blip import target_places
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import Common, Warm, check
@@ -60,6 +61,8 @@ def learning_rate(cfg: Common, epoch: int, step: int) -> float:
 
 def start_from_elsewhere(model: nn.Module, cfg: Common) -> None:
     """Load the weights that the settings name; what a checkpoint lacks is said, and starts at random."""
+    if getattr(cfg, "lock_image", False):
+        model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
     if isinstance(cfg, Warm) and cfg.vision_init:
         init_vision(model.visual_encoder, cfg.vision_init)
     if isinstance(cfg, Warm) and cfg.text_init:
@@ -134,10 +137,11 @@ def training_batches(
     process: run.Process,
     prompt: str = "",
     dataset_type: type[PairDataset] = PairDataset,
+    view: Callable | None = None,
 ) -> tuple[PairDataset, Iterator[tuple]]:
-    """The program's views, and batches of all epochs from batch `start` of epoch `first` on, as `Collate` makes them:
-    captions behind the `prompt`."""
-    view = train_transform(image_side(model, cfg), cfg.crop_scale, cfg.flip, cfg.augment)
+    """The program's views, or others, and batches of all epochs from batch `start` of epoch `first` on, as `Collate`
+    makes them: captions behind the `prompt`."""
+    view = view or train_transform(image_side(model, cfg), cfg.crop_scale, cfg.flip, cfg.augment)
     dataset = dataset_type(pairs, view, cfg.seed, cfg.max_words)
     collate = Collate(tokenizer, cfg.max_length, prompt)
     return dataset, windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)

@@ -18,6 +18,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 import shared.resnet  # noqa: F401  (registers its model with timm)
@@ -308,6 +309,22 @@ class CodebookCaptioner(nn.Module):
 # --------------------------------------------------------------------------------------------------- model of a stage
 
 
+class LockedTower(TimmModel):
+    """open_clip's tower of a timm network whose trunk stays as it is. Reads images, or features (B, C) of the trunk."""
+
+    def lock_trunk(self) -> None:
+        self.trunk.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "LockedTower":
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x if x.ndim == 2 else self.trunk(x))
+
+
 def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
     """The stage's model, randomly initialised; `sep_token_id` is the vocabulary's [SEP], which ends a caption."""
     if cfg.stage == "clip":
@@ -315,7 +332,11 @@ def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
             raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
         towers = settings["vision_cfg"], settings["text_cfg"]
-        return clip.without_padding(open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False)))
+        model = open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False))
+        if cfg.lock_image:
+            model.visual.__class__ = LockedTower
+            model.visual.lock_trunk()
+        return clip.without_padding(model)
     vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
     sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
     text = TextTransformer(*sizes)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from shared import export
 from tldr_reduction.checkpoints import load_model, load_run
-from tldr_reduction.datasets import eval_transform
-from tldr_reduction.model import BLIP, image_side
+from tldr_reduction.datasets import eval_transform, view_of
+from tldr_reduction.model import BLIP
 from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece, eval_tokenizer, pre_caption
 
 
@@ -55,9 +55,7 @@ def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
     if (Path(name) / "checkpoint.pt").is_file():
         model, settings, tokenizer = load_run(name)
         if settings.stage == "clip":
-            return cosines(
-                model, eval_transform(image_side(model, settings)), eval_tokenizer(tokenizer, settings), device
-            )
+            return cosines(model, view_of(model, settings), eval_tokenizer(tokenizer, settings), device)
     blip, settings, tokenizer = load_model(name, "blip")
     blip.to(device)
 

@@ -20,7 +20,7 @@ from shared.clip import trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction import loop
 from tldr_reduction.config import PRESETS, Config
-from tldr_reduction.datasets import PairDataset, eval_transform
+from tldr_reduction.datasets import LockedPairs, PairDataset, view_of
 from tldr_reduction.loop import alpha_ramp, cosine_lr, warmup_step_lr  # noqa: F401  of this file's contract
 from tldr_reduction.model import build, build_for, image_side
 from tldr_reduction.tokenizer import eval_tokenizer, tokenizer_of
@@ -60,6 +60,8 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     model = build(cfg, loop.vocab_size(cfg))
     clip = cfg.objective == "clip"
     batch = loop.two_samples(image_side(model, cfg), model.context_length if clip else cfg.max_length)
+    if cfg.lock_image:
+        batch = torch.zeros(2, model.visual.trunk.num_features), *batch[1:]
     whole = dataclasses.replace(cfg, accumulate=1)
     loop.show_plan(cfg, world_size, model, lambda: losses_of(model.train(), batch, whole, 0.4))
 
@@ -82,8 +84,8 @@ def evaluates(cfg: Config, epoch: int) -> bool:
 
 def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, precision: str) -> float:
     """Top-1 in percent on `eval_set`."""
-    view = eval_transform(image_side(model, cfg))
-    return quick_top1(model, eval_tokenizer(tokenizer, cfg), view, cfg.eval_set, device, run.DTYPES[precision])
+    view, tokens = view_of(model, cfg), eval_tokenizer(tokenizer, cfg)
+    return quick_top1(model, tokens, view, cfg.eval_set, device, run.DTYPES[precision])
 
 
 def train(cfg: Config, process: run.Process) -> Path:
@@ -105,7 +107,8 @@ def train(cfg: Config, process: run.Process) -> Path:
         loop.start_from_elsewhere(model, cfg)
     folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
     ddp = loop.parallel(model, process)
-    dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process)
+    read = dict(dataset_type=LockedPairs, view=view_of(model, cfg)) if cfg.lock_image else {}
+    dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process, **read)
 
     for epoch in range(first, cfg.epochs):
         model.train()
