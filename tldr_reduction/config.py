@@ -331,10 +331,10 @@ PRESETS = {
             clip_model="Lite0-emoji",
             lock_image=True,
             data=SCENES,
-            epochs=13,
-            warmup=30,
-            lr_decay_rate=0.79,
-            **SMALL | {"batch_size": 256, "lr": 5e-4, "weight_decay": 10.0},  # bad captions are not to be learned
+            epochs=7,
+            warmup=31,
+            lr_decay_rate=0.65,
+            **SMALL | {"batch_size": 256, "lr": 1e-3, "weight_decay": 10.0},  # bad captions are not to be learned
         ),
     ),
     **{
