@@ -4,9 +4,12 @@ What is damaged, too large or malformed in any other way is passed over and hand
 followed and never an endless loop.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import os
+import resource
 import tarfile
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from webdataset import TarWriter
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 2**28  # of one file
 MAX_KEY = 2**10  # characters of a key
-OPEN_FILES = 64  # files that a process keeps open
+MOST_FILES = 2**16  # of a data set that a process keeps open, where the system allows as many
 
 
 class Broken(NamedTuple):
@@ -32,12 +35,28 @@ class ShardIndex(NamedTuple):
     broken: list[Broken]
 
 
+@functools.cache
+def open_files() -> int:
+    """How many files of a data set a process keeps open: a quarter of what the system allows it, which is raised as far
+    as a process may. Most systems allow 1,024 until a process asks for more.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MOST_FILES if most == resource.RLIM_INFINITY else min(most, 4 * MOST_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit below the one that it tells
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+            now = wanted
+    return MOST_FILES if now == resource.RLIM_INFINITY else max(now // 4, 1)
+
+
 class OpenFiles:
-    """Files that are read at random places and stay open, the last OPEN_FILES of them in each process."""
+    """Files that are read at random places and stay open, `open_files()` of them at most.
+
+    A process that is forked goes on with the descriptors that are open: `pread` has no place in a file to share.
+    """
 
     def __init__(self, paths: Sequence[str]):
-        self.paths = paths
-        self._process, self._descriptors = None, {}
+        self.paths, self._descriptors = paths, {}
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """Bytes of that file, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
@@ -45,21 +64,18 @@ class OpenFiles:
 
     def _open(self, file: int) -> int:
         """The file's descriptor."""
-        if self._process != os.getpid():  # a loader's process opens its own
-            self._process, self._descriptors = os.getpid(), {}
         if file not in self._descriptors:
-            if len(self._descriptors) >= OPEN_FILES:
+            if len(self._descriptors) >= open_files():
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[file] = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[file]
 
     def __getstate__(self) -> dict:
-        return {"paths": self.paths, "_process": None, "_descriptors": {}}
+        return {"paths": self.paths, "_descriptors": {}}
 
     def __del__(self) -> None:
-        if getattr(self, "_process", None) == os.getpid():
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
 
 
 def key_of(name: str) -> tuple[str, str]:

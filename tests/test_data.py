@@ -258,7 +258,7 @@ def test_a_sample_costs_a_read_of_its_own_bytes(tmp_path: Path):
 
 
 def test_few_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tars, "OPEN_FILES", 3)
+    monkeypatch.setattr(tars, "open_files", lambda: 3)
     paths = [write_tar(tmp_path / f"{i}.tar", (f"{i}.png", png()), (f"{i}.txt", b"a cat")) for i in range(8)]
     pairs = data.Shards([str(path) for path in paths])
     for row in (*range(8), *range(8)):

@@ -1,6 +1,9 @@
 """Shards as untrusted input: cut, damaged and hostile tars."""
 
 import io
+import multiprocessing
+import os
+import resource
 import signal
 import tarfile
 from pathlib import Path
@@ -166,3 +169,37 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     assert f"{kept} pairs of the 12 that its _stats.json tells" in pairs.cut()[0]
     with pytest.raises(ValueError, match="--strict: sample"):
         data.open_pairs(str(tmp_path), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [((1024, 4096), 1024), ((1024, 1024), 256), ((4096, -1), 65_536), ((-1, -1), 65_536), ((2**20, 2**20), 2**18)],
+)
+def test_files_stay_open_as_many_as_the_system_allows(limits, kept: int, monkeypatch: pytest.MonkeyPatch):
+    """(soft, hard) limit -> a quarter of the hard one, which the process asks for; -1 is none."""
+    set_to = [limits]
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: set_to[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: set_to.append(new))
+    assert tars.open_files.__wrapped__() == kept
+    assert set_to[-1][1] == limits[1] and (set_to[-1][0] == -1 or set_to[-1][0] >= limits[0])
+
+
+def read_all_files(files: tars.OpenFiles, count: int) -> set[bytes]:
+    return {files.read(file, 0, 4) for file in range(count)}
+
+
+def test_more_shards_than_were_once_kept_open_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """100 shards in random order, and in a process that is forked meanwhile."""
+    paths = [tmp_path / f"{i}.tar" for i in range(100)]
+    for i, path in enumerate(paths):
+        path.write_bytes(b"%04d" % i)
+    opened, really = [], os.open
+    monkeypatch.setattr(os, "open", lambda *given: opened.append(given[0]) or really(*given))
+    files = tars.OpenFiles([str(path) for path in paths])
+    for file in torch.randint(100, (2000,), generator=torch.Generator().manual_seed(0)).tolist():
+        assert files.read(file, 0, 4) == b"%04d" % file
+    assert len(opened) == len(set(opened)) == 100
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert len(pool.apply(read_all_files, (files, 100))) == 100
+    assert files.read(7, 0, 4) == b"0007" and len(opened) == 100
