@@ -123,7 +123,8 @@ def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, pr
     """zero_shot_top1 (percent, on `cfg.eval_set`) of the online towers, and zero_shot_top1_ema of A-CLIP's EMA towers.
     U:main.py:262-263, with seven templates; here the class names stand alone."""
     named = {"": Towers(model, ema=False)} | ({"_ema": Towers(model)} if isinstance(model, ACLIP) else {})
-    common = eval_transform(model.image_size), cfg.eval_set, device, run.DTYPES[precision]
+    view, workers = eval_transform(model.image_size), windows.evaluation_workers(cfg)
+    common = view, cfg.eval_set, device, run.DTYPES[precision], workers
     return {f"zero_shot_top1{name}": quick_top1(towers, tokenizer, *common) for name, towers in named.items()}
 
 
@@ -131,9 +132,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
     check_model(cfg)
     model = create_model(cfg.method, cfg.model, **cfg.model_settings())
-    n = cfg.dataset_size
-    if n is None:
-        n = len(data.open_pairs(cfg.data, strict=cfg.strict, cache=Path(cfg.cache))) if cfg.data else 0
+    n = data.planned_size(cfg)
     per_epoch = n // cfg.batch_size
     lrs, momenta = schedules(cfg, per_epoch)
     last = len(lrs) - 1

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +85,34 @@ class TokenDataset(Dataset):
     """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples passed over).
 
     `file` keeps the tokens for other runs on the same images, if none of these is broken. It is read where the first
-    image still has the same tokens.
+    image still has the same tokens. Otherwise processes share out the images, and gather what each has computed.
     """
 
-    def __init__(self, pairs, transform: Callable, image: ImageEncoder, device, precision: str, file: Path):
+    def __init__(
+        self, pairs, transform: Callable, image: ImageEncoder, process: run.Process, precision: str, file: Path
+    ):
         self.pairs, self.normalise, self.file = pairs, data.as_it_is, file
         views = PairDataset(pairs, transform)
-        first = self.encoded(Subset(views, range(1)), views.normalise, image, device, precision)
-        if (kept := self.kept(first)) is not None:
+        alone = run.Process(0, 1, process.device)
+        [(_, first, *_)] = encoded(Subset(views, range(1)), views.normalise, image, alone, precision)
+        kept = self.kept(first)
+        if all(run.gather_lists([kept is not None], process)):
             self.tokens, self.broken = kept, [[]] * len(pairs)
             self.captions = [pairs.caption(row) for row in range(len(pairs))]
             return
-        self.tokens = self.encoded(views, views.normalise, image, device, precision)
-        if not any(self.broken) and np.isfinite(self.tokens).all():
+        parts = run.gather_lists(encoded(views, views.normalise, image, process, precision), process)
+        _, tokens, captions, broken = zip(*sorted(parts, key=itemgetter(0)), strict=True)
+        self.tokens = np.concatenate(tokens)
+        self.captions, self.broken = (list(itertools.chain.from_iterable(each)) for each in (captions, broken))
+        if any(self.broken) or not np.isfinite(self.tokens).all():
+            return
+        if process.main:
             file.parent.mkdir(parents=True, exist_ok=True)
             with checkpoints.replaced(file, f".{os.getpid()}.tmp") as target:
                 np.save(target, self.tokens)
+        run.wait()
+        if (kept := self.kept(first)) is not None:  # processes share its memory
+            self.tokens = kept
 
     def kept(self, first: np.ndarray) -> np.ndarray | None:
         """Tokens of all images out of `file`, mapped into memory that all runs share; None if it has none of them."""
@@ -110,18 +123,6 @@ class TokenDataset(Dataset):
         same = tokens.shape == (len(self.pairs), *first.shape[1:])
         return tokens if same and np.allclose(tokens[:1], first, rtol=0.01, atol=0.01) else None
 
-    def encoded(self, views: Dataset, normalise: Callable, image: ImageEncoder, device, precision: str) -> np.ndarray:
-        """(N, n, D) in half precision; sets captions and broken samples as the images were read."""
-        items, tokens = DataLoader(views, batch_size=256, collate_fn=lambda items: items), []
-        self.captions, self.broken = [], []
-        for batch in run.progress(items, len(items), "images through the frozen backbone", unit="batch"):
-            pixels = normalise(torch.stack([pixels for pixels, _, _ in batch]).to(device))
-            with run.autocast(precision, device):
-                tokens.append(image.frozen(pixels).half().cpu())
-            self.captions += [caption for _, caption, _ in batch]
-            self.broken += [broken for _, _, broken in batch]
-        return torch.cat(tokens).numpy()
-
     def __len__(self) -> int:
         return len(self.captions)
 
@@ -130,14 +131,31 @@ class TokenDataset(Dataset):
         return torch.from_numpy(self.tokens[i].astype(np.float32)), self.captions[i], self.broken[i]
 
 
+def encoded(
+    views: Dataset, normalise: Callable, image: ImageEncoder, process: run.Process, precision: str
+) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
+    """(number, tokens (B, n, D) in half precision, captions, broken samples) of this process' batches of the images, of
+    which every W-th is its own: they are the same for any number of processes."""
+    batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
+    own = range(process.rank, len(batches), process.world_size)
+    items, parts = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
+    bar = run.progress(items, len(own), "images through the frozen backbone", unit="batch", process=process)
+    for number, batch in zip(own, bar, strict=True):
+        pixels, captions, broken = zip(*batch, strict=True)
+        with run.autocast(precision, process.device):
+            tokens = image.frozen(normalise(torch.stack(pixels).to(process.device))).half().cpu().numpy()
+        parts.append((number, tokens, list(captions), list(broken)))
+    return parts
+
+
 def training_set(
-    cfg: Config, pairs, image: ImageEncoder, device: torch.device, precision: str
+    cfg: Config, pairs, image: ImageEncoder, process: run.Process, precision: str
 ) -> PairDataset | TokenDataset:
     """Crops of the images, or with --encode-once the tokens of whole ones."""
     if cfg.encode_once:
         parts = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
         file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(part.encode() for part in parts))}.npy"
-        return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, device, precision, file)
+        return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, process, precision, file)
     return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
 
 
@@ -176,12 +194,13 @@ def first_captions(pairs) -> list[str]:
 
 
 def quick_recall(
-    model: LexVLA, read: Callable, transform: Callable, folder: str, device="cpu", dtype=torch.float32
+    model: LexVLA, read: Callable, transform: Callable, cfg: Config, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """R@1 both ways in percent, all words: a point of a learning curve."""
-    was_training, eval_set = model.training, EvalSet(folder, transform)
+    """R@1 both ways in percent on `cfg.eval_set`, all words: a point of a learning curve."""
+    was_training, eval_set, dtype = model.training, EvalSet(cfg.eval_set, transform), run.DTYPES[precision]
     model.eval()
-    s_img, captions = extract_image_features(model.image, eval_set.batches(256), device, dtype, eval_set.name)
+    batches = eval_set.batches(256, windows.evaluation_workers(cfg))
+    s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
     s_txt = encode_texts(model, read, texts, 256, device, dtype)
     model.train(was_training)
@@ -228,7 +247,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print what a run would be: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
     check_model(cfg)
     try:
-        n = cfg.dataset_size or (len(data.open_pairs(cfg.data, cache=Path(cfg.cache))) if cfg.data else 0)
+        n = data.planned_size(cfg)
     except FileNotFoundError:
         n = 0
     V = cfg.max_vocabulary or 2_000
@@ -290,6 +309,8 @@ def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.lm, local_files_only=True)
         first = cfg.data if cfg.data.endswith((".tsv", ".csv")) else data.expand_shards(cfg.data)[0]
+        if data.is_remote(first):
+            return None, cfg.max_length
         pairs = data.open_pairs(first, cache=Path(cfg.cache))
     except (OSError, ValueError):
         return None, cfg.max_length
@@ -363,7 +384,7 @@ def main(cfg: Config) -> Path | None:
     # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
     transform, start = eval_transform(cfg.backbone, cfg.image_size), folder.state["batch"]
-    dataset = training_set(cfg, pairs, model.image, device, precision)
+    dataset = training_set(cfg, pairs, model.image, process, precision)
     loader = windows.training_batches(dataset, Collate(read), cfg, process, range(first, cfg.epochs), start)
 
     for epoch in range(first, cfg.epochs):
@@ -386,7 +407,7 @@ def main(cfg: Config) -> Path | None:
         done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
             with folder.clock.paused(), unknown_captions(read, lm, tokenizer):
-                recall = quick_recall(model, read, transform, cfg.eval_set, device, run.DTYPES[precision])
+                recall = quick_recall(model, read, transform, cfg, device, precision)
             folder.log(done, epoch=epoch, **recall)
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:

@@ -211,7 +211,10 @@ def fetch(url: str, folder: Path) -> str:
                 try:
                     with gopen(command_of(url)) as source, open(temporary, "wb") as target:
                         shutil.copyfileobj(source, target, 1 << 20)
-                    os.replace(temporary, path)
+                    if path.exists():  # where there are no locks, from another process, and maybe being read
+                        temporary.unlink()
+                    else:
+                        os.replace(temporary, path)
                     break
                 except Exception as error:  # gopen's libraries have exceptions of their own
                     temporary.unlink(missing_ok=True)
@@ -399,6 +402,19 @@ def open_pairs(
     with ThreadPoolExecutor(4) as pool:  # shards that are here already are found at once
         paths = list(pool.map(lambda url: fetch(url, cache), expand_shards(spec)))
     return Shards(paths, limit, strict, cache)
+
+
+def planned_size(cfg) -> int:
+    """Pairs of an epoch, for a dry run: --dataset-size, or as many as --data hold here; 0 where nobody knows.
+
+    A dry run fetches nothing: of remote shards it says that it does not know.
+    """
+    if cfg.dataset_size or not cfg.data:
+        return cfg.dataset_size or 0
+    if any(map(is_remote, expand_shards(cfg.data))):
+        print(f"{cfg.data} is not fetched for a dry run: --dataset-size says how many pairs it has")
+        return 0
+    return len(open_pairs(cfg.data, cache=Path(cfg.cache)))
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:

@@ -94,6 +94,14 @@ def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, sta
     assert same(trained(out), trained(whole))
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "tinyclip in epochs"])
+def test_a_dry_run_fetches_nothing(name: str, given, in_process, folder: Path):
+    command = given.get(name, ["small-teacher", "--image-size", "16", "--epochs", "2"])
+    remote = ["--data", f"pipe:touch {folder}/fetched-{{0..1}}", "--dry-run"]
+    told = finished(in_process(*command, *remote, module=SCRIPTS.get(name, "tinyclip.train"))).out
+    assert len(told.splitlines()) > 3 and not list(folder.glob("fetched-*"))
+
+
 # --------------------------------------------------------------------------------------------------- several processes
 
 EQUAL = {  # without BatchNorm, which normalises each process' share on its own

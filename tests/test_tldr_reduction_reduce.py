@@ -357,6 +357,9 @@ def test_dry_run_of_a_reduction(in_process, folder):
         in_process("gone/{0..9}.tar", "--recipe", "yfcc15m", "--dry-run", "--out", out, module=REDUCE)
     ).out
     assert "14,900,000 (yfcc15m" in printed and "2,488,300" in printed and not out.exists()
+    remote = f"pipe:touch {folder}/fetched-{{0..1}}"
+    printed = finished(in_process(remote, "--dry-run", "--out", out, module=REDUCE)).out
+    assert "(cc3m, as pipe:touch" in printed and not list(folder.glob("fetched-*"))
 
 
 def test_merged_codes_are_memory_mapped(chain):

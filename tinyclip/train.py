@@ -471,16 +471,14 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 
 def planned(cfg: Config) -> Config:
     """The settings of a dry run, with `epochs` in steps where the number of samples is known."""
-    samples = cfg.dataset_size or 0
-    if cfg.epochs and cfg.data and not samples:
-        samples = len(data.open_pairs(cfg.data, cache=Path(cfg.cache)))
+    samples = data.planned_size(cfg) if cfg.epochs else 0
     return replace(in_steps(cfg, samples // cfg.batch_size), epochs=0) if samples >= cfg.batch_size else cfg
 
 
 def schedule_rows(cfg: Config) -> list[tuple[str, str]]:
     """Steps, samples and learning rates of a dry run."""
     if cfg.epochs:
-        return [("steps", f"{cfg.epochs} epochs of --data, which is not named")]
+        return [("steps", f"{cfg.epochs} epochs of --data" + ("" if cfg.data else ", which is not named"))]
     prune_step = cfg.prune_step if cfg.masks else None
     rate = lambda step: f"{lr_at(step, cfg.lr, cfg.warmup, cfg.steps, prune_step):.3e}"  # noqa: E731
     rows = [("steps", f"{cfg.steps:,}"), ("samples", f"{cfg.steps * cfg.batch_size:,}")]
@@ -602,8 +600,8 @@ def main(cfg: Config) -> Path | None:
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
                 with folder.clock.paused():
-                    view, dtype = corpus.whole_image, run.DTYPES[precision]
-                    top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype)
+                    view, dtype, workers = corpus.whole_image, run.DTYPES[precision], windows.evaluation_workers(cfg)
+                    top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype, workers)
                 folder.log(done, epoch=epoch, zero_shot_top1=top1)
             run.wait()
         if done % corpus.steps_per_epoch == 0 or last:

@@ -190,12 +190,14 @@ def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]
 
 
 def dry_run(cfg: ReduceConfig) -> None:
-    """Print what would be kept and what that takes; of the recipe's data set if the data do not exist."""
+    """Print what would be kept and what that takes; of the recipe's data set if the data are not here."""
     try:
+        if any(map(data.is_remote, data.expand_shards(cfg.data))):
+            raise FileNotFoundError  # a dry run fetches nothing
         n, what = len(open_pairs(cfg.data, cfg.image_root, None, False, cfg.cache)), cfg.data
     except FileNotFoundError:
         name = cfg.recipe if cfg.recipe in SETS else "cc3m"
-        n, what = SETS[name][0], f"{name}, as {cfg.data} does not exist"
+        n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
     cfg = check_reduction(cfg, n)
     kept = n if cfg.select == "all" else round(n * cfg.keep)
     more = f", and up to one more in each of {cfg.clusters:,} clusters" if cfg.clustered else ""
