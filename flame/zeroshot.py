@@ -17,7 +17,7 @@ from flame.config import Config
 from flame.embed import open_set, prompts_of, read_captions_of, read_images, texts_of_bank
 from flame.inmemory import set_tokens
 from flame.model import FLAME, TrainedText
-from shared import memory
+from shared import memory, windows
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, encode_texts, extract_image_features
 
@@ -157,6 +157,7 @@ class Curve:
 
     def __init__(self, model: FLAME, cfg: Config, device: torch.device, precision: torch.dtype):
         self.model, self.device, self.precision = model, device, precision
+        self.workers = windows.evaluation_workers(cfg)
         self.texts = text_features(model, cfg, device, precision, load=False)
         self.eval_set = open_set(cfg.eval_set, eval_transform(model), "classification")
         self.fixed = None if isinstance(model, TrainedText) else set_classifier(self.texts, self.eval_set)
@@ -164,4 +165,5 @@ class Curve:
     def top1(self) -> float:
         """Percent; of the baseline with its text transformer as it is now."""
         classifier = set_classifier(self.texts, self.eval_set) if self.fixed is None else self.fixed
-        return zero_shot(self.model, classifier, self.eval_set, self.device, self.precision)["top1"]
+        found = zero_shot(self.model, classifier, self.eval_set, self.device, self.precision, workers=self.workers)
+        return found["top1"]

@@ -405,7 +405,8 @@ def main(cfg: Config) -> Path | None:
         if process.main and cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or last):
             with folder.clock.paused():
                 dtype = run.DTYPES[precision]
-                top1 = quick_top1(model, tokenizer, whole_image, cfg.eval_set, process.device, dtype)
+                workers = 0 if cfg.episode_shards else cfg.workers  # whose threads may be fetching
+                top1 = quick_top1(model, tokenizer, whole_image, cfg.eval_set, process.device, dtype, workers)
             folder.log(done, episode=episode, zero_shot_top1=top1)
         data.report_broken(episodes.broken, process, f"episode {episode + 1}")
         if folder.due(done) or last:

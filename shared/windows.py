@@ -243,6 +243,11 @@ def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windo
     )
 
 
+def evaluation_workers(cfg: Any) -> int:
+    """Loader processes of an evaluation between training steps: none by window, whose threads may be fetching."""
+    return 0 if cfg.window_shards else cfg.workers
+
+
 def own_cache(cfg: Any) -> Path:
     """A run's own folder in --cache, from which nobody else's shards are removed."""
     return Path(cfg.cache) / f"{Path(cfg.out).name}-{data.stable_hash(os.path.abspath(cfg.out)):016x}"

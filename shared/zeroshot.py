@@ -294,14 +294,14 @@ KEPT_BYTES = 2**27  # of images that `quick_top1` keeps from one evaluation to t
 _kept: dict[tuple, list] = {}  # batches of the last small set, by folder and transform
 
 
-def kept_batches(eval_set: EvalSet, key: tuple) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def kept_batches(eval_set: EvalSet, key: tuple, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of a set; one of at most KEPT_BYTES is decoded once while its `key` stays the same."""
     if key in _kept:
         yield from _kept[key]
         return
     _kept.clear()
     batches, size = [], 0
-    for images, labels in eval_set.batches(256):
+    for images, labels in eval_set.batches(256, num_workers):
         size += images.nbytes
         if size <= KEPT_BYTES:
             batches.append((images, labels))
@@ -317,13 +317,14 @@ def quick_top1(
     set_dir: str | Path,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
+    num_workers: int = 0,
 ) -> float:
     """Top-1 (percent) with bare class names as prompts: a point of a learning curve, not a result."""
     was_training = model.training
     model.eval()
     eval_set = EvalSet(set_dir, transform)
     classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, precision)
-    batches = kept_batches(eval_set, (str(set_dir), transform))
+    batches = kept_batches(eval_set, (str(set_dir), transform), num_workers)
     features, labels = extract_image_features(model.encode_image, batches, device, precision)
     model.train(was_training)
     return classification_metrics(features, labels, classifier)["top1"]

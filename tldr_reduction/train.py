@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from shared import accumulate, cli, data, run
+from shared import accumulate, cli, data, run, windows
 from shared.clip import trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction import loop
@@ -84,8 +84,8 @@ def evaluates(cfg: Config, epoch: int) -> bool:
 
 def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, precision: str) -> float:
     """Top-1 in percent on `eval_set`."""
-    view, tokens = view_of(model, cfg), eval_tokenizer(tokenizer, cfg)
-    return quick_top1(model, tokens, view, cfg.eval_set, device, run.DTYPES[precision])
+    view, tokens, dtype = view_of(model, cfg), eval_tokenizer(tokenizer, cfg), run.DTYPES[precision]
+    return quick_top1(model, tokens, view, cfg.eval_set, device, dtype, windows.evaluation_workers(cfg))
 
 
 def train(cfg: Config, process: run.Process) -> Path:
