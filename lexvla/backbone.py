@@ -61,7 +61,8 @@ class Config:
 
 def drawings(spec: str, keys: list[str], same: str = "hexcode") -> list[list[int]]:
     """Rows of each thing: which of `keys` show the same, by the field `same` of their .json; without it, one each."""
-    thing_of = {key: about.get(same) for key, about in tars.descriptions(data.expand_shards(spec))}
+    shards = [data.fetch(url, Path("data/cache")) for url in data.expand_shards(spec)]
+    thing_of = {key: about.get(same) for key, about in tars.descriptions(shards)}
     rows: dict[tuple, list[int]] = {}
     for row, key in enumerate(keys):
         thing = thing_of.get(key)

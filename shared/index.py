@@ -27,7 +27,7 @@ from shared.tars import Broken, index_shard
 
 LARGE = 2**28  # bytes of a data set whose index is kept; that of a smaller one takes a second
 VERSION = 1  # of what is written
-WEEK = 7 * 24 * 3600  # seconds
+HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
 CHUNK = 2**22  # bytes of strings that are hashed at a time
 
 
@@ -233,14 +233,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def kept(
-    paths: Sequence[str], cache: Path | None, make: Callable[[], tuple[dict[str, np.ndarray], dict]]
+    paths: Sequence[str],
+    cache: Path | None,
+    make: Callable[[], tuple[dict[str, np.ndarray], dict]],
+    large: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """What `make` computes of files, arrays and something for JSON: memory-mapped from `cache` if they are large.
+    """What `make` computes of files, arrays and something for JSON: memory-mapped from `cache` if they are large, that
+    is of LARGE bytes together, or of `large`.
 
     Nothing is kept without `cache`, or in a folder that cannot be written.
     """
     stats = [os.stat(path) for path in paths]
-    if cache is None or sum(stat.st_size for stat in stats) < LARGE:
+    if cache is None or sum(stat.st_size for stat in stats) < (LARGE if large is None else large):
         return make()
     which = name_of(paths)
     state = [VERSION, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
@@ -251,11 +255,13 @@ def kept(
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is not whole
             return load(folder)
         arrays, about = make()
-        try:
-            write(folder, arrays, about)
+        with contextlib.suppress(OSError, ValueError):  # without locks another process may have been quicker
             return load(folder)
-        except (OSError, ValueError):  # a read-only or full disk is no reason to stop
-            return arrays, about
+        with contextlib.suppress(OSError, ValueError):  # a read-only or full disk is no reason to stop
+            write(folder, arrays, about)
+        with contextlib.suppress(OSError, ValueError):
+            return load(folder)
+        return arrays, about
 
 
 def load(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -276,13 +282,15 @@ def forget(paths: Sequence[str], cache: Path) -> None:
 
 
 def write(folder: Path, arrays: dict[str, np.ndarray], about: dict) -> None:
-    """The folder appears when it is whole. Others of the same files that are a week old go, and unfinished ones."""
+    """The folder appears when it is whole. Others of the same files that are a week old go, and what is an hour old and
+    unfinished; where there are no locks, another process may be writing a younger one."""
     which = folder.name.partition("-")[0]
-    for old in [*folder.parent.glob(f".{which}-*"), folder]:
-        shutil.rmtree(old, ignore_errors=True)
-    for old in folder.parent.glob(f"{which}-*"):
-        if time.time() - old.stat().st_mtime > WEEK:
-            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # it could not be read
+    for pattern, age in ((f"{which}-*", WEEK), (f".{which}-*", HOUR)):
+        for old in folder.parent.glob(pattern):
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > age:
+                    shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{which}-", dir=folder.parent))
     try:
         for name, array_ in arrays.items():

@@ -54,7 +54,7 @@ class Process(NamedTuple):
 
 
 def setup(seed: int, device: str = "auto") -> Process:
-    """Seed every generator and join the process group if torchrun (or SLURM) started us.
+    """Seed every generator and join the process group if torchrun (or SLURM's srun) started us.
 
     `device` is auto (CUDA if there is one), cpu, cuda, cuda:N, or mps on a Mac. Of several processes each takes the GPU
     of its local rank, modulo their number; where torchrun starts more of them than there are GPUs, they talk by gloo,
@@ -71,6 +71,8 @@ def setup(seed: int, device: str = "auto") -> Process:
         raise ValueError("--device mps is one GPU, which one process uses: start the script without torchrun")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    if "SLURM_NTASKS" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        os.environ.setdefault("WORLD_SIZE", "1")  # in an allocation, but not by srun: there are no peers to wait for
     crowded = device.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
     info = init_distributed_device_so(
         "cpu" if device == "mps" else device, "gloo" if crowded else None, no_set_device_rank=True

@@ -1,6 +1,7 @@
 """The index of a data set: strings by bytes and ends, made once a machine, anew when a shard changes."""
 
 import copy
+import errno
 import multiprocessing
 import os
 import time
@@ -100,6 +101,33 @@ def test_a_changed_shard_is_indexed_anew_and_the_old_index_goes(shards: list[str
 def test_a_cache_that_cannot_be_written_is_done_without(shards: list[str], tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert len(data.Shards(shards, cache=tmp_path / "file")) == 12
+
+
+def test_without_locks_the_first_index_stays_as_others_have_mapped_it(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two processes index at the same time; the slower one takes what the quicker one has written meanwhile."""
+
+    def without_locks(*given) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(index.fcntl, "lockf", without_locks)
+    cache, whole, quicker = tmp_path / "cache", index.index_shards, []
+
+    def meanwhile(paths: list[str]) -> index.Index:
+        found = whole(paths)
+        if not quicker:
+            quicker.append(None)
+            quicker[0] = data.Shards(shards, cache=cache)
+        return found
+
+    monkeypatch.setattr(index, "index_shards", meanwhile)
+    slower = data.Shards(shards, cache=cache)
+    (folder,) = (path for path in (cache / "index").iterdir() if path.is_dir())
+    for pairs in (quicker[0], slower):
+        assert Path(pairs._spans.filename).parent == folder and Path(pairs._spans.filename).exists()
+        assert pairs.keys[4] == "1-0" and isinstance(pairs.keys.text, np.memmap)
+    assert len(list((cache / "index").glob(".*"))) == 0
 
 
 def test_small_data_sets_leave_no_index(shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

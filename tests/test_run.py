@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,27 @@ def test_setup_seeds_and_names_a_missing_device():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda:1' was asked for.*--device cpu"):
             run.setup(0, "cuda:1")
+
+
+def test_a_script_in_an_allocation_of_slurm_runs_alone_without_srun(monkeypatch: pytest.MonkeyPatch):
+    """salloc and sbatch name the tasks of the allocation, srun those of its step: 1 in an interactive one."""
+    monkeypatch.setenv("WORLD_SIZE", "1")  # what is set below goes afterwards
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+
+    def join(*given, **more) -> dict:
+        joined.append(os.environ.get("WORLD_SIZE"))
+        return {"device": "cpu", "distributed": False, "global_rank": 0, "world_size": 1}
+
+    monkeypatch.setattr(run, "init_distributed_device_so", join)
+    for tasks in (None, "1", "8"):
+        del os.environ["WORLD_SIZE"]
+        if tasks:
+            monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+        run.setup(0, "cpu")
+        os.environ.setdefault("WORLD_SIZE", "")
+    assert joined == ["1", "1", None]
 
 
 def test_precision():
