@@ -13,7 +13,9 @@ NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning, `U:` = @
 """
 
 import functools
+import hashlib
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared import data
 from shared.data import BrokenSample, decode_image, stable_hash
-from shared.index import kept
+from shared.index import Strings, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # sets of less than 32 MB in files are kept decoded
+LARGE_FOLDERS = 2**22  # bytes of class folders themselves from which on the list of their files is kept
 LABEL_BYTES = 64  # of a .cls file that are looked at
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees: downstream tasks are made of them
 ID_TEST = 0.4  # share of their drawings in known styles that tuning does not see
@@ -41,7 +43,7 @@ class LabelledImages:
     def __init__(self, files: Sequence[str], spans: np.ndarray, labels: Sequence[int], classnames: Sequence[str]):
         if not len(labels):
             raise ValueError(f"no labelled image in {files[0] if len(files) else 'an empty set'}")
-        self.files, self.spans = list(files), np.asarray(spans, dtype=np.int64).reshape(-1, 3)
+        self.files, self.spans = files, np.asarray(spans, dtype=np.int64).reshape(-1, 3)
         self.labels, self.classnames = np.asarray(labels, dtype=np.int64), list(classnames)
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.classnames):
             raise ValueError(
@@ -55,9 +57,9 @@ class LabelledImages:
         return len(self.labels)
 
     @functools.cached_property
-    def keys(self) -> np.ndarray:
-        """(N,) strings: where each image lies."""
-        return np.array([f"{self.files[file]}@{offset}" for file, offset, _ in self.spans], dtype=np.str_)
+    def keys(self) -> Strings | np.ndarray:
+        """N strings: where each image lies."""
+        return Strings.of(f"{self.files[file]}@{offset}" for file, offset, _ in map(np.ndarray.tolist, self.spans))
 
     @property
     def num_classes(self) -> int:
@@ -65,7 +67,13 @@ class LabelledImages:
 
     @property
     def fingerprint(self) -> str:
-        return data.fingerprint(self.keys.tobytes(), self.labels.tobytes())
+        """`data.fingerprint` of the keys as an array of strings, and of the labels; without making that array."""
+        firsts, digest = range(0, len(self), 2**14), hashlib.blake2b(digest_size=8)
+        width = max(self.keys[first : first + 2**14].dtype.itemsize for first in firsts) // 4
+        for first in firsts:
+            digest.update(self.keys[first : first + 2**14].astype(f"U{width}").tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
     def read(self, row: int) -> tuple[Image.Image, int]:
         """(RGB image, label) of that row. Raises BrokenSample."""
@@ -192,19 +200,49 @@ def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
     return {"spans": spans, "labels": np.array(labels, dtype=np.int64)}
 
 
-def image_folder(root: Path) -> LabelledImages:
-    """DIR/CLASS/image; class folders named by numbers (ImageNet-V2) are ordered as such."""
+def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
+    """DIR/CLASS/image; class folders named by numbers (ImageNet-V2) are ordered as such.
+
+    `cache` keeps the list of the files of large folders, which are walked once a machine, and again when one of them
+    has changed.
+    """
     folders = [path for path in root.iterdir() if path.is_dir()]
     numbers = all(path.name.isdecimal() for path in folders)
     folders.sort(key=lambda path: (int(path.name) if numbers else 0, path.name))
-    files, labels = [], []
-    for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in (*IMAGE_EXTENSIONS, "bmp"))
-        files += map(str, found)
-        labels += [label] * len(found)
-    if not files:
+    names, cache = [str(root), *map(str, folders)], cache / "folders" if cache else None
+    found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
+    if cache and any(changed(*each) for each in about["nested"]):
+        forget(names, cache)
+        found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
+    files = Strings(found["files"], found["ends"])
+    if not len(files):
         raise FileNotFoundError(f"{root} holds no image in a folder of its class, {root}/CLASS/*.jpg")
-    return _whole(files, labels, [folder.name for folder in folders])
+    return _whole(files, found["labels"], [folder.name for folder in folders])
+
+
+def walked(folders: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
+    """Paths of the images below class folders as bytes and ends, their labels (N,) int64; and `nested`, the folders in
+    class folders with their times."""
+    files, labels, nested = [], [], []
+    for label, folder in enumerate(folders):
+        found = []
+        for place, below, names in os.walk(folder):
+            inside = [f"{place}/{name}" for name in below]
+            nested += [(path, os.stat(path).st_mtime_ns) for path in inside if not os.path.islink(path)]
+            endings = ((name, os.path.splitext(name)[1].lower().lstrip(".")) for name in names)
+            found += [f"{place}/{name}" for name, ending in endings if ending in (*IMAGE_EXTENSIONS, "bmp")]
+        files += sorted(found, key=lambda path: path.split("/"))
+        labels += [label] * len(found)
+    paths = Strings.of(files)
+    return {"files": paths.text, "ends": paths.ends, "labels": np.array(labels, dtype=np.int64)}, {"nested": nested}
+
+
+def changed(folder: str, time: int) -> bool:
+    """Whether a folder is gone, or has another time."""
+    try:
+        return os.stat(folder).st_mtime_ns != time
+    except OSError:
+        return True
 
 
 def image_list(path: Path) -> LabelledImages:
@@ -225,7 +263,7 @@ def _whole_file(path: str) -> bytes:
         return stream.read()
 
 
-def _whole(files: list[str], labels: list[int], names: list[str]) -> LabelledImages:
+def _whole(files: Sequence[str], labels: Sequence[int], names: list[str]) -> LabelledImages:
     spans = np.zeros((len(files), 3), dtype=np.int64)
     spans[:, 0], spans[:, 2] = np.arange(len(files)), -1
     return LabelledImages(files, spans, labels, names)
@@ -291,7 +329,7 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
 def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages:
     """A set by its path, see the head of this file. FileNotFoundError or ValueError say what is wrong with it.
 
-    `cache` keeps the index of large tars.
+    `cache` keeps the index of large tars, and the list of files in large folders.
     """
     path, *rest = spec.split(":")
     if len(rest) == 2:
@@ -302,7 +340,7 @@ def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages
         return clip_benchmark(Path(path), rest[0], cache)
     if not Path(path).exists():
         raise FileNotFoundError(f"data set {path} does not exist")
-    return image_list(Path(path)) if path.endswith(".txt") else image_folder(Path(path))
+    return image_list(Path(path)) if path.endswith(".txt") else image_folder(Path(path), cache)
 
 
 # ------------------------------------------------------------------------------------------------- the paper's sets

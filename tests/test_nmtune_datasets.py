@@ -15,7 +15,7 @@ from test_nmtune_train import SHARDS, corpus, images, in_process, one_sentence  
 from nmtune import datasets
 from nmtune.datasets import flip_labels_per_sample
 from nmtune.pretrain import flip_labels, swap_captions
-from shared import index
+from shared import data, index
 
 
 @pytest.mark.golden("nmtune", "label_noise")
@@ -166,6 +166,29 @@ def test_the_index_of_tars_is_kept_and_images_are_read_alone(tmp_path, images, m
     webdataset(tmp_path / "new", pictures[:5], labels[:5], source.classnames, "train")
     (tmp_path / "new/train/0.tar").replace(tmp_path / "set/train/0.tar")
     assert len(datasets.open_labelled(f"{tmp_path}/set:train", tmp_path / "cache")) == 5 and len(made) == 2
+
+
+def test_image_folders_are_walked_once_a_machine(tmp_path, images, monkeypatch):
+    """By whoever is first, and again when a file has come, in a class folder or deeper."""
+    root, cache = tmp_path / "set", tmp_path / "cache"
+    shutil.copytree(images, root)
+    (root / "class1/deeper").mkdir()
+    shutil.copy(next((root / "class1").glob("*.png")), root / "class1/deeper/z.png")
+    plain = datasets.image_folder(root)
+    monkeypatch.setattr(datasets, "LARGE_FOLDERS", 0)
+    made, whole = [], datasets.walked
+    monkeypatch.setattr(datasets, "walked", lambda folders: made.append(1) or whole(folders))
+    for _ in range(3):
+        found = datasets.open_labelled(str(root), cache)
+        assert list(found.files) == list(plain.files) and found.fingerprint == plain.fingerprint
+        assert found.labels.tolist() == plain.labels.tolist() and found.read(5)[0].size == plain.read(5)[0].size
+    assert len(made) == 1 and isinstance(found.files.text, np.memmap) and len(found.subset(np.arange(3))) == 3
+    expected = np.array([f"{file}@0" for file in plain.files])  # as when keys were an array, so that runs go on
+    assert found.fingerprint == data.fingerprint(expected.tobytes(), plain.labels.tobytes())
+    for place in ("class1/deeper", "class2"):
+        shutil.copy(root / "class1/deeper/z.png", root / place / "new.png")
+        assert len(datasets.open_labelled(str(root), cache)) == len(plain) + len(made) - 1
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("name", datasets.ID_SETS)
