@@ -111,8 +111,8 @@ class Config:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Epochs between zero-shot evaluations on `eval_set` (online towers, and A-CLIP's EMA towers); 0: never during
-    training."""
+    """Epochs between zero-shot evaluations on `eval_set`, whose class names stand alone (online towers, and A-CLIP's
+    EMA towers); 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     keep_best: bool = False

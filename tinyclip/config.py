@@ -157,7 +157,7 @@ class Config(Stage):
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Steps between zero-shot evaluations on `eval_set`; 0: never during training."""
+    """Steps between zero-shot evaluations on `eval_set`, whose class names stand alone; 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False

@@ -208,7 +208,7 @@ class Config(Warm):
     computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. A blip's losses need more of a pair
     than its features."""
     eval_every: int = 0
-    """Epochs between zero-shot evaluations on `eval_set`; 0: never during training."""
+    """Epochs between zero-shot evaluations on `eval_set`, whose class names stand alone; 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
 
