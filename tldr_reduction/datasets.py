@@ -20,6 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import data
+from shared.index import Strings, kept
 from shared.pretrained import LITE0_MEAN, LITE0_STD, lite0_features
 from tldr_reduction.config import Common
 from tldr_reduction.model import LockedTower, image_side
@@ -84,25 +85,43 @@ class RandomAugment:
 # -------------------------------------------------------------------------------------------------------- data sets
 
 
-class Annotations:
-    """Pairs of a JSON list of {"image": path below `root`, "caption": text}, the authors' form of a data set."""
+def read_annotations(path: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Image paths and captions of an annotation file as bytes and ends. ValueError if it is none."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        files, texts = Strings.of(str(entry["image"]) for entry in entries), [entry["caption"] for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is no annotation file, a JSON list of {{"image": ..., "caption": ...}}') from error
+    if not texts:
+        raise ValueError(f"{path} has no entry")
+    if other := [row for row, text in enumerate(texts) if not isinstance(text, str)]:
+        raise ValueError(f"{path}: the caption of {files[other[0]]} is no text (entry {other[0]})")
+    captions = Strings.of(text.encode(errors="replace") for text in texts)
+    arrays = {"files": files.text, "file_ends": files.ends, "captions": captions.text, "caption_ends": captions.ends}
+    return arrays, {"digest": data.fingerprint(*(array.tobytes() for array in arrays.values()))}
 
-    def __init__(self, path: str, root: str | None = None, limit: int | None = None, strict: bool = False):
+
+class Annotations:
+    """Pairs of a JSON list of {"image": path below `root`, "caption": text}, the authors' form of a data set.
+
+    It is parsed once a machine and kept in `cache` if it is large, as bytes that all processes share.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        root: str | None = None,
+        limit: int | None = None,
+        strict: bool = False,
+        cache: Path | None = None,
+    ):
         self.path, self.strict, self.broken = path, strict, []
         self.root = Path(root) if root else Path(path).parent
-        try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))[:limit]
-            self.keys = np.array([entry["image"] for entry in entries], dtype=np.str_)
-            self._captions = [entry["caption"] for entry in entries]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path} is no annotation file, a JSON list of {{"image": ..., "caption": ...}}'
-            ) from error
-        if not len(self.keys):
-            raise ValueError(f"{path} has no entry")
-        if other := [row for row, caption in enumerate(self._captions) if not isinstance(caption, str)]:
-            raise ValueError(f"{path}: the caption of {self.keys[other[0]]} is no text (entry {other[0]})")
-        self.fingerprint = data.fingerprint(self.keys.tobytes(), "\0".join(self._captions).encode())
+        arrays, about = kept([path], cache, lambda: read_annotations(path))
+        self.total = len(arrays["file_ends"])
+        self.keys = Strings(arrays["files"], arrays["file_ends"]).head(limit)
+        self._captions = Strings(arrays["captions"], arrays["caption_ends"]).head(limit)
+        self.fingerprint = data.fingerprint(repr((len(self.keys), about["digest"])).encode())
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -112,9 +131,8 @@ class Annotations:
 
     def read(self, row: int) -> data.Pair:
         """Pair of that row. Raises BrokenSample."""
-        caption = data.decode_caption(self._captions[row].encode())
-        image = data.read_file(self.root / str(self.keys[row]))
-        return data.Pair(str(self.keys[row]), data.decode_image(image), caption)
+        caption = data.decode_caption(self._captions.bytes_of(row))
+        return data.Pair(self.keys[row], data.decode_image(data.read_file(self.root / self.keys[row])), caption)
 
 
 def open_pairs(spec: str, root: str | None = None, limit: int | None = None, strict: bool = False, cache: str = ""):
@@ -122,7 +140,7 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
     if spec.endswith(".json"):
         if not os.path.isfile(spec):
             raise FileNotFoundError(f"{spec} does not exist")
-        return Annotations(spec, root, limit, strict)
+        return Annotations(spec, root, limit, strict, Path(cache or "data/cache"))
     return data.open_pairs(spec, limit, strict, Path(cache or "data/cache"))
 
 
