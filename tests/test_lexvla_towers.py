@@ -18,7 +18,7 @@ from lexvla import config, towers, train
 from lexvla.config import Config
 from lexvla.model import ImageEncoder, LoRALinear
 from lexvla.towers import with_lora
-from shared import data, pretrained
+from shared import data, pretrained, run
 
 
 def tiny_lm(**sizes) -> LlamaForCausalLM:
@@ -45,25 +45,49 @@ def test_lora_targets_of_a_run():
 def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: Path):
     cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
-    pairs, cpu = data.open_pairs(f"{SHARDS}/00000.tar", 30), torch.device("cpu")
+    pairs, alone = data.open_pairs(f"{SHARDS}/00000.tar", 30), run.Process(0, 1, torch.device("cpu"))
     transform = towers.eval_transform(cfg.backbone, 16)
     file = tmp_path / "cache/tokens.npy"
-    encoded = train.TokenDataset(pairs, transform, image, cpu, "fp32", file)
+    encoded = train.TokenDataset(pairs, transform, image, alone, "fp32", file)
     pixels = torch.stack([transform(pairs.read(row).image) for row in range(30)])
     tokens = torch.stack([encoded[i][0] for i in range(30)])
     torch.testing.assert_close(tokens, image.frozen(pixels), rtol=1e-3, atol=1e-3)  # kept in half precision
     torch.testing.assert_close(image(tokens), image(pixels), rtol=1e-2, atol=1e-2)
     assert [encoded[i][1] for i in range(30)] == [pairs.caption(row) for row in range(30)]
     again = train.TokenDataset(
-        pairs, transform, image, cpu, "fp32", file
+        pairs, transform, image, alone, "fp32", file
     )  # from the file, where the first image agrees
     assert isinstance(again.tokens, np.memmap) and all(torch.equal(again[i][0], encoded[i][0]) for i in range(30))
     assert [again[i][1:] for i in range(30)] == [encoded[i][1:] for i in range(30)]
-    np.save(file, np.zeros_like(encoded.tokens))
-    third = train.TokenDataset(pairs, transform, image, cpu, "fp32", file)
+    zeros = np.zeros_like(encoded.tokens)
+    file.unlink()  # the old one stays, where it is mapped
+    np.save(file, zeros)
+    third = train.TokenDataset(pairs, transform, image, alone, "fp32", file)
     assert torch.equal(third[7][0], encoded[7][0]) and np.load(file).any()
+    file.unlink()
     file.write_bytes(b"no array")
-    assert torch.equal(train.TokenDataset(pairs, transform, image, cpu, "fp32", file)[7][0], encoded[7][0])
+    assert torch.equal(train.TokenDataset(pairs, transform, image, alone, "fp32", file)[7][0], encoded[7][0])
+
+
+def test_processes_share_out_the_images_of_frozen_tokens(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two processes encode each image once, together, and both have the tokens that one alone has."""
+    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
+    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
+    pairs, transform = data.open_pairs(f"{SHARDS}/00000.tar", 600), towers.eval_transform(cfg.backbone, 16)
+    one, *two = (run.Process(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2)))
+    whole = train.TokenDataset(pairs, transform, image, one, "fp32", tmp_path / "one.npy")
+    views = train.PairDataset(pairs, transform)
+    parts = [train.encoded(views, views.normalise, image, process, "fp32") for process in two]
+    assert [[number for number, *_ in part] for part in parts] == [[0, 2], [1]]
+    said = iter([[True, False], [*parts[1], *parts[0]]])  # one of them has a file
+    monkeypatch.setattr(run, "gather_lists", lambda items, process: next(said))
+    monkeypatch.setattr(train, "encoded", lambda views, *rest: [(0, whole.tokens[:1])] if len(views) == 1 else None)
+    for process in two[1:]:
+        found = train.TokenDataset(pairs, transform, image, process, "fp32", tmp_path / "one.npy")
+        assert np.array_equal(found.tokens, whole.tokens) and found.captions == whole.captions
+        assert isinstance(found.tokens, np.memmap) and len(found) == 600
 
 
 def test_maps_of_efficientnet_lite0_are_tokens():
