@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from protoclip.config import PRESETS
 from tests import bench
 from tests.bench import __main__ as every
+from tests.bench import data as reading
 from tests.bench import protoclip
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +146,20 @@ def test_wrong_flags_are_refused(flags: list[str], said: str, capsys: pytest.Cap
     with pytest.raises(SystemExit, match="2"):
         bench.arguments("A bench.", 2, ("authors/code", "abc", "src")).parse_args(flags)
     assert said in capsys.readouterr().err
+
+
+def test_the_bench_of_reading_measures_all_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """All rows at a small size; an index is kept there, too."""
+    fork = multiprocessing.get_context("fork")  # a new process would import for seconds
+    monkeypatch.setattr(reading.multiprocessing, "get_context", lambda method: fork)
+    sizes = "--sparse 2000 --real 128 --seconds 0.1 --repetitions 1"
+    monkeypatch.setattr(sys, "argv", ["bench", *sizes.split(), "--folder", str(tmp_path)])
+    reading.main()
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    values = {name: value for name, value, aim in rows}
+    assert len(rows) == 9 and not list(tmp_path.iterdir())
+    assert float(next(value for name, value in values.items() if name.startswith("bytes read"))) <= 1.1
+    assert all(any(reader in name for name in values) for reader in reading.READERS)
 
 
 def test_all_folders_have_a_bench():

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from shared import data, run, windows
+from shared import data, index, run, windows
 from shared.tars import write_tar
 
 from . import at_least, resident
@@ -76,6 +76,7 @@ def alone(function: Callable[..., dict], *arguments) -> dict:
 def in_process(pipe, function: Callable[..., dict], arguments: tuple) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a script
+    index.LARGE = 0  # an index is kept, however few samples are asked for
     before = resident("RssAnon")
     found = function(*arguments)
     pipe.send(found | {"MiB": (resident("RssAnon") - before) / 1024})
