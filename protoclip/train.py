@@ -45,7 +45,7 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import accumulate, cli, data, memory, run
+from shared import accumulate, cli, data, memory, run, windows
 from shared.clip import image_side, set_grad_checkpointing, trimmed
 from shared.pretrained import efficientnet_lite0, lite0_features
 from shared.run import gather
@@ -404,8 +404,7 @@ def main(cfg: Config) -> Path | None:
         done, last, start, prototypes = per_episode * (episode + 1), episode + 1 == cfg.episodes, 0, None
         if process.main and cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or last):
             with folder.clock.paused():
-                dtype = run.DTYPES[precision]
-                workers = 0 if cfg.episode_shards else cfg.workers  # whose threads may be fetching
+                dtype, workers = run.DTYPES[precision], windows.evaluation_workers(cfg)
                 top1 = quick_top1(model, tokenizer, whole_image, cfg.eval_set, process.device, dtype, workers)
             folder.log(done, episode=episode, zero_shot_top1=top1)
         data.report_broken(episodes.broken, process, f"episode {episode + 1}")

@@ -244,8 +244,10 @@ def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windo
 
 
 def evaluation_workers(cfg: Any) -> int:
-    """Loader processes of an evaluation between training steps: none by window, whose threads may be fetching."""
-    return 0 if cfg.window_shards else cfg.workers
+    """Loader processes of an evaluation between training steps: none where shards are read by window, or by ProtoCLIP's
+    episodes, whose threads may be fetching."""
+    fetching = getattr(cfg, "window_shards", 0) or getattr(cfg, "episode_shards", 0)
+    return 0 if fetching else cfg.workers
 
 
 def own_cache(cfg: Any) -> Path:

@@ -255,3 +255,8 @@ def test_a_flaky_server_is_asked_again_and_copies_go(shards: Path, tmp_path: Pat
     assert not list(cache.glob("*/window-*"))
     assert len(Flaky.asked) == 16 and len(Flaky.dropped) == 8  # each twice
     assert np.array_equal(np.unique(Flaky.asked), sorted(Flaky.dropped))
+
+
+@pytest.mark.parametrize(("read", "workers"), [("window_shards", 0), ("episode_shards", 0), ("dataset_size", 3)])
+def test_an_evaluation_forks_no_loader_where_threads_fetch(read: str, workers: int):
+    assert windows.evaluation_workers(SimpleNamespace(**{"workers": 3, read: 2})) == workers
