@@ -66,7 +66,9 @@ def test_presets_are_the_tables():
 def test_dry_runs_need_no_data(script, preset, capsys):
     cfg = dict(SCRIPTS)[script][preset][1]
     small = dict(width=64, layers=1, heads=2, text_width=64, text_layers=1, text_heads=2, code_dim=64, queue_size=1260)
-    small |= dict(dataset_size=100_000, clip_model="ViT-emoji", data="", image_size=32)  # for the time it takes
+    small |= dict(
+        dataset_size=100_000, clip_model="ViT-emoji", lock_image=False, data="", image_size=32
+    )  # for the time it takes
     small = {name: value for name, value in small.items() if hasattr(cfg, name)}
     script.dry_run(dataclasses.replace(cfg, **small))
     printed = capsys.readouterr().out

@@ -207,7 +207,7 @@ def test_a_locked_trunk_keeps_its_weights(chain, folder):
     images = torch.stack([view_of(model, settings)(pairs.read(row).image) for row in range(40)])
     with torch.no_grad():
         close = torch.cosine_similarity(model.visual.eval()(images), model.visual(dataset.features))
-    assert close.min() > 0.999 and dataset[43][2] == dataset[3][2] and len(dataset) == 40
+    assert close.min() > 0.99 and dataset[43][2] == dataset[3][2] and len(dataset) == 40
     assert torch.equal(dataset[43][1], dataset[3][1]) and dataset[43][0] == 43
     assert not model.visual.train().trunk.training and not any(p.requires_grad for p in model.visual.trunk.parameters())
 
