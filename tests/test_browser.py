@@ -44,7 +44,7 @@ def look(page: Path, screenshot: Path, width: int = 1280) -> dict:
 
 def test_the_report_opens_offline(tmp_path: Path):
     found, page = overview.read(ROOT / "results"), tmp_path / "report.html"
-    page.write_text(overview.html_page(found, ROOT / "results"))
+    page.write_text(overview.html_page(found, {}, ROOT / "results"))
     seen = look(page, tmp_path / "report.png")
     assert seen["requests"] == [page.as_uri()] and not seen["failed"] and not seen["messages"]
     assert seen["title"] == "paper-clips: results"

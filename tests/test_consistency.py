@@ -27,6 +27,7 @@ TOOLS = {  # of shared/: run by make or pytest, or part of one that is, or of wh
     "resnet",
 }
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
+EVIDENCE = ("study.py", "photos_study.py")  # what may use shared.study and shared.corpora
 BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora
 TRAINING = [
     *((folder, "train") for folder in folders()),
@@ -219,13 +220,14 @@ def test_no_paper_imports_another(folder: str):
 
 @pytest.mark.parametrize("folder", folders())
 def test_the_paper_knows_nothing_of_its_study(folder: str):
-    """All but study.py and builders of corpora: their evidence can be deleted (test_house.py does)."""
+    """All but studies and builders of corpora: their evidence can be deleted (test_house.py does)."""
     for file in (ROOT / folder).glob("*.py"):
-        if file.name != "study.py" and f"{folder}/{file.name}" not in BUILDERS:
+        if file.name not in EVIDENCE and f"{folder}/{file.name}" not in BUILDERS:
             evidence = {
                 name for name in reached(name_of(file), GRAPH) if name.startswith(("shared.study", "shared.corpora"))
             }
-            assert not evidence and f"{folder}.study" not in reached(name_of(file), GRAPH), f"{file}: {evidence}"
+            studies = {f"{folder}.{name.removesuffix('.py')}" for name in EVIDENCE} & reached(name_of(file), GRAPH)
+            assert not evidence and not studies, f"{file}: {evidence or studies}"
 
 
 def test_imports_have_no_circles():
@@ -298,14 +300,18 @@ def test_a_training_script_is_read_on_a_screen(folder: str, script: str):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
-@pytest.mark.parametrize("folder", folders())
-def test_studies_name_commands_that_are_there(folder: str):
-    study = importlib.import_module(f"{folder}.study").STUDY
+STUDIES = [(file.parent.name, file.stem) for name in EVIDENCE for file in sorted(ROOT.glob(f"*/{name}"))]
+
+
+@pytest.mark.parametrize(("folder", "name"), STUDIES)
+def test_studies_name_commands_that_are_there(folder: str, name: str):
+    study = importlib.import_module(f"{folder}.{name}").STUDY
+    assert study.on == ("photos" if name == "photos_study" else "emoji")
     assert study.folder == folder and set(study.minutes) == {"core", "all"}
     names = [job.name for job in (*study.stages, *study.arms)]
     assert len(names) == len(set(names)) and all(arm.heading for arm in study.arms)
     lines = [words[2:] for job in (*study.stages, *study.arms) for words in study.words(job, 7)]
-    lines += [once.command.split() for once in study.before]
+    lines += [once.command.replace("{photos}", "photos").split() for once in study.before]
     for module, *words in lines:
         assert module.split(".")[0] in (folder, "shared") and importlib.util.find_spec(module), module
         assert not [word for word in words if "{" in word], words
@@ -314,9 +320,9 @@ def test_studies_name_commands_that_are_there(folder: str):
         assert any(study.out(job.name, 7) in words for words in study.words(job, 7)), job
 
 
-@pytest.mark.parametrize("folder", folders())
-def test_presets_of_a_study_are_the_scripts(folder: str):
-    study = importlib.import_module(f"{folder}.study").STUDY
+@pytest.mark.parametrize(("folder", "name"), STUDIES)
+def test_presets_of_a_study_are_the_scripts(folder: str, name: str):
+    study = importlib.import_module(f"{folder}.{name}").STUDY
     scripts = {script: presets(folder, script) for of, script in TRAINING if of == folder}
     for job in (*study.stages, *study.arms):
         for words in study.words(job, 7):

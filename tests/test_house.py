@@ -34,7 +34,7 @@ def test_papers_run_without_their_studies(folder: Path):
     training and evaluation of one of them run. (That no function imports, test_consistency.py looks after.)"""
     copy = folder / "copy"
     for package in ("shared", *FOLDERS):
-        ignore = shutil.ignore_patterns("study", "corpora", "study.py", "__pycache__")
+        ignore = shutil.ignore_patterns("study", "corpora", "study.py", "photos_study.py", "__pycache__")
         shutil.copytree(ROOT / package, copy / package, ignore=ignore)
     (copy / "data").symlink_to(ROOT / "data")
     corpus, out = small_corpus(folder / "corpus"), folder / "runs/protoclip"

@@ -14,12 +14,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_page_of_results_is_made_of_the_files():
     found = overview.read(ROOT / "results")
-    assert (ROOT / "RESULTS.md").read_text() == overview.markdown(found), "run `make readme`"
+    assert (ROOT / "RESULTS.md").read_text() == overview.markdown(found, overview.read(ROOT / "results/photos")), (
+        "run `make readme`"
+    )
 
 
 def test_the_page_with_plots_needs_nothing_else():
     found = overview.read(ROOT / "results")
-    page = overview.html_page(found, ROOT / "results")
+    page = overview.html_page(found, {}, ROOT / "results")
     plots = sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)
     assert plots and page.count('src="data:image/png;base64,') == page.count("<img") == plots
     assert "http" not in page and "<script" not in page

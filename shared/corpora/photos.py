@@ -30,7 +30,6 @@ from shared import checkpoints, cli, data
 from shared.corpora import layout
 from shared.tars import write_split
 
-RECIPE = 1  # raised when the same photographs and setting give other files
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LANGUAGES = ("en", "de", "fr", "cs")  # of Multi30k
 MULTI30K = [f"multi30k_{language}" for language in LANGUAGES]
@@ -51,6 +50,8 @@ class Photographs:
     """Resize photographs to this shorter side in pixels, where they are larger; None copies their bytes."""
     strict: bool = False
     """Stop at the first broken image instead of counting it."""
+
+    recipe = 1  # raised when the same photographs and setting give other files
 
     def __post_init__(self):
         self.broken: list[data.Broken] = []
@@ -97,7 +98,7 @@ class Photographs:
         cli.check_counts(self, "image_size")
         listing = self.plan()
         sizes = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.used if file.is_file()]
-        setting = {"data": type(self).__name__.lower(), "recipe": RECIPE} | {
+        setting = {"data": type(self).__name__.lower(), "recipe": self.recipe} | {
             name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)
         }
         del setting["strict"]
@@ -153,7 +154,8 @@ class Flickr8k(Photographs):
 
     Layout: Images/*.jpg, Flickr8k.token.txt (name.jpg#k<tab>caption), Flickr_8k.{train,dev,test}Images.txt; optional
     Flickr8k.arabic.full.txt. Sets: retrieval_en, retrieval_ar, and retrieval_multi30k_{en,de,fr,cs} of the photographs
-    that have a translation; retrieval_dev_* are the same of the development split.
+    that have a translation; retrieval_long_en, whose one text is all captions of a photograph, joined; retrieval_dev_*
+    are the same of the development split.
     """
 
     multi30k: Path | None = None
@@ -161,6 +163,7 @@ class Flickr8k(Photographs):
     every_caption: bool = False
     """A sample for each caption instead of one with the first caption."""
     joined_lines = 0
+    recipe = 2
     licence = (
         "Photographs belong to their authors on Flickr; Flickr8k is for non-commercial research and education. "
         "Translations are Multi30k's and of the Arabic Flickr8k, under the terms of these."
@@ -225,8 +228,11 @@ class Flickr8k(Photographs):
     def write(self, folder: Path, splits: dict[str, dict[Path, dict]]) -> dict[str, int]:
         counts = {"train": self.write_captioned(folder / "train", splits["train"], self.every_caption, "train")}
         counts = {"photographs": len(splits["train"])} | counts | {"joined_lines": self.joined_lines}
-        kinds = {"captions": "en", "captions_ar": "ar"} | {f"captions_{name}": name for name in MULTI30K}
+        kinds = {"captions": "en", "joined": "long_en", "captions_ar": "ar"}
+        kinds |= {f"captions_{name}": name for name in MULTI30K}
         for split, start in (("test", "retrieval_"), ("dev", "retrieval_dev_")):
+            for about in splits[split].values():
+                about["joined"] = [" ".join(text.rstrip(" .") + "." for text in about["captions"])]
             for kind, name in kinds.items():
                 texts = {file: about[kind] for file, about in splits[split].items() if kind in about}
                 if texts:

@@ -1,13 +1,13 @@
 """One page of all results: `python -m shared.study.overview` writes RESULTS.md, and report.html with the plots in it.
 
-Both are made of results/*.json and results/*.png alone; nothing is typed. The HTML page holds its pictures and opens
-offline. `python -m shared.study.overview runs` makes runs/report.html of what was reproduced here.
+Both are made of results/*.json and results/*.png, and of those in results/photos, alone; nothing is typed. The page
+in HTML holds its pictures and opens offline. `python -m shared.study.overview runs` makes runs/report.html of what was
+reproduced here.
 """
 
 import argparse
 import base64
 import html
-import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from shared import cli, presets
 from shared.checkpoints import read_json
 from shared.evaluation import table
 from shared.study import report
-from shared.study.runner import Study
+from shared.study.runner import Study, study_of
 from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
@@ -24,17 +24,16 @@ INTRODUCTION = (
     "it shows whether an effect is there at its scale, never a paper's number. Intervals are of differences paired by "
     "seed, unless a row says by what (encoders, concepts)."
 )
+BESIDE = "Some papers were also asked on photographs, beside the emoji: their tables have the verdict on emoji, too."
 
 
-def study_of(folder: str) -> Study:
-    return importlib.import_module(f"{folder}.study").STUDY
-
-
-def command(folder: str, summary: dict) -> str:
+def command(study: Study, summary: dict) -> str:
     """The command that measures a folder's results again."""
-    seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study_of(folder).chosen("core")}
+    seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study.chosen("core")}
     every = "" if set(summary["arms"]) <= core else " ARMS=all"
-    return f'make reproduce-{folder.replace("_", "-")} SEEDS="{seeds}"{every} RESULTS=results/{folder}.json'
+    every += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
+    name = study.folder.replace("_", "-")
+    return f'make reproduce-{name} SEEDS="{seeds}"{every} RESULTS=results/{study.home}.json'
 
 
 def provenance(summary: dict) -> str:
@@ -71,42 +70,56 @@ def settled(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def named_arms(folder: str, summary: dict) -> tuple[dict[str, dict], dict[str, str]]:
-    """(metrics of each arm by its heading, heading of each metric), as the folder's README shows them."""
-    study = study_of(folder)
-    return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}, study.metrics
+def named_arms(study: Study, summary: dict) -> dict[str, dict]:
+    """Metrics of each arm by its heading."""
+    return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}
 
 
-def arms_table(folder: str, summary: dict) -> str:
+def arms_table(study: Study, summary: dict) -> str:
     """Floors, ceilings and arms as a Markdown table."""
-    arms, metrics = named_arms(folder, summary)
-    return table(report.arms_rows(arms, metrics, summary["floors"]))
+    return table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"]))
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown
 
 
-def markdown(summaries: dict[str, dict]) -> str:
-    """RESULTS.md: how the claims of each paper came out, then claim by claim."""
-    overview = [
-        {"paper": f"[{summary['paper']}](#{folder})"} | {verdict: n or "" for verdict, n in counts(summary).items()}
-        for folder, summary in summaries.items()
-    ]
-    primary = primary_rows(summaries)
+def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
+    """RESULTS.md: how the claims of each paper came out, then claim by claim; on photographs beside the corpus."""
+    primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
     page += [settled(primary), table(primary)] if primary else []
-    page += ["## All claims", table(overview)]
+    page += ["## All claims", overview_table(summaries)]
+    page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
     page.append(report.STARS.strip())
-    for folder, summary in summaries.items():
-        page += [
-            f'<a id="{folder}"></a>\n\n## {summary["paper"]}',
-            f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
-            f"    {command(folder, summary)}",
-            *([f"{summary['corpus']}.", arms_table(folder, summary)] if "floors" in summary else []),
-            table(shown(summary["claims"])),
-        ]
+    for folder in sorted(summaries | photographs):
+        page.append(f'<a id="{folder}"></a>\n\n## {(summaries | photographs)[folder]["paper"]}')
+        for heading, on, found in (((), "emoji", summaries), ((report.PHOTOGRAPHS,), "photos", photographs)):
+            if folder in found:
+                other = summaries.get(folder) if on == "photos" else None
+                page += [*heading, *section(study_of(folder, on), found[folder], other)]
     return "\n\n".join(page) + "\n"
+
+
+def overview_table(summaries: dict[str, dict]) -> str:
+    """How many claims of each paper have which verdict."""
+    return table(
+        [
+            {"paper": f"[{summary['paper']}](#{folder})"} | {verdict: n or "" for verdict, n in counts(summary).items()}
+            for folder, summary in summaries.items()
+        ]
+    )
+
+
+def section(study: Study, summary: dict, other: dict | None) -> list[str]:
+    """Paragraphs and tables of one results file; `other`: of the same paper on emoji."""
+    folder = study.folder
+    return [
+        f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
+        f"    {command(study, summary)}",
+        *([f"{summary['corpus']}.", arms_table(study, summary)] if "floors" in summary else []),
+        table(report.claim_rows(summary, other)),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- HTML
@@ -139,28 +152,42 @@ def picture(path: Path) -> str:
     return f'<img src="data:image/png;base64,{content}" alt="{html.escape(path.stem.replace("_", " "))}">'
 
 
-def html_page(summaries: dict[str, dict], pictures: Path) -> str:
+def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
     """report.html: the page of RESULTS.md with the arms' tables and the plots, in one file."""
     overview = [{"paper": summary["paper"]} | counts(summary) for summary in summaries.values()]
-    links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in summaries)
+    overview += [{"paper": f"{each['paper']}, on photographs"} | counts(each) for each in photographs.values()]
+    folders = sorted(summaries | photographs)
+    links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in folders)
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
-    page, primary = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"], primary_rows(summaries)
+    page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
+    primary, beside = primary_rows(summaries), primary_rows(photographs)
     page += [f"<p>{settled(primary)}</p>{html_table(primary)}"] if primary else []
+    page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
-    for folder, summary in summaries.items():
-        arms, metrics = named_arms(folder, summary)
-        page.append(f'<h2 id="{folder}">{html.escape(summary["paper"])}</h2><p>{html.escape(provenance(summary))}</p>')
-        if "corpus" in summary:
-            page.append(f"<p>{html.escape(summary['corpus'])}.</p>")
-        page.append(
-            f"<p><code>{html.escape(command(folder, summary))}</code></p>{html_table(shown(summary['claims']))}"
-        )
-        page.append(html_table(report.arms_rows(arms, metrics, summary.get("floors"))))
-        found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
-        page += [picture(path) for path in sorted(found)]
+    for folder in folders:
+        page.append(f'<h2 id="{folder}">{html.escape((summaries | photographs)[folder]["paper"])}</h2>')
+        if folder in summaries:
+            page += html_section(study_of(folder), summaries[folder], None, pictures)
+        if folder in photographs:
+            page.append(f"<h3>{report.PHOTOGRAPHS.strip('# ')}</h3>")
+            page += html_section(
+                study_of(folder, "photos"), photographs[folder], summaries.get(folder), pictures / "photos"
+            )
     head = f'<meta charset="utf-8"><title>paper-clips: results</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(page)}</body></html>\n'
+
+
+def html_section(study: Study, summary: dict, other: dict | None, pictures: Path) -> list[str]:
+    """`section` in HTML, with the plots of the study."""
+    page, folder = [f"<p>{html.escape(provenance(summary))}</p>"], study.folder
+    if "corpus" in summary:
+        page.append(f"<p>{html.escape(summary['corpus'])}.</p>")
+    claims = html_table(report.claim_rows(summary, other))
+    page.append(f"<p><code>{html.escape(command(study, summary))}</code></p>{claims}")
+    page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary.get("floors"))))
+    found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
+    return page + [picture(path) for path in sorted(found)]
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -173,16 +200,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results, or runs")
     folder = parser.parse_args().folder
-    if not (found := read(folder)):
+    found, photographs = read(folder), read(folder / "photos")
+    if not (papers := sorted(found | photographs)):
         raise ValueError(f"{folder} holds no results: 'make reproduce-all' makes some")
     committed = folder == Path("results")
     if committed:
-        Path("RESULTS.md").write_text(markdown(found))
-        for paper in found:
+        Path("RESULTS.md").write_text(markdown(found, photographs))
+        for paper in papers:
             report.update_readme(paper)
     page = Path("report.html") if committed else folder / "report.html"
-    page.write_text(html_page(found, folder))
-    print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(found)} papers")
+    page.write_text(html_page(found, photographs, folder))
+    print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(papers)} papers")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ STARS = (
     "standard deviation pooled over arms."
 )
 
+PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
+
 
 def arms_rows(
     arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]] | None = None
@@ -171,10 +173,17 @@ def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
     }
 
 
-def readme_block(folder: str) -> str:
-    """The results section of a folder's README, made from results/<folder>.json alone."""
-    summary = read_json(Path("results") / f"{folder}.json")
-    study = importlib.import_module(f"{folder}.study").STUDY
+def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]:
+    """Rows of the table of claims; with other results, also the verdict of the same claim there."""
+    rows = shown(summary["claims"])
+    if other is None:
+        return rows
+    verdicts = {row["claim"]: row["verdict"] for row in shown(other["claims"])}
+    return [row | {"on emoji": verdicts.get(row["claim"], "-")} for row in rows]
+
+
+def block(summary: dict, study: Any, other: dict | None = None) -> str:
+    """What a README says of one results file."""
     seeds = ", ".join(map(str, summary["seeds"]))
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
     corpus = f"{summary['corpus']}. " if "corpus" in summary else ""
@@ -183,8 +192,19 @@ def readme_block(folder: str) -> str:
         f"{corpus}Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
         f"{table(arms_rows(named, study.metrics, summary.get('floors')))}\n\n"
         "Differences are paired by seed, unless the row says by what, ± half the 95 % interval."
-        f"{STARS * ('floors' in summary)}\n\n{table(shown(summary['claims']))}\n"
+        f"{STARS * ('floors' in summary)}\n\n{table(claim_rows(summary, other))}\n"
     )
+
+
+def readme_block(folder: str) -> str:
+    """The results section of a folder's README, made from results/<folder>.json and results/photos/<folder>.json."""
+    paths = {"study": Path(f"results/{folder}.json"), "photos_study": Path(f"results/photos/{folder}.json")}
+    found = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    studies = {name: importlib.import_module(f"{folder}.{name}").STUDY for name in found}
+    blocks = [block(found["study"], studies["study"])] if "study" in found else []
+    if "photos_study" in found:
+        blocks += [f"{PHOTOGRAPHS}\n\n{block(found['photos_study'], studies['photos_study'], found.get('study'))}"]
+    return "\n".join(blocks)
 
 
 def update_readme(folder: str, write: bool = True) -> bool:

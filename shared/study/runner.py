@@ -5,6 +5,8 @@ that go on where they were stopped by themselves; what an arm starts from is tra
 """
 
 import contextlib
+import importlib
+import importlib.util
 import io
 import itertools
 import os
@@ -16,7 +18,7 @@ from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -66,7 +68,8 @@ class Arm(Stage):
 class Once:
     """A command that runs before all arms, on all cores, and leaves finished work as it is: data, features, a teacher.
 
-    It follows `python -m `. With `arms`, it runs only if one of these is trained.
+    It follows `python -m `. With `arms`, it runs only if one of these is trained. `{photos}` stands for the folder of
+    photographs that --photos names.
     """
 
     command: str
@@ -111,6 +114,13 @@ class Study:
     """What a checkpoint counts, by which a run is known to be finished: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
     """What a clone of the authors' repository adds (--upstream): keyword arguments of `more_rows`."""
+    on: Literal["emoji", "photos"] = "emoji"
+    """What --corpus calls the corpus. Runs and results of photographs lie in runs/photos and results/photos."""
+
+    @property
+    def home(self) -> str:
+        """Where runs and results lie, below runs/ and results/."""
+        return self.folder if self.on == "emoji" else f"{self.on}/{self.folder}"
 
     @property
     def headings(self) -> dict[str, str]:
@@ -143,7 +153,7 @@ class Study:
 
     def out(self, name: str, seed: int) -> str:
         """Run folder of an arm or stage."""
-        return f"runs/{self.folder}/{name}-seed{seed}"
+        return f"runs/{self.home}/{name}-seed{seed}"
 
     def words(self, job: Stage, seed: int) -> list[list[str]]:
         """The job's command lines, as lists of words."""
@@ -178,11 +188,11 @@ class Study:
         report.show(summary, self.metrics, self.stands_for, path)
 
     def measured_floors(self, path: Path, arms: Container[str]) -> dict[str, dict[str, float]]:
-        """{floor: {metric: value}} of floors that concern these arms, kept in runs/FOLDER/floors.json.
+        """{floor: {metric: value}} of floors that concern these arms, kept in floors.json beside the runs.
 
         Ceilings take as long as an arm: they come from the committed results, unless these are what is made (`path`).
         """
-        committed, kept = Path(f"results/{self.folder}.json"), Path(f"runs/{self.folder}/floors.json")
+        committed, kept = Path(f"results/{self.home}.json"), Path(f"runs/{self.home}/floors.json")
         known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
         floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
@@ -192,7 +202,7 @@ class Study:
 
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
         """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
-        floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.folder}.json")
+        floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.home}.json")
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
         earlier = report.earlier_arms(committed, found)
         if earlier:
@@ -211,9 +221,14 @@ class Options:
     arms: str = "core"
     """core, all, or names of arms with spaces between them."""
     results: str | None = None
-    """File for the results; by default runs/FOLDER/results.json."""
+    """File for the results; by default results.json beside the runs."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
+    corpus: Literal["emoji", "photos"] = "emoji"
+    """emoji: the embedded corpus. photos: real photographs and captions, of the folder --photos."""
+    photos: str | None = None
+    """Folder of photographs: flickr8k, multi30k, pacs, cifar10 and coco in it, each as its authors lay it out; of these
+    only what the study reads has to be there."""
     jobs: int = min(cli.cores(), 4)
     """Runs side by side, each with its share of the cores."""
     measure: str | None = None
@@ -259,7 +274,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     total, start = len(jobs) * len(seeds), time.perf_counter()
     begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
-    print(f"{study.folder}: {total} runs, {begun} of them begun before, {at_once} side by side{left}", flush=True)
+    print(f"{study.home}: {total} runs, {begun} of them begun before, {at_once} side by side{left}", flush=True)
     futures: dict[tuple[str, int], Future] = {}
     finished = itertools.count(1)
 
@@ -269,7 +284,8 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         for words in study.words(job, seed):
             subprocess.run(words, env=environment, check=True)
         if study.alone and isinstance(job, Arm):
-            words = [sys.executable, "-m", f"{study.folder}.study", "--measure", study.out(job.name, seed)]
+            corpus = [] if study.on == "emoji" else ["--corpus", study.on]
+            words = [sys.executable, "-m", f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)]
             subprocess.run(words, env=environment, check=True)
         done, minutes = next(finished), (time.perf_counter() - start) / 60
         left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
@@ -303,22 +319,38 @@ def run(study: Study, options: Options) -> None:
     if clone is not None and study.upstream is None:
         raise ValueError(f"{study.folder}'s study reads no clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
+    if study.on == "photos" and options.photos is None:
+        raise ValueError(
+            "--corpus photos reads photographs that you have: --photos DIR, which holds flickr8k, pacs, ..."
+        )
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}
     for once in study.before:
         if not once.arms or {arm.name for arm in arms} & set(once.arms):
-            if code := subprocess.run([sys.executable, "-m", *once.command.split()]).returncode:
-                raise ValueError(f"'python -m {once.command}' failed (exit code {code})")
+            words = [word.replace("{photos}", str(options.photos)) for word in once.command.split()]
+            if code := subprocess.run([sys.executable, "-m", *words]).returncode:
+                raise ValueError(f"'python -m {' '.join(words)}' failed (exit code {code})")
     train(study, arms, seeds, options.jobs, study.minutes.get(options.arms))
     compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
     runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]
     results = study.evaluate(runs)
-    study.compare(runs, results, Path(path or f"runs/{study.folder}/results.json"), **more)
+    study.compare(runs, results, Path(path or f"runs/{study.home}/results.json"), **more)
+
+
+def study_of(folder: str, on: str = "emoji") -> Study:
+    """A paper's study on a corpus. ValueError if it has none on photographs."""
+    module = f"{folder}.study" if on == "emoji" else f"{folder}.photos_study"
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{folder} has no study on photographs: leave out --corpus")
+    return importlib.import_module(module).STUDY
 
 
 def main(study: Study) -> None:
     """The command line of a study.py."""
-    cli.command_line(
-        lambda: run(study, tyro.cli(Options, prog=f"python -m {study.folder}.study", description=f"{study.paper}."))
-    )
+
+    def work() -> None:
+        options = tyro.cli(Options, prog=f"python -m {study.folder}.study", description=f"{study.paper}.")
+        run(study if options.corpus == study.on else study_of(study.folder, options.corpus), options)
+
+    cli.command_line(work)

@@ -1,0 +1,127 @@
+"""A small CLIP on photographs, for papers whose question is the data: a locked EfficientNet-Lite0, whose features are
+computed once, a projection, and a text tower.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from shared import checkpoints, cli, data, run, zeroshot
+from shared.clip import trimmed, without_padding
+from shared.study import photos
+
+
+@dataclasses.dataclass
+class Config:
+    """A CLIP on captions as people wrote them."""
+
+    out: str = "runs/photos/locked"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt."""
+    data: str = "data/photos-captions/train"
+    """Shards of photographs, a caption a sample."""
+    model: str = "Lite0-emoji"
+    """open_clip config, of EfficientNet-Lite0."""
+    context_length: int = 24
+    """Tokens of a caption, start and end included; longer ones are cut."""
+    total: int = 30_000
+    """Captions an epoch; fewer come again."""
+    epochs: int = 8
+    """Passes over so many captions."""
+    batch_size: int = 256
+    """Captions per step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 100
+    """Steps of linear warm-up, before half a cosine to 0."""
+    weight_decay: float = 0.2
+    """AdamW's decay of matrices."""
+    seed: int = 0
+    """Seed of initial weights and order."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: str = "auto"
+    """auto: bf16 where the processor computes in it."""
+    save_every: int = 1000
+    """Steps between checkpoints, each at the end of an epoch; there is one at the end, too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+def create_model(name: str, context_length: int) -> nn.Module:
+    """A random open_clip model whose images are features (B, 1280) that EfficientNet-Lite0 has computed of them."""
+    logging.disable(logging.WARNING)  # open_clip says that the weights are random
+    model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=context_length))
+    logging.disable(logging.NOTSET)
+    model.visual.trunk = nn.Identity()
+    return model
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    total = cfg.epochs * (cfg.total // cfg.batch_size)
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - cfg.warmup) / max(total - cfg.warmup, 1)))
+
+
+def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
+    """Train on all rows of the data, or on some, from the last checkpoint if there is one. Returns the run folder."""
+    process = run.setup(cfg.seed, cfg.device)
+    cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
+    precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
+    model = create_model(cfg.model, cfg.context_length).to(process.device)
+    matrices, others = ([p for p in model.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6)
+    folder = run.RunFolder(cfg, process, epoch=0)
+    folder.restore(state_dict=model, optimizer=optimizer)
+    if folder.finished(epoch=cfg.epochs):
+        return folder.path
+    first = folder.state["epoch"]
+
+    pairs = data.open_pairs(cfg.data)
+    rows = np.arange(len(pairs)) if rows is None else np.asarray(rows)
+    features, captions = photos.features_of(list(map(Path, pairs.paths))), [pairs.caption(i) for i in range(len(pairs))]
+    tokens = open_clip.get_tokenizer(cfg.model, context_length=cfg.context_length)(captions)
+    loss_of = open_clip.ClipLoss()
+    folder.start(first * steps, cfg.epochs * steps, len(rows), data=pairs.fingerprint)
+    for epoch in range(first, cfg.epochs):
+        order = np.resize(np.random.default_rng((cfg.seed, epoch)).permutation(rows), cfg.total)
+        for step, chosen in enumerate(order[: steps * cfg.batch_size].reshape(steps, -1), epoch * steps):
+            torch.manual_seed(data.stable_hash(cfg.seed, step))  # for dropout: a resumed run agrees
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            model.train()
+            with run.autocast(precision, process.device):
+                texts = trimmed(tokens[chosen], model, process.device)
+                image, text, scale = model(features[chosen].to(process.device), texts)[:3]
+            loss = loss_of(image.float(), text.float(), scale.float())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            if (step + 1) % cfg.log_every == 0:
+                folder.log(step + 1, epoch=epoch, loss=loss, logit_scale=scale)
+        if folder.due((epoch + 1) * steps) or epoch + 1 == cfg.epochs:
+            folder.save((epoch + 1) * steps, epoch=epoch + 1)
+    folder.close()
+    return folder.path
+
+
+@torch.no_grad()
+def encode(folder: str | Path, features: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """A run's embeddings of images, given as EfficientNet-Lite0's features, and of captions."""
+    state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
+    name, length = (state["config"][key] for key in ("model", "context_length"))
+    model, tokenizer = create_model(name, length), open_clip.get_tokenizer(name, context_length=length)
+    model.load_state_dict(state["state_dict"])
+    model.eval()
+    return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)

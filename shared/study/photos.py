@@ -1,0 +1,180 @@
+"""What studies on photographs share: the commands that build their corpora, and floors that need no training.
+
+The folder --photos holds what people have, each as its authors lay it out (shared/corpora/photos.py says how):
+flickr8k, multi30k, pacs, cifar10, coco. Shards lie in data/photos-*; the photographs themselves stay where they are.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shared import checkpoints, data, zeroshot
+from shared.evalsets import EvalSet
+from shared.memory import square
+from shared.pretrained import lite0_features
+from shared.study import floors
+from shared.study.runner import Once
+from shared.tars import IMAGE_EXTENSIONS, Broken, descriptions, read_tar
+
+BUILD, BOTH = "shared.corpora.photos", "--root {photos}/flickr8k --multi30k {photos}/multi30k"
+FLICKR8K = Once(f"{BUILD} flickr8k {BOTH} --out data/photos-flickr8k")  # a sample a photograph
+CAPTIONS = Once(f"{BUILD} flickr8k {BOTH} --every-caption --out data/photos-captions")  # a sample a caption
+PACS = Once(f"{BUILD} pacs --root {{photos}}/pacs --out data/photos-pacs")
+CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cifar10")
+COCO = Once(f"{BUILD} coco --root {{photos}}/coco --train-masks --out data/photos-coco")
+SETS = "data/photos-flickr8k/eval"
+RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
+SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
+RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # those of Flickr8k that were measured
+
+# ----------------------------------------------------------------------------------------------- features of pictures
+
+
+def view(image: Image.Image) -> Tensor:
+    """PIL image -> its centre square (3, SIDE, SIDE) uint8."""
+    return data.to_pixels(square(image, SIDE))
+
+
+def pictures(files: Iterable[Path]) -> list[bytes]:
+    """The encoded images of tars, in order."""
+    broken: list[Broken] = []
+    found = [content for file in files for _, content in read_tar(file, broken, IMAGE_EXTENSIONS)]
+    if broken:
+        raise ValueError(f"{broken[0].key} of the photographs' shards is damaged ({broken[0].reason}): build them anew")
+    return found
+
+
+def lite0_of(images: Sequence[bytes], cache: str | Path = "data/cache") -> Tensor:
+    """EfficientNet-Lite0's features (N, 1280) of encoded images; of each image computed once and kept."""
+    store = Path(cache) / f"lite0-{SIDE}.npz"
+    digests = [hashlib.blake2b(each, digest_size=16).digest() for each in images]
+    known: dict[bytes, np.ndarray] = {}
+    if store.is_file():
+        with np.load(store, allow_pickle=False) as file:
+            known = dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
+    new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in known}
+    if new:
+        some = list(new.values())
+        starts = range(0, len(some), 32)
+        views = (torch.stack([view(data.decode_image(each)) for each in some[i : i + 32]]) for i in starts)
+        known |= zip(new, lite0_features(views).numpy(), strict=True)
+        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
+            np.savez(file, digests=keys, features=np.stack(list(known.values())))
+    return torch.from_numpy(np.stack([known[digest] for digest in digests]))
+
+
+def features_of(files: Sequence[Path], pixels: bool = False) -> Tensor:
+    """EfficientNet-Lite0's features (N, 1280) of the images of tars, or raw pixels."""
+    images = pictures(files)
+    if not pixels:
+        return lite0_of(images)
+    return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
+
+
+def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list[list[str]]]:
+    """`features_of` training shards, a sample a photograph, and all captions of each."""
+    files = sorted(Path(folder).glob("*.tar"))
+    return features_of(files, pixels), [about["captions"] for _, about in descriptions(map(str, files))]
+
+
+def test_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, Tensor | list[list[str]], EvalSet]:
+    """`features_of` an evaluation set, labels (N,) or captions of each image, and the set."""
+    found = EvalSet(folder, view)
+    targets = [target for _, target in found.targets()]
+    return features_of(found.shards, pixels), targets if found.kind == "retrieval" else torch.tensor(targets), found
+
+
+# ------------------------------------------------------------------------------- closed-form canonical correlation
+
+
+class Correlation(NamedTuple):
+    """Linear maps of features x (N, D) and bags of words y (N, V) between which correlations are largest."""
+
+    x_mean: Tensor
+    x_map: Tensor  # (D, dim)
+    y_mean: Tensor
+    y_map: Tensor  # (V, dim)
+    vocabulary: dict[str, int]
+
+    def image(self, features: Tensor) -> Tensor:
+        return ((features.double() - self.x_mean) @ self.x_map).float()
+
+    def text(self, texts: Sequence[str]) -> Tensor:
+        return ((bags(texts, self.vocabulary).double() - self.y_mean) @ self.y_map).float()
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def bags(texts: Sequence[str], vocabulary: dict[str, int]) -> Tensor:
+    """Words of each text -> (N, V) 0/1; words that are not in {word: column} are left out."""
+    found = torch.zeros(len(texts), len(vocabulary))
+    for row, text in enumerate(texts):
+        found[row, [vocabulary[word] for word in words(text) if word in vocabulary]] = 1
+    return found
+
+
+def correlate(
+    x: Tensor, texts: Sequence[str], vocabulary_size: int = 1500, dim: int = 256, ridge: float = 0.1, power: float = 4.0
+) -> Correlation:
+    """Canonical correlation of features (N, D) with the most common words of N texts, in float64.
+
+    Covariances get `ridge` times their mean variance on the diagonal; directions weigh by their correlation to a power,
+    half of it on either side.
+    """
+    common = Counter(word for text in texts for word in words(text)).most_common(vocabulary_size)
+    vocabulary = {word: column for column, (word, _) in enumerate(common)}
+    x, y = x.double(), bags(texts, vocabulary).double()
+    means = x.mean(0), y.mean(0)
+    x, y = x - means[0], y - means[1]
+    roots = []
+    for each in (x, y):
+        covariance = each.T @ each / len(each)
+        covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+        variance, directions = torch.linalg.eigh(covariance)
+        roots.append(directions * variance.rsqrt() @ directions.T)
+    u, correlations, vh = torch.linalg.svd(roots[0] @ (x.T @ y / len(x)) @ roots[1], full_matrices=False)
+    weights = correlations[:dim].clamp(0, 1) ** (power / 2)
+    x_map, y_map = roots[0] @ u[:, :dim] * weights, roots[1] @ vh[:dim].T * weights
+    return Correlation(means[0], x_map, means[1], y_map, vocabulary)
+
+
+def by_correlation(
+    sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train"
+) -> dict[str, float]:
+    """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features with bags of words; with
+    `pixels`, of raw pixels.
+
+    A training photograph has the words of all its captions. No gradient step is taken. Of retrieval sets the recalls,
+    of classification sets the zero-shot accuracy with their templates.
+    """
+    features, captions = training_set(train, pixels)
+    found = correlate(features, [" ".join(texts) for texts in captions])
+    numbers: dict[str, float] = {}
+    for folder in sets:
+        features, targets, of_set = test_set(folder, pixels)
+        images = found.image(features)
+        if of_set.kind == "retrieval":
+            texts = found.text([text for each in targets for text in each])
+            metrics = zeroshot.retrieval_metrics(images, texts, zeroshot.owners(targets))
+        else:
+            prompts = [text.replace("{c}", name) for name in of_set.classnames for text in of_set.templates]
+            counts = torch.full((len(of_set.classnames),), len(of_set.templates))
+            classifier = zeroshot.mean_prompts(found.text(prompts), counts)
+            metrics = zeroshot.classification_metrics(
+                torch.nn.functional.normalize(images, dim=-1), targets, classifier
+            )
+        numbers |= {f"{of_set.name}/{metric}": value for metric, value in metrics.items()}
+    return numbers

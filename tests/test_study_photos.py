@@ -1,0 +1,80 @@
+"""Features of photographs, computed once; the floor of canonical correlation, on made data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared import zeroshot
+from shared.corpora import layout
+from shared.study import photos
+from shared.tars import write_split
+
+WORDS = ["dog", "ball", "snow", "man", "red", "water"]
+
+
+def picture(seed: int, colour: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((24, 24, 3), np.uint8)
+    pixels[4 * colour : 4 * colour + 4] = 255
+    return layout.png(pixels // 2 + rng.integers(0, 60, pixels.shape, dtype=np.uint8))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Pictures whose bright band says which word their captions hold; 60 to train on, 12 of test with 2 captions."""
+    pairs = [(picture(i, i % 6), [f"a {WORDS[i % 6]} .", f"the {WORDS[i % 6]} again"]) for i in range(72)]
+    samples = ({"png": p, "txt": t[0], "json": {"captions": t}} for p, t in pairs[:60])
+    layout.write_pairs(tmp_path / "train", samples)
+    layout.write_retrieval(tmp_path / "retrieval", ({"png": p, "txt": "\n".join(t)} for p, t in pairs[60:]))
+    write_split(tmp_path / "names/test", ({"png": p, "cls": str(i % 6)} for i, (p, _) in enumerate(pairs[60:])))
+    layout.write_classes(tmp_path / "names", WORDS, ["a {c}", "the {c}"])
+    return tmp_path
+
+
+def test_features_of_a_picture_are_computed_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def features(batches):
+        found = torch.cat([batch.float().mean((2, 3)) for batch in batches])
+        seen.append(len(found))
+        return found.repeat(1, 2)
+
+    monkeypatch.setattr(photos, "lite0_features", features)
+    images = photos.pictures([corpus / "train/00000.tar"])
+    first = photos.lite0_of(images[:5], corpus / "cache")
+    again = photos.lite0_of([*images[3:7], images[3]], corpus / "cache")
+    assert seen == [5, 2] and again.shape == (5, 6)
+    assert torch.equal(first[3:], again[:2]) and torch.equal(again[0], again[4])
+
+
+def test_correlation_finds_what_words_mean(corpus: Path):
+    found = photos.by_correlation([str(corpus / "retrieval"), str(corpus / "names")], True, str(corpus / "train"))
+    assert found["names/top1"] > 90 and found["retrieval/image_to_text_R@5"] > 90
+    assert {"retrieval/text_to_image_R@1", "retrieval/mean_recall"} <= set(found)
+
+
+def test_correlation_of_noise_is_chance():
+    generator = torch.Generator().manual_seed(0)
+    x, texts = torch.randn(400, 20, generator=generator), [WORDS[i % 6] for i in range(400)]
+    found = photos.correlate(x, texts, dim=5)
+    image, text = found.image(torch.randn(300, 20, generator=generator)), found.text(WORDS)
+    hits = (torch.nn.functional.normalize(image, dim=-1) @ text.T).argmax(1) == torch.arange(300) % 6
+    assert zeroshot.percent(hits) < 30
+
+
+def test_words_that_are_not_known_are_left_out():
+    assert photos.bags(["A dog, a DOG", "cat"], {"dog": 1, "a": 0}).tolist() == [[1, 1], [0, 0]]
+
+
+def test_damaged_shards_are_named(corpus: Path):
+    path = corpus / "train/00000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="is damaged"):
+        photos.pictures([path])
+
+
+def test_views_are_squares():
+    assert photos.view(Image.new("RGB", (40, 30))).shape == (3, photos.SIDE, photos.SIDE)
