@@ -194,21 +194,21 @@ def pixel_neighbour() -> dict[str, float]:
     return near | black_box(floors.nearest_neighbour(SUBGROUPS))
 
 
+def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Top-1 on each test set of the arms' linear probe of raw pixels, between -1 and 1; sets are (N, D), (N,)."""
+    (x, labels), study, lp = train, StudyConfig(), METHODS["lp"][1]
+    torch.manual_seed(0)
+    head = make_classifier(x.shape[1], int(labels.max()) + 1)
+    loader = BankLoader(Bank(x[None] / 255, labels), study.batch_size, 0)
+    tune("lp", head, loader, study.epochs, lp.lr, lp.weight_decay, views=1)
+    with torch.no_grad():
+        return {name: 100 * accuracy(head(x / 255), labels) for name, (x, labels) in tests.items()}
+
+
 def pixel_probe() -> dict[str, float]:
-    """The arms' linear probe, of raw pixels between -1 and 1."""
-    study, lp = StudyConfig(), METHODS["lp"][1]
-
-    def measure(task: str) -> dict[str, float]:
-        x, labels = pixels(task, "tune")
-        torch.manual_seed(0)
-        head = make_classifier(x.shape[1], int(labels.max()) + 1)
-        loader = BankLoader(Bank(x[None] / 255, labels), study.batch_size, 0)
-        tune("lp", head, loader, study.epochs, lp.lr, lp.weight_decay, views=1)
-        with torch.no_grad():
-            tests = {part: pixels(task, part) for part in ("id", "ood")}
-            return {part: 100 * accuracy(head(x / 255), labels) for part, (x, labels) in tests.items()}
-
-    return per_part(measure)
+    return per_part(
+        lambda task: linear_probe(pixels(task, "tune"), {part: pixels(task, part) for part in ("id", "ood")})
+    )
 
 
 def lite0_neighbour() -> dict[str, float]:

@@ -1,0 +1,164 @@
+"""The study of NMTune on photographs: `python -m nmtune.study --corpus photos --photos DIR`.
+
+Encoders are pre-trained on 10,000 photographs of CIFAR-10, 0 to 30 % of whose labels are wrong, a stand-in for
+ImageNet-1K, and probed on PACS: trained on its photographs, tested on others of them (ID) and on paintings, cartoons
+and sketches of the same classes (OOD), which is DomainNet in small. A black box, EfficientNet-Lite0, is tuned by LP,
+MLP and NMTune on the same photographs.
+
+Why the effect can appear: as in study.py, and PACS is a benchmark of the shift that the paper is about. It would vanish
+where a probe is near 100 %, as on photographs a network of ImageNet is.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from nmtune import eval as evaluation
+from nmtune.config import NOISE
+from nmtune.features import read_features
+from nmtune.study import CLAIMS, HEADS, correlation_rows, linear_probe, plot_noise
+from shared import probes, run
+from shared.evaluation import measured
+from shared.study import floors, photos, verdicts
+from shared.study.floors import Floor
+from shared.study.report import Comparison
+from shared.study.runner import Arm, Once, Study
+
+PACS = "data/photos-pacs/eval"
+SHIFTED = ("art_painting", "cartoon", "sketch")
+TRAIN = f"--data {PACS}/photo:train"
+TESTS = f"--tests id={PACS}/photo:test " + " ".join(f"{name}={PACS}/{name}_all:test" for name in SHIFTED)
+FEATURES = "runs/photos/nmtune/lite0.npz"
+BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
+ARMS = (
+    *(
+        Arm(
+            f"sup-{level:02d}",
+            (
+                f"pretrain small-sup --data data/photos-cifar10/eval/cifar10:test --noise {level / 100:g}",
+                f"train lp --encoder {{out}} {TRAIN} {TESTS} --workers 0 --seed {{seed}} --out {{out}}/lp",
+            ),
+            heading=f"{level} % label noise",
+            core=level in (0, 10, 30),
+        )
+        for level in NOISE
+    ),
+    *(
+        Arm(arm, f"train emoji-lite0-{head} --features {FEATURES}", heading=f"EfficientNet-Lite0, {HEADS[head]}")
+        for arm, head in zip(BLACK_BOX, HEADS, strict=True)
+    ),
+)
+ENCODE = Once(f"nmtune.extract images --encoder lite0:128 {TRAIN} {TESTS} --batch-size 32 --out {FEATURES}", BLACK_BOX)
+
+
+def averaged(found: dict[str, float], metric: str) -> float:
+    """The mean of "SET/METRIC" over the domains that are out of domain."""
+    return float(np.mean([found[f"{name}/{metric}"] for name in SHIFTED]))
+
+
+def measure_probe(folder: Path) -> dict[str, float]:
+    """Accuracy of an encoder's linear probe and spectra of its features, by the names of the claims' metrics."""
+    found, _ = evaluation.evaluate_run(str(folder), evaluation.Config((str(folder),)), run.setup(0, "auto"))
+    numbers = {"lp/id": found["id/top1"], "lp/ood": averaged(found, "top1")}
+    for name in ("sve", "lsvr"):
+        numbers |= {f"{name}_id": found[f"id/{name}_F"], f"{name}_ood": averaged(found, f"{name}_F")}
+    return numbers | {f"lp/{name}": found[f"{name}/top1"] for name in SHIFTED}
+
+
+def measure_run(path: str) -> dict[str, float]:
+    """What is compared of a run: an encoder's probe, kept beside it, or a head on black-box features."""
+    folder = Path(path)
+    if folder.name.startswith("lite0"):
+        last = run.read_metrics(folder, "id/top1")[-1]
+        tops = {f"blackbox/{name}": last[f"{name}/top1"] for name in ("id", *SHIFTED)}
+        return tops | {"blackbox/ood": averaged(last, "top1")}
+    probe = folder / "lp"
+    sources = [probe / "checkpoint.pt", *Path(PACS).glob("*/*/*.tar")]
+    return measured(folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe))
+
+
+# --------------------------------------------------------------------------------------------------------------- floors
+
+
+Features = tuple[Tensor, Tensor]  # (N, D), labels (N,)
+
+
+def pixels() -> tuple[Features, dict[str, Features]]:
+    """Raw pixels of the photographs that probes are trained on, and of each test set."""
+    tests = {"id": floors.read(f"{PACS}/photo", "test")}
+    tests |= {name: floors.read(f"{PACS}/{name}_all", "test") for name in SHIFTED}
+    return floors.read(f"{PACS}/photo", "train"), tests
+
+
+def by_part(name: str, tops: dict[str, float]) -> dict[str, float]:
+    """Top-1 of each test set -> {"NAME/id", "NAME/ood"}."""
+    return {f"{name}/id": tops["id"], f"{name}/ood": float(np.mean([tops[each] for each in SHIFTED]))}
+
+
+def neighbours(train: Features, tests: dict[str, Features]) -> dict[str, float]:
+    return {name: probes.nearest_neighbour(*train, *test) for name, test in tests.items()}
+
+
+def chance() -> dict[str, float]:
+    top1 = dict.fromkeys(("id", *SHIFTED), floors.chance([f"{PACS}/photo"])["photo/top1"])
+    return by_part("lp", top1) | by_part("blackbox", top1)
+
+
+def pixel_neighbour() -> dict[str, float]:
+    found = neighbours(*pixels())
+    return by_part("lp", found) | by_part("blackbox", found)
+
+
+def lite0_neighbour() -> dict[str, float]:
+    """The pretrained network's own nearest neighbours."""
+    sets = read_features(FEATURES)
+    return by_part("blackbox", neighbours((sets.train.features[0], sets.train.labels), sets.tests))
+
+
+FLOORS = (
+    Floor("chance", chance),
+    Floor("nearest neighbour on raw pixels", pixel_neighbour),
+    Floor("linear probe on raw pixels", lambda: by_part("lp", linear_probe(*pixels()))),
+    Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=BLACK_BOX),
+)
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """Correlations over noise levels, and what photographs cannot show here either."""
+    absolute = verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")
+    return [*correlation_rows(found.arms), absolute]
+
+
+def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
+    return [measure_run(path) for path in runs]
+
+
+DOMAINS = {
+    f"{kind}/{name}": f"{heading} {name.replace('_', ' ')}"
+    for kind, heading in (("lp", "LP"), ("blackbox", "black box"))
+    for name in SHIFTED
+}
+STUDY = Study(
+    folder="nmtune",
+    on="photos",
+    paper="NMTune (arXiv 2309.17002)",
+    stands_for="ImageNet-1K and DomainNet",
+    before=(photos.CIFAR10, photos.PACS, ENCODE),
+    arms=ARMS,
+    corpus="Encoders from scratch on 10,000 photographs of CIFAR-10 (32 pixels), probed on PACS, whose pictures "
+    f"{photos.RESIZED.format('a shorter side of 112 pixels')}; the black box is EfficientNet-Lite0, pretrained on "
+    "ImageNet-1k",
+    minutes={"core": 5, "all": 8},
+    evaluate=evaluate,
+    alone=True,
+    metrics={key: value for key, value in evaluation.METRICS.items() if not key.startswith(("nearest", "noise"))}
+    | DOMAINS,
+    sets=(f"{PACS}/photo", *(f"{PACS}/{name}_all" for name in SHIFTED)),
+    floors=FLOORS,
+    claims=CLAIMS,
+    more_rows=more_rows,
+    plot=lambda found, out: plot_noise(found.arms, out),
+)
