@@ -4,6 +4,7 @@ The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every im
 The embedded corpus has no captioner; its captions are put together from the words it has of each emoji: raw is the
 name, short adds a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
 (shared.corpora.scenes) bring captions of their own: raw names them, short says where each is, long says more of each.
+Photographs that several people described (shared.corpora.photos) have the first two captions, and all of them joined.
 Files are lists of {"__key__": sample, "caption": text}, which is the layout of the authors' caption files. For other
 images, captioner.py writes such files.
 """
@@ -34,13 +35,16 @@ LONG = (
 @dataclasses.dataclass
 class Config:
     data: str = "data/emoji/train"
-    """Training shards of the embedded corpus, or of scenes."""
+    """Training shards of the embedded corpus, of scenes, or of photographs with several captions each."""
     out: str = "data/flame/captions"
     """Folder for raw.json, short.json and long.json."""
 
 
 def captions(about: dict) -> tuple[str, str, str]:
-    """(raw, short, long) of an emoji or a scene, from the .json of one of its samples; the same on every call."""
+    """(raw, short, long) of an emoji, a scene or a photograph, from the .json of its sample; the same on every call."""
+    if isinstance(about.get("captions"), list):
+        sentences = [text.rstrip(" .") + "." for text in about["captions"]]
+        return about["captions"][0], about["captions"][:2][-1], " ".join(sentences)
     if "captions" in about:
         return about["captions"]["names"], about["captions"]["positions"], about["captions"]["long"]
     rng = random.Random(f"recaption {about['hexcode']}")
@@ -55,7 +59,8 @@ def captions(about: dict) -> tuple[str, str, str]:
 def main(cfg: Config) -> None:
     lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
     for key, about in tars.descriptions(data.expand_shards(cfg.data)):
-        needed = {"captions"} if "boxes" in about else {"hexcode", "name", "tags", "group", "subgroup"}
+        described = "boxes" in about or isinstance(about.get("captions"), list)
+        needed = {"captions"} if described else {"hexcode", "name", "tags", "group", "subgroup"}
         if lacking := needed - about.keys():
             missing = ", ".join(sorted(lacking))
             raise ValueError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")

@@ -1,0 +1,187 @@
+"""The study of FLAME on photographs: `python -m flame.study --corpus photos --photos DIR`.
+
+Flickr8k is trained on, a stand-in for CC3M: of a photograph's five English captions one is the raw one, another the
+short one, and all five together the long one. Tests are in English, German, French, Czech and Arabic; long texts are
+the five captions of a test photograph, joined.
+
+Why the effects can appear: as in study.py; captions of people are in the words of people, and the names of CIFAR-10
+hardly occur in them. They would vanish with as many captions in each language as the language model has read.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from flame import eval as evaluation
+from flame.embed import GEMMA, SMOLLM2
+from flame.study import language_model, plot_languages
+from shared.study import floors, photos, verdicts
+from shared.study.floors import Floor
+from shared.study.report import Comparison
+from shared.study.runner import Arm, Once, Study
+from shared.study.statistics import Claim
+
+DATA, HOME = "data/photos-flickr8k/train", "data/flame/photos"
+MULTI30K = ("en", "de", "fr", "cs")
+LANGUAGE_SETS = (*(f"{photos.SETS}/retrieval_multi30k_{each}" for each in MULTI30K), f"{photos.SETS}/retrieval_ar")
+LONG = f"{photos.SETS}/retrieval_long_en"
+NAMES = ("data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval/photo_all")
+FEWER = "--dataset-size 1500 --epochs 80"  # a quarter of the photographs, as many steps as all of them
+LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}
+
+
+def arms(llm: str) -> tuple[Arm, ...]:
+    """The arms, with the states of this language model."""
+    captions = " ".join(f"{HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
+    clip = f"train emoji-lite0-clip --data {DATA} --captions {captions}"
+    flame = f"train emoji-lite0 --data {DATA} --bank {HOME}/bank-{llm}"
+    return (
+        Arm("clip", clip, heading="CLIP: trained text tower"),
+        Arm("clip-4", f"{clip} {FEWER}", heading="CLIP: trained text tower, 1/4 of the photographs"),
+        Arm("raw", f"{flame} --rows 0 --facets 1", heading="frozen LLM, raw caption, 1 facet", core=False),
+        Arm("summary", f"{flame} --rows 0 1 4 --facets 3", heading="frozen LLM, 3 captions, 1 facet each"),
+        Arm("flame", flame, heading="FLAME: 3 captions, 11 facets, decoupled"),
+        Arm("flame-4", f"{flame} {FEWER}", heading="FLAME: 3 captions, 11 facets, decoupled, 1/4 of the photographs"),
+    )
+
+
+def before(llm: str) -> tuple[Once, ...]:
+    """What runs once: corpora, caption files, and the states of captions and of the texts of tests."""
+    captions = " ".join(f"--{kind} {HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
+    sets = f"--sets {' '.join(NAMES)} {LONG} --language-sets {' '.join(LANGUAGE_SETS)}"
+    return (
+        photos.FLICKR8K,
+        photos.CIFAR10,
+        photos.PACS,
+        Once(f"flame.recaption --data {DATA} --out {HOME}/captions"),
+        Once(f"flame.embed small --llm {llm} --data {DATA} {captions} {sets} --out {HOME}/bank-{llm}"),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+LONG_TO_TEXT, LONG_TO_IMAGE = (f"retrieval_long_en/{way}_R@1" for way in ("image_to_text", "text_to_image"))
+OTHER_TO_TEXT, OTHER_TO_IMAGE = (f"languages/other_{way}_R@1" for way in ("image_to_text", "text_to_image"))
+EN_TO_TEXT, EN_TO_IMAGE = (f"language_en/{way}_R@1" for way in ("image_to_text", "text_to_image"))
+CIFAR10_TOP1, PACS_TOP1 = "cifar10/top1", "photo_all/top1"
+AT_4 = "cifar10_at_1_4/top1"
+URBAN = "+54.6 Urban-1k", "+57.0 Urban-1k"
+LANGUAGE_CLAIMS = (
+    Claim("4 other languages, image to text", "+44.4 XM3600", OTHER_TO_TEXT, "flame", "clip", 1, 44.4, True, 1.0),
+    Claim("4 other languages, text to image", "+44.5 XM3600", OTHER_TO_IMAGE, "flame", "clip", 1, 44.5, False, 1.0),
+    *(
+        Claim(f"{name}, image to text", "claimed", f"language_{code}/image_to_text_R@1", "flame", "clip")
+        for code, name in {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"}.items()
+    ),
+)
+CLAIMS = (  # `negligible` as on emoji; those with the same words ask the same there
+    Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
+    Claim("the same, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 2.4, CIFAR10_TOP1),
+    Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
+    Claim("several facets above one of each caption", "claimed", CIFAR10_TOP1, "flame", "summary", 1, None, True, 1.0),
+    Claim("long captions, image to text", URBAN[0], LONG_TO_TEXT, "flame", "clip", 1, 54.6, False, 2.0),
+    Claim("zero-shot, PACS photographs", "+4.9 IN (CC3M)", PACS_TOP1, "flame", "clip", 1, 4.9, False, 2.4),
+    Claim("three captions above the raw one", "claimed", CIFAR10_TOP1, "summary", "raw", negligible=1.0),
+    Claim("several facets, long captions", "claimed", LONG_TO_IMAGE, "flame", "summary", negligible=1.0),
+    Claim("short English captions, image to text", None, EN_TO_TEXT, "flame", "clip"),
+    Claim("short English captions, text to image", None, EN_TO_IMAGE, "flame", "clip"),
+)
+
+
+def derive(found: Comparison) -> None:
+    """Adds the accuracy with a quarter of the photographs to the arm with all of them."""
+    for arm in {"clip", "flame"} & set(found.arms):
+        for values, fewer in zip(found.arms[arm], found.arms.get(f"{arm}-4", []), strict=False):
+            values[AT_4] = fewer[CIFAR10_TOP1]
+
+
+def more_rows(found: Comparison) -> list[dict[str, Any]]:
+    """What this scale cannot show; with an English language model languages, too."""
+    numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
+    rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
+    if language_model() == SMOLLM2:
+        about = "4 other languages, image to text", "+44.4 XM3600", "SmolLM2 is English: LLM=gemma"
+        rows.append(verdicts.not_testable(*about, primary=True))
+    return rows
+
+
+def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
+    """What eval.py measures, all runs in one process, so that the tokens of test photographs are computed once."""
+    cfg = evaluation.Config(tuple(runs), sets=(*NAMES, LONG), language_sets=LANGUAGE_SETS, centre=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows it
+        return evaluation.main(cfg)
+
+
+# --------------------------------------------------------------------------------------------------------------- floors
+
+
+def of_languages(found: dict[str, float]) -> dict[str, float]:
+    """{"SET/METRIC"} of the sets of languages by the names that eval.py gives them."""
+    ways = ("image_to_text_R@1", "text_to_image_R@1")
+    names = {folder.rpartition("/")[2]: folder.rpartition("_")[2] for folder in LANGUAGE_SETS}
+    each = {
+        f"language_{code}/{way}": found[f"{name}/{way}"]
+        for name, code in names.items()
+        for way in ways
+        if f"{name}/{way}" in found
+    }
+    for way in ways:
+        others = [value for key, value in each.items() if key.endswith(way) and "_en/" not in key]
+        each |= {f"languages/other_{way}": sum(others) / len(others)} if others else {}
+    return each
+
+
+def chance() -> dict[str, float]:
+    found = floors.chance((*NAMES, LONG, *(folder for folder in LANGUAGE_SETS if "_ar" not in folder)))
+    first_of_each = dict.fromkeys(("image_to_text_R@1", "text_to_image_R@1"), 0.1)  # of the 1,000 in Arabic
+    return found | of_languages(found | {f"retrieval_ar/{way}": value for way, value in first_of_each.items()})
+
+
+def correlation() -> dict[str, float]:
+    """Of English, whose words it knows."""
+    found = photos.by_correlation((*NAMES, LONG, LANGUAGE_SETS[0]))
+    return found | of_languages(found)
+
+
+FLOORS = (
+    Floor("chance", chance),
+    Floor("canonical correlation of EfficientNet-Lite0 with English words", correlation),
+)
+
+
+def study(llm: str) -> Study:
+    """The study with this language model."""
+    return Study(
+        folder="flame",
+        on="photos",
+        paper="FLAME (arXiv 2411.11927)",
+        stands_for="CC3M",
+        before=before(llm),
+        arms=arms(llm),
+        corpus=f"Flickr8k with the translations of Multi30k, {photos.RESIZED}; the LLM is {LANGUAGE_MODELS[llm]}, of "
+        "4-bit weights; EfficientNet-Lite0 was pretrained on ImageNet-1k; the text tower of CLIP is from scratch",
+        minutes={"core": 5, "all": 6},
+        evaluate=evaluate,
+        derive=derive,
+        metrics={
+            CIFAR10_TOP1: "CIFAR-10",
+            PACS_TOP1: "PACS photographs",
+            LONG_TO_TEXT: "long I2T",
+            LONG_TO_IMAGE: "long T2I",
+            EN_TO_TEXT: "English I2T",
+            EN_TO_IMAGE: "English T2I",
+            OTHER_TO_TEXT: "4 languages I2T",
+            OTHER_TO_IMAGE: "4 languages T2I",
+            **{f"language_{code}/image_to_text_R@1": f"{code} I2T" for code in ("de", "fr", "cs", "ar")},
+            "seconds": "seconds",
+        },
+        sets=(*NAMES, LONG, *LANGUAGE_SETS),
+        floors=FLOORS,
+        claims=LANGUAGE_CLAIMS + CLAIMS if llm == GEMMA else CLAIMS,
+        more_rows=more_rows,
+        plot=lambda found, out: plot_languages(found.arms, out),
+    )
+
+
+STUDY = study(language_model())
