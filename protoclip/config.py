@@ -27,13 +27,15 @@ class Config:
     """0: an episode samples all of the data. S: it samples the next S shards of an endlessly reshuffled list, copied to
     `cache` if they are remote, so that the data may be larger than the disk."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards. Give each of several runs with --episode-shards its own."""
+    """Folder for copies of remote shards, and for features of a locked trunk. Give each of several runs with
+    --episode-shards its own."""
 
     model: str = "RN50"
     """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
     lock_image: bool = False
     """The image trunk keeps its pretrained weights, and only its projection learns. For EfficientNet-Lite0
-    (--model Lite0-emoji). With --keep-in-memory its features of the whole images are computed once, without crops."""
+    (--model Lite0-emoji). With --keep-in-memory its features of the whole images are computed once, without crops, and
+    kept in `cache`."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     hidden_dim: int = 2048

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -45,7 +46,7 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import accumulate, cli, data, memory, run, windows
+from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import image_side, set_grad_checkpointing, trimmed
 from shared.pretrained import efficientnet_lite0, lite0_features
 from shared.run import gather
@@ -278,6 +279,29 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     )
 
 
+def locked_features(
+    cfg: Config, pairs: data.Shards, size: int, tokenize: Callable, process: run.Process
+) -> memory.InMemory:
+    """`memory.read` with a locked trunk's features (N, C) of whole images of `size` pixels in the place of pixels.
+
+    They are computed once and kept in --cache.
+    """
+    precision = run.resolve_precision(cfg.precision, process.device)
+    path = Path(cfg.cache) / f"lite0-{pairs.fingerprint}-{len(pairs)}-{size}-{precision}.npy"
+    if not path.exists():
+        found = memory.read(pairs, size, tokenize, process)
+        features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
+        if process.main and not found.broken:  # else a neighbour is in a place, which the next run would not know
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:  # several runs may start together
+                np.save(SimpleNamespace(write=file.write), features.numpy())
+        return found._replace(pixels=features)
+    captions = [pairs.caption(row) for row in range(len(pairs))]
+    tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
+    features = torch.from_numpy(np.load(path, allow_pickle=False))
+    return memory.InMemory(features, tokens, np.unique(captions, return_inverse=True)[1], [])
+
+
 class EpisodicData:
     """What the script reads of an episode: the loader of its extraction pass and that of its training pass."""
 
@@ -298,11 +322,11 @@ class EpisodicData:
         self.remembered = None
         if cfg.keep_in_memory:
             tokenize = lambda captions: tokenizer([ascii_caption(caption) for caption in captions])  # noqa: E731
-            self.remembered = memory.read(pairs, size if cfg.lock_image else 2 * size, tokenize, process)
             if cfg.lock_image:
-                features = lite0_features(self.remembered.pixels, device=process.device, precision=cfg.precision)
-                self.remembered = self.remembered._replace(pixels=features)
+                self.remembered = locked_features(cfg, pairs, size, tokenize, process)
                 self.train_view = self.eval_view = as_it_is
+            else:
+                self.remembered = memory.read(pairs, 2 * size, tokenize, process)
             self.remembered = self.remembered.to(process.device)
 
     def draw(self, episode: int, start: int = 0, known: bool = False) -> None:

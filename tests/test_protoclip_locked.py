@@ -32,7 +32,8 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def cfg(tmp_path: Path) -> config.Config:
     return dataclasses.replace(
         config.PRESETS["emoji-clip"][1], data=f"{SHARDS}/00000.tar", out=str(tmp_path / "run"), model="Lite0-emoji",
-        lock_image=True, image_size=32, dataset_size=24, episodes=1, episode_size=16, batch_size=8, warmup=1,
+        lock_image=True, cache=str(tmp_path / "cache"), image_size=32, dataset_size=24,
+        episodes=1, episode_size=16, batch_size=8, warmup=1,
         eval_every=0, precision="fp32", device="cpu", log_every=1,
     )  # fmt: skip
 
@@ -60,6 +61,15 @@ def test_a_step_changes_the_projection_and_nothing_of_the_trunk():
         torch.testing.assert_close(model(model.visual.trunk(images), tokens), output)
         unit = model.encode_image(model.visual.trunk(images), normalize=True)
         torch.testing.assert_close(unit, output.image_features)
+
+
+def test_features_of_a_locked_trunk_are_computed_once(cfg: config.Config, monkeypatch: pytest.MonkeyPatch):
+    pairs, tokenize = data.open_pairs(cfg.data, cfg.dataset_size), lambda captions: torch.ones(len(captions), 4)
+    first = train.locked_features(cfg, pairs, 32, tokenize, CPU)
+    monkeypatch.setattr(train, "lite0_features", lambda *_, **__: pytest.fail("computed again"))
+    again = train.locked_features(cfg, pairs, 32, tokenize, CPU)
+    assert torch.equal(first.pixels, again.pixels) and first.pixels.shape == (24, 1280)
+    assert torch.equal(first.tokens, again.tokens) and (first.labels == again.labels).all()
 
 
 def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):

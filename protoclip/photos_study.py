@@ -1,0 +1,126 @@
+"""The study of ProtoCLIP on photographs: `python -m protoclip.study --corpus photos --photos DIR`.
+
+Arms are trained on the 30,000 English captions of Flickr8k, a stand-in for CC2.5M, on top of a locked
+EfficientNet-Lite0, and measured by retrieval of the usual 1,000 test photographs and on the pictures of PACS.
+
+Why the effect can appear: captions tell of a few kinds of scenes (dogs, children, sports) in ever new words, so that
+prototypes of some hundred captions are such kinds, and the teacher knows which sentences mean the same. It would
+vanish with prototypes as many as captions, and where the locked features tell all that captions can.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from protoclip import eval as evaluation
+from protoclip.study import lite0_view, pixel_probe
+from shared.pretrained import lite0_features
+from shared.study import floors, photos, verdicts
+from shared.study.floors import Floor
+from shared.study.report import Comparison
+from shared.study.runner import Arm, Once, Study
+from shared.study.statistics import Claim
+
+DATA, TEACHER = "data/photos-captions/train", "data/protoclip/photos-teacher.npz"
+LOCKED = f"--data {DATA} --lock-image --model Lite0-emoji --lr 2e-3 --episodes 20 --episode-size 12000 --eval-every 0"
+METHOD = f"{LOCKED} --external-teacher {TEACHER}"
+ARMS = (
+    Arm("clip", f"train emoji-clip {LOCKED} --external-teacher None", heading="CLIP"),
+    Arm(
+        "proto-no-pbt",
+        f"train emoji {METHOD} --w-external 0 --no-back-translate",
+        heading="+ prototypes, no back translation",
+    ),
+    Arm("proto-pbt", f"train emoji {METHOD} --w-external 0", heading="+ back translation"),
+    Arm("protoclip", f"train emoji {METHOD}", heading="+ external teacher = ProtoCLIP"),
+)
+PACS = "data/photos-pacs/eval"
+ZERO_SHOT, PROBES = f"{PACS}/photo_all", (f"{PACS}/art_painting", f"{PACS}/cartoon")
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+RECALL, TOP1, PROBE = "retrieval_en/mean_recall", "photo_all/top1", "probe/mean"
+CLAIMS = (  # in the words of study.py, whose arms with a locked EfficientNet-Lite0 ask the same there
+    Claim("linear probe above CLIP, locked Lite0", "+5.81 IN", PROBE, "protoclip", "clip", 1, 5.81, True, 2.9),
+    Claim("zero-shot above CLIP, locked Lite0", "+2.01 IN", TOP1, "protoclip", "clip", 1, 2.01, True, 1.0),
+    Claim("back translation helps the probe", "claimed", PROBE, "proto-pbt", "proto-no-pbt", 1, None, True, 1.0),
+    Claim("external teacher helps the probe", "claimed", PROBE, "protoclip", "proto-pbt", 1, None, True, 1.0),
+    Claim("back translation helps zero-shot", "claimed", TOP1, "proto-pbt", "proto-no-pbt", negligible=1.0),
+    Claim("external teacher helps zero-shot", "claimed", TOP1, "protoclip", "proto-pbt", negligible=1.0),
+    Claim("retrieval slightly lower", "-0.79 COCO", RECALL, "protoclip", "clip", -1, -0.79),
+    Claim("back translation, retrieval", None, RECALL, "proto-pbt", "proto-no-pbt"),
+    Claim("external teacher, retrieval", None, RECALL, "protoclip", "proto-pbt"),
+    Claim("training time, ProtoCLIP / CLIP - 1", "0.79, 1 GPU", "extra_time", "protoclip", "clip", 1, 0.79),
+)
+
+
+def derive(found: Comparison) -> None:
+    """Adds probe/mean, of the pictures of both domains, and extra_time: training seconds over CLIP's, minus 1."""
+    for runs in found.arms.values():
+        for i, values in enumerate(runs):
+            values[PROBE] = mean_of_probes(values)
+            if "clip" in found.arms:
+                values["extra_time"] = values["seconds"] / found.arms["clip"][i]["seconds"] - 1
+
+
+def mean_of_probes(values: dict[str, float]) -> float:
+    return float(np.mean([values[f"{folder.rpartition('/')[2]}/probe_best"] for folder in PROBES]))
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """What this scale cannot show."""
+    numbers = "55.22 / 21.47 / 22.52"
+    return [verdicts.not_testable("absolute ImageNet, COCO and 10-set numbers", numbers, "needs CC2.5M")]
+
+
+def lite0_probe() -> dict[str, float]:
+    """The arms' linear probe, of the locked features themselves."""
+    found = floors.probed(PROBES, pixel_probe, lite0_features, lite0_view(), scale=1.0)
+    return found | {PROBE: mean_of_probes(found)}
+
+
+def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
+    sets = (photos.RETRIEVAL, ZERO_SHOT)
+    return evaluation.main(evaluation.Config(runs=tuple(runs), sets=sets, probe=PROBES, gap=photos.RETRIEVAL))
+
+
+STUDY = Study(
+    folder="protoclip",
+    on="photos",
+    paper="ProtoCLIP (arXiv 2206.10996)",
+    stands_for="CC2.5M",
+    before=(
+        photos.FLICKR8K,
+        photos.CAPTIONS,
+        photos.PACS,
+        Once(f"protoclip.teacher minilm --data {DATA} --out {TEACHER}", arms=("protoclip",)),
+    ),
+    arms=ARMS,
+    corpus=f"Flickr8k, {photos.RESIZED}, a sample for each English caption; EfficientNet-Lite0, pretrained on "
+    "ImageNet-1k, is locked, its projection and the text tower are from scratch; the teacher is all-MiniLM-L6-v2",
+    minutes={"core": 8, "all": 8},
+    passes="episode",
+    evaluate=evaluate,
+    alone=True,
+    derive=derive,
+    metrics={
+        RECALL: "mean recall",
+        "retrieval_en/image_to_text_R@1": "I2T R@1",
+        "retrieval_en/text_to_image_R@1": "T2I R@1",
+        TOP1: "PACS photographs",
+        PROBE: "probe, paintings and cartoons",
+        "modality_gap": "gap (0-2)",
+        "seconds": "seconds",
+    },
+    sets=(photos.RETRIEVAL, ZERO_SHOT, *PROBES),
+    floors=(
+        Floor("chance", lambda: floors.chance([photos.RETRIEVAL, ZERO_SHOT])),
+        Floor(
+            "canonical correlation of EfficientNet-Lite0 with words",
+            lambda: photos.by_correlation([photos.RETRIEVAL, ZERO_SHOT]),
+        ),
+        Floor("linear probe on EfficientNet-Lite0", lite0_probe),
+    ),
+    claims=CLAIMS,
+    more_rows=more_rows,
+)
