@@ -1,0 +1,98 @@
+"""The study of TinyCLIP on photographs: `python -m tinyclip.study --corpus photos --photos DIR`.
+
+A small ResNet teacher and its students of half the size are trained from scratch on the 30,000 English captions of
+Flickr8k, at 32 pixels, and compared by retrieval of the usual 1,000 test photographs.
+
+Why the effects can appear: as in study.py; the teacher is trained five times as long. So small, and from so few pairs,
+it finds little more than raw pixels do: what it can hand on is little, too.
+"""
+
+from collections.abc import Sequence
+
+from shared.study import floors, photos, verdicts
+from shared.study.floors import Floor
+from shared.study.report import Comparison
+from shared.study.runner import Arm, Study
+from shared.study.statistics import Claim
+from tinyclip import eval as evaluation
+
+# Crops may not repeat edges, as those of emoji do; captions are hardly ever the same.
+DATA = "--data data/photos-captions/train --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
+AFFINITY, CONTRASTIVE = "train emoji-resnet --teacher {teacher}", "train emoji-resnet-contrastive"
+ARMS = (
+    Arm("teacher", f"train emoji-resnet-teacher {DATA} --steps 1160", heading="ResNet teacher (100 %)"),
+    Arm(
+        "random-contrastive",
+        f"{CONTRASTIVE} {DATA} --init None --steps 232",
+        heading="50 %: random weights, contrastive",
+    ),
+    Arm("random-affinity", f"{AFFINITY} {DATA} --init None --steps 232", heading="50 %: random weights, affinity"),
+    Arm(
+        "inherited-contrastive",
+        f"{CONTRASTIVE} {DATA} --init {{teacher}} --steps 232",
+        heading="50 %: inherited, contrastive",
+    ),
+    Arm(
+        "inherited-affinity",
+        f"{AFFINITY} {DATA} --init {{teacher}} --steps 232",
+        heading="50 %: inherited, affinity = TinyCLIP by hand",
+    ),
+)
+RECALL, TEN = "retrieval_en/mean_recall", "retrieval_en/text_to_image_R@10"
+RC, RA, IC, IA = (f"{weights}-{loss}" for weights in ("random", "inherited") for loss in ("contrastive", "affinity"))
+CLAIMS = (  # in the words of study.py, which ask the same there
+    Claim("inherited above random weights, contrastive", "claimed", RECALL, IC, RC, 1, None, True, 0.3),
+    Claim("inherited above random weights, affinity", "claimed", RECALL, IA, RA, 1, None, True, 0.3),
+    Claim("affinity above contrastive, inherited", "claimed", RECALL, IA, IC, 1, None, True, 0.3),
+    Claim("both together", "claimed", RECALL, IA, RC, 1, None, True, 0.3),
+    Claim("affinity above contrastive, random weights", "claimed", RECALL, RA, RC, negligible=0.3),
+    Claim("half the size above the teacher, by hand", None, RECALL, IA, "teacher"),
+)
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """What this scale cannot show."""
+    needs = "needs LAION-400M, YFCC-15M"
+    masks = verdicts.not_testable("learned masks above by hand", "+1.6 IN", "a ViT from 30,000 pairs learns too little")
+    return [masks, verdicts.not_testable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", needs)]
+
+
+def evaluate(runs: Sequence[str]) -> list[dict]:
+    return evaluation.main(evaluation.Config(tuple(runs), sets=(photos.RETRIEVAL,), throughput=False))
+
+
+STUDY = Study(
+    folder="tinyclip",
+    on="photos",
+    paper="TinyCLIP (arXiv 2309.12314)",
+    stands_for="LAION-400M",
+    before=(photos.FLICKR8K, photos.CAPTIONS),
+    arms=ARMS,
+    corpus=f"Flickr8k, {photos.RESIZED}, seen at 32 pixels, a sample for each English caption; all towers from scratch",
+    minutes={"core": 10, "all": 10},
+    passes="step",
+    evaluate=evaluate,
+    alone=True,
+    metrics={
+        RECALL: "mean recall",
+        TEN: "T2I R@10",
+        "retrieval_en/image_to_text_R@10": "I2T R@10",
+        "parameters_m": "parameters (M)",
+        "macs_g": "MACs (G)",
+        "seconds": "seconds",
+    },
+    sets=(photos.RETRIEVAL,),
+    floors=(
+        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
+        Floor(
+            "canonical correlation of raw pixels with words", lambda: photos.by_correlation([photos.RETRIEVAL], True)
+        ),
+        Floor(
+            "canonical correlation of EfficientNet-Lite0, pretrained, with words",
+            lambda: photos.by_correlation([photos.RETRIEVAL]),
+            ceiling=True,
+        ),
+    ),
+    claims=CLAIMS,
+    more_rows=more_rows,
+)
