@@ -1,0 +1,196 @@
+"""The study of TL;DR on photographs: `python -m tldr_reduction.study --corpus photos --photos DIR`.
+
+The pool is Flickr8k with a sample for each caption: 30,000 pairs of 6,000 photographs, a stand-in for CC3M. A CLIP on
+top of a locked EfficientNet-Lite0 is trained on all of them or on a tenth, for equal steps. T_g is what another person
+said of the same photograph, a captioner that is never wrong.
+`python -m tldr_reduction.photos_study --data SHARDS --out RUN` trains one such model.
+
+Why the effect can appear: a photograph is in the pool five times, so that a tenth at random holds fewer photographs
+than a tenth by codes. Hardly anything is wrong with the captions, so that refinement can add words but mend nothing:
+what a selection by matching scores is for cannot show.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from shared import checkpoints, cli, data, run, zeroshot
+from shared.evaluation import measured
+from shared.study import floors, locked, photos, verdicts
+from shared.study.floors import Floor
+from shared.study.report import Comparison
+from shared.study.runner import Arm, Once, Stage, Study
+from shared.study.statistics import Claim
+from shared.tars import descriptions
+
+POOL, PREDICTIONS = "data/photos-captions/train", "data/tldr-photos/captions.json"
+# Clusters of some photographs with all of their copies; half of the photographs are taken, once each
+REDUCE = f"reduce {POOL} --keep 0.1 --clusters 1500 --check none --work runs/photos/tldr_reduction/work-seed{{seed}}"
+AS_MANY = "--select random --match {reduced/codes}"
+REDUCTIONS = {
+    "codes": "--captions original",
+    "random": f"{AS_MANY} --captions original",
+    "random-refined": f"{AS_MANY} --predictions {PREDICTIONS}",
+    "tldr": f"--predictions {PREDICTIONS}",
+    "full-refined": f"--select all --predictions {PREDICTIONS}",
+    "image": f"--features image --predictions {PREDICTIONS}",
+    "generated": f"--captions generated --predictions {PREDICTIONS}",
+}
+HEADINGS = {
+    "random": "tenth at random, T_o",
+    "codes": "tenth by codes, T_o",
+    "random-refined": "tenth at random, T_o; T_g",
+    "tldr": "tenth by codes, T_o; T_g = TL;DR",
+    "full-refined": "full, T_o; T_g",
+    "image": "tenth by image features, T_o; T_g",
+    "generated": "tenth by codes, T_g only",
+}
+
+
+def reductions() -> Iterator[Stage]:
+    """One after the other: those of a seed share codes, and each adds what it lacks."""
+    before: tuple[str, ...] = ()
+    for name, flags in REDUCTIONS.items():
+        yield Stage(f"reduced/{name}", f"{REDUCE} --seed {{seed}} --out {{out}} {flags}", after=before)
+        before += (f"reduced/{name}",)
+
+
+ARMS = (
+    Arm("full", f"photos_study --data {POOL}", heading="full, T_o"),
+    *(
+        Arm(
+            name,
+            f"photos_study --data {{reduced/{name}}}/shards",
+            heading=heading,
+            core=name not in ("image", "generated"),
+        )
+        for name, heading in HEADINGS.items()
+    ),
+)
+
+# ----------------------------------------------------------------------------------------------- training, measurement
+
+
+@dataclasses.dataclass
+class Config(locked.Config):
+    """A CLIP on a reduction of the pool, or on all of it."""
+
+    data: str = POOL
+    """Shards of photographs, a caption a sample."""
+    context_length: int = 48
+    """Tokens of a caption, start and end included; longer ones are cut."""
+    predictions: str | None = None
+    """Write this file of T_g for --data, and train nothing."""
+
+
+def write_predictions(source: str, path: str) -> None:
+    """Captions of the pool's samples by others: of the caption k of a photograph, the one after it in its list."""
+    spoken = []
+    for key, about in descriptions(data.expand_shards(source)):
+        others = [text for text in about["captions"] if text != about["caption"]] or about["captions"]
+        place = about["captions"].index(about["caption"]) if about["caption"] in about["captions"] else 0
+        spoken.append({"image_id": key, "caption": others[place % len(others)]})
+    checkpoints.write_json(path, spoken)
+    print(f"{path}: {len(spoken):,} captions")
+
+
+def measure_run(folder: Path) -> dict[str, float]:
+    """Recalls on the usual 1,000 photographs, and how many photographs the run was trained on."""
+    features, captions, found = photos.test_set(photos.RETRIEVAL)
+    texts = [text for of_image in captions for text in of_image]
+    recalls = zeroshot.retrieval_metrics(*locked.encode(folder, features, texts), zeroshot.owners(captions))
+    source = json.loads((folder / "config.json").read_text())["data"]
+    shown = [about["file"] for _, about in descriptions(data.expand_shards(source))]
+    numbers = {f"{found.name}/{metric}": value for metric, value in recalls.items()}
+    numbers |= {"data/pairs": len(shown), "data/photographs": len(set(shown))}
+    return numbers | {"seconds": run.read_metrics(folder)[-1]["seconds"]}
+
+
+def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
+    """Measurements of runs, each kept beside its checkpoint."""
+    found = []
+    for folder in map(Path, runs):
+        sources = [folder / "checkpoint.pt", *Path(photos.RETRIEVAL).glob("*/*.tar")]
+        found.append(measured(folder / "results.json", {}, sources, lambda folder=folder: measure_run(folder)))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- study
+
+SCORE, KEPT = "retrieval_en/mean_recall", "data/photographs"
+D = 1.0
+CLAIMS = (  # in the words of study.py, which ask the same there
+    Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
+    Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
+    Claim("TL;DR above random, T_o", "+7.5", SCORE, "tldr", "random", 1, None, True, D),
+    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, D),
+    Claim("TL;DR above random, refined", "+3.4", SCORE, "tldr", "random-refined", negligible=D),
+    Claim("selection alone below full data, T_o", "-2.3", SCORE, "codes", "full", -1, negligible=D),
+    Claim("TL;DR below full data, refined", "-2.3", SCORE, "tldr", "full-refined", -1, negligible=D),
+    Claim("refinement above T_o, full data", "+4.5", SCORE, "full-refined", "full", negligible=D),
+    Claim("codes above image features", "+2.2", SCORE, "tldr", "image", negligible=D),
+    Claim("T_g alone below T_o; T_g", "collapses", SCORE, "generated", "tldr", -1, negligible=D),
+    Claim("distinct photographs kept, codes above random", None, KEPT, "codes", "random"),
+)
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """What this scale cannot show."""
+    mended = "captions are people's: there is little to mend"
+    return [
+        verdicts.not_testable("lowest scores dropped, above random", "+4.4", mended),
+        verdicts.not_testable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"),
+    ]
+
+
+STUDY = Study(
+    folder="tldr_reduction",
+    on="photos",
+    paper="TL;DR (arXiv 2305.20087)",
+    stands_for="CC3M",
+    corpus=f"Flickr8k, {photos.RESIZED}, a sample for each English caption; T_g is another person's caption; codes and "
+    "the locked image tower are of EfficientNet-Lite0, pretrained on ImageNet-1k; projection and text tower are from "
+    "scratch",
+    before=(
+        photos.FLICKR8K,
+        photos.CAPTIONS,
+        Once(f"tldr_reduction.photos_study --predictions {PREDICTIONS}"),
+    ),
+    stages=tuple(reductions()),
+    arms=ARMS,
+    minutes={"core": 8, "all": 11},
+    evaluate=evaluate,
+    alone=True,
+    metrics={
+        SCORE: "mean recall",
+        "retrieval_en/image_to_text_R@1": "I2T R@1",
+        "retrieval_en/text_to_image_R@1": "T2I R@1",
+        "data/pairs": "pairs",
+        KEPT: "photographs",
+        "seconds": "seconds",
+    },
+    sets=(photos.RETRIEVAL,),
+    floors=(
+        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
+        Floor(
+            "canonical correlation of EfficientNet-Lite0 with words",
+            lambda: photos.by_correlation([photos.RETRIEVAL]),
+        ),
+    ),
+    claims=CLAIMS,
+    more_rows=more_rows,
+)
+
+
+def main(cfg: Config) -> None:
+    if cfg.predictions:
+        write_predictions(cfg.data, cfg.predictions)
+    else:
+        locked.train(cfg)
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))
