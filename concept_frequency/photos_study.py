@@ -99,7 +99,8 @@ def test_nouns() -> Concepts:
     """The nouns of the test captions, as the paper finds them: in MIN_IMAGES photographs or more."""
     test = test_set()
     docs = load_spacy(SPACY).pipe(test.captions, disable=["ner"])
-    return caption_concepts([[(t.lemma_, t.pos_) for t in doc] for doc in docs], MIN_IMAGES, test.each)
+    found = caption_concepts([[(t.lemma_, t.pos_) for t in doc] for doc in docs], MIN_IMAGES, test.each)
+    return found._replace(names=[name for name in found.names if name])
 
 
 def frequencies(captions: Path, out: Path) -> np.ndarray:

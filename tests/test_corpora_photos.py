@@ -72,6 +72,7 @@ def test_flickr8k(flickr8k: Path) -> None:
     assert about["captions_ar"] == ["صورة 2"] and about["captions_multi30k_de"] == ["de 2"]
     texts = {folder.name: [texts for _, _, texts in read_set(folder)] for folder in (out / "eval").iterdir()}
     assert texts["retrieval_en"] == [[f"A photograph of {i} , {k} ." for k in range(2)] for i in (8, 9)]
+    assert texts["retrieval_long_en"][0] == ["A photograph of 8 , 0. A photograph of 8 , 1."]
     assert texts["retrieval_ar"] == [["صورة 8ب"]], "a line without a name goes on with the last caption"
     for language in photos.LANGUAGES:
         assert texts[f"retrieval_multi30k_{language}"] == [[f"{language} 8"]]
@@ -86,7 +87,9 @@ def test_flickr8k_without_translations_and_with_every_caption(flickr8k: Path) ->
     (flickr8k / "Flickr8k.arabic.full.txt").unlink()
     out = flickr8k.parent / "out"
     photos.Flickr8k(flickr8k, out, every_caption=True).build()
-    assert {folder.name for folder in (out / "eval").iterdir()} == {"retrieval_en", "retrieval_dev_en"}
+    assert {folder.name for folder in (out / "eval").iterdir()} == {
+        "retrieval_en", "retrieval_long_en", "retrieval_dev_en", "retrieval_dev_long_en",
+    }  # fmt: skip
     pairs = data.open_pairs(str(out / "train"))
     assert len(pairs) == 10 and pairs.caption(3) == "A photograph of 2 , 1 ."
     assert read_manifest(out)["counts"]["photographs"] == 5

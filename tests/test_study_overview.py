@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
-from shared.study import overview, verdicts
+from shared.study import overview, report, verdicts
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +45,32 @@ def test_claims_of_abstracts_come_first_and_are_counted():
         and "1 have" in overview.settled(found)
         and "50%" in overview.settled(found)
     )
+
+
+def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
+    """A section of the paper, with the verdict on emoji of claims in the same words; also where there is no other."""
+    emoji = checkpoints.read_json(ROOT / "results/nmtune.json")
+    claim = emoji["claims"][0]["claim"]
+    photographs = emoji | {"corpus": "CIFAR-10 and PACS", "claims": emoji["claims"][:2]}
+    photographs["claims"][1] = photographs["claims"][1] | {"claim": "asked here alone"}
+    page = overview.markdown({"nmtune": emoji}, {"nmtune": photographs, "flame": photographs})
+    assert page.count(report.PHOTOGRAPHS) == 2 and page.count("CIFAR-10 and PACS.") == 2
+    assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in page
+    section = page[page.index('id="nmtune"') :].split(report.PHOTOGRAPHS)[1]
+    rows = [line for line in section.splitlines() if claim in line or "asked here alone" in line]
+    verdict = overview.shown(emoji["claims"][:1])[0]["verdict"]
+    assert rows[0].count(verdict) == 2 and rows[1].rstrip(" |").endswith("| -")
+    assert overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path).count("<h3>") == 1
+
+    for name, summary in (("nmtune.json", emoji), ("photos/nmtune.json", photographs)):
+        checkpoints.write_json(tmp_path / "results" / name, summary)
+    (tmp_path / "nmtune").mkdir()
+    marks = "<!-- results -->\nold\n<!-- /results -->\n"
+    (tmp_path / "nmtune/README.md").write_text(marks)
+    monkeypatch.chdir(tmp_path)
+    assert not report.update_readme("nmtune") and report.update_readme("nmtune")
+    text = (tmp_path / "nmtune/README.md").read_text()
+    assert text.index(emoji["corpus"]) < text.index(report.PHOTOGRAPHS) < text.index("CIFAR-10 and PACS")
 
 
 def test_what_files_say_cannot_become_markup():

@@ -222,6 +222,25 @@ def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
     assert seen == ["runs/paper/method-seed0"]
 
 
+def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pytest.CaptureFixture):
+    """Commands read them where --photos says; a run that is measured alone is measured by the study on photographs."""
+    Path("paper/study.py").write_text("import sys\nopen('measured.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
+    once = Once("paper.train build --root {photos}/set --out data/set")
+    study = dataclasses.replace(study, on="photos", alone=True, before=(once,), arms=study.arms[:1])
+    with pytest.raises(ValueError, match="--photos DIR, which holds flickr8k"):
+        runner.run(study, runner.Options(seeds=(0,)))
+    runner.run(study, runner.Options(seeds=(0,), photos="my photographs", jobs=1))
+    assert order() == ["data/set", "runs/photos/paper/base-seed0"]
+    assert Path("measured.txt").read_text() == "--corpus photos --measure runs/photos/paper/base-seed0\n"
+    assert json.loads(Path("runs/photos/paper/results.json").read_text())["arms"].keys() == {"base"}
+
+
+def test_papers_without_a_study_on_photographs_say_so():
+    with pytest.raises(ValueError, match="attentive_mask_clip has no study on photographs: leave out --corpus"):
+        runner.study_of("attentive_mask_clip", "photos")
+    assert runner.study_of("nmtune", "photos").on == "photos" and runner.study_of("nmtune").on == "emoji"
+
+
 def test_a_floor_of_some_arms_counts_between_them_and_is_measured_where_one_of_them_is(study: Study):
     def never() -> dict[str, float]:
         raise AssertionError("measured without its arms")

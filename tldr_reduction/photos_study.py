@@ -80,7 +80,7 @@ class Config(locked.Config):
 
     data: str = POOL
     """Shards of photographs, a caption a sample."""
-    context_length: int = 48
+    max_length: int = 48
     """Tokens of a caption, start and end included; longer ones are cut."""
     predictions: str | None = None
     """Write this file of T_g for --data, and train nothing."""
@@ -93,7 +93,8 @@ def write_predictions(source: str, path: str) -> None:
         others = [text for text in about["captions"] if text != about["caption"]] or about["captions"]
         place = about["captions"].index(about["caption"]) if about["caption"] in about["captions"] else 0
         spoken.append({"image_id": key, "caption": others[place % len(others)]})
-    checkpoints.write_json(path, spoken)
+    if not Path(path).is_file() or checkpoints.read_json(path) != spoken:
+        checkpoints.write_json(path, spoken)
     print(f"{path}: {len(spoken):,} captions")
 
 

@@ -28,7 +28,7 @@ class Config:
     """Shards of photographs, a caption a sample."""
     model: str = "Lite0-emoji"
     """open_clip config, of EfficientNet-Lite0."""
-    context_length: int = 24
+    max_length: int = 24
     """Tokens of a caption, start and end included; longer ones are cut."""
     total: int = 30_000
     """Captions an epoch; fewer come again."""
@@ -54,10 +54,10 @@ class Config:
     """Steps between lines of metrics.jsonl."""
 
 
-def create_model(name: str, context_length: int) -> nn.Module:
+def create_model(name: str, max_length: int) -> nn.Module:
     """A random open_clip model whose images are features (B, 1280) that EfficientNet-Lite0 has computed of them."""
     logging.disable(logging.WARNING)  # open_clip says that the weights are random
-    model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=context_length))
+    model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=max_length))
     logging.disable(logging.NOTSET)
     model.visual.trunk = nn.Identity()
     return model
@@ -75,7 +75,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
     process = run.setup(cfg.seed, cfg.device)
     cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
-    model = create_model(cfg.model, cfg.context_length).to(process.device)
+    model = create_model(cfg.model, cfg.max_length).to(process.device)
     matrices, others = ([p for p in model.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6)
@@ -88,7 +88,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
     pairs = data.open_pairs(cfg.data)
     rows = np.arange(len(pairs)) if rows is None else np.asarray(rows)
     features, captions = photos.features_of(list(map(Path, pairs.paths))), [pairs.caption(i) for i in range(len(pairs))]
-    tokens = open_clip.get_tokenizer(cfg.model, context_length=cfg.context_length)(captions)
+    tokens = open_clip.get_tokenizer(cfg.model, context_length=cfg.max_length)(captions)
     loss_of = open_clip.ClipLoss()
     folder.start(first * steps, cfg.epochs * steps, len(rows), data=pairs.fingerprint)
     for epoch in range(first, cfg.epochs):
@@ -112,7 +112,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
                 folder.log(step + 1, epoch=epoch, loss=loss, logit_scale=scale)
         if folder.due((epoch + 1) * steps) or epoch + 1 == cfg.epochs:
             folder.save((epoch + 1) * steps, epoch=epoch + 1)
-    folder.close()
+    folder.close(then="")
     return folder.path
 
 
@@ -120,7 +120,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
 def encode(folder: str | Path, features: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """A run's embeddings of images, given as EfficientNet-Lite0's features, and of captions."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
-    name, length = (state["config"][key] for key in ("model", "context_length"))
+    name, length = (state["config"][key] for key in ("model", "max_length"))
     model, tokenizer = create_model(name, length), open_clip.get_tokenizer(name, context_length=length)
     model.load_state_dict(state["state_dict"])
     model.eval()

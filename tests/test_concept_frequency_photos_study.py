@@ -1,0 +1,79 @@
+"""The study on photographs: captions that are left out, curves over counts, changes of the same noun."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from concept_frequency import photos_study as study
+from concept_frequency.concepts import Concepts
+from shared.study import verdicts
+from shared.study.report import Comparison
+
+
+def test_captions_with_a_rarer_noun_are_left_out():
+    captions = [f"a {noun} is here" for noun in ("dog", "cat", "ball", "tree")] * 200
+    kept = study.thinned(captions, ["dog", "cat", "ball", "tree"], 0.75, 0)
+    counts = {noun: sum(noun in captions[row] for row in kept) for noun in ("dog", "cat", "ball", "tree")}
+    rare = [noun for noun, count in counts.items() if count < 200]
+    assert len(rare) == 2 and all(30 < counts[noun] < 75 for noun in rare)
+    assert kept == study.thinned(captions, ["dog", "cat", "ball", "tree"], 0.75, 0)
+    halves = {tuple(study.thinned(captions, ["dog", "cat", "ball", "tree"], 1.0, seed))[:4] for seed in range(8)}
+    assert len(halves) > 1
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """40 nouns, each of five test captions of two images; counts of a hundredfold range."""
+    names = [f"noun{i}" for i in range(40)]
+    texts = {name: list(range(10 * i, 10 * i + 10)) for i, name in enumerate(names)}
+    images = {name: [2 * i, 2 * i + 1] for i, name in enumerate(names)}
+    monkeypatch.setattr(study, "test_nouns", lambda: Concepts(names, images, texts))
+    monkeypatch.setattr(study, "test_set", lambda: study.TestSet(torch.zeros(80, 4), [""] * 400, 5))
+    return np.round(np.logspace(0.3, 2.3, 40)).astype(np.int64)
+
+
+def test_recall_that_rises_with_log_frequency_has_that_slope(tested: np.ndarray):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(80, 64, generator=generator), dim=-1)
+    found = torch.from_numpy(np.log10(tested) / 3).repeat_interleave(
+        10
+    )  # share of the captions of a noun that are right
+    right = torch.rand(400, generator=generator) < found
+    texts = torch.where(right[:, None], images.repeat_interleave(5, 0), torch.randn(400, 64, generator=generator) / 8)
+    numbers = study.curve_of(images, texts.float(), tested)
+    assert numbers["slope"] > 15 and numbers["r_log"] > 0.6 and numbers["rho"] > 0.8 > numbers["rho_null"]
+    assert numbers["concepts"]["noun39"]["assigned"] == tested[-1]
+    assert {"slope_i2t", study.RECALL, "retrieval_en/mean_recall"} <= set(numbers)
+
+
+def test_changes_of_the_same_noun_and_claims():
+    def run(gain: float, thin: bool, seed: int) -> dict:
+        table = {
+            f"noun{i}": {"assigned": 100 / (4 if thin and i % 2 else 1), "accuracy": 50 - gain * (thin and i % 2)}
+            for i in range(20)
+        }
+        numbers = {"slope": 10.0 + seed, "r_log": 0.5, "r_linear": 0.3, "rho": 0.9, "rho_null": 0.1 * seed}
+        return numbers | {study.RECALL: 30.0, "concepts": table}
+
+    arms = {"captions": [run(6.0, False, s) for s in range(3)], "thinned": [run(6.0 + s, True, s) for s in range(3)]}
+    found = Comparison(arms, [0, 1, 2], {}, set())
+    study.derive(found)
+    assert found.arms["thinned"][0]["within"] == pytest.approx(6 / np.log10(4))
+    bars = [((), {study.RECALL: 1.0})]
+    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=True)}
+    assert rows["accuracy rises with log frequency (points a decade)"]["verdict"] == "reproduced"
+    assert rows["same concept at another frequency (points a decade)"]["verdict"] == "reproduced"
+    assert len(study.more_rows(found)) == 2
+
+
+def test_plot(tmp_path: Path):
+    table = {f"noun{i}": {"assigned": 10 + 10 * i, "accuracy": 5.0 + i} for i in range(30)}
+    other = {
+        name: {"assigned": row["assigned"] / (1 + int(name[4:]) % 2), "accuracy": 4.0} for name, row in table.items()
+    }
+    study.plot(
+        Comparison({"captions": [{"concepts": table}], "thinned": [{"concepts": other}]}, [0], {}, set()), tmp_path
+    )
+    assert (tmp_path / "concept_frequency_photos.png").is_file()

@@ -1,0 +1,42 @@
+"""The study on photographs: its arms and claims, and PatchDis of random patches on made masks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lexvla import photos_study as study
+from shared.corpora import layout
+from shared.study import verdicts
+
+
+def test_arms_read_the_same_captions():
+    for arm in study.ARMS:
+        (words,) = study.STUDY.words(arm, 0)
+        assert words[words.index("--data") + 1] == study.DATA and words[words.index("--epochs") + 1] == "2"
+        assert ("--states" in words) == (arm.name != "bow")
+    assert study.STATES in study.STUDY.before[-1].command
+
+
+def test_shared_words_count_where_arms_retrieve():
+    runs = {"overuse": (20.0, 30.0), "flops": (19.0, 60.0), "none": (18.0, 90.0)}
+    arms = {
+        arm: [{study.RECALL: recall + 0.1 * seed, study.SHARED: share + seed} for seed in range(3)]
+        for arm, (recall, share) in runs.items()
+    }
+    low, high = ([((), {study.RECALL: floor})] for floor in (10.0, 30.0))
+    judged = [{row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, bar, True)} for bar in (low, high)]
+    claim = "overuse: most used word rarer than with FLOPs"
+    assert judged[0][claim]["verdict"] == "reproduced" and judged[1][claim]["verdict"] == "has not learned"
+
+
+def test_random_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    samples = (
+        (f"{i}.png", layout.png(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)), rng.integers(-1, 4, (40, 60)))
+        for i in range(6)
+    )
+    layout.write_masks(tmp_path / "masks", ["dog", "cat", "ball", "tree"], samples)
+    monkeypatch.setattr(study, "COCO", str(tmp_path / "masks"))
+    found = study.random_patches()
+    assert 5 < found["patchdis/miou"] < 25 and found == study.random_patches()

@@ -1,0 +1,71 @@
+"""The study on photographs: its arms, what is measured of them, floors on made pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_nmtune_study import compared
+
+from nmtune import photos_study as study
+from shared.corpora import layout
+from shared.study import verdicts
+from shared.tars import write_split
+
+
+def picture(label: int, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 90, (16, 16, 3), dtype=np.uint8)
+    pixels[4 * label : 4 * label + 4] += 150
+    return layout.png(pixels)
+
+
+@pytest.fixture
+def pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sets of pictures whose bright band tells the class: easy in domain, upside down out of it."""
+    for name, splits in {"photo": ("train", "test"), **{f"{name}_all": ("test",) for name in study.SHIFTED}}.items():
+        for split in splits:
+            labels = [i % 3 for i in range(30)]
+            shown = [2 - label if name != "photo" else label for label in labels]
+            samples = (
+                {"png": picture(s, i + 100 * (split == "test")), "cls": str(y)}
+                for i, (s, y) in enumerate(zip(shown, labels, strict=True))
+            )
+            write_split(tmp_path / name / split, samples)
+        layout.write_classes(tmp_path / name, ["dog", "horse", "house"], ["a {c}"])
+    monkeypatch.setattr(study, "PACS", str(tmp_path))
+    study.floors.read.cache_clear()
+    yield tmp_path
+    study.floors.read.cache_clear()
+
+
+def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():
+    pretraining, probing = (words[2:] for words in study.STUDY.words(study.ARMS[2], 1))
+    out = "runs/photos/nmtune/sup-10-seed1"
+    assert pretraining[:2] == ["nmtune.pretrain", "small-sup"] and pretraining[-2:] == ["--out", out]
+    assert "data/photos-cifar10/eval/cifar10:test" in pretraining and "0.1" in pretraining
+    assert probing[:4] == ["nmtune.train", "lp", "--encoder", out] and probing[-1] == f"{out}/lp"
+    assert len(study.STUDY.chosen("core")) == 6 and len(study.STUDY.chosen("all")) == 8
+
+
+def test_floors_are_measured_in_and_out_of_domain(pacs: Path):
+    near, probe, chance = study.pixel_neighbour(), dict(study.FLOORS[2].measure()), study.chance()
+    assert near["lp/id"] == near["blackbox/id"] > 90 and near["lp/ood"] < 50
+    assert set(probe) == {"lp/id", "lp/ood"} and probe["lp/id"] > probe["lp/ood"]
+    assert chance["lp/ood"] == pytest.approx(100 / 3)
+
+
+def test_out_of_domain_is_the_mean_of_domains(tmp_path: Path):
+    folder = tmp_path / "lite0-mlp-seed0"
+    folder.mkdir()
+    line = {"step": 9, "id/top1": 95.0, "art_painting/top1": 60.0, "cartoon/top1": 40.0, "sketch/top1": 20.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    found = study.measure_run(str(folder))
+    assert found["blackbox/ood"] == pytest.approx(40) and found["blackbox/sketch"] == 20 and found["blackbox/id"] == 95
+
+
+def test_claims_are_those_of_the_embedded_corpus():
+    found = compared()
+    rows = verdicts.judged(study.CLAIMS, found.arms, [], together=False) + study.more_rows(found)
+    claims = {row["claim"]: row["verdict"] for row in rows}
+    assert claims["C1 30 % label noise lowers LP ID"] == "reproduced"
+    assert "C3 higher SVE goes with higher LP ID (correlation over levels)" in claims
