@@ -109,7 +109,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
             if (step + 1) % cfg.log_every == 0:
-                folder.log(step + 1, epoch=epoch, loss=loss, logit_scale=scale)
+                folder.log(step + 1, epoch=epoch, loss=loss.detach(), logit_scale=scale.detach())
         if folder.due((epoch + 1) * steps) or epoch + 1 == cfg.epochs:
             folder.save((epoch + 1) * steps, epoch=epoch + 1)
     folder.close(then="")
