@@ -43,6 +43,7 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
+    "concept_frequency.photos_study": "test_study_locked.py::test_a_stopped_run_goes_on",
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
@@ -52,6 +53,7 @@ ELSEWHERE = {  # where each other script is tested
     "nmtune.extract": "test_nmtune_extract.py::test_command_lines_end_in_one_sentence",
     "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
     "tldr_reduction.finetune": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
+    "tldr_reduction.photos_study": "test_tldr_reduction_photos_study.py::test_predictions_are_what_others_said",
     "tldr_reduction.pool": "test_tldr_reduction_pool.py::test_a_pool_is_written",
     "tldr_reduction.retrieval": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
 }
