@@ -22,7 +22,7 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
 
 DATA, STATES, COCO = "data/photos-captions/train", "data/lexvla/photos-states.pt", "data/photos-coco/eval/patchdis_val"
-LENGTH = f"--data {DATA} --epochs 2"  # of 30,000 captions
+LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # of 30,000 captions, and some hundred pieces of words in them
 WITH_LM = f"{LENGTH} --states {STATES}"
 ARMS = (
     Arm("none", f"train emoji-none {WITH_LM}", heading="no penalty"),
