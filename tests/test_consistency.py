@@ -131,7 +131,7 @@ def documented(path: Path, name: str) -> dict[str, str]:
     classes = {node.name: node for node in tree(path).body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
     for base in classes[name].bases:
-        found |= documented(path, base.id)
+        found |= documented(path, base.id) if getattr(base, "id", None) in classes else {}
     for field, text in zip(classes[name].body, classes[name].body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             found[field.target.id] = " ".join(text.value.value.split())

@@ -28,9 +28,10 @@ def pool(tmp_path: Path) -> Path:
 
 
 def test_predictions_are_what_others_said(pool: Path, tmp_path: Path):
-    study.main(study.Config(data=str(pool), predictions=str(tmp_path / "said.json")))
+    for _ in range(2):  # what is there already is left as it is
+        study.main(study.Config(data=str(pool), predictions=str(tmp_path / "said.json")))
     said = json.loads((tmp_path / "said.json").read_text())
-    assert [each["caption"] for each in said[:3]] == ["A brown dog .", "It runs .", "A brown dog ."]
+    assert [each["caption"] for each in said[:3]] == ["A brown dog .", "It runs .", "A dog ."]
     assert said[3]["image_id"] == "000000003"
 
 

@@ -93,7 +93,7 @@ def write_predictions(source: str, path: str) -> None:
         others = [text for text in about["captions"] if text != about["caption"]] or about["captions"]
         place = about["captions"].index(about["caption"]) if about["caption"] in about["captions"] else 0
         spoken.append({"image_id": key, "caption": others[place % len(others)]})
-    if not Path(path).is_file() or checkpoints.read_json(path) != spoken:
+    if not Path(path).is_file() or json.loads(Path(path).read_text(encoding="utf-8")) != spoken:
         checkpoints.write_json(path, spoken)
     print(f"{path}: {len(spoken):,} captions")
 
