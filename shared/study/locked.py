@@ -78,7 +78,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
     model = create_model(cfg.model, cfg.max_length).to(process.device)
     matrices, others = ([p for p in model.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     folder = run.RunFolder(cfg, process, epoch=0)
     folder.restore(state_dict=model, optimizer=optimizer)
     if folder.finished(epoch=cfg.epochs):
@@ -108,7 +108,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
-            if (step + 1) % cfg.log_every == 0:
+            if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.epochs * steps:
                 folder.log(step + 1, epoch=epoch, loss=loss.detach(), logit_scale=scale.detach())
         if folder.due((epoch + 1) * steps) or epoch + 1 == cfg.epochs:
             folder.save((epoch + 1) * steps, epoch=epoch + 1)
