@@ -148,9 +148,8 @@ STUDY = Study(
     stands_for="ImageNet-1K and DomainNet",
     before=(photos.CIFAR10, photos.PACS, ENCODE),
     arms=ARMS,
-    corpus="Encoders from scratch on 10,000 photographs of CIFAR-10 (32 pixels), probed on PACS, whose pictures "
-    f"{photos.RESIZED.format('a shorter side of 112 pixels')}; the black box is EfficientNet-Lite0, pretrained on "
-    "ImageNet-1k",
+    corpus="Encoders from scratch on 10,000 photographs of CIFAR-10 (32 pixels), probed on PACS, whose pictures had "
+    "been resized to a shorter side of 112 pixels; the black box is EfficientNet-Lite0, pretrained on ImageNet-1k",
     minutes={"core": 5, "all": 8},
     evaluate=evaluate,
     alone=True,
