@@ -32,13 +32,13 @@ class Config:
     """Tokens of a caption, start and end included; longer ones are cut."""
     total: int = 30_000
     """Captions an epoch; fewer come again."""
-    epochs: int = 8
+    epochs: int = 6
     """Passes over so many captions."""
-    batch_size: int = 256
+    batch_size: int = 512
     """Captions per step."""
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
-    warmup: int = 100
+    warmup: int = 50
     """Steps of linear warm-up, before half a cosine to 0."""
     weight_decay: float = 0.2
     """AdamW's decay of matrices."""
