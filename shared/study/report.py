@@ -178,8 +178,10 @@ def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]
     rows = shown(summary["claims"])
     if other is None:
         return rows
-    verdicts = {row["claim"]: row["verdict"] for row in shown(other["claims"])}
-    return [row | {"on emoji": verdicts.get(row["claim"], "-")} for row in rows]
+    there = zip(other["claims"], shown(other["claims"]), strict=True)  # what is starred here need not be there
+    verdicts = {claim["claim"]: row["verdict"] for claim, row in there}
+    both = zip(summary["claims"], rows, strict=True)
+    return [row | {"on emoji": verdicts.get(claim["claim"], "-")} for claim, row in both]
 
 
 def block(summary: dict, study: Any, other: dict | None = None) -> str:
