@@ -327,6 +327,11 @@ CURVES = {
     "ViT-L-14|laion400m": 0.855, "ViT-B-16|synthci30m": 0.82,
 }  # fmt: skip
 MISALIGNED = {"cc3m": 16.81, "cc12m": 17.25, "yfcc15m": 36.48, "laion400m": 5.31, "laion-aesthetics": 14.34}  # table 3
+LEFT_OUT = {  # rows of the paper's tables without a preset, and why
+    "tables 7, 8 and 10": "no data in the repository",
+    "text-to-image models": "generation of images is not part of the project; `replay` reads the authors' scores",
+    "RAM++ counts": "its weights are the user's to bring: `count --tagger`",
+}
 PAPER_ROWS = {
     "train": {"small": OWN}
     | dict.fromkeys(("emoji", "emoji-uniform", "emoji-reassigned"), EMBEDDED)

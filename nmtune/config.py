@@ -506,6 +506,10 @@ def pretraining_row(name: str) -> Row:
     return Row(f"{paper}, {int(noise)} % noise", SOURCES[encoder])
 
 
+LEFT_OUT = {  # rows of the paper's tables without a preset, and why
+    "GLUE and GLUE-X": "any encoder: `nmtune.extract texts` and the head presets",
+    "few-shot ImageNet, WiSE-FT": "loaders or scripts without a row in the tables",
+}
 PAPER_ROWS = {
     script: {name: {"emoji": EMBEDDED, "small": OWN}.get(name.split("-")[0]) or row(name) for name in presets}
     for script, presets, row in (

@@ -1,7 +1,8 @@
 """All presets of all papers in one table: `python -m shared.presets [FOLDER] [--json]` (`make presets`).
 
 PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, says which row of the paper a preset stands for, which
-`python -m FOLDER.SCRIPT PRESET` starts. The numbers are the authors'; what was measured here is in RESULTS.md.
+`python -m FOLDER.SCRIPT PRESET` starts. The numbers are the authors'; what was measured here is in RESULTS.md. LEFT_OUT
+beside it, {row: reason}, names what the paper's tables have and no preset stands for.
 """
 
 import importlib
@@ -59,11 +60,17 @@ def rows(folder: str) -> list[dict[str, str]]:
     ]
 
 
+def left_out(folder: str) -> list[dict[str, str]]:
+    """Rows of the paper's tables without a preset, and why."""
+    reasons: dict[str, str] = importlib.import_module(f"{folder}.config").LEFT_OUT
+    return [{"folder": folder, "paper's table and row": row, "no preset": why} for row, why in reasons.items()]
+
+
 def main(
     folder: Annotated[str | None, tyro.conf.Positional] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Every preset, and the row of the paper's tables that it stands for.
+    """Every preset, the row of the paper's tables that it stands for, and the rows that have none.
 
     Args:
         folder: One paper's only.
@@ -72,8 +79,12 @@ def main(
     name = folder and folder.replace("-", "_")
     if name not in (None, *folders()):
         raise ValueError(f"{folder} is no paper's folder; those are {', '.join(folders())}")
-    found = [row for each in folders() if name in (None, each) for row in rows(each)]
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else table(found) + NOTE.format(len(found)))
+    chosen = [each for each in folders() if name in (None, each)]
+    found = [row for each in chosen for row in rows(each)]
+    if as_json:
+        return print(json.dumps(found, indent=2, ensure_ascii=False))
+    missing = [row for each in chosen for row in left_out(each)]
+    print(table(found) + NOTE.format(len(found)) + "\n\n" + table(missing))
 
 
 if __name__ == "__main__":

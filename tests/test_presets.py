@@ -36,6 +36,16 @@ def test_each_preset_has_a_row_and_each_row_a_preset(folder: str):
 
 
 @pytest.mark.parametrize("folder", presets.folders())
+def test_what_has_no_preset_is_named_with_the_reason(folder: str, capsys: pytest.CaptureFixture):
+    sources = {row["paper's table and row"] for row in presets.rows(folder)}
+    missing = presets.left_out(folder)
+    assert missing and all(row["no preset"] and row["paper's table and row"] not in sources for row in missing)
+    presets.main(folder)
+    printed = capsys.readouterr().out
+    assert all(row["paper's table and row"] in printed and row["no preset"] in printed for row in missing)
+
+
+@pytest.mark.parametrize("folder", presets.folders())
 def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
     for row in presets.rows(folder):
         name = row["preset"].split()[-1]

@@ -600,6 +600,12 @@ ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
 OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
 FINE = "TR/IR@1 {} % from all of CC3M, {} % from TL;DR's"
 TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
+LEFT_OUT = {  # rows of the paper's tables without a preset, and why
+    "main table, ViLT": "no code is released",
+    "fine-tuning on captioning, VQA, NLVR2, RefCOCO+ and video": "stock BLIP and ViLT do it",
+    "selection by gradient and hard samples": "a few words in the paper, no code",
+    "image generation in place of selection": "no code is released",
+}
 PAPER_ROWS = {
     "captioner": {
         "small": OWN,
