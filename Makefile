@@ -135,3 +135,4 @@ clean:
 
 readme: $(VENV)/.installed-$(EXTRAS)
 	$(PY) -m shared.study.overview
+	$(PY) tests/graph.py

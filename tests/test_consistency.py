@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from graph import BUILDERS, EVIDENCE, GRAPH, PACKAGES, drawn, files, imports, name_of, of_project, page, reached, tree
 
 from shared.presets import folders
 
@@ -26,9 +27,6 @@ TOOLS = {  # of shared/: run by make or pytest, or part of one that is, or of wh
     "pytest_options",
     "resnet",
 }
-PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
-EVIDENCE = ("study.py", "photos_study.py")  # what may use shared.study and shared.corpora
-BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora
 TRAINING = [
     *((folder, "train") for folder in folders()),
     *(("nmtune", "pretrain"), ("nmtune", "finetune")),
@@ -106,26 +104,6 @@ EVALUATION = {
 }
 
 
-def files() -> list[Path]:
-    """All modules of the project, tests aside."""
-    return sorted(path for package in PACKAGES for path in (ROOT / package.replace(".", "/")).glob("*.py"))
-
-
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports, as `package.module` where it says so."""
-    found = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
 def documented(path: Path, name: str) -> dict[str, str]:
     """{field: help} of a dataclass and of those it is derived from in the same file."""
     classes = {node.name: node for node in tree(path).body if isinstance(node, ast.ClassDef)}
@@ -187,29 +165,6 @@ def config(folder: str, script: str) -> type:
     return type(next(iter(presets(folder, script).values()))[1])
 
 
-def name_of(path: Path) -> str:
-    """A file's module: shared/study/runner.py -> shared.study.runner."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-def of_project(path: Path) -> set[str]:
-    """Modules of the project that a file imports anywhere."""
-    known = {name_of(file) for file in files()}
-    return imports(path) & known
-
-
-def reached(module: str, graph: dict[str, set[str]]) -> set[str]:
-    """All modules that one imports, directly or through others."""
-    found, new = set(), {module}
-    while new:
-        found |= new
-        new = set().union(*(graph[name] for name in new)) - found
-    return found - {module}
-
-
-GRAPH = {name_of(path): of_project(path) for path in files()}
-
-
 @pytest.mark.parametrize("folder", folders())
 def test_no_paper_imports_another(folder: str):
     for file in (ROOT / folder).glob("*.py"):
@@ -233,6 +188,15 @@ def test_the_paper_knows_nothing_of_its_study(folder: str):
 def test_imports_have_no_circles():
     for module in GRAPH:
         assert module not in set().union(*(GRAPH[name] | reached(name, GRAPH) for name in GRAPH[module])), module
+
+
+def test_the_drawn_graph_is_the_graph():
+    assert page() == (ROOT / "CONTRIBUTING.md").read_text(), "run `make readme`"
+    edges = drawn()
+    assert {("a paper", "windows"), ("windows", "data"), ("its study", "study")} <= edges and (
+        "a paper",
+        "data",
+    ) not in edges
 
 
 @pytest.mark.parametrize("file", files(), ids=name_of)

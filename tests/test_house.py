@@ -12,8 +12,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from graph import BUILDERS
 from scripts import ROOT, finished
-from test_consistency import BUILDERS
 from tiny import FOLDERS, SHARDS, small_corpus, small_set  # noqa: F401
 
 SCRIPT, SECONDS = "protoclip.train", 120
