@@ -4,7 +4,7 @@ import os
 import sys
 from types import TracebackType
 
-if sys.platform == "win32":  # no fcntl, by which processes lock what they share
+if sys.platform == "win32":  # no fcntl, which file locks need
     print(
         "error: this runs on Linux and macOS; on Windows start it in the Windows Subsystem for Linux", file=sys.stderr
     )
@@ -12,9 +12,9 @@ if sys.platform == "win32":  # no fcntl, by which processes lock what they share
 
 
 def tell_missing_packages(paper: str) -> None:
-    """From now on a package that is not there ends in a sentence with the line that installs it, and exit code 2.
+    """Make a missing package end in one sentence with the command that installs it, and exit code 2.
 
-    Called by the __init__.py of a paper's folder, before any import that may fail.
+    The __init__.py of a paper's folder calls it before any import that may fail.
     """
     shown = sys.excepthook
 
@@ -26,6 +26,6 @@ def tell_missing_packages(paper: str) -> None:
         print(f"error: package {package} is missing; in the project's folder: {install}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)  # an excepthook has no other exit code than 1
+        os._exit(2)  # after an excepthook, Python itself exits with 1
 
     sys.excepthook = hook

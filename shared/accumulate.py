@@ -1,12 +1,12 @@
-"""Contrastive training in micro-batches, exactly: the gradients of a large batch with the activations of a small one.
+"""Contrastive training in micro-batches: the exact gradients of a large batch in the memory of a small one.
 
-The loss needs the features of all pairs at once, but not the activations that made them, which are far larger. So, as
+The loss needs the features of all pairs at once, but not the activations behind them, which are far larger. So, as
 in GradCache (arXiv 2101.06983):
-  1. each micro-batch is embedded without gradient, and the random state before it is remembered;
-  2. the loss of all features, gathered from all processes if need be, gives the gradients of the features and of the
-     loss's own parameters (temperature, bias), which a model returns beside its features;
-  3. each micro-batch is embedded again, by the same random numbers, and its features' gradients go back through it.
-The towers' forward pass is computed twice, and processes share gradients once.
+  1. Embed each micro-batch without gradient, and save the random state before it.
+  2. Compute the loss of all features, gathered from all processes if there are several. Its backward pass gives the
+     gradients of the features and of the loss's own parameters (temperature, bias; models return them beside features).
+  3. Embed each micro-batch again with the same random numbers, and backpropagate its features' gradients.
+The towers' forward pass is computed twice; processes average gradients once.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from shared import run
 
 
 def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -> tuple[Any, Callable[..., None]]:
-    """(What `model(*inputs)` returns, its backward pass), in `cfg.accumulate` micro-batches.
+    """Compute `model(*inputs)` in `cfg.accumulate` micro-batches -> (its output, a function for the backward pass).
 
         (image, text, scale), backward = accumulate.forward(model, (images, tokens), cfg, precision)
         loss = clip_loss(image, text, scale)
         optimizer.zero_grad()
         backward(scaler.scale(loss))
 
-    Inputs that are tensors have a row for each sample; others go to every micro-batch as they are. Of the outputs,
-    tensors of two or more dimensions have a row for each sample; others are the loss's own parameters. What of the
-    loss depends on parameters alone, not on features, is the second argument of `backward`.
+    Tensor inputs have one row per sample; other inputs are passed to every micro-batch unchanged. Output tensors of two
+    or more dimensions have one row per sample; other outputs are the loss's own parameters. Pass loss terms that depend
+    on parameters only, not on features, as the second argument of `backward`.
     """
     device = next(x.device for x in inputs if torch.is_tensor(x))
     bare = model.module if isinstance(model, DistributedDataParallel) else model
@@ -75,9 +75,9 @@ def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, batch norms in training normalise as ever, but their running statistics stay as they are.
+    """Context in which batch norms in training mode do not update their running statistics.
 
-    For every further time that a step computes a forward pass: statistics count a batch once.
+    For repeated forward passes of one step, so that the statistics count each batch once.
     """
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     norms = [m for m in norms if m.training and m.track_running_stats]
@@ -96,14 +96,14 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def values(output: Any) -> list[Any]:
-    """The parts of a model's output: a tensor, or a tuple or dict of them."""
+    """List of a model's outputs; `output` is a tensor, or a tuple or dict of outputs."""
     if torch.is_tensor(output):
         return [output]
     return list(output.values() if isinstance(output, dict) else output)
 
 
 def like(output: Any, parts: list[Any]) -> Any:
-    """An output like this one, of such parts."""
+    """The values `parts` in the container type of `output` (tensor, tuple, named tuple or dict)."""
     if torch.is_tensor(output):
         return parts[0]
     if isinstance(output, dict):
@@ -112,7 +112,7 @@ def like(output: Any, parts: list[Any]) -> Any:
 
 
 def leaf(parts: Sequence[Any]) -> Any:
-    """One part of all micro-batches' outputs, for its gradient: rows as a whole, other tensors as in the first."""
+    """One output of all micro-batches as a leaf tensor: samples are concatenated, parameters taken from the first."""
     if not torch.is_tensor(parts[0]):
         return parts[0]
     whole = torch.cat(parts) if parts[0].ndim > 1 else parts[0].detach()
@@ -120,7 +120,7 @@ def leaf(parts: Sequence[Any]) -> Any:
 
 
 def parts_of_gradient(whole: Any, chunks: int, count: int) -> Sequence[Tensor | None]:
-    """The gradient of a `leaf` for each of `count` micro-batches: of its rows, or in the last one, of a parameter."""
+    """Gradient of a `leaf` for each of `count` micro-batches: that of its samples; of a parameter only for the last."""
     gradient = whole.grad if torch.is_tensor(whole) else None
     if gradient is not None and whole.ndim > 1:
         return gradient.chunk(chunks)
@@ -128,7 +128,7 @@ def parts_of_gradient(whole: Any, chunks: int, count: int) -> Sequence[Tensor | 
 
 
 def random_state(device: torch.device) -> tuple[Tensor, ...]:
-    """States of the generators that a forward pass draws from, the CPU's and the device's."""
+    """States of the random generators of the CPU and of the device."""
     return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
 
 

@@ -1,6 +1,6 @@
-"""Files that a run keeps: checkpoints, JSON, and anything else that must be whole or not there.
+"""Reads and writes the files of a run: checkpoints and JSON.
 
-Nothing that is read here runs code (`weights_only=True`); nothing that is written replaces a whole file by half a one.
+Reading never runs code (`weights_only=True`). Writing is atomic: a file is complete or unchanged.
 """
 
 import argparse
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` so that `path` always holds a whole file.
+    """Write `state` to `path` atomically.
 
-    ValueError if a tensor is not finite, OSError if `state` cannot be written: what `path` held before is then kept.
+    ValueError if a tensor is not finite, OSError if `state` cannot be written; `path` is then unchanged.
     """
     for name, tensor in tensors(state):
         if not tensor.isfinite().all():
@@ -34,9 +34,9 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 @contextlib.contextmanager
 def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place when it is whole: temporary file, fsync, atomic replace.
+    """Open a temporary file for writing; at the end, fsync it and atomically rename it to `path`.
 
-    OSError if it cannot be written, which names `path`: what that held before is then kept.
+    OSError that names `path` if it cannot be written; `path` is then unchanged.
     """
     temporary = path.with_name(path.name + ending)
     try:
@@ -62,9 +62,9 @@ def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor
             yield from tensors(part, str(key))
 
 
-# What authors' training scripts keep beside plain values: their command line, with paths in it, and learning rates that
-# are NumPy numbers. Each has several names, by the version of Python or NumPy that wrote it. Harmless, and
-# allowed beside plain values; a path is read as one that touches no disk.
+# Types in the authors' checkpoints beside plain values: their command line, which contains paths, and learning rates
+# as NumPy numbers. Their names depend on the version of Python or NumPy that wrote them. They are harmless, so they
+# are allowed; paths are loaded as PurePath.
 _scalar = np.float64(0).__reduce__()[0]
 AUTHORS_GLOBALS = [
     argparse.Namespace,
@@ -79,7 +79,8 @@ AUTHORS_GLOBALS = [
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
     """Load a checkpoint, ours or the authors', without running code from it (`weights_only=True`).
 
-    FileNotFoundError if there is none, ValueError if it holds anything but tensors, plain values and AUTHORS_GLOBALS.
+    FileNotFoundError if there is no file, ValueError if it holds other types than tensors, plain values and
+    AUTHORS_GLOBALS.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -93,21 +94,23 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def trained_by(run: str | Path) -> str | None:
-    """The paper whose script wrote a run folder's checkpoint; None if there is none, or it is too old to say so and the
-    path does not, either."""
+    """Folder name of the paper whose script wrote a run's checkpoint, or None.
+
+    Old checkpoints do not name their paper; then it is taken from the path.
+    """
     file = Path(run) / "checkpoint.pt"
     if not file.is_file():
         return None
-    try:  # of large ones nothing but this is read
+    try:  # mmap: weights are not read
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # who loads it will say what is wrong
+    except Exception:  # reported when the checkpoint is loaded
         return None
     said = state.get("paper") if isinstance(state, dict) else None
     return next((name for name in ([said] if said else file.parts) if (ROOT / name / "eval.py").is_file()), None)
 
 
 def config_in(state: Any, config: type, path: str | Path) -> Any:
-    """The `config`, a dataclass, in a checkpoint that was read from `path`. ValueError if that is another script's."""
+    """The configuration in the checkpoint `state`, as the dataclass `config`. ValueError if another script wrote it."""
     values = state.get("config") if isinstance(state, dict) else None
     if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
         raise ValueError(f"{path} is no run of {config.__module__.partition('.')[0]}'s that can be used here")
@@ -115,14 +118,14 @@ def config_in(state: Any, config: type, path: str | Path) -> Any:
 
 
 class State(dict):
-    """What a run's checkpoint holds; ValueError for what it lacks."""
+    """Content of a run's checkpoint; ValueError for a missing key."""
 
     def __missing__(self, key: str):
         raise ValueError(f"the checkpoint holds no {key!r}: it is of another script; choose another --out")
 
 
 def changes(then: dict, now: dict) -> str:
-    """ "lr (was 0.1, now 0.2) and 3 more": the settings of `now` that differ in `then`; "" if none does."""
+    """Settings that differ between `then` and `now`, as "lr (was 0.1, now 0.2) and 3 more"; "" if none."""
     changed = [name for name in now if now[name] != then.get(name)]
     what = ", ".join(f"{name} (was {then.get(name)!r}, now {now[name]!r})" for name in changed[:5])
     return what + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
@@ -131,8 +134,8 @@ def changes(then: dict, now: dict) -> str:
 def resume(folder: Path, config: Any) -> dict | None:
     """The state in `folder`/checkpoint.pt, or None if the run is new.
 
-    ValueError if the checkpoint was written with another configuration: a run never goes on as something else. Fields
-    that do not change the result may differ.
+    ValueError if the checkpoint was written with another configuration; fields that do not change the result may
+    differ.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -155,7 +158,7 @@ def resume(folder: Path, config: Any) -> dict | None:
         "dry_run",
     }
     now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    then = {field.name: field.default for field in dataclasses.fields(config)}  # a field may be newer than the run
+    then = {field.name: field.default for field in dataclasses.fields(config)}  # for fields newer than the checkpoint
     if what := changes(then | state["config"], now):
         raise ValueError(
             f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
@@ -167,7 +170,7 @@ def resume(folder: Path, config: Any) -> dict | None:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object; ValueError names a file that holds none."""
+    """The JSON object in a file. ValueError if it holds none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
@@ -178,7 +181,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Indented JSON, replaced atomically; its folder is made."""
+    """Write indented JSON atomically; creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Command lines: refuse settings before work starts, print dry runs, end errors in one sentence and exit code 2."""
+"""Command lines: check settings before work starts, print dry runs, report errors in one sentence with exit code 2."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ from torch import nn
 from shared.clip import set_grad_checkpointing
 from shared.run import QUIET, finish
 
-PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M as its authors give it, 10 TB in shards
+PAIR_BYTES = 25_000  # an image of 256 pixels and its caption, from the 10 TB of LAION-400M that its authors report
 
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
 def check_data(config: Any, example: str) -> None:
-    """ValueError if no data are named, the embedded corpus is not built, or the evaluation set is not there."""
+    """ValueError if --data is missing, the embedded corpus is not built, or the evaluation set does not exist."""
     if not config.data:
         raise ValueError(
             f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'"
@@ -30,7 +30,7 @@ def check_data(config: Any, example: str) -> None:
 
 
 def check_eval_set(config: Any) -> None:
-    """ValueError if a training is to evaluate, and its set is not named or not there."""
+    """ValueError if --eval-every is on and --eval-set is missing or does not exist."""
     if config.eval_every < 0:
         raise ValueError(f"--eval-every must be at least 0 (never), not {config.eval_every}")
     if config.eval_every and not config.eval_set:
@@ -40,14 +40,14 @@ def check_eval_set(config: Any) -> None:
 
 
 def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """ValueError if a field of these is less than `least`. Fields set to None are skipped."""
+    """ValueError if one of the fields `names` is less than `least`. Fields set to None are skipped."""
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def check_batch(config: Any, world_size: int) -> None:
-    """ValueError if processes, and their micro-batches where there are such, cannot have equal shares of a batch."""
+    """ValueError if the batch cannot be divided evenly over processes and micro-batches."""
     parts = getattr(config, "accumulate", 1)
     if parts < 1:
         raise ValueError(f"--accumulate must be at least 1, not {parts}")
@@ -60,7 +60,7 @@ def check_batch(config: Any, world_size: int) -> None:
 
 
 def show_plan(rows: Iterable[tuple[str, str]]) -> None:
-    """Print what a run would be, a line for each (label, text)."""
+    """Print the plan of a run, one line for each (label, text)."""
     for label, text in rows:
         print(f"{label:<19}{text}")
 
@@ -76,7 +76,7 @@ def step_row(total: int, each: int, passes: str = "epoch") -> tuple[str, str]:
 
 
 def rate_rows(describe: Callable[[int], str], warmup: int, total: int) -> list[tuple[str, str]]:
-    """`describe(step)`, "1.000e-03 and what else", of the first step, the end of warm-up, the middle and the last."""
+    """Rows with the learning rate, `describe(step)`, at the first step, the end of warm-up, the middle and the end."""
     steps = sorted({0, min(warmup, total - 1), total // 2, total - 1}) if total else []
     return [("learning rate", f"{describe(step)} at step {step:,}") for step in steps]
 
@@ -89,11 +89,11 @@ def memory_rows(
     kept: str = "gradients, AdamW",
     checkpointed: nn.Module | None = None,
 ) -> list[tuple[str, str]]:
-    """Memory of a training step in fp32, in GiB, of one process.
+    """Rows with the memory of a training step of one process, in fp32, in GiB.
 
-    `forward` runs the model on two samples, whose activations are measured and scaled to `samples`. A trained
-    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` come on top. `checkpointed` is as
-    in `activation_bytes`.
+    `forward` runs the model on two samples; their activations are measured and scaled to `samples`. A trained
+    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` are added. `checkpointed`: see
+    `activation_bytes`.
     """
     activations = activation_bytes(forward, checkpointed) / 2 * samples / 2**30
     weights = (16 * trained + other_bytes) / 2**30
@@ -107,18 +107,20 @@ def memory_rows(
 
 
 def disk_row(samples: int | None, trained: int, frozen: int = 0, each: int = PAIR_BYTES) -> tuple[str, str]:
-    """Disk for shards of so many pairs, of `each` bytes, and for a checkpoint: weights, and AdamW's two moments of the
-    trained ones, all in fp32."""
+    """Row with the disk space of `samples` pairs of `each` bytes, and of a checkpoint in fp32.
+
+    A checkpoint holds all weights, and AdamW's two moments of the `trained` ones.
+    """
     data = f"{samples * each / 2**30:,.1f} GiB of data" if samples else "data"
     size = f"{data}, of {each / 1000:.0f} kB a sample; {(12 * trained + 4 * frozen) / 2**30:.1f} GiB a checkpoint"
     return "disk estimate", size
 
 
 def activation_bytes(forward: Callable[[], Any], checkpointed: nn.Module | None = None) -> float:
-    """Bytes that autograd keeps for the backward pass of `forward()`, each tensor once; parameters not counted.
+    """Bytes that autograd keeps for the backward pass of `forward()`, without parameters.
 
-    `checkpointed`, a model, gets activation checkpointing: counted are what its blocks read, and what one block keeps
-    while it is computed again, of as many as its longest chain of blocks has.
+    With `checkpointed`, a model, activation checkpointing is turned on in it. The result is then the inputs of all
+    blocks plus the activations of one block, estimated as all activations divided by the number of blocks.
     """
     kept = kept_bytes(forward)
     if checkpointed is None:
@@ -130,17 +132,17 @@ def activation_bytes(forward: Callable[[], Any], checkpointed: nn.Module | None 
 
 
 def kept_bytes(forward: Callable[[], Any]) -> int:
-    """`activation_bytes` of the model as it is."""
+    """`activation_bytes` without changing the model; each tensor is counted once."""
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would be kept by the graph that it keeps, for good
+        return tensor.detach()  # returning the tensor itself would make a reference cycle with the graph
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # kept alive, so that no address is used twice
+        result = forward()  # kept alive, so that no address is reused
     total = sum(seen.values())
     del result
     return total
@@ -155,15 +157,15 @@ def cores() -> int:
 
 
 def fail(sentence: str) -> None:
-    """Exit code 2 and one sentence on stderr."""
+    """Print one sentence to stderr and exit with code 2."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 def command_line(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the user can mend ends in one sentence on stderr and exit code 2.
+    """Run a script's `main`. Errors that the user can fix become one sentence on stderr and exit code 2.
 
-    Every script takes --quiet, which its own options need not name.
+    Also handles --quiet, which every script takes.
     """
     loud, words = os.environ.get(QUIET), [word for word in sys.argv if word != "--quiet"]
     if len(words) < len(sys.argv):
@@ -178,7 +180,7 @@ def command_line(main: Callable[[], Any]) -> None:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
         text = str(error)
-        if text.startswith("Caught "):  # a loader worker's, whose traceback came along
+        if text.startswith("Caught "):  # from a loader worker: the message contains its traceback
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         fail(text)
     except RuntimeError as error:

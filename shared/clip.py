@@ -1,4 +1,4 @@
-"""open_clip's CLIP: its text tower without the positions that nothing reads, the side of its images, checkpointing."""
+"""open_clip's CLIP: a text tower that skips padding, the image size, activation checkpointing."""
 
 import functools
 
@@ -9,27 +9,27 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
+GROUPS = 4  # groups of texts of similar length, on a CPU, where time is proportional to the number of tokens
 
 
 def cuts(model: nn.Module) -> bool:
-    """Whether padding changes nothing in the model's text tower: attention is causal and the end token is read."""
+    """Whether the model's text tower ignores padding: attention is causal and the feature is that of the end token."""
     return isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax" and model.attn_mask is not None
 
 
 def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
-    """`open_clip.CLIP.encode_text` of token ids (B, L) -> (B, E), without padding.
+    """Like `open_clip.CLIP.encode_text`, token ids (B, L) -> (B, E), but without computing padding.
 
-    Texts are sorted by length and cut into groups; each is computed up to its longest text instead of all L. On a GPU,
-    texts of a training and those that `trimmed` has cut are taken as they come. Towers that `cuts` excludes are
-    open_clip's own.
+    Sorts texts by length and splits them into groups; each group is computed up to its longest text. On a GPU, texts in
+    training, and texts that `trimmed` has cut, are computed at their length L. Towers excluded by `cuts` use
+    open_clip's function.
     """
     if not cuts(clip):
         return open_clip.CLIP.encode_text(clip, text, normalize)
     end = text.argmax(dim=-1)  # the end token has the highest id
     dtype, pooled = clip.transformer.get_cast_dtype(), []
     end, order = end.sort(stable=True)
-    # to ask a GPU for the length would wait for all that it has to do
+    # reading the length from a GPU would wait for all its queued work
     stalls = text.is_cuda and (clip.training or text.shape[1] < clip.context_length)
     length = text.shape[1] if stalls else int(end[-1]) + 1
     embedded = clip.token_embedding(text[order, :length]).to(dtype) + clip.positional_embedding[:length].to(dtype)
@@ -46,35 +46,35 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
 
 
 def cut_padding(text: Tensor, device: torch.device) -> Tensor:
-    """Token ids (B, L) on the CPU -> on the device, up to their longest text: a GPU is not asked for its length."""
+    """Token ids (B, L) on the CPU -> (B, length of the longest text) on the device, without waiting for a GPU."""
     length = int(text.argmax(dim=-1).max()) + 1  # the end token has the highest id
-    return text.to(device, non_blocking=True)[:, :length]  # cut there: a part of pinned memory would be copied first
+    return text.to(device, non_blocking=True)[:, :length]  # cut after the copy: a slice is not contiguous
 
 
 def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
-    """`cut_padding` of token ids (B, L), if `encode_text` of the model cuts them; else all on the device."""
+    """Token ids (B, L) -> on the device, cut by `cut_padding` if the model's text tower ignores padding."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
     return cut_padding(text, device) if cuts(model) else text.to(device, non_blocking=True)
 
 
 def image_side(model: nn.Module) -> int:
-    """Side in pixels of the square images that open_clip's model reads; it keeps a number or a pair."""
+    """Side in pixels of the model's square input images; open_clip stores a number or a pair."""
     size = model.visual.image_size
     return size[0] if isinstance(size, tuple) else size
 
 
 def without_padding(model: nn.Module) -> nn.Module:
-    """The model; if it is open_clip's CLIP, its `encode_text` is the one above."""
+    """The model; if it is open_clip's CLIP, its `encode_text` is replaced by the one above."""
     if isinstance(model, open_clip.CLIP):
         model.encode_text = functools.partial(encode_text, model)
     return model
 
 
 def set_grad_checkpointing(model: nn.Module, on: bool = True) -> None:
-    """Compute the activations of every block again in the backward pass instead of keeping them.
+    """Recompute the activations of every block in the backward pass instead of storing them.
 
-    Of open_clip's and timm's towers, and others with a switch `grad_checkpointing`; of open_clip's ResNet, which has
-    none, too. Where blocks have batch norms, the backward pass belongs inside `accumulate.frozen_statistics`.
+    Works for modules with an attribute `grad_checkpointing` (towers of open_clip and timm) and for open_clip's ResNet,
+    which lacks it. If blocks have batch norms, run the backward pass inside `accumulate.frozen_statistics`.
     ValueError if the model has no such block.
     """
     switches = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]

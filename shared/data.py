@@ -1,15 +1,15 @@
 """Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by row.
 
-A shard's tar headers are indexed once, without reading its payloads; every sample is then a read of its own bytes. So
-the order of an epoch is a pure function of (seed, epoch), the same for any number of loader workers and split evenly
-over ranks, and a run that resumes skips what it has seen before anything is read or decoded.
+The tar headers of each shard are indexed once, so that any sample can be read by its byte offset. The order of an epoch
+is then a pure function of (seed, epoch): it does not depend on the number of loader workers, is split evenly over
+ranks, and a resumed run skips the samples that it has seen without reading them.
 
-A run asks its dataset of N rows for items: item i is row i % N in epoch i // N. So workers start once a run and read
-ahead from one epoch into the next. They hand on uint8 pixels, which the training process normalises on its device
-(`in_two`).
+With a dataset of N rows, item i of a run is row i % N in epoch i // N. So one set of workers serves all epochs, and
+reads ahead from one epoch into the next. Workers return uint8 pixels, which the training process normalises on its
+device (`in_two`).
 
-Broken samples (truncated tar, unreadable image, missing or empty caption, wrong encoding) are never silently lost: the
-next readable row takes their place, and `Broken` records are handed on for the report at the end of the epoch.
+Broken samples (truncated tar, unreadable image, missing or empty caption, wrong encoding) are replaced by the next
+readable row, and reported at the end of the epoch from their `Broken` records.
 """
 
 import array
@@ -43,12 +43,12 @@ from shared.index import Strings, fingerprint, kept, locked, read_index
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
-MAX_CHARACTERS = 2**12  # of a caption; no text tower reads further, and byte-pair encoding is quadratic in a word
-CAPTION_BYTES = 4 * MAX_CHARACTERS  # of a caption that are looked at: as many characters at least
+MAX_CHARACTERS = 2**12  # of a caption: text towers read less, and byte-pair encoding is quadratic in a word's length
+CAPTION_BYTES = 4 * MAX_CHARACTERS  # bytes of a caption that are read; a UTF-8 character has at most 4
 ATTEMPTS = 4  # to fetch a remote shard
-STALLED = 60  # seconds without a byte after which a download is begun anew
-PAUSE = 1.0  # seconds before the second; four times as long before each that follows
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are not even tried: PIL hands EPS to Ghostscript
+STALLED = 60  # seconds without a byte after which a download is restarted
+PAUSE = 1.0  # seconds before the second attempt, four times as long before each further one
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others, since PIL passes EPS to Ghostscript
 
 
 class Pair(NamedTuple):
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 
 class BrokenSample(Exception):
-    """Raised by `read` for a sample that cannot be used."""
+    """Raised by `read` for an unusable sample."""
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -78,13 +78,13 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def read_file(path: str | Path) -> bytes:
-    """An image file's bytes. BrokenSample if it is no regular file (a device or a pipe is none) or over MAX_BYTES."""
+    """Bytes of an image file. BrokenSample if it is not a regular file (a device or pipe) or larger than MAX_BYTES."""
     try:
         if not os.path.isfile(path):
             raise BrokenSample("missing image")
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         raise BrokenSample("missing image") from error
     if len(content) > MAX_BYTES:
         raise BrokenSample(f"file of more than {MAX_BYTES} bytes")
@@ -97,17 +97,17 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 
 class ToNormalizedTensor:
-    """RGB image -> (3, H, W): torchvision's ToTensor and Normalize in half their time, bit for bit."""
+    """RGB image -> (3, H, W): bit for bit like torchvision's ToTensor and Normalize, in half their time."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         values = tuple(torch.tensor(each)[:, None, None] for each in (mean, std))
-        self.values = {values[0].device: values}  # mean and std (3, 1, 1) on each device where they have been wanted
+        self.values = {values[0].device: values}  # mean and std (3, 1, 1) by device
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.normalise(to_pixels(image))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(..., 3, H, W) uint8 -> float32, on the same device and in the same memory format."""
+        """(..., 3, H, W) uint8 -> normalised float32 on the same device, in the same memory format."""
         if pixels.device not in self.values:
             values = next(iter(self.values.values()))
             self.values[pixels.device] = tuple(value.to(pixels.device) for value in values)
@@ -120,10 +120,10 @@ def as_it_is(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:
-    """A transform of images that ends in normalising -> (it up to uint8 pixels (3, H, W), what normalises batches).
+    """Split an image transform -> (its steps up to uint8 pixels (3, H, W), its normalisation, of batches).
 
-    The first half is for loader processes, so that a quarter of the bytes goes from process to process, and the second
-    for the device. Other transforms -> (the transform, nothing more).
+    Loader processes run the first half, so that they transfer a quarter of the bytes; the device runs the second. A
+    transform that does not end in a normalisation -> (the transform, identity).
     """
     *steps, last = getattr(transform, "transforms", [transform])
     if isinstance(last, Normalize) and steps and isinstance(steps[-1], ToTensor):  # torchvision's own
@@ -134,7 +134,7 @@ def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torc
 
 
 class RememberingTokenizer:
-    """An open_clip tokenizer, texts -> ids (N, L), that remembers about `size` texts: it is slow, and epochs repeat."""
+    """An open_clip tokenizer, texts -> ids (N, L), that caches about `size` texts, since tokenizing is slow."""
 
     def __init__(self, tokenizer: Callable, size: int = 2**14):
         self.tokenizer, self.size, self.known = tokenizer, size, {}
@@ -151,7 +151,7 @@ class RememberingTokenizer:
 def decode_caption(data: bytes) -> str:
     """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8.
 
-    Only the first CAPTION_BYTES are looked at, where a character may be cut.
+    Only the first CAPTION_BYTES are decoded; a character cut there is dropped.
     """
     try:
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -171,7 +171,7 @@ def is_remote(url: str) -> bool:
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
-    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> shards; FileNotFoundError names a missing one."""
+    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> shards. FileNotFoundError names a missing one."""
     if isinstance(spec, str) and os.path.isdir(spec):
         urls = sorted(str(path) for path in Path(spec).glob("*.tar"))
         if not urls:
@@ -187,24 +187,24 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
 
 
 def cached_path(url: str, folder: Path) -> Path:
-    """Where `fetch` keeps the copy of a remote shard."""
+    """Path of the local copy of a remote shard, as `fetch` writes it."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url)[-100:]
     return folder / f"{stable_hash(url):016x}-{name.removesuffix('.tar')}.tar"
 
 
 def fetch(url: str, folder: Path) -> str:
-    """A shard as a local file: itself if local, else a copy in `folder` (by webdataset: http, gs, hf, pipe:)."""
+    """Local path of a shard; a remote one (http, gs, hf, pipe:) is first copied to `folder` with webdataset."""
     if not is_remote(url):
         return url.removeprefix("file:")
     folder.mkdir(parents=True, exist_ok=True)
     path = cached_path(url, folder)
     if path.exists():
         return str(path)
-    with locked(path.with_suffix(".lock")):  # one process of a machine fetches, its peers wait
+    with locked(path.with_suffix(".lock")):  # one process per machine fetches, the others wait
         if not path.exists():
             host = socket.gethostname()  # machines may share the folder
             for old in folder.glob(f"{path.stem}.{host}-*.part"):
-                if not alive(int(old.stem.rsplit("-", 2)[1])):  # its process was killed
+                if not alive(int(old.stem.rsplit("-", 2)[1])):  # left by a killed process
                     old.unlink(missing_ok=True)
             temporary = folder / f"{path.stem}.{host}-{os.getpid()}-{threading.get_ident()}.part"
             for attempt in range(ATTEMPTS):
@@ -225,7 +225,7 @@ def fetch(url: str, folder: Path) -> str:
 
 
 def command_of(url: str) -> str:
-    """What webdataset opens: of http(s) its own curl command, which also gives up where nothing comes for a while."""
+    """The URL for webdataset; for http(s), its own curl command with a timeout for stalled downloads."""
     if not url.startswith(("http://", "https://")):
         return url
     patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALLED} --retry 30 --retry-delay 2"
@@ -233,7 +233,7 @@ def command_of(url: str) -> str:
 
 
 def alive(process: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -244,7 +244,7 @@ def alive(process: int) -> bool:
 
 
 class NoPairs(ValueError):
-    """Shards without a readable pair; `broken` says why."""
+    """Raised for shards without a readable pair; `broken` has the reasons."""
 
     def __init__(self, message: str, broken: list[Broken]):
         super().__init__(message)
@@ -254,7 +254,8 @@ class NoPairs(ValueError):
 class Shards:
     """Random access to the pairs of local webdataset shards: `len`, `keys`, `read(row)`, `caption(row)`.
 
-    `limit` keeps the first of `total` rows. With `strict`, any broken sample is a ValueError.
+    `limit` keeps only the first rows; `total` is their number without it. With `strict`, any broken sample is a
+    ValueError.
     """
 
     def __init__(self, paths: Sequence[str], limit: int | None = None, strict: bool = False, cache: Path | None = None):
@@ -274,8 +275,10 @@ class Shards:
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
     def cut(self) -> list[str]:
-        """A sentence on each damaged shard: how far it could be read, and how many pairs it should have: as many as
-        img2dataset's FILE_stats.json says, or as its neighbours have."""
+        """One sentence for each damaged shard: bytes and pairs that could be read, and the expected number of pairs.
+
+        The expected number is from img2dataset's FILE_stats.json, else the median of the undamaged shards.
+        """
         damaged, found = {each.key for each in self.broken}, []
         ends = self._starts[1:].tolist()
         counts = np.diff(self._starts).tolist()
@@ -298,20 +301,20 @@ class Shards:
         return len(self.keys)
 
     def shard_of(self, row: int) -> int:
-        """Number of the shard that a row is in."""
+        """Index of the shard of a row."""
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def rows_of(self, shard: int) -> range:
-        """Rows of the samples in the shard `paths[shard]`, which follow each other."""
+        """Rows of the samples in the shard `paths[shard]`."""
         return range(*self._starts[shard : shard + 2].clip(max=len(self)).tolist())
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
-        """Bytes of a row's shard."""
+        """`size` bytes from `offset` on of the row's shard."""
         return self._files.read(self.shard_of(row), offset, size)
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
-        if isinstance(self._spans, np.memmap):  # another process maps it for itself
+        if isinstance(self._spans, np.memmap):  # the other process maps the file itself
             state |= {"keys": None, "_starts": None, "_spans": None}
         return state
 
@@ -321,20 +324,20 @@ class Shards:
             self._read_index()
 
     def read(self, row: int) -> Pair:
-        """Pair of that row. Raises BrokenSample."""
+        """The pair of a row. BrokenSample if it is unusable."""
         offset, size, text_offset, text_size = self._spans[row].tolist()
         caption = decode_caption(self._bytes(row, text_offset, min(text_size, CAPTION_BYTES + 1)))
         return Pair(self.keys[row], decode_image(self._bytes(row, offset, size)), caption)
 
     def caption(self, row: int) -> str:
-        """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
+        """The first MAX_CHARACTERS of a row's caption; undecodable bytes are replaced."""
         _, _, offset, size = self._spans[row].tolist()
         text = self._bytes(row, offset, min(size, CAPTION_BYTES))
         return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
 def told_by(shard: str) -> int | None:
-    """How many samples img2dataset has written into a shard, from the file that it leaves beside it."""
+    """Number of samples of a shard, from img2dataset's _stats.json beside it; None if there is none."""
     path = Path(shard).with_name(f"{Path(shard).stem}_stats.json")
     try:
         return int(json.loads(path.read_text())["successes"])
@@ -343,7 +346,7 @@ def told_by(shard: str) -> int | None:
 
 
 def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
-    """Columns `title` and `filepath` of a tab-separated file as bytes and ends. ValueError if it is none."""
+    """Columns `title` and `filepath` of a tab-separated file, as bytes and end offsets. ValueError if unreadable."""
     captions, caption_ends, files, file_ends = bytearray(), array.array("q"), bytearray(), array.array("q")
     csv.field_size_limit(2**31 - 1)
     try:
@@ -382,24 +385,24 @@ class TSV:
         return len(self.keys)
 
     def read(self, row: int) -> Pair:
-        """Pair of that row. Raises BrokenSample."""
+        """The pair of a row. BrokenSample if it is unusable."""
         caption = decode_caption(self._captions.bytes_of(row))
         return Pair(self.keys[row], decode_image(read_file(self.keys[row])), caption)
 
     def caption(self, row: int) -> str:
-        """The caption alone, at most MAX_CHARACTERS of it; undecodable bytes are replaced."""
+        """The first MAX_CHARACTERS of a row's caption; undecodable bytes are replaced."""
         return self._captions.bytes_of(row).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
 
 
 def open_pairs(
     spec: str, limit: int | None = None, strict: bool = False, cache: Path = Path("data/cache")
 ) -> Shards | TSV:
-    """Pairs of brace-expanded shards, or of one .tsv file. `cache` keeps their index, and copies of remote shards."""
+    """Pairs of brace-expanded shards or of a .tsv file. `cache` is the folder of indices and copied remote shards."""
     if spec.endswith((".tsv", ".csv")):
         if not os.path.isfile(spec):
             raise FileNotFoundError(f"{spec} does not exist")
         return TSV(spec, limit, strict, cache)
-    with ThreadPoolExecutor(4) as pool:  # shards that are here already are found at once
+    with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda url: fetch(url, cache), expand_shards(spec)))
     return Shards(paths, limit, strict, cache)
 
@@ -418,7 +421,7 @@ def planned_size(cfg) -> int:
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
-    """ValueError if `pairs` are not those of the run's checkpoint `state`, or fewer than one batch of `cfg`."""
+    """ValueError if `pairs` are not the data of the run's checkpoint `state`, or fewer than a batch."""
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
         dealt = ", or dealt to another number of processes" * hasattr(pairs, "place")
         raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
@@ -428,8 +431,10 @@ def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> 
 
 
 def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
-    """Print a sentence if --dataset-size is not what the data hold, and on each damaged shard; of windows of shards
-    nobody knows it beforehand."""
+    """Print a sentence for each damaged shard, and one if --dataset-size is not the number of pairs.
+
+    Nothing is printed for windows of shards, whose size is not known in advance.
+    """
     for sentence in pairs.cut()[:5] if process.main and isinstance(pairs, Shards) else ():
         print(sentence)
     total, wanted = getattr(pairs, "total", None), cfg.dataset_size
@@ -442,9 +447,9 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
 
 
 def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
-    """`pairs.read(row)`, or the next readable row in its place; what was passed over is appended to `broken`.
+    """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`.
 
-    An item of a run will do: see the head of this file.
+    `row` may also be an item of a run (see the top of this file).
     """
     if hasattr(pairs, "place"):  # a window of shards
         pairs, row = pairs.place(row)
@@ -465,9 +470,9 @@ def batches(
 ) -> list[np.ndarray]:
     """This rank's batches of a shuffled pass over range(n), from batch `start` on: a DataLoader's `batch_sampler`.
 
-    The permutation depends on `seed` alone (say, (seed, epoch)). `batch_size` is per rank: global batch b is rows
-    b*world_size*batch_size... of it, cut in rank order, so that W processes see together what one would with W times
-    the batch. The last global batch may be short, and empty for some ranks.
+    The permutation depends on `seed` only, for example (seed, epoch). `batch_size` is per rank. Global batch b is the
+    permutation's slice from b*world_size*batch_size on, split in rank order: W processes together see the batches of
+    one process with W times the batch size. The last global batch may be short, and empty for some ranks.
     """
     order = np.random.default_rng(seed).permutation(n)
     size = batch_size * world_size
@@ -484,10 +489,10 @@ def training_batches(
     start: int = 0,
     drop_last: bool = True,
 ) -> Iterator:
-    """This rank's batches of these epochs, one after the other, from batch `start` of the first on.
+    """This rank's batches of the given epochs, one after the other, from batch `start` of the first epoch on.
 
-    Each epoch is a pass over the dataset, shuffled by (cfg.seed, epoch), whose last short batch is left out unless
-    `drop_last` is off. `cfg` has the global batch_size and the number of loader `workers`, too. They start at once.
+    Each epoch is a pass over the dataset, shuffled by (cfg.seed, epoch). `drop_last` leaves out a short last batch.
+    `cfg` also has the global `batch_size` and the number of loader `workers`, which start immediately.
     """
     n, size = len(dataset), cfg.batch_size // process.world_size
 
@@ -504,36 +509,36 @@ def training_batches(
 def loader_of(
     dataset: Dataset, batches: Iterable[Sequence[int]], collate: Callable, cfg, process: run.Process
 ) -> DataLoader:
-    """A loader of these batches of items."""
+    """DataLoader of the given batches of items."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=cfg.workers,
         collate_fn=collate,
         pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
+        generator=torch.Generator().manual_seed(0),  # so that the loader does not use the global generator
     )
 
 
 def stable_hash(*parts: int | str) -> int:
-    """A 63-bit seed from its parts, the same in every process and on every machine."""
+    """A 63-bit hash of its arguments, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_views(seed: int, item: int, n: int) -> None:
-    """Seed the CPU's generator for an item of a run over n rows; `torch.manual_seed` walks all backends, at 0.1 ms."""
+    """Seed the CPU's generator for an item of a run over n rows. (`torch.manual_seed` seeds all devices, in 0.1 ms.)"""
     torch.default_generator.manual_seed(stable_hash(seed, *divmod(int(item), n)))
 
 
 def watch(batches: Iterable, broken: list[Broken]) -> Iterable:
-    """Pass batches on; the last item of each, its broken samples, is collected in `broken`."""
+    """Yield the batches, and append the broken samples of each, its last item, to `broken`."""
     for batch in batches:
         broken.extend(batch[-1])
         yield batch
 
 
 def broken_report(broken: Iterable[Broken], fate: str = "replaced by their neighbours") -> str | None:
-    """One line for the end of an epoch, or None: how many distinct samples were broken, why, and the first few keys."""
+    """One line with the number of distinct broken samples, the reasons and the first keys; None if there are none."""
     distinct = dict(broken)
     if not distinct:
         return None
@@ -543,7 +548,7 @@ def broken_report(broken: Iterable[Broken], fate: str = "replaced by their neigh
 
 
 def report_broken(broken: list[Broken], process: run.Process, label: str) -> None:
-    """Print `broken_report` of all ranks' samples behind a label, and forget them."""
+    """Print a label and `broken_report` of all ranks' samples, and clear `broken`."""
     if (line := broken_report(run.gather_lists(broken, process))) and process.main:
         print(f"{label}: {line}")
     broken.clear()

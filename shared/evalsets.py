@@ -1,4 +1,4 @@
-"""Reads evaluation sets in the CLIP-benchmark webdataset layout, so that every public `wds_*` set works unchanged.
+"""Reads evaluation sets in the CLIP-benchmark webdataset layout; every public `wds_*` set works unchanged.
 
     <folder>/classnames.txt                         one class name a line; line c names label c
              zeroshot_classification_templates.txt  one prompt template a line, `{c}` stands for the class name
@@ -7,7 +7,7 @@
              <split>/0.tar, 1.tar, ...              `KEY.{webp,png,jpg,jpeg}` with `KEY.cls` (label), `KEY.npy` (0/1 per
                                                     class, multilabel) or `KEY.txt` (captions, one a line, retrieval)
 
-An evaluation set has to be whole: what is missing or unreadable raises one sentence that names the file and the key.
+An evaluation set must be complete: a missing or unreadable file is an error that names file and key.
 """
 
 import copy
@@ -31,8 +31,8 @@ KINDS = ("classification", "multilabel", "retrieval")
 class EvalSet(IterableDataset):
     """One split of an evaluation set; iterating gives `(key, image, target)` in shard order.
 
-    image: what `transform` makes of an RGB PIL image; target: int label, (C,) float 0/1 vector or list of captions.
-    `classnames` and `templates` are empty for retrieval sets. `batches` also brings errors out of workers.
+    image: `transform` of an RGB PIL image. target: int label, (C,) float 0/1 vector or list of captions.
+    `classnames` and `templates` are empty for retrieval sets. `batches` also raises errors of workers.
     """
 
     def __init__(self, folder: str | Path, transform: Callable[[Image.Image], torch.Tensor], split: str = "test"):
@@ -66,8 +66,11 @@ class EvalSet(IterableDataset):
         return shards
 
     def _samples(self) -> Iterator[tuple[Path, dict]]:
-        """Undecoded samples with their shard. Each worker has shards of its own, or if there are fewer shards than
-        workers every n-th sample; of other samples it reads headers alone."""
+        """(shard, undecoded sample) pairs of this worker.
+
+        Workers divide the shards. If there are fewer shards than workers, each of n workers takes every n-th sample,
+        and reads only the headers of the others.
+        """
         worker = get_worker_info()
         rank, count = (worker.id, worker.num_workers) if worker else (0, 1)
         shards, step, first = self.shards, count, rank
@@ -75,7 +78,7 @@ class EvalSet(IterableDataset):
             shards, step, first = shards[rank::count], 1, 0
         index = 0
         for shard in shards:
-            with open(shard, "rb", buffering=0) as file:  # else Python reads a block of the file system ahead
+            with open(shard, "rb", buffering=0) as file:  # no read-ahead
                 for key, files in _grouped(shard):
                     if index % step == first:
                         yield shard, {"__key__": key} | _contents(file, files)
@@ -89,7 +92,7 @@ class EvalSet(IterableDataset):
             yield sample["__key__"], self.transform(_image(sample, where)), self._target(sample, where)
 
     def targets(self) -> Iterator[tuple[str, int | torch.Tensor | list[str]]]:
-        """(key, target) of each sample, as iterating gives them; no image is decoded."""
+        """(key, target) of each sample, in the order of iteration, without decoding images."""
         for shard, sample in self._samples():
             yield sample["__key__"], self._target(sample, f"{shard}, sample {sample['__key__']!r}")
 
@@ -132,7 +135,7 @@ class EvalSet(IterableDataset):
         pixels, normalise = in_two(self.transform)
         own, empty = copy.copy(self), True
         own.transform = pixels
-        # Workers send an error as a value: DataLoader would wrap a raised one into a page of traceback text.
+        # Workers return errors as items: DataLoader would add a long traceback to a raised error.
         pin = torch.device(device).type == "cuda"
         loader = DataLoader(
             _ErrorsAsItems(own), batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin
@@ -159,7 +162,7 @@ class _ErrorsAsItems(IterableDataset):
 
 
 def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exception:
-    if isinstance(items[-1], Exception):  # an error ends the worker's stream, so it can only come last
+    if isinstance(items[-1], Exception):  # an error ends the worker's stream, so it is always last
         return items[-1]
     _, images, targets = zip(*items, strict=True)
     if isinstance(targets[0], list):
@@ -168,12 +171,12 @@ def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exceptio
 
 
 def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {extension: (offset, size)}) of a tar's samples, whose files are neighbours. ValueError: it is damaged."""
+    """(key, {extension: (offset, size)}) of a tar's samples; files of a sample are adjacent. ValueError if damaged."""
     broken: list[Broken] = []
     key, files = None, {}
     for member in tar_files(shard, broken):
         found, extension = key_of(member.name)
-        if not os.path.basename(found) or not extension:  # ._hidden files, and such as belong to no sample
+        if not os.path.basename(found) or not extension:  # hidden files, and files of no sample
             continue
         if found != key and files:
             yield key, files
@@ -188,7 +191,7 @@ def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
 
 
 def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-    """What a sample is made of out of its tar, the first kind of image alone."""
+    """{extension: bytes} of a sample: its image, in the first of IMAGE_EXTENSIONS that it has, and its targets."""
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
     contents = {}
     for extension in {image, "cls", "npy", "txt"} & files.keys():
@@ -202,7 +205,7 @@ def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, by
 
 
 def _image(sample: dict, where: str) -> Image.Image:
-    """RGB image; transparent pixels show white, as emoji, logos and clip art expect."""
+    """RGB image; transparency is composited on white."""
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
     if extension is None:
         raise ValueError(f"{where} has no image (.{', .'.join(IMAGE_EXTENSIONS)}).")

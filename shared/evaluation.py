@@ -1,4 +1,4 @@
-"""Measurements of run folders: kept beside the checkpoint, printed, handed to the paper's study on request."""
+"""Evaluates run folders: saves metrics beside the checkpoint, prints them, and passes them to the paper's study."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ from shared.run import commit, read_metrics
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as a Markdown table, columns padded so that it reads in a terminal, too."""
+    """Rows as a Markdown table, with padded columns so that it is readable in a terminal."""
     columns = list(columns or rows[0])
     cells = [[str(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -25,8 +25,10 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
 
 
 def measured(file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
-    """`measure()`, kept in `file`; not repeated while that is newer than `sources` and was made with the same `setting`
-    and the same code."""
+    """Metrics from `measure()`, cached in `file`.
+
+    The cache is used if `file` is newer than `sources` and was written with the same `setting` and code.
+    """
     setting = json.loads(json.dumps(setting | {"code": commit()}))
     if file.exists() and all(source.exists() and file.stat().st_mtime > source.stat().st_mtime for source in sources):
         kept = read_json(file)
@@ -38,15 +40,16 @@ def measured(file: Path, setting: dict, sources: Sequence[Path], measure: Callab
 
 
 def named(path: str | Path) -> bool:
-    """Whether this is a model that open_clip knows, MODEL@TAG, and no file or folder."""
+    """Whether `path` has the form MODEL@TAG of open_clip's models and is no file or folder."""
     return "@" in str(path) and not Path(path).exists()
 
 
 def results_folder(path: str | Path, cfg: Any) -> Path:
-    """Where results.json and results.md of a run folder, a checkpoint file or MODEL@TAG lie.
+    """Folder of results.json and results.md for a run folder, a checkpoint file or MODEL@TAG.
 
-    In the run folder; in FILE.eval/ beside a file; in runs/PAPER/MODEL@TAG/, PAPER being the folder of `cfg`'s class,
-    and so with `local-dir:DIR` and with another paper's run, which has results of its own.
+    For a run folder: itself. For a file: FILE.eval/ beside it. For MODEL@TAG: runs/PAPER/MODEL@TAG/, where PAPER is the
+    folder of `cfg`'s class. For `local-dir:DIR` and for another paper's run DIR, so as not to overwrite its results:
+    runs/PAPER/NAME/, where NAME is DIR's last part.
     """
     paper = Path(inspect.getfile(type(cfg))).parent.name
     if named(path):
@@ -64,10 +67,10 @@ def measured_run(
     measure: Callable[[Path], dict[str, float]],
     files: Iterable[Path] = (),
 ) -> dict[str, float]:
-    """`measured` of a run folder, a checkpoint file or MODEL@TAG, kept in `results_folder` with a table, results.md.
+    """`measured` of a run folder, a checkpoint file or MODEL@TAG, cached in `results_folder` with a table, results.md.
 
-    measure(folder) -> metrics; a run folder's training seconds join them. Anew if the checkpoint, the shards of an
-    evaluation set, one of `files`, or a field of `cfg` has changed, other than those that change no number.
+    measure(folder) -> metrics; the run's training seconds are added. Measured again if the checkpoint, a shard of
+    an evaluation set, one of `files`, or a field of `cfg` that can change metrics has changed.
     """
     path, folder = Path(path), results_folder(path, cfg)
     inside = Path(str(path).removeprefix("local-dir:"))
@@ -90,9 +93,9 @@ def measured_run(
 
 
 def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:
-    """What was measured as Markdown tables: what has a heading, then the rest, sets with the same metrics side by side.
+    """Metrics as Markdown tables: those with a heading, then the others; sets with the same metrics share a table.
 
-    Of sets in `embedded` only what has a heading is shown, of single languages nothing, since there is a mean of them.
+    For sets in `embedded`, metrics without a heading are left out; so are those of single languages.
     """
     numbers = {key: f"{value:.2f}" for key, value in metrics.items() if isinstance(value, (int, float))}
     rows = [{"metric": heading, "value": numbers[key]} for key, heading in headings.items() if key in numbers]
@@ -103,7 +106,7 @@ def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Containe
             rows.append({"metric": key, "value": numbers[key]})
         elif not (where.startswith("language_") or any(part in embedded for part in where.split("/"))):
             of_sets.setdefault(where, {})[metric] = numbers[key]
-    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}  # metrics -> the sets that have these
+    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}  # metrics -> sets with these metrics
     for where, found in of_sets.items():
         alike.setdefault(tuple(found), {})[where] = found
     parts = [rows] if rows else []
@@ -116,9 +119,9 @@ def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Containe
 
 
 def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
-    """(names of the sets of the embedded corpus in `cfg`, whether there are others): folders that its fields name.
+    """(names of the embedded corpus's evaluation sets in `cfg`, whether it also names other sets).
 
-    Those of the embedded corpus are the defaults.
+    Sets are folders named in fields of `cfg`; those of the embedded corpus are the fields' defaults.
     """
 
     def flat(values: Iterable[Any]) -> set[str]:
@@ -131,7 +134,7 @@ def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
 
 
 def check_report(path: str | None) -> None:
-    """ValueError if --report names no .json: plots are drawn beside it, and it is replaced."""
+    """ValueError if --report does not end in .json, since the file is replaced."""
     if path and Path(path).suffix != ".json":
         raise ValueError(f"--report {path} should end in .json")
 
@@ -139,10 +142,10 @@ def check_report(path: str | None) -> None:
 def evaluate_runs(
     cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder"
 ) -> list[dict]:
-    """`measure(path)` of each of `cfg.runs`, printed with the place where all of it is kept.
+    """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
-    Printed are `tables`; of several runs on nothing but the embedded corpus a line each with what has a heading.
-    ValueError if there are no runs, or `cfg.report` would overwrite something else than results.
+    Prints `tables`; for several runs on the embedded corpus only, one line per run, of metrics with a heading.
+    ValueError if there are no runs, or `cfg.report` is no .json file.
     """
     if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")
@@ -161,9 +164,9 @@ def evaluate_runs(
 
 
 def compare(folder: str, runs: Sequence[str], results: Sequence[dict], path: str, **more: Any) -> None:
-    """Hand what was measured of run folders ARM-seedN to FOLDER/study.py, which judges the paper's claims.
+    """Pass the metrics of run folders ARM-seedN to FOLDER/study.py, which judges the paper's claims.
 
-    ValueError where that file is not there: the papers run without their studies.
+    ValueError if that file cannot be imported.
     """
     try:
         study = importlib.import_module(f"{folder}.study").STUDY

@@ -1,4 +1,4 @@
-"""Dual encoders as folders that open_clip loads, and all that builds on it: `python -m FOLDER.eval RUN --export DIR`.
+"""Exports dual encoders to folders that open_clip loads: `python -m FOLDER.eval RUN --export DIR`.
 
     DIR/open_clip_config.json       architecture and preprocessing
         open_clip_model.safetensors weights
@@ -10,7 +10,7 @@
         --dataset wds/names_ood --dataset_root 'data/emoji/eval/{dataset}' --task zeroshot_classification \\
         --output names_ood.json
 
-`load_model` takes such a folder, MODEL@TAG of open_clip, or a run folder of any paper, which its eval.py exports.
+`load_model` loads such a folder, MODEL@TAG of open_clip, or a run folder of any paper (exported by its eval.py).
 """
 
 import contextlib
@@ -38,18 +38,18 @@ from shared.evaluation import named
 
 LOCAL = "local-dir:"
 KINDS = "a run folder, local-dir:DIR with what --export wrote, or MODEL@TAG of open_clip"
-TOLERANCE = 1e-5  # of unit features: rounding of another order of sums, no more
+TOLERANCE = 1e-5  # largest difference of unit features, for rounding
 
 
 def single(runs: Sequence[str]) -> str:
-    """The one run that is exported. ValueError if there are several, or none."""
+    """The only run. ValueError if there are several, or none."""
     if len(runs) != 1:
         raise ValueError(f"--export takes one run or checkpoint, not {len(runs)}")
     return runs[0]
 
 
 def named_config(name: str, image_size: int | None = None, **changes: Any) -> dict:
-    """open_clip's config of this name, at another image size, with other top-level entries."""
+    """open_clip's config of this name, with its image size and top-level entries replaced."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in open_clip_config(name).items()}
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
@@ -67,19 +67,19 @@ def open_clip_config(name: str) -> dict:
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder of `local-dir:DIR`, or DIR, if an export is in it."""
+    """The folder of `local-dir:DIR` or DIR if it holds an export, else None."""
     path = Path(str(source).removeprefix(LOCAL))
     return path if (path / "open_clip_config.json").is_file() else None
 
 
 def foreign(source: str | Path, paper: str) -> bool:
-    """Whether this is a model, but no run or file of this paper: another paper's run, an export, MODEL@TAG."""
+    """Whether `source` is a model of another paper or library: another paper's run, an export or MODEL@TAG."""
     return named(source) or local_folder(source) is not None or trained_by(source) not in (None, paper)
 
 
 def exported(run: str | Path) -> Path:
-    """A run as a folder that open_clip loads, RUN/open_clip: made by its paper's eval.py where it is missing, or older
-    than the checkpoint. ValueError if it cannot be."""
+    """RUN/open_clip, a folder that open_clip loads. The paper's eval.py writes it if it is missing or older than the
+    checkpoint. ValueError if it cannot be exported."""
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
         raise ValueError(f"{run}/checkpoint.pt does not say whose it is: export it first, python -m FOLDER.eval {run}")
@@ -108,7 +108,7 @@ def exported(run: str | Path) -> Path:
 
 
 def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of one of KINDS. ValueError if it is none of them."""
+    """(model in eval mode, image transform, tokenizer) of a source, one of KINDS. ValueError if it is none of them."""
     folder = local_folder(source)
     if folder is None and (Path(source) / "checkpoint.pt").is_file():
         folder = exported(source)
@@ -133,12 +133,12 @@ def write(
     transform: Callable[[Image.Image], Tensor],
     **preprocess: Any,
 ) -> dict[str, float]:
-    """Write the folder, load it as its users will, and print and return how far that is from what was exported.
+    """Write the folder, load it with open_clip, and print and return its largest differences from `model`.
 
     model: `encode_image(images)` and `encode_text(tokens)` on the CPU, in eval mode. config: embed_dim, vision_cfg,
-    text_cfg, quick_gelu. weights: by open_clip's names. transform: PIL RGB -> (3, S, S) of `model`; `preprocess` says
-    it in open_clip's words where it is not the default (shorter side to S, bicubic, centre crop, OpenAI's statistics).
-    Returns the largest differences of unit image and text features and of a preprocessed image.
+    text_cfg, quick_gelu. weights: by open_clip's names. transform: PIL RGB -> (3, S, S) of `model`. preprocess:
+    open_clip's settings of this transform that differ from the default (shorter side to S, bicubic, centre crop,
+    OpenAI's statistics). The differences are those of unit image and text features and of a preprocessed image.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -163,7 +163,7 @@ def write(
 
 @torch.no_grad()
 def compare(folder: Path, model: Any, transform: Callable[[Image.Image], Tensor]) -> dict[str, float]:
-    """Largest differences between `model` and what open_clip makes of the folder, on seeded noise."""
+    """Largest differences between `model` and open_clip's model of the folder, on seeded noise."""
     loaded, _, loaded_transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     loaded.eval()
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""Which samples a data set holds and where their bytes lie: made once a machine, memory-mapped by all processes.
+"""Index of a data set: the keys of its samples and the offsets of their bytes, memory-mapped by all processes.
 
-The index of a data set of LARGE bytes or more is kept in a cache folder, as arrays under a name that follows from the
-paths, sizes and times of its files. One process of a machine makes it, its peers wait; later starts only open it.
+The index of a data set of LARGE bytes or more is cached in a folder, named by a hash of the paths, sizes and times of
+the data set's files. One process per machine writes it while the others wait; later runs only open it.
 """
 
 import array
@@ -25,14 +25,14 @@ import numpy as np
 
 from shared.tars import Broken, index_shard
 
-LARGE = 2**28  # bytes of a data set whose index is kept; that of a smaller one takes a second
-VERSION = 1  # of what is written
+LARGE = 2**28  # bytes of a data set from which on its index is cached; a smaller one is indexed in a second
+VERSION = 1  # of the files
 HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
 CHUNK = 2**22  # bytes of strings that are hashed at a time
 
 
 class Strings(Sequence):
-    """Read-only strings, UTF-8 in one array of bytes: each takes its own length, and processes share them."""
+    """Read-only sequence of strings, stored as UTF-8 in one array of bytes, which processes can share."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
         self.text, self.ends = text, ends
@@ -46,7 +46,7 @@ class Strings(Sequence):
         return cls(np.frombuffer(text, dtype=np.uint8), np.array(ends, dtype=np.int64))
 
     def head(self, limit: int | None) -> "Strings":
-        """The first `limit` of them."""
+        """The first `limit` strings."""
         return Strings(self.text, self.ends[:limit])
 
     def bytes_of(self, i: int) -> bytes:
@@ -56,7 +56,7 @@ class Strings(Sequence):
         return len(self.ends)
 
     def __getitem__(self, i):
-        """A string, or for a slice or an array of positions an array of strings."""
+        """A string; for a slice or an array of positions, an array of strings."""
         if isinstance(i, (int, np.integer)):
             position = int(i) + len(self) * (i < 0)
             if not 0 <= position < len(self):
@@ -87,13 +87,13 @@ class Strings(Sequence):
 
 @functools.lru_cache(maxsize=4)
 def factors(length: int) -> np.ndarray:
-    """(2, length) random uint64; fewer are the first of more."""
+    """(2, length) random uint64; a shorter result is a prefix of a longer one."""
     pairs = np.random.default_rng(0).integers(0, 2**64 - 1, (length, 2), dtype=np.uint64, endpoint=True)
     return np.ascontiguousarray(pairs.T)
 
 
 def hashes(strings: Strings) -> np.ndarray:
-    """(2, N) uint64: two sums of each string's bytes, each byte times a random number of its place."""
+    """(2, N) uint64: two hashes of each string, each a sum of its bytes times random numbers by position."""
     ends = np.asarray(strings.ends, dtype=np.int64)
     starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
     weights = factors(1 << int((ends - starts).max(initial=1)).bit_length())
@@ -101,7 +101,7 @@ def hashes(strings: Strings) -> np.ndarray:
     while first < len(strings):
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + CHUNK, side="right")))
         begin, end = starts[first:last] - starts[first], ends[first:last] - starts[first]
-        text = strings.text[starts[first] : ends[last - 1]].astype(np.uint64) + np.uint64(1)  # a zero counts, too
+        text = strings.text[starts[first] : ends[last - 1]].astype(np.uint64) + np.uint64(1)  # + 1 for zero bytes
         place = np.arange(len(text)) - np.repeat(begin, end - begin)
         for sums, weight in zip(found, weights, strict=True):
             total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(text * weight[place])])
@@ -111,7 +111,7 @@ def hashes(strings: Strings) -> np.ndarray:
 
 
 class Lookup:
-    """The rows of strings, by their hashes: 24 bytes a row, whatever the length of the strings."""
+    """Finds the rows of strings by hash, with 24 bytes per row."""
 
     def __init__(self, strings: Strings):
         first, second = hashes(strings)
@@ -119,7 +119,7 @@ class Lookup:
         self.first, self.second = first[self.order], second[self.order]
 
     def find(self, strings: Strings) -> np.ndarray:
-        """(N,) int64: the first row of each string, -1 where there is none."""
+        """(N,) int64: the first row of each string, or -1."""
         first, second = hashes(strings)
         place = np.searchsorted(self.first, first)
         while True:
@@ -130,7 +130,7 @@ class Lookup:
             place = place + other
 
     def row(self, string: str) -> int:
-        """`find` of one string, quicker."""
+        """Like `find`, of one string, but faster."""
         text = np.frombuffer(string.encode(errors="surrogateescape"), dtype=np.uint8).astype(np.uint64)
         weights = factors(1 << max(len(text), 1).bit_length())[:, : len(text)]
         first, second = ((text + np.uint64(1)) * weights).sum(axis=1)
@@ -142,7 +142,7 @@ class Lookup:
         return -1
 
     def twice(self) -> int | None:
-        """A row whose string another row has, too."""
+        """A row whose string occurs twice; None if there is none."""
         same = (self.first[1:] == self.first[:-1]) & (self.second[1:] == self.second[:-1])
         return int(self.order[same.argmax()]) if same.any() else None
 
@@ -150,15 +150,15 @@ class Lookup:
 class Index(NamedTuple):
     """Samples of shards, in the order of the shards and of the files in them."""
 
-    keys: Strings  # N
+    keys: Strings  # (N,)
     spans: np.ndarray  # (N, 4) int64: image offset, image size, caption offset, caption size
-    starts: np.ndarray  # (S + 1,) int64: first row of each shard, and N
+    starts: np.ndarray  # (S + 1,) int64: first row of each shard, then N
     broken: list[Broken]
-    digests: list[str]  # S, of each shard's keys and spans
+    digests: list[str]  # (S,) hash of each shard's keys and spans
 
 
 def arrays_of(path: str) -> tuple[Strings, np.ndarray, list[Broken], str]:
-    """Keys, spans, broken samples and digest of one shard."""
+    """(keys, spans, broken samples, digest) of one shard."""
     shard = index_shard(path)
     keys = Strings.of(shard.keys)
     digest = fingerprint(keys.text.tobytes(), keys.ends.tobytes(), shard.spans.tobytes())
@@ -167,7 +167,7 @@ def arrays_of(path: str) -> tuple[Strings, np.ndarray, list[Broken], str]:
 
 def index_shards(paths: Sequence[str]) -> Index:
     """Reads the headers of all shards."""
-    if len(paths) < 64 or multiprocessing.current_process().daemon:  # a loader's process may have no children
+    if len(paths) < 64 or multiprocessing.current_process().daemon:  # loader workers cannot start processes
         shards = [arrays_of(path) for path in paths]
     else:
         with ProcessPoolExecutor(min(os.cpu_count() or 1, len(paths))) as pool:
@@ -185,7 +185,7 @@ def index_shards(paths: Sequence[str]) -> Index:
 
 
 def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
-    """The index of shards, from the folder `cache` where it has been made; made anew when one of them has changed."""
+    """Index of shards, from the folder `cache` if it is there and no shard has changed since."""
 
     def make() -> tuple[dict[str, np.ndarray], dict]:
         index = index_shards(paths)
@@ -202,7 +202,7 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
 
 
 def fingerprint(*parts: bytes) -> str:
-    """Tells one data set from another."""
+    """Short hash of bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part)
@@ -211,19 +211,19 @@ def fingerprint(*parts: bytes) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process of a machine at a time; no wait where there are no locks, or the folder cannot be written."""
+    """Context that one process per machine enters at a time. No lock if the file system has none or is read-only."""
     file = None
     try:
         file = open(path, "a")
         while True:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX)  # of this process alone: loader workers do not inherit it
+                fcntl.lockf(file, fcntl.LOCK_EX)  # loader workers do not inherit this lock
                 break
             except OSError as error:
-                if error.errno != errno.EDEADLK:  # what threads of two processes wait for looks like a circle
+                if error.errno != errno.EDEADLK:  # threads of two processes may look like a deadlock
                     raise
                 time.sleep(0.2)
-    except OSError:  # what follows is right without a lock, too, but done more than once
+    except OSError:  # without a lock the work is correct, but may be done twice
         pass
     try:
         yield
@@ -238,10 +238,11 @@ def kept(
     make: Callable[[], tuple[dict[str, np.ndarray], dict]],
     large: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """What `make` computes of files, arrays and something for JSON: memory-mapped from `cache` if they are large, that
-    is of LARGE bytes together, or of `large`.
+    """(arrays, a dict for JSON) from `make`, for the files `paths`.
 
-    Nothing is kept without `cache`, or in a folder that cannot be written.
+    If these have `large` bytes or more (default LARGE) in total, the result is cached and memory-mapped.
+
+    Not cached if `cache` is None or cannot be written.
     """
     stats = [os.stat(path) for path in paths]
     if cache is None or sum(stat.st_size for stat in stats) < (LARGE if large is None else large):
@@ -252,12 +253,12 @@ def kept(
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent / f"{which}.lock"):
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is not whole
+        with contextlib.suppress(OSError, ValueError):  # missing or incomplete
             return load(folder)
         arrays, about = make()
-        with contextlib.suppress(OSError, ValueError):  # without locks another process may have been quicker
+        with contextlib.suppress(OSError, ValueError):  # without locks, another process may have written it
             return load(folder)
-        with contextlib.suppress(OSError, ValueError):  # a read-only or full disk is no reason to stop
+        with contextlib.suppress(OSError, ValueError):  # read-only or full disk: go on without a cache
             write(folder, arrays, about)
         with contextlib.suppress(OSError, ValueError):
             return load(folder)
@@ -275,17 +276,17 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def forget(paths: Sequence[str], cache: Path) -> None:
-    """Removes what is kept of these files."""
+    """Removes the cached indices of these files."""
     for old in (cache / "index").glob(f"{name_of(paths)}-*"):
         shutil.rmtree(old, ignore_errors=True)
     (cache / "index" / f"{name_of(paths)}.lock").unlink(missing_ok=True)
 
 
 def write(folder: Path, arrays: dict[str, np.ndarray], about: dict) -> None:
-    """The folder appears when it is whole. Others of the same files that are a week old go, and what is an hour old and
-    unfinished; where there are no locks, another process may be writing a younger one."""
+    """Write the folder atomically; remove folders of the same files older than a week, and unfinished ones older than
+    an hour. (Without locks, another process may be writing a younger one.)"""
     which = folder.name.partition("-")[0]
-    shutil.rmtree(folder, ignore_errors=True)  # it could not be read
+    shutil.rmtree(folder, ignore_errors=True)  # unreadable
     for pattern, age in ((f"{which}-*", WEEK), (f".{which}-*", HOUR)):
         for old in folder.parent.glob(pattern):
             with contextlib.suppress(OSError):

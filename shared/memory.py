@@ -1,7 +1,7 @@
-"""Small corpora in memory: pixels decoded once, and their random views computed for a whole batch at a time.
+"""Small corpora in memory: images are decoded once, and random views are computed for a whole batch at a time.
 
-A view is a function of (seed, item): `uniforms` draws one row of random numbers an item, before any batch is cut, so
-that neither the order of batches, nor the number of processes, nor a resume changes it.
+A view is a function of (seed, item), independent of the order of batches, the number of processes and resuming:
+`uniforms` draws one row of random numbers per item in advance.
 
 Shapes: N items, B batch, H stored side, S side of a view, L tokens.
 """
@@ -27,18 +27,18 @@ CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 class InMemory(NamedTuple):
     """All pairs of a small corpus, in the order of its rows."""
 
-    pixels: Tensor  # (N, 3, H, H) uint8; or features (N, D) that a frozen network has computed of them
+    pixels: Tensor  # (N, 3, H, H) uint8, or their features (N, D) of a frozen network
     tokens: Tensor  # (N, L) int64
-    labels: np.ndarray  # (N,) int64, equal where captions are
-    broken: list[Broken]  # samples whose place a neighbour took
+    labels: np.ndarray  # (N,) int64, the same for equal captions
+    broken: list[Broken]  # samples that were replaced by a neighbour
 
     def to(self, device: torch.device) -> "InMemory":
-        """With the pixels on the device; tokens stay, as `clip.trimmed` wants to know their length."""
+        """Copy with pixels on the device. Tokens stay on the CPU, where `clip.trimmed` reads their length."""
         return self._replace(pixels=self.pixels.to(device))
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The centre square of an RGB image, at `side` pixels; an image that has that size already is left as it is."""
+    """The centre square of an RGB image, resized to `side` pixels; an image of this size is returned unchanged."""
     if image.size == (side, side):
         return image
     width, height = image.size
@@ -50,8 +50,7 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 
 def check_size(count: int, side: int, process: run.Process | None = None) -> None:
-    """ValueError if `count` images of `side` pixels take more than half of the machine's memory, with all of its
-    processes."""
+    """ValueError if `count` images of `side` pixels in each of the machine's processes exceed half of its memory."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
     needed, there = 3 * side**2 * count * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there / 2:
@@ -69,7 +68,7 @@ def read(
 ) -> InMemory:
     """Decode every pair once: images as centre squares of `side` pixels, captions as tokens.
 
-    ValueError if that takes more than half of the machine's memory, with all of its processes.
+    ValueError if this exceeds half of the machine's memory (see `check_size`).
     """
     check_size(len(pairs), side, process)
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
@@ -85,15 +84,15 @@ def read(
 
 
 def uniforms(seed: Sequence[int], n: int, count: int) -> Tensor:
-    """(n, count) random numbers in [0, 1): row i is for item i, whatever batch it comes in."""
+    """(n, count) random numbers in [0, 1); row i is for item i."""
     return torch.from_numpy(np.random.default_rng(seed).random((n, count), dtype=np.float32))
 
 
 def random_crops(u: Tensor, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
     """Random numbers (B, 4) -> boxes (B, 4) left, top, width, height in units of the image's side.
 
-    Area and aspect ratio are drawn as torchvision's RandomResizedCrop draws them. A box that would not fit, which is
-    drawn anew there, is cut to the image here. With areas above 1, boxes reach beyond the image.
+    Area and aspect ratio are drawn as in torchvision's RandomResizedCrop. A box that does not fit is cut to the image;
+    torchvision draws it again. With areas above 1, boxes reach beyond the image.
     """
     area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
     log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[:, 1]
@@ -103,7 +102,7 @@ def random_crops(u: Tensor, scale: tuple[float, float], ratio: tuple[float, floa
 
 
 def bicubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel with a = -0.5, which PIL resizes with; x: distances in units of a pixel, >= 0."""
+    """Keys' cubic convolution kernel with a = -0.5, as in PIL; x: distances in pixels, >= 0."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros(())))
@@ -112,8 +111,8 @@ def bicubic(x: Tensor) -> Tensor:
 def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
     """Weights (B, target, source) that resize [start, start + length) of a row of `source` pixels to `target` pixels.
 
-    PIL's antialiased bicubic filter, whose unit is a target pixel where the image shrinks, else a source pixel. start,
-    length (B,) are in source pixels. Beyond the ends, the image at its end is repeated.
+    This is PIL's antialiased bicubic filter: its unit is a target pixel if the image shrinks, else a source pixel.
+    start, length (B,) are in source pixels. Beyond its ends, the row is continued with its last pixels.
     """
     step = (length / target)[:, None, None]  # source pixels a target pixel
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
@@ -131,13 +130,13 @@ def crop_and_resize(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | Non
     if flip is not None:
         across = torch.where(flip[:, None, None], across.flip(1), across)
     x = torch.bmm(pixels.view(batch, 3 * height, width).float(), across.transpose(1, 2)).clamp_(0, 255)
-    return torch.matmul(down[:, None], x.view(batch, 3, height, size)).clamp_(0, 255)  # the filter overshoots at edges
+    return torch.matmul(down[:, None], x.view(batch, 3, height, size)).clamp_(0, 255)  # bicubic overshoots at edges
 
 
 def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut the items of `order` into batches of `size`, with one item a label in each as far as there are enough labels.
+    """Split the items of `order` into batches of `size` with distinct labels, as far as there are enough labels.
 
-    An item whose label its batch holds already waits for the next one. The last batch may be short.
+    An item whose label is already in the batch is moved to the next batch. The last batch may be short.
     """
     waiting, cut = list(order), []
     while waiting:
@@ -158,8 +157,8 @@ def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[n
 class Views:
     """Batches (index, images (B, 3, S, S), tokens (B, L), broken samples) of `rows` of a corpus in memory.
 
-    `transform(pixels (B, 3, H, H) uint8, u (B, count))` makes the images; u are the items' own random numbers.
-    Batches of item indices come from `data.batches`. Indices and images are where the pixels are, tokens on the CPU.
+    `transform(pixels (B, 3, H, H) uint8, u (B, count))` returns the images; u are random numbers of the items.
+    `batches` are item indices from `data.batches`. Index and images are on the device of the pixels, tokens on the CPU.
     """
 
     def __init__(
@@ -194,11 +193,11 @@ class Views:
 
 @functools.cache
 def statistics_on(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of channels on a device, (3, 1, 1) each, sent there once."""
+    """Mean and standard deviation of channels, (3, 1, 1) each, on a device; cached."""
     return tuple(torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
 
 def normalized(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]] = CLIP_STATISTICS) -> Tensor:
-    """images (B, 3, S, S), 0 to 255 -> normalised in place by mean and deviation of values 0 to 1, channels last."""
+    """images (B, 3, S, S), 0 to 255 -> normalised in place, channels last; `statistics` are of values 0 to 1."""
     mean, std = (255 * x for x in statistics_on(images.device, *map(tuple, statistics)))
     return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

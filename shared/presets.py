@@ -1,8 +1,8 @@
 """All presets of all papers in one table: `python -m shared.presets [FOLDER] [--json]` (`make presets`).
 
-PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, says which row of the paper a preset stands for, which
-`python -m FOLDER.SCRIPT PRESET` starts. The numbers are the authors'; what was measured here is in RESULTS.md. LEFT_OUT
-beside it, {row: reason}, names what the paper's tables have and no preset stands for.
+PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, gives the paper's table row of each preset;
+`python -m FOLDER.SCRIPT PRESET` starts it. The numbers are the authors'; ours are in RESULTS.md. LEFT_OUT beside it,
+{row: reason}, lists the paper's table rows without a preset.
 """
 
 import importlib
@@ -24,12 +24,12 @@ schedule, and the memory and disk that it takes.
 
 
 class Row(NamedTuple):
-    """What a preset stands for, in the paper's terms."""
+    """The paper's setting of a preset."""
 
-    source: str  # table or figure of the paper or of the authors' page, and the row in it
+    source: str  # table or figure of the paper or of the authors' page, and its row
     data: str = NOT_STATED
     gpus: str = NOT_STATED
-    number: str = NOT_STATED  # what the authors report for this setting, metric first
+    number: str = NOT_STATED  # the authors' result, metric first
 
 
 EMBEDDED = Row("ours", "embedded corpus", "none: CPU", "none: other data")
@@ -37,7 +37,7 @@ OWN = Row("ours", "your own", "none: CPU", "none: other data")
 
 
 def folders() -> list[str]:
-    """The papers, by name: folders with model.py, train.py and eval.py."""
+    """Sorted names of the papers' folders: those with model.py, train.py and eval.py."""
     parts = ("model.py", "train.py", "eval.py")
     found = Path(__file__).parent.parent.glob("*/model.py")
     return sorted(path.parent.name for path in found if all((path.parent / part).is_file() for part in parts))
@@ -70,10 +70,10 @@ def main(
     folder: Annotated[str | None, tyro.conf.Positional] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Every preset, the row of the paper's tables that it stands for, and the rows that have none.
+    """Every preset with its row of the paper's tables, and the rows without a preset.
 
     Args:
-        folder: One paper's only.
+        folder: Only the presets of this paper.
         as_json: Print a JSON list of rows.
     """
     name = folder and folder.replace("-", "_")

