@@ -112,7 +112,7 @@ def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tenso
     """Weights (B, target, source) that resize [start, start + length) of a row of `source` pixels to `target` pixels.
 
     This is PIL's antialiased bicubic filter: its unit is a target pixel if the image shrinks, else a source pixel.
-    start, length (B,) are in source pixels. Beyond its ends, the row is continued with its last pixels.
+    start, length (B,) are in source pixels. Positions beyond the row take the value at its nearest end.
     """
     step = (length / target)[:, None, None]  # source pixels a target pixel
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step

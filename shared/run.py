@@ -1,6 +1,6 @@
-"""A process and its run folder: start-up, gathering over processes, precision, signs of life, resume, save, log.
+"""A process and its run folder: setup, gathering over processes, precision, progress lines, resume, save, log.
 
-Thin on purpose: torch, open_clip_train, tensorboard and tqdm do the work; nothing here knows of any paper.
+A thin layer over torch, open_clip_train, tensorboard and tqdm, independent of the papers.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from tqdm import tqdm
 from shared.checkpoints import replaced, resume, save_checkpoint, write_json
 
 matplotlib.use("Agg")  # plots go to files
-open_clip.add_model_config(Path(__file__).parent / "model_configs")  # the emoji-scale towers, by name like any other
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # configs of the emoji-scale towers
 
 
 _patient = None  # process group of `broadcast` and `gather_lists`
 
 
 class Process(NamedTuple):
-    """Where this process stands among its peers (one process without torchrun)."""
+    """Rank, number of processes, and device of this process."""
 
     rank: int
     world_size: int
@@ -54,12 +54,12 @@ class Process(NamedTuple):
 
 
 def setup(seed: int, device: str = "auto") -> Process:
-    """Seed every generator and join the process group if torchrun (or SLURM's srun) started us.
+    """Seed all generators, and join the process group if torchrun or SLURM's srun started the process.
 
-    `device` is auto (CUDA if there is one), cpu, cuda, cuda:N, or mps on a Mac. Of several processes each takes the GPU
-    of its local rank, modulo their number; where torchrun starts more of them than there are GPUs, they talk by gloo,
-    since NCCL refuses to share one. On a CPU the flash kernel of scaled dot product attention is switched off: its
-    backward pass is several times slower than the plain one at a few dozen tokens.
+    `device` is auto (CUDA if available), cpu, cuda, cuda:N, or mps on a Mac. With several processes, each takes the GPU
+    of its local rank, modulo the number of GPUs. If torchrun starts more processes than there are GPUs, they use gloo,
+    since NCCL cannot share a GPU. On a CPU the flash kernel of scaled dot product attention is turned off: for a few
+    dozen tokens its backward pass is several times slower than the plain one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,17 +78,17 @@ def setup(seed: int, device: str = "auto") -> Process:
         "cpu" if device == "mps" else device, "gloo" if crowded else None, no_set_device_rank=True
     )
     place = torch.device(device if device == "mps" else info["device"])
-    if place.type == "cuda" and info["distributed"]:  # SLURM may show each process its own GPU alone, as number 0
+    if place.type == "cuda" and info["distributed"]:  # with SLURM, a process may see only its own GPU, as number 0
         place = torch.device("cuda", info["local_rank"] % torch.cuda.device_count())
     if place.index is not None:
         torch.cuda.set_device(place)
-    if info["distributed"]:  # for ranks that wait, for hours if need be, while others work something out
+    if info["distributed"]:  # a group with a long timeout, for ranks that wait hours for others
         global _patient
         _patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = True  # most steps have the shapes of the step before
+    torch.backends.cudnn.benchmark = True  # shapes rarely change between steps
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_flash_sdp(place.type != "cpu")
     return Process(info["global_rank"], info["world_size"], place)
@@ -110,13 +110,13 @@ def broadcast(value: Any, process: Process) -> Any:
 
 
 def wait() -> None:
-    """Ranks wait for each other, for hours if need be: for rank 0's evaluation, say, or for data."""
+    """Barrier with a timeout of hours, for example during rank 0's evaluation."""
     if dist.is_initialized():
         dist.barrier(group=_patient)
 
 
 def gather_lists(items: list, process: Process) -> list:
-    """The items of all ranks, on every rank; each waits for the slowest, as long as that takes."""
+    """The items of all ranks, concatenated, on every rank; waits up to hours for the slowest rank."""
     if process.world_size == 1:
         return items
     boxes: list = [None] * process.world_size
@@ -125,7 +125,7 @@ def gather_lists(items: list, process: Process) -> list:
 
 
 def over_ranks(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Means over all processes of scalars by name: what is logged of a step is of its global batch."""
+    """Means of scalars over all processes, so that logged values are of the global batch."""
     if not dist.is_initialized():
         return values
     means = torch.stack([value.detach().float() for value in values.values()])
@@ -134,10 +134,11 @@ def over_ranks(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
-    """Rows of all ranks, in rank order: (B, D) -> (W*B, D).
+    """Features of all ranks, in rank order: (B, D) -> (W*B, D).
 
-    `with_grad`: gradients flow to every rank's rows, and W processes equal one with W times the batch after DDP's
-    averaging. Without, only the own rows carry gradient, which makes the encoders' W times smaller.
+    With `with_grad`, gradients flow to the features of every rank; after DDP's averaging, W processes then equal one
+    process with W times the batch. Without it, gradients flow only to this rank's features; those of the encoders are
+    W times smaller.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
@@ -150,13 +151,13 @@ def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
 
 
 def own_columns(features: torch.Tensor) -> torch.Tensor:
-    """Where this rank's rows (B, D) stand among the gathered ones: (B,) int64."""
+    """Positions of this rank's features (B, D) among the gathered ones: (B,) int64."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.arange(len(features), device=features.device) + rank * len(features)
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor in page-locked memory, from which copies to a GPU wait for nothing; as it is for another device."""
+    """For a GPU, the tensor in pinned memory, for asynchronous copies; for other devices, the tensor itself."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -166,14 +167,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """auto -> bf16 where the processor computes in it, else fp32. The others (bf16, fp16, fp32) stand as they are."""
+    """Precision for a device: auto -> bf16 if the hardware supports it, else fp16 on a GPU, fp32 on a CPU or Mac."""
     if name not in ("auto", "bf16", "fp16", "fp32"):
         raise ValueError(f"--precision is one of auto, bf16, fp16, fp32, not {name!r}")
     if name == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     if name != "auto":
         return name
-    if device.type == "mps":  # untried here, and its half precisions differ by version
+    if device.type == "mps":  # untested; its half precisions depend on the version
         return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -182,26 +183,25 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autocast:
-    """Autocast region for a forward pass; `precision` is bf16, fp16 or fp32 (then it does nothing), or such a dtype."""
+    """Autocast context for a forward pass; `precision` is bf16, fp16 or fp32 (no autocast), or a dtype."""
     dtype = DTYPES.get(precision, precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- signs of life
+# --------------------------------------------------------------------------------------------------- progress lines
 
-QUIET = "PAPER_CLIPS_QUIET"  # in the environment: no signs of life
-EVERY = 60.0  # seconds: off a terminal, long work says so often how far it is
-_last = time.monotonic()  # when a line was said
+QUIET = "PAPER_CLIPS_QUIET"  # environment variable that turns off progress lines
+EVERY = 60.0  # seconds between progress lines, if the output is not a terminal
+_last = time.monotonic()  # time of the last printed line
 
 
 def quiet() -> bool:
-    """Whether --quiet was passed, or the environment says so, as a study does for its runs."""
+    """Whether --quiet was passed, or QUIET is set (studies set it for their runs)."""
     return bool(os.environ.get(QUIET))
 
 
 def say(text: str, process: Process | None = None) -> None:
-    """Print a line about what is going on, above a progress bar if there is one; nothing if `quiet`, or on ranks other
-    than 0."""
+    """Print a progress line, above a progress bar if there is one. Prints nothing if `quiet`, or on ranks above 0."""
     global _last
     if not quiet() and (process is None or process.main):
         tqdm.write(text, file=sys.stdout)
@@ -210,7 +210,7 @@ def say(text: str, process: Process | None = None) -> None:
 
 
 def silent(seconds: float = EVERY) -> bool:
-    """Whether a line is due: nothing was said for so long, no terminal shows a progress bar, and not `quiet`."""
+    """Whether to print a progress line: none for `seconds`, no terminal that shows a progress bar, and not `quiet`."""
     return time.monotonic() - _last >= seconds and not sys.stderr.isatty() and not quiet()
 
 
@@ -223,8 +223,11 @@ def duration(seconds: float) -> str:
 def counting(
     total: int | None, label: str | None, unit: str = "image", process: Process | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Gives `tick(n, note)`, to be called whenever n of `total` things are done: a bar on a terminal, elsewhere a line
-    a minute, with things a second and the time left; nothing if `quiet`, or on ranks other than 0."""
+    """Context that yields `tick(n, note)`; call it when n more of `total` units are done.
+
+    On a terminal it shows a progress bar, else one line per minute with speed and remaining time. Prints nothing if
+    `quiet`, or on ranks above 0.
+    """
     shown = not quiet() and (process is None or process.main)
     how = {"leave": False, "unit": unit, "unit_scale": total is None or total >= 10_000, "dynamic_ncols": True}
     done, start = 0, time.monotonic()
@@ -248,7 +251,7 @@ def progress(
     items: Iterable, total: int | None, label: str | None, images: int = 1, process: Process | None = None,
     unit: str = "image",
 ) -> Iterator:  # fmt: skip
-    """The next `total` items (None: all), batches of `images` things of this unit, which are `counting`."""
+    """Yield the next `total` items (None: all) and show their progress with `counting`; an item is `images` units."""
     whole = None if total is None else total * images
     with counting(whole, label, unit, process) as tick:
         for item in itertools.islice(items, total):
@@ -260,16 +263,16 @@ def progress(
 
 
 def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> IO[str] | contextlib.nullcontext:
-    """Make a folder this process' own, as long as the file that this returns is open and the process lives.
+    """Lock a folder for this process -> the lock file; the lock lasts until it is closed or the process ends.
 
-    ValueError if it is another process' already. Ranks other than 0 get nothing: their rank 0 has it for them.
+    ValueError if another process has the lock. Ranks above 0 do nothing: rank 0 locks for them.
     """
     if process is not None and not process.main:
         return contextlib.nullcontext()
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / name, "a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no loader worker inherits it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit this lock
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
@@ -279,11 +282,10 @@ def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> I
 
 
 class RunLog:
-    """A run folder's config.json, metrics.jsonl and tensorboard/; silent on ranks other than 0.
+    """Writes a run folder's config.json, metrics.jsonl and tensorboard/; does nothing on ranks above 0.
 
-    On resume at `step`, lines of later steps (written after the last checkpoint) are dropped, so that the file reads
-    as if the run had never stopped. The process that writes it has it locked, as long as it lives: ValueError if
-    another one does.
+    On resume at `step`, lines of later steps (written after the last checkpoint) are removed, so that the file is
+    that of an uninterrupted run. The writing process locks it: ValueError if another process has the lock.
     """
 
     def __init__(self, folder: Path, config: Any, process: Process, step: int = 0):
@@ -300,7 +302,7 @@ class RunLog:
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def write(self, step: int, **values: float) -> None:
-        """One line of metrics.jsonl, and the same numbers to TensorBoard."""
+        """Write one line of metrics.jsonl, and the same numbers to TensorBoard."""
         if not self.active:
             return
         values = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
@@ -309,7 +311,7 @@ class RunLog:
             self.file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
-                self.file.close()  # else Python tries again at its end, and complains
+                self.file.close()  # else Python tries to flush again at exit
             raise OSError(f"{self.file.name} could not be written ({error.strerror})") from error
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
@@ -322,7 +324,7 @@ class RunLog:
 
 
 class Stopwatch:
-    """Seconds of training proper, evaluation left out; survives a resume through `seconds`."""
+    """Seconds of training, without evaluation; `seconds` is the time before a resume."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self._start = seconds, time.perf_counter()
@@ -340,7 +342,7 @@ class Stopwatch:
 class RunFolder:
     """A run folder: resumes from its checkpoint.pt, logs to metrics.jsonl and TensorBoard, saves.
 
-        folder = RunFolder(cfg, process, epoch=0, batch=0)         # state of a new run, else the checkpoint's
+        folder = RunFolder(cfg, process, epoch=0, batch=0)         # initial state, if there is no checkpoint
         if folder.finished(epoch=cfg.epochs):
             return folder.path
         folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
@@ -351,7 +353,7 @@ class RunFolder:
                 folder.save(step, epoch=epoch, batch=batch)
         folder.close()
 
-    `cfg` is the run's dataclass, with `out` and `save_every`. Ranks other than 0 write nothing.
+    `cfg` is the run's dataclass, with `out` and `save_every`. Ranks above 0 write nothing.
     """
 
     def __init__(self, cfg: Any, process: Process, **first: Any):
@@ -361,7 +363,7 @@ class RunFolder:
         self.parts: dict[str, Any] = {}
 
     def finished(self, **totals: int) -> bool:
-        """Whether the checkpoint has reached this total, given by its name: `epoch=cfg.epochs`. Says so if it has."""
+        """Whether the checkpoint has reached a total, as in `epoch=cfg.epochs`; if so, prints that it is finished."""
         ((name, total),) = totals.items()
         done = self.state[name] >= total
         if done and self.process.main:
@@ -369,9 +371,9 @@ class RunFolder:
         return done
 
     def restore(self, **parts: Any) -> None:
-        """Load what has a state_dict from the checkpoint, by its name there, and save it from now on.
+        """Load objects with a state_dict from the checkpoint, by name, and include them in later checkpoints.
 
-        What is loaded leaves `state`, where it would take its memory once more.
+        Loaded values are removed from `state` to free their memory.
         """
         self.parts = parts
         for name, part in parts.items() if self.resumed else ():
@@ -380,11 +382,11 @@ class RunFolder:
                 del self.state[name]
 
     def start(self, step: int, total: int = 0, samples: int | None = None, **fixed: Any) -> None:
-        """Open the log behind `step`, the last one saved, and start the clock. Each checkpoint also holds `fixed`.
+        """Open the log after `step`, the last saved one, start the clock, and print the size of the run.
 
-        Says what begins: `samples`, `total` steps, device, precision.
+        The printed line has `samples`, `total` steps, device and precision. Each checkpoint also holds `fixed`.
         """
-        wait()  # a rank may have indexed or copied data for hours; what follows would not wait for it
+        wait()  # a rank may index or copy data for hours, longer than the default timeout
         self.total, self.latest = total, {}
         self.saved, self.fixed, self.commit = step, fixed, commit()
         self.metrics = RunLog(self.path, self.cfg, self.process, step)
@@ -403,13 +405,13 @@ class RunFolder:
             )
 
     def log(self, step: int, /, **values: Any) -> None:
-        """Write a line of metrics with the seconds so far. ValueError if `loss` is among them and not finite."""
+        """Like `write`, but ValueError if a `loss` among the values is not finite."""
         self.write(step, **values)
         if "loss" in values:
             check_loss(values["loss"], step)
 
     def write(self, step: int, /, **values: Any) -> None:
-        """Write a line of metrics with the seconds so far; say those of an evaluation, which come without a loss."""
+        """Write a line of metrics with the seconds so far; print it if it has no loss (an evaluation)."""
         self.metrics.write(step, seconds=self.clock.read(), **values)
         if "loss" in values:
             self.latest = {"loss": values["loss"]}
@@ -417,7 +419,7 @@ class RunFolder:
             self.say(step, {name: value for name, value in values.items() if name != "epoch"})
 
     def say(self, step: int, values: dict[str, Any]) -> None:
-        """A line of how far the run is, with the last loss and `values`."""
+        """Print the run's progress, with the last loss and `values`."""
         (before, then), now = self.mark, self.clock.read()
         speed = ""
         if step > before and now > then:
@@ -430,23 +432,23 @@ class RunFolder:
             say(f"{self.path}: step {step:,} of {self.total:,}{shown}{speed}")
 
     def due(self, step: int) -> bool:
-        """Whether `save_every` steps have gone by since the last checkpoint, or this one stays (`keep_every`).
+        """Whether to save now: `save_every` steps after the last checkpoint, or at a step to keep (`keep_every`).
 
-        It is asked at every step, and off a terminal says every minute how far the run is.
+        Called at every step, it also prints the progress each minute, if the output is not a terminal.
         """
-        if self.total and silent(EVERY - 10):  # before a bar of the same loop does
+        if self.total and silent(EVERY - 10):  # earlier than the progress bar of the same loop
             self.say(step, {})
         return step - self.saved >= self.cfg.save_every or self.stays(step)
 
     def stays(self, step: int) -> bool:
-        """Whether the checkpoint of this step is kept as checkpoint-STEP.pt beside checkpoint.pt."""
+        """Whether the checkpoint of this step is also kept as checkpoint-STEP.pt."""
         every = getattr(self.cfg, "keep_every", 0)
         return every > 0 and step % every == 0
 
     def save(self, step: int, /, is_best: bool = False, **values: Any) -> None:
-        """Write checkpoint.pt: the restored parts, `values`, what `start` fixed, seconds, commit and settings.
+        """Write checkpoint.pt: the objects of `restore`, `values`, `fixed` of `start`, seconds, commit and settings.
 
-        `is_best`: checkpoint-best.pt, too, and first: a run that is killed between the two goes on from before both.
+        `is_best` also writes checkpoint-best.pt, first: a run that is killed in between then repeats both.
         """
         self.saved = step
         if self.process.main:
@@ -460,9 +462,9 @@ class RunFolder:
                     file.write((self.path / "checkpoint.pt").read_bytes())
 
     def close(self, flags: str = "", then: str | None = None) -> None:
-        """Close the log, and say that the run is finished, and the command that comes `then`.
+        """Close the log; print that the run is finished and the next command, `then`.
 
-        None is the evaluation, which on other data than the embedded corpus is to have these `flags`.
+        None is the evaluation; `flags` are added to it unless the data are the embedded corpus.
         """
         self.metrics.close()
         if self.total and self.process.main and not quiet():
@@ -477,17 +479,17 @@ class RunFolder:
 
 
 def paper_of(cfg: Any) -> str:
-    """The folder that a configuration is of."""
+    """Folder name of the paper that a configuration belongs to."""
     return type(cfg).__module__.partition(".")[0]
 
 
 def disabled(part: Any) -> bool:
-    """Whether `part` is a gradient scaler that does nothing, and so has no state."""
+    """Whether `part` is a disabled gradient scaler, which has no state."""
     return isinstance(part, GradScaler) and not part.is_enabled()
 
 
 def machine() -> str:
-    """Processor and cores, as the results were measured on."""
+    """Processor, cores, GPU and torch version of this machine, for results."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -499,7 +501,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The repository's commit, with + if its code differs from it; "unknown" outside a checkout."""
+    """The repository's commit, with + if .py files have changed since; "unknown" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -512,12 +514,12 @@ def commit() -> str:
 
 
 def check_loss(loss: torch.Tensor, step: int) -> None:
-    """ValueError if the loss of a step, (), is no longer finite."""
+    """ValueError if the loss () of a step is not finite."""
     if not math.isfinite(value := loss.item()):
         raise ValueError(f"the loss is {value} at step {step}: lower --lr, or use --precision fp32")
 
 
 def read_metrics(folder: Path, key: str = "step") -> list[dict]:
-    """The lines of a run's metrics.jsonl that have this key."""
+    """The lines of a run's metrics.jsonl that contain `key`."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if key in line]

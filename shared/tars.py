@@ -1,7 +1,7 @@
-"""Tar files as untrusted input: headers, contents and indices of webdataset shards; and writing such shards.
+"""Reads webdataset shards (headers, contents, indices) as untrusted input, and writes them.
 
-What is damaged, too large or malformed in any other way is passed over and handed on as `Broken` records, never
-followed and never an endless loop.
+Damaged, malformed or too large files are skipped and returned as `Broken` records. Links are not followed, and damaged
+headers cannot cause an endless loop.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from webdataset import TarWriter
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 2**28  # of one file
 MAX_KEY = 2**10  # characters of a key
-MOST_FILES = 2**16  # of a data set that a process keeps open, where the system allows as many
+MOST_FILES = 2**16  # most files of a data set that a process keeps open, if the system allows it
 
 
 class Broken(NamedTuple):
@@ -37,29 +37,30 @@ class ShardIndex(NamedTuple):
 
 @functools.cache
 def open_files() -> int:
-    """How many files of a data set a process keeps open: a quarter of what the system allows it, which is raised as far
-    as a process may. Most systems allow 1,024 until a process asks for more.
+    """Number of a data set's files that a process may keep open: a quarter of the system's limit on open files.
+
+    The soft limit, 1,024 on most systems, is first raised to the hard limit.
     """
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MOST_FILES if most == resource.RLIM_INFINITY else min(most, 4 * MOST_FILES)
     if now != resource.RLIM_INFINITY and now < wanted:
-        with contextlib.suppress(OSError, ValueError):  # macOS has a limit below the one that it tells
+        with contextlib.suppress(OSError, ValueError):  # macOS's real limit is below the reported one
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
             now = wanted
     return MOST_FILES if now == resource.RLIM_INFINITY else max(now // 4, 1)
 
 
 class OpenFiles:
-    """Files that are read at random places and stay open, `open_files()` of them at most.
+    """Files for random access; at most `open_files()` stay open.
 
-    A process that is forked goes on with the descriptors that are open: `pread` has no place in a file to share.
+    A forked process can use the open descriptors, since `pread` has no shared file position.
     """
 
     def __init__(self, paths: Sequence[str]):
         self.paths, self._descriptors = paths, {}
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """Bytes of that file, and no others: Python's files read ahead by blocks, of megabytes on some systems."""
+        """`size` bytes of a file from `offset` on, without the read-ahead of Python's files."""
         return os.pread(self._open(file), size, offset)
 
     def _open(self, file: int) -> int:
@@ -79,21 +80,21 @@ class OpenFiles:
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """A file's name in a shard -> (key of its sample, extension in lower case), parted by the name's first dot."""
+    """File name in a shard -> (key of its sample, extension in lower case), split at the first dot."""
     folder, file = os.path.split(name)
     stem, _, extension = file.partition(".")
     return os.path.join(folder, stem), extension.lower()
 
 
 def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInfo]:
-    """Headers of a tar's regular files, in order. What lies behind a damaged header is lost, which `broken` then says;
-    so it does of sparse files and of names of more than MAX_KEY characters. The last file may reach beyond the end.
+    """Headers of a tar's regular files, in order. Files after a damaged header are lost. `broken` gets a record of
+    this, and of each sparse file and each name of more than MAX_KEY characters. The last file may be truncated.
     """
     try:
-        with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # headers, no more
+        with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # no read-ahead
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep every header
-                if member.size < 0 or tar.offset <= member.offset:  # leads back: tarfile would go on forever
+                tar.members.clear()  # tarfile keeps every header
+                if member.size < 0 or tar.offset <= member.offset:  # points backwards: an endless loop
                     raise tarfile.ReadError("damaged")
                 if len(member.name) > MAX_KEY:
                     broken.append(Broken(member.name[:64] + "...", f"name of more than {MAX_KEY} characters"))
@@ -101,7 +102,7 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
                     broken.append(Broken(key_of(member.name)[0], "sparse file"))
                 elif member.isfile():
                     yield member
-            tar.fileobj.seek(tar.offset)  # tarfile stops without a word at a damaged header
+            tar.fileobj.seek(tar.offset)  # tarfile stops silently at a damaged header
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("damaged")
     except (tarfile.TarError, EOFError, ValueError, OverflowError, TypeError):  # malformed headers raise all of these
@@ -109,8 +110,8 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
 
 
 def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] | None = None) -> Iterator:
-    """(name, content) of a tar's files, or of those with such an extension; see `tar_files`."""
-    with open(path, "rb", buffering=0) as file:  # one read a file, of its own bytes
+    """(name, content) of a tar's files, or of those with one of `extensions`; see `tar_files`."""
+    with open(path, "rb", buffering=0) as file:  # no read-ahead
         for member in tar_files(path, broken):
             if extensions is not None and key_of(member.name)[1] not in extensions:
                 continue
@@ -123,7 +124,7 @@ def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] 
 
 
 def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
-    """(key, its .json) of all samples that have one; ValueError names a shard or sample that cannot be read."""
+    """(key, content of its .json) of all samples that have one. ValueError names an unreadable shard or sample."""
     for shard in shards:
         broken: list[Broken] = []
         for name, content in read_tar(shard, broken, {"json"}):
@@ -139,7 +140,7 @@ def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
 
 
 def index_shard(path: str) -> ShardIndex:
-    """Read one tar's headers. Broken: samples without image or caption, and what `tar_files` says."""
+    """Index one tar from its headers. Broken: samples without image or caption, and those of `tar_files`."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     broken: list[Broken] = []
     size = os.path.getsize(path)
@@ -166,7 +167,7 @@ def index_shard(path: str) -> ShardIndex:
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
-    """A webdataset shard whose bytes depend on nothing but the samples."""
+    """Write a webdataset shard whose bytes depend only on the samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
         for sample in samples:
@@ -176,8 +177,8 @@ def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
 def write_split(folder: Path, samples: Iterable[dict[str, str | bytes]], shard_size: int | None = None) -> int:
     """Write a split of an evaluation set in the CLIP-benchmark layout; returns the number of samples.
 
-    A sample maps file endings to contents: an image's, `cls` (label) or `txt` (captions, one a line), and others.
-    shard_size: samples of a shard; None writes one shard.
+    A sample maps file endings to contents: an image ending, `cls` (label) or `txt` (captions, one a line), and others.
+    shard_size: samples per shard; None writes one shard.
     """
     count = itertools.count()
     keyed = ({"__key__": f"s{next(count):07d}"} | sample for sample in samples)

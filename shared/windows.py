@@ -1,12 +1,12 @@
-"""Data that does not fit: windows of a few shards are fetched ahead, read, and removed.
+"""For data that do not fit on the disk: windows of a few shards are fetched ahead, read, and removed.
 
-An epoch deals the shards, shuffled by (seed, epoch), to the ranks, and cuts each rank's share into windows of S shards.
-A window gives a fixed number of batches, of its rows in random order. If it has fewer rows they come again; if it has
-more, the rest is left out. So the sample of every (epoch, batch, rank) is known before any shard is read, and a run
-goes on in the middle of a window.
+In each epoch the shards are shuffled by (seed, epoch), divided among the ranks, and each rank's share is split into
+windows of S shards. A window gives a fixed number of batches, from its rows in random order. If it has too few rows,
+they are repeated; if it has more, the rest is left out. So (epoch, batch, rank) determines the window and the position
+in it before any shard is read, and a run can resume in the middle of a window.
 
-Where `data.Shards` has rows, `Windowed` has positions 0 .. N-1 of an epoch: position p is item p % B of batch
-p // B // W on rank p // B % W, with B items a rank and W ranks. Item e N + p of a run is position p of epoch e.
+`data.Shards` has rows; `Windowed` has positions 0 .. N-1 of an epoch instead. Position p is item p % B of batch
+p // B // W on rank p // B % W, with B items per rank and W ranks. Item e N + p of a run is position p of epoch e.
 """
 
 import concurrent.futures
@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared import data, index, run
 
-AHEAD = 4  # shards that are fetched at a time
+AHEAD = 4  # shards fetched at a time
 
 
 class Fetcher:
-    """Fetches shards in the background, and removes their copies; local shards stay where they are.
+    """Fetches remote shards in background threads, and removes their copies; local shards are not touched.
 
-    Its threads start with the first fetch. Whoever starts processes does so before, or when all that was begun has been
-    waited for: a process that is forked in the middle of a fetch could wait forever for what its thread had locked.
+    Its threads start with the first fetch. Do not fork processes while a fetch is running: a forked process could wait
+    forever for a lock held by the fetching thread. Fork before the first fetch, or after `wait`.
     """
 
     def __init__(self, cache: Path):
@@ -40,17 +40,17 @@ class Fetcher:
         self.pool = ThreadPoolExecutor(AHEAD, "fetch")
 
     def start(self, urls: Iterable[str]) -> None:
-        """Begins to fetch; returns at once. What fails is tried again, and told, by the one who opens the shard."""
+        """Starts fetching and returns. A failed fetch is repeated, and its error raised, when the shard is opened."""
         for url in urls:
             if data.is_remote(url) and url not in self.coming:
                 self.coming[url] = self.pool.submit(data.fetch, url, self.cache)
 
     def wait(self, urls: Iterable[str]) -> None:
-        """Waits until these are there, or have failed."""
+        """Waits until these shards are fetched or have failed."""
         concurrent.futures.wait([self.coming.pop(url) for url in urls if url in self.coming])
 
     def evict(self, urls: Sequence[str], wanted: Collection[str] = ()) -> None:
-        """Removes the index of these shards as they were opened, together, and the copies that are not `wanted`."""
+        """Removes the common index of these shards, and the copies of those that are not `wanted`."""
         local = lambda url: Path(url.removeprefix("file:"))  # noqa: E731
         paths = [data.cached_path(url, self.cache) if data.is_remote(url) else local(url) for url in urls]
         index.forget([str(path) for path in paths], self.cache)
@@ -60,12 +60,12 @@ class Fetcher:
                 path.with_suffix(".lock").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Forgets what has not begun, and waits for what has."""
+        """Cancels fetches that have not started, and waits for the others."""
         self.pool.shutdown(cancel_futures=True)
 
 
 class Windowed:
-    """Pairs of a run's epochs over shards, by item; what `data.Shards` is to shards that fit."""
+    """Pairs by item of a run, read by window; the counterpart of `data.Shards`."""
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ class Windowed:
         if len(set(urls)) < len(urls):
             raise ValueError("--data names a shard more than once, which --window-shards cannot read")
         self.urls, self.samples, self.seed, self.strict = list(urls), samples, seed, strict
-        self.cache = cache / f"window-{process.rank}"  # this process' own: nobody else removes what is in it
+        self.cache = cache / f"window-{process.rank}"  # used by this process only
         self.rank, self.world_size = process.rank, process.world_size
         self.steps, self.batch_size = samples // batch_size, batch_size // process.world_size
-        most = min(len(urls) // self.world_size, self.steps)  # a shard and a batch each, at least
-        self.count = min(math.ceil(len(urls) / (shards * self.world_size)), most)  # windows of an epoch
+        most = min(len(urls) // self.world_size, self.steps)  # a window has at least one shard and one batch
+        self.count = min(math.ceil(len(urls) / (shards * self.world_size)), most)  # windows per epoch
         self.fingerprint = data.fingerprint(repr((self.urls, shards, samples, self.world_size)).encode())
         self.broken: list[data.Broken] = []
         self.opened: dict[tuple[int, int, int], tuple[data.Shards, np.ndarray]] = {}
@@ -102,14 +102,14 @@ class Windowed:
         return batch * self.count // self.steps
 
     def batches_of(self, window: int) -> range:
-        """The batches that a window gives."""
+        """Batches of a window."""
         return range(*(-(-each * self.steps // self.count) for each in (window, window + 1)))
 
     def __len__(self) -> int:
         return self.samples
 
     def open(self, epoch: int, window: int, rank: int) -> tuple[data.Shards, np.ndarray]:
-        """(pairs of a window, their random order); the last two stay open."""
+        """(pairs of a window, their random order); the last two windows stay open."""
         which = epoch, window, rank
         if which not in self.opened:
             while len(self.opened) > 1:
@@ -120,7 +120,7 @@ class Windowed:
         return self.opened[which]
 
     def pairs_of(self, epoch: int, window: int, rank: int, tried: int = 1) -> data.Shards:
-        """Pairs of a window; where none can be read, those of the next one, with what was broken in this one."""
+        """Pairs of a window. If none is readable: those of the next window, with the broken samples of both."""
         paths = [data.fetch(url, self.cache) for url in self.shards_of(epoch, window, rank)]
         try:
             return data.Shards(paths, strict=self.strict, cache=self.cache)
@@ -146,26 +146,26 @@ class Windowed:
 
 
 def fetched_ahead(loader: DataLoader, pairs: Windowed, epochs: range, start: int) -> Iterator:
-    """Batches of a loader over `Windowed`, from batch `start` of the first epoch on; the next window comes meanwhile.
+    """Batches of a loader over `Windowed`, from batch `start` of the first epoch on, while the next window is fetched.
 
-    The last item of a batch lists broken samples; a window's first batch brings those that its shards' index found.
+    The last item of a batch lists broken samples; a window's first batch also lists those found by indexing.
     """
     turns = [(epoch, window) for epoch in epochs for window in range(pairs.count)][pairs.window_of(start) :]
     shards = lambda number: pairs.shards_of(*turns[number], pairs.rank) if number < len(turns) else []  # noqa: E731
     read_ahead = loader.num_workers * (loader.prefetch_factor or 0)  # batches, maybe of windows after the next
     reach = 1 + math.ceil(read_ahead / (pairs.steps // pairs.count))
     clear(pairs.cache, shards(0))
-    batches, fetcher = iter(loader), Fetcher(pairs.cache)  # workers are forked before a thread fetches
+    batches, fetcher = iter(loader), Fetcher(pairs.cache)  # forks workers, before the fetcher's threads start
     fetcher.start(shards(0))
     try:
         for number, (epoch, window) in enumerate(turns):
             fetcher.wait(shards(number))
-            run.wait()  # a rank's shards may come late; the step that follows would not wait for it
+            run.wait()  # a rank's shards may arrive later than the default timeout of the next step
             batch = next(batches)
             if number:
                 wanted = {url for step in range(reach + 1) for url in shards(number + step)}
                 fetcher.evict(shards(number - 1), wanted)
-            batch[-1].extend(pairs.open(epoch, window, pairs.rank)[0].broken)  # may fork: before a thread fetches
+            batch[-1].extend(pairs.open(epoch, window, pairs.rank)[0].broken)  # may fork, so before the next fetch
             fetcher.start(shards(number + 1))
             yield batch
             of_window = pairs.batches_of(window)
@@ -173,12 +173,12 @@ def fetched_ahead(loader: DataLoader, pairs: Windowed, epochs: range, start: int
             yield from itertools.islice(batches, len(of_window) - done - 1)
     finally:
         fetcher.close()
-        del batches  # and its workers, which may be reading
+        del batches  # stops the workers, which may be reading
         clear(pairs.cache, [])
 
 
 def clear(cache: Path, wanted: Sequence[str]) -> None:
-    """Empties a process' own cache of all but the copies of `wanted`: what a run that was killed has left."""
+    """Removes all but the copies of `wanted` from a process's cache, such as leftovers of a killed run."""
     kept = {data.cached_path(url, cache).name for url in wanted if data.is_remote(url)}
     for path in cache.iterdir() if cache.is_dir() else ():
         if path.is_dir():
@@ -191,9 +191,9 @@ def clear(cache: Path, wanted: Sequence[str]) -> None:
 
 
 def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-    """Every world_size-th caption of the data, or those of every world_size-th shard of `Windowed`, from `rank` on.
+    """Captions of this rank: every world_size-th caption from `rank` on, or for `Windowed` every world_size-th shard's.
 
-    Each shard is fetched once, ahead, and removed when it has been gone through.
+    Each shard is fetched once, ahead, and removed after reading.
     """
     if not isinstance(pairs, Windowed):
         yield from (pairs.caption(row) for row in range(rank, len(pairs), world_size))
@@ -203,7 +203,7 @@ def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size
         for number, url in enumerate(urls):
             fetcher.start(urls[number : number + AHEAD])
             fetcher.wait([url])
-            with contextlib.suppress(data.NoPairs):  # training tells of it
+            with contextlib.suppress(data.NoPairs):  # reported by training
                 shard = data.Shards([data.fetch(url, pairs.cache)], strict=pairs.strict, cache=pairs.cache)
                 yield from map(shard.caption, range(len(shard)))
             fetcher.evict([url])
@@ -214,7 +214,7 @@ def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size
 def training_batches(
     dataset: Dataset, collate: Callable, cfg: Any, process: run.Process, epochs: range, start: int = 0
 ) -> Iterator:
-    """`data.training_batches` of a dataset over its `pairs`, by row or by window."""
+    """Batches as of `data.training_batches`, for a dataset whose `pairs` are read by row or by window."""
     pairs = dataset.pairs
     if not isinstance(pairs, Windowed):
         return data.training_batches(dataset, collate, cfg, process, epochs, start)
@@ -228,7 +228,7 @@ def training_batches(
 
 
 def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windowed:
-    """What a training reads: by row, or with --window-shards by window. ValueError where one cannot be."""
+    """Training pairs, read by row, or with --window-shards by window. ValueError on invalid settings."""
     if cfg.window_shards < 0:
         raise ValueError(f"--window-shards {cfg.window_shards} is a number of shards, or 0 to read by row")
     if not cfg.window_shards:
@@ -251,5 +251,5 @@ def evaluation_workers(cfg: Any) -> int:
 
 
 def own_cache(cfg: Any) -> Path:
-    """A run's own folder in --cache, from which nobody else's shards are removed."""
+    """A folder in --cache that only this run uses."""
     return Path(cfg.cache) / f"{Path(cfg.out).name}-{data.stable_hash(os.path.abspath(cfg.out)):016x}"

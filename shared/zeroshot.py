@@ -1,9 +1,9 @@
-"""Zero-shot classification and retrieval, common to all papers. All rates are in percent.
+"""Zero-shot classification and retrieval, common to all papers. All metrics are in percent.
 
-Functions take tensors (features, labels) and know nothing of a model; `evaluate` at the end puts them together for
-anything with open_clip's `encode_image` / `encode_text`. Letters: N images with a label, C classes, P prompts of T
-templates, I images and T captions in retrieval, D feature dimensions. Scores are computed in chunks of at most
-`CHUNK` numbers, so that no N x C or I x T matrix is ever held as a whole.
+The functions take features and labels; `evaluate` at the end applies them to any model with open_clip's `encode_image`
+and `encode_text`. Letters: N images with a label, C classes, P prompts of T templates, I images and T captions in
+retrieval, D feature dimensions. Scores are computed in chunks of at most `CHUNK` numbers, so that no whole N x C or
+I x T matrix is in memory.
 """
 
 import math
@@ -32,7 +32,7 @@ def extract_image_features(
     precision: torch.dtype = torch.float32,
     desc: str | None = None,
 ) -> tuple[Tensor, Tensor | list]:
-    """Runs the encoder over `(images, targets)` batches -> raw features (N, D) float32 on the CPU, targets."""
+    """Encode `(images, targets)` batches -> (unnormalised features (N, D), float32, on the CPU; targets)."""
     features, targets = [], []
     with counting(None, desc) as tick:
         for images, batch_targets in loader:
@@ -55,7 +55,7 @@ def encode_texts(
     precision: torch.dtype = torch.float32,
     desc: str | None = None,
 ) -> Tensor:
-    """(P, D) float32 on the CPU, as encoded. The context length is the tokenizer's own."""
+    """Texts -> unnormalised features (P, D), float32, on the CPU. The tokenizer decides the context length."""
     features = []
     starts = range(0, len(texts), batch_size)
     for start in progress(starts, len(starts), desc, batch_size, unit="text"):
@@ -66,7 +66,7 @@ def encode_texts(
 
 
 def chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows whose (rows, columns) block has at most CHUNK numbers."""
+    """Slices of range(rows), such that a block of a slice's rows and all columns has at most CHUNK numbers."""
     step = max(1, CHUNK // max(columns, 1))
     return (slice(start, start + step) for start in range(0, rows, step))
 
@@ -75,7 +75,7 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def zeroshot_classifier(prompt_embeddings: Tensor) -> Tensor:
-    """(C, T, D) raw text embeddings -> (D, C) unit columns: normalise each prompt, mean over templates, renormalise."""
+    """Text embeddings (C, T, D) -> (D, C) unit columns: normalise each prompt, mean over templates, normalise again."""
     return F.normalize(F.normalize(prompt_embeddings, dim=-1).mean(dim=1), dim=-1).T
 
 
@@ -88,9 +88,9 @@ def build_classifier(
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(D, C) classifier of all classes x templates, encoded together in batches.
+    """(D, C) classifier from the prompts of all classes x templates, encoded in batches.
 
-    A template has the place `{c}` or is a function of the name. A class with a list of names (synonyms) has all
+    A template contains `{c}` or is a function of the name. A class with a list of names (synonyms) has all
     names x templates as its prompts.
     """
     names = [[entry] if isinstance(entry, str) else list(entry) for entry in classnames]
@@ -103,13 +103,13 @@ def build_classifier(
 
 
 def mean_prompts(embeddings: Tensor, counts: Tensor) -> Tensor:
-    """(P, D) raw embeddings of all prompts, class by class, counts (C,) prompts a class -> (D, C) unit columns."""
+    """Embeddings (P, D) of all prompts, class by class, and prompts per class (C,) -> (D, C) unit columns."""
     total = torch.zeros(len(counts), embeddings.shape[1]).index_add_(0, owners(counts), F.normalize(embeddings, dim=-1))
     return F.normalize(total, dim=-1).T  # the mean has the direction of the sum
 
 
 def owners(counts: Tensor | Sequence) -> Tensor:
-    """Whose each of consecutive items is, if owner i has counts[i] of them, or counts[i] is their list -> int64."""
+    """(sum of counts,) int64: 0 repeated counts[0] times, 1 counts[1] times, and so on; counts may also be lists."""
     if not torch.is_tensor(counts):
         counts = torch.tensor([len(items) for items in counts])
     return torch.arange(len(counts)).repeat_interleave(counts)
@@ -120,9 +120,9 @@ def _fill(template: str | Callable[[str], str], name: str) -> str:
 
 
 def label_ranks(logits: Tensor, labels: Tensor, classifier: Tensor | None = None) -> Tensor:
-    """(N,) int64: how many classes are ranked before the label's class; 0 is a top-1 hit, below k a top-k hit.
+    """(N,) int64: number of classes ranked before the label's class; 0 is a top-1 hit, below k a top-k hit.
 
-    logits: (N, C), or image features (N, D) where `classifier` (D, C) is given (their norm does not matter).
+    logits: (N, C), or image features (N, D) of any norm if `classifier` (D, C) is given.
     Ties: of equal logits the lower class index is ranked first, as argmax does. NaN logits count as misses.
     """
     num_classes = (logits if classifier is None else classifier).shape[1]
@@ -147,7 +147,7 @@ def per_class_accuracy(hits: Tensor, labels: Tensor, num_classes: int) -> Tensor
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, classifier: Tensor | None = None) -> dict[str, float]:
-    """Accuracy in percent; arguments as in `label_ranks`, which also states the rule for ties.
+    """Accuracy in percent; for arguments and ties, see `label_ranks`.
 
     top5 is NaN with fewer than five classes. mean_per_class averages over the classes that have samples.
     """
@@ -175,11 +175,11 @@ def percent(hits: Tensor) -> float:
 
 
 def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
-    """Image -> text, (i,) int64: captions of other images ranked before the best of the image's own captions.
+    """Image -> text, (i,) int64: number of other images' captions ranked before the best of the image's own captions.
 
-    scores: (i, T) of the images whose numbers are `images` (i,); text_to_image: (T,) image of each caption.
-    Ties count against: another image's caption with the same score is ranked before. So does a NaN score. An image
-    without captions, which no evaluation set has, is a miss at any k, as in CLIP_benchmark.
+    scores: (i, T) of the images with indices `images` (i,); text_to_image: (T,) image of each caption.
+    Another image's caption with an equal or NaN score is ranked before. An image without captions (evaluation sets
+    have none) is a miss at any k, as in CLIP_benchmark.
     """
     own = text_to_image == images[:, None]
     best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
@@ -188,15 +188,15 @@ def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
 
 
 def image_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
-    """Text -> image, (t,) int64: other images ranked before the caption's image; scores (t, I), image_of_text (t,).
+    """Text -> image, (t,) int64: number of other images ranked before the caption's image.
 
-    Ties count against: another image with the same score is ranked before. So does a NaN score.
+    scores: (t, I); image_of_text: (t,). Another image with an equal or NaN score is ranked before.
     """
     return (~(scores < scores.gather(1, image_of_text[:, None]))).sum(dim=1) - 1
 
 
 def retrieval_ranks(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks (I,) image -> text and (T,) text -> image by cosine; features (I, D), (T, D) of any norm."""
+    """Ranks (I,) image -> text and (T,) text -> image by cosine similarity of features (I, D) and (T, D)."""
     images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
     return _ranks(
         lambda rows: images[rows] @ texts.T, lambda rows: texts[rows] @ images.T, len(images), len(texts), text_to_image
@@ -204,7 +204,7 @@ def retrieval_ranks(image_features: Tensor, text_features: Tensor, text_to_image
 
 
 def retrieval_ranks_from_scores(scores: Tensor, text_to_image: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from scores (I, T)."""
+    """Ranks as in `retrieval_ranks`, from scores (I, T)."""
     return _ranks(lambda rows: scores[rows], lambda rows: scores.T[rows], *scores.shape, text_to_image)
 
 
@@ -226,7 +226,7 @@ def _ranks(
 
 
 def recall_metrics(to_text: Tensor, to_image: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """R@k both ways in percent, and the mean of all; from the ranks (I,) and (T,) of `retrieval_ranks*`."""
+    """R@k in percent in both directions, and their mean, from the ranks (I,) and (T,) of `retrieval_ranks*`."""
     recalls = {f"image_to_text_R@{k}": percent(to_text < k) for k in ks}
     recalls |= {f"text_to_image_R@{k}": percent(to_image < k) for k in ks}
     return recalls | {"mean_recall": sum(recalls.values()) / len(recalls)}
@@ -236,7 +236,7 @@ def retrieval_metrics(
     image_features: Tensor, text_features: Tensor, text_to_image: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """R@k of cosine retrieval in percent. An image is a hit at k if any of its captions is in its top k; a caption is a
-    hit if its image is. Equal scores count against (see `text_ranks`), so that collapsed features score 0.
+    hit if its image is. Ties count as misses (see `text_ranks`), so that collapsed features score 0.
     """
     return recall_metrics(*retrieval_ranks(image_features, text_features, text_to_image), ks)
 
@@ -256,12 +256,12 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Metrics of the test split of every evaluation set (see `shared.evalsets`), by folder name, in percent.
 
-    model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is put into eval mode and back.
+    model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is in eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
     `retrieval_metrics` over all captions.
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
     """
-    sets = [EvalSet(folder, transform) for folder in set_dirs]  # all of them opened first, so that errors come early
+    sets = [EvalSet(folder, transform) for folder in set_dirs]  # all opened first, so that errors come early
     if len({eval_set.name for eval_set in sets}) < len(sets):
         raise ValueError(f"Evaluation sets need different folder names, not {[eval_set.name for eval_set in sets]}.")
     training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
@@ -285,17 +285,17 @@ def evaluate(
             else:
                 results[eval_set.name] = classification_metrics(features, targets, classifier)
     finally:
-        for module in training:  # each as it was: a frozen tower stays in eval mode
+        for module in training:  # others, such as frozen towers, stay in eval mode
             module.training = True
     return results
 
 
-KEPT_BYTES = 2**27  # of images that `quick_top1` keeps from one evaluation to the next
-_kept: dict[tuple, list] = {}  # batches of the last small set, by folder and transform
+KEPT_BYTES = 2**27  # most bytes of images that `quick_top1` caches between evaluations
+_kept: dict[tuple, list] = {}  # cached batches of the last small set, by folder and transform
 
 
 def kept_batches(eval_set: EvalSet, key: tuple, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a set; one of at most KEPT_BYTES is decoded once while its `key` stays the same."""
+    """Batches of a set; those of a set of at most KEPT_BYTES are cached by `key`."""
     if key in _kept:
         yield from _kept[key]
         return
@@ -319,7 +319,7 @@ def quick_top1(
     precision: torch.dtype = torch.float32,
     num_workers: int = 0,
 ) -> float:
-    """Top-1 (percent) with bare class names as prompts: a point of a learning curve, not a result."""
+    """Top-1 in percent with class names as prompts, for learning curves."""
     was_training = model.training
     model.eval()
     eval_set = EvalSet(set_dir, transform)

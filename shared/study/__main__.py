@@ -1,7 +1,7 @@
 """All studies, one after the other: `python -m shared.study` (`make reproduce-all`).
 
-A paper is done when runs/FOLDER/results.json holds the seeds and arms that are asked for. What is left is printed with
-the minutes that its study.py says; single runs go on where they stopped. Ends with runs/report.html.
+A paper is done when runs/FOLDER/results.json has the requested seeds and arms. Prints the remaining papers with the
+minutes in their study.py. Stopped runs resume. At the end writes runs/report.html.
 """
 
 import importlib
@@ -24,25 +24,25 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every arm."""
     arms: Literal["core", "all"] = "core"
-    """Which arms of each paper."""
+    """Arms of each paper: the core ones, or all."""
 
 
 def studies() -> dict[str, Study]:
-    """{folder: its study} of all papers."""
+    """{folder: study} of all papers."""
     return {folder: importlib.import_module(f"{folder}.study").STUDY for folder in presets.folders()}
 
 
 def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
-    """Whether a results file has all of these seeds and arms."""
+    """Whether a results file has all `seeds` and `arms`."""
     try:
         found = read_json(file)
         return seeds <= set(found["seeds"]) and arms <= set(found["arms"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return False
 
 
 def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) -> list[str]:
-    """A sentence for each paper that is done, but with other code than there is now."""
+    """A sentence for each paper that is done, but was measured at another commit."""
     names = [name for name in papers if name not in left]
     then, now = {name: read_json(runs / name / "results.json").get("commit") for name in names}, run.commit()
     return [
@@ -53,7 +53,7 @@ def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) ->
 
 
 def remaining(options: Options, papers: dict[str, Study], runs: Path = Path("runs")) -> dict[str, float]:
-    """{folder: minutes on two cores} of what is not done, in the order given."""
+    """{folder: minutes on two cores} of the papers that are not done, in the given order."""
     return {
         folder: study.minutes[options.arms] * len(options.seeds)
         for folder, study in papers.items()
@@ -64,7 +64,7 @@ def remaining(options: Options, papers: dict[str, Study], runs: Path = Path("run
 
 
 def sentence(left: dict[str, float], total: int) -> str:
-    """What is left, in words."""
+    """The remaining papers and minutes, as a sentence."""
     if not left:
         return f"all {total} papers are done"
     names = ", ".join(f"{name} ({minutes:.0f} min)" for name, minutes in left.items())

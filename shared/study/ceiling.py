@@ -1,4 +1,4 @@
-"""A ceiling for a table of arms: an arm's image tower, trained on the labels of an evaluation set itself."""
+"""A ceiling for a table of arms: an arm's image tower, trained on the labels of the evaluation set."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ def read(folder: str | Path, split: str, side: int) -> tuple[Tensor, Tensor]:
 
 
 def labelled_by_caption(shards: str, classnames: Sequence[str], side: int) -> tuple[Tensor, Tensor]:
-    """The same of training pairs, whose label is the class that the caption names."""
+    """Images (N, 3, side, side) uint8 and labels (N,) of training pairs whose captions are class names."""
     captions: list[str] = []
 
     def number(texts: list[str]) -> Tensor:
@@ -73,9 +73,9 @@ def trained_on_labels(
 ) -> dict[str, float]:
     """{"SET/METRIC": top-1 in percent} of one tower, trained on the `train` split that `sets` share.
 
-    The tower gets a linear layer. Trained by AdamW with a warm-up of one epoch, then a cosine, on random crops of these
-    shares of the area, from images kept at `stored` times the tower's side. `shards`: training pairs whose captions
-    are class names, instead of the `train` split. `classes`: the only ones that are learned and asked for.
+    A linear layer is added to the tower. Training: AdamW, a warm-up of one epoch, then a cosine; random crops whose
+    area is in the range `crop`, from images stored at `stored` times the tower's side. shards: training pairs whose
+    captions are class names, instead of the `train` split. classes: use only these classes.
     """
     torch.manual_seed(seed)
     tower, sets = make_tower(), list(sets)

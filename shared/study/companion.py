@@ -1,10 +1,10 @@
-"""A paper's folder beside the paper and the authors' code, as one HTML page that opens offline.
+"""Writes an HTML page that shows a paper's folder beside the paper and the authors' code, and opens offline.
 
     python -m shared.study.companion protoclip [--upstream CLONE] [--out companion]
 
-The README's map is the one source: for each of its rows the page shows what the README says below it (a sentence, an
-equation), the source of our functions, the authors' lines beside them where a clone is given, the numbered details,
-and the largest differences that tests have measured (`runs/parity/FOLDER.json`, written by every test run).
+The page is made from the README's map. For each row it shows the README's sentence and equation, the source of our
+functions, the authors' lines beside them if a clone is given, the numbered details, and the largest differences that
+tests have measured (`runs/parity/FOLDER.json`, written by every test run).
 """
 
 import ast
@@ -29,12 +29,12 @@ from shared.checkpoints import read_json
 COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
 REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")
 LETTER = re.compile(r"`(\w+):` is its (?:`([\w./-]+)`|root)")
-LONG, WIDE = 80, 200  # lines shown of a function or file, characters of a line
+LONG, WIDE = 80, 200  # most lines shown of a function or file; most characters shown of a line
 
 
 @dataclass(frozen=True)
 class Function:
-    """One of ours: a function, class or method, in a file of the project."""
+    """One of our functions, classes or methods, and its file."""
 
     file: str
     name: str
@@ -42,7 +42,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Place:
-    """Lines of one of the authors' files, and the definition in which they are; a whole file where `first` is None."""
+    """Lines of an authors' file, and the definition that they are in; the whole file if `first` is None."""
 
     letter: str
     path: str
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass
 class Row:
-    """A row of the map, with what the README says of it below."""
+    """A row of the map, with the README's text on it."""
 
     part: str
     paper: str
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass
 class Readme:
-    """What a page takes of a README."""
+    """The parts of a README that a page shows."""
 
     folder: str
     title: str
@@ -97,7 +97,7 @@ def split_row(line: str) -> list[str]:
 
 
 def functions_of(cell: str, folder: str) -> list[Function]:
-    """Functions that a cell names: `file.py` in backticks, then names in backticks, which are in that file."""
+    """Functions named in a cell: `file.py` in backticks, then names in this file in backticks."""
     found, file = [], None
     for word in re.findall(r"`([^`]+)`", cell):
         if word.endswith(".py"):
@@ -108,7 +108,7 @@ def functions_of(cell: str, folder: str) -> list[Function]:
 
 
 def places_of(cell: str) -> list[Place]:
-    """Places of a cell: U:a/loss.py:61, 84-90 `Loss`, data.py:24. A path without a folder lies beside the last."""
+    """Places named in a cell, as U:a/loss.py:61, 84-90 `Loss`, data.py:24. A bare file name is in the last folder."""
     found: list[Place] = []
     letter, path = "", ""
     for entry in re.split(r", *", re.sub(r"\([^)]*\)", "", cell)):
@@ -135,7 +135,7 @@ def numbers_of(cell: str) -> list[int]:
 
 
 def read(folder: str) -> Readme:
-    """The README of a folder. ValueError if it has no map."""
+    """Parse the README of a folder. ValueError if it has no map."""
     page = (Path(folder) / "README.md").read_text(encoding="utf-8")
     lines = page.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| part of the paper |")]
@@ -170,7 +170,7 @@ def read(folder: str) -> Readme:
 
 
 def definitions(text: str) -> Iterator[tuple[str, int, int]]:
-    """(name, first line, last line) of all functions, classes, methods, and names assigned outside of functions."""
+    """(name, first line, last line) of all functions, classes and methods, and of names assigned outside functions."""
 
     def walk(nodes: Iterable[ast.AST], prefix: str, local: bool) -> Iterator[tuple[str, int, int]]:
         for node in nodes:
@@ -189,7 +189,7 @@ def definitions(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def source(function: Function) -> tuple[int, str]:
-    """(first line, source) of one of our functions. ValueError if the file has none of that name."""
+    """(first line, source) of one of our functions. ValueError if the file does not define it."""
     text = Path(function.file).read_text(encoding="utf-8")
     for name, first, last in definitions(text):
         if name == function.name:
@@ -198,12 +198,12 @@ def source(function: Function) -> tuple[int, str]:
 
 
 def commits(roots: dict[str, tuple[str, str, str]]) -> dict[str, str]:
-    """Repository -> the commit at which a clone of it stands: that of its first letter."""
+    """Repository -> commit that its clone should have: that of its first letter."""
     return {repository: commit for repository, commit, _ in reversed(roots.values())}
 
 
 def authors_path(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
-    """Where a place is in a clone of its repository, be it there or not; None without a clone of that commit."""
+    """Path of a place in the clone of its repository, which may not exist; None without a clone for its commit."""
     repository, commit, below = roots[place.letter]
     if repository not in clones or commit != commits(roots)[repository]:
         return None
@@ -211,7 +211,7 @@ def authors_path(place: Place, roots: dict[str, tuple[str, str, str]], clones: d
 
 
 def enclosing(text: str, first: int, last: int | None = None) -> list[tuple[str, int, int]]:
-    """The `definitions` around lines of Python, the smallest first; none where it does not parse."""
+    """The `definitions` that contain lines of Python, smallest first; empty if the text does not parse."""
     try:
         around = [each for each in definitions(text) if each[1] <= first and (last or first) <= each[2]]
     except SyntaxError:
@@ -220,7 +220,7 @@ def enclosing(text: str, first: int, last: int | None = None) -> list[tuple[str,
 
 
 def code_cells(text: str) -> str:
-    """The code of a notebook, each cell under its number."""
+    """The code cells of a notebook, each after a comment with its number."""
     cells = json.loads(text)["cells"]
     sources = {number: "".join(cell["source"]) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"}
     return "\n\n".join(f"# cell {number}\n{source}" for number, source in sources.items() if source.strip())
@@ -228,7 +228,7 @@ def code_cells(text: str) -> str:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Lines of a file from `first` on, those among them that the README names, and what of the rest is left out."""
+    """Lines of a file from `first` on, the range that the README names (`marked`), and a note on omitted lines."""
 
     first: int
     text: str
@@ -237,7 +237,7 @@ class Excerpt:
 
 
 def authors_lines(file: Path, place: Place) -> Excerpt:
-    """A place's lines; of a single line of Python the function around it, of which at most `LONG` lines near it."""
+    """Lines of a place. For a single line of Python, up to `LONG` lines of the function around it."""
     text = file.read_text(encoding="utf-8", errors="replace")
     what = file.name
     if file.suffix == ".ipynb":
@@ -278,20 +278,20 @@ th, td { border-bottom: 1px solid #8884; padding: .2rem .6rem; text-align: left;
 
 
 def code(text: str, first: int, marked: range = range(0)) -> str:
-    """Python with colours and line numbers, some of the lines marked."""
+    """Python as highlighted HTML with line numbers; the lines `marked` are emphasised."""
     lines = [line - first + 1 for line in marked]
     formatter = HtmlFormatter(linenos="inline", linenostart=first, nobackground=True, hl_lines=lines)
     return highlight(text, PythonLexer(stripnl=False), formatter)
 
 
 def prose(text: str) -> str:
-    """Markdown with $$ equations -> HTML with MathML. ValueError names an equation that cannot be read."""
+    """Markdown with $$ equations -> HTML with MathML. ValueError names an invalid equation."""
     equations: list[str] = []
 
     def keep(match: re.Match) -> str:
         try:
             equations.append(latex2mathml.converter.convert(match[1].strip(), display="block"))
-        except Exception as error:  # the library's own kinds, and what it did not expect
+        except Exception as error:  # of any type
             raise ValueError(f"an equation could not be read ({type(error).__name__}): {match[1].strip()}") from error
         return f"\n\nEQUATION{len(equations) - 1}END\n\n"
 
@@ -305,7 +305,7 @@ def anchor(part: str) -> str:
 
 
 def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
-    """The place on GitHub."""
+    """HTML link to a place on GitHub."""
     repository, commit, below = roots[place.letter]
     path = f"{below.rstrip('/')}/{place.path}".lstrip("/")
     lines = "" if place.first is None else f"#L{place.first}-L{place.last}"
@@ -316,9 +316,9 @@ def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
 
 
 def measured(functions: list[Function], tests: list[dict]) -> str:
-    """A table of the largest differences that tests of these functions have found, when and at which commit.
+    """HTML table of the largest differences in tests of these functions, with date and commit.
 
-    A test names functions with their module, as `paper.model.loss`; `forward` is named by its class.
+    Tests name functions with their module, as `paper.model.loss`, and a `forward` by its class.
     """
     names = {f"{each.file.removesuffix('.py').replace('/', '.')}.{each.name}" for each in functions}
     names |= {name.removesuffix(".forward") for name in names}
@@ -336,7 +336,7 @@ def measured(functions: list[Function], tests: list[dict]) -> str:
 
 
 def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
-    """One row of the map: what it says, both sources, details, differences."""
+    """HTML of a row of the map: text, both sources, details, differences."""
     ours = []
     for function in row.functions:
         first, text = source(function)
@@ -364,7 +364,7 @@ NOTHING = "<p>No differences have been measured here: <code>make test</code> and
 
 
 def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
-    """The whole page."""
+    """HTML of the whole page."""
     links = "".join(f'<a href="#{anchor(row.part)}">{html.escape(row.part)}</a>' for row in readme.rows)
     body = "".join(row_html(row, readme, clones, tests) for row in readme.rows)
     colours = HtmlFormatter(nobackground=True).get_style_defs(".highlight")
@@ -381,17 +381,17 @@ def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
 
 
 def is_clone(folder: Path, repository: str, readme: Readme) -> bool:
-    """Whether a folder holds all files of a repository that a README names."""
+    """Whether a folder holds all of a repository's files that the README names."""
     places = [place for row in readme.rows for place in row.places]
     found = [authors_path(place, readme.roots, {repository: folder}) for place in places]
     return any(found) and all(path is None or path.exists() for path in found)
 
 
 def clones_of(readme: Readme, upstream: Path | None, clones: Path | None) -> dict[str, Path]:
-    """Repository -> its clone. `clones`: a folder of clones under their repositories' names.
+    """Repository -> folder of its clone.
 
-    `upstream` is one of them, known by its name or else by its files, beside which others lie under their names; or it
-    is such a folder itself.
+    clones: a folder that contains clones, named like their repositories. upstream: one clone, recognised by its name
+    or its files, with others beside it; or also a folder that contains clones.
     """
     names = {each: each.partition("/")[2] for each in dict.fromkeys(root[0] for root in readme.roots.values())}
     found = {} if clones is None else {each: clones / name for each, name in names.items()}
@@ -405,7 +405,7 @@ def clones_of(readme: Readme, upstream: Path | None, clones: Path | None) -> dic
 
 
 def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
-    """Say which clone was not found, and which does not stand at the commit whose lines the README names."""
+    """Print which clones are missing, and which are not at the README's commit."""
     for repository, commit in commits(readme.roots).items():
         if repository not in clones:
             print(f"note: no clone of {repository} was found: its lines are links alone")
@@ -422,14 +422,14 @@ def main(
     clones: Path | None = None,
     out: Path = Path("companion"),
 ) -> None:
-    """Write companion pages: each part of a paper with our source, the authors' and what tests measured.
+    """Write companion pages: each part of a paper with our source, the authors' source, and measured differences.
 
     Args:
-        folders: Papers' folders; all, if none is named.
-        upstream: Clone of the authors' repository of the one folder, whose lines then stand beside ours. Clones of
-            others that the README names lie beside it under their names; or this is the folder of all of them.
-        clones: Folder of clones under their repositories' names, for several folders.
-        out: Folder for FOLDER.html.
+        folders: Folders of the papers; all if none is given.
+        upstream: Clone of the authors' repository, for a single folder. Clones of other repositories that the README
+            names are expected beside it, under their names; or this is the folder that contains all clones.
+        clones: Folder that contains clones named like their repositories, for several folders.
+        out: Output folder for FOLDER.html.
     """
     names = [folder.replace("-", "_") for folder in folders] or presets.folders()
     for name in names:

@@ -1,9 +1,9 @@
-"""Floors and ceilings: what needs no training to reach, and what training on the labels themselves reaches.
+"""Floors and ceilings for a table of arms: metrics without training, and metrics after training on the labels.
 
 A study's arms must be above the floors before they are compared.
 
-Chance, and the nearest neighbour of an image among training images on raw pixels or on features of a pretrained tower.
-Numbers are by metric, as an eval.py names them, in percent.
+Floors are chance, and the nearest neighbour among training images on raw pixels or on features of a pretrained tower.
+Functions return {metric: percent}, with the metric names of eval.py.
 """
 
 import functools
@@ -24,20 +24,20 @@ SIDE = 24  # pixels
 
 @dataclass(frozen=True)
 class Floor:
-    """A row of the table of arms. A ceiling is no bar to be above."""
+    """A row of the table of arms. Arms need not be above a ceiling."""
 
     name: str
     measure: Callable[[], dict[str, float]]
     ceiling: bool = False
     arms: tuple[str, ...] = ()
-    """Arms that the floor is for, such as those of a pretrained tower: it counts for claims between them, and is
-    measured where one of them is compared. Empty: all arms."""
+    """Arms that the floor is for, such as those with a pretrained tower. It counts for claims between these arms, and is
+    measured if one of them is compared. Empty: all arms."""
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:
-    """{"SET/top1": 100 / classes}; of retrieval sets the expected recall of a random order, R@1, 5 and 10 both ways.
+    """{"SET/top1": 100 / classes}; for retrieval sets, the expected R@1, 5 and 10 of a random ranking, both ways.
 
-    With n captions, c of them the image's, a caption of the image is among k random ones with probability
+    With n captions, c of them the image's, k random captions contain one of the image's with probability
     1 - C(n - c, k) / C(n, k).
     """
     found = {}
@@ -59,7 +59,7 @@ def chance(sets: Iterable[str | Path]) -> dict[str, float]:
 
 
 def raw_pixels(image: Image.Image) -> Tensor:
-    """RGB image -> (3 * SIDE * SIDE,) pixels, whose mean is 0: their cosine is a correlation."""
+    """RGB image -> (3 * SIDE * SIDE,) pixels with mean 0, so that cosine similarity is correlation."""
     small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(small)).flatten().float()
     return pixels - pixels.mean()
@@ -96,9 +96,9 @@ def nearest_neighbour(
     transform: Callable[[Image.Image], Tensor] = raw_pixels,
     metrics: Iterable[str] = ("top1",),
 ) -> dict[str, float]:
-    """{"SET/METRIC": top-1 of the label of the nearest image of the set's `train` split, by cosine}.
+    """{"SET/METRIC": top-1 of nearest-neighbour classification by cosine, with the set's `train` split}.
 
-    The same number stands under each of `metrics`.
+    Each of `metrics` gets the same number.
     """
     found = {}
     for path in sets:
@@ -115,7 +115,7 @@ def probed(
     transform: Callable[[Image.Image], Tensor] = raw_pixels,
     scale: float = 1 / 255,
 ) -> dict[str, float]:
-    """{"SET/METRIC": what a paper's linear probe reaches on features times `scale`, by default raw pixels below 1}.
+    """{"SET/METRIC": percent of a paper's linear probe on features times `scale`}, by default pixels in [-1, 1].
 
     probe(train_x, train_y, test_x, test_y) -> {METRIC: percent}.
     """

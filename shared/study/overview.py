@@ -1,8 +1,7 @@
 """One page of all results: `python -m shared.study.overview` writes RESULTS.md, and report.html with the plots in it.
 
-Both are made of results/*.json and results/*.png, and of those in results/photos, alone; nothing is typed. The page
-in HTML holds its pictures and opens offline. `python -m shared.study.overview runs` makes runs/report.html of what was
-reproduced here.
+Both are generated from results/*.json and results/*.png, and those in results/photos. The HTML page embeds its plots
+and opens offline. `python -m shared.study.overview runs` writes runs/report.html from the results in runs.
 """
 
 import argparse
@@ -28,7 +27,7 @@ BESIDE = "Some papers were also asked on photographs, beside the emoji: their ta
 
 
 def command(study: Study, summary: dict) -> str:
-    """The command that measures a folder's results again."""
+    """The command that reproduces a study's results."""
     seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study.chosen("core")}
     every = "" if set(summary["arms"]) <= core else " ARMS=all"
     every += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
@@ -42,13 +41,13 @@ def provenance(summary: dict) -> str:
 
 
 def counts(summary: dict) -> dict[str, int]:
-    """How many of a paper's claims have each verdict."""
+    """{verdict: number of the paper's claims}."""
     found = Counter(row["verdict"] for row in shown(summary["claims"]))
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
 def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
-    """What the abstracts state, a row a claim: floor, means of both arms, difference, seeds, verdict."""
+    """One row per primary claim (of an abstract): floor, means of both arms, difference, seeds, verdict."""
     rows = []
     for folder, summary in summaries.items():
         primary = [row for row in summary["claims"] if row.get("primary")]
@@ -61,7 +60,7 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def settled(rows: list[dict[str, Any]]) -> str:
-    """How many of the primary claims have an answer."""
+    """Sentence with the number of primary claims that have a resolved verdict."""
     n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
     return (
         f"Of {len(rows)} claims of abstracts, {n} have a verdict that seeds resolve ({n / len(rows):.0%}). Floor: what "
@@ -71,7 +70,7 @@ def settled(rows: list[dict[str, Any]]) -> str:
 
 
 def named_arms(study: Study, summary: dict) -> dict[str, dict]:
-    """Metrics of each arm by its heading."""
+    """{heading of an arm: its metrics}."""
     return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}
 
 
@@ -84,7 +83,7 @@ def arms_table(study: Study, summary: dict) -> str:
 
 
 def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
-    """RESULTS.md: how the claims of each paper came out, then claim by claim; on photographs beside the corpus."""
+    """Text of RESULTS.md: counts of verdicts by paper, then each claim, on the embedded corpus and on photographs."""
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
     page += [settled(primary), table(primary)] if primary else []
@@ -134,7 +133,7 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; vertical-align:
 
 
 def html_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as an HTML table; a cell that is a verdict gets its colour."""
+    """Rows as an HTML table; verdicts are coloured."""
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
     body = []
     for row in rows:
@@ -147,13 +146,13 @@ def html_table(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(path: Path) -> str:
-    """A PNG inside the page."""
+    """A PNG as an embedded HTML image."""
     content = base64.b64encode(path.read_bytes()).decode()
     return f'<img src="data:image/png;base64,{content}" alt="{html.escape(path.stem.replace("_", " "))}">'
 
 
 def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
-    """report.html: the page of RESULTS.md with the arms' tables and the plots, in one file."""
+    """Text of report.html: RESULTS.md with tables of arms and embedded plots."""
     overview = [{"paper": summary["paper"]} | counts(summary) for summary in summaries.values()]
     overview += [{"paper": f"{each['paper']}, on photographs"} | counts(each) for each in photographs.values()]
     folders = sorted(summaries | photographs)
@@ -179,7 +178,7 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
 
 
 def html_section(study: Study, summary: dict, other: dict | None, pictures: Path) -> list[str]:
-    """`section` in HTML, with the plots of the study."""
+    """HTML of `section`, with the plots of the study."""
     page, folder = [f"<p>{html.escape(provenance(summary))}</p>"], study.folder
     if "corpus" in summary:
         page.append(f"<p>{html.escape(summary['corpus'])}.</p>")
@@ -191,7 +190,7 @@ def html_section(study: Study, summary: dict, other: dict | None, pictures: Path
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{paper: its results}, of folder/PAPER.json or folder/PAPER/results.json."""
+    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
     return {paper: read_json(path) for paper, paths in files.items() for path in paths if path.is_file()}
 

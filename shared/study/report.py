@@ -1,4 +1,4 @@
-"""The schema of results/<folder>.json, and what is printed and put into READMEs of it."""
+"""The schema of results/<folder>.json, and the tables made from it for the terminal and the READMEs."""
 
 import hashlib
 import importlib
@@ -28,7 +28,7 @@ PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
 def arms_rows(
     arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]] | None = None
 ) -> list[dict[str, str]]:
-    """One row a floor, then one an arm; one column a metric (key -> heading): mean ± std over seeds."""
+    """Rows of floors, then of arms, with mean ± std over seeds in a column per metric (key -> heading)."""
 
     def cell(value: dict | None) -> str:
         if value is None:
@@ -46,7 +46,7 @@ def arms_rows(
 
 
 def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:
-    """Print what `results` gave and `path` holds: arms by `metrics` (key -> heading), then claims."""
+    """Print the tables of arms, with `metrics` (key -> heading), and of claims of a `results` dict saved in `path`."""
     seeds, corpus = ", ".join(map(str, summary["seeds"])), summary.get("corpus", "Embedded emoji corpus")
     print(f"\n{corpus}, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
     print(table(arms_rows(summary["arms"], metrics, summary.get("floors"))))
@@ -60,11 +60,11 @@ def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) 
 
 
 class Comparison(NamedTuple):
-    arms: dict[str, list[dict]]  # by arm, the measurements of each seed
+    arms: dict[str, list[dict]]  # arm -> metrics of each seed
     seeds: list[int]
     folders: dict[str, list[Path]]
-    commits: set[str]  # of the code that trained them
-    settings: dict[str, str] = {}  # by arm, what tells its settings from others
+    commits: set[str]  # of the code that trained the runs
+    settings: dict[str, str] = {}  # arm -> hash of its settings
 
 
 UNIMPORTANT = (
@@ -83,10 +83,10 @@ UNIMPORTANT = (
 
 
 def setting_of(config: dict) -> str:
-    """A short word for a run's settings, the same for all its seeds and for whatever changes no result.
+    """A short hash of a run's settings, without the seed and fields that do not change results.
 
-    What is off (None, False, 0, empty; one micro-batch a step) is left out, so that an option which joins later changes
-    no setting.
+    Options that are off (None, False, 0, empty; one micro-batch per step) are left out, so that adding an option later
+    does not change the hash.
     """
     off = (None, False, "", (), [], {})
     on = {name: value for name, value in config.items() if value not in off and (name, value) != ("accumulate", 1)}
@@ -132,7 +132,7 @@ def compare_runs(
 
 
 def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) -> dict:
-    """The schema of results/<folder>.json. Values of an arm that are no numbers, which plots may need, are left out."""
+    """The dict of results/<folder>.json. Values of arms that are not numbers (used by plots) are left out."""
     return {
         "paper": paper,
         "seeds": found.seeds,
@@ -153,13 +153,13 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
 
 
 def write_packages(path: Path) -> None:
-    """Names and versions of all installed packages, one a line as `pip install -r` reads them."""
+    """Write names and versions of all installed packages in the format of `pip install -r`."""
     found = {each.metadata["Name"].lower(): each.version for each in distributions() if each.metadata["Name"]}
     path.write_text("".join(sorted(f"{name}=={version}\n" for name, version in found.items())), encoding="utf-8")
 
 
 def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
-    """Arms of the results in `path`, if these have more seeds than `found`, its settings and its machine; else none."""
+    """Arms of the results in `path` if they have the settings and machine of `found` and more seeds, else {}."""
     try:
         earlier = read_json(path)
     except (OSError, ValueError):
@@ -174,18 +174,18 @@ def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
 
 
 def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]:
-    """Rows of the table of claims; with other results, also the verdict of the same claim there."""
+    """Rows of the table of claims; with `other` results, also the verdict of the same claim in these."""
     rows = shown(summary["claims"])
     if other is None:
         return rows
-    there = zip(other["claims"], shown(other["claims"]), strict=True)  # what is starred here need not be there
+    there = zip(other["claims"], shown(other["claims"]), strict=True)  # a claim may be starred in one only
     verdicts = {claim["claim"]: row["verdict"] for claim, row in there}
     both = zip(summary["claims"], rows, strict=True)
     return [row | {"on emoji": verdicts.get(claim["claim"], "-")} for claim, row in both]
 
 
 def block(summary: dict, study: Any, other: dict | None = None) -> str:
-    """What a README says of one results file."""
+    """The text for one results file in a README."""
     seeds = ", ".join(map(str, summary["seeds"]))
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
     corpus = f"{summary['corpus']}. " if "corpus" in summary else ""
@@ -199,7 +199,7 @@ def block(summary: dict, study: Any, other: dict | None = None) -> str:
 
 
 def readme_block(folder: str) -> str:
-    """The results section of a folder's README, made from results/<folder>.json and results/photos/<folder>.json."""
+    """The results section of a folder's README, from results/<folder>.json and results/photos/<folder>.json."""
     paths = {"study": Path(f"results/{folder}.json"), "photos_study": Path(f"results/photos/{folder}.json")}
     found = {name: read_json(path) for name, path in paths.items() if path.is_file()}
     studies = {name: importlib.import_module(f"{folder}.{name}").STUDY for name in found}
@@ -210,8 +210,10 @@ def readme_block(folder: str) -> str:
 
 
 def update_readme(folder: str, write: bool = True) -> bool:
-    """Put `readme_block`, and the table of results/bench/<folder>.md if there is one, between their marks in
-    <folder>/README.md; True if the page agreed already."""
+    """Put `readme_block`, and results/bench/<folder>.md if it exists, between their marks in <folder>/README.md.
+
+    Returns whether the page was up to date already.
+    """
     path, bench = Path(folder) / "README.md", Path(f"results/bench/{folder}.md")
     blocks = {"results": readme_block(folder)}
     if bench.is_file():
