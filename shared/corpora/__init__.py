@@ -1,1 +1,1 @@
-"""Builders of corpora: each turns packages or files that a user has into training shards and evaluation sets."""
+"""Builders of corpora: convert packages or a user's files to training shards and evaluation sets."""

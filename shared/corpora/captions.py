@@ -1,4 +1,4 @@
-"""Captions of scenes: names of emoji, with their tags, with their places, or in several sentences."""
+"""Captions of scenes: names of emoji, names with tags, names with positions, or several sentences."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 def write_caption(
     form: str, emoji: Sequence[Emoji], boxes: Sequence[tuple[int, int, int]], size: int, rng: random.Random
 ) -> str:
-    """The caption, in one of FORMS, of a picture of side `size` with these emoji in boxes (top, left, side)."""
+    """The caption, in one of FORMS, of a picture of side `size` with `emoji` in `boxes` (top, left, side)."""
     names = [one.name for one in emoji]
     if form == "names":
         return listed(names)
@@ -45,14 +45,14 @@ def listed(names: Sequence[str], last: str = "and") -> str:
 
 
 def at_place(box: tuple[int, int, int], size: int) -> str:
-    """Where the centre of a box is, in ninths of the picture."""
+    """Position of a box's centre in a 3 x 3 grid, in words."""
     row, column = (min(3 * (2 * start + box[2]) // (2 * size), 2) for start in box[:2])
     place = PLACES[3 * row + column]
     return "in the middle" if place == "middle" else f"at the {place}"
 
 
 def relation(one: tuple[int, int, int], other: tuple[int, int, int]) -> str:
-    """How the centre of one box lies to that of another, along the axis where they are further apart."""
+    """Position of one box relative to another, in words, along the axis where their centres are further apart."""
     down, right = (2 * (other[axis] - one[axis]) + other[2] - one[2] for axis in (0, 1))
     if abs(right) > abs(down):
         return "to the left of" if right > 0 else "to the right of"

@@ -1,4 +1,4 @@
-"""What builders of corpora write: training shards, evaluation sets and masks, in folders that are whole or absent."""
+"""Writes corpora: training shards, evaluation sets and masks, in folders that appear only when complete."""
 
 import io
 import itertools
@@ -15,7 +15,7 @@ from shared import checkpoints
 from shared.corpora.emoji import link, sha256
 from shared.tars import write_split, write_tar
 
-SHARD = 1000  # samples of a training shard
+SHARD = 1000  # samples per training shard
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -28,7 +28,7 @@ def png(pixels: np.ndarray) -> bytes:
 def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "", shard_size: int = SHARD) -> int:
     """Writes training shards in img2dataset layout, `folder/{prefix}{00000..}.tar`; returns the number of samples.
 
-    A sample maps file endings to contents: an image's, `txt` (caption), `json` (dict), and others as they are.
+    A sample maps file endings to contents: an image ending, `txt` (caption), `json` (dict), and others as bytes.
     """
     samples, count = iter(samples), 0
     for shard in itertools.count():
@@ -61,14 +61,14 @@ def write_classes(folder: Path, classes: Sequence[str], templates: Sequence[str]
 
 
 def share_split(source: Path, target: Path) -> None:
-    """Makes a split part of a second set, where links are possible without taking its space twice."""
+    """Copies a split to a second set, by hard links where possible."""
     shutil.copytree(source, target, copy_function=link)
 
 
 def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[str, bytes, np.ndarray]]) -> int:
     """Writes `classnames.txt`, `images/KEY.png` or `.jpg` and `masks/KEY.png`; returns the number of images.
 
-    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 where there is none).
+    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none).
     """
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -82,18 +82,18 @@ def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[st
 
 
 def mask_png(labels: np.ndarray, classes: int) -> bytes:
-    """PNG of labels (H, W): uint8 if `classes` fit, else uint16; -1 becomes the type's largest value."""
+    """PNG of labels (H, W): uint8 if the number of classes fits, else uint16; -1 becomes the dtype's largest value."""
     kind = np.uint8 if classes <= 255 else np.uint16
     return png(np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind))
 
 
 def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
-    """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is whole.
+    """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is complete.
 
-    manifest.json holds `setting`, the facts, and sha256 of every shard. A folder that was made with the same setting
-    is left as it is. ValueError if it was made with another one, or is no corpus.
+    manifest.json holds `setting`, the facts, and sha256 of every shard. A folder made with the same setting is left
+    unchanged. ValueError if it was made with another setting, or is no corpus.
     """
-    setting = json.loads(json.dumps(setting))  # tuples and paths as they are read back
+    setting = json.loads(json.dumps(setting))  # as JSON reads it back, for example lists for tuples
     if (out / "manifest.json").is_file():
         if what := checkpoints.changes(checkpoints.read_json(out / "manifest.json").get("setting", {}), setting):
             raise ValueError(f"{out} was made with another setting: {what}; choose another --out, or remove it")

@@ -1,4 +1,4 @@
-"""Your own pictures as training shards and evaluation sets: `python -m shared.corpora.pack KIND SOURCE --out DIR`.
+"""Packs your pictures into training shards and evaluation sets: `python -m shared.corpora.pack KIND SOURCE --out DIR`.
 
     python -m shared.corpora.pack pairs photos/captions.csv --hold-out 0.1 --out data/mine
     python -m shared.corpora.pack retrieval photos/test.jsonl --out data/my_test
@@ -8,12 +8,12 @@ SOURCE names the pictures, and their captions or labels:
     table        .csv (commas) or .tsv (tabs) with the columns `image` and `caption`, or `image` and `label`
     JSON lines   .jsonl, a line {"image": "a.jpg", "caption": "a dog"} or {"image": "a.jpg", "caption": ["a dog", ...]}
     folder       SOURCE/CLASS/picture.jpg, for classes
-Several captions of a picture stand in several rows, or in a list. Further columns go into the samples' .json.
+Several captions of a picture are several rows, or a list. Further columns go into the samples' .json.
 
-Paths start from the folder of SOURCE, or from --image-root, and may not lead out of it. Pictures keep their bytes, but
-for those that a camera has stored on their side, those above --max-side, and GIF and BMP, which become PNG. What cannot
-be read is left out, counted and named. The same source gives the same bytes; DIR appears when it is whole and has been
-read back.
+Paths are relative to the folder of SOURCE or to --image-root, and must not leave it. Picture files are copied
+unchanged, except pictures whose EXIF data ask for a rotation, pictures larger than --max-side, and GIF and BMP, which
+become PNG. Unreadable pictures are left out, counted and named. The same source gives the same bytes. DIR appears when
+it is complete and has been read back.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ from shared.corpora.emoji import sha256
 from shared.evalsets import EvalSet
 from shared.tars import Broken, write_split
 
-RECIPE = 1  # raised when the same pictures and setting give other files
-TABLES = {".csv": ",", ".tsv": "\t"}  # ending: what separates columns
+RECIPE = 1  # version; increased when the output for the same pictures and setting changes
+TABLES = {".csv": ",", ".tsv": "\t"}  # ending: separator of columns
 LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the pictures in a folder of classes
-ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that shards keep as they are
-ORIENTATION = 274  # EXIF's tag
-UPRIGHT = {  # how a picture with this value of the tag is turned
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are not converted
+ORIENTATION = 274  # EXIF tag
+UPRIGHT = {  # value of the tag: operation that turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -55,13 +55,13 @@ UPRIGHT = {  # how a picture with this value of the tag is turned
     8: Image.Transpose.ROTATE_90,
 }
 TEMPLATES = ("{c}", "a photo of a {c}.")
-MOST = 10_000  # samples of a shard, as keys have four digits for them
-CHECKED = 1000  # pictures of training shards that are decoded once more
+MOST = 10_000  # most samples per shard, since keys have four digits for them
+CHECKED = 1000  # most pictures of training shards that are decoded when reading back
 
 
 class Picture(NamedTuple):
-    file: str  # without links, below the folder that paths start from
-    name: str  # its path from there
+    file: str  # real path (links resolved), inside the root folder of the paths
+    name: str  # path relative to this folder
 
 
 # ------------------------------------------------------------------------------------------------------------ sources
@@ -72,8 +72,8 @@ def read_rows(
 ) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """(place in the file, picture's path, caption or label, further columns) of the rows of a table or JSON lines.
 
-    columns: what the file calls the picture and the text, by the flags that say so. Rows that lack the picture are
-    appended to `broken`. ValueError if this is no such file.
+    columns: {flag: name of the column} for the picture and for the text. Rows without a picture are appended to
+    `broken`. ValueError if the file is not a table or JSON lines.
     """
     suffix = path.suffix.lower()
     if suffix not in (*TABLES, *LINES):
@@ -96,7 +96,7 @@ def read_rows(
 def table_rows(
     file: TextIO, path: Path, separator: str, columns: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, row by column) of a table; without a header, columns are called by their number from 0."""
+    """(place, {column: cell}) of a table's rows; without a header, columns are named by their number from 0."""
     rows = cells(file, path, separator)
     first = next(rows, None)
     if first is None:
@@ -115,9 +115,9 @@ def table_rows(
 
 
 def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of the rows that are not blank. Between tabs only a whole cell can be quoted.
+    """(place, cells) of the rows that are not blank. In tab-separated files only whole cells can be quoted.
 
-    ValueError if quotation marks do not match: one that is never closed would swallow what follows.
+    ValueError for an unclosed quotation mark, which would swallow the following rows.
     """
     csv.field_size_limit(2**31 - 1)
     tabs = separator == "\t"
@@ -131,14 +131,14 @@ def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[
 
 
 def unquoted(cell: str) -> str:
-    """What a quoted cell holds; another one as it is."""
+    """The content of a quoted cell; other cells unchanged."""
     inside = cell[1:-1].replace('""', "")
     quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside
     return cell[1:-1].replace('""', '"') if quoted else cell
 
 
 def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of JSON lines, or of one JSON list."""
+    """(place, value) of the entries of JSON lines or of a JSON list."""
     text = file.read()
     if text.lstrip().startswith("["):
         if not isinstance(entries := parsed(text), list):
@@ -151,14 +151,14 @@ def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parsed(text: str) -> Any:
-    """The value of a JSON text, its strings valid Unicode; None if it is no JSON."""
+    """The value of a JSON text, with valid Unicode in its strings; None if it is no JSON."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace"))
     return None
 
 
 def class_folders(root: Path) -> Iterator[tuple[str, str]]:
-    """(picture's path from `root`, name of its class folder); says what was passed over, and ValueError if all was."""
+    """(picture's path relative to `root`, its class folder). Prints what was skipped. ValueError if there is none."""
     found, others, empty = False, Counter(), []
     for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
@@ -176,12 +176,12 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def further(columns: dict[str, Any]) -> dict[str, Any]:
-    """What joins a sample's .json of a row's further columns."""
+    """The columns of a row that go into the sample's .json."""
     return {name: value for name, value in columns.items() if name and name not in ("key", "caption")}
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, stripped. ValueError if one is empty, or the file is no text."""
+    """Stripped lines of a text file. ValueError if one is empty, or the file is no text."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
@@ -197,14 +197,14 @@ def read_lines(path: Path) -> list[str]:
 
 
 def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[str, bytes]:
-    """{file ending: bytes} of a picture in a shard: its own `content`, or anew if it lies on its side or is too large.
+    """{file ending: bytes} of a picture: `content`, or encoded again if it is rotated, too large, GIF or BMP.
 
-    picture: `content` as RGB.
+    picture: `content` decoded to RGB.
     """
     turn = None
     with Image.open(io.BytesIO(content), formats=data.FORMATS) as opened:
         ending = ENDINGS.get(opened.format)
-        with contextlib.suppress(Exception):  # damaged EXIF says nothing
+        with contextlib.suppress(Exception):  # damaged EXIF is ignored
             turn = UPRIGHT.get(opened.getexif().get(ORIENTATION))
     scale = min(1.0, (max_side or max(picture.size)) / max(picture.size))
     if turn is None and scale == 1 and ending is not None:
@@ -213,14 +213,14 @@ def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[
         picture = picture.transpose(turn)
     if scale < 1:
         picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BICUBIC)
-    picture.info.pop("exif", None)  # it says how the picture lay
+    picture.info.pop("exif", None)  # its orientation is no longer valid
     target, ending = io.BytesIO(), "jpg" if ending in ("jpg", "webp") else "png"
     picture.save(target, "jpeg" if ending == "jpg" else "png", quality=95)
     return {ending: target.getvalue()}
 
 
 def size_of(picture: Picture) -> int:
-    """Bytes of a picture's file, or -1 if it is none."""
+    """Size of a picture's file in bytes, or -1 if it is not a file."""
     try:
         return os.path.getsize(picture.file) if os.path.isfile(picture.file) else -1
     except (OSError, ValueError):
@@ -228,7 +228,7 @@ def size_of(picture: Picture) -> int:
 
 
 def copies(pictures: Iterable[Picture]) -> list[list[Picture]]:
-    """The pictures in groups of equal bytes."""
+    """Groups of pictures with identical bytes."""
     of_size, groups = defaultdict(list), []
     for picture in pictures:
         of_size[size_of(picture)].append(picture)
@@ -247,9 +247,9 @@ def copies(pictures: Iterable[Picture]) -> list[list[Picture]]:
 
 
 def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
-    """`share` of the pictures, at least one and never all, by a hash of their names.
+    """`share` of the pictures, at least one but not all, chosen by a hash of their names.
 
-    Copies of one picture stay together, so that none is trained on and tested on.
+    Copies of a picture stay together, so that no picture is in both splits.
     """
     groups, chosen = copies(pictures), set()
     groups.sort(key=lambda group: data.stable_hash("hold out", min(picture.name for picture in group)))
@@ -286,25 +286,25 @@ def check_set(folder: Path, split: str, count: int) -> None:
         raise OSError(f"of {count:,} samples of {folder.name}/{split} only {found:,} can be read back")
 
 
-# ------------------------------------------------------------------------------------------------------ what is packed
+# --------------------------------------------------------------------------------------------------------------- kinds
 
 
 @dataclasses.dataclass
 class Pictures:
-    """What all kinds take."""
+    """Options of all kinds."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Table (.csv, .tsv) or JSON lines (.jsonl) that name the pictures; for classes also a folder of class folders."""
     out: Path
-    """Folder to write. It appears there only when it is complete."""
+    """Output folder. It appears only when it is complete."""
     image_root: Path | None = None
-    """Folder that the image paths start from; None: the folder of SOURCE."""
+    """Folder that the image paths are relative to; None: the folder of SOURCE."""
     image_column: str = "image"
     """Column or key of the pictures' paths; in a table without a header its number, from 0."""
     max_side: int | None = None
-    """Resize pictures whose longer side has more pixels than this; None keeps their bytes."""
+    """Resize pictures whose longer side has more pixels than this; None: no resizing."""
     shard_size: int = layout.SHARD
-    """Samples of a shard, at most 10,000."""
+    """Samples per shard, at most 10,000."""
     strict: bool = False
     """Stop at the first broken picture instead of counting it."""
 
@@ -314,14 +314,14 @@ class Pictures:
         self.prompts: Sequence[str] = ()
 
     def root_of(self, table: Path) -> str:
-        """The folder that a table's paths start from, without links."""
+        """The folder that a table's paths are relative to, with links resolved."""
         root = self.image_root or table.parent
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is no folder: --image-root names the one that image paths start from")
         return os.path.realpath(root)
 
     def picture(self, root: str, path: str, place: str) -> Picture:
-        """The picture of a path. ValueError if that leads out of `root`, by itself or by links."""
+        """The picture of a path. ValueError if the path leaves `root`, directly or by links."""
         if "\0" in path:
             return Picture(path, path)  # no file has such a name
         file = os.path.realpath(os.path.join(root, path))
@@ -334,19 +334,19 @@ class Pictures:
         return Picture(file, name.decode("utf-8", "replace"))
 
     def lacking(self, place: str, reason: str) -> None:
-        """Count something as broken; ValueError with --strict."""
+        """Record a broken picture or row; with --strict, ValueError."""
         if self.strict:
             raise ValueError(f"--strict: {place}: {reason}")
         self.broken.append(Broken(place, reason))
 
     def check_any(self, parts: Mapping[str, Mapping]) -> None:
-        """ValueError if a part has no picture."""
+        """ValueError if a split has no picture."""
         if empty := [name for name, pictures in parts.items() if not pictures]:
             why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
             raise ValueError(f"{self.source} leaves no picture for {empty[0]}{why}")
 
     def rows(self, source: Path, flag: str, column: str) -> Iterator[tuple[Picture, str, Any, dict[str, Any]]]:
-        """(picture, place, caption or label, further columns) of a table's rows; `column` is what --`flag` says."""
+        """(picture, place, caption or label, further columns) of a table's rows; `column` is the value of --`flag`."""
         if not source.is_file():
             what = "a folder" if source.is_dir() else "no file"
             raise FileNotFoundError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
@@ -370,7 +370,7 @@ class Pictures:
         return {picture: entries for picture, entries in found.items() if entries}
 
     def read(self, picture: Picture) -> dict[str, bytes] | None:
-        """{file ending: bytes} of a picture, or None, counted, if it cannot be read."""
+        """{file ending: bytes} of a picture; None if it cannot be read, which is recorded."""
         try:
             content = data.read_file(picture.file)
             return encoded(content, data.decode_image(content), self.max_side)
@@ -379,7 +379,7 @@ class Pictures:
             return None
 
     def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
-        """(picture, content, what belongs to it) of those that can be read. ValueError if none can."""
+        """(picture, content, value in `pictures`) of the readable pictures. ValueError if there are none."""
         found = False
         for picture, what in run.progress(pictures.items(), len(pictures), label):
             if (content := self.read(picture)) is not None:
@@ -392,7 +392,7 @@ class Pictures:
             )
 
     def write_retrieval(self, folder: Path, captions: Mapping[Picture, list[str]]) -> tuple[int, int]:
-        """A retrieval set, read back; returns the numbers of pictures and captions."""
+        """Writes a retrieval set and reads it back; returns the numbers of pictures and captions."""
         written: Counter[str] = Counter()
 
         def samples() -> Iterator[dict]:
@@ -405,7 +405,7 @@ class Pictures:
         return pictures, written["captions"]
 
     def build(self) -> None:
-        """Writes the folder and its manifest, and says what was written; a finished folder is left as it is."""
+        """Writes the folder and its manifest, and prints how to use it; a finished folder is left unchanged."""
         cli.check_counts(self, "max_side", "shard_size")
         if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
             raise ValueError(f"--hold-out is a share of at least 0 and less than 1, not {share}")
@@ -434,15 +434,15 @@ class Pictures:
 
 @dataclasses.dataclass
 class Pairs(Pictures):
-    """Training shards of pictures and captions, DIR/train/{00000..}.tar in img2dataset layout, and with --hold-out a
-    retrieval set of other pictures, DIR/eval/held_out."""
+    """Training shards of pictures and captions, DIR/train/{00000..}.tar in img2dataset layout; with --hold-out also a
+    retrieval set of held-out pictures, DIR/eval/held_out."""
 
     caption_column: str = "caption"
     """Column or key of the captions; in a table without a header its number, from 0."""
     every_caption: bool = True
-    """A sample for each caption instead of one with the first caption."""
+    """Write a sample for each caption instead of only one with the first caption."""
     hold_out: float = 0.0
-    """Share of the pictures that are kept for testing, with all of their captions."""
+    """Share of the pictures to hold out for testing, with all of their captions."""
 
     def plan(self) -> dict[str, dict[Picture, list[tuple[str, dict]]]]:
         found = self.captioned(self.caption_column)
@@ -480,7 +480,7 @@ class Pairs(Pictures):
 
 @dataclasses.dataclass
 class Retrieval(Pictures):
-    """A retrieval set, DIR, of all pictures and all of their captions."""
+    """A retrieval set, DIR, of all pictures with all their captions."""
 
     caption_column: str = "caption"
     """Column or key of the captions; in a table without a header its number, from 0."""
@@ -498,24 +498,24 @@ class Retrieval(Pictures):
 
 @dataclasses.dataclass
 class Classes(Pictures):
-    """A classification set, DIR, of labelled pictures, and with --hold-out or --train a train split for probes. Its
-    captions are class names, so that DIR/train is training data, too."""
+    """A classification set, DIR, of labelled pictures; with --hold-out or --train also a train split for probes. Its
+    samples have class names as captions, so that DIR/train can also be used as training data."""
 
     label_column: str = "label"
     """Column or key of the labels; in a table without a header its number, from 0."""
     hold_out: float = 0.0
-    """Share of each class's pictures that are kept for testing; the others are the train split. 0: all are for
+    """Share of each class's pictures to hold out for testing; the others are the train split. 0: all are for
     testing."""
     train: Path | None = None
-    """Pictures of the train split, in a form that SOURCE may have, too."""
+    """Pictures of the train split, in the same formats as SOURCE."""
     classnames: Path | None = None
-    """Class names, one a line, for labels that are numbers of lines, from 0, or that stand for the lines in the order
-    of the alphabet; None: names of folders, `_` being a space, or the labels themselves."""
+    """Class names, one a line. Labels are these names, or line numbers from 0, or other words, whose alphabetical order
+    is that of the lines. None: names of folders, with spaces for `_`, or the labels themselves."""
     templates: Path | None = None
     """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
 
     def labelled(self, source: Path) -> dict[Picture, tuple[str, dict]]:
-        """{picture: (label, further columns)}. ValueError if one has two labels."""
+        """{picture: (label, further columns)}. ValueError if a picture has two labels."""
         found: dict[Picture, tuple[str, dict]] = {}
         if source.is_dir():
             root = os.path.realpath(source)
@@ -531,7 +531,7 @@ class Classes(Pictures):
         return found
 
     def plan(self) -> dict[str, dict[Picture, tuple[int, dict]]]:
-        """{split: {picture: (number of its class, further columns)}}; sets `classes` and `prompts`."""
+        """{split: {picture: (class index, further columns)}}; sets `classes` and `prompts`."""
         if self.train and self.hold_out:
             raise ValueError("--train and --hold-out are two ways to the same thing: name one")
         parts = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
@@ -559,7 +559,7 @@ class Classes(Pictures):
         }
 
     def number(self, labels: list[str]) -> tuple[dict[str, int], list[str]]:
-        """({label: number of its class}, class names)."""
+        """({label: class index}, class names)."""
         decimal = all(label.isdecimal() for label in labels)
         order = sorted(labels, key=int) if decimal else labels
         names = [label.replace("_", " ") for label in order] if self.source.is_dir() else order
@@ -593,7 +593,7 @@ class Classes(Pictures):
         return counts
 
     def samples(self, split: str, labels: dict[Picture, tuple[int, dict]]) -> Iterator[dict]:
-        """Samples of a split: in the order of the source, or for training with the classes mixed, and with captions."""
+        """Samples of a split in the order of the source; those for training are shuffled and have captions."""
         if split == "train":
             labels = dict(random.Random(0).sample(list(labels.items()), len(labels)))
         for picture, content, (label, more) in self.read_all(labels, split):

@@ -1,14 +1,13 @@
-"""Photographs: data sets that people have, turned into training shards and evaluation sets. Nothing is fetched.
+"""Converts downloaded photograph data sets to training shards and evaluation sets; downloads nothing.
 
     python -m shared.corpora.photos flickr8k --root PATH [--multi30k PATH] --out data/flickr8k
     python -m shared.corpora.photos pacs --root PATH --out data/pacs          (also: cifar10, coco)
 
-    train/{00000..}.tar    img2dataset layout: the photograph's bytes as they are, .txt, .json (file, all captions)
+    train/{00000..}.tar    img2dataset layout: the photograph's file, .txt, .json (file, all captions)
     eval/<set>/            CLIP-benchmark webdataset layout
     manifest.json          setting, counts, broken photographs, licence note, sha256 of every shard
 
-The layouts that are read are in the docstrings of the classes. Photographs that cannot be read are left out, counted
-and reported.
+The input layouts are in the docstrings of the classes. Unreadable photographs are left out, counted and reported.
 """
 
 import dataclasses
@@ -35,19 +34,19 @@ LANGUAGES = ("en", "de", "fr", "cs")  # of Multi30k
 MULTI30K = [f"multi30k_{language}" for language in LANGUAGES]
 CAPTION = {"id", "image_id", "caption"}  # keys of COCO's annotations
 INSTANCE = {"id", "image_id", "category_id", "segmentation", "area", "iscrowd"}
-HELD_OUT = 5  # of PACS, one photograph in so many is tested on
+HELD_OUT = 5  # every fifth photograph of PACS is held out
 
 
 @dataclass
 class Photographs:
-    """What all builders take."""
+    """Options of all builders."""
 
     root: Path
     """Folder of the data set."""
     out: Path
-    """Folder to write. It appears there only when it is complete."""
+    """Output folder. It appears only when it is complete."""
     image_size: int | None = None
-    """Resize photographs to this shorter side in pixels, where they are larger; None copies their bytes."""
+    """Resize larger photographs to this shorter side in pixels; None: no resizing."""
     strict: bool = False
     """Stop at the first broken image instead of counting it."""
 
@@ -58,14 +57,14 @@ class Photographs:
         self.used: list[Path] = []
 
     def find(self, path: Path, layout_says: str) -> Path:
-        """`path`, whose contents count as what the corpus is made of; FileNotFoundError if it is not there."""
+        """`path`, after recording its files as sources of the corpus. FileNotFoundError if it does not exist."""
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: {layout_says}")
         self.used += sorted(path.rglob("*")) if path.is_dir() else [path]
         return path
 
     def read(self, file: Path) -> dict[str, bytes] | None:
-        """{file ending: bytes} of a photograph, or None, counted, if it cannot be read."""
+        """{file ending: bytes} of a photograph; None if it cannot be read, which is recorded."""
         kind = file.suffix.lower().removeprefix(".")
         try:
             content = data.read_file(file)
@@ -84,7 +83,7 @@ class Photographs:
         return {kind: content}
 
     def read_all(self, files: Iterable, label: str) -> Iterator[tuple]:
-        """(file, content, ...) for (file, ...): those that can be read. ValueError if none can."""
+        """(file, content, ...) for each readable (file, ...). ValueError if there are none."""
         files, found = list(files), False
         for file, *rest in tqdm(files, label, unit="image", disable=None):
             if (content := self.read(file)) is not None:
@@ -94,7 +93,7 @@ class Photographs:
             raise ValueError(f"none of the {len(files)} photographs of {self.root} ({label}) can be read")
 
     def build(self) -> None:
-        """Writes shards, evaluation sets and manifest; a finished folder is left as it is."""
+        """Writes shards, evaluation sets and manifest; a finished folder is left unchanged."""
         cli.check_counts(self, "image_size")
         listing = self.plan()
         sizes = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.used if file.is_file()]
@@ -114,7 +113,7 @@ class Photographs:
             print(line)
 
     def write_captioned(self, folder: Path, captioned: dict[Path, dict], every_caption: bool, label: str) -> int:
-        """Training shards of {photograph: what its json says, with "captions"}; returns the number of samples."""
+        """Writes training shards of {photograph: its .json, with "captions"}; returns the number of samples."""
 
         def samples() -> Iterator[dict]:
             for file, content, about in self.read_all(captioned.items(), label):
@@ -137,7 +136,7 @@ def one_line(text: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a text file, .gz or not; ValueError if it is not such a file."""
+    """Lines of a text file, which may be .gz. ValueError if it cannot be read as such."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return content.decode("utf-8-sig").rstrip("\n").split("\n")
@@ -161,7 +160,7 @@ class Flickr8k(Photographs):
     multi30k: Path | None = None
     """Multi30k's folder: image_splits/{train,val,test_2016_flickr}.txt, raw/{same}.{en,de,fr,cs}.gz."""
     every_caption: bool = False
-    """A sample for each caption instead of one with the first caption."""
+    """Write a sample for each caption instead of only one with the first caption."""
     joined_lines = 0
     recipe = 2
     licence = (
@@ -189,7 +188,7 @@ class Flickr8k(Photographs):
         return splits
 
     def captions(self, file: Path) -> dict[str, list[str]]:
-        """{file name: its captions} of lines name#k<tab>caption; a line without a name goes on with the last one's."""
+        """{file name: captions} from lines name#k<tab>caption; a line without a name continues the line before."""
         entries: list[list[str]] = []
         for line in read_lines(file):
             name, tab, text = line.partition("\t")
@@ -197,7 +196,7 @@ class Flickr8k(Photographs):
                 entries.append([name, text])
             elif not entries:
                 raise ValueError(f"{file} does not begin with name.jpg#k<tab>caption")
-            else:  # the Arabic file has a caption with a line break within a word
+            else:  # the Arabic file has a line break within a caption
                 entries[-1][1] += line
                 self.joined_lines += 1
         found = defaultdict(list)
@@ -209,7 +208,7 @@ class Flickr8k(Photographs):
         return found
 
     def translations(self) -> dict[str, dict[str, list[str]]]:
-        """{number of a photograph: {"captions_multi30k_de": [...], ...}}; file names go together by that number."""
+        """{photograph's number: {"captions_multi30k_de": [...], ...}}; this number begins its file name in Flickr8k."""
         says = (
             "Multi30k has image_splits/{train,val,test_2016_flickr}.txt and raw/{same}.{en,de,fr,cs}.gz, line by line"
         )
@@ -244,10 +243,10 @@ class Flickr8k(Photographs):
 
 
 class Labelled(Photographs):
-    """Photographs in one folder a class."""
+    """Photographs in one folder per class."""
 
     def classes_in(self, folder: Path, layout_says: str) -> dict[str, list[Path]]:
-        """{class: its photographs}; ValueError if there is none."""
+        """{class: its photographs}. ValueError if there are none."""
         self.find(folder, layout_says)
         found = {
             home.name: [file for file in sorted(home.iterdir()) if file.suffix.lower() in SUFFIXES]
@@ -259,7 +258,7 @@ class Labelled(Photographs):
         return found
 
     def write_train(self, folder: Path, files: list[tuple[Path, int]], classes: list[str], prefix: str = "") -> int:
-        """Training shards whose captions are class names, in an order in which classes are mixed."""
+        """Writes shuffled training shards with class names as captions; returns the number of samples."""
         files = random.Random(0).sample(files, len(files))
         samples = (
             content | {"txt": classes[label], "json": {"file": file.name, "name": classes[label], "label": label}}
@@ -270,11 +269,11 @@ class Labelled(Photographs):
 
 @dataclass
 class PACS(Labelled):
-    """PACS: 7 classes in 4 domains, each domain an evaluation set of its own.
+    """PACS: 7 classes in 4 domains, with an evaluation set for each domain.
 
     Layout: PACS/<domain>/<class>/*.jpg, domains photo, art_painting, cartoon, sketch. A fifth of each class and domain
     is held out. Shards: train/<domain>-{00000..}.tar, so that a domain can be left out. Sets: <domain> with `test` (the
-    fifth) and `train` (the rest, for probes); <domain>_all: all of it, for models that were not trained on the domain.
+    held-out fifth) and `train` (the rest, for probes); <domain>_all: the whole domain, for models not trained on it.
     """
 
     licence = "PACS states no licence; its pictures come from Caltech256, Sketchy, TU-Berlin and Google Images."
@@ -346,19 +345,19 @@ class COCO(Photographs):
     """COCO 2017: captions and instance masks.
 
     Layout: {train,val}2017/*.jpg, annotations/{captions,instances}_{train,val}2017.json. Photographs may be smaller
-    than the annotations say; masks keep the size of the annotations. Sets: retrieval_val (photographs of val2017;
-    Karpathy's test split is another one) and patchdis_val: classnames.txt, images/, masks/ (class of each pixel; 255:
-    none, or a crowd), smaller instances in front of larger ones.
+    than the annotations say; masks have the annotations' size. Sets: retrieval_val (photographs of val2017, which is
+    not Karpathy's test split) and patchdis_val: classnames.txt, images/, masks/ (class of each pixel; 255: none, or a
+    crowd), with smaller instances in front of larger ones.
     """
 
     every_caption: bool = False
-    """A sample for each caption instead of one with the first caption."""
+    """Write a sample for each caption instead of only one with the first caption."""
     train_masks: bool = False
     """Also write patchdis_train, the masks of train2017."""
     licence = "COCO's annotations are CC-BY 4.0; its photographs belong to their authors on Flickr."
 
     def plan(self) -> dict[str, tuple[dict, dict]]:
-        """{split: (captions, instances)}, as their JSON files say."""
+        """{split: (captions, instances)}, from the JSON files."""
         says = "COCO has {train,val}2017/*.jpg and annotations/{captions,instances}_{train,val}2017.json"
         found = {}
         for split in ("train", "val"):
@@ -394,7 +393,7 @@ class COCO(Photographs):
         return counts
 
     def write_masks(self, folder: Path, split: str, instances: dict) -> int:
-        """Photographs that have instances, with their class of each pixel."""
+        """Writes photographs that have instances, with masks of classes; returns the number of images."""
         categories = sorted(instances["categories"], key=lambda category: category["id"])
         label = {category["id"]: i for i, category in enumerate(categories)}
         of_image = defaultdict(list)
@@ -412,7 +411,7 @@ class COCO(Photographs):
 
 
 def draw_instances(instances: list[dict], label: dict[int, int], height: int, width: int) -> np.ndarray:
-    """(H, W) int16: the class of the smallest instance at each pixel, -1 where there is none, or a crowd alone."""
+    """(H, W) int16: class of the smallest instance at each pixel, -1 for none or only a crowd."""
     labels = np.full((height, width), -1, np.int16)
     for one in sorted(instances, key=lambda one: (-one["area"], one["id"])):
         if not one["iscrowd"]:
@@ -421,7 +420,7 @@ def draw_instances(instances: list[dict], label: dict[int, int], height: int, wi
 
 
 def instance_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """(H, W) bool of COCO's polygons ([x, y, x, y, ...] each; pixels whose centre is inside) or run lengths."""
+    """(H, W) bool: mask of COCO's run lengths, or of its polygons [x, y, x, y, ...] by pixel centres."""
     mask = np.zeros((height, width), bool)
     if isinstance(segmentation, dict):
         if not isinstance(segmentation["counts"], list):

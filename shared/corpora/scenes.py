@@ -1,19 +1,19 @@
-"""Scenes: emoji put into pictures, with exact masks. `python -m shared.corpora.scenes --out data/scenes`
+"""Scenes: synthetic pictures of emoji, with exact masks. `python -m shared.corpora.scenes --out data/scenes`
 
-A scene has one or more *captioned* emoji, uncaptioned clutter under them, and a textured ground, at random places and
-sizes. Captioned emoji never cover each other, and nothing covers them. A scene is a pure function of (setting, split,
-index), so there is any number of them, drawn on the fly (`Scenes`, a torch Dataset) or written as shards:
+A scene has one or more *captioned* emoji, uncaptioned clutter behind them, and a textured background; positions and
+sizes are random. Captioned emoji are never covered. A scene is a pure function of (setting, split, index), so their
+number is unlimited. They are drawn on the fly (`Scenes`, a torch Dataset) or written as shards:
 
     train/{00000..}.tar          img2dataset layout: .png, .txt (caption), .json (names, boxes, captions of all forms),
-                                 .mask.png (concept of each pixel; the largest value of its type: none)
-    eval/names_{id,ood}/         which concept is the one captioned emoji; `train` holds scenes for probes
+                                 .mask.png (concept of each pixel; the largest value of its dtype: none)
+    eval/names_{id,ood}/         classification of the one captioned emoji; `train` holds scenes for probes
     eval/retrieval_{id,ood}/     scenes of several emoji with their names as captions; retrieval_long_: long captions
     eval/patchdis_{id,ood}/      the same scenes as folders of images and masks
     manifest.json                setting, counts, licences of the drawings, sha256 of every shard
 
-Splits: of each concept's drawings in the training styles one is held out (`id`), the others are `train`; `ood` is the
-style fluent-emoji-flat, which training never sees. The drawings are those of the emoji corpus, rendered with their
-transparency once, into `sprites.npz` beside its manifest.
+Splits: for each concept, one drawing in the training styles is held out (`id`), the others are `train`; `ood` is the
+held-out style fluent-emoji-flat. The drawings are those of the emoji corpus, rendered once with transparency to
+`sprites.npz` beside its manifest.
 """
 
 import dataclasses
@@ -38,20 +38,20 @@ from shared.corpora.captions import FORMS, write_caption
 from shared.corpora.sprites import Sprites, load_sprites, packages, scaled
 from shared.tars import write_split
 
-RECIPE = 1  # raised when the same setting gives other pictures
-SIZES = 5  # different sides of emoji between the smallest and the largest
-COARSE, FINE = 4, 12  # points of the ground's colours and of its grain along a side
+RECIPE = 1  # version; increased when the scenes of the same setting change
+SIZES = 5  # number of different sizes of emoji
+COARSE, FINE = 4, 12  # grid points along a side, for the background's colours and its grain
 SPLITS = ("train", "id", "ood")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the scenes."""
+    """The parameters of scenes."""
 
     image_size: int = 48
     """Image side in pixels."""
     captioned: tuple[int, int] = (1, 1)
-    """Fewest and most captioned emoji of a scene, each another concept."""
+    """Fewest and most captioned emoji of a scene; their concepts differ."""
     captioned_size: tuple[float, float] = (0.35, 0.5)
     """Smallest and largest side of a captioned emoji, as a share of the image side."""
     clutter: tuple[int, int] = (2, 2)
@@ -59,73 +59,73 @@ class Setting:
     clutter_size: tuple[float, float] = (0.35, 0.5)
     """Smallest and largest side of clutter, as a share of the image side."""
     clutter_groups: tuple[str, ...] = ("symbols",)
-    """Groups of emoji that clutter is drawn from; concepts are no clutter."""
+    """Groups of emoji that clutter is drawn from, without the captioned concepts."""
     ground: float = 1.0
-    """Strength of the ground's texture, 0 (plain white) to 1 (coloured and grainy)."""
+    """Strength of the background's texture, 0 (plain white) to 1 (coloured and grainy)."""
     caption: Literal["names", "tags", "positions", "long"] = "names"
-    """Names of the captioned emoji; each with some of its tags; each with its place; or several sentences."""
+    """Captions: names of the captioned emoji, names with some tags, names with positions, or several sentences."""
     noise: float = 0.0
-    """Share of scenes whose caption names as many other concepts."""
+    """Share of scenes with a wrong caption, which names as many other concepts."""
     distinct: int | None = None
-    """Number of distinct scenes, the first ones; later ones are near copies of them. None: all are distinct."""
+    """Number of distinct scenes, which come first; later scenes are near copies of them. None: all are distinct."""
     skew: float = 1.2
-    """With `distinct`: scene r of them is copied in proportion to 1 / (r + 10) ** skew."""
+    """With `distinct`: distinct scene r is copied with probability proportional to 1 / (r + 10) ** skew."""
     concepts: int | None = 100
-    """Number of captioned concepts; fewer are a subset of more. None: all that `groups` and `min_drawings` leave."""
+    """Number of captioned concepts; fewer are a subset of more. None: all allowed by `groups` and `min_drawings`."""
     groups: tuple[str, ...] = ("animals-nature", "food-drink", "objects", "travel-places", "activities")
     """Groups of emoji that concepts are chosen from."""
     min_drawings: int = 4
-    """Fewest drawings that a concept has in `styles`; one of them is held out."""
+    """Fewest drawings of a concept in `styles`; one of them is held out."""
     styles: tuple[str, ...] = emoji_sources.TRAIN_STYLES
     """Drawing styles to train on."""
     seed: int = 0
-    """Seed of the choice of concepts and of the scenes."""
+    """Seed for choosing concepts and drawing scenes."""
 
 
 @dataclass(frozen=True)
 class Config(Setting):
-    """Writes scenes as shards and evaluation sets; a finished folder is left as it is."""
+    """Writes scenes as shards and evaluation sets; a finished folder is left unchanged."""
 
     out: Path = Path("data/scenes")
-    """Folder to write. It appears there only when it is complete."""
+    """Output folder. It appears only when it is complete."""
     corpus: Path = Path("data/emoji")
-    """The emoji corpus, whose drawings are used."""
+    """Folder of the emoji corpus with the drawings."""
     samples: int = 20000
-    """Training scenes."""
+    """Number of training scenes."""
     eval_samples: int = 2000
-    """Scenes of an evaluation set; of several emoji, at most half as many as there are sets of that many concepts."""
+    """Scenes per evaluation set; with several emoji per scene, at most half the number of combinations of concepts."""
 
 
 class Scene(NamedTuple):
-    """One picture and what is known of it."""
+    """One picture and its annotations."""
 
     pixels: np.ndarray
     """(S, S, 3) uint8."""
     labels: np.ndarray
-    """(S, S) int16: the concept that is seen at a pixel, -1 where none is; the mask of concept c is `labels == c`."""
+    """(S, S) int16: visible concept of each pixel, -1 for none; the mask of concept c is `labels == c`."""
     concepts: tuple[int, ...]
-    """The captioned emoji that are shown."""
+    """Concepts of the captioned emoji in the picture."""
     said: tuple[int, ...]
-    """Those that the caption names: others than `concepts` in the share `noise`."""
+    """Concepts named in the caption; with probability `noise`, others than `concepts`."""
     boxes: tuple[tuple[int, int, int], ...]
     """(top, left, side) of each captioned emoji."""
     original: int
-    """Index of the scene of which this is a near copy, or its own."""
+    """Index of the scene that this is a near copy of, or its own index."""
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
 def uniforms(rng: np.random.Generator) -> Iterator[float]:
-    """Numbers in [0, 1) without end, drawn many at a time."""
+    """Endless random numbers in [0, 1)."""
     while True:
         yield from rng.random(64).tolist()
 
 
 def interpolation(size: int, cells: int) -> np.ndarray:
-    """(size, cells) float32: weights of a line's points at each pixel, linear between them.
+    """(size, cells) float32: weights for linear interpolation from `cells` points to `size` pixels.
 
-    They are multiples of 1/64, so that float32 sums of the ground are exact, on every machine the same.
+    They are multiples of 1/64, so that float32 sums are exact and the same on every machine.
     """
     at = np.linspace(0, cells - 1, size)
     low = np.minimum(at.astype(int), cells - 2)
@@ -136,7 +136,7 @@ def interpolation(size: int, cells: int) -> np.ndarray:
 
 
 def place(sides: list[int], size: int, u: Iterator[float]) -> list[tuple[int, int]]:
-    """(top, left) of squares that do not overlap, at random; in cells of a grid if random places do not do."""
+    """Random (top, left) of squares that do not overlap; in cells of a grid if 16 random attempts fail."""
     for _ in range(16):
         places: list[tuple[int, int]] = []
         for side in sides:
@@ -160,8 +160,8 @@ def place(sides: list[int], size: int, u: Iterator[float]) -> list[tuple[int, in
 class Scenes(Dataset):
     """Scenes of one split, drawn on the fly: item i is (pixels (3, S, S) uint8, labels (S, S) int16, caption).
 
-    `classnames[c]` is the name of concept c. `draw` and `caption` say more of a scene. ValueError on a setting that
-    cannot be drawn.
+    `classnames[c]` is the name of concept c. `draw` returns all annotations of a scene. ValueError on an impossible
+    setting.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Scenes(Dataset):
         return np.random.default_rng((self.setting.seed, SPLITS.index(self.split), index, purpose))
 
     def draw(self, index: int, concepts: tuple[int, ...] | None = None, without: int | None = None) -> Scene:
-        """Scene `index`; `concepts`: with these captioned emoji; `without`: its emoji number `without` is left out."""
+        """Scene `index`. concepts: captioned emoji instead of random ones. without: number of an emoji to leave out."""
         s, original = self.setting, index
         if s.distinct is not None and index >= s.distinct:
             original = int(np.searchsorted(self.copied, self.rng(index, 1).random(), side="right"))
@@ -236,7 +236,7 @@ class Scenes(Dataset):
         return Scene(picture, labels, tuple(concepts), self.said(index, concepts), tuple(boxes), original)
 
     def draw_ground(self, rng: np.random.Generator) -> np.ndarray:
-        """(S, S, 3) uint8: random colours on a coarse grid, interpolated, and a finer grain of light and dark."""
+        """(S, S, 3) uint8: interpolated random colours on a coarse grid, plus random brightness on a finer grid."""
         strength, coarse, fine = self.setting.ground, self.coarse, self.fine
         colours = np.floor(255 - strength * (24 + 195 * rng.random((3, coarse.shape[1], coarse.shape[1]))))
         grain = np.floor(strength * (48 * rng.random((fine.shape[1], fine.shape[1])) - 24))
@@ -245,14 +245,14 @@ class Scenes(Dataset):
         return np.ascontiguousarray(ground.astype(np.uint8).transpose(1, 2, 0))
 
     def draw_concepts(self, count: int, u: Iterator[float]) -> tuple[int, ...]:
-        """`count` different concepts."""
+        """`count` different random concepts."""
         found: dict[int, None] = {}
         while len(found) < count:
             found[int(next(u) * len(self.emoji))] = None
         return tuple(found)
 
     def draw_clutter(self, boxes: list[tuple[int, int, int]], u: Iterator[float]) -> list[tuple]:
-        """[(sprite, box)], where there is room away from `boxes` and each other, else anywhere."""
+        """[(sprite, box)] of clutter, away from `boxes` and each other if 8 random attempts suffice, else anywhere."""
         size, taken, clutter = self.setting.image_size, list(boxes), []
         for _ in range(between(self.setting.clutter, next(u))):
             sprite, side = pick(self.clutter, next(u)), pick(self.clutter_sides, next(u))
@@ -269,7 +269,7 @@ class Scenes(Dataset):
         return clutter
 
     def shifted(self, index: int, boxes: list, clutter: list) -> tuple[list, list]:
-        """Boxes of a near copy: all moved together by at most 1/16 of the side, and not out of the picture."""
+        """Boxes and clutter of a near copy: all moved together by at most 1/16 of the side, within the picture."""
         every = np.array([*boxes, *(box for _, box in clutter)])
         first, last = every[:, :2].min(0), (every[:, :2] + every[:, 2:]).max(0)
         reach = self.setting.image_size // 16
@@ -279,7 +279,7 @@ class Scenes(Dataset):
         return moved[: len(boxes)], [(sprite, moved[len(boxes) + i]) for i, (sprite, _) in enumerate(clutter)]
 
     def said(self, index: int, concepts: tuple[int, ...]) -> tuple[int, ...]:
-        """The concepts that the caption names: as many others in the share `noise`."""
+        """Concepts named in the caption: `concepts`, or with probability `noise` as many others."""
         if not self.setting.noise:
             return tuple(concepts)
         u = uniforms(self.rng(index, 4))
@@ -296,7 +296,7 @@ class Scenes(Dataset):
         return write_caption(form, words, scene.boxes, self.setting.image_size, rng)
 
     def about(self, scene: Scene, index: int) -> dict:
-        """What a sample's json says of a scene."""
+        """The .json of a scene's sample."""
         return {
             "names": [self.classnames[concept] for concept in scene.concepts],
             "hexcodes": [self.emoji[concept].hexcode for concept in scene.concepts],
@@ -324,7 +324,7 @@ def sides(shares: tuple[float, float], size: int) -> list[int]:
 
 
 def blend(picture: np.ndarray, colour: np.ndarray, clear: np.ndarray, top: int, left: int) -> None:
-    """Puts a sprite (see `scaled`) on a picture in place: colour + picture * clear / 255, rounded."""
+    """Draws a sprite (see `scaled`) on a picture, in place: colour + picture * clear / 255, rounded."""
     side = len(colour)
     region = picture[top : top + side, left : left + side]
     through = np.multiply(region, clear, dtype=np.uint16)
@@ -345,7 +345,7 @@ def patch_shares(labels: np.ndarray, concept: int, patch: int) -> np.ndarray:
 
 
 def check(s: Setting) -> None:
-    """ValueError if scenes cannot be drawn like this."""
+    """ValueError on invalid settings."""
     cli.check_counts(s, "image_size", least=8)
     cli.check_counts(s, "concepts", "distinct")
     cli.check_counts(s, "min_drawings", least=2)
@@ -373,7 +373,7 @@ def check(s: Setting) -> None:
 
 
 def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
-    """({concept: {split: its rows of `sprites`}}, {split: rows of the clutter}). ValueError if there are too few."""
+    """({concept: {split: rows of `sprites`}}, {split: rows of clutter}). ValueError if there are too few."""
     rows: dict[emoji_sources.Emoji, dict[str, list[int]]] = defaultdict(lambda: {split: [] for split in SPLITS})
     for row, (one, style) in enumerate(zip(sprites.emoji, sprites.styles, strict=True)):
         if style == emoji_sources.OOD_STYLE:
@@ -412,7 +412,7 @@ def training_samples(scenes: Scenes) -> Iterator[dict]:
 
 
 def sample(scenes: Scenes, scene: Scene) -> dict[str, bytes]:
-    """The picture and the concept of each of its pixels."""
+    """A scene's picture and mask, as files of a sample."""
     return {"png": layout.png(scene.pixels), "mask.png": layout.mask_png(scene.labels, len(scenes.emoji))}
 
 
@@ -424,7 +424,7 @@ def labelled(scenes: Scenes, count: int) -> Iterator[dict]:
 
 
 def several(scenes: Scenes, count: int) -> Iterator[tuple[int, Scene]]:
-    """The first `count` scenes that differ in what they show."""
+    """(index, scene) of the first `count` scenes with different sets of concepts."""
     seen: set[frozenset[int]] = set()
     index = 0
     while len(seen) < count:
@@ -436,12 +436,12 @@ def several(scenes: Scenes, count: int) -> Iterator[tuple[int, Scene]]:
 
 
 def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_samples: int) -> dict[str, int]:
-    """Writes shards and evaluation sets; returns the number of samples of each and of concepts."""
+    """Writes shards and evaluation sets; returns the numbers of samples and of concepts."""
     plain = dataclasses.replace(cfg, captioned=(1, 1), noise=0.0, distinct=None)
     together = dataclasses.replace(
         plain,
         captioned=tuple(max(2, number) for number in cfg.captioned),
-        captioned_size=tuple(min(share, 0.5) for share in cfg.captioned_size),  # so that two have room
+        captioned_size=tuple(min(share, 0.5) for share in cfg.captioned_size),  # so that two fit
     )
     train = Scenes(cfg, "train", samples, sprites=sprites)
     differing = min(eval_samples, math.comb(len(train.emoji), together.captioned[0]) // 2)
@@ -450,7 +450,7 @@ def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_sampl
         names = folder / f"eval/names_{split}"
         scenes = Scenes(plain, split, sprites=sprites)
         counts[names.name] = write_split(names / "test", labelled(scenes, eval_samples))
-        layout.write_classes(names, scenes.classnames, ["{c}"])  # no caption says "a drawing of"
+        layout.write_classes(names, scenes.classnames, ["{c}"])  # like the captions, without "a drawing of"
         scenes = Scenes(together, split, sprites=sprites)
         chosen = list(several(scenes, differing))
         pngs = [layout.png(scene.pixels) for _, scene in chosen]

@@ -1,4 +1,4 @@
-"""The drawings of the emoji corpus with their transparency, rendered once into `sprites.npz` beside its manifest."""
+"""The drawings of the emoji corpus with transparency, rendered once to `sprites.npz` beside the corpus's manifest."""
 
 import dataclasses
 import io
@@ -17,11 +17,11 @@ from tqdm import tqdm
 from shared import checkpoints
 from shared.corpora import emoji, emoji_sources
 
-SPRITE = 96  # pixels; sprites are scaled from this size
+SPRITE = 96  # side of sprites in pixels, before scaling
 
 
 class Sprites(NamedTuple):
-    """Drawings with transparency: PNG bytes of side SPRITE, whose they are and in which style."""
+    """Drawings with transparency, as PNG bytes of side SPRITE, with the emoji and style of each."""
 
     emoji: list[emoji_sources.Emoji]
     styles: list[str]
@@ -29,7 +29,7 @@ class Sprites(NamedTuple):
 
 
 def render(svg: str) -> bytes:
-    """PNG bytes of an SVG, transparent where it draws nothing."""
+    """PNG bytes of an SVG, with a transparent background."""
     import resvg_py
 
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SPRITE, height=SPRITE, skip_system_fonts=True))
@@ -45,7 +45,7 @@ def render_sprites(modules: Path, chosen: list[emoji_sources.Emoji]) -> Sprites:
 
 
 def load_sprites(corpus: Path) -> Sprites:
-    """All drawings of the emoji corpus, from `corpus`/sprites.npz, which is made where it is absent or outdated."""
+    """All drawings of the emoji corpus, from `corpus`/sprites.npz, which is written if it is missing or outdated."""
     file, versions = corpus / "sprites.npz", json.dumps([SPRITE, packages(corpus)], sort_keys=True)
     if file.is_file() and (sprites := read_sprites(file, versions)):
         return sprites
@@ -59,7 +59,7 @@ def load_sprites(corpus: Path) -> Sprites:
 
 
 def read_sprites(file: Path, versions: str) -> Sprites | None:
-    """What `write_sprites` wrote; None if it is of other `versions`. ValueError if it cannot be read."""
+    """The sprites in a file of `write_sprites`; None if it has other `versions`. ValueError if it cannot be read."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             if stored["versions"].item() != versions:
@@ -73,7 +73,7 @@ def read_sprites(file: Path, versions: str) -> Sprites | None:
 
 
 def write_sprites(file: Path, versions: str, sprites: Sprites) -> None:
-    """Writes drawings into one .npz, which replaces `file` when it is whole."""
+    """Writes drawings to one .npz, atomically."""
     row = {one: i for i, one in enumerate(dict.fromkeys(sprites.emoji))}
     listed = {
         "emoji": [dataclasses.astuple(one) for one in row],
@@ -91,7 +91,7 @@ def write_sprites(file: Path, versions: str, sprites: Sprites) -> None:
 
 
 def packages(corpus: Path) -> dict[str, dict]:
-    """Versions and licences of what the emoji corpus was made of."""
+    """Versions and licences of the packages that the emoji corpus was made from."""
     if not (corpus / "manifest.json").is_file():
         raise FileNotFoundError(f"{corpus} holds no emoji corpus: 'make data' builds data/emoji")
     return checkpoints.read_json(corpus / "manifest.json")["packages"]
@@ -101,5 +101,5 @@ def scaled(png: bytes, side: int) -> tuple[np.ndarray, np.ndarray]:
     """(colour times opacity (side, side, 3), 255 - opacity (side, side, 1)) of a sprite, both uint8."""
     picture = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA").resize((side, side), Image.HAMMING)
     rgba = np.asarray(picture).astype(np.uint16)
-    opacity = np.where(rgba[..., 3:] < 16, 0, rgba[..., 3:])  # a mask has no pixels that can hardly be seen
+    opacity = np.where(rgba[..., 3:] < 16, 0, rgba[..., 3:])  # nearly invisible pixels are not in masks
     return ((rgba[..., :3] * opacity + 127) // 255).astype(np.uint8), (255 - opacity).astype(np.uint8)

@@ -1,1 +1,1 @@
-"""Studies: the arms of a paper trained side by side, compared by seed, and reported."""
+"""Studies: train the arms of a paper in parallel, compare them by seed, and report the results."""

@@ -1,7 +1,7 @@
-"""Runs a study: the arms of a paper times seeds, side by side, then their evaluation and comparison.
+"""Runs a study: trains each arm of a paper with each seed, in parallel, then evaluates and compares them.
 
 A paper's study.py declares a `Study`; `python -m FOLDER.study` (`make reproduce-FOLDER`) runs it. Arms are commands
-that go on where they were stopped by themselves; what an arm starts from is trained before it.
+that resume by themselves. If an arm needs the run of a stage or of another arm, that is trained first.
 """
 
 import contextlib
@@ -29,22 +29,22 @@ from shared.study import report, verdicts
 from shared.study.floors import Floor
 from shared.study.statistics import Claim, judge_all, measured
 
-COMMITTED = 5  # seeds from which on the intervals of primary claims hold together
-PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or the name of a stage or arm: its run folder of the same seed
+COMMITTED = 5  # fewest seeds for which intervals of primary claims get Holm's correction
+PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of each seed that arms start from, and that is not compared itself.
+    """A command, run for each seed, whose output arms need; its own result is not compared.
 
-    `command` is what follows `python -m FOLDER.`: script, preset, overrides. `{captioner}` stands for the run folder of
-    the stage or arm of that name and seed, which is waited for. `--seed` and `--out` are added, unless it says `{out}`.
-    Several commands run one after the other.
+    `command` is the text after `python -m FOLDER.`: script, preset, overrides. `{captioner}` stands for the run folder
+    of the stage or arm of this name with the same seed, which runs before. `--seed` and `--out` are appended, unless
+    the command contains `{out}`. Several commands run one after the other.
     """
 
     name: str
     command: str | tuple[str, ...]
-    after: tuple[str, ...] = ()  # others that must not run at the same time and come first, if they run at all
+    after: tuple[str, ...] = ()  # names of others that must finish before, if they are run at all
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -52,13 +52,13 @@ class Stage:
 
     @property
     def needs(self) -> set[str]:
-        """Names of what the commands start from."""
+        """Names of the stages and arms that the commands need."""
         return set(PLACE.findall(" ".join(self.commands))) - {"seed", "out"}
 
 
 @dataclass(frozen=True)
 class Arm(Stage):
-    """A stage whose measurements are compared. `heading` names it in tables; `core`: part of the default run."""
+    """A stage whose metrics are compared. `heading`: its name in tables; `core`: whether the default run has it."""
 
     heading: str = ""
     core: bool = True
@@ -66,10 +66,10 @@ class Arm(Stage):
 
 @dataclass(frozen=True)
 class Once:
-    """A command that runs before all arms, on all cores, and leaves finished work as it is: data, features, a teacher.
+    """A command that runs once before all arms, on all cores, and does not repeat finished work: data, features.
 
-    It follows `python -m `. With `arms`, it runs only if one of these is trained. `{photos}` stands for the folder of
-    photographs that --photos names.
+    `command` is the text after `python -m `. With `arms`, it runs only if one of these arms is trained. `{photos}`
+    stands for the value of --photos.
     """
 
     command: str
@@ -78,24 +78,24 @@ class Once:
 
 @dataclass(frozen=True)
 class Study:
-    """All that `make reproduce-FOLDER` does, and how its results are shown."""
+    """Declares what `make reproduce-FOLDER` does and how its results are shown."""
 
     folder: str
     paper: str
-    """Title, as results say it."""
+    """The paper's title in results."""
     stands_for: str
-    """The paper's data, which the embedded corpus stands in for."""
+    """The paper's data, for which the embedded corpus is a stand-in."""
     arms: tuple[Arm, ...]
     minutes: dict[str, float]
-    """Measured minutes a seed on two cores, by "core" and "all"."""
+    """Measured minutes per seed on two cores, for "core" and "all" arms."""
     evaluate: Callable[[Sequence[str]], list[dict[str, Any]]]
-    """Run folders -> measurements of each: {metric: number}. The folder's eval.py."""
+    """Run folders -> {metric: number} of each, by the folder's eval.py."""
     metrics: dict[str, str]
     """Metrics of the table of arms: key -> heading."""
     alone: bool = False
-    """Whether `evaluate` measures each run by itself and keeps it: then runs are measured side by side, too."""
+    """Whether `evaluate` measures each run independently and caches it; then runs are also measured in parallel."""
     derive: Callable[[report.Comparison], None] = lambda found: None
-    """Adds metrics that take more than one run to `found.arms`, before claims are judged."""
+    """Adds metrics that need several runs to `found.arms`, before claims are judged."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, or within one, paired by seed."""
     more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
@@ -105,21 +105,21 @@ class Study:
     before: tuple[Once, ...] = ()
     stages: tuple[Stage, ...] = ()
     corpus: str = "Embedded emoji corpus"
-    """What the arms are trained on, and which of their parts were pretrained on what."""
+    """The training data of the arms, and the pretraining data of their pretrained parts."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets that floors are measured on, anew where one of them has changed."""
+    """Evaluation sets of the floors, which are measured again if a set has changed."""
     floors: tuple[Floor, ...] = ()
-    """Rows that no method made; with them, verdicts are those of `verdicts.judged`."""
+    """Floors and ceilings; with them, `verdicts.judged` gives the verdicts."""
     passes: str = "epoch"
-    """What a checkpoint counts, by which a run is known to be finished: epoch, episode or step."""
+    """What a checkpoint counts to tell whether a run is finished: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
-    """What a clone of the authors' repository adds (--upstream): keyword arguments of `more_rows`."""
+    """Clone of the authors' repository (--upstream) -> keyword arguments of `more_rows`."""
     on: Literal["emoji", "photos"] = "emoji"
-    """What --corpus calls the corpus. Runs and results of photographs lie in runs/photos and results/photos."""
+    """Name of the corpus in --corpus. Runs and results on photographs are in runs/photos and results/photos."""
 
     @property
     def home(self) -> str:
-        """Where runs and results lie, below runs/ and results/."""
+        """Path of the study's runs and results below runs/ and results/."""
         return self.folder if self.on == "emoji" else f"{self.on}/{self.folder}"
 
     @property
@@ -127,7 +127,7 @@ class Study:
         return {arm.name: arm.heading for arm in self.arms}
 
     def chosen(self, arms: str) -> list[Arm]:
-        """The arms that "core", "all" or names with spaces between them stand for. ValueError for other names."""
+        """The arms for "core", "all" or names separated by spaces. ValueError for other names."""
         if arms in ("core", "all"):
             return [arm for arm in self.arms if arm.core or arms == "all"]
         known = ", ".join(self.headings)
@@ -138,7 +138,7 @@ class Study:
         return [arm for arm in self.arms if arm.name in arms.split()]
 
     def jobs(self, arms: Sequence[Stage]) -> list[Stage]:
-        """Arms and all that they start from, what is waited for first."""
+        """Arms and all stages and arms that they need, each after those that it needs."""
         known = {job.name: job for job in (*self.stages, *self.arms)}
         found: dict[str, Stage] = {}
 
@@ -188,9 +188,9 @@ class Study:
         report.show(summary, self.metrics, self.stands_for, path)
 
     def measured_floors(self, path: Path, arms: Container[str]) -> dict[str, dict[str, float]]:
-        """{floor: {metric: value}} of floors that concern these arms, kept in floors.json beside the runs.
+        """{floor: {metric: value}} of the floors for these arms, cached in floors.json beside the runs.
 
-        Ceilings take as long as an arm: they come from the committed results, unless these are what is made (`path`).
+        Ceilings take as long as an arm: they are read from the committed results, unless `path` replaces these.
         """
         committed, kept = Path(f"results/{self.home}.json"), Path(f"runs/{self.home}/floors.json")
         known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
@@ -201,7 +201,7 @@ class Study:
         return evaluation.measured(kept, {"floors": [floor.name for floor in floors], "known": known}, sources, measure)
 
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
-        """Results of schema 2: floors, intervals that use what is known of the scatter, primary claims first."""
+        """Results of schema 2: with floors, intervals from pooled standard deviations, and primary claims first."""
         floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.home}.json")
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
         earlier = report.earlier_arms(committed, found)
@@ -219,31 +219,31 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every arm."""
     arms: str = "core"
-    """core, all, or names of arms with spaces between them."""
+    """core, all, or names of arms separated by spaces."""
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
-    """emoji: the embedded corpus. photos: real photographs and captions, of the folder --photos."""
+    """emoji: the embedded corpus. photos: photographs and captions from the folder --photos."""
     photos: str | None = None
-    """Folder of photographs: flickr8k, multi30k, pacs, cifar10 and coco in it, each as its authors lay it out; of these
-    only what the study reads has to be there."""
+    """Folder with flickr8k, multi30k, pacs, cifar10 and coco, each in its authors' layout; only those that the study
+    reads are needed."""
     jobs: int = min(cli.cores(), 4)
-    """Runs side by side, each with its share of the cores."""
+    """Number of parallel runs; they share the cores."""
     measure: str | None = None
-    """Measure this run folder, and do nothing else."""
+    """Only evaluate this run folder."""
 
 
 def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """The seeds, each once. ValueError if there are none, or one is negative."""
+    """The seeds without duplicates. ValueError if there are none, or one is negative."""
     if not seeds or min(seeds) < 0:
         raise ValueError("--seeds names at least one seed, each 0 or more")
     return tuple(dict.fromkeys(seeds))
 
 
 def in_order(jobs: Sequence[Stage]) -> list[Stage]:
-    """Jobs such that each comes after what it waits for, and what others wait for comes early."""
+    """Jobs sorted by depth of their dependencies: each comes after those that it waits for."""
     chosen = {job.name: job for job in jobs}
 
     def depth(job: Stage) -> int:
@@ -257,9 +257,9 @@ def waits_for(job: Stage, chosen: Container[str]) -> list[str]:
 
 
 def environment_of(at_once: int) -> dict[str, str]:
-    """Environment of runs of which `at_once` go side by side: each with its share of the cores.
+    """Environment variables for `at_once` parallel runs, which share the cores.
 
-    Threads that spin while they wait would take the cores of the other runs, so they wait passively (OMP_WAIT_POLICY).
+    Threads wait passively (OMP_WAIT_POLICY), since active waiting would take the cores of other runs.
     """
     threads = max(cli.cores() // at_once, 1)
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if at_once > 1 and threads > 1 else {}
@@ -267,10 +267,10 @@ def environment_of(at_once: int) -> dict[str, str]:
 
 
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
-    """Train arms and what they start from, `at_once` side by side. ValueError names a command that failed."""
+    """Train arms and the jobs that they need, `at_once` in parallel. ValueError names a failed command."""
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
-    environment = environment_of(at_once) | {QUIET: "1"}  # several at once: their lines would mix
+    environment = environment_of(at_once) | {QUIET: "1"}  # lines of parallel runs would mix
     total, start = len(jobs) * len(seeds), time.perf_counter()
     begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
@@ -305,9 +305,9 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
 
 
 def run(study: Study, options: Options) -> None:
-    """Everything: what runs once, the arms, their evaluation, the comparison."""
+    """Run the whole study: `before`, training, evaluation, comparison."""
     if options.measure is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # printed when all runs are compared
+        with contextlib.redirect_stdout(io.StringIO()):  # results are printed when all runs are compared
             study.evaluate([options.measure])
         return
     arms = study.chosen(options.arms)

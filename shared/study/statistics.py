@@ -1,4 +1,4 @@
-"""Claims of a paper and their verdicts, computed from numbers by seed, never typed."""
+"""Claims of a paper and their verdicts, computed from metrics by seed."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,22 +8,22 @@ from scipy.stats import t as student_t
 
 
 class Claim(NamedTuple):
-    """`method` minus `baseline` in `metric`, paired by seed; the paper reports `paper` with this sign."""
+    """A difference in `metric`, `method` minus `baseline`, paired by seed; the paper's has this `sign`."""
 
     claim: str
-    paper: str | None  # the paper's number or word; None: it claims nothing, the difference is only shown
+    paper: str | None  # the paper's number or word; None: the paper makes no claim, the difference is only shown
     metric: str
     method: str
-    baseline: str  # an arm; or "arm:metric", another metric of it; or "0"
+    baseline: str  # an arm; or "arm:metric", another metric of an arm; or "0"
     sign: int = 1  # +1: the paper says higher, -1: lower
-    effect: float | None = None  # the paper's difference in the same unit, where it is one
+    effect: float | None = None  # the paper's difference, if it is in the same unit
     primary: bool = False  # whether the paper's abstract states it
     negligible: float | None = None  # d of "no difference above d": at most half the paper's effect
-    learned_by: str | None = None  # metric whose floor tells whether the arms have learned; None: the claim's own
+    learned_by: str | None = None  # metric for comparing the arms with the floor; None: `metric`
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "std", "values"} over seeds; std is the sample's (n-1), 0 for one seed."""
+    """{"mean", "std", "values"} over seeds; std is the sample standard deviation (n-1), 0 for one seed."""
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
     return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}
@@ -38,14 +38,14 @@ def interval(differences: Sequence[float]) -> float | None:
 def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> dict[str, str]:
     """One row of the claims table.
 
-    reproduced: the interval excludes 0 on the paper's side, and reaches the paper's effect where `effect` says one;
-    same direction: on the paper's side, but short of its effect; not reproduced: on the other side;
-    not resolved at this scale: the interval holds 0, or there is one seed. Where the paper claims nothing: no claim.
+    reproduced: the interval is on the paper's side of 0, and reaches the paper's `effect` if there is one;
+    same direction: it is on the paper's side, but below its effect; not reproduced: it is on the other side;
+    not resolved at this scale: it contains 0, or there is one seed; no claim: the paper makes none.
     """
     differences = [m - b for m, b in zip(method, baseline, strict=True)]
     mean, half = spread(differences)["mean"], interval(differences)
     here = f"{mean:+.2f}"
-    if half is not None:  # two digits of the interval, or it may seem to hold zero where it does not
+    if half is not None:  # two digits of the interval, since rounding could make it seem to contain 0
         digits = 3 if 0.0005 < half < 0.0995 else 2
         here = f"{mean:+.{digits}f} ± {half:.{digits}f}"
     if claim.paper is None:
@@ -62,13 +62,13 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
 
 
 def measured(claim: Claim, arms: dict[str, list[dict]]) -> bool:
-    """Whether both arms of a claim were run and its metrics were measured of all their runs."""
+    """Whether all runs of both arms of a claim have its metrics."""
     both, metrics = [claim.method, claim.baseline], {claim.metric, claim.learned_by or claim.metric}
     return all(arm in arms and all(metrics <= set(run) for run in arms[arm]) for arm in both)
 
 
 def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict[str, str]]:
-    """A row for each claim that was `measured`."""
+    """One row for each claim that was `measured`."""
     return [
         judge(claim, *([run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)))
         for claim in claims
@@ -77,5 +77,5 @@ def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict
 
 
 def untestable(claim: str, paper: str, why: str) -> dict[str, str]:
-    """A row for what this scale cannot show."""
+    """A row for a claim that cannot be tested at this scale."""
     return {"claim": claim, "paper": paper, "here": why, "verdict": "not testable at this scale"}

@@ -1,8 +1,8 @@
-"""Verdicts on a paper's claims, for studies that know their floors (results files of schema 2).
+"""Verdicts on a paper's claims, for studies with floors (results files of schema 2).
 
 A claim compares two arms in one metric, paired by seed. With n seeds and differences d_i, the interval is
-mean(d) ± t(0.975, df) s / sqrt(n). The standard deviation s of a difference is the pair's own (df = n - 1), or the one
-pooled over all arms of the study, which has more degrees of freedom: `pooled`. Nothing here is typed by hand.
+mean(d) ± t(0.975, df) s / sqrt(n). The standard deviation s of a difference is estimated from the pair (df = n - 1), or
+pooled over related arms of the study (`pooled`), whichever has more degrees of freedom.
 """
 
 import math
@@ -25,7 +25,7 @@ VERDICTS = {  # in this precedence
     "no claim": "the paper claims nothing here; the difference is only shown",
 }
 LEVEL = 0.05
-Bars = Sequence[tuple[Sequence[str], dict[str, float]]]  # floors: (arms between which claims count, or all; by metric)
+Bars = Sequence[tuple[Sequence[str], dict[str, float]]]  # floors: (arms that the floor is for, () for all; by metric)
 
 
 class Scatter(NamedTuple):
@@ -36,16 +36,16 @@ class Scatter(NamedTuple):
 
 
 def own(differences: Sequence[float]) -> Scatter | None:
-    """The scatter of one pair of arms; None for fewer than two seeds."""
+    """The scatter of one pair of arms, from its differences; None for fewer than two seeds."""
     n = len(differences)
     return None if n < 2 else Scatter(float(np.std(differences, ddof=1)), n - 1)
 
 
 def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
-    """The scatter of a difference between any two of A arms with n seeds, which share the effect of a seed.
+    """The scatter of a difference between two of A arms with n seeds; a seed has the same effect on all arms.
 
-    Residuals of arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has 2 v. None where
-    fewer than two arms or seeds have the metric.
+    Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
+    variance 2 v. None if fewer than two arms or seeds have the metric.
     """
     values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
     if len(values) < 2 or len(values[0]) < 2:
@@ -57,7 +57,7 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
 
 
 def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
-    """The claim's arms, and those that claims connect with them: arms with another tower may scatter otherwise."""
+    """The claim's arms, and those connected with them by claims. Others, such as another tower's, may scatter more."""
     found, pairs = {claim.method, claim.baseline}, [{each.method, each.baseline} for each in claims]
     while joined := [pair for pair in pairs if pair & found and not pair <= found]:
         found = found.union(*joined)
@@ -65,16 +65,16 @@ def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
 
 
 def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float | None:
-    """Half the interval of the mean of n differences that leaves out `level`; None without scatter."""
+    """Half width of the (1 - level) interval of the mean of n differences; None without scatter."""
     if scatter is None:
         return None
     return float(student_t.ppf(1 - level / 2, scatter.df)) * scatter.std / math.sqrt(n)
 
 
 def seeds_needed(scatter: Scatter | None, claim: Claim) -> int | None:
-    """The fewest seeds whose interval is at most `negligible`, or half of the paper's effect, to either side.
+    """The fewest seeds for which the half width is at most `negligible`, or half of the paper's effect if that is None.
 
-    None where the claim says neither, or nothing is known of the scatter. Pilot runs ask this before a study is run.
+    None if the claim has neither, or without scatter. Pilot runs use this to plan a study.
     """
     width = claim.negligible if claim.negligible is not None else abs(claim.effect or 0) / 2
     if scatter is None or not width:
@@ -83,10 +83,10 @@ def seeds_needed(scatter: Scatter | None, claim: Claim) -> int | None:
 
 
 def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = LEVEL) -> list[float]:
-    """The level of each of m comparisons (mean difference, scatter, n) such that all hold together (Holm 1979).
+    """The level of each of m comparisons (mean difference, scatter, n) for a family-wise `level` (Holm 1979).
 
-    The comparison with the k-th smallest p-value gets level / (m - k + 1); from the first that is not significant on,
-    all get that one's level.
+    The comparison with the k-th smallest p-value gets level / (m - k + 1). After the first that is not significant,
+    all get the same level as this one.
     """
 
     def p_value(mean: float, scatter: Scatter | None, n: int) -> float:
@@ -108,9 +108,9 @@ def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = L
 def verdict(
     claim: Claim, mean: float, half: float | None, strongest: float, floor: float | None, plain: float | None = None
 ) -> str:
-    """The word for a mean difference ± half; `strongest`: the better arm's mean in the metric that `floor` is of.
+    """The verdict on a mean difference ± half. strongest: the better arm's mean in the metric of `floor`.
 
-    plain: half of the interval before Holm's correction, which the paper's effect has to lie in; None: `half`.
+    plain: half width before Holm's correction, which must reach the paper's effect; None: `half`.
     """
     if claim.paper is None:
         return "no claim"
@@ -130,7 +130,7 @@ def verdict(
 
 
 def floor_of(claim: Claim, floors: Bars) -> float | None:
-    """The highest floor of the metric that tells whether a claim's arms have learned; None where there is none."""
+    """The highest floor that counts for a claim, in the metric `learned_by`; None if there is none."""
     metric = claim.learned_by or claim.metric
     both = {claim.method, claim.baseline}
     counting = [values for arms, values in floors if not arms or both <= set(arms)]
@@ -138,9 +138,9 @@ def floor_of(claim: Claim, floors: Bars) -> float | None:
 
 
 def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Measurements by seed that stand for the baselines "0" and "arm:metric" of claims, under these names.
+    """{baseline: metrics by seed} for claims' baselines "0" and "arm:metric", as if they were arms.
 
-    What tells whether the arm has learned (`learned_by`) comes along.
+    The metrics include the arm's `learned_by`.
     """
     found: dict[str, list[dict]] = {}
     for claim in claims:
@@ -164,10 +164,10 @@ def judged(
     together: bool,
     earlier: dict[str, list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the table of claims, primary ones first, for those that were `statistics.measured`.
+    """Rows of the table of claims that were `statistics.measured`, primary claims first.
 
     together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
-    with the same settings, whose pooled scatter is used where it has more degrees of freedom.
+    with the same settings; their pooled scatter is used if it has more degrees of freedom.
     """
     claims, real = list(claims), set(arms)
     arms = arms | other_baselines(claims, arms)
@@ -180,7 +180,7 @@ def judged(
         differences = [a - b for a, b in zip(*sides, strict=True)]
         scatters = [own(differences)]
         if claim.baseline in real and (len(set(sides[1])) > 1 or len(differences) == 1):
-            # a constant baseline, or another metric, shares no effect of the seed
+            # a constant baseline, or another metric, does not share the effect of a seed
             comparable = related(claim, chosen)
             for source in (arms, earlier or {}):
                 few = {arm: runs for arm, runs in source.items() if arm in comparable}
@@ -216,15 +216,15 @@ def judged(
 
 
 def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dict[str, Any]:
-    """A row for what this scale cannot show."""
+    """A row for a claim that cannot be tested here."""
     numbers = dict.fromkeys(("metric", "floor", "method", "baseline", "difference", "interval", "resolves"))
     return {"claim": claim, "primary": primary, "paper": paper} | numbers | {"verdict": "not testable here", "why": why}
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows as tables show them: primary claims are starred, numbers rounded to what the interval resolves.
+    """Rows formatted for tables: primary claims are starred, numbers rounded to the precision of the interval.
 
-    Rows of schema 1 (claim, paper, here, verdict) stay as they are, but for the words of verdicts.
+    Rows of schema 1 (claim, paper, here, verdict) keep their numbers; only words of verdicts are changed.
     """
     lines = []
     for row in rows:
