@@ -50,7 +50,7 @@ class Photographs:
     strict: bool = False
     """Stop at the first broken image instead of counting it."""
 
-    recipe = 1  # raised when the same photographs and setting give other files
+    recipe = 1  # version; increased when the output for the same photographs and setting changes
 
     def __post_init__(self):
         self.broken: list[data.Broken] = []
