@@ -211,7 +211,7 @@ def fetch(url: str, folder: Path) -> str:
                 try:
                     with gopen(command_of(url)) as source, open(temporary, "wb") as target:
                         shutil.copyfileobj(source, target, 1 << 20)
-                    if path.exists():  # where there are no locks, from another process, and maybe being read
+                    if path.exists():  # without locks, another process may have written it and be reading it
                         temporary.unlink()
                     else:
                         os.replace(temporary, path)

@@ -20,18 +20,18 @@ from shared.study import photos
 
 @dataclasses.dataclass
 class Config:
-    """A CLIP on captions as people wrote them."""
+    """Settings of a CLIP trained on human-written captions."""
 
     out: str = "runs/photos/locked"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt."""
     data: str = "data/photos-captions/train"
-    """Shards of photographs, a caption a sample."""
+    """Shards of photographs, with one sample per caption."""
     model: str = "Lite0-emoji"
     """open_clip config, of EfficientNet-Lite0."""
     max_length: int = 24
-    """Tokens of a caption, start and end included; longer ones are cut."""
+    """Maximum tokens of a caption, with start and end; longer captions are cut."""
     total: int = 30_000
-    """Captions an epoch; fewer come again."""
+    """Captions per epoch; if the data have fewer, they are repeated."""
     epochs: int = 6
     """Passes over so many captions."""
     batch_size: int = 512
@@ -47,15 +47,15 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
-    """auto: bf16 where the processor computes in it."""
+    """auto: bf16 if the hardware supports it."""
     save_every: int = 1000
-    """Steps between checkpoints, each at the end of an epoch; there is one at the end, too."""
+    """Steps between checkpoints, which are at ends of epochs; the last one is at the end of the run."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
 
 def create_model(name: str, max_length: int) -> nn.Module:
-    """A random open_clip model whose images are features (B, 1280) that EfficientNet-Lite0 has computed of them."""
+    """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images."""
     logging.disable(logging.WARNING)  # open_clip says that the weights are random
     model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=max_length))
     logging.disable(logging.NOTSET)
@@ -71,7 +71,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
-    """Train on all rows of the data, or on some, from the last checkpoint if there is one. Returns the run folder."""
+    """Train on all or some rows of the data, from the last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
@@ -94,7 +94,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
     for epoch in range(first, cfg.epochs):
         order = np.resize(np.random.default_rng((cfg.seed, epoch)).permutation(rows), cfg.total)
         for step, chosen in enumerate(order[: steps * cfg.batch_size].reshape(steps, -1), epoch * steps):
-            torch.manual_seed(data.stable_hash(cfg.seed, step))  # for dropout: a resumed run agrees
+            torch.manual_seed(data.stable_hash(cfg.seed, step))  # for dropout, so that resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, cfg)
             model.train()

@@ -54,7 +54,7 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
 
 
 def lite0_of(images: Sequence[bytes], cache: str | Path = "data/cache") -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of encoded images; of each image computed once and kept."""
+    """EfficientNet-Lite0's features (N, 1280) of encoded images, cached by image."""
     store = Path(cache) / f"lite0-{SIDE}.npz"
     digests = [hashlib.blake2b(each, digest_size=16).digest() for each in images]
     known: dict[bytes, np.ndarray] = {}
@@ -99,7 +99,7 @@ def test_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, Tensor |
 
 
 class Correlation(NamedTuple):
-    """Linear maps of features x (N, D) and bags of words y (N, V) between which correlations are largest."""
+    """Linear maps of features x (N, D) and bags of words y (N, V) that maximise the correlation of their outputs."""
 
     x_mean: Tensor
     x_map: Tensor  # (D, dim)
@@ -119,7 +119,7 @@ def words(text: str) -> set[str]:
 
 
 def bags(texts: Sequence[str], vocabulary: dict[str, int]) -> Tensor:
-    """Words of each text -> (N, V) 0/1; words that are not in {word: column} are left out."""
+    """Words of each text -> (N, V) 0/1; words without a column are left out."""
     found = torch.zeros(len(texts), len(vocabulary))
     for row, text in enumerate(texts):
         found[row, [vocabulary[word] for word in words(text) if word in vocabulary]] = 1
