@@ -1,4 +1,4 @@
-"""Which concepts are looked for, and the files that hold counts and scores of them, in the authors' layout.
+"""Lists of concepts, and the files with their counts and scores, in the authors' layout.
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Concepts are class names (classification),
 nouns of test captions (retrieval) and curated nouns of prompts (generation). Names are kept raw: spaces, `_`, case.
@@ -17,7 +17,7 @@ from concept_frequency.model import clean
 
 
 class Concepts(NamedTuple):
-    """Nouns of test captions, and the captions and images that carry them."""
+    """Nouns of test captions, and the captions and images that contain them."""
 
     names: list[str]
     to_images: dict[str, list[int]]
@@ -45,10 +45,11 @@ def caption_concepts(
 def prompts_with_concept(
     prompts: Sequence[str], words: Sequence[str], plural_prefix: bool = True
 ) -> dict[str, list[int]]:
-    """Prompts (lower case) that hold each word, words in none left out. U:src/text_to_image_experiments/utils.py:29.
+    """Prompts (lower case) that contain each word; words in no prompt are left out.
+    U:src/text_to_image_experiments/utils.py:29.
 
     Punctuation is removed, then a word matches between spaces, or, upstream's plural rule, wherever a word of the
-    prompt starts with it plus `s`: `car` is found in `carsick`. `plural_prefix=False` wants the word to end there.
+    prompt starts with it plus `s`: `car` is found in `carsick`. `plural_prefix=False` requires the word to end there.
     """
     plain = [" " + re.sub(r"[^\w\s]", "", prompt) + " " for prompt in prompts]
     plural = "s" if plural_prefix else "s "
@@ -128,7 +129,7 @@ def load_results(path: str | Path, model: str) -> dict[str, float]:
 
 
 def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str, float]:
-    """`load_results` of what the file `path` holds."""
+    """`load_results` for the content of the file `path`."""
     key = model_key(model)
     if key not in value:
         raise ValueError(f"{path} has no model {key}; it has {', '.join(value)}")

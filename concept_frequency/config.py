@@ -1,6 +1,6 @@
 """Settings of the controlled experiment and of the count, their presets, and the paper's models and corpora.
 
-The authors train nothing: their models and pretraining sets are the tables at the end. The experiment is ours: it asks
+The authors train nothing: their models and pretraining sets are the tables at the end. The experiment is ours: it tests
 whether accuracy follows frequency when frequency is *assigned*, on the embedded corpus.
 """
 
@@ -26,17 +26,17 @@ class Config:
     eval_set: str = ""
     """Classification set with the concepts' names among its classes; its images are never trained on."""
     groups: tuple[str, ...] = ("animals-nature", "food-drink", "travel-places", "objects", "activities")
-    """Only concepts of these groups ("group" in .json); none given: of all."""
+    """Only concepts of these groups ("group" in .json); none given: all groups."""
     num_concepts: int | None = 400
-    """Concepts K, drawn once and for all from those with an evaluation image; None: all of these."""
+    """Concepts K, drawn with a fixed seed from those with an evaluation image; None: all of these."""
     total: int = 8_000
     """Pairs N of the corpus."""
     exponent: float = 1.0
     """Frequencies are proportional to rank to the power of minus this: 1 is Zipf's law, 0 makes all equal."""
     assignment: int = 0
-    """Which random assignment of ranks to concepts (it depends on the seed, too)."""
+    """Number of the random assignment of ranks to concepts (which also depends on the seed)."""
     misaligned: float = 0.0
-    """Share of pairs whose caption is another pair's."""
+    """Share of pairs with another pair's caption."""
 
     model: str = "ResNet-emoji"
     """Any open_clip config."""
@@ -63,9 +63,9 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. The loss is in fp32 always."""
+    """auto: bf16 if the processor supports it. The loss is always fp32."""
     strict: bool = False
-    """Stop at the first broken sample instead of counting it and going on without."""
+    """Stop at the first broken sample instead of counting and skipping it."""
     save_every: int = 200
     """Steps between checkpoints; there is one at the end, too."""
     log_every: int = 10
@@ -139,13 +139,13 @@ def check(cfg: Config, world_size: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the count
 
-CAPTION_BYTES = 2_000  # of a caption in a part under way: text, noun set, postings
-DOC_BYTES = 100_000  # of a caption inside spaCy
+CAPTION_BYTES = 2_000  # memory of a caption in an unfinished part: text, noun set, postings
+DOC_BYTES = 100_000  # memory of a caption inside spaCy
 
 
 @dataclasses.dataclass
 class CountConfig:
-    """What is counted, in what, and how."""
+    """Settings of a count."""
 
     data: tuple[str, ...] = ()
     """Captions: .tar shards (img2dataset layout), .parquet, .tsv or .txt (one a line), folders of them, or URLs; braces
@@ -155,7 +155,7 @@ class CountConfig:
     out: str = "runs/count"
     """Folder of the parts and of the counts."""
     corpus: str = "corpus"
-    """The corpus' name in the names of files."""
+    """Name of the corpus in file names."""
     caption_column: str = "caption"
     """Column of the captions: a name in parquet, a number from 0 in tsv."""
     also: str = ""
@@ -166,26 +166,27 @@ class CountConfig:
     query_spacy: str = "en_core_web_sm"
     """Pipeline that lemmatises the words of concepts, one by one."""
     exact: bool = True
-    """Leave out named entities alone, which nothing here reads. Without: the parser, too, which is faster still and can
-    change a noun only where the parser calls it an auxiliary."""
+    """Skip only named entities, which are not used here. --no-exact also skips the parser: faster, and it changes a
+    noun only if the parser calls it an auxiliary."""
     lemmatize: bool = True
-    """Without: words of concepts as they are, in lower case (upstream's method `lowercased`)."""
+    """Lemmatise the words of concepts. Without: use them in lower case (upstream's method `lowercased`)."""
     casefold: bool = False
     """Index nouns in lower case. Without, as upstream, `Eagles` in a title is never found."""
     last_token: bool = True
-    """Of a concept's word of several tokens only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
+    """If a concept's word has several tokens, only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
     clean_terms: bool = False
-    """Delete from concepts' terms what is deleted from nouns, so that `crème` can match. Upstream does not."""
+    """Clean concepts' terms as nouns are cleaned, so that `crème` can match. Upstream does not."""
     phrases: bool = True
-    """Also count the captions that have a concept's name as it is written, in any case: not the paper's count, but one
-    to hold beside it. Concepts that come later cost another reading of the captions."""
+    """Also count the captions that contain a concept's name as written, ignoring case. Not the paper's count, but a
+    comparison. Concepts added later need another pass over the captions."""
     unknown: Literal["drop", "zero"] = "drop"
-    """A term that no caption has is dropped (upstream: `unicorn dog` counts as `dog`), or makes the count zero."""
+    """A term in no caption is dropped (upstream: `unicorn dog` counts as `dog`), or sets the count to zero."""
 
     label_column: str = ""
-    """Parquet column that names what the image shows: the image side, where labels are at hand."""
+    """Parquet column with the image's labels, which replace a tagger."""
     tagger: str = ""
-    """Image side by a tagger, on .tar shards: clip, ram++ or package.module:function. None: captions alone."""
+    """Tagger of the images, for .tar shards: clip, ram++ or package.module:function. None: only captions are
+    counted."""
     model: str = "ViT-B-16"
     """open_clip model of the CLIP tagger, or of RAM++'s descriptions."""
     pretrained: str = "openai"
@@ -195,30 +196,31 @@ class CountConfig:
     descriptions: str = ""
     """JSON {concept: texts}, or the authors' list of such; none: `a photo of a {c}.`"""
     average: bool = True
-    """One averaged vector a concept, as the authors. Without: RAM++'s own weights of each description."""
+    """One averaged vector per concept, as the authors. Without: RAM++'s own weights of each description."""
     threshold: float = 0.7
     """A concept is in an image if its probability is above (compared in half precision, as upstream)."""
     images: tuple[str, ...] = ()
-    """Image shards, where captions come from other files; `ids` then says which row of the captions an image is."""
+    """Image shards, if captions come from other files; `ids` then finds the caption row of an image."""
     ids: Literal["row", "cc3m", "cc12m", "yfcc15m", "synthci30m", "laion400m", "laion_aesthetics"] = "row"
-    """row: image and caption are in one shard. Else as `sample_id` says; captions are then numbered over all files."""
+    """row: image and caption are in one shard. Other values: see `sample_id`; captions are then numbered over all
+    files."""
     keep: str = ""
-    """Similarity control: .npy of the ids that are kept; counts of the images among them are added."""
+    """Similarity control: .npy of the ids to keep; adds counts of only these images."""
     size: int | None = None
     """Size of the corpus for the misalignment degree; None: the number of captions counted."""
 
     workers: int = 0
-    """Processes on this machine; 0: one a core. Where there are GPUs, each has one that tags images, which the
-    others decode."""
+    """Processes on this machine; 0: one per core. With GPUs, one process per GPU tags images, and the others decode
+    them."""
     address: str = ""
     """Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for Ray on this machine; the extra `ray`."""
     memory: int = 256
-    """MiB a worker may use for captions and postings, beside its spaCy pipeline: the size of parts and batches. A
-    tar is not cut."""
+    """MiB a worker may use for captions and postings, in addition to its spaCy pipeline; sets the size of parts and
+    batches. A tar is not split."""
     merge: bool = False
     """Also write one index of all captions, index.npz; it must fit in memory (8 bytes a posting)."""
     strict: bool = False
-    """Stop at the first broken sample instead of counting it and going on."""
+    """Stop at the first broken sample instead of counting and skipping it."""
 
     @property
     def part_captions(self) -> int:
@@ -273,7 +275,7 @@ def check_count(cfg: CountConfig) -> None:
 # ------------------------------------------------------------------------------------------ the paper's models and rows
 
 # By backbone and corpus: open_clip's model and weights. Without weights: open_clip has none, the user names a file.
-# Activations are those that the authors measured with, which are not always those of the training (README, detail 24).
+# Activations are those of the authors' evaluation, not always those of training (README, detail 24).
 MODELS = {
     # the twelve of the curves
     "RN50|cc3m": ("RN50-quickgelu", ""),  # CyCLIP's checkpoint

@@ -1,7 +1,7 @@
-"""A corpus on disk or behind URLs: its parts, their captions, and which row of the captions an image is.
+"""A corpus on disk or behind URLs: its parts, their captions, and the caption row of each image.
 
-Ids: a document is a row of its part; rows are numbered in the order of the file, empty captions included (but for
-`also`, where rows that lack a caption or that column are dropped first, as for LAION upstream). Authors' code:
+Ids: a document is a row of its part; rows are numbered in file order, including empty captions. With `also`, rows
+without a caption or that column are dropped first, as for LAION upstream. Authors' code:
 bethgelab/frequency_determines_performance@11ef009, `U:`.
 """
 
@@ -27,16 +27,16 @@ KINDS = (".tar", ".parquet", ".tsv", ".txt")
 class Part(NamedTuple):
     """Rows start..stop of a file; a tar is one part."""
 
-    path: str  # as it was named, a URL perhaps
+    path: str  # as given; may be a URL
     kind: str  # one of KINDS
-    file: str  # where it is read: a local file, or for a remote tar the URL
+    file: str  # where to read it: a local file, or the URL of a remote tar
     number: int  # of the file among those given
     start: int = 0
     stop: int = -1
     offset: int = 0  # position of row `start` in a text file, for seek()
 
     def name(self) -> str:
-        """Of this part's results; another content has another name (but behind a URL)."""
+        """Name of this part's results; it changes with the content (except behind a URL)."""
         if data.is_remote(self.path):
             identity = data.stable_hash(self.path, self.start, self.stop)
         else:
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @contextlib.contextmanager
     def local(self) -> Iterator[str]:
-        """The file on this machine; a remote tar is fetched to a temporary place that is gone afterwards."""
+        """The file on this machine; a remote tar is downloaded to a temporary file and deleted afterwards."""
         if data.is_remote(self.file):
             with tempfile.TemporaryDirectory() as folder:
                 yield data.fetch(self.file, Path(folder))
@@ -57,7 +57,8 @@ class Part(NamedTuple):
 def list_parts(specs: Sequence[str], part_captions: int, cache: Path) -> list[Part]:
     """Parts of the files of brace patterns, folders and URLs (http, gs, hf: webdataset's); tables in slices of rows.
 
-    A remote table is fetched into `cache`, where it stays; remote tars are fetched part by part, by who needs them.
+    A remote table is downloaded into `cache` and kept; remote tars are downloaded one by one, by the process that needs
+    them.
     """
     parts: list[Part] = []
     for number, path in enumerate(expand(specs)):
@@ -122,7 +123,7 @@ def rows_of(text: TextIO, kind: str) -> Iterator[list[str]]:
 
 
 def read_columns(part: Part, names: Sequence[str]) -> Iterator[tuple]:
-    """Rows of a parquet part, some columns of it, read a piece at a time."""
+    """Some columns of a parquet part's rows, read in batches."""
     file, row = pq.ParquetFile(part.file), 0
     missing = [name for name in names if name not in file.schema_arrow.names]
     if missing:
@@ -152,7 +153,7 @@ def read_cells(part: Part, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def read_captions(part: Part, column: str, also: str, broken: list[data.Broken]) -> Iterator[str]:
-    """The captions of a part, a missing one as the empty string; what is broken is noted."""
+    """The captions of a part, with "" for a missing one; records broken samples."""
     if part.kind == ".tar":
         with part.local() as file:
             yield from read_tar_captions(file, broken)
@@ -172,7 +173,7 @@ def read_captions(part: Part, column: str, also: str, broken: list[data.Broken])
 def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
     shard = tars.index_shard(file)
     broken += shard.broken
-    with open(file, "rb", buffering=0) as tar:  # one read a caption, of its own bytes
+    with open(file, "rb", buffering=0) as tar:  # one read per caption, of only its bytes
         for key, (_, _, offset, size) in zip(shard.keys, shard.spans.tolist(), strict=True):
             tar.seek(offset)
             try:
@@ -186,12 +187,12 @@ def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
 
 
 def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | None = None) -> int:
-    """The row of the captions that an image is, from its key in the image shards; KeyError if there is none.
+    """The caption row of an image, from its key in the image shards; KeyError if there is none.
 
     Sources: U:ram_model/image_search_run_rampp.py:112, U:src/utils/map_cc12m_shard_to_tsv_indices.py:44,
     U:src/image_search_inverted_index_creation.py:54. CC-3M and LAION-400M: the number in the key; SynthCI-30M: the
     number behind the slash; LAION-Aesthetics: number + 10,000 x shard; CC-12M and YFCC-15M: `table` gives the row of
-    the exact caption, or of the url, which then is the key (of equal captions the last row).
+    the exact caption or url, which then is the key (the last row of equal captions).
     """
     if corpus in ("cc12m", "yfcc15m"):
         return (table or {})[key]
@@ -200,7 +201,7 @@ def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | 
 
 
 class RowTable(Mapping):
-    """text -> row by 64-bit hashes, 16 bytes a row; of equal texts the last row."""
+    """text -> row by 64-bit hashes, 16 bytes per row; equal texts give the last row."""
 
     def __init__(self, hashes: NDArray[np.int64], rows: NDArray[np.int64]):
         self.hashes, self.rows = hashes, rows
@@ -234,7 +235,7 @@ class RowTable(Mapping):
 
 
 def row_keys(file: str, corpus: str, keys: Sequence[str]) -> list[str]:
-    """What `sample_id` looks up for each sample of an image shard: its key, caption or url."""
+    """The string that `sample_id` looks up for each sample of an image shard: its key, caption or url."""
     if corpus == "cc12m":
         return [text.strip() for text in read_tar_captions(file, [])]
     if corpus == "yfcc15m":

@@ -6,7 +6,7 @@
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Read in this order:
   corpus.py    files to parts (a tar, or a slice of a table), their captions, ids of images
   tagging.py   captions to nouns, images to concepts
-  search.py    what is done with one part, in any process
+  search.py    the work on one part, in any process
   this file    all parts: index and tag what is not there yet, exchange which terms they know, add up their counts
 One index of everything is never built, and N machines exchange a few thousand words and numbers.
 """
@@ -56,11 +56,11 @@ from concept_frequency.search import (
 from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
 from shared import checkpoints, cli, data, evaluation, run
 
-CONNECT_SECONDS = 5.0  # that a Ray head may take to answer
+CONNECT_SECONDS = 5.0  # time limit for a Ray head to answer
 
 
 def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
-    """Counts of the concepts `names` in the corpus of `cfg`; parts that are there already are not redone."""
+    """Counts of the concepts `names` in the corpus of `cfg`; finished parts are not repeated."""
     cfg, names = absolute(cfg), tuple(names)
     if cfg.address:
         connect(cfg.address)
@@ -87,7 +87,7 @@ def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
 
 
 def absolute(cfg: CountConfig) -> CountConfig:
-    """The same settings with absolute paths: processes elsewhere have another working folder."""
+    """The same settings with absolute paths, since remote processes have another working folder."""
     paths = {
         name: getattr(cfg, name) for name in ("keep", "checkpoint", "descriptions", "model", "pretrained", "spacy")
     }
@@ -96,7 +96,7 @@ def absolute(cfg: CountConfig) -> CountConfig:
 
 
 def phrase_files(cfg: CountConfig, names: tuple[str, ...], parts: list[Part], out: Path) -> list[str]:
-    """The file of each part's phrase counts; "" where they are not wanted."""
+    """The file of each part's phrase counts; "" without --phrases."""
     if not cfg.phrases:
         return [""] * len(parts)
     folder = out / "parts" / f"phrases-{data.stable_hash(cfg.caption_column, cfg.also, *names):016x}"
@@ -106,7 +106,7 @@ def phrase_files(cfg: CountConfig, names: tuple[str, ...], parts: list[Part], ou
 def text_stage(
     cfg: CountConfig, parts: list[Part], out: Path, names: tuple[str, ...] = (), phrases: Sequence[str] = ()
 ) -> list[Done]:
-    """An index of the nouns of every part; those that are made also give phrase counts of the names."""
+    """An index of the nouns of every part; computing one also gives phrase counts of the names."""
     settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.exact, cfg.casefold)
     folder = out / "parts" / f"text-{data.stable_hash(*map(str, settings)):016x}"
     files = phrases or [""] * len(parts)
@@ -127,7 +127,7 @@ def tag_stage(
     settings = (names, cfg.tagger, cfg.label_column, *files)
     settings += (cfg.average, cfg.ids, cfg.caption_column, cfg.also, min(cfg.threshold, 0.5))
     settings += tuple(stamp(path) for path in files if os.path.isfile(path))
-    if cfg.ids in ("cc12m", "yfcc15m"):  # which row an image is depends on all captions
+    if cfg.ids in ("cc12m", "yfcc15m"):  # an image's row depends on all captions
         settings += tuple(part.name() for part in parts)
     folder = out / "parts" / f"images-{data.stable_hash(*map(str, settings)):016x}"
     table = ""
@@ -144,12 +144,12 @@ def tag_stage(
 
 
 def stamp(path: str) -> str:
-    """Size and time of a file: another file in its place has another stamp."""
+    """Size and time of a file, to detect its replacement."""
     return f"{os.path.getsize(path)} {os.stat(path).st_mtime_ns}"
 
 
 def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list[Done]:
-    """Run the jobs whose results are not there yet; returns all results, in order. Shows parts, rate and time left."""
+    """Run the jobs without results; returns all results, in order. Shows parts, rate and time left."""
     done = {i: done_before(job.target) for i, job in enumerate(jobs) if Path(job.target).exists()}
     for result in done.values():
         refuse_broken(result, cfg)
@@ -167,19 +167,19 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
 
 
 def refuse_broken(result: Done, cfg: CountConfig) -> None:
-    """With --strict, ValueError for a part with a broken sample, whenever it was made."""
+    """With --strict, ValueError for a part with a broken sample, even of an earlier run."""
     if cfg.strict and result.broken:
         raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
 
 def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
-    """Results as they come, under a progress bar."""
+    """Results in order of completion, under a progress bar."""
     results = (result for _, result in spread(work, jobs, cfg))
     return run.progress(results, len(jobs), label, unit="part")
 
 
 def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:
-    """Sums over parts, each of which is counted by itself with the terms that any part knows."""
+    """Sums over parts; each part is counted alone, with the terms that occur in any part."""
     lemmas = lemmas_of(cfg.query_spacy) if cfg.lemmatize else None
     queries = [query_terms(name, lemmas, cfg.last_token, cfg.clean_terms) for name in names]
     wanted = frozenset(term for terms in queries for term in terms)
@@ -190,13 +190,13 @@ def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: li
     frozen = tuple(map(tuple, queries))
 
     bases = np.cumsum([0] + [done.documents for done in texts]).tolist()
-    if cfg.images:  # a file of tags can hold documents of any part
+    if cfg.images:  # a file of tags can contain documents of any part
         of_part: list[list[tuple[str, int]]] = [[] for _ in texts]
         asked = [(done.target, tuple(bases[:-1])) for done in tags]
         for i, numbers in spread(parts_of_tags, asked, cfg):
             for number in numbers:
                 of_part[number].append((tags[i].target, 0))
-    else:  # tags of part i are of part i
+    else:  # the tags of part i belong to part i
         of_part = [[(done.target, base)] for done, base in zip(tags, bases, strict=False)] or [[] for _ in texts]
     jobs = [
         CountJob(done.target, base, done.documents, tuple(sorted(files)), frozen, cfg.threshold)
@@ -218,9 +218,9 @@ def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: li
 
 
 def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[int, Any]]:
-    """(number of the job, its result) as they come, from this process, processes of this machine, or a Ray cluster.
+    """(job number, result) in order of completion, from this process, processes of this machine, or a Ray cluster.
 
-    Jobs and results are pickled; functions are found by name, so that the project is importable where they run.
+    Jobs and results are pickled and functions are found by name, so the project must be importable where they run.
     """
     if cfg.address:
         yield from run_on_ray(work, jobs)
@@ -229,7 +229,7 @@ def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[i
     if sum(size for size, _ in crews) <= 1:
         yield from ((i, call(job)) for _, call in crews for i, job in enumerate(jobs))
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes to come
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes to start
     pools = [ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) for size, _ in crews]
     places = [(functools.partial(pool.submit, call), size) for pool, (size, call) in zip(pools, crews, strict=True)]
     first = lambda running: futures.wait(running, return_when=futures.FIRST_COMPLETED).done.pop()  # noqa: E731
@@ -242,10 +242,10 @@ def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[i
 
 
 def processes(work: Callable, workers: int, jobs: int) -> list[tuple[int, Callable]]:
-    """(number of processes, the function that each of them calls) for so many jobs on this machine.
+    """(number of processes, the function that each of them calls) for this number of jobs on this machine.
 
-    Images are tagged by one process a GPU, with its share of the `workers` beside it as decoders. All else, and images
-    where there is no GPU, is done by as many processes as there are workers.
+    Images are tagged by one process per GPU, with its share of the `workers` as decoders. Everything else, and images
+    without a GPU, is done by as many processes as there are workers.
     """
     devices = gpus()[: min(workers, jobs)] if work is tag_part else []
     if not devices:
@@ -262,10 +262,10 @@ def gpus() -> list[str]:
 def as_they_come(
     jobs: Sequence, places: list[tuple[Callable, int]], first: Callable[[list], Any], result: Callable[[Any], Any]
 ) -> Iterator[tuple[int, Any]]:
-    """(number of the job, its result) as they come.
+    """(job number, result) in order of completion.
 
-    places: (function that starts a job, how many it does at a time); each is given as many again, so as not to wait.
-    `first` waits for one of the jobs under way, `result` is what became of it.
+    places: (function that starts a job, number of simultaneous jobs); each gets as many again in its queue, so that it
+    never waits. `first` waits for one of the running jobs, `result` returns its result.
     """
     todo, running = iter(enumerate(jobs)), {}
 
@@ -282,15 +282,15 @@ def as_they_come(
 
 
 def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
-    """The same on the cluster that `connect` has connected to: one process a processor, for images one a GPU."""
+    """The same on the connected Ray cluster: one process per processor, for images one per GPU."""
     import ray
 
     taggers, share = [], cores_of_a_gpu(ray.nodes()) if work is tag_part else None
     if share is None:
         places = [(ray.remote(work).remote, 2 * int(ray.cluster_resources().get("CPU", 1)))]
-    else:  # processes that stay, and keep their GPU and their model
+    else:  # long-lived processes that keep their GPU and model
         tagger = ray.remote(num_gpus=1, num_cpus=share, max_restarts=2, max_task_retries=2)(RayTagger)
-        count = min(int(ray.available_resources().get("GPU", 0)) or 1, len(jobs))  # others may hold some
+        count = min(int(ray.available_resources().get("GPU", 0)) or 1, len(jobs))  # other programs may hold some
         taggers = [tagger.remote(share) for _ in range(count)]
         places = [(tagger.tag.remote, 1) for tagger in taggers]
 
@@ -298,7 +298,7 @@ def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
         try:
             return ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # a sentence, not a report of both machines
+            raise error.cause from None  # one sentence, without the tracebacks of both machines
 
     try:
         yield from as_they_come(jobs, places, lambda running: ray.wait(running, num_returns=1)[0][0], result)
@@ -308,7 +308,7 @@ def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
 
 
 def cores_of_a_gpu(nodes: list[dict]) -> int | None:
-    """Processors for each GPU, on the machine of a Ray cluster that has fewest of them; None without any GPU."""
+    """Processors per GPU, on the machine of a Ray cluster with the fewest; None without any GPU."""
     found = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
     return min((int(each.get("CPU", 0) // each["GPU"]) for each in found), default=None)
 
@@ -316,8 +316,9 @@ def cores_of_a_gpu(nodes: list[dict]) -> int | None:
 def connect(address: str) -> None:
     """Connect to the Ray cluster at HOST:PORT, ray://HOST:PORT or `auto`, or start one here (`local`).
 
-    Its processes import this project, and modules in the working folder, from where this process does: machines share
-    a file system, or have the project installed. Where nothing answers: ValueError in seconds, where Ray tries minutes.
+    Its processes import this project and modules of the working folder from the same paths as this process, so machines
+    share a file system or have the project installed. ValueError within seconds if nothing answers; Ray itself would
+    try for minutes.
     """
     try:
         import ray
@@ -402,12 +403,12 @@ def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[
 
 
 def missing_heading(cfg: CountConfig) -> str:
-    """What a concept's terms are called that no caption has: they were dropped, or made its count zero."""
+    """Heading for a concept's terms in no caption: they were dropped, or set its count to zero."""
     return "dropped" if cfg.unknown == "drop" else "unknown"
 
 
 def most_frequent(cfg: CountConfig, names: Sequence[str], counted: Counted, rows: int = 10) -> str:
-    """A table of the concepts that most captions have, with what each was searched as."""
+    """A table of the most frequent concepts, with the terms that were searched for each."""
     columns = {"captions": counted.text}
     columns |= {"phrase": counted.phrase} if cfg.phrases else {}
     columns |= {"images": counted.image, "both": counted.both} if cfg.tagger or cfg.label_column else {}
@@ -420,7 +421,7 @@ def most_frequent(cfg: CountConfig, names: Sequence[str], counted: Counted, rows
 
 
 def why_never(cfg: CountConfig, names: Sequence[str], counted: Counted) -> str | None:
-    """A sentence about concepts that no caption has, if it is their spelling that forbids it."""
+    """A sentence about concepts that cannot be found because of their spelling, if there are any."""
     odd = [name for name, terms in zip(names, counted.missing, strict=True) if any(clean(t) != t for t in terms)]
     if not odd:
         return None

@@ -4,8 +4,8 @@
     python -m concept_frequency.curve --counts imagenet_laion400m_lemmatized_search_counts.json --scores log.txt
 
 Counts are those of `concept_frequency.count` or the authors', scores those of `concept_frequency.measure`, of
-CLIP-benchmark, or a table. Writes the curve as a figure, correlation, nulls and diagnostics, the pairs, and which names
-did not join. The statistics are in curves.py, the joining of names is in joining.py.
+CLIP-benchmark, or a table. Writes the curve as a figure, correlation, nulls and diagnostics, the pairs, and the names
+that did not match. The statistics are in curves.py, the joining of names is in joining.py.
 """
 
 import csv
@@ -26,8 +26,8 @@ from concept_frequency.joining import Joined, join, numbered
 from concept_frequency.published import short
 from shared import checkpoints, cli, evaluation
 
-NAMES = ("concept", "class", "classname", "name")  # of the column of names in tables
-COUNTS = ("integrated", "count", "counts", "frequency", "text")  # ... of counts, if none is named
+NAMES = ("concept", "class", "classname", "name")  # names of a table's column of concepts
+COUNTS = ("integrated", "count", "counts", "frequency", "text")  # names of its column of counts, if none is given
 
 
 @dataclasses.dataclass
@@ -36,16 +36,16 @@ class Config:
 
     counts: tuple[str, ...] = ()
     """Counts of concepts: JSON name -> number, counts.parquet, or CSV with a header. One file for all files of scores,
-    or one for each."""
+    or one per file."""
     scores: tuple[str, ...] = ()
-    """Scores of concepts, a file a data set: JSON of `concept_frequency.measure` or the authors, JSON name -> number,
-    CSV with a header, or what `clip_benchmark eval --dump_classnames` printed (.txt or .log)."""
+    """Scores of concepts, one file per data set: JSON of `concept_frequency.measure` or the authors, JSON name ->
+    number, CSV with a header, or the output of `clip_benchmark eval --dump_classnames` (.txt or .log)."""
     models: tuple[str, ...] = ()
     """Models in the files of scores, `ViT-B-32|laion400m`; none given: all."""
     count_column: str = ""
-    """Column of the counts in parquet and CSV; none: integrated, count, frequency or text, the first that is there."""
+    """Column of the counts in parquet and CSV; none: the first of integrated, count, frequency and text."""
     score_column: str = "score"
-    """Column of the scores in CSV; a column `model` tells models apart."""
+    """Column of the scores in CSV; a column `model` names the model."""
     aliases: str = ""
     """JSON {name in the scores: name in the counts}, for names that differ in more than spelling."""
     num_bins: int = 12
@@ -93,7 +93,7 @@ def read_table(path: Path) -> dict[str, list]:
 
 
 def column(columns: dict[str, list], wanted: Iterable[str], path: Path) -> list:
-    """The first of the wanted columns that is there; ValueError if none is."""
+    """The first of the given columns that exists; ValueError if none does."""
     wanted = tuple(wanted)
     for name in wanted:
         if name in columns:
@@ -146,16 +146,16 @@ def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
 
 
 def clip_benchmark_scores(path: Path) -> list[Scores]:
-    """Recall of each class in percent, from what `clip_benchmark eval` printed for one or more sets and models.
+    """Recall of each class in percent, from the output of `clip_benchmark eval` for one or more sets and models.
 
-    It prints a report of classes by number, and then the file that it writes, which has their names
+    It prints a report of classes by number, then the file that it writes, which contains their names
     (`--dump_classnames`), data set and model. Classes without images are left out.
     """
     parts = re.split(r"^Dump results to: (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = []
     for printed, name in zip(parts[::2], parts[1::2], strict=False):
         rows = re.findall(r"^ +(\d+) +[\d.]+ +([\d.]+) +[\d.]+ +(\d+) *$", printed, flags=re.MULTILINE)
-        if not rows:  # a retrieval set, say
+        if not rows:  # for example a retrieval set
             continue
         places = (Path(name.strip()), path.parent / Path(name.strip()).name)
         if (file := next((each for each in places if each.is_file()), None)) is None:
@@ -177,7 +177,8 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
 
 
 def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
-    """({model: its pairs}, {data set: what did not join}). ValueError if no name of a file of scores has a count."""
+    """({model: its pairs}, {data set: names that did not match}). ValueError if no name of a file of scores has a
+    count."""
     if not cfg.counts or not cfg.scores:
         raise ValueError("--counts and --scores are both needed: files of counts, and of scores of the same concepts")
     if len(cfg.counts) not in (1, len(cfg.scores)):
@@ -209,7 +210,8 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
 
 
 def described(joined: Joined, one_for_all: bool) -> dict:
-    """What a join did; counts without a score are named only where the file of counts is of this data set alone."""
+    """Summary of a join; counts without a score are listed only if the file of counts belongs to this data set
+    alone."""
     return {
         "joined": len(joined.names), "other spelling": joined.respelled, "other name": joined.renamed,
         "scores without a count": joined.scores_left,
@@ -258,7 +260,7 @@ def write_pairs(path: Path, found: dict[str, Pairs]) -> None:
 
 
 def main(cfg: Config) -> list[dict[str, str]]:
-    """Join, correlate, draw and write; returns the rows of the table, one a model."""
+    """Join, correlate, draw and write; returns the rows of the table, one per model."""
     cli.check_counts(cfg, "repetitions")
     bins, out = parse_slice(cfg.bins), Path(cfg.out)
     found, report = pair_up(cfg)

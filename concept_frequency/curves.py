@@ -27,8 +27,8 @@ class Curve(NamedTuple):
 def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Curve:
     """Mean score against log frequency. Source: U:notebooks/zero_shot_integrated_search_results.ipynb cell 6.
 
-    x = ln max(count, 1); edges = linspace(min x, max x, B); bin k holds edges[k-1] < x <= edges[k], and so bin 0 the
-    smallest x alone (all zeros and ones). Pairs are pooled over datasets: a concept of two datasets enters twice.
+    x = ln max(count, 1); edges = linspace(min x, max x, B); bin k holds edges[k-1] < x <= edges[k], so bin 0 holds only
+    the smallest x (all zeros and ones). Pairs are pooled over datasets: a concept of two datasets is counted twice.
     """
     x = np.log(np.maximum(np.asarray(counts, dtype=np.float64), 1))
     y = np.asarray(scores, dtype=np.float64)
@@ -46,14 +46,14 @@ def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Cur
 
 
 def from_saved(saved: dict[str, ArrayLike]) -> Curve:
-    """A curve from what the authors' notebooks saved of it: exp_bins, cum_means, cum_stds; sizes are not there: 0."""
+    """A curve from the authors' saved exp_bins, cum_means and cum_stds; sizes were not saved and are 0."""
     position, mean, std = (np.asarray(saved[key], dtype=np.float64) for key in ("exp_bins", "cum_means", "cum_stds"))
     nothing = np.zeros(0, dtype=np.int64)
     return Curve(position, mean, std, np.zeros(len(position), dtype=np.int64), nothing)
 
 
 def points(curve: Curve, bins: slice) -> tuple[Array, Array]:
-    """(ln position, mean) of the bins of a slice that hold pairs."""
+    """(ln position, mean) of a slice's non-empty bins."""
     x, y = np.log(curve.position[bins]), curve.mean[bins]
     return x[~np.isnan(y)], y[~np.isnan(y)]
 
@@ -88,8 +88,8 @@ def permutation_null(
 ) -> Array:
     """rho of the curve (R,) when scores are shuffled: across everything (`groups` None), or within each group (P,).
 
-    Pooling datasets confounds: a dataset's mean frequency and mean accuracy alone give a correlation, and the shuffle
-    within datasets shows how much. Not in the paper.
+    Pooling datasets confounds: datasets differ in mean frequency and mean accuracy, which alone gives a correlation;
+    shuffling within datasets measures it. Not in the paper.
     """
     curve, y = log_linear_curve(counts, scores, num_bins), np.asarray(scores, dtype=np.float64)
     groups = np.zeros(len(y), dtype=np.int64) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -131,9 +131,9 @@ def slope_per_decade(counts: ArrayLike, scores: ArrayLike, repetitions: int = 10
 def within_slope(changes: ArrayLike, gains: ArrayLike, repetitions: int = 1000, seed: int = 0) -> dict[str, float]:
     """Slope of the gain in score on the change of log10 frequency of the *same* concept, from (S, K) seeds by concepts.
 
-    What differs between concepts but not between arms (how hard one is to draw, to name, to tell from others) cancels
-    in the differences; each seed has an intercept, for one arm may be better on the whole. 95 % bootstrap interval
-    over concepts, a concept drawn with all its seeds. Not in the paper, whose models cannot be had at two frequencies.
+    Properties of a concept that are equal in both arms (such as its difficulty) cancel in the differences. Each seed
+    has an intercept, since one arm may be better overall. 95 % bootstrap interval over concepts; a concept is drawn
+    with all its seeds. Not in the paper, which has no model at two frequencies.
     """
     x, y = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (changes, gains))
     rng, (_, num_concepts) = np.random.default_rng(seed), x.shape
@@ -160,7 +160,7 @@ def small_bins(sizes: ArrayLike) -> list[int]:
 
 
 class Diagnostics(NamedTuple):
-    """The paper's correlation, and how much of it is left without its choices."""
+    """The paper's correlation, and its value under other choices."""
 
     rho: float  # on the slice of bins
     p: float
@@ -198,10 +198,10 @@ def misalignment(
 ) -> tuple[int, float, float]:
     """(number, of extracted, of dataset): samples whose caption and image have no concept in common.
 
-    Source: U:src/misalignment_degree_quantification.py:152, which asks for a concept on both sides, as this does by
-    default. Algorithm 1 of the paper counts a sample without any concept, too: `both_sides=False`. Pairs are
-    (document, concept) rows. The second number divides by the larger of the two numbers of samples with any concept,
-    the third, the paper's, by the size of the corpus.
+    Source: U:src/misalignment_degree_quantification.py:152, which requires a concept on both sides, as the default
+    here. Algorithm 1 of the paper also counts samples without any concept: `both_sides=False`. Pairs are (document,
+    concept) rows. The second number divides by the larger of the two numbers of samples with any concept, the third,
+    the paper's, by the size of the corpus.
     """
     text, image = (np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for pairs in (text_pairs, image_pairs))
     width = 1 + max(text[:, 1].max(initial=0), image[:, 1].max(initial=0))
@@ -213,7 +213,7 @@ def misalignment(
 
 
 def frequency_agreement(a: dict[str, int], b: dict[str, int]) -> tuple[float, int]:
-    """(Spearman's rank correlation, n) of two corpora's counts over the n concepts that both name.
+    """(Spearman's rank correlation, n) of two corpora's counts over the n concepts in both.
 
     Upstream's notebook cuts two lists to equal length instead of aligning names, and mixes modalities.
     """
@@ -222,7 +222,8 @@ def frequency_agreement(a: dict[str, int], b: dict[str, int]) -> tuple[float, in
 
 
 def long_tail(counts: ArrayLike) -> dict[str, float]:
-    """How few concepts hold most of the occurrences. Source of the plot: U:notebooks/long-tailed-nature.ipynb."""
+    """Measures of how few concepts hold most of the occurrences. Source of the plot:
+    U:notebooks/long-tailed-nature.ipynb."""
     x = np.sort(np.asarray(counts, dtype=np.int64))
     n, total, largest = len(x), x.sum(), x.max()
     rank = np.arange(1, n + 1)
@@ -240,7 +241,7 @@ def long_tail(counts: ArrayLike) -> dict[str, float]:
 
 
 def negligible(counts: ArrayLike, corpus_size: int, share: float = 1e-5) -> float:
-    """Fraction of concepts that less than `share` of the corpus' samples hold.
+    """Fraction of concepts that occur in less than `share` of the corpus' samples.
 
     The paper (section 5) speaks of "almost negligible frequencies relative to the size of the datasets" and names no
     share; this one is ours.
@@ -278,8 +279,8 @@ def frequency_buckets(counts: ArrayLike, smallest: int = 100, largest: int = 100
     """(min, max) count of the people study's buckets, most frequent first; `counts` of names of several words.
 
     Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:38. A bucket ends where the count
-    changes, zero included, and it has `smallest` names, or at `largest`. Zeros are in none, nor are the names before
-    them that are too few for a bucket (upstream fills these up with zeros, where it finds enough of them).
+    changes (also to zero) once it has `smallest` names, or at `largest`. Zeros are in no bucket, nor are names before
+    them that are too few for one (upstream fills these up with zeros, if there are enough).
     """
     buckets: list[tuple[float, float]] = []
     current: list[float] = []
@@ -300,7 +301,8 @@ def people_points(counts: ArrayLike, judged: dict[int, Sequence[float]], buckets
     """(frequency (n,), accuracy (n,)) of the people study: middle of a bucket, mean judgement of its names' images.
 
     Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:95-141. `counts` of names of
-    several words, `judged`: scores by bucket. Of the first `buckets` those with judgements, less the most frequent one.
+    several words, `judged`: scores by bucket. Uses those of the first `buckets` that have judgements, without the most
+    frequent one.
     """
     ends = frequency_buckets(counts)[:buckets]
     middles = {i: (low + high) / 2 for i, (low, high) in enumerate(ends) if judged.get(i)}

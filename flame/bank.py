@@ -1,10 +1,10 @@
-"""The bank: embeddings of every image's captions, computed once by embed.py, so that training never sees the LLM.
+"""The bank: embeddings of every image's captions, computed once by embed.py, so that training does not need the LLM.
 
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. They have one .pth
-file per image, U:training/data.py:393-435. Here a folder holds `index.json` (how it was made), `keys.npy`, `ends.npy`
-(sample keys as bytes, one behind the other, and where each ends), `rows.npy` (the row of each key; samples of the same
-captions share one), `centres.npy`, and shards `00000.npy`, ... of (n, T, D) float16, which are mapped into memory.
-T = 11 facets of an image: 1 of the raw caption, 3 of the short, 7 of the long one; unit length.
+file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and `ends.npy`
+(the bytes of all sample keys, and the end of each), `rows.npy` (the row of each key; samples with the same captions
+share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D) float16. T = 11 unit facets per image:
+1 of the raw caption, 3 of the short and 7 of the long one.
 """
 
 import functools
@@ -22,7 +22,7 @@ from shared.index import Lookup, Strings
 
 
 class Bank:
-    """`bank[key]` -> (T, D) float32; `bank.check(keys)` raises ValueError if one is not there."""
+    """`bank[key]` -> (T, D) float32; `bank.check(keys)` raises ValueError if one is missing."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -45,7 +45,7 @@ class Bank:
 
     @functools.cached_property
     def lookup(self) -> Lookup:
-        """Places by key."""
+        """Index of each key."""
         return Lookup(self.keys)
 
     def check(self, keys: Strings) -> None:
@@ -59,7 +59,7 @@ class Bank:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
     def shard(self, number: int) -> np.ndarray:
-        """(n, T, D) float16 of a file, mapped into memory."""
+        """A file's (n, T, D) float16 array, memory-mapped."""
         return np.load(self.shard_path(self.root, number), mmap_mode="r")
 
     def __getitem__(self, key: str) -> Tensor:
@@ -70,31 +70,32 @@ class Bank:
 
     @functools.cached_property
     def centres(self) -> Tensor:
-        """(T + 1, D) float32: the mean of each row over images, and of what stands for a caption in evaluation with the
-        long prompt, the unit mean of its facets."""
+        """(T + 1, D) float32: the mean of each facet over images, and the mean of the long captions' evaluation
+        embeddings (unit means of their facets)."""
         return torch.from_numpy(np.load(self.root / "centres.npy"))
 
 
 def read_keys(root: Path) -> Strings:
-    """The keys of a bank, which older ones hold as an array of strings."""
+    """The keys of a bank; older banks hold an array of strings."""
     keys = np.load(root / "keys.npy", mmap_mode="r")
     return Strings(keys, np.load(root / "ends.npy", mmap_mode="r")) if keys.dtype == np.uint8 else Strings.of(keys)
 
 
 def sums(rows: np.ndarray, multi: slice) -> np.ndarray:
-    """(n, T, D) rows of images -> (T + 1, D) float64: a share of `centres`; `multi`: rows of the long caption."""
+    """(n, T, D) rows of images -> (T + 1, D) float64: their sums, for `centres`; `multi`: rows of the long caption."""
     mean = rows[:, multi].astype(np.float32).mean(1)
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
     return np.concatenate([rows.sum(0, dtype=np.float64), mean.sum(0, dtype=np.float64)[None]])
 
 
 def centred(rows: Tensor, centre: Tensor) -> Tensor:
-    """Unit rows (..., D) less their centre (..., D), unit again."""
+    """Unit rows (..., D) minus their centre (..., D), normalised again."""
     return F.normalize(rows - centre.to(rows.device), dim=-1)
 
 
 class AuthorsBank:
-    """The authors' layout: <root>/<folder>/<key>.pth, folder being the key up to `_` (YFCC) or its first 5 letters."""
+    """The authors' layout: <root>/<folder>/<key>.pth, where folder is the key up to `_` (YFCC) or its first 5
+    characters."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -105,7 +106,7 @@ class AuthorsBank:
         return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"
 
     def check(self, keys: Strings) -> None:
-        """Of a thousand keys: to look for millions of files takes minutes."""
+        """Check a thousand keys only: looking for millions of files takes minutes."""
         for row in np.linspace(0, len(keys) - 1, min(len(keys), 1000), dtype=int).tolist():
             self.existing(keys[row])
 
@@ -127,7 +128,7 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def open_bank(root: str | Path) -> Bank | AuthorsBank:
-    """A bank of ours, or a folder of the authors' files."""
+    """Open one of our banks, or a folder of the authors' files."""
     if not (Path(root) / "index.json").exists() and next(Path(root).glob("*/*.pth"), None) is not None:
         return AuthorsBank(root)
     return Bank(root)

@@ -2,8 +2,8 @@
 
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; its instructions are published
 nowhere. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
-{"__key__": sample, "caption": text}, which `flame.embed` reads as --short or --long: run it twice, with an instruction
-for each. An interrupted run goes on with the first part that is missing; under torchrun the parts are shared out.
+{"__key__": sample, "caption": text}. `flame.embed` reads it as --short or --long: run this script twice, with one
+instruction for each. An interrupted run resumes at the first missing part; torchrun distributes the parts.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ class Config:
     model: str = "Salesforce/blip-image-captioning-base"
     """Hugging Face id or folder of an image-to-text model."""
     instruction: str | None = None
-    """What a model that converses is asked, "Describe the image in a sentence.", say; a plain captioner goes on from
-    it. None: a plain captioner begins by itself, and one that converses is asked for a description."""
+    """Instruction for a chat model, such as "Describe the image in a sentence."; a plain captioner continues this text.
+    None: a plain captioner starts without text, and a chat model is asked for a description."""
     max_length: int = 64
-    """Tokens of a caption, at most: those that are generated."""
+    """Tokens of a caption, at most; counts generated tokens."""
     batch_size: int = 16
     """Images per forward pass."""
     part_size: int = 1024
-    """Images per part, after which an interrupted run goes on."""
+    """Images per part; an interrupted run resumes at the next part."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
@@ -45,14 +45,14 @@ class Config:
 
 
 class Captioner:
-    """Images -> captions, of a model and processor of transformers; decoding is greedy, so that runs agree."""
+    """Images -> captions, by a model and processor of transformers; decoding is greedy, so runs give equal captions."""
 
     def __init__(self, model: torch.nn.Module, processor: Any, instruction: str | None, max_length: int):
         self.model, self.processor, self.max_length = model.eval(), processor, max_length
         self.converses = getattr(processor, "chat_template", None) is not None
         self.text = instruction
         if self.converses:
-            processor.tokenizer.padding_side = "left"  # what is generated begins behind the last token of the prompt
+            processor.tokenizer.padding_side = "left"  # generation starts after the prompt's last token
             asked = [{"type": "image"}, {"type": "text", "text": instruction or "Describe this image."}]
             turns = [{"role": "user", "content": asked}]
             self.text = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -70,7 +70,7 @@ class Captioner:
 
 
 def load_captioner(cfg: Config, device: torch.device) -> Captioner:
-    """The captioner that `cfg` says. ValueError if there is none of that name."""
+    """Load the captioner named by `cfg`. ValueError if it cannot be loaded."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -88,7 +88,7 @@ def described(
     pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config,
     tick: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, str]]:  # fmt: skip
-    """Entries of the caption file for these rows. An image that cannot be read has an empty caption."""
+    """Entries of the caption file for these rows. An unreadable image gets an empty caption."""
     found = {}
     for first in range(rows.start, rows.stop, cfg.batch_size):
         images = {}

@@ -1,8 +1,8 @@
-"""Winoground and SugarCrepe: which caption is whose, where captions differ in a word or in the order of their words.
+"""Winoground and SugarCrepe: match images to captions that differ in one word or in word order.
 
 FLAME evaluates both with the long prompt (Evaluation.md of MIV-XJTU/FLAME@4d2b9a9), through
 LAION-AI/CLIP_benchmark@48de38c, cited as `B:` with paths under clip_benchmark/. An instance has I images and C
-captions, of which caption i belongs to image i.
+captions; caption i belongs to image i.
 """
 
 import json
@@ -26,7 +26,8 @@ class Instance(NamedTuple):
 
 
 def winoground(root: Path) -> dict[str, list[Instance]]:
-    """The hub's folder facebook/winoground with data/images.zip unpacked there: two images, two captions each.
+    """Read the hub's folder facebook/winoground with data/images.zip unpacked in place: two images, two captions per
+    instance.
 
     B:datasets/winoground.py.
     """
@@ -39,7 +40,7 @@ def winoground(root: Path) -> dict[str, list[Instance]]:
 
 
 def sugar_crepe(root: Path) -> dict[str, list[Instance]]:
-    """val2017/ of COCO and the seven files of SugarCrepe beside it: an image, its caption and a wrong one.
+    """Read COCO's val2017/ and SugarCrepe's seven files beside it: an image, its caption and a wrong one per instance.
 
     B:datasets/sugar_crepe.py, B:datasets/builder.py:228-244.
     """
@@ -57,7 +58,7 @@ READERS: dict[str, Callable[[Path], dict[str, list[Instance]]]] = {"winoground":
 
 
 def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
-    """{set: instances} of one of READERS below `root`. ValueError if the files do not say what they should."""
+    """{set: instances} read by one of READERS below `root`. ValueError if the files have another format."""
     try:
         found = READERS[name](Path(root))
     except OSError as error:
@@ -70,11 +71,11 @@ def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
 
 
 def caption_selection(images: Tensor, captions: Tensor) -> dict[str, float]:
-    """Percent of instances in which each caption is nearest to its image, and so on, by cosine.
+    """Percent of instances whose captions and images are matched correctly, by cosine.
 
-    images (N, I, D), captions (N, C, D) unit rows. text_acc: each of the first min(I, C) images has its own caption as
-    the nearest; image_acc: each of these captions its own image; acc: both. B:metrics/image_caption_selection.py.
-    Equal scores count against.
+    images (N, I, D), captions (N, C, D) unit rows. text_acc: each of the first min(I, C) images is nearest to its own
+    caption; image_acc: each of these captions is nearest to its own image; acc: both.
+    B:metrics/image_caption_selection.py. Ties count as wrong.
     """
     scores = images @ captions.transpose(1, 2)  # (N, I, C)
     own = scores.diagonal(dim1=1, dim2=2)  # (N, min(I, C))

@@ -1,8 +1,8 @@
 """Every setting of a training run, its presets, and what is refused before a run starts.
 
-Preset cc3m-vitb16 follows the published command (Training.md of MIV-XJTU/FLAME@4d2b9a9), and PAPER_ROWS says of the
-others what they rest on. Of the paper the abstract was read, and two figures of its authors' page; no table. `emoji*`
-and `small*` are ours.
+Preset cc3m-vitb16 follows the published command (Training.md of MIV-XJTU/FLAME@4d2b9a9); PAPER_ROWS gives the sources
+of the others. Only the paper's abstract and two figures on its authors' page were read, no tables. `emoji*` and
+`small*` are ours.
 """
 
 import dataclasses
@@ -34,37 +34,38 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
-    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
-    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
-    hold fewer, samples come again."""
+    """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
+    shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
+    then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
+    samples repeat."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
 
     method: Literal["flame", "clip"] = "flame"
-    """flame, or clip: the same image tower with a text transformer that is trained, on the same captions as text."""
+    """flame, or clip: the same image tower and captions, with a trained text transformer."""
     rows: tuple[int, ...] = ()
     """Rows of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. 0 1 4 are the summaries."""
     facets: int = 6
-    """Rows drawn per image and visit, without replacement: K."""
+    """Rows drawn each time an image is loaded, without replacement: K."""
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
-    """Sigmoid of every pair, or softmax over the batch; both with K texts an image."""
+    """Sigmoid of every pair, or softmax over the batch; both with K texts per image."""
     logit_scale: float = 10.0
     """t at the start (of the flame method; CLIP's is 1 / 0.07)."""
     logit_bias: float = -10.0
-    """b at the start: about minus the log of the batch size, so that positives and negatives weigh alike. The sigmoid
-    loss alone has it."""
+    """b at the start: about minus the log of the batch size, so that positives and negatives have equal weight. Only
+    for the sigmoid loss."""
     centre: bool = False
-    """Subtract from each facet its mean over the bank, in training and evaluation (not in the paper: for small LLMs,
-    whose states share one large direction)."""
+    """Subtract from each facet its mean over the bank, in training and evaluation (not in the paper; for small LLMs,
+    whose embeddings share one large direction)."""
     captions: tuple[str, ...] = ()
-    """Caption files of the clip method, of which each visit draws one; none given: the shards' own captions."""
+    """Caption files of the clip method; one caption is drawn each time an image is loaded. None given: the shards'
+    captions."""
 
     model: str = "ViT-B-16"
     """Image tower: ViT-B-16, ViT-L-14, ViT-L-16, emoji (a small ViT), ResNet-emoji, or Lite0-emoji."""
     lock_image: bool = False
-    """The image trunk keeps its pretrained weights, and only the MLP behind it learns. For EfficientNet-Lite0
-    (--model Lite0-emoji). With --keep-in-memory its tokens of the whole images are computed once, without crops."""
+    """Freeze the pretrained image trunk and train only the MLP behind it. For EfficientNet-Lite0 (--model Lite0-emoji).
+    With --keep-in-memory its tokens are computed once, on whole images without crops."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     hidden_dim: int | None = None
@@ -72,17 +73,17 @@ class Config:
     crop_scale: float = 0.9
     """Smallest share of the image's area in a training crop; no other augmentation."""
     keep_in_memory: bool = False
-    """Decode a small corpus once, and make views of whole batches. Off: decode every sample at every step."""
+    """Decode a small corpus once, and augment whole batches. Off: decode every sample at every step."""
     distinct_captions: bool = False
-    """With --keep-in-memory: batches hold no two images with the same captions, as far as an epoch allows."""
+    """With --keep-in-memory: no two images of a batch have the same captions, as far as an epoch allows."""
     text_width: int = 512
     """Width of the clip method's text transformer."""
     text_layers: int = 12
-    """Its layers."""
+    """Its number of layers."""
     max_length: int = 77
-    """Tokens of a caption there, start and end included; longer ones are cut."""
+    """Tokens of a caption there, including start and end; longer captions are cut."""
     embed_dim: int = 512
-    """The clip method's common space."""
+    """Width of the clip method's joint embedding."""
 
     epochs: int = 32
     """Passes over the data."""
@@ -93,11 +94,12 @@ class Config:
     lr: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "const", "const-cooldown"] = "cosine"
-    """After warm-up: half a cosine to 0, constant, or constant and a linear fall to 0 in the last `cooldown` steps."""
+    """After warm-up: half a cosine to 0, constant, or constant with a linear decay to 0 in the last `cooldown`
+    steps."""
     warmup: int = 2000
     """Steps of linear warm-up."""
     cooldown: int = 0
-    """Steps of the fall, for const-cooldown."""
+    """Steps of the decay, for const-cooldown."""
     weight_decay: float = 0.5
     """AdamW's decay of matrices and position embeddings; vectors, biases and norms have none."""
     beta1: float = 0.9
@@ -114,7 +116,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Logits and losses are in fp32 always."""
+    """auto: bf16 if the processor supports it. Logits and losses are always fp32."""
     workers: int = 4
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -128,12 +130,12 @@ class Config:
     eval_every: int = 0
     """Epochs between zero-shot evaluations on `eval_set`; 0: never during training."""
     eval_set: str = ""
-    """Classification set for `eval_every`, whose texts flame.embed has embedded."""
+    """Classification set for `eval_every`; flame.embed must have embedded its texts."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
     def adamw(self) -> dict:
-        """Keyword arguments of AdamW beside groups and lr."""
+        """Keyword arguments of AdamW other than groups and lr."""
         return {"betas": (self.beta1, self.beta2), "eps": self.eps}
 
 
@@ -234,7 +236,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_inputs(cfg: Config) -> None:
-    """Raise ValueError if data, bank or evaluation set are not named or not there. A dry run needs none."""
+    """Raise ValueError if data, bank or evaluation set are not given or missing. A dry run needs none."""
     cli.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
         raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")

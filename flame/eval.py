@@ -1,11 +1,11 @@
 """Evaluate FLAME and its baseline: `python -m flame.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/;
-LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/): zero-shot classification (zeroshot.py), that
-of ImageNet in five languages and Crossmodal-3600 with the single prompt; COCO, Flickr30k, long captions, Winoground and
-SugarCrepe with the long one (longsets.py, compositionality.py); linear probe on raw patch features; few-shot in the
-context of an LLM (incontext.py). Texts come from the files that embed.py keeps; an LLM is loaded only for texts that
-are not there.
+LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/). Zero-shot classification (zeroshot.py), also of
+ImageNet in five languages, and Crossmodal-3600 use the single prompt; COCO, Flickr30k, long captions, Winoground and
+SugarCrepe the long one (longsets.py, compositionality.py). There are also a linear probe on raw patch features and
+few-shot classification in the context of an LLM (incontext.py). Text embeddings are read from embed.py's files; the LLM
+is loaded only if one is missing.
 """
 
 import dataclasses
@@ -58,43 +58,43 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders, or checkpoint files of the authors. As baselines: another paper's run folder, local-dir:DIR with
-    what --export wrote, MODEL@TAG of open_clip."""
+    """Run folders, or checkpoint files of the authors. As baselines: another paper's run folder, local-dir:DIR written
+    by --export, MODEL@TAG of open_clip."""
     model: str = "ViT-B-16"
     """Image tower of checkpoint files: ViT-B-16, ViT-L-14 or ViT-L-16."""
     bank: str | None = None
-    """Bank whose LLM and prompts embed the texts; None: that of the run (checkpoint files: say which)."""
+    """Bank whose LLM and prompts embed the texts; None: the run's bank (checkpoint files need one)."""
     sets: tuple[str, ...] = ()
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification (single prompt) or retrieval (long
-    prompt, mean of its facets) as each says."""
+    prompt, mean of its facets)."""
     multilingual: str | None = None
     """SET:FOLDER: ImageNet in that layout, and CLIP_benchmark's clip_benchmark/datasets with class names and templates
     of ImageNet in Arabic, English, Japanese, Italian and Chinese."""
     compositional: tuple[str, ...] = ()
-    """Sets of captions that differ in a word or in order: winoground:FOLDER, sugar_crepe:FOLDER."""
+    """Sets of captions that differ in a word or in word order: winoground:FOLDER, sugar_crepe:FOLDER."""
     language_sets: tuple[str, ...] = ()
     """Retrieval sets whose names end in _LANGUAGE; first caption, single prompt."""
     long_sets: tuple[str, ...] = ()
     """Long-context sets as their authors ship them: urban1k:FOLDER, sharegpt4v:FOLDER, docci:FOLDER, dci:FOLDER."""
     crossmodal: str | None = None
-    """Folder of Crossmodal-3600 (captions.jsonl, images/): its 36 languages in the place of `language_sets`."""
+    """Folder of Crossmodal-3600 (captions.jsonl, images/): its 36 languages replace `language_sets`."""
     gallery: int | None = None
     """Images kept of each retrieval set, evenly spaced; None keeps all."""
     language_gallery: int | None = None
     """Images kept of each language; None keeps all."""
     centre: bool = False
-    """Subtract from the captions of each language their mean, which also tells the language (not in the paper)."""
+    """Subtract each language's mean from its captions, since this mean also encodes the language (not in the paper)."""
     probe: str | None = None
-    """Set with a train/ split for the linear probe; None leaves it out."""
+    """Set with a train/ split for the linear probe; None skips it."""
     export: str | None = None
     """Refused: open_clip has no tower like FLAME's."""
     few_shot: str | None = None
-    """Classification set for episodes of two classes with an example each, in the context of the bank's LLM."""
+    """Classification set for episodes of two classes with one example each, in the context of the bank's LLM."""
     episodes: int = 100
-    """How many of them."""
+    """Number of episodes."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -137,9 +137,10 @@ def linear_probe(
     batch_size: int = 512,
     seed: int = 0,
 ) -> Probe:
-    """Linear layer on unit `visual_only` features (N, W), percent: AdamW, cosine to 0. B:metrics/linear_probe.py.
+    """Accuracy in percent of a linear layer on unit `visual_only` features (N, W): AdamW, cosine to 0.
 
-    Without validation split there is no weight decay; with one it is chosen from 97 values of 1e-6..1e2.
+    B:metrics/linear_probe.py. With a validation split, the weight decay is chosen from 97 values of 1e-6..1e2; without,
+    it is 0.
     """
     train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
     if validation is not None:
@@ -164,8 +165,8 @@ def adamw_probe(
 ) -> Probe:
     """AdamW on features (N, D), labels (N,), cosine by step to 0 without warm-up. B:metrics/linear_probe.py.
 
-    validation: features and labels on which the weight decay is chosen from 1e-6..1e2 (`log_sweep`) before the probe is
-    fitted to training and validation split together; without, there is no weight decay.
+    validation: features and labels to choose the weight decay from 1e-6..1e2 (`log_sweep`); the probe is then fitted to
+    the training and validation splits together. Without it, there is no weight decay.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -187,7 +188,7 @@ def adamw_probe(
 def log_sweep(score: Callable[[float], float], low: int, high: int) -> float:
     """The best of 97 log-spaced values from 10^low to 10^high, by CLIP's parametric binary search (appendix A.3).
 
-    Scores 7 of them, then twice as finely around the peak, four times over. Of equal scores the smaller value wins.
+    Scores 7 of them, then four times doubles the resolution around the peak. Ties go to the smaller value.
     """
     values = np.logspace(low, high, 97).tolist()
     scores: dict[int, float] = {}
@@ -210,9 +211,9 @@ def log_sweep(score: Callable[[float], float], low: int, high: int) -> float:
 def retrieval(
     features: Tensor, captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool, centre: bool = False
 ) -> dict[str, float]:
-    """R@1, 5, 10 both ways in percent, and what chance would give at 1; features (I, D), captions of each image.
+    """R@1, 5, 10 both ways in percent, and R@1 of chance; features (I, D), captions of each image.
 
-    `centre`: captions less their mean.
+    `centre`: subtract the captions' mean.
     """
     embeds = texts([caption for each in captions for caption in each], multi)
     embeds = F.normalize(embeds - embeds.mean(0), dim=-1) if centre else embeds
@@ -223,7 +224,7 @@ def retrieval(
 
 
 def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, TrainConfig]:
-    """Model in eval mode and configuration of a run folder, of an authors' checkpoint file, or of another model."""
+    """Load model (in eval mode) and configuration from a run folder, an authors' checkpoint file, or another model."""
     if export.foreign(path, "flame"):
         return DualEncoder(*export.load_model(str(path))).eval(), TrainConfig()
     path = Path(path)
@@ -292,7 +293,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def named_folder(option: str, entry: str, known: Iterable[str]) -> tuple[str, str]:
-    """(name, folder) of an entry NAME:FOLDER. ValueError if that name is not known."""
+    """Split NAME:FOLDER into (name, folder). ValueError if the name is unknown."""
     name, _, folder = entry.partition(":")
     if name not in known:
         raise ValueError(f"--{option} {entry} should be one of {', '.join(known)}, a colon and a folder")
@@ -333,7 +334,8 @@ def compositional(
 def language_sets(
     model: FLAME, cfg: Config, device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor, list[list[str]]]]:
-    """(language, image features (I, D), first caption of each image); Crossmodal-3600's images are the same in all."""
+    """(language, image features (I, D), first caption of each image); Crossmodal-3600 has the same images in all
+    languages."""
     view = eval_transform(model)
     if cfg.crossmodal:
         pairs = {language: read_set(crossmodal3600, cfg.crossmodal, language) for language in LANGUAGES}
@@ -381,7 +383,7 @@ def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
     imagenet = cfg.multilingual.rpartition(":")[0] if cfg.multilingual else None
     sets = (*cfg.sets, imagenet, *cfg.language_sets, cfg.probe, cfg.few_shot)
     folders = [entry.partition(":")[2] for entry in (*cfg.long_sets, *cfg.compositional)]
@@ -391,7 +393,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]]:
-    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
+    """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")

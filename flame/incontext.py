@@ -1,6 +1,6 @@
-"""Images as words of the LLM, and classes named in its context after one example of each (FLAME, arXiv 2411.11927).
+"""Images as words of the LLM, and few-shot classification in its context (FLAME, arXiv 2411.11927).
 
-Since patches are mapped into the space of the LLM, its head turns each into a word. Authors' code
+Patches are mapped into the space of the LLM, so its output head turns each into a word. Authors' code
 MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/.
 """
 
@@ -15,7 +15,7 @@ from flame.model import FLAME
 
 
 def pool_patches(tokens: Tensor, kernel: int, padding: int = 0) -> Tensor:
-    """(B, N, D) patches of a square grid -> (B, M, D): means of kernel x kernel patches, zeros of the padding counted.
+    """(B, N, D) patches of a square grid -> (B, M, D): means of kernel x kernel patches, including padding zeros.
 
     U:training/eval_semantic_interpretation.py:55 (kernel 2: 196 -> 49), eval_fs_classification.py:133 (4, 1: -> 16).
     """
@@ -28,10 +28,10 @@ def pool_patches(tokens: Tensor, kernel: int, padding: int = 0) -> Tensor:
 def nearest_tokens(
     model: FLAME, lm_head: torch.nn.Module, image: Tensor, kernel: int = 2, padding: int = 0, rank: int = 0
 ) -> Tensor:
-    """Token ids (B, M) that the LLM's head gives to pooled patches of images (B, 3, H, H); rank 0 is the best one.
+    """Token ids (B, M) of the LLM's head for pooled patches of images (B, 3, H, H); rank 0 is the best token.
 
-    Upstream's script prints rank 49, U:training/eval_semantic_interpretation.py:65. The head gets the features as they
-    are, without the final norm it was trained behind, as upstream.
+    Upstream's script prints rank 49, U:training/eval_semantic_interpretation.py:65. As upstream, the head gets the
+    features without the final norm that precedes it in the LLM.
     """
     logits = lm_head(
         pool_patches(model.mm(model.patch_tokens(image)), kernel, padding).to(lm_head.weight.dtype)
@@ -50,10 +50,10 @@ def few_shot(
 ) -> str:
     """The class that a causal LM names for the last image, after examples of (words of an image, its class).
 
-    words: for each image, the words of its patches (`nearest_tokens`), the query last; classes: of the examples.
-    names: the classes to choose from (default: those of the examples). Each token is the likeliest of those that
-    continue a name, where upstream takes the likeliest of those that any name has at that place. The examples are shown
-    1 + repeat times. U:training/eval_fs_classification.py:84-165, 263-290.
+    words: for each image, the words of its patches (`nearest_tokens`), the query last; classes: of the examples. names:
+    the classes to choose from (default: those of the examples). Each generated token is the likeliest one that
+    continues a name; upstream allows any token that some name has at this position. The examples are shown 1 + repeat
+    times. U:training/eval_fs_classification.py:84-165, 263-290.
     """
     names = sorted(set(classes)) if names is None else list(names)
     options = " or ".join(f"'{name}'" for name in names)
@@ -74,7 +74,8 @@ def few_shot(
 
 
 def episodes(labels: Tensor, ways: int, shots: int, count: int, seed: int = 0) -> Iterator[list[int]]:
-    """`count` lists of ways * shots + 1 places in `labels`, the query of one of the classes last, examples shuffled."""
+    """`count` lists of ways * shots + 1 indices into `labels`: shuffled examples, then a query of one of the
+    classes."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(places: Tensor, number: int) -> list[int]:
@@ -96,7 +97,7 @@ def few_shot_accuracy(
     model: FLAME, lm: torch.nn.Module, tokenizer, images: Sequence[Tensor], labels: Tensor, names: Sequence[str],
     ways: int = 2, shots: int = 1, count: int = 100,
 ) -> float:  # fmt: skip
-    """Percent of queries whose class the LLM names; images (3, H, H), each as at most 16 words."""
+    """Percent of queries whose class the LLM names correctly; images (3, H, H), each as at most 16 words."""
     grid = model.visual.grid_size[0]
     kernel = -(-grid // 4)
     padding = min((4 * kernel - grid) // 2, kernel // 2)

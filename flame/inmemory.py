@@ -1,8 +1,8 @@
-"""Small corpora in memory: all pictures and texts at hand, and batches made at once.
+"""Small corpora in memory: all images and texts are loaded once, and whole batches are made at a time.
 
-Pictures are pixels, or the tokens that a locked trunk has computed of whole images, which --cache keeps from one run to
-the next. Order, crops and drawn facets are functions of (seed, epoch, row), so that neither the number of processes nor
-a resume changes them. Letters: N images, T rows of the bank an image, C captions an image, M tokens of a picture.
+Images are pixels, or the tokens of a locked trunk for whole images, which --cache keeps for later runs. Order, crops
+and drawn facets are functions of (seed, epoch, row), so they depend neither on the number of processes nor on a resume.
+Letters: N images, T bank rows per image, C captions per image, M tokens per image.
 """
 
 import copy
@@ -31,7 +31,8 @@ from shared.pretrained import fold_batch_norms
 def trunk_tokens(
     pixels: Iterable[Tensor], tower: Convolutional, device: torch.device, precision: torch.dtype, batch_size: int = 32
 ) -> Tensor:
-    """uint8 images (3, H, H) -> tokens (N, M, W), float16, on the CPU; 32 of 128 pixels stay in a processor's cache."""
+    """uint8 images (3, H, H) -> tokens (N, M, W), float16, on the CPU; 32 images of 128 pixels fit a processor's
+    cache."""
     folded = copy.deepcopy(tower).eval()
     folded.trunk = fold_batch_norms(tower.trunk)
     folded.to(device, memory_format=torch.channels_last)
@@ -49,7 +50,7 @@ def whole_image(side: int) -> Callable[[Image.Image], Tensor]:
 
 
 def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> Tensor:
-    """Tokens (N, M, W) of all rows of --data, from --cache if it has them. The first process computes them."""
+    """Tokens (N, M, W) of all rows of --data, read from --cache or else computed by the first process."""
     pairs = data.open_pairs(cfg.data, None, cfg.strict, Path(cfg.cache))
     precision, side = run.resolve_precision(cfg.precision, process.device), tower.image_size[0]
     path = Path(cfg.cache) / f"tokens-{pairs.fingerprint}-{side}-{precision}.npy"
@@ -71,13 +72,13 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
     return torch.from_numpy(np.load(path))
 
 
-_kept: dict[tuple, tuple[Tensor, Tensor | list]] = {}  # of the sets that this process has seen
+_kept: dict[tuple, tuple[Tensor, Tensor | list]] = {}  # tokens of the sets read by this process
 
 
 def set_tokens(
     eval_set: EvalSet, tower: Convolutional, device: torch.device, precision: torch.dtype, limit: int | None = None
 ) -> tuple[Tensor, Tensor | list]:
-    """Tokens (N, M, W), and labels (N,) or captions of each image, of an evaluation set, computed once a process.
+    """Tokens (N, M, W), and labels (N,) or captions of each image, of an evaluation set, computed once per process.
 
     At most `limit` images, evenly spaced.
     """
@@ -95,7 +96,7 @@ def set_tokens(
 
 
 def bank_rows(bank: Bank, keys: Iterable[str], cfg: Config) -> tuple[Tensor, np.ndarray]:
-    """Texts (U, T, D) that differ, less their centres if the run wants that, and which of them each sample has (N,)."""
+    """Distinct texts (U, T, D), centred if `cfg.centre` is set, and each sample's index into them (N,)."""
     places = [bank.rows[bank.lookup.row(key)] for key in keys]
     _, firsts, row_of = np.unique(places, return_index=True, return_inverse=True)
     names = list(keys)
@@ -105,10 +106,10 @@ def bank_rows(bank: Bank, keys: Iterable[str], cfg: Config) -> tuple[Tensor, np.
 
 
 class InMemory:
-    """What a training reads, whole batches at a time: the same settings as `train.FacetDataset`.
+    """The training data, read in whole batches, with the same settings as `train.FacetDataset`.
 
-    pixels (N, 3, H, H) uint8 or tokens (N, M, W) float16; texts (U, T, D) of the bank, of which image i has those of
-    row_of[i], or for the clip method CLIP tokens (N, C, L).
+    pixels (N, 3, H, H) uint8 or tokens (N, M, W) float16; texts (U, T, D) of the bank, where image i has
+    texts[row_of[i]], or for the clip method CLIP tokens (N, C, L).
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class InMemory:
         return images
 
     def batches(self, epochs: range, start: int = 0) -> Iterator[tuple[Tensor, Tensor, list[data.Broken]]]:
-        """This process's (images, texts, []) of these epochs, from batch `start` of the first on."""
+        """This process's (images, texts, []) of these epochs, starting at batch `start` of the first epoch."""
         cfg, size = self.cfg, self.cfg.batch_size // self.process.world_size
         own = slice(self.process.rank * size, (self.process.rank + 1) * size)
         for epoch in epochs:

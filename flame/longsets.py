@@ -1,6 +1,6 @@
 """The paper's long-context retrieval sets and Crossmodal-3600 as their authors ship them -> (image file, caption).
 
-As FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,docci,dci}.py): one caption an image.
+Read as FLAME does (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,docci,dci}.py): one caption per image.
 Also ImageNet's class names in five languages, as LAION-AI/CLIP_benchmark@48de38c ships them.
 """
 
@@ -17,7 +17,7 @@ Pairs = list[tuple[Path, str]]
 
 
 def urban1k(root: Path) -> Pairs:
-    """image/N.jpg and caption/N.txt, of which the first line counts; in the order of N."""
+    """image/N.jpg and the first line of caption/N.txt, in the order of N."""
     files = sorted(_folder(root / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     return [(root / "image" / f"{file.stem}.jpg", re.match(r"[^\n]*\n?", _text(file))[0]) for file in files]
 
@@ -36,7 +36,7 @@ def docci(root: Path) -> Pairs:
 
 
 def dci(root: Path) -> Pairs:
-    """All splits of DCI: short and extra caption, cut at line ends, </s> and full stops, and put together again."""
+    """All splits of DCI: short and extra caption, split at line ends, </s> and full stops, and joined again."""
     home = root / "densely_captioned_images"
     pairs = []
     for files in json.loads(_text(home / "splits.json")).values():
@@ -49,7 +49,8 @@ def dci(root: Path) -> Pairs:
 
 
 def crossmodal3600(root: Path, language: str) -> Pairs:
-    """captions.jsonl and images/KEY.jpg; the first caption of an image. Images without file are left out, as there."""
+    """captions.jsonl and images/KEY.jpg; the first caption of an image. Images without a file are skipped, as
+    upstream."""
     pairs = []
     for line in _lines(root / "captions.jsonl"):
         about = json.loads(line)
@@ -80,7 +81,7 @@ def imagenet_names(root: str | Path) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pairs:
-    """What a reader finds below `root`, at least one pair. ValueError if the files do not say what they should."""
+    """Read pairs below `root`. ValueError if there is none or the files have another format."""
     try:
         pairs = reader(Path(root), *more)
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -107,7 +108,7 @@ def _folder(path: Path) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a file, which end at a newline and at nothing else: captions hold line separators of Unicode."""
+    """Lines of a file, split only at newlines, because captions contain Unicode line separators."""
     return _text(path).removesuffix("\n").split("\n")
 
 

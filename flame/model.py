@@ -1,10 +1,10 @@
 """FLAME: Frozen Large Language Models Enable Data-Efficient Language-Image Pre-training (arXiv 2411.11927).
 
-Authors' code: MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The paper's own are the prompts with several
-facets (`Prompt`), reading all facets in one pass (`facet_decoupled_mask`, `FrozenLLM`), the image tower whose MLP maps
-every token into the space of the LLM (`FLAME`), and the losses with several texts an image (`mp_sigmoid_loss`,
-`mp_nce_loss`). For the study alone: `SentenceEncoder` in the place of the LLM, `Convolutional` in that of the ViT,
-`TrainedText`. Letters: N images, K facets (texts of an image), D width of the LLM, W of the ViT, S tokens.
+Authors' code: MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The paper's own components are the prompts
+with several facets (`Prompt`), reading all facets in one pass (`facet_decoupled_mask`, `FrozenLLM`), the image tower
+whose MLP maps every token into the space of the LLM (`FLAME`), and the losses with several texts per image
+(`mp_sigmoid_loss`, `mp_nce_loss`). Only for the study: `SentenceEncoder` instead of the LLM, `Convolutional` instead of
+the ViT, and `TrainedText`. Letters: N images, K facets (texts of an image), D width of the LLM, W of the ViT, S tokens.
 """
 
 import math
@@ -31,14 +31,15 @@ SLOT = "{caption}"
 
 
 class Prompt(NamedTuple):
-    """A head with the place `{caption}`, and K facets that ask for one word each; U:training/embed_cc3m_mask.py:224.
+    """A prefix with the placeholder `{caption}`, and K facets, each a request for one word;
+    U:training/embed_cc3m_mask.py:224.
 
     The hidden state at a facet's last token, which would predict that word, is the embedding of the facet.
     """
 
     head: str
     facets: tuple[str, ...]
-    bos_before_facets: bool  # a lone space and the start token stand before the first facet, and count as part of it
+    bos_before_facets: bool  # a space and the start token come before the first facet and belong to it
 
 
 _SUMMARY = ' the whole image, in one word:"'
@@ -49,15 +50,15 @@ _REST = (
     ' what happens in it, in one word:"',
     ' its mood, in one word:"',
 )
-# Our words; the authors', which their checkpoint needs, are read from a clone (`embed.read_prompts`).
+# Our own prompts. The authors' checkpoint needs theirs, which `embed.read_prompts` reads from a clone.
 RAW = Prompt(f'Caption of an image: "{SLOT}" . In short ,', (_SUMMARY,), False)
 SHORT = Prompt(f'Caption of an image: "{SLOT}" . In short ,', (_SUMMARY, *_MAIN), True)
 LONG = Prompt(f'Detailed caption of an image: "{SLOT}" . In short ,', (_SUMMARY, *_MAIN, *_REST), True)
-PLAIN = Prompt(SLOT, ("",), False)  # the caption itself, for encoders that are asked nothing
+PLAIN = Prompt(SLOT, ("",), False)  # only the caption, for encoders without prompts
 
 
 def clean_caption(text: str) -> str:
-    """Full stop at the end, no double quotes, no question mark at the end: the order of these matters.
+    """Add a full stop, replace double quotes, replace a final question mark; the order matters.
 
     U:open_clip/multiprompteol_embeddings.py:46-50.
     """
@@ -74,8 +75,8 @@ def facet_decoupled_mask(attention_mask: Tensor, facet_lens: Sequence[int]) -> T
     """Left-padded (B, S) 0/1 -> visible (B, 1, S, S) bool; the last sum(facet_lens) tokens are the facets.
 
     With f(i) = 0 before the facets and k in facet k: visible(i, j) = (j <= i) and (f(j) = 0 or f(j) = f(i)), and j is
-    no padding. Facets read the prefix and themselves, never each other. Padding sees itself, so that no row is empty.
-    Upstream masks rows of padding instead of columns, which lets facets see each other through it;
+    not padding. Facets attend to the prefix and themselves, never to each other. A pad token attends to itself, so that
+    no row is empty. Upstream masks rows of padding instead of columns, so facets see each other through it;
     U:open_clip/multiprompteol_embeddings.py:76-114.
     """
     size, device = attention_mask.shape[1], attention_mask.device
@@ -95,11 +96,11 @@ class _Done(Exception):
 
 
 class FrozenLLM(nn.Module):
-    """A causal LM of Hugging Face as text encoder, no gradients; U:open_clip/multiprompteol_embeddings.py.
+    """A causal LM from Hugging Face as text encoder, without gradients; U:open_clip/multiprompteol_embeddings.py.
 
-    layers: 1-based numbers of the blocks whose outputs are averaged (before the final norm); by default the last but
-    one. `decoupled=False` lets each facet read those before it (plain causal mask); `restart_positions` numbers the
-    tokens of each facet on from the prefix, where upstream leaves the positions of the sequence.
+    layers: 1-based numbers of the blocks whose outputs are averaged (before the final norm); by default the
+    second-to-last. `decoupled=False` lets each facet attend to earlier facets (plain causal mask); `restart_positions`
+    continues the positions of each facet from the prefix; upstream numbers the whole sequence.
     """
 
     def __init__(
@@ -130,14 +131,13 @@ class FrozenLLM(nn.Module):
     def encode_ids(self, input_ids: Tensor, attention_mask: Tensor, facet_lens: Sequence[int] = (1,)) -> Tensor:
         """Left-padded ids (B, S), mask (B, S) -> hidden states (B, K, D) float32 at the last token of each facet.
 
-        A single prompt needs no lengths. Position ids skip padding and are those of the whole sequence, so that later
-        facets are further from the caption; a facet's state is that of a pass over prefix and facet alone at these
-        positions.
+        A single prompt needs no lengths. Position ids skip padding and number the whole sequence, so later facets are
+        further from the caption. A facet's state equals that of a pass over prefix and facet alone at these positions.
         """
         facet_lens, size, device = list(facet_lens), input_ids.shape[1], input_ids.device
         visible = facet_decoupled_mask(attention_mask, facet_lens if self.decoupled else [sum(facet_lens)])
         dtype = next(self.lm.parameters()).dtype
-        additive = torch.zeros(visible.shape, dtype=dtype, device=device)  # a boolean one is wrong with eager attention
+        additive = torch.zeros(visible.shape, dtype=dtype, device=device)  # eager attention misreads a boolean mask
         additive.masked_fill_(~visible, torch.finfo(dtype).min)
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         lengths = torch.tensor(facet_lens, device=device)
@@ -176,16 +176,16 @@ class FrozenLLM(nn.Module):
         return ids
 
     def prefix_ids(self, captions: list[str], prompt: Prompt, room: int) -> list[list[int]]:
-        """Token ids of the head with each caption in its place; a caption is cut where it is too long, not the prompt.
+        """Token ids of the prefix with each caption inserted; if too long, the caption is cut, not the prompt.
 
-        As upstream, captions lose the special tokens that they contain, and the start token counts in `max_caption`.
+        As upstream, special tokens are removed from captions, and the start token counts in `max_caption`.
         """
         head, tail = prompt.head.lstrip().split(SLOT)
         room -= len(self.tokenizer(head)["input_ids"]) + len(
             self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         )
         limit = self.max_caption - len(self.tokenizer("")["input_ids"])
-        room = max(min(limit, room - 4), 0)  # pieces joined may be cut into other tokens than alone
+        room = max(min(limit, room - 4), 0)  # joined text may be tokenized differently
         if not captions:
             return []
         ids = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
@@ -193,7 +193,7 @@ class FrozenLLM(nn.Module):
         return self.tokenizer([head + clean_caption(text) + tail for text in texts])["input_ids"]
 
     def forward(self, captions: list[str], prompt: Prompt) -> Tensor:
-        """(B, K, D) float32, not normalised. Each caption's rows are those it would have alone."""
+        """(B, K, D) float32, not normalised. A caption's rows do not depend on the batch."""
         facets = self.facet_ids(prompt)
         lengths = [len(ids) for ids in facets]
         prefixes = self.prefix_ids(captions, prompt, self.max_length - sum(lengths))
@@ -209,9 +209,9 @@ class FrozenLLM(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """A small frozen sentence encoder in the place of the LLM (ours): the mean of a caption's last hidden states.
+    """A small frozen sentence encoder instead of the LLM (ours): the mean of a caption's last hidden states.
 
-    It reads the caption as it is, without a prompt, so that a caption has one facet.
+    It reads the caption without a prompt, so a caption has one facet.
     """
 
     def __init__(self, encoder: nn.Module, tokenizer, max_caption: int = 256):
@@ -224,7 +224,7 @@ class SentenceEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: list[str], prompt: Prompt = PLAIN) -> Tensor:
-        """(B, 1, D) float32, not normalised. Each caption's row is the one it would have alone."""
+        """(B, 1, D) float32, not normalised. A caption's row does not depend on the batch."""
         if not captions:
             return torch.zeros(0, 1, self.dim)
         texts = [prompt.head.replace(SLOT, caption) for caption in captions]
@@ -248,10 +248,10 @@ TOWERS = {  # of the released configs, and small ones
 
 
 class Convolutional(nn.Module):
-    """A network of timm in the place of the ViT (ours): the places of its last map are the tokens.
+    """A timm network instead of the ViT (ours): the cells of its last feature map are the tokens.
 
-    The map is averaged to `grid` x `grid` places; in training a share `drop` of the numbers is dropped. A locked trunk
-    keeps its weights and batch norms. In place of images, the tokens that a locked trunk has computed of them will do.
+    The map is averaged to `grid` x `grid` cells; training applies dropout with rate `drop`. A locked trunk keeps its
+    weights and batch norms. The input may also be the tokens that a locked trunk has computed.
     """
 
     def __init__(self, network: str, width: int, grid: int, image_size: int, drop: float = 0.0):
@@ -301,8 +301,8 @@ def vit(name: str, image_size: int | None = None) -> VisionTransformer | Convolu
 class FLAME(nn.Module):
     """ViT -> MLP on every token -> mean of patches, in the space of the LLM; U:open_clip/model.py:191-206,442-448.
 
-    The hidden width is at least 4096 upstream, whatever the LLM. Names of weights are upstream's. `bias`: whether there
-    is a logit_bias, which the sigmoid loss alone has.
+    The hidden width is at least 4096 upstream, for any LLM. Weights have upstream's names. `bias`: whether there is a
+    logit_bias, which only the sigmoid loss uses.
     """
 
     def __init__(
@@ -330,14 +330,14 @@ class FLAME(nn.Module):
         return output["image_intermediates"][-1]
 
     def encode_image(self, image: Tensor, visual_only: bool = False, normalize: bool = False) -> Tensor:
-        """(B, D); `visual_only`: the mean of raw patch tokens (B, W), which the linear probe sees."""
+        """(B, D); `visual_only`: the mean of raw patch tokens (B, W), the input of the linear probe."""
         tokens = self.patch_tokens(image)
         features = (tokens if visual_only else self.mm(tokens)).mean(dim=1)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Unit image features (B, D) float32, t = exp(logit_scale), and b = logit_bias where there is one."""
-        # a clone: DistributedDataParallel would take a parameter that is returned itself for one that is not used
+        """Unit image features (B, D) float32, t = exp(logit_scale), and b = logit_bias if it exists."""
+        # a clone, because DistributedDataParallel counts a returned parameter as unused
         bias = [] if self.logit_bias is None else [self.logit_bias.clone()]
         return self.encode_image(image, normalize=True), self.logit_scale.exp(), *bias
 
@@ -363,9 +363,10 @@ class TrainedText(FLAME):
         self.logit_scale.data.fill_(math.log(1 / 0.07))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each without padding after its longest.
+        """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each cut to its longest text.
 
-        In training on a GPU, which would have to be waited for, `cut_padding` has cut it, and there is one group.
+        In training on a GPU, finding the lengths would wait for the GPU; there `cut_padding` has cut the batch before,
+        and there is one group.
         """
         ends = tokens.argmax(dim=1)  # the end token has the highest id
         waits = not (tokens.is_cuda and self.training)
@@ -406,9 +407,10 @@ def mp_sigmoid_loss(
 ) -> Tensor:
     """L = -1/(N K) sum_ij log sigmoid(s_ij (t x_i . y_j + b)), s_ij = 1 if text j is of image i, else -1.
 
-    image (N, D) and text (N*K, D) unit rows; row i*K + k is facet k of image i. K = 1 is SigLIP. In several processes
-    each has its own images against everyone's texts, over its own N K: the mean over processes is the loss of one.
-    `negative_only`: all pairs are negative, and nothing is gathered. U:open_clip/loss.py:417-545.
+    image (N, D) and text (N*K, D) unit rows; row i*K + k is facet k of image i. K = 1 is SigLIP. With several
+    processes, each compares its own images with all processes' texts and divides by its own N K: the mean over
+    processes equals the loss of one process. `negative_only`: all pairs are negative, and nothing is gathered.
+    U:open_clip/loss.py:417-545.
     """
     rows, facets = len(text), len(text) // len(image)
     everyone = text if negative_only else gather(text)
@@ -421,10 +423,11 @@ def mp_sigmoid_loss(
 
 
 def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Mean of (a) each image finding its text among those of the same facet, over facets, and (b) each text its image.
+    """Mean of two cross-entropies: (a) image to text, among texts of the same facet, averaged over facets; (b) text to
+    image.
 
-    image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process has its own rows against everyone's
-    columns. U:open_clip/loss.py:548-635.
+    image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process computes its own rows against all
+    processes' columns. U:open_clip/loss.py:548-635.
     """
     n, facets = len(image), len(text) // len(image)
     image, text = image.float(), text.float()
@@ -441,10 +444,10 @@ def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
-    """Weights of a run of ours or of the authors' file: `module.` and the LLM (`text.*`) are dropped from the latter.
+    """Load the weights of one of our runs or of the authors' file, without the prefix `module.` and the LLM (`text.*`).
 
-    ValueError if what remains are not the weights of this model. Upstream loads with strict=False, and leaves
-    logit_bias out of its evaluation models; here it may be missing, nothing else.
+    ValueError if the other weights do not match the model. Upstream loads with strict=False, and its evaluation models
+    have no logit_bias; here only logit_bias may be missing.
     """
     state = source if isinstance(source, dict) else checkpoints.load_checkpoint(source)
     state = state.get("state_dict", state)

@@ -1,12 +1,12 @@
 """Short and long captions of the embedded corpus: `python -m flame.recaption`.
 
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every image, and keeps the alt text as a third.
-The embedded corpus has no captioner; its captions are put together from the words it has of each emoji: raw is the
-name, short adds a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
-(shared.corpora.scenes) bring captions of their own: raw names them, short says where each is, long says more of each.
-Photographs that several people described (shared.corpora.photos) have the first two captions, and all of them joined.
-Files are lists of {"__key__": sample, "caption": text}, which is the layout of the authors' caption files. For other
-images, captioner.py writes such files.
+The embedded corpus has no captioner, so captions are composed from the words of each emoji: raw is the name, short adds
+a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
+(shared.corpora.scenes) have their own captions: raw names the emoji, short adds their positions, long describes each.
+Photographs with several captions (shared.corpora.photos) use the first, the second, and all of them joined. Files are
+lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files. captioner.py writes such files
+for other images.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Config:
 
 
 def captions(about: dict) -> tuple[str, str, str]:
-    """(raw, short, long) of an emoji, a scene or a photograph, from the .json of its sample; the same on every call."""
+    """(raw, short, long) of an emoji, a scene or a photograph, from the .json of one of its samples; deterministic."""
     if isinstance(about.get("captions"), list):
         sentences = [text.rstrip(" .") + "." for text in about["captions"]]
         return about["captions"][0], about["captions"][:2][-1], " ".join(sentences)
@@ -75,9 +75,9 @@ def main(cfg: Config) -> None:
 
 
 def read_captions(path: str) -> dict[str, str]:
-    """{sample key: caption} of a file in this layout; the caption's name does not matter (the authors': minicpm).
+    """{sample key: caption} of a file in this layout; the caption may have any field name (the authors': minicpm).
 
-    A caption that is null is an empty one.
+    A null caption becomes an empty string.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"caption file {path} does not exist")

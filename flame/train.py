@@ -1,9 +1,9 @@
 """Train FLAME, or a CLIP on the same captions: `python -m flame.train PRESET [--overrides]`.
 
-FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/.
-The paper's contribution in this file: texts are facets from the bank (bank.py), of which each visit to an image draws K
-(`sample_facets`, `FacetDataset`), and the loss has K positives an image (`batch_loss`). The LLM is never loaded.
-Image tower and losses are in model.py, settings in config.py, the curve's texts in zeroshot.py.
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The paper's
+contribution in this file: the texts of an image are K facets, drawn from the bank (bank.py) each time the image is
+loaded (`sample_facets`, `FacetDataset`), and the loss has K positives per image (`batch_loss`). The LLM is never
+loaded. Image tower and losses are in model.py, settings in config.py, evaluation during training in zeroshot.py.
 """
 
 import math
@@ -42,14 +42,14 @@ def cosine_lr(step: int, base_lr: float, warmup: int, total: int) -> float:
 
 
 def const_lr(step: int, base_lr: float, warmup: int) -> float:
-    """Linear to base_lr, which then stays. U:training/scheduler.py:13."""
+    """Linear to base_lr, then constant. U:training/scheduler.py:13."""
     return base_lr * (step + 1) / warmup if step < warmup else base_lr
 
 
 def const_cooldown_lr(
     step: int, base_lr: float, warmup: int, total: int, cooldown: int, power: float = 1.0, end: float = 0.0
 ) -> float:
-    """`const_lr`, and a polynomial fall to `end` over the last `cooldown` steps. U:training/scheduler.py:24."""
+    """`const_lr`, then a polynomial decay to `end` over the last `cooldown` steps. U:training/scheduler.py:24."""
     start = total - cooldown
     if step < max(warmup, start):
         return const_lr(step, base_lr, warmup)
@@ -83,8 +83,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def view(size: int, train: bool, crop_scale: float = 0.9, statistics=memory.CLIP_STATISTICS):
-    """RandomResizedCrop (bicubic, no flip) or resize of the short side and centre crop; mean and deviation are OpenAI's
-    unless `statistics` says others."""
+    """RandomResizedCrop (bicubic, no flip) or resize of the short side and centre crop; mean and standard deviation are
+    OpenAI's unless `statistics` gives others."""
     crop = {"scale": (crop_scale, 1.0)} if train else None
     *steps, _, _ = image_transform(size, train, aug_cfg=crop).transforms
     return Compose([*steps, data.ToNormalizedTensor(*statistics)])
@@ -98,10 +98,10 @@ def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None 
 
 
 class FacetDataset(Dataset):
-    """Item i of a run: uint8 image (3, H, H), its K texts, broken samples passed over; `normalise` is for batches.
+    """Item i of a run: uint8 image (3, H, H), its K texts, and the broken samples skipped; `normalise` is for batches.
 
-    Texts are facets (K, D) of the bank, or the CLIP tokens (77,) of one of the captions. U:training/data.py:393-435.
-    A function of seed, epoch and row alone.
+    Texts are facets (K, D) of the bank, or the CLIP tokens (77,) of one of the captions. U:training/data.py:393-435. An
+    item depends only on seed, epoch and row.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class FacetDataset(Dataset):
         return len(self.pairs)
 
     def facets(self, key: str) -> Tensor:
-        """(K, D), drawn from the facets that `cfg.rows` names."""
+        """(K, D), drawn from the facets in `cfg.rows`."""
         rows = self.bank[key] if self.centres is None else centred(self.bank[key], self.centres)
         return sample_facets(rows[list(self.cfg.rows)] if self.cfg.rows else rows, self.cfg.facets)
 
@@ -150,7 +150,7 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
 
 
 def on_device(images: Tensor, texts: Tensor, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images and texts of `collate` on the device, tokens without padding."""
+    """Moves the images and texts of `collate` to the device, and cuts padding from tokens."""
     images = images.to(device, non_blocking=True)
     return images, cut_padding(texts, device) if cfg.method == "clip" else texts.to(device, non_blocking=True)
 
@@ -159,14 +159,14 @@ def on_device(images: Tensor, texts: Tensor, cfg: Config, device: torch.device) 
 
 
 def model_inputs(images: Tensor, texts: Tensor, cfg: Config) -> tuple[Tensor, ...]:
-    """What the model reads of a batch: FLAME the images alone, CLIP the tokens, too."""
+    """The model's inputs: images for FLAME, images and tokens for CLIP."""
     return (images,) if cfg.method == "flame" else (images, texts)
 
 
 def batch_loss(outputs: tuple[Tensor, ...], texts: Tensor, cfg: Config) -> Tensor:
-    """Loss of what the model returns of a batch; texts are facets (B, K, D) of the bank, or tokens that it has read."""
+    """Loss of the model's outputs for a batch; texts are facets (B, K, D) of the bank, or the tokens of CLIP."""
     if cfg.method == "clip":
-        return mp_nce_loss(*outputs)  # one text an image: CLIP's loss
+        return mp_nce_loss(*outputs)  # one text per image: CLIP's loss
     image, scale, *bias = outputs
     loss = mp_sigmoid_loss if cfg.loss == "mp-sigmoid" else mp_nce_loss
     return loss(image, texts.flatten(0, 1), scale, *bias)
@@ -200,7 +200,7 @@ def train_step(
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
+    """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
     text_dim = 5120 if cfg.model.startswith("ViT-") else 576  # Mistral-Nemo, SmolLM2-135M
     model = create_model(cfg, text_dim)
     parameters = sum(p.numel() for p in model.parameters())
@@ -241,7 +241,8 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def training_batches(
     cfg: Config, pairs, texts: tuple, tower: nn.Module, process: run.Process, epochs: range, start: int
 ) -> tuple[Iterable, Callable]:
-    """(batches of these epochs from `start` of the first on, what normalises their images on the device)."""
+    """(batches of these epochs, from batch `start` of the first; function that normalises their images on the
+    device)."""
     if cfg.keep_in_memory:
         dataset = InMemory(pairs, cfg, tower, process, *texts)
         return dataset.batches(epochs, start), dataset.normalise
@@ -255,8 +256,8 @@ def open_texts(
 ) -> tuple[Bank | AuthorsBank | None, list[dict[str, str]], Callable | None]:
     """(bank, [], None), or for the clip method (None, captions by sample key, tokenizer).
 
-    ValueError if a sample has no text, which of windows shows when it is read, or if the bank does not have what is
-    drawn from it.
+    ValueError if a sample has no text or the bank lacks the rows to draw from. With windows, a missing text is found
+    only when its sample is read.
     """
     keys = Strings.of([]) if isinstance(pairs, windows.Windowed) else pairs.keys
     if cfg.method == "clip":
@@ -267,7 +268,7 @@ def open_texts(
                 raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
         return None, captions, data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     bank = open_bank(cfg.bank)
-    bank.check(keys)  # sorts its keys, too, before loader processes are forked, which share what it has then
+    bank.check(keys)  # also sorts its keys, once before the loader processes fork and share them
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
         raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
     if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
@@ -276,7 +277,7 @@ def open_texts(
 
 
 def open_model(cfg: Config, text_dim: int) -> nn.Module:
-    """The model of a configuration, with its pretrained trunk where one is locked."""
+    """The model of a configuration; a locked trunk gets its pretrained weights."""
     model = create_model(cfg, text_dim)
     if cfg.lock_image:
         model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
@@ -286,16 +287,17 @@ def open_model(cfg: Config, text_dim: int) -> nn.Module:
 
 
 def distributed(model: nn.Module, cfg: Config) -> DistributedDataParallel:
-    """The model, its gradients averaged over processes; `ln_post` and `proj` of the ViT have none, as upstream.
+    """Wrap the model so that gradients are averaged over processes; `ln_post` and `proj` of the ViT get none, as
+    upstream.
 
-    A static graph may leave parameters out, but shares gradients in its first backward pass, which is not the last of
-    a step where there are micro-batches.
+    A static graph allows unused parameters, but it reduces gradients in its first backward pass, which is not the last
+    of a step with micro-batches.
     """
     return DistributedDataParallel(model, static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1)
 
 
 def main(cfg: Config) -> Path | None:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     check(cfg, process.world_size)
     if cfg.dry_run:
@@ -335,7 +337,7 @@ def main(cfg: Config) -> Path | None:
             step = per_epoch * epoch + batch  # from 1
             lr = schedule(cfg, step - 1, total)
             images, facets = on_device(images, facets, cfg, process.device)
-            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # of dropout: a resume agrees
+            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run is equal
             loss = train_step(ddp, (normalise(images), facets), optimizer, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
                 bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias}

@@ -1,7 +1,7 @@
 """Zero-shot classification, for points of a curve during training and for eval.py.
 
-FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. Texts are features
-of the LLM that embed.py has kept in files, or of the baseline's text transformer. The LLM is not loaded in training.
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. Text features are
+the LLM's, read from embed.py's files, or come from the baseline's text transformer. Training does not load the LLM.
 """
 
 import itertools
@@ -23,14 +23,14 @@ from shared.zeroshot import classification_metrics, encode_texts, extract_image_
 
 
 class DualEncoder(nn.Module):
-    """Another model in FLAME's place, with image transform and tokenizer of its own: a baseline for FLAME's tables."""
+    """Another model with its own image transform and tokenizer: a baseline for FLAME's tables."""
 
     def __init__(self, model: nn.Module, transform: Callable, tokenizer: Callable):
         super().__init__()
         self.model, self.transform, self.tokenizer = model, transform, tokenizer
 
     def encode_image(self, images: Tensor, visual_only: bool = False) -> Tensor:
-        """(B, D) unit rows; as encoded for probes (`visual_only`)."""
+        """(B, D) unit rows; not normalised for probes (`visual_only`)."""
         features = self.model.encode_image(images)
         return features if visual_only else F.normalize(features.float(), dim=-1)
 
@@ -38,7 +38,7 @@ class DualEncoder(nn.Module):
         return self.model.encode_text(tokens)
 
 
-TextFeatures = Callable[[Sequence[str], bool], Tensor]  # texts, whether with the long prompt -> (n, D) unit rows
+TextFeatures = Callable[[Sequence[str], bool], Tensor]  # (texts, use the long prompt) -> (n, D) unit rows
 
 
 def text_features(
@@ -47,8 +47,8 @@ def text_features(
 ) -> TextFeatures:  # fmt: skip
     """The function that embeds texts for a run's evaluation: its bank's LLM, or a trained text transformer.
 
-    `load`: whether the LLM may be loaded for texts that embed.py has not embedded. For a run that trained on summary
-    facets alone, long captions are embedded with the single prompt, too.
+    `load`: whether the LLM may be loaded for texts that embed.py has not embedded. For a run trained only on summary
+    facets, long captions also use the single prompt.
     """
     if isinstance(model, TrainedText | DualEncoder):
         tokenizer = getattr(model, "tokenizer", None) or open_clip.SimpleTokenizer(context_length=cfg.max_length)
@@ -88,7 +88,7 @@ def image_features(
 def encode(
     model: FLAME, images: Iterable[Tensor], device: torch.device | str, precision: torch.dtype, batch_size: int
 ) -> Tensor:
-    """(I, D) features of images (3, H, H), of which no more than a batch is held."""
+    """(I, D) features of images (3, H, H); only one batch is in memory at a time."""
 
     def batches():
         source = iter(images)
@@ -104,8 +104,8 @@ def set_features(
 ) -> tuple[Tensor, Tensor | list[list[str]]]:  # fmt: skip
     """Features (N, D), and labels (N,) or captions of each image, of an evaluation set.
 
-    `limit`: at most so many images of a retrieval set, evenly spaced. Of a locked trunk, the tokens of a set's images
-    are computed once a process, whatever the number of runs that are evaluated.
+    `limit`: maximum number of images of a retrieval set, evenly spaced. With a locked trunk, the tokens of a set's
+    images are computed once per process, for all evaluated runs.
     """
     if getattr(getattr(model, "visual", None), "locked", False):
         tokens, targets = set_tokens(eval_set, model.visual, torch.device(device), precision, limit)
@@ -118,7 +118,8 @@ def set_features(
 
 
 def eval_transform(model: FLAME) -> Callable:
-    """open_clip's evaluation transform, PIL image -> (3, H, H), at the model's image size; of another model its own."""
+    """open_clip's evaluation transform, PIL image -> (3, H, H), at the model's image size; another model has its
+    own."""
     if isinstance(model, DualEncoder):
         return model.transform
     mean, std = getattr(model.visual, "statistics", memory.CLIP_STATISTICS)
@@ -152,7 +153,7 @@ def zero_shot(
 class Curve:
     """Zero-shot top-1 on `cfg.eval_set` during training.
 
-    ValueError if that is no classification set, or its texts were not embedded: before the first step, not after it.
+    Raises ValueError before the first step if this is no classification set or its texts are not embedded.
     """
 
     def __init__(self, model: FLAME, cfg: Config, device: torch.device, precision: torch.dtype):
@@ -163,7 +164,7 @@ class Curve:
         self.fixed = None if isinstance(model, TrainedText) else set_classifier(self.texts, self.eval_set)
 
     def top1(self) -> float:
-        """Percent; of the baseline with its text transformer as it is now."""
+        """Percent; the baseline uses the current weights of its text transformer."""
         classifier = set_classifier(self.texts, self.eval_set) if self.fixed is None else self.fixed
         found = zero_shot(self.model, classifier, self.eval_set, self.device, self.precision, workers=self.workers)
         return found["top1"]

@@ -1,11 +1,11 @@
-"""A small ViT in DINOv2's place, for the embedded corpus: `python -m lexvla.backbone`. Ours; the paper takes DINOv2.
+"""A small ViT instead of DINOv2, for the embedded corpus: `python -m lexvla.backbone`. Ours; the paper takes DINOv2.
 
-Like DINOv2 it has seen images alone, and stays frozen afterwards: drawings of one emoji, in different styles where
-there are several, are each other's positives among a batch of other emoji (InfoNCE of [CLS], and of the mean patch).
-No word is used, and every arm and seed of the experiment reads the same weights.
+Like DINOv2 it is trained on images only, and frozen afterwards. Two drawings of one emoji, in different styles if there
+are several, are positives; the other emoji of the batch are negatives (InfoNCE of [CLS], and of the mean patch). No
+text is used, and all arms and seeds of the experiment read the same weights.
 
-A finished file is left as it is; one of other settings or other data is refused. Until then a checkpoint of each epoch
-is in a folder beside it (backbone.work), from which a run that was killed goes on.
+A finished file is not changed; one with other settings or data is an error. During training, a folder beside it
+(backbone.work) holds a checkpoint of each epoch, from which an interrupted run resumes.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from shared import checkpoints, cli, data, run, tars
 @dataclasses.dataclass
 class Config:
     data: str = "data/emoji/train"
-    """Shards; those of the embedded corpus say in .json which emoji is drawn."""
+    """Shards; in the embedded corpus, the .json names the emoji that is drawn."""
     same: str = "hexcode"
-    """Field of .json in which pictures of the same thing agree. A picture without it is its own positive, in two
+    """Field of .json that is equal for images of the same object. An image without it is its own positive, in two
     crops."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     out: str = "data/lexvla/backbone.pt"
-    """File to write; a finished one is left as it is. With a checkpoint in the folder beside it (.work), the run
+    """File to write; a finished one is not changed. With a checkpoint in the folder beside it (.work), the run
     resumes."""
     image_size: int = 40
     """Image side in pixels; a patch has 8."""
@@ -60,7 +60,8 @@ class Config:
 
 
 def drawings(spec: str, keys: list[str], same: str = "hexcode") -> list[list[int]]:
-    """Rows of each thing: which of `keys` show the same, by the field `same` of their .json; without it, one each."""
+    """Rows grouped by object: `keys` with equal values of the field `same` in their .json; without it, one row per
+    group."""
     shards = [data.fetch(url, Path("data/cache")) for url in data.expand_shards(spec)]
     thing_of = {key: about.get(same) for key, about in tars.descriptions(shards)}
     rows: dict[tuple, list[int]] = {}
@@ -71,9 +72,9 @@ def drawings(spec: str, keys: list[str], same: str = "hexcode") -> list[list[int
 
 
 class Views(Dataset):
-    """Item i of a run: (crops (2, 3, S, S) of two drawings of emoji i, or of its only one; broken samples passed over).
+    """Item i of a run: (crops (2, 3, S, S) of two drawings of emoji i, or of its only one; broken samples skipped).
 
-    A function of seed, epoch and i. Images are uint8 where `transform` ends in normalising, which is `normalise`.
+    Depends only on seed, epoch and i. Images are uint8 if `transform` ends in normalising; `normalise` then does that.
     """
 
     def __init__(self, pairs, rows: list[list[int]], transform, seed: int):
@@ -158,7 +159,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
 def check_made(out: Path, cfg: Config) -> None:
     """ValueError if the finished file `out` was made with other settings than `cfg`, or from other data.
 
-    Where, on what and with how many workers changes nothing. An older file does not say what its data held: its
+    The output path, device and number of workers may differ. An older file has no fingerprint of its data, so its
     --data and --dataset-size have to be the same.
     """
     kept = checkpoints.load_checkpoint(out)
@@ -166,7 +167,7 @@ def check_made(out: Path, cfg: Config) -> None:
         raise ValueError(f"{out} is no file of this script: choose another --out")
     free = {"out", "device", "workers"} | ({"data", "dataset_size"} if "data" in kept else set())
     now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
-    then = {field.name: field.default for field in dataclasses.fields(cfg)}  # a field may be newer than the file
+    then = {field.name: field.default for field in dataclasses.fields(cfg)}  # the file may lack newer fields
     if what := checkpoints.changes(then | kept["config"], now):
         raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
     if "data" in kept and kept["data"] != data.open_pairs(cfg.data, cfg.dataset_size).fingerprint:

@@ -1,4 +1,4 @@
-"""What a LexVLA checkpoint holds: what was trained. The frozen models come from their own sources.
+"""A LexVLA checkpoint holds only the trained weights. The frozen models are loaded from their own sources.
 
 `weights` are `adapter.*`, `image.codebook`, `lora.<module>.A|B` and `logit_scale`; beside them are `vocab_ids`, `bias`
 and a fingerprint of the image backbone.
@@ -25,17 +25,17 @@ def _renamed(name: str) -> str:
 
 
 def trained_weights(model: LexVLA) -> dict[str, Tensor]:
-    """What training changes, by the checkpoint's names."""
+    """The trained weights, by their names in the checkpoint."""
     return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def backbone_fingerprint(image: ImageEncoder) -> str:
-    """Tells one image backbone from another, which a checkpoint names but does not hold."""
+    """Fingerprint of the image backbone, which a checkpoint names but does not contain."""
     return data.fingerprint(*(x.cpu().numpy().tobytes() for x in image.backbone.state_dict().values()))
 
 
 def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
-    """Weights of `trained_weights` from a checkpoint's state; ValueError if they are of another model."""
+    """Weights of `trained_weights` from a checkpoint's state; ValueError if they belong to another model."""
     if backbone_fingerprint(model.image) != state["backbone"]:
         raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
     weights = state["weights"]
@@ -60,5 +60,5 @@ def load_run(
     load_weights(model, state, folder)
     read = text_input(cfg, tokenizer, state["vocab_ids"])
     if isinstance(read, States):
-        read.lm, read.tokenizer = lm, tokenizer  # captions beyond the file: LoRA is behind the states
+        read.lm, read.tokenizer = lm, tokenizer  # for captions missing in the file: LoRA comes after the states
     return model.eval(), cfg, tokenizer, read

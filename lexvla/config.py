@@ -18,7 +18,7 @@ LITE0 = "efficientnet_lite0"  # backbone out of shared.pretrained
 
 @dataclasses.dataclass
 class Config:
-    """Defaults are the paper's; where it does not state a value, the field says so."""
+    """Defaults are the paper's; a field says so if the paper does not state its value."""
 
     data: str = ""
     """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or a .tsv."""
@@ -27,59 +27,61 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
-    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
-    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
-    hold fewer, samples come again. A new run first goes through all shards once, for the vocabulary."""
+    """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
+    shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
+    then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
+    samples repeat. A new run first reads all shards once, for the vocabulary."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, for the index of large data, and for tokens of --encode-once."""
 
     backbone: str = "facebook/dinov2-base"
     """Frozen image backbone: a folder or hub name for transformers (with a /), a timm model, a .pt file of `python -m
-    lexvla.backbone`, or efficientnet_lite0, whose maps serve as patches (both ours)."""
+    lexvla.backbone`, or efficientnet_lite0, with feature maps as patches (both ours)."""
     encode_once: bool = False
-    """Run the backbone over all images once, uncropped, and train on the tokens, which `cache` keeps. Ours."""
+    """Encode all images once, uncropped, and train on the tokens, which are kept in `cache`. Ours."""
     image_size: int = 224
     """Image side in pixels. Not stated in the paper."""
     crop_scale: float = 0.9
     """Smallest share of the image's area in a training crop. Not stated in the paper."""
     adapter_width: int | None = None
-    """Width of the adapter's block, to which a linear layer maps the tokens first; None: the backbone's. Ours."""
+    """Width of the adapter's block; a linear layer first maps the tokens to it. None: the backbone's width. Ours."""
     adapter_hidden: int = 2048
     """Width of the adapter's second MLP. The adapter's layout is not stated in the paper; this gives its 17M."""
     pool_cls: bool = True
-    """[CLS] takes part in the maximum over tokens, as eq. 3 and 4 read; not stated in the paper. The latent baseline
-    reads [CLS] alone, or without it the mean patch."""
+    """Include [CLS] in the maximum over tokens, as eq. 3 and 4 suggest; not stated in the paper. The latent baseline
+    reads only [CLS], or with --no-pool-cls the mean patch."""
 
     lm: str = "meta-llama/Llama-2-7b-hf"
     """Llama-style causal LM: folder or hub name."""
     states: str = ""
-    """File of `python -m lexvla.text`: captions went through the frozen LM once, and LoRA adapts its last MLP alone.
+    """File of `python -m lexvla.text`: the frozen LM has encoded the captions once, and LoRA adapts only its last MLP.
     Empty: the LM runs in training."""
     grad_checkpointing: bool = False
     """Recompute the LM's blocks in the backward pass instead of keeping them."""
     text: Literal["lm", "bow"] = "lm"
     """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
     head: Literal["lexical", "dense"] = "lexical"
-    """lexical, or dense: our latent baseline, linear maps to `dense_dim` in the codebooks' place."""
+    """lexical, or dense: our latent baseline with linear maps to `dense_dim` instead of codebooks."""
     dense_dim: int = 512
     """Dimensions of the latent baseline."""
     lora_rank: int = 8
     """Rank of LoRA; 0: none. Not stated in the paper."""
     lora_alpha: float = 16.0
-    """LoRA's scale times its rank. Not stated in the paper."""
+    """LoRA's alpha: its scale times its rank. Not stated in the paper."""
     lora_targets: tuple[str, ...] = LLAMA_LINEARS
-    """Linear layers of the LM's blocks with LoRA; beside `states` those of the last MLP. Not stated in the paper."""
+    """Linear layers of the LM's blocks with LoRA; with `states`, only those of the last MLP. Not stated in the
+    paper."""
     prompt_end: str = ""
-    """Text after the prompt's "words:", where the paper's printed prompt ends; a quotation mark, say. Whether more
+    """Text after the prompt's "words:", such as a quotation mark. The paper's printed prompt ends there; whether more
     follows is not stated in the paper."""
     max_length: int = 128
-    """Tokens of a prompt, its frame included; longer captions are cut. Not stated in the paper."""
+    """Tokens of a prompt, including the text around the caption; longer captions are cut. Not stated in the paper."""
 
     min_count: int = 1
-    """Pieces kept in the vocabulary occur so often in the captions. The rule is not stated in the paper."""
+    """Minimum number of occurrences in the captions for a piece of the vocabulary. The rule is not stated in the
+    paper."""
     max_vocabulary: int | None = 17_149
-    """The most frequent pieces kept; None: no limit. The paper has 17,149."""
+    """Number of the most frequent pieces to keep; None: no limit. The paper has 17,149."""
     pattern: str | None = None
     """Regular expression for pieces to keep, a leading space for the start of a word. Not stated in the paper."""
     centre_codebook: bool = False
@@ -90,7 +92,7 @@ class Config:
     """Train the image codebook. Off is our ablation."""
 
     penalty: Literal["overuse", "flops", "none"] = "overuse"
-    """Eq. 7, or eq. 6 (ablation), or neither. Of the global batch (not stated in the paper)."""
+    """Eq. 7, or eq. 6 (ablation), or neither. Computed on the global batch (not stated in the paper)."""
     lambda_image: float = 5e-4
     """Final weight of the images' penalty. For flops not stated in the paper."""
     lambda_text: float = 1e-3
@@ -100,9 +102,9 @@ class Config:
     detach_weight: bool = False
     """Stop the gradient in the overuse penalty's weight. Not stated in the paper."""
     topk: int | None = None
-    """Words kept where rows are made sparse; None: those above 1/sqrt(V)."""
+    """Words kept in sparse representations; None: those above 1/sqrt(V)."""
     sparse_training: bool = False
-    """Make rows sparse before the contrastive loss, too, not in evaluation alone. Not stated in the paper."""
+    """Use sparse representations in the contrastive loss, too, not only in evaluation. Not stated in the paper."""
 
     epochs: int = 12
     """Passes over the data."""
@@ -111,7 +113,7 @@ class Config:
     accumulate: int = 1
     """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is made twice."""
     lr: float = 5e-4
-    """Peak learning rate, of all that is trained."""
+    """Peak learning rate of all trained parameters."""
     warmup: int = 0
     """Steps of linear warm-up. Not stated in the paper."""
     weight_decay: float = 0.0
@@ -128,7 +130,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Norms, penalties and losses are in fp32 always."""
+    """auto: bf16 if the processor supports it. Norms, penalties and losses are always fp32."""
     workers: int = 8
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -223,7 +225,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config) -> None:
-    """The part of `check` that a dry run needs: sizes and options, but no files."""
+    """The checks that a dry run needs: sizes and options, but no files."""
     cli.check_counts(
         cfg,
         *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),

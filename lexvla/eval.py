@@ -2,9 +2,9 @@
 `python -m lexvla.eval explain RUN apple.png "red fruit"`.
 
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
-3.4), and what words say: word clouds, the patches of a word. Ours: how often the most used words are used, which is
-what the overuse penalty is about; the words that make a pair similar; and search in an inverted index. PatchDis is in
-patchdis.py, search and the explanation of a pair are in search.py, pictures of words in plots.py.
+3.4), word clouds, and the patches of a word. Ours: the frequency of the most used words, which the overuse penalty
+should reduce; the words that make a pair similar; and search in an inverted index. PatchDis is in patchdis.py, search
+and the explanation of a pair are in search.py, plots of words in plots.py.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from shared.zeroshot import (
 )
 
 SCENES = "data/lexvla/scenes/eval/"
-SET, NEW = "retrieval_known", "retrieval_new"  # on which arms are compared
+SET, NEW = "retrieval_known", "retrieval_new"  # the sets that compare the arms
 KS = (1, 5, 10)
 METRICS = {
     f"{SET}/image_to_text_R@1": "I2T R@1",
@@ -60,21 +60,21 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders. For zero-shot and retrieval alone also another paper's, local-dir:DIR with what --export wrote, or
+    """Run folders. For zero-shot and retrieval only, also another paper's, local-dir:DIR written by --export, or
     MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = tuple(SCENES + name for name in (SET, "retrieval_mixed", NEW))
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
     patchdis: str | None = SCENES + "patchdis"
-    """Folder of images and masks (see patchdis.py) for PatchDis; None leaves it out."""
+    """Folder of images and masks (see patchdis.py) for PatchDis; None skips it."""
     patchdis_side: int = 128
     """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
     topk: int | None = None
-    """Words kept of each representation; None: as the run's configuration says."""
+    """Words kept in each representation; None: the run's setting."""
     renormalize: bool = False
-    """Unit rows again after sparsifying. Not stated in the paper; VDR and SPLADE leave values as they are."""
+    """Renormalise representations after sparsifying. Not stated in the paper; VDR and SPLADE do not."""
     class_text: str = "prompt"
     """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
     in the paper."""
@@ -116,8 +116,8 @@ def encode_pairs(
 def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """R@k, image -> text and text -> image, (len ks,) each in 0..1; sim (Ni, Nt), image_of_text (Nt,).
 
-    An image is a hit if any of its captions is in its top k. Ties count against: at high sparsity most scores are 0,
-    and counting them as hits would reward representations for saying nothing.
+    An image is a hit if any of its captions is in its top k. Ties count as misses: at high sparsity most scores are 0,
+    and counting them as hits would reward empty representations.
     """
     both = retrieval_ranks_from_scores(sim, image_of_text)
     return tuple(torch.stack([(ranks < k).float().mean() for k in ks]) for ranks in both)
@@ -126,7 +126,8 @@ def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> t
 def sparsity_sweep(
     s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, levels: Sequence[int], ks: Sequence[int] = (1,)
 ) -> Tensor:
-    """R@k (len levels, 2 len ks), image -> text, then text -> image, of the strongest words of both sides (Fig. 5)."""
+    """R@k (len levels, 2 len ks), image -> text, then text -> image, with only the strongest words of both sides (Fig.
+    5)."""
     few = ((sparsify(s_img, kept), sparsify(s_txt, kept)) for kept in levels)
     return torch.stack([torch.cat(retrieval_recall(img @ txt.T, image_of_text, ks)) for img, txt in few])
 
@@ -152,10 +153,10 @@ def named_recalls(recalls: Tensor) -> dict[str, float]:
 
 
 def usage(s: Tensor, k: int = 10) -> dict:
-    """How words are used over samples (N, V); ours, for the overuse claim.
+    """Usage of words over samples (N, V); ours, for the overuse claim.
 
-    document_frequency (V,): share of samples with the word among their top k; its maximum; mean_activation (V,);
-    entropy: of it as a distribution, in nats, at most ln V.
+    document_frequency (V,): share of samples with the word in their top k; its maximum; mean_activation (V,); entropy:
+    of mean_activation as a distribution, in nats, at most ln V.
     """
     document_frequency = (sparsify(s, k) > 0).float().mean(0)
     mean = s.float().mean(0)
@@ -174,7 +175,7 @@ def usage(s: Tensor, k: int = 10) -> dict:
 def patchdis_of_run(
     model: LexVLA, s_class: Tensor, names: list[str], cfg: Config, backbone: str, device, picture: Path
 ) -> dict[str, float]:
-    """`patchdis.measure` of a folder, sparse where `patchdis_sparse` says so; draws a map of predicted classes."""
+    """`patchdis.measure` of a folder, sparse if `patchdis_sparse` is set; draws a map of predicted classes."""
     few = sparsify if cfg.patchdis_sparse and not isinstance(model.image, DenseImageEncoder) else lambda s: s
     normalise, s_class = normalize(backbone), few(s_class)
 
@@ -189,7 +190,7 @@ def patchdis_of_run(
 
 
 def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
-    """(C, V): the mean of the codebook rows of a name's pieces, mapped as a word is; unknown pieces count nothing."""
+    """(C, V): the mean of the codebook rows of a name's pieces, mapped like a word; unknown pieces are ignored."""
     row = torch.full((len(tokenizer),), -1)
     row[model.text.vocab_ids.cpu()] = torch.arange(len(model.text.vocab_ids))
     space, rows = leading_space(tokenizer), []
@@ -203,7 +204,7 @@ def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
 
 
 def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Zero-shot and retrieval of another paper's run, an export or MODEL@TAG: a dual encoder without words to show."""
+    """Zero-shot and retrieval of another paper's run, an export or MODEL@TAG: a dual encoder without words."""
     model, transform, tokenizer = export.load_model(path, device)
     found = evaluate(model, tokenizer, transform, cfg.sets, device, cfg.batch_size, dtype, cfg.workers)
     return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
@@ -270,7 +271,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 def retrieval_of_run(
     s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, few: Callable
 ) -> dict[str, float]:
-    """Recall of sparse representations few(s), of dense ones, over the sweep; active words and their use."""
+    """Recall of sparse representations few(s), of dense ones, and over the sweep; number and usage of active words."""
     if not lexical:
         return retrieval(s_img, s_txt, image_of_text)
     sparse = [few(s) for s in (s_img, s_txt)]
@@ -318,7 +319,7 @@ def word_plots(
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
     scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
@@ -326,7 +327,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]]:
-    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
+    """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")

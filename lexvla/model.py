@@ -1,8 +1,8 @@
 """LexVLA: Unified Lexical Representation for Interpretable Visual-Language Alignment (arXiv 2407.17827, NeurIPS 2024).
 
 The authors have released no code (Clementine24/LexVLA holds a README). Equations and sections are the camera-ready's;
-`V:` is jzhoubu/VDR@12c3e7a and `S:` naver/splade@8dcd33a, predecessors that compute the same quantities. What
-the paper does not state says so here and is numbered in README.md. The paper's contribution, all of it in this file:
+`V:` is jzhoubu/VDR@12c3e7a and `S:` naver/splade@8dcd33a, predecessors that compute the same quantities. Anything that
+the paper does not state is marked here and numbered in README.md. This file contains the paper's whole contribution:
   - an image and a caption as sparse distributions over one vocabulary of words    `lexical_map`, `sparsify`
   - two codebooks over it: the LLM's own, frozen, and a trained copy for images    `TextEncoder`, `ImageEncoder`
   - an LLM as predictor of a caption's words, by an in-context prompt              `lexical_prompt`, `TextEncoder`
@@ -31,15 +31,16 @@ CHUNK = 2**26  # numbers in the largest block of logits that exists at a time: 2
 
 
 def elu1p(x: Tensor) -> Tensor:
-    """x + 1 for x >= 0, e^x below: positive, of derivative 1 at 0. Below eq. 2; V:src/ir/utils/sparsify_utils.py:6.
+    """x + 1 for x >= 0, e^x below: positive, with derivative 1 at 0. Below eq. 2; V:src/ir/utils/sparsify_utils.py:6.
 
     `F.elu(x) + 1`, as VDR has it, cancels to 0 below -17 in float32 and below -6 in bfloat16.
     """
-    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())  # unclamped, exp overflows where it is not even used
+    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())  # without the clamp, exp overflows in the unused branch
 
 
 def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0.0) -> Tensor:
-    """s = normalize(elu1p(z Z^T + bias)): (.., d) -> (.., V), eq. 2. A row of the text codebook as z: a word's own.
+    """s = normalize(elu1p(z Z^T + bias)): (.., d) -> (.., V), eq. 2. With a row of the text codebook as z: the
+    representation of this word.
 
     With `pool`, z (B, n, d) -> (B, V): the maximum over tokens, eq. 4, taken before elu1p, which is increasing (so does
     V:src/ir/encoder/vdr_crossmodal_image.py:221); see `MaxLogits`. Float32 from elu1p on. `bias` is ours, 0 in the
@@ -47,16 +48,17 @@ def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0
     """
     logits = MaxLogits.apply(z, codebook) if pool else z @ codebook.T
     logits = (logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits) + bias
-    # Rows below 0 throughout are e^x: shifted to a largest entry of e^0, which cancels in the norm, they cannot vanish.
+    # A row with only negative logits is e^x; shift its maximum to 0, so that it cannot vanish. The norm cancels the
+    # shift.
     return F.normalize(elu1p(logits - logits.detach().amax(-1, keepdim=True).clamp(max=0)), dim=-1)
 
 
 class MaxLogits(torch.autograd.Function):
-    """max_i z_i Z^T: (B, n, d), (V, d) -> (B, V), of which only the arg-max is kept for the backward pass.
+    """max_i z_i Z^T: (B, n, d), (V, d) -> (B, V), keeping only the arg-max for the backward pass.
 
-    The (B, n, V) logits exist in blocks of V of at most CHUNK numbers. Backward, word v of image b reaches the one
-    token that won it: both gradients are weighted sums of rows, B * V * d operations where those of the product are
-    n times as many.
+    The (B, n, V) logits are computed in blocks of words with at most CHUNK numbers. In the backward pass, the gradient
+    of word v of image b goes only to its arg-max token: both gradients are weighted sums of rows with B * V * d
+    operations; those of the product take n times as many.
     """
 
     @staticmethod
@@ -73,7 +75,7 @@ class MaxLogits(torch.autograd.Function):
         z, codebook, winner = ctx.saved_tensors
         (B, n, d), grad_z, grad_codebook = z.shape, None, None
         token = winner + n * torch.arange(B, device=z.device)[:, None]  # (B, V) row of z.view(B * n, d)
-        if ctx.needs_input_grad[0]:  # token i sums the codebook rows of the words that it won
+        if ctx.needs_input_grad[0]:  # token i sums the codebook rows of the words whose maximum it is
             order = token.flatten().argsort(stable=True)
             counts = torch.zeros(B * n, dtype=torch.long, device=z.device)
             counts.scatter_add_(0, token.flatten(), torch.ones_like(order))  # `bincount` would wait for a GPU
@@ -84,7 +86,7 @@ class MaxLogits(torch.autograd.Function):
                 mode="sum",
                 per_sample_weights=grad.flatten()[order].to(codebook.dtype),
             ).view(B, n, d)
-        if ctx.needs_input_grad[1]:  # word v sums its winners
+        if ctx.needs_input_grad[1]:  # word v sums its arg-max tokens
             weights = grad.T.contiguous().to(z.dtype)
             grad_codebook = F.embedding_bag(
                 token.T.contiguous(), z.reshape(B * n, d), mode="sum", per_sample_weights=weights
@@ -96,11 +98,11 @@ class MaxLogits(torch.autograd.Function):
 
 
 def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None) -> Tensor:
-    """Zeros in place of weak words of s (.., V), section 3.1; the others keep their values, without renormalising.
+    """Set weak words of s (.., V) to zero, section 3.1; the others keep their values, without renormalising.
 
-    topk: the k largest stay, of equal ones the first; threshold: those above it. By default the threshold 1/sqrt(V),
-    the entry of a uniform unit row: words used more than average. S:splade/utils/utils.py:74,
-    V:src/ir/utils/sparsify_utils.py:8. Used in evaluation; nothing in the paper says that training is sparse, too.
+    topk: keep the k largest, ties in favour of the first; threshold: keep those above it. The default is the threshold
+    1/sqrt(V), the entry of a uniform unit row. S:splade/utils/utils.py:74, V:src/ir/utils/sparsify_utils.py:8. Used in
+    evaluation; the paper does not say that training is sparse, too.
     """
     V = s.shape[-1]
     if topk is None:
@@ -111,7 +113,7 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
         return s
     kth = s.topk(topk).values[..., -1:]
     keep = s >= kth
-    if s.is_cuda or (keep.sum(-1) > topk).any():  # ties at the edge, which to ask a GPU for would wait for it
+    if s.is_cuda or (keep.sum(-1) > topk).any():  # ties at the cut-off; asking a GPU for them would wait for it
         above = s > kth
         tied = keep & ~above
         keep = above | tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True))
@@ -121,14 +123,15 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
 
 
-# In float32 and over the batch of all processes: each rank has the rows of its own pairs, against everyone's columns,
-# gathered with gradient. The mean over ranks is the loss of the global batch, and so are DDP's averaged gradients.
+# In float32 and over the batch of all processes: each rank computes the rows of its own pairs against all ranks'
+# columns, # gathered with gradient. The mean over ranks is the loss of the global batch; the same holds for DDP's
+# averaged gradients.
 
 
 def info_nce(logits: Tensor, own: Tensor) -> Tensor:
     """Mean over rows of -log softmax(logits (B, N)) at column own (B,), as log(1 + sum_(j != own) e^(l_j - l_own)).
 
-    Of pairs that are told apart well, float32 holds this sum, but not the difference of two large numbers.
+    For well-separated pairs, float32 represents this sum exactly enough, but not the difference of two large numbers.
     """
     own = own[:, None]
     others = logits.scatter(1, own, torch.finfo(logits.dtype).min).logsumexp(1)
@@ -138,7 +141,7 @@ def info_nce(logits: Tensor, own: Tensor) -> Tensor:
 def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 5, InfoNCE image -> text and text -> image of this rank's rows (B, V); logit_scale is ln(1/tau).
 
-    LexVLA adds the two, where CLIP takes their mean (V:src/ir/training/loss_utils.py:266).
+    LexVLA adds the two; CLIP takes their mean (V:src/ir/training/loss_utils.py:266).
     """
     s_img, s_txt, scale = s_img.float(), s_txt.float(), logit_scale.float().exp()
     images, texts, own = run.gather(s_img), run.gather(s_txt), run.own_columns(s_img)
@@ -148,7 +151,8 @@ def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple
 
 
 def mean_activation(s: Tensor) -> Tensor:
-    """(V,) mean of the global batch's rows, of which this rank has (B, V); with gradient to all ranks' rows."""
+    """(V,) mean over the rows of the global batch, from this rank's rows (B, V); the gradient reaches all ranks'
+    rows."""
     m = s.float().mean(0)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return m
@@ -163,7 +167,7 @@ def flops_loss(s: Tensor) -> Tensor:
 def overuse_penalty(s: Tensor, detach_weight: bool = False) -> Tensor:
     """Eq. 7 of (B, V): V sum_j w_j m_j^2, w_j = m_j / sum_k m_k, so V sum m^3 / sum m.
 
-    1 where all words are used alike, V where all rows use one word alone (FLOPs: 1 in both). The gradient flows through
+    1 if all words are used alike, V if all rows use a single word (FLOPs: 1 in both cases). The gradient flows through
     w, which is part of the formula; `detach_weight`, not stated in the paper, stops it.
     """
     m = mean_activation(s)
@@ -186,8 +190,8 @@ def total_loss(
 ) -> dict[str, Tensor]:
     """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of this rank's rows (B, V).
 
-    `penalty` is overuse, flops (the ablation) or none, of dense rows; `sparse` makes those of the contrastive loss
-    sparse, which is not stated in the paper. Returns `loss` and its unweighted parts.
+    `penalty` is overuse, flops (the ablation) or none, on dense rows; `sparse` makes the rows of the contrastive loss
+    sparse, which is not stated in the paper. Returns `loss` and its unweighted terms.
     """
     i2t, t2i = contrastive_loss(sparse(s_img), sparse(s_txt), logit_scale)
     losses = {"loss": i2t + t2i, "i2t": i2t, "t2i": t2i}
@@ -206,7 +210,8 @@ EXAMPLE = FOCUS.format("The man is riding a white horse.") + '"man", "riding", "
 
 
 def lexical_prompt(caption: str) -> str:
-    """The in-context prompt of section 3.2.1: one solved example, and the caption, to be continued by its words."""
+    """The in-context prompt of section 3.2.1: one solved example, then the caption, for the model to continue with its
+    words."""
     return EXAMPLE + FOCUS.format(caption)
 
 
@@ -227,8 +232,8 @@ def refine_vocabulary(
 
 
 def bag_of_words(token_ids: Tensor, vocab_ids: Tensor) -> Tensor:
-    """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids that were not kept count
-    nothing; negative ones are padding. V:src/ir/utils/sparsify_utils.py:21."""
+    """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids outside the vocabulary are
+    ignored; negative ids are padding. V:src/ir/utils/sparsify_utils.py:21."""
     size = 1 + max(int(vocab_ids.max()), int(token_ids.max()) if token_ids.numel() else 0)
     hot = torch.zeros(len(token_ids), size + 1, dtype=torch.float64, device=token_ids.device)
     hot.scatter_(1, torch.where(token_ids < 0, size, token_ids), 1.0)
@@ -260,7 +265,7 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
 
     def merged(self) -> Tensor:
-        """The one matrix (out, in) that does the same."""
+        """The equivalent single matrix (out, in)."""
         return self.linear.weight + self.scale * self.B @ self.A
 
 
@@ -312,9 +317,9 @@ class VisualAdapter(nn.Module):
 class ImageEncoder(nn.Module):
     """Pixels -> frozen backbone -> adapter -> eq. 4, with an image codebook of its own, trained from a copy.
 
-    `backbone`: a transformers ViT (Dinov2Model) or a timm one, whose tokens after the final LayerNorm are read. It
-    stays in eval mode. Not stated in the paper: whether [CLS] is pooled. Eq. 3 and 4 have it in (`pool_cls`), "image
-    patch token" would leave it out.
+    `backbone`: a transformers ViT (Dinov2Model) or a timm one, read after the final LayerNorm. It stays in eval mode.
+    Not stated in the paper: whether [CLS] is pooled. Eq. 3 and 4 include it (`pool_cls`); "image patch token" excludes
+    it.
     """
 
     def __init__(
@@ -329,7 +334,7 @@ class ImageEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         super().train(mode)
-        self.backbone.eval()  # no drop path in what is frozen
+        self.backbone.eval()  # no drop path in the frozen backbone
         return self
 
     @torch.no_grad()
@@ -340,7 +345,7 @@ class ImageEncoder(nn.Module):
         return self.backbone(pixel_values=pixels).last_hidden_state
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        """z_img (B, n, d), eq. 3, of pixels (B, 3, H, W), or of `frozen` tokens (B, n, D) that are there already."""
+        """z_img (B, n, d), eq. 3, of pixels (B, 3, H, W), or of precomputed `frozen` tokens (B, n, D)."""
         return self.adapter(self.frozen(pixels) if pixels.ndim == 4 else pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -349,12 +354,12 @@ class ImageEncoder(nn.Module):
         return lexical_map(z if self.pool_cls else z[:, 1:], self.codebook, pool=True, bias=self.bias)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """s_patch (B, P, V): the same of each patch, without pooling (section 3.4)."""
+        """s_patch (B, P, V): each patch alone, without pooling (section 3.4)."""
         return lexical_map(self.tokens(pixels)[:, 1:], self.codebook, bias=self.bias)
 
     def patch_set(self, pixels: Tensor, chosen: Tensor) -> Tensor:
         """s (B, V) of a set of patches, chosen (B, P) bool, at least one of each image: eq. 4 restricted to the set."""
-        first = chosen.long().argmax(dim=1, keepdim=True)  # in the place of the others, which changes no maximum
+        first = chosen.long().argmax(dim=1, keepdim=True)  # replaces the others; the maximum is the same
         rows = torch.where(chosen, torch.arange(chosen.shape[1], device=chosen.device), first).to(pixels.device)
         z = self.tokens(pixels)[:, 1:]
         z = z.gather(1, rows[..., None].expand_as(z))
@@ -364,9 +369,9 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Prompt -> LLM -> last token -> eq. 2 over the LLM's own output embedding, frozen and reduced to `vocab_ids`.
 
-    `lm`: a causal LM of transformers, with or without `add_lora`. What is read is the state after the final norm at the
-    last token, the one that predicts what comes next; there is no pooling over text tokens. `center`, ours, subtracts
-    the codebook's mean row: softmax does not notice, elu1p does, with small LMs whose logits are all far above 0.
+    `lm`: a causal LM of transformers, with or without `add_lora`. It reads the state after the final norm at the last
+    token, which predicts the next token; there is no pooling over text tokens. `center`, ours, subtracts the codebook's
+    mean row. This changes elu1p but no softmax, and helps with small LMs, whose logits are all far above 0.
     """
 
     def __init__(self, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, center: bool = False):
@@ -383,7 +388,7 @@ class TextEncoder(nn.Module):
     def train(self, mode: bool = True) -> "TextEncoder":
         super().train(mode)
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules())
-        self.lm.train(mode and checkpointing)  # transformers recomputes blocks in train mode alone
+        self.lm.train(mode and checkpointing)  # transformers recomputes blocks only in train mode
         return self
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -394,8 +399,8 @@ class TextEncoder(nn.Module):
     def hidden_of_states(self, states: Tensor) -> Tensor:
         """z_txt (B, d) of `states` (B, d): the last block's residual stream between attention and MLP, last token.
 
-        Exact as long as nothing before is trained: text.py computes states once, and LoRA on the last MLP is all that
-        has to run in training.
+        Exact as long as no earlier layer is trained: text.py computes states once, and training runs only the last MLP
+        with LoRA.
         """
         block = self.lm.model.layers[-1]
         return self.lm.model.norm(states + block.mlp(block.post_attention_layernorm(states)))
@@ -411,12 +416,12 @@ class TextEncoder(nn.Module):
         return lexical_map(z, self.codebook, bias=self.bias)
 
     def word(self, ids: Tensor) -> Tensor:
-        """The representation of single words, by row of the codebook: (..) -> (.., V)."""
+        """Representations of single words, given their codebook rows: (..) -> (.., V)."""
         return self.read(self.codebook[ids])
 
 
 class BagOfWords(nn.Module):
-    """The text side of the ablation without an LLM: (B, V) rows of `bag_of_words` as they are."""
+    """The text side of the ablation without an LLM: passes on (B, V) rows of `bag_of_words`."""
 
     def __init__(self, vocab_ids: Tensor):
         super().__init__()
@@ -427,9 +432,9 @@ class BagOfWords(nn.Module):
 
 
 class DenseImageEncoder(ImageEncoder):
-    """The latent baseline: a linear map (E, d) in the codebook's place, without activation.
+    """The latent baseline: a linear map (E, d) instead of the codebook, without activation.
 
-    Of [CLS], as CLIP's; without `pool_cls` of the mean patch, which trains patches, too.
+    It maps [CLS], as CLIP does; without `pool_cls` the mean patch, so that patches are trained, too.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -442,7 +447,7 @@ class DenseImageEncoder(ImageEncoder):
 
 
 class DenseTextEncoder(TextEncoder):
-    """The latent baseline: an affine map of z_txt to E dimensions in the codebook's place, trained."""
+    """The latent baseline: a trained affine map of z_txt to E dimensions instead of the codebook."""
 
     def __init__(self, lm: nn.Module, vocab_ids: Tensor, projection: Tensor):
         super().__init__(lm, vocab_ids)
@@ -451,7 +456,8 @@ class DenseTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def centre(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Start such that these captions' mean is 0: prompts have nearly equal states, which hides what differs."""
+        """Set the bias so that these captions' mean is 0: prompts have nearly equal states, which hide the
+        differences."""
         z = self.hidden_of_states(input_ids) if attention_mask is None else self.hidden(input_ids, attention_mask)
         self.offset.copy_(-(z @ self.projection.T).mean(0))
 
@@ -470,10 +476,10 @@ class LexVLA(nn.Module):
     def forward(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(s_img (B, V), s_txt (B, V), ln(1/tau)); text as its tower reads it."""
+        """(s_img (B, V), s_txt (B, V), ln(1/tau)); text in the text tower's input format."""
         return self.image(pixels), self.text(input_ids, attention_mask), self.logit_scale
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """1/tau stays at most 100, after every step (inside the forward pass its gradient would die at the cap)."""
+        """1/tau stays at most 100, after every step (inside the forward pass, its gradient would be 0 at the cap)."""
         self.logit_scale.clamp_(max=math.log(100))

@@ -1,14 +1,13 @@
-"""PatchDis (section 3.4, Table 2): is each patch of an image most similar to the class that it shows?
+"""PatchDis (section 3.4, Table 2): does each patch of an image match the class that it shows best?
 
     python -m lexvla.patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
     python -m lexvla.patchdis vdr:vsearch/vdr-cross-modal local-dir:my-export --folder data/coco/eval/patchdis_val
 
-The measure takes any dual encoder whose patches and classes lie in one space: here open_clip's ViTs, also folders that
-`--export` of the other papers has written, and VDR's published weights. eval.py measures runs of LexVLA. A folder has
+It measures any dual encoder with patches and classes in one space: here open_clip's ViTs, folders written by `--export`
+of the other papers, and VDR's published weights. eval.py measures runs of LexVLA. A folder has
 
-    classnames.txt     one class a line
-    images/KEY.png     (or .jpg)
-    masks/KEY.png      class of each pixel; the largest value of the mask's type, 255 or 65535, is no class
+    classnames.txt     one class per line images/KEY.png     (or .jpg) masks/KEY.png      class of each pixel; the
+    largest value of the mask's type, 255 or 65535, is no class
 
 `make photos-coco` and `python -m shared.corpora.scenes` write such folders.
 """
@@ -39,7 +38,7 @@ from lexvla.plots import ClassMap, plot_class_maps
 from shared import checkpoints, cli, data, evaluation, run
 
 IGNORE = 65535  # in masks of 16 bits; 255 in those of 8
-DRAWN = 6  # images of which the predicted classes are drawn
+DRAWN = 6  # number of images with drawn predictions
 
 
 @dataclasses.dataclass
@@ -51,7 +50,7 @@ class Config:
     out: str = "runs/lexvla/patchdis"
     """Folder for patchdis.json and a picture for each model."""
     template: str = "{}"
-    """What the text tower reads of a class, {} being its name. Not stated in the paper."""
+    """Prompt for a class, with {} for its name. Not stated in the paper."""
     background: bool = False
     """Count unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
     batch_size: int = 32
@@ -81,10 +80,10 @@ def patchdis(
 ) -> tuple[Tensor, Tensor, float]:
     """Section 3.4: each patch gets the class most similar to it; (intersection (C,), union (C,), mIoU in 0..1).
 
-    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest:
-    row floor(y gh / H)). Both counts add up over images, so that batches can be added, see `mean_iou`. Not stated in
-    the paper: pixels labelled `ignore` are left out (`background`: what is predicted there counts as false); all
-    classes compete (`present_only`: those in the image's mask).
+    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest: row
+    floor(y gh / H)). Both counts are sums over images, so batches can be added, see `mean_iou`. Not stated in the
+    paper: pixels labelled `ignore` are left out (`background`: predictions there count as false); all classes compete
+    (`present_only`: only those in the image's mask).
     """
     (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
     sim = s_patch @ s_class.T  # (N, P, C)
@@ -116,7 +115,7 @@ def measure(
     """{"miou", "miou_present", "random_miou", "random_miou_present"} in percent.
 
     patches: pixels (B, 3, S, S) -> (B, P, V), square grids; s_class (C, V); images: of `labelled_images`. All classes
-    compete in the first, those of the image alone in the second; random patches have equally random similarities.
+    compete for the first, only the image's own for the second; random patches have random similarities.
     """
     totals: dict[str, Tensor] = {}  # float64: there may be more pixels than float32 can count
     noise, C, s_class = torch.Generator().manual_seed(0), len(s_class), s_class.to(device)
@@ -173,7 +172,7 @@ def read_mask(file: Path) -> np.ndarray:
         if image.width * image.height > data.MAX_PIXELS:
             raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
         return np.asarray(image)
-    except Exception as error:  # PIL's are of many kinds
+    except Exception as error:  # PIL raises many kinds
         raise ValueError(f"{file} cannot be read as a mask: {error}") from error
 
 
@@ -194,7 +193,7 @@ def class_maps(
 
 
 class DualEncoder(NamedTuple):
-    """What PatchDis asks of a model: unit rows, whose products are its similarity."""
+    """The interface that PatchDis needs: unit rows, whose dot products are similarities."""
 
     patches: Callable[[Tensor], Tensor]
     """Pixels (B, 3, S, S) -> (B, P, E)."""
@@ -237,7 +236,8 @@ def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
 
 
 class VDRImage(nn.Module):
-    """VDR's image tower, a ViT without [CLS] that ends in a codebook. V:src/ir/encoder/vdr_crossmodal_image.py:200."""
+    """VDR's image tower, a ViT without [CLS] and with a codebook at the end.
+    V:src/ir/encoder/vdr_crossmodal_image.py:200."""
 
     def __init__(
         self, words: int, side: int = 224, patch: int = 32, width: int = 768, layers: int = 12, heads: int = 12
@@ -259,7 +259,7 @@ class VDRImage(nn.Module):
 class VDRText(nn.Module):
     """VDR's text tower, BERT and its input embedding as codebook. V:src/ir/encoder/vdr_crossmodal_text.py:39-57.
 
-    The maximum over tokens includes padding up to `max_len`, which its weights were trained with.
+    The maximum over tokens includes padding up to `max_len`, as in its training.
     """
 
     def __init__(self, config: Any, vocab_ids: Tensor):
@@ -285,7 +285,7 @@ def vdr_vocabulary(pieces: Sequence[str]) -> Tensor:
 
 
 def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
-    """VDR's published towers out of a folder, or of the hub, as its own `from_pretrained` keeps them.
+    """VDR's published towers from a folder or the hub, in the format of its own `from_pretrained`.
 
     config.json has `encoder_q` (text) and `encoder_p` (image); the weights' names start with these words.
     """
@@ -325,7 +325,7 @@ CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 def from_hub(name: str) -> str:
-    """Folder of a repository of the Hugging Face hub, fetched unless it is there."""
+    """Folder of a repository of the Hugging Face hub, downloaded if missing."""
     from huggingface_hub import snapshot_download
 
     return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"])
@@ -344,7 +344,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def main(cfg: Config) -> dict[str, dict[str, float]]:
-    """Measure each model, print a table, draw what the patches of a few images are taken for."""
+    """Measure each model, print a table, and draw the predicted classes of a few images' patches."""
     if not cfg.models:
         raise ValueError("name at least one model: MODEL@TAG of open_clip, local-dir:FOLDER or vdr:FOLDER")
     if "{}" not in cfg.template:
@@ -368,7 +368,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
 
 def rows_of(found: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """A row for each model, the random one first; columns: all classes compete, those of the image alone."""
+    """One row per model, random patches first; columns: all classes compete, or only the image's own."""
     random = {key.removeprefix("random_"): v for key, v in next(iter(found.values())).items() if "random" in key}
     heads = {"miou": "mIoU, all classes", "miou_present": "mIoU, present classes"}
     return [

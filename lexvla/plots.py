@@ -1,5 +1,5 @@
-"""Pictures of what words say: word clouds of images, of sets of patches and of captions (Fig. 1 and 4), the patches of
-a word (Fig. 4), and a map of the classes that patches are taken for (Fig. 3)."""
+"""Plots of words: word clouds of images, sets of patches and captions (Fig. 1 and 4), the patches of a word (Fig. 4),
+and a map of the patches' predicted classes (Fig. 3)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from lexvla.model import LexVLA, TextEncoder
 
 
 def word_cloud(weights: dict[str, float]) -> np.ndarray:
-    """A picture of words, each as large as its weight; of a piece with and without its space, the larger one."""
+    """A word cloud with sizes by weight; if a piece occurs with and without its space, the larger weight counts."""
     ascending = sorted(weights.items(), key=lambda item: item[1])
     weights = {word.strip() or word: value for word, value in ascending} or {"(none)": 1.0}
     cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
@@ -38,20 +38,20 @@ def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns
 
 
 def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How much each patch (P, V) is of a word or class (V,): (gh, gw), scaled to 0..1 within the image."""
+    """Similarity of each patch (P, V) to a word or class (V,): (gh, gw), scaled to 0..1 within the image."""
     sim = s_patch @ s_word
     return ((sim - sim.min()) / (sim.max() - sim.min()).clamp_min(1e-12)).view(*grid)
 
 
 def word_rows(model: LexVLA, ids: Tensor) -> Tensor:
-    """Representations of single words, (k,) -> (k, V): by the LM's codebook, or one-hot where there is no LM."""
+    """Representations of single words, (k,) -> (k, V): by the LM's codebook, or one-hot if there is no LM."""
     if isinstance(model.text, TextEncoder):
         return model.text.word(ids.to(model.text.codebook.device)).cpu()
     return torch.eye(len(model.text.vocab_ids))[ids]
 
 
 def picture_of(pixels: Tensor) -> np.ndarray:
-    """Normalised pixels (3, H, W) as an image that can be looked at."""
+    """Normalised pixels (3, H, W) -> displayable image."""
     picture = pixels.permute(1, 2, 0).numpy()
     return (picture - picture.min()) / np.ptp(picture).clip(1e-6)
 
@@ -59,7 +59,7 @@ def picture_of(pixels: Tensor) -> np.ndarray:
 def plot_pair(
     pixels: Tensor, caption: str, clouds: dict[str, dict[str, float]], masks: dict[str, Tensor], path: Path
 ) -> None:
-    """An image and its caption: word clouds by title, and how much each patch is of a word (`word_mask`), by word."""
+    """An image and its caption: word clouds by title, and the `word_mask` of each word."""
     figure, axes = plt.subplots(2, max(1 + len(clouds), len(masks)), figsize=(10, 4.4), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -85,8 +85,8 @@ def plot_patches(
     classnames: Sequence[str],
     path: Path,
 ) -> None:
-    """PatchDis images (pixels, mask, value to ignore); beside each, for its classes, the patches of the class's
-    strongest word (as brightness), and the words of the set of patches inside the class's mask."""
+    """PatchDis images (pixels, mask, value to ignore). Beside each, for its classes: the similarity of patches to the
+    class's strongest word (as brightness), and the words of the patches inside the class's mask."""
     device = next(model.parameters()).device
     few = list(images)
     figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
@@ -110,12 +110,12 @@ def plot_patches(
 
 
 class ClassMap(NamedTuple):
-    """An image of PatchDis and what its patches are taken for."""
+    """An image of PatchDis and the predicted classes of its patches."""
 
     pixels: Tensor
     """(3, S, S), normalised."""
     truth: Tensor
-    """(H, W) class of each pixel, -1 where there is none."""
+    """(H, W) class of each pixel, -1 for none."""
     predicted: Tensor
     """(gh, gw) class of each patch."""
 
@@ -123,7 +123,7 @@ class ClassMap(NamedTuple):
 def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: Path) -> None:
     """Images, their classes, and the predicted class of each patch (Fig. 3): a class has one colour in both maps.
 
-    Patches that are taken for a class that the image does not show are grey; the titles name the classes.
+    Patches predicted as a class that is not in the image are grey; the titles name the classes.
     """
     palette = np.array([plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [(1, 1, 1), (0.75, 0.75, 0.75)])
     figure, axes = plt.subplots(3, len(maps), figsize=(2.1 * len(maps), 6.8), squeeze=False)

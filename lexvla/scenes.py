@@ -6,9 +6,9 @@
     eval/patchdis_train/            scenes of training drawings, with masks, for the study's ceiling
     manifest.json                   setting, counts, sha256 of every shard
 
-An emoji has words: its name and its keywords. Training sentences call it by its name or by one half of the keywords; so
-do those of `known`. `new` calls every emoji by a keyword of the other half, which no training sentence uses for it, and
-`mixed` one emoji of each scene. Sentences have articles and say how things lie to each other.
+An emoji has a name and keywords. Training sentences name it by its name or by one half of the keywords; so does
+`known`. `new` names every emoji by a keyword of the other half, which no training sentence uses for it; `mixed` does so
+for one emoji per scene. Sentences have articles and describe relative positions.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ WAYS = ("known", "mixed", "new")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Writes the corpus; a finished folder is left as it is, and refused if it is not what is asked for."""
+    """Writes the corpus. A finished folder is not changed; it is an error if its settings differ."""
 
     out: Path = Path("data/lexvla/scenes")
-    """Folder to write. It appears there only when it is complete."""
+    """Folder to write; it appears only when complete."""
     corpus: Path = Path("data/emoji")
     """The emoji corpus, whose drawings are used."""
     image_size: int = 128
@@ -53,8 +53,8 @@ class Config:
 
 
 def words_of(emoji: Emoji) -> tuple[list[str], list[str]]:
-    """(words that training uses for an emoji, words that it does not): its name with half of its keywords, and the
-    other half. Keywords that share a word with the name are left out."""
+    """(training words of an emoji, new words): its name with half of its keywords, and the other half. Keywords that
+    share a word with the name are left out."""
     in_name = set(emoji.name.split())
     tags = [tag for tag in emoji.tags if not in_name & set(tag.split()) and tag.replace(" ", "").isalpha()]
     tags.sort(key=lambda tag: data.stable_hash("half", emoji.hexcode, tag))
@@ -63,7 +63,8 @@ def words_of(emoji: Emoji) -> tuple[list[str], list[str]]:
 
 
 def word(emoji: Emoji, new: bool, rng: random.Random) -> str:
-    """What a sentence calls an emoji: in half of the cases its name, else a keyword; `new`: one of the other words."""
+    """The word for an emoji in a sentence: its name in half of the cases, else a keyword; `new`: one of the new
+    words."""
     known, others = words_of(emoji)
     if new:
         return rng.choice(others)
@@ -77,7 +78,8 @@ def with_article(noun: str, rng: random.Random) -> str:
 
 
 def sentence(nouns: Sequence[str], boxes: Sequence[tuple[int, int, int]], rng: random.Random) -> str:
-    """A sentence about things in boxes (top, left, side): a list of them, or how the first lies to the second."""
+    """A sentence about objects in boxes (top, left, side): a list, or the position of the first relative to the
+    second."""
     things = [with_article(noun, rng) for noun in nouns]
     if rng.random() < 0.4:
         things[:2] = [f"{things[0]} {relation(boxes[0], boxes[1])} {things[1]}"]
@@ -97,7 +99,7 @@ def caption(scenes: Scenes, scene: Scene, index: int, way: str, seed: int) -> st
 
 
 def with_words(sprites: Sprites) -> Sprites:
-    """The drawings of emoji that have a word of each kind beside their name."""
+    """The drawings of emoji that have a word of each kind in addition to their name."""
     kept = [i for i, emoji in enumerate(sprites.emoji) if len(words_of(emoji)[0]) > 1]
     return Sprites(*([part[i] for i in kept] for part in sprites))
 

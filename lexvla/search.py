@@ -1,8 +1,7 @@
-"""What makes an image and a text alike, word by word: search in an inverted index, and the explanation of a pair.
+"""Search in an inverted index, and the explanation of a pair: what each word adds to the score.
 
 `python -m lexvla.eval search RUN "red fruit"`; `python -m lexvla.eval explain RUN apple.png "red fruit"`. The paper
-shows words of images, patches and captions as clouds (Fig. 1 and 4); what each word adds to a score is ours, and so is
-search.
+shows words of images, patches and captions as clouds (Fig. 1 and 4); the words' shares of a score and search are ours.
 """
 
 import dataclasses
@@ -50,12 +49,12 @@ class Explain:
     image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """Image file."""
     caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
-    """What is said of it."""
+    """Caption to compare it with."""
     k: int = 10
     """Words to list."""
     out: str = "explain.png"
-    """Picture to write: word clouds of the image, of the caption and of the patches where the most important common
-    word is; and where in the image this word and the next ones are."""
+    """Picture to write: word clouds of the image, of the caption and of the patches of the most important common word;
+    and the positions of this word and the next ones in the image."""
 
 
 # ------------------------------------------------------------------------------------------------------ words of a pair
@@ -68,13 +67,14 @@ def top_words(s: Tensor, words: Sequence[str], k: int = 10) -> list[tuple[str, f
 
 
 def explain(s_img: Tensor, s_txt: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What makes a pair similar: the k largest of s_img * s_txt (.., V), which add up to the score, and their words."""
+    """The words that make a pair similar: the k largest terms of s_img * s_txt (.., V), whose sum is the score, and
+    their words."""
     values, index = (s_img * s_txt).sort(dim=-1, descending=True, stable=True)
     return values[..., :k], index[..., :k]
 
 
 def reasons(s_img: Tensor, s_txt: Tensor, words: Sequence[str], k: int) -> list[tuple[str, float]]:
-    """`explain` in words: the k that add most to the score of a pair (V,), and what they add."""
+    """`explain` as text: the k words that add most to the score of a pair (V,), and their terms."""
     values, ids = (x.tolist() for x in explain(s_img, s_txt, k))
     return [(words[i], value) for i, value in zip(ids, values, strict=True) if value > 0]
 
@@ -90,7 +90,7 @@ class LexicalIndex:
     """An inverted index of sparse representations: for each word the images that have it, as a scipy CSR (V, N)."""
 
     def __init__(self, s: Tensor | scipy.sparse.csr_matrix):
-        """s (N, V): a tensor, which is `sparsify`-ed already, or a sparse matrix."""
+        """s (N, V): an already `sparsify`-ed tensor, or a sparse matrix."""
         rows = s if scipy.sparse.issparse(s) else scipy.sparse.csr_matrix(s.numpy())
         self.postings = rows.T.tocsr()
 
@@ -99,13 +99,13 @@ class LexicalIndex:
         return (scipy.sparse.csr_matrix(query.numpy()[None]) @ self.postings).toarray()[0]
 
     def search(self, query: Tensor, k: int = 10) -> list[tuple[int, float]]:
-        """The k best images and their scores; images without a common word are no results."""
+        """The k best images and their scores; images without a common word are left out."""
         scores = self.scores(query)
         best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
         return [(int(i), float(scores[i])) for i in best[np.lexsort((best, -scores[best]))] if scores[i] > 0]
 
     def common(self, query: Tensor, images: Sequence[int]) -> Tensor:
-        """What images say of the query's words: s_img (len(images), V), 0 for all other words."""
+        """s_img (len(images), V) of the images, restricted to the query's words (0 for all others)."""
         words, s = query.nonzero()[:, 0], torch.zeros(len(images), len(query))
         s[:, words] = torch.from_numpy(self.postings[words.numpy()][:, images].toarray().T)
         return s
@@ -113,8 +113,8 @@ class LexicalIndex:
 
 @torch.no_grad()
 def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> tuple[LexicalIndex, list]:
-    """(index, names) of a set's images, kept in the run folder as long as checkpoint and images are not newer. A name
-    is that of the image's class, or its first caption."""
+    """(index, names) of a set's images, cached in the run folder until checkpoint or images are newer. A name is the
+    image's class, or its first caption."""
     where = eval_set.folder.resolve()
     path = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
     sources = [folder / "checkpoint.pt", *eval_set.shards]
@@ -149,7 +149,7 @@ def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
 
 
 def search(cfg: Search) -> None:
-    """Print the best images for a query, and the words that made them so."""
+    """Print the best images for a query, and the words behind their scores."""
     cli.check_counts(cfg, "k")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
@@ -173,7 +173,7 @@ def search(cfg: Search) -> None:
 
 @torch.no_grad()
 def explain_pair(cfg: Explain) -> None:
-    """Print what an image and a caption have in common, word by word, and draw it."""
+    """Print each word's share of the score of an image and a caption, and draw it."""
     cli.check_counts(cfg, "k")
     if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
         raise ValueError(f"--out {cfg.out} is no .png in a folder that exists")

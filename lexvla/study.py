@@ -1,13 +1,13 @@
 """The small-scale study of LexVLA: `python -m lexvla.study` (`make reproduce-lexvla`).
 
 Arms are trained on scenes of two or three emoji with sentences about them, a stand-in for CC12M, and compared seed by
-seed. The paper's tables are pictures that could not be read, so its side of a row is a direction and where it stands.
+seed. The paper's tables are pictures that could not be read, so the paper's column gives a direction and its source.
 
-Why the effects can appear: every sentence has articles, which the language model predicts for all of them, so that
-words can become shared dimensions; scenes show several things at known places; and test sentences call things by words
-that training sentences never use for them, which a language model may know and a bag of words cannot. They would vanish
-with captions that are lists of names (the overuse of articles, the language model's knowledge) and with one thing a
-picture (what patches have to tell apart).
+Why the effects can appear: every sentence has articles, and the language model predicts them for all sentences, so
+these words can be overused. Scenes show several objects at known positions. Test sentences name objects by words that
+training sentences never use for them; a language model may know these words, a bag of words cannot. The effects would
+vanish with captions that are lists of names (no articles) and with one object per picture (nothing for patches to
+distinguish).
 """
 
 import functools
@@ -37,7 +37,7 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
 from shared.zeroshot import extract_image_features, owners
 
-BEFORE = (  # the frozen language model runs once over all captions
+BEFORE = (  # the frozen language model encodes all captions once
     Once("shared.pretrained smollm2"),
     Once("shared.pretrained efficientnet_lite0"),
     Once("lexvla.scenes"),
@@ -65,7 +65,7 @@ FIGURE_6, TABLE_1, TABLE_2 = "Fig. 6: shared words removed", "Table 1", "Table 2
 
 
 def rarer(claim: str, metric: str, baseline: str, primary: bool = False) -> Claim:
-    """Words that all samples share are rarer with the overuse penalty than in another arm."""
+    """Claim: words shared by all samples are rarer with the overuse penalty than in another arm."""
     return Claim(claim, FIGURE_6, metric, "overuse", baseline, -1, None, primary, 5.0, RECALL)
 
 
@@ -103,10 +103,10 @@ CLAIMS = (  # document frequencies, recalls and mIoU in percent
 
 
 def derive(found: Comparison) -> None:
-    """Adds metrics that take more than one arm: latent dimensions among numbers of words, and overuse at equal recall.
+    """Add metrics that need several arms: latent dimensions among numbers of words, and overuse at equal recall.
 
-    equal/max_document_frequency: of `overuse` its own; of `flops` what the arms without and with the FLOPs loss give at
-    the recall of `overuse`, by linear interpolation between the two arms around it, or the nearest arm's.
+    equal/max_document_frequency: for `overuse` its own; for `flops` the value at the recall of `overuse`, interpolated
+    linearly between the two neighbouring arms without or with the FLOPs loss, or the nearest arm's.
     """
     arms = found.arms
     for values in arms.get("dense-64", ()):
@@ -126,7 +126,7 @@ def measured(arms: dict[str, list[dict]], metric: str) -> bool:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Comparisons of an arm with random patches and with all of its words, and what this scale cannot show."""
+    """Comparisons of an arm with random patches and with all of its words, and rows for what this scale cannot show."""
     arms = {arm: runs for arm, runs in found.arms.items() if arm in ("overuse", "dense")}
     pairs = {"random": (ALL, "patchdis/random_miou"), "all words": (RECALL, f"{SET}/dense/mean_recall")}
     for name, (metric, other) in pairs.items():
@@ -171,7 +171,7 @@ class Pooled(torch.nn.Module):
 
 
 def nearest_caption() -> dict[str, float]:
-    """Recall of the caption of the nearest training scene, by its words in common with each caption.
+    """Recall when an image is replaced by the caption of the nearest training scene, scored by common words.
 
     Nearest by cosine of the pretrained tower's mean patch.
     """
@@ -201,7 +201,7 @@ def random_patches() -> dict[str, float]:
 
 
 def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (P, 432) and classes (P,) of an image's patches that one class covers by half."""
+    """Tokens (P, 432) and classes (P,) of the patches that are at least half covered by one class."""
     for pixels, mask, ignore in patchdis.labelled_images(folder, 128, normalize(LITE0)):
         patches = tokens(pixels)[0, 1:]
         cells = mask[0].unflatten(0, (8, -1)).unflatten(2, (8, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
@@ -234,12 +234,12 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """lexvla_{sparsity,words,penalties,clouds,patches,classes}.png, as far as arms and sets were measured."""
+    """lexvla_{sparsity,words,penalties,clouds,patches,classes}.png, for the arms and sets that were measured."""
     if all(RECALL in seed for seeds in found.arms.values() for seed in seeds):
         plot_sweep(found.arms, out / "lexvla_sparsity.png")
         plot_penalties(found.arms, out / "lexvla_penalties.png")
     plot_usage(found.folders, out / "lexvla_words.png")
-    if "overuse" in found.folders:  # what the method's first seed says, as eval.py drew it
+    if "overuse" in found.folders:  # plots that eval.py drew for the method's first seed
         for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches"), ("classes.png", "classes")):
             if (drawn := found.folders["overuse"][0] / file).exists():
                 shutil.copyfile(drawn, out / f"lexvla_{name}.png")
@@ -248,7 +248,7 @@ def plot(found: Comparison, out: Path) -> None:
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
     """R@1, 5 and 10 against the words kept on both sides (Fig. 5), from one to all.
 
-    A dot where the threshold stands; a dashed line for the latent baseline.
+    A dot marks the threshold, a dashed line the latent baseline.
     """
     ways, colors = ("image_to_text", "text_to_image"), plt.get_cmap("tab10").colors
     figure, axes = plt.subplots(2, len(KS), figsize=(4.2 * len(KS) + 2, 7.4), sharex=True)
@@ -302,7 +302,7 @@ def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
         most = read_json(folder / f"words_{SET}.json")
         for axis, side in zip(column, ("image", "text"), strict=True):
             words, shares = zip(*reversed(most[side]), strict=True)
-            axis.barh(range(len(words)), shares)  # by number: a piece may be there with and without its space
+            axis.barh(range(len(words)), shares)  # by index: a piece may occur with and without its space
             axis.set_yticks(range(len(words)), [word.strip() or word for word in words])
             axis.set_title(f"{arm}: {side}s", fontsize=8)
             axis.tick_params(labelsize=7)
@@ -321,7 +321,7 @@ STUDY = Study(
     corpus="Scenes of two or three emoji with sentences; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
     "SmolLM2-135M-Instruct in Llama 2's",
     minutes={"core": 6, "all": 11},
-    # fp32: in bf16 words tie at the edge of the ten strongest
+    # fp32: in bf16, words tie around rank ten
     evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
     alone=True,
     derive=derive,

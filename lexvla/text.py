@@ -1,11 +1,11 @@
-"""What the text towers read: captions as prompts, as bags of words, or as states that the frozen LM gave once.
+"""Inputs of the text towers: captions as prompts, as bags of words, or as cached states of the frozen LM.
 
     python -m lexvla.text          # states of the study's corpus, training and evaluation, with SmolLM2-135M
 
-A frozen LM says the same of a caption in every epoch. So for small experiments each distinct caption goes through it
-once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The prompt before the
-caption is the same for all: it is run once, and its keys and values serve every batch.
-`encode_texts` is a whole tower's pass over captions.
+A frozen LM gives a caption the same state in every epoch. So for small experiments each distinct caption is run through
+it once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The prompt before the
+caption is the same for all: it is run once, and its keys and values are reused in every batch. `encode_texts` runs a
+whole tower over captions.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from lexvla.model import EXAMPLE, FOCUS, LexVLA, bag_of_words, last_token, lexic
 from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every loader process
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every loader process
 SCENES = "data/lexvla/scenes/"
-# Nouns, adjectives and verbs that scikit-learn's list of stop words has among its pronouns, prepositions and numerals
+# Nouns, adjectives and verbs in scikit-learn's list of stop words
 CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
     go interest keep last made mill move name next part put see seem seemed seeming seems serious show side sincere
     system take thick thin third top"""
@@ -42,13 +42,13 @@ class Config:
     lm: str = "data/smollm2-135m"
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.pretrained smollm2'."""
     data: str = SCENES + "train"
-    """Shards whose captions are wanted."""
+    """Shards whose captions are encoded."""
     sets: tuple[str, ...] = tuple(
         SCENES + "eval/" + name for name in ("retrieval_known", "retrieval_mixed", "retrieval_new", "patchdis")
     )
-    """Evaluation sets, and folders of PatchDis, whose captions and class names are wanted, too."""
+    """Evaluation sets and PatchDis folders whose captions and class names are encoded, too."""
     out: str = "data/lexvla/states.pt"
-    """File to write; a finished one is left as it is, and refused if it is not what is asked for."""
+    """File to write. A finished one is not changed; it is an error if its settings differ."""
     max_length: int = 128
     """Tokens of a prompt, as in training."""
     prompt_end: str = ""
@@ -62,7 +62,7 @@ class Config:
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "object"]:
-    """(causal LM, its tokenizer) of a folder or hub name; ValueError where there is none."""
+    """(causal LM, its tokenizer) of a folder or hub name; ValueError if there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -79,7 +79,7 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "
 
 
 def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of the LM's frozen weights: half as large on a GPU, exact on a CPU."""
+    """Number type of the LM's frozen weights: 16 bits on a GPU, float32 on a CPU."""
     return run.DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
@@ -89,8 +89,8 @@ def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
 class Prompts:
     """Captions -> (input_ids (B, T), attention_mask (B, T)): the lexical prompt, padded on the right.
 
-    Beyond `max_length` tokens the caption is cut, never the prompt's end, which is the task. BOS if the tokenizer adds
-    one, no EOS.
+    If the prompt exceeds `max_length` tokens, the caption is cut, never the prompt's end, which states the task. BOS if
+    the tokenizer adds one, no EOS.
     """
 
     def __init__(self, tokenizer, max_length: int = 128, end: str = ""):
@@ -102,11 +102,11 @@ class Prompts:
         return [ids if len(ids) <= self.max_length else self._cut(caption) for caption, ids in pairs]
 
     def _cut(self, caption: str) -> list[int]:
-        """Ids of the prompt with as many of the caption's tokens as there is room for."""
+        """Ids of the prompt with as many of the caption's tokens as fit."""
         pieces = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
         ends = [0, *(end for _, end in pieces["offset_mapping"])]
         frame = len(self.tokenizer(lexical_prompt("") + self.end)["input_ids"])
-        for room in range(self.max_length - frame, -1, -1):  # at its ends, a caption may join the frame's pieces
+        for room in range(self.max_length - frame, -1, -1):  # a caption's ends may merge with the prompt's pieces
             ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]) + self.end)["input_ids"]
             if len(ids) <= self.max_length:
                 return ids
@@ -127,8 +127,8 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
 class Bags:
     """Captions -> (s (B, V),): bags of the pieces of their content words.
 
-    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here a list of the
-    other words is dropped instead: scikit-learn's stop words less `CONTENT`.
+    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here other words are
+    dropped by a list instead: scikit-learn's stop words without `CONTENT`.
     """
 
     def __init__(self, tokenizer, vocab_ids: Tensor):
@@ -143,13 +143,14 @@ class Bags:
 
 
 def made_with(lm_name: str, max_length: int, end: str) -> dict[str, str | int]:
-    """What states depend on beside the captions; a file made with anything else is refused."""
+    """The settings that states depend on, besides the captions; a file made with others is an error."""
     prompt = data.stable_hash(EXAMPLE, FOCUS + end)
     return {"lm": lm_name, "prompt": f"{prompt:016x}", "max_length": max_length}
 
 
 class States:
-    """Captions -> (states (B, d),), looked up in a file of this script. Unknown ones: ValueError, or through `lm`."""
+    """Captions -> (states (B, d),), looked up in a file of this script. Unknown captions: ValueError, or encoded by
+    `lm`."""
 
     def __init__(self, file: str, lm_name: str, max_length: int = 128, end: str = ""):
         if not Path(file).is_file():
@@ -163,12 +164,12 @@ class States:
                 raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
         self.file, self.states, self.max_length, self.end = file, kept["states"].float(), max_length, end
         self.row = {text: row for row, text in enumerate(kept["texts"])}
-        self.precision = kept.get("precision")  # older files do not say
+        self.precision = kept.get("precision")  # older files lack it
         self.lm = self.tokenizer = None
 
     @contextlib.contextmanager
     def unknown_through(self, lm: nn.Module, tokenizer) -> Iterator[None]:
-        """Inside, captions that the file lacks go through `lm`, whose LoRA is behind the states."""
+        """Context in which captions missing in the file are encoded by `lm`, whose LoRA comes after the states."""
         self.lm, self.tokenizer = lm, tokenizer
         yield
         self.lm = self.tokenizer = None
@@ -194,11 +195,11 @@ def compute_states(
     batch_size: int = 128,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt. In the number
-    type of the LM's weights."""
+    """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt. Computed in
+    the number type of the LM's weights."""
     from transformers import DynamicCache
 
-    renamed = "cache" in inspect.signature(lm.model.forward).parameters  # in the course of transformers 5
+    renamed = "cache" in inspect.signature(lm.model.forward).parameters  # renamed during transformers 5
     keyword = "cache" if renamed else "past_key_values"
     device, rows = torch.device(device), prompts.ids(captions)
     shortest = min(map(len, rows))
@@ -247,7 +248,7 @@ def encode_texts(
 
 
 def leading_space(tokenizer) -> str:
-    """A space where the tokenizer marks word starts by it (SmolLM2), nothing where it adds it itself (Llama)."""
+    """A space if the tokenizer marks word starts by it (SmolLM2), nothing if the tokenizer adds it itself (Llama)."""
     return "" if tokenizer.tokenize("a")[0] == "▁a" else " "
 
 
@@ -271,7 +272,7 @@ def caption_vocabulary(
 ) -> Tensor:
     """`refine_vocabulary` of the pieces with these counts (V,), special and byte pieces left out.
 
-    `pattern` is a regular expression that a piece has to match as a whole (see `pieces`).
+    `pattern` is a regular expression that has to match the whole piece (see `pieces`).
     """
     texts = pieces(tokenizer, range(len(counts)))
     refused = set(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if re.fullmatch("<0x..>", text)}
@@ -287,7 +288,7 @@ def caption_vocabulary(
 
 
 def texts_of(cfg: Config) -> list[str]:
-    """The distinct captions and class names that are wanted."""
+    """The distinct captions and class names to encode."""
     pairs = data.open_pairs(cfg.data)
     if line := data.broken_report(pairs.broken, "left out"):
         print(line)

@@ -28,10 +28,11 @@ from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_ba
 
 
 class Lite0Maps(nn.Module):
-    """EfficientNet-Lite0's maps as the tokens of a ViT: the mean patch in [CLS]'s place, and patches of 16 pixels.
+    """EfficientNet-Lite0's maps as the tokens of a ViT: the mean patch instead of [CLS], and patches of 16 pixels.
 
-    (B, 3, H, W) -> (B, 1 + H W / 256, 432). A patch is the map of stride 16 (112 channels) beside the last one (320,
-    interpolated from stride 32), each normalised over its channels. Ours, for small experiments, in DINOv2's place.
+    (B, 3, H, W) -> (B, 1 + H W / 256, 432). A patch concatenates the map of stride 16 (112 channels) and the last one
+    (320, interpolated from stride 32), each normalised over its channels. Ours, for small experiments, instead of
+    DINOv2.
     """
 
     patch_size, num_features, middle = (16, 16), 432, 4  # stage whose map has stride 16
@@ -62,10 +63,10 @@ def small_vit(image_size: int) -> nn.Module:
 
 
 def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int, int]:
-    """(network whose tokens are [CLS] and patches, its width D, pixels of a patch's side).
+    """(network with [CLS] and patches as tokens, its width D, a patch's side in pixels).
 
-    `LITE0` is EfficientNet-Lite0's maps, a .pt file backbone.py's; other names with a / are transformers', the rest
-    timm's.
+    `LITE0` means EfficientNet-Lite0's maps, a .pt file comes from backbone.py, other names with a / are transformers'
+    and the rest timm's.
     """
     if name == LITE0:
         return Lite0Maps(pretrained), Lite0Maps.num_features, Lite0Maps.patch_size[0]
@@ -104,7 +105,7 @@ def patch_side(backbone: nn.Module) -> int:
 
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
-    """Backbone and adapter as the configuration says; the codebook (V, d) is copied."""
+    """Backbone and adapter of the configuration; the codebook (V, d) is copied."""
     backbone, dim, _ = create_backbone(cfg.backbone, cfg.image_size, pretrained)
     width = cfg.adapter_width or dim
     adapter = VisualAdapter(width, max(width // 64, 1), cfg.adapter_hidden, codebook.shape[1], dim)
@@ -115,7 +116,7 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 
 
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
-    """LoRA on the LM's layers of those names; beside cached states on the last MLP's, all that still runs."""
+    """Add LoRA to the LM's layers of those names; with cached states only to the last MLP, the only part that runs."""
     if cfg.grad_checkpointing:
         enable = (
             getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
@@ -133,7 +134,7 @@ def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
 def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, pretrained: bool = True) -> LexVLA:
     """The model of a configuration, its vocabulary and bias. `lm` gets LoRA, in place.
 
-    Image towers of the same seed start alike, whatever the text side draws.
+    Image towers of the same seed start from equal weights, for any text side.
     """
     with torch.random.fork_rng(devices=[]):
         if cfg.head == "dense":
@@ -150,7 +151,7 @@ def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.
 
 
 def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | States:
-    """What turns captions into the text tower's input."""
+    """The function that turns captions into the text tower's input."""
     if cfg.text == "bow":
         return Bags(tokenizer, vocab_ids)
     if cfg.states:
@@ -162,7 +163,7 @@ def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | St
 
 
 def normalize(backbone: str) -> data.ToNormalizedTensor:
-    """Mean and deviation with which the backbone was trained: EfficientNet-Lite0's, CLIP's, ImageNet's, or 1/2 for
+    """Mean and standard deviation of the backbone's training: EfficientNet-Lite0's, CLIP's, ImageNet's, or 1/2 for
     backbone.py's."""
     if backbone == LITE0:
         return data.ToNormalizedTensor(LITE0_MEAN, LITE0_STD)

@@ -1,8 +1,8 @@
 """Train LexVLA, or an ablation of it: `python -m lexvla.train PRESET [--overrides]`.
 
-LexVLA (arXiv 2407.17827); no code of the authors is public. A step: both lexical representations; summed InfoNCE and
-the penalties of all processes' pairs, with their weights of this step (eq. 8); Adam; the cap on the temperature.
-Settings are in config.py, towers by name in towers.py, what captions become in text.py.
+LexVLA (arXiv 2407.17827); no code of the authors is public. A step computes both lexical representations, then the
+summed InfoNCE and the penalties over all processes' pairs, with this step's penalty weights (eq. 8), takes an Adam step
+and caps the temperature. Settings are in config.py, towers by name in towers.py, the processing of captions in text.py.
 """
 
 import contextlib
@@ -62,9 +62,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class PairDataset(Dataset):
-    """Item i of a run: (image, caption, broken samples passed over); the crop is a function of seed, epoch and row.
+    """Item i of a run: (image, caption, broken samples skipped); the crop depends on seed, epoch and row.
 
-    Images are uint8 where `transform` ends in normalising: `normalise` does that for a batch.
+    Images are uint8 if `transform` ends in normalising; `normalise` does that for a batch.
     """
 
     def __init__(self, pairs, transform: Callable, seed: int = 0):
@@ -82,10 +82,10 @@ class PairDataset(Dataset):
 
 
 class TokenDataset(Dataset):
-    """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples passed over).
+    """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples skipped).
 
-    `file` keeps the tokens for other runs on the same images, if none of these is broken. It is read where the first
-    image still has the same tokens. Otherwise processes share out the images, and gather what each has computed.
+    `file` keeps the tokens for other runs on the same images, if none is broken. It is reused if the first image still
+    has the same tokens. Otherwise each process encodes a share of the images, and the tokens are gathered.
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class TokenDataset(Dataset):
             self.tokens = kept
 
     def kept(self, first: np.ndarray) -> np.ndarray | None:
-        """Tokens of all images out of `file`, mapped into memory that all runs share; None if it has none of them."""
+        """Tokens of all images from `file`, memory-mapped and shared by all runs; None if the file does not have
+        them."""
         try:
             tokens = np.load(self.file, mmap_mode="r")
         except (OSError, ValueError):
@@ -151,7 +152,7 @@ def encoded(
 def training_set(
     cfg: Config, pairs, image: ImageEncoder, process: run.Process, precision: str
 ) -> PairDataset | TokenDataset:
-    """Crops of the images, or with --encode-once the tokens of whole ones."""
+    """Crops of the images, or with --encode-once the tokens of whole images."""
     if cfg.encode_once:
         parts = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
         file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(part.encode() for part in parts))}.npy"
@@ -172,13 +173,14 @@ class Collate:
 
 @torch.no_grad()
 def first_bias(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
-    """Minus two standard deviations of a batch's text logits, so that few words lie above 0 (ours)."""
+    """Minus two standard deviations of a batch's text logits, so that few words are above 0 (ours)."""
     z = model.hidden_of_states(texts[0]) if texts[0].is_floating_point() else model.hidden(*texts)
     return -2 * (z @ model.codebook.T).std().item()
 
 
 def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
-    """Vocabulary from all captions, each process counting its share, and the bias as given or from the first 256."""
+    """Vocabulary from all captions, each process counting its share, and the bias, either given or from the first 256
+    captions."""
     captions = windows.captions(pairs, process.rank, process.world_size)
     counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
@@ -244,7 +246,7 @@ def train_step(
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
+    """Print the plan of a run: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
     check_model(cfg)
     try:
         n = data.planned_size(cfg)
@@ -300,9 +302,9 @@ def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any, int]:
 
 
 def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
-    """(tokens of a prompt on average, of the longest one) in the first shard, which says how long batches are padded.
+    """(tokens of a prompt on average, of the longest one) in the first shard, to estimate the length of padded batches.
 
-    (None, --max-length) where the data, or the folder of the LM's tokenizer, is not at hand.
+    (None, --max-length) if the data or the LM's tokenizer folder is not available.
     """
     from transformers import AutoTokenizer
 
@@ -322,8 +324,8 @@ def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
 def memory(
     cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: int, length: int | None = None
 ) -> tuple[float, ...]:
-    """GiB of weights with Adam, image tokens, language model, and rows of words, for `size` pairs a process whose
-    prompts have `length` tokens, by default --max-length."""
+    """GiB of weights with Adam, image tokens, language model, and representations, for `size` pairs per process with
+    prompts of `length` tokens, by default --max-length."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
@@ -339,7 +341,7 @@ def memory(
 def prepare(
     cfg: Config, folder: run.RunFolder, pairs, process: run.Process, precision: str
 ) -> tuple[LexVLA, Callable, nn.Module, Any]:
-    """(model, text input, LM, tokenizer): of the checkpoint, or new with a vocabulary from the captions."""
+    """(model, text input, LM, tokenizer), from the checkpoint, or new with a vocabulary from the captions."""
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
     if not folder.resumed:
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
@@ -355,7 +357,7 @@ def prepare(
 
 
 def main(cfg: Config) -> Path | None:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
@@ -381,7 +383,7 @@ def main(cfg: Config) -> Path | None:
     }
     done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
     folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
-    # Buffers are the frozen codebook and what the frozen models keep: the same everywhere.
+    # Buffers are the frozen codebook and those of frozen models: equal in all processes.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
     transform, start = eval_transform(cfg.backbone, cfg.image_size), folder.state["batch"]
     dataset = training_set(cfg, pairs, model.image, process, precision)
@@ -394,7 +396,7 @@ def main(cfg: Config) -> Path | None:
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (pixels, text, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
-            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
+            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run is equal
             pixels = dataset.normalise(pixels.to(device, non_blocking=True))
             on_device = pixels, tuple(x.to(device, non_blocking=True) for x in text)
             lr = cosine_lr(step - 1, cfg.lr, total, cfg.warmup)
@@ -417,7 +419,7 @@ def main(cfg: Config) -> Path | None:
 
 
 def unknown_captions(read: Callable, lm: nn.Module, tokenizer: Any) -> contextlib.AbstractContextManager:
-    """Inside, captions that the file of states lacks go through the LM."""
+    """Context in which captions missing in the file of states are encoded by the LM."""
     return read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext()
 
 

@@ -1,9 +1,9 @@
 """BLIP (arXiv 2201.12086), stock: the ViT, the BERT with cross-attention and the beam search that TL;DR builds on, and
 the pre-training whose ITM head scores image-text matching.
 
-Nothing here is TL;DR's contribution. Authors' code: salesforce/BLIP@056a169, cited as `B:`, and the fork of it in
-showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`. Parameters are named as in BLIP's checkpoints, which
-load without a mapping.
+This file holds none of TL;DR's contribution. Authors' code: salesforce/BLIP@056a169, cited as `B:`, and the fork of it
+in showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`. Parameters are named as in BLIP's checkpoints,
+which load without a mapping.
 
 Shapes: B batch of this process, W processes, S image side, N patches, L image tokens with [CLS], D image width, T text
 tokens, C text width, H heads, V words, E embedding, Q queue.
@@ -177,7 +177,7 @@ class TextTransformer(nn.Module):
         causal: bool = False,
         cache: list[dict] | None = None,
     ) -> Tensor:
-        """With a `cache`, input_ids are the last ids only; attention_mask (B, T) counts those before them, too."""
+        """With a `cache`, input_ids are the newest ids only; attention_mask (B, T) also covers earlier ids."""
         end, device = attention_mask.shape[1], input_ids.device
         if end > self.embeddings["position_embeddings"].num_embeddings:
             limit = self.embeddings["position_embeddings"].num_embeddings
@@ -247,7 +247,7 @@ class TextDecoder(nn.Module):
     ) -> Tensor:
         """Cross-entropy of each next token that is neither padding nor prompt: (M,) fp32. V:models/med.py:901-908.
 
-        Logits are computed at those M positions only: `places`, where they are known beforehand.
+        Logits are computed at those M positions only; pass them as `places` if they are known beforehand.
         """
         hidden = self.bert(input_ids, attention_mask, image_embeds, True).flatten(0, 1)
         places = target_places(input_ids, prompt_length) if places is None else places
@@ -257,7 +257,7 @@ class TextDecoder(nn.Module):
 
 
 def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Where in the flattened ids (B, T) the next token is neither padding nor prompt: (M,). Waits for a GPU."""
+    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. Waits for a GPU."""
     position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
     wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
     return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]
@@ -321,8 +321,8 @@ def beam_search(
     """Beam search as transformers 4.15 has it: (B, <= max_length) ids, prompt included, [SEP] and padding behind.
 
     `next_logits(ids (B*n, t), order (B*n,))` -> (B*n, V) of the next token; `order` says which rows of the last call
-    these rows continue. Lengths count the prompt. Scores of finished captions are sums of log-probabilities divided by
-    length, [SEP] not counted. A [SEP] ranked below the n best candidates is ignored. A sample ends when it has n
+    these rows continue. Lengths include the prompt. Scores of finished captions are sums of log-probabilities divided
+    by the length without [SEP]. A [SEP] ranked below the n best candidates is ignored. A sample ends when it has n
     captions and the worst is no worse than this step's best candidate divided by the present length. One beam: greedy.
     """
     n, device, length = num_beams, prompt_ids.device, len(prompt_ids)
@@ -396,7 +396,7 @@ def nucleus_sampling(
 def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
     """Share the decoder's tensors with the encoder, all but those under `attention`. B:models/blip_pretrain.py:270.
 
-    So cross-attention, feed-forward and embeddings are one; self-attention with its output LayerNorm is each its own.
+    Cross-attention, feed-forward and embeddings are shared; each has its own self-attention with output LayerNorm.
     """
     decoder.embeddings = encoder.embeddings
     for ours, theirs in zip(encoder.encoder["layer"], decoder.encoder["layer"], strict=True):
@@ -405,9 +405,10 @@ def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
 
 
 def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
-    """Chances of hard negatives: softmax of similarities (B, W*B) + 1e-4, none for the own pair. B:...:155-158.
+    """Weights for drawing hard negatives: softmax of similarities (B, W*B) + 1e-4, 0 for the matching pair.
+    B:...:155-158.
 
-    `own` is the number of this process's first pair in the global batch.
+    `own` is the index of this process's first pair in the global batch.
     """
     weights = similarity.softmax(dim=1) + 1e-4
     weights.diagonal(own).zero_()
@@ -415,8 +416,8 @@ def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
 
 
 def drawn(weights: Tensor) -> Tensor:
-    """A column (B,) of each row of weights (B, N), with chances like them: `torch.multinomial`, which also checks them,
-    and waits for a GPU to do so."""
+    """Draw a column (B,) for each row of weights (B, N). Like `torch.multinomial`, but without its check of the
+    weights, which waits for the GPU."""
     return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1)
 
 
@@ -424,8 +425,8 @@ class BLIP(nn.Module):
     """ITC with momentum queue, ITM with hard negatives, LM. B:models/blip_pretrain.py:20-245.
 
     `negatives` are drawn from the batches of all processes, and the contrastive keys are the momentum features of all
-    plus the queue, so that W processes equal one of W times the batch (upstream: own batch). The special tokens [DEC]
-    and [ENC] are the last two ids of the vocabulary.
+    plus the queue, so W processes equal one process with W times the batch (upstream: own batch). The special tokens
+    [DEC] and [ENC] are the last two ids of the vocabulary.
     """
 
     def __init__(
@@ -473,7 +474,7 @@ class BLIP(nn.Module):
     def itm(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, 2) of mismatch and match; score = softmax[:, 1]. V:models/blip_itm.py:41-55.
 
-        Ids are used as given. BLIP trains with [ENC] at position 0; upstream's scorer leaves [CLS] there.
+        Ids are not changed. BLIP trains with [ENC] at position 0; upstream's scorer leaves [CLS] there.
         """
         return self.match(self.visual_encoder(image), input_ids, attention_mask)
 
@@ -494,7 +495,7 @@ class BLIP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss_ita, loss_itm, loss_lm). B:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
 
-        negatives: for each pair of this process, the number in the global batch of an image for its text and of a text
+        negatives: for each pair of this process, the indices in the global batch of an image for its text and of a text
         for its image; None draws them. places: `target_places` of the ids, if known beforehand.
         """
         with torch.no_grad():
@@ -516,9 +517,9 @@ class BLIP(nn.Module):
     def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float, image_ids=None):
         """loss_ita and the in-batch similarities (B, W*B); moves the momentum encoders, then fills the queues.
 
-        y = alpha softmax(momentum similarities / temp) + (1 - alpha) onehot;
-        loss = mean of both directions' -sum y log softmax(f keys / temp). With `image_ids` (B,), of `RetrievalBLIP`,
-        there is an equal share for all keys of the same image in place of onehot.
+        y = alpha softmax(momentum similarities / temp) + (1 - alpha) onehot; loss = mean of both directions' -sum y log
+        softmax(f keys / temp). With `image_ids` (B,), of `RetrievalBLIP`, onehot is replaced by an equal share for all
+        keys of the same image.
         """
         with torch.no_grad():
             self.update_momentum()
@@ -544,7 +545,7 @@ class BLIP(nn.Module):
         return loss, sim_i2t[:, : len(all_text)].detach(), sim_t2i[:, : len(all_image)].detach()
 
     def draw_negatives(self, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers in the global batch of a hard negative image for each text, and of a text for each image."""
+        """Indices in the global batch of a hard negative image for each text, and of a text for each image."""
         own = self.offset(len(sim_i2t))
         image_index = drawn(negative_weights(sim_t2i, own))
         return image_index, drawn(negative_weights(sim_i2t, own))
@@ -557,7 +558,7 @@ class BLIP(nn.Module):
         batch = len(ids)
         if dist.is_initialized() and dist.get_world_size() > 1:
             process = Process(dist.get_rank(), dist.get_world_size(), ids.device)
-            widest = max(gather_lists([ids.shape[1]], process))  # CPUs agree on it: a GPU is not asked
+            widest = max(gather_lists([ids.shape[1]], process))  # compared on the CPUs, without waiting for a GPU
             ids, attention_mask = (F.pad(x, (0, widest - x.shape[1])) for x in (ids, attention_mask))
         wrong_images = gather(image_embeds)[image_index]
         wrong_ids, wrong_mask = gather(ids)[text_index], gather(attention_mask)[text_index]
@@ -572,7 +573,7 @@ class BLIP(nn.Module):
     # ---------------------------------------------------------------------------------------------- momentum and queue
 
     def offset(self, batch: int) -> int:
-        """Number of this process's first pair in the global batch."""
+        """Index of this process's first pair in the global batch."""
         return batch * dist.get_rank() if dist.is_initialized() else 0
 
     @torch.no_grad()
@@ -600,7 +601,7 @@ class BLIP(nn.Module):
 class RetrievalBLIP(BLIP):
     """BLIP as it is fine-tuned for retrieval: no decoder, and all pairs of one image are matches of each other.
 
-    B:models/blip_retrieval.py. `idx_queue` holds the images of the queued keys, -100 where there is none yet.
+    B:models/blip_retrieval.py. `idx_queue` holds the image ids of the queued keys, -100 for empty entries.
     """
 
     def __init__(self, visual_encoder, text_encoder, embed_dim: int = 256, queue_size: int = 57600, momentum=0.995):
@@ -616,7 +617,7 @@ class RetrievalBLIP(BLIP):
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss_ita, loss_itm). B:models/blip_retrieval.py:62-200; image_ids (B,) int64 tells images apart.
+        """(loss_ita, loss_itm). B:models/blip_retrieval.py:62-200; image_ids (B,) int64 identifies images.
 
         `negatives` as in BLIP; drawn ones are never of the same image.
         """

@@ -1,8 +1,8 @@
 """Train the codebook captioner: `python -m tldr_reduction.captioner PRESET [--overrides]`.
 
 TL;DR (arXiv 2305.20087), section 3.1; authors' code showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`.
-The captioner reads the image through a codebook; loss = loss_lm + loss_emb, on the noisy data. reduce.py codes and
-clusters the images with it, finetune.py goes on from it.
+The captioner reads the image through a codebook; loss = loss_lm + loss_emb, on the noisy data. reduce.py uses it to
+encode and cluster the images; finetune.py starts from it.
 """
 
 import itertools
@@ -33,9 +33,10 @@ from tldr_reduction.tokenizer import WordPiece
 
 @torch.no_grad()
 def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, process: run.Process) -> None:
-    """Xavier's codebook, or tokens of the data, or keywords moved and scaled onto those; a function of the seed.
+    """Initialize the codebook: Xavier, tokens of the data, or keywords shifted and scaled to these; depends only on the
+    seed.
 
-    uniform is as it is built.
+    uniform leaves it as built.
     """
     generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
     weight = captioner.quantize.embedding.weight
@@ -46,7 +47,7 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
         return
     codes_per_image = captioner.visual_encoder.pos_embed.shape[1] * cfg.width // cfg.code_dim
     wanted = -(-4 * cfg.num_codes // codes_per_image)
-    if isinstance(pairs, windows.Windowed):  # of the first process' share, whose first window is in random order
+    if isinstance(pairs, windows.Windowed):  # the first process's share; its first window is shuffled
         own = (i for i in range(len(pairs)) if i // pairs.batch_size % process.world_size == 0)
         items = list(itertools.islice(own, wanted))
     else:
@@ -60,14 +61,15 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
         embed = text_embedder(cfg.keyword_model, cfg.code_dim)
         if cfg.keywords is not None:
             codebook = embed(Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes]).float()
-        else:  # the first process goes through all captions, its peers wait
+        else:  # the first process reads all captions, the others wait
             found = keyword_codebook(windows.captions(pairs), cfg.num_codes, embed) if process.main else None
             codebook = run.broadcast(found, process)
         weight.copy_(rescaled(codebook.to(process.device), tokens))
 
 
 def text_embedder(name: str, dim: int):
-    """texts -> (n, dim): mean last hidden state of a text encoder; a seeded random rotation where its width differs."""
+    """texts -> (n, dim): mean last hidden state of a text encoder, with a seeded random rotation if its width
+    differs."""
     from transformers import AutoModel, AutoTokenizer
 
     name = str(pretrained.minilm()) if name == "minilm" else name
@@ -90,14 +92,14 @@ def text_embedder(name: str, dim: int):
 
 @torch.no_grad()
 def restart_codes(captioner: CodebookCaptioner, used: Tensor, images: Tensor, epoch: int, cfg: CaptionerConfig) -> int:
-    """Move codes that nothing chose in the epoch onto tokens of its last batch; returns how many."""
+    """Replace codes not used in the epoch by tokens of its last batch; returns their number."""
     tokens = run.gather(captioner.visual_encoder(images).float()).reshape(-1, cfg.code_dim)
     generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
     return restart_unused(captioner.quantize, used, tokens, generator)
 
 
 def count_codes(used: Tensor, codes: Tensor) -> None:
-    """Add the codes (B, L') of all ranks to how often each was used, (K,) int64."""
+    """Add the codes (B, L') of all ranks to the usage counts (K,) int64."""
     chosen = run.gather(codes).flatten()
     used.scatter_add_(0, chosen, torch.ones_like(chosen))  # `bincount` would wait for a GPU
 
@@ -130,7 +132,7 @@ def dry_run(cfg: CaptionerConfig, world_size: int = 1) -> None:
 
 
 def train(cfg: CaptionerConfig, process: run.Process) -> Path:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path

@@ -1,8 +1,8 @@
-"""Weights of our runs, and from elsewhere: BLIP's and the authors' files, Hugging Face's BLIP, DeiT, BERT.
+"""Load weights of our runs, BLIP's and the authors' files, Hugging Face's BLIP, DeiT and BERT; export BLIP.
 
-`python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` makes a run folder of a file, which reduce.py takes
-as --scorer, --caption-model or --captioner, and the training programs as --init. `export_blip` goes the other way
-(`python -m tldr_reduction.eval RUN --export DIR`).
+`python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` converts a file to a run folder. reduce.py takes it
+as --scorer, --caption-model or --captioner, the training programs as --init. `export_blip` goes the other way (`python
+-m tldr_reduction.eval RUN --export DIR`).
 
 `V:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `B:` salesforce/BLIP@056a169.
 """
@@ -37,7 +37,7 @@ HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this or
     (r"^vision_model\.encoder\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."),
     (r"^text_decoder\.cls\.", "text_decoder.cls."),
 )
-NEEDED = {  # what a stage does not work without
+NEEDED = {  # weights that a stage needs
     "blip": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
     "finetune": ("visual_encoder", "text_decoder"),
     "captioner": ("visual_encoder", "quantize"),
@@ -68,7 +68,7 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
         if is_hugging_face(folder) or (not folder.exists() and path.count("/") == 1):
             return load_hugging_face(path, stage)
     model, settings, tokenizer = load_run(path)
-    if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # it matches, too
+    if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # it also scores matching
         raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
     return model, settings, tokenizer
 
@@ -90,7 +90,7 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def hub_folder(name: str) -> Path:
-    """The files of a model on the Hugging Face hub, fetched unless they are on this machine; no code among them."""
+    """The files of a model on the Hugging Face hub, downloaded unless they are on this machine; never code."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -160,11 +160,10 @@ def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
 
 
 def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
-    """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacked, tied ones aside.
+    """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacks, except tied ones.
 
-    Positions are resized to the model's grid; keys of other shapes are left out, as upstream does
-    (V:models/blip.py:224-236), and so are keys that the model has no place for (the codebook in a captioner without
-    one, momentum copies, queues).
+    Positions are resized to the model's grid. Keys of other shapes are skipped, as upstream (V:models/blip.py:224-236),
+    and so are keys that the model does not have (the codebook in a captioner without one, momentum copies, queues).
     """
     state, own = blip_state(source), model.state_dict()
     if not set(own) & set(state):
@@ -190,14 +189,14 @@ TO_HUGGING_FACE = (  # BLIP's key patterns -> transformers', in this order
     (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
     (r"^visual_encoder\.blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."),
 )
-PARTS = {  # transformers' class, by folder: what it has beside the image tower
+PARTS = {  # folder: transformers' class, and its modules besides the image tower
     "retrieval": ("BlipForImageTextRetrieval", ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")),
     "captioning": ("BlipForConditionalGeneration", ("text_decoder.",)),
 }
 
 
 def to_hugging_face(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """What transformers' BLIP of that kind (PARTS) takes of a state dict under BLIP's names, under its own names."""
+    """Convert a state dict under BLIP's names to the names of transformers' BLIP of that kind (PARTS)."""
     renamed = {}
     for key, value in state.items():
         if key.startswith(("visual_encoder.", *PARTS[kind][1])):
@@ -228,13 +227,12 @@ def hugging_face_config(cfg: config.Common, tokenizer: WordPiece):
 
 @torch.no_grad()
 def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, folder: str | Path) -> None:
-    """Write a captioner's, a blip's or a retrieval run's weights for others, and load them as their users will.
+    """Write a captioner's, a blip's or a retrieval run's weights for other code, and check that they load there.
 
     folder/blip.pth       {"model": ...}: what stock BLIP's and the authors' scripts take as `pretrained`
-    folder/retrieval/     transformers' BlipForImageTextRetrieval, where the run has a text encoder
-    folder/captioning/    its BlipForConditionalGeneration, where the run has a decoder and no codebook
-    RuntimeError if transformers' model gives other numbers. Its BlipModel, which is a CLIP with a pooler that BLIP has
-    not, is not written.
+    folder/retrieval/     transformers' BlipForImageTextRetrieval, where the run has a text encoder folder/captioning/
+    its BlipForConditionalGeneration, where the run has a decoder and no codebook RuntimeError if transformers' model
+    gives other numbers. There is no BlipModel, a CLIP with a pooler that BLIP lacks.
     """
     import transformers
 
@@ -324,7 +322,7 @@ def init_text(model: nn.Module, name: str) -> None:
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
-    """Fields of config.Config that a state dict shows; heads are 64 wide, as in ViT-B, ViT-L and BERT."""
+    """Fields of config.Config, inferred from a state dict; heads are 64 wide, as in ViT-B, ViT-L and BERT."""
     text = "text_encoder." if "text_encoder.embeddings.word_embeddings.weight" in state else "text_decoder.bert."
 
     def layers(prefix: str) -> int:
@@ -356,7 +354,7 @@ class Config:
     """blip: scores matching (model_base_retrieval_coco.pth). finetune: writes captions
     (model_base_caption_capfilt_large.pth). captioner: has a codebook."""
     image_size: int | None = None
-    """Image side that the model is to be used at, for which its positions are resized; None: its own."""
+    """Image side to use the model at; its position embeddings are resized. None: its own side."""
     vocab: str = "bert-base-uncased"
     """WordPiece vocabulary: a vocab.txt, or the name of a tokenizer on the Hugging Face hub."""
 
@@ -386,7 +384,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(folder / "config.json", dataclasses.asdict(settings))
-    (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # as of a run that took no time
+    (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # looks like a run of 0 seconds
     position = {"epoch": 1, "batch": 0, "seconds": 0.0, "config": dataclasses.asdict(settings)}
     checkpoints.save_checkpoint(folder / "checkpoint.pt", {**position, "state_dict": model.state_dict()})
     print(f"{folder}: stage {cfg.stage}, {sum(p.numel() for p in model.parameters()):,} parameters, {sizes}")

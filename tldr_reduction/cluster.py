@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**12  # rows whitened and assigned at a time; as float32 they stay in the cache
+CHUNK = 2**12  # rows per chunk of whitening and assignment; as float32 they fit the cache
 
 # --------------------------------------------------------------------------------------------------------- whitening
 
 
 class Whitening(NamedTuple):
-    """x -> norm((x - mean) axes); an axis is an eigenvector of the covariance over the root of its eigenvalue."""
+    """x -> norm((x - mean) axes); an axis is an eigenvector of the covariance divided by the root of its eigenvalue."""
 
     mean: Tensor  # (L',) float32
     axes: Tensor  # (L', d) float32
 
     def __call__(self, x) -> Tensor:
-        """(n, L') of any type -> (n, d) float32 of unit rows; a row that is nothing but the mean stays 0."""
+        """(n, L') of any type -> (n, d) float32 of unit rows; a row equal to the mean becomes 0."""
         projected = torch.addmm(-(self.mean @ self.axes), as_float(x), self.axes)
         return projected / projected.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
@@ -51,7 +51,7 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     good = values > 1e-6 * values[0].clamp(min=1e-12)
-    if not bool(good.any()):  # all rows are equal: one axis, on which all are 0
+    if not bool(good.any()):  # all rows are equal: one axis, with 0 for all
         return Whitening(mean, torch.zeros(x.shape[1], 1))
     return Whitening(mean, (vectors[:, good] / values[good].sqrt()).float())
 
@@ -121,7 +121,7 @@ def cluster_codes(
     """Code vectors (N, L'), in memory or memory-mapped -> clusters, in bounded memory.
 
     Whitening is trained on at most 1000 L' rows and k-means on at most points_per_centroid*k; all rows are whitened and
-    assigned in chunks, so that beyond the codes nothing but (N,) results is held.
+    assigned in chunks, so that memory holds only the codes and (N,) results.
     """
     rng = np.random.default_rng(seed)
     n = len(codes)
@@ -150,24 +150,24 @@ def in_cluster(assignment: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share_of(fraction: float) -> Fraction:
-    """0.25 as 1/4: the share that was meant, so that ceil(size * share) is not one too many by rounding."""
+    """0.25 -> 1/4, the intended fraction, so that rounding errors do not add one to ceil(size * share)."""
     return Fraction(fraction).limit_denominator(10**6)
 
 
 def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
     """Rows at positions 0, n, 2n... of each cluster, cluster by cluster: ceil(size/n) of each.
 
-    U:codebook_cluster.py:58-78. No distance and no score is looked at ("uniform").
+    U:codebook_cluster.py:58-78. It uses no distance and no score ("uniform").
     """
     order, position, _ = in_cluster(assignment, k)
     return order[position % n == 0]
 
 
 def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | None = None) -> Tensor:
-    """`select_every_nth` for shares that are no 1/n: ceil(size * fraction) rows of each cluster, evenly spaced.
+    """`select_every_nth` for shares other than 1/n: ceil(size * fraction) rows of each cluster, evenly spaced.
 
-    `seed` draws the member of each cluster that counting starts from, in a ring, so that all members are equally
-    likely to stay. None starts from the first, as upstream: then the beginning of the file is favoured.
+    `seed` draws the member of each cluster where counting starts (cyclically), so all members are equally likely to be
+    kept. None starts from the first, as upstream, which favours the beginning of the file.
     """
     share = share_of(fraction)
     order, position, sizes = in_cluster(assignment, k)
@@ -197,7 +197,7 @@ def random_subset(n: int, fraction: float, seed: int) -> Tensor:
 
 
 def keep_top(scores: Tensor, fraction: float) -> Tensor:
-    """(N,) bool: the round(N * fraction) highest scores; of equal ones the lower rows."""
+    """(N,) bool: the round(N * fraction) highest scores; ties in favour of lower rows."""
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[torch.argsort(-torch.as_tensor(scores), stable=True)[: round(len(scores) * fraction)]] = True
     return kept

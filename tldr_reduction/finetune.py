@@ -1,7 +1,7 @@
 """Fine-tune the captioner on clean captions: `python -m tldr_reduction.finetune PRESET --init RUN [--overrides]`.
 
 TL;DR (arXiv 2305.20087), section 3.2; authors' code showlab/datacentric.vlp@a488102:vq_compress_model/train_caption.py,
-which is BLIP's. reduce.py writes the refined captions with what comes out.
+which is BLIP's. reduce.py writes the refined captions with the result.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ def dry_run(cfg: FinetuneConfig, world_size: int = 1) -> None:
 
 
 def train(cfg: FinetuneConfig, process: run.Process) -> Path:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path

@@ -1,7 +1,7 @@
-"""What the models say of every image, kept by row of the data: codes, features, matching scores, captions.
+"""Outputs of the models for every image, saved by row of the data: codes, features, matching scores, captions.
 
-A reduction that was killed goes on from what is kept, and reductions may share it. Ranks share out the rows.
-Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
+An interrupted reduction resumes from the saved files, and reductions may share them. The rows are distributed over
+ranks. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 """
 
 import os
@@ -23,7 +23,7 @@ from tldr_reduction.quality import CHECKED, thumbnails
 from tldr_reduction.scorers import Scorer, load_scorer
 from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece
 
-FITTED = 4096  # images whose tokens an encoder's codebook is made of
+FITTED = 4096  # images to fit an encoder's codebook on
 
 # ------------------------------------------------------------------------------------------------------- forward passes
 
@@ -32,8 +32,8 @@ FITTED = 4096  # images whose tokens an encoder's codebook is made of
 def extract_codes(captioner: CodebookCaptioner, loader: Iterable, precision: str = "fp32") -> np.ndarray:
     """Code vectors (N, L') in the order of the sample index: uint16, or int32 with more than 65536 codes.
 
-    U:codebook_extractor.py:24-63. `loader` yields (index (b,), images, ...), images in the evaluation transform, so
-    that the same image always has the same codes (upstream takes random training views).
+    U:codebook_extractor.py:24-63. `loader` yields (index (b,), images, ...), images in the evaluation transform, so an
+    image always has the same codes (upstream takes random training views).
     """
     captioner.eval()
     device = next(captioner.parameters()).device
@@ -58,10 +58,10 @@ def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
 def cached_rows(
     folder: Path, rows: np.ndarray, size: int, process: run.Process, compute: Callable[[np.ndarray], dict]
 ) -> None:
-    """Work out `compute(rows)`, a dict of arrays by row, for those of `rows` (ascending) that `folder` lacks.
+    """Run `compute(rows)`, a dict of arrays by row, for those of `rows` (ascending) that `folder` lacks.
 
-    One file for each `size` rows of the data, replaced atomically; ranks share out the files, whatever their number was
-    when the folder was begun.
+    One file for each `size` rows of the data, replaced atomically. Ranks divide the files among them; their number may
+    differ from an earlier run's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in np.unique(rows // size)[process.rank :: process.world_size]:
@@ -85,7 +85,7 @@ def rows_in(rows: np.ndarray, number: int, size: int) -> np.ndarray:
 
 
 def load_file(path: Path) -> dict[str, np.ndarray] | None:
-    """All arrays of a file, or None if it does not exist or cannot be read: it is then made again."""
+    """All arrays of a file, or None if it does not exist or cannot be read: it is then computed again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -124,7 +124,7 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 
 
 class Inference:
-    """The forward passes of a reduction over its data, kept in the work folder; each method is called by all ranks."""
+    """A reduction's forward passes over its data, saved in the work folder; all ranks call each method."""
 
     def __init__(self, cfg: ReduceConfig, pairs, process: run.Process):
         self.cfg, self.pairs, self.process = cfg, pairs, process
@@ -135,7 +135,7 @@ class Inference:
         self.tick: Callable[[int], None] = lambda _: None  # counts the samples of a pass
 
     def folder(self, what: str, model: str) -> Path:
-        """Where results of one model on this data are kept: other models and other data have other folders."""
+        """Folder for the results of one model on this data; each pair of model and data has its own."""
         file = weights_of(model)
         stamp = file and file.stat().st_mtime_ns
         marks = (self.pairs.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
@@ -172,7 +172,7 @@ class Inference:
         compute: Callable[[np.ndarray], dict],
         size: int | None = None,
     ) -> Path:
-        """`cached_rows` with the reduction's settings, saying how far it has come; returns the folder."""
+        """`cached_rows` with the reduction's settings and a progress report; returns the folder."""
         size = size or self.cfg.chunk
         files = {number for number in np.unique(rows // size).tolist() if (folder / f"{number:06}.npz").exists()}
         left = len(rows) - sum(len(rows_in(rows, number, size)) for number in files)
@@ -223,7 +223,7 @@ class Inference:
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
-        """images (B, 3, S, S) -> codes (B, 9), by a codebook made of a sample of the data; kept, and made by rank 0."""
+        """images (B, 3, S, S) -> codes (B, 9), by a codebook that rank 0 fits to a sample of the data and saves."""
         cfg, encoder, path = self.cfg, self.encoder(self.cfg.encoder), self.encoder_folder("codebook") / "codebook.npz"
         if self.process.main and load_file(path) is None:
             sample = np.sort(np.random.default_rng(cfg.seed).permutation(len(self.rows))[:FITTED])
@@ -243,9 +243,9 @@ class Inference:
         return encode
 
     def checks(self, good: np.ndarray) -> tuple[np.ndarray, dict[str, Tensor], list[str]]:
-        """Of at most CHECKED readable rows: which they are, features (n, D) by what they are of, captions.
+        """For at most CHECKED readable rows: the rows, features (n, D) by kind, captions.
 
-        Features are small pictures, and those of an encoder that did not make the clusters.
+        Features are thumbnails, and those of an encoder that did not make the clusters.
         """
         cfg = self.cfg
         rows = np.sort(np.random.default_rng(cfg.seed).permutation(good)[:CHECKED])
@@ -275,7 +275,7 @@ class Inference:
         return rows, found, [self.pairs.caption(row) for row in rows]
 
     def readable(self) -> Path:
-        """Folder of pixel hashes and reasons of the broken, of all rows, where no captioner is wanted."""
+        """Folder of all rows' pixel hashes and reasons of the broken, if no captioner is used."""
 
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]

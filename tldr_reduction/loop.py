@@ -1,4 +1,4 @@
-"""What the training programs have in common: captioner.py, finetune.py, train.py and retrieval.py.
+"""Code shared by the training programs captioner.py, finetune.py, train.py and retrieval.py.
 
 Schedules, weights to start from, pairs and batches, an optimizer's step, and --dry-run. Each program writes out its own
 loop and its own losses. `V:` is showlab/datacentric.vlp@a488102:vq_compress_model/.
@@ -60,7 +60,7 @@ def learning_rate(cfg: Common, epoch: int, step: int) -> float:
 
 
 def start_from_elsewhere(model: nn.Module, cfg: Common) -> None:
-    """Load the weights that the settings name; what a checkpoint lacks is said, and starts at random."""
+    """Load the weights named by the settings; weights missing in the checkpoint are printed and start at random."""
     if getattr(cfg, "lock_image", False):
         model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
     if isinstance(cfg, Warm) and cfg.vision_init:
@@ -93,12 +93,12 @@ def optimizer_of(model: nn.Module, cfg: Common, precision: str, process: run.Pro
 
 
 def parallel(model: nn.Module, process: run.Process) -> nn.Module:
-    """The model itself, or what averages its gradients over processes."""
+    """The model itself, or its wrapper that averages gradients over processes."""
     return DistributedDataParallel(model) if process.world_size > 1 else model
 
 
 def begin_step(optimizer: torch.optim.Optimizer, lr: float, step: int, cfg: Common, process: run.Process) -> None:
-    """Set the learning rate, and seed dropout and negatives by the step, so that a resumed run agrees."""
+    """Set the learning rate, and seed dropout and negatives by the step, so that a resumed run is equal."""
     torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -121,7 +121,7 @@ def update(
 
 
 def pairs_of(cfg: Common, process: run.Process):
-    """What is trained on: by window, or by row."""
+    """The training pairs: by window, or by row."""
     if cfg.window_shards:
         return windows.open_pairs(cfg, process)
     return open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
@@ -139,8 +139,8 @@ def training_batches(
     dataset_type: type[PairDataset] = PairDataset,
     view: Callable | None = None,
 ) -> tuple[PairDataset, Iterator[tuple]]:
-    """The program's views, or others, and batches of all epochs from batch `start` of epoch `first` on, as `Collate`
-    makes them: captions behind the `prompt`."""
+    """The data set, with the program's views or others, and the batches of `Collate` of all epochs from batch `start`
+    of epoch `first` on; captions follow the `prompt`."""
     view = view or train_transform(image_side(model, cfg), cfg.crop_scale, cfg.flip, cfg.augment)
     dataset = dataset_type(pairs, view, cfg.seed, cfg.max_words)
     collate = Collate(tokenizer, cfg.max_length, prompt)
@@ -150,7 +150,7 @@ def training_batches(
 def of_epoch(
     loader: Iterator[tuple], pairs, epoch: int, start: int, cfg: Common, process: run.Process
 ) -> tuple[Iterable, list[data.Broken]]:
-    """The batches of an epoch from batch `start` on, which come next, and the list that broken samples go to."""
+    """The next batches: those of an epoch from batch `start` on, and the list that collects broken samples."""
     broken, left = list(pairs.broken), len(pairs) // cfg.batch_size - start
     label = f"{Path(cfg.out).name} epoch {epoch + 1}/{cfg.epochs}"
     bar = run.progress(loader, left, label, cfg.batch_size, process)
@@ -158,8 +158,8 @@ def of_epoch(
 
 
 def on_device(inputs: list[Tensor], dataset: PairDataset, device: torch.device, prompt_length: int = 0) -> list[Tensor]:
-    """Images, ids, mask of a batch of the dataset, and what a decoder has to predict: `target_places`; what else the
-    batch holds comes behind."""
+    """Images, ids, mask of a batch of the dataset, and `target_places`, the positions that a decoder predicts; the
+    batch's other entries follow."""
     images, ids, mask, *rest = inputs
     places = run.pinned(target_places(ids, prompt_length), device)
     images, *moved = (x.to(device, non_blocking=True) for x in (images, ids, mask, places, *rest))
@@ -170,14 +170,14 @@ def on_device(inputs: list[Tensor], dataset: PairDataset, device: torch.device, 
 
 
 def vocab_size(cfg: Common) -> int:
-    """Words of the vocabulary, BERT's where it is no file: a dry run fetches nothing."""
+    """Size of the vocabulary; BERT's if it is no file, since a dry run downloads nothing."""
     return len(WordPiece(cfg.vocab)) if Path(cfg.vocab).is_file() else 30524
 
 
 def show_plan(
     cfg: Common, world_size: int, model: nn.Module, forward: Callable[[], Any], more: Iterable[tuple[str, str]] = ()
 ) -> None:
-    """Print what a run would be: parameters, samples, steps, learning rates, memory of the training step.
+    """Print the plan of a run: parameters, samples, steps, learning rates, memory of the training step.
 
     `forward` runs the model on two samples; `more` are further rows.
     """
@@ -209,7 +209,7 @@ def two_samples(side: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main(cfg: Common, train: Callable, dry_run: Callable) -> Path | None:
-    """What the programs' `main` do: check the settings, then `train`, or --dry-run."""
+    """The programs' `main`: check the settings, then `train`, or --dry-run."""
     process = run.setup(cfg.seed, cfg.device)
     check(cfg, process.world_size)
     if cfg.dry_run:

@@ -47,7 +47,7 @@ BLOCK = 2048  # tokens compared with the codebook at a time
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     """i_n = argmin_k |z_n|^2 + |e_k|^2 - 2 z_n e_k, ties to the lowest k: (n, c), (K, c) -> (n,) int64.
 
-    V:models/quantize.py:282-286. In blocks of tokens, so that n x K distances are never held.
+    V:models/quantize.py:282-286. In blocks of tokens, so that the n x K distances are never in memory at once.
     """
     squares, indices = codebook.square().sum(1), []
     for tokens in z.split(BLOCK):
@@ -88,9 +88,9 @@ class StraightThrough(torch.autograd.Function):
 class VectorQuantizer(nn.Module):
     """The image as codes: z (B, L, D) -> z_q (B, L, D), loss (), codes (B, L'). V:models/quantize.py:213-333.
 
-    Every token, [CLS] included, is cut into D/c parts, each replaced by the nearest of K codes; no projection, no
-    normalisation. `legacy` (upstream's default) puts beta on the codebook's term; without, beta is on the commitment's,
-    as VQ-VAE was published. The gradient of z_q passes to z unchanged.
+    Every token, including [CLS], is split into D/c pieces, each replaced by the nearest of K codes; no projection, no
+    normalisation. `legacy` (upstream's default): beta weights the codebook's term; without, the commitment term, as
+    VQ-VAE was published. The gradient of z_q passes to z unchanged.
     """
 
     def __init__(self, num_codes: int = 1024, code_dim: int = 768, beta: float = 0.25, legacy: bool = True):
@@ -111,7 +111,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Codes (B, L') alone."""
+        """Only the codes (B, L')."""
         flat = z.float().reshape(-1, self.embedding.embedding_dim)
         return nearest_codes(flat, self.embedding.weight).view(len(z), -1)
 
@@ -119,8 +119,8 @@ class VectorQuantizer(nn.Module):
 class EMAVectorQuantizer(nn.Module):
     """A codebook that follows the tokens by moving averages instead of gradients. V:models/quantize.py:335-448.
 
-    Shipped by the authors, but unused and not constructible there. Faithful with `start_size` 0; the averages of one
-    step then inflate every code, which a start of 1 avoids. z (B, L, c) -> z_q, loss beta mean((sg[q] - z)^2), codes.
+    Shipped by the authors, but unused and not constructible there. Equal to theirs with `start_size` 0, which inflates
+    every code after one step; a start of 1 avoids this. z (B, L, c) -> z_q, loss beta mean((sg[q] - z)^2), codes.
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, decay=0.99, eps=1e-5, start_size: float = 1.0):
@@ -163,7 +163,7 @@ def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
 def frequent_keywords(captions: Iterable[str], count: int) -> list[str]:
     """The most frequent keywords and two-word phrases of the captions, as many as `count`.
 
-    Stop words are left out and end a phrase; a keyword counts once a caption; ties are in alphabetical order.
+    Stop words are left out and end a phrase; a keyword counts once per caption; ties are in alphabetical order.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -188,13 +188,13 @@ def keyword_codebook(captions: Iterable[str], num_codes: int, embed: Callable[[l
 
 
 def rescaled(codebook: Tensor, tokens: Tensor) -> Tensor:
-    """The codebook (K, c) moved and scaled to mean and variance of the tokens (n, c) that it is to meet."""
+    """The codebook (K, c) shifted and scaled to the mean and variance of the tokens (n, c)."""
     standard = (codebook - codebook.mean(0)) / codebook.std().clamp(min=1e-6)
     return standard * (tokens - tokens.mean(0)).std() + tokens.mean(0)
 
 
 def sampled_codebook(tokens: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    """(K, c) drawn from the tokens (n, c), without replacement while they last."""
+    """(K, c) drawn from the tokens (n, c), without replacement if there are enough."""
     repeats = -(-num_codes // len(tokens))
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(repeats)])
     return tokens[order[:num_codes].to(tokens.device)].clone()
@@ -202,7 +202,7 @@ def sampled_codebook(tokens: Tensor, num_codes: int, generator: torch.Generator)
 
 @torch.no_grad()
 def restart_unused(quantize: VectorQuantizer, used: Tensor, tokens: Tensor, generator: torch.Generator) -> int:
-    """Move codes that no token chose (`used` (K,) counts) onto random tokens (n, c); how many. Against collapse."""
+    """Replace unused codes (`used` (K,) counts) by random tokens (n, c); returns their number. Against collapse."""
     unused = (used == 0).nonzero().flatten()
     if len(unused):
         quantize.embedding.weight[unused] = sampled_codebook(tokens.float(), len(unused), generator)
@@ -215,7 +215,8 @@ def restart_unused(quantize: VectorQuantizer, used: Tensor, tokens: Tensor, gene
 
 
 class CodebookCaptioner(nn.Module):
-    """ViT, codebook, text decoder: what TL;DR codes images with. V:models/blip_pretrain_vq_compress.py:101-134.
+    """ViT, codebook, text decoder: the model that TL;DR encodes images with.
+    V:models/blip_pretrain_vq_compress.py:101-134.
 
     With `quantize` None it is the captioner that is fine-tuned on clean captions and writes T_g (V:models/blip.py:71).
     [DEC] defaults to the last id but one of the vocabulary, as in BLIP's.
@@ -237,7 +238,7 @@ class CodebookCaptioner(nn.Module):
         self.sep_token_id = sep_token_id
 
     def image_states(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the decoder reads (B, L, D), loss_emb, codes (B, L') or None."""
+        """The decoder's input (B, L, D), loss_emb, codes (B, L') or None."""
         x = self.visual_encoder(image)
         return (x, x.new_zeros((), dtype=torch.float32), None) if self.quantize is None else self.quantize(x)
 
@@ -310,7 +311,7 @@ class CodebookCaptioner(nn.Module):
 
 
 class LockedTower(TimmModel):
-    """open_clip's tower of a timm network whose trunk stays as it is. Reads images, or features (B, C) of the trunk."""
+    """open_clip's tower of a timm network with a frozen trunk. Reads images, or the trunk's features (B, C)."""
 
     def lock_trunk(self) -> None:
         self.trunk.requires_grad_(False)

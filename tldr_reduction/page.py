@@ -1,6 +1,6 @@
 """report.html of a reduction: what was kept and dropped and why, clusters, duplicates, captions and their scores.
 
-One file without scripts; examples are small pictures in it, drawn by the seed.
+One file without scripts, with embedded thumbnails of examples, which the seed draws.
 """
 
 import base64
@@ -54,13 +54,13 @@ def write_page(path: Path, cfg: ReduceConfig, pairs, report: dict, columns: dict
 
 
 class Examples:
-    """Samples as small pictures with what is said of them."""
+    """Samples as thumbnails with their captions and facts."""
 
     def __init__(self, pairs, columns: dict[str, Sequence]):
         self.pairs, self.columns = pairs, columns
 
     def row(self, rows: Iterable[int]) -> str:
-        """Some of them beside each other, kept ones framed."""
+        """Some samples side by side, kept ones framed."""
         return f'<div class="row">{"".join(map(self.one, rows))}</div>'
 
     def one(self, row: int) -> str:
@@ -143,7 +143,7 @@ def histogram(itm: dict) -> str:
 
 
 def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:
-    """Each reason with its number and examples; identical images have a part of their own."""
+    """Each reason with its count and examples; identical images have their own section."""
     groups: dict[str, list[int]] = {}
     for row, reason in enumerate(columns["reason"]):
         if not reason.startswith("same image"):

@@ -5,8 +5,8 @@ captions of scenes (shared/corpora/scenes.py), of which many are near copies of 
                             generic; the others are true, the name with some of its tags
     OUT/oracle-NN.json      captions for --predictions: an oracle's, which knows the true name and is wrong in NN %
 
-What is bad in a pool is bad in those with more noise, too; all is a function of a sample's key. Each json says its
-scene ("original"), true "name" and kind of caption ("noise": name, other or generic).
+A sample that is bad in a pool is also bad in pools with more noise; everything depends only on the sample's key. Each
+json holds its scene ("original"), true "name" and kind of caption ("noise": name, other or generic).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import tyro
 from shared import checkpoints, cli, data, tars
 
 GENERIC = ("an image of an icon", "picture", "a drawing on a background", "symbol clip art")
-RECIPE = 1  # raised when the same scenes and shares give other pools
+RECIPE = 1  # increase when equal scenes and shares give different pools
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class Config:
     source: str = "data/tldr-scenes"
     """Folder of scenes, as `python -m shared.corpora.scenes` builds it, one captioned emoji each."""
     out: str = "data/tldr"
-    """Folder to write; a finished one is left as it is."""
+    """Folder to write; a finished one is not changed."""
     noise: tuple[int, ...] = (0, 30, 60)
     """Percent of bad captions of each pool."""
     oracle: tuple[int, ...] = (20, 50, 80)
@@ -45,7 +45,7 @@ def caption(key: str, true: str, names: list[str], name: str, percent: int) -> t
 
 
 def told(key: str, names: list[str], name: str, percent: int) -> str:
-    """What the oracle with `percent` wrong names says of one sample."""
+    """The caption of one sample by the oracle with `percent` wrong names."""
     rng = random.Random(data.stable_hash("oracle", key))
     wrong, other = rng.random() * 100 < percent, rng.choice([each for each in names if each != name])
     return other if wrong else name

@@ -1,5 +1,5 @@
-"""Is a reduction better than a coin? How alike the members of its clusters are, and how well what is kept covers what
-is dropped, in features that did not make the clusters.
+"""Is a reduction better than a random one? Measures the similarity within clusters, and how well kept samples cover
+dropped ones, on features that were not used for the clusters.
 
 Shapes: n samples, D features, k clusters.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tldr_reduction.cluster import nearest, train_kmeans
 
-CHECKED = 10_000  # samples that are looked at; of more, so many are drawn
+CHECKED = 10_000  # maximum number of samples; of more, so many are drawn
 DRAWS = 3  # random selections that coverage is compared with
-WORDS = 2000  # that captions are compared by
+WORDS = 2000  # vocabulary to compare captions
 
 
 def cohesion(features: Tensor, labels: Tensor) -> float:

@@ -8,11 +8,11 @@ DIR will hold
   shards/            the kept samples, with their new captions; train.py, or any trainer, reads them
   annotation.json    [{"image", "caption"}] of the kept samples, cluster by cluster as the authors' code orders them;
                      image is a path: below DIR (images/SHARD/NAME, written with --extract-images), or the input's own
-  report.csv         one line a sample: kept or not and why, cluster, place in it, distance, duplicates, ITM, captions
+  report.csv         one line per sample: kept or not and why, cluster, place in it, distance, duplicates, ITM, captions
   report.json        counts, duplicates, cluster sizes, codes used, cohesion and coverage beside a random selection, ITM
                      before and after, seconds
-  report.html        the same to look at: kept and dropped examples with reasons, clusters, duplicates, captions
-  work/              code vectors, scores and generated captions by row; a run that was killed goes on from them
+  report.html        the same as a page: kept and dropped examples with reasons, clusters, duplicates, captions
+  work/              code vectors, scores and generated captions by row; an interrupted run resumes from them
 Under torchrun, ranks share out the rows of the costly passes.
 """
 
@@ -63,7 +63,8 @@ def refined(original: str, generated: str) -> str:
 def refine_annotations(
     rows: Sequence[Sequence[str]], generated: Iterable[dict], annotations: Iterable[dict]
 ) -> list[dict]:
-    """Annotations with the captions of `rows`, generated ones behind them. U:generate_train_json_w_caption.py:33-82.
+    """Annotations with the captions of `rows`, followed by the generated ones.
+    U:generate_train_json_w_caption.py:33-82.
 
     rows: [caption, key] of the source; generated: {"image_id": row number, "caption"}; annotations: {"image",
     "caption"}. A row's key counts from its last "_" on, an annotation's is its file name up to the first dot. Without a
@@ -91,7 +92,7 @@ def image_key(path: str) -> str:
 
 
 def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clusters | None) -> Tensor:
-    """Selected places among n readable samples, in the order of the annotation file.
+    """Selected indices among n readable samples, in the order of the annotation file.
 
     `scores` (n,) of image-text matching, for --select itm; `clusters`, for the selections by clusters.
     """
@@ -111,8 +112,8 @@ def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clust
 
 
 def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | None, clusters: Clusters | None):
-    """`select` of n samples with these hashes of their images (n,), of which a selection by clusters takes the first
-    of identical ones alone; the share is that of all n, so that other images take the place of copies."""
+    """`select` for n samples with image hashes (n,): of identical images, a selection by clusters keeps only the first.
+    The share refers to all n, so other images replace the copies."""
     distinct = np.flatnonzero(first_of_equal(pixels) == np.arange(len(pixels)))
     if not (cfg.clustered and cfg.drop_duplicates) or len(distinct) == len(pixels):
         return select(cfg, len(pixels), scores, clusters)
@@ -127,7 +128,7 @@ def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | 
 def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process) -> None:
     """Copies of the samples `kept` (row -> caption), all of their files, in one new shard for each that has some.
 
-    Only the .txt changes. Ranks share out the shards; one that is there already is left alone.
+    Only the .txt changes. The shards are distributed over ranks; existing shards are not changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(process.rank, len(pairs.paths), process.world_size):
