@@ -21,7 +21,7 @@ from shared import data, memory, run, windows
 def image_transform(
     size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=memory.CLIP_STATISTICS
 ) -> transforms.Compose:
-    """PIL RGB -> (3, size, size), normalised with `statistics` (mean, std; default CLIP's). U:open_clip/transform.py:13.
+    """PIL RGB -> (3, size, size), normalised with `statistics` (mean, std). U:open_clip/transform.py:13.
 
     `crop` replaces the augmentation's own range of areas.
     """
@@ -95,7 +95,7 @@ def light_colours(images: Tensor, u: Tensor) -> Tensor:
 
 
 def ascii_caption(caption: str) -> str:
-    """The student's caption: without non-ASCII characters (U:training/data.py:41). The teacher sees the full caption."""
+    """The student's caption: without non-ASCII characters (U:training/data.py:41). The teacher gets all characters."""
     return caption.encode("ascii", errors="ignore").decode()
 
 
@@ -183,7 +183,7 @@ class Episodes:
         return sorted(set(chosen))
 
     def episode(self, episode: int):
-        """(pairs, rows (N,)) of an episode. Skipped episodes are drawn, too, so that a resumed run draws the same rows."""
+        """(pairs, rows (N,)) of an episode. Draws skipped episodes, too, so that a resumed run gets the same rows."""
         pairs = self.pairs
         if pairs is None:
             folder = windows.own_cache(self.cfg)

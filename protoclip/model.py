@@ -329,9 +329,7 @@ def build_prototypes(
     Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0.
     """
     if external is not None and not back_translate:
-        raise ValueError(
-            "an external teacher needs back_translate=True: its centroids are not in the student's space"
-        )
+        raise ValueError("an external teacher needs back_translate=True: its centroids are not in the student's space")
     h_image = torch.where(image_projected.isnan(), 0.0, image_projected)
     h_text = torch.where(text_projected.isnan(), 0.0, text_projected)
     image_labels, image = kmeans(h_image, k, niter, nredo)
