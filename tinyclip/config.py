@@ -58,9 +58,9 @@ class Stage:
     target_sparsity: float = 0.25
     """Share of the towers' block parameters to be pruned."""
     sparsity_warmup: int = 1_000
-    """Steps in which the target rises from start to end."""
+    """Steps in which the target rises from `start_sparsity` to `target_sparsity`."""
     prune_step: int = 3_000
-    """Step at which the masks become a smaller network, with a new optimizer."""
+    """Step at which the masks are cut out; the smaller network gets a new optimizer."""
     mask_lr: float = 0.02
     """Learning rate of the masks."""
     lambda_lr: float = -0.02
