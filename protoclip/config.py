@@ -128,7 +128,7 @@ class Config:
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
     keep_every: int = 0
-    """Steps between checkpoints that are kept as checkpoint-STEP.pt; 0 keeps none."""
+    """Every so many steps keep the checkpoint as checkpoint-STEP.pt; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0

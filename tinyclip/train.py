@@ -513,8 +513,8 @@ def locked_rows(cfg: Config) -> list[tuple[str, str]]:
 
 
 def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | Teacher | None:
-    """The teacher, None where nothing asks it. ValueError if the student is to have a tower of it, and it sees other
-    images or captions."""
+    """The teacher, or None if the stage needs none. ValueError if the student uses a tower of it but has another image
+    size or context length."""
     borrowed, (side, context) = cfg.use_teacher_image or cfg.use_teacher_text, image_and_context(student)
     if cfg.alpha == 0 and not borrowed:
         return None
