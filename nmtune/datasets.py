@@ -28,7 +28,7 @@ from shared.index import Strings, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
-LARGE_FOLDERS = 2**22  # summed size of the class folders' own entries, in bytes, from which their file list is cached
+LARGE_FOLDERS = 2**22  # bytes of the class folders themselves; from this size on their file list is cached
 LABEL_BYTES = 64  # bytes read of a .cls file
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees; the downstream tasks use them
 ID_TEST = 0.4  # share of their drawings in known styles that is held out of tuning

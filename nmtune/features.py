@@ -430,7 +430,7 @@ class RunFeatures:
         self.bank = Bank(*self.encoded(self.images, transform, views, "training set"))
 
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
-        """`encode_set` with the run's settings; features have length 1 if the classifier starts from text embeddings."""
+        """`encode_set` with the run's settings; features have length 1 if the classifier is a text tower's."""
         features, labels = encode_set(
             self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
             workers=self.cfg.workers, batch_size=self.batch_size, label=label,

@@ -1,7 +1,7 @@
 """Tune the encoder itself: `python -m nmtune.finetune PRESET [--overrides]`. Journal version, arXiv 2403.06869.
 
-Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/nml_finetune.py`. The journal's contribution: the two
-spectral regularisers act on the encoder's own features of one view, without MLP and L_MSE (`finetune_loss`).
+Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/nml_finetune.py`. The journal's contribution: the
+two spectral regularisers act on the encoder's own features of one view, without MLP and L_MSE (`finetune_loss`).
 Tunes all weights, or the classifier and rank-8 adapters of the blocks' MLPs (LoRA, by peft).
 """
 
