@@ -1,7 +1,7 @@
 """Every setting of an A-CLIP, SLIP or CLIP run, its presets, and the checks before a run starts.
 
-Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which is
-in the authors' code only; `emoji*` and `small*` are ours.
+Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which
+only the authors' code has; `emoji*` and `small*` are ours.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
-    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
-    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
-    hold fewer, samples come again."""
+    """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
+    time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
+    number of samples per epoch: if the shards hold more, each epoch leaves out different ones; if fewer, samples
+    repeat."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
     caption_lines: bool = False
-    """A caption file is a title, its first line, and a description, its other lines (YFCC15M). Each visit draws one of
-    them, never a blank one."""
+    """The first line of a caption file is a title, the other lines are a description (YFCC15M). One of the two is drawn
+    each time the sample is read, never a blank one."""
 
     method: Literal["aclip", "slip", "clip"] = "aclip"
     """aclip, or one of the paper's baselines."""
@@ -42,7 +42,7 @@ class Config:
     freeze_patch_proj: bool | None = None
     """Freeze the patch projection at its random initialisation; None: A-CLIP does, its baselines do not."""
     mask: Literal["attentive", "high", "random", "none"] = "attentive"
-    """A-CLIP's patches to keep: those of high EMA score, of low (the high ones are dropped), random ones, all."""
+    """Patches that A-CLIP keeps. attentive: of high EMA score. high: of low score (drops the high). none: all."""
     keep_ratio: float = 0.5
     """Share r of patches to keep: int(r * blocks) + 1 blocks of 2x2, or int(r * patches) random patches."""
     views: Literal[1, 2] = 2
@@ -50,7 +50,7 @@ class Config:
     ssl: bool = True
     """A-CLIP's SimCLR (with two views) and BYOL losses; off for the ablation of masking."""
     ema_image_size: int | None = None
-    """Side of the EMA view; None: as the others. Half of it is A-CLIP-eff."""
+    """Side of the EMA view; None: as the other views. A-CLIP-eff has half of it."""
     ema_momentum: float = 0.996
     """First momentum of the EMA towers; it rises along a cosine to 1."""
     simclr_weight: float = 1.0
@@ -60,21 +60,21 @@ class Config:
     temperature: float = 0.1
     """Temperature of SimCLR."""
     simclr_pair: Literal["cross", "same"] = "cross"
-    """cross: SimCLR between the two views. same: view 1 with itself, as the released code has it."""
+    """cross: SimCLR between the two views. same: view 1 with itself, as in the released code."""
     released_boxes: bool = False
-    """EMA boxes by the released formula, which may leave parts of the views out; off: they cover both views."""
+    """EMA boxes by the released formula, which may miss parts of the views; off: they cover both views."""
     crop_scale: float = 0.5
     """Smallest share of the image's area in a crop (SimCLR's crops in SLIP: 0.08 always)."""
     augmentation: Literal["paper", "crop"] = "paper"
-    """paper: each method's own. crop: crops alone, for all methods (colour and direction tell emoji apart)."""
+    """paper: each method's own. crop: only crops, for all methods (emoji differ in colour and direction)."""
 
     epochs: int = 25
     """Passes over the data."""
     batch_size: int = 4096
     """Pairs per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step (the authors' --update-freq), each with its own softmax and batch norms: gradients are not
-    those of one batch, which --accumulate gives in the other folders."""
+    """Micro-batches a step (the authors' --update-freq), each with its own softmax and batch norms. Unlike in the other
+    folders, gradients differ from those of one batch."""
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     lr: float = 5e-4
@@ -86,7 +86,7 @@ class Config:
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up."""
     weight_decay: float = 0.5
-    """AdamW's decay of matrices and embeddings; gains, biases and the temperature have none."""
+    """AdamW's weight decay of matrices and embeddings; gains, biases and the temperature have none."""
     beta1: float = 0.9
     """AdamW's beta1."""
     beta2: float = 0.98
@@ -99,7 +99,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Scores' softmax, logits and losses are in fp32 always."""
+    """auto: bf16 where the processor supports it. The scores' softmax, logits and losses are always in fp32."""
     workers: int = 8
     """Loader processes per training process; they do not change the order of samples."""
     keep_in_memory: bool = False
@@ -116,7 +116,7 @@ class Config:
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     keep_best: bool = False
-    """Keep checkpoint-best.pt, too: of all that `eval_every` evaluates, the one with the best top-1 (online towers)."""
+    """Also keep checkpoint-best.pt: the evaluated checkpoint (`eval_every`) with the best top-1 of online towers."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 

@@ -30,9 +30,9 @@ def three_boxes(
 ) -> Tensor:
     """(V+1, 4) int64 boxes (top, left, height, width): V random crops and a larger one for the EMA. U:datasets.py:240.
 
-    The EMA box reaches from a random corner above and left of all crops to a random one below and right of them.
-    `released_boxes` draws it by upstream's formula (two views only): the left edge mixes up coordinates, and height and
-    width are drawn as if the corner had not moved, so that a crop may stick out of it.
+    The top left corner of the EMA box is drawn above and left of all crops, its other corner below and right of them.
+    `released_boxes` uses upstream's formula (two views only): the left edge mixes up coordinates, and height and
+    width are drawn as if the corner had not moved, so that a crop may extend beyond the box.
     """
     width, height = image.size
     crops = [RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(views)]
@@ -76,7 +76,7 @@ def three_crops(
 
 
 class GaussianBlur:
-    """PIL's blur of a radius from U(0.1, 2) pixels. U:utils.py:263."""
+    """PIL's Gaussian blur with a radius from U(0.1, 2) pixels. U:utils.py:263."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2.0).item()))
@@ -104,7 +104,7 @@ def view_transform(kind: str = "aclip") -> transforms.Compose:
     return transforms.Compose([*steps[kind], data.ToNormalizedTensor(MEAN, STD)])
 
 
-@functools.cache  # one object, by which `quick_top1` knows the images of the evaluation before
+@functools.cache  # the same object each time, so that `quick_top1` can reuse its images
 def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Compose:
     """Shorter side to `resize` (default: size), centre crop. U:eval_zeroshot.py:68; the linear probe resizes to 8/7 of
     the size, 256 for 224 (U:main_linear.py:190)."""
@@ -121,9 +121,9 @@ def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Com
 
 
 def title_and_description(text: str) -> list[str]:
-    """A caption file's first line and its other lines as one: those of the two that are not blank. U:datasets.py:68.
+    """[title (first line), description (other lines, joined)] of a caption file, without blank ones. U:datasets.py:68.
 
-    Descriptions of YFCC15M have line breaks of their own, which are no third and fourth caption.
+    Descriptions of YFCC15M contain line breaks, so that a line is not a caption.
     """
     title, _, description = text.partition("\n")
     return [line for part in (title, description) if (line := " ".join(part.split()))]
@@ -133,8 +133,8 @@ class ViewDataset(Dataset):
     """Item i of a run: the views that the method trains on, boxes (V+1, 4), tokens (T,), broken samples it replaced.
 
     aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view.
-    Views are uint8; `normalise` makes a batch of them what the towers read. A view is a function of seed, epoch and row
-    alone, and the first crop of all methods is the same.
+    Views are uint8; `normalise` normalises a batch of them. A view is a function of seed, epoch and row alone, and the
+    first crop is the same for all methods.
     """
 
     def __init__(self, pairs, cfg, size: int, tokenizer, seed: int, ema_view: bool):

@@ -2,7 +2,7 @@
 
 The paper's evaluations (authors' code microsoft/A-CLIP@0e51942, cited as `U:`): zero-shot classification with each
 set's own metric, zero-shot retrieval, linear probe; and for the embedded corpus, the share of foreground among kept
-patches. A-CLIP is evaluated with its EMA towers, as in upstream's suite; with the online ones under `online/`.
+patches. A-CLIP is evaluated with its EMA towers, as in upstream's suite; metrics of the online towers are `online/...`.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ from shared.zeroshot import (
 )
 
 EMOJI = "data/emoji/eval/"
-METRICS = {  # what is shown of a run, and its heading
+METRICS = {  # printed metrics and their headings
     "names_ood/top1": "names OOD",
     "online/names_ood/top1": "names OOD, online",
     "names_id/top1": "names ID",
@@ -67,7 +67,7 @@ METRICS = {  # what is shown of a run, and its heading
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Evaluate runs; prints the numbers and writes all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in them such as checkpoint-best.pt, or the authors' (A-CLIP's, SLIP's)."""
@@ -79,21 +79,21 @@ class Config:
         EMOJI + name
         for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
     )
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     prompts: Literal["set", "slip"] = "set"
     """Class names and templates of classification sets. set: the set's own. slip: those of the paper's 26 sets."""
     slip: str | None = None
     """Clone of facebookresearch/SLIP, whose labels.json and templates.json --prompts slip reads."""
     probe: str | None = EMOJI + "subgroups_ood"
-    """Set with a train/ split for the linear probe on frozen features of the online tower; None leaves it out."""
+    """Set with a train/ split for the linear probe on frozen features of the online tower; None skips it."""
     probe_lr: float | None = 0.1
     """First learning rate of the probe; None: upstream's 0.00625."""
     foreground: str | None = EMOJI + "names_ood"
-    """Set whose images measure the share of foreground among kept patches; None leaves it out."""
+    """Set of images on which the share of foreground among kept patches is measured; None skips it."""
     keep_ratio: float = 0.5
-    """Share of blocks to keep there."""
+    """Share of blocks to keep for `foreground`."""
     export: str | None = None
-    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     times: str | None = None
@@ -112,17 +112,17 @@ class Config:
 
 
 def mean_per_class(logits: Tensor, targets: Tensor) -> float:
-    """Mean of the classes' accuracies in percent, over the classes in targets (N,). U:eval_zeroshot.py:182."""
+    """Mean accuracy over the classes that occur in targets (N,), in percent. U:eval_zeroshot.py:182."""
     return classification_metrics(logits, targets)["mean_per_class"]
 
 
 def roc_auc(logits: Tensor, targets: Tensor) -> float:
-    """Area under the ROC curve in percent of logit 1 - logit 0; logits (N, 2), targets 0/1. U:eval_zeroshot.py:190."""
+    """Area under the ROC curve of logit 1 - logit 0, in percent; logits (N, 2), targets 0/1. U:eval_zeroshot.py:190."""
     return 100 * float(roc_auc_score(targets.numpy(), (logits[:, 1] - logits[:, 0]).double().numpy()))
 
 
 def paper_metric(name: str, metrics: dict[str, float]) -> float:
-    """What the paper's suite reports of a set, by its name (see `suite.reported`); percent, NaN if not measured."""
+    """The metric that the paper's suite reports for a set (see `suite.reported`), in percent; NaN if not measured."""
     return metrics.get(suite.reported(name), math.nan)
 
 
@@ -164,7 +164,7 @@ def zero_shot(
 
 
 def class_prompts(tokenizer, classnames: Sequence[str | Sequence[str]], templates: Sequence[str]) -> list[Tensor]:
-    """Token ids (P_c, T) of each class; a class may have a list of names, and `{c}` in a template stands for a name."""
+    """Token ids (P_c, T) of each class. A class may have several names; `{c}` in a template is replaced by a name."""
     names = [[entry] if isinstance(entry, str) else list(entry) for entry in classnames]
     return [tokenizer([t.replace("{c}", name) for name in synonyms for t in templates]) for synonyms in names]
 
@@ -178,7 +178,7 @@ def retrieval(
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """R@1/5/10 both ways in percent; pairs yields (images, the list of captions of each).
+    """R@1/5/10 in both directions, in percent; pairs yields (images, list of captions of each image).
 
     Image to text is a hit if any of the image's captions is in the top k; text to image, if the image is.
     """
@@ -199,7 +199,8 @@ def retrieval(
 def linear_probe_lr(base_lr: float, batch: int, world: int, epoch: int, epochs: int) -> float:
     """An epoch's rate: base_lr * int(batch / world) / 256, along half a cosine to 0. U:main_linear.py:132,432.
 
-    `batch` is one GPU's and divided by the number of GPUs once more, as shipped; 0.00625 for upstream's 0.1, 128, 8.
+    `batch` is that of one GPU; it is divided by the number of GPUs once more, as in the release (0.1, 128, 8 give
+    0.00625).
     """
     return base_lr * int(batch / world) / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
@@ -239,7 +240,7 @@ def linear_probe(
 
 
 def object_masks(eval_set: EvalSet) -> Tensor | None:
-    """(N, S, S) 1 where the samples' `mask.png` names an object, as scenes have them; None if a set has no masks."""
+    """(N, S, S) 1 where a sample's `mask.png` marks an object (sets of scenes have it); None if a set has no masks."""
     masks = []
     for shard in eval_set.shards:
         for _, content in read_tar(shard, [], {"mask.png"}):
@@ -258,10 +259,10 @@ def foreground(images: Tensor) -> Tensor:
 def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: float = 0.5) -> dict[str, float]:
     """Foreground among the patches that masking keeps, in percent.
 
-    images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. For the
-    model's own attention, its high-drop variant, blocks nearest to the centre, and random patches (expectation):
-    `X_share` of the kept patches that are foreground, `X_recall` of the foreground patches that are kept, `X_pixels` of
-    an image's foreground pixels that are.
+    images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. X is the
+    model's own attention, its high-drop variant, blocks nearest to the centre, or random patches (expectation).
+    `X_share`: share of kept patches that are foreground. `X_recall`: share of foreground patches that are kept.
+    `X_pixels`: share of an image's foreground pixels that are kept.
     """
     was_training = model.training
     model.eval()
@@ -285,7 +286,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
         results[f"{name}_share"] = 100 * (hits / ids.numel()).item()
         results[f"{name}_recall"] = 100 * (hits / total).item()
         results[f"{name}_pixels"] = 100 * (pixels.gather(1, ids).sum(1) / pixels.sum(1)).nanmean().item()
-    count = int(patches.shape[1] * keep_ratio)  # what random masks keep: single patches, not blocks
+    count = int(patches.shape[1] * keep_ratio)  # random masks keep single patches, not blocks
     return results | {
         "random_share": 100 * patches.mean().item(),
         "random_recall": 100 * count / patches.shape[1],
@@ -294,8 +295,8 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
 
 
 def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio: float = 0.5) -> None:
-    """Rows: images (B, 3, S, S); columns: image, patches kept by attention and by high-drop, both before and after
-    training, at random. Dropped patches are grey."""
+    """Plot one row per image (B, 3, S, S): the image; patches kept by attention and by high-drop, each before and after
+    training; random patches. Dropped patches are grey."""
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1)
     noise = torch.rand(
@@ -335,7 +336,7 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
 
 
 def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16") -> CLIP:
-    """Model in eval mode, of a run folder, of a checkpoint file of ours, or of the authors' (`method`, `preset`)."""
+    """Model in eval mode from a run folder, from our checkpoint file, or from the authors' (`method`, `preset`)."""
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     if not isinstance(state, dict):
@@ -346,7 +347,7 @@ def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16")
 
 
 def untrained(state: dict, path: str | Path) -> CLIP:
-    """The model before training of a run, from its checkpoint `state` in the folder `path`; eval mode."""
+    """A run's model before training, in eval mode; its settings come from the checkpoint `state` in folder `path`."""
     cfg = checkpoints.config_in(state, TrainConfig, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -355,11 +356,11 @@ def untrained(state: dict, path: str | Path) -> CLIP:
 
 # ------------------------------------------------------------------------------------------- export to open_clip
 
-TIMM_TOWERS = {"vit_b16": "vit_base_patch16_224", "vit_l16": "vit_large_patch16_224"}  # timm's names of presets
+TIMM_TOWERS = {"vit_b16": "vit_base_patch16_224", "vit_l16": "vit_large_patch16_224"}  # our presets: timm's names
 
 
 def open_clip_weights(model: CLIP) -> dict[str, Tensor]:
-    """The evaluated towers by open_clip's names: a timm image tower with a linear head, and CLIP's text tower."""
+    """The evaluated towers with open_clip's key names: a timm image tower with a linear head, and CLIP's text tower."""
     ema = isinstance(model, ACLIP)
     visual, transformer = (model.visual_ema, model.transformer_e) if ema else (model.visual, model.transformer)
     image_projection, text_projection = (
@@ -380,8 +381,8 @@ def open_clip_weights(model: CLIP) -> dict[str, Tensor]:
 def export_model(model: CLIP, folder: str | Path) -> None:
     """Write the towers that evaluation uses as an open_clip model.
 
-    timm has image towers of the paper's ViT-B and ViT-L by name. Of other shapes it is told by a config.json in the
-    folder, whose absolute path then stands in open_clip_config.json: change it there if you move the folder.
+    timm knows the paper's ViT-B and ViT-L by name. For other shapes a config.json in the folder describes the tower.
+    open_clip_config.json contains the folder's absolute path: change it there if you move the folder.
     """
     visual, text = model.visual, model.transformer
     shape = {
@@ -416,7 +417,7 @@ def export_model(model: CLIP, folder: str | Path) -> None:
 
 
 def same_shape(shape: dict, preset: dict) -> bool:
-    """Whether a tower is that of one of the paper's presets, at 224 pixels in patches of 16."""
+    """Whether a tower has the shape of the preset's timm model, at 224 pixels in patches of 16."""
     paper = [224, 16, *(preset[f"vision_{name}"] for name in ("width", "layers", "heads"))]
     return list(shape.values()) == paper
 
@@ -425,7 +426,7 @@ def same_shape(shape: dict, preset: dict) -> bool:
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}."""
+    """All metrics of one checkpoint: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}."""
     model = load_model(path, cfg.method, cfg.model).to(process.device)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
@@ -481,15 +482,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed."""
     sets = (*cfg.sets, cfg.probe, cfg.foreground)
     files = [Path(cfg.slip) / name for name in suite.FILES] if cfg.prompts == "slip" else []
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict] | None:
-    """Measure every run; compare them if a report is asked for. Returns the measurements of each run, with the table of
-    step times in `--times` under "step_times"."""
+    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run; "step_times" has the table
+    of `--times`."""
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
         raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, need each other")

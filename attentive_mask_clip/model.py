@@ -3,7 +3,7 @@
 Authors' code: microsoft/A-CLIP@0e51942, cited as `U:<path>:<line>`; its base facebookresearch/SLIP@c6faf5d, as `S:`.
 The paper's contribution:
   - an EMA image tower scores patches by its [CLS] attention          `MaskedViT.forward(return_scores=True)`
-  - scores are carried from the EMA view into each crop of the image  `crop_scores`
+  - scores are mapped from the EMA view into each crop of the image   `crop_scores`
   - the 2x2 blocks of high score are kept, the other tokens dropped   `attentive_keep_ids`
   - CLIP loss per masked view, SimCLR between the views, BYOL from    `ACLIP`, `aclip_loss`
     each masked view to the EMA tower's unmasked one
@@ -119,9 +119,9 @@ class MaskedViT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, H, W), keep_ids (B, K) -> tokens (B, 1+K, D) after the last LayerNorm, scores (B, N) or None.
 
-        In eval mode keep_ids are ignored (U:models.py:580), as without them all N patches are kept. For H, W other than
-        image_size, position embeddings are resized. With `cls_only` tokens are (B, 1, D), [CLS] alone, and the last
-        block leaves out what only the others would need.
+        Without keep_ids, and in eval mode (U:models.py:580), all N patches are kept. For H, W other than image_size,
+        position embeddings are resized. With `cls_only` tokens are (B, 1, D), [CLS] alone, and the last block computes
+        only what [CLS] needs.
         """
         x = self.patch_embed(images)  # (B, N, D)
         grid, pos_embed = self.patch_embed.dynamic_feat_size(images.shape[2:]), self.pos_embed
@@ -145,10 +145,10 @@ class MaskedViT(nn.Module):
 
 
 def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) -> tuple[Tensor, Tensor]:
-    """A ViT block on (B, L, D), and how its [CLS] attends: (B, heads, L) float32, softmaxed. U:models.py:505.
+    """Output of a ViT block on (B, L, D), and its [CLS] attention (B, heads, L), softmax in float32. U:models.py:505.
 
-    The row alone is computed beside the fused attention; upstream keeps the whole (B, heads, L, L) map of every layer.
-    `cls_only`: the block's output for [CLS], (B, 1, D); the other tokens give it their keys and values.
+    Only the [CLS] row is computed beside the fused attention; upstream keeps the (B, heads, L, L) map of every layer.
+    `cls_only`: the output is that of [CLS], (B, 1, D), which still attends to all tokens.
     """
     attn, D, h = block.attn, x.shape[2], block.norm1(x)
     if cls_only:
@@ -168,15 +168,15 @@ def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) ->
 
 
 def crop_scores(scores: Tensor, boxes: Tensor, ref_boxes: Tensor, grid: int) -> Tensor:
-    """Scores (B, n*n) of the patches of `ref_boxes` -> scores (B, grid*grid) of those of `boxes`. U:models.py:448.
+    """Scores (B, n*n) of patches of `ref_boxes` -> scores (B, grid*grid) of patches of `boxes`. U:models.py:448.
 
-    Boxes (B, 4) int64 are (top, left, height, width) in pixels of the original image. As upstream does image by image:
-    enlarge the map bilinearly to its box, cut out the other box (zero outside), shrink bilinearly (no antialias) to
-    the grid. The three are linear and act on rows and columns apart, so a map S becomes R_y S R_x^T for all images at
-    once, with R_y, R_x (B, grid, n) from `_resample`.
+    Boxes (B, 4) int64 are (top, left, height, width) in pixels of the original image. For each image upstream enlarges
+    the map bilinearly to its box, cuts out the other box (zero outside), and shrinks it bilinearly (no antialias) to
+    the grid. The three steps are linear and separable, so that a map S becomes R_y S R_x^T for all images at once, with
+    R_y, R_x (B, grid, n) from `_resample`.
     """
     n = math.isqrt(scores.shape[1])
-    offset = boxes - ref_boxes  # of the top left corners, in its first two columns
+    offset = boxes - ref_boxes  # the first two columns are the offset of the top left corners
     with torch.autocast(scores.device.type, enabled=False):
         rows = _resample(n, ref_boxes[:, 2], offset[:, 0], boxes[:, 2], grid)
         columns = _resample(n, ref_boxes[:, 3], offset[:, 1], boxes[:, 3], grid)
@@ -184,9 +184,9 @@ def crop_scores(scores: Tensor, boxes: Tensor, ref_boxes: Tensor, grid: int) -> 
 
 
 def _resample(n: int, ref_length: Tensor, offset: Tensor, length: Tensor, grid: int) -> Tensor:
-    """(B, grid, n): weight of each of n cells, stretched over `ref_length` pixels, in each of `grid` cells stretched
-    over the `length` pixels that start at pixel `offset`; bilinear both ways, all arguments (B,) but n and grid.
-    Sources are rounded to float32 where torch's own resize rounds them, which upstream uses."""
+    """(B, grid, n) bilinear weights along one side. The n cells cover `ref_length` pixels; the `grid` cells cover
+    `length` pixels from pixel `offset` on. All arguments are (B,) except n and grid. Source positions are rounded to
+    float32 where torch's resize, which upstream uses, rounds them."""
     ref_length, offset, length = (x[:, None].double() for x in (ref_length, offset, length))
     cells, positions = (torch.arange(k, dtype=torch.double, device=length.device) for k in (n, grid))
 
@@ -206,26 +206,29 @@ def _resample(n: int, ref_length: Tensor, offset: Tensor, length: Tensor, grid: 
 
 
 def attentive_keep_ids(scores: Tensor, keep_ratio: float = 0.5, block: int = 2, drop: str = "low") -> Tensor:
-    """Patches (B, K) int64, ascending, of the blocks with the highest mean score (B, N). U:models.py:24.
+    """Scores (B, N) -> patches (B, K) int64, ascending, of the blocks with the highest mean score. U:models.py:24.
 
-    int(blocks * keep_ratio) + 1 blocks of `block` x `block` patches are kept, at most all. `drop="high"` keeps those
-    of the lowest score instead, the paper's counter-test. Of equal scores the earlier block counts as the higher.
+    int(blocks * keep_ratio) + 1 blocks of `block` x `block` patches are kept, at most all. `drop="high"`, the paper's
+    counter-test, keeps the blocks with the lowest scores instead. Of equal scores the earlier block ranks higher.
     """
     grid = math.isqrt(scores.shape[1])
     if grid * grid != scores.shape[1] or grid % block:
         raise ValueError(f"{scores.shape[1]} patches are no square grid that blocks of {block} x {block} tile")
     side = grid // block
-    blocks = F.avg_pool2d(scores.unflatten(1, (1, grid, grid)), block).flatten(1)  # rounds as upstream's resize
+    blocks = F.avg_pool2d(scores.unflatten(1, (1, grid, grid)), block).flatten(1)  # rounds like upstream's resize
     order = blocks.argsort(dim=1, descending=drop == "low", stable=True)
     kept = order[:, : int(side * side * keep_ratio) + 1]
     within = torch.arange(block, device=scores.device)
-    within = (within[:, None] * grid + within).flatten()  # patches of a block, from its top left one
+    within = (within[:, None] * grid + within).flatten()  # a block's patches, relative to its top left patch
     first = kept // side * block * grid + kept % side * block
     return (first[:, :, None] + within).flatten(1).sort(dim=1).values
 
 
 def random_keep_ids(noise: Tensor, keep_ratio: float = 0.5) -> Tensor:
-    """The int(N * keep_ratio) patches (B, K) of the lowest noise (B, N), in rising order of it. U:models.py:538."""
+    """Noise (B, N) -> the int(N * keep_ratio) patches (B, K) with the lowest noise, in ascending order of noise.
+
+    Source: U:models.py:538.
+    """
     return noise.argsort(dim=1)[:, : int(noise.shape[1] * keep_ratio)]
 
 
@@ -284,7 +287,7 @@ def simclr_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential
 
 
 def byol_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
-    """BYOL's projector (B, D) -> (B, S), and of the same form its predictor (B, S) -> (B, S). U:models.py:379."""
+    """BYOL's projector (B, D) -> (B, S); its predictor (B, S) -> (B, S) has the same form. U:models.py:379."""
     return nn.Sequential(
         nn.Linear(width, hidden, bias=False),
         SyncBatchNorm1d(hidden),
@@ -297,7 +300,7 @@ def byol_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
 
 
 class CLIP(nn.Module):
-    """Dual encoder of the paper's base, and its first baseline (S:models.py:67): a ViT and CLIP's text transformer."""
+    """A ViT and CLIP's text transformer: the paper's first baseline and A-CLIP's base. S:models.py:67."""
 
     def __init__(
         self,
@@ -341,8 +344,8 @@ class CLIP(nn.Module):
 
     def _encode_text(self, tokens: Tensor, transformer: TextTransformer, projection: Tensor) -> Tensor:
         end = tokens.argmax(dim=1)  # the end token has the highest id
-        if not (tokens.is_cuda and self.training):  # `cut_padding` has done it, where a GPU would have to be waited for
-            tokens = tokens[:, : end.max() + 1]  # no caption of the batch reads further: attention is causal
+        if not (tokens.is_cuda and self.training):  # there `cut_padding` cut on the CPU, to avoid a GPU synchronisation
+            tokens = tokens[:, : end.max() + 1]  # attention is causal: no end token reads further
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(transformer(x))
         return x[torch.arange(len(x), device=x.device), end] @ projection
@@ -357,7 +360,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """After every step, the temperature's inverse stays in [1, 100]. U:main.py:346."""
+        """Clamp exp(logit_scale) to [1, 100], after every step. U:main.py:346."""
         self.logit_scale.clamp_(0, 4.6052)
 
 
@@ -369,7 +372,7 @@ class SLIP(CLIP):
         self.image_mlp = simclr_head(self.image_projection.shape[0], ssl_hidden, ssl_dim)
 
     def forward(self, images: Tensor, tokens: Tensor, aug1: Tensor, aug2: Tensor) -> dict[str, Tensor]:
-        """All images (B, 3, H, W) -> CLIP's outputs and aug1_embed, aug2_embed (B, S); one BatchNorm batch a view."""
+        """Images (B, 3, H, W) -> CLIP's outputs and aug1_embed, aug2_embed (B, S); BatchNorm per view."""
         cls = self.visual(torch.cat([images, aug1, aug2]), cls_only=True)[0][:, 0]
         cls_image, cls_1, cls_2 = cls.chunk(3)
         return {
@@ -384,9 +387,9 @@ class SLIP(CLIP):
 class ACLIP(CLIP):
     """A-CLIP. U:models.py:314.
 
-    `mask` selects the patches that an online view keeps in training: those of high EMA score (attentive), those of low
-    EMA score (high: the high scores are dropped), random ones (random), or all (none). In eval mode all are kept.
-    Without `ssl` there are no SimCLR and BYOL heads, as in the paper's ablation of masking.
+    `mask` selects the patches that an online view keeps in training. attentive: high EMA scores. high: low EMA scores
+    (the high ones are dropped). random. none: all patches. In eval mode all are kept. Without `ssl` there are no SimCLR
+    and BYOL heads, as in the paper's ablation of masking.
     """
 
     def __init__(
@@ -417,7 +420,7 @@ class ACLIP(CLIP):
             ema.requires_grad_(False)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(EMA, online) parameters. The EMA text tower borrows token and position embeddings and the final norm."""
+        """(EMA, online) parameters. The EMA text tower uses the online embeddings (token, position) and final norm."""
         modules = [(self.visual_ema, self.visual), (self.transformer_e, self.transformer)]
         if self.ssl:
             modules.append((self.im_proj_byol_e, self.im_proj_byol))
@@ -447,12 +450,12 @@ class ACLIP(CLIP):
 
     @property
     def needs_ema_view(self) -> bool:
-        """Whether the training pass reads the EMA tower."""
+        """Whether a training step runs the EMA tower."""
         return self.ssl or self.mask in ("attentive", "high")
 
     def keep_ids(self, scores: Tensor | None, boxes: Tensor, noise: Tensor) -> Tensor | None:
-        """Patches (V*B, K) that the views keep. scores (B, n*n) of the EMA view, boxes (B, V+1, 4) with the EMA view's
-        last, noise (V*B, N) for random masks. U:models.py:479-484."""
+        """Patches (V*B, K) that the views keep. scores (B, n*n) of the EMA view; boxes (B, V+1, 4), the EMA view's box
+        last; noise (V*B, N) for random masks. U:models.py:479-484."""
         if self.mask == "none":
             return None
         if self.mask == "random":
@@ -465,7 +468,7 @@ class ACLIP(CLIP):
         return attentive_keep_ids(of_views, self.keep_ratio, drop="low" if self.mask == "attentive" else "high")
 
     def forward(self, views: Tensor, ema_view: Tensor | None, tokens: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """views (V*B, 3, H, W), view by view; ema_view (B, 3, h, w); tokens (B, T); boxes (B, V+1, 4) int64.
+        """views (V*B, 3, H, W), all first views first; ema_view (B, 3, h, w); tokens (B, T); boxes (B, V+1, 4) int64.
 
         -> image_embed (V*B, E), text_embed (B, E), logit_scale (), and with ssl image_ssl_embed, byol_feats (V*B, S),
         byol_feats_e (B, S). Call `update_ema` first. `ema_view` may be None where `needs_ema_view` is False.
@@ -492,7 +495,7 @@ class ACLIP(CLIP):
 
 
 class Towers(nn.Module):
-    """The towers of a model to evaluate: its EMA towers, if it has them and `ema` is set, else the online ones."""
+    """The towers to evaluate: the model's EMA towers if it has them and `ema` is set, else the online ones."""
 
     def __init__(self, model: CLIP, ema: bool = True):
         super().__init__()
@@ -520,8 +523,8 @@ def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-# In float32 and over the batch of all processes: each rank has the rows of its own samples, against everyone's columns,
-# gathered with gradient. The mean over ranks is the loss of the global batch, and so are DDP's averaged gradients.
+# Losses are in float32 and over the global batch: each rank compares its own rows with the columns of all ranks,
+# gathered with gradient. The mean over ranks is the loss of the global batch; likewise for DDP's gradients.
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -534,7 +537,10 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
-    """NT-Xent: row i of a (B, S) finds row i of b among b and the rest of a; the same for b. U:losses.py:141."""
+    """NT-Xent: classify row i of b among b and the other rows of a, given row i of a (B, S); and vice versa.
+
+    Source: U:losses.py:141.
+    """
     a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
     all_a, all_b = gather(a), gather(b)
     targets = own_columns(a)
@@ -554,7 +560,7 @@ def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(image: Tensor, text: Tensor) -> Tensor:
-    """Percent of images whose caption is the nearest of the batch."""
+    """Percent of images whose own caption is the nearest in the batch."""
     with torch.no_grad():
         cosine = F.normalize(image.float(), dim=-1) @ gather(F.normalize(text.float(), dim=-1), with_grad=False).T
         return 100 * (cosine.argmax(dim=1) == own_columns(image)).float().mean()
@@ -569,9 +575,9 @@ def aclip_loss(
 ) -> dict[str, Tensor]:
     """L = mean_v L_CLIP(view v) + SimCLR(view 1, view 2) + 2 BYOL(views, EMA view). U:losses.py:39.
 
-    `simclr_pair="same"` gives SimCLR the first view twice, as the released code does (it then only repels). One view
-    leaves no pair for SimCLR, and without SSL heads there is no BYOL either: these terms are then 0. Returns loss, its
-    unweighted terms and clip_acc, by name.
+    `simclr_pair="same"` gives SimCLR the first view twice, as the released code does (it then only repels). SimCLR is 0
+    with one view, and SimCLR and BYOL are 0 without SSL heads. Returns loss, its unweighted terms and clip_acc, by
+    name.
     """
     text, scale = outputs["text_embed"], outputs["logit_scale"].float()
     views = outputs["image_embed"].split(len(text))
@@ -581,7 +587,7 @@ def aclip_loss(
     if "image_ssl_embed" in outputs:
         ssl = outputs["image_ssl_embed"].split(len(text))
         if len(views) == 1:
-            # zero, with gradients for the SimCLR head: DistributedDataParallel waits for those of all parameters
+            # adds 0 and gives the SimCLR head zero gradients: DistributedDataParallel needs gradients of all parameters
             losses["simclr_loss"] = 0.0 * ssl[0].float().sum()
         else:
             losses["simclr_loss"] = simclr_loss(ssl[0], ssl[0 if simclr_pair == "same" else 1], temperature)
@@ -591,9 +597,9 @@ def aclip_loss(
 
 
 def baseline_loss(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scale: float = 1.0) -> dict[str, Tensor]:
-    """CLIP's loss, or SLIP's (S:losses.py:112) where the outputs have its two augmented views.
+    """CLIP's loss, or SLIP's (S:losses.py:112) if the outputs contain its two augmented views.
 
-    SLIP's own code gathers CLIP's features without gradient; here they have it, as in A-CLIP.
+    SLIP's own code gathers CLIP's features without gradient; ours gathers with gradient, as A-CLIP.
     """
     image, text = outputs["image_embed"], outputs["text_embed"]
     losses = {"clip_loss": clip_loss(image, text, outputs["logit_scale"].float())}
@@ -608,10 +614,10 @@ def baseline_loss(outputs: dict[str, Tensor], temperature: float = 0.1, ssl_scal
 
 
 def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
-    """Load the authors' checkpoints, SLIP's, or ours, strictly, with DDP's `module.` prefix or without it.
+    """Load a checkpoint of the authors, of SLIP or of ours, strictly, with or without DDP's prefix `module.`.
 
-    The authors' files hold an argparse.Namespace and NumPy numbers, which are allowed beside plain values; nothing else
-    is unpickled. A CLIP model loads a SLIP file's towers without its SimCLR head. ValueError if the weights do not fit.
+    The authors' files contain an argparse.Namespace and NumPy numbers; these and plain values are unpickled, nothing
+    else. A CLIP model loads the towers of a SLIP file, without its SimCLR head. ValueError if the weights do not fit.
     """
     state = path_or_dict
     if not isinstance(state, dict):

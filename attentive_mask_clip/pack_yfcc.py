@@ -2,13 +2,13 @@
 
 SLIP's make_dataset.py (facebookresearch/SLIP@c6faf5d, cited as `S:`; A-CLIP's repository has the same file) writes
 yfcc15m.pkl, a list of (number, title, description). Image 12345678 is 678.jpg in images/12/345.zip (S:datasets.py:29).
-From both this script makes what train.py reads with --caption-lines:
+From these two this script writes what train.py reads with --caption-lines:
 
     DIR/00000.tar            NUMBER.jpg, NUMBER.txt (title and description, a line each), NUMBER.json (both uncleaned)
-        00000_stats.json     how many pairs the shard has and what was left out, why; it is written last
-        config.json          what the shards were made from
+        00000_stats.json     number of pairs in the shard, and of skipped images with reasons; it is written last
+        config.json          the settings of the shards
 
-A run that was stopped leaves shards with a _stats.json alone; remove one to have its shard made again.
+A restarted run skips the shards that have a _stats.json; remove this file to write its shard again.
 """
 
 import dataclasses
@@ -49,23 +49,23 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     shard_size: int = 10_000
-    """Rows of the metadata per shard, which has fewer pairs where some are left out."""
+    """Rows of the metadata per shard; the shard has fewer pairs if some are skipped."""
     workers: int = 0
-    """Processes; 0: one a core."""
+    """Processes; 0: one per core."""
 
 
 # ---------------------------------------------------------------------------------------------------------- metadata
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, tuples, dicts, strings and numbers. ValueError at whatever else is named: nothing is imported."""
+    """Reads lists, tuples, dicts, strings and numbers; imports nothing. ValueError for any other type."""
 
     def find_class(self, module: str, name: str):
         raise ValueError(f"it holds {module}.{name}, where only plain lists, tuples, strings and numbers are read")
 
 
 def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
-    """(number, title, description) of all images, by number. ValueError if the pickle holds anything else."""
+    """(number, title, description) of all images, sorted by number. ValueError if the pickle contains anything else."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: SLIP's make_dataset.py writes yfcc15m.pkl")
     try:
@@ -73,7 +73,7 @@ def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
             rows = PlainUnpickler(file).load()
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # pickle raises nearly anything at a damaged file
+    except Exception as error:  # a damaged pickle can raise almost any exception
         reason = str(error) if type(error) is ValueError else f"it cannot be unpickled ({type(error).__name__})"
         raise ValueError(f"{path} is no yfcc15m.pkl of SLIP's: {reason}") from error
     if not isinstance(rows, list) or not rows:
@@ -94,13 +94,13 @@ def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
 def clean(text: str) -> str:
     """A title or description on one line, without URLs and tags of links, bold and italics. S:make_dataset.py:38-44.
 
-    make_dataset.py has done this and undone URL quoting, but left line breaks; doing it again changes nothing else.
+    make_dataset.py did the same and also undid URL quoting, but kept line breaks; repeating it changes nothing else.
     """
     return " ".join(URLS.sub("", TAGS.sub("", text)).split())
 
 
 def caption_file(title: str, description: str) -> bytes:
-    """Title and description, a line each, those that are not blank: `crops.title_and_description` parts them again."""
+    """Title and description on one line each, without blank ones; `crops.title_and_description` splits them again."""
     return "\n".join(filter(None, (clean(title), clean(description)))).encode("utf-8", "replace")
 
 
@@ -108,10 +108,10 @@ def caption_file(title: str, description: str) -> bytes:
 
 
 def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
-    """For each file of a zip (content, ""), or (b"", why there is none)."""
+    """For each file of a zip: (content, ""), or (b"", reason) if it cannot be read."""
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # damaged ones raise BadZipFile, struct.error, ValueError, OSError ...
+    except Exception as error:  # a damaged zip raises BadZipFile, struct.error, ValueError, OSError ...
         reason = MISSING if isinstance(error, FileNotFoundError) else DAMAGED
         yield from [(b"", reason)] * len(names)
         return
@@ -131,7 +131,7 @@ def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
 
 
 def fault(image: bytes) -> str:
-    """Why training could not use an image; empty if it can be decoded."""
+    """Reason why an image cannot be decoded; empty if it can."""
     try:
         data.decode_image(image)
     except data.BrokenSample as error:
@@ -167,7 +167,7 @@ def pack_shard(cfg: Config, shard: int, rows: Sequence[tuple[int, str, str]]) ->
                 yield {"__key__": key, "jpg": image, "txt": caption, "json": about.encode()}
 
     with checkpoints.replaced(Path(cfg.out) / f"{shard:05}.tar") as file:
-        with TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:  # no bytes but the samples'
+        with TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:  # same bytes on every machine
             for sample in samples():
                 tar.write(sample)
     pairs = len(rows) - left_out.total()
@@ -177,7 +177,7 @@ def pack_shard(cfg: Config, shard: int, rows: Sequence[tuple[int, str, str]]) ->
 
 
 def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
-    """Write the shards that are not there yet, several at a time."""
+    """Write the missing shards, several in parallel."""
     starts = range(0, len(rows), cfg.shard_size)
     todo = [shard for shard in range(len(starts)) if not stats_file(cfg.out, shard).exists()]
     jobs = ([cfg] * len(todo), todo, (rows[starts[shard] : starts[shard] + cfg.shard_size] for shard in todo))
@@ -196,7 +196,7 @@ def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
 
 
 def report(cfg: Config, shards: int) -> None:
-    """Print how many pairs there are, what was left out, and how to train on them. ValueError if there are none."""
+    """Print the number of pairs, what was skipped and why, and how to train on them. ValueError if there are none."""
     found = [checkpoints.read_json(stats_file(cfg.out, shard)) for shard in range(shards)]
     rows, pairs = (sum(stats[name] for stats in found) for name in ("rows", "pairs"))
     left_out = sum((Counter(stats["left_out"]) for stats in found), Counter())

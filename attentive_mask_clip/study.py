@@ -35,7 +35,7 @@ ARMS = (  # in the order of the paper's argument
     Arm("slip", "train emoji-slip", heading="SLIP", core=False),
 )
 
-# Masking rules are compared by online towers, which all arms have; A-CLIP by its EMA towers, as in the paper's suite.
+# Masking rules are compared on online towers, which all arms have; A-CLIP on its EMA towers, as in the paper's suite.
 EMA, ONLINE = "names_ood/top1", "online/names_ood/top1"
 TO_TEXT, TO_IMAGE = "retrieval_ood/image_to_text_R@1", "retrieval_ood/text_to_image_R@1"
 CLAIMS = (  # the paper's numbers: ImageNet zero-shot after training on YFCC15M (README of upstream)
@@ -53,7 +53,7 @@ CLAIMS = (  # the paper's numbers: ImageNet zero-shot after training on YFCC15M 
     Claim("image to text R@1, A-CLIP above CLIP", "+11.3 Flickr", TO_TEXT, "aclip", "clip", 1),
     Claim("text to image R@1, A-CLIP above CLIP", "+9.5 Flickr", TO_IMAGE, "aclip", "clip", 1),
 )
-SELECTIONS = {  # with what the foreground share of attention's patches is compared: (measurement, what the paper shows)
+SELECTIONS = {  # compared with attention by foreground share: (metric, what the paper shows)
     "random ones": ("kept/random_share", "shown in figures"),
     "the centre's": ("kept/centre_share", None),
     "before training": ("kept/untrained_share", None),
@@ -61,7 +61,7 @@ SELECTIONS = {  # with what the foreground share of attention's patches is compa
 
 
 def kept_patches(arms: dict[str, list[dict]]) -> list[dict[str, str]]:
-    """Foreground among the patches that attention keeps, against that of other selections in the same run."""
+    """Compare the foreground share of patches kept by attention with other selections of the same run."""
     return [
         compared(
             arms[arm], f"{arm}: kept patches hold more foreground than {other}", paper, "kept/attentive_share", key
@@ -79,7 +79,7 @@ def compared(runs: list[dict], claim: str, paper: str | None, metric: str, basel
 
 
 def step_times(times: dict[str, dict]) -> list[dict[str, str]]:
-    """Rows of the paper's training times beside the step times of `timing.py`."""
+    """Rows with the paper's training times and the step times of `timing.py`."""
     return [
         {
             "claim": f"step time of {STUDY.headings[arm].split(':')[0]} / CLIP's",
@@ -93,7 +93,7 @@ def step_times(times: dict[str, dict]) -> list[dict[str, str]]:
 
 
 def more_rows(found: Comparison) -> list[dict[str, str]]:
-    """Comparisons within an arm, step times where they were measured, and what this scale cannot show."""
+    """Comparisons within an arm, step times if measured, and results that this scale cannot show."""
     arms = found.arms
     rows = kept_patches(arms)
     if "aclip" in arms:
@@ -104,7 +104,7 @@ def more_rows(found: Comparison) -> list[dict[str, str]]:
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """attentive_mask_clip_curves.png, and attentive_mask_clip_kept.png where A-CLIP's seed 0 was measured."""
+    """Write attentive_mask_clip_curves.png, and attentive_mask_clip_kept.png if A-CLIP's seed 0 was evaluated."""
     plot_curves(found.folders, out)
     for folder in found.folders.get("aclip", []):
         if folder.name == "aclip-seed0" and (folder / "kept.png").exists():

@@ -1,7 +1,7 @@
-"""The paper's zero-shot suite: 26 sets, what each is called, and its class names and templates out of a clone of SLIP.
+"""The paper's zero-shot suite: names of its 26 sets, and their class names and templates from a clone of SLIP.
 
-SLIP (facebookresearch/SLIP@c6faf5d, cited as `S:`) keeps names and templates in labels.json and templates.json, and
-A-CLIP's suite reads these two. Nothing of them is kept here: `--slip PATH` says where a clone is.
+SLIP (facebookresearch/SLIP@c6faf5d, cited as `S:`) has names and templates in labels.json and templates.json, which
+A-CLIP's suite reads. This project contains no copy: `--slip PATH` is the path of a clone.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from shared import checkpoints
 from shared.evalsets import EvalSet
 
-# SLIP's name of a set (S:dataset_catalog.json) and CLIP-benchmark's; None: CLIP-benchmark does not know the set.
-# Its code knows food101 and cub, but none of its lists of sets has them.
+# SLIP's name of a set (S:dataset_catalog.json) and CLIP-benchmark's; None: CLIP-benchmark does not have the set.
+# CLIP-benchmark's code supports food101 and cub, but none of its lists of sets includes them.
 SUITE: dict[str, str | None] = {
     "food101": "food101",
     "cifar10": "vtab/cifar10",
@@ -48,16 +48,16 @@ FILES = ("labels.json", "templates.json")  # of SLIP: class names, templates
 
 
 class Prompts(NamedTuple):
-    """A set's class names, by label, each with its synonyms; and templates, in which `{c}` stands for a name."""
+    """A set's class names, by label, each with its synonyms; and its templates, in which `{c}` is the class name."""
 
     classnames: list[list[str]]
     templates: list[str]
 
 
 def suite_name(folder: str) -> str | None:
-    """SLIP's name of the set in a folder of this name, None if it is none of the 26.
+    """Folder name -> SLIP's name of the set; None if it is not one of the 26.
 
-    The folder is called as SLIP calls the set, or as CLIP-benchmark does: cifar10, vtab-cifar10, wds_vtab-cifar10.
+    The folder has SLIP's or CLIP-benchmark's name of the set: cifar10, vtab-cifar10, wds_vtab-cifar10.
     """
     name = folder.lower().removeprefix("wds_").removeprefix("vtab-")
     known = {benchmark.rpartition("/")[2]: slip for slip, benchmark in SUITE.items() if benchmark}
@@ -65,10 +65,10 @@ def suite_name(folder: str) -> str | None:
 
 
 def reported(name: str) -> str:
-    """What the suite reports of a set, by its name. U:eval_zeroshot.py:89-102.
+    """The metric that the suite reports for a set, by its name. U:eval_zeroshot.py:89-102.
 
-    Mean per class of aircraft, pets, caltech101 and flowers, the mean of top-1 and top-5 of kinetics, ROC AUC of
-    hateful memes, top-1 of all others.
+    Mean per class for aircraft, pets, caltech101 and flowers; mean of top-1 and top-5 for kinetics; ROC AUC for hateful
+    memes; top-1 for all others.
     """
     name = name.lower()
     if any(part in name for part in ("aircraft", "pets", "caltech101", "flowers")):
@@ -77,7 +77,7 @@ def reported(name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A class name without what data sets write differently: case, punctuation, spaces, digits or words, numbering."""
+    """A class name normalised for matching: case, punctuation, spaces, digits or words, numbering."""
     words = re.sub(r"^\d+\.", "", name.lower()).replace("_", " ").split()  # 001.Black_footed_Albatross
     return re.sub(r"[\W_]", "", "".join(NUMBERS.get(word, word) for word in words))
 
@@ -85,9 +85,10 @@ def plain(name: str) -> str:
 def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: str) -> list[list[str]]:
     """SLIP's `entries`, each a class with its synonyms, in the order of a set's own `classnames`.
 
-    Label numbers differ: SLIP has the cats among the pets first, CLIP-benchmark the alphabet. If every class is found
-    by name, names decide. Else, if at least half is found and all of these at the same place, the order is the same and
-    the others are worded differently (or occur twice, as ImageNet's missile). ValueError in any other case.
+    Label numbers differ: SLIP's pets start with the cats, CLIP-benchmark's are alphabetical. If every class is found by
+    name, classes are matched by name. Else, if at least half are found and all of these at equal positions, the order
+    is the same and the other names are only worded differently (or occur twice, as ImageNet's missile). ValueError in
+    any other case.
     """
     if len(classnames) != len(entries):
         raise ValueError(f"{where} has {len(classnames)} classes where SLIP's labels.json has {len(entries)}")
@@ -105,7 +106,7 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
 
 
 def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompts]:
-    """Prompts of evaluation sets, by folder name, out of a clone of SLIP. ValueError if a set is none of the 26."""
+    """Prompts of evaluation sets from a clone of SLIP, by folder name. ValueError if a set is not one of the 26."""
     files = [Path(clone) / name for name in FILES]
     for file in files:
         if not file.is_file():
@@ -130,8 +131,8 @@ def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompt
 
 
 def averages(values: Mapping[str, float], prompts: str) -> dict[str, float]:
-    """Means of what was reported of sets, by folder name: `average_measured` of all that were measured, and with SLIP's
-    prompts `average_26`, which is the paper's, where these are the 26."""
+    """Means over sets. `average_measured`: over all evaluated sets. `average_26`, the paper's mean: only if SLIP's
+    prompts are used and all 26 sets are evaluated. Input: the reported metric of each set, by folder name."""
     if not values:
         return {}
     mean = sum(values.values()) / len(values)
@@ -140,7 +141,7 @@ def averages(values: Mapping[str, float], prompts: str) -> dict[str, float]:
 
 
 def rows(measured: Mapping[str, float]) -> list[dict[str, str]]:
-    """A table of a checkpoint's measurements, {"FOLDER/metric": percent}, in the suite's order; averages below."""
+    """Table rows of a checkpoint's metrics, {"FOLDER/metric": percent}, in the suite's order, with averages below."""
     folders = {suite_name(key.removesuffix("/metric")): key for key in measured if key.count("/") == 1}
     found = []
     for name in SUITE:

@@ -1,7 +1,7 @@
 """Time of a training step of A-CLIP and its baselines, all in one process: `python -m attentive_mask_clip.timing`.
 
-The paper's main table has training times relative to CLIP. Here a step is `train.train_step` on random tensors of the
-given geometry. Arms take turns; the ratio of a round is to CLIP's step of the same round.
+The paper's main table has training times relative to CLIP. This script times `train.train_step` on random tensors of
+the given geometry. Arms take turns; a ratio compares an arm's step with CLIP's step of the same round.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ class Config:
     batch_size: int = 128
     """Images a step."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """What to time; clip is always timed."""
+    """Arms to time; clip is always timed."""
     rounds: int = 5
-    """Timed rounds after one to warm up; an arm has one step in each."""
+    """Timed rounds after one warm-up round; each arm runs one step per round."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
@@ -88,7 +88,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
         for arm, step in steppers.items():
             gc.collect()
             start = time.perf_counter()
-            loss = step()["loss"].item()  # waits for a GPU
+            loss = step()["loss"].item()  # waits until a GPU has finished
             assert loss == loss
             if turn:
                 times[arm].append(time.perf_counter() - start)
@@ -105,7 +105,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
 
 
 def ratio(times: dict[str, float]) -> str:
-    """An arm's step over CLIP's, with the extremes of rounds: "1.42x (1.31-1.49)"."""
+    """Ratio of an arm's step to CLIP's, with the extremes over rounds: "1.42x (1.31-1.49)"."""
     return f"{times['ratio']:.2f}x ({times['low']:.2f}-{times['high']:.2f})"
 
 

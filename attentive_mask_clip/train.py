@@ -48,7 +48,7 @@ def schedules(cfg: Config, per_epoch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decayed and other parameters; frozen ones and EMA copies are in neither. U:main.py:110.
+    """Parameter groups with and without weight decay; frozen parameters and EMA copies are in neither. U:main.py:110.
 
     No decay for vectors and scalars and for names with "bias", "ln" or "bn". Embeddings, [CLS] and projections decay.
     """
@@ -66,7 +66,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def forward_losses(
     model: nn.Module, images: list[Tensor], boxes: Tensor, tokens: Tensor, cfg: Config, precision: str
 ) -> dict[str, Tensor]:
-    """Forward pass and losses of one micro-batch; `images` are the views as `ViewDataset` orders them."""
+    """Forward pass and losses of one micro-batch; `images` are the views in the order of `ViewDataset`."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     with run.autocast(precision, tokens.device):
         if isinstance(bare, ACLIP):
@@ -89,7 +89,7 @@ def train_step(
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """One optimizer step on (images, boxes, tokens), with the forward pass in `precision`. U:main.py:307-346.
+    """Run one optimizer step on (images, boxes, tokens), with the forward pass in `precision`. U:main.py:307-346.
 
     Returns the losses by name, averaged over micro-batches. Without `scaler` the loss is not scaled.
     """
@@ -99,12 +99,12 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = float(lr)  # a NumPy number would not load with weights_only
     if isinstance(bare, ACLIP):
-        bare.update_ema(momentum)  # before the forward pass, and once a step whatever the number of micro-batches
+        bare.update_ema(momentum)  # before the forward pass, once per step for any number of micro-batches
     optimizer.zero_grad()
     total: dict[str, Tensor] = {}
     for part in range(cfg.accumulate):
         rows = slice(part * len(tokens) // cfg.accumulate, (part + 1) * len(tokens) // cfg.accumulate)
-        alone = isinstance(model, DistributedDataParallel) and part + 1 < cfg.accumulate  # gradients are shared once
+        alone = isinstance(model, DistributedDataParallel) and part + 1 < cfg.accumulate  # synchronise gradients once
         with model.no_sync() if alone else contextlib.nullcontext():
             losses = forward_losses(model, [view[rows] for view in images], boxes[rows], tokens[rows], cfg, precision)
             scaler.scale(losses["loss"] / cfg.accumulate).backward()
@@ -121,7 +121,7 @@ def train_step(
 
 def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, precision: str) -> dict[str, float]:
     """zero_shot_top1 (percent, on `cfg.eval_set`) of the online towers, and zero_shot_top1_ema of A-CLIP's EMA towers.
-    U:main.py:262-263, with seven templates; here the class names stand alone."""
+    U:main.py:262-263 uses seven templates; here prompts are plain class names."""
     named = {"": Towers(model, ema=False)} | ({"_ema": Towers(model)} if isinstance(model, ACLIP) else {})
     view, workers = eval_transform(model.image_size), windows.evaluation_workers(cfg)
     common = view, cfg.eval_set, device, run.DTYPES[precision], workers
@@ -129,7 +129,7 @@ def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, pr
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
+    """Print the plan of a run: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
     check_model(cfg)
     model = create_model(cfg.method, cfg.model, **cfg.model_settings())
     n = data.planned_size(cfg)
@@ -171,7 +171,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 
 
 def blank_batch(model: CLIP, cfg: Config) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(images, boxes, tokens) of two samples, as the training step gets them."""
+    """(images, boxes, tokens) of two blank samples, in the shapes of a training step."""
     size = model.image_size
     images = [torch.zeros(2, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
     if isinstance(model, ACLIP) and model.needs_ema_view:
@@ -191,7 +191,7 @@ def main(cfg: Config) -> Path | None:
 
 
 def train(cfg: Config, process: run.Process | None = None) -> Path:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = process or run.setup(cfg.seed, cfg.device)
     precision = run.resolve_precision(cfg.precision, process.device)
 
@@ -226,7 +226,9 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for batch, (images, boxes, tokens, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
-            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # of random masks: resume agrees
+            torch.manual_seed(
+                data.stable_hash(cfg.seed, step, process.rank)
+            )  # so that a resume draws equal random masks
             images = [dataset.normalise(view.to(process.device, non_blocking=True)) for view in images]
             boxes, tokens = boxes.to(process.device, non_blocking=True), cut_padding(tokens, process.device)
             lr, momentum = lrs[step - 1], momenta[step - 1]

@@ -1,7 +1,7 @@
 """Every setting of pre-training, tuning, fine-tuning and the study of one encoder; presets and their checks.
 
-NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Presets of pre-training are what the
-names of its checkpoints tell, those of tuning the commands of its README; `emoji*` and `small*` are ours.
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets are read from the
+names of its checkpoints, tuning presets from the commands in its README; `emoji*` and `small*` are ours.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ NOISE = (0, 5, 10, 20, 30)  # per cent
 
 @dataclasses.dataclass
 class PretrainConfig:
-    """Pre-training on noisy supervision: of an image classifier on labels, or of a CLIP on captions."""
+    """Pre-training on noisy supervision: an image classifier on labels, or a CLIP on captions."""
 
     out: str = "runs/nmtune/pretrain"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
@@ -27,25 +27,25 @@ class PretrainConfig:
     """supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt. clip:
     shards 'yfcc15m/{00000..01538}.tar' or a .tsv. Both: data/emoji:TASK:pretrain."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all. Of clip alone."""
+    """Keep the first so many rows of the data; None keeps all. Only for clip."""
     window_shards: int = 0
-    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
-    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
-    hold fewer, samples come again. Captions are then swapped within each shard. Of clip alone."""
+    """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
+    time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
+    number of samples per epoch: if the shards hold more, each epoch leaves out different ones; if fewer, samples
+    repeat. Captions are then swapped within each shard. Only for clip."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
     noise: float = 0.0
-    """Noise ratio gamma: this share of the labels is flipped, or int(N gamma/2) random pairs swap their captions. The
-    share that really changed is printed, and kept in the checkpoint."""
+    """Noise ratio gamma: this share of the labels is flipped, or int(N gamma/2) swaps exchange captions of random
+    pairs. The share that really changed is printed, and stored in the checkpoint."""
     exclude_true: bool = True
-    """A flipped label becomes another class (the paper). Off: any class, the true one included (upstream's routine)."""
+    """Flip a label to another class (the paper). Off: to any class, including the true one (upstream's routine)."""
     asymmetric: bool = False
-    """A flipped label becomes the next class, so that wrong labels of a class agree, instead of a random one."""
+    """Flip a label to the next class instead of a random one: all wrong labels of a class are then the same."""
     noise_seed: int | None = None
     """Seed of the noise; None: `seed`."""
     keep_in_memory: bool = False
-    """Decode a small corpus once, and make views of whole batches. Off: decode every sample at every step."""
+    """Decode a small corpus once and augment whole batches. Off: decode every sample at every step."""
     model: str = "resnet50"
     """timm or open_clip model."""
     epochs: int = 90
@@ -53,14 +53,14 @@ class PretrainConfig:
     batch_size: int = 1024
     """Images per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step, for memory: gradients are those of one batch, the model's forward pass is computed twice.
-    Batch norms (of ResNets) normalise each micro-batch by itself."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch; the model's forward pass runs twice.
+    Batch norms (of ResNets) normalise each micro-batch separately."""
     grad_checkpointing: bool = False
     """Recompute the model's activations in the backward pass: less memory, a third more time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9; neither decays biases and gains."""
     lr: float = 0.5
-    """Peak learning rate; a cosine by step takes it to 0."""
+    """Peak learning rate; it falls to 0 along a cosine."""
     warmup: int = 5000
     """Steps of linear warm-up."""
     weight_decay: float = 5e-5
@@ -70,7 +70,7 @@ class PretrainConfig:
     eps: float = 1e-8
     """AdamW's epsilon; open_clip's default is 1e-6 for a ViT."""
     label_smoothing: float = 0.0
-    """Of the supervised cross-entropy."""
+    """Label smoothing of the supervised cross-entropy."""
     crop_scale: float = 0.08
     """Smallest share of an image that a training crop covers (supervised; clip has open_clip's 0.9)."""
 
@@ -79,7 +79,7 @@ class PretrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    """auto: bf16 where the processor supports it. Losses are always in fp32."""
     workers: int = 8
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -87,14 +87,14 @@ class PretrainConfig:
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
     keep_every: int = 0
-    """Keep the checkpoint of every so many steps as checkpoint-STEP.pt; 0 keeps none."""
+    """Every so many steps keep the checkpoint as checkpoint-STEP.pt; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
 
-SMALL_SUPERVISED = PretrainConfig(  # little decay and few crops: it is to memorise a part of the wrong labels
+SMALL_SUPERVISED = PretrainConfig(  # little decay and few crops, so that it memorises some of the wrong labels
     keep_in_memory=True,
     model="resnet_emoji",
     epochs=14,
@@ -119,7 +119,7 @@ JOURNAL = dataclasses.replace(YFCC, model="ViT-B-16", batch_size=8192, weight_de
 
 
 def noise_levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict[str, tuple[str, PretrainConfig]]:
-    """NAME-LEVEL: `base` at each level of NOISE. by_level: other fields, each as {level: value}."""
+    """{NAME-LEVEL: `base` with this noise} for each level of NOISE. by_level: further fields as {level: value}."""
     return {
         f"{name}-{level:02d}": (
             f"{what}, {level} % noise",
@@ -135,7 +135,7 @@ PRETRAIN_PRESETS = {
     **noise_levels("emoji-sup", "small ResNet on names of emoji, half a minute on a CPU core", EMOJI_SUPERVISED),
     **noise_levels("emoji-clip", "small CLIP on emoji captions, minutes on a CPU core", EMOJI_CLIP),
     **noise_levels("in1k-rn50", "ResNet-50 on ImageNet-1K labels", IN1K),
-    # upstream's run names tell the batch a GPU (256 or 512) but not the number of GPUs; 8 are assumed here
+    # upstream's run names state the batch per GPU (256 or 512) but not the number of GPUs; 8 are assumed here
     **noise_levels(
         "yfcc15m-rn50",
         "CLIP RN50 on YFCC15M captions",
@@ -176,7 +176,7 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
 
 @dataclasses.dataclass
 class Config:
-    """Tuning of a head on frozen features. The defaults are NMTune as the authors' README runs it."""
+    """Tuning of a head on frozen features. The defaults are those of NMTune in the authors' README."""
 
     out: str = "runs/nmtune/tune"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
@@ -199,12 +199,12 @@ class Config:
     train_fraction: float = 1.0
     """Keep this share of every class of the training set."""
     label_noise: float = 0.0
-    """Flip this share of the training labels to any class (upstream's noise in the *downstream* set)."""
+    """Flip this share of the training labels to any class (upstream's noise of the *downstream* set)."""
 
     method: Literal["lp", "mlp", "nmtune"] = "nmtune"
-    """lp: linear classifier. mlp: NMTune's head with cross-entropy alone. nmtune: with its three regularisers."""
+    """lp: linear classifier. mlp: NMTune's head with only cross-entropy. nmtune: with its three regularisers."""
     zero_shot: bool = False
-    """Start the linear probe of a CLIP from the text tower's embeddings of the class names, on features of length 1."""
+    """Initialise the linear probe of a CLIP with text embeddings of the class names; features have length 1."""
     w_mse: float = 1.0
     """Weight of L_MSE."""
     mse_sum: bool = False
@@ -214,20 +214,20 @@ class Config:
     w_svd: float = 0.001
     """Weight of L_SVD."""
     svd_k: int = 5
-    """Leading singular values in L_SVD; the paper writes 1."""
+    """Number of leading singular values in L_SVD; 1 in the paper."""
     ratio: float = 4.0
-    """Hidden width of the MLP over the feature dimension D."""
+    """Hidden width of the MLP divided by the feature dimension D."""
     layers: int = 1
     """Hidden layers of the MLP."""
     residual: bool = True
     """z = scale * MLP(f) + f; off: z = MLP(f)."""
     scale_init: float = 1.0
-    """Start of the residual's scale."""
+    """Initial scale of the MLP's output in the residual connection."""
     views: Literal["eval", "train", "train+rand"] = "train"
     """eval: one view of each image by the evaluation transform, encoded once (upstream's LP). train: two training
-    views, new in every step (upstream's MLP, NMTune). train+rand: RandAugment on the second (its --use-weak-strong)."""
+    views, new in every step (upstream's MLP, NMTune). train+rand: the second with RandAugment (--use-weak-strong)."""
     bank: int = 0
-    """V: encode V training views of each image once, and draw two of them in every step. 0: encode in every step."""
+    """V: encode V training views of each image once, and draw two of them in every step. 0: encode new views."""
 
     epochs: int = 30
     """Passes over the training set."""
@@ -240,15 +240,15 @@ class Config:
     weight_decay: float = 1e-4
     """AdamW's decay of all trained parameters, gains and biases included."""
     select: bool = False
-    """Choose learning rate and weight decay on a fifth of every class that is held out of the training set, then tune
-    on all of it: for features of one's own."""
+    """Select learning rate and weight decay on a held-out fifth of every class, then tune on the whole training set.
+    For your own features."""
 
     seed: int = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Autocast of the encoder; heads and losses are in fp32 always."""
+    """Autocast of the encoder; heads and losses are always in fp32."""
     workers: int = 4
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -278,7 +278,7 @@ METHODS = {
         Config(w_mse=0.01, mse_sum=True, w_cov=0.01, w_svd=0.01, svd_k=1),
     ),
 }
-ENCODERS = {  # rows of the paper's tables; the public weights of the last five are our reading of their names
+ENCODERS = {  # rows of the paper's tables; the public weights of the last five are inferred from their names
     "in1k-rn50": ("ResNet-50, noisy ImageNet-1K", "timm:resnet50", ""),
     "yfcc15m-rn50": ("CLIP RN50, noisy YFCC15M", "open_clip:RN50", ""),
     "swin-l": ("Swin-L, ImageNet-21K", "timm:swin_large_patch4_window7_224.ms_in22k", "pretrained"),
@@ -291,7 +291,7 @@ EMOJI = dict(
     encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", bank=8, workers=0,
     tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
 )  # fmt: skip
-LITE0 = dict(  # features of one view, of nmtune.extract; the MLP is half as wide as D instead of four times
+LITE0 = dict(  # features of one view from nmtune.extract; the MLP is half as wide as D instead of four times
     features="runs/nmtune/lite0.npz", epochs=10, batch_size=128, ratio=0.5, save_every=100_000, log_every=100
 )
 PRESETS = {
@@ -361,7 +361,7 @@ def check(cfg: Config, world_size: int = 1) -> None:
 
 @dataclasses.dataclass
 class FinetuneConfig:
-    """The journal extension: the encoder itself is tuned, wholly or by LoRA, with two of the regularisers."""
+    """The journal extension: tune the encoder, fully or by LoRA, with two of the regularisers."""
 
     out: str = "runs/nmtune/finetune"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
@@ -379,7 +379,7 @@ class FinetuneConfig:
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, paths as in `data`."""
     lora: bool = False
-    """Train rank-8 adapters of the blocks' MLPs and the classifier, instead of everything."""
+    """Train only rank-8 adapters of the blocks' MLPs and the classifier."""
     w_cov: float = 0.04
     """Weight of L_COV on the encoder's features."""
     w_svd: float = 0.001
@@ -403,7 +403,7 @@ class FinetuneConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Autocast of the encoder; losses are in fp32 always."""
+    """Autocast of the encoder; losses are always in fp32."""
     workers: int = 4
     """Loader processes; they do not change the order of samples."""
     strict: bool = False
@@ -453,7 +453,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
 
 @dataclasses.dataclass
 class StudyConfig:
-    """The controlled study of one pre-trained encoder: its spectrum, and every head tuned from several seeds."""
+    """The controlled study of one pre-trained encoder: its spectrum, and every head tuned with several seeds."""
 
     encoder: str = "runs/nmtune/sup-30-seed0"
     """Run folder of `python -m nmtune.pretrain`; study.json and spectra.npz are written into it."""
@@ -475,7 +475,7 @@ class StudyConfig:
 
 # ---------------------------------------------------------------------------------------- rows of the paper's tables
 
-KNOWN = {  # numbers of the paper that a text quotes which could be read
+KNOWN = {  # numbers of the paper that other texts quote
     "swin-l-lp": "accuracy, 14 ID sets 81.91, 4 DomainNet sets 50.88 % (quoted by others)",
     "swin-l-nmtune": "accuracy, 14 ID sets 84.16, 4 DomainNet sets 52.35 % (quoted by others)",
     "convnext-l-lp": "accuracy, 4 DomainNet sets 66.86 % (quoted by others)",

@@ -1,12 +1,12 @@
-"""Labelled images for pre-training, tuning and testing, by row: `len`, `labels`, `classnames`, `read(row)`; and noise.
+"""Labelled images for pre-training, tuning and testing (`len`, `labels`, `classnames`, `read(row)`), and label noise.
 
-A set is named by a path:
+A data set is given by a path:
     DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar); DIR:train+val
     DIR                         image folder, DIR/CLASS/*.jpg; classes in the order of their folders' names
     FILE.txt                    lines `path label`, paths from the file's own folder up (DomainNet)
     data/emoji:TASK:PART        the embedded corpus; TASK group, subgroup or name, PART pretrain, tune, id,
                                 ood or known (pretrain and tune)
-`benchmark` knows the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
+`benchmark` opens the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
 `flip_labels` and `swap_captions` are the paper's noise in supervision.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning, `U:` = @f249dce, `U0:` = its first, @e9c5fb1.
@@ -27,17 +27,17 @@ from shared.data import BrokenSample, decode_image, stable_hash
 from shared.index import Strings, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
-SMALL = 2**25  # sets of less than 32 MB in files are kept decoded
-LARGE_FOLDERS = 2**22  # bytes of class folders themselves from which on the list of their files is kept
-LABEL_BYTES = 64  # of a .cls file that are looked at
-HELD_OUT = 0.5  # share of the emoji that pre-training never sees: downstream tasks are made of them
-ID_TEST = 0.4  # share of their drawings in known styles that tuning does not see
+SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
+LARGE_FOLDERS = 2**22  # bytes of the class folders themselves; from this size on their file list is cached
+LABEL_BYTES = 64  # bytes read of a .cls file
+HELD_OUT = 0.5  # share of the emoji that pre-training never sees; the downstream tasks use them
+ID_TEST = 0.4  # share of their drawings in known styles that is held out of tuning
 
 
 class LabelledImages:
-    """Images somewhere in files, as (file, offset, size) with size -1 for a whole file, and their labels (N,) int64.
+    """Images as (file, offset, size), with size -1 for a whole file, and their labels (N,) int64.
 
-    `read` has the shape that `shared.data.read_or_next` wants, so that broken images are counted and replaced.
+    `read` has the interface of `shared.data.read_or_next`, so that broken images are counted and replaced.
     """
 
     def __init__(self, files: Sequence[str], spans: np.ndarray, labels: Sequence[int], classnames: Sequence[str]):
@@ -58,7 +58,7 @@ class LabelledImages:
 
     @functools.cached_property
     def keys(self) -> Strings | np.ndarray:
-        """N strings: where each image lies."""
+        """N strings: the location of each image."""
         return Strings.of(f"{self.files[file]}@{offset}" for file, offset, _ in map(np.ndarray.tolist, self.spans))
 
     @property
@@ -110,9 +110,9 @@ def flip_labels(
 ) -> np.ndarray:
     """Give the first ceil(ratio N) of N permuted labels a random class -> (N,) noisy labels.
 
-    exclude_true: uniform on the other classes (the paper's pre-training noise), so that exactly that share is wrong.
-    Otherwise on all classes (U:src/datasets/common.py:184-195), which leaves ratio (1 - 1/C) wrong. asymmetric: the
-    next class instead of a random one, so that wrong labels of a class agree.
+    exclude_true: uniform over the other classes (the paper's pre-training noise), so that exactly this share is wrong.
+    Otherwise over all classes (U:src/datasets/common.py:184-195), so that ratio (1 - 1/C) is wrong. asymmetric: the
+    next class instead of a random one.
     """
     noisy = np.array(labels)
     selected = rng.permutation(len(noisy))
@@ -127,15 +127,15 @@ def flip_labels(
 
 
 def flip_labels_per_sample(labels: np.ndarray, num_classes: int, p: float, rng: random.Random) -> np.ndarray:
-    """Each label, with probability p, becomes any class -> (N,). U:src/datasets/common.py:27-40."""
+    """Replace each label with probability p by any class -> (N,). U:src/datasets/common.py:27-40."""
     return np.array([rng.randint(0, num_classes - 1) if rng.random() < p else label for label in labels])
 
 
 def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
-    """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: whose caption each pair ends with.
+    """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: the pair whose caption each pair gets.
 
-    U0:open_clip/shuffle_data.py:24-34. Captions are permuted, none is lost; pairs hit twice make the share that moved
-    1 - exp(-2 num_swaps/n), a little less than 2 num_swaps/n.
+    U0:open_clip/shuffle_data.py:24-34. Captions are permuted, none is lost. Since some pairs are drawn twice, a share
+    of 1 - exp(-2 num_swaps/n) moves, a little less than 2 num_swaps/n.
     """
     source = np.arange(n)
     for _ in range(num_swaps):
@@ -166,7 +166,7 @@ def _image(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
 def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> LabelledImages:
     """One split of a classification set in the CLIP-benchmark webdataset layout, or several joined: train+val.
 
-    `cache` keeps the places and labels of a large set's images, which are read once a machine.
+    `cache` stores the positions and labels of a large set's images, so that each machine reads them once.
     """
     tars = []
     for part in split.split("+"):
@@ -183,7 +183,7 @@ def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> Label
 
 
 def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
-    """`spans` (N, 3) and `labels` (N,) int64 of the images in tars: headers are read, and .cls files."""
+    """`spans` (N, 3) and `labels` (N,) int64 of the images in tars; reads only headers and .cls files."""
     spans, labels, opened = [], [], OpenFiles(tars)
     for i, tar in enumerate(tars):
         for key, files in tar_members(tar).items():
@@ -246,7 +246,7 @@ def changed(folder: str, time: int) -> bool:
 
 
 def image_list(path: Path) -> LabelledImages:
-    """Lines `relative/path label`. Class names are those of the folders the images are in, as far as they agree."""
+    """Lines `relative/path label`. Class names are the names of the images' folders, if these agree within a class."""
     try:
         rows = [line.rsplit(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         labels = [int(label) for _, label in rows]
@@ -273,13 +273,13 @@ def _whole(files: Sequence[str], labels: Sequence[int], names: list[str]) -> Lab
 
 
 def is_held_out(hexcode: str) -> bool:
-    """Whether pre-training never sees this emoji, in any style: a property of its code alone."""
+    """Whether the emoji is held out of pre-training, in every style; depends only on its code."""
     return stable_hash("nmtune held out", hexcode) < HELD_OUT * 2**63
 
 
 @functools.lru_cache(maxsize=1)
 def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict], list[tuple[int, int, int]]]:
-    """Descriptions of the samples and where their images lie, read once for all parts of files of these times."""
+    """Descriptions of the samples and positions of their images; read once for all parts unless the files change."""
     about, spans = [], []
     for i, tar in enumerate(tars):
         content = tar.read_bytes()
@@ -292,11 +292,11 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
 
 def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     """The embedded corpus in four parts: `pretrain` (half of the emoji, seven styles), and of the other half `tune` and
-    `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style). `known` is what may be learned
-    from, `pretrain` and `tune`.
+    `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style). `known` is all training data,
+    `pretrain` and `tune`.
 
-    `task` says what the label is: group (9), subgroup (98) or name; the classes of `name` are the emoji that
-    are tuned on (or pre-trained on), those of the others are the same in all parts.
+    `task` is the kind of label: group (9), subgroup (98) or name. The classes of `name` are the emoji of tuning (or of
+    pre-training); those of the other tasks are the same in all parts.
     """
     if task not in ("group", "subgroup", "name") or part not in ("pretrain", "tune", "id", "ood", "known"):
         known = "(group|subgroup|name):(pretrain|tune|id|ood|known)"
@@ -327,9 +327,9 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
 
 
 def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages:
-    """A set by its path, see the head of this file. FileNotFoundError or ValueError say what is wrong with it.
+    """Open a data set by its path (see the top of this file). FileNotFoundError or ValueError if it cannot be used.
 
-    `cache` keeps the index of large tars, and the list of files in large folders.
+    `cache` stores the index of large tars, and the list of files in large folders.
     """
     path, *rest = spec.split(":")
     if len(rest) == 2:
@@ -345,7 +345,7 @@ def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages
 
 # ------------------------------------------------------------------------------------------------- the paper's sets
 
-ID_SETS = {  # what CLIP-benchmark calls them; classes and sizes are read from the data
+ID_SETS = {  # CLIP-benchmark's names; classes and sizes are read from the data
     "cifar10": "cifar10", "cifar100": "cifar100", "flowers102": "flowers", "food101": "food101", "oxford_pet": "pets",
     "stanford_cars": "cars", "fgvc_aircraft": "fgvc_aircraft", "svhn": "svhn", "dtd": "dtd", "caltech101": "caltech101",
     "eurosat": "eurosat", "pcam": "pcam", "resisc45": "resisc45", "rendered_sst2": "renderedsst2",
@@ -358,7 +358,7 @@ VTAB = (
     "pcam",
 )  # tuned on trainval: U:src/datasets/vtab.py:56,141,170,199,227
 DOMAINS = ("real", "sketch", "painting", "clipart")
-SIZES = {  # training images and classes as published, for --dry-run alone
+SIZES = {  # published numbers of training images and classes, only for --dry-run
     "cifar10": (50_000, 10), "cifar100": (50_000, 100), "flowers102": (1_020, 102), "food101": (75_750, 101),
     "oxford_pet": (3_680, 37), "stanford_cars": (8_144, 196), "fgvc_aircraft": (3_334, 100), "svhn": (73_257, 10),
     "dtd": (1_880, 47), "caltech101": (3_060, 102), "eurosat": (21_600, 10), "pcam": (294_912, 2),
@@ -366,7 +366,7 @@ SIZES = {  # training images and classes as published, for --dry-run alone
     "domainnet-sketch": (48_212, 345), "domainnet-painting": (50_416, 345), "domainnet-clipart": (33_525, 345),
     "imagenet": (1_281_167, 1000),
 }  # fmt: skip
-IMAGENET = {  # image folder, and the webdataset of CLIP-benchmark that stands in where there is none
+IMAGENET = {  # image folder, and CLIP-benchmark's webdataset that is used if the folder is missing
     "imagenet": ("imagenet/val", "wds_imagenet1k"),
     "imagenet_v2": ("imagenetv2", "wds_imagenetv2"),
     "imagenet_r": ("imagenet-r", "wds_imagenet-r"),
@@ -378,7 +378,7 @@ IMAGENET = {  # image folder, and the webdataset of CLIP-benchmark that stands i
 
 
 def training_split(folder: Path, name: str) -> str:
-    """The split of a webdataset to tune on: trainval of VTAB's sets, or what there is of train and val; else train."""
+    """The split of a webdataset to tune on: for VTAB's sets trainval, or else train and val; for others train."""
     if name in VTAB and (folder / "trainval").is_dir():
         return "trainval"
     return "train+val" if name in VTAB and (folder / "val").is_dir() else "train"
@@ -388,7 +388,7 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
     """(training set, {test name: test set}) of one of the paper's downstream tasks, below the folder `root`.
 
     cifar10 ... rendered_sst2: in-domain transfer. domainnet-real ...: tuned on one domain, tested on four.
-    imagenet: tested on itself and on those of its variants that are there. FileNotFoundError says what is missing.
+    imagenet: tested on itself and on those variants that exist. FileNotFoundError names what is missing.
     """
     base = Path(root)
     if name in ID_SETS:
@@ -426,10 +426,10 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
 
 
 def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[list[int]] | None]:
-    """(test set, groups of the trained classes that its classes stand for, None where they are the same).
+    """(test set, group of trained classes for each of its classes, or None if the classes are the same).
 
-    In this order: `groups.json` in the set's folder, a list of lists of trained class numbers; what Vid-Robust or
-    ObjectNet say themselves; the same number of classes; class names that all occur among the trained ones (ImageNet-A
+    Tries in this order: `groups.json` in the set's folder, a list of lists of trained class numbers; the mappings of
+    Vid-Robust or ObjectNet; the same number of classes; class names that all occur among the trained ones (ImageNet-A
     and -R, by WordNet id in image folders and by name in webdatasets).
     """
     images = open_labelled(spec)
@@ -441,7 +441,7 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     mappings = folder.parent / "mappings"
     if (mappings / "objectnet_to_imagenet_1k.json").is_file():
         return objectnet(images, mappings)
-    other_names = not set(trained) & set(images.classnames)  # as ImageNet-V2's numbers are: the order tells
+    other_names = not set(trained) & set(images.classnames)  # such as ImageNet-V2's numbers: match by order
     if list(trained) == images.classnames or (len(trained) == images.num_classes and other_names):
         return images, None
     index = {name: label for label, name in enumerate(trained)}
@@ -472,7 +472,7 @@ def objectnet(images: LabelledImages, mappings: Path) -> tuple[LabelledImages, l
 
 
 def vid_robust(root: Path) -> tuple[LabelledImages, list[list[int]], list[list[int]], list[list[int]]]:
-    """ImageNet-Vid-Robust: (frames, groups of ImageNet classes, accepted classes a frame, frames of each set).
+    """ImageNet-Vid-Robust: (frames, groups of ImageNet classes, accepted classes of each frame, frames of each set).
 
     U:src/datasets/imagenet_vid_robust.py:17-73. `root` holds val/, metadata/ and misc/.
     """

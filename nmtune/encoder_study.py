@@ -3,9 +3,9 @@
 NMTune (arXiv 2309.17002), sections 2 to 4, for an encoder that `nmtune.pretrain` trained at one noise ratio:
   1. encode once: V training views of the tuning set, one view of the in-domain and of the out-of-domain test set
   2. the spectrum of the test features: SVE, LSVR in the three centring modes
-  3. tune every head for every task; accuracy in and out of domain, and the spectrum of what the head makes of F; for
-     comparison the nearest neighbour
-Numbers go to RUN/study.json, singular values to RUN/spectra.npz; `nmtune.eval --report` compares encoders by them.
+  3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z; the
+     nearest neighbour is the comparison
+Writes numbers to RUN/study.json and singular values to RUN/spectra.npz, which `nmtune.eval --report` compares.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from shared import checkpoints, cli, probes, run
 
 
 class Encoded(NamedTuple):
-    """Features of all drawings of each part of the corpus that pre-training has not seen."""
+    """Features of all drawings in the parts of the corpus that pre-training has not seen."""
 
     images: dict[str, LabelledImages]  # by part: tune, id, ood
     plain: dict[str, Tensor]  # by part, (N, D) of the evaluation view
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
 
 def encode_parts(cfg: StudyConfig, process: run.Process) -> Encoded:
-    """Encode what every task is made of, once."""
+    """Encode once all drawings that the tasks use."""
     encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
     encoder.to(process.device, memory_format=torch.channels_last)
     images = {part: open_labelled(f"data/emoji:group:{part}") for part in ("tune", "id", "ood")}
@@ -50,7 +50,7 @@ def encode_parts(cfg: StudyConfig, process: run.Process) -> Encoded:
     options = {"process": process, "precision": precision, "label": Path(cfg.encoder).name}
     plain = {part: encode_set(encoder, each, eval_view, **options)[0][0] for part, each in images.items()}
     if all(PRESETS[method][1].views == "eval" for method in cfg.methods):
-        return Encoded(images, plain, plain["tune"][None])  # of which nobody asks for more
+        return Encoded(images, plain, plain["tune"][None])  # no head needs more views
     return Encoded(images, plain, encode_set(encoder, images["tune"], train_view, views=cfg.bank, **options)[0])
 
 
@@ -63,7 +63,7 @@ def spectrum_metrics(features: Tensor, center: str = "sample") -> dict[str, floa
 
 @torch.no_grad()
 def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Top-1 in per cent on each test set; of NMTune's head also the spectrum, L_COV and leading share of its z."""
+    """Top-1 in per cent on each test set; for NMTune's head also the spectrum, L_COV and leading share of z."""
     head.eval()
     results = {}
     for name, (features, labels) in tests.items():
@@ -80,8 +80,8 @@ def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> di
 def study_task(
     cfg: StudyConfig, task: str, encoded: Encoded, process: run.Process
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """({"METHOD/METRIC": one number a seed, "nearest/PART": [top-1 of the nearest neighbour]}, {"METHOD/PART": singular
-    values of z}) of one task."""
+    """Results of one task: {"METHOD/METRIC": one number per seed, "nearest/PART": [top-1 of the nearest neighbour]} and
+    {"METHOD/PART": singular values of z}."""
     sets = {part: open_labelled(f"data/emoji:{task}:{part}") for part in encoded.images}
     rows = {part: encoded.rows(part, images) for part, images in sets.items()}
     labels = {part: torch.from_numpy(images.labels) for part, images in sets.items()}
@@ -111,7 +111,7 @@ def study_task(
 
 
 def main(cfg: StudyConfig) -> None:
-    """Study a finished encoder, unless its study.json is of the same checkpoint, settings and code."""
+    """Study a finished encoder, unless its study.json has the same checkpoint, settings and code."""
     process = run.setup(0, cfg.device)
     folder = Path(cfg.encoder)
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")

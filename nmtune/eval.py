@@ -1,7 +1,7 @@
-"""Measure tuned heads, or compare encoders: `python -m nmtune.eval RUN... [--report FILE]`.
+"""Evaluate tuned heads, or compare encoders: `python -m nmtune.eval RUN... [--report FILE]`.
 
-NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. The paper reads the effect of
-pre-training noise off the singular values of a test set's features F (M, D): `feature_spectrum`,
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. The paper measures the effect of
+pre-training noise by the singular values of a test set's features F (M, D): `feature_spectrum`,
 `singular_value_entropy` (SVE), `largest_singular_value_ratio` (LSVR).
   - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
   - CLIPs of nmtune.pretrain with --sets: zero-shot accuracy and retrieval
@@ -73,7 +73,7 @@ def singular_value_entropy(s: Tensor) -> Tensor:
 
 
 def largest_singular_value_ratio(s: Tensor) -> Tensor:
-    """LSVR = -ln(s_1 / sum(s)) of singular values (K,) -> () >= 0; larger: the largest has less share."""
+    """LSVR = -ln(s_1 / sum(s)) of singular values (K,) -> () >= 0; it rises if the largest has a smaller share."""
     return -torch.log(s.max() / s.sum())
 
 
@@ -109,8 +109,8 @@ def pmk_accuracy(
 ) -> tuple[float, float]:
     """ImageNet-Vid-Robust's (pm-0, pm-k), fractions. U:src/datasets/imagenet_vid_robust.py:113-136.
 
-    logits (frames, C); accepted[j] holds the right classes of frame j; a set lists frames, its anchor first.
-    pm-0 counts right anchors, pm-k sets of which every frame is right.
+    logits (frames, C); accepted[j] has the correct classes of frame j; a set lists frames, its anchor first.
+    pm-0 is the share of correct anchors, pm-k the share of sets in which every frame is correct.
     """
     right = torch.tensor([p in ok for p, ok in zip(logits.argmax(dim=1).tolist(), accepted, strict=True)])
     anchors = right[torch.tensor([frames[0] for frames in sets])]
@@ -140,7 +140,7 @@ def test_metrics(head: nn.Module, source: RunFeatures) -> dict[str, float]:
 
 
 def draw_spectrum(axis: plt.Axes, s: np.ndarray, label: str, **style) -> None:
-    """Draw the share of each singular value; those that centring makes 0 are left out."""
+    """Plot the share of each singular value, without those that centring makes 0."""
     share = s / s.sum()
     axis.plot(np.arange(1, len(s) + 1)[share > 1e-6], share[share > 1e-6], label=label, **style)
 
@@ -153,7 +153,7 @@ def finish_spectra(axis: plt.Axes, title: str) -> None:
 
 
 def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
-    """Share of each singular value, before (F) and after (z) tuning, a panel a test set."""
+    """Plot the share of each singular value before (F) and after (z) tuning, one panel per test set."""
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in spectra))
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -171,21 +171,21 @@ def plot_spectra(spectra: dict[str, np.ndarray], path: Path) -> None:
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Evaluate runs; prints the numbers and writes all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders of nmtune.train; with --report, folders ARM-seedN of encoders that nmtune.encoder_study has
-    measured, and of heads of nmtune.train with the test sets id and ood."""
+    """Run folders of nmtune.train. With --report: folders ARM-seedN of encoders that nmtune.encoder_study has
+    evaluated, and of heads of nmtune.train with the test sets id and ood."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH instead of the run's own."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets in the CLIP-benchmark layout, on which CLIPs of nmtune.pretrain are measured zero-shot."""
+    """Evaluation sets in the CLIP-benchmark layout, for zero-shot evaluation of CLIPs of nmtune.pretrain."""
     head: str = ""
-    """A state dict exported from the authors' tuned model, in the place of the run's own head."""
+    """A state dict exported from the authors' tuned model, used instead of the run's own head."""
     centre: str = "sample"
     """Centring before the spectrum: sample (svd.py), none (the paper's words), sample+feature (pca.py)."""
     export: str | None = None
-    """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, and measure nothing."""
+    """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, without evaluating it."""
     report: str | None = None
     """Compare all runs and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -232,7 +232,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, printed and kept in the run folder: results.json, results.md, spectra.png."""
+    """`evaluate_run`, printed and stored in the run folder: results.json, results.md, spectra.png."""
     folder = Path(path)
     metrics, spectra = (zero_shot_metrics(path, cfg, process), {}) if cfg.sets else evaluate_run(path, cfg, process)
     checkpoints.write_json(folder / "results.json", {"metrics": metrics})
@@ -245,10 +245,10 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def encoder_metrics(path: str) -> dict[str, float]:
-    """Numbers of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/PART" of each task; spectra of the
-    default centring by their bare names.
+    """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/PART" for each task; spectral metrics
+    of the default centring have plain names.
 
-    FileNotFoundError if nmtune.encoder_study has not measured it.
+    FileNotFoundError if nmtune.encoder_study has not evaluated it.
     """
     folder = Path(path)
     if not (folder / "study.json").is_file():
@@ -270,8 +270,8 @@ def encoder_metrics(path: str) -> dict[str, float]:
 
 
 def compared_metrics(path: str) -> dict[str, float]:
-    """What --report compares of a run folder: `encoder_metrics` of an encoder, and of a head that was tuned on
-    black-box features {"blackbox/TEST": top-1 in per cent}, as the last line of its log says."""
+    """The metrics of a run folder that --report compares: `encoder_metrics` for an encoder; for a head tuned on
+    black-box features {"blackbox/TEST": top-1 in per cent}, from the last line of its log."""
     folder = Path(path)
     if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
         for line in run.read_metrics(folder, "id/top1")[-1:]:
@@ -280,8 +280,8 @@ def compared_metrics(path: str) -> dict[str, float]:
 
 
 def pretrained_clip(path: str) -> tuple[PretrainConfig, nn.Module, Callable]:
-    """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain; tuned heads and encoders of
-    labels have no text tower."""
+    """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain. ValueError for other runs,
+    which have no text tower."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if state["config"].get("kind") != "clip":
         raise ValueError(
@@ -311,7 +311,7 @@ def export_run(path: str, folder: str) -> None:
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Measure every tuned head, or compare encoders if a report is asked for. Returns what was measured of each."""
+    """Evaluate every tuned head, or compare encoders if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")

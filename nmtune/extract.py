@@ -1,10 +1,10 @@
-"""Features of any frozen model into a file that `nmtune.train --features` reads: `python -m nmtune.extract KIND ...`.
+"""Write features of any frozen model to a file for `nmtune.train --features`: `python -m nmtune.extract KIND ...`.
 
-    images     pictures, by an encoder of timm or open_clip, a run of nmtune.pretrain, or EfficientNet-Lite0
-    texts      texts in GLUE's layout or JSON lines, by any encoder of Hugging Face
-    answers    embeddings that an API has given, as JSON lines
-NMTune (arXiv 2309.17002) tunes black boxes, language models and an embedding API among them, for which the authors have
-released no code. A finished file is left as it is.
+    images     from images, by an encoder of timm or open_clip, a run of nmtune.pretrain, or EfficientNet-Lite0
+    texts      from texts in GLUE's layout or JSON lines, by any encoder of Hugging Face
+    answers    from embeddings that an API has returned, as JSON lines
+NMTune (arXiv 2309.17002) tunes black boxes, including language models and an embedding API; the authors have released
+no code for these. A finished file is not overwritten.
 """
 
 import csv
@@ -31,7 +31,7 @@ from shared import checkpoints, cli, run
 
 @dataclasses.dataclass
 class Images:
-    """Features of labelled pictures."""
+    """Features of labelled images."""
 
     encoder: str
     """Frozen encoder: timm:NAME, open_clip:NAME, lite0:SIDE, or the run folder of `python -m nmtune.pretrain`."""
@@ -70,15 +70,15 @@ class Texts:
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, files as in `data`."""
     columns: tuple[str, ...] = ("sentence",)
-    """Columns or keys of the text; of two, the encoder reads a pair, such as premise and hypothesis."""
+    """Columns or keys of the text; two give a text pair, such as premise and hypothesis."""
     label: str = "label"
     """Column or key of the label."""
     pooling: Literal["first", "mean", "last"] = "first"
-    """Which hidden state of the last layer: the first token's (BERT), the mean (sentence encoders), the last (GPT)."""
+    """Hidden state of the last layer: of the first token (BERT), the mean (sentence encoders), of the last (GPT)."""
     max_length: int = 128
-    """Tokens of a text at most."""
+    """Longest text in tokens."""
     batch_size: int = 32
-    """Texts of a forward pass."""
+    """Texts per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
@@ -87,7 +87,7 @@ class Texts:
 
 @dataclasses.dataclass
 class Answers:
-    """Embeddings that an API has given."""
+    """Embeddings that an API has returned."""
 
     data: str
     """Training set: a .jsonl whose lines hold an embedding and a label."""
@@ -96,7 +96,7 @@ class Answers:
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, files as in `data`."""
     embedding: str = "embedding"
-    """Key of the embedding, a list of numbers; dots lead inwards, and numbers into lists: data.0.embedding."""
+    """Key of the embedding, a list of numbers; dots separate nested keys and list indices: data.0.embedding."""
     label: str = "label"
     """Key of the label."""
 
@@ -107,7 +107,7 @@ Sets = Iterator[tuple[str, Tensor, list[str]]]  # name ("" of the training set),
 
 
 def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Sets:
-    """Features of `train` and of the tests, whose labels are named by the classes of `train`."""
+    """Features and labels of `train` and of the test sets; all labels are class names of `train`."""
     process = run.setup(cfg.seed, cfg.device)
     encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, cfg.checkpoint))
     encoder.to(process.device, memory_format=torch.channels_last)
@@ -128,7 +128,7 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
 
 
 def entries(path: str) -> list[dict[str, Any]]:
-    """Lines of a .jsonl, or of a .tsv by the names in its first line. ValueError says which line is unusable."""
+    """Lines of a .jsonl, or of a .tsv with column names in its first line, as dicts. ValueError names a bad line."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with open(path, encoding="utf-8", newline="") as file:
@@ -146,7 +146,7 @@ def entries(path: str) -> list[dict[str, Any]]:
 
 
 def value(path: str, number: int, entry: Any, key: str) -> Any:
-    """entry[key], where dots in `key` lead inwards. ValueError names file, line and key."""
+    """entry[key]; dots in `key` separate nested keys. ValueError names file, line and key."""
     for part in key.split("."):
         try:
             entry = entry[int(part) if isinstance(entry, list) else part]
@@ -178,7 +178,7 @@ def text_features(cfg: Texts, texts: list[list[str]], tokenizer: Any, model: Any
             pooled = (hidden * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
         else:
             column = mask.argmax(dim=1) if cfg.pooling == "first" else mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-            pooled = hidden[torch.arange(len(hidden)), column]  # padding may stand on either side
+            pooled = hidden[torch.arange(len(hidden)), column]  # padding may be on either side
         features.append(pooled.cpu())
     return torch.cat(features)
 
@@ -219,7 +219,7 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
 
 
 def main(cfg: Images | Texts | Answers) -> Path:
-    """Write the features file, unless it is there, of the same settings and data. Returns its path."""
+    """Write the features file, unless it exists with the same settings and data. Returns its path."""
     if any("=" not in test for test in cfg.tests):
         raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
     out, tests = Path(cfg.out), dict(test.split("=", 1) for test in cfg.tests)
@@ -252,7 +252,7 @@ def main(cfg: Images | Texts | Answers) -> Path:
 
 
 def fingerprint(path: str) -> str:
-    """Of a file's content. FileNotFoundError if there is none."""
+    """Hash of a file's content. FileNotFoundError if the file does not exist."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()

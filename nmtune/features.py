@@ -1,8 +1,8 @@
 """From images, or from a features file, to batches of frozen features (rows = [view w; view s]).
 
-NMTune (arXiv 2309.17002) treats the encoder as a black box. Tuning needs the features of two views of each image
-(`TwoViews`, `Bank`), of one view each (LP), or what any other program wrote into a file (`read_features`);
-`RunFeatures` gives a run its batches from one of these. Authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`.
+NMTune (arXiv 2309.17002) treats the encoder as a black box. Tuning takes the features of two views of each image
+(`TwoViews`, `Bank`), of one view (LP), or features that another program wrote to a file (`read_features`);
+`RunFeatures` makes a run's batches from one of these. Authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`.
 """
 
 import zipfile
@@ -27,7 +27,7 @@ from shared import checkpoints, data, run
 def subset_per_class(labels: np.ndarray, ratio: float, rng: np.random.RandomState) -> np.ndarray:
     """Rows of int(n_c ratio) samples of each class c, drawn without replacement, class by class -> (K,) int64.
 
-    U:src/datasets/common.py:155-181. Classes without a sample are passed over.
+    U:src/datasets/common.py:155-181. Classes without samples are skipped.
     """
     labels = np.asarray(labels)
     chosen = []
@@ -52,10 +52,10 @@ class TwoViews:
 
 
 def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
-    """RandAugment (3 operations, magnitude 5) behind the crop: upstream's strong view.
+    """Insert RandAugment (3 operations, magnitude 5) after the crop: upstream's strong view.
 
-    U:src/models/nml_tune.py:72-76, which puts it third from last, of either family of transforms, as torchvision has
-    them with two steps at the end for what is one here.
+    U:src/models/nml_tune.py:72-76 inserts it third from last; torchvision's transforms end in two steps that are one
+    step here.
     """
     steps = list(transform.transforms)
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -64,8 +64,8 @@ def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
 
 
 class Views(Dataset):
-    """Item i of a run: (views of the image as one tensor (V, 3, S, S), label, broken samples passed over), a function
-    of seed, epoch and row. `transform` gives a tensor or a tuple of tensors."""
+    """Item i of a run: (views of the image as one tensor (V, 3, S, S), label, broken samples skipped), a function of
+    seed, epoch and row. `transform` returns a tensor or a tuple of tensors."""
 
     def __init__(self, images: LabelledImages, transform: Callable, seed: int):
         self.images, self.transform, self.seed = images, transform, seed
@@ -82,7 +82,7 @@ class Views(Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list]:
-    """-> views (V, B, 3, S, S), labels (B,), broken samples. A rank may have no row of a short last batch."""
+    """-> views (V, B, 3, S, S), labels (B,), broken samples. In a short last batch a rank may have no rows."""
     if not items:
         return torch.zeros(2, 0), torch.zeros(0, dtype=torch.long), []
     views, labels, broken = zip(*items, strict=True)
@@ -106,7 +106,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) fp32 and labels (N,) on the CPU of all (images, labels, ...) batches of a loader.
 
-    U:src/datasets/common.py:65-110, once instead of in every epoch.
+    Runs once, where U:src/datasets/common.py:65-110 runs in every epoch.
     """
     training = encoder.training
     encoder.eval()
@@ -131,8 +131,8 @@ def encode_set(
     batch_size: int = 256,
     label: str = "features",
 ) -> tuple[Tensor, Tensor]:
-    """Features (V, N, D) of V views of every image, and labels (N,); ranks share out the images. Broken ones are
-    reported."""
+    """Features (V, N, D) of V views of every image, and labels (N,); images are split over ranks. Reports broken
+    images."""
     pixels, normalise = data.in_two(transform)
     many = pixels if views == 1 else lambda image: tuple(pixels(image) for _ in range(views))
     rows = [part.tolist() for part in np.array_split(np.arange(len(images)), process.world_size)][process.rank]
@@ -166,8 +166,8 @@ class Bank(NamedTuple):
     def batch(self, rows: Tensor, generator: torch.Generator, two: bool = True) -> tuple[Tensor, Tensor]:
         """Rows [view w; view s] (2B, D) and labels (2B,), two different views of each image.
 
-        Of a bank of one view, or with `two=False`, one view (B, D) and (B,); a single row comes twice, since a batch
-        norm cannot do with one.
+        With a bank of one view, or `two=False`: one view (B, D) and (B,). A single row is repeated, since BatchNorm
+        needs two.
         """
         count = len(self.features)
         if not two or count == 1:
@@ -181,14 +181,14 @@ class Bank(NamedTuple):
 def bank_batches(
     bank: Bank, batch_size: int, seed: int, epoch: int, start: int = 0, two: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A shuffled pass over a bank from batch `start` on, the last short batch kept; depends on (seed, epoch) alone."""
+    """A shuffled pass over a bank from batch `start` on, with the short last batch; depends only on (seed, epoch)."""
     for i, rows in enumerate(data.batches(len(bank.labels), batch_size, (seed, epoch), start=start), start):
         generator = torch.Generator().manual_seed(data.stable_hash(seed, epoch, i))
         yield bank.batch(torch.from_numpy(rows), generator, two)
 
 
 class BankLoader:
-    """What `tune` takes: each pass over it is the next epoch's `bank_batches`."""
+    """A loader for `tune`: each pass over it is the next epoch's `bank_batches`."""
 
     def __init__(self, bank: Bank, batch_size: int, seed: int, two: bool = True):
         self.bank, self.batch_size, self.seed, self.two, self.epoch = bank, batch_size, seed, two, 0
@@ -202,7 +202,7 @@ class BankLoader:
 
 
 def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) -> Iterator[list[int]]:
-    """How many rows each rank has of each global batch that `data.training_batches` makes of n rows."""
+    """Number of rows per rank in each global batch that `data.training_batches` makes of n rows."""
     size = batch_size // world_size
     for epoch in epochs:
         first = start if epoch == epochs[0] else 0
@@ -213,7 +213,7 @@ def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) 
 def gather_views(views: Tensor, labels: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """Features (V, B, D) and labels (B,) of all ranks, in rank order; the encoder is frozen, so no gradient is needed.
 
-    Ranks hold `counts` rows, unequal ones in a short last batch: a GPU is not asked for them.
+    Ranks have `counts` rows, unequal in a short last batch; they are given, to avoid a GPU synchronisation.
     """
     if len(counts) == 1:
         return views, labels
@@ -242,9 +242,9 @@ class FeatureSets(NamedTuple):
 
 
 def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> FeatureSets:
-    """Read a features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and tests `NAME_features`,
-    `NAME_labels`. Classes are the sorted labels of `labels`; a test has no others. Without a test set, a share
-    `holdout` of every class is kept from training and is the test set `test`. ValueError on an unusable file.
+    """Read a features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and test sets
+    `NAME_features`, `NAME_labels`. Classes are the sorted values of `labels`; test sets have no others. Without a test
+    set, a share `holdout` of every class is held out as test set `test`. ValueError on an unusable file.
     """
     path = Path(path)
     if not path.is_file():
@@ -298,7 +298,7 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
 
 
 def checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
-    """Labels (N,): names, or whole numbers as integers."""
+    """Check labels (N,): names or integers; whole floats become integers."""
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"`{name}` of {path} has the shape {labels.shape}: one label a row, (rows,), is wanted")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
@@ -309,7 +309,7 @@ def checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
 
 
 def checked_features(path: Path, name: str, features: np.ndarray, labels: Sequence) -> Tensor:
-    """Features as (V, N, D) fp32, of the right shape and finite."""
+    """Check shape and values of features and return them as (V, N, D) fp32."""
     if features.ndim != 3 or features.shape[1] != len(labels) or not features.size:
         raise ValueError(
             f"`{name}` of {path} has the shape {features.shape[1:] if len(features) == 1 else features.shape}, not "
@@ -344,7 +344,7 @@ def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | No
 
 
 def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
-    """(training set, {name: test set}) of a configuration, as paths."""
+    """Paths (training set, {name: test set}) of a configuration."""
     tests = dict(test.split("=", 1) for test in cfg.tests)
     if cfg.benchmark:
         training, own = benchmark(cfg.benchmark, cfg.root)
@@ -353,7 +353,7 @@ def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
 
 
 def reduced(labels: np.ndarray, cfg: Config) -> np.ndarray:
-    """Rows that `train_fraction` keeps."""
+    """Rows kept by `train_fraction`."""
     if cfg.train_fraction == 1:
         return np.arange(len(labels))
     rows = subset_per_class(labels, cfg.train_fraction, np.random.RandomState(cfg.seed))
@@ -363,7 +363,7 @@ def reduced(labels: np.ndarray, cfg: Config) -> np.ndarray:
 
 
 def noisy(labels: np.ndarray, num_classes: int, cfg: Config) -> np.ndarray:
-    """Labels after `label_noise`, the measured share of wrong ones printed."""
+    """Labels after `label_noise`; prints the measured share of wrong labels."""
     if not cfg.label_noise:
         return labels
     flipped = flip_labels(labels, num_classes, cfg.label_noise, np.random.RandomState(cfg.seed), exclude_true=False)
@@ -372,9 +372,9 @@ def noisy(labels: np.ndarray, num_classes: int, cfg: Config) -> np.ndarray:
 
 
 class RunFeatures:
-    """A run's training features, batch by batch, and its test sets: from a features file, or by a frozen encoder.
+    """A run's training features, batch by batch, and its test sets, from a features file or a frozen encoder.
 
-    batch_size: images per forward pass of what is encoded once.
+    batch_size: images per forward pass for features that are encoded once.
     """
 
     def __init__(self, cfg: Config, process: run.Process, precision: str, batch_size: int = 256):
@@ -388,7 +388,7 @@ class RunFeatures:
 
     @property
     def views(self) -> int:
-        """Views of an image in a batch: two, or one where there is one, or where a linear probe is to have no more."""
+        """Views of an image in a batch: two; or one, if there is only one or the linear probe uses one."""
         several = self.bank is None or len(self.bank.features) > 1
         return 2 if several and (self.cfg.method != "lp" or self.cfg.views != "eval") else 1
 
@@ -419,8 +419,8 @@ class RunFeatures:
         self.fingerprint = images.fingerprint
 
     def encode_training_set(self) -> None:
-        """Encode what is encoded once, the evaluation view or a bank of training views, if the settings say so, unless
-        it is there."""
+        """Encode the evaluation view or the bank of training views once, if the settings use one and it is not encoded
+        yet."""
         if self.bank is not None or (self.cfg.views != "eval" and not self.cfg.bank):
             return
         one = self.cfg.views == "eval"
@@ -430,7 +430,7 @@ class RunFeatures:
         self.bank = Bank(*self.encoded(self.images, transform, views, "training set"))
 
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
-        """`encode_set` with the run's settings; features of length 1 where the classifier is a text tower's."""
+        """`encode_set` with the run's settings; features have length 1 if the classifier is a text tower's."""
         features, labels = encode_set(
             self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
             workers=self.cfg.workers, batch_size=self.batch_size, label=label,
@@ -438,8 +438,7 @@ class RunFeatures:
         return (F.normalize(features, dim=-1) if self.cfg.zero_shot else features), labels
 
     def batches(self, epochs: range, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Global batches of feats (n, D) and labels (n,) of these epochs, from batch `start` of the first on, on the
-        device."""
+        """Global batches of feats (n, D) and labels (n,), on the device, from batch `start` of the first epoch on."""
         cfg, process = self.cfg, self.process
         if self.bank is not None:
             for epoch in epochs:

@@ -1,8 +1,8 @@
 """Tune the encoder itself: `python -m nmtune.finetune PRESET [--overrides]`. Journal version, arXiv 2403.06869.
 
-Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/nml_finetune.py`. Its contribution here: the two
-spectral regularisers act on the encoder's own features, of one view, without MLP and without L_MSE (`finetune_loss`).
-All weights are tuned, or rank-8 adapters of the blocks' MLPs (LoRA, by peft) and the classifier.
+Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, `U:src/models/nml_finetune.py`. The journal's contribution: the
+two spectral regularisers act on the encoder's own features of one view, without MLP and L_MSE (`finetune_loss`).
+Tunes all weights, or the classifier and rank-8 adapters of the blocks' MLPs (LoRA, by peft).
 """
 
 import math
@@ -53,7 +53,7 @@ def add_lora(model: ImageClassifier, source: str) -> nn.Module:
 
 
 def create_model(cfg: FinetuneConfig, source: str, encoder: nn.Module, dim: int, num_classes: int) -> nn.Module:
-    """Encoder and classifier with all weights, or with `cfg.lora` adapters and the classifier, to be tuned."""
+    """Encoder and classifier; all weights are trainable, or with `cfg.lora` only adapters and the classifier."""
     model = ImageClassifier(encoder.requires_grad_(True), dim, num_classes)
     return add_lora(model, source) if cfg.lora else model
 
@@ -92,7 +92,7 @@ def train_step(
         feats, logits = model(images)
     loss, parts = finetune_loss(logits, labels, feats, weights, k)
     optimizer.zero_grad()
-    with accumulate.frozen_statistics(model):  # if blocks are computed again, which is no further batch
+    with accumulate.frozen_statistics(model):  # recomputed blocks must not update BatchNorm again
         scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -103,7 +103,7 @@ def train_step(
 
 
 def dry_run(cfg: FinetuneConfig) -> None:
-    """Print what a run would be: parameters, steps, learning rates, memory of the step."""
+    """Print the plan of a run: parameters, steps, learning rates, memory of the step."""
     source, name = planned_encoder(cfg, ("open_clip", "ViT-B-16") if cfg.lora else ("timm", "resnet50"))
     encoder, dim, _, view = load_encoder(source, name)
     samples, classes, remark = planned_samples(cfg)
@@ -123,13 +123,13 @@ def dry_run(cfg: FinetuneConfig) -> None:
 
 
 def check_same_data(folder: run.RunFolder, images: LabelledImages) -> None:
-    """ValueError if a run folder's checkpoint was trained on other images than these."""
+    """ValueError if a run folder's checkpoint was trained on other images."""
     if folder.state.get("data", images.fingerprint) != images.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
 
 
 def main(cfg: FinetuneConfig) -> Path | None:
-    """Tune to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Tune to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg)
@@ -171,7 +171,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
         model.train()
         for done, (batch, labels, _) in enumerate(batches, steps * epoch + start + 1):
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, done - 1)
-            torch.manual_seed(data.stable_hash(cfg.seed, done - 1))  # for dropout: a resumed run agrees
+            torch.manual_seed(data.stable_hash(cfg.seed, done - 1))  # so that dropout is the same after a resume
             x = normalise(batch[0].to(process.device, non_blocking=True, **channels_last))
             labels = labels.to(process.device, non_blocking=True)
             losses = train_step(model, x, labels, optimizer, scaler, weights, cfg.svd_k, precision)

@@ -4,10 +4,10 @@ journal extension (arXiv 2403.06869).
 Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, cited below as `U:<path>:<line>`.
 The paper's contribution in this file:
   - a light MLP that reshapes the features of a frozen, noisily pre-trained encoder     `NMTuneHead`
-  - L_MSE keeps what the encoder knows                                                  `consistency_loss`
+  - L_MSE preserves the encoder's features                                              `consistency_loss`
   - L_COV spreads the feature dimensions (against low SVE, for in-domain transfer)      `covariance_loss`
   - L_SVD makes the leading singular values dominate (low LSVR, for out-of-domain)      `dominant_singular_value_loss`
-Beside it what every arm needs: the linear classifier (LP) and the frozen encoders of timm and open_clip.
+Used by every arm: the linear classifier (LP) and the frozen encoders of timm and open_clip.
 
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
 """
@@ -42,7 +42,7 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
     """L_MSE = mean over B*D of (norm(z_s) - sg(norm(f_w)))^2, z of view s (B, D) against f of view w (B, D) -> ().
 
     Equals the mean over rows of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
-    The paper's squared distance has no 1/D: multiply by D for it.
+    The paper's squared distance is D times this.
     """
     return F.mse_loss(F.normalize(z.float(), dim=1), F.normalize(feats.detach().float(), dim=1))
 
@@ -50,10 +50,10 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
 def covariance_loss(z: Tensor) -> Tensor:
     """L_COV = (1/D) sum_{i != j} C_ij^2, C = (z - mean)^T (z - mean) / (n - 1), of z (n, D) -> ().
 
-    U:src/models/nml_tune.py:34,164. The D x D covariance is not formed where n < D: with X = z - mean, the squares
-    of X^T X and of the n x n matrix X X^T have the same sum, so that sum_{i != j} C_ij^2 is
-    (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2, X_j the columns: a difference of large numbers where features are nearly
-    uncorrelated, hence in fp64.
+    U:src/models/nml_tune.py:34,164. Where n < D the D x D covariance is not formed. With X = z - mean, the squares of
+    X^T X and of the n x n matrix X X^T have the same sum, so that sum_{i != j} C_ij^2 is
+    (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2 with columns X_j. For nearly uncorrelated features this is a difference of
+    large numbers, so it is computed in fp64.
     """
     n, dim = z.shape
     with torch.autocast(z.device.type, enabled=False):
@@ -70,8 +70,8 @@ def covariance_loss(z: Tensor) -> Tensor:
 def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
     """L_SVD = -(1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the raw z (n, D) -> (), negative: it is added to the loss.
 
-    U:src/models/nml_tune.py:159-162, k = 5; the paper writes the largest alone, k = 1. Not centred, not normalised.
-    With fewer than k singular values the mean runs over those there are; it is then constant.
+    U:src/models/nml_tune.py:159-162, k = 5; in the paper k = 1. z is neither centred nor normalised. With fewer than k
+    singular values the mean is over all of them, and constant.
     """
     return -DominantShare.apply(z, k)
 
@@ -80,8 +80,8 @@ class DominantShare(torch.autograd.Function):
     """Mean share (1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the k largest singular values of z (n, D) -> () fp32.
 
     d sigma_i = u_i^T dz v_i and v_i = z^T u_i / sigma_i give the gradient U diag(w / sigma) U^T z, where w_i is the
-    share's derivative by sigma_i: no right singular vectors, so that an eigendecomposition of the smaller Gram matrix
-    does. Where z is rank-deficient u_i and v_i are not determined: then an SVD chooses them, as upstream's does.
+    share's derivative by sigma_i. It has no right singular vectors, so that an eigendecomposition of the smaller Gram
+    matrix suffices. If z is rank-deficient, u_i and v_i are not unique; then an SVD chooses them, as upstream.
     """
 
     @staticmethod
@@ -105,7 +105,7 @@ class DominantShare(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
-        left, right = ctx.saved_tensors  # left is fp64 where small singular values cancel large numbers in the product
+        left, right = ctx.saved_tensors  # left is fp64 if small singular values would lose digits in the product
         gradient = slope * (left @ right.to(left.dtype)).float()
         return gradient.T if ctx.tall else gradient, None
 
@@ -113,9 +113,9 @@ class DominantShare(torch.autograd.Function):
 def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), ascending, and eigenvectors (n, n) of z z^T, of a wide z (n, D) fp32.
 
-    Squaring halves the digits of small singular values. fp32 keeps enough where the eigenvalues span less than a factor
-    of 300, as a z much wider than high may; otherwise the product is in fp64. The gradient of L_SVD is within 1e-4 of
-    its own size of the exact one, or nearer to it than that of an SVD in fp32.
+    Squaring halves the digits of small singular values. fp32 is accurate enough if the eigenvalues span less than a
+    factor of 300 (typical if D is much larger than n); otherwise the product is in fp64. The gradient of L_SVD has a
+    relative error below 1e-4, or below that of an SVD in fp32.
     """
     with torch.autocast(z.device.type, enabled=False):
         if z.shape[1] >= 4 * len(z) and (product := z @ z.T).isfinite().all():
@@ -140,8 +140,8 @@ def nmtune_loss(
     """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s], or with views=1 of one view.
 
     logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default the authors';
-    the paper writes one lambda = 0.01. Parts of weight 0 are not computed; all three 0 is the paper's MLP baseline.
-    Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted parts. U:src/models/nml_tune.py:139-171.
+    the paper has one lambda = 0.01. Terms of weight 0 are not computed; all three 0 is the paper's MLP baseline.
+    Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted terms. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
     rows = len(z) // views
@@ -162,7 +162,7 @@ def nmtune_loss(
 def finetune_loss(
     logits: Tensor, labels: Tensor, feats: Tensor, weights: tuple[float, float] = (0.04, 0.001), k: int = 5
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The journal's objective on the features of an encoder that is tuned itself: CE + w_cov L_COV + w_svd L_SVD.
+    """The journal's objective on the features of a tuned encoder: CE + w_cov L_COV + w_svd L_SVD.
 
     One view, no L_MSE, no MLP; logits (B, C), labels (B,), feats (B, D). U:src/models/nml_finetune.py:144-166.
     """
@@ -173,7 +173,7 @@ def finetune_loss(
 
 
 def make_classifier(dim: int, num_classes: int) -> nn.Linear:
-    """The linear classifier, alone the LP arm: kaiming-uniform weight (a = 0, bound sqrt(6/D)), zero bias.
+    """The linear classifier (the LP arm): kaiming-uniform weight (a = 0, bound sqrt(6/D)), zero bias.
 
     U:src/models/modeling.py:109-124, init U:src/models/nml_tune.py:54-59.
     """
@@ -219,7 +219,7 @@ class NMTuneHead(nn.Module):
 
 
 def transformed(head: nn.Module, feats: Tensor) -> tuple[Tensor, Tensor]:
-    """(z (n, D), logits (n, C)) of either head; a linear probe's z is f itself."""
+    """(z (n, D), logits (n, C)) of a head; for a linear probe z = f."""
     if isinstance(head, NMTuneHead):
         z = head.transform(feats)
         return z, head.classification_head(z)
@@ -242,7 +242,7 @@ default_cfgs = generate_default_cfgs(  # timm looks for them by this name
 @register_model
 def resnet_emoji(pretrained: bool = False, **options) -> ByobNet:
     """The embedded corpus' encoder: a stem of 24 channels, blocks of 48, 96 and 192, each halving the image; 0.7 M
-    parameters, D = 192. A timm model by this name once this file is imported."""
+    parameters, D = 192. Importing this file registers it in timm."""
     widths = zip(ARCHITECTURE.blocks, (48, 96, 192), strict=True)
     blocks = tuple(dataclasses.replace(block, c=width) for block, width in widths)
     small = dataclasses.replace(ARCHITECTURE, blocks=blocks, stem_chs=24)
@@ -341,7 +341,7 @@ def zero_shot_weights(name: str, checkpoint: str | None, classnames: Sequence[st
 
 
 def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, name: str, checkpoint: str) -> None:
-    """Load strictly; weights of the classifier, which the encoder lacks, are passed over."""
+    """Load strictly, except for classifier weights, which the encoder does not have."""
     classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier", ()) if source == "timm" else ()
     prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
     try:
@@ -355,7 +355,7 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, na
 
 
 def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
-    """(model with a dict as output, training and evaluation transform) of open_clip, weights by tag or random."""
+    """(open_clip model that returns a dict, training and evaluation transform); weights by tag, or random."""
     logging.disable(logging.WARNING)  # of random weights, which are meant, or about to be replaced
     try:
         return open_clip.create_model_and_transforms(name, pretrained=tag, output_dict=True)
@@ -364,7 +364,7 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
 
 
 def encoder_weights(checkpoint: str) -> dict[str, Tensor]:
-    """Weights by timm's or open_clip's names of a file or run folder, `module.` prefixes removed."""
+    """Weights of a file or run folder with timm's or open_clip's names, without prefixes `module.`."""
     path = Path(checkpoint)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
@@ -372,9 +372,10 @@ def encoder_weights(checkpoint: str) -> dict[str, Tensor]:
 
 
 def split_upstream(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(head, encoder) weights by our names of a state dict exported from upstream's tuned `ImageClassifier`.
+    """State dict of upstream's tuned `ImageClassifier` -> (head, encoder) weights with our names.
 
-    Its files are whole pickled modules; `torch.save(module.state_dict(), FILE)` in upstream's environment exports one.
+    Upstream's files are pickled modules; `torch.save(module.state_dict(), FILE)` in its environment exports a state
+    dict.
     """
     head, encoder = {}, {}
     for key, value in weights.items():
@@ -390,7 +391,7 @@ def split_upstream(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def head_from(weights: dict[str, Tensor]) -> nn.Module:
-    """The head that weights by our names describe: NMTuneHead, or nn.Linear for those of a linear probe alone."""
+    """The head with the given weights (our names): NMTuneHead, or nn.Linear if they are those of a linear probe."""
     if not any(key.startswith("mlp_after.") for key in weights):
         weights = {key.removeprefix("classification_head."): value for key, value in weights.items()}
         head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])

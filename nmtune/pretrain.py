@@ -32,7 +32,7 @@ from nmtune.train import cosine_lr
 from shared import accumulate, cli, data, memory, run, windows
 from shared.clip import set_grad_checkpointing, trimmed
 
-IMAGENET_BYTES = 110_000  # of an image as it comes
+IMAGENET_BYTES = 110_000  # mean file size of an image
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -53,7 +53,7 @@ class NoisyLabels(Dataset):
         labels = flip_labels(given, classes, cfg.noise, rng, cfg.exclude_true, cfg.asymmetric)
         self.noisy = labels != given
         self.images.labels = labels
-        self.broken: list[data.Broken] = []  # none is known before images are read
+        self.broken: list[data.Broken] = []
         self.fingerprint = self.images.fingerprint
 
     def __len__(self) -> int:
@@ -82,9 +82,9 @@ class SwappedCaptions(Dataset):
         self.fingerprint = data.fingerprint(pairs.fingerprint.encode(), self.swap(cfg))
 
     def swap(self, cfg: PretrainConfig) -> bytes:
-        """Swap captions; returns what tells these swaps from others."""
+        """Swap captions; returns a fingerprint of the swaps."""
         self.rows = np.arange(len(self.pairs))
-        if ":pretrain" in cfg.data:  # of the embedded corpus, the emoji that are not held out
+        if ":pretrain" in cfg.data:  # the emoji of the embedded corpus that are not held out
             known = set(open_labelled(cfg.data).keys.tolist())
             self.rows = np.array([row for row, key in enumerate(self.pairs.keys) if key in known], dtype=np.int64)
         n = len(self.rows)
@@ -95,11 +95,11 @@ class SwappedCaptions(Dataset):
         return len(self.rows)
 
     def share(self) -> float:
-        """Share of the captions that are another pair's."""
+        """Share of the pairs that have another pair's caption."""
         return float((self.source != np.arange(len(self))).mean())
 
     def place(self, i: int) -> tuple[data.Shards | data.TSV, int, int]:
-        """Item -> (pairs, row in them, the row whose caption it has)."""
+        """Item -> (pairs, row of the image, row of the caption)."""
         i %= len(self)
         return self.pairs, int(self.rows[i]), int(self.rows[self.source[i]])
 
@@ -113,8 +113,8 @@ class SwappedCaptions(Dataset):
 
 
 class SwappedWithinShards(SwappedCaptions):
-    """The same of windows of shards, where other shards' captions are not at hand: each shard's are swapped among
-    themselves, alike in every epoch and whichever window the shard is in.
+    """`SwappedCaptions` for windows of shards. Captions are swapped within each shard, since other shards may not be on
+    disk; the swaps are the same in every epoch and window.
     """
 
     def swap(self, cfg: PretrainConfig) -> bytes:
@@ -124,11 +124,11 @@ class SwappedWithinShards(SwappedCaptions):
         return len(self.pairs)
 
     def swaps_of(self, pairs: data.Shards, rows: range) -> np.ndarray:
-        """`swap_captions` of a shard, whose pairs are these rows; a function of its first key and its size."""
+        """`swap_captions` of the shard with these rows; a function of its first key and its size."""
         return shard_swaps(pairs.keys[rows[0]], len(rows), self.noise, self.noise_seed)
 
     def share(self) -> float:
-        """That of the first window."""
+        """The share in the first window."""
         pairs, _ = self.pairs.open(0, 0, self.pairs.rank)
         shards = [rows for shard in range(len(pairs.paths)) if (rows := pairs.rows_of(shard))]
         moved = [self.swaps_of(pairs, rows) != np.arange(len(rows)) for rows in shards]
@@ -148,9 +148,9 @@ def shard_swaps(first: str, n: int, noise: float, seed: int) -> np.ndarray:
 def open_samples(
     cfg: PretrainConfig, transform: Callable, side: int, process: run.Process, images: LabelledImages | None
 ) -> NoisyLabels | SwappedCaptions:
-    """The training set of a kind of pre-training, with its noise; `images` are those of kind supervised.
+    """The training set with its noise; `images` are given if the kind is supervised.
 
-    With `keep_in_memory` it has what is `decoded`, and the `side` of views.
+    With `keep_in_memory` it also has the result of `decoded`, and the `side` of views.
     """
     if cfg.kind == "supervised":
         samples = NoisyLabels(cfg, transform, images)
@@ -167,8 +167,8 @@ def open_samples(
 
 
 def decoded(samples: "NoisyLabels | SwappedCaptions", side: int, process: run.Process) -> tuple[Tensor, Tensor, Tensor]:
-    """Every sample once: images as centre squares of `side` pixels (N, 3, side, side) uint8, labels (N,) or tokens
-    (N, L), and whether they are noise (N,). Broken samples join `samples.broken`."""
+    """Decode every sample once: images as centre squares (N, 3, side, side) uint8, labels (N,) or tokens (N, L), and
+    whether they are noise (N,). Broken samples are added to `samples.broken`."""
     memory.check_size(len(samples), side, process)
     whole = copy.copy(samples)
     whole.transform = lambda image: torch.from_numpy(np.array(memory.square(image, side))).permute(2, 0, 1)
@@ -183,13 +183,13 @@ def batch_order(
 ) -> tuple[list[np.ndarray], list[float]]:
     """Rows of this rank's batches of an epoch from batch `start` on, and the weight of each in the mean over ranks.
 
-    A short last batch is shared out evenly; a rank for which none is left gets a row of it, with weight 0. CLIP's is
-    left out, unless it is the only one: it has too few negatives, as in open_clip.
+    A short last batch is split evenly; a rank without rows gets one of its rows with weight 0. For CLIP the short last
+    batch is dropped, as in open_clip, since it has too few negatives, unless it is the only batch.
     """
     order = data.batches(n, cfg.batch_size, (cfg.seed, epoch), start=start)
     if cfg.kind == "clip" and n % cfg.batch_size and n > cfg.batch_size:
         order = order[:-1]
-    if cfg.kind == "clip":  # equal shares, whose features are gathered
+    if cfg.kind == "clip":  # ranks need equal numbers of rows, since features are gathered
         order = [batch[: len(batch) // process.world_size * process.world_size] for batch in order]
     own = [np.array_split(batch, process.world_size)[process.rank] for batch in order]
     weights = [len(rows) * process.world_size / len(batch) for rows, batch in zip(own, order, strict=True)]
@@ -197,7 +197,7 @@ def batch_order(
 
 
 def steps_an_epoch(cfg: PretrainConfig, n: int) -> int:
-    """How many batches `batch_order` gives of n samples."""
+    """Number of batches that `batch_order` makes of n samples."""
     whole, rest = divmod(n, cfg.batch_size)
     return whole if cfg.kind == "clip" and whole else whole + (rest > 0)
 
@@ -205,7 +205,7 @@ def steps_an_epoch(cfg: PretrainConfig, n: int) -> int:
 def memory_batches(
     samples: NoisyLabels | SwappedCaptions, cfg: PretrainConfig, process: run.Process, epochs: range, start: int
 ) -> Iterator[tuple]:
-    """What `training_batches` gives, of samples that are `decoded`: crops (and flips) of a whole batch at a time."""
+    """`training_batches` for samples that are `decoded`: crops (and flips) a whole batch at once."""
     (pixels, targets, noisy), labels = samples.decoded, cfg.kind == "supervised"
     scale = (cfg.crop_scale, 1.0) if labels else (0.9, 1.0)
     for epoch in epochs:
@@ -254,7 +254,7 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list]:
 
 
 def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: Tensor, process: run.Process) -> dict:
-    """{"loss", ...} of a model's output. Supervised: cross-entropy, and how far noisy and clean labels are learned."""
+    """{"loss", ...} of a model's output. Supervised: cross-entropy, and accuracy on noisy and on clean labels."""
     if cfg.kind == "clip":
         clip_loss = open_clip.ClipLoss(True, True, rank=process.rank, world_size=process.world_size)  # local rows
         features = output["image_features"].float(), output["text_features"].float()
@@ -271,8 +271,8 @@ def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: T
 
 
 def make_optimizer(model: nn.Module, cfg: PretrainConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW. Biases and gains do not decay; positional embeddings of a CLIP do, which
-    timm spares and open_clip 2.16 does not: U:open_clip/training/main.py:292-302."""
+    """SGD with Nesterov momentum, or AdamW. Biases and gains do not decay. Positional embeddings of a CLIP decay, as in
+    open_clip 2.16 (U:open_clip/training/main.py:292-302); timm would exclude them."""
     name = {"sgd": "nesterov"}.get(cfg.optimizer, cfg.optimizer)
     adam = {"betas": (0.9, cfg.beta2), "eps": cfg.eps} if cfg.optimizer == "adamw" else {}
     parameters = model
@@ -293,9 +293,9 @@ def train_step(
     precision: str,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One optimizer step on (images, targets, noisy), images on the device -> `losses`.
+    """Run one optimizer step on (images, targets, noisy), images on the device -> `losses`.
 
-    weight: of these rows in the mean over ranks.
+    weight: the weight of this rank's rows in the mean over ranks.
     """
     images, targets, noisy = batch
     for group in optimizer.param_groups:
@@ -322,7 +322,7 @@ def train_step(
 
 
 def dry_run(cfg: PretrainConfig, world_size: int) -> None:
-    """Print what a run would be: parameters, steps, learning rates, memory of the training step."""
+    """Print the plan of a run: parameters, steps, learning rates, memory of the training step."""
     model, _, size = create_model(cfg)
     parameters = sum(p.numel() for p in model.parameters())
     samples = {"supervised": 1_281_167, "clip": 15_388_848}[cfg.kind] if "emoji" not in cfg.data else 4_494
@@ -354,7 +354,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def main(cfg: PretrainConfig) -> Path | None:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
@@ -396,7 +396,9 @@ def main(cfg: PretrainConfig) -> Path | None:
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
         bar = run.progress(loader, left, label, cfg.batch_size, process)
         for step, (weight, *batch, _) in enumerate(data.watch(bar, broken), per_epoch * epoch + start):
-            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run agrees
+            torch.manual_seed(
+                data.stable_hash(cfg.seed, step, process.rank)
+            )  # so that dropout is the same after a resume
             images = batch[0].to(process.device, non_blocking=True, memory_format=torch.channels_last)
             batch[0] = samples.normalise(images)
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1

@@ -1,12 +1,12 @@
 """The small-scale study of NMTune: `python -m nmtune.study` (`make reproduce-nmtune`).
 
 Encoders are pre-trained on half of the embedded emoji, a stand-in for ImageNet-1K (labels) and YFCC15M (captions), with
-0 to 30 % of wrong labels or swapped captions, and probed on labels that they have not seen, of the other half: in the
-styles of pre-training (ID) and in another (OOD). A black box, EfficientNet-Lite0, is tuned by LP, MLP and NMTune.
+0 to 30 % of wrong labels or swapped captions. They are probed on other labels of the other half, in the styles of
+pre-training (ID) and in an unseen style (OOD). A black box, EfficientNet-Lite0, is tuned by LP, MLP and NMTune.
 
-Why the effect can appear: the network spends directions of its features on wrong labels, which probes of other labels
-then miss, and with 1,280 correlated features and few labels an MLP has much to regularise. It
-would vanish where pre-training is too short to tell right from wrong labels, and where a probe is near 100 %.
+Why the effect can appear: the network uses directions of its features for wrong labels, which probes for other labels
+then lack; and an MLP on 1,280 correlated features with few labels overfits, so that a regulariser can help. The effect
+would vanish where pre-training is too short to tell correct from wrong labels, and where a probe is near 100 %.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ ENCODE = Once(
 
 
 def noise_claims(kind: str, level: int, primary: bool = False) -> tuple[Claim, ...]:
-    """C1 to C3 of one noise level, against no noise. Accuracy counts from half a point on, SVE and LSVR from 0.01."""
+    """C1 to C3 for one noise level against no noise. Negligible are 0.5 points of accuracy, 0.01 of SVE and LSVR."""
     of, pair = f"{level} % {KINDS[kind]} noise", (f"{kind}-{level:02d}", f"{kind}-00")
     found = [Claim(f"C2 {of} lowers LP OOD", "down", "lp/ood", *pair, -1, None, primary, 0.5)]
     if level in (5, 10):
@@ -80,7 +80,7 @@ def noise_claims(kind: str, level: int, primary: bool = False) -> tuple[Claim, .
 
 
 def head_claims(mlp: str, lp: str, nmtune: str, metric: str, on: str, primary: bool = False) -> tuple[Claim, ...]:
-    """C4: NMTune above MLP, of which the paper's tables say about one point, and above LP, in and out of domain."""
+    """C4: NMTune above MLP (by about one point in the paper's tables) and above LP, in and out of domain."""
     return tuple(
         claim
         for part in ("id", "ood")
@@ -103,7 +103,7 @@ CLAIMS = (
 
 
 def by_seed(arms: dict[str, list[dict]], names: Sequence[str]) -> list[dict[str, float]]:
-    """For each seed, the mean of what was measured of these arms."""
+    """For each seed, the mean of a metric over these arms."""
     same = zip(*(arms[name] for name in names), strict=True)
     return [{key: float(np.mean([each[key] for each in runs])) for key in runs[0]} for runs in same]
 
@@ -149,7 +149,7 @@ def correlation_rows(arms: dict[str, list[dict]]) -> list[dict]:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Rows that are no difference between two arms in one metric. ValueError for an arm that is not of this study."""
+    """Rows other than differences of two arms in one metric. ValueError for an arm that is not in this study."""
     if unknown := set(found.arms) - set(STUDY.headings):
         raise ValueError(f"--report compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
     absolute = verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")
@@ -182,7 +182,7 @@ def chance() -> dict[str, float]:
 
 
 def black_box(top1: dict[str, float]) -> dict[str, float]:
-    """Metrics of the evaluation sets by the names of the arms' metrics."""
+    """Rename metrics of the evaluation sets to the names of the arms' metrics."""
     return {f"blackbox/{key.split('/')[0].rpartition('_')[2]}": value for key, value in top1.items()}
 
 
@@ -206,20 +206,21 @@ def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Te
 
 
 def pixel_probe() -> dict[str, float]:
+    """The arms' linear probe on raw pixels between -1 and 1."""
     return per_part(
         lambda task: linear_probe(pixels(task, "tune"), {part: pixels(task, part) for part in ("id", "ood")})
     )
 
 
 def lite0_neighbour() -> dict[str, float]:
-    """The pretrained network's own nearest neighbours."""
+    """Nearest neighbours on the pretrained network's own features."""
     sets = read_features(LITE0["features"])
     train = sets.train.features[0], sets.train.labels
     return {f"blackbox/{name}": probes.nearest_neighbour(*train, *test) for name, test in sets.tests.items()}
 
 
 def on_labels() -> dict[str, float]:
-    """The ceiling: the encoder trained on the tasks' own labels, of all drawings that anything may learn from."""
+    """The ceiling: the encoder trained on the tasks' own labels, on all training drawings."""
     process = run.setup(0, "auto")
 
     def measure(task: str) -> dict[str, float]:
@@ -251,7 +252,7 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """nmtune_noise.png, and nmtune_spectra.png where there are encoders."""
+    """Write nmtune_noise.png, and nmtune_spectra.png if there are encoders."""
     plot_noise(found.arms, out)
     plot_spectra({arm: folders[0] for arm, folders in found.folders.items()}, out)
 
@@ -268,8 +269,8 @@ def differences(arms: dict[str, list[dict]], kind: str, metric: str) -> dict[int
 
 
 def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
-    """nmtune_noise.png: what noise changes, against no noise, a row of panels for each kind of it: accuracy of heads in
-    and out of domain, SVE, LSVR; and how far the heads on the black box are above LP. Bars are 95 % intervals."""
+    """nmtune_noise.png: differences between noise and no noise, one row of panels per kind of noise (accuracy of heads
+    in and out of domain, SVE, LSVR); and differences of heads on the black box from LP. Bars: 95 % intervals."""
     kinds = [kind for kind in KINDS if f"{kind}-00" in arms]
     lite0 = set(BLACK_BOX) <= set(arms)
     figure, axes = plt.subplots(len(kinds) + lite0, 4, figsize=(17, 3.8 * (len(kinds) + lite0)), squeeze=False)
@@ -309,14 +310,14 @@ def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
 
 
 def line(axis: plt.Axes, found: dict[int, tuple[float, float]], label: str) -> None:
-    """Means with bars against noise levels."""
+    """Plot means with error bars against noise levels."""
     means, halves = zip(*found.values(), strict=True)
     axis.errorbar(list(found), means, yerr=halves, marker="o", ms=4, capsize=4, label=label)
 
 
 def plot_spectra(folders: dict[str, Path], out: Path) -> None:
-    """nmtune_spectra.png: shares of the singular values of the OOD test features, for one encoder {arm: folder} a
-    level: F at every noise level, and F, MLP's z, NMTune's z of the first task at the highest."""
+    """nmtune_spectra.png: shares of the singular values of OOD test features, for one encoder per level {arm: folder}.
+    One panel has F at every noise level, one F, MLP's z and NMTune's z of the first task at the highest level."""
     kinds = [kind for kind in KINDS if f"{kind}-00" in folders]
     if not kinds:
         return

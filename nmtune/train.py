@@ -2,10 +2,10 @@
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. Three arms:
   lp      linear classifier on the features of the evaluation view            U:src/models/finetune.py:53-60,112-147
-  mlp     NMTune's head on two training views, cross-entropy alone            U:src/models/nml_tune.py, weights 0
+  mlp     NMTune's head on two training views, only cross-entropy             U:src/models/nml_tune.py, weights 0
   nmtune  the same with the three regularisers, the paper's contribution      U:src/models/nml_tune.py:106-182
-The encoder is a black box that is never trained; of several processes each encodes its share of a batch, features are
-gathered, and all take the same step of the small head, so that W processes do what one does.
+The encoder is a frozen black box. With several processes each encodes its share of a batch, features are gathered, and
+all take the same step of the small head, so that W processes equal one.
 Heads and losses are in model.py, views, features files and batches in features.py, accuracy in eval.py.
 """
 
@@ -37,7 +37,7 @@ from nmtune.features import (  # noqa: F401
 from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed, zero_shot_weights
 from shared import cli, data, run
 
-RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (1e-4, 1e-2, 1e-1, 1.0)  # among which `choose` chooses
+RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (1e-4, 1e-2, 1e-1, 1.0)  # candidates of `choose`
 
 # ------------------------------------------------------------------------------------------------------------ one step
 
@@ -53,14 +53,14 @@ def cosine_lr(base: float, warmup: int, total: int, step: int) -> float:
 
 
 def make_head(cfg: Config, dim: int, num_classes: int) -> nn.Module:
-    """nn.Linear for lp, NMTuneHead for mlp and nmtune, in torch's order of random numbers."""
+    """nn.Linear for lp, NMTuneHead for mlp and nmtune, initialised from torch's random numbers."""
     if cfg.method == "lp":
         return make_classifier(dim, num_classes)
     return NMTuneHead(dim, num_classes, cfg.ratio, cfg.layers, cfg.residual, cfg.scale_init)
 
 
 def make_optimizer(head: nn.Module | list[nn.Parameter], lr: float, wd: float) -> torch.optim.Optimizer:
-    """AdamW with decay on *all* trained parameters: BatchNorm's, biases and the residual's scale, too."""
+    """AdamW with decay on *all* trained parameters, including BatchNorm's, biases and the residual's scale."""
     parameters = head.parameters() if isinstance(head, nn.Module) else head
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd, fused=True)
 
@@ -76,7 +76,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One optimizer step on feats (n, D), [view w; view s] or one view -> {"loss", "ce", ...}, detached.
 
-    labels (n,), or (n/2,) which both views share. A linear head has no z of its own: cross-entropy alone.
+    labels (n,), or (n/2,) shared by both views. For a linear head the loss is cross-entropy alone.
     """
     head.train()
     labels = labels.repeat(len(feats) // len(labels))
@@ -100,11 +100,11 @@ def tune(
     k: int = 5,
     views: int = 2,
 ) -> list[dict[str, float]]:
-    """Tune `head` in place on features in memory; -> a line {"loss", ..., "lr"} a step. The script's loop is `main`'s.
+    """Tune `head` in place on features in memory; returns {"loss", ..., "lr"} of each step. Scripts use `main`'s loop.
 
-    method lp, mlp or nmtune; only nmtune uses `weights`. `loader`, with a length, gives one epoch's batches each
-    time: (feats (n, D), labels), or ((feats_w, feats_s), labels) with labels of one view.
-    `views`: how many of an image are among the rows.
+    method lp, mlp or nmtune; only nmtune uses `weights`. Each pass over `loader`, which has a length, yields one
+    epoch's batches: (feats (n, D), labels), or ((feats_w, feats_s), labels) with labels of one view.
+    `views`: number of rows per image.
     """
     if method not in ("lp", "mlp", "nmtune"):
         raise ValueError(f"method is lp, mlp or nmtune, not {method!r}")
@@ -120,8 +120,8 @@ def tune(
 
 
 def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
-    """{"lr", "weight_decay"} that are best for a fifth of every class, held out of the training set: first the learning
-    rate, then the decay. By top-1, and where that is equal by cross-entropy."""
+    """The {"lr", "weight_decay"} with the best top-1 on a held-out fifth of every class; ties by cross-entropy. Selects
+    first the learning rate, then the decay."""
     device = source.process.device
     features, labels = source.bank.features.to(device), source.bank.labels.to(device)
     kept = np.sort(subset_per_class(labels.cpu().numpy(), 0.8, np.random.RandomState(cfg.seed)))
@@ -137,7 +137,7 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
         arguments = tried.epochs, tried.lr, tried.weight_decay, weights, tried.warmup, tried.svd_k, source.views
         try:
             tune(tried.method, head, loader, *arguments)
-        except torch.linalg.LinAlgError:  # of features that have grown without bounds
+        except torch.linalg.LinAlgError:  # features have diverged
             return 0.0, -math.inf
         with torch.no_grad():
             logits = head.eval()(features[0, rest])
@@ -158,7 +158,7 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
 
 
 def planned_encoder(cfg: Config | FinetuneConfig, default: tuple[str, str]) -> tuple[str, str]:
-    """(source, name) for a dry run: a run folder of the embedded corpus need not be there, nor any be named."""
+    """(source, name) for a dry run; the encoder's run folder may be missing or unnamed."""
     if ":" in cfg.encoder or (Path(cfg.encoder) / "checkpoint.pt").is_file():
         return split_encoder(cfg.encoder, None)[:2]
     if not cfg.encoder:
@@ -192,7 +192,7 @@ def plan_rows(
 
 
 def dry_run(cfg: Config) -> None:
-    """Print what a run would be: parameters, steps, learning rates, memory of the step."""
+    """Print the plan of a run: parameters, steps, learning rates, memory of the step."""
     frozen = 0
     if cfg.features:
         sets = read_features(cfg.features, seed=cfg.seed)
@@ -223,7 +223,7 @@ def dry_run(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> Path | None:
-    """Tune to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Tune to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
@@ -278,8 +278,8 @@ def main(cfg: Config) -> Path | None:
 
 
 def command() -> Config:
-    """Preset and overrides; without a preset, the overrides of NMTune, for a features file with --select if neither
-    learning rate nor weight decay is given."""
+    """Preset and overrides. Without a preset: NMTune; with a features file also --select, unless learning rate or
+    weight decay is given."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--") and sys.argv[1] != "--help":
         flags = {word.partition("=")[0] for word in sys.argv[1:]}
         own = "--features" in flags and not flags & {"--lr", "--weight-decay"}

@@ -1,4 +1,4 @@
-"""Every setting of a ProtoCLIP run, its presets, and what is refused before a run starts.
+"""Every setting of a ProtoCLIP run, its presets, and the checks before a run starts.
 
 Presets named cc3m-* are the commands in the README of megvii-research/protoclip@fde1933; `emoji*` and `small*` are
 ours.
@@ -15,7 +15,7 @@ from shared.pretrained import LITE0
 
 @dataclasses.dataclass
 class Config:
-    """Fields named as upstream's flags where those are clear; an upstream "epoch" is an episode here."""
+    """Fields have the names of upstream's flags where those are clear; upstream's "epoch" is called an episode here."""
 
     out: str = "runs/protoclip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
@@ -24,18 +24,17 @@ class Config:
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     episode_shards: int = 0
-    """0: an episode samples all of the data. S: it samples the next S shards of an endlessly reshuffled list, copied to
-    `cache` if they are remote, so that the data may be larger than the disk."""
+    """0: an episode samples from all of the data. S: it samples from the next S shards of an endlessly reshuffled list.
+    Remote shards are copied to `cache` for the episode, so that the data may be larger than the disk."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards, and for features of a locked trunk. Give each of several runs with
-    --episode-shards its own."""
+    """Folder for copies of remote shards, and for features of a locked trunk. Runs with --episode-shards need one
+    folder each."""
 
     model: str = "RN50"
     """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
     lock_image: bool = False
-    """The image trunk keeps its pretrained weights, and only its projection learns. For EfficientNet-Lite0
-    (--model Lite0-emoji). With --keep-in-memory its features of the whole images are computed once, without crops, and
-    kept in `cache`."""
+    """Freeze the pretrained image trunk and train only its projection. For EfficientNet-Lite0 (--model Lite0-emoji).
+    With --keep-in-memory the trunk's features of the uncropped images are computed once and stored in `cache`."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     hidden_dim: int = 2048
@@ -48,13 +47,13 @@ class Config:
     w_clip: float = 1.0
     """Weight of L_CLIP."""
     w_proto: float = 1.0
-    """Weight of L_Proto; 0 together with w_external trains plain CLIP, without heads and without clustering."""
+    """Weight of L_Proto. With w_proto = w_external = 0 plain CLIP is trained, without heads and clustering."""
     w_external: float = 1.0
     """Weight of the external teacher's prototypical loss."""
     external_teacher: str | None = None
     """Teacher features from `python -m protoclip.teacher` (.npz, by sample key), or upstream's .npy (row by row)."""
     back_translate: bool = True
-    """Prototypical Back Translation. Off: prototypes are the other modality's centroids, and no teacher can be used."""
+    """Prototypical Back Translation. Off: prototypes are the other modality's centroids; no external teacher."""
     k: int = 20_000
     """Number of prototypes K."""
     niter: int = 20
@@ -64,49 +63,49 @@ class Config:
     target_temperature: float = 0.01
     """Temperature of the soft targets; 0 or less: hard labels."""
     extraction_view: Literal["train", "eval"] = "train"
-    """Which view of an image is clustered: a random training view (upstream), or the evaluation transform."""
+    """View of an image that is clustered: a random training view (upstream), or the evaluation transform."""
     keep_in_memory: bool = False
-    """Decode a small corpus once, and make views of whole batches. Off: decode every sample at every step."""
+    """Decode a small corpus once and augment whole batches. Off: decode every sample at every step."""
     distinct_captions: bool = False
-    """With --keep-in-memory: batches hold no caption twice, as far as an episode allows."""
+    """With --keep-in-memory: no batch holds a caption twice, as far as an episode allows."""
     crop: tuple[float, float] | None = None
-    """Area of a random crop as a share of the image's, least and most; None is the augmentation's own. With
-    --keep-in-memory up to 4: what lies beyond the image repeats its edge."""
+    """Smallest and largest area of a random crop as a share of the image's; None is the augmentation's own. With
+    --keep-in-memory up to 4: pixels outside the image repeat its edge."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of a random crop, least and most."""
+    """Smallest and largest width/height ratio of a random crop."""
     augmentation: Literal["default", "light"] = "light"
     """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
 
     episodes: int = 400
-    """Episodes in all."""
+    """Number of episodes."""
     episode_size: int = 200_000
     """Samples N of an episode, drawn with replacement."""
     infonce_warmup: int = 1
-    """First episodes trained with L_CLIP alone."""
+    """Number of episodes at the start with L_CLIP alone."""
     lit_start: int | None = None
     """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
     batch_size: int = 512
     """Pairs per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is computed twice.
-    Batch norms (of a ResNet, and of heads with hidden layers) normalise each micro-batch by itself."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice.
+    Batch norms (of a ResNet, and of heads with hidden layers) normalise each micro-batch separately."""
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     gather_with_grad: bool = True
-    """Gradients of gathered features flow to all processes, so that W of them equal one. Off: to the own rows alone,
-    which makes the encoders' gradients W times smaller: upstream's default, with a clipping norm of 10."""
+    """Gradients of gathered features flow to all processes, so that W processes equal one. Off: only to the process's
+    own rows, which makes the encoders' gradients W times smaller (upstream's default, with a clipping norm of 10)."""
     lr: float = 5e-4
     """Peak learning rate."""
     lr_text: float | None = None
     """Peak learning rate of text tower, heads and scales; None: as `lr`."""
     text_start: int = 0
-    """Episode at which text tower, heads and scales start to learn."""
+    """Episode at which the training of text tower, heads and scales starts."""
     text_end: int | None = None
-    """Episode at which their learning rate has reached 0; None: the last."""
+    """Episode at which their learning rate reaches 0; None: the last."""
     warmup: int = 15_625
     """Steps of linear warm-up."""
     weight_decay: float = 0.5
-    """AdamW's decay of matrices; gains, biases, scales and projection heads have none."""
+    """AdamW's weight decay of matrices; gains, biases, scales and projection heads have none."""
     beta1: float = 0.9
     """AdamW's beta1."""
     beta2: float | None = None
@@ -121,7 +120,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    """auto: bf16 where the processor supports it. Losses are always in fp32."""
     workers: int = 8
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -129,7 +128,7 @@ class Config:
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
     keep_every: int = 0
-    """Keep the checkpoint of every so many steps as checkpoint-STEP.pt; 0 keeps none."""
+    """Every so many steps keep the checkpoint as checkpoint-STEP.pt; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
@@ -144,13 +143,13 @@ class Config:
         return self.w_proto != 0 or self.w_external != 0
 
     def adamw(self) -> dict:
-        """AdamW's betas and eps, by model name where they are not given (U:training/params.py)."""
+        """AdamW's betas and eps; values that are not set depend on the model name (U:training/params.py)."""
         beta2, eps = (0.98, 1e-6) if "vit" in self.model.lower() else (0.999, 1e-8)
         beta2, eps = (beta2 if self.beta2 is None else self.beta2), (eps if self.eps is None else self.eps)
         return {"betas": (self.beta1, beta2), "eps": eps}
 
     def steps_per_episode(self) -> int:
-        """Counts the short last batch, which training skips but whose step it consumes (U:training/train.py:109)."""
+        """Includes the short last batch: training skips it but counts its step (U:training/train.py:109)."""
         return math.ceil(self.episode_size / self.batch_size)
 
 

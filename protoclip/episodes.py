@@ -1,7 +1,7 @@
-"""ProtoCLIP's episodes: which rows they hold, the view of each, and the order in which a pass sees them.
+"""ProtoCLIP's episodes: their rows, the views of each row, and the order of a pass.
 
 Authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`). An episode is N rows drawn with
-replacement; everything cached of it (features, pseudo-labels) is indexed by the position i in 0..N-1.
+replacement; its cached features and pseudo-labels are indexed by the position i in 0..N-1.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from shared import data, memory, run, windows
 def image_transform(
     size: int, train: bool, light: bool = False, crop=None, ratio=(3 / 4, 4 / 3), statistics=memory.CLIP_STATISTICS
 ) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) normalised with `statistics` (mean, std), CLIP's own. U:open_clip/transform.py:13.
+    """PIL RGB -> (3, size, size), normalised with `statistics` (mean, std). U:open_clip/transform.py:13.
 
     `crop` replaces the augmentation's own range of areas.
     """
@@ -42,9 +42,9 @@ def image_transform(
 
 
 class BatchTransform:
-    """The training view of `image_transform` for a whole batch: (B, 3, H, H) uint8 and (B, COUNT) random numbers."""
+    """`image_transform` for a whole batch: takes (B, 3, H, H) uint8 images and (B, COUNT) random numbers."""
 
-    COUNT = 13  # random numbers an item
+    COUNT = 13  # random numbers per item
 
     def __init__(
         self,
@@ -69,13 +69,13 @@ class BatchTransform:
 
 
 def as_it_is(features: Tensor, u: Tensor) -> Tensor:
-    """The view of features (B, C) that a locked trunk has computed of whole images: themselves."""
+    """Return the features (B, C) of a locked trunk unchanged: there is nothing to augment."""
     return features
 
 
 def light_colours(images: Tensor, u: Tensor) -> Tensor:
-    """Colour jitter, grey and blur of the light augmentation, each for one image in five. images 0..1, u (B, 8)."""
-    jittered = [  # torchvision draws the order anew for each image; here it is turned round for half of them
+    """Colour jitter, grey and blur of the light augmentation, each with probability 0.2. images in 0..1, u (B, 8)."""
+    jittered = [  # torchvision draws a random order for each image; here half of the images get the reverse order
         lambda x, u: functional.adjust_brightness(x, 0.2 + 1.6 * u[1]),
         lambda x, u: functional.adjust_contrast(x, 0.2 + 1.6 * u[2]),
         lambda x, u: functional.adjust_saturation(x, 0.2 + 1.6 * u[3]),
@@ -95,23 +95,23 @@ def light_colours(images: Tensor, u: Tensor) -> Tensor:
 
 
 def ascii_caption(caption: str) -> str:
-    """The student's caption: non-ASCII characters are deleted (U:training/data.py:41); the teacher sees all of it."""
+    """The student's caption: without non-ASCII characters (U:training/data.py:41). The teacher gets all characters."""
     return caption.encode("ascii", errors="ignore").decode()
 
 
 def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomState) -> np.ndarray:
     """(N,) int64 dataset rows of an episode, drawn with replacement. U:training/main.py:357.
 
-    Successive calls on `np.random.RandomState(seed)` give upstream's episodes.
+    Successive calls with one `np.random.RandomState(seed)` give upstream's episodes.
     """
     return rng.choice(dataset_size, episode_size, replace=True)
 
 
 class EpisodeDataset(Dataset):
-    """Item i is (i, image (3, S, S), tokens (L,), broken samples passed over), of row `rows[i]`. U:training/data.py:24.
+    """Item i is (i, image (3, S, S), tokens (L,), broken samples skipped), from row `rows[i]`. U:training/data.py:24.
 
     Pseudo-labels and cached features are indexed by the episodic index i. A view is a function of (seed, i) alone.
-    Images are uint8 where `transform` ends in normalising: `normalise` does that for a batch.
+    If `transform` ends with normalisation, images are uint8, and `normalise` normalises a batch of them.
     """
 
     def __init__(self, pairs, rows: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
@@ -147,9 +147,9 @@ def pass_order(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 
 def episode_batches(
     cfg, process: run.Process, passes: Sequence[EpisodeDataset], start: int = 0
 ) -> tuple[list[int], Iterator]:
-    """(how many batches this rank has of each of the passes over an episode, all of them one after the other).
+    """(this rank's number of batches in each pass over an episode, iterator over the batches of all passes in turn).
 
-    The last pass is from batch `start` on. The same workers read all passes; they start at once.
+    The last pass starts at batch `start`. The same workers read all passes; they start immediately.
     """
     orders = [pass_order(cfg, process, dataset, start if dataset is passes[-1] else 0) for dataset in passes]
     counts = list(map(len, orders))
@@ -162,7 +162,7 @@ def episode_batches(
 
 
 class Episodes:
-    """The rows of each episode and the pairs that they are rows of."""
+    """Opens the data and draws the rows of each episode."""
 
     def __init__(self, cfg):
         self.cfg, self.rng, self.drawn = cfg, np.random.RandomState(cfg.seed), 0
@@ -175,7 +175,7 @@ class Episodes:
             self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
 
     def shards_of(self, episode: int) -> list[str]:
-        """The next `episode_shards` of a list that is reshuffled each time it has been gone through."""
+        """The next `episode_shards` shards of a list that is reshuffled after each pass over it."""
         n, chosen = len(self.shards), []
         for position in range(episode * self.cfg.episode_shards, (episode + 1) * self.cfg.episode_shards):
             order = np.random.default_rng((self.cfg.seed, position // n)).permutation(n)
@@ -183,12 +183,12 @@ class Episodes:
         return sorted(set(chosen))
 
     def episode(self, episode: int):
-        """(pairs, rows (N,)) of that episode. Episodes passed over are drawn all the same, so a resumed run agrees."""
+        """(pairs, rows (N,)) of an episode. Draws skipped episodes, too, so that a resumed run gets the same rows."""
         pairs = self.pairs
         if pairs is None:
             folder = windows.own_cache(self.cfg)
             wanted = self.shards_of(episode)
-            if episode > 1:  # the last episode's copies stay: another rank may still be reading them
+            if episode > 1:  # keep the last episode's copies: another rank may still be reading them
                 self.fetcher.evict(self.shards_of(episode - 2), {*wanted, *self.shards_of(episode - 1)})
             self.fetcher.start(wanted)
             self.fetcher.wait(wanted)
@@ -202,6 +202,6 @@ class Episodes:
         return pairs, sample_episode(len(pairs), self.cfg.episode_size, self.rng)
 
     def fetch(self, episode: int) -> None:
-        """Begin to fetch the shards of an episode, if there is such a one: while no process is about to start."""
+        """Start to fetch the shards of an episode, if it exists. Call it while no process is about to be started."""
         if self.pairs is None and episode < self.cfg.episodes:
             self.fetcher.start(self.shards_of(episode))

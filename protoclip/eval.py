@@ -1,8 +1,8 @@
 """Evaluate ProtoCLIP and CLIP checkpoints: `python -m protoclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code megvii-research/protoclip@fde1933, `U:` = its src/): zero-shot, linear probe,
-retrieval, agreement of image clusters with classes, modality gap. Heads are not used; z is. Works on our run folders,
-on upstream's checkpoint files (`--model RN50`), on the embedded corpus and on any CLIP-benchmark evaluation set.
+retrieval, agreement of image clusters with classes, modality gap. All use z, without the heads. Takes our run folders
+and upstream's checkpoint files (`--model RN50`), and the embedded corpus or any CLIP-benchmark evaluation set.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ from shared.zeroshot import (
 )
 
 EMOJI = "data/emoji/eval/"
-PAIRS = EMOJI + "retrieval_xm_en"  # English names from another dictionary than the captions', unseen style
-METRICS = {  # what is shown of a run, and its heading
+PAIRS = EMOJI + "retrieval_xm_en"  # unseen style, English names from another dictionary than the captions
+METRICS = {  # printed metrics and their headings
     "bare_names_ood/top1": "names OOD",
     "bare_names_id/top1": "names ID",
     "subgroups_ood/probe_best": "probe OOD",
@@ -63,26 +63,26 @@ METRICS = {  # what is shown of a run, and its heading
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Evaluate runs; prints the numbers and writes all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in upstream's layout, or MODEL@PRETRAINED of open_clip, such as RN50@openai."""
     model: str = "RN50"
-    """open_clip config of checkpoint files that do not name theirs."""
+    """open_clip config of checkpoint files that do not contain its name."""
     sets: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "bare_names_ood", PAIRS)
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     probe: tuple[str, ...] = (EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
-    """Sets with a train/ split for linear probes, and for cluster scores where images outnumber classes; or none."""
+    """Sets with a train/ split for linear probes, and for cluster scores if images outnumber classes; may be empty."""
     logistic: bool = False
     """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
     gap: str | None = PAIRS
-    """Retrieval set whose images and first captions measure the modality gap; None leaves it out."""
+    """Retrieval set; the modality gap is between its images and their first captions. None skips it."""
     curve: bool = False
-    """Also measure the checkpoints that --keep-every has kept in run folders, and draw curve.png there."""
+    """Also evaluate the checkpoints that --keep-every kept in run folders, and plot curve.png there."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     export: str | None = None
-    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -107,7 +107,7 @@ def linear_probe(
     """SGD probe on *unnormalised* z: 100 epochs, lr 0.1, cosine, batch 1024. U:training/evaluations/linear_eval.py:12.
 
     Upstream does not shuffle and reports `best`, the best test top-1 of all epochs; `final` is the last epoch's.
-    Returns both in percent, and the final weight (C, E) and bias (C,). `init` sets weight and bias to start from.
+    Returns both in percent, and the final weight (C, E) and bias (C,). `init` sets the initial weight and bias.
     """
     probe = sgd_probe(train_x, train_y, test_x, test_y, shuffle=shuffle, init=init)
     return {"best": probe.best, "final": probe.final, "weight": probe.weight, "bias": probe.bias}
@@ -120,9 +120,9 @@ def logistic_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Ten
 
 
 def retrieval_metrics(scores: Tensor, text_to_image: Tensor) -> dict[str, float]:
-    """R@1/5/10 both ways and their mean, percent, from scores (I, T). U:training/evaluations/coco_retrieval.py:136.
+    """R@1/5/10 in both directions and their mean in percent, from scores (I, T).
 
-    An image's rank is that of the best of its captions.
+    Source: U:training/evaluations/coco_retrieval.py:136. An image's rank is that of its best caption.
     """
     return recall_metrics(*retrieval_ranks_from_scores(scores, text_to_image))
 
@@ -130,8 +130,8 @@ def retrieval_metrics(scores: Tensor, text_to_image: Tensor) -> dict[str, float]
 def feature_statistics(image: Tensor, text: Tensor) -> dict[str, float]:
     """Modality gap, self-similarity and spread of paired features (N, E). U:training/evaluations/analyze_features.py:5.
 
-    The gap is the distance of the two means. Self-similarity averages the positive entries of the full cosine matrix,
-    its diagonal included.
+    The gap is the distance between the two means. Self-similarity averages the positive entries of the full cosine
+    matrix, including the diagonal.
     """
 
     def self_similarity(x: Tensor) -> float:
@@ -175,8 +175,8 @@ def clustering_scores(features: Tensor, labels: Tensor) -> dict[str, float]:
 def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
     """(model in eval mode, open_clip config name) of a run folder, or of a checkpoint file in upstream's layout.
 
-    Keys may carry DistributedDataParallel's `module.`; the heads' shape is read off the weights. ValueError if the
-    weights do not fit the config.
+    Keys may have DistributedDataParallel's prefix `module.`; the heads' shape is read from the weights. ValueError if
+    the weights do not fit the config.
     """
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
@@ -226,7 +226,7 @@ def load_any(path: str, name: str) -> tuple[nn.Module, Callable, Callable]:
 
 
 def export_run(path: str, folder: str, name: str) -> None:
-    """The towers as an open_clip model; the projection heads stay behind, since evaluation reads z."""
+    """Write the towers as an open_clip model, without the projection heads, since evaluation uses z."""
     model, name = load_model(path, name)
     quick_gelu = "timm_model_name" not in export.open_clip_config(name)["vision_cfg"]  # see `create_model`
     config = export.named_config(name, image_side(model), quick_gelu=quick_gelu)
@@ -245,9 +245,9 @@ def export_run(path: str, folder: str, name: str) -> None:
 def evaluate_run(
     path: str, cfg: Config, process: run.Process
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, list] | None]:
-    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "subgroups_ood/probe_best": ...}.
+    """All metrics of one checkpoint, {"names_ood/top1": ..., "subgroups_ood/probe_best": ...}.
 
-    Also (unit image features, labels, class names) of the last probe set, for `plot_features`.
+    Also returns (unit image features, labels, class names) of the last probe set, for `plot_features`.
     """
     model, transform, tokenizer = load_any(path, cfg.model)
     model.to(process.device)
@@ -263,7 +263,7 @@ def evaluate_run(
         return extract_image_features(model.encode_image, loader, process.device, dtype, f"{Path(folder).name} {split}")
 
     shown = None
-    encoded: list[Path] = []  # training shards that `train_x` was encoded from
+    encoded: list[Path] = []  # the training shards of `train_x`
     for folder in cfg.probe:
         label, shards = Path(folder).name, sorted((Path(folder) / "train").glob("*.tar"))
         if len(shards) != len(encoded) or not all(a.samefile(b) for a, b in zip(shards, encoded, strict=True)):
@@ -294,7 +294,7 @@ def evaluate_run(
 def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) -> None:
     """t-SNE of unit image features (N, E), coloured by class (the 12 largest), with their K-means prototypes.
 
-    A panel is (title, features, labels, class names); of more than 1,000 rows, evenly spaced ones are drawn.
+    A panel is (title, features, labels, class names); with more than 1,000 rows, an evenly spaced subset is drawn.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
     for axis, (title, x, y, names) in zip(axes[0], panels, strict=True):
@@ -318,13 +318,13 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
 
 
 def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, columns: int = 16, side: int = 48) -> None:
-    """The images nearest to each of the largest K-means prototypes, a row each. U:training/clustering.py:215.
+    """Plot the images nearest to the largest K-means prototypes, one row per prototype. U:training/clustering.py:215.
 
-    features (N, E) are those of the set's test images, in their order; K is the number of its classes, at most N.
+    features (N, E) are those of the set's test images, in order; K is the number of classes, at most N.
     """
     found, prototypes = kmeans(features, min(len(EvalSet(folder, None).classnames), len(features)))
     sheet = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
-    place = {}  # of an image in the sheet
+    place = {}  # position of an image in the plot
     for row, cluster in enumerate(torch.bincount(found).argsort(descending=True)[:rows].tolist()):
         members = (found == cluster).nonzero()[:, 0]
         nearest = (features[members] - prototypes[cluster]).square().sum(dim=1).argsort()[:columns]
@@ -367,9 +367,9 @@ def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint: results.json, results.md, features.png, features.npz, clusters.png.
+    """`evaluate_run`, stored beside the checkpoint: results.json, results.md, features.png, features.npz, clusters.png.
 
-    MODEL@PRETRAINED has runs/protoclip/MODEL@PRETRAINED. Not repeated while nothing has changed
+    Results of MODEL@PRETRAINED go to runs/protoclip/MODEL@PRETRAINED. Not repeated if nothing has changed
     (`evaluation.measured_run`).
     """
 
@@ -388,7 +388,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
+    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg.model)

@@ -1,11 +1,11 @@
 """ProtoCLIP: Prototypical Contrastive Language Image Pretraining (arXiv 2206.10996, TNNLS 2023).
 
 Authors' code: megvii-research/protoclip@fde1933, cited below as `U:<path>:<line>` with paths under its `src/`.
-The paper's contribution, all of it in this file:
+The paper's contribution is in this file:
   - two projection heads beside a plain CLIP, and a second learnable temperature   `ProtoCLIP`
   - K-means prototypes of one modality as class targets for the other              `kmeans`, `prototypical_loss`
   - Prototypical Back Translation (PBT): prototypes re-expressed in the student's  `prototypical_back_translation`
-    own feature space, so that grouping does not have to close the modality gap
+    own feature space, so that the loss need not close the modality gap to group
   - an external teacher, which PBT makes possible                                  `build_prototypes`, `protoclip_loss`
 
 Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external dimension, S image side, L tokens.
@@ -56,8 +56,8 @@ class ProtoCLIPOutput(NamedTuple):
 class ProtoCLIP(open_clip.CLIP):
     """An open_clip CLIP with two projection heads and a prototype temperature (U:open_clip/model.py:326-531).
 
-    Attribute names are upstream's, so its checkpoints load strictly; the towers alone load into open_clip.
-    `heads=False` leaves the heads out: the CLIP baseline, with the same initial towers for the same seed.
+    Attribute names are upstream's, so that its checkpoints load strictly; the towers alone load into open_clip.
+    `heads=False` is the CLIP baseline without heads; the same seed gives the same initial towers.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ProtoCLIP(open_clip.CLIP):
         self.locked = False
 
     def lock_trunk(self) -> None:
-        """Upstream's --lock-image: the image tower's trunk stays as it is, batch norms too; its projection learns."""
+        """Upstream's --lock-image: freeze the image tower's trunk with its batch norms; only its projection learns."""
         self.visual.lock()
         self.locked = True
         self.train(self.training)
@@ -101,7 +101,7 @@ class ProtoCLIP(open_clip.CLIP):
     def forward(self, image: Tensor, text: Tensor) -> ProtoCLIPOutput:
         """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast.
 
-        In place of an image, the features of a locked trunk (B, C) will do.
+        `image` may also be the features (B, C) of a locked trunk.
         """
         z_image, z_text = self.encode_image(image), self.encode_text(text)
         h_image = h_text = scale_proto = None
@@ -114,7 +114,7 @@ class ProtoCLIP(open_clip.CLIP):
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
-        """Both temperatures stay in [1/100, 1]; called after every optimizer step (U:training/train.py:206)."""
+        """Clamp both temperatures to [1/100, 1]; called after every optimizer step (U:training/train.py:206)."""
         for scale in (self.logit_scale, self.logit_scale_proto):
             if scale is not None:
                 scale.clamp_(0, math.log(100))
@@ -130,8 +130,8 @@ def create_model(
 ) -> ProtoCLIP:
     """A ProtoCLIP on the towers of any open_clip config (`open_clip.list_models()`), randomly initialised.
 
-    QuickGELU is forced on, RN50 included, as upstream does whatever the config says (U:open_clip/model.py:347);
-    only beside a timm image tower the text tower keeps GELU (:359).
+    QuickGELU is forced on, RN50 included, whatever the config says (as upstream, U:open_clip/model.py:347); with a timm
+    image tower the text tower keeps GELU (:359).
     """
     config = export.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
@@ -143,11 +143,11 @@ def create_model(
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
     lite0 = vision.get("timm_model_name") == LITE0
     model.visual.image_mean, model.visual.image_std = (LITE0_MEAN, LITE0_STD) if lite0 else CLIP_STATISTICS
-    return model.to(memory_format=torch.channels_last)  # of 4-d weights; convolutions are faster so, ViTs do not mind
+    return model.to(memory_format=torch.channels_last)  # makes convolutions faster, ViTs are unaffected
 
 
 def image_statistics(model: open_clip.CLIP) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, 0 to 1, that the model's images are normalised by."""
+    """Mean and standard deviation of each channel (values 0 to 1) for the normalisation of the model's images."""
     return model.visual.image_mean, model.visual.image_std
 
 
@@ -159,12 +159,12 @@ def clip_loss(
 ) -> Tensor:
     """L_CLIP, symmetric InfoNCE over unit rows (B, E) x (B, E) -> (). U:training/loss.py:84.
 
-    With `gather`, which makes rows of all ranks out of this rank's, the rows are classified among all of them: the mean
-    over ranks is the loss of the global batch, of which each rank computes its part.
+    `gather` collects the rows of all ranks. With it, this rank's rows are classified among the rows of all ranks, and
+    the mean over ranks is the loss of the global batch.
     """
     images, texts = (x if gather is None else gather(x) for x in (image_features, text_features))
     image_logits = logit_scale * image_features @ texts.T  # (B, W*B)
-    text_logits = logit_scale * text_features @ images.T  # a product of its own, which rounds as upstream's
+    text_logits = logit_scale * text_features @ images.T  # a separate product, to round as upstream
     if gather is None:
         labels = torch.arange(len(image_logits), device=image_logits.device)
     else:
@@ -198,9 +198,9 @@ def prototypical_loss(
 def assignment_accuracy(
     student_features: Tensor, student_prototypes: Tensor, logit_scale: Tensor, labels: Tensor
 ) -> Tensor:
-    """Top-1 agreement of the student with the teacher's clusters, in percent; only monitored. U:training/loss.py:130
+    """Top-1 agreement of the student with the teacher's clusters, in percent; only logged. U:training/loss.py:130
 
-    The scale decides nothing but how equal logits round, hence which of equal prototypes counts.
+    The scale only affects rounding, and so which of several equal prototypes is predicted.
     """
     with torch.no_grad():
         predicted = (logit_scale * student_features @ student_prototypes.T).argmax(dim=1)
@@ -220,9 +220,9 @@ def protoclip_loss(
     Source: U:training/train.py:149.
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
-    With `gather`, `output` has this rank's rows, and so has the loss; see `clip_loss`.
-    Returns `loss`, its unweighted parts `clip`, `proto`, `external`, and `accuracy_*` in percent.
-    Prototypical parts of weight 0 are not computed; their inputs then get zero gradients, as upstream's do (and as
+    With `gather`, `output` and the loss are of this rank's rows; see `clip_loss`.
+    Returns `loss`, its unweighted terms `clip`, `proto`, `external`, and `accuracy_*` in percent.
+    Prototypical terms of weight 0 are not computed; their inputs then get zero gradients, as upstream (and as
     DistributedDataParallel needs).
     """
     w_clip, w_proto, w_external = (float(weight) for weight in weights)
@@ -237,7 +237,7 @@ def protoclip_loss(
     if w_proto != 0 and prototypes is not None:
         p = prototypes
         image_labels, text_labels = p.image_labels[index], p.text_labels[index]
-        # With PBT the targets live in the student's own space, without it in the other modality's.
+        # With PBT the prototypes are in the student's own space, without it in the other modality's.
         image_targets = p.text if p.image_from_text is None else p.image_from_text
         text_targets = p.image if p.text_from_image is None else p.text_from_image
         losses["proto"] = 0.5 * (
@@ -267,7 +267,7 @@ def protoclip_loss(
 
 
 class Prototypes(NamedTuple):
-    """Pseudo-labels and prototypes of one episode; constants, no gradient flows into them."""
+    """Pseudo-labels and prototypes of one episode; constants without gradient."""
 
     image_labels: Tensor  # (N,) int64 clusters of h_I
     text_labels: Tensor  # (N,) int64 clusters of h_T
@@ -306,7 +306,7 @@ def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> T
 
     Source: U:training/clustering.py:153.
     Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored. Sums are in
-    fp64, of which a block of rows exists at a time: a copy of all features costs several times what the sums do.
+    fp64; only a block of rows is converted at a time, since a copy of all features would take longer than the sums.
     """
     labels = labels[: len(features)]
     sums = features.new_zeros(k, features.shape[1], dtype=torch.double)
@@ -326,12 +326,10 @@ def build_prototypes(
 ) -> Prototypes:
     """Prototypes of one episode from its cached features h_I, h_T (N, P) and the teacher's rows (N, X).
 
-    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features count as 0.
+    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0.
     """
     if external is not None and not back_translate:
-        raise ValueError(
-            "an external teacher needs back_translate=True: its centroids do not live in the student's space"
-        )
+        raise ValueError("an external teacher needs back_translate=True: its centroids are not in the student's space")
     h_image = torch.where(image_projected.isnan(), 0.0, image_projected)
     h_text = torch.where(text_projected.isnan(), 0.0, text_projected)
     image_labels, image = kmeans(h_image, k, niter, nredo)

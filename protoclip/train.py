@@ -58,7 +58,7 @@ from shared.zeroshot import quick_top1
 def loss_weights(
     episode: int, weights: tuple[float, float, float], infonce_warmup: int, lit_start: int | None
 ) -> tuple[float, float, float]:
-    """(w_clip, w_proto, w_external) in force; (1, 0, 0) in InfoNCE warm-up and LiT. U:training/train.py:67-85."""
+    """The current (w_clip, w_proto, w_external); (1, 0, 0) in InfoNCE warm-up and LiT. U:training/train.py:67-85."""
     lit = lit_start is not None and lit_start > 0 and episode >= lit_start - 1
     return (1.0, 0.0, 0.0) if episode < infonce_warmup or lit else tuple(weights)
 
@@ -81,8 +81,8 @@ def learning_rates(
 ) -> tuple[float, float]:
     """(visual, rest) learning rates at a global step; all horizons in steps. U:training/scheduler.py:35.
 
-    Linear warm-up, then half a cosine to 0 at the group's own horizon: `visual_steps` for the image tower (LiT is
-    nothing but an earlier horizon), text_start..text_end for text tower, heads and scales.
+    Linear warm-up, then half a cosine to 0 at the group's own horizon: `visual_steps` for the image tower (LiT only
+    makes it earlier), text_start..text_end for text tower, heads and scales.
     """
     text_end = total_steps if text_end is None else text_end
 
@@ -115,7 +115,7 @@ def schedule(cfg: Config, step: int) -> tuple[float, float]:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's four groups, image tower and rest, each without and with decay. U:training/main.py:188-225.
 
-    Only names with `visual` are image tower: both projection heads train with the rest, and without decay.
+    The image tower is all names with `visual`. Both projection heads are in the rest, without decay.
     """
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -138,7 +138,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def gather_output(output: ProtoCLIPOutput, with_grad: bool = True) -> ProtoCLIPOutput:
-    """The global batch: features of all ranks, the scalars as they are."""
+    """The global batch: features gathered from all ranks, scalars unchanged."""
     return ProtoCLIPOutput(*(gather(x, with_grad) if x is not None and x.ndim == 2 else x for x in output))
 
 
@@ -148,12 +148,12 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """h_I, h_T (N, P) fp32 on the CPU, row i for episodic index i; eval mode, no gradient. U:training/train.py:288.
 
-    `loader` yields (index, images, tokens, ...). Ranks fill in each other's rows.
+    `loader` yields (index, images, tokens, ...). Each rank returns the rows of all ranks.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     device = torch.device(device)
     if dist.is_initialized():
-        for buffer in model.buffers():  # each rank's BatchNorm has seen its own last batch
+        for buffer in model.buffers():  # BatchNorm statistics differ between ranks
             dist.broadcast(buffer, src=0)
     was_training = model.training
     model.eval()
@@ -195,18 +195,18 @@ def train_episode(
     model.train()
     for i, (index, images, tokens, *_) in enumerate(loader, start):
         if i >= cfg.episode_size // cfg.batch_size:
-            continue  # the short last batch, on every rank
+            continue  # skip the short last batch, on every rank
         step = cfg.steps_per_episode() * episode + i
         visual, rest = schedule(cfg, step)
         for group, lr in zip(optimizer.param_groups, (visual, visual, rest, rest), strict=True):
             group["lr"] = lr
-        torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
+        torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # so that dropout is the same after a resume
         inputs = images.to(device, non_blocking=True), trimmed(tokens, model, device)
         index = index.to(device, non_blocking=True)
         output, backward = accumulate.forward(model, inputs, cfg, precision)
-        if cfg.gather_with_grad:  # each rank has its own rows of the loss
+        if cfg.gather_with_grad:  # each rank computes the loss of its own rows
             losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)
-        else:  # upstream: all rows on every rank, gradient to the own features alone
+        else:  # upstream: all rows on every rank, gradient only to its own features
             batch = gather_output(output, with_grad=False)
             losses = protoclip_loss(batch, gather(index), prototypes, weights, cfg.target_temperature)
         optimizer.zero_grad()
@@ -236,7 +236,7 @@ def batch_statistics(output: ProtoCLIPOutput) -> dict[str, Tensor]:
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
+    """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
     if cfg.lock_image:
         model.lock_trunk()
@@ -303,7 +303,7 @@ def locked_features(
 
 
 class EpisodicData:
-    """What the script reads of an episode: the loader of its extraction pass and that of its training pass."""
+    """Data of the current episode: batches of its extraction pass, and then of its training pass."""
 
     def __init__(self, cfg: Config, process: run.Process, model: nn.Module, tokenizer: Callable):
         size, statistics = image_side(model), image_statistics(model)
@@ -314,7 +314,7 @@ class EpisodicData:
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
-        if self.teacher is not None and pairs is not None:  # else a hole would show after the first episode only
+        if self.teacher is not None and pairs is not None:  # report a missing row before training starts
             self.teacher.find(pairs, np.arange(len(pairs)))
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
         self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
@@ -330,8 +330,8 @@ class EpisodicData:
             self.remembered = self.remembered.to(process.device)
 
     def draw(self, episode: int, start: int = 0, known: bool = False) -> None:
-        """Draw the rows of an episode and begin to read them: first the pass to extract features from, unless the
-        prototypes are `known` or not wanted, then the training pass, from batch `start` on."""
+        """Draw the rows of an episode and start to read them: first the extraction pass, then the training pass from
+        batch `start` on. There is no extraction pass if the prototypes are `known` or their losses have weight 0."""
         cfg, self.reading = self.cfg, iter(())  # ends the workers of the last episode
         self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
         self.broken, self.errors = list(self.pairs.broken) + (self.remembered.broken if self.remembered else []), {}
@@ -344,23 +344,23 @@ class EpisodicData:
             passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
-        self.episodes.fetch(episode + 1)  # workers have been forked, so that no thread's lock is copied into them
-        run.wait()  # an episode may have been fetched for long; what follows would not wait for it
+        self.episodes.fetch(episode + 1)  # after workers were forked, so that they copy no lock of its thread
+        run.wait()  # fetching an episode may take long; later collectives would time out
 
     def loader(self, what: str) -> Iterable:
-        """Batches of the drawn rows to "extract" features from, and then to "train" on; images on the device."""
+        """Batches of the pass `what`: "extract", and then "train"; images are on the device."""
         label = f"{Path(self.cfg.out).name} {what} {self.episode + 1}/{self.cfg.episodes}"
         bar = run.progress(self.batches(), self.count[what], label, self.cfg.batch_size, self.process)
         return data.watch(bar, self.broken) if what == "train" else bar
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[data.Broken]]]:
-        """What is left of the episode. No loop over `reading` itself, which would keep its workers alive."""
+        """The remaining batches of the episode. A for loop over `reading` would keep its workers alive."""
         while True:
             index, images, tokens, broken = next(self.reading)
             yield index, self.normalise(images.to(self.process.device, non_blocking=True)), tokens, broken
 
     def prototypes(self, model: nn.Module, precision: str) -> Prototypes | None:
-        """The episode's prototypes; None where their losses have weight 0."""
+        """The episode's prototypes; None if their losses have weight 0."""
         cfg, weights = self.cfg, weights_in(self.cfg, self.episode)
         if weights[1] == 0 and weights[2] == 0:
             return None
@@ -377,7 +377,7 @@ class EpisodicData:
 
 
 def main(cfg: Config) -> Path | None:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None

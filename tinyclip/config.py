@@ -1,6 +1,6 @@
-"""The settings of a TinyCLIP stage and run, their presets, and their check before a run starts.
+"""The settings of a TinyCLIP stage and run, their presets, and the checks before a run starts.
 
-`Stage` is the recipe of one distillation stage, `Config` adds where it runs and on what. The presets auto-* and
+`Stage` is the recipe of one distillation stage; `Config` adds data, models and the run. The presets auto-* and
 manual-* are the scripts of wkcn/TinyCLIP@ad981bf and the rows of its model zoo; `emoji*` and `small*` are ours.
 """
 
@@ -16,7 +16,7 @@ from tinyclip.geometry import CONFIGS, weights_file
 
 @dataclasses.dataclass
 class Stage:
-    """One stage: what is optimised, how fast, and when masks become a smaller network."""
+    """One stage: loss, optimizer, masks, and the step at which masks are cut out."""
 
     steps: int = 73_242
     """Optimizer steps: 6 epochs of 400M pairs at batch 32,768."""
@@ -25,7 +25,7 @@ class Stage:
     warmup: int = 2_000
     """Steps of linear warm-up; a stage with masks warms up until `prune_step` instead."""
     weight_decay: float = 0.2
-    """AdamW's decay of matrices and embeddings; gains, biases and the temperature have none."""
+    """AdamW's weight decay of matrices and embeddings; gains, biases and the temperature have none."""
     beta1: float = 0.9
     """AdamW's beta1."""
     beta2: float = 0.98
@@ -33,16 +33,17 @@ class Stage:
     eps: float = 1e-6
     """AdamW's epsilon; upstream: 1e-6 for a ViT student, 1e-8 for a ResNet."""
     max_grad_norm: float | None = 5.0
-    """Gradients of all parameters together, those of the masks too, are clipped to this norm; None: not at all."""
+    """Gradients of all parameters together, masks included, are clipped to this norm; None: no clipping."""
     alpha: float = 1.0
     """Share of affinity mimicking in the loss; the rest is the contrastive loss. 0 needs no teacher."""
     weight: float = 1.0
     """Factor on both losses."""
     logit_scale: float | None = 50.0
-    """Temperature multiplier of teacher and student, put back after each step; None: learned, and the teacher's own."""
+    """Temperature multiplier of teacher and student, reset after each step. None: the student's is learned, the
+    teacher keeps its own."""
     accumulate: int = 1
-    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is computed twice.
-    Batch norms (of a ResNet) normalise each micro-batch by itself."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice.
+    Batch norms (of a ResNet) normalise each micro-batch separately."""
 
     masks: bool = False
     """Automatic inheritance: learn masks on both towers until `prune_step`."""
@@ -53,73 +54,73 @@ class Stage:
     )
     """What masks act on; mha and ffn are gates on whole blocks, which upstream never switches on."""
     start_sparsity: float = 0.0
-    """Target at step 0: what the stage before has reached."""
+    """Target at step 0: the sparsity that the stage before reached."""
     target_sparsity: float = 0.25
     """Share of the towers' block parameters to be pruned."""
     sparsity_warmup: int = 1_000
-    """Steps in which the target rises from start to end."""
+    """Steps in which the target rises from `start_sparsity` to `target_sparsity`."""
     prune_step: int = 3_000
-    """Step at which the masks become a smaller network, with a new optimizer."""
+    """Step at which the masks are cut out; the smaller network gets a new optimizer."""
     mask_lr: float = 0.02
     """Learning rate of the masks."""
     lambda_lr: float = -0.02
-    """Learning rate of the constraint's multipliers; below 0, since they climb."""
+    """Learning rate of the constraint's multipliers; negative, since they follow gradient ascent."""
     joint: bool = True
-    """One sparsity constraint over both towers (upstream's --total-loss-flag), or one for each."""
+    """On: one sparsity constraint over both towers (upstream's --total-loss-flag). Off: one for each tower."""
     two_sided: bool = False
-    """The paper's constraint, which also pulls back from too much sparsity; upstream's is a hinge."""
+    """The paper's constraint, which also reduces too much sparsity; upstream's is a hinge."""
     exact_prune: bool = False
-    """Prune to exactly what the masked network computes; upstream's pruning also scales the projections."""
+    """The pruned network's outputs equal the masked network's; upstream's pruning also scales the projections."""
 
     lock_image: bool = False
-    """The image tower keeps the weights it starts with, those of its projection, too; only the text tower learns."""
+    """Freeze the image tower and its projection; train only the text tower."""
     lock_text: bool = False
-    """The text tower keeps the weights it starts with; only the image tower learns."""
+    """Freeze the text tower; train only the image tower."""
     use_teacher_image: bool = False
-    """Distil the text tower alone: the student's image tower is the teacher's, which is not trained."""
+    """Distil only the text tower; the student's image tower is the teacher's, frozen."""
     use_teacher_text: bool = False
-    """Distil the image tower alone: the student's text tower is the teacher's, which is not trained."""
+    """Distil only the image tower; the student's text tower is the teacher's, frozen."""
 
 
 @dataclasses.dataclass
 class Config(Stage):
-    """A stage, and the run it is."""
+    """A stage, its data and models, and the settings of its run."""
 
     out: str = "runs/tinyclip/run"
-    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt and at the end model.pt, the weights alone.
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt, and at the end model.pt (only the weights).
     With a checkpoint in it, the run resumes."""
     data: str = ""
     """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
     """Keep the first so many rows of the data; None keeps all."""
     window_shards: int = 0
-    """0: all shards are at hand and any row may follow any other. S: each process goes through its share of the shards
-    by S at a time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size
-    is then the number of samples of an epoch: if the shards hold more, each epoch leaves others of them out; if they
-    hold fewer, samples come again."""
+    """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
+    time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
+    number of samples per epoch: if the shards hold more, each epoch leaves out different ones; if fewer, samples
+    repeat."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
 
     model: str = "TinyCLIP-ViT-61M-32-Text-29M"
-    """The student's geometry, by name in tinyclip.model.CONFIGS; with masks, that before pruning."""
+    """The student's geometry, a name in tinyclip.model.CONFIGS; with masks, the geometry before pruning."""
     teacher: str | None = "ViT-B-32@laion2b_e16"
     """A run folder of any paper, a checkpoint in the authors' layout, a folder of transformers or open_clip
-    (local-dir:DIR), or MODEL@WEIGHTS of open_clip. The same in all stages. Its images may be larger or smaller."""
+    (local-dir:DIR), or MODEL@WEIGHTS of open_clip. The same in all stages. Its image size may differ."""
     init: str | None = "ViT-B-32@laion2b_e16"
-    """Where first weights come from, as `teacher`: the teacher, or the stage before. None: random weights."""
+    """Source of the initial weights, given like `teacher`: the teacher, or the stage before. None: random weights."""
     inherit: Literal["manual", "random"] = "manual"
-    """How weights of another geometry are taken over: front channels and every k-th layer, or (a control) random
-    channels and layers. With masks they are taken over whole, or put back into full size if they were pruned."""
+    """What a student of another geometry inherits. manual: front channels and every k-th layer. random (a control):
+    random channels and layers. With masks all weights are inherited, and pruned ones expanded to full size."""
     inherit_only: Literal["image", "text"] | None = None
-    """Take over the weights of this tower alone, and start the other from random ones (a control). None: of both."""
+    """Inherit only this tower, and start the other from random weights (a control). None: inherit both."""
     depth_rule: Literal["interval_front", "uniform"] = "interval_front"
-    """Which layers: upstream's every (12 // depth)-th from the front, or an even spread."""
+    """Inherited layers. interval_front: every (12 // depth)-th from the front (upstream). uniform: evenly spaced."""
     head_width: int = 64
-    """Width of an attention head in checkpoint files that do not say."""
+    """Width of an attention head, for checkpoint files that do not contain it."""
     quick_gelu: bool = False
     """The student's activation is QuickGELU. Weights of OpenAI need it; upstream's configs have GELU nevertheless."""
     teacher_quick_gelu: bool | None = None
-    """Activation of a teacher's file that does not say it: QuickGELU or GELU."""
+    """Activation (True: QuickGELU, False: GELU) of a teacher whose file does not state it."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     grad_checkpointing: bool = False
@@ -127,19 +128,19 @@ class Config(Stage):
     augmentation: Literal["crop", "none"] = "crop"
     """crop: a random crop. none: the evaluation transform."""
     crop: tuple[float, float] = (0.9, 1.0)
-    """Area of a random crop as a share of the image's, least and most. With --keep-in-memory up to 4: what lies beyond
-    the image repeats its edge."""
+    """Smallest and largest area of a random crop as a share of the image's. With --keep-in-memory up to 4: pixels
+    outside the image repeat its edge."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of a random crop, least and most."""
+    """Smallest and largest width/height ratio of a random crop."""
     keep_in_memory: bool = False
-    """Decode a small corpus once, and make views of whole batches; without crops the teacher's features of it are
-    computed once, too. Off: decode every sample at every step."""
+    """Decode a small corpus once and augment whole batches; without crops the teacher's features are also computed
+    once. Off: decode every sample at every step."""
     distinct_captions: bool = False
-    """With --keep-in-memory: batches hold no caption twice, as far as an epoch allows."""
+    """With --keep-in-memory: no batch holds a caption twice, as far as an epoch allows."""
 
     epochs: int = 0
-    """Passes over the data: `steps` are stretched to them, and with them `warmup`, `sparsity_warmup` and `prune_step`.
-    0: these stay as they are."""
+    """Passes over the data: scales `steps` to them, and `warmup`, `sparsity_warmup` and `prune_step` with it.
+    0: no scaling."""
     batch_size: int = 32_768
     """Pairs per step, over all processes together."""
     seed: int = 0
@@ -147,7 +148,7 @@ class Config(Stage):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor computes in it. Losses are in fp32 always."""
+    """auto: bf16 where the processor supports it. Losses are always in fp32."""
     workers: int = 8
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
@@ -168,7 +169,7 @@ MANUAL = Config(grad_checkpointing=True)
 AUTO = replace(MANUAL, model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
 RESNET = replace(MANUAL, model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
 # No script upstream. The authors say of the 39M: 25 epochs of YFCC-15M on 16 V100s (microsoft/Cream issue 244).
-# Teacher, first weights, batch, and all settings of the 8M are unverified.
+# Teacher, initial weights, batch, and all settings of the 8M are unverified.
 YFCC = replace(
     MANUAL, model="TinyCLIP-ViT-39M-16-Text-19M", teacher="ViT-B-16@openai", init="ViT-B-16@openai",
     batch_size=4_096, steps=91_550,
@@ -180,15 +181,15 @@ SMALL = Config(  # steps are stretched to the epochs
     weight_decay=0.1, max_grad_norm=1.0, logit_scale=None, augmentation="none", keep_in_memory=True, workers=0,
     save_every=200,
 )  # fmt: skip
-# Gates move by at most the mask learning rate a step, from 4.6 to below -4.6: few steps need a larger one. The hinge
-# overshoots; 0.39 asked for ends near the size that is cut off by hand.
+# A gate moves from 4.6 to below -4.6 by at most the mask learning rate per step, so that few steps need a larger rate.
+# The hinge overshoots: a target of 0.39 ends near the size that is cut by hand.
 SMALL_AUTO = replace(
     SMALL, model="emoji-100", masks=True, target_sparsity=0.39, prune_step=120, sparsity_warmup=60, mask_lr=0.2,
     lambda_lr=-0.2,
 )  # fmt: skip
 # a CLIP trained from scratch
 SMALL_TEACHER = replace(SMALL, model="emoji-100", alpha=0.0, augmentation="crop", epochs=20, steps=400)
-# Scenes are many: students see them without crops, so that the teacher's features of all are computed once.
+# There are many scenes: students see them without crops, so that the teacher's features are computed once.
 SCENES = dict(
     data="data/scenes-near/train", image_size=None, epochs=0, eval_every=75, eval_set="data/scenes-near/eval/names_ood"
 )  # fmt: skip
@@ -275,7 +276,7 @@ def check(cfg: Config, world_size: int) -> None:
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
             continue
         path = Path(source.removeprefix(export.LOCAL))
-        own = export.trained_by(path) in (None, "tinyclip")  # of another paper any checkpoint will do
+        own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
         if own and path.is_dir() and weights_file(path) in (path, path / "checkpoint.pt"):
             raise ValueError(
                 f"--{name} {source} has no model.pt: its run is not finished; let it go on to its end first"
@@ -305,7 +306,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_stage(cfg: Config) -> None:
-    """Raise ValueError on invalid settings of a stage; looks at no files."""
+    """Raise ValueError on invalid settings of a stage; reads no files."""
     if cfg.model not in CONFIGS:
         raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
     if cfg.steps < 1:
@@ -336,7 +337,7 @@ def check_stage(cfg: Config) -> None:
 
 
 def in_steps(cfg: Config, per_epoch: int) -> Config:
-    """The settings with `steps` stretched to `epochs` of so many steps; ValueError if masks find no room in them."""
+    """The settings with `steps` scaled to `epochs`; ValueError if they leave too few steps for the masks."""
     if not cfg.epochs:
         return cfg
     steps = cfg.epochs * per_epoch
@@ -347,7 +348,7 @@ def in_steps(cfg: Config, per_epoch: int) -> Config:
 
 
 def check_locked(cfg: Config) -> None:
-    """Raise ValueError if towers are locked that cannot be, or both."""
+    """Raise ValueError if both towers are locked, or a tower that cannot be."""
     image, text = cfg.lock_image or cfg.use_teacher_image, cfg.lock_text or cfg.use_teacher_text
     if image and text:
         raise ValueError("--lock-image or --use-teacher-image, with --lock-text or --use-teacher-text, train no tower")

@@ -1,8 +1,8 @@
 """Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
-throughput, linear probe. Works on our run folders, on the authors' checkpoints in either layout, on folders of
-transformers and open_clip, on MODEL@WEIGHTS of open_clip, on the embedded corpus and on any CLIP-benchmark set.
+throughput, linear probe. Takes our run folders, the authors' checkpoints in either layout, folders of transformers and
+open_clip, or MODEL@WEIGHTS of open_clip; and the embedded corpus or any CLIP-benchmark set.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ EMOJI = "data/emoji/eval/"
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Evaluate runs; prints the numbers and writes all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in one of the authors' layouts, folders of transformers or open_clip, or
@@ -52,21 +52,21 @@ class Config:
         EMOJI + name
         for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
     )
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval as each says."""
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     probe: tuple[str, ...] = ()
     """Sets with a train/ split for linear probes of the image features; none by default."""
     probe_c: float = 0.316
     """Inverse L2 strength of the probe's logistic regression, the value in CLIP's README (its paper sweeps it)."""
     head_width: int = 64
-    """Width of an attention head in checkpoint files that do not say."""
+    """Width of an attention head, for checkpoint files that do not contain it."""
     quick_gelu: bool | None = None
-    """Activation of checkpoint files that do not say it: QuickGELU or GELU. The authors' released files have GELU."""
+    """Activation (True: QuickGELU, False: GELU) of files that do not state it. The authors' released files: GELU."""
     throughput: bool = True
-    """Measure pairs per second; the machine should have nothing else to do."""
+    """Measure pairs per second; the machine should be idle otherwise."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     export: str | None = None
-    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -86,16 +86,16 @@ def zero_shot_classifier(text_features: Tensor) -> Tensor:
 
 
 def zero_shot_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> list[float]:
-    """Share of (N,) targets within the k largest of logits (N, C), 0..1, one a k. U:training/zero_shot.py:67."""
+    """For each k: share (0..1) of targets (N,) among the k largest logits (N, C). U:training/zero_shot.py:67."""
     ranks = zeroshot.label_ranks(logits, target)
     return [(ranks < k).double().mean().item() for k in ks]
 
 
 def retrieval_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
-    """Ranks, from 1, and recalls, 0..1, of N one-to-one pairs (N, D) both ways. U:training/train.py:754 (never called
-    there).
+    """Ranks (from 1) and recalls (0..1) of N one-to-one pairs (N, D) in both directions. U:training/train.py:754 (never
+    called there).
 
-    Equal scores count against, so that collapsed features do not score.
+    Ties count as misses, so that collapsed features get no hits.
     """
     ranks = zeroshot.retrieval_ranks(image, text, torch.arange(len(image)))
     metrics = {}
@@ -112,8 +112,8 @@ def retrieval_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
 def linear_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, c: float = 0.316
 ) -> dict[str, float]:
-    """CLIP's linear probe of image features (N, D) as encoded, with labels (N,): logistic regression by L-BFGS, inverse
-    L2 strength c, 1000 iterations. Percent: top-1, and the mean of the classes' accuracies.
+    """CLIP's linear probe: logistic regression on unnormalised image features (N, D) and labels (N,), by L-BFGS with
+    inverse L2 strength c, 1000 iterations. Returns top-1 and the mean accuracy per class, in percent.
 
     Section 4.4 of the paper transfers to other datasets; the authors have released no code for it.
     """
@@ -132,7 +132,7 @@ def example(model: CLIP, batch: int, device: torch.device | str = "cpu") -> tupl
 
 
 def macs(model: CLIP) -> float:
-    """Multiply-accumulates of one image and one caption of full length, attention included, as the paper counts."""
+    """Multiply-accumulates of one image and one full-length caption, attention included, as in the paper."""
     device = model.logit_scale.device
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*example(model, 1, device))
@@ -171,7 +171,7 @@ def throughput(
 
 
 def export_run(path: str, folder: str, cfg: Config) -> None:
-    """The model as one of open_clip's. ValueError if that lacks its towers."""
+    """Write the run as an open_clip model. ValueError if open_clip has no such towers."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu)
     config = open_clip_config(model.geometry)
     if config is None:
@@ -203,7 +203,7 @@ def probes(model: CLIP, cfg: Config, device: torch.device, dtype: torch.dtype) -
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
+    """All metrics of one checkpoint: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu).to(process.device)
     geometry = model.geometry
     precision = run.resolve_precision(cfg.precision, process.device)
@@ -222,7 +222,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat |= {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
     counts = parameter_counts(model)
     flat |= {f"{tower}_parameters_m": counts[tower] / 1e6 for tower in ("image", "text", "total")}
-    flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # as the paper's names count: no token embedding
+    flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # without token embedding, as in the paper's names
     blocks = (p.numel() for name, p in model.named_parameters() if "resblocks" in name)
     flat["block_parameters_m"] = sum(blocks) / 1e6  # what masks can prune
     flat["macs_g"] = macs(model) / 1e9
@@ -240,13 +240,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, kept beside the checkpoint as results.json and results.md; not repeated while nothing changed."""
+    """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed."""
     sets, files = (*cfg.sets, *cfg.probe), [weights_file(Path(path))] if Path(path).is_dir() else []
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
+    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export, cfg)

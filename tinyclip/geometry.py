@@ -1,4 +1,4 @@
-"""Sizes of CLIPs, by model name or read off the weights, and the layouts in which checkpoints name these weights.
+"""Sizes of CLIPs, by model name or read from the weights, and the key layouts of checkpoints.
 
 A geometry is a dict of embed_dim, vision and text: the arguments of `model.CLIP`. Authors' code:
 wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`.
@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* on
     "TinyCLIP-ViT-8M-16-Text-3M": _config(512, _vit(256, 10, 16), 256, 4, 3),
     "TinyCLIP-ResNet-30M-Text-29M": _config(1024, _resnet(56), 512, 8, 9),
     "TinyCLIP-ResNet-19M-Text-19M": _config(1024, _resnet(44), 512, 8, 6),
-    # Automatic inheritance starts from ViT-B/32 with masks; the size in the name is what is left after pruning.
+    # Automatic inheritance starts from ViT-B/32 with masks; the name has the size after pruning.
     "TinyCLIP-auto-ViT-63M-32-Text-31M": _config(512, _vit(768, 12, 32), 512, 8, 12),
     "TinyCLIP-auto-ViT-45M-32-Text-18M": _config(512, _vit(768, 12, 32), 512, 8, 12),
     "TinyCLIP-auto-ViT-22M-32-Text-10M": _config(512, _vit(768, 12, 32), 512, 8, 12),
@@ -64,8 +64,8 @@ CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* on
 def block_sizes(tower: Mapping) -> tuple[int, list[int], list[int | None]]:
     """(d, heads of each layer, neurons of each layer) of a transformer's `vision` or `text` dict.
 
-    `heads` and `mlp_width` may be lists, as in pruned networks: 0 heads is a block without attention, None neurons one
-    without MLP, and 0 neurons an MLP of which the bias is left.
+    `heads` and `mlp_width` may be lists, as in pruned networks. 0 heads: a block without attention. None neurons: a
+    block without MLP. 0 neurons: an MLP of which only the bias is left.
     """
     layers, heads = tower["layers"], tower.get("heads")
     head_width = tower.get("head_width") or tower["width"] // heads
@@ -76,7 +76,7 @@ def block_sizes(tower: Mapping) -> tuple[int, list[int], list[int | None]]:
 
 
 def named_towers(shape: Mapping) -> Iterator[tuple[str, str, Mapping]]:
-    """("image", "visual.", vision) and ("text", "", text): the transformer towers, with the prefix of their weights."""
+    """("image", "visual.", vision) and ("text", "", text) of the towers that are transformers; with weight prefixes."""
     if isinstance(shape["vision"]["layers"], int):
         yield "image", "visual.", shape["vision"]
     yield "text", "", shape["text"]
@@ -94,8 +94,9 @@ def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys of the authors' layouts, or of transformers, -> OpenAI's; masks become `image_mask.*` and `text_mask.*`.
     U:open_clip/model.py:1115.
 
-    Theirs are OpenAI's with `module.`, or `_image_encoder.visual.X`, `_text_encoder.X`, `_logit_scale.logit_scale`,
-    with or without `module.`; automatic checkpoints hold the towers twice, again as `image_encoder_without_ddp.*`.
+    The authors' keys are OpenAI's with `module.`, or `_image_encoder.visual.X`, `_text_encoder.X`,
+    `_logit_scale.logit_scale` with or without `module.`. Automatic checkpoints have the towers a second time, as
+    `image_encoder_without_ddp.*`.
     """
     if of_transformers(sd):
         return from_transformers(sd)
@@ -108,7 +109,7 @@ def convert_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-# Names in transformers' CLIPModel, without their tower's: in OpenAI's layout, replaced in this order.
+# Names in transformers' CLIPModel, without the tower's prefix: names in OpenAI's layout. Replaced in this order.
 TRANSFORMERS = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding": "conv1",
@@ -146,20 +147,20 @@ def from_transformers(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted | {name: torch.cat([part[x] for x in "qkv" if x in part]) for name, part in fused.items()}
 
 
-# In a run folder of ours, and in folders that open_clip and transformers save
+# Weight files of our run folders, and of folders that open_clip and transformers write
 WEIGHTS = ("model.pt", "checkpoint.pt", "open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin")
 
 
 def weights_file(path: Path) -> Path:
-    """The file of a folder that holds its weights; `path` itself if it is no such folder."""
+    """The weight file in a folder; `path` itself if it is not such a folder."""
     return next((path / name for name in WEIGHTS if (path / name).exists()), path)
 
 
 def said_beside(file: Path, transformers: bool) -> dict:
-    """quick_gelu and head_width (image, text), which shapes do not tell, from the configuration beside weights of
-    transformers (config.json) or open_clip (open_clip_config.json); {} if there is none.
+    """quick_gelu and head_width (image, text), which cannot be read from shapes, from the configuration beside weights
+    of transformers (config.json) or open_clip (open_clip_config.json); {} if there is none.
 
-    ValueError if it is no CLIP's, or says what no tower here has.
+    ValueError if it is not a CLIP's, or describes a tower that this code does not have.
     """
     path = file.with_name("config.json" if transformers else "open_clip_config.json")
     if not path.is_file():
@@ -170,7 +171,7 @@ def said_beside(file: Path, transformers: bool) -> dict:
             vision, text = said["model_cfg"]["vision_cfg"], said["model_cfg"]["text_cfg"]
             widths = vision.get("head_width", 64), text.get("width", 512) // text.get("heads", 8)
             return {"quick_gelu": bool(said["model_cfg"].get("quick_gelu", False)), "head_width": widths}
-        # The file leaves out what is as in transformers' CLIPVisionConfig and CLIPTextConfig
+        # The file omits values that equal the defaults of transformers' CLIPVisionConfig and CLIPTextConfig
         common = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
         vision = common | {"hidden_size": 768, "num_attention_heads": 12} | said["vision_config"]
         text = common | {"hidden_size": 512, "num_attention_heads": 8} | said["text_config"]
@@ -184,7 +185,7 @@ def said_beside(file: Path, transformers: bool) -> dict:
 
 
 def said_by_trainer(args: object) -> dict:
-    """quick_gelu, from the command line that the authors' trainer keeps in its files (U:training/train.py:674); {} for
+    """quick_gelu, from the command line that the authors' trainer stores in its files (U:training/train.py:674); {} for
     None. U:open_clip/factory.py:111, 127."""
     if not hasattr(args, "force_quick_gelu"):
         return {}
@@ -192,9 +193,9 @@ def said_by_trainer(args: object) -> dict:
 
 
 def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int] = 64) -> dict:
-    """embed_dim, vision and text of the CLIP that a state dict in OpenAI's layout belongs to, pruned or not.
+    """embed_dim, vision and text of the CLIP, pruned or not, whose state dict in OpenAI's layout is given.
 
-    Shapes do not tell the width of a head, of both towers or of (image, text): all released models have 64.
+    `head_width`, for both towers or (image, text), cannot be read from shapes; all released models have 64.
     """
     widths = head_width if isinstance(head_width, tuple) else (head_width, head_width)
     if min(widths) < 1:
@@ -243,7 +244,7 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
 
 
 def open_clip_config(shape: Mapping) -> dict | None:
-    """The geometry as a config of open_clip, or None where that has no such shapes: layers of different widths, or a
+    """The geometry as an open_clip config; None if open_clip does not support it: layers of different widths, or a
     plain ResNet."""
     if "block" in shape["vision"]:
         return None

@@ -1,8 +1,8 @@
-"""TinyCLIP's manual inheritance (arXiv 2309.12314): the student's first weights are cut out of the teacher's by hand.
+"""TinyCLIP's manual inheritance (arXiv 2309.12314): the student's initial weights are cut out of the teacher's by rule.
 
 Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
-every k-th layer, and of each the first channels and heads (`depth_indices`, `inherit_weights`). `inherit_at_random` is
-its control. Automatic inheritance, which learns what to keep, is in masks.py.
+every k-th layer, with its first channels and heads (`depth_indices`, `inherit_weights`). `inherit_at_random` is the
+control. Automatic inheritance, which learns what to keep, is in masks.py.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tinyclip.masks import prune, resized
 
 
 def depth_indices(teacher_depth: int, student_depth: int, rule: str = "interval_front") -> list[int]:
-    """Which of the teacher's layers the student's start from. U:open_clip/weight_inherit.py:84.
+    """Indices of the teacher's layers that the student's layers start from. U:open_clip/weight_inherit.py:84.
 
     interval_front: every (teacher_depth // student_depth)-th, so 12 -> 9 takes the first nine; uniform: an even spread.
     """
@@ -45,8 +45,8 @@ def inherit_weights(
     """The student's state dict, cut out of the teacher's; logit_scale is not inherited.
     U:open_clip/weight_inherit.py:71.
 
-    Layers by `depth_indices` in each transformer or ResNet stage, the front slice on every axis, and of the fused
-    (3 h d, H) projection the first heads of each of q, k and v. Of `student_sd` only names and shapes are used.
+    Takes layers by `depth_indices` in each transformer or ResNet stage, the front slice on every axis, and in the fused
+    (3 h d, H) projection the first heads of each of q, k and v. Only names and shapes of `student_sd` are used.
     """
 
     def depths(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -94,9 +94,9 @@ def resize_positional_embedding(table: Tensor, grid: int) -> Tensor:
 
 
 def inherit_at_random(teacher: nn.Module, student: Mapping, generator: torch.Generator) -> nn.Module:
-    """A `model.CLIP` of the student's geometry, cut out of the teacher's random layers, channels, heads and neurons.
+    """A `model.CLIP` of the student's geometry from random layers, channels, heads and neurons of the teacher.
 
-    ValueError if a tower of either is a ResNet.
+    ValueError if a tower of teacher or student is a ResNet.
     """
     towers = [(teacher.geometry[tower], student[tower]) for tower in ("vision", "text")]
     if not all(isinstance(tower["layers"], int) for pair in towers for tower in pair):
@@ -106,9 +106,9 @@ def inherit_at_random(teacher: nn.Module, student: Mapping, generator: torch.Gen
 
 
 def random_masks(tower: Mapping, small: Mapping, generator: torch.Generator) -> dict[str, Tensor]:
-    """0/1 masks that leave a tower of `tower`'s geometry with `small`'s sizes, at random places.
+    """Random 0/1 masks that reduce a tower of geometry `tower` to the sizes of `small`.
 
-    Layers beyond the small tower's depth lose both their blocks.
+    Layers beyond the small tower's depth lose attention and MLP.
     """
     _, heads, neurons = block_sizes(tower)
     _, small_heads, small_neurons = block_sizes(small)

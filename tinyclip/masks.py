@@ -1,9 +1,9 @@
 """TinyCLIP's automatic inheritance (arXiv 2309.12314): masks learn which parts of the teacher the student keeps.
 
 Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
-  - masks on hidden dimensions, heads and neurons under a constraint of sparsity    `L0Mask`, `sparsity_loss`
-  - a smaller network out of masks                                                  `prune`
-  - a masked network out of that, for the next stage of progressive distillation    `expand_pruned`
+  - masks on hidden dimensions, heads and neurons under a sparsity constraint       `L0Mask`, `sparsity_loss`
+  - pruning a masked network to a smaller one                                       `prune`
+  - expanding it to a masked network for the next stage of distillation             `expand_pruned`
 Where the masks act in a forward pass is in model.py; a network here is a `model.CLIP`.
 """
 
@@ -31,17 +31,17 @@ def hard_concrete(loga: Tensor, u: Tensor) -> Tensor:
 
 
 def hard_concrete_cdf(x: float, loga: Tensor) -> Tensor:
-    """P(z <= x), kept off 0 and 1 by epsilon. U:open_clip/l0module.py:141."""
+    """P(z <= x), clamped to [epsilon, 1 - epsilon]. U:open_clip/l0module.py:141."""
     stretched = (x - GAMMA) / (ZETA - GAMMA)
     logit = math.log(stretched) - math.log(1 - stretched)
     return torch.sigmoid(logit * BETA - loga).clamp(EPSILON, 1 - EPSILON)
 
 
 def eval_gate(loga: Tensor, soft: bool = True) -> Tensor:
-    """Gates of evaluation and pruning from (groups, n): sigmoid(0.8 a / beta), the smallest ones set to 0.
+    """a (groups, n) -> gates for evaluation and pruning: sigmoid(0.8 a / beta), the smallest ones set to 0.
 
-    As many are 0 in a group as are expected closed, rounded half to even; equal ones close in order of their index. The
-    others keep the soft value. `soft=False` closes none. U:open_clip/l0module.py:241.
+    In each group the expected number of closed gates (rounded half to even) is set to 0; of equal gates those with the
+    lowest index. The others keep the soft value. `soft=False` closes none. U:open_clip/l0module.py:241.
     """
     gate = torch.sigmoid(loga / BETA * MAGIC)
     if not soft:
@@ -58,8 +58,8 @@ def eval_gate(loga: Tensor, soft: bool = True) -> Tensor:
 class L0Mask(nn.Module):
     """The masks of one tower: log-alphas a of its gates, and the two multipliers of the sparsity constraint.
 
-    hidden (H,) is shared by all layers, heads (L, h) and intermediate (L, I) are each layer's own; `ffn` and `mha`
-    (L,) close whole blocks, which the authors' code has but never switches on. U:open_clip/l0module.py:11.
+    hidden (H,) is shared by all layers; heads (L, h) and intermediate (L, I) are per layer; `ffn` and `mha` (L,) close
+    whole blocks; the authors' code has these two but never switches them on. U:open_clip/l0module.py:11.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class L0Mask(nn.Module):
         return {kind: getattr(self, f"{kind}_loga") for kind in self.types}
 
     def sample(self, u: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Training masks, one draw for the whole batch; `u` gives the uniform numbers, else they are drawn."""
+        """Training masks, one draw for the whole batch; `u` are the uniform numbers, drawn if None."""
         u = self.uniforms() if u is None else u
         return {kind: hard_concrete(loga, u[kind]) for kind, loga in self.logas().items()}
 
@@ -102,7 +102,7 @@ class L0Mask(nn.Module):
 
     @torch.no_grad()
     def eval_masks(self, soft: bool = True) -> dict[str, Tensor]:
-        """Deterministic masks, rounded layer by layer: see `eval_gate`."""
+        """Deterministic masks, rounded per layer by `eval_gate`."""
         masks = {}
         for kind, loga in self.logas().items():
             groups = loga.reshape(1 if kind == "hidden" else self.layers, -1)
@@ -115,7 +115,7 @@ class L0Mask(nn.Module):
         return 1 - hard_concrete_cdf(0.0, loga)
 
     def expected_params(self, hidden: bool | None = None) -> Tensor:
-        """R, the expected number of prunable parameters that stay, () with gradient. U:open_clip/l0module.py:150.
+        """R (), the expected number of kept prunable parameters, with gradient. U:open_clip/l0module.py:150.
 
         R = (sum p_hidden) (sum p_heads p_mha) c_head / H + 2 (sum p_hidden) (sum p_int p_ffn); without the hidden
         factors (`hidden=False`, or no such masks) c_head (sum p_heads p_mha) + (c_mlp // I) (sum p_int p_ffn).
@@ -132,8 +132,8 @@ class L0Mask(nn.Module):
         return width * heads.sum() * (self.params_per_head / self.hidden) + 2 * width * neurons.sum()
 
     def kept_params(self) -> int:
-        """Prunable weights that the evaluation masks leave, biases not counted; what U:open_clip/l0module.py:266
-        means to log."""
+        """Number of prunable weights that the evaluation masks keep, without biases. U:open_clip/l0module.py:266 tries
+        to log it."""
         kept = {kind: z != 0 for kind, z in self.eval_masks().items()}
         one = torch.ones(self.layers, 1, dtype=torch.bool, device=self.lambda_1.device)
         heads = kept.get("heads", one.expand(-1, self.heads)) & kept.get("mha", one[:, 0])[:, None]
@@ -144,7 +144,7 @@ class L0Mask(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """a to +-ln 100, after every optimizer step. U:open_clip/l0module.py:136."""
+        """Clamp a to +-ln 100, after every optimizer step. U:open_clip/l0module.py:136."""
         for loga in self.logas().values():
             loga.clamp_(math.log(1e-2), math.log(1e2))
 
@@ -160,14 +160,14 @@ def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
 
 
 def too_little(reached: float, asked: float) -> str | None:
-    """A sentence if masks have closed much less than they were asked for."""
+    """A warning if masks have closed much less than the target, else None."""
     if asked - reached < 0.05:
         return None
     return f"the masks reached a sparsity of {reached:.3f}, where {asked:.3f} was asked for"
 
 
 def reached_sparsity(masks: Sequence[L0Mask]) -> float:
-    """What pruning now would take away, as a share of the prunable parameters of all towers."""
+    """Share of the prunable parameters of all towers that pruning now would remove."""
     return 1 - sum(m.kept_params() for m in masks) / sum(m.prunable_params for m in masks)
 
 
@@ -177,8 +177,9 @@ def sparsity_loss(
     """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers.
     U:training/train.py:260, U:open_clip/l0module.py:209.
 
-    joint: one constraint over all towers, with the mean of their lambdas; else one of each tower, summed. The lambdas
-    climb (their learning rate is negative). two_sided: g = q - e, the paper's form, which also pulls back.
+    joint: one constraint over all towers, with the mean of their lambdas; else one per tower, summed. The lambdas
+    follow gradient ascent (their learning rate is negative). two_sided: the paper's g = q - e, which also reduces
+    sparsity.
     """
 
     def lagrangian(group: Sequence[L0Mask]) -> Tensor:
@@ -196,11 +197,11 @@ def sparsity_loss(
 
 @torch.no_grad()
 def prune(model: nn.Module, masks_image: Masks | None, masks_text: Masks | None, exact: bool = False) -> nn.Module:
-    """Cut out what the masks leave: kept rows and columns, times their soft gates. U:open_clip/model.py:1415.
+    """Cut out the kept rows and columns and multiply them by their soft gates. U:open_clip/model.py:1415.
 
     exact=False is the authors': it also multiplies the rows of `proj` and `text_projection` by z_h, which the masked
-    forward does not, and an attention without heads loses its output bias. exact=True computes what the masked model
-    does. A tower whose masks are None stays whole.
+    forward does not, and an attention without heads loses its output bias. exact=True gives the outputs of the masked
+    model. A tower whose masks are None is not pruned.
     """
     state, shape = dict(model.state_dict()), copy.deepcopy(model.geometry)
     for name, prefix, tower in named_towers(model.geometry):
@@ -212,7 +213,7 @@ def prune(model: nn.Module, masks_image: Masks | None, masks_text: Masks | None,
 
 
 def resized(model: nn.Module, geometry: Mapping, state: Mapping[str, Tensor]) -> nn.Module:
-    """A network like `model`, on its device, with another geometry and these weights."""
+    """A network of the class and on the device of `model`, with another geometry and these weights."""
     other = type(model)(**geometry).to(model.logit_scale.device)
     other.load_state_dict(state)
     return other
@@ -228,7 +229,7 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
         raise ValueError("the masks leave no hidden dimension: lower the target sparsity")
     zk = z[kept]
     state = prune_ends(dict(state), prefix, kept, zk, exact)
-    # Where a constant that an attention without heads adds goes to: the last bias before it
+    # The last bias before an attention without heads, which takes over the constant that the attention adds
     before = "visual.ln_pre.bias" if prefix else "positional_embedding"
     new_heads, new_neurons = [], []
     for i, h in enumerate(heads):
@@ -257,8 +258,8 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
 
 
 def prune_ends(state: dict, prefix: str, kept: Tensor, zk: Tensor, exact: bool) -> dict:
-    """A tower's embeddings, the LayerNorms at both ends and the projection, with the hidden dimensions `kept` of gates
-    `zk` left; `state` is changed."""
+    """Reduce a tower's embeddings, first and last LayerNorm and projection to the hidden dimensions `kept` with gates
+    `zk`; changes `state`."""
     if prefix:
         state["visual.conv1.weight"] = state["visual.conv1.weight"][kept] * zk.view(-1, 1, 1, 1)
         state["visual.class_embedding"] = state["visual.class_embedding"][kept] * zk
@@ -274,7 +275,7 @@ def prune_ends(state: dict, prefix: str, kept: Tensor, zk: Tensor, exact: bool) 
 
 
 def prune_attention(block: dict, kept: Tensor, zk: Tensor, z_heads: Tensor, mha: Tensor, head_width: int) -> dict:
-    """The weights of a block's attention and its LayerNorm, with the open heads left."""
+    """The weights of a block's attention and its LayerNorm, reduced to the open heads."""
     open_heads, split = z_heads.nonzero().squeeze(1), (len(z_heads), head_width)
     new = {name: block[name][kept] for name in ("ln_1.weight", "ln_1.bias")}
     weight = block["attn.in_proj_weight"].unflatten(0, (3, *split))
@@ -287,7 +288,7 @@ def prune_attention(block: dict, kept: Tensor, zk: Tensor, z_heads: Tensor, mha:
 
 
 def prune_mlp(block: dict, kept: Tensor, zk: Tensor, z_int: Tensor, ffn: Tensor) -> dict:
-    """The weights of a block's MLP and its LayerNorm, with the open neurons left."""
+    """The weights of a block's MLP and its LayerNorm, reduced to the open neurons."""
     open_int = z_int.nonzero().squeeze(1)
     new = {name: block[name][kept] for name in ("ln_2.weight", "ln_2.bias")}
     new["mlp.c_fc.weight"] = block["mlp.c_fc.weight"][open_int][:, kept]
@@ -300,10 +301,10 @@ def prune_mlp(block: dict, kept: Tensor, zk: Tensor, z_int: Tensor, ffn: Tensor)
 
 @torch.no_grad()
 def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, pruned_sd: Mapping[str, Tensor]) -> None:
-    """Put a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
+    """Copy a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
 
-    The rest of `model` becomes 0. Gates are open (a = 10) where the pruned network has something and closed (a = -10)
-    elsewhere; the multipliers start again at 10. Which channels of the teacher these once were is forgotten.
+    The rest of `model` is set to 0. Gates are open (a = 10) for the slots of the pruned network and closed (a = -10)
+    elsewhere; the multipliers restart at 10. The information which channels of the teacher these were is lost.
     """
     small = convert_state_dict(pruned_sd)
     state = model.state_dict()  # shares the model's memory

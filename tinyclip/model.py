@@ -6,7 +6,7 @@ The paper's contribution:
   - weight inheritance, by hand or by learned masks                                  inheritance.py, masks.py
   - gates on hidden dimensions, heads and neurons of both towers                     `gated_linear`, `LayerNorm`
   - progressive distillation in stages of moderate compression                       train.py, config.py `STAGES`
-A network without gates is a plain CLIP with the parameter names of OpenAI and open_clip.
+A network without gates is a plain CLIP with OpenAI's and open_clip's parameter names.
 
 Shapes: B pairs of a process, N pairs of all W processes, D and D' the student's and teacher's embedding; S tokens, H
 width, L layers, h heads, d head width, I neurons of an MLP.
@@ -44,13 +44,13 @@ from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
 from tinyclip.masks import L0Mask, Masks, expand_pruned, prune, sparsity_loss, target_sparsity  # noqa: F401
 
 Gather = Callable[[Tensor], Tensor]
-GROUPS = 4  # of texts of similar length, on a CPU, where time follows the number of tokens
+GROUPS = 4  # groups of texts of similar length, on a CPU, where time is proportional to the number of tokens
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
 def affinity_logits(image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None) -> tuple[Tensor, Tensor]:
-    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's rows against the columns of all."""
+    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's rows against the columns of all processes."""
     image, text = image.float(), text.float()
     if gather is None:
         logits = scale * image @ text.T
@@ -67,8 +67,8 @@ def affinity_mimicking_loss(
 
     L_i2t = -1/B sum_i sum_j softmax(A')_ij log softmax(A)_ij, A (B, N) of unit features (B, D), A' of the teacher's
     (B, D').
-    The mean over processes is the loss on all N pairs. A cross entropy: a student like the teacher is left with the
-    entropy.
+    The mean over processes is the loss on all N pairs. For a student equal to the teacher the loss is the teacher's
+    entropy, not 0.
     """
     to_text, to_image = affinity_logits(image, text, scale, gather)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def distillation_loss(
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float,
     alpha: float = 1.0, weight: float = 1.0, gather: Gather | None = None,
 ) -> Tensor:  # fmt: skip
-    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP, without parts of weight 0. U:training/train.py:161."""
+    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP, without terms of weight 0. U:training/train.py:161."""
     loss = image.new_zeros((), dtype=torch.float32)
     if alpha > 0:
         teacher = teacher_image, teacher_text, teacher_scale
@@ -104,23 +104,23 @@ def distillation_loss(
 
 
 class Gates(NamedTuple):
-    """One layer's share of the masks of a tower."""
+    """The masks of one layer of a tower."""
 
     hidden: Tensor | None = None  # (H,) z_h, the same in all layers
     kept: Tensor | None = None  # (H,) bool, z_h != 0
-    share: Tensor | float = 1.0  # of the H dimensions that are kept: on a GPU, which is not waited for, a tensor ()
+    share: Tensor | float = 1.0  # share of kept dimensions; on a GPU a tensor (), to avoid synchronisation
     heads: Tensor | None = None  # (h,)
     intermediate: Tensor | None = None  # (I,)
     mha: Tensor | None = None  # ()
     ffn: Tensor | None = None  # ()
 
     def rows(self, block: Tensor | None) -> Tensor | None:
-        """(H,) or (): what multiplies the output of a block, z_h times its own gate."""
+        """(H,) or (): factor of a block's output, z_h times the block's own gate."""
         return self.hidden if block is None else block if self.hidden is None else self.hidden * block
 
 
 def gates(masks: Masks | None) -> Gates:
-    """The gates that all layers share; `layer_gates` adds the others."""
+    """The gates shared by all layers; `layer_gates` adds the others."""
     if not masks or "hidden" not in masks:
         return Gates()
     kept = masks["hidden"] != 0
@@ -133,8 +133,8 @@ def layer_gates(shared: Gates, masks: Masks | None, layer: int) -> Gates:
 
 
 def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-    """rows * (W (columns * x) + b). The gates go into W (out, in) and b, which are smaller than a batch's activations;
-    pruning writes the same products down for good. U:open_clip/model.py:121, 238.
+    """rows * (W (columns * x) + b). The gates multiply W (out, in) and b, which are smaller than a batch's activations;
+    pruning stores the same products as weights. U:open_clip/model.py:121, 238.
     """
     weight, bias = linear.weight, linear.bias
     if columns is not None:
@@ -147,8 +147,8 @@ def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, colum
 class LayerNorm(nn.LayerNorm):
     """Over the kept dimensions only; the others are 0 in the input and stay 0. No gradient reaches z_h from here.
 
-    The removed dimensions are set to the mean of the kept, whose deviations from it grow by share^-1/2, so that the
-    plain kernel finds the right mean and variance. U:open_clip/model.py:43 gathers and scatters instead.
+    To let the plain kernel compute the correct mean and variance, the removed dimensions are set to the mean of the
+    kept ones, whose deviations are scaled by share^-1/2. U:open_clip/model.py:43 gathers and scatters instead.
     """
 
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
@@ -259,8 +259,8 @@ class VisionTransformer(nn.Module):
 
 
 class PlainResNet(nn.Module):
-    """Basic residual blocks of width / 2, width and 2 width channels, averaged over places -> (B, D): for small images
-    on a CPU, where `ModifiedResNet` is slow. Width 128 is `shared.resnet`'s network, with its names."""
+    """Basic residual blocks of width / 2, width and 2 width channels, global average -> (B, D): for small images on a
+    CPU, where `ModifiedResNet` is slow. Width 128 is `shared.resnet`'s network, with the same names."""
 
     def __init__(self, tower: Mapping, embed_dim: int):
         super().__init__()
@@ -273,11 +273,11 @@ class PlainResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature, OpenAI's parameter names; loads open_clip's ViT, QuickGELU and ResNet weights.
+    """Two towers and a temperature, with OpenAI's parameter names; loads open_clip's ViT, QuickGELU and ResNet weights.
 
     vision: image_size, width, layers, and patch_size (ViT), a list of four `layers` (ResNet), or `block` (basic: a
-    `PlainResNet`); text: context_length, vocab_size, width, layers, heads. `block_sizes` says how a pruned network's
-    layers are given. U:open_clip/model.py:1073.
+    `PlainResNet`); text: context_length, vocab_size, width, layers, heads. For pruned networks see `block_sizes`.
+    U:open_clip/model.py:1073.
     """
 
     def __init__(self, embed_dim: int, vision: Mapping, text: Mapping, quick_gelu: bool = False):
@@ -298,11 +298,11 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(text["width"])
         self.text_projection = nn.Parameter(torch.empty(text["width"], embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.cuts_padding = True  # False where texts come without it
+        self.cuts_padding = True  # False if texts come without padding
         self.init_text()
 
     def init_text(self) -> None:
-        """OpenAI's initial text tower; the image towers have theirs at construction. U:open_clip/model.py:737."""
+        """OpenAI's text tower initialisation; image towers are initialised in __init__. U:open_clip/model.py:737."""
         width, layers = self.ln_final.normalized_shape[0], len(self.transformer.resblocks)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -325,9 +325,9 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, S) int64 -> (B, D) at the end token, the largest id. U:open_clip/model.py:764.
 
-        Attention is causal: what stands behind the last end token of the batch is not computed. In training on a GPU,
-        which would have to be waited for, `cut_padding` has cut it. On a CPU texts are sorted by length, and groups of
-        them are computed up to their own longest.
+        Attention is causal, so that positions after the last end token of the batch are not computed. In training on a
+        GPU, `cut_padding` has cut them before, to avoid synchronisation. On a CPU texts are sorted by length into
+        groups, and each group is cut at its own longest text.
         """
         shared, end = gates(masks), text.argmax(dim=-1)
         cuts = self.cuts_padding and not (text.is_cuda and self.training)
@@ -355,28 +355,31 @@ class CLIP(nn.Module):
         image_masks: Masks | None = None,
         text_masks: Masks | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Unit features (B, D) of both, fp32 even under autocast, and exp(logit_scale); None of what is None."""
+        """Unit features (B, D) of images and texts, fp32 even under autocast, and exp(logit_scale).
+
+        The features of an input that is None are None.
+        """
         image_features = None if image is None else F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
         text_features = None if text is None else F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
         return image_features, text_features, self.logit_scale.exp()
 
     def lock(self, image: bool = False, text: bool = False) -> None:
-        """Train without the image or the text tower: no gradients, and BatchNorm keeps its statistics, as with the
-        authors' --lock-image-freeze-bn-stats. U:open_clip/model.py:1015, 1023."""
+        """Freeze the image or the text tower: no gradients, and BatchNorm keeps its statistics, as with the authors'
+        --lock-image-freeze-bn-stats. U:open_clip/model.py:1015, 1023."""
         locked = {"vision": image, "text": text}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not locked.get(tower_of(name), False))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "CLIP":
-        """Training mode, of a locked image tower excepted."""
+        """Set the training mode; a locked image tower stays in eval mode."""
         super().train(mode)
         self.visual.train(mode and next(self.visual.parameters()).requires_grad)
         return self
 
 
 class Student(nn.Module):
-    """A CLIP with the masks of its towers while these are being learned, and without them afterwards."""
+    """A CLIP with the masks of its towers while they are learned, and without masks afterwards."""
 
     def __init__(self, clip: CLIP, image_mask: L0Mask | None = None, text_mask: L0Mask | None = None):
         super().__init__()
@@ -387,11 +390,11 @@ class Student(nn.Module):
         return [mask for mask in (self.image_mask, self.text_mask) if mask is not None]
 
     def uniforms(self) -> dict[str, dict[str, Tensor]] | None:
-        """The numbers of one draw of both masks, for several forward passes; None without masks."""
+        """The uniform numbers of one draw of both masks, for several forward passes; None without masks."""
         return {"image": self.image_mask.uniforms(), "text": self.text_mask.uniforms()} if self.masks else None
 
     def tower_masks(self, u: dict[str, dict[str, Tensor]] | None = None) -> list[Masks | None]:
-        """(image, text): sampled in training, from the uniform numbers u if they are given; rounded in evaluation."""
+        """(image, text) masks: in training sampled, from the uniform numbers u if given; in evaluation rounded."""
         towers = {"image": self.image_mask, "text": self.text_mask}
         return [
             None if mask is None else mask.sample(u and u[tower]) if self.training else mask.eval_masks()
@@ -409,11 +412,11 @@ class Student(nn.Module):
         return self.clip.encode_text(tokens, self.tower_masks()[1])
 
     def eval_masks(self) -> list[Masks]:
-        """(image, text): deterministic masks, as evaluation and pruning use them."""
+        """(image, text): the deterministic masks of evaluation and pruning."""
         return [mask.eval_masks() for mask in (self.image_mask, self.text_mask)]
 
     def pruned(self, exact: bool = False) -> "Student":
-        """The smaller network that the masks leave."""
+        """The smaller network that remains after pruning by the masks."""
         return Student(prune(self.clip, *self.eval_masks(), exact=exact))
 
 
@@ -428,7 +431,7 @@ def create_model(name: str, quick_gelu: bool = False) -> CLIP:
 
 
 def parameter_counts(model: CLIP) -> dict[str, int]:
-    """Parameters of the image tower, of the text tower with and without token embedding, and of all."""
+    """Number of parameters of the image tower, of the text tower with and without token embedding, and in total."""
     total, image = (sum(p.numel() for p in module.parameters()) for module in (model, model.visual))
     text, embedding = total - image - 1, model.token_embedding.weight.numel()
     return {"image": image, "text": text - embedding, "text_with_token_embedding": text, "total": total}
@@ -438,8 +441,8 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
     """A CLIP in eval mode from a run folder of ours, a checkpoint file in either of the authors' layouts, a folder of
     transformers or open_clip, or `MODEL@WEIGHTS` of open_clip (`ViT-B-32@laion2b_e16`), which it downloads.
 
-    `head_width` and `quick_gelu` are for files that do not say. ValueError if `source` holds no CLIP, or if nothing
-    says what its activation is.
+    `head_width` and `quick_gelu` are for files that do not state them. ValueError if `source` has no CLIP, or if its
+    activation is unknown.
     """
     if "@" in str(source) and not Path(source).exists():
         state, shape = open_clip_weights(str(source))
@@ -480,7 +483,7 @@ def open_clip_weights(source: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_weights(file: Path) -> dict:
-    """What a checkpoint holds, or a .safetensors file's tensors by name. ValueError if it cannot be read."""
+    """The content of a checkpoint, or the tensors of a .safetensors file by name. ValueError if it cannot be read."""
     if file.suffix != ".safetensors" or not file.is_file():
         return checkpoints.load_checkpoint(file)
     try:
@@ -490,9 +493,9 @@ def read_weights(file: Path) -> dict:
 
 
 def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], dict]:
-    """(state dict in OpenAI's layout, arguments of `CLIP`) of a folder or file. ValueError if it holds none.
+    """(state dict in OpenAI's layout, arguments of `CLIP`) of a folder or file. ValueError if it has none.
 
-    Without quick_gelu where nothing says it.
+    The arguments lack quick_gelu if the source does not state it.
     """
     file = weights_file(path)
     content = read_weights(file)

@@ -1,12 +1,11 @@
 """The small-scale study of TinyCLIP: `python -m tinyclip.study` (`make reproduce-tinyclip`).
 
-Two teachers and their students are trained, a stand-in for LAION-400M, and compared seed by seed: ResNets on emoji
-whose captions are their names, where weights are inherited by hand, and ViTs on scenes of few emoji, where masks learn
-which.
+Two teachers and their students are trained on stand-ins for LAION-400M and compared seed by seed: ResNets on emoji with
+their names as captions, with manual inheritance, and ViTs on scenes of few emoji, with learned masks.
 
-Why the effects can appear: the teachers name far more pictures than raw pixels do, in more time than a student gets, so
-that their weights and their similarities hold what a student lacks. They would vanish with a teacher at the level of
-the pixels, which has nothing to hand on, and with students trained until they know as much themselves.
+Why the effects can appear: the teachers classify far more images correctly than raw pixels do, and train longer than a
+student, so that their weights and similarities contain what a student lacks. The effects would vanish with a teacher at
+the level of raw pixels, and with students trained until they equal it.
 """
 
 from collections.abc import Sequence
@@ -199,10 +198,11 @@ CLAIMS = (  # IN: ImageNet zero-shot top-1 of the model zoo
 
 
 def derive(found: Comparison) -> None:
-    """Adds steps_to_scratch and time_to_scratch to the students of either corpus, beside those of their seed that
-    start from random weights with the contrastive loss: `reached` / these students' own, minus 1.
+    """Add steps_to_scratch and time_to_scratch to the students of either corpus.
 
-    Where a student never reaches their last score, all that it had counts, so that the number is a lower bound.
+    The baseline is the student of the same seed with random weights and the contrastive loss. The metrics are steps or
+    seconds until the baseline's final score is reached / the baseline's total, minus 1. A student that never reaches it
+    counts with its own total, a lower bound.
     """
     for scratch, arms in ((RC, BY_HAND), (VIT_RC, BY_MASKS)):
         for arm in (arm.name for arm in arms if {arm.name, scratch} <= set(found.arms)):
@@ -215,13 +215,13 @@ def derive(found: Comparison) -> None:
 
 
 def learning_curve(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, seconds, top-1 with bare names on the unseen style) of a run."""
+    """(step, seconds, top-1 with plain names on the unseen style) of a run."""
     return [(line["step"], line["seconds"], line["zero_shot_top1"]) for line in read_metrics(folder, "zero_shot_top1")]
 
 
 def reached(curve: Sequence[tuple[int, float, float]], goal: float) -> tuple[float, float]:
-    """(step, seconds) at which a learning curve, linear between its points and from nothing, reaches `goal`; its end if
-    it never does."""
+    """(step, seconds) at which a learning curve (linear between points, starting at 0) reaches `goal`; its last point
+    if it never does."""
     before, low = (0, 0.0), 0.0
     for *now, value in curve:
         if value >= goal:
@@ -232,7 +232,7 @@ def reached(curve: Sequence[tuple[int, float, float]], goal: float) -> tuple[flo
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """The sparsity that masks reached, and what this scale cannot show."""
+    """Rows for the sparsity that masks reached, and for results that this scale cannot show."""
     rows = [sparsity(arm, runs) for arm, runs in found.arms.items() if "sparsity_reached" in runs[0]]
     needs = "needs LAION-400M, YFCC-15M"
     rows.append(verdicts.not_testable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", needs))
@@ -241,7 +241,7 @@ def more_rows(found: Comparison) -> list[dict]:
 
 
 def sparsity(arm: str, runs: list[dict]) -> dict:
-    """A row: the share (%) of parameters that masks cut off, less what was asked for."""
+    """A row: the share (%) of parameters that masks removed, minus the target."""
     pair = {
         side: [{"sparsity": 100 * values[key]} for values in runs]
         for side, key in (("reached", "sparsity_reached"), ("asked", "target_sparsity"))
@@ -254,7 +254,7 @@ def sparsity(arm: str, runs: list[dict]) -> dict:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict]:
-    """Measurements of runs, each on the evaluation sets of what it was trained on."""
+    """Evaluate each run on the sets of its own corpus."""
     results = []
     for path in runs:
         on_scenes = read_json(Path(path) / "config.json")["data"].startswith(SCENES)
@@ -284,7 +284,7 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """tinyclip_curves.png; tinyclip_teachers.png where all teachers were trained; tinyclip_masks.png where the first
+    """Write tinyclip_curves.png; tinyclip_teachers.png if all teachers were trained; tinyclip_masks.png if the first
     seed of an arm has cut masks."""
     plot_curves(found, out / "tinyclip_curves.png")
     if {f"random-affinity{part}" for part in TEACHERS.values()} | {RC} | set(TEACHERS) <= set(found.arms):
@@ -323,7 +323,7 @@ TEACHERS = {"teacher-tenth": "-tenth", "teacher-half": "-half", "teacher": ""}  
 
 
 def plot_teachers(arms: dict[str, list[dict]], path: Path) -> None:
-    """What affinity mimicking gains over the contrastive loss from random weights, against the teacher's accuracy."""
+    """Plot the gain of affinity mimicking over the contrastive loss (random weights) against the teacher's accuracy."""
     figure, axis = plt.subplots(figsize=(5.5, 4))
     for teacher, part in TEACHERS.items():
         x = spread([values[TOP1] for values in arms[teacher]])
@@ -340,7 +340,7 @@ def plot_teachers(arms: dict[str, list[dict]], path: Path) -> None:
 
 
 def plot_masks(masks: dict[str, dict], path: Path) -> None:
-    """Which heads, neurons and hidden dimensions are left when the masks are cut, a row of panels for each tower."""
+    """Plot the heads, neurons and hidden dimensions that are kept after the cut, one row of panels per tower."""
     rows = [(arm, tower) for arm in masks for tower in ("image", "text")]
     figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.2 * len(rows)), squeeze=False, width_ratios=[1, 4, 3])
     for (arm, tower), panel in zip(rows, axes, strict=True):

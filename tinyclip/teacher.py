@@ -1,7 +1,7 @@
-"""The teacher, and whatever else first weights come from: which models TinyCLIP takes, and at which image size.
+"""Load the teacher, and the models that a student inherits from.
 
-A teacher only has to answer: any dual encoder will do that reads CLIP's tokens, a run of another paper, an export, a
-model of open_clip. What a student inherits from has to be in the layout of `model.CLIP`.
+A teacher only computes features: any dual encoder with CLIP's tokenizer will do (another paper's run, an export, a
+model of open_clip). A model to inherit from must have the layout of `model.CLIP`.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ MODELS = ("ViT-B-32", "ViT-B-16", "RN50")  # of open_clip, whose weights `load_c
 
 
 def as_clip(source: str) -> str | Path | None:
-    """What `load_clip` reads of a source; None if it has other towers than `CLIP`. Another paper's run is exported."""
+    """`load_clip` of a source; None if it has other towers than `CLIP`. Another paper's run is exported first."""
     folder = export.local_folder(source)
     if folder is None and export.trained_by(source) not in (None, "tinyclip"):
         folder = export.exported(source)
@@ -29,12 +29,12 @@ def as_clip(source: str) -> str | Path | None:
     config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
-    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # not told by its weights
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # weights do not tell it
     return None if strange or odd else folder
 
 
 def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
-    """The model that first weights come from. ValueError if its towers are none that can be cut."""
+    """The model that initial weights come from. ValueError if its towers cannot be cut."""
     path = as_clip(source)
     if path is None:
         raise ValueError(
@@ -44,7 +44,7 @@ def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
 
 
 class Teacher(nn.Module):
-    """A dual encoder that answers for a student's images and tokens, at its own image side and context length.
+    """A dual encoder that takes a student's images and tokens and fits them to its own image side and context length.
 
     model: `encode_image(images)`, `encode_text(tokens)`, `logit_scale`. statistics: mean and std of its images.
     """
@@ -70,8 +70,8 @@ class Teacher(nn.Module):
 
 
 def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
-    """Token ids (B, L) cut to `context`, with the end token, which has the highest id, in the last place of what was
-    longer; `whole`: padded to it."""
+    """Token ids (B, L) cut to `context`; cut texts get the end token (the highest id) at the last position. `whole`:
+    shorter ones are padded to `context`."""
     if tokens.shape[1] > context:
         end, tokens = tokens.amax(dim=1), tokens[:, :context].clone()
         tokens[:, -1] = torch.where(tokens.amax(dim=1) < end, end, tokens[:, -1])
@@ -79,12 +79,12 @@ def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
 
 
 def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: int, context: int) -> CLIP | Teacher:
-    """The teacher of a student that sees images of `side` pixels and `context` tokens: a `CLIP` of the same sizes as it
-    is, anything else as a `Teacher`. ValueError if it reads other tokens."""
+    """The teacher of a student with images of `side` pixels and `context` tokens: a `CLIP` if the sizes are equal, else
+    wrapped in `Teacher`. ValueError if it has another tokenizer."""
     path = as_clip(source)
     if path is not None:
         model = load_clip(path, head_width, quick_gelu)
-        model.cuts_padding = False  # the corpus has done it
+        model.cuts_padding = False  # the corpus has cut it
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
         statistics, whole = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), False
         if own == (side, context):

@@ -4,8 +4,8 @@ TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` 
 in this file is the course of a stage:
   1. the student starts from the teacher's weights, or from the stage before it     `first_weights`
   2. with masks: learn them together with the weights, then cut                     `train_step`, `cut_masks`
-  3. distil on with a new optimizer                                                 `train_step`
-Several stages, each from the one before (--init), are progressive distillation; the teacher stays the big model.
+  3. continue distillation with a new optimizer                                     `train_step`
+Progressive distillation is several stages, each starting from the one before (--init), with the same teacher.
 Losses and towers are in model.py, inheritance in inheritance.py and masks.py, settings in config.py.
 """
 
@@ -52,7 +52,7 @@ from tinyclip.teacher import Teacher, first_source, load_teacher
 def lr_at(step: int, base: float, warmup: int, total: int, prune_step: int | None = None) -> float:
     """Linear warm-up, then half a cosine to 0. U:training/scheduler.py:17, 46.
 
-    With masks the warm-up is as long as they live: the cosine starts at `prune_step`, at the full rate.
+    With masks the warm-up ends at `prune_step`, where the cosine starts at the full rate.
     """
     warmup = warmup if prune_step is None else prune_step
     if step < warmup:
@@ -66,7 +66,10 @@ def mask_lr_at(step: int, prune_step: int, base: float = 0.02) -> float:
 
 
 def param_groups(model: nn.Module, wd: float = 0.2) -> list[dict]:
-    """Gains, biases, temperature without decay; all else, embeddings too, with it. U:training/optimizer.py:23."""
+    """Gains, biases, temperature without decay; all others, embeddings included, with decay.
+
+    Source: U:training/optimizer.py:23.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale")) for name, p in named]
     return [
@@ -79,7 +82,7 @@ def param_groups(model: nn.Module, wd: float = 0.2) -> list[dict]:
 
 
 def mask_param_groups(masks: Iterable[L0Mask], lr: float = 0.02, lambda_lr: float = -0.02) -> list[dict]:
-    """The masks descend, their multipliers climb by a negative rate. U:training/optimizer.py:71."""
+    """Masks use gradient descent, their multipliers ascent (by a negative rate). U:training/optimizer.py:71."""
     groups = []
     for mask in masks:
         groups.append({"params": list(mask.logas().values()), "weight_decay": 0.0, "lr": lr})
@@ -107,7 +110,7 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
     weights = torch.optim.AdamW(groups, lr=stage.lr, betas=betas, eps=stage.eps, fused=True)
     if not student.masks:
         return Optimizers(weights, None)
-    fused = True if student.clip.logit_scale.is_cuda else None  # as `step_if` asks for
+    fused = True if student.clip.logit_scale.is_cuda else None  # `step_if` needs it
     masks = torch.optim.AdamW(mask_param_groups(student.masks, stage.mask_lr, stage.lambda_lr), fused=fused)
     return Optimizers(weights, masks)
 
@@ -116,20 +119,20 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
 
 
 def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
-    """Fully open masks of the image and text tower of a geometry; none if the stage learns none."""
+    """Fully open masks for the image and text tower of a geometry; none if the stage learns no masks."""
     return [L0Mask.of(shape[tower], stage.mask_types) for tower in ("vision", "text")] if stage.masks else []
 
 
 def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student before its first step, and its masks: random, inherited by hand or at random, whole with open masks,
-    or the stage before expanded under masks that close what it lacks."""
+    """The student before its first step, and its masks. Its weights are random, inherited by hand or at random, all of
+    the teacher's with open masks, or those of a pruned stage, expanded with closed masks for the removed slots."""
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
     clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
-    source = first_source(cfg.init, cfg.head_width, cfg.quick_gelu)  # its weights run with the student's activation
+    source = first_source(cfg.init, cfg.head_width, cfg.quick_gelu)  # with the student's activation
     state, own = source.state_dict(), clip.state_dict()
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
@@ -155,10 +158,10 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
-    """The student as a stage trains it: with the teacher's tower in the place of its own (--use-teacher-*), and without
-    gradients for this tower or a locked one. U:open_clip/model.py:947, 1015.
+    """The student of a stage: with the teacher's tower instead of its own (--use-teacher-*), and without gradients for
+    this tower or a locked one. U:open_clip/model.py:947, 1015.
 
-    ValueError if the teacher's tower does not go with the student's other one.
+    ValueError if the teacher's tower does not fit the student's other tower.
     """
     taken = {"vision": stage.use_teacher_image, "text": stage.use_teacher_text}
     shape, state = copy.deepcopy(clip.geometry), clip.state_dict()
@@ -179,9 +182,9 @@ def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
 
 
 def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student of a checkpoint and its masks: its towers may have been pruned since the run began.
+    """The student of a checkpoint and its masks; its towers may have been pruned since the run began.
 
-    Their weights leave `state`, where they would take their memory once more.
+    Removes the weights from `state`, to free their memory.
     """
     clip, masks = CLIP(**state["geometry"]), []
     clip.load_state_dict(state.pop("state_dict"))
@@ -212,8 +215,8 @@ def ask_teacher(
 
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()` if `finite` () is True. A GPU, which would have to be waited for, looks for itself: the fused
-    optimizers leave everything as it is where `found_inf` is 1."""
+    """`optimizer.step()` if `finite` () is True. On a GPU the fused optimizers check `found_inf` themselves and change
+    nothing if it is 1, without synchronisation."""
     if finite.is_cuda:
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
         optimizer.step()
@@ -228,9 +231,9 @@ def train_step(
     """One optimizer step of student (a `Student`, or one in DistributedDataParallel); returns what is logged.
     U:training/train.py:329.
 
-    Order: learning rates, forward, loss with the masks' constraint, backward, clip over everything, weights and masks,
-    clamps, temperature. A step whose gradients are not finite is skipped, on all processes. Of a tower that is the
-    teacher's, its features are taken.
+    Order: learning rates, forward, loss with the masks' constraint, backward, clipping over all gradients, optimizers
+    of weights and masks, clamps, temperature. A step with gradients that are not finite is skipped, on all processes.
+    For a tower that is the teacher's, the teacher's features are used.
     """
     bare = student.module if isinstance(student, DistributedDataParallel) else student
     masks = bare.masks
@@ -286,10 +289,10 @@ def train_stage(
     stage: Stage,
     uniforms: Iterable[dict] | None = None,
 ) -> CLIP:
-    """A whole stage on batches of (images, tokens), without run folder: the student after its last step.
+    """Train a whole stage on batches of (images, tokens), without run folder; returns the student after its last step.
 
-    A plain CLIP gets open masks if the stage has them, and locked towers. `uniforms` are the mask samples' numbers, one
-    {tower: {kind: u}} a step.
+    A plain CLIP gets open masks and locked towers if the stage has them. `uniforms` has the uniform numbers of the
+    mask samples, one {tower: {kind: u}} per step.
     """
     if isinstance(student, CLIP):
         student = Student(trained_towers(student, teacher, stage), *open_masks(student.geometry, stage))
@@ -311,7 +314,7 @@ def train_stage(
 
 
 def image_and_context(clip: CLIP) -> tuple[int, int]:
-    """Image side in pixels and tokens of a caption that a CLIP takes."""
+    """A CLIP's image side in pixels and context length in tokens."""
     return clip.geometry["vision"]["image_size"], clip.geometry["text"]["context_length"]
 
 
@@ -320,7 +323,7 @@ def image_transform(
 ) -> transforms.Compose:
     """PIL RGB -> (3, size, size) with CLIP's statistics; no flip, no colours. U:open_clip/transform.py:71.
 
-    In training a random crop of these shares of the area and ratios of width to height.
+    In training a random crop with shares of the area from `crop` and width/height ratios from `ratio`.
     """
     bicubic = InterpolationMode.BICUBIC
     if train:
@@ -338,7 +341,7 @@ def whole_views(pixels: Tensor, u: Tensor | None = None) -> Tensor:
 
 
 class PairDataset(Dataset):
-    """Item i of a run -> (uint8 image (3, R, R), tokens (S,), broken samples passed over). `normalise` is for batches.
+    """Item i of a run -> (uint8 image (3, R, R), tokens (S,), broken samples skipped). `normalise` is for batches.
 
     A crop is a function of seed, epoch and row.
     """
@@ -363,7 +366,7 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
 
 
 class Corpus:
-    """A run's training pairs in the order of its steps: read while it trains, or once before (--keep-in-memory)."""
+    """A run's training pairs in the order of its steps, read during training or once before it (--keep-in-memory)."""
 
     def __init__(self, cfg: Config, process: run.Process, student: CLIP, state: dict):
         self.process, self.memory, self.answer = process, None, None
@@ -378,8 +381,8 @@ class Corpus:
         self.dataset = PairDataset(self.pairs, transform, self.tokenizer, cfg.seed)
 
     def remember(self, teacher: CLIP | None, precision: str) -> None:
-        """Decode all images once, for crops at twice their side, and keep them on the device, and the tokens; without
-        crops the teacher's features, too."""
+        """Decode all images once (for crops at twice their side) and keep images and tokens on the device; without
+        crops also the teacher's features."""
         device = self.process.device
         self.memory = memory.read(self.pairs, self.size * (1 + self.crops), self.tokenizer, self.process).to(device)
         data.report_broken([*self.broken, *self.memory.broken], self.process, "epoch 1")
@@ -394,7 +397,7 @@ class Corpus:
     def batches(
         self, start: int, teacher: CLIP | None, precision: str
     ) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
-        """(images, tokens, the teacher's features of them) of every step from `start` on, on the process's device."""
+        """(images, tokens, the teacher's features) of every step from `start` on, on the process's device."""
         cfg, device = self.cfg, self.process.device
         epoch, first = divmod(start, self.steps_per_epoch)
         epochs = range(epoch, math.ceil(cfg.steps / self.steps_per_epoch))
@@ -412,7 +415,7 @@ class Corpus:
             yield self.dataset.normalise(images.to(self.process.device, non_blocking=True)), tokens, None
 
     def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
-        """The same batches out of memory, with the teacher's features where there are no crops."""
+        """The same batches from memory, with the teacher's features if there are no crops."""
         rows, answer, (view, count) = np.arange(len(self.pairs)), self.answer, (whole_views, 0)
         if self.crops:
             view, count = self.random_views, 4
@@ -423,7 +426,7 @@ class Corpus:
                 yield images, tokens, found
 
     def order(self, epoch: int, start: int) -> list[np.ndarray]:
-        """This process's batches of rows in an epoch, from batch `start` on; --distinct-captions parts equal ones."""
+        """This process's batches of rows in an epoch, from batch `start` on."""
         (rank, world_size, _), n, batch = self.process, len(self.pairs), self.cfg.batch_size
         size, seed = batch // world_size, (self.cfg.seed, epoch)
         if not self.cfg.distinct_captions:
@@ -441,7 +444,7 @@ class Corpus:
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be: parameters, steps, learning rates, samples, memory of the training step."""
+    """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
     cfg = planned(cfg)
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
@@ -470,7 +473,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 
 
 def planned(cfg: Config) -> Config:
-    """The settings of a dry run, with `epochs` in steps where the number of samples is known."""
+    """The settings of a dry run, with `epochs` converted to steps if the number of samples is known."""
     samples = data.planned_size(cfg) if cfg.epochs else 0
     return replace(in_steps(cfg, samples // cfg.batch_size), epochs=0) if samples >= cfg.batch_size else cfg
 
@@ -486,7 +489,7 @@ def schedule_rows(cfg: Config) -> list[tuple[str, str]]:
 
 
 def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tuple[str, str]]:
-    """What the dry run of a stage with masks says about them."""
+    """Rows about masks in a dry run."""
     gates = sum(p.numel() for mask in student.masks for p in mask.parameters())
     prunable = sum(mask.prunable_params for mask in student.masks)
     left = counts["image"] + counts["text"] - cfg.target_sparsity * prunable
@@ -498,7 +501,7 @@ def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tup
 
 
 def locked_rows(cfg: Config) -> list[tuple[str, str]]:
-    """What the dry run says about towers that are not trained."""
+    """Rows about towers that are not trained in a dry run."""
     return [
         (f"{tower} tower", "the teacher's, not trained" if theirs else "locked")
         for tower, theirs, locked in (
@@ -510,8 +513,8 @@ def locked_rows(cfg: Config) -> list[tuple[str, str]]:
 
 
 def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | Teacher | None:
-    """The teacher, None where nothing asks it. ValueError if the student is to have a tower of it, and it sees other
-    images or captions."""
+    """The teacher, or None if the stage needs none. ValueError if the student uses a tower of it but has another image
+    size or context length."""
     borrowed, (side, context) = cfg.use_teacher_image or cfg.use_teacher_text, image_and_context(student)
     if cfg.alpha == 0 and not borrowed:
         return None
@@ -530,7 +533,7 @@ def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | T
 
 
 def distributed(student: Student, process: run.Process) -> nn.Module:
-    """The student, its gradients averaged over processes if there are several."""
+    """The student, wrapped in DistributedDataParallel if there are several processes."""
     return DistributedDataParallel(student) if process.world_size > 1 else student
 
 
@@ -542,7 +545,7 @@ def check_skipped(skipped: Tensor, step: int) -> None:
 
 
 def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) -> Student:
-    """The smaller student that its masks leave at `prune_step`; masks.pt keeps them, the log what they cut."""
+    """Prune the student by its masks at `prune_step`; writes masks.pt and logs what was cut."""
     if folder.process.main:
         masks = dict(zip(("image", "text"), student.eval_masks(), strict=True))
         checkpoints.save_checkpoint(folder.path / "masks.pt", masks)
@@ -556,7 +559,7 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
 
 
 def main(cfg: Config) -> Path | None:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         check_stage(cfg)
