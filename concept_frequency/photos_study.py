@@ -35,7 +35,7 @@ from concept_frequency.curves import (
 from concept_frequency.eval import INNER, NUM_BINS, changes, column, concept_recall
 from concept_frequency.study import COLORS, plot_changes, pooled_within
 from concept_frequency.tagging import load_spacy
-from shared import cli, data, evaluation, run, zeroshot
+from shared import cli, data, run, zeroshot
 from shared.study import floors, locked, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -141,14 +141,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
-    """Measurements of runs, each kept beside its checkpoint."""
-    found = []
-    for folder in map(Path, runs):
-        setting = {"k": K, "min_images": MIN_IMAGES, "spacy": SPACY}
-        sources = [folder / "checkpoint.pt", *Path(photos.RETRIEVAL).glob("*/*.tar")]
-        measure = functools.partial(measure_run, folder)
-        found.append(evaluation.measured(folder / "results.json", setting, sources, measure))
-    return found
+    return locked.evaluated(runs, measure_run, {"k": K, "min_images": MIN_IMAGES, "spacy": SPACY})
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

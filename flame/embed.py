@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -266,12 +265,6 @@ def settings_of(cfg: Config, prompts: Prompts) -> dict:
     return made | {"prompts": [list(prompt) for prompt in prompts]}
 
 
-def save(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
-    """np.save, atomically."""
-    with checkpoints.replaced(path, ending) as file:
-        np.save(SimpleNamespace(write=file.write), array)  # np.save to a real file misses the error of a full disk
-
-
 def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], process: run.Process) -> None:
     """Write the missing shards of the bank."""
     out = Path(cfg.out)
@@ -298,9 +291,9 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
         return
     with run.lock(out, process):
         if process.main and missing:
-            save(out / "keys.npy", keys.text[: int(keys.ends[-1])])
-            save(out / "ends.npy", keys.ends)
-            save(out / "rows.npy", np.array([row_of[triple] for triple in triples], dtype=np.int64))
+            checkpoints.save_array(out / "keys.npy", keys.text[: int(keys.ends[-1])])
+            checkpoints.save_array(out / "ends.npy", keys.ends)
+            checkpoints.save_array(out / "rows.npy", np.array([row_of[triple] for triple in triples], dtype=np.int64))
             index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
             checkpoints.write_json(out / "index.json", index)
@@ -314,13 +307,13 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
                 bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, tick)
                 if not bank.isfinite().all():
                     raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
-                save(Bank.shard_path(out, shard), bank.half().numpy())
+                checkpoints.save_array(Bank.shard_path(out, shard), bank.half().numpy())
         seconds = time.perf_counter() - start
         total = sum(run.gather_lists([total], process))  # waits
         if process.main:
             multi = slice(-len(prompts[2].facets), None)
             total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
-            save(out / "centres.npy", (total_sums / len(distinct)).astype(np.float32))
+            checkpoints.save_array(out / "centres.npy", (total_sums / len(distinct)).astype(np.float32))
             if missing:
                 print(f"{out}: {total:,} captions in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} captions/s")
 
@@ -355,7 +348,7 @@ class Texts:
                 hidden = embed_batches(self.llm(), texts, prompt, tick=tick)
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
-            save(path, unit, f".{os.getpid()}.tmp")  # several evaluations may write the same texts
+            checkpoints.save_array(path, unit, f".{os.getpid()}.tmp")  # several evaluations may write the same texts
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from flame.bank import Bank, centred
 from flame.config import Config
-from flame.embed import evenly_spaced, read_images, save
+from flame.embed import evenly_spaced, read_images
 from flame.model import Convolutional
-from shared import data, memory, run
+from shared import checkpoints, data, memory, run
 from shared.evalsets import EvalSet
 from shared.pretrained import fold_batch_norms
 
@@ -67,7 +67,7 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
         if line := data.broken_report(broken):
             print(line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, tokens.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
+        checkpoints.save_array(path, tokens.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
     run.wait()
     return torch.from_numpy(np.load(path))
 

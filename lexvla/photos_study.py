@@ -9,13 +9,9 @@ training, so that a bag of words is at no disadvantage.
 
 from collections.abc import Sequence
 
-import torch
-
 from lexvla import eval as evaluation
-from lexvla import patchdis
-from lexvla.config import LITE0
-from lexvla.towers import normalize
-from shared.study import floors, photos, verdicts
+from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, random_patches, rarer
+from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
@@ -37,25 +33,18 @@ ARMS = (
 SET = "retrieval_en"
 RECALL, SHARED = f"{SET}/mean_recall", f"{SET}/max_document_frequency"
 IMAGE_DF, TEXT_DF = (f"{SET}/{side}/max_document_frequency" for side in ("image", "text"))
-ALL, PRESENT = "patchdis/miou", "patchdis/miou_present"
-FIGURE_6, TABLE_1, TABLE_2 = "Fig. 6: shared words removed", "Table 1", "Table 2"
 MOST_CASES = f"{TABLE_1}: in most cases"
 
 
-def rarer(claim: str, metric: str, baseline: str, primary: bool = False) -> Claim:
-    """Words that all samples share are rarer with the overuse penalty than in another arm."""
-    return Claim(claim, FIGURE_6, metric, "overuse", baseline, -1, None, primary, 5.0, RECALL)
-
-
 CLAIMS = (  # in the words of study.py, which ask the same there
-    rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True),
-    rarer("overuse: most used word rarer than without", SHARED, "none", True),
+    rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True, RECALL),
+    rarer("overuse: most used word rarer than without", SHARED, "none", True, RECALL),
     Claim("overuse retrieves better than FLOPs", MOST_CASES, RECALL, "overuse", "flops", 1, None, True, 1.0),
     Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", 1, None, True, 1.0),
     Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
     Claim("PatchDis: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
-    rarer("overuse: images' most used word rarer than with FLOPs", IMAGE_DF, "flops"),
-    rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none"),
+    rarer("overuse: images' most used word rarer than with FLOPs", IMAGE_DF, "flops", False, RECALL),
+    rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none", False, RECALL),
     Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
     Claim("PatchDis of present classes: words, latent dimensions", None, PRESENT, "overuse", "dense"),
 )
@@ -76,15 +65,6 @@ def more_rows(found: Comparison) -> list[dict]:
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     """What eval.py measures; in fp32, as in bf16 words tie at the edge of the ten strongest."""
     return evaluation.main(evaluation.Config(tuple(runs), sets=(photos.RETRIEVAL,), patchdis=COCO, precision="fp32"))
-
-
-def random_patches() -> dict[str, float]:
-    """PatchDis of random similarities."""
-    torch.manual_seed(0)
-    classes = torch.eye(len(patchdis.classnames(COCO)))
-    images = patchdis.labelled_images(COCO, 128, normalize(LITE0))
-    found = patchdis.measure(lambda pixels: torch.rand(len(pixels), 64, len(classes)), classes, images)
-    return {f"patchdis/{name}": found[f"random_{name}"] for name in ("miou", "miou_present")}
 
 
 STUDY = Study(
@@ -122,14 +102,7 @@ STUDY = Study(
         "seconds": "seconds",
     },
     sets=(photos.RETRIEVAL,),
-    floors=(
-        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
-        Floor(
-            "canonical correlation of EfficientNet-Lite0 with words",
-            lambda: photos.by_correlation([photos.RETRIEVAL]),
-        ),
-        Floor("random patches", random_patches),
-    ),
+    floors=(*photos.floors_on(photos.RETRIEVAL), Floor("random patches", lambda: random_patches(COCO))),
     claims=CLAIMS,
     more_rows=more_rows,
 )

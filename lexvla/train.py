@@ -108,8 +108,7 @@ class TokenDataset(Dataset):
             return
         if process.main:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with checkpoints.replaced(file, f".{os.getpid()}.tmp") as target:
-                np.save(target, self.tokens)
+            checkpoints.save_array(file, self.tokens, f".{os.getpid()}.tmp")
         run.wait()
         if (kept := self.kept(first)) is not None:  # processes share its memory
             self.tokens = kept

@@ -114,11 +114,7 @@ STUDY = Study(
     },
     sets=(photos.RETRIEVAL, ZERO_SHOT, *PROBES),
     floors=(
-        Floor("chance", lambda: floors.chance([photos.RETRIEVAL, ZERO_SHOT])),
-        Floor(
-            "canonical correlation of EfficientNet-Lite0 with words",
-            lambda: photos.by_correlation([photos.RETRIEVAL, ZERO_SHOT]),
-        ),
+        *photos.floors_on(photos.RETRIEVAL, ZERO_SHOT),
         Floor("linear probe on EfficientNet-Lite0", lite0_probe),
     ),
     claims=CLAIMS,

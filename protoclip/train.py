@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -293,8 +292,7 @@ def locked_features(
         features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
         if process.main and not found.broken:  # else a neighbour is in a place, which the next run would not know
             path.parent.mkdir(parents=True, exist_ok=True)
-            with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:  # several runs may start together
-                np.save(SimpleNamespace(write=file.write), features.numpy())
+            checkpoints.save_array(path, features.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
         return found._replace(pixels=features)
     captions = [pairs.caption(row) for row in range(len(pairs))]
     tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -51,6 +52,12 @@ def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
         if not isinstance(why, OSError):
             raise
         raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
+
+
+def save_array(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
+    """np.save, atomically."""
+    with replaced(path, ending) as file:
+        np.save(SimpleNamespace(write=file.write), array)  # np.save to a real file misses the error of a full disk
 
 
 def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
 from shared.study.statistics import Claim
 from tinyclip import eval as evaluation
+from tinyclip.study import IA, IC, RA, RC
 
 # Crops may not repeat edges, as those of emoji do; captions are hardly ever the same.
 DATA = "--data data/photos-captions/train --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
@@ -39,7 +40,6 @@ ARMS = (
     ),
 )
 RECALL, TEN = "retrieval_en/mean_recall", "retrieval_en/text_to_image_R@10"
-RC, RA, IC, IA = (f"{weights}-{loss}" for weights in ("random", "inherited") for loss in ("contrastive", "affinity"))
 CLAIMS = (  # in the words of study.py, which ask the same there
     Claim("inherited above random weights, contrastive", "claimed", RECALL, IC, RC, 1, None, True, 0.3),
     Claim("inherited above random weights, affinity", "claimed", RECALL, IA, RA, 1, None, True, 0.3),

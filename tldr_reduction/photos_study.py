@@ -18,13 +18,12 @@ from pathlib import Path
 import tyro
 
 from shared import checkpoints, cli, data, run, zeroshot
-from shared.evaluation import measured
-from shared.study import floors, locked, photos, verdicts
-from shared.study.floors import Floor
+from shared.study import locked, photos, verdicts
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.statistics import Claim
 from shared.tars import descriptions
+from tldr_reduction import study
 
 POOL, PREDICTIONS = "data/photos-captions/train", "data/tldr-photos/captions.json"
 # Clusters of some photographs with all of their copies; half of the photographs are taken, once each
@@ -111,29 +110,18 @@ def measure_run(folder: Path) -> dict[str, float]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """Measurements of runs, each kept beside its checkpoint."""
-    found = []
-    for folder in map(Path, runs):
-        sources = [folder / "checkpoint.pt", *Path(photos.RETRIEVAL).glob("*/*.tar")]
-        found.append(measured(folder / "results.json", {}, sources, lambda folder=folder: measure_run(folder)))
-    return found
+    return locked.evaluated(runs, measure_run, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------- study
 
 SCORE, KEPT = "retrieval_en/mean_recall", "data/photographs"
-D = 1.0
-CLAIMS = (  # in the words of study.py, which ask the same there
-    Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
-    Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
-    Claim("TL;DR above random, T_o", "+7.5", SCORE, "tldr", "random", 1, None, True, D),
-    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, D),
-    Claim("TL;DR above random, refined", "+3.4", SCORE, "tldr", "random-refined", negligible=D),
-    Claim("selection alone below full data, T_o", "-2.3", SCORE, "codes", "full", -1, negligible=D),
-    Claim("TL;DR below full data, refined", "-2.3", SCORE, "tldr", "full-refined", -1, negligible=D),
-    Claim("refinement above T_o, full data", "+4.5", SCORE, "full-refined", "full", negligible=D),
-    Claim("codes above image features", "+2.2", SCORE, "tldr", "image", negligible=D),
-    Claim("T_g alone below T_o; T_g", "collapses", SCORE, "generated", "tldr", -1, negligible=D),
+CLAIMS = (  # those of study.py whose arms are here
+    *(
+        claim._replace(metric=SCORE)
+        for claim in study.CLAIMS
+        if claim.metric == study.SCORE and {claim.method, claim.baseline} <= {arm.name for arm in ARMS}
+    ),
     Claim("distinct photographs kept, codes above random", None, KEPT, "codes", "random"),
 )
 
@@ -174,13 +162,7 @@ STUDY = Study(
         "seconds": "seconds",
     },
     sets=(photos.RETRIEVAL,),
-    floors=(
-        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
-        Floor(
-            "canonical correlation of EfficientNet-Lite0 with words",
-            lambda: photos.by_correlation([photos.RETRIEVAL]),
-        ),
-    ),
+    floors=photos.floors_on(photos.RETRIEVAL),
     claims=CLAIMS,
     more_rows=more_rows,
 )

@@ -32,7 +32,7 @@ from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.statistics import Claim
 from tldr_reduction import eval as evaluation
-from tldr_reduction.datasets import eval_transform, of_lite0, open_pairs
+from tldr_reduction.datasets import LockedPairs, eval_transform, of_lite0, open_pairs
 
 # ------------------------------------------------------------------------------------------------------------- corpora
 
@@ -175,14 +175,12 @@ LITE0_VIEW = eval_transform(128, of_lite0)  # one object, by which floors know t
 def pool_features() -> tuple[Tensor, list[str], list[str]]:
     """Features (N, 1280) of all pictures of the pool, their true names, and what their captions call them, "" if no
     concept."""
-    everything, images = dict(tars.descriptions(data.expand_shards(shards("")))), []
+    everything = dict(tars.descriptions(data.expand_shards(shards(""))))
     pairs = open_pairs(shards(""))
-    for row in range(len(pairs)):
-        images.append(LITE0_VIEW(pairs.read(row).image)[None])
     about = [everything[str(key)] for key in pairs.keys]
     called = {"name": lambda row: about[row]["name"], "other": pairs.caption, "generic": lambda row: ""}
     return (
-        lite0_features(images),
+        LockedPairs(pairs, LITE0_VIEW, 0).features,
         [each["name"] for each in about],
         [called[each["noise"]](row) for row, each in enumerate(about)],
     )

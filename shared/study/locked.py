@@ -3,17 +3,19 @@ computed once, a projection, and a text tower.
 """
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from shared import checkpoints, cli, data, run, zeroshot
+from shared import checkpoints, cli, data, evaluation, run, zeroshot
 from shared.clip import trimmed, without_padding
 from shared.study import photos
 
@@ -125,3 +127,12 @@ def encode(folder: str | Path, features: Tensor, captions: Sequence[str]) -> tup
     model.load_state_dict(state["state_dict"])
     model.eval()
     return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
+
+
+def evaluated(runs: Sequence[str], measure: Callable[[Path], dict[str, Any]], setting: dict) -> list[dict[str, Any]]:
+    """`measure` of each run on the test photographs, cached beside its checkpoint while `setting` stays the same."""
+    found = []
+    for folder in map(Path, runs):
+        sources = [folder / "checkpoint.pt", *Path(photos.RETRIEVAL).glob("*/*.tar")]
+        found.append(evaluation.measured(folder / "results.json", setting, sources, functools.partial(measure, folder)))
+    return found

@@ -22,6 +22,7 @@ from shared.evalsets import EvalSet
 from shared.memory import square
 from shared.pretrained import lite0_features
 from shared.study import floors
+from shared.study.floors import Floor
 from shared.study.runner import Once
 from shared.tars import IMAGE_EXTENSIONS, Broken, descriptions, read_tar
 
@@ -178,3 +179,11 @@ def by_correlation(
             )
         numbers |= {f"{of_set.name}/{metric}": value for metric, value in metrics.items()}
     return numbers
+
+
+def floors_on(*sets: str) -> tuple[Floor, Floor]:
+    """Chance, and canonical correlation on EfficientNet-Lite0's features, on these sets."""
+    return (
+        Floor("chance", lambda: floors.chance(sets)),
+        Floor("canonical correlation of EfficientNet-Lite0 with words", lambda: by_correlation(sets)),
+    )
