@@ -1,12 +1,12 @@
 """The study of concept frequency on photographs: `python -m concept_frequency.study --corpus photos --photos DIR`.
 
-Frequencies are those of real captions, Flickr8k's, counted by our pipeline; a CLIP is trained on these captions on top
-of a locked EfficientNet-Lite0, and each noun of the test captions has its recall. Nouns differ in more than frequency:
-another arm leaves out three quarters of the captions that hold one of a random half of the nouns.
+Our pipeline counts the nouns in the captions of Flickr8k. A CLIP with a locked EfficientNet-Lite0 trains on these
+captions, and recall is measured for each noun of the test captions. Since nouns differ in more than frequency, another
+arm drops three quarters of the captions that contain one of a random half of the nouns.
 `python -m concept_frequency.photos_study --out RUN` trains one such model.
 
-Why the effect can appear: nouns occur in one to thousands of the 30,000 captions. It would vanish where the pretrained
-tower and the other words of a caption find the photograph whatever the noun.
+Why the effect can appear: nouns occur in one to thousands of the 30,000 captions. The effect would vanish if
+the pretrained tower and the other words of a caption were enough to find the photograph.
 """
 
 import dataclasses

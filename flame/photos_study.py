@@ -1,11 +1,11 @@
 """The study of FLAME on photographs: `python -m flame.study --corpus photos --photos DIR`.
 
-Flickr8k is trained on, a stand-in for CC3M: of a photograph's five English captions one is the raw one, another the
-short one, and all five together the long one. Tests are in English, German, French, Czech and Arabic; long texts are
-the five captions of a test photograph, joined.
+Arms train on Flickr8k, a stand-in for CC3M. Of a photograph's five English captions, one is the raw caption, another
+the short one, and all five joined are the long one. Tests are in English, German, French, Czech and Arabic; the long
+texts of the test are the five joined captions.
 
-Why the effects can appear: as in study.py; captions of people are in the words of people, and the names of CIFAR-10
-hardly occur in them. They would vanish with as many captions in each language as the language model has read.
+Why the effects can appear: for the same reasons as in study.py; in addition, CIFAR-10's class names hardly occur in
+the captions. The effects would vanish with as many captions per language as the language model has read.
 """
 
 import contextlib

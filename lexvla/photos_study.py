@@ -1,10 +1,10 @@
 """The study of LexVLA on photographs: `python -m lexvla.study --corpus photos --photos DIR`.
 
-Arms are trained on the 30,000 English captions of Flickr8k, a stand-in for CC12M, and compared by retrieval of the
-usual 1,000 test photographs, and by PatchDis on photographs of COCO with their instance masks.
+Arms train on the 30,000 English captions of Flickr8k, a stand-in for CC12M. They are compared by retrieval on the usual
+1,000 test photographs, and by PatchDis on COCO photographs with instance masks.
 
-Why the effects can appear: as in study.py, but for new words: people describe test photographs in the words of
-training, so that a bag of words is at no disadvantage.
+Why the effects can appear: for the same reasons as in study.py, except for new words: test captions use the words of
+the training captions, so a bag of words has no disadvantage.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def more_rows(found: Comparison) -> list[dict]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """What eval.py measures; in fp32, as in bf16 words tie at the edge of the ten strongest."""
+    """Measurements of eval.py, in fp32, since in bf16 words tie around rank ten."""
     return evaluation.main(evaluation.Config(tuple(runs), sets=(photos.RETRIEVAL,), patchdis=COCO, precision="fp32"))
 
 

@@ -1,12 +1,12 @@
 """The study of NMTune on photographs: `python -m nmtune.study --corpus photos --photos DIR`.
 
-Encoders are pre-trained on 10,000 photographs of CIFAR-10, 0 to 30 % of whose labels are wrong, a stand-in for
-ImageNet-1K, and probed on PACS: trained on its photographs, tested on others of them (ID) and on paintings, cartoons
-and sketches of the same classes (OOD), which is DomainNet in small. A black box, EfficientNet-Lite0, is tuned by LP,
-MLP and NMTune on the same photographs.
+Encoders are pre-trained on 10,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
+Probes train on the photographs of PACS and are tested on held-out photographs (ID), and on paintings, cartoons and
+sketches of the same classes (OOD), a stand-in for DomainNet. LP, MLP and NMTune also tune a black box, EfficientNet-Lite0, on the
+same photographs.
 
-Why the effect can appear: as in study.py, and PACS is a benchmark of the shift that the paper is about. It would vanish
-where a probe is near 100 %, as on photographs a network of ImageNet is.
+Why the effect can appear: for the same reasons as in study.py; PACS is a benchmark of the paper's kind of domain shift.
+The effect would vanish where a probe is near 100 %, as an ImageNet network is on photographs.
 """
 
 import functools

@@ -1,11 +1,11 @@
 """The study of ProtoCLIP on photographs: `python -m protoclip.study --corpus photos --photos DIR`.
 
-Arms are trained on the 30,000 English captions of Flickr8k, a stand-in for CC2.5M, on top of a locked
-EfficientNet-Lite0, and measured by retrieval of the usual 1,000 test photographs and on the pictures of PACS.
+Arms with a locked EfficientNet-Lite0 train on the 30,000 English captions of Flickr8k, a stand-in for CC2.5M. They are
+evaluated by retrieval on the usual 1,000 test photographs, and on the pictures of PACS.
 
-Why the effect can appear: captions tell of a few kinds of scenes (dogs, children, sports) in ever new words, so that
-prototypes of some hundred captions are such kinds, and the teacher knows which sentences mean the same. It would
-vanish with prototypes as many as captions, and where the locked features tell all that captions can.
+Why the effect can appear: the captions describe a few kinds of scenes (dogs, children, sports) in many different words.
+Prototypes of some hundred captions can be such kinds, and the teacher knows which sentences mean the same. The effect
+would vanish with as many prototypes as captions, or if the locked features already contained all that captions say.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
 A small ResNet teacher and its students of half the size are trained from scratch on the 30,000 English captions of
 Flickr8k, at 32 pixels, and compared by retrieval of the usual 1,000 test photographs.
 
-Why the effects can appear: as in study.py; the teacher is trained five times as long. So small, and from so few pairs,
-it finds little more than raw pixels do: what it can hand on is little, too.
+Why the effects can appear: for the same reasons as in study.py; the teacher trains five times as long. But it is small
+and has few pairs, so it retrieves little better than raw pixels, and can transfer little.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,13 @@
 """The study of TL;DR on photographs: `python -m tldr_reduction.study --corpus photos --photos DIR`.
 
-The pool is Flickr8k with a sample for each caption: 30,000 pairs of 6,000 photographs, a stand-in for CC3M. A CLIP on
-top of a locked EfficientNet-Lite0 is trained on all of them or on a tenth, for equal steps. T_g is what another person
-said of the same photograph, a captioner that is never wrong.
+The pool is Flickr8k with one sample per caption: 30,000 pairs of 6,000 photographs, a stand-in for CC3M. A CLIP with a
+locked EfficientNet-Lite0 trains on the whole pool or on a tenth of it, for equal steps. T_g is another person's caption
+of the same photograph, so it is never wrong.
 `python -m tldr_reduction.photos_study --data SHARDS --out RUN` trains one such model.
 
-Why the effect can appear: a photograph is in the pool five times, so that a tenth at random holds fewer photographs
-than a tenth by codes. Hardly anything is wrong with the captions, so that refinement can add words but mend nothing:
-what a selection by matching scores is for cannot show.
+Why the effect can appear: each photograph is in the pool five times, so a random tenth holds fewer photographs than a
+tenth by codes. The captions are nearly all correct, so refinement can only add words, and the effect of matching scores
+cannot appear.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ HEADINGS = {
 
 
 def reductions() -> Iterator[Stage]:
-    """One after the other: those of a seed share codes, and each adds what it lacks."""
+    """Stages that run one after the other, since the reductions of a seed share a folder of codes."""
     before: tuple[str, ...] = ()
     for name, flags in REDUCTIONS.items():
         yield Stage(f"reduced/{name}", f"{REDUCE} --seed {{seed}} --out {{out}} {flags}", after=before)
@@ -86,7 +86,7 @@ class Config(locked.Config):
 
 
 def write_predictions(source: str, path: str) -> None:
-    """Captions of the pool's samples by others: of the caption k of a photograph, the one after it in its list."""
+    """Write T_g for `source`: for each sample, another caption of the same photograph."""
     spoken = []
     for key, about in descriptions(data.expand_shards(source)):
         others = [text for text in about["captions"] if text != about["caption"]] or about["captions"]
