@@ -2,8 +2,8 @@
 
 Encoders are pre-trained on 10,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
 Probes train on the photographs of PACS and are tested on held-out photographs (ID), and on paintings, cartoons and
-sketches of the same classes (OOD), a stand-in for DomainNet. LP, MLP and NMTune also tune a black box, EfficientNet-Lite0, on the
-same photographs.
+sketches of the same classes (OOD), a stand-in for DomainNet. LP, MLP and NMTune also tune
+a black box, EfficientNet-Lite0, on the same photographs.
 
 Why the effect can appear: for the same reasons as in study.py; PACS is a benchmark of the paper's kind of domain shift.
 The effect would vanish where a probe is near 100 %, as an ImageNet network is on photographs.
