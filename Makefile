@@ -103,7 +103,7 @@ reproduce-all: $(VENV)/.installed-$(EXTRAS) data
 test: $(VENV)/.installed-$(EXTRAS),test data browser
 	$(PY) -m protoclip.teacher minilm
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) --dist loadfile --durations 60
 
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
