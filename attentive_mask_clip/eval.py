@@ -260,7 +260,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     """Foreground among the patches that masking keeps, in percent.
 
     images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. X is the
-    model's own attention, its high-drop variant, blocks nearest to the centre, or random patches (expectation).
+    model's own attention, its high-drop variant, blocks nearest to the centre, or as many random patches (expectation).
     `X_share`: share of kept patches that are foreground. `X_recall`: share of foreground patches that are kept.
     `X_pixels`: share of an image's foreground pixels that are kept.
     """
@@ -286,7 +286,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
         results[f"{name}_share"] = 100 * (hits / ids.numel()).item()
         results[f"{name}_recall"] = 100 * (hits / total).item()
         results[f"{name}_pixels"] = 100 * (pixels.gather(1, ids).sum(1) / pixels.sum(1)).nanmean().item()
-    count = int(patches.shape[1] * keep_ratio)  # random masks keep single patches, not blocks
+    count = kept["attentive"].shape[1]
     return results | {
         "random_share": 100 * patches.mean().item(),
         "random_recall": 100 * count / patches.shape[1],

@@ -1,16 +1,21 @@
 """The study: arms and their commands, compared and reported."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from test_attentive_mask_clip_train import ARMS
 
 from attentive_mask_clip import config, study, timing
 from attentive_mask_clip import eval as evaluation
+from attentive_mask_clip.model import attentive_keep_ids, random_keep_ids
+from shared.study.floors import Floor
 from shared.study.report import Comparison
+from shared.study.runner import Arm
+
+KEPT = [f"kept/{rule}_pixels" for rule in ("attentive", "random", "centre", "untrained")]
 
 
 def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -25,37 +30,68 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
         lines = [{"step": n, "seconds": n / 2, "zero_shot_top1": n / 4} for n in (3, 6)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "aclip-seed0/kept.png").write_bytes(b"picture")
-    given = dict.fromkeys([*evaluation.METRICS, "kept/untrained_share"], 2.0)
+    given = dict.fromkeys(["names_ood/top1", "online/names_ood/top1", *KEPT], 2.0)
+    bars = (Floor("none", lambda: {"names_ood/top1": 1.0}), Floor("high", lambda: {"online/names_ood/top1": 2.0}))
+    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
     monkeypatch.setattr(evaluation, "evaluated", lambda path, *_: given | {"names_ood/top1": 2.0 + ("aclip" in path)})
+    monkeypatch.chdir(tmp_path)
     evaluation.main(evaluation.Config(runs=tuple(runs), times=str(times), report=str(report), device="cpu"))
     found, shown = json.loads(report.read_text()), capsys.readouterr().out
     assert list(found["arms"]) == ["clip", "aclip"] and set(found["arms"]["clip"]) == set(given)
     claims = {row["claim"]: row for row in found["claims"]}
     expected = {claim.claim for claim in study.CLAIMS if {claim.method, claim.baseline} == {"clip", "aclip"}}
     assert expected and expected == set(claims) & {claim.claim for claim in study.CLAIMS}
-    assert claims["A-CLIP above CLIP"]["here"] == "+1.00"
+    row = claims["A-CLIP above CLIP"]
+    assert row["difference"] == 1.0 and row["primary"] and found["claims"][0]["primary"]
     time = claims["step time of A-CLIP / CLIP's"]
-    assert (time["paper"], time["here"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
+    assert (time["paper"], time["why"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
     pictures = {"attentive_mask_clip_curves.png", "attentive_mask_clip_kept.png"}
     assert {path.name for path in report.parent.iterdir()} == pictures | {"results.json", "results_packages.txt"}
     assert (report.parent / "attentive_mask_clip_kept.png").read_bytes() == b"picture"
 
 
 def test_rows_of_an_arm_compare_measurements_of_the_same_run():
-    kept = {"kept/attentive_share": 90.0, "kept/random_share": 75.0, "kept/centre_share": 90.0}
-    run = kept | {"kept/untrained_share": 92.0, "names_ood/top1": 3.0, "online/names_ood/top1": 2.5}
+    kept = {"kept/attentive_pixels": 90.0, "kept/random_pixels": 50.0, "kept/centre_pixels": 90.0}
+    run = kept | {"kept/untrained_pixels": 92.0, "names_ood/top1": 3.0, "online/names_ood/top1": 2.5}
     rows = {row["claim"]: row for row in study.more_rows(Comparison({"aclip": [run]}, [0], {}, set(), {}))}
-    here = {
-        claim.removeprefix("aclip: kept patches hold more foreground than "): r["here"] for claim, r in rows.items()
-    }
-    assert (here["random ones"], here["the centre's"], here["before training"]) == ("+15.00", "+0.00", "-2.00")
-    assert here["A-CLIP: EMA towers above online"] == "+0.50"
+    differences = {claim.split(" than ")[-1]: row["difference"] for claim, row in rows.items() if "aclip:" in claim}
+    assert differences == {"random patches": 40.0, "blocks at the centre": 0.0, "attention before training": -2.0}
+    assert rows["A-CLIP: EMA towers above online"]["difference"] == 0.5
     assert not any("step time" in claim for claim in rows)  # none were measured
 
 
-def test_the_arms_of_the_study_are_those_that_are_timed():
-    for arm in study.STUDY.chosen("all"):
-        words = arm.command.removeprefix("train ").split()
-        assert words == (["emoji", "--ema-image-size", "20"] if arm.name == "aclip-eff" else ARMS[arm.name])
-        cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
-        assert all(getattr(cfg, name) == value for name, value in timing.ARMS[arm.name].items()), arm.name
+def test_arms_of_a_name_are_those_that_are_timed():
+    for arm in study.MAIN:
+        cfg = parsed(arm)
+        for name, value in timing.ARMS.get(arm.name, {}).items():
+            assert getattr(cfg, name) == value, (arm.name, name)
+
+
+def test_every_arm_trains_on_scenes_that_the_study_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each on one corpus, and the corpora are built for the arms on them alone."""
+    built = {once.command.split()[2]: once.arms for once in study.STUDY.before if "scenes --out" in once.command}
+    assert set(built) == {study.folder(corpus) for corpus in study.CORPORA}
+    monkeypatch.chdir(tmp_path)  # where every set exists, empty
+    for folder in built:
+        Path(folder, "eval/names_ood").mkdir(parents=True)
+    for arm in study.ARMS:
+        cfg = parsed(arm)
+        config.check(cfg, 1)
+        corpus = str(Path(cfg.data).parent)
+        assert cfg.eval_set == f"{corpus}/eval/names_ood" and cfg.model == "scenes"
+        assert [folder for folder, arms in built.items() if arm.name in arms] == [corpus]
+    assert set().union(*built.values()) == set(study.STUDY.headings)
+
+
+def test_attention_and_random_masks_keep_the_same_number_of_patches():
+    """20 of 36: attention keeps 5 of 9 blocks of four."""
+    scores = torch.rand(3, 36)
+    attentive, random = (parsed(arm) for arm in study.MAIN if arm.name in ("attentive", "random"))
+    if "random" in attentive.mask:
+        attentive, random = random, attentive
+    assert attentive_keep_ids(scores, attentive.keep_ratio).shape == (3, 20)
+    assert random_keep_ids(scores, random.keep_ratio).shape == (3, 20)
+
+
+def parsed(arm: Arm) -> config.Config:
+    return tyro.extras.overridable_config_cli(config.PRESETS, args=arm.command.split()[1:])
