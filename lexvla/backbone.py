@@ -25,6 +25,8 @@ from shared import checkpoints, cli, data, run, tars
 
 @dataclasses.dataclass
 class Config:
+    """Train a small ViT on images alone, and write its weights to a file."""
+
     data: str = "data/emoji/train"
     """Shards; in the embedded corpus, the .json names the emoji that is drawn."""
     same: str = "hexcode"

@@ -79,7 +79,8 @@ class Config:
     patchdis: str | None = SCENES + "patchdis"
     """Folder of images and masks (see patchdis.py) for PatchDis; None skips it."""
     patchdis_side: int = 128
-    """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
+    """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. Not stated in the
+    paper."""
     topk: int | None = None
     """Words kept in each representation; None: the run's setting."""
     renormalize: bool = False

@@ -44,6 +44,8 @@ DRAWN = 6  # number of images with drawn predictions
 
 @dataclasses.dataclass
 class Config:
+    """Measure PatchDis of dual encoders, print a table, and draw maps of predicted classes."""
+
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Dual encoders: MODEL@TAG of open_clip, local-dir:FOLDER, or vdr:FOLDER (or name on the hub) for VDR's weights."""
     folder: str = "data/lexvla/scenes/eval/patchdis"

@@ -104,7 +104,8 @@ class LexicalIndex:
 
     def scores(self, query: Tensor) -> np.ndarray:
         """Scores s_img . s_txt of all images (N,) for a sparse query (V,); reads only the query's posting lists."""
-        return (scipy.sparse.csr_matrix(query.numpy()[None]) @ self.postings).toarray()[0]
+        words = query.nonzero()[:, 0].numpy()
+        return self.postings[words].T @ query.numpy()[words]
 
     def search(self, query: Tensor, k: int = 10) -> list[tuple[int, float]]:
         """(image, score) of the k best images, best first; images that share no word with the query are left out."""
