@@ -254,6 +254,7 @@ def train_step(
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
     check_model(cfg)
+    cli.check_batch(cfg, world_size)
     try:
         n = data.planned_size(cfg)
     except FileNotFoundError:
