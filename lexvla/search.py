@@ -130,7 +130,7 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
     path = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
     sources = [folder / "checkpoint.pt", *eval_set.shards]
     if path.exists() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # a damaged file is written again
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: written again
             kept = np.load(path)
             rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
             return LexicalIndex(rows), kept["names"].tolist()
