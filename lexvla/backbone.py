@@ -25,6 +25,8 @@ from shared import checkpoints, cli, data, run, tars
 
 @dataclasses.dataclass
 class Config:
+    """Train a small ViT on images alone, and write its weights to a file."""
+
     data: str = "data/emoji/train"
     """Shards; in the embedded corpus, the .json names the emoji that is drawn."""
     same: str = "hexcode"
@@ -183,7 +185,9 @@ def main(cfg: Config) -> None:
     if out.exists():
         check_made(out, cfg)
         return print(f"{out} is there already")
-    cli.check_counts(cfg, "batch_size", "epochs", "dataset_size")
+    cli.check_counts(cfg, "batch_size", "epochs", "dataset_size", "image_size")
+    if cfg.image_size % 8:
+        raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")
     process, work = run.setup(cfg.seed, cfg.device), out.with_suffix(".work")
     if process.world_size > 1:
         raise ValueError("the backbone is trained by one process: start it without torchrun")

@@ -1,4 +1,4 @@
-"""A LexVLA checkpoint holds only the trained weights. The frozen models are loaded from their own sources.
+"""Save and load the trained weights of LexVLA; the frozen models are loaded from their own sources.
 
 `weights` are `adapter.*`, `image.codebook`, `lora.<module>.A|B` and `logit_scale`; beside them are `vocab_ids`, `bias`
 and a fingerprint of the image backbone.
@@ -17,7 +17,7 @@ from shared import checkpoints, data
 
 
 def _renamed(name: str) -> str:
-    """Parameter of LexVLA -> name in a checkpoint."""
+    """Name of a parameter of LexVLA -> its name in a checkpoint."""
     for prefix, short in (("image.adapter.", "adapter."), ("text.lm.", "lora.")):
         if name.startswith(prefix):
             return short + name.removeprefix(prefix)
@@ -35,7 +35,7 @@ def backbone_fingerprint(image: ImageEncoder) -> str:
 
 
 def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
-    """Weights of `trained_weights` from a checkpoint's state; ValueError if they belong to another model."""
+    """Copy a checkpoint's weights into the model; ValueError if they belong to another model or backbone."""
     if backbone_fingerprint(model.image) != state["backbone"]:
         raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
     weights = state["weights"]

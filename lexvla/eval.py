@@ -1,5 +1,9 @@
-"""Evaluate LexVLA: `python -m lexvla.eval RUN... [--report FILE]`; `python -m lexvla.eval search RUN "red fruit"`;
-`python -m lexvla.eval explain RUN apple.png "red fruit"`.
+"""Evaluate LexVLA.
+
+    python -m lexvla.eval RUN... [--report FILE]                measure runs
+    python -m lexvla.eval search RUN "red fruit"                the best images for a query
+    python -m lexvla.eval explain RUN apple.png "red fruit"     each word's share of a pair's score
+    python -m lexvla.eval patchdis MODEL...                     PatchDis of other dual encoders, as lexvla.patchdis
 
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
 3.4), word clouds, and the patches of a word. Ours: the frequency of the most used words, which the overuse penalty
@@ -23,10 +27,12 @@ from torch import Tensor
 from lexvla.checkpoints import load_run
 from lexvla.model import DenseImageEncoder, LexVLA, sparsify
 from lexvla.patchdis import DRAWN, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
+from lexvla.patchdis import Config as Dual
+from lexvla.patchdis import main as measure_encoders
 from lexvla.plots import plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
-from lexvla.towers import eval_transform, normalize, patch_side
+from lexvla.towers import eval_transform, normalize, side_step
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
 from shared.zeroshot import (
@@ -60,7 +66,10 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md."""
+    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md.
+
+    In the place of runs: search, explain or patchdis (see `python -m lexvla.eval search --help` and so on).
+    """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders. For zero-shot and retrieval only, also another paper's, local-dir:DIR written by --export, or
@@ -70,7 +79,8 @@ class Config:
     patchdis: str | None = SCENES + "patchdis"
     """Folder of images and masks (see patchdis.py) for PatchDis; None skips it."""
     patchdis_side: int = 128
-    """Pixels of PatchDis' images, squared; masks keep their size. Not stated in the paper."""
+    """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. Not stated in the
+    paper."""
     topk: int | None = None
     """Words kept in each representation; None: the run's setting."""
     renormalize: bool = False
@@ -114,7 +124,7 @@ def encode_pairs(
 
 
 def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """R@k, image -> text and text -> image, (len ks,) each in 0..1; sim (Ni, Nt), image_of_text (Nt,).
+    """R@k of image -> text and of text -> image, (len(ks),) each, in 0..1; sim (Ni, Nt), image_of_text (Nt,).
 
     An image is a hit if any of its captions is in its top k. Ties count as misses: at high sparsity most scores are 0,
     and counting them as hits would reward empty representations.
@@ -126,8 +136,10 @@ def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> t
 def sparsity_sweep(
     s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, levels: Sequence[int], ks: Sequence[int] = (1,)
 ) -> Tensor:
-    """R@k (len levels, 2 len ks), image -> text, then text -> image, with only the strongest words of both sides (Fig.
-    5)."""
+    """R@k with only the strongest words of both sides (Fig. 5): (len(levels), 2 len(ks)), image -> text first.
+
+    levels: numbers of words kept.
+    """
     few = ((sparsify(s_img, kept), sparsify(s_txt, kept)) for kept in levels)
     return torch.stack([torch.cat(retrieval_recall(img @ txt.T, image_of_text, ks)) for img, txt in few])
 
@@ -143,7 +155,7 @@ def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, 
 
 
 def named_recalls(recalls: Tensor) -> dict[str, float]:
-    """(2 len KS,) of `sparsity_sweep` by name, and their mean, in percent."""
+    """A row (2 len(KS),) of `sparsity_sweep` by names, and its mean, in percent."""
     names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in KS]
     values = dict(zip(names, (100 * recalls).tolist(), strict=True))
     return values | {"mean_recall": sum(values.values()) / len(values)}
@@ -153,10 +165,10 @@ def named_recalls(recalls: Tensor) -> dict[str, float]:
 
 
 def usage(s: Tensor, k: int = 10) -> dict:
-    """Usage of words over samples (N, V); ours, for the overuse claim.
+    """How evenly samples (N, V) use the words; ours, for the overuse claim.
 
-    document_frequency (V,): share of samples with the word in their top k; its maximum; mean_activation (V,); entropy:
-    of mean_activation as a distribution, in nats, at most ln V.
+    document_frequency (V,): share of samples with the word in their top k; max_document_frequency: its maximum;
+    mean_activation (V,); entropy of mean_activation as a distribution, in nats, at most ln V.
     """
     document_frequency = (sparsify(s, k) > 0).float().mean(0)
     mean = s.float().mean(0)
@@ -175,7 +187,10 @@ def usage(s: Tensor, k: int = 10) -> dict:
 def patchdis_of_run(
     model: LexVLA, s_class: Tensor, names: list[str], cfg: Config, backbone: str, device, picture: Path
 ) -> dict[str, float]:
-    """`patchdis.measure` of a folder, sparse if `patchdis_sparse` is set; draws a map of predicted classes."""
+    """`patchdis.measure` of a run on the folder `cfg.patchdis`; draws maps of predicted classes into `picture`.
+
+    s_class (C, V): representations of the classes `names`. Representations are sparse if `cfg.patchdis_sparse` is set.
+    """
     few = sparsify if cfg.patchdis_sparse and not isinstance(model.image, DenseImageEncoder) else lambda s: s
     normalise, s_class = normalize(backbone), few(s_class)
 
@@ -190,7 +205,7 @@ def patchdis_of_run(
 
 
 def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
-    """(C, V): the mean of the codebook rows of a name's pieces, mapped like a word; unknown pieces are ignored."""
+    """Classes as words, (C, V): eq. 2 of the mean codebook row of a name's pieces; unknown pieces are ignored."""
     row = torch.full((len(tokenizer),), -1)
     row[model.text.vocab_ids.cpu()] = torch.arange(len(model.text.vocab_ids))
     space, rows = leading_space(tokenizer), []
@@ -204,7 +219,7 @@ def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
 
 
 def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Zero-shot and retrieval of another paper's run, an export or MODEL@TAG: a dual encoder without words."""
+    """Zero-shot and retrieval metrics of a dual encoder: another paper's run, an export or MODEL@TAG."""
     model, transform, tokenizer = export.load_model(path, device)
     found = evaluate(model, tokenizer, transform, cfg.sets, device, cfg.batch_size, dtype, cfg.workers)
     return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
@@ -212,7 +227,7 @@ def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype
 
 @torch.no_grad()
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Every measurement of one run, flat: {"retrieval_known/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
+    """Measure one run: {"retrieval_known/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
     precision = run.resolve_precision(cfg.precision, process.device)
     dtype = run.DTYPES[precision]
     if export.foreign(path, "lexvla"):
@@ -221,9 +236,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     model.to(process.device)
     if cfg.patchdis:
         names = classnames(cfg.patchdis)
-        if cfg.patchdis_side % (patch := patch_side(model.image.backbone)):
+        if cfg.patchdis_side % (step := side_step(model.image.backbone)):
             raise ValueError(
-                f"--patchdis-side {cfg.patchdis_side} is no multiple of {path}'s patches of {patch} pixels"
+                f"--patchdis-side {cfg.patchdis_side} is no multiple of {step}, which the backbone of {path} needs"
             )
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
@@ -271,7 +286,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 def retrieval_of_run(
     s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, few: Callable
 ) -> dict[str, float]:
-    """Recall of sparse representations few(s), of dense ones, and over the sweep; number and usage of active words."""
+    """Recall of sparse representations few(s), of dense ones, and of the sweep; number and usage of active words.
+
+    Of the latent baseline (not `lexical`), only the recall of dense representations.
+    """
     if not lexical:
         return retrieval(s_img, s_txt, image_of_text)
     sparse = [few(s) for s in (s_img, s_txt)]
@@ -304,7 +322,7 @@ def said_in_captions(s_img: Tensor, image_of_text: Tensor, texts: list[str], tok
 def word_plots(
     folder: Path, name: str, s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], words: list[str]
 ) -> None:
-    """Word clouds of a few images and captions, and words.json: the most used words of both sides."""
+    """Draw word clouds of a few images and captions; write the most used words of both sides to words_{name}.json."""
     chosen = torch.linspace(0, len(s_img) - 1, 6).long()
     captions = [texts[int((image_of_text == i).nonzero()[0])] for i in chosen]
     first = [int((image_of_text == i).nonzero()[0]) for i in chosen]
@@ -319,7 +337,7 @@ def word_plots(
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
+    """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
     scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
@@ -341,7 +359,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    commands = {"search": (Search, search), "explain": (Explain, explain_pair)}
+    commands = {"search": (Search, search), "explain": (Explain, explain_pair), "patchdis": (Dual, measure_encoders)}
     if sys.argv[1:2] and sys.argv[1] in commands:
         name = sys.argv[1]
         cls, function = commands[name]

@@ -123,9 +123,9 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
 
 
-# In float32 and over the batch of all processes: each rank computes the rows of its own pairs against all ranks'
-# columns, # gathered with gradient. The mean over ranks is the loss of the global batch; the same holds for DDP's
-# averaged gradients.
+# Losses are in float32 and over the batch of all processes: each rank computes the rows of its own pairs against the
+# columns of all ranks, which are gathered with their gradients. The mean of the ranks' losses is the loss of the global
+# batch, and the mean of their gradients, which DDP computes, is its gradient.
 
 
 def info_nce(logits: Tensor, own: Tensor) -> Tensor:

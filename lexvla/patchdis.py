@@ -1,15 +1,16 @@
-"""PatchDis (section 3.4, Table 2): does each patch of an image match the class that it shows best?
+"""PatchDis (section 3.4, Table 2): classify each patch of an image by the most similar class text.
 
-    python -m lexvla.patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
+    python -m lexvla.eval patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
     python -m lexvla.patchdis vdr:vsearch/vdr-cross-modal local-dir:my-export --folder data/coco/eval/patchdis_val
 
-It measures any dual encoder with patches and classes in one space: here open_clip's ViTs, folders written by `--export`
-of the other papers, and VDR's published weights. eval.py measures runs of LexVLA. A folder has
+Measures dual encoders whose patches and class texts lie in one space: open_clip's ViTs, folders written by `--export`
+of the other papers, and VDR's published weights. eval.py measures runs of LexVLA. A PatchDis folder has
 
-    classnames.txt     one class per line images/KEY.png     (or .jpg) masks/KEY.png      class of each pixel; the
-    largest value of the mask's type, 255 or 65535, is no class
+    classnames.txt     one class per line
+    images/KEY.png     or .jpg
+    masks/KEY.png      class of each pixel; the largest value of the mask's type, 255 or 65535, means no class
 
-`make photos-coco` and `python -m shared.corpora.scenes` write such folders.
+`make photos-coco` and `python -m lexvla.scenes` write such folders.
 """
 
 import dataclasses
@@ -43,6 +44,8 @@ DRAWN = 6  # number of images with drawn predictions
 
 @dataclasses.dataclass
 class Config:
+    """Measure PatchDis of dual encoders, print a table, and draw maps of predicted classes."""
+
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Dual encoders: MODEL@TAG of open_clip, local-dir:FOLDER, or vdr:FOLDER (or name on the hub) for VDR's weights."""
     folder: str = "data/lexvla/scenes/eval/patchdis"
@@ -78,12 +81,13 @@ def patchdis(
     present_only: bool = False,
     background: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
-    """Section 3.4: each patch gets the class most similar to it; (intersection (C,), union (C,), mIoU in 0..1).
+    """Assign each patch its most similar class, section 3.4: (intersection (C,), union (C,), mIoU in 0..1).
 
-    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. Pixels take the class of their patch (nearest: row
-    floor(y gh / H)). Both counts are sums over images, so batches can be added, see `mean_iou`. Not stated in the
-    paper: pixels labelled `ignore` are left out (`background`: predictions there count as false); all classes compete
-    (`present_only`: only those in the image's mask).
+    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. A pixel has the class of its patch (nearest
+    neighbour: row floor(y gh / H)). Intersection and union are pixel counts over the N images: add them over batches
+    before `mean_iou`. Not stated in the paper: pixels labelled `ignore` are left out (with `background`, predictions
+    there count as false); all classes compete (with `present_only`, only those in the image's mask, and images without
+    any class are left out).
     """
     (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
     sim = s_patch @ s_class.T  # (N, P, C)
@@ -92,14 +96,16 @@ def patchdis(
     pred, labelled = sim.argmax(-1).view(N, gh, gw), masks != ignore
     rows, columns = (torch.arange(size, device=masks.device) * g // size for size, g in ((H, gh), (W, gw)))
     pred = pred[:, rows[:, None], columns]  # (N, H, W)
-    truth, seen = masks[labelled], pred if background else pred[labelled]
+    truth, seen = masks[labelled], pred[labelled]
+    if background:  # with `present_only`, images without any class have no candidates
+        seen = pred[labelled.flatten(1).any(1) | (not present_only)]
     intersection = torch.bincount(truth[pred[labelled] == truth], minlength=C)
     union = torch.bincount(seen.flatten(), minlength=C) + torch.bincount(truth, minlength=C) - intersection
     return intersection.float(), union.float(), mean_iou(intersection, union)
 
 
 def mean_iou(intersection: Tensor, union: Tensor) -> float:
-    """Mean over the classes that occur; NaN if none does."""
+    """Mean IoU over the classes that occur in masks or predictions; NaN if there is none."""
     return (intersection / union)[union > 0].mean().item()
 
 
@@ -112,10 +118,11 @@ def measure(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """{"miou", "miou_present", "random_miou", "random_miou_present"} in percent.
+    """PatchDis over a data set: {"miou", "miou_present", "random_miou", "random_miou_present"} in percent.
 
-    patches: pixels (B, 3, S, S) -> (B, P, V), square grids; s_class (C, V); images: of `labelled_images`. All classes
-    compete for the first, only the image's own for the second; random patches have random similarities.
+    patches: function of pixels (B, 3, S, S) -> (B, P, V), with square grids; s_class (C, V); images: output of
+    `labelled_images`. In `miou` all classes compete, in `miou_present` only those in the image's mask. `random_`: the
+    same for random similarities of patches to classes.
     """
     totals: dict[str, Tensor] = {}  # float64: there may be more pixels than float32 can count
     noise, C, s_class = torch.Generator().manual_seed(0), len(s_class), s_class.to(device)
@@ -135,26 +142,33 @@ def measure(
 
 
 def classnames(folder: str | Path) -> list[str]:
-    """The classes of a PatchDis folder."""
+    """The classes of a PatchDis folder, in the order of their ids."""
     if not (names := Path(folder) / "classnames.txt").is_file():
-        raise FileNotFoundError(f"{names} does not exist: 'python -m lexvla.scenes' and 'make photos-coco' make such")
-    return names.read_text(encoding="utf-8").splitlines()
+        raise FileNotFoundError(
+            f"{names} does not exist: 'python -m lexvla.scenes' and 'make photos-coco' write PatchDis folders"
+        )
+    if not (found := names.read_text(encoding="utf-8").splitlines()):
+        raise ValueError(f"{names} is empty: it needs one class per line")
+    return found
 
 
 def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder."""
+    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder.
+
+    Errors: FileNotFoundError if a mask has no image; ValueError if a file cannot be read or a class is out of range.
+    """
     resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
     transform, classes = transforms.Compose([resize, normalise]), len(classnames(folder))
     masks = sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:
         raise FileNotFoundError(f"{folder}/masks holds no .png")
+    pictures = {image.stem: image for image in sorted((Path(folder) / "images").glob("*.*"))}
     for file in masks:
-        image = next((Path(folder) / "images").glob(f"{file.stem}.*"), None)
-        if image is None:
+        if (image := pictures.get(file.stem)) is None:
             raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
         mask = read_mask(file)
         if mask.ndim != 2:
-            raise ValueError(f"{file} has {mask.ndim} dimensions, a mask holds one class id a pixel")
+            raise ValueError(f"{file} has {mask.shape[-1]} channels; a mask has one, with the class id of each pixel")
         ignore = 255 if mask.dtype == np.uint8 else IGNORE
         if (largest := mask[mask != ignore].max(initial=0)) >= classes:
             raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
@@ -180,7 +194,7 @@ def read_mask(file: Path) -> np.ndarray:
 def class_maps(
     patches: Callable[[Tensor], Tensor], s_class: Tensor, images: Iterator[tuple[Tensor, Tensor, int]], device
 ) -> list[ClassMap]:
-    """The class of each pixel and the predicted class of each patch, of a few images (Fig. 3)."""
+    """For each image, the class of each pixel and the predicted class of each patch (Fig. 3)."""
     maps = []
     for pixels, mask, ignore in images:
         predicted = (patches(pixels.to(device))[0].float() @ s_class.to(device).T).argmax(-1).cpu()
@@ -193,7 +207,7 @@ def class_maps(
 
 
 class DualEncoder(NamedTuple):
-    """The interface that PatchDis needs: unit rows, whose dot products are similarities."""
+    """What PatchDis needs of a model: unit vectors of patches and texts, whose dot products are similarities."""
 
     patches: Callable[[Tensor], Tensor]
     """Pixels (B, 3, S, S) -> (B, P, E)."""
@@ -205,16 +219,17 @@ class DualEncoder(NamedTuple):
 
 
 def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
-    """MODEL@TAG or local-dir:FOLDER: patch tokens go through the last LayerNorm and the projection of [CLS].
+    """Load MODEL@TAG or local-dir:FOLDER; patch tokens go through the last LayerNorm and the projection of [CLS].
 
-    The usual reading of "CLIP's patches", not stated in the paper. ValueError for towers that are not open_clip's ViT.
+    This is the usual definition of CLIP's patch features; the paper does not state its own. ValueError for towers that
+    are not open_clip's ViT.
     """
     model_name, _, tag = name.partition("@")
     logging.disable(logging.WARNING)
     try:
         model = open_clip.create_model(model_name, pretrained=tag or None).to(device).eval()
         tokenizer = open_clip.get_tokenizer(model_name)
-    except (RuntimeError, OSError, AssertionError) as error:
+    except Exception as error:  # open_clip, safetensors and pickle raise many kinds
         raise ValueError(f"{name} is no MODEL@TAG that open_clip can load: {error}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -251,7 +266,7 @@ class VDRImage(nn.Module):
         self.side = side
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, P, V), each patch by itself."""
+        """Pixels (B, 3, S, S) -> (B, P, V), without pooling over patches."""
         x = self.conv1(pixels).flatten(2).transpose(1, 2) + self.positional_embedding
         return lexical_map(self.ln_post(self.transformer(self.ln_pre(x))), self.proj)
 
@@ -271,23 +286,24 @@ class VDRText(nn.Module):
         self.register_buffer("vocab_ids", vocab_ids, persistent=False)
 
     def forward(self, **encoded: Tensor) -> Tensor:
-        """(N, V) of the tokenizer's `input_ids`, `token_type_ids` and `attention_mask`."""
+        """The tokenizer's `input_ids`, `token_type_ids` and `attention_mask` -> (N, V)."""
         codebook = self.bert_model.embeddings.word_embeddings.weight[self.vocab_ids]
         return lexical_map(self.ln(self.bert_model(**encoded).last_hidden_state), codebook, pool=True)
 
 
 def vdr_vocabulary(pieces: Sequence[str]) -> Tensor:
-    """Ids of BERT's pieces that VDR keeps, 27,623 of 30,522: of ASCII letters, and not special.
+    """Ids of the BERT pieces that VDR keeps, 27,623 of 30,522: pieces of ASCII characters that are not special.
 
-    V:src/ir/encoder/vdr_crossmodal_text.py:156 lists the others.
+    V:src/ir/encoder/vdr_crossmodal_text.py:156 lists the ids that it drops.
     """
     return torch.tensor([i for i, piece in enumerate(pieces) if piece.isascii() and not re.fullmatch(r"\[.+\]", piece)])
 
 
 def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
-    """VDR's published towers from a folder or the hub, in the format of its own `from_pretrained`.
+    """Load VDR's published towers from a folder or the hub, in the format of VDR's own `from_pretrained`.
 
-    config.json has `encoder_q` (text) and `encoder_p` (image); the weights' names start with these words.
+    config.json describes `encoder_q` (text) and `encoder_p` (image); names of weights start with these words.
+    ValueError if the folder cannot be read or its weights do not fit.
     """
     from transformers import AutoTokenizer, BertConfig
 
@@ -309,7 +325,7 @@ def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
             tower.to(device).eval()
         if len(kept) != len(towers[1].proj):
             raise ValueError(f"{len(kept)} words in the text tower, {len(towers[1].proj)} in the image tower")
-    except (OSError, KeyError, IndexError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers, safetensors and pickle raise many kinds
         raise ValueError(f"vdr:{name} is no folder or hub name of VDR's cross-modal weights: {error}") from error
     length = text.get("max_len", 256)
 
@@ -325,7 +341,7 @@ CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 def from_hub(name: str) -> str:
-    """Folder of a repository of the Hugging Face hub, downloaded if missing."""
+    """Download a repository of the Hugging Face hub if it is not in the cache, and return its folder."""
     from huggingface_hub import snapshot_download
 
     return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"])
@@ -344,7 +360,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def main(cfg: Config) -> dict[str, dict[str, float]]:
-    """Measure each model, print a table, and draw the predicted classes of a few images' patches."""
+    """Measure each model, print a table, and draw the predicted class of each patch of a few images."""
     if not cfg.models:
         raise ValueError("name at least one model: MODEL@TAG of open_clip, local-dir:FOLDER or vdr:FOLDER")
     if "{}" not in cfg.template:
@@ -363,7 +379,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
         plot_class_maps(class_maps(encoder.patches, s_class, few, device), names, picture)
     print(evaluation.table(rows_of(found)))
     checkpoints.write_json(Path(cfg.out) / "patchdis.json", {"setting": dataclasses.asdict(cfg), "models": found})
-    print(f"kept in {cfg.out}")
+    print(f"written to {cfg.out}")
     return found
 
 

@@ -1,5 +1,5 @@
-"""Plots of words: word clouds of images, sets of patches and captions (Fig. 1 and 4), the patches of a word (Fig. 4),
-and a map of the patches' predicted classes (Fig. 3)."""
+"""Draw word clouds of images, sets of patches and captions (Fig. 1 and 4), the patches of a word (Fig. 4), and maps of
+predicted classes (Fig. 3)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,10 @@ from lexvla.model import LexVLA, TextEncoder
 
 
 def word_cloud(weights: dict[str, float]) -> np.ndarray:
-    """A word cloud with sizes by weight; if a piece occurs with and without its space, the larger weight counts."""
+    """Picture (180, 360, 3) of words, whose sizes follow their weights; without words it shows "(none)".
+
+    A piece with a leading space and the same piece without are one word, of the larger weight.
+    """
     ascending = sorted(weights.items(), key=lambda item: item[1])
     weights = {word.strip() or word: value for word, value in ascending} or {"(none)": 1.0}
     cloud = WordCloud(width=360, height=180, background_color="white", random_state=0, colormap="viridis")
@@ -24,7 +27,7 @@ def word_cloud(weights: dict[str, float]) -> np.ndarray:
 
 
 def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:
-    """A grid of word clouds, one for each (title, {word: weight}); a word's size follows its weight."""
+    """Draw a grid of word clouds, one for each (title, {word: weight})."""
     height = math.ceil(len(rows) / columns)
     figure, axes = plt.subplots(height, columns, figsize=(3.6 * columns, 2.2 * height), squeeze=False)
     for axis in axes.flat:
@@ -44,14 +47,14 @@ def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def word_rows(model: LexVLA, ids: Tensor) -> Tensor:
-    """Representations of single words, (k,) -> (k, V): by the LM's codebook, or one-hot if there is no LM."""
+    """Representations of single words, ids (k,) -> (k, V): by the LM's codebook, or one-hot if there is no LM."""
     if isinstance(model.text, TextEncoder):
         return model.text.word(ids.to(model.text.codebook.device)).cpu()
     return torch.eye(len(model.text.vocab_ids))[ids]
 
 
 def picture_of(pixels: Tensor) -> np.ndarray:
-    """Normalised pixels (3, H, W) -> displayable image."""
+    """Normalised pixels (3, H, W) -> picture (H, W, 3) in 0..1."""
     picture = pixels.permute(1, 2, 0).numpy()
     return (picture - picture.min()) / np.ptp(picture).clip(1e-6)
 
@@ -59,7 +62,7 @@ def picture_of(pixels: Tensor) -> np.ndarray:
 def plot_pair(
     pixels: Tensor, caption: str, clouds: dict[str, dict[str, float]], masks: dict[str, Tensor], path: Path
 ) -> None:
-    """An image and its caption: word clouds by title, and the `word_mask` of each word."""
+    """Draw an image with its caption, word clouds by title, and the `word_mask` of each word."""
     figure, axes = plt.subplots(2, max(1 + len(clouds), len(masks)), figsize=(10, 4.4), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -85,8 +88,11 @@ def plot_patches(
     classnames: Sequence[str],
     path: Path,
 ) -> None:
-    """PatchDis images (pixels, mask, value to ignore). Beside each, for its classes: the similarity of patches to the
-    class's strongest word (as brightness), and the words of the patches inside the class's mask."""
+    """Draw PatchDis images (pixels, mask, value to ignore) and, beside each, up to four of its classes.
+
+    A class is shown by the similarity of patches to its strongest word, as brightness; the title has this word, and the
+    three strongest words of the patches inside the class's mask.
+    """
     device = next(model.parameters()).device
     few = list(images)
     figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
@@ -121,9 +127,10 @@ class ClassMap(NamedTuple):
 
 
 def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: Path) -> None:
-    """Images, their classes, and the predicted class of each patch (Fig. 3): a class has one colour in both maps.
+    """Draw images, their true classes, and the predicted class of each patch (Fig. 3); titles name the classes.
 
-    Patches predicted as a class that is not in the image are grey; the titles name the classes.
+    A class has the same colour in both maps. Pixels without a class are white; patches predicted as a class that is not
+    in the image are grey.
     """
     palette = np.array([plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [(1, 1, 1), (0.75, 0.75, 0.75)])
     figure, axes = plt.subplots(3, len(maps), figsize=(2.1 * len(maps), 6.8), squeeze=False)

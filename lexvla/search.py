@@ -1,11 +1,16 @@
-"""Search in an inverted index, and the explanation of a pair: what each word adds to the score.
+"""Search images in an inverted index, and explain a pair: what each word adds to its score.
 
-`python -m lexvla.eval search RUN "red fruit"`; `python -m lexvla.eval explain RUN apple.png "red fruit"`. The paper
-shows words of images, patches and captions as clouds (Fig. 1 and 4); the words' shares of a score and search are ours.
+    python -m lexvla.eval search RUN "red fruit"
+    python -m lexvla.eval explain RUN apple.png "red fruit"
+
+The paper shows the words of images, patches and captions as clouds (Fig. 1 and 4). The words' shares of a score and
+search are ours.
 """
 
+import contextlib
 import dataclasses
 import math
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +36,8 @@ SCENES = "data/lexvla/scenes/eval/retrieval_known"
 
 @dataclasses.dataclass
 class Search:
+    """Print the best images for a query, and the words behind their scores."""
+
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
@@ -44,6 +51,8 @@ class Search:
 
 @dataclasses.dataclass
 class Explain:
+    """Print each word's share of the score of an image and a caption, and draw it."""
+
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
@@ -53,8 +62,8 @@ class Explain:
     k: int = 10
     """Words to list."""
     out: str = "explain.png"
-    """Picture to write: word clouds of the image, of the caption and of the patches of the most important common word;
-    and the positions of this word and the next ones in the image."""
+    """Picture to write: word clouds of the image, of the caption, and of the patches that match the word with the
+    largest share; below them, where in the image the words with the largest shares are."""
 
 
 # ------------------------------------------------------------------------------------------------------ words of a pair
@@ -67,8 +76,7 @@ def top_words(s: Tensor, words: Sequence[str], k: int = 10) -> list[tuple[str, f
 
 
 def explain(s_img: Tensor, s_txt: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The words that make a pair similar: the k largest terms of s_img * s_txt (.., V), whose sum is the score, and
-    their words."""
+    """(values, word indices), (.., k) each: the k largest terms of the score sum_j s_img_j s_txt_j of pairs (.., V)."""
     values, index = (s_img * s_txt).sort(dim=-1, descending=True, stable=True)
     return values[..., :k], index[..., :k]
 
@@ -87,7 +95,7 @@ def listed(weighted: Sequence[tuple[str, float]]) -> str:
 
 
 class LexicalIndex:
-    """An inverted index of sparse representations: for each word the images that have it, as a scipy CSR (V, N)."""
+    """An inverted index of sparse representations: each word's images and weights, as a scipy CSR matrix (V, N)."""
 
     def __init__(self, s: Tensor | scipy.sparse.csr_matrix):
         """s (N, V): an already `sparsify`-ed tensor, or a sparse matrix."""
@@ -95,11 +103,12 @@ class LexicalIndex:
         self.postings = rows.T.tocsr()
 
     def scores(self, query: Tensor) -> np.ndarray:
-        """s_img . s_txt of all images, (N,), for a sparse query (V,): only its words' postings are read."""
-        return (scipy.sparse.csr_matrix(query.numpy()[None]) @ self.postings).toarray()[0]
+        """Scores s_img . s_txt of all images (N,) for a sparse query (V,); reads only the query's posting lists."""
+        words = query.nonzero()[:, 0].numpy()
+        return self.postings[words].T @ query.numpy()[words]
 
     def search(self, query: Tensor, k: int = 10) -> list[tuple[int, float]]:
-        """The k best images and their scores; images without a common word are left out."""
+        """(image, score) of the k best images, best first; images that share no word with the query are left out."""
         scores = self.scores(query)
         best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
         return [(int(i), float(scores[i])) for i in best[np.lexsort((best, -scores[best]))] if scores[i] > 0]
@@ -113,15 +122,18 @@ class LexicalIndex:
 
 @torch.no_grad()
 def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> tuple[LexicalIndex, list]:
-    """(index, names) of a set's images, cached in the run folder until checkpoint or images are newer. A name is the
-    image's class, or its first caption."""
+    """(index, names) of a set's images; a name is the image's class, or its first caption.
+
+    Both are cached in the run folder, and computed again if the checkpoint or the images are newer.
+    """
     where = eval_set.folder.resolve()
     path = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
     sources = [folder / "checkpoint.pt", *eval_set.shards]
     if path.exists() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-        kept = np.load(path)
-        rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
-        return LexicalIndex(rows), kept["names"].tolist()
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: written again
+            kept = np.load(path)
+            rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
+            return LexicalIndex(rows), kept["names"].tolist()
     s_img, targets = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
     if eval_set.kind == "classification":
         names = [eval_set.classnames[label] for label in targets.tolist()]
@@ -144,7 +156,7 @@ def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
     """(model, configuration, text input, words) of a run folder, for `search` and `explain`."""
     model, train_cfg, tokenizer, read = load_run(path)
     if train_cfg.head == "dense":
-        raise ValueError(f"{path} is a latent baseline: its dimensions are no words")
+        raise ValueError(f"{path} is a latent baseline: its dimensions are no words; name a lexical run")
     return model, train_cfg, read, pieces(tokenizer, model.text.vocab_ids.tolist())
 
 

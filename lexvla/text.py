@@ -1,11 +1,11 @@
-"""Inputs of the text towers: captions as prompts, as bags of words, or as cached states of the frozen LM.
+"""Turn captions into inputs of the text towers: prompts, bags of words, or cached states of the frozen LM.
 
-    python -m lexvla.text          # states of the study's corpus, training and evaluation, with SmolLM2-135M
+    python -m lexvla.text          # SmolLM2-135M's states of the study's captions, for training and evaluation
 
 A frozen LM gives a caption the same state in every epoch. So for small experiments each distinct caption is run through
-it once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The prompt before the
-caption is the same for all: it is run once, and its keys and values are reused in every batch. `encode_texts` runs a
-whole tower over captions.
+it once, up to the last block's MLP, which training may adapt (`TextEncoder.hidden_of_states`). The part of the prompt
+before the caption is the same for all captions: it is run once, and its keys and values are reused in every batch.
+`encode_texts` runs a whole text tower over captions.
 """
 
 import contextlib
@@ -39,6 +39,8 @@ STOP_WORDS = ENGLISH_STOP_WORDS - set(CONTENT.split())
 
 @dataclasses.dataclass
 class Config:
+    """Run the frozen LM over all captions once, and write its states to a file."""
+
     lm: str = "data/smollm2-135m"
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.pretrained smollm2'."""
     data: str = SCENES + "train"
@@ -87,10 +89,11 @@ def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 class Prompts:
-    """Captions -> (input_ids (B, T), attention_mask (B, T)): the lexical prompt, padded on the right.
+    """Captions -> (input_ids (B, T), attention_mask (B, T)) of the lexical prompt, padded on the right.
 
-    If the prompt exceeds `max_length` tokens, the caption is cut, never the prompt's end, which states the task. BOS if
-    the tokenizer adds one, no EOS.
+    If a prompt exceeds `max_length` tokens, its caption is cut, never the prompt's end, which states the task. A prompt
+    starts with BOS if the tokenizer adds one, and has no EOS. ValueError if `max_length` is too short for an empty
+    caption.
     """
 
     def __init__(self, tokenizer, max_length: int = 128, end: str = ""):
@@ -127,8 +130,8 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
 class Bags:
     """Captions -> (s (B, V),): bags of the pieces of their content words.
 
-    The paper keeps nouns, adjectives and non-auxiliary verbs by a tagger that it does not name; here other words are
-    dropped by a list instead: scikit-learn's stop words without `CONTENT`.
+    The paper keeps nouns, adjectives and non-auxiliary verbs, by a tagger that it does not name. Here, a list drops the
+    other words: scikit-learn's stop words without `CONTENT`.
     """
 
     def __init__(self, tokenizer, vocab_ids: Tensor):
@@ -143,14 +146,16 @@ class Bags:
 
 
 def made_with(lm_name: str, max_length: int, end: str) -> dict[str, str | int]:
-    """The settings that states depend on, besides the captions; a file made with others is an error."""
+    """The settings that states depend on in addition to the captions; `States` compares them with those of its file."""
     prompt = data.stable_hash(EXAMPLE, FOCUS + end)
     return {"lm": lm_name, "prompt": f"{prompt:016x}", "max_length": max_length}
 
 
 class States:
-    """Captions -> (states (B, d),), looked up in a file of this script. Unknown captions: ValueError, or encoded by
-    `lm`."""
+    """Captions -> (states (B, d),), looked up in a file of this script.
+
+    Captions missing in the file are encoded by `lm`; without it, ValueError.
+    """
 
     def __init__(self, file: str, lm_name: str, max_length: int = 128, end: str = ""):
         if not Path(file).is_file():
@@ -195,8 +200,10 @@ def compute_states(
     batch_size: int = 128,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """(N, d) float32: the last block's residual stream after attention, at the last token of each prompt. Computed in
-    the number type of the LM's weights."""
+    """States of captions (N, d): the last block's residual stream after attention, at the last token of each prompt.
+
+    Computed in the number type of the LM's weights, returned as float32.
+    """
     from transformers import DynamicCache
 
     renamed = "cache" in inspect.signature(lm.model.forward).parameters  # renamed during transformers 5
@@ -238,7 +245,7 @@ def compute_states(
 def encode_texts(
     model: LexVLA, read: Callable, texts: Sequence[str], batch_size: int = 256, device="cpu", dtype=torch.float32
 ) -> Tensor:
-    """(N, V) of captions, or (N, E) of the latent baseline."""
+    """Representations of captions (N, V), or (N, E) of the latent baseline; `read` makes the text tower's input."""
     parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         return torch.cat([model.text(*(x.to(device) for x in read(part))).float().cpu() for part in parts])
@@ -270,9 +277,9 @@ def piece_counts(tokenizer, captions: Iterable[str]) -> Tensor:
 def caption_vocabulary(
     tokenizer, counts: Tensor, min_count: int = 1, max_size: int | None = None, pattern: str | None = None
 ) -> Tensor:
-    """`refine_vocabulary` of the pieces with these counts (V,), special and byte pieces left out.
+    """Token ids to keep, from the counts (V,) of all pieces: `refine_vocabulary` without special and byte pieces.
 
-    `pattern` is a regular expression that has to match the whole piece (see `pieces`).
+    pattern: a regular expression that must match the whole piece (see `pieces`). ValueError if fewer than two are left.
     """
     texts = pieces(tokenizer, range(len(counts)))
     refused = set(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if re.fullmatch("<0x..>", text)}

@@ -28,11 +28,11 @@ from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_ba
 
 
 class Lite0Maps(nn.Module):
-    """EfficientNet-Lite0's maps as the tokens of a ViT: the mean patch instead of [CLS], and patches of 16 pixels.
+    """EfficientNet-Lite0's feature maps as the tokens of a ViT: the mean patch instead of [CLS], patches of 16 pixels.
 
-    (B, 3, H, W) -> (B, 1 + H W / 256, 432). A patch concatenates the map of stride 16 (112 channels) and the last one
-    (320, interpolated from stride 32), each normalised over its channels. Ours, for small experiments, instead of
-    DINOv2.
+    (B, 3, H, W) -> (B, 1 + H W / 256, 432), H and W multiples of 32. A patch concatenates the map of stride 16 (112
+    channels) and the last one (320, interpolated from stride 32), each normalised over its channels. Ours, for small
+    experiments, instead of DINOv2.
     """
 
     patch_size, num_features, middle = (16, 16), 432, 4  # stage whose map has stride 16
@@ -56,7 +56,7 @@ class Lite0Maps(nn.Module):
 
 
 def small_vit(image_size: int) -> nn.Module:
-    """The ViT that backbone.py trains: width 128, 6 blocks, patches of 8 pixels, at other image sizes, too."""
+    """The ViT that backbone.py trains: width 128, 6 blocks, patches of 8 pixels; it accepts other image sizes, too."""
     return timm.models.VisionTransformer(
         image_size, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0, dynamic_img_size=True
     )
@@ -65,8 +65,8 @@ def small_vit(image_size: int) -> nn.Module:
 def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int, int]:
     """(network with [CLS] and patches as tokens, its width D, a patch's side in pixels).
 
-    `LITE0` means EfficientNet-Lite0's maps, a .pt file comes from backbone.py, other names with a / are transformers'
-    and the rest timm's.
+    name: `LITE0` for EfficientNet-Lite0's maps, a .pt file of backbone.py, a folder or hub name of transformers (with
+    a /), or a model of timm. ValueError if it cannot be loaded or has other tokens before its patches than [CLS].
     """
     if name == LITE0:
         return Lite0Maps(pretrained), Lite0Maps.num_features, Lite0Maps.patch_size[0]
@@ -104,6 +104,11 @@ def patch_side(backbone: nn.Module) -> int:
     return backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else backbone.config.patch_size
 
 
+def side_step(backbone: nn.Module) -> int:
+    """Number of pixels of which an image's side has to be a multiple: a patch, or `Lite0Maps`'s larger stride."""
+    return 32 if isinstance(backbone, Lite0Maps) else patch_side(backbone)
+
+
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
     """Backbone and adapter of the configuration; the codebook (V, d) is copied."""
     backbone, dim, _ = create_backbone(cfg.backbone, cfg.image_size, pretrained)
@@ -132,9 +137,9 @@ def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
 
 
 def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, pretrained: bool = True) -> LexVLA:
-    """The model of a configuration, its vocabulary and bias. `lm` gets LoRA, in place.
+    """Build the model of a configuration over a vocabulary, with a bias; adds LoRA to `lm` in place.
 
-    Image towers of the same seed start from equal weights, for any text side.
+    With the same seed, image towers have the same initial weights, whatever the text side is.
     """
     with torch.random.fork_rng(devices=[]):
         if cfg.head == "dense":

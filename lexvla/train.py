@@ -84,8 +84,8 @@ class PairDataset(Dataset):
 class TokenDataset(Dataset):
     """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples skipped).
 
-    `file` keeps the tokens for other runs on the same images, if none is broken. It is reused if the first image still
-    has the same tokens. Otherwise each process encodes a share of the images, and the tokens are gathered.
+    Tokens are read from `file` if it has the right shape and the first image's tokens agree. Otherwise each process
+    encodes a share of the images, the shares are gathered, and `file` is written, unless a sample is broken.
     """
 
     def __init__(
@@ -114,8 +114,10 @@ class TokenDataset(Dataset):
             self.tokens = kept
 
     def kept(self, first: np.ndarray) -> np.ndarray | None:
-        """Tokens of all images from `file`, memory-mapped and shared by all runs; None if the file does not have
-        them."""
+        """Tokens of all images, memory-mapped from `file`; None if it is missing or belongs to other images.
+
+        `first`: tokens (1, n, D) of the first image, to compare with.
+        """
         try:
             tokens = np.load(self.file, mmap_mode="r")
         except (OSError, ValueError):
@@ -134,8 +136,10 @@ class TokenDataset(Dataset):
 def encoded(
     views: Dataset, normalise: Callable, image: ImageEncoder, process: run.Process, precision: str
 ) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
-    """(number, tokens (B, n, D) in half precision, captions, broken samples) of this process' batches of the images, of
-    which every W-th is its own: they are the same for any number of processes."""
+    """(number, tokens (B, n, D) in half precision, captions, broken samples) of each of this process' batches.
+
+    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W.
+    """
     batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
     own = range(process.rank, len(batches), process.world_size)
     items, parts = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
@@ -171,22 +175,25 @@ class Collate:
 
 
 @torch.no_grad()
-def first_bias(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
-    """Minus two standard deviations of a batch's text logits, so that few words are above 0 (ours)."""
+def bias_of_logits(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
+    """Minus two standard deviations of the logits of a batch's captions, so that few words are above 0 (ours)."""
     z = model.hidden_of_states(texts[0]) if texts[0].is_floating_point() else model.hidden(*texts)
     return -2 * (z @ model.codebook.T).std().item()
 
 
 def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
-    """Vocabulary from all captions, each process counting its share, and the bias, either given or from the first 256
-    captions."""
+    """(vocabulary ids (V,), bias of the logits).
+
+    The vocabulary is of all captions, of which each process counts its share. The bias is the configuration's, or
+    `bias_of_logits` of the first 256 captions.
+    """
     captions = windows.captions(pairs, process.rank, process.world_size)
     counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:
         text = TextEncoder(lm, vocab_ids, center=cfg.centre_codebook)
-        bias = first_bias(text, text_input(cfg, tokenizer, vocab_ids)(first_captions(pairs)))
+        bias = bias_of_logits(text, text_input(cfg, tokenizer, vocab_ids)(first_captions(pairs)))
     return vocab_ids, run.broadcast(bias, process)
 
 
@@ -197,7 +204,7 @@ def first_captions(pairs) -> list[str]:
 def quick_recall(
     model: LexVLA, read: Callable, transform: Callable, cfg: Config, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """R@1 both ways in percent on `cfg.eval_set`, all words: a point of a learning curve."""
+    """R@1 in both directions, in percent, on `cfg.eval_set` with dense representations, for the learning curve."""
     was_training, eval_set, dtype = model.training, EvalSet(cfg.eval_set, transform), run.DTYPES[precision]
     model.eval()
     batches = eval_set.batches(256, windows.evaluation_workers(cfg))
@@ -247,6 +254,7 @@ def train_step(
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
     check_model(cfg)
+    cli.check_batch(cfg, world_size)
     try:
         n = data.planned_size(cfg)
     except FileNotFoundError:
@@ -301,9 +309,9 @@ def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any, int]:
 
 
 def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
-    """(tokens of a prompt on average, of the longest one) in the first shard, to estimate the length of padded batches.
+    """(mean, maximum) number of tokens of the prompts in the first shard, for the estimate of memory.
 
-    (None, --max-length) if the data or the LM's tokenizer folder is not available.
+    (None, --max-length) if the data or the LM's tokenizer is not available offline.
     """
     from transformers import AutoTokenizer
 
@@ -323,8 +331,11 @@ def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
 def memory(
     cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: int, length: int | None = None
 ) -> tuple[float, ...]:
-    """GiB of weights with Adam, image tokens, language model, and representations, for `size` pairs per process with
-    prompts of `length` tokens, by default --max-length."""
+    """GiB of (weights with Adam, image tokens, language model, representations) in one process.
+
+    size: pairs per process; lm: the LM's configuration; patch: pixels of a patch's side; words: V; length: tokens of a
+    prompt, by default --max-length.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers

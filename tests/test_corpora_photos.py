@@ -270,8 +270,21 @@ def test_instance_masks() -> None:
 def test_coco_files_that_are_others(coco: Path) -> None:
     file = coco / "annotations/captions_val2017.json"
     file.write_text(json.dumps({"images": [], "annotations": [{"id": 1}]}))
-    with pytest.raises(ValueError, match=r"captions_val2017\.json lacks images, annotations or their caption, id"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json lacks annotations with caption, id"):
         photos.COCO(coco, coco / "out").build()
+    objects = coco / "annotations/instances_val2017.json"
+    for old, new, sentence in (
+        ('"category_id": 3', '"category_id": 4', r"instances_val2017\.json has instances of category 4, which"),
+        ('"height"', '"hight"', r"instances_val2017\.json lacks images with file_name, height"),
+        ("[[2.0, ", "[[", "instance 2 has no mask for an image of 20 x 16 pixels"),
+    ):
+        texts = [path.read_text() for path in (file, objects)]
+        file.write_text((coco / "annotations/captions_train2017.json").read_text())
+        objects.write_text(texts[1].replace(old, new))
+        with pytest.raises(ValueError, match=sentence):
+            photos.COCO(coco, coco / "out").build()
+        for path, text in zip((file, objects), texts, strict=True):
+            path.write_text(text)
     file.write_text("no JSON")
     with pytest.raises(ValueError, match=r"captions_val2017\.json holds no JSON object"):
         photos.COCO(coco, coco / "out").build()

@@ -108,6 +108,8 @@ def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
     assert backbone.drawing_loss(equal, 0.01) < 1e-3 < backbone.drawing_loss(tokens, 0.01)
     with pytest.raises(ValueError, match="has to end in .pt"):
         backbone.main(backbone.Config(out="backbone"))
+    with pytest.raises(ValueError, match="--image-size 20 cannot be cut into patches of 8 pixels"):
+        backbone.main(backbone.Config(out=str(folder / "other.pt"), image_size=20))
     assert backbone.drawings(f"{SHARDS}/00000.tar", ["another", "one"]) == [[0], [1]]  # each its own positive
     keys = list(data.open_pairs(f"{SHARDS}/00000.tar").keys)
     groups = backbone.drawings(f"{SHARDS}/00000.tar", keys, same="group")

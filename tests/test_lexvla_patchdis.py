@@ -133,7 +133,8 @@ def test_vdrs_weights_load_and_give_its_rows(vdr: Path):
 
 def test_models_are_measured_and_drawn(labelled: Path, exported: Path, vdr: Path, in_process, tmp_path: Path):
     options = ["--folder", labelled, "--out", tmp_path / "out", "--device", "cpu"]
-    result = in_process(f"local-dir:{exported}", f"vdr:{vdr}", *options, "--template", "a {}")
+    models = f"local-dir:{exported}", f"vdr:{vdr}"
+    result = in_process("patchdis", *models, *options, "--template", "a {}", module="lexvla.eval")
     assert result.code == 0, result.err
     assert "random patches" in result.out and "mIoU, present classes" in result.out
     found = json.loads((tmp_path / "out/patchdis.json").read_text())["models"]
@@ -157,6 +158,28 @@ def test_perfect_patches_reach_all_and_random_ones_do_not(labelled: Path):
         lambda pixels: F.one_hot(next(answers), 2).float(), torch.eye(2), iter(square), batch_size=1
     )
     assert found["miou"] == found["miou_present"] == 100 and 10 < found["random_miou"] < 60
+
+
+def test_an_image_is_found_by_its_whole_name(tmp_path: Path):
+    """Not by the beginning of its name, and whatever characters are in it."""
+    names = "1", "1.5", "a[1]", "b*"
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
+    for i, name in enumerate(reversed(names)):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"images/{name}.png")
+        Image.new("L", (8, 8), i).save(tmp_path / f"masks/{name}.png")
+    for pixels, mask, _ in patchdis.labelled_images(str(tmp_path), 8, lambda image: torch.tensor(np.asarray(image))):
+        assert (pixels[0, ..., 0] == mask[0]).all()
+
+
+def test_an_image_without_classes_has_no_candidates():
+    """Its predictions count as false among all classes, and not at all if only an image's own classes compete."""
+    masks = torch.tensor([[[0, 1]], [[255, 255]]])
+    s_patch = torch.eye(2)[torch.tensor([[0, 1], [0, 0]])]
+    for present_only, union in ((False, [3, 1]), (True, [1, 1])):
+        found = patchdis.patchdis(s_patch, torch.eye(2), (1, 2), masks, 255, present_only, background=True)
+        assert found[0].tolist() == [1, 1] and found[1].tolist() == union
 
 
 def test_cocos_masks_are_read(tmp_path: Path):
@@ -185,12 +208,17 @@ def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported:
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "config.json").write_text("{}")
+    (bad / "classnames.txt").write_text("")
+    (bad / "open_clip_config.json").write_text((exported / "open_clip_config.json").read_text())
+    (bad / "open_clip_model.safetensors").write_bytes((exported / "open_clip_model.safetensors").read_bytes()[:1000])
     for arguments, words in (
         ((), "name at least one model"),
         ((f"local-dir:{exported}", "--folder", tmp_path), "classnames.txt does not exist"),
+        ((f"local-dir:{exported}", "--folder", bad), "classnames.txt is empty"),
         ((f"local-dir:{exported}", "--folder", labelled, "--template", "a photo"), "has no {} for the class's name"),
         ((f"local-dir:{exported}", "--folder", labelled, "--batch-size", "0"), "--batch-size must be at least 1"),
         ((f"vdr:{bad}", "--folder", labelled), "is no folder or hub name of VDR's"),
+        ((f"local-dir:{bad}", "--folder", labelled), "is no MODEL@TAG that open_clip can load"),
         (("RN50", "--folder", labelled), "PatchDis needs a ViT"),
         (("ViT-nothing@x", "--folder", labelled), "is no MODEL@TAG that open_clip can load"),
     ):

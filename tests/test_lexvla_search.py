@@ -32,7 +32,11 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     scores = [float(line.split()[0]) for line in lines]
     assert 1 <= len(lines) <= 10 and scores == sorted(scores, reverse=True)
     again = in_process("search", arms["overuse"], "red fruit", "--images", small_set, module="lexvla.eval")
-    assert again.out == result.out and len(list(arms["overuse"].glob("index-retrieval_known-*.npz"))) == 1
+    (kept,) = arms["overuse"].glob("index-retrieval_known-*.npz")
+    assert again.out == result.out
+    kept.write_bytes(b"damaged")
+    again = in_process("search", arms["overuse"], "red fruit", "--images", small_set, module="lexvla.eval")
+    assert again.out == result.out and len(kept.read_bytes()) > 100
     other = in_process("search", arms["overuse"], "red fruit", "--images", GROUPS, "--k", 3, module="lexvla.eval")
     assert other.code == 0 and len(other.out.splitlines()) <= 4, other.err
     result = in_process("search", arms["dense"], "red fruit", "--images", small_set, module="lexvla.eval")
@@ -42,8 +46,14 @@ def test_search(arms: dict[str, Path], in_process, small_set: Path):
     for query in ("", "qqqq zzzz", '"quotes" ' * 200):  # a language model says something of everything
         result = in_process("search", arms["overuse"], query, "--images", small_set, module="lexvla.eval")
         assert result.code == 0 and result.out.startswith("query: "), result.err
-    result = in_process("search", arms["overuse"], "red fruit", "--k", "0", module="lexvla.eval")
-    assert result.code == 2 and "--k must be at least 1" in result.err and one_sentence(result.err)
+    for arguments, words in (
+        ((arms["overuse"], "red fruit", "--k", "0"), "--k must be at least 1"),
+        ((arms["overuse"], "red fruit", "--images", "/nowhere"), "/nowhere"),
+        ((arms["overuse"], "red fruit"), "--images is missing"),
+        (("/nowhere", "red fruit"), "/nowhere/checkpoint.pt"),
+    ):
+        result = in_process("search", *arguments, module="lexvla.eval")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
 
 
 @pytest.mark.parametrize("arm", ["overuse", "bow"])

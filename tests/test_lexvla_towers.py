@@ -107,7 +107,8 @@ def test_maps_of_efficientnet_lite0_are_tokens():
     cfg = dataclasses.replace(config.EMOJI, adapter_width=24, adapter_hidden=32)
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0, pretrained=False)
     assert image(pixels).shape == (2, 40) and image.adapter.reduce.weight.shape == (24, 432)
-    assert towers.patch_side(image.backbone) == 16 and not image.backbone.training
+    assert towers.patch_side(image.backbone) == 16 and towers.side_step(image.backbone) == 32
+    assert towers.side_step(towers.small_vit(16)) == 8 and not image.backbone.training
 
 
 def normalized(maps: torch.Tensor) -> torch.Tensor:

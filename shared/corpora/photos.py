@@ -32,8 +32,12 @@ from shared.tars import write_split
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LANGUAGES = ("en", "de", "fr", "cs")  # of Multi30k
 MULTI30K = [f"multi30k_{language}" for language in LANGUAGES]
-CAPTION = {"id", "image_id", "caption"}  # keys of COCO's annotations
-INSTANCE = {"id", "image_id", "category_id", "segmentation", "area", "iscrowd"}
+IMAGES = {"images": {"id", "file_name", "height", "width"}}  # lists of COCO's files, and the keys of their items
+CAPTIONS = IMAGES | {"annotations": {"id", "image_id", "caption"}}
+INSTANCES = IMAGES | {
+    "annotations": {"id", "image_id", "category_id", "segmentation", "area", "iscrowd"},
+    "categories": {"id", "name"},
+}
 HELD_OUT = 5  # every fifth photograph of PACS is held out
 
 
@@ -366,10 +370,16 @@ class COCO(Photographs):
                 self.find(self.root / f"annotations/{k}_{split}2017.json", says) for k in ("captions", "instances")
             ]
             found[split] = tuple(checkpoints.read_json(file) for file in files)
-            for file, content, keys in zip(files, found[split], (CAPTION, INSTANCE), strict=True):
-                lists = [content.get(name) for name in ("images", "annotations", *(("categories",) * ("area" in keys)))]
-                if not all(isinstance(a, list) for a in lists) or not all(keys <= one.keys() for one in lists[1]):
-                    raise ValueError(f"{file} lacks images, annotations or their {', '.join(sorted(keys))}: {says}")
+            for file, content, lists in zip(files, found[split], (CAPTIONS, INSTANCES), strict=True):
+                for name, keys in lists.items():
+                    rows = content.get(name)
+                    if not isinstance(rows, list) or not all(isinstance(r, dict) and keys <= r.keys() for r in rows):
+                        raise ValueError(f"{file} lacks {name} with {', '.join(sorted(keys))}: {says}")
+            known, instances = {one["id"] for one in found[split][1]["categories"]}, found[split][1]["annotations"]
+            if unknown := {one["category_id"] for one in instances} - known:
+                raise ValueError(
+                    f"{files[1]} has instances of category {min(unknown)}, which its categories lack: {says}"
+                )
         return found
 
     def write(self, folder: Path, splits: dict[str, tuple[dict, dict]]) -> dict[str, int]:
@@ -415,7 +425,12 @@ def draw_instances(instances: list[dict], label: dict[int, int], height: int, wi
     labels = np.full((height, width), -1, np.int16)
     for one in sorted(instances, key=lambda one: (-one["area"], one["id"])):
         if not one["iscrowd"]:
-            labels[instance_mask(one["segmentation"], height, width)] = label[one["category_id"]]
+            try:
+                labels[instance_mask(one["segmentation"], height, width)] = label[one["category_id"]]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"COCO's instance {one['id']} has no mask for an image of {width} x {height} pixels: {error}"
+                ) from error
     return labels
 
 
