@@ -74,7 +74,11 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
 
 
 def weights_of(path: str) -> Path | None:
-    """The file of weights in a run folder, an export or a folder of transformers; None for models elsewhere."""
+    """The file of weights of a run folder, an export, a folder of transformers or timm:NAME:FILE; None for models that
+    are elsewhere."""
+    if path.startswith("timm:"):
+        file = path.split(":", 2)[2:]
+        return Path(file[0]) if file and Path(file[0]).is_file() else None
     names = ("open_clip_model.safetensors", "checkpoint.pt", "model.safetensors", "pytorch_model.bin")
     folder = Path(path.removeprefix("local-dir:"))
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -227,12 +231,14 @@ def hugging_face_config(cfg: config.Common, tokenizer: WordPiece):
 
 @torch.no_grad()
 def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, folder: str | Path) -> None:
-    """Write a captioner's, a blip's or a retrieval run's weights for other code, and check that they load there.
+    """Write the weights of a captioner, a blip or a retrieval run for other code, and check that they load there.
 
     folder/blip.pth       {"model": ...}: what stock BLIP's and the authors' scripts take as `pretrained`
-    folder/retrieval/     transformers' BlipForImageTextRetrieval, where the run has a text encoder folder/captioning/
-    its BlipForConditionalGeneration, where the run has a decoder and no codebook RuntimeError if transformers' model
-    gives other numbers. There is no BlipModel, a CLIP with a pooler that BLIP lacks.
+    folder/retrieval/     transformers' BlipForImageTextRetrieval, if the run has a text encoder
+    folder/captioning/    transformers' BlipForConditionalGeneration, if the run has a decoder and no codebook
+
+    There is none for BlipModel, a CLIP with a pooler that BLIP lacks. RuntimeError if transformers' model computes
+    other numbers than the run.
     """
     import transformers
 
@@ -264,9 +270,10 @@ def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, fold
 
 
 def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, tokenizer: WordPiece) -> float:
-    """Between matching logits and cosines, or logits of next words, of the model and transformers' one, on noise.
+    """Run the model and transformers' one on noise; return the largest absolute difference of their outputs.
 
-    RuntimeError if they are not the same numbers.
+    Outputs are matching logits and cosines if transformers' model has a matching head, else logits of the next words.
+    RuntimeError if the difference is above 1e-3.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, cfg.image_size, cfg.image_size, generator=generator)

@@ -557,7 +557,8 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
             raise ValueError(f"--{name} {value} is not in (0, 1]")
     if not 1 <= clusters <= n:
         raise ValueError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
-    cli.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams", "num_codes", "code_dim")
+    counts = ("chunk", "batch_size", "niter", "points_per_centroid", "whiten_dim", "num_beams", "num_codes", "code_dim")
+    cli.check_counts(cfg, *counts)
     if cfg.num_codes > 2**16:
         raise ValueError(f"--num-codes {cfg.num_codes} is more than the 65536 that code vectors are stored with")
     if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
@@ -568,7 +569,8 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
         raise ValueError("--caption-model and --predictions are two captioners: choose one")
     if captions != "original" and not written:
         raise ValueError(
-            f"--captions {captions} needs --caption-model, a run folder of finetune.py or transformers' BLIP"
+            f"--captions {captions} needs --caption-model, a run folder of finetune.py or transformers' BLIP, or "
+            "--predictions, a file of captions"
         )
     if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:
         raise ValueError(

@@ -220,6 +220,8 @@ class Inference:
         """`folder` of an encoder and its codebook's settings."""
         cfg = self.cfg
         marks = (self.pairs.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
+        if (file := weights_of(cfg.encoder)) is not None:  # a file that may change
+            marks += (file.stat().st_mtime_ns,)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
