@@ -309,6 +309,11 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
     assert len(duplicates) == 64 and all(line["key"] == f"copy-{line['duplicate_of']}" for line in duplicates)
     assert all(line["reason"] == f"same image as {line['duplicate_of']}" for line in duplicates)
     assert not [line for line in lines["members"] if line["reason"].startswith("same image")]
+    more = ["--keep", "0.6", "--clusters", "2", "--num-codes", "64", "--work", folder / "copies-work"]
+    finished(in_process(copies, *more, "--out", folder / "copies-all", module=REDUCE))
+    report = json.loads((folder / "copies-all/report.json").read_text())
+    assert report["kept"] == 64 and report["notes"][0].startswith("Only 64 of 128 images are distinct")
+    assert report["checks"] == {}  # of the distinct images none is dropped
 
 
 def test_a_killed_reduction_goes_on(chain, start, cli, folder):
@@ -360,6 +365,9 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
         ([pool, "--points-per-centroid", "0"], "--points-per-centroid must be at least 1"),
         ([pool, "--select", "first", "--keep", "0.001"], "--keep 0.001 leaves none of 160 samples"),
+        ([pool, "--workers", "-1"], "--workers must be at least 0"),
+        ([pool, "--work", pool / "00000.tar"], "00000.tar is a file: name a folder"),
+        ([pool, "--check", "lite"], "there is no encoder 'lite'"),
         ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
         ([pool, "--captions", "refined"], "needs --caption-model"),
         ([pool, "--select", "itm"], "need --scorer"),
@@ -378,6 +386,7 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         refused(in_process(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
     refused(in_process(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
+    refused(in_process(pool, "--out", pool, module=REDUCE), "is the folder of the data")
     own = chain["reduced"].parent / "own"  # shards as input, which the output would be mixed with
     shutil.copytree(chain["reduced"] / "shards", own / "shards")
     refused(in_process(own / "shards", "--out", own, module=REDUCE), "choose another --out")

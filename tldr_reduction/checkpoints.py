@@ -65,8 +65,12 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
     """
     folder = Path(path)
     if stage != "captioner" and not (folder / "checkpoint.pt").is_file():
-        if is_hugging_face(folder) or (not folder.exists() and path.count("/") == 1):
+        if is_hugging_face(folder) or (not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)):
             return load_hugging_face(path, stage)
+        raise FileNotFoundError(
+            f"{path} is no run folder (it has no checkpoint.pt), and no transformers' BLIP: a folder with its "
+            "config.json, or a name on the Hugging Face hub"
+        )
     model, settings, tokenizer = load_run(path)
     if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # it also scores matching
         raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")

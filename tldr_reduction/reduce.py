@@ -46,12 +46,18 @@ from tldr_reduction.cluster import (
 from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import open_pairs
 from tldr_reduction.encoders import GRID
-from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows  # noqa: F401  extract_codes
+from tldr_reduction.inference import (
+    Inference,
+    extract_codes,  # noqa: F401  of this file's contract
+    gathered_codes,
+    read_reasons,
+    read_rows,
+)
 from tldr_reduction.page import write_page
 from tldr_reduction.quality import caption_features, measured
 from tldr_reduction.report import (
     Outcome,
-    first_of_equal,
+    distinct_images,
     itm_summaries,
     notes_of,
     print_report,
@@ -123,7 +129,7 @@ def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clust
 def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | None, clusters: Clusters | None):
     """`select` for n samples with image hashes `pixels` (n,). A selection by clusters keeps at most the first of
     identical images; the share refers to all n samples, so that other images replace the copies."""
-    distinct = np.flatnonzero(first_of_equal(pixels) == np.arange(len(pixels)))
+    distinct = distinct_images(pixels)
     if not (cfg.clustered and cfg.drop_duplicates) or len(distinct) == len(pixels):
         return select(cfg, len(pixels), scores, clusters)
     keep = min(1.0, cfg.keep * len(pixels) / len(distinct))
@@ -276,15 +282,23 @@ def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, cod
 
 
 def check_selection(
-    cfg: ReduceConfig, inference: Inference, good: np.ndarray, kept: np.ndarray, clusters: Clusters | None
+    cfg: ReduceConfig,
+    inference: Inference,
+    good: np.ndarray,
+    pixels: np.ndarray,
+    kept: np.ndarray,
+    clusters: Clusters | None,
 ) -> dict[str, dict]:
     """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}.
 
-    {} on ranks other than 0, with --check none, and if all samples are kept or the selection is random itself.
+    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
+    a copy is so similar to its original that any other selection would seem worse. {} on ranks other than 0, with
+    --check none, and if all samples are kept or the selection is random itself.
     """
-    if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(good):
+    compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
+    if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(compared):
         return {}
-    rows, features, captions = inference.checks(good)
+    rows, features, captions = inference.checks(compared)
     chosen = torch.from_numpy(np.isin(rows, kept))
     if not inference.process.main or not chosen.any() or chosen.all():
         return {}
@@ -386,7 +400,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     coded = cfg.captioner is not None or (cfg.clustered and cfg.features == "codes")
     with timed(seconds, "codes"):
         folder = inference.codes(cfg.captioner) if coded else inference.readable()
-        pixels, reasons = (read_rows(folder, rows, cfg.chunk, name) for name in ("pixels", "reasons"))
+        pixels, reasons = read_rows(folder, rows, cfg.chunk, "pixels"), read_reasons(folder, rows, cfg.chunk)
     features = inference.features(cfg.captioner) if cfg.clustered and cfg.features in ("image", "blip") else None
     good = rows[reasons == ""]
     if not len(good):
@@ -419,7 +433,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
 
     # Comparison with a random selection
     with timed(seconds, "check"):
-        checks = check_selection(cfg, inference, good, kept, clusters)
+        checks = check_selection(cfg, inference, good, pixels[good], kept, clusters)
 
     # Captions of the kept, and their scores
     with timed(seconds, "captions"):
@@ -457,6 +471,7 @@ def main(cfg: ReduceConfig) -> None:
     inference, weights, out = Inference(cfg, pairs, process), {}, Path(cfg.out)
     for path, load in (  # all models, so that a missing one is reported before work starts
         (cfg.coded_by, lambda: inference.encoder(cfg.coded_by)),
+        (None if cfg.check in ("auto", "none") else cfg.check, lambda: inference.encoder(cfg.check)),
         (cfg.captioner, lambda: inference.model(cfg.captioner, "captioner")),
         (cfg.caption_model, lambda: inference.model(cfg.caption_model, "finetune")),
         (cfg.scorer, inference.scorer),

@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
     selected: np.ndarray  # rows that were selected, a subset of `good`
     kept: np.ndarray  # rows that remain after the ITM filter, a subset of `selected`
     pixels: np.ndarray  # (n,) hashes of the images
-    reasons: np.ndarray  # (n,) why an image cannot be read; "" if it can
+    reasons: np.ndarray  # (n,) strings: why an image cannot be read; "" if it can
     codes: np.ndarray | None  # (len(good), L') code vectors
     clusters: Clusters | None  # of the samples `good`
 
@@ -48,6 +48,11 @@ def first_of_equal(hashes: np.ndarray) -> np.ndarray:
     """For each of the hashes (N,), the index of the first equal one: (N,)."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse.ravel()]
+
+
+def distinct_images(hashes: np.ndarray) -> np.ndarray:
+    """Indices of the images with hashes (N,) that repeat no earlier one, ascending."""
+    return np.flatnonzero(first_of_equal(hashes) == np.arange(len(hashes)))
 
 
 # ----------------------------------------------------------------------------------------------------------- report.csv
@@ -199,7 +204,7 @@ def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
     """
     notes, captions = [], report["captions"]
     distinct = readable - report["identical_images"]
-    if cfg.clustered and cfg.drop_duplicates and cfg.keep < 1 and distinct <= cfg.keep * readable:
+    if cfg.clustered and cfg.drop_duplicates and report["identical_images"] and distinct <= cfg.keep * readable:
         notes += [
             f"Only {distinct:,} of {readable:,} images are distinct, no more than --keep {cfg.keep:g} asks for: all "
             "distinct ones are selected, and the clusters have no effect."

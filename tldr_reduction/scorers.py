@@ -57,6 +57,8 @@ def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
         model, settings, tokenizer = load_run(name)
         if settings.stage == "clip":
             return cosines(model, view_of(model, settings), eval_tokenizer(tokenizer, settings), device)
+    if name.startswith(export.LOCAL):
+        raise FileNotFoundError(f"{name} holds no open_clip_config.json: name a folder that --export wrote")
     blip, settings, tokenizer = load_model(name, "blip")
     blip.to(device)
 
