@@ -19,6 +19,9 @@ def test_notes_are_about_what_is_missing():
     found = {"identical_images": 240, "kept": 60, "captions": captions}
     same, unchanged = report.notes_of(cfg, found, 300)
     assert same.startswith("Only 60 of 300 images are distinct") and "no --caption-model" in unchanged
+    cfg.select = "all"
+    assert report.notes_of(cfg, {**found, "identical_images": 0}, 300) == []
+    cfg.select = "stride"
     refined = {**found, "identical_images": 200, "captions": {"kind": "refined", "by": "a/b", "without_generated": 3}}
     missing, unscored = report.notes_of(cfg, refined, 300)  # 100 distinct ones, of which 75 are asked for
     assert missing.startswith("3 of 60 kept samples") and "no --scorer" in unscored

@@ -313,7 +313,9 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
     captions, generated = {int(row): inference.pairs.caption(row) for row in rows}, {}
     if cfg.captions != "original":
         if cfg.predictions:
-            generated = predicted(cfg.predictions, inference.pairs.keys, rows)
+            keys = inference.pairs.keys
+            known = read_predictions(cfg.predictions, keys)
+            generated = {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
         else:
             generated = dict(zip(rows.tolist(), inference.generated(rows).tolist(), strict=True))
         join = refined if cfg.captions == "refined" else lambda original, text: text
@@ -321,11 +323,11 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
     return captions, generated
 
 
-def predicted(path: str, keys: Sequence[str], rows: np.ndarray) -> dict[int, str]:
-    """Read captions from a file of predictions: {row: caption}, "" if the file has none for that row.
+def read_predictions(path: str, keys: Sequence[str]) -> dict[str | int, str]:
+    """Read a file of predictions: {key or row number: caption}; of several captions of a sample, the last one is used.
 
-    If the file names a sample twice, its last caption is used. ValueError if the file is no list of {"image_id": key or
-    row number, "caption": text}, or has no caption for any of the rows.
+    keys: (N,) of all samples. ValueError if the file is no list of {"image_id": key or row number, "caption": text}, or
+    has captions for none of the samples.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -336,13 +338,12 @@ def predicted(path: str, keys: Sequence[str], rows: np.ndarray) -> dict[int, str
         ) from error
     if other := [name for name, text in known.items() if not isinstance(text, str)]:
         raise ValueError(f"--predictions {path}: the caption of {other[0]!r} is no text")
-    found = {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
-    if not any(found.values()):
+    if not any(str(key) in known or row in known for row, key in enumerate(keys)):
         raise ValueError(
-            f"--predictions {path} has captions for none of the {len(found):,} kept samples: its image_id must be a "
-            f"sample's key, like {str(keys[rows[0]])!r}, or its row number"
+            f"--predictions {path} has captions for none of the {len(keys):,} samples: its image_id must be a sample's "
+            f"key, like {str(keys[0])!r}, or its row number"
         )
-    return found
+    return known
 
 
 def write_tables(
@@ -480,7 +481,8 @@ def main(cfg: ReduceConfig) -> None:
             load()
             if (file := weights_of(path)) is not None:
                 weights[path] = data.fingerprint(np.memmap(file, mode="r"))
-    if cfg.predictions and Path(cfg.predictions).is_file():
+    if cfg.predictions:
+        read_predictions(cfg.predictions, pairs.keys)  # an unusable file is reported before work starts
         weights[cfg.predictions] = data.fingerprint(Path(cfg.predictions).read_bytes())
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}

@@ -209,10 +209,10 @@ def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
             f"Only {distinct:,} of {readable:,} images are distinct, no more than --keep {cfg.keep:g} asks for: all "
             "distinct ones are selected, and the clusters have no effect."
         ]
-    if captions["kind"] == "original":
+    if captions["kind"] == "original" and cfg.select != "all":
         why = "" if captions["by"] else ", because there is no --caption-model and no --predictions"
         notes += [f"Captions are not changed{why}. In the paper's table, such a reduction is worse than the full data."]
-    elif captions["without_generated"]:
+    if captions["without_generated"]:
         notes += [
             f"{captions['without_generated']:,} of {report['kept']:,} kept samples have no generated caption: they "
             "keep their own."
