@@ -270,7 +270,9 @@ def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, fold
         tokenizer.save(folder / kind)
         loaded = type(theirs).from_pretrained(folder / kind).eval()
         shown.append(f"{kind} {largest_difference(model, loaded, cfg, tokenizer):.1e}")
-    print(f"{folder}: blip.pth for BLIP's scripts; for transformers, with largest differences: {', '.join(shown)}")
+    for_transformers = f"for transformers, with largest differences: {', '.join(shown)}"
+    none = "nothing for transformers, whose BLIP has no codebook"
+    print(f"{folder}: blip.pth for BLIP's scripts; {for_transformers if shown else none}")
 
 
 def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, tokenizer: WordPiece) -> float:
