@@ -158,7 +158,9 @@ def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path
 def test_predictions_must_fit_the_samples(in_process, folder, tmp_path):
     file, out = tmp_path / "predictions.json", tmp_path / "out"
     command = [folder / "pool", "--select", "random", "--keep", "0.1", "--predictions", file, "--out", out]
+    refused(in_process(*command, module=REDUCE), "predictions.json cannot be read: No such file")
     for entries, words in (
+        ({"image_id": 0}, "is no JSON list of"),
         ([{"image_id": 0, "caption": None}], "the caption of 0 is no text"),
         ([{"image_id": "elsewhere", "caption": "a cat"}], "has captions for none of the 160 samples"),
     ):

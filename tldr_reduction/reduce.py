@@ -332,7 +332,9 @@ def read_predictions(path: str, keys: Sequence[str]) -> dict[str | int, str]:
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {entry["image_id"]: entry["caption"] for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(f"--predictions {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'--predictions {path} is no JSON list of {{"image_id": key or row number, "caption": text}}'
         ) from error
