@@ -130,4 +130,5 @@ def test_runs_are_exported_for_stock_blip_and_transformers(tmp_path, capsys):
     sizes.pop("embed_dim")
     codes = tiny_captioner().eval()  # transformers has no place for a codebook
     checkpoints.export_blip(codes, config.CaptionerConfig(**sizes), tokenizer, tmp_path / "codes")
+    assert "nothing for transformers" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "codes").iterdir()] == ["blip.pth"]

@@ -5,7 +5,7 @@ import torch
 from test_tldr_reduction_model import tiny_captioner
 
 from shared import run
-from tldr_reduction.inference import cached_rows, extract_codes, read_rows
+from tldr_reduction.inference import cached_rows, extract_codes, read_reasons, read_rows, short
 from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
 
 
@@ -37,3 +37,16 @@ def test_rows_are_kept_and_mended(tmp_path):
     for whole in (path.read_bytes()[:100], b""):
         path.write_bytes(whole)
         assert squares(rows) == [0, 1, 25, 81, 100, 121] and asked[-1] == [5, 9]
+
+
+def test_reasons_take_little_memory(tmp_path):
+    rows, long = np.arange(6), "unreadable image: " + "x" * 100
+    reasons = ["", "", "", long, "", long]
+
+    def compute(missing: np.ndarray) -> dict:
+        return {"reasons": short([reasons[row] for row in missing])}
+
+    cached_rows(tmp_path, rows, 3, run.Process(0, 1, torch.device("cpu")), compute)
+    assert read_rows(tmp_path, rows[:3], 3, "reasons").dtype == "U1"
+    read = read_reasons(tmp_path, rows, 3)
+    assert read.tolist() == [reason[:80] for reason in reasons] and read[3] is read[5]

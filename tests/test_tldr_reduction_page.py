@@ -26,7 +26,7 @@ def test_everything_is_shown_and_nothing_runs(tmp_path):
         "reason": ["evenly", "passed over", "evenly", "same image as k0", "passed over", "broken: unreadable"],
         "duplicate_of": ["", "", "", "k0", "", ""],
         "cluster": [0, 0, 1, 0, 1, ""],
-        "itm": [0.5, 0.2, 0.9, 0.5, 0.1, 0.0],
+        "itm": [0.5, 0.2, 0.9, 0.5, 0.1, ""],
         "itm_after": [0.75, "", 0.95, "", "", ""],
         "caption": ["<b>", "", "two", "", "", ""],
         "generated": ["<b>red", "", "", "", "", ""],
@@ -35,6 +35,7 @@ def test_everything_is_shown_and_nothing_runs(tmp_path):
     report = {
         **dict(kept=2, samples=6, kept_share=0.4, broken=1, identical_images=1, codes_used=9, perplexity=4.0),
         **dict(clusters=2, cluster_sizes=[2, 2, 2, 3, 3], itm={"before": summary, "after": summary}),
+        "notes": ["There is no --scorer <"],
         "checks": {"captions": {"coverage": 0.5, "coverage_random": [0.4, 0.45], "cohesion": 0.3,
                                 "cohesion_shuffled": 0.1, "cohesion_kmeans": 0.4}},
     }  # fmt: skip
@@ -43,7 +44,8 @@ def test_everything_is_shown_and_nothing_runs(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text and "<shards>" not in text and "<b>red" not in text
     for words in (
-        "2 of 6 samples kept", "better than a coin", "cohesion 0.300", "Refined captions", "score 0.50 to 0.75",
+        "2 of 6 samples kept", "better than a random selection", "no --scorer &lt;",
+        "cohesion 0.300", "Refined captions", "score 0.50 to 0.75",
         "passed over: 2", "broken: unreadable: 1", "Identical images: 1", "cluster 0: 1 of 3 kept", "&lt;script&gt;",
     ):  # fmt: skip
         assert words in text, words

@@ -27,9 +27,10 @@ from test_tldr_reduction_train import (  # noqa: F401
 from shared import checkpoints, export, run
 from tldr_reduction import cluster as clustering
 from tldr_reduction import inference, reduce, tokenizer
-from tldr_reduction.datasets import open_pairs
+from tldr_reduction.datasets import eval_transform, open_pairs
 from tldr_reduction.inference import gathered_codes
 from tldr_reduction.reduce import refine_annotations, write_shards
+from tldr_reduction.scorers import Scorer
 
 
 @pytest.mark.golden("tldr_reduction", "caption_merge")
@@ -96,7 +97,7 @@ def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
     assert set(report["itm"]) == {"before", "after"} and np.isclose(np.mean(report["itm"]["after"]["histogram"]), 1)
     page = (out / "report.html").read_text()
     for words in (
-        "better than a coin",
+        "better than a random selection",
         "Refined captions",
         "before: mean",
         "passed over in its cluster",
@@ -105,8 +106,9 @@ def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
         assert words in page, words
     checks = report["checks"]
     assert set(checks) == {"images at 8 x 8 pixels", "efficientnet_lite0", "captions"}
-    assert all(check["samples"] == 160 and len(check["coverage_random"]) == 3 for check in checks.values())
-    for words in ("kept", "duplicates", "codebook", "clusters", "better than a coin?", "ITM score", "seconds"):
+    distinct = 160 - report["identical_images"]  # copies are not compared
+    assert all(check["samples"] == distinct and len(check["coverage_random"]) == 3 for check in checks.values())
+    for words in ("kept", "duplicates", "codebook", "clusters", "against random", "ITM score", "seconds"):
         assert words in chain["printed"]
     entries = json.loads((out / "annotation.json").read_text())
     assert all(entry.keys() == {"image", "caption"} for entry in entries) and not (out / "images").exists()
@@ -151,7 +153,39 @@ def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path
     state = checkpoints.load_checkpoint(scorer / "checkpoint.pt")
     next(iter(state["state_dict"].values())).add_(1)
     checkpoints.save_checkpoint(scorer / "checkpoint.pt", state)
-    refused(in_process(*command, module=REDUCE), f"was made by other weights than {scorer} holds")
+    refused(in_process(*command, module=REDUCE), f"was made when {scorer} had other content")
+
+
+def test_predictions_must_fit_the_samples(in_process, folder, tmp_path):
+    file, out = tmp_path / "predictions.json", tmp_path / "out"
+    command = [folder / "pool", "--select", "random", "--keep", "0.1", "--predictions", file, "--out", out]
+    refused(in_process(*command, module=REDUCE), "predictions.json cannot be read: No such file")
+    for entries, words in (
+        ({"image_id": 0}, "is no JSON list of"),
+        ([{"image_id": 0, "caption": None}], "the caption of 0 is no text"),
+        ([{"image_id": "elsewhere", "caption": "a cat"}], "has captions for none of the 160 samples"),
+    ):
+        file.write_text(json.dumps(entries))
+        refused(in_process(*command, module=REDUCE), words)
+        assert not out.exists()
+    file.write_text(json.dumps([{"image_id": row, "caption": "a cat"} for row in range(80)]))
+    shown = finished(in_process(*command, module=REDUCE)).out
+    report = json.loads((out / "report.json").read_text())
+    lacking = report["captions"]["without_generated"]
+    assert 0 < lacking < 16 and f"{lacking} of 16 kept samples have no generated caption" in shown
+    assert "there is no --scorer" in shown and report["notes"][0] in (out / "report.html").read_text()
+    file.write_text(json.dumps([{"image_id": row, "caption": "a dog"} for row in range(160)]))
+    refused(in_process(*command, module=REDUCE), f"was made when {file} had other content")
+
+
+def test_a_scorer_must_give_numbers(in_process, folder, tmp_path, monkeypatch):
+    def broken(images, captions):
+        return torch.full((len(captions),), torch.nan)
+
+    scorer = Scorer(eval_transform(8), broken, broken, broken, True)
+    monkeypatch.setattr(reduce.Inference, "scorer", lambda self: scorer)
+    command = [folder / "pool", "--select", "random", "--scorer", "mine", "--out", tmp_path / "out"]
+    refused(in_process(*command, module=REDUCE), "--scorer mine gives no finite score for 160 of 160 samples")
 
 
 def test_an_open_clip_model_scores(in_process, folder):
@@ -278,6 +312,11 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
     assert len(duplicates) == 64 and all(line["key"] == f"copy-{line['duplicate_of']}" for line in duplicates)
     assert all(line["reason"] == f"same image as {line['duplicate_of']}" for line in duplicates)
     assert not [line for line in lines["members"] if line["reason"].startswith("same image")]
+    more = ["--keep", "0.6", "--clusters", "2", "--num-codes", "64", "--work", folder / "copies-work"]
+    finished(in_process(copies, *more, "--out", folder / "copies-all", module=REDUCE))
+    report = json.loads((folder / "copies-all/report.json").read_text())
+    assert report["kept"] == 64 and report["notes"][0].startswith("Only 64 of 128 images are distinct")
+    assert report["checks"] == {}  # of the distinct images none is dropped
 
 
 def test_a_killed_reduction_goes_on(chain, start, cli, folder):
@@ -306,11 +345,13 @@ def test_broken_samples_are_left_out(cli, folder, chain, broken):
         lines = {line["key"]: line for line in csv.DictReader(file)}
     assert lines["bad"]["reason"].startswith("broken: unreadable") and lines["bad"]["kept"] == "0"
     assert lines["mute"]["reason"] == "broken: empty caption"
-    options = ["--select", "random", "--keep", "1", "--out", folder / "broken-random"]  # no captioner looks at these
+    options = ["--select", "random", "--keep", "1", "--scorer", chain["scorer"], "--out", folder / "broken-random"]
     result = finished(cli(broken, *options, module=REDUCE))
     assert "broken samples, left out" in result.out and "identical images that occurred before" in result.out
     with open(folder / "broken-random/report.csv", newline="") as file:
-        assert {line["key"] for line in csv.DictReader(file) if line["kept"] == "0"} == {"bad", "mute"}
+        lines = list(csv.DictReader(file))
+    assert {line["key"] for line in lines if line["kept"] == "0"} == {"bad", "mute"}
+    assert {line["key"] for line in lines if not line["itm"]} == {"bad", "mute"}  # a broken image has no score
     flags = [broken, *options, "--strict", "--out", folder / "strict-reduction"]
     refused(cli(*flags, module=REDUCE), "--strict")
 
@@ -325,6 +366,11 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         ([pool, "--keep", "1.5"], "--keep 1.5 is not in (0, 1]"),
         ([pool, "--max-length", "3"], "--max-length 3 must exceed the prompt's 4 tokens"),
         ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
+        ([pool, "--points-per-centroid", "0"], "--points-per-centroid must be at least 1"),
+        ([pool, "--select", "first", "--keep", "0.001"], "--keep 0.001 leaves none of 160 samples"),
+        ([pool, "--workers", "-1"], "--workers must be at least 0"),
+        ([pool, "--work", pool / "00000.tar"], "00000.tar is a file: name a folder"),
+        ([pool, "--check", "lite"], "there is no encoder 'lite'"),
         ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
         ([pool, "--captions", "refined"], "needs --caption-model"),
         ([pool, "--select", "itm"], "need --scorer"),
@@ -343,6 +389,7 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         refused(in_process(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
     refused(in_process(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
+    refused(in_process(pool, "--out", pool, module=REDUCE), "is the folder of the data")
     own = chain["reduced"].parent / "own"  # shards as input, which the output would be mixed with
     shutil.copytree(chain["reduced"] / "shards", own / "shards")
     refused(in_process(own / "shards", "--out", own, module=REDUCE), "choose another --out")

@@ -65,8 +65,12 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
     """
     folder = Path(path)
     if stage != "captioner" and not (folder / "checkpoint.pt").is_file():
-        if is_hugging_face(folder) or (not folder.exists() and path.count("/") == 1):
+        if is_hugging_face(folder) or (not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)):
             return load_hugging_face(path, stage)
+        raise FileNotFoundError(
+            f"{path} is no run folder (it has no checkpoint.pt), and no transformers' BLIP: a folder with its "
+            "config.json, or a name on the Hugging Face hub"
+        )
     model, settings, tokenizer = load_run(path)
     if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # it also scores matching
         raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
@@ -74,7 +78,11 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
 
 
 def weights_of(path: str) -> Path | None:
-    """The file of weights in a run folder, an export or a folder of transformers; None for models elsewhere."""
+    """The file of weights of a run folder, an export, a folder of transformers or timm:NAME:FILE; None for models that
+    are elsewhere."""
+    if path.startswith("timm:"):
+        file = path.split(":", 2)[2:]
+        return Path(file[0]) if file and Path(file[0]).is_file() else None
     names = ("open_clip_model.safetensors", "checkpoint.pt", "model.safetensors", "pytorch_model.bin")
     folder = Path(path.removeprefix("local-dir:"))
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -227,12 +235,14 @@ def hugging_face_config(cfg: config.Common, tokenizer: WordPiece):
 
 @torch.no_grad()
 def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, folder: str | Path) -> None:
-    """Write a captioner's, a blip's or a retrieval run's weights for other code, and check that they load there.
+    """Write the weights of a captioner, a blip or a retrieval run for other code, and check that they load there.
 
     folder/blip.pth       {"model": ...}: what stock BLIP's and the authors' scripts take as `pretrained`
-    folder/retrieval/     transformers' BlipForImageTextRetrieval, where the run has a text encoder folder/captioning/
-    its BlipForConditionalGeneration, where the run has a decoder and no codebook RuntimeError if transformers' model
-    gives other numbers. There is no BlipModel, a CLIP with a pooler that BLIP lacks.
+    folder/retrieval/     transformers' BlipForImageTextRetrieval, if the run has a text encoder
+    folder/captioning/    transformers' BlipForConditionalGeneration, if the run has a decoder and no codebook
+
+    There is none for BlipModel, a CLIP with a pooler that BLIP lacks. RuntimeError if transformers' model computes
+    other numbers than the run.
     """
     import transformers
 
@@ -260,13 +270,16 @@ def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, fold
         tokenizer.save(folder / kind)
         loaded = type(theirs).from_pretrained(folder / kind).eval()
         shown.append(f"{kind} {largest_difference(model, loaded, cfg, tokenizer):.1e}")
-    print(f"{folder}: blip.pth for BLIP's scripts; for transformers, with largest differences: {', '.join(shown)}")
+    for_transformers = f"for transformers, with largest differences: {', '.join(shown)}"
+    none = "nothing for transformers, whose BLIP has no codebook"
+    print(f"{folder}: blip.pth for BLIP's scripts; {for_transformers if shown else none}")
 
 
 def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, tokenizer: WordPiece) -> float:
-    """Between matching logits and cosines, or logits of next words, of the model and transformers' one, on noise.
+    """Run the model and transformers' one on noise; return the largest absolute difference of their outputs.
 
-    RuntimeError if they are not the same numbers.
+    Outputs are matching logits and cosines if transformers' model has a matching head, else logits of the next words.
+    RuntimeError if the difference is above 1e-3.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, cfg.image_size, cfg.image_size, generator=generator)

@@ -557,7 +557,9 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
             raise ValueError(f"--{name} {value} is not in (0, 1]")
     if not 1 <= clusters <= n:
         raise ValueError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
-    cli.check_counts(cfg, "chunk", "batch_size", "niter", "whiten_dim", "num_beams", "num_codes", "code_dim")
+    counts = ("chunk", "batch_size", "niter", "points_per_centroid", "whiten_dim", "num_beams", "num_codes", "code_dim")
+    cli.check_counts(cfg, *counts)
+    cli.check_counts(cfg, "workers", least=0)
     if cfg.num_codes > 2**16:
         raise ValueError(f"--num-codes {cfg.num_codes} is more than the 65536 that code vectors are stored with")
     if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
@@ -568,20 +570,26 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
         raise ValueError("--caption-model and --predictions are two captioners: choose one")
     if captions != "original" and not written:
         raise ValueError(
-            f"--captions {captions} needs --caption-model, a run folder of finetune.py or transformers' BLIP"
+            f"--captions {captions} needs --caption-model, a run folder of finetune.py or transformers' BLIP, or "
+            "--predictions, a file of captions"
         )
     if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:
         raise ValueError(
             "ITM scores, blip and text features need --scorer, a run, transformers' BLIP or a dual encoder"
         )
-    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
-        raise NotADirectoryError(f"--out {cfg.out} is a file, where a folder is wanted")
+    for name, folder in (("out", cfg.out), ("work", cfg.work)):
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise NotADirectoryError(f"--{name} {folder} is a file: name a folder")
+    if Path(cfg.out).resolve() == Path(cfg.data).resolve():
+        raise ValueError(f"--out {cfg.out} is the folder of the data: choose another")
     if cfg.match and not 0 < kept_by(cfg.match) <= n:
-        raise ValueError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, which {cfg.data} has not: {n:,}")
+        raise ValueError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, but {cfg.data} has only {n:,}")
     if cfg.match and cfg.select not in ("random", "first", "itm"):
         raise ValueError(f"--match goes with --select random, first or itm, not {cfg.select}")
     if cfg.match and itm_keep is not None:
-        raise ValueError("--match says how many samples are kept, of which an ITM filter would drop some: choose one")
+        raise ValueError(
+            "--match fixes the number of kept samples, which an ITM filter would reduce: choose one of them"
+        )
     return dataclasses.replace(cfg, clusters=clusters, keep=keep, itm_keep=itm_keep, captions=captions)
 
 

@@ -52,6 +52,11 @@ def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
     return captioner.visual_encoder(images).float().mean(dim=1)
 
 
+def short(reasons: list[str]) -> np.ndarray:
+    """Reasons cut to 80 characters, as an array that is no wider than the longest."""
+    return np.array([reason[:80] for reason in reasons], dtype=np.str_)
+
+
 # ---------------------------------------------------------------------------------------------------------- kept by row
 
 
@@ -100,6 +105,18 @@ def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarra
         with np.load(folder / f"{number:06}.npz", allow_pickle=False) as file:
             places = np.searchsorted(file["rows"], rows_in(rows, number, size))
             parts.append(file[name][places])
+    return np.concatenate(parts)
+
+
+def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
+    """(N,) why the images of those rows (ascending) are unreadable, "" if they are readable.
+
+    An object array whose equal strings are one object: a string array has the width of its longest in every row.
+    """
+    parts, known = [np.empty(0, dtype=object)], {}
+    for number in np.unique(rows // size):
+        part = read_rows(folder, rows_in(rows, number, size), size, "reasons").astype(object)
+        parts.append(np.array([known.setdefault(reason, reason) for reason in part], dtype=object))
     return np.concatenate(parts)
 
 
@@ -212,7 +229,7 @@ class Inference:
                 codes = extract_codes(captioner, watched(), self.precision)
             else:
                 codes = np.concatenate([encode(images) for _, images in watched()])
-            return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": np.array(reasons, "U80")}
+            return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
         return self.keep(kept_in, self.rows, "codes", compute)
 
@@ -220,6 +237,8 @@ class Inference:
         """`folder` of an encoder and its codebook's settings."""
         cfg = self.cfg
         marks = (self.pairs.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
+        if (file := weights_of(cfg.encoder)) is not None:  # a file that may change
+            marks += (file.stat().st_mtime_ns,)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
@@ -280,7 +299,7 @@ class Inference:
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
             pixels, reasons = ([value for part in each for value in part] for each in zip(*batches, strict=True))
-            return {"pixels": np.array(pixels, np.uint64), "reasons": np.array(reasons, "U80")}
+            return {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
         return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)
 

@@ -1,6 +1,6 @@
-"""report.html of a reduction: what was kept and dropped and why, clusters, duplicates, captions and their scores.
+"""report.html of a reduction: kept and dropped samples with reasons, clusters, duplicates, captions and their scores.
 
-One file without scripts, with embedded thumbnails of examples, which the seed draws.
+The page is one file without scripts. Its examples are drawn by the seed, and their thumbnails are embedded.
 """
 
 import base64
@@ -16,8 +16,8 @@ from tldr_reduction.config import ReduceConfig
 from tldr_reduction.report import check_line
 
 SIDE = 96  # pixels of an example's longer side
-CLUSTERS, MEMBERS = 8, 10  # that are shown, of each how many
-EXAMPLES = 10  # of a reason, of duplicates, of captions
+CLUSTERS, MEMBERS = 8, 10  # clusters on the page, and samples of each
+EXAMPLES = 10  # samples for each reason, and samples with refined captions
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
 h2 { margin-top: 2em } table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left }
@@ -30,13 +30,14 @@ figure.dropped img { opacity: .65 } .new { color: #1d6f35 } .note { color: #666 
 
 
 def write_page(path: Path, cfg: ReduceConfig, pairs, report: dict, columns: dict[str, Sequence]) -> None:
-    """Write the page, from what report.json and report.csv hold."""
+    """Write the page from the entries of report.json and the columns of report.csv; `pairs` has the images."""
     rng = np.random.default_rng(cfg.seed)
     show = Examples(pairs, columns)
     kept = f"{report['kept']:,} of {report['samples']:,} samples kept ({100 * report['kept_share']:.1f} %)"
-    body = [f"<h1>{html.escape(cfg.data)}</h1>", f"<p><b>{kept}</b></p>", facts(cfg, report)]
+    body = [f"<h1>{html.escape(cfg.data)}</h1>", f"<p><b>{kept}</b></p>"]
+    body += [f"<p>{html.escape(note)}</p>" for note in report["notes"]] + [facts(cfg, report)]
     if report.get("checks"):
-        body += ["<h2>Is it better than a coin?</h2>", checks(report["checks"])]
+        body += ["<h2>Is it better than a random selection?</h2>", checks(report["checks"])]
     if "itm" in report:
         body += ["<h2>Scores of captions, before and after</h2>", histogram(report["itm"])]
     if written := [row for row, text in enumerate(columns["generated"]) if text]:
@@ -54,13 +55,13 @@ def write_page(path: Path, cfg: ReduceConfig, pairs, report: dict, columns: dict
 
 
 class Examples:
-    """Samples as thumbnails with their captions and facts."""
+    """Renders samples as HTML: thumbnails with captions, scores and reasons."""
 
     def __init__(self, pairs, columns: dict[str, Sequence]):
         self.pairs, self.columns = pairs, columns
 
     def row(self, rows: Iterable[int]) -> str:
-        """Some samples side by side, kept ones framed."""
+        """HTML of samples side by side; kept ones have a green frame."""
         return f'<div class="row">{"".join(map(self.one, rows))}</div>'
 
     def one(self, row: int) -> str:
@@ -75,7 +76,7 @@ class Examples:
         words += [html.escape(caption[:160])]
         if line["generated"]:
             words += [f'<span class="new">{html.escape(str(line["generated"])[:160])}</span>']
-        if "itm" in line:
+        if line.get("itm", "") != "":
             after = f" to {line['itm_after']:.2f}" if line["itm_after"] != "" else ""
             words += [f'<span class="note">score {line["itm"]:.2f}{after}</span>']
         words += [f'<span class="note">{html.escape(line["reason"])}</span>']
@@ -84,7 +85,7 @@ class Examples:
 
 
 def thumbnail(image) -> str:
-    """A picture as a data URL."""
+    """A PIL image as a data URL of a small JPEG."""
     small, buffer = image.copy(), io.BytesIO()
     small.thumbnail((SIDE, SIDE))
     small.save(buffer, "JPEG", quality=80)
@@ -119,7 +120,8 @@ def checks(found: dict[str, dict]) -> str:
     lines = "".join(f"<li>{html.escape(check_line(name, check))}</li>" for name, check in found.items())
     what = (
         "Cohesion: mean cosine of two members of a cluster. Coverage: mean best cosine from a dropped sample to a kept "
-        "one. Both in features that did not make the clusters; the same numbers as at random mean a coin would do."
+        "one. Both are computed on features that were not used for the clusters. If they are no higher than at "
+        "random, a random selection is as good."
     )
     return f'<p class="note">{what}</p><ul>{lines}</ul>'
 

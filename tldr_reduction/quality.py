@@ -1,5 +1,5 @@
-"""Is a reduction better than a random one? Measures the similarity within clusters, and how well kept samples cover
-dropped ones, on features that were not used for the clusters.
+"""Compare a reduction with a random one: similarity within clusters, and how well kept samples cover dropped ones, on
+features that were not used for the clusters.
 
 Shapes: n samples, D features, k clusters.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tldr_reduction.cluster import nearest, train_kmeans
 
-CHECKED = 10_000  # maximum number of samples; of more, so many are drawn
-DRAWS = 3  # random selections that coverage is compared with
-WORDS = 2000  # vocabulary to compare captions
+CHECKED = 10_000  # maximum number of samples to compare; of larger data, so many are drawn at random
+DRAWS = 3  # number of random selections that coverage is compared with
+WORDS = 2000  # size of the vocabulary to compare captions
 
 
 def cohesion(features: Tensor, labels: Tensor) -> float:

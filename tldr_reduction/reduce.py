@@ -46,10 +46,25 @@ from tldr_reduction.cluster import (
 from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import open_pairs
 from tldr_reduction.encoders import GRID
-from tldr_reduction.inference import Inference, extract_codes, gathered_codes, read_rows  # noqa: F401  extract_codes
+from tldr_reduction.inference import (
+    Inference,
+    extract_codes,  # noqa: F401  of this file's contract
+    gathered_codes,
+    read_reasons,
+    read_rows,
+)
 from tldr_reduction.page import write_page
 from tldr_reduction.quality import caption_features, measured
-from tldr_reduction.report import Outcome, first_of_equal, itm_summaries, print_report, summary_of, table_of, write_csv
+from tldr_reduction.report import (
+    Outcome,
+    distinct_images,
+    itm_summaries,
+    notes_of,
+    print_report,
+    summary_of,
+    table_of,
+    write_csv,
+)
 from tldr_reduction.tokenizer import pre_caption  # noqa: F401  of this file's contract
 
 # ----------------------------------------------------------------------------------------------------- refined captions
@@ -92,9 +107,9 @@ def image_key(path: str) -> str:
 
 
 def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clusters | None) -> Tensor:
-    """Selected indices among n readable samples, in the order of the annotation file.
+    """Indices of the selected ones among n readable samples, in the order of the annotation file.
 
-    `scores` (n,) of image-text matching, for --select itm; `clusters`, for the selections by clusters.
+    `scores`: (n,) of image-text matching, for --select itm. `clusters`: for the selections by clusters.
     """
     keep = kept_by(cfg.match) / n if cfg.match else cfg.keep
     if cfg.select == "all":
@@ -112,9 +127,9 @@ def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clust
 
 
 def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | None, clusters: Clusters | None):
-    """`select` for n samples with image hashes (n,): of identical images, a selection by clusters keeps only the first.
-    The share refers to all n, so other images replace the copies."""
-    distinct = np.flatnonzero(first_of_equal(pixels) == np.arange(len(pixels)))
+    """`select` for n samples with image hashes `pixels` (n,). A selection by clusters keeps at most the first of
+    identical images; the share refers to all n samples, so that other images replace the copies."""
+    distinct = distinct_images(pixels)
     if not (cfg.clustered and cfg.drop_duplicates) or len(distinct) == len(pixels):
         return select(cfg, len(pixels), scores, clusters)
     keep = min(1.0, cfg.keep * len(pixels) / len(distinct))
@@ -126,9 +141,9 @@ def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | 
 
 
 def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process) -> None:
-    """Copies of the samples `kept` (row -> caption), all of their files, in one new shard for each that has some.
+    """Write all files of the samples `kept` (row -> caption) to one new shard per input shard that has such samples.
 
-    Only the .txt changes. The shards are distributed over ranks; existing shards are not changed.
+    Only the content of the .txt changes. The shards are distributed over ranks; existing ones are left as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(process.rank, len(pairs.paths), process.world_size):
@@ -146,9 +161,10 @@ def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process
 
 
 def write_images(pairs, kept: Container[int], out: Path, extract: bool, process: run.Process) -> dict[int, str]:
-    """{row: path of its image below `out`} of the samples in the written shards, images/SHARD/NAME.
+    """Return {row: image path below `out`}, images/SHARD/NAME, of the samples in the written shards.
 
-    `extract`: also write these files, ranks sharing out the shards; `tar -xf` makes the same of a shard.
+    `extract`: also write these image files; the shards are distributed over ranks. Without it,
+    `tar -xf DIR/shards/SHARD.tar -C DIR/images/SHARD` gives the same files.
     """
     paths: dict[int, str] = {}
     for number in range(len(pairs.paths)):
@@ -171,7 +187,10 @@ def write_images(pairs, kept: Container[int], out: Path, extract: bool, process:
 
 
 def write_samples(cfg: ReduceConfig, pairs, kept: dict[int, str], process: run.Process) -> dict[int, str]:
-    """Write the kept samples of shards (row -> caption) as shards again; {row: path of its image}, by all ranks."""
+    """Write the `kept` samples (row -> caption) of shards as new shards; return {row: path of its image}.
+
+    All ranks call this. For an annotation file nothing is written, and paths are its own.
+    """
     if not isinstance(pairs, data.Shards):
         return {row: str(pairs.keys[row]) for row in kept}
     write_shards(pairs, kept, Path(cfg.out) / "shards", process)
@@ -180,7 +199,7 @@ def write_samples(cfg: ReduceConfig, pairs, kept: dict[int, str], process: run.P
 
 
 def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]:
-    """Name, key and content of the files that belong to the samples `keys`; up to the damage, if the tar has some."""
+    """Yield name, key and content of the files of the samples `keys`; a damaged tar is read up to the damage."""
     for name, content in tars.read_tar(path, []):
         key, _ = tars.key_of(name)
         if key in keys:
@@ -191,7 +210,8 @@ def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]
 
 
 def dry_run(cfg: ReduceConfig) -> None:
-    """Print what would be kept and what that takes; of the recipe's data set if the data are not here."""
+    """Print how many samples would be kept and the resources needed, for the recipe's data set if `cfg.data` does not
+    exist."""
     try:
         if any(map(data.is_remote, data.expand_shards(cfg.data))):
             raise FileNotFoundError  # a dry run fetches nothing
@@ -218,9 +238,10 @@ def dry_run(cfg: ReduceConfig) -> None:
 
 
 def is_finished(out: Path, settings: dict) -> bool:
-    """Whether `out` holds this reduction already.
+    """Whether `out` holds this reduction already, finished.
 
-    ValueError if it holds another, one of other data or other weights, or shards that no reduction wrote.
+    `settings["weights"]`: fingerprints of the files of weights and of predictions, by path. ValueError if `out` holds a
+    reduction with other settings, data or files, or shards that no reduction has written.
     """
     if not (out / "config.json").exists():
         if list((out / "shards").glob("*.tar")):
@@ -233,7 +254,7 @@ def is_finished(out: Path, settings: dict) -> bool:
         raise ValueError(f"{out} reduces other data than {settings['data']} holds now: choose another --out")
     for path, made in then.get("weights", {}).items():
         if weights.get(path, made) != made:  # another path is another flag, below
-            raise ValueError(f"{out} was made by other weights than {path} holds now: choose another --out")
+            raise ValueError(f"{out} was made when {path} had other content: choose another --out")
     free = ("out", "workers", "device", "batch_size", "cache", "work", "weights", "fingerprint")
     then = {field.name: field.default for field in dataclasses.fields(ReduceConfig)} | then  # it may be older
     changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
@@ -244,14 +265,14 @@ def is_finished(out: Path, settings: dict) -> bool:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Keep the seconds of what is done within under `name`."""
+    """Measure the seconds that the `with` block takes, and store them under `name`."""
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
 
 
 def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, codes, features: Path | None) -> Clusters:
-    """Clusters of the readable rows `good`, by their code vectors or by other features; on rank 0."""
+    """Cluster the readable rows `good` by their code vectors or by other features; only rank 0 calls this."""
     vectors = codes
     if cfg.features == "text":
         vectors = inference.text_features()[good]
@@ -261,15 +282,23 @@ def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, cod
 
 
 def check_selection(
-    cfg: ReduceConfig, inference: Inference, good: np.ndarray, kept: np.ndarray, clusters: Clusters | None
+    cfg: ReduceConfig,
+    inference: Inference,
+    good: np.ndarray,
+    pixels: np.ndarray,
+    kept: np.ndarray,
+    clusters: Clusters | None,
 ) -> dict[str, dict]:
-    """{features: `quality.measured`} of clusters and selection, on at most CHECKED samples.
+    """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}.
 
-    {} on other ranks than 0, and where there is nothing to compare: no check, all samples, or a random selection.
+    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
+    a copy is so similar to its original that any other selection would seem worse. {} on ranks other than 0, with
+    --check none, and if all samples are kept or the selection is random itself.
     """
-    if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(good):
+    compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
+    if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(compared):
         return {}
-    rows, features, captions = inference.checks(good)
+    rows, features, captions = inference.checks(compared)
     chosen = torch.from_numpy(np.isin(rows, kept))
     if not inference.process.main or not chosen.any() or chosen.all():
         return {}
@@ -280,11 +309,13 @@ def check_selection(
 
 
 def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> tuple[dict[int, str], dict[int, str]]:
-    """Captions of the kept rows (ascending), and the generated ones (T_g) of which they are made."""
+    """Captions of the kept `rows` (ascending) as they will be written, and their generated captions T_g."""
     captions, generated = {int(row): inference.pairs.caption(row) for row in rows}, {}
     if cfg.captions != "original":
         if cfg.predictions:
-            generated = predicted(cfg.predictions, inference.pairs.keys, rows)
+            keys = inference.pairs.keys
+            known = read_predictions(cfg.predictions, keys)
+            generated = {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
         else:
             generated = dict(zip(rows.tolist(), inference.generated(rows).tolist(), strict=True))
         join = refined if cfg.captions == "refined" else lambda original, text: text
@@ -292,19 +323,29 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
     return captions, generated
 
 
-def predicted(path: str, keys: Sequence[str], rows: np.ndarray) -> dict[int, str]:
-    """{row: caption} of a file of predictions, "" where it has none; a sample's last one counts.
+def read_predictions(path: str, keys: Sequence[str]) -> dict[str | int, str]:
+    """Read a file of predictions: {key or row number: caption}; of several captions of a sample, the last one is used.
 
-    ValueError if it is no list of {"image_id": key or row number, "caption": text}.
+    keys: (N,) of all samples. ValueError if the file is no list of {"image_id": key or row number, "caption": text}, or
+    has captions for none of the samples.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        known = {entry["image_id"]: str(entry["caption"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = {entry["image_id"]: entry["caption"] for entry in entries}
+    except OSError as error:
+        raise ValueError(f"--predictions {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'--predictions {path} is no JSON list of {{"image_id": key or row number, "caption": text}}'
         ) from error
-    return {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
+    if other := [name for name, text in known.items() if not isinstance(text, str)]:
+        raise ValueError(f"--predictions {path}: the caption of {other[0]!r} is no text")
+    if not any(str(key) in known or row in known for row, key in enumerate(keys)):
+        raise ValueError(
+            f"--predictions {path} has captions for none of the {len(keys):,} samples: its image_id must be a sample's "
+            f"key, like {str(keys[0])!r}, or its row number"
+        )
+    return known
 
 
 def write_tables(
@@ -316,18 +357,26 @@ def write_tables(
     generated: dict[int, str],
     itm: tuple | None,
 ) -> tuple[dict, dict]:
-    """Write annotation.json and report.csv; returns what goes into report.json, and the columns of report.csv.
+    """Write annotation.json and report.csv; return the entries of report.json and the columns of report.csv.
 
-    `images`: paths of the kept ones. `itm`: matching scores of all rows, and of the kept ones with their new captions,
-    and whether they are probabilities.
+    `images`, `captions`: image paths and captions of the kept rows; `generated`: T_g of those that have one. `itm`: the
+    scores of all rows (N,), those of the kept rows with their new captions, and whether scores are probabilities.
     """
     out, rows = Path(cfg.out), range(len(pairs))
     annotation = [{"image": images[row], "caption": captions[row]} for row in found.kept.tolist()]
     checkpoints.write_json(out / "annotation.json", annotation)
     columns, report = table_of(cfg, pairs.keys, found), summary_of(cfg, found, len(pairs.broken))
+    report["captions"] = {
+        "kind": cfg.captions,
+        "by": cfg.caption_model or cfg.predictions,
+        "without_generated": sum(not text for text in generated.values()),
+    }
     if itm is not None:
         before, after, probabilities = itm
-        columns["itm"] = [round(score, 4) for score in before.tolist()]
+        unreadable = (found.reasons != "").tolist()
+        columns["itm"] = [
+            "" if broken else round(score, 4) for score, broken in zip(before.tolist(), unreadable, strict=True)
+        ]
         report["itm"] = itm_summaries(before[found.good], after, probabilities)
         columns["itm_after"] = [""] * len(pairs)
         for row, score in zip(np.sort(found.kept).tolist(), after.tolist(), strict=True):
@@ -339,14 +388,14 @@ def write_tables(
 
 
 def print_broken(pairs, reasons: np.ndarray) -> None:
-    """Print which samples were left out, if any: `reasons` (N,) of the unreadable images, "" for the others."""
+    """Print which samples were left out, if any. `reasons` (N,): why an image is unreadable, "" if it is readable."""
     unreadable = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in np.flatnonzero(reasons != "")]
     if line := data.broken_report([*pairs.broken, *unreadable], "left out"):
         print(line)
 
 
 def reduce(cfg: ReduceConfig, inference: Inference) -> None:
-    """All passes and what they write; the folder has its config.json."""
+    """Run all passes and write the results into the output folder, which has its config.json already."""
     pairs, process, rows = inference.pairs, inference.process, inference.rows
     seconds: dict[str, float] = {}
 
@@ -354,13 +403,18 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     coded = cfg.captioner is not None or (cfg.clustered and cfg.features == "codes")
     with timed(seconds, "codes"):
         folder = inference.codes(cfg.captioner) if coded else inference.readable()
-        pixels, reasons = (read_rows(folder, rows, cfg.chunk, name) for name in ("pixels", "reasons"))
+        pixels, reasons = read_rows(folder, rows, cfg.chunk, "pixels"), read_reasons(folder, rows, cfg.chunk)
     features = inference.features(cfg.captioner) if cfg.clustered and cfg.features in ("image", "blip") else None
     good = rows[reasons == ""]
     if not len(good):
         raise ValueError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
     with timed(seconds, "itm"):
         before = inference.scores(rows, None, "itm") if cfg.scorer else None
+    if before is not None and (wrong := ~np.isfinite(before[good])).any():
+        raise ValueError(
+            f"--scorer {cfg.scorer} gives no finite score for {wrong.sum():,} of {len(good):,} samples, the first is "
+            f"{pairs.keys[good[wrong.argmax()]]}: choose another scorer or --precision"
+        )
 
     # Selection, on rank 0
     selected = codes = clusters = None
@@ -376,10 +430,13 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     if cfg.itm_keep is not None:
         top = good[keep_top(torch.from_numpy(before[good]), cfg.itm_keep).numpy()]
         kept = selected[np.isin(selected, top)]
+    if not len(kept):
+        filtered = f" with --itm-keep {cfg.itm_keep:g}" if cfg.itm_keep is not None else ""
+        raise ValueError(f"--keep {cfg.keep:g}{filtered} leaves none of {len(good):,} samples: choose a larger share")
 
-    # Is it better than a random one?
+    # Comparison with a random selection
     with timed(seconds, "check"):
-        checks = check_selection(cfg, inference, good, kept, clusters)
+        checks = check_selection(cfg, inference, good, pixels[good], kept, clusters)
 
     # Captions of the kept, and their scores
     with timed(seconds, "captions"):
@@ -397,7 +454,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
             return
         found = Outcome(good, selected, kept, pixels, reasons, codes, clusters)
         report, columns = write_tables(cfg, pairs, found, images, captions, generated, itm)
-        report["checks"] = checks
+        report |= {"checks": checks, "notes": notes_of(cfg, report, len(good))}
         write_page(Path(cfg.out) / "report.html", cfg, pairs, report, columns)
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     checkpoints.write_json(Path(cfg.out) / "report.json", report)
@@ -415,9 +472,9 @@ def main(cfg: ReduceConfig) -> None:
     pairs = open_pairs(cfg.data, cfg.image_root, None, cfg.strict, cfg.cache)
     cfg = check_reduction(cfg, len(pairs))
     inference, weights, out = Inference(cfg, pairs, process), {}, Path(cfg.out)
-    if cfg.coded_by:
-        inference.encoder(cfg.coded_by)  # it is missed before work starts
-    for path, load in (
+    for path, load in (  # all models, so that a missing one is reported before work starts
+        (cfg.coded_by, lambda: inference.encoder(cfg.coded_by)),
+        (None if cfg.check in ("auto", "none") else cfg.check, lambda: inference.encoder(cfg.check)),
         (cfg.captioner, lambda: inference.model(cfg.captioner, "captioner")),
         (cfg.caption_model, lambda: inference.model(cfg.caption_model, "finetune")),
         (cfg.scorer, inference.scorer),
@@ -426,6 +483,9 @@ def main(cfg: ReduceConfig) -> None:
             load()
             if (file := weights_of(path)) is not None:
                 weights[path] = data.fingerprint(np.memmap(file, mode="r"))
+    if cfg.predictions:
+        read_predictions(cfg.predictions, pairs.keys)  # an unusable file is reported before work starts
+        weights[cfg.predictions] = data.fingerprint(Path(cfg.predictions).read_bytes())
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}
     if is_finished(out, settings):

@@ -1,4 +1,4 @@
-"""What a reduction reports: report.csv, a line for each sample with why it was kept or not, and report.json."""
+"""Reports of a reduction: report.csv, one line per sample with the reason why it was kept or not, and report.json."""
 
 import csv
 import io
@@ -16,22 +16,23 @@ from tldr_reduction.eval import itm_histogram
 
 
 class Outcome(NamedTuple):
-    """What a reduction of n samples came to; entries are rows of the data unless said otherwise."""
+    """Result of a reduction of n samples."""
 
-    good: np.ndarray  # readable
-    selected: np.ndarray  # of the readable ones
-    kept: np.ndarray  # of the selected ones, after the ITM filter
+    good: np.ndarray  # rows of the readable samples, ascending
+    selected: np.ndarray  # rows that were selected, a subset of `good`
+    kept: np.ndarray  # rows that remain after the ITM filter, a subset of `selected`
     pixels: np.ndarray  # (n,) hashes of the images
-    reasons: np.ndarray  # (n,) why an image cannot be read; "" if it can
-    codes: np.ndarray | None  # code vectors of `good`
-    clusters: Clusters | None  # of `good`
+    reasons: np.ndarray  # (n,) strings: why an image cannot be read; "" if it can
+    codes: np.ndarray | None  # (len(good), L') code vectors
+    clusters: Clusters | None  # of the samples `good`
 
 
 # ----------------------------------------------------------------------------------------------------------- duplicates
 
 
 def row_hashes(codes: np.ndarray, chunk: int = 2**16) -> np.ndarray:
-    """(N,) uint64, equal for equal code vectors and, but for a chance of N^2/2^64, for those only."""
+    """Hash code vectors (N, L') to (N,) uint64. Equal vectors have equal hashes; that some different ones have equal
+    hashes, too, has a probability of at most N^2/2^64."""
     rng = np.random.default_rng(0)
     factors = rng.integers(0, 2**64, codes.shape[1], dtype=np.uint64) | np.uint64(1)
 
@@ -44,16 +45,21 @@ def row_hashes(codes: np.ndarray, chunk: int = 2**16) -> np.ndarray:
 
 
 def first_of_equal(hashes: np.ndarray) -> np.ndarray:
-    """(N,) for each entry the lowest row that holds the same."""
+    """For each of the hashes (N,), the index of the first equal one: (N,)."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse.ravel()]
+
+
+def distinct_images(hashes: np.ndarray) -> np.ndarray:
+    """Indices of the images with hashes (N,) that repeat no earlier one, ascending."""
+    return np.flatnonzero(first_of_equal(hashes) == np.arange(len(hashes)))
 
 
 # ----------------------------------------------------------------------------------------------------------- report.csv
 
 
 def reasons_of(cfg: ReduceConfig, kept: np.ndarray, selected: np.ndarray) -> list[str]:
-    """Why each readable sample was kept or not."""
+    """Why each of n samples was kept or not; kept (n,) and selected (n,) bool."""
     rules = {
         "stride": (f"evenly spaced {cfg.keep:g} of its cluster", "passed over in its cluster"),
         "nearest": (f"nearest {cfg.keep:g} of its cluster", "far from its centroid"),
@@ -63,11 +69,13 @@ def reasons_of(cfg: ReduceConfig, kept: np.ndarray, selected: np.ndarray) -> lis
         "itm": ("high ITM score", "low ITM score"),
         "all": ("all are kept", ""),
     }[cfg.select]
-    return [rules[0] if k else (rules[1] if not s else "low ITM score") for k, s in zip(kept, selected, strict=True)]
+    if_kept, if_not_selected = rules
+    reasons = np.where(selected, "low ITM score", if_not_selected)  # selected but not kept: dropped by the ITM filter
+    return np.where(kept, if_kept, reasons).tolist()
 
 
 def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, list]:
-    """Columns of report.csv, but for scores and captions; `keys` (n,) are the samples'."""
+    """Columns of report.csv except scores and captions; `keys` (n,) of the samples."""
     rows, reasons = np.arange(len(keys)), found.reasons
     kept = np.isin(rows, found.kept)
     why = np.array(reasons_of(cfg, kept, np.isin(rows, found.selected)), dtype=object)
@@ -94,7 +102,7 @@ def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, l
 
 
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
-    """One line a sample, replaced atomically."""
+    """Write columns {name: values} with one line per sample; the file is replaced atomically."""
     with checkpoints.replaced(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         writer = csv.writer(text)
@@ -107,7 +115,7 @@ def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
 
 
 def itm_summary(scores: np.ndarray, cut: float = 0.5, span: tuple[float, float] = (0.0, 1.0)) -> dict:
-    """Mean, percent below `cut`, and histogram over `span` of matching scores."""
+    """Mean of matching scores (n,), percent below `cut`, and their histogram over `span`."""
     scores = torch.from_numpy(np.asarray(scores, dtype=np.float32))
     return {
         "mean": scores.mean().item(),
@@ -119,8 +127,10 @@ def itm_summary(scores: np.ndarray, cut: float = 0.5, span: tuple[float, float] 
 
 
 def itm_summaries(before: np.ndarray, after: np.ndarray, probabilities: bool) -> dict:
-    """`itm_summary` of scores before and after, on one scale: probabilities of a match, cut at one half, or cosines,
-    cut at the median before."""
+    """`itm_summary` of scores before and after, with the same cut and span.
+
+    Probabilities of a match are cut at 0.5; cosines are cut at their median before.
+    """
     if probabilities:
         return {"before": itm_summary(before), "after": itm_summary(after)}
     ends = np.concatenate([before, after])
@@ -129,7 +139,7 @@ def itm_summaries(before: np.ndarray, after: np.ndarray, probabilities: bool) ->
 
 
 def code_summary(codes: np.ndarray) -> dict:
-    """How many code vectors (N, L') occurred before, codes used, and their perplexity."""
+    """Number of code vectors (N, L') that repeat an earlier one, number of codes used, and perplexity of the codes."""
     num_codes = int(codes.max()) + 1 if len(codes) else 0
     counts = np.zeros(num_codes, dtype=np.int64)
     for first in range(0, len(codes), 2**16):
@@ -143,7 +153,7 @@ def code_summary(codes: np.ndarray) -> dict:
 
 
 def cluster_summary(clusters: Clusters, k: int) -> dict:
-    """Sizes of the clusters (minimum, quartiles, maximum), and how they were found."""
+    """Number of clusters and of empty ones, sizes (minimum, quartiles, maximum), axes, and k-means' objective."""
     sizes = torch.bincount(clusters.assignment, minlength=k)
     quantiles = torch.quantile(sizes.float(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
     return {
@@ -156,7 +166,10 @@ def cluster_summary(clusters: Clusters, k: int) -> dict:
 
 
 def summary_of(cfg: ReduceConfig, found: Outcome, unread: int) -> dict:
-    """report.json, but for matching scores and seconds; `unread` samples could not be found in damaged shards."""
+    """Entries of report.json except captions, matching scores, checks, notes and seconds.
+
+    `unread`: number of samples that were lost because their shard is damaged.
+    """
     good, pixels = found.good, found.pixels[found.good]
     report = {
         "samples": len(found.reasons),
@@ -174,7 +187,7 @@ def summary_of(cfg: ReduceConfig, found: Outcome, unread: int) -> dict:
 
 
 def check_line(name: str, check: dict) -> str:
-    """What `quality.measured` found, in words."""
+    """Format the result of `quality.measured` on the features `name` as a line of text."""
     drawn = check["coverage_random"]
     random = f"{np.mean(drawn):.3f} at random ({min(drawn):.3f} to {max(drawn):.3f})"
     words = f"coverage {check['coverage']:.3f}, {random}"
@@ -182,6 +195,31 @@ def check_line(name: str, check: dict) -> str:
         others = f"{check['cohesion_shuffled']:.3f} shuffled, {check['cohesion_kmeans']:.3f} by k-means on them"
         words = f"cohesion {check['cohesion']:.3f}, {others}; {words}"
     return f"by {name}: {words}"
+
+
+def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
+    """Sentences about missing parts and about settings without effect, for report.json, report.html and the terminal.
+
+    `report` has the entries of `summary_of` and of the captions; `readable` is the number of readable samples.
+    """
+    notes, captions = [], report["captions"]
+    distinct = readable - report["identical_images"]
+    if cfg.clustered and cfg.drop_duplicates and report["identical_images"] and distinct <= cfg.keep * readable:
+        notes += [
+            f"Only {distinct:,} of {readable:,} images are distinct, no more than --keep {cfg.keep:g} asks for: all "
+            "distinct ones are selected, and the clusters have no effect."
+        ]
+    if captions["kind"] == "original" and cfg.select != "all":
+        why = "" if captions["by"] else ", because there is no --caption-model and no --predictions"
+        notes += [f"Captions are not changed{why}. In the paper's table, such a reduction is worse than the full data."]
+    if captions["without_generated"]:
+        notes += [
+            f"{captions['without_generated']:,} of {report['kept']:,} kept samples have no generated caption: they "
+            "keep their own."
+        ]
+    if captions["kind"] != "original" and not cfg.scorer:
+        notes += ["Captions are not scored before and after, because there is no --scorer."]
+    return notes
 
 
 def print_report(report: dict) -> None:
@@ -198,11 +236,13 @@ def print_report(report: dict) -> None:
             f"{report['empty_clusters']:,} empty; {report['whitened_axes']} axes"
         )
     for name, check in report.get("checks", {}).items():
-        print(f"{'better than a coin?':<19}{check_line(name, check)}")
+        print(f"against random     {check_line(name, check)}")
     if "itm" in report:
         before, after = report["itm"]["before"], report["itm"]["after"]
         print(
             f"ITM score          mean {before['mean']:.3f} before, {after['mean']:.3f} after; "
             f"below {before['cut']:.2f}: {before['below_cut']:.1f} %, {after['below_cut']:.1f} %"
         )
+    for note in report["notes"]:
+        print(f"note               {note}")
     print("seconds            " + ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()))

@@ -1,9 +1,10 @@
 """Fine-tune a BLIP for retrieval: `python -m tldr_reduction.retrieval PRESET --init RUN [--overrides]`.
 
-The headline numbers of TL;DR (arXiv 2305.20087) are of BLIPs that were pre-trained on the full or the reduced data and
-fine-tuned like this on COCO or Flickr30K. salesforce/BLIP@056a169:train_retrieval.py, cited as `B:`. All captions of an
-image are its matches: images are told apart by their pixels, so that a sample a caption, in any layout, will do.
-`python -m tldr_reduction.eval RUN --rerank SET` then measures recall. Stock BLIP; nothing here is TL;DR's.
+The headline numbers of TL;DR (arXiv 2305.20087) come from BLIPs that were pre-trained on the full or the reduced data
+and fine-tuned like this on COCO or Flickr30K. The fine-tuning is stock BLIP's, nothing here is TL;DR's:
+salesforce/BLIP@056a169:train_retrieval.py, cited as `B:`. All captions of an image count as its matches; samples with
+equal pixels are the same image, so the data may have one sample per caption. `python -m tldr_reduction.eval RUN
+--rerank SET` then measures recall.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from tldr_reduction.tokenizer import WordPiece, pre_caption
 
 
 class ImageDataset(PairDataset):
-    """Items of `PairDataset`, with a number that is the same for all pairs of one image behind the caption."""
+    """`PairDataset` whose items have a fourth entry, image_id: equal for all samples with the same pixels."""
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, list[data.Broken]]:
         broken: list[data.Broken] = []
@@ -38,7 +39,7 @@ def dry_run(cfg: RetrievalConfig, world_size: int = 1) -> None:
 
 
 def train(cfg: RetrievalConfig, process: run.Process) -> Path:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path

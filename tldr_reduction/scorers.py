@@ -23,20 +23,21 @@ class Scorer(NamedTuple):
     score: Callable[[Tensor, list[str]], Tensor]  # images (B, 3, S, S), captions -> (B,)
     encode_image: Callable[[Tensor], Tensor]  # images -> (B, E), unit
     encode_text: Callable[[list[str]], Tensor]  # captions -> (B, E), unit
-    matches: bool  # scores are probabilities of a match, else cosines
+    matches: bool  # True: scores are probabilities of a match. False: cosines
 
 
 def scored_tokens(scorer: BLIP, tokenizer: WordPiece, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """ids (B, T), mask (B, T) of captions to match or embed: as in training, but cut at `SCORED_LENGTH` tokens."""
+    """Tokenize captions for matching or embedding as in training, but cut at `SCORED_LENGTH` tokens: ids (B, T), mask
+    (B, T)."""
     length = min(SCORED_LENGTH, scorer.text_encoder.max_positions)
     return tokenizer([pre_caption(caption) for caption in captions], length)
 
 
 @torch.no_grad()
 def itm_scores(scorer: BLIP, tokenizer: WordPiece, images: Tensor, captions: list[str], cls: bool = False) -> Tensor:
-    """Probability of a match (B,), captions as `scored_tokens` prepares them; [ENC], or [CLS], at position 0.
+    """Probability that each caption matches its image, (B,). images (B, 3, S, S), B captions.
 
-    V:models/blip_itm.py:41-55, which leaves [CLS] there.
+    Token 0 is [ENC], as in BLIP's training; with `cls` it is [CLS], as in V:models/blip_itm.py:41-55.
     """
     ids, mask = scored_tokens(scorer, tokenizer, captions)
     ids[:, 0] = tokenizer.cls if cls else tokenizer.enc
@@ -44,10 +45,10 @@ def itm_scores(scorer: BLIP, tokenizer: WordPiece, images: Tensor, captions: lis
 
 
 def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
-    """The scorer of a run folder (BLIP's matching, or CLIP's cosine), of transformers' BLIP, or of any dual encoder
-    that shared/export.py loads.
+    """Load a scorer: a run folder (BLIP's matching, or CLIP's cosine), transformers' BLIP, or any dual encoder that
+    shared/export.py loads.
 
-    `cls`: a BLIP scores with [CLS] at position 0.
+    `cls`: a BLIP scores with [CLS] at position 0. ValueError or FileNotFoundError if `name` cannot be loaded.
     """
     if export.foreign(name, "tldr_reduction"):
         model, transform, tokenizer = export.load_model(name, device)
@@ -56,6 +57,8 @@ def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
         model, settings, tokenizer = load_run(name)
         if settings.stage == "clip":
             return cosines(model, view_of(model, settings), eval_tokenizer(tokenizer, settings), device)
+    if name.startswith(export.LOCAL):
+        raise FileNotFoundError(f"{name} holds no open_clip_config.json: name a folder that --export wrote")
     blip, settings, tokenizer = load_model(name, "blip")
     blip.to(device)
 
@@ -70,7 +73,8 @@ def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
 
 
 def cosines(model: nn.Module, transform: Callable, tokenizer: Callable, device: torch.device) -> Scorer:
-    """The scorer of a dual encoder; tokenizer: captions -> ids."""
+    """Scorer that computes the cosines of a dual encoder. transform: PIL RGB -> (3, S, S); tokenizer: captions -> ids
+    (B, T)."""
     model.to(device)
 
     @torch.no_grad()

@@ -1,13 +1,13 @@
 """The small-scale study of TL;DR: `python -m tldr_reduction.study` (`make reproduce-tldr-reduction`).
 
-Scenes of one emoji, a stand-in for CC3M: near copies of a thousand scenes in Zipf's proportions, with a known share of
-bad captions (pool.py). A text tower and a projection of EfficientNet-Lite0's features (the paper's image towers start
-from ImageNet, too) are trained on all of them or on a reduction, for equal steps.
+Scenes of one emoji stand in for CC3M: near copies of a thousand scenes in Zipf's proportions, with a known share of bad
+captions (pool.py). A text tower and a projection of EfficientNet-Lite0's features (the paper's image towers start from
+ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
 
-Why the effect can appear: most scenes of the pool are copies, so that clusters finer than the scenes keep more
-different ones than chance does, and bad captions name the wrong emoji or none, which a second caption mends. It would
-vanish without copies, and with captions that are true, or with a captioner that is wrong as often as they are: these
-shares are varied from none.
+Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
+distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and a
+second caption corrects them. The effect would vanish without copies, with true captions, and with a captioner that is
+wrong as often as the captions are: the study varies these shares, from none.
 """
 
 import csv
@@ -53,6 +53,7 @@ BEFORE = (
 
 
 def shards(pool: str) -> str:
+    """Folder of the shards of a pool, by its name in POOLS."""
     _, folder, percent = POOLS[pool]
     return f"{folder}/noise-{percent:02}"
 
@@ -82,12 +83,13 @@ REDUCTIONS = {  # name: (pool, flags)
         )
     },
 }
-# Finer clusters than there are scenes: a cluster is then a scene and its copies, of which one stays, or a quarter.
+# More clusters than distinct scenes: a cluster is then a scene with its copies, of which one or a quarter is kept.
 REDUCE = "reduce {pool} --keep 0.25 --clusters 1500 --check none --work runs/tldr_reduction/work{name}-seed{{seed}}"
 
 
 def reductions() -> Iterator[Stage]:
-    """One after the other in each pool: those of a seed share codes and scores, and each adds what it lacks."""
+    """Stages that reduce the pools. Those of a pool run one after the other, because they share a work folder, in which
+    each computes only the codes and scores that are missing."""
     before: dict[str, tuple[str, ...]] = {pool: () for pool in POOLS}
     for name, (pool, flags) in REDUCTIONS.items():
         command = f"{REDUCE.format(pool=shards(pool), name=pool)} --seed {{seed}} --out {{out}} {flags}"
@@ -102,7 +104,7 @@ THIRD, HALF = "--epochs 20 --lr-decay-rate 0.86 --warmup 10", "--epochs 14 --lr-
 
 
 def on(reduction: str, length: str, heading: str, core: bool = False) -> Arm:
-    """An arm that is trained on a reduction, and named like it."""
+    """The arm that trains on a reduction; it has the reduction's name."""
     return Arm(
         reduction, f"train emoji-scenes --data {{reduced/{reduction}}}/shards {length}", heading=heading, core=core
     )
@@ -161,20 +163,20 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What this scale cannot show."""
+    """Table rows of the paper's claims that cannot be tested at this scale."""
     return [
         verdicts.not_testable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"),
         verdicts.not_testable("training time at 25 %", "19 h to 4.7 h", "follows from the number of steps"),
     ]
 
 
-LITE0_VIEW = eval_transform(128, of_lite0)  # one object, by which floors know that they read the same
+LITE0_VIEW = eval_transform(128, of_lite0)  # one object, since `floors.read` caches by it
 
 
 @functools.cache
 def pool_features() -> tuple[Tensor, list[str], list[str]]:
-    """Features (N, 1280) of all pictures of the pool, their true names, and what their captions call them, "" if no
-    concept."""
+    """Features (N, 1280) of all pictures of the pool, their true names, and the names in their captions ("" if a
+    caption names no concept)."""
     everything = dict(tars.descriptions(data.expand_shards(shards(""))))
     pairs = open_pairs(shards(""))
     about = [everything[str(key)] for key in pairs.keys]
@@ -187,7 +189,8 @@ def pool_features() -> tuple[Tensor, list[str], list[str]]:
 
 
 def pool_neighbour(share: float, draws: int) -> dict[str, float]:
-    """What the caption of the nearest picture says, among random shares of the pool; the mean of some draws."""
+    """Top-1 in percent if a test picture gets the name in the caption of the nearest picture of a random share of the
+    pool, by set; the mean over `draws` random shares."""
     features, _, called = pool_features()
     names = EvalSet(SETS[0], None).classnames
     labels = torch.tensor([names.index(name) if name else -1 for name in called])
@@ -205,7 +208,8 @@ def pool_neighbour(share: float, draws: int) -> dict[str, float]:
 
 
 def on_labels() -> dict[str, float]:
-    """The ceiling: a linear layer on the tower's features of the whole pool, trained on true names."""
+    """Top-1 in percent, by set, of a linear layer on the locked tower's features, trained on the true names of the
+    whole pool: the ceiling."""
     features, names, _ = pool_features()
     probe, classnames = LogisticRegression(C=0.01, max_iter=200).fit(features, names), EvalSet(SETS[0], None).classnames
     found = {}
@@ -228,8 +232,8 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Three plots, tldr_reduction_*.png: accuracy by what is planted; of arm tldr and the first seed scores and
-    clusters."""
+    """Write three plots, tldr_reduction_*.png: accuracy by what is planted; and, of arm tldr and the first seed, scores
+    of captions and members of clusters."""
     plot_fractions(found.arms, out)
     if "tldr" in found.folders:
         reduction = Path(json.loads((found.folders["tldr"][0] / "config.json").read_text())["data"]).parent
@@ -239,7 +243,10 @@ def plot(found: Comparison, out: Path) -> None:
 
 
 def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
-    """tldr_reduction_fractions.png: what selection and refinement add to a random sample, by what is planted."""
+    """tldr_reduction_fractions.png: points that selection and refinement add to a random sample of each pool.
+
+    arms: {arm: metrics of each seed}.
+    """
     pools = {"-clean": "true captions", "": "30 % bad", "-noisy": "60 % bad", "-distinct": "30 % bad, no copies"}
     figure, axis = plt.subplots(figsize=(7, 3.8))
     for shift, (method, label) in enumerate((("codes", "selection by codes"), ("random-refined", "refined captions"))):
@@ -283,7 +290,7 @@ def plot_itm(reduction: Path, out: Path) -> None:
 def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 8) -> None:
     """tldr_reduction_clusters.png: members of some clusters; kept ones framed, with T_o; T_g, dropped ones with T_o."""
     source = json.loads((reduction / "config.json").read_text())["data"]
-    if any(map(data.is_remote, source.split("::"))):  # a file's word is no reason to fetch, or to run pipe:COMMAND
+    if any(map(data.is_remote, source.split("::"))):  # a plot neither fetches shards nor runs a pipe:COMMAND
         return
     pairs = open_pairs(source)
     row_of = {str(key): row for row, key in enumerate(pairs.keys)}

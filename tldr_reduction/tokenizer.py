@@ -22,15 +22,19 @@ SCORED_LENGTH = 35  # tokens of a caption in retrieval and matching; B:train_ret
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:
-    """Lower case, punctuation to spaces, runs of white space to one space, first words. B:data/utils.py:10."""
+    """Lower-case a caption, replace punctuation and runs of white space by one space, and keep the first `max_words`
+    words. B:data/utils.py:10."""
     text = re.sub(r"\s{2,}", " ", re.sub(PUNCTUATION, " ", text.lower()))
     words = text.rstrip("\n").strip(" ").split(" ")
     return " ".join(words[:max_words])
 
 
 def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
-    """A WordPiece vocabulary of at most `size` (BERT's) pieces: whole words, the frequent first, and single characters,
-    the 1000 most frequent, for all that is not in it. The prompt's words are in it, too."""
+    """Make a WordPiece vocabulary of at most `size` pieces (default: BERT's size).
+
+    It has the special tokens, the 1000 most frequent characters (of which other words can be composed), the prompt's
+    words, and then whole words by descending frequency.
+    """
     texts = (pre_caption(caption) for caption in (PROMPT, *captions))
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
     letters: Counter[str] = Counter()
@@ -43,7 +47,8 @@ def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
 
 
 class WordPiece:
-    """BERT's uncased tokenizer with BLIP's two extra tokens behind it: [DEC], which starts a caption, and [ENC].
+    """BERT's uncased tokenizer with BLIP's two extra tokens, whose ids follow the vocabulary: [DEC], which starts a
+    caption, and [ENC], which starts a text to match with an image.
 
     `vocab` is a vocab.txt, a folder with one or with a tokenizer.json, or the name of a tokenizer on the Hugging Face
     hub (bert-base-uncased).
@@ -76,7 +81,8 @@ class WordPiece:
         return self.enc + 1
 
     def __call__(self, texts: Sequence[str], max_length: int = 30) -> tuple[Tensor, Tensor]:
-        """ids (B, T), mask (B, T): [CLS] ... [SEP], cut at `max_length`, padded to the longest."""
+        """Tokenize texts to ids (B, T) and mask (B, T): [CLS] ... [SEP], cut to at most `max_length` tokens including
+        these two, and padded to the longest."""
         encoded = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         rows = [[self.cls, *each.ids[: max_length - 2], self.sep] for each in encoded]
         width = max(map(len, rows))
@@ -84,11 +90,11 @@ class WordPiece:
         return ids, (ids != self.pad).long()
 
     def prompt_ids(self, prompt: str = PROMPT) -> Tensor:
-        """[CLS] a picture of [SEP]."""
+        """Ids (P,) of a prompt: [CLS] a picture of [SEP]."""
         return self([prompt])[0][0]
 
     def save(self, folder: str | Path) -> None:
-        """Write it in transformers' layout: [CLS] ... [SEP], the two extra tokens behind the vocabulary."""
+        """Write the tokenizer in transformers' layout; it adds [CLS] and [SEP], and has the two extra tokens."""
         from transformers import PreTrainedTokenizerFast
 
         own = Tokenizer.from_str(self.tokenizer.to_str())
@@ -100,14 +106,15 @@ class WordPiece:
         fast.save_pretrained(folder)
 
     def decode(self, ids: Tensor, prompt: str = PROMPT) -> list[str]:
-        """Captions of generated ids (B, T), special tokens and the prompt's characters removed."""
+        """Decode generated ids (B, T) to captions, without special tokens and without the prompt, which is cut off by
+        its number of characters."""
         special = {self.pad, self.cls, self.sep, self.dec, self.enc}
         rows = [[i for i in row if i not in special] for row in ids.tolist()]
         return [text[len(prompt) :].strip() for text in self.tokenizer.decode_batch(rows)]
 
 
 def tokenizer_of(cfg: Common) -> WordPiece | open_clip.SimpleTokenizer:
-    """open_clip's for a clip, else WordPiece."""
+    """The tokenizer of a run: open_clip's for a clip, else WordPiece."""
     if cfg.stage != "clip":
         return WordPiece(cfg.vocab)
     length = open_clip.get_model_config(cfg.clip_model)["text_cfg"]["context_length"]
@@ -115,7 +122,8 @@ def tokenizer_of(cfg: Common) -> WordPiece | open_clip.SimpleTokenizer:
 
 
 def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Common) -> Callable[[Sequence[str]], Tensor]:
-    """texts -> ids, prepared as in training; BLIP's are cut at `SCORED_LENGTH` tokens."""
+    """Return a function texts -> ids (B, T) for evaluation: texts are prepared as in training, but BLIP's are cut at
+    `SCORED_LENGTH` tokens."""
 
     def tokens(texts: Sequence[str]) -> Tensor:
         texts = [pre_caption(text, cfg.max_words) for text in texts]
@@ -125,9 +133,10 @@ def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Common
 
 
 def save_tokenizer(folder: str | Path) -> None:
-    """open_clip's byte-pair encoding of lower-cased captions without `PUNCTUATION`, in transformers' layout.
+    """Write open_clip's tokenizer in transformers' layout; it lower-cases captions and removes `PUNCTUATION`.
 
-    Padding is the end token again: the first one is what is read, and attention is causal.
+    The end token is also the padding: open_clip reads the features at its first occurrence, and attention is causal, so
+    later ones have no effect.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
 """Pre-train on the full or the reduced data: `python -m tldr_reduction.train PRESET [--overrides]`.
 
-TL;DR (arXiv 2305.20087), section 4: what a reduction is for. Stock BLIP or CLIP; a BLIP also scores image-text
-matching. The paper's own stage 1 is captioner.py, its fine-tuning finetune.py, the reduction reduce.py; retrieval.py
-fine-tunes what comes out of this. Authors' code showlab/datacentric.vlp@a488102, BLIP's salesforce/BLIP@056a169.
+TL;DR (arXiv 2305.20087), section 4: the pre-training whose data are reduced. The models are stock BLIP and CLIP; a BLIP
+also scores image-text matching. The paper's own stages are captioner.py, finetune.py and reduce.py; retrieval.py
+fine-tunes a BLIP that was trained here. Authors' code showlab/datacentric.vlp@a488102, BLIP's salesforce/BLIP@056a169.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from tldr_reduction.tokenizer import eval_tokenizer, tokenizer_of
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of this rank's unit rows (B, D) among those of all ranks, in fp32."""
+    """Symmetric InfoNCE, a scalar: this rank's unit features (B, D) against those of all ranks, in fp32."""
     image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
     labels = run.own_columns(image)
     to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
@@ -39,8 +39,10 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 def losses_of(
     model: nn.Module, batch: Sequence[Tensor], cfg: Config, alpha: float = 0.0, precision: str = "fp32"
 ) -> tuple[dict[str, Tensor], Callable]:
-    """Losses of images, ids, mask, and `target_places` if they are known: {"loss": their sum, each by name}; the
-    backward pass of a loss."""
+    """Compute the losses of a batch (images, ids, mask and, of a blip, `target_places`).
+
+    Returns {"loss": the sum, and each loss by its name}, and the function that runs the backward pass of a loss.
+    """
     images, ids, mask, places = (*batch, None)[:4]
     if cfg.objective == "clip":
         features, backward = accumulate.forward(model, (images, ids), cfg, precision)
@@ -69,7 +71,10 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def on_device(
     inputs: list[Tensor], dataset: PairDataset, model: nn.Module, cfg: Config, device: torch.device
 ) -> list[Tensor]:
-    """Images, ids, mask of a batch; of a clip, ids no longer than they need be; of a blip, `target_places`, too."""
+    """Move a batch to the device and normalise its images: images, ids, mask and, of a blip, `target_places`.
+
+    A clip's ids are cut to the longest caption of the batch.
+    """
     if cfg.objective == "blip":
         return loop.on_device(inputs, dataset, device)
     images, ids, mask = inputs
@@ -78,18 +83,18 @@ def on_device(
 
 
 def evaluates(cfg: Config, epoch: int) -> bool:
-    """Whether there is a zero-shot evaluation after that epoch, from 0."""
+    """Whether there is a zero-shot evaluation after `epoch`, counted from 0."""
     return cfg.eval_every > 0 and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs)
 
 
 def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, precision: str) -> float:
-    """Top-1 in percent on `eval_set`."""
+    """Zero-shot top-1 in percent on `eval_set`."""
     view, tokens, dtype = view_of(model, cfg), eval_tokenizer(tokenizer, cfg), run.DTYPES[precision]
     return quick_top1(model, tokens, view, cfg.eval_set, device, dtype, windows.evaluation_workers(cfg))
 
 
 def train(cfg: Config, process: run.Process) -> Path:
-    """Train to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path
