@@ -463,7 +463,9 @@ def test_ties_are_broken_the_same_way_every_time():
 
 @pytest.mark.parametrize("patches, block", [(15, 2), (25, 2), (16, 3)])
 def test_a_grid_that_blocks_do_not_tile_is_refused(patches, block):
-    with pytest.raises(ValueError, match=f"{patches} patches are no square grid that blocks of {block} x {block} tile"):
+    with pytest.raises(
+        ValueError, match=f"{patches} patches do not form a square grid that blocks of {block} x {block} tile"
+    ):
         attentive_keep_ids(torch.rand(1, patches), block=block)
 
 

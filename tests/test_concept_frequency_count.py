@@ -115,7 +115,7 @@ def test_the_table_says_what_was_searched(tmp_path, capsys):
 
 @pytest.mark.parametrize(("file", "settings", "message"), [
     ("page.tar", {}, "page.tar holds no caption: truncated or damaged tar"),
-    ("captions.txt", {"also": "url"}, "captions.txt has no column 'url', being lines of text: pass --also ''"),
+    ("captions.txt", {"also": "url"}, "no column 'url' because it holds lines of text: pass --also ''"),
     ("empty.txt", {}, "empty.txt holds no caption"),
     ("captions.txt", {"spacy": "en_core_web_xl"}, "python -m spacy download en_core_web_xl, or name en_core_web_sm"),
 ])  # fmt: skip
@@ -274,12 +274,12 @@ def test_wrong_address_fails_at_once(server):
         bound.bind(("127.0.0.1", 0))
         port, start = bound.getsockname()[1], time.monotonic()
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            with pytest.raises(ValueError, match=f"--address {address}: nothing answers there"):
+            with pytest.raises(ValueError, match=f"--address {address}: no answer"):
                 count.check_head(address)
     for address in ("nowhere", "host:", "host:port", "host:99999"):
         with pytest.raises(ValueError, match="--address is auto, local, HOST:PORT or ray://HOST:PORT"):
             count.check_head(address)
-    with pytest.raises(ValueError, match="what answers there is no Ray head"):
+    with pytest.raises(ValueError, match="this is not a Ray head"):
         count.check_head(server[0].removeprefix("http://"))
     assert time.monotonic() - start < 2 * count.CONNECT_SECONDS
 

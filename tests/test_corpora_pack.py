@@ -203,10 +203,10 @@ def test_classes_of_folders(tmp_path: Path, capsys) -> None:
         (tmp_path / split / "hot_dog").rename(tmp_path / split / "8")
     pack.Classes(tmp_path / "test", tmp_path / "numbers").build()
     assert (tmp_path / "numbers/classnames.txt").read_text().splitlines() == ["8", "9", "10"]
-    assert "classes are called 8, 9, 10, ...: --classnames names them" in capsys.readouterr().out
+    assert "classes are called 8, 9, 10, ...: pass --classnames to name them" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--out .*test/8/out lies in the folder of classes"):
         pack.Classes(tmp_path / "test", tmp_path / "test/8/out").build()
-    with pytest.raises(ValueError, match=r"holds no picture in a folder of its class, .*/CLASS/picture\.jpg"):
+    with pytest.raises(ValueError, match=r"holds no folder of a class with pictures, .*/CLASS/picture\.jpg"):
         pack.Classes(tmp_path / "test/9/deep", tmp_path / "other").build()
 
 
@@ -307,7 +307,7 @@ def test_paths_that_lead_out_are_refused(photos: Path, way: str, capsys, monkeyp
     write(photos / "hostile-labels.csv", "image,label", "0.jpg,a", f"{path},b")
     for kind, table in (("pairs", "hostile"), ("retrieval", "hostile"), ("classes", "hostile-labels")):
         code, said = called(monkeypatch, capsys, kind, photos / f"{table}.csv", "--out", photos.parent / "out")
-        assert code == 2 and one_sentence(said) and f"line 3: {path} leads out of {photos}" in said
+        assert code == 2 and one_sentence(said) and f"line 3: {path} is outside of {photos}" in said
     assert not (photos.parent / "out").exists()
 
 
@@ -326,7 +326,7 @@ def test_a_link_out_of_a_folder_of_classes_is_refused(tmp_path: Path) -> None:
         photograph(tmp_path / f"in/{name}/1.png")
     photograph(tmp_path / "secret.png")
     (tmp_path / "in/a/2.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(ValueError, match=r"a/2\.png leads out of"):
+    with pytest.raises(ValueError, match=r"a/2\.png is outside of"):
         pack.Classes(tmp_path / "in", tmp_path / "out").build()
 
 
@@ -350,28 +350,28 @@ def test_the_command_line(photos: Path, monkeypatch, capsys) -> None:
 WRONG = {  # what is called -> what is said
     "pairs missing.csv": r"missing\.csv is no file: name a table",
     "pairs .": r". is a folder: name a table",
-    "pairs 0.jpg": r"0\.jpg is none of \.csv, \.tsv, \.jsonl",
+    "pairs 0.jpg": r"0\.jpg must end in one of \.csv, \.tsv, \.jsonl",
     "pairs empty.csv": r"empty\.csv is empty",
-    "pairs header.csv": r"header\.csv leaves no picture for train",
+    "pairs header.csv": r"header\.csv has no picture left for train",
     "pairs labels.csv": r"labels\.csv has the columns image, label, tags, not image and caption: --image-column and",
     "classes captions.csv": r"captions\.csv has the columns image, caption, source, not image and label: .*label-col",
     "pairs captions.csv --image-column 0 --caption-column 9": r"has the columns .*, not 0 and 9",
     "pairs latin.csv": r"latin\.csv is not UTF-8 text",
     "pairs quotes.csv": r"quotes\.csv, line 3 cannot be read as cells: unexpected end of data",
-    "pairs list.json": r"list\.json begins as a JSON list and is none",
+    "pairs list.json": r"list\.json begins with \[ but is not a JSON list",
     "pairs captions.csv --image-root more": r"none of the 10 pictures of captions\.csv \(train\) can be read.*--image",
-    "pairs captions.csv --image-root nowhere": r"nowhere is no folder: --image-root",
-    "pairs captions.csv --hold-out 1": r"--hold-out is a share of at least 0 and less than 1, not 1",
+    "pairs captions.csv --image-root nowhere": r"nowhere is not a folder: set --image-root",
+    "pairs captions.csv --hold-out 1": r"--hold-out must be a share of at least 0 and less than 1, not 1",
     "pairs captions.csv --shard-size 0": r"--shard-size must be at least 1",
     "pairs captions.csv --shard-size 10001": r"--shard-size must be at most 10,000, not 10,001",
     "pairs captions.csv --max-side 0": r"--max-side must be at least 1",
-    "pairs one.csv --hold-out 0.5": r"one\.csv leaves no picture for held_out",
+    "pairs one.csv --hold-out 0.5": r"one\.csv has no picture left for held_out",
     "classes labels.csv --train labels.csv": r"0\.jpg is in both splits",
-    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out are two ways to the same thing",
+    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out exclude each other",
     "classes twice.csv": r"twice\.csv, line 3: 0\.jpg is 'b' here and 'a' before",
     "classes oneclass.csv": r"oneclass\.csv has one class, a: at least two",
     "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt cannot be read",
-    "classes header-labels.csv": r"header-labels\.csv leaves no picture for test",
+    "classes header-labels.csv": r"header-labels\.csv has no picture left for test",
 }
 
 
@@ -454,10 +454,10 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(labelled: Path, monk
     pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
     assert "is complete" in capsys.readouterr().out
     for options in ({"hold_out": 0.2}, {"hold_out": 0.3, "max_side": 5}, {"hold_out": 0.3, "every_caption": False}):
-        with pytest.raises(ValueError, match="was made with another setting: "):
+        with pytest.raises(ValueError, match="was made with other settings: "):
             pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", **options).build()
     photograph(labelled / "0.jpg", 30, 30)
-    with pytest.raises(ValueError, match="was made with another setting: files"):
+    with pytest.raises(ValueError, match="was made with other settings: files"):
         pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
 
 

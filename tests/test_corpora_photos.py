@@ -104,7 +104,7 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(flickr8k: Path, monk
     with pytest.raises(ValueError, match=r"another setting: image_size \(was None, now 8\)"):
         build_flickr8k(flickr8k, "one", image_size=8)
     photograph(flickr8k / "Images/1_a.jpg", 30, 30)
-    with pytest.raises(ValueError, match="another setting: files"):
+    with pytest.raises(ValueError, match="other settings: files"):
         build_flickr8k(flickr8k, "one")
 
 

@@ -336,7 +336,7 @@ def test_tsv(tmp_path: Path):
 
 def test_another_size_than_the_datas_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
     shard, main = str(three(tmp_path / "0.tar")), run.Process(0, 2, torch.device("cpu"))
-    for size, message in ((2, "3 pairs, of which the first are kept by --dataset-size 2"), (3, ""), (None, ""),
+    for size, message in ((2, "3 pairs; --dataset-size keeps the first 2"), (3, ""), (None, ""),
                           (4, "3 pairs, fewer than --dataset-size 4")):  # fmt: skip
         cfg = SimpleNamespace(data=shard, dataset_size=size, batch_size=1, out="run")
         data.check_pairs(data.open_pairs(shard, size), cfg, {}, main)

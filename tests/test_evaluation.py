@@ -52,7 +52,7 @@ def test_runs_are_named_and_reports_replace_nothing_else(tmp_path: Path):
 
 
 def test_a_report_without_its_study_is_one_sentence():
-    with pytest.raises(ValueError, match="--report compares arms as no_paper/study.py says"):
+    with pytest.raises(ValueError, match="--report needs no_paper/study.py"):
         evaluation.compare("no_paper", ["run"], [{}], "results.json")
 
 
@@ -80,10 +80,10 @@ def test_console_says_what_was_measured_and_where_it_is(tmp_path: Path, monkeypa
         Path(folder).mkdir(parents=True)
     measure = lambda path: {"ours/top1": 1.0, "ours/top5": 2.0, "imagenet/top1": 61.4}  # noqa: E731
     for cfg, lines in (
-        (Sets(("run",)), ["run:", "| metric | value |", "| top-1  | 1.00  |", "all of it: run/results.md"]),
-        (Sets(("run", "other")), ["run: top-1 1.00; all of it: run/results.md"]),
-        (Sets(("a.pt", "other"), sets=("imagenet",)), ["| top1   | 61.40    |", "all of it: a.eval/results.md"]),
-        (Sets(("RN50@openai",), sets=("imagenet",)), ["all of it: runs/tests/RN50@openai/results.md"]),
+        (Sets(("run",)), ["run:", "| metric | value |", "| top-1  | 1.00  |", "all metrics: run/results.md"]),
+        (Sets(("run", "other")), ["run: top-1 1.00; all metrics: run/results.md"]),
+        (Sets(("a.pt", "other"), sets=("imagenet",)), ["| top1   | 61.40    |", "all metrics: a.eval/results.md"]),
+        (Sets(("RN50@openai",), sets=("imagenet",)), ["all metrics: runs/tests/RN50@openai/results.md"]),
     ):
         evaluation.evaluate_runs(cfg, measure, {"ours/top1": "top-1"})
         printed = capsys.readouterr().out.splitlines()

@@ -124,10 +124,10 @@ def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_set
 
 def test_models_that_are_none(tmp_path: Path):
     for source in ("nowhere", "ViT-B-32@nothing", "local-dir:nowhere", str(tmp_path)):
-        with pytest.raises(ValueError, match="is no model that can be used here: it takes a run folder, local-dir:DIR"):
+        with pytest.raises(ValueError, match="is not a model that can be used here: name a run folder, local-dir:DIR"):
             export.load_model(source)
     torch.save({"paper": "flame"}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="a run of flame, is no model to be used here: --export: open_clip has no"):
+    with pytest.raises(ValueError, match="a run of flame, cannot be used here: --export: open_clip has no"):
         export.load_model(str(tmp_path))
 
 
@@ -209,5 +209,5 @@ def test_other_features_are_an_error(tmp_path: Path, exported: dict):
     path, _ = exported["protoclip"]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
     config = json.loads((path / "open_clip_config.json").read_text())["model_cfg"] | {"quick_gelu": True}
-    with pytest.raises(RuntimeError, match="gives other features"):
+    with pytest.raises(RuntimeError, match="differ from those of the exported model"):
         export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)

@@ -348,9 +348,9 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
     mine |= {key: 0 for key in ("epoch", "episode", "step", "batch") if key in mine}
     foreign = {"weights" if "weights" in mine else "state_dict": {"foreign": torch.zeros(1)}}
     for content, words in (
-        ([1, 2], "is no checkpoint of this script"),
-        ({"config": [1]}, "is no checkpoint of this script"),
-        ({"config": mine["config"]}, "the checkpoint holds no '"),
+        ([1, 2], "is not a checkpoint of this script"),
+        ({"config": [1]}, "is not a checkpoint of this script"),
+        ({"config": mine["config"]}, "the checkpoint has no '"),
         (mine | foreign, "the checkpoint (holds weights of another|does not hold the weights of the) model"),
     ):
         torch.save(content, path)

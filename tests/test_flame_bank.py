@@ -64,7 +64,7 @@ def test_centres_are_means_over_images(small_bank: Path, rows: torch.Tensor):
 
 def test_a_bank_that_was_only_begun(tmp_path: Path):
     (tmp_path / ".lock").touch()
-    with pytest.raises(ValueError, match="has nothing embedded yet: 'python -m flame.embed' was stopped; run it again"):
+    with pytest.raises(ValueError, match="has no embeddings yet: 'python -m flame.embed' was stopped; run it again"):
         open_bank(tmp_path)
 
 

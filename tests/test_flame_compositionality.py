@@ -49,7 +49,10 @@ def test_files_that_are_missing_or_of_another_layout_are_refused(tmp_path: Path)
         with pytest.raises(FileNotFoundError, match="is missing"):
             read_instances(name, tmp_path)
     (tmp_path / "data").mkdir()
-    for text, message in (('{"image_0": "a"}\n', "is no winoground as its authors ship it"), ("", "holds no instance")):
+    for text, message in (
+        ('{"image_0": "a"}\n', "is not winoground in its authors' format"),
+        ("", "holds no instance"),
+    ):
         (tmp_path / "data/examples.jsonl").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_instances("winoground", tmp_path)

@@ -319,7 +319,7 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
         "is no clone": [*embed_flags, "--upstream", tmp_path],
         "must be at least 1, not 0": [*embed_flags, "--gallery", "0"],
         "--dataset-size must be at least 1": [*embed_flags, "--dataset-size", "-1"],
-        "is a classification set where a retrieval": [*embed_flags, "--language-sets", EVAL / "groups_ood"],
+        "is a classification set, but a retrieval": [*embed_flags, "--language-sets", EVAL / "groups_ood"],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, "--out", tmp_path / "bank")

@@ -196,7 +196,7 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], in_process, fo
     for name in ("flame_languages.png", "flame_facets.png", "flame_shares.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "| flame" in cfg_error.out and "| claim" in cfg_error.out
-    assert f"all of it: {runs[1]}/results.md" in cfg_error.out
+    assert f"all metrics: {runs[1]}/results.md" in cfg_error.out
     assert f" {flat['retrieval_long_ood/text_to_image_R@1']['mean']:.2f} " in cfg_error.out
 
 

@@ -46,7 +46,7 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
     for reader in longsets.LONG_SET_READERS.values():
         with pytest.raises(FileNotFoundError, match="is missing"):
             longsets.read_set(reader, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is no crossmodal3600 as its authors ship it .KeyError"):
+    with pytest.raises(ValueError, match="is not crossmodal3600 in its authors' format .KeyError"):
         longsets.read_set(longsets.crossmodal3600, tmp_path, "quz")
     (tmp_path / "images/k.jpg").unlink()
     with pytest.raises(ValueError, match="no image with a caption for crossmodal3600 sw"):

@@ -73,7 +73,7 @@ def test_papers_run_without_their_studies(folder: Path):
     shown = result.stdout[-2000:] + result.stderr[-4000:]
     assert [module for module, *_ in lines] == [line for line in result.stdout.splitlines() if line in modules], shown
     assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
-    assert result.returncode == 2 and "protoclip/study.py says, which could not be imported" in result.stderr, shown
+    assert result.returncode == 2 and "protoclip/study.py, which could not be imported" in result.stderr, shown
 
 
 @functools.cache

@@ -194,7 +194,7 @@ def test_image_folders_are_walked_once_a_machine(tmp_path, images, monkeypatch):
 @pytest.mark.parametrize("name", datasets.ID_SETS)
 @pytest.mark.parametrize("layout", ["vtab-", "", "folders"])
 def test_the_fourteen_sets_of_in_domain_transfer(tmp_path, images, name, layout):
-    with pytest.raises(FileNotFoundError, match=f"{name} --root .* wants a webdataset .*wds_.*, or image folders"):
+    with pytest.raises(FileNotFoundError, match=f"{name} --root .* needs a webdataset .*wds_.*, or image folders"):
         datasets.benchmark(name, str(tmp_path))
     source = datasets.open_labelled(str(images))
     pictures, rows = [source.read(row)[0].convert("L") for row in (0, 13, 40)], source.labels[[0, 13, 40]]
@@ -218,7 +218,7 @@ def test_domainnet_and_imagenet(tmp_path, images):
         ("domainnet-sketch", "lists .*DOMAIN_"),
         ("imagenet", "image folders .*CLASS/, or a webdataset"),
     ):
-        with pytest.raises(FileNotFoundError, match=f"is not there: --benchmark {name} --root .* wants .*{wanted}"):
+        with pytest.raises(FileNotFoundError, match=f"does not exist: --benchmark {name} --root .* needs .*{wanted}"):
             datasets.benchmark(name, str(tmp_path))
     with pytest.raises(ValueError, match="--benchmark is one of cifar10"):
         datasets.benchmark("mnist", str(tmp_path))

@@ -43,7 +43,7 @@ def test_lite0(tmp_path, images):
     picture = extract.open_labelled(str(images)).read(0)[0]
     assert dim == 1280 and view(picture).shape == train_view(picture).shape == (3, 64, 64)
     assert encoder(view(picture)[None]).shape == (1, 1280) and not encoder.training
-    with pytest.raises(ValueError, match="lite0:60 should say the side of its images in pixels, a multiple of 32"):
+    with pytest.raises(ValueError, match="lite0:60 should give the image size in pixels, a multiple of 32"):
         load_encoder("lite0", "60")
 
 
@@ -109,7 +109,7 @@ def test_command_lines_end_in_one_sentence(in_process, tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("{", "line 1 is no JSON"), ('{"embedding": [1, "x"], "label": 1}', "lists")]
+    "content, message", [("{", "line 1 is not JSON"), ('{"embedding": [1, "x"], "label": 1}', "lists")]
 )
 def test_unusable_answers(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content + "\n")

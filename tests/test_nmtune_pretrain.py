@@ -158,7 +158,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     torch.testing.assert_close(weights.norm(dim=1), scale.expand(len(weights)), rtol=1e-4, atol=1e-4)
     options[options.index(tmp_path / "clip")] = "timm:resnet_emoji"
     code, _, err = in_process("nmtune.train", *options, "--zero-shot", "--out", tmp_path / "none")
-    assert code == 2 and "text tower, which timm:resnet_emoji has not" in err
+    assert code == 2 and "text tower, but timm:resnet_emoji has none" in err
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):

@@ -108,4 +108,4 @@ def test_command_line(in_process):
     found = in_process("flame", "--json", module="shared.presets")
     assert json.loads(finished(found).out) == presets.rows("flame")
     wrong = in_process("blip", module="shared.presets")
-    assert wrong.code == 2 and "blip is no paper's folder" in wrong.err and one_sentence(wrong.err)
+    assert wrong.code == 2 and "blip is not a paper's folder" in wrong.err and one_sentence(wrong.err)

@@ -18,7 +18,7 @@ ERRORS = {
     "missing teacher file": (["emoji", "--external-teacher", "no.npz"], "teacher file no.npz does not exist"),
     "teacher that is none": (["emoji", "--external-teacher", f"{SHARDS}/00000.tar"], "is no teacher file"),
     "teacher without PBT": (["emoji", "--no-back-translate"], "needs back translation"),
-    "unknown model": (["emoji", "--model", "RN51"], "model 'RN51' is no open_clip config"),
+    "unknown model": (["emoji", "--model", "RN51"], "model 'RN51' is not an open_clip config"),
     "model without a plain text tower": (["emoji", "--model", "ViT-B-16-SigLIP"], "custom text tower"),
     "more prototypes than samples": (["emoji", "--k", "161"], "--k 161 prototypes"),
     "less than a batch": (["emoji", "--episode-size", "31"], "--episode-size 31 is less than one batch of 32"),

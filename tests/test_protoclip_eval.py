@@ -111,7 +111,7 @@ def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypat
     assert found["mean_top1"] == pytest.approx((found["groups_id/top1"] + found["subgroups_id/top1"]) / 2)
     kept = Path("runs/protoclip/RN50@openai")
     assert json.loads((kept / "results.json").read_text())["metrics"] == found
-    assert f"all of it: {kept}/results.md" in (printed := capsys.readouterr().out)
+    assert f"all metrics: {kept}/results.md" in (printed := capsys.readouterr().out)
     assert f"{found['groups_id/top1']:.2f}" in printed and "mean_top1" in printed
     assert activations == [True]  # OpenAI's weights were trained with QuickGELU, which the name alone does not say
 

@@ -91,7 +91,7 @@ def test_setup_seeds_and_names_a_missing_device():
     with pytest.raises(ValueError, match="no device 'tpu': --device is auto, cpu, cuda, cuda:N or mps"):
         run.setup(0, "tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda:1' was asked for.*--device cpu"):
+        with pytest.raises(ValueError, match="'cuda:1' was requested.*--device cpu"):
             run.setup(0, "cuda:1")
 
 
@@ -135,7 +135,7 @@ def test_autocast():
 
 def test_a_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch):
     """As far as a fake one shows it: it is asked for by name, computes in fp32, and serves one process."""
-    with pytest.raises(ValueError, match="torch sees no GPU of a Mac; use --device cpu"):
+    with pytest.raises(ValueError, match="torch finds no Apple GPU; use --device cpu"):
         run.setup(0, "mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     process = run.setup(0, "mps")
@@ -292,7 +292,7 @@ def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
 def test_a_checkpoint_without_a_part_is_refused(tmp_path: Path):
     cfg = Settings(out=str(tmp_path))
     checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"config": dataclasses.asdict(cfg)})
-    with pytest.raises(ValueError, match="the checkpoint holds no 'state_dict'"):
+    with pytest.raises(ValueError, match="the checkpoint has no 'state_dict'"):
         run.RunFolder(cfg, ALONE).restore(**parts(0))
 
 

@@ -89,7 +89,7 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("`loss`, ", "`lost`, ", "paper/model.py has no lost: mend the README's map"),
+        ("`loss`, ", "`lost`, ", "paper/model.py has no lost: correct the map in the README"),
         ("| loss | eq. 1 |", "| loss |", "a row of the map has 4 cells, not 5"),
         ("| part of the paper |", "| part |", "has no map"),
         ("< y", "\\left( y", "an equation could not be read"),
@@ -208,7 +208,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(ROOT)
     companion.main(("lexvla",), out=tmp_path)
     assert f"{tmp_path}/lexvla.html: " in capsys.readouterr().out and (tmp_path / "lexvla.html").is_file()
-    with pytest.raises(ValueError, match="--upstream is a clone for one folder"):
+    with pytest.raises(ValueError, match="--upstream needs exactly one folder"):
         companion.main(("lexvla", "flame"), upstream=tmp_path)
     with pytest.raises(ValueError, match="--clones .* is no folder"):
         companion.main(clones=tmp_path / "none")
@@ -218,4 +218,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
     command = [sys.executable, "-m", "shared.study.companion", "lexvlo"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "lexvlo is no paper's folder; those are" in result.stderr
+    assert result.returncode == 2 and "lexvlo is not a paper's folder; those are" in result.stderr

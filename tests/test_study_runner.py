@@ -80,7 +80,7 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
     }
     assert summary["claims"][0]["verdict"] == "reproduced"
     shown = capfd.readouterr().out
-    assert "8 runs, 0 of them begun before, 2 side by side; about 2 minutes on two cores" in shown
+    assert "8 runs, 0 started before, 2 in parallel; about 2 minutes on two cores" in shown
     assert re.search(r"\[8/8\] runs/paper/method-seed[01]: [\d.]+ minutes so far, about 0 left", shown)
     assert "| method" in shown and "written to runs/paper/results.json" in shown
 
@@ -137,7 +137,7 @@ def test_what_runs_once_runs_first_and_only_where_it_is_needed(study: Study):
 def test_results_and_clones(study: Study):
     with pytest.raises(ValueError, match=r"--results notes.md should end in \.json"):
         runner.run(study, runner.Options(results="notes.md"))
-    with pytest.raises(ValueError, match="reads no clone"):
+    with pytest.raises(ValueError, match="does not use a clone"):
         runner.run(study, runner.Options(upstream="clone"))
     assert not Path("order.txt").exists()
     rows = lambda found, said="": [{"claim": said, "paper": "-", "here": "-", "verdict": "no claim"}]  # noqa: E731
@@ -153,7 +153,7 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
         (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
     study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
     assert json.loads(Path("results.json").read_text())["claims"] == []
-    assert "claims about top1 are left out: give --sets those sets, too" in capfd.readouterr().out
+    assert "claims about top1 are left out: add their sets to --sets" in capfd.readouterr().out
 
 
 def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureFixture):

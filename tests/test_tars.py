@@ -163,10 +163,10 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     said, size = capsys.readouterr().out, len(whole) * 2 // 5
     assert (
         "1.tar is truncated or damaged: read up to byte " in said
-        and f" of {size:,}, {kept} pairs; its neighbours have 10" in said
+        and f" of {size:,}, {kept} pairs; undamaged shards have 10" in said
     )
     (tmp_path / "1_stats.json").write_text('{"successes": 12}')
-    assert f"{kept} pairs of the 12 that its _stats.json tells" in pairs.cut()[0]
+    assert f"{kept} pairs of the 12 in its _stats.json" in pairs.cut()[0]
     with pytest.raises(ValueError, match="--strict: sample"):
         data.open_pairs(str(tmp_path), strict=True)
 

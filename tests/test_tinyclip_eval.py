@@ -81,7 +81,7 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatc
     (values,) = evaluation.main(cfg)
     assert json.loads((small_run / "results.json").read_text())["metrics"] == values
     printed = capsys.readouterr().out
-    assert f"all of it: {small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
+    assert f"all metrics: {small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
     model = load_clip(small_run)
     assert values["macs_g"] == pytest.approx(evaluation.macs(model) / 1e9)
     assert values["total_parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)

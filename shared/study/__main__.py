@@ -81,7 +81,7 @@ def main(options: Options) -> None:
         print(sentence(remaining(options, papers), len(papers)), flush=True)
         command = [sys.executable, "-m", f"{folder}.study", "--seeds", *map(str, options.seeds), "--arms", options.arms]
         if subprocess.run(command).returncode:
-            raise ValueError(f"'python -m {' '.join(command[2:])}' failed; the same command goes on from there")
+            raise ValueError(f"'python -m {' '.join(command[2:])}' failed; run this command again to resume")
     print(sentence(remaining(options, papers), len(papers)))
     subprocess.run([sys.executable, "-m", "shared.study.overview", "runs"], check=True)
 
