@@ -64,5 +64,5 @@ def test_ram_plus_loads_its_layout():
         q = other(torch.randn(2, 3, 224, 224), one.expand(6, 5, 512))
     assert p.shape == q.shape == (2, 6) and 0 < p.min() < p.max() < 1
     del state["fc.bias"]
-    with pytest.raises(ValueError, match="no checkpoint of RAM"):
+    with pytest.raises(ValueError, match="not a checkpoint of RAM"):
         other.load_checkpoint(state)
