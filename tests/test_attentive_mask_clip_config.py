@@ -57,7 +57,7 @@ def test_wrong_flags(in_process, arguments: list[str]):
 
 
 def thin_towers(method: str, preset: str, **settings):
-    """Of the preset's geometry, but quick."""
+    """Replace the towers by small ones with the preset's geometry."""
     geometry = dict(image_size=40, patch_size=5) if preset == "emoji" else dict(image_size=224, patch_size=16)
     return create_model(method, "emoji", **{**geometry, "vision_layers": 1, "text_layers": 1, **settings})
 

@@ -1,4 +1,4 @@
-"""python -m attentive_mask_clip.pack_yfcc: what SLIP has of YFCC15M becomes shards; what is damaged is counted."""
+"""python -m attentive_mask_clip.pack_yfcc writes SLIP's YFCC15M as shards and counts damaged images."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def jpeg(number: int) -> bytes:
 
 
 def tree(root: Path, rows: list[tuple], images: dict[int, bytes]) -> Path:
-    """yfcc15m.pkl with `rows`, and zips with `images` by their numbers, in SLIP's layout."""
+    """Write yfcc15m.pkl with `rows`, and zips with `images` by number, in SLIP's layout."""
     for number, content in images.items():
         path = root / f"images/{number // 10**6:02}/{number // 1000 % 1000:03}.zip"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The 26 sets of the paper's suite, and SLIP's prompts for them; the clone of SLIP is made up here."""
+"""The 26 sets of the paper's suite and SLIP's prompts for them, from a made-up clone of SLIP."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ PETS = ["Abyssinian", "Bengal", "american bulldog", "beagle"]  # SLIP's order: c
 
 
 def make_set(folder: Path, classnames: list[str], labels: list[int]) -> Path:
-    """An evaluation set with a picture for each label."""
+    """Write an evaluation set with one picture per label."""
 
     def image(label: int) -> bytes:
         file = io.BytesIO()
@@ -144,7 +144,7 @@ def test_flags_that_need_each_other(in_process, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint file of a small A-CLIP, as training writes it, whose EMA towers differ from the online ones."""
+    """A checkpoint of a small A-CLIP in training's format; its EMA towers differ from the online towers."""
     cfg = TrainConfig(model="emoji", image_size=20)
     torch.manual_seed(0)
     model = create_model(cfg.method, cfg.model, **cfg.model_settings())

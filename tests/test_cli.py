@@ -1,4 +1,4 @@
-"""Settings that are refused, and errors of one sentence."""
+"""Settings that are refused, and errors that end in one sentence."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ def test_activation_bytes():
 
 
 class Chain(nn.Module):
-    """Four blocks that may be computed again."""
+    """Four blocks that can be recomputed."""
 
     def __init__(self):
         super().__init__()

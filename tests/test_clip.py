@@ -1,4 +1,4 @@
-"""Text towers without padding are open_clip's; blocks that are computed again change nothing but memory."""
+"""Text towers without padding equal open_clip's; recomputing blocks changes only memory."""
 
 import types
 
@@ -32,7 +32,7 @@ def test_text_tower_without_padding_is_open_clips(text_cfg):
 
 
 def towers(kind: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """A model with blocks that can be recomputed, in training, and what it reads."""
+    """A model in training mode with blocks that can be recomputed, and its inputs."""
     torch.manual_seed(0)
     text = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 2, "layers": 3}
     vision = {"layers": 3, "width": 8, "head_width": 4, "patch_size": 8, "image_size": 32}

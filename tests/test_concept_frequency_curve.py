@@ -1,4 +1,4 @@
-"""The curve of one's own counts and scores: every kind of file, what does not join, and the errors."""
+"""The curve of a user's own counts and scores: all kinds of files, unmatched names, and errors."""
 
 import csv
 import json
@@ -76,7 +76,7 @@ def test_curve_of_every_kind_of_file(files, capsys):
 
 
 def test_data_sets_are_pooled(files):
-    """One file of counts for all, or one for each; the null within data sets keeps each set's mean."""
+    """One file of counts for all data sets, or one for each; shuffling within data sets keeps the mean of each."""
     half = {name: count for name, count in list(COUNTS.items())[:60]}
     (files / "half.json").write_text(json.dumps(half))
     (files / "b.json").write_text(json.dumps({name: 90.0 for name in half}))
@@ -118,7 +118,7 @@ def test_slices(text):
 
 
 def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
-    """What `clip_benchmark eval` itself prints and writes gives the recall by class that measure.py has."""
+    """The output of `clip_benchmark eval` gives the same recall by class as measure.py."""
     sets = ROOT / "data/emoji/eval"
     if not (sets / "groups_id/classnames.txt").is_file():
         pytest.fail("data/emoji is missing: `make data` makes it", pytrace=False)
@@ -146,7 +146,7 @@ def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
 
 
 def test_names_of_measure_are_keys():
-    """Two classes of one name are two scores."""
+    """Two classes with the same name have two scores."""
     import torch
 
     class Model(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Test sets as the authors' loaders find them, in the CLIP-benchmark layout."""
+"""The authors' test sets are converted to the CLIP-benchmark layout."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def test_a_set_with_a_file_of_splits(tmp_path, capsys):
 
 
 def write_release(folder, described: bool) -> None:
-    """Two parquet files as the library `datasets` writes a set of images."""
+    """Write two parquet files in the format of the library `datasets`."""
     folder.mkdir(parents=True)
     for k in range(2):
         rows = [{"bytes": picture(2 * k + i, "PNG" if i else "JPEG"), "path": f"{i}.jpg"} for i in range(2)]

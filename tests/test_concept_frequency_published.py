@@ -1,4 +1,4 @@
-"""Files in the authors' layout: what is read of them, and what of a pickle is not."""
+"""Reading files in the authors' layout, and pickles that are refused."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What builders of corpora write: folders that are whole or absent, and masks as they are read back."""
+"""Builders write complete folders or none, and masks are read back unchanged."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Your own pictures: small made-up folders and tables, packed, and read back as in training and evaluation."""
+"""Packing a user's own pictures: small made-up folders and tables, read back like in training and evaluation."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from shared.corpora import pack
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten pictures, two of them in a folder of their own, and captions.csv with two captions of the first three."""
+    """Ten pictures, two of them in a subfolder, and captions.csv with two captions for each of the first three."""
     root = tmp_path / "photos"
     names = [*(f"{i}.jpg" for i in range(8)), "more/8.png", "more/9.JPEG"]
     for name in names:
@@ -39,7 +39,7 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def samples(folder: Path) -> list[dict[str, bytes]]:
-    """Files by ending of the samples of a folder's shards, in order; `key` is theirs."""
+    """Samples of a folder's shards in order, as {ending: content} with the key as `key`."""
     found: dict[str, dict] = {}
     for shard in sorted(folder.glob("*.tar")):
         for name, content in tars.read_tar(shard, []):
@@ -86,7 +86,7 @@ def test_the_first_caption_alone(photos: Path) -> None:
 
 
 def test_other_tables(photos: Path) -> None:
-    """JSON lines, a JSON list, tabs, a header of other names, no header, a folder elsewhere."""
+    """JSON lines, a JSON list, tabs, other column names, no header, another folder."""
     texts = {"0.jpg": ["a", "b"], "1.jpg": ["c"]}
     lines = [json.dumps({"image": name, "caption": some, "tags": ["x", 1]}) for name, some in texts.items()]
     write(photos / "a.jsonl", lines[0], "", lines[1])
@@ -243,7 +243,7 @@ def test_prompts_from_a_file(labelled: Path) -> None:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says a size and has no pixels."""
+    """A PNG header that states a size, without pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 10) + b"IDAT" + bytes(14)
@@ -331,7 +331,7 @@ def test_a_link_out_of_a_folder_of_classes_is_refused(tmp_path: Path) -> None:
 
 
 def called(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """(exit code, what is on stderr) of the command line."""
+    """(exit code, stderr) of the command line."""
     monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
     code = 0
     try:
@@ -462,7 +462,7 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(labelled: Path, monk
 
 
 def test_what_was_written_is_read_back(labelled: Path, monkeypatch) -> None:
-    """A tar that lost bytes on its way to the disk is noticed, and nothing is left."""
+    """A tar that lost bytes while being written is noticed, and nothing is left behind."""
 
     def damaged(path: Path, samples) -> None:
         whole(path, samples)

@@ -1,4 +1,4 @@
-"""Photographs: small made-up files in the layouts that people have, built, and read back as in training."""
+"""Corpora of photographs: small made-up files in the published layouts, built, and read back like in training."""
 
 import gzip
 import json
@@ -35,7 +35,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def flickr8k(tmp_path: Path) -> Path:
-    """Photographs 1_a to 9_a, 5 to train on, 2 of development, 2 of test, 2 captions each; Multi30k has all but 9."""
+    """Photographs 1_a to 9_a with 2 captions each: 5 for training, 2 for development, 2 for test; Multi30k lacks number
+    9."""
     root = tmp_path / "flickr8k"
     names = [f"{i}_a.jpg" for i in range(1, 10)]
     for name in names:

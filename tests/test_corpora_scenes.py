@@ -1,4 +1,5 @@
-"""Scenes: a function of (setting, split, index), masks that are exact, styles apart, layouts that others read."""
+"""Scenes are a function of (settings, split, index), with exact masks, disjoint styles, and layouts that other tools
+read."""
 
 import dataclasses
 import json
@@ -21,7 +22,7 @@ SETTING = scenes.Setting(captioned=(2, 3), captioned_size=(0.3, 0.5), clutter=(1
 
 @pytest.fixture(scope="module")
 def bank() -> sprites.Sprites:
-    """The drawings of a few emoji, a third of them symbols."""
+    """Drawings of a few emoji, a third of them symbols."""
     modules = emoji_sources.install(NPM)
     known = emoji_sources.read_emoji(modules, None)
     chosen = [one for one in known if one.group == "animals-nature"][::8] + [
@@ -34,7 +35,7 @@ def bank() -> sprites.Sprites:
 
 @pytest.fixture(scope="module")
 def corpus(bank: sprites.Sprites, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An emoji corpus as far as scenes need one."""
+    """The parts of an emoji corpus that scenes need."""
     folder = tmp_path_factory.mktemp("corpus") / "emoji"
     folder.mkdir()
     packages = emoji_sources.packages(emoji_sources.install(NPM))

@@ -1,4 +1,4 @@
-"""Winoground and SugarCrepe as their authors ship them, and the accuracies of matching captions with images."""
+"""Reading Winoground and SugarCrepe in their authors' format, and their matching accuracies."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ from flame.compositionality import READERS, SUGAR_CREPE, caption_selection, read
 
 
 def test_accuracies_are_those_of_the_pairwise_definition():
-    """Against a loop over instances, images and captions; and CLIP_benchmark's on random features, which never tie."""
+    """Compared with a loop over instances, images and captions, and with CLIP_benchmark on random features without
+    ties."""
     torch.manual_seed(0)
     for images_each, captions_each in ((2, 2), (1, 2)):
         images = F.normalize(torch.randn(200, images_each, 4), dim=-1)

@@ -1,4 +1,4 @@
-"""The index of a data set: strings by bytes and ends, made once a machine, anew when a shard changes."""
+"""The index of a data set: strings as bytes and ends; built once per machine, and again after a shard changes."""
 
 import copy
 import errno
@@ -106,7 +106,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(shards: list[str], tmp_p
 def test_without_locks_the_first_index_stays_as_others_have_mapped_it(
     shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two processes index at the same time; the slower one takes what the quicker one has written meanwhile."""
+    """Two processes build the index at the same time; the slower one uses the index that the faster one wrote."""
 
     def without_locks(*given) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

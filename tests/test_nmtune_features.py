@@ -1,4 +1,4 @@
-"""Features of any model: files and what is wrong with them, banks of views, subsets of the training set."""
+"""Features of any model: files and their errors, banks of views, subsets of the training set."""
 
 import re
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_views_of_a_batch_are_two_different_ones():
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Items that are their own numbers."""
+    """A data set whose items are their own numbers."""
 
     def __init__(self, n: int):
         self.n = n

@@ -1,4 +1,4 @@
-"""Parts out of packages: EfficientNet-Lite0's features by other code, language models, errors without the packages."""
+"""Pretrained models from packages: EfficientNet-Lite0 compared with other code, language models, missing packages."""
 
 import importlib.util
 import json
@@ -41,14 +41,14 @@ def lite0():
 
 
 def picture(seed: int, side: int) -> torch.Tensor:
-    """(3, side, side) uint8, the same on every machine."""
+    """Pixels (3, side, side) uint8, the same on every machine."""
     y, x = np.mgrid[:side, :side]
     channels = [(x * y * (c + 1) // side + (seed + 2) * x + (5 - c) * y) % 256 for c in range(3)]
     return torch.from_numpy(np.stack(channels).astype(np.uint8))
 
 
 def lite0_by_hand(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S), S a multiple of 32 -> (B, 1280) in float64: EfficientNet-Lite0 in plain functions."""
+    """EfficientNet-Lite0 in plain functions, in float64: (B, 3, S, S), S a multiple of 32 -> (B, 1280)."""
     state = {name: value.double() for name, value in state.items()}
 
     def convolve(x, conv, norm, stride=1, groups=1):

@@ -91,6 +91,6 @@ def test_dry_run_of_the_published_eight_processes(capsys):
 
 
 def test_recipes_of_the_paper_gather_as_upstream_does():
-    """Without gradient to other processes' rows: the encoders' gradients meet the clipping norm that they had there."""
+    """Gathering without gradients of other processes' rows, so gradient clipping sees upstream's norms."""
     for name, (_, cfg) in config.PRESETS.items():
         assert cfg.gather_with_grad == name.startswith(("emoji", "small")), name

@@ -59,7 +59,7 @@ def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
 
 
 def test_towers_load_into_open_clip(runs: list[str]):
-    """Ours are open_clip's towers: its own model takes them, and encodes to the same features."""
+    """open_clip's model loads our towers and computes the same features."""
     model, name = evaluation.load_model(runs[2])
     plain = open_clip.create_model(name, force_image_size=16).eval()
     missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
@@ -73,7 +73,7 @@ def test_towers_load_into_open_clip(runs: list[str]):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
-    """A file with exactly upstream's keys and shapes for RN50 (tests/golden), as its torch.save writes it."""
+    """A file with upstream's keys and shapes of RN50 (tests/golden), in the format of upstream's torch.save."""
     shapes = json.loads((ROOT / "tests/golden/protoclip/state_dict_layout_RN50.json").read_text())
     weights = {prefix + k: torch.full((), 0.01).expand(shape) for k, shape in shapes.items()}
     path = tmp_path / "epoch_400.pt"
@@ -86,7 +86,10 @@ def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
 
 
 def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """MODEL@PRETRAINED with open_clip's own preprocessing; offline it is one sentence. The mean is over sets."""
+    """MODEL@PRETRAINED with open_clip's preprocessing; without a network it ends in one sentence.
+
+    The mean is over sets.
+    """
     monkeypatch.chdir(tmp_path)
 
     def unreachable(*_, **__):

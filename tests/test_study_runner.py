@@ -1,4 +1,4 @@
-"""Studies: which commands they run, in which order, what is left, and what becomes of failures."""
+"""Studies: their commands, order, resuming, and failures."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ METRICS = {"top1": "top-1"}
 
 
 def measured(runs: list[str]) -> list[dict]:
-    """A method that is 5 points above its baseline, and a table that no results file can hold."""
+    """Metrics of a method 5 points above its baseline, and a table that does not belong into a results file."""
     return [{"top1": 10.0 + 5 * ("method" in run) + int(run[-1]) / 10, "table": [run]} for run in runs]
 
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """A paper's folder with one script, in an empty place."""
+    """The folder of a paper with one script, in an empty folder."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/train.py").write_text(textwrap.dedent(SCRIPT))
     torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, tmp_path / "finished.pt")
@@ -186,7 +186,7 @@ def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureF
 
 
 def test_ceilings_come_from_committed_results_unless_these_are_made(study: Study):
-    """They take as long as an arm; the floors below are measured each time."""
+    """Ceilings take as long as an arm; floors are measured each time."""
     measured = []
     measure = lambda name: lambda: measured.append(name) or {"top1": 60.0 + len(measured)}  # noqa: E731
     floors = (Floor("chance", measure("chance")), Floor("labels", measure("labels"), ceiling=True))
@@ -211,7 +211,7 @@ def test_metrics_of_several_runs_can_be_claimed(study: Study):
 
 
 def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
-    """By a process of their own, which finds the study in the paper's folder."""
+    """A separate process measures each run after its training; it finds the study in the paper's folder."""
     Path("paper/study.py").write_text("import sys\nopen('order.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     runner.run(dataclasses.replace(study, alone=True), runner.Options(seeds=(0,), arms="method", jobs=1))
     lines = [line.split() for line in Path("order.txt").read_text().splitlines()]
@@ -223,7 +223,7 @@ def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
 
 
 def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pytest.CaptureFixture):
-    """Commands read them where --photos says; a run that is measured alone is measured by the study on photographs."""
+    """Commands read photographs from --photos; runs that are measured alone use the study on photographs."""
     Path("paper/study.py").write_text("import sys\nopen('measured.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     once = Once("paper.train build --root {photos}/set --out data/set")
     study = dataclasses.replace(study, on="photos", alone=True, before=(once,), arms=study.arms[:1])

@@ -93,7 +93,7 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_epochs_stretch_the_schedule(in_process):
-    """`small-auto` has 300 steps, of which the masks live 120; two epochs of 5,120 pairs are 40."""
+    """`small-auto` has 300 steps, 120 of them with masks; two epochs of 5,120 pairs have 40 steps."""
     result = in_process("small-auto", "--dry-run", "--epochs", "2", "--dataset-size", "5120")
     assert re.search(r"^steps +40$", result.out, re.M) and re.search(r"^pruned +at step 16,", result.out, re.M)
     cfg = config.in_steps(PRESETS["small-auto"][1], 20)

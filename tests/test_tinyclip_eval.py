@@ -1,4 +1,4 @@
-"""python -m tinyclip.eval: scores against the authors' numbers, costs, and one run folder measured."""
+"""python -m tinyclip.eval: scores compared with the authors' numbers, costs, and the metrics of a run folder."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_retrieval_metrics(case):
 
 
 def test_linear_probe():
-    """Two classes that a plane parts; of three test images of class 1 one lies with class 0."""
+    """Two linearly separable classes; one of three test images of class 1 lies on the side of class 0."""
     train_x, train_y = torch.tensor([[0.0, 2], [1, 2], [0, -2], [1, -2]]), torch.tensor([0, 0, 1, 1])
     test_x, test_y = torch.tensor([[9.0, 1], [0, -1], [5, -3], [2, 1]]), torch.tensor([0, 1, 1, 1])
     found = evaluation.linear_probe(train_x, train_y, test_x, test_y)
@@ -67,7 +67,7 @@ def test_throughput():
 
 
 def trained(*arguments) -> Path:
-    """A run of tinyclip.train in this process."""
+    """Run tinyclip.train in this process."""
     return train.main(tyro.extras.overridable_config_cli(config.PRESETS, args=[str(word) for word in arguments]))
 
 

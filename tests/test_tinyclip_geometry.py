@@ -1,4 +1,4 @@
-"""Layouts of weights: the authors' keys, and a network's geometry read from its weights."""
+"""Layouts of weights: the authors' keys, and the geometry of a network read from its weights."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_a_pruned_network_is_rebuilt_from_its_weights():
 
 @pytest.fixture
 def their_model(tmp_path: Path, request: pytest.FixtureRequest):
-    """A CLIPModel of transformers with other heads and another MLP ratio in either tower, and its folder."""
+    """A CLIPModel of transformers with other heads and MLP ratios in each tower, and its folder."""
     transformers = pytest.importorskip("transformers")
     text = {
         "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "vocab_size": 30,
@@ -71,7 +71,7 @@ def test_a_folder_of_transformers(their_model):
 
 
 def test_older_files_of_transformers(their_model):
-    """A .bin with the positions' numbers; alone it says neither its heads nor its activation."""
+    """A .bin with position ids; without its config, heads and activation are unknown."""
     theirs, folder = their_model
     new = load_clip(folder)
     weights_file(folder).unlink()

@@ -1,4 +1,4 @@
-"""Which weights a student inherits, and what is refused; golden numbers as in test_tinyclip_model.py."""
+"""Weights that a student inherits, and refusals; golden numbers like in test_tinyclip_model.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Learned masks, their constraint and pruning; golden numbers as in test_tinyclip_model.py."""
+"""Learned masks, their constraint and pruning; golden numbers like in test_tinyclip_model.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What answers for a teacher, and what first weights may come from."""
+"""Models that can be teachers, and models that can give initial weights."""
 
 import types
 from pathlib import Path
@@ -17,7 +17,7 @@ STATISTICS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 def exported(folder: Path, name: str, side: int) -> Path:
-    """A random model of open_clip's, as --export writes one."""
+    """A random open_clip model in --export's format."""
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False, force_image_size=side).eval()
     config = export.named_config(name, side)
@@ -58,7 +58,7 @@ def test_a_teacher_sees_its_own_size_and_statistics():
 
 
 def test_which_models_are_taken_how(tmp_path: Path):
-    """Plain transformers as a `CLIP`, of the student's sizes as they are; others as dual encoders."""
+    """Plain transformers load as a `CLIP` if they have the student's sizes, all other models as dual encoders."""
     plain, timm = exported(tmp_path / "plain", "ViT-emoji", 24), exported(tmp_path / "timm", "ResNet-emoji", 16)
     assert teacher.as_clip(f"local-dir:{plain}") == plain and teacher.as_clip(str(timm)) is None
     assert teacher.as_clip("ViT-B-32@openai") == "ViT-B-32@openai" and teacher.as_clip("ViT-L-14@openai") is None
