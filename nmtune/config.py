@@ -158,7 +158,7 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
     if cfg.kind == "supervised" and (cfg.dataset_size is not None or cfg.window_shards):
         raise ValueError("--dataset-size and --window-shards are for --kind clip: labelled images are all read by row")
     if cfg.kind == "clip" and cfg.asymmetric:
-        raise ValueError("--asymmetric is for labels: leave it out with --kind clip, whose noise is swapped captions")
+        raise ValueError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
     if cfg.keep_in_memory and cfg.window_shards:
         raise ValueError(
             "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"

@@ -23,7 +23,7 @@ ERRORS = {
     "one view in a bank": ("train", ["emoji-mlp", "--bank", "1"], "--bank 1 must be 0"),
     "a choice without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--select"], "--select"),
     "zero-shot MLP": ("train", ["emoji-mlp", "--zero-shot"], "--zero-shot needs a linear probe of a CLIP"),
-    "asymmetric captions": ("pretrain", ["emoji-clip-30", "--asymmetric"], "--asymmetric is for labels"),
+    "asymmetric captions": ("pretrain", ["emoji-clip-30", "--asymmetric"], "--asymmetric applies to labels"),
     "windows in memory": ("pretrain", ["emoji-clip-30", "--window-shards", "2", "--data", "x"], "--keep-in-memory"),
     "a share of nothing": ("train", ["emoji-mlp", "--train-fraction", "0"], "--train-fraction 0.0 is a share"),
     "unknown benchmark": ("train", ["in1k-rn50-lp", "--benchmark", "mnist"], "--benchmark is one of cifar10"),

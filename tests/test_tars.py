@@ -73,7 +73,7 @@ def test_names_with_dots_folders_and_upper_case(tmp_path: Path):
 
 
 def binary_size(size: int) -> bytes:
-    """A header with its size in base 256: GNU tar writes large sizes like this, and tarfile also reads negative ones."""
+    """A header with its size in base 256: GNU tar writes large sizes so, and tarfile also reads negative ones."""
     header = bytearray(tarfile.TarInfo("x.png").tobuf(tarfile.USTAR_FORMAT))
     header[124:136] = (size % 256**12).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
     header[148:156] = b" " * 8

@@ -68,8 +68,8 @@ def inherit_weights(
         value = teacher_sd[source]
         if "visual" in name and name.endswith("positional_embedding") and len(value) != len(target):
             raise ValueError(
-                f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, whose front "
-                "slice would be meaningless; resize it first (resize_positional_embedding)"
+                f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, "
+                "which cannot be sliced; resize it first (resize_positional_embedding)"
             )
         if ".attn.in_proj_" in name:
             heads = value.unflatten(0, (3, -1, head_dim))

@@ -92,7 +92,7 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     else:
         model, _, tokenizer = export.load_model(source)
         if getattr(tokenizer, "vocab_size", 49408) != 49408:
-            raise ValueError(f"--teacher {source} uses another tokenizer than the student, whose tokens are CLIP's")
+            raise ValueError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
         own, whole = (image_side(model), model.context_length), not cuts(model)
         statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
     return Teacher(model, *own, statistics, whole)
