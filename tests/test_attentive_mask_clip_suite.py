@@ -101,8 +101,8 @@ def test_other_wordings_stand_where_the_order_is_the_same():
             ["Bengal", "Abyssinian", "bulldog", "beagle"],
             "the classes of x do not match .* has no 'Bengal' at that position",
         ),
-        (["Abyssinian", "cat", "dog", "hound"], "which has no 'cat' there"),
-        (["Abyssinian", "Abyssinian", "american bulldog", "beagle"], "which has no 'Abyssinian' there"),
+        (["Abyssinian", "cat", "dog", "hound"], "which has no 'cat' at that position"),
+        (["Abyssinian", "Abyssinian", "american bulldog", "beagle"], "which has no 'Abyssinian' at that position"),
         (["Abyssinian"], "x has 1 classes, but SLIP's labels.json has 4"),
     ],
 )

@@ -195,7 +195,7 @@ def test_classes_of_folders(tmp_path: Path, capsys) -> None:
     (tmp_path / "test/empty").mkdir()
     pack.Classes(tmp_path / "test", tmp_path / "out", train=tmp_path / "train").build()
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("test: passed over 1 .txt, 1 .heic, folder without pictures empty")
+    assert said[0].endswith("test: skipped 1 .txt, 1 .heic, folder without pictures empty")
     assert said[1] == f"{tmp_path}/out built: classes 3, test 6, train 9, broken 0"
     assert (tmp_path / "out/classnames.txt").read_text().splitlines() == ["10", "9", "hot dog"]
     assert [label for _, _, label in read_set(tmp_path / "out")] == [0, 0, 1, 1, 2, 2]
@@ -368,7 +368,7 @@ WRONG = {  # what is called -> what is said
     "pairs one.csv --hold-out 0.5": r"one\.csv has no picture left for held_out",
     "classes labels.csv --train labels.csv": r"0\.jpg is in both splits",
     "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out exclude each other",
-    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg is 'b' here and 'a' before",
+    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg has the label 'b' here, but 'a' before",
     "classes oneclass.csv": r"oneclass\.csv has one class, a: at least two",
     "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt cannot be read",
     "classes header-labels.csv": r"header-labels\.csv has no picture left for test",

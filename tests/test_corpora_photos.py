@@ -102,7 +102,7 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(flickr8k: Path, monk
     monkeypatch.setattr(photos.Flickr8k, "write", lambda *_: pytest.fail("built again"))
     build_flickr8k(flickr8k, "one")
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another setting: image_size \(was None, now 8\)"):
+    with pytest.raises(ValueError, match=r"other settings: image_size \(was None, now 8\)"):
         build_flickr8k(flickr8k, "one", image_size=8)
     photograph(flickr8k / "Images/1_a.jpg", 30, 30)
     with pytest.raises(ValueError, match="other settings: files"):

@@ -224,7 +224,7 @@ def test_building_again(built: Path, config: scenes.Config, tmp_path: Path, monk
     monkeypatch.setattr(scenes, "write", lambda *_: pytest.fail("built again"))
     scenes.main(config)
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another setting: ground \(was 1.0, now 0.5\)"):
+    with pytest.raises(ValueError, match=r"other settings: ground \(was 1.0, now 0.5\)"):
         scenes.main(dataclasses.replace(config, ground=0.5))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")

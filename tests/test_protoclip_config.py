@@ -29,7 +29,10 @@ ERRORS = {
         ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
         "--eval-set /nowhere does not exist",
     ),
-    "too large a window": (["emoji", "--episode-shards", "2"], "--episode-shards 2 of 1 shards"),
+    "too large a window": (
+        ["emoji", "--episode-shards", "2"],
+        "--episode-shards must be in 1..1, the number of shards, not 2",
+    ),
 }
 
 
