@@ -222,9 +222,9 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
     cli.check_batch(cfg, world_size)
     if cfg.keep_best and not cfg.eval_every:
-        raise ValueError("--keep-best keeps the best of what --eval-every evaluates: pass that, or --no-keep-best")
+        raise ValueError("--keep-best needs the evaluations of --eval-every: pass that, or --no-keep-best")
     if cfg.batch_size == world_size * cfg.accumulate and cfg.method != "clip" and (cfg.ssl or cfg.method == "slip"):
-        raise ValueError("one pair a process and micro-batch is too few for BatchNorm: raise --batch-size")
+        raise ValueError("BatchNorm needs more than one pair per process and micro-batch: raise --batch-size")
     if cfg.keep_in_memory and (cfg.window_shards or cfg.workers):
         raise ValueError("--keep-in-memory needs a corpus that fits into memory, --workers 0 and no --window-shards")
     check_model(cfg)
@@ -237,7 +237,7 @@ def check_model(cfg: Config) -> None:
     if not 0 < cfg.keep_ratio <= 1:
         raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if cfg.released_boxes and cfg.views == 1:
-        raise ValueError("--released-boxes is a formula of two views: pass --views 2, or --no-released-boxes")
+        raise ValueError("--released-boxes needs two views: pass --views 2, or --no-released-boxes")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if not 0 <= cfg.ema_momentum <= 1:
@@ -253,7 +253,9 @@ def check_model(cfg: Config) -> None:
     if cfg.mask == "random" and int((size // patch) ** 2 * cfg.keep_ratio) == 0:
         raise ValueError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
     if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % 2:
-        raise ValueError(f"blocks of 2x2 patches do not tile {size // patch} patches a side: another --image-size")
+        raise ValueError(
+            f"blocks of 2x2 patches do not tile {size // patch} patches a side: choose another --image-size"
+        )
 
 
 def _paper(source: str, imagenet: float, flickr: str, coco: str) -> Row:

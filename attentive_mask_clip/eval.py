@@ -442,7 +442,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             if eval_set.kind == "retrieval":
                 metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, process.device, dtype)
             elif eval_set.kind == "multilabel":
-                raise ValueError(f"{eval_set.folder} is a multilabel set, of which the paper's suite has none")
+                raise ValueError(
+                    f"{eval_set.folder} is a multilabel set, but the paper's suite has only sets of one label"
+                )
             else:
                 name = eval_set.name
                 classnames, templates = prompts.get(name, (eval_set.classnames, eval_set.templates))
@@ -493,7 +495,7 @@ def main(cfg: Config) -> list[dict] | None:
     of `--times`."""
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
-        raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, need each other")
+        raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
     if cfg.export:
         return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
     times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}

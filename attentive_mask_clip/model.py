@@ -213,7 +213,7 @@ def attentive_keep_ids(scores: Tensor, keep_ratio: float = 0.5, block: int = 2, 
     """
     grid = math.isqrt(scores.shape[1])
     if grid * grid != scores.shape[1] or grid % block:
-        raise ValueError(f"{scores.shape[1]} patches are no square grid that blocks of {block} x {block} tile")
+        raise ValueError(f"{scores.shape[1]} patches do not form a square grid that blocks of {block} x {block} tile")
     side = grid // block
     blocks = F.avg_pool2d(scores.unflatten(1, (1, grid, grid)), block).flatten(1)  # rounds like upstream's resize
     order = blocks.argsort(dim=1, descending=drop == "low", stable=True)

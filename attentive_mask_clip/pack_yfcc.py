@@ -61,7 +61,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads lists, tuples, dicts, strings and numbers; imports nothing. ValueError for any other type."""
 
     def find_class(self, module: str, name: str):
-        raise ValueError(f"it holds {module}.{name}, where only plain lists, tuples, strings and numbers are read")
+        raise ValueError(f"it holds {module}.{name}, but only plain lists, tuples, strings and numbers are read")
 
 
 def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
@@ -217,7 +217,7 @@ def main(cfg: Config) -> None:
     cli.check_counts(cfg, "dataset_size", "shard_size")
     cli.check_counts(cfg, "workers", least=0)
     if not (Path(cfg.root) / "images").is_dir():
-        raise ValueError(f"--root {cfg.root} has no folder images, of images/00/000.zip and so on")
+        raise ValueError(f"--root {cfg.root} has no folder images with images/00/000.zip and so on")
     out = Path(cfg.out)
     with run.lock(out):
         rows = read_metadata(cfg.metadata)[: cfg.dataset_size]
@@ -229,9 +229,9 @@ def main(cfg: Config) -> None:
         }
         if (out / "config.json").exists():
             if what := checkpoints.changes(checkpoints.read_json(out / "config.json"), made_from):
-                raise ValueError(f"{out} holds shards that were made otherwise: {what}; choose another --out")
+                raise ValueError(f"{out} holds shards that were made with other settings: {what}; choose another --out")
         elif list(out.glob("*.tar")):
-            raise ValueError(f"{out} holds shards that this script has not written: choose another --out")
+            raise ValueError(f"{out} holds shards that this script did not write: choose another --out")
         checkpoints.write_json(out / "config.json", made_from)
         pack(cfg, rows)
         report(cfg, math.ceil(len(rows) / cfg.shard_size))

@@ -91,7 +91,7 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     any other case.
     """
     if len(classnames) != len(entries):
-        raise ValueError(f"{where} has {len(classnames)} classes where SLIP's labels.json has {len(entries)}")
+        raise ValueError(f"{where} has {len(classnames)} classes, but SLIP's labels.json has {len(entries)}")
     places: dict[str, set[int]] = {}
     for i, synonyms in enumerate(entries):
         for name in synonyms:
@@ -102,7 +102,7 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     if 2 * sum(map(bool, found)) >= len(entries) and all(i in at for i, at in enumerate(found) if at):
         return [list(synonyms) for synonyms in entries]
     other = next(name for i, (name, at) in enumerate(zip(classnames, found, strict=True)) if i not in at)
-    raise ValueError(f"{where} is ordered by other class names than SLIP's labels.json, which has no {other!r} there")
+    raise ValueError(f"the classes of {where} do not match SLIP's labels.json, which has no {other!r} at that position")
 
 
 def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompts]:
@@ -110,14 +110,14 @@ def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompt
     files = [Path(clone) / name for name in FILES]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"--slip {clone} is no clone of facebookresearch/SLIP: {file.name} is not there")
+            raise FileNotFoundError(f"--slip {clone} is not a clone of facebookresearch/SLIP: it has no {file.name}")
     labels, templates = map(checkpoints.read_json, files)
     found: dict[str, Prompts] = {}
     seen: dict[str, str] = {}
     for each in sets:
         name = suite_name(each.name)
         if name is None:
-            raise ValueError(f"--prompts slip: {each.folder} is none of the suite's sets: {', '.join(SUITE)}")
+            raise ValueError(f"--prompts slip: {each.folder} is not one of the suite's sets: {', '.join(SUITE)}")
         if name in seen:
             raise ValueError(f"--prompts slip: {seen[name]} and {each.folder} are both the suite's {name}")
         seen[name] = str(each.folder)

@@ -1,6 +1,6 @@
-"""CLIP models to score or to tag with: open_clip's, checkpoint files in the layouts of CyCLIP and SLIP, run folders.
+"""Load CLIP models that are evaluated or tag images: open_clip's, CyCLIP's and SLIP's checkpoint files, run folders.
 
-The paper's own are in `config.MODELS`. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
+`config.MODELS` lists the paper's models. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from shared.evaluation import named
 
 
 def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or what
-    `shared.export.load_model` takes."""
+    """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or any source that
+    `shared.export.load_model` accepts. ValueError if no such model exists."""
     if export.trained_by(name) == "concept_frequency":
         cfg, model = load_run(name, device)
         transform = plain_view(image_side(model))
@@ -32,7 +32,7 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
         model, transform, tokenizer = load_file(name, pretrained)
     else:
         if open_clip.get_model_config(name) is None and not name.startswith("hf-hub:"):
-            raise ValueError(f"model {name!r} is no open_clip config, no model of the paper and no run folder")
+            raise ValueError(f"model {name!r} is not an open_clip config, a model of the paper or a run folder")
         try:
             model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
         except RuntimeError as error:
@@ -42,14 +42,14 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
 
 
 def known(name: str) -> bool:
-    """Whether this is MODEL@TAG, `local-dir:DIR` or a folder, as which scores are filed under the model's own name."""
+    """Whether `name` is MODEL@TAG, `local-dir:DIR` or a folder. Their scores are stored under this name."""
     return named(name) or name.startswith(export.LOCAL) or Path(name).is_dir()
 
 
 def load_file(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
-    """(model, image transform, tokenizer) of a checkpoint file in open_clip's layout, or SLIP's.
+    """(model, image transform, tokenizer) of a checkpoint file in open_clip's or SLIP's layout.
 
-    Weights may be under `state_dict`, their names may begin with `module.`.
+    The weights may be under the key `state_dict`, and their names may begin with `module.`.
     """
     state = checkpoints.load_checkpoint(path)
     weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
@@ -61,7 +61,7 @@ def load_file(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str, name: str) -> None:
-    """Load weights into a model; ValueError names the file and the model that do not fit."""
+    """Load weights into a model. ValueError names the file and the model if they do not match."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -70,9 +70,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str, name: 
 
 
 def slip(weights: dict[str, Tensor]) -> tuple[nn.Module, Callable, Callable]:
-    """CLIP of the SLIP repository, ViT-B-16 in the paper, as an open_clip model on timm's vision transformer.
+    """CLIP of the SLIP repository (ViT-B-16 in the paper) as an open_clip model with timm's vision transformer.
 
-    Source: U:src/slip/models.py. Projections are matrices (width, embed_dim); QuickGELU in the text tower.
+    Source: U:src/slip/models.py. Projections are matrices (width, embed_dim); the text tower uses QuickGELU.
     """
     width, layers = weights["ln_final.weight"].shape[0], {key.split(".")[2] for key in weights if ".resblocks." in key}
     size = {384: "small", 768: "base", 1024: "large"}[weights["visual.cls_token"].shape[-1]]

@@ -265,11 +265,13 @@ def check_count(cfg: CountConfig) -> None:
     if not 0 <= cfg.threshold <= 1:
         raise ValueError(f"--threshold is a probability, not {cfg.threshold}")
     if cfg.tagger and cfg.label_column:
-        raise ValueError("--tagger and --label-column are two ways to the same thing: name one")
+        raise ValueError("--tagger and --label-column exclude each other: pass only one")
     if cfg.images and not cfg.tagger:
         raise ValueError("--images needs a --tagger")
     if bool(cfg.images) != (cfg.ids != "row"):
-        raise ValueError("--images and --ids belong together: image shards, and which row of the captions an image is")
+        raise ValueError(
+            "pass --images (image shards) and --ids (how an image's row of the captions is found) together"
+        )
 
 
 # ------------------------------------------------------------------------------------------ the paper's models and rows

@@ -159,7 +159,9 @@ def read_captions(part: Part, column: str, also: str, broken: list[data.Broken])
             yield from read_tar_captions(file, broken)
         return
     if also and part.kind == ".txt":
-        raise ValueError(f"{part.path} has no column {also!r}, being lines of text: pass --also '', or preset shards")
+        raise ValueError(
+            f"{part.path} has no column {also!r} because it holds lines of text: pass --also '', or preset shards"
+        )
     columns = [column, also] if also else [column]
     rows = read_columns(part, columns) if part.kind == ".parquet" else read_cells(part, columns)
     for i, (caption, *others) in enumerate(rows, part.start):

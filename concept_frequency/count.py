@@ -335,7 +335,7 @@ def connect(address: str) -> None:
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"--address {address}: no Ray cluster to connect to ({why})") from None
+        raise ValueError(f"--address {address}: no Ray cluster found ({why})") from None
 
 
 def check_head(address: str) -> None:
@@ -352,14 +352,14 @@ def check_head(address: str) -> None:
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise ValueError(f"--address {address}: nothing answers there ({error}); `ray status` names the head") from None
+        raise ValueError(f"--address {address}: no answer ({error}); `ray status` shows the head's address") from None
     if os.environ.get("RAY_USE_TLS", "0") == "1":
         return
     with grpc.insecure_channel(where.netloc, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
-            text = f"--address {address}: what answers there is no Ray head; `ray status` names it"
+            text = f"--address {address}: this is not a Ray head; `ray status` shows the head's address"
             raise ValueError(text) from None
 
 

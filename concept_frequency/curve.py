@@ -137,8 +137,8 @@ def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
         raise ValueError(f"{path} holds no scores, name -> number, but a {type(value).__name__}")
     if "metrics" in value and "task" in value:
         raise ValueError(
-            f"{path} is CLIP-benchmark's of a whole set: it prints recall by class, so keep that (`clip_benchmark eval "
-            "... --dump_classnames | tee log.txt`) and name log.txt"
+            f"{path} is a result of CLIP-benchmark for a whole set; save the recall by class that it prints "
+            "(`clip_benchmark eval ... --dump_classnames | tee log.txt`) and name log.txt"
         )
     if all(isinstance(each, (int, float)) for each in value.values()):
         return [Scores(path.stem, "scores", {name: float(score) for name, score in value.items()})]
@@ -159,7 +159,7 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
             continue
         places = (Path(name.strip()), path.parent / Path(name.strip()).name)
         if (file := next((each for each in places if each.is_file()), None)) is None:
-            raise ValueError(f"{path} names {name.strip()}, which is neither there nor beside it")
+            raise ValueError(f"{path} names {name.strip()}, but that file is neither there nor beside {path.name}")
         about = load_json(file)
         if not about.get("classnames"):
             raise ValueError(f"{file} has no names of classes: run clip_benchmark with --dump_classnames")
@@ -169,7 +169,7 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
         values = {names[int(c)]: 100 * float(recall) for c, recall, images in rows if int(images)}
         found.append(Scores(about["dataset"], f"{about['model']}|{about['pretrained']}", values))
     if not found:
-        raise ValueError(f"{path} holds no report of classes as clip_benchmark prints it (unless --quiet is given)")
+        raise ValueError(f"{path} holds no report by class, which clip_benchmark prints unless --quiet is given")
     return found
 
 
@@ -197,8 +197,8 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
             if not joined.names:
                 theirs, ours = (next(iter(each), "nothing") for each in (scores.values, counts))
                 raise ValueError(
-                    f"no name in {scores_file} has a count in {counts_file}, as {theirs!r} there and {ours!r} here: "
-                    "--aliases names those that belong together"
+                    f"no name in {scores_file} has a count in {counts_file} (first names: {theirs!r} and {ours!r}): "
+                    "match them with --aliases"
                 )
             report[scores.dataset] = described(joined, one_for_all)
             rows.setdefault(scores.model, []).extend(
@@ -223,7 +223,7 @@ def pooled(rows: list[tuple[str, int, float, str]]) -> Pairs:
     """Pairs of one model from (name, count, score, data set); ValueError if there is nothing to correlate."""
     names, counts, scores, datasets = (list(each) for each in zip(*rows, strict=True))
     if len(set(counts)) < 2:
-        raise ValueError(f"all {len(counts)} concepts have the count {counts[0]}: there is no curve")
+        raise ValueError(f"all {len(counts)} concepts have the count {counts[0]}: a curve needs different counts")
     return Pairs(names, np.array(counts, dtype=np.int64), np.array(scores, dtype=np.float64), datasets)
 
 

@@ -33,7 +33,7 @@ def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Cur
     x = np.log(np.maximum(np.asarray(counts, dtype=np.float64), 1))
     y = np.asarray(scores, dtype=np.float64)
     if len(x) != len(y) or not len(x):
-        raise ValueError(f"{len(x)} counts and {len(y)} scores make no curve")
+        raise ValueError(f"a curve needs as many counts as scores, not {len(x)} and {len(y)}")
     if num_bins < 2:
         raise ValueError(f"a curve has two bins or more, not {num_bins}")
     edges = np.linspace(x.min(), x.max(), num_bins)
@@ -319,7 +319,7 @@ def pooled(
     for dataset, (frequency, score) in enumerate(zip(counts, scores, strict=True)):
         missing = sorted(frequency.keys() - score.keys())
         if missing:
-            raise ValueError(f"dataset {dataset} of those given has a count but no score for {missing[0]!r}")
+            raise ValueError(f"dataset number {dataset} has a count but no score for {missing[0]!r}")
         rows += [(frequency[name], score[name], dataset) for name in sorted(frequency)]
     count, score, dataset = (np.array(column) for column in zip(*rows, strict=True))
     return count.astype(np.int64), score.astype(np.float64), dataset.astype(np.int64)

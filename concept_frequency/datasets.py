@@ -1,12 +1,12 @@
-"""The authors' test sets, as they lie on disk, in the CLIP-benchmark layout: `python -m concept_frequency.datasets SET`
+"""Convert the authors' test sets to the CLIP-benchmark layout: `python -m concept_frequency.datasets SET`
 
     python -m concept_frequency.datasets ucf101 --root /data/ucf101 --out data/wds_ucf101
     python -m concept_frequency.datasets let_it_wag --root Let-It-Wag/data --out data/let_it_wag
 
-Twelve classification sets come with a JSON file of splits, {train, val, test: [image, label, class name]}, most of them
-those of Zhou et al. (CoOp); Birdsnap, UCF101, Caltech-256 and CUB have no public set in that layout, and the others'
-test sets are not these. Let It Wag! is released as parquet files (bethgelab/Let-It-Wag on the Hugging Face Hub), or
-lies in a folder a class. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`,
+Twelve classification sets have a JSON file of splits, {train, val, test: [image, label, class name]}, most of them by
+Zhou et al. (CoOp). Birdsnap, UCF101, Caltech-256 and CUB are not published in the CLIP-benchmark layout, the others
+with different test images. Let It Wag! is read from its released parquet files (bethgelab/Let-It-Wag on the Hugging
+Face Hub) or from one folder per class. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`,
 U:src/downstream_dataloader.py.
 """
 
@@ -26,12 +26,12 @@ from PIL import Image
 from concept_frequency.concepts import load_json
 from shared import cli, data, tars
 
-TEMPLATES = tuple(template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)  # 80, of the paper's ensembles
-WAG_ENDINGS = ("_bird", "_flowers", "_aircraft", "_food")  # of folders of Let It Wag!; no part of the names
+TEMPLATES = tuple(template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)  # the paper's ensemble of 80
+WAG_ENDINGS = ("_bird", "_flowers", "_aircraft", "_food")  # of folder names in Let It Wag!; not part of the class names
 
 
 class Layout(NamedTuple):
-    """Where a set's file of splits and its images are, and how many test images and classes the authors have."""
+    """Paths of a set's file of splits and of its images, and the authors' numbers of test images and classes."""
 
     split: str
     images: str
@@ -57,7 +57,7 @@ WAG = Layout("", "", 290 * 450, 290)
 
 
 class LabelledImages(NamedTuple):
-    """Names of classes, and (label, encoded image) of every test image."""
+    """Class names, and (label, encoded image) of each test image."""
 
     classnames: list[str]
     images: Iterable[tuple[int, bytes]]
@@ -67,9 +67,10 @@ class LabelledImages(NamedTuple):
 
 
 def read_split(root: Path, name: str) -> LabelledImages:
-    """The test images of one of LAYOUTS. U:src/downstream_dataloader.py:64-110, 308-360.
+    """The test images of a set in LAYOUTS. U:src/downstream_dataloader.py:64-110, 308-360.
 
-    Names are those of all splits in the order of labels; Caltech-256's begin after the dot and lose `-101`.
+    Class names are collected from all splits and sorted by label. For Caltech-256, the prefix up to the dot and `-101`
+    are removed. FileNotFoundError if the file of splits is missing; ValueError if labels are not 0, 1, 2, ...
     """
     layout = LAYOUTS[name]
     file = root / layout.split
@@ -87,11 +88,11 @@ def read_split(root: Path, name: str) -> LabelledImages:
 
 
 def read_let_it_wag(root: Path) -> LabelledImages:
-    """Let It Wag! from its release, parquet files with the columns image and label, or from a folder a class.
+    """Read Let It Wag! from its released parquet files (columns image and label) or from one folder per class.
 
-    The names of classes are in the files' own description, or in README.md beside or above them. Endings that tell
-    fine-grained classes are cut off, as U:src/downstream_dataloader.py:266 does; each image keeps its folder's name,
-    where that loader sorts names anew after the cut.
+    Class names are read from the parquet metadata, or from README.md in the same folder or its parent. Endings that
+    mark fine-grained classes are removed, like in U:src/downstream_dataloader.py:266. That loader then sorts the names
+    again; here an image keeps the name of its folder.
     """
     files = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     if files:
@@ -100,7 +101,7 @@ def read_let_it_wag(root: Path) -> LabelledImages:
     else:
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         if not folders:
-            raise FileNotFoundError(f"{root} holds neither parquet files nor folders of images: it is no Let It Wag!")
+            raise FileNotFoundError(f"{root} has neither parquet files nor folders of images, so it is not Let It Wag!")
         titles = [folder.name for folder in folders]
         images = (
             (label, file.read_bytes())
@@ -112,7 +113,7 @@ def read_let_it_wag(root: Path) -> LabelledImages:
 
 
 def parquet_classes(files: Sequence[Path]) -> list[str]:
-    """Names of the classes of an image set that the library `datasets` wrote, in the order of labels."""
+    """Class names, sorted by label, of an image set that was written by the library `datasets`."""
     described = (pq.read_schema(files[0]).metadata or {}).get(b"huggingface")
     features = json.loads(described)["info"]["features"] if described else {}
     if names := features.get("label", {}).get("names"):
@@ -120,11 +121,11 @@ def parquet_classes(files: Sequence[Path]) -> list[str]:
     for page in (files[0].parent / "README.md", files[0].parent.parent / "README.md"):
         if page.is_file() and (found := re.findall(r"^ +'(\d+)': (.+)$", page.read_text(encoding="utf-8"), re.M)):
             return [title.strip().strip("'\"") for _, title in sorted(found, key=lambda each: int(each[0]))]
-    raise ValueError(f"{files[0]} does not name its classes: keep README.md beside the parquet files")
+    raise ValueError(f"{files[0]} does not name its classes: put README.md beside the parquet files")
 
 
 def parquet_images(files: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
-    """(label, encoded image) of every row, a batch of rows in memory at a time."""
+    """(label, encoded image) of each row. Only one batch of rows is in memory."""
     for path in files:
         for batch in pq.ParquetFile(path).iter_batches(256, columns=["image", "label"]):
             for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
@@ -135,7 +136,7 @@ def parquet_images(files: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
 
 
 def encoded(image: bytes) -> dict[str, bytes]:
-    """{file ending: bytes} of an encoded image: as it is if readers know its kind, else as PNG."""
+    """{file ending: bytes} of an encoded image: unchanged if it is JPEG, PNG or WebP, else converted to PNG."""
     kinds = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
     for start, ending in kinds.items():
         if image.startswith(start):
@@ -147,7 +148,7 @@ def encoded(image: bytes) -> dict[str, bytes]:
 
 
 def png(image: Image.Image) -> bytes:
-    """An image as PNG."""
+    """The bytes of an image as PNG."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
@@ -159,7 +160,7 @@ def write_set(
     images: Iterable[tuple[int, dict[str, bytes]]],
     templates: Sequence[str] = TEMPLATES,
 ) -> int:
-    """Write a classification set from (label, {file ending: bytes}); returns the number of images."""
+    """Write a classification set of (label, {file ending: bytes}). Returns the number of images."""
     number = tars.write_split(folder / "test", (image | {"cls": str(label)} for label, image in images))
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classnames), encoding="utf-8")
     (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
@@ -171,23 +172,23 @@ def write_set(
 
 @dataclasses.dataclass
 class Config:
-    """One set in, the same in the CLIP-benchmark layout out."""
+    """Convert one test set to the CLIP-benchmark layout."""
 
     name: Annotated[str, tyro.conf.Positional]
     """birdsnap, caltech101, caltech256, cub, dtd, eurosat, flowers102, food101, oxfordpets, stanfordcars, sun397,
     ucf101 or let_it_wag."""
     root: str
-    """Folder with the set's JSON file of splits and its images; Let It Wag!'s parquet files, or a folder a class."""
+    """Folder with the JSON file of splits and the images; for Let It Wag!, parquet files or one folder per class."""
     out: str
     """Folder to write."""
     templates: str = ""
-    """File of prompt templates, one a line, `{c}` for the class; none: the 80 of ImageNet, as the paper says of all."""
+    """File of prompt templates, one per line, with `{c}` for the class; empty: ImageNet's 80, the paper's choice."""
 
 
 def main(cfg: Config) -> None:
-    """Write the set, and say how far it has the authors' numbers of images and classes."""
+    """Write the set; print its numbers of images and classes beside the authors'."""
     if cfg.name not in (*LAYOUTS, "let_it_wag"):
-        raise ValueError(f"there is no set {cfg.name!r}: those are {', '.join(LAYOUTS)} and let_it_wag")
+        raise ValueError(f"there is no set {cfg.name!r}: choose {', '.join(LAYOUTS)} or let_it_wag")
     root, layout = Path(cfg.root), LAYOUTS.get(cfg.name, WAG)
     test = read_let_it_wag(root) if cfg.name == "let_it_wag" else read_split(root, cfg.name)
     templates = Path(cfg.templates).read_text(encoding="utf-8").splitlines() if cfg.templates else TEMPLATES
@@ -197,7 +198,7 @@ def main(cfg: Config) -> None:
     number = write_set(Path(cfg.out), test.classnames, images, templates)
     print(
         f"{cfg.out}: {number:,} images of {len(test.classnames)} classes; "
-        f"the authors': {layout.test_images:,} of {layout.classes}"
+        f"the authors have {layout.test_images:,} of {layout.classes}"
     )
 
 

@@ -1,11 +1,11 @@
 """Evaluate the controlled experiment: `python -m concept_frequency.eval RUN... [--report FILE] [--replay FILE]`.
 
-The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009, `U:`) puts accuracy of
-each concept against its count. Scores of concepts (zero-shot, retrieval) are here; counts of concepts are in count.py,
-curves and statistics in curves.py, the tail benchmark in let_it_wag.py. Any CLIP model is scored by measure.py, the
-authors' published files are replayed by replay.py. For each run: concepts are counted in its captions with our own
-pipeline, scored on a drawing style never trained on, and put on the curve; with `--report` all runs, named ARM-seedN,
-are compared.
+The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009, `U:`) relates the
+accuracy of each concept to its count. This file computes scores of concepts (zero-shot, retrieval); count.py counts
+concepts, curves.py has curves and statistics, let_it_wag.py the tail benchmark. measure.py scores any CLIP model, and
+replay.py recomputes results from the authors' published files. For each run, this script counts the concepts in its
+captions with our own pipeline, measures their accuracy on a drawing style that no arm was trained on, and computes the
+curve. `--report` compares all runs, which must be named ARM-seedN.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, se
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.clip import image_side
 
-METRICS = {  # what is shown of a run, and its heading
+METRICS = {  # metrics in the table of a run, with their headings
     "top1": "top-1",
     "slope": "points a decade",
     "within": "... same concept",
@@ -61,19 +61,19 @@ METRICS = {  # what is shown of a run, and its heading
     "seconds": "seconds",
 }
 NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
-PLANTED = 20  # percent of captions exchanged, to see whether the misalignment degree shows it
-Table = dict[str, dict[str, float]]  # of one run: concept -> assigned, text, image, integrated, accuracy
+PLANTED = 20  # percent of captions exchanged, to test whether the misalignment degree detects it
+Table = dict[str, dict[str, float]]  # a run: concept -> assigned, text, image, integrated, accuracy
 
 # -------------------------------------------------------------------------------------------------- scores of a concept
 
 
 def zero_shot_classifier(prompts: Tensor) -> Tensor:
-    """Text features (C, T, D) of T prompts a class -> (D, C): normalise, mean, again. U:src/zero_shot_eval.py:90."""
+    """Text features (C, T, D), T prompts a class -> (D, C): normalise, mean, normalise. U:src/zero_shot_eval.py:90."""
     return zeroshot.zeroshot_classifier(prompts)
 
 
 def per_class_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """(percent, percent (C,) of each class; NaN without samples) from logits (N, C). U:src/zero_shot_eval.py:238."""
+    """Logits (N, C) -> (percent, percent (C,) of each class, NaN if it has no samples). U:src/zero_shot_eval.py:238."""
     hits = zeroshot.label_ranks(logits, labels) < 1
     return zeroshot.percent(hits), zeroshot.per_class_accuracy(hits, labels, logits.shape[1])
 
@@ -81,10 +81,10 @@ def per_class_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
 def concept_recall(
     image: Tensor, text: Tensor, concepts: Concepts, k: int
 ) -> tuple[float, float, dict[str, float], dict[str, float]]:
-    """Recall@k of texts for images and of images for texts, and both for each concept; fractions.
+    """Recall@k from image to text and from text to image, for all pairs and for each concept, as fractions.
 
-    Source: U:src/retrieval_eval.py:164. image (I, D), text (nI, D), captions ni..ni+n-1 belong to image i. A concept's
-    text-to-image recall is the mean over the captions that carry it, its image-to-text recall over the images.
+    Source: U:src/retrieval_eval.py:164. image (I, D), text (nI, D); captions ni..ni+n-1 belong to image i. The
+    text-to-image recall of a concept is the mean over its captions, its image-to-text recall the mean over its images.
     """
     text_to_image = torch.arange(len(image)).repeat_interleave(len(text) // len(image))
     to_text, to_image = (ranks < k for ranks in zeroshot.retrieval_ranks(image, text, text_to_image))
@@ -102,22 +102,22 @@ def concept_recall(
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; the numbers are printed, and all of them are kept in RUN/results.json and RUN/results.md."""
+    """Evaluate runs. Prints a table and writes all metrics to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of `concept_frequency.train`."""
     eval_set: str = "data/emoji/eval/names_ood"
-    """Classification set with the concepts' names among its classes."""
+    """Classification set in the CLIP-benchmark layout whose classes include the concepts."""
     views: int = 8
-    """Fixed views of each test image, the plain one first: a finer accuracy from few images."""
+    """Fixed views of each test image, the first without augmentation; more views make accuracy less noisy."""
     spacy: str = "en_core_web_sm"
     """spaCy pipeline that tags the captions."""
     export: str | None = None
-    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing."""
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     replay: str | None = None
-    """results.json of `concept_frequency.replay`, whose claims join the table."""
+    """results.json of `concept_frequency.replay`; its claims are added to the table."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -131,7 +131,7 @@ class Config:
 def scored(
     model: torch.nn.Module, test: TestSet, names: list[str], settings: train.Config, cfg: Config, process: run.Process
 ) -> Tensor:
-    """`train.zero_shot`, (K,) percent, of a model that was trained with `settings`."""
+    """`train.zero_shot`, (K,) percent, for a model and its training settings."""
     tokenizer = open_clip.get_tokenizer(settings.model, context_length=model.context_length)
     precision = run.resolve_precision(cfg.precision, process.device)
     return train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision, cfg.batch_size)
@@ -154,7 +154,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
         "misaligned_planted": 100 * exchanged.misaligned / exchanged.documents,
         "seconds": run.read_metrics(folder)[-1]["seconds"],
     }
-    if np.ptp(frequency) > 1:  # else all are equally frequent, and there is no curve
+    if np.ptp(frequency) > 1:  # if all are equally frequent, there is no curve
         metrics |= curve_metrics(frequency, accuracy, counted.both)
         for key, counts in (("counted_text", counted.text), ("counted_both", counted.both)):
             ours = dict(zip(names, counts.tolist(), strict=True))
@@ -171,7 +171,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
 
 
 def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
-    """One arm by assigned and by counted frequency, and what is left without bins or with shuffled scores."""
+    """Correlations and slopes of a run by assigned and counted frequency; also without bins, with shuffled scores."""
     curve, by_count = (log_linear_curve(each, accuracy, NUM_BINS) for each in (frequency, counted))
     null = permutation_null(frequency, accuracy, None, NUM_BINS, INNER)
     slope, flat = slope_per_decade(frequency, accuracy), unbinned(frequency, accuracy)
@@ -191,7 +191,7 @@ def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarr
 
 
 def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
-    """Concepts of an arm's corpus by our own count: nouns of captions, labels of images, and both."""
+    """Count the concepts of an arm's corpus with count.py: in nouns of captions, in labels of images, and in both."""
     cfg = CountConfig(
         data=(str(path),), out=str(path.with_suffix("")), spacy=pipeline, query_spacy=pipeline, label_column="concept",
         phrases=False, workers=1,
@@ -201,7 +201,7 @@ def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
 
 
 def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipeline: str) -> count.Counted:
-    """The same corpus with a known share of its captions exchanged."""
+    """Count the same corpus after PLANTED percent of its captions were exchanged."""
     corpus = read_corpus(settings.data, names, (), len(names), False)
     _, pairs = train.make_pairs(dataclasses.replace(settings, misaligned=PLANTED / 100), corpus)
     train.write_pairs(folder / "exchanged.parquet", corpus, pairs)
@@ -209,9 +209,9 @@ def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipe
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
-    """Metrics of a run and, as "concepts", its table: `evaluate_run`, kept beside the checkpoint.
+    """Metrics of a run and, under "concepts", its table, from `evaluate_run`.
 
-    Files are results.json and results.md. Not repeated while nothing has changed.
+    Cached in results.json and results.md beside the checkpoint until checkpoint or settings change.
     """
     folder = Path(path)
     setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "batch_size", "precision")}
@@ -227,7 +227,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
 
 
 def export_run(path: str, folder: str) -> None:
-    """The model as one of open_clip's, whose preprocessing lacks the resize of `views` and only comes near."""
+    """Export a run to open_clip. open_clip's preprocessing approximates the resize of `views`."""
     settings, model = train.load_run(path, "cpu")
     side, half = image_side(model), (0.5, 0.5, 0.5)
     near = {"mean": half, "std": half, "interpolation": "bilinear", "resize_mode": "squash"}
@@ -239,19 +239,19 @@ def export_run(path: str, folder: str) -> None:
 
 
 def column(table: Table, key: str) -> np.ndarray:
-    """(K,) of one run, concepts in the order of the table."""
+    """(K,) values of `key` in the order of the table's concepts."""
     return np.array([row[key] for row in table.values()], dtype=np.float64)
 
 
 def changes(reference: Sequence[Table], other: Sequence[Table]) -> tuple[np.ndarray, np.ndarray]:
-    """(change of log10 frequency, gain in accuracy), (S, K) each, of the reference over another arm, by seed."""
+    """(change of log10 frequency, gain in accuracy), each (S, K), from another arm to the reference arm, by seed."""
     pairs = list(zip(reference, other, strict=True))
     frequency = [np.log10(column(a, "assigned")) - np.log10(column(b, "assigned")) for a, b in pairs]
     return np.stack(frequency), np.stack([column(a, "accuracy") - column(b, "accuracy") for a, b in pairs])
 
 
 def beside_zipf(own: Table, zipf: Table) -> dict[str, float]:
-    """What takes two arms: an arm's accuracies on the Zipf arm's frequencies, and changes of both for a concept."""
+    """Metrics that compare an arm with the Zipf arm: slope of its accuracy on Zipf frequencies, changes by concept."""
     frequency, accuracy = column(zipf, "assigned"), column(own, "accuracy")
     found = {
         "slope_on_zipf": slope_per_decade(frequency, accuracy, 1)["slope"],
@@ -266,10 +266,11 @@ def beside_zipf(own: Table, zipf: Table) -> dict[str, float]:
 
 
 def tail_benchmark(folder: Path, table: Table, cfg: Config) -> Path:
-    """Let It Wag! of one seed: the least frequent half of the concepts, by our counts in the Zipf arm.
+    """Write a tail benchmark for one seed: the half of the concepts that our counts in the Zipf arm find least often.
 
-    Images that no arm was trained on: the unseen style and the held-out drawings of the others, less near-duplicates,
-    one a class. Only classes with more than one image are kept, which is the authors' rule with 450.
+    No arm was trained on its images: those of the unseen style and the held-out drawings of the other styles, without
+    near-duplicates. One image per class is drawn, from classes that have more than one (the authors: 450 of more than
+    450).
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts, out = folder / "counts.json", folder / "set"
@@ -286,7 +287,7 @@ def tail_benchmark(folder: Path, table: Table, cfg: Config) -> Path:
 def tail_accuracy(
     run_folder: Path, table: Table, benchmark: Path, cfg: Config, process: run.Process
 ) -> dict[str, float]:
-    """{"tail", "rest"}: percent on the benchmark, and on the other concepts' images, among all K concepts."""
+    """{"tail": percent on the benchmark, "rest": percent on other concepts' images}, each among all K concepts."""
     settings, model = train.load_run(run_folder, process.device)
     names, tail = list(table), read_concepts(benchmark)
     test = read_test_set(str(benchmark), names, cfg.workers)
@@ -296,7 +297,7 @@ def tail_accuracy(
 
 
 def add_comparisons(results: list[dict[str, Any]], cfg: Config, process: run.Process) -> None:
-    """Add to what was measured of runs ARM-seedN what takes the run zipf-seedN, too, where that is among them."""
+    """Add the metrics that compare each run ARM-seedN with zipf-seedN, for seeds that have both."""
     by_name = {Path(path).name: found for path, found in zip(cfg.runs, results, strict=True)}
     for folder, found in zip(map(Path, cfg.runs), results, strict=True):
         seed = folder.name.rpartition("-seed")[2]
@@ -310,7 +311,7 @@ def add_comparisons(results: list[dict[str, Any]], cfg: Config, process: run.Pro
 
 
 def main(cfg: Config) -> list[dict[str, Any]] | None:
-    """Measure every run; compare them if a report is asked for. Returns what was measured of each."""
+    """Evaluate every run; with --report, compare them. Returns the metrics of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg.runs), cfg.export)

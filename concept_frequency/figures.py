@@ -1,6 +1,6 @@
-"""Curves as the authors draw them, with their own figures below where a clone of their repository has them.
+"""Draw curves in the authors' style, above their own figures if a clone of their repository has them.
 
-Bins of the plotted slice are joined by a line; bins that the paper leaves out are hollow, which it does not show.
+A line joins the bins that the paper plots. Bins that the paper leaves out are drawn as hollow markers.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ PIXELS = 900  # longer side of the authors' images, which are several thousand p
 
 
 class Column(NamedTuple):
-    """A panel of ours, and the authors' image of it."""
+    """A panel to draw, and the authors' image of the same panel."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -27,21 +27,21 @@ class Column(NamedTuple):
 
 
 def style(index: int, of: int) -> tuple:
-    """(color, marker) of line `index` of `of`; two lines take the first and the last of STYLES, as in theirs."""
+    """(color, marker) of line `index` of `of` lines; two lines get the first and last of STYLES, like the authors'."""
     if of > len(STYLES):
         return plt.get_cmap("tab20")(index % 20), "o"
     return STYLES[round((len(STYLES) - 1) * index / max(of - 1, 1))]
 
 
 def legend(name: str, rho: float, p: float) -> str:
-    """`RN50, ρ=0.97**`: two stars for p < 0.05."""
+    """A line's label, such as `RN50, ρ=0.97**`; two stars for p < 0.05."""
     return f"{name}, ρ={rho:.2f}" + "**" * (p < 0.05)
 
 
 def draw_curve(
     axis: Axes, curve: Curve, bins: slice, label: str, index: int = 0, of: int = 1, interval: bool = False
 ) -> None:
-    """Mean score against frequency, one line; `interval`: with 95 % intervals of the means (figure 27)."""
+    """Draw the line of mean score by frequency; `interval` adds 95 % intervals of the means (figure 27)."""
     color, marker = style(index, of)
     axis.plot(curve.position, curve.mean, marker, mfc="none", color=color, alpha=0.4)
     error = 1.96 * curve.std[bins] / np.sqrt(np.maximum(curve.size[bins], 1)) if interval else None
@@ -51,7 +51,7 @@ def draw_curve(
 
 
 def frame(axis: Axes, ylabel: str = "", logx: bool = True) -> None:
-    """Axes as the authors have them."""
+    """Format the axes like the authors' figures."""
     axis.set(xlabel="concept frequency" if logx else "", ylabel=ylabel)
     if logx:
         axis.set_xscale("log")
@@ -61,7 +61,7 @@ def frame(axis: Axes, ylabel: str = "", logx: bool = True) -> None:
 
 
 def thumbnail(path: Path) -> Image.Image:
-    """An image on white, at most PIXELS wide and high."""
+    """The image at `path` on a white background, at most PIXELS wide and high."""
     with Image.open(path) as image:
         image = image.convert("RGBA")
     image.thumbnail((PIXELS, PIXELS))
@@ -70,7 +70,7 @@ def thumbnail(path: Path) -> Image.Image:
 
 
 def save(columns: Sequence[Column], path: Path, title: str, width: int = 4) -> None:
-    """Draw panels side by side, `width` a row; below each row the authors' images, if there is one for any of them."""
+    """Draw panels in rows of `width`, and the authors' images below each row for which there are any."""
     rows = [columns[start : start + width] for start in range(0, len(columns), width)]
     heights = [height for row in rows for height in ([1.0] + [0.85] * any(each.theirs for each in row))]
     across = min(width, len(columns))

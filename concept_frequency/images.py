@@ -1,6 +1,6 @@
-"""The images of the controlled experiment: labelled ones of shards, those of the test set, and random views of them.
+"""Images of the controlled experiment: labelled images of shards, images of the test set, and random views of both.
 
-All images are kept in memory, small. Nothing here is the paper's.
+All images are kept in memory at a small size. Nothing in this file is from the paper.
 """
 
 import json
@@ -23,15 +23,15 @@ NOISE = 7  # random numbers of one view
 
 
 class Concept(NamedTuple):
-    """A concept and what the shards have of it."""
+    """A concept and its images in the shards."""
 
     name: str
     tags: list[str]
-    images: list[int]  # rows of the corpus
+    images: list[int]  # indices into Corpus.images
 
 
 class Corpus(NamedTuple):
-    """Labelled images in memory: those of the chosen concepts."""
+    """The labelled images of the chosen concepts, in memory."""
 
     concepts: list[Concept]
     keys: list[str]  # (I,) sample keys
@@ -42,9 +42,9 @@ class Corpus(NamedTuple):
 def read_corpus(
     spec: str, names: Sequence[str], groups: Sequence[str], num_concepts: int | None, strict: bool
 ) -> Corpus:
-    """The images of `num_concepts` concepts, drawn from those of `names` that the shards hold; None: of all of these.
+    """Read the images of `num_concepts` concepts, drawn from the `names` that occur in the shards; None takes them all.
 
-    The draw depends on the names alone, so that all arms and seeds have the same concepts.
+    The draw depends only on the names, so all arms and seeds have the same concepts. ValueError if there are too few.
     """
     wanted, broken = set(names), []
     rows: dict[str, list[tuple[str, bytes]]] = {}
@@ -56,7 +56,7 @@ def read_corpus(
                 words[about["name"]] = other_words(about.get("tags"))
     if len(rows) < (num_concepts or 1):
         raise ValueError(
-            f"{spec} holds {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts or 1}"
+            f"{spec} has {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts or 1}"
         )
     chosen = sorted(sorted(rows, key=lambda name: data.stable_hash("concept", name))[:num_concepts])
     concepts, keys, images = [], [], []
@@ -78,13 +78,13 @@ def read_corpus(
 
 
 def other_words(tags: object) -> list[str]:
-    """The words of "tags": a list, or a text with commas between them, as the cell of a table has it."""
+    """Tags as a list of words, from a list or from a string with commas (the cell of a table)."""
     tags = tags.split(",") if isinstance(tags, str) else tags if isinstance(tags, list) else []
     return [word for tag in tags if (word := str(tag).strip())]
 
 
 def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, dict, bytes]]:
-    """(key, .json, image bytes) of a shard's samples; what cannot be read is appended to `broken`."""
+    """(key, .json, image bytes) of a shard's samples. Unreadable samples are appended to `broken`."""
     members: dict[str, dict[str, bytes]] = {}
     for name, content in tars.read_tar(path, broken, {"json", *tars.IMAGE_EXTENSIONS}):
         key, extension = tars.key_of(name)
@@ -102,45 +102,46 @@ def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, d
 
 
 def small(image: Image.Image) -> Tensor:
-    """An image of any size -> uint8 (3, SIDE, SIDE)."""
+    """Resize an image to uint8 (3, SIDE, SIDE)."""
     return torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1)
 
 
 class TestSet(NamedTuple):
-    """Images that no arm is trained on, in memory."""
+    """Test images, in memory. No arm is trained on them."""
 
     images: Tensor  # (T, 3, SIDE, SIDE) uint8
-    labels: Tensor  # (T,) int64 concept
+    labels: Tensor  # (T,) int64 index of the concept
 
 
 def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSet:
-    """The evaluation set's images of these concepts; ValueError if it has none."""
+    """Read the evaluation set's images of the concepts `names`. ValueError if it has none."""
     place = {name: c for c, name in enumerate(names)}
     evaluation = EvalSet(folder, small)
     concept = torch.tensor([place.get(name, -1) for name in evaluation.classnames])
     images, labels = map(torch.cat, zip(*evaluation.batches(256, workers), strict=True))
     kept = concept[labels] >= 0
     if not kept.any():
-        raise ValueError(f"{folder} has no image of the {len(names)} concepts of the run: name another --eval-set")
+        raise ValueError(f"{folder} has no image of the run's {len(names)} concepts: choose another --eval-set")
     return TestSet(images[kept], concept[labels[kept]])
 
 
 def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float (B, 3, size, size) in -1..1; noise 0.5 is the plain image.
+    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float views (B, 3, size, size) in -1..1.
 
-    Zoom of 0.8 to 1.25, shift of up to a tenth, rotation of up to 15 degrees, and a tint; white outside.
+    A view zooms by 0.8 to 1.25, shifts by up to a tenth of the side, rotates by up to 15 degrees and tints the image;
+    the outside is white. Noise of 0.5 leaves the image unchanged.
     """
     u = 2 * noise - 1  # (B, 7) in -1..1
     zoom, angle = 1.25 ** u[:, 0], u[:, 1] * math.pi / 12
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     theta = torch.stack([torch.stack([cos, -sin, 0.2 * u[:, 2]], 1), torch.stack([sin, cos, 0.2 * u[:, 3]], 1)], 1)
     grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # zeros outside: white
+    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # padding: white
     return (1 - ink * (1 + 0.3 * u[:, 4:7, None, None])).clamp(0, 1) * 2 - 1
 
 
 def plain_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """The image transform of evaluation, image -> (3, size, size): the view without noise."""
+    """The image transform of evaluation, image -> (3, size, size): the view with noise 0.5."""
     plain = torch.full((1, NOISE), 0.5)
 
     def transform(image: Image.Image) -> Tensor:

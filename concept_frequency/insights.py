@@ -1,7 +1,7 @@
-"""The paper's other tables from the authors' published files: what counts are like, generated images, Let It Wag!
+"""Compute the paper's other tables from the authors' files: properties of counts, generated images, Let It Wag!
 
 Sections 5 and 6, appendix C: tables 3, 4 and 9, figures 3, 5, 6 and 11 to 17. Each function returns (table rows, claims
-rows), both empty where a clone lacks the files. The curves of classification and retrieval are in panels.py.
+rows), both empty if the clone lacks the files. panels.py has the curves of classification and retrieval.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ from concept_frequency.panels import Rows, as_printed, counted, number
 from concept_frequency.printed import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
 from concept_frequency.published import BINS, CORPORA, FINE_GRAINED, GENERATION, METHODS, SIZES, Results, plotted_bins
 
-# -------------------------------------------------------------------------------------------- what the counts are like
+# -------------------------------------------------------------------------------------------- properties of counts
 
 
 def agreement(results: Results) -> tuple[Rows, Rows]:
-    """Table 4: Spearman's rank correlation of counts, names aligned; number of concepts in brackets."""
+    """Table 4: Spearman's rank correlation of counts of the same names, with the number of concepts in brackets."""
     rows, same, found = [], [], []
     for (a, b), printed in TABLE4.items():
         if results.has("image", a) and results.has("image", b):
@@ -35,7 +35,7 @@ def agreement(results: Results) -> tuple[Rows, Rows]:
 
 
 def tails(results: Results) -> tuple[Rows, Rows]:
-    """Figure 5: how unevenly the classes of 17 data sets occur."""
+    """Figure 5: how unevenly the classes of 17 data sets are distributed."""
     rows, few = [], {search: [] for search in METHODS}
     for corpus, size in SIZES.items():
         for search in METHODS:
@@ -70,7 +70,7 @@ def tails(results: Results) -> tuple[Rows, Rows]:
 
 
 def misalignments(results: Results) -> tuple[Rows, Rows]:
-    """Table 3: misaligned pairs, and their share of the fixed sizes of the corpora."""
+    """Table 3: misaligned pairs, and their share of each corpus (of its fixed size)."""
     rows, same = [], []
     for name, (pairs, degree) in TABLE3.items():
         if (found := results.misalignment(name)) is not None:
@@ -89,7 +89,7 @@ def misalignments(results: Results) -> tuple[Rows, Rows]:
 
 
 def generation_curve(results: Results, setting: str, model: str) -> tuple[curves.Curve, str] | None:
-    """(curve of a text-to-image model, where it is from), or None: from the scores, else the curve that was saved."""
+    """(curve of a text-to-image model, "scores" or "saved curve"), from the scores if available; None without both."""
     if (pairs := results.generation_pairs(setting, model)) is not None:
         return curves.log_linear_curve(*pairs, BINS["generation"]), "scores"
     saved = results.saved_curve("generation", "integrated", f"{model}|laion_aesthetics", setting)
@@ -99,7 +99,7 @@ def generation_curve(results: Results, setting: str, model: str) -> tuple[curves
 def generation(results: Results) -> tuple[Rows, Rows]:
     """Figures 3 and 11 to 15: rho of the last 4 of 7 bins by text-to-image model and score.
 
-    Numbers in brackets are of the saved curve, where the clone lacks the scores.
+    Numbers in brackets are from the saved curve, used if the clone lacks the scores.
     """
     rows, found = [], {setting: [] for setting in GENERATION}
     for model in results.generation_models():
@@ -124,7 +124,7 @@ def generation(results: Results) -> tuple[Rows, Rows]:
 
 
 def people(results: Results) -> tuple[Rows, Rows]:
-    """Figure 17: accuracy of generated public figures, as people judged it."""
+    """Figure 17: accuracy of generated images of public figures, judged by people."""
     if (found := results.people()) is None:
         return [], []
     counts, judged = found
@@ -147,7 +147,7 @@ def people(results: Results) -> tuple[Rows, Rows]:
 
 
 def let_it_wag(results: Results) -> tuple[Rows, Rows]:
-    """Table 9 and figure 6: accuracy on Let It Wag!, and on its two halves, against ImageNet, over models."""
+    """Table 9 and figure 6: accuracy of each model on Let It Wag!, on its two halves and on ImageNet."""
     imagenet, tail = results.imagenet(), results.let_it_wag()
     names = [model for model in TABLE9 if model in tail]
     if not names:
@@ -180,7 +180,7 @@ def let_it_wag(results: Results) -> tuple[Rows, Rows]:
 
 
 def wag_claims(imagenet: curves.Array, tail: curves.Array) -> Rows:
-    """Claims rows of section 6: two slopes, and how much lower the accuracy on Let It Wag! is."""
+    """Claims rows of section 6: two slopes, and the loss of accuracy from ImageNet to Let It Wag!."""
     found = curves.two_slopes(imagenet, tail)
     slopes = [number(found["slope_below"], 2), number(found["slope_above"], 2)]
     printed = [number(slope, 2) for slope in SLOPES]
@@ -200,10 +200,10 @@ def wag_claims(imagenet: curves.Array, tail: curves.Array) -> Rows:
 
 
 def fine_grained(results: Results) -> set[str]:
-    """The classes of Let It Wag! that a fine-grained data set of birds, aircraft, flowers or dishes has, too.
+    """The classes of Let It Wag! that also occur in a fine-grained data set of birds, aircraft, flowers or dishes.
 
-    The authors speak of a common and a fine-grained half and list neither; their loader knows the second by folders
-    that end in `_bird`, `_aircraft`, `_flowers`, `_food` (U:src/downstream_dataloader.py:268).
+    The authors describe a common and a fine-grained half without listing them. Their loader recognises the second by
+    folder names that end in `_bird`, `_aircraft`, `_flowers` or `_food` (U:src/downstream_dataloader.py:268).
     """
     files = (results.scores_file("classification", dataset, "class") for dataset in FINE_GRAINED)
     names = {fold(name) for path in files if path.is_file() for name in results.classes(path)}
@@ -211,7 +211,7 @@ def fine_grained(results: Results) -> set[str]:
 
 
 def tail_concepts(results: Results) -> Rows:
-    """Counts of the classes of Let It Wag! in LAION-400M; appendix H.1 adds up those of captions and of images."""
+    """Counts of Let It Wag!'s classes in LAION-400M, in captions, images, and their sum (appendix H.1)."""
     if not results.has("text", "laion400m"):
         return []
     found = {search: {fold(n): c for n, c in results.all_counts("laion400m", search).items()} for search in METHODS}

@@ -1,7 +1,7 @@
-"""Counts and scores of one concept under two spellings: class names of test sets differ from the authors' names.
+"""Match counts with scores although class names of test sets are spelled differently from the authors' names.
 
-They write `Annual Crop Land`, `american_bulldog` and `2012 Acura TL Sedan` where CLIP-benchmark's sets have
-`annual crop land`, `american bulldog` and `Acura TL Sedan 2012`; some classes have another name altogether.
+The authors write `Annual Crop Land`, `american_bulldog` and `2012 Acura TL Sedan`; CLIP-benchmark's sets have
+`annual crop land`, `american bulldog` and `Acura TL Sedan 2012`. Some classes have an entirely different name.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-# Folded names in CLIP-benchmark's sets and in torchvision -> in the authors' counts, where spelling is not all.
+# Folded name in CLIP-benchmark's sets and torchvision -> name in the authors' counts, if more than spelling differs.
 OTHER_NAMES = {
     "automobile": "car",  # CIFAR-10
     "plane": "airplane",
@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "yin and yang symbol": "yin yang",
     "air plant": "ball moss",  # Flowers-102
     "pink and yellow dahlia": "pink yellow dahlia",
-    "missile 1": "missile",  # ImageNet has two classes of each of these names there
+    "missile 1": "missile",  # ImageNet has two classes with this name there
     "missile 2": "projectile",
     "sunglasses 1": "sunglass",
     "sunglasses 2": "sunglasses",
@@ -34,27 +34,27 @@ OTHER_NAMES = {
 
 
 class Joined(NamedTuple):
-    """Concepts with a count and a score, and those with one of them alone."""
+    """Concepts with both a count and a score, and concepts with only one of them."""
 
-    names: dict[str, str]  # of a score -> of its count
-    respelled: int  # how many differ in case, `_`, `-` or the order of words
-    renamed: int  # how many have another name
+    names: dict[str, str]  # name of a score -> name of its count
+    respelled: int  # number of names that differ in case, `_`, `-` or word order
+    renamed: int  # number of concepts with another name
     counts_left: list[str]
     scores_left: list[str]
 
 
 def fold(name: str) -> str:
-    """Lower case, words parted by one space each: `Polka-dotted` and `polka_dotted` are one."""
+    """A name in lower case with single spaces between words: `Polka-dotted` and `polka_dotted` become equal."""
     return " ".join(words(name))
 
 
 def words(name: str) -> list[str]:
-    """Letters and digits of a name in lower case, split at everything else."""
+    """The words of a name in lower case; every character that is not a letter or digit separates words."""
     return re.findall(r"[^\W_]+", name.casefold())
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """Names of classes, with ` (1)`, ` (2)` behind those that several classes have: they are keys of scores."""
+    """Unique keys for class names: names of several classes get the suffixes ` (1)`, ` (2)`, ..."""
     times, seen = Counter(names), Counter()
     found = []
     for name in names:
@@ -64,10 +64,10 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def join(counts: Mapping[str, int], scores: Mapping[str, float], aliases: Mapping[str, str] | None = None) -> Joined:
-    """Find each score's count: by equal names, `aliases`, spelling, the order of words, OTHER_NAMES, in this order.
+    """Find each score's count by equal names, `aliases`, spelling, word order and OTHER_NAMES, in this order.
 
-    A count is given to one score; what spelling leaves ambiguous stays apart (`T-shirt` and `t-shirt` are two concepts
-    of the authors).
+    A count belongs to at most one score. Ambiguous spellings are not matched (`T-shirt` and `t-shirt` are two of the
+    authors' concepts).
     """
     names = {name: name for name in scores if name in counts}
     for name in scores:
@@ -97,7 +97,7 @@ def join(counts: Mapping[str, int], scores: Mapping[str, float], aliases: Mappin
 def free(
     counts: Mapping[str, int], names: Mapping[str, str], key: Callable[[str], Hashable]
 ) -> dict[Hashable, list[str]]:
-    """Names of counts that no score has yet, by what `key` makes of them."""
+    """{key(name): names} of the counts that are not matched with a score yet."""
     taken, found = set(names.values()), defaultdict(list)
     for name in counts:
         if name not in taken:

@@ -1,10 +1,10 @@
-"""Let It Wag!: a benchmark of the concepts that pretraining sets hold least. `python -m concept_frequency.let_it_wag`.
+"""Build a benchmark of the concepts that are rarest in pretraining sets: `python -m concept_frequency.let_it_wag`.
 
-Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:let_it_wag_datasets/`. Steps (appendix H): the
-least frequent concepts and images of them; with an ImageNet network, outliers and duplicates out; a check by hand,
-which is left to you; near-duplicates by perceptual hash out; classes balanced. Writes a set in the CLIP-benchmark
-layout, with the paper's 80 templates, that `concept_frequency.measure`, clip-benchmark and all folders here evaluate.
-The set that the authors released is read by datasets.py.
+Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:let_it_wag_datasets/`. Steps (appendix H): select
+the least frequent concepts and collect their images; remove outliers and duplicates by features of an ImageNet network;
+check by hand (left to you); remove near-duplicates by perceptual hash; balance the classes. Writes a set in the
+CLIP-benchmark layout with the paper's 80 templates, which `concept_frequency.measure`, clip-benchmark and all folders
+here can evaluate. datasets.py converts the set that the authors released.
 """
 
 import dataclasses
@@ -26,11 +26,10 @@ from shared.evalsets import EvalSet
 
 
 def select_tail(counts: Sequence[dict[str, int]], n: int = 290, zeros: bool = True) -> list[str]:
-    """The n concepts with the lowest total count over all pretraining sets, of those that every set counted; by name
-    where totals are equal.
+    """The n concepts with the lowest total count over all pretraining sets, among concepts counted in all sets.
 
-    `zeros=False` leaves out concepts that no set holds: with LAION-400M's counts alone that is the rule of appendix
-    H.1, which then lists three concepts with a count of 0. Section 6 speaks of all pretraining sets.
+    Ties are sorted by name. `zeros=False` leaves out concepts with a total of 0. Appendix H.1 has this rule, for counts
+    of LAION-400M only, but lists three concepts with a count of 0; section 6 uses all pretraining sets.
     """
     names = set.intersection(*(set(each) for each in counts))
     total = {name: sum(each[name] for each in counts) for name in names}
@@ -38,7 +37,7 @@ def select_tail(counts: Sequence[dict[str, int]], n: int = 290, zeros: bool = Tr
 
 
 def unit(features: ArrayLike) -> NDArray[np.float32]:
-    """Features (n, D) of length 1."""
+    """Features (n, D) normalised to length 1."""
     x = np.asarray(features, dtype=np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
@@ -54,19 +53,20 @@ def nearest(features: ArrayLike, rows: int = 1024) -> NDArray[np.float32]:
 
 
 def outliers(features: ArrayLike, share: float = 0.05) -> list[int]:
-    """The images with the lowest `share` of similarities to any other, from features (n, D). Appendix H.2, step 3.
+    """Indices of the `share` of images that are least similar to their nearest image, from features (n, D).
 
-    The paper removes the images in the lowest 5 % of all pairwise cosine similarities (with fastdup, which takes each
-    image's most similar one).
+    Source: appendix H.2, step 3. The paper removes the images in the lowest 5 % of all pairwise cosine similarities
+    (with fastdup, which uses each image's most similar one).
     """
     similarity = nearest(features)
     return np.sort(np.argsort(similarity, kind="stable")[: int(share * len(similarity))]).tolist()
 
 
 def feature_duplicates(features: ArrayLike, threshold: float = 0.9) -> list[int]:
-    """The images to remove so that no two are more similar than `threshold`, in order. Appendix H.2, step 4.
+    """Indices of images to remove so that no two have a cosine similarity above `threshold`. Appendix H.2, step 4.
 
-    The paper: 0.9 for common classes, 0.95 for fine-grained ones. An image goes if one before it that stays is closer.
+    The paper uses 0.9 for common classes and 0.95 for fine-grained ones. An image is removed if it is too similar to an
+    earlier image that is kept.
     """
     x = unit(features)
     close = x @ x.T > threshold
@@ -75,10 +75,11 @@ def feature_duplicates(features: ArrayLike, threshold: float = 0.9) -> list[int]
 
 
 def phash(image: Image.Image | ArrayLike) -> NDArray[np.bool_]:
-    """(64,) bits: 32x32 by Lanczos, grey, cosine transform of columns and rows, its first 8x8 against their median.
+    """Perceptual hash, (64,) bits, of an image or an array (H, W, 3) of 0..255.
 
-    The rule of imagededup's PHash, which U:let_it_wag_datasets/deduplicate_let_it_wag_datasets.py:12 uses. The median
-    leaves out the constant term. An array is (H, W, 3) of 0..255.
+    The image is resized to 32x32 (Lanczos), converted to grey and transformed by a 2D cosine transform; each of the
+    lowest 8x8 coefficients is compared with their median, which excludes the constant term. imagededup's PHash, used in
+    U:let_it_wag_datasets/deduplicate_let_it_wag_datasets.py:12.
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image).astype(np.uint8))
@@ -94,11 +95,11 @@ def hamming_distances(bits: ArrayLike) -> NDArray[np.int64]:
 
 
 def deduplicate(hamming: ArrayLike, order: Sequence[int], max_distance: int = 10) -> list[int]:
-    """The images to remove, sorted, from distances (n, n) walked in `order`.
+    """Sorted indices of near-duplicates to remove, from Hamming distances (n, n).
 
-    Source: U:let_it_wag_datasets/deduplicate_let_it_wag_datasets.py:22. An image that is removed already is passed
-    over; any other removes all within `max_distance` of it. So the order decides which images stay: upstream's is
-    that of the file system, ours is by name.
+    Source: U:let_it_wag_datasets/deduplicate_let_it_wag_datasets.py:22. Images are visited in `order`; each one that is
+    not removed yet removes all others within `max_distance`. The order decides which images stay: upstream uses that of
+    the file system, ours is by name.
     """
     close = np.asarray(hamming) <= max_distance
     np.fill_diagonal(close, False)
@@ -106,7 +107,7 @@ def deduplicate(hamming: ArrayLike, order: Sequence[int], max_distance: int = 10
 
 
 def removed(close: NDArray[np.bool_], order: Sequence[int]) -> list[int]:
-    """The images that go when each that is still there removes all that are close to it (n, n), walked in `order`."""
+    """Indices that are removed if each remaining image, visited in `order`, removes all images close (n, n) to it."""
     gone = np.zeros(len(close), dtype=bool)
     for image in order:
         if not gone[image]:
@@ -120,10 +121,10 @@ def balance_classes(
     generator: torch.Generator | None = None,
     suffix: str = ".jpg",
 ) -> dict[str, list[str]]:
-    """{class: per_class files} of the classes with *more than* per_class images, most images first, drawn at random.
+    """Draw `per_class` files of each class with *more than* `per_class` images; classes with most images come first.
 
-    Source: U:let_it_wag_datasets/class_balance_let_it_wag_datasets.py:14, which counts `.jpg` but draws from all files,
-    without a seed; here only images are drawn.
+    Source: U:let_it_wag_datasets/class_balance_let_it_wag_datasets.py:14. Upstream counts `.jpg` files but draws from
+    all files, without a seed; here only images are drawn.
     """
     images = {name: sorted(file for file in rows if suffix in file) for name, rows in files.items()}
     kept = sorted((name for name in images if len(images[name]) > per_class), key=lambda name: -len(images[name]))
@@ -136,32 +137,32 @@ def balance_classes(
 
 @dataclasses.dataclass
 class Config:
-    """Counts and images in, a tail benchmark out."""
+    """Build a tail benchmark from counts and images."""
 
     counts: tuple[str, ...]
-    """Files of counts, name -> number, one for each pretraining set (all of one method)."""
+    """Files of counts, name -> number, one for each pretraining set, all counted by the same method."""
     images: tuple[str, ...]
-    """Where images are: folders with one folder of images a concept, or sets in the CLIP-benchmark layout."""
+    """Sources of images: folders with one subfolder per concept, or sets in the CLIP-benchmark layout."""
     out: str = "data/let_it_wag"
     """Folder of the benchmark."""
     n: int = 290
-    """How many of the least frequent concepts."""
+    """Number of least frequent concepts."""
     per_class: int = 450
-    """Images of a class; classes need more than that."""
+    """Images per class; classes without more images than that are left out."""
     zeros: bool = True
-    """Concepts that no pretraining set holds are among them."""
+    """Include concepts with a count of 0 in all pretraining sets."""
     network: str = ""
-    """timm network with ImageNet weights that finds outliers and duplicates (`inception_v3`); none: these stay."""
+    """timm network with ImageNet weights that finds outliers and duplicates (`inception_v3`); empty: keep them."""
     similarity: float = 0.9
-    """Images whose features are more similar than this are one: 0.9, or 0.95 for fine-grained classes."""
+    """Cosine similarity of features above which images are duplicates: 0.9, or 0.95 for fine-grained classes."""
     max_distance: int = 10
-    """Images whose hashes differ in at most so many of 64 bits are near-duplicates."""
+    """Hashes of near-duplicates differ in at most this number of 64 bits."""
     seed: int = 0
-    """Which images of a class are drawn."""
+    """Seed of the draw of each class's images."""
 
 
 def collect(folders: Sequence[str], names: set[str]) -> dict[str, list[Image.Image]]:
-    """{concept: its images} from class folders or evaluation sets; spaces and underscores in names are one."""
+    """{concept: its images} from class folders or evaluation sets; underscores in names are read as spaces."""
     plain = {name.replace("_", " "): name for name in names}
     found: dict[str, list[Image.Image]] = {name: [] for name in names}
     for folder in folders:
@@ -172,7 +173,7 @@ def collect(folders: Sequence[str], names: set[str]) -> dict[str, list[Image.Ima
                     found[name].append(image)
             continue
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: --images takes class folders, or an evaluation set")
+            raise FileNotFoundError(f"{folder} is not a folder: --images takes class folders or evaluation sets")
         for place in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
             if (name := plain.get(place.name.replace("_", " "))) is not None:
                 for file in sorted(place.iterdir()):
@@ -190,7 +191,7 @@ def embed(images: Sequence[Image.Image], network: str) -> NDArray[np.float32]:
 
 
 def clean(images: dict[str, list[Image.Image]], network: str, similarity: float) -> dict[str, list[Image.Image]]:
-    """Without outliers of the whole pool, and then without duplicates of each concept, by a network's features."""
+    """Remove outliers of all images, then duplicates within each concept, by features of a network."""
     names = [name for name, of in images.items() for _ in of]
     pool = [image for of in images.values() for image in of]
     if not pool:
@@ -206,7 +207,7 @@ def clean(images: dict[str, list[Image.Image]], network: str, similarity: float)
 
 
 def build(cfg: Config) -> dict[str, int]:
-    """Write the benchmark; -> {concept: images it had, near-duplicates left out}."""
+    """Write the benchmark. Returns {concept: number of its images without near-duplicates}."""
     tail = select_tail([load_counts(path) for path in cfg.counts], cfg.n, cfg.zeros)
     images = collect(cfg.images, set(tail))
     if cfg.network:
@@ -219,7 +220,7 @@ def build(cfg: Config) -> dict[str, int]:
     chosen = balance_classes(kept, cfg.per_class, torch.Generator().manual_seed(cfg.seed))
     if not chosen:
         most = max(map(len, kept.values()), default=0)
-        raise ValueError(f"no concept has more than --per-class {cfg.per_class} images; the most is {most}")
+        raise ValueError(f"no concept has more than --per-class {cfg.per_class} images (at most {most}): lower it")
     classes = [name for name in tail if name in chosen]
     rows = ((c, images[name][int(file.partition(".")[0])]) for c, name in enumerate(classes) for file in chosen[name])
     write_set(Path(cfg.out), classes, ((label, {"png": png(image)}) for label, image in rows))

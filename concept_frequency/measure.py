@@ -1,14 +1,14 @@
-"""Score every concept of a test set with any CLIP model: `python -m concept_frequency.measure MODEL --sets SET...`
+"""Measure a CLIP model's score of every concept of test sets: `python -m concept_frequency.measure MODEL --sets SET...`
 
     python -m concept_frequency.measure 'ViT-B-32|laion400m' --sets /data/wds_imagenet1k /data/wds_cifar10 --out results
     python -m concept_frequency.measure 'RN50|cc3m' --pretrained clip_RN50_CC3M_from_cyclip.pt --sets
     /data/wds_mscoco_captions
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:src/zero_shot_eval.py`, `U:src/retrieval_eval.py`.
-Writes their JSON: `<set>_<prompts>_results.json` with percent, `<set>_<t2i|i2t>_k=<k>_results.json` with fractions.
-Sets are in the CLIP-benchmark layout; a set's own templates are the `ensemble`, and OpenAI's 80 for ImageNet, which the
-paper's text names for all sets, `ensemble80`. Those of the authors that are not public in that layout are made by
-datasets.py. Classes that share a name are numbered in the results: `missile (1)`, `missile (2)`.
+Writes JSON files like theirs: `<set>_<prompts>_results.json` in percent, `<set>_<t2i|i2t>_k=<k>_results.json` as
+fractions. Sets are in the CLIP-benchmark layout; datasets.py converts those of the authors' sets that are not published
+in it. `ensemble` are the templates of the set, `ensemble80` OpenAI's 80 for ImageNet, which the paper's text names for
+all sets. Classes with the same name are numbered in the results: `missile (1)`, `missile (2)`.
 """
 
 import dataclasses
@@ -38,27 +38,27 @@ PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."], "ensemble80": list
 
 @dataclasses.dataclass
 class Config:
-    """One model, any number of sets."""
+    """Evaluate one model on any number of sets."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A model of the paper (`RN50|cc3m`), an open_clip name (`ViT-B-32`), a run folder of any paper, local-dir:DIR with
     what --export wrote, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval with as many captions an image."""
+    """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval with equal numbers of captions."""
     pretrained: str = ""
-    """open_clip's tag or a checkpoint file (open_clip's, CyCLIP's, SLIP's layout); none: the paper's tag."""
+    """open_clip's tag or a checkpoint file in open_clip's, CyCLIP's or SLIP's layout; empty: the paper's tag."""
     label: str = ""
-    """Name in the results, such as BACKBONE|CORPUS; none: the model's."""
+    """Name in the results, such as BACKBONE|CORPUS; empty: the model's name."""
     prompts: tuple[str, ...] = ("class", "simple", "ensemble")
-    """class: `{c}`, simple: `A photo of a {c}.`, ensemble: the set's templates, ensemble80: the 80 of ImageNet."""
+    """class: `{c}`, simple: `A photo of a {c}.`, ensemble: the set's templates, ensemble80: ImageNet's 80 templates."""
     k: tuple[int, ...] = (1, 5, 10)
-    """Recall at these."""
+    """Values of k of recall@k."""
     min_images: int = 10
-    """Nouns of captions are concepts if they are in so many images."""
+    """A noun of captions is a concept if the captions of at least this number of images have it."""
     spacy: str = "en_core_web_lg"
-    """Pipeline that finds these nouns."""
+    """spaCy pipeline that finds the nouns."""
     out: str = "runs/concept_frequency/scores"
-    """Folder of the results; those of other models in its files stay."""
+    """Folder of the results; results of other models in its files are kept."""
     batch_size: int = 256
     """Images or prompts a forward pass."""
     workers: int = 0
@@ -66,7 +66,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "authors"
-    """Autocast of the encoders. authors: fp16 on a GPU, fp32 on a CPU, as theirs; the others as in training."""
+    """Autocast of the encoders. authors: fp16 on a GPU, fp32 on a CPU; the other values as in training."""
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -76,7 +76,7 @@ def classify(
     model: nn.Module, tokenizer: Callable, features: Tensor, labels: Tensor, classnames: list[str],
     templates: list[str], batch_size: int, device: torch.device, dtype: torch.dtype,
 ) -> dict:  # fmt: skip
-    """{"full": percent, "classwise": {name: percent}}; a class without test images is left out."""
+    """Zero-shot accuracy, {"full": percent, "classwise": {name: percent}}; classes without test images are left out."""
     classifier = build_classifier(model.encode_text, tokenizer, classnames, templates, batch_size, device, dtype)
     percent, per_class = per_class_accuracy(F.normalize(features, dim=-1) @ classifier, labels)
     named = zip(numbered(classnames), per_class.tolist(), strict=True)
@@ -84,7 +84,7 @@ def classify(
 
 
 def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min_images: int) -> dict[str, dict]:
-    """{"t2i_k=1": {"full": fraction, "conceptwise": ...}, ...} with concepts from the captions' nouns."""
+    """Recall, {"t2i_k=1": {"full": fraction, "conceptwise": ...}, ...}; concepts are nouns of the captions."""
     concepts = caption_concepts(docs, min_images, len(texts) // len(images))
     found = {}
     for k in ks:
@@ -95,7 +95,7 @@ def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min
 
 
 def label_of(cfg: Config) -> str:
-    """BACKBONE|CORPUS of a paper's model, BACKBONE|WEIGHTS of an architecture, else MODEL@TAG or the folder's name."""
+    """Name of a model: the paper's BACKBONE|CORPUS, open_clip's BACKBONE|WEIGHTS, else MODEL@TAG or its folder."""
     if "|" in cfg.model or named(cfg.model):
         return cfg.model
     if known(cfg.model):
@@ -104,7 +104,7 @@ def label_of(cfg: Config) -> str:
 
 
 def write(folder: Path, title: str, key: str, result: dict) -> None:
-    """Add a model's result to a file in the authors' layout."""
+    """Add the result of a model to a file in the authors' layout."""
     path = folder / f"{title}_results.json"
     checkpoints.write_json(path, (load_json(path) if path.exists() else {}) | {key: result})
 
@@ -112,12 +112,12 @@ def write(folder: Path, title: str, key: str, result: dict) -> None:
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     if not cfg.sets:
-        raise ValueError("--sets is missing: name evaluation sets in the CLIP-benchmark layout")
+        raise ValueError("--sets is missing: it takes evaluation sets in the CLIP-benchmark layout")
     if unknown := set(cfg.prompts) - {*PROMPTS, "ensemble"}:
         raise ValueError(f"--prompts are class, simple, ensemble and ensemble80, not {unknown.pop()}")
     name, tag = MODELS.get(cfg.model, (cfg.model, ""))
     if cfg.model in MODELS and not (cfg.pretrained or tag):
-        raise ValueError(f"{cfg.model} is not among open_clip's weights: name its checkpoint with --pretrained FILE")
+        raise ValueError(f"{cfg.model} is not among open_clip's weights: pass its checkpoint with --pretrained FILE")
     model, transform, tokenizer = load_model(name, cfg.pretrained or tag, process.device)
     theirs = "fp16" if process.device.type == "cuda" else "fp32"
     precision = theirs if cfg.precision == "authors" else cfg.precision
@@ -146,7 +146,7 @@ def main(cfg: Config) -> None:
             )  # fmt: skip
             write(out, f"{evaluation.name}_{prompts}", key, result)
             print(f"{evaluation.name} {prompts}: {result['full']:.2f} %, {len(result['classwise'])} concepts")
-    print(f"all of it: {out}, under {key}")
+    print(f"all results: {out}, under {key}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""No "Zero-Shot" Without Exponential Data (arXiv 2404.04125, NeurIPS 2024): how often a corpus holds a concept.
+"""No "Zero-Shot" Without Exponential Data (arXiv 2404.04125, NeurIPS 2024): how often a concept occurs in a corpus.
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, cited below as `U:<path>:<line>`.
-The paper's contribution in this file is the count itself:
-  - captions: noun sets, an inverted index over them, multi-word search          `noun_set`, `InvertedIndex`
-  - the same over any partition of the captions, with equal counts               `count_partitioned`
-  - images: an open-set tagger on descriptions, present above a threshold        `OpenSetHead`, `tag_presence`
-  - both: the samples whose caption and image agree on the concept               `matched_counts`
-Spelling of a concept is kept as its test set has it. Ids are positions in the corpus, from 0.
+The paper's contribution in this file is the count of concepts:
+  - in captions: noun sets, an inverted index over them, multi-word search       `noun_set`, `InvertedIndex`
+  - in any partition of the captions, with equal counts                          `count_partitioned`
+  - in images: an open-set tagger with descriptions, and a threshold             `OpenSetHead`, `tag_presence`
+  - in both: samples with the concept in caption and image                       `matched_counts`
+Concepts keep the spelling of their test set. Ids are positions in the corpus, from 0.
 
 Shapes: B batch, K concepts, M descriptions of a concept, D embedding, L image tokens, N samples, Q queries, V terms.
-Counting works on NumPy arrays (CPU tensors are taken as they are), the tagger's head on tensors.
+Counting uses NumPy arrays (CPU tensors are also accepted), the tagger's head tensors.
 """
 
 import itertools
@@ -32,15 +32,16 @@ Ids = NDArray[np.int64]
 
 
 def clean(lemma: str) -> str:
-    """Everything outside A-Z, a-z and space is deleted: symbols, digits and other alphabets leave the empty string."""
+    """Delete all characters except A-Z, a-z and space. A word of another alphabet becomes the empty string."""
     return re.sub(r"[^A-Za-z ]", "", lemma)
 
 
 def noun_set(tokens: Iterable[tuple[str, str]], casefold: bool = False) -> set[str]:
-    """N_i of one caption, from its (lemma, part of speech) pairs: cleaned lemmas of nouns and proper nouns.
+    """N_i: the cleaned lemmas of nouns and proper nouns of one caption, from its (lemma, part of speech) pairs.
 
-    Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93. Case is kept, and queries are in lower case,
-    so that `Eagles`, a proper noun, is never found; `casefold` is the remedy. The empty string may be a member.
+    Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93. Lemmas keep their case but queries are in
+    lower case, so the proper noun `Eagles` is never found; `casefold` corrects this. The set may contain the empty
+    string.
     """
     nouns = {clean(lemma) for lemma, pos in tokens if pos in ("NOUN", "PROPN")}
     return {noun.lower() for noun in nouns} if casefold else nouns
@@ -52,12 +53,12 @@ def query_terms(
     last_token: bool = True,
     clean_terms: bool = False,
 ) -> list[str]:
-    """T_c: the lower-cased words of a concept, split at `_` and white space, each lemmatised by itself.
+    """T_c: the lower-cased words of a concept, split at `_` and white space, each lemmatised without context.
 
-    Source: U:src/text_search_matches_inverted_index.py:57. `lemmas_of(word)` gives the lemmas of a word's tokens, None
-    leaves words as they are (upstream's `lowercased`). Upstream's two quirks have names: of a word of several tokens
-    only the `last_token` counts (`t-shirt` is searched as `shirt`), and terms are not cleaned as the index is, so that
-    `crème` cannot match (`clean_terms` is the remedy). A word without tokens has no term.
+    Source: U:src/text_search_matches_inverted_index.py:57. `lemmas_of(word)` returns the lemmas of a word's tokens;
+    None keeps words unchanged (upstream's `lowercased`). Two options switch quirks of upstream: `last_token` keeps only
+    the last token of a word (`t-shirt` is searched as `shirt`), and without `clean_terms` terms are not cleaned like
+    the index, so `crème` never matches. A word without tokens has no term.
     """
     terms: list[str] = []
     for word in filter(None, re.split(r"[_\s]+", concept.lower())):
@@ -67,8 +68,10 @@ def query_terms(
 
 
 def case_variants(name: str) -> list[str]:
-    """Words in lower or Capitalised form, joined by `_`, in product order; the first that an image index knows is taken
-    for LAION-Aesthetics only. Source: U:src/image_search_matches_inverted_index.py:10.
+    """All combinations of lower-case and Capitalised words of a name, joined by `_`.
+
+    For LAION-Aesthetics, upstream uses the first one that is in the image index.
+    Source: U:src/image_search_matches_inverted_index.py:10.
     """
     forms = [(word.lower(), word.capitalize()) for word in name.split()]
     return ["_".join(words) for words in itertools.product(*forms)]
@@ -78,10 +81,11 @@ def case_variants(name: str) -> list[str]:
 
 
 class InvertedIndex:
-    """P_w = ids of the documents whose noun set holds w, for all w, in one array: 8 bytes a posting.
+    """P_w, the ids of the documents with word w in their noun set, for all w in one array (8 bytes per posting).
 
-    terms: V words; ids[offsets[v]:offsets[v + 1]] are the sorted, unique ids of terms[v]; num_documents: ids are below.
-    Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93 (lists of Python ints, first id twice a chunk).
+    terms: V words. ids[offsets[v]:offsets[v + 1]]: sorted, unique ids of terms[v], less than num_documents.
+    Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93 (lists of Python ints; the first id of a word
+    is stored twice per chunk).
     """
 
     def __init__(self, terms: Sequence[str], offsets: Ids, ids: Ids, num_documents: int):
@@ -90,7 +94,7 @@ class InvertedIndex:
 
     @classmethod
     def build(cls, noun_sets: Iterable[set[str]]) -> "InvertedIndex":
-        """Index of the noun sets of documents 0, 1, 2, ..."""
+        """Build the index of the noun sets of documents 0, 1, 2, ..."""
         codes: dict[str, int] = {}
         postings, lengths = array("I"), array("I")
         for nouns in noun_sets:
@@ -106,7 +110,7 @@ class InvertedIndex:
 
     @classmethod
     def merge(cls, parts: Sequence["InvertedIndex"]) -> "InvertedIndex":
-        """One index of the documents of all parts, in order; the ids of a part move by the documents before it.
+        """Merge the indexes of consecutive parts of a corpus; ids are shifted by the numbers of earlier documents.
 
         Source: U:src/text_search_inverted_index_combine_dictionaries.py:22.
         """
@@ -126,32 +130,32 @@ class InvertedIndex:
         return cls(terms, offsets, ids, documents)
 
     def postings(self, term: str) -> Ids:
-        """P_w, empty for an unknown term; a view."""
+        """P_w as a view of `ids`; empty for an unknown term."""
         v = self.place.get(term)
         return self.ids[:0] if v is None else self.ids[self.offsets[v] : self.offsets[v + 1]]
 
     def search(self, terms: Sequence[str], unknown: Literal["drop", "zero"] = "drop") -> Ids:
-        """Sorted ids of the documents that hold all known terms; none if no term is known.
+        """Sorted ids of the documents with all known terms; empty if no term is known.
 
-        Source: U:src/text_search_matches_inverted_index.py:17, which drops a term that no document has (`unicorn dog`
-        counts as `dog`); `zero` lets such a query find nothing.
+        Source: U:src/text_search_matches_inverted_index.py:17, which drops terms that no document has (`unicorn dog`
+        counts as `dog`). With unknown="zero", a query with an unknown term finds nothing.
         """
         wanted = set(terms)
         known = sorted((self.postings(term) for term in wanted if term in self.place), key=len)
         if not known or (unknown == "zero" and len(known) < len(wanted)):
             return self.ids[:0]
         hits = known[0]
-        for other in known[1:]:  # the rarest term first: what is left is looked up in the longer lists
+        for other in known[1:]:  # from the rarest term to the most frequent
             place = np.searchsorted(other, hits)
             hits = hits[other[np.minimum(place, len(other) - 1)] == hits]
         return hits
 
     def counts(self, queries: Sequence[Sequence[str]], unknown: Literal["drop", "zero"] = "drop") -> Ids:
-        """count(c) of every query, (Q,)."""
+        """Number of matching documents of every query, (Q,)."""
         return np.array([len(self.search(terms, unknown)) for terms in queries], dtype=np.int64)
 
     def save(self, path: str | Path | BinaryIO) -> None:
-        """One .npz of plain arrays: no pickle is read back."""
+        """Write the index as .npz of plain arrays, which loads without pickle."""
         encoded = [term.encode() for term in self.terms]
         np.savez(
             path,
@@ -173,11 +177,11 @@ class InvertedIndex:
 def count_partitioned(
     parts: Sequence[InvertedIndex], queries: Sequence[Sequence[str]], unknown: Literal["drop", "zero"] = "drop"
 ) -> Ids:
-    """counts of all queries, (Q,), from indexes of disjoint parts of the documents: equal to one index of them all.
+    """Counts of all queries, (Q,), from indexes of disjoint parts of the documents; equal to those of one merged index.
 
-    c matches i <=> K_c is not empty and K_c within N_i, with K_c = the terms of c that *some* document of the whole
-    corpus has. So the parts exchange which terms they know, and a part that lacks a known term has no hit. (With each
-    part dropping its own unknown terms, as upstream does when run on parts, sums are too large.)
+    c matches i <=> K_c is not empty and a subset of N_i, with K_c = the terms of c that *some* document of the whole
+    corpus has. So the known terms are first collected over all parts, and a part without one of them has no match.
+    (Upstream run on parts drops the terms that are unknown in each part, so its sums are too large.)
     """
     vocabulary = set().union(*(part.place for part in parts))
     if unknown == "drop":
@@ -189,7 +193,7 @@ def count_partitioned(
 
 
 def label_embedding(descriptions: Tensor) -> Tensor:
-    """(K, M, D) text features of M descriptions -> (K, D): normalise, mean, normalise again.
+    """Text features (K, M, D) of M descriptions -> (K, D): normalise, mean, normalise.
 
     Source: U:ram_model/ram/utils/openset_utils.py:336.
     """
@@ -199,18 +203,18 @@ def label_embedding(descriptions: Tensor) -> Tensor:
 def description_weights(cls: Tensor, descriptions: Tensor, log_scale: Tensor | float) -> Tensor:
     """w (B, K, M) = softmax over a concept's descriptions of exp(s) <e_0, L_km>; cls (B, D), descriptions (K, M, D).
 
-    Source: U:ram_model/ram/models/ram_plus.py:346. The CLS token is normalised here, descriptions are as given. The
-    authors give one averaged vector a concept (M = 1), for which all weights are 1; with M = 51 it is RAM++'s own rule.
+    Source: U:ram_model/ram/models/ram_plus.py:346. Only the CLS token is normalised here. The authors pass one
+    averaged vector per concept (M = 1), so all weights are 1; M = 51 is RAM++'s original rule.
     """
     scale = torch.as_tensor(log_scale).exp()
     return torch.einsum("bd,kmd->bkm", scale * F.normalize(cls, dim=-1), descriptions).softmax(dim=-1)
 
 
 class OpenSetHead(nn.Module):
-    """RAM++'s tagger on image tokens: p = sigmoid(fc(head(relu(W sum_m w_m L_m), image))), a probability a concept.
+    """RAM++'s tagging head: probability p = sigmoid(fc(head(relu(W sum_m w_m L_m), image))) of each concept.
 
     Source: U:ram_model/ram/models/ram_plus.py:330. `attention(queries (B, K, width), tokens (B, L, dim))` is the
-    cross-attention over all image tokens; attribute names are those of RAM++'s checkpoints.
+    cross-attention over all image tokens. Attribute names match RAM++'s checkpoints.
     """
 
     def __init__(self, attention: nn.Module, token_dim: int = 1536, width: int = 768, dim: int = 512):
@@ -222,7 +226,7 @@ class OpenSetHead(nn.Module):
         self.reweight_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, tokens: Tensor, descriptions: Tensor) -> Tensor:
-        """tokens (B, L, token_dim) with the CLS token first, descriptions (K, M, dim) or (K, dim) -> (B, K)."""
+        """tokens (B, L, token_dim), CLS first, descriptions (K, M, dim) or (K, dim) -> probabilities (B, K)."""
         descriptions = descriptions[:, None] if descriptions.ndim == 2 else descriptions
         image = self.image_proj(tokens)
         weights = description_weights(image[:, 0], descriptions, self.reweight_scale)
@@ -232,9 +236,9 @@ class OpenSetHead(nn.Module):
 
 
 def tag_presence(probabilities: ArrayLike, threshold: float, half: bool = True) -> NDArray[np.bool_]:
-    """(N, K): is the concept in the image, probability > threshold; U:src/image_search_inverted_index_creation.py:39.
+    """Presence (N, K): probability > threshold. U:src/image_search_inverted_index_creation.py:39.
 
-    Upstream keeps probabilities in half precision, and the threshold becomes half in the comparison: 0.7 is 0.70019531.
+    Upstream stores probabilities in half precision, so the threshold is rounded to half precision: 0.7 to 0.70019531.
     """
     dtype = np.float16 if half else np.float32
     return np.asarray(probabilities).astype(dtype) > dtype(threshold)
@@ -244,13 +248,15 @@ def tag_presence(probabilities: ArrayLike, threshold: float, half: bool = True) 
 
 
 def pair_keys(pairs: ArrayLike, num_concepts: int) -> Ids:
-    """(document, concept) rows (m, 2) -> sorted unique document * K + concept."""
+    """(document, concept) pairs (m, 2) -> sorted, unique integers document * K + concept."""
     pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     return np.unique(pairs[:, 0] * num_concepts + pairs[:, 1])
 
 
 def matched_counts(text_pairs: ArrayLike, image_pairs: ArrayLike, num_concepts: int) -> Ids:
-    """count(c) = |text_hits(c) and image_hits(c)|, (K,), from (document, concept) rows (m, 2), (n, 2) in one id space.
+    """Number of documents with each concept in both caption and image, (K,), from (document, concept) pairs.
+
+    text_pairs: (m, 2); image_pairs: (n, 2), with the same document ids.
 
     Source: U:src/integrated_search_matches_inverted_index.py:178.
     """
@@ -259,9 +265,10 @@ def matched_counts(text_pairs: ArrayLike, image_pairs: ArrayLike, num_concepts: 
 
 
 def controlled_counts(image_pairs: ArrayLike, keep_ids: ArrayLike, num_concepts: int) -> Ids:
-    """Similarity control, (K,): how many of the kept ids (k,) are among a concept's images (n, 2).
+    """Similarity control: number of images of each concept, (K,), whose ids are in `keep_ids` (k,).
 
-    Source: U:src/image_search_matches_inverted_index.py:63; an id that the list of kept ones holds twice counts twice.
+    image_pairs: (image, concept), (n, 2). Source: U:src/image_search_matches_inverted_index.py:63. An id that is twice
+    in `keep_ids` counts twice.
     """
     kept, times = np.unique(np.asarray(keep_ids, dtype=np.int64), return_counts=True)
     documents, concepts = np.divmod(pair_keys(image_pairs, num_concepts), num_concepts)

@@ -1,8 +1,8 @@
-"""The paper's curves from the authors' published counts and scores: figures 2, 4, 8 to 10, 18, 19, 24, 25 and table 6.
+"""Curves from the authors' published counts and scores: figures 2, 4, 8 to 10, 18, 19, 24, 25 and table 6.
 
-A panel is one model with one kind of counts (captions, images, both) and one score (prompts of a class, recall).
-Beside the correlation stand the legend of the authors' figure, the correlation of the curve that they saved, and the
-diagnostics that the paper lacks: all bins, no bins, scores shuffled across everything and within each dataset.
+A panel is one model with one kind of counts (captions, images, both) and one score (class prompts or recall). Its table
+row has our correlation, the legend of the authors' figure, the correlation of the curve that they saved, and
+diagnostics that the paper lacks: all bins, no bins, and scores shuffled over all data sets or within each.
 """
 
 import math
@@ -16,11 +16,11 @@ from concept_frequency.curves import Curve, Diagnostics
 from concept_frequency.printed import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
 from concept_frequency.published import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
 
-Rows = list[dict[str, str]]  # of a table
+Rows = list[dict[str, str]]  # rows of a table
 Key = tuple[str, str, str]  # task, counts, prompts or recall
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7)  # of RAM++
 TEN = CURVE_MODELS[:10]  # of figure 2
-CLAIMS: tuple[tuple[str, tuple[Key, ...]], ...] = (  # which legends are a claim together
+CLAIMS: tuple[tuple[str, tuple[Key, ...]], ...] = (  # groups of legends, one claim each
     ("classification, matched counts (fig. 2)", (("classification", "integrated", "class"),)),
     ("classification, image counts (fig. 18)", (("classification", "image", "class"),)),
     ("classification, text counts (fig. 19)", (("classification", "text", "class"),)),
@@ -38,12 +38,12 @@ class Panel(NamedTuple):
     """One model in one panel of a figure."""
 
     model: str
-    bins: slice  # that the paper plots
+    bins: slice  # bins that the paper plots
     curve: Curve
     about: Diagnostics
-    printed: float | None  # in the legend of the authors' figure
+    printed: float | None  # rho in the legend of the authors' figure
     saved: float | None  # rho of the curve that the authors saved
-    gap: float | None  # largest difference between the means of our bins and of theirs
+    gap: float | None  # largest difference between bin means of our curve and theirs
 
 
 def panel(results: Results, key: Key, model: str, printed: float | None = None) -> Panel:
@@ -60,7 +60,7 @@ def panel(results: Results, key: Key, model: str, printed: float | None = None) 
 
 
 def figure_panels(results: Results, key: Key) -> list[Panel]:
-    """All models whose counts are among the files."""
+    """Panels of all models with published counts."""
     task, search, _ = key
     legends = PRINTED.get(key, (None,) * len(CURVE_MODELS))
     return [
@@ -71,7 +71,7 @@ def figure_panels(results: Results, key: Key) -> list[Panel]:
 
 
 def keys() -> list[Key]:
-    """All figures: tasks by counts by prompts or recalls, those of figure 2 first."""
+    """Keys of all figures: each task, kind of counts, and prompts or recall; figure 2 comes first."""
     found = [(task, search, setting) for task in SETTINGS for search in METHODS for setting in SETTINGS[task]]
     return sorted(found, key=lambda key: key[2] != MAIN[key[0]])
 
@@ -92,12 +92,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def as_printed(value: float, printed: str) -> bool:
-    """Whether a number is the printed one to two digits: the paper's tables round in some places and cut in others."""
+    """Whether `value` is the printed number of two decimals, rounded or truncated (the paper's tables do both)."""
     return printed in (f"{value:.2f}", f"{math.floor(100 * value + 1e-9) / 100:.2f}")
 
 
 def panel_rows(panels: Iterable[Panel]) -> Rows:
-    """One table row a panel."""
+    """One table row per panel."""
     return [
         {
             "corpus": CORPORA[p.model.partition("|")[2]],
@@ -121,7 +121,7 @@ def panel_rows(panels: Iterable[Panel]) -> Rows:
 
 
 def counted(claim: str, paper: str, same: Sequence[bool], what: str = "equal to the digit") -> dict[str, str]:
-    """A claims row: how many of several numbers agree with the paper's."""
+    """A claims row that counts how many numbers agree with the paper's."""
     verdict = "reproduced" if same and all(same) else "same direction" if any(same) else "not reproduced"
     return {
         "claim": f"published files: {claim}", "paper": paper, "here": f"{sum(same)} of {len(same)} {what}",
@@ -130,14 +130,14 @@ def counted(claim: str, paper: str, same: Sequence[bool], what: str = "equal to 
 
 
 def listed(values: Sequence[float]) -> str:
-    """Numbers one by one, or their range where there are many."""
+    """All numbers, or their range if there are many."""
     if len(values) <= len(CURVE_MODELS):
         return " ".join(f"{value:.2f}" for value in values)
     return f"{len(values)} values, {min(values):.2f} to {max(values):.2f}"
 
 
 def legend_claims(figures: dict[Key, list[Panel]]) -> Rows:
-    """Claims rows: which correlations agree with the legends of figures, which curves with those that were saved."""
+    """Claims rows: correlations that agree with the legends of figures, and curves that agree with the saved ones."""
     rows = []
     for name, of in CLAIMS:
         shown = [p for key in of for p in figures.get(key, ()) if p.printed is not None]
@@ -170,7 +170,7 @@ def models_with_counts(results: Results, models: Sequence[str] = TEN, search: st
 
 
 def data_sets(results: Results) -> Rows:
-    """rho of the main figure over 18 data sets, as its legends need, and over the 17 of the paper's text."""
+    """rho of the main figure over 18 data sets, which reproduce its legends, and over the 17 of the paper's text."""
     rows = []
     for model in models_with_counts(results, CURVE_MODELS):
         cells = {}
@@ -184,9 +184,9 @@ def data_sets(results: Results) -> Rows:
 
 
 def left_out(results: Results) -> Rows:
-    """The pairs in each bin of the main figure, the bins that it shows, and those that an IQR rule would leave out."""
+    """Pairs per bin of the main figure, the bins that it shows, and the bins that an IQR rule would leave out."""
     rows = []
-    of = {model.partition("|")[2]: model for model in models_with_counts(results, CURVE_MODELS)}  # one a corpus
+    of = {model.partition("|")[2]: model for model in models_with_counts(results, CURVE_MODELS)}  # one per corpus
     for corpus, model in of.items():
         counts, scores, _ = results.pairs("classification", "integrated", model)
         curve = curves.log_linear_curve(counts, scores, BINS["classification"])
@@ -201,7 +201,7 @@ def left_out(results: Results) -> Rows:
 
 
 def with_zeros(results: Results) -> tuple[Rows, Rows]:
-    """(table rows, claims rows) of figure 25: bin 0, where concepts that were never counted are, included."""
+    """(table rows, claims rows) of figure 25: includes bin 0, which has the concepts that were never counted."""
     rows, found = [], []
     for model in models_with_counts(results):
         counts, scores, _ = results.pairs("classification", "integrated", model)
@@ -217,8 +217,8 @@ def with_zeros(results: Results) -> tuple[Rows, Rows]:
 def table6(results: Results) -> tuple[Rows, Rows]:
     """(table rows, claims rows) of table 6: mean accuracy of concepts by their count.
 
-    Its numbers are those of the ensemble of prompts over 18 data sets, and its concepts of frequency 0 are those with a
-    count of 0 or 1, as in the curves' first bin.
+    The paper's numbers are reproduced by the ensemble of prompts over 18 data sets; "frequency 0" includes counts of 1,
+    like the first bin of the curves.
     """
     rows, equal = [], []
     for model in models_with_counts(results, tuple(TABLE6)):
@@ -234,7 +234,7 @@ def table6(results: Results) -> tuple[Rows, Rows]:
 
 
 def by_count(results: Results) -> tuple[Rows, Rows]:
-    """(table rows, claims rows): mean accuracy of the main figure's pairs by decade of the count, zeros apart."""
+    """(table rows, claims rows): mean accuracy of the main figure's pairs by decade of the count, zeros separate."""
     rows, lowest = [], []
     for model in models_with_counts(results):
         found = curves.frequency_bands(*results.pairs("classification", "integrated", model)[:2])

@@ -1,7 +1,7 @@
-"""Numbers that the paper prints: its tables (arXiv 2404.04125v3) and the legends of its figures.
+"""Numbers printed in the paper: its tables (arXiv 2404.04125v3) and the legends of its figures.
 
-Legends are those of the figures in U:notebooks/plots, where `U:` is the root of
-bethgelab/frequency_determines_performance@11ef009. Models are named BACKBONE|CORPUS, as in the authors' files.
+The figures are those in U:notebooks/plots; `U:` is bethgelab/frequency_determines_performance@11ef009. Models are named
+BACKBONE|CORPUS, like in the authors' files.
 """
 
 CURVE_MODELS = (  # ten of figure 2, then those of the controls in figure 4
@@ -9,7 +9,7 @@ CURVE_MODELS = (  # ten of figure 2, then those of the controls in figure 4
     + ("ViT-B-32|laion400m", "ViT-B-16|laion400m", "ViT-L-14|laion400m", "ViT-B-16|synthci30m")
     + ("ViT-B-32|laion200m_train_test_sim_normalized",)
 )
-NO = None  # such figure, or number in it
+NO = None  # no such figure, or no such number in it
 PRINTED = {  # legends of the authors' figures by (task, counts, prompts or recall), in the order of CURVE_MODELS
     ("classification", "integrated", "class"): (0.97, 0.93, 0.93, 0.83, 0.96, 0.95, 0.96, NO, NO, NO, 0.82, NO),
     ("classification", "integrated", "simple"): (0.95, 0.96, 0.94, 0.86, 0.95, 0.96, 0.98, NO, NO, NO, NO, NO),
@@ -39,12 +39,12 @@ PRINTED = {  # legends of the authors' figures by (task, counts, prompts or reca
     ("retrieval", "text", "t2i_k=5"): (0.95, 0.98, 0.95, 0.95, 0.60, 0.31, 0.80, 0.96, 0.97, 0.97, NO, NO),
     ("retrieval", "text", "t2i_k=10"): (0.93, 0.95, 0.93, 0.94, 0.66, 0.20, 0.74, 0.91, 0.97, 0.95, 0.98, NO),
 }
-FIGURE24 = {  # the first ten models, image counts at three thresholds of RAM++
+FIGURE24 = {  # the first ten models, image counts at RAM++ thresholds
     0.5: (0.94, 0.93, 0.93, 0.94, 0.61, 0.49, 0.68, 0.76, 0.57, 0.07),
     0.6: (0.96, 0.96, 0.96, 0.94, 0.94, 0.94, 0.93, 0.87, 0.55, 0.58),
     0.7: (0.98, 0.97, 0.97, 0.95, 0.82, 0.89, 0.92, 0.95, 0.91, 0.87),
 }
-DERIVED = {  # LAION-400M in the main figure, whose file the repository lacks: recomputed, three digits
+DERIVED = {  # LAION-400M in the main figure, recomputed with three digits: the repository lacks the figure file
     "ViT-B-32|laion400m": 0.957,
     "ViT-B-16|laion400m": 0.916,
     "ViT-L-14|laion400m": 0.855,
@@ -58,7 +58,7 @@ TABLE3 = {  # misaligned pairs, and their share in percent
     "laion_aesthetics": (23_104_076, "14.34"),
     "laion400m": (21_996_097, "5.31"),
 }
-TABLE4 = {  # correlation of counts; the text does not say which, U:notebooks/correlations_... computes Spearman's
+TABLE4 = {  # Spearman's correlation of counts, as in U:notebooks/correlations_...; the text does not say which
     ("cc3m", "cc12m"): 0.79,
     ("cc3m", "yfcc15m"): 0.96,
     ("cc3m", "laion400m"): 0.63,
@@ -78,7 +78,7 @@ TABLE6 = {  # mean accuracy at frequencies of 0, 1-10, 10-100, 100-1000, 1000-10
     "ViT-B-16|laion400m": (51.77, 52.09, 57.12, 61.32, 70.73),
     "ViT-L-14|laion400m": (60.44, 58.87, 62.43, 67.63, 76.65),
 }
-TABLE9 = {  # percent on ImageNet and on Let It Wag!; ImageNet's of 20 models are open_clip's (let_it_wag_eval.ipynb)
+TABLE9 = {  # percent on ImageNet and Let It Wag!; 20 of ImageNet's numbers are open_clip's (let_it_wag_eval.ipynb)
     "RN50|cc3m": (20.09, 3.74), "ViT-B-16|cc3m": (17.10, 3.01), "RN50|cc12m": (33.14, 8.92),
     "ViT-B-16|cc12m": (37.39, 11.49), "RN50|yfcc15m": (31.88, 13.15), "RN101|yfcc15m": (34.04, 15.19),
     "ViT-B-16|yfcc15m": (37.88, 19.25), "RN50|openai": (59.82, 31.93), "RN101|openai": (62.28, 31.88),

@@ -1,8 +1,8 @@
-"""The files that the authors have published, in a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`).
+"""Read the files that the authors published in bethgelab/frequency_determines_performance@11ef009 (`U:`).
 
 `Results` reads search_counts, zero_shot_evaluations, retrieval_evaluations, t2i_evaluations, misalignment_metrics,
-let_it_wag_datasets, the curves and figures in notebooks/plots, and the judgements of the people study. None of these
-files are in this project. The numbers of the paper's tables and figures are in printed.py.
+let_it_wag_datasets, the curves and figures in notebooks/plots, and the judgements of the people study from a clone.
+This project contains none of these files. printed.py has the numbers of the paper's tables and figures.
 """
 
 import pickle
@@ -21,18 +21,18 @@ from concept_frequency.printed import TABLE9
 
 # ------------------------------------------------------------------------------------------------ names in the files
 
-CLASSIFICATION = (  # 17 datasets; ImageNet-Sketch is the 18th, without text counts
+CLASSIFICATION = (  # 17 data sets; the 18th, ImageNet-Sketch, has no text counts
     "imagenet cifar10 cifar100 caltech101 caltech256 sun397 birdsnap country211 cub dtd eurosat fgvcaircraft "
     "flowers102 food101 oxfordpets stanfordcars ucf101"
 ).split()
-FINE_GRAINED = ["birdsnap", "cub", "fgvcaircraft", "flowers102", "food101"]  # of Let It Wag!'s classes
+FINE_GRAINED = ["birdsnap", "cub", "fgvcaircraft", "flowers102", "food101"]  # as half of Let It Wag!
 RETRIEVAL = ["coco", "flickr"]
 METHODS = {"integrated": "integrated_tlemmatized_i0.7", "image": "rampp0.7", "text": "lemmatized"}
-SETTINGS = {  # what a score can be of: the prompts of a class, or which recall at how many
+SETTINGS = {  # prompts of a class, or recall@k in one direction
     "classification": ("class", "simple", "ensemble"),
     "retrieval": ("i2t_k=1", "i2t_k=5", "i2t_k=10", "t2i_k=1", "t2i_k=5", "t2i_k=10"),
 }
-MAIN = {"classification": "class", "retrieval": "t2i_k=10"}  # of figure 2
+MAIN = {"classification": "class", "retrieval": "t2i_k=10"}  # the scores of figure 2
 BINS = {"classification": 12, "retrieval": 7, "generation": 7, "people": 5}
 CORPORA = {
     "cc3m": "CC-3M",
@@ -40,7 +40,7 @@ CORPORA = {
     "yfcc15m": "YFCC-15M",
     "laion400m": "LAION-400M",
     "synthci30m": "SynthCI-30M",
-    "laion200m_train_test_sim_normalized": "LAION, 150M pairs",  # the similarity control; their name says 200M
+    "laion200m_train_test_sim_normalized": "LAION, 150M pairs",  # similarity control; named 200M
 }
 SIZES = {name: COUNT_PRESETS[name][1].size for name in ("cc3m", "cc12m", "yfcc15m", "laion400m")}
 GENERATION = {  # scores of text-to-image models, in the order of figures 3 and 11 to 15
@@ -51,7 +51,7 @@ GENERATION = {  # scores of text-to-image models, in the order of figures 3 and 
     "exp_clip": "expected CLIP score",
     "max_clip": "max CLIP score",
 }
-GENERATION_MODELS = (  # three a panel of these figures
+GENERATION_MODELS = (  # three per panel of these figures
     "huggingface_openjourney-v1-0", "DeepFloyd_IF-I-L-v1.0", "huggingface_promptist-stable-diffusion-v1-4",
     "craiyon_dalle-mini", "huggingface_openjourney-v2-0", "adobe_giga-gan",
     "huggingface_vintedois-diffusion-v0-1", "huggingface_stable-diffusion-safe-strong", "DeepFloyd_IF-I-M-v1.0",
@@ -65,7 +65,7 @@ GENERATION_MODELS = (  # three a panel of these figures
 
 
 def plotted_bins(task: str, pretraining: str) -> slice:
-    """The bins that the paper plots and correlates: they differ from panel to panel."""
+    """The bins that the paper plots and correlates; they depend on task and corpus."""
     if task == "retrieval":
         return slice(3, None)
     if task == "generation":
@@ -80,11 +80,11 @@ def short(model: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
-read = cache(load_json)  # each of their files is parsed once
+read = cache(load_json)  # each file is parsed once
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of arrays, numbers, text, lists and dictionaries. ValueError for anything else, before it runs."""
+    """Load pickles of arrays, numbers, text, lists and dictionaries. ValueError before any other object is made."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"), ("numpy", "ndarray"),
@@ -94,12 +94,12 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise ValueError(f"a published pickle names {module}.{name}, which is neither an array nor a plain value")
+            raise ValueError(f"a published pickle contains {module}.{name}, but only arrays and plain values are read")
         return super().find_class(module, name)
 
 
 def read_pickle(path: Path) -> Any:
-    """What a pickle of arrays and plain values holds."""
+    """The content of a pickle file of arrays and plain values."""
     with open(path, "rb") as file:
         return PlainUnpickler(file).load()
 
@@ -130,15 +130,15 @@ class Results:
         place = "retrieval_evaluations" if task == "retrieval" else "zero_shot_evaluations"
         return self.folder / place / f"{dataset}_{setting}_results.json"
 
-    @cache  # noqa: B019 - one object a run
+    @cache  # noqa: B019 - one object per run
     def pairs(
         self, task: str, search: str, model: str, setting: str = "class", method: str | None = None,
         sketch: bool = True,
     ):  # fmt: skip
-        """(counts (P,), scores (P,), dataset (P,)) of a panel: pooled over its datasets, not averaged.
+        """(counts (P,), scores (P,), dataset (P,)) of a panel: the pairs of all its data sets, not their averages.
 
-        `setting`: class, simple or ensemble, or t2i_k=10 and the like for retrieval. COCO's empty concept is in the
-        image counts alone, as published. Without `sketch`: the 17 data sets of the paper's text.
+        `setting`: class, simple, ensemble, or for retrieval t2i_k=10 etc. The published files have COCO's empty concept
+        only in the image counts. sketch=False uses the 17 data sets of the paper's text.
         """
         pretraining = model.partition("|")[2]
         sets = RETRIEVAL if task == "retrieval" else list(CLASSIFICATION)
@@ -150,7 +150,7 @@ class Results:
         return curves.pooled(counts, [scores_of(read(path), model, path) for path in files])
 
     def has_scores(self, key: tuple[str, str, str]) -> bool:
-        """Whether counts of any corpus and scores are there for (task, counts, prompts or recall)."""
+        """Whether the clone has scores and the counts of any corpus for `key`: (task, counts, prompts or recall)."""
         task, search, setting = key
         dataset = RETRIEVAL[0] if task == "retrieval" else CLASSIFICATION[0]
         return self.scores_file(task, dataset, setting).is_file() and any(
@@ -158,16 +158,16 @@ class Results:
         )
 
     def classes(self, path: Path) -> list[str]:
-        """Names of the classes in a file of scores."""
+        """Class names in a file of scores."""
         return list(next(iter(read(path).values()))["classwise"])
 
     def tail_counts(self, pretraining: str, search: str) -> list[int]:
-        """Counts of the 3,469 classes of 17 datasets."""
+        """Counts of the 3,469 classes of the 17 data sets."""
         files = (load_counts(self.counts_file(dataset, pretraining, METHODS[search])) for dataset in CLASSIFICATION)
         return [count for counts in files for count in counts.values()]
 
     def all_counts(self, pretraining: str, search: str) -> dict[str, int]:
-        """Counts of all concepts of a corpus; of a name that several files have, the first in order of names."""
+        """Counts of all concepts of a corpus. If several files have a name, the alphabetically first file is used."""
         found: dict[str, int] = {}
         for path in sorted(
             (self.folder / "search_counts").glob(f"*_{pretraining}_{METHODS[search]}_search_counts.json")
@@ -175,7 +175,7 @@ class Results:
             found = load_counts(path) | found
         return found
 
-    # ------------------------------------------------------------------ curves and figures that they saved
+    # ------------------------------------------------------------------ saved curves and figures
 
     def saved_curve(self, task: str, search: str, model: str, setting: str) -> dict[str, NDArray] | None:
         """{"exp_bins", "cum_means", "cum_stds"} of a panel as the authors' notebooks saved it, or None."""
@@ -187,12 +187,12 @@ class Results:
         return read_pickle(path) if path.is_file() else None
 
     def figure(self, *names: str) -> Path | None:
-        """The first of these images in notebooks/plots that is there."""
+        """The first of these images that exists in notebooks/plots, or None."""
         paths = [self.plots / f"{name}.png" for name in names]
         return next((path for path in paths if path.is_file()), None)
 
     def panel_image(self, task: str, search: str, corpus: str, setting: str) -> Path | None:
-        """The authors' image of a panel; they have two forms of names."""
+        """The authors' image of a panel, or None; file names have one of two forms."""
         plot, corpus = f"log-linear-plot-{search}-queried-search", corpus.replace("_", "-")
         kind = {"classification": "zero-shot", "retrieval": "retrieval"}[task]
         ends = ["", f"-{setting}"] if setting in (MAIN[task], "class") else [f"-{setting}"]
@@ -202,30 +202,30 @@ class Results:
     # ------------------------------------------------------------------ the other tasks
 
     def generation(self, setting: str) -> dict[str, dict[str, list[float]]]:
-        """{text-to-image model: {concept: scores of its prompts}}; empty where the clone lacks the file."""
+        """{text-to-image model: {concept: scores of its prompts}}; empty if the clone lacks the file."""
         path = self.folder / f"t2i_evaluations/t2i_{setting}.json"
         return {model: value["classwise"] for model, value in read(path).items()} if path.is_file() else {}
 
     def generation_pairs(self, setting: str, model: str) -> tuple[list[int], list[float]] | None:
-        """(counts in LAION-Aesthetics, mean scores) of the concepts with enough prompts, or None without the files."""
+        """(counts in LAION-Aesthetics, mean scores) of concepts with enough prompts, or None if files are missing."""
         counts_file = self.counts_file("t2i", "laion_aesthetics", METHODS["integrated"])
         scores = self.generation(setting).get(model)
         if scores is None or not counts_file.is_file():
             return None
         counts = read(counts_file)
-        means = mean_scores(scores, -1 if "human" in setting else 5)  # their human curves were made without the skip
+        means = mean_scores(scores, -1 if "human" in setting else 5)  # the authors' human curves skip no concepts
         names = sorted(counts.keys() & means.keys())
         return [counts[name] for name in names], [means[name] for name in names]
 
     def generation_models(self) -> list[str]:
-        """The text-to-image models with scores or curves, by name."""
+        """Sorted names of the text-to-image models with scores or curves."""
         names = {name for setting in GENERATION for name in self.generation(setting)}
         for path in self.plots.glob("*_prompttype_exp_aesthetics_ptdataset_laion_aesthetics_model_*_t2i.pkl"):
             names.add(path.stem.partition("_model_")[2].removesuffix("_t2i"))
         return sorted(names)
 
     def people(self) -> tuple[NDArray[np.int64], dict[int, list[float]]] | None:
-        """(counts of the names of several words, judgements by bucket) of the people study, or None without its files.
+        """(counts of names of several words, {bucket: judgements}) of the people study, or None if files are missing.
 
         Judgements of all participants: 1 for yes, 0.5 for somewhat, 0 for no.
         """
@@ -241,7 +241,7 @@ class Results:
         return np.load(counts, allow_pickle=False)[several], dict(judged)
 
     def misalignment(self, name: str) -> tuple[int, float] | None:
-        """(misaligned pairs, their share of the fixed size of the corpus), or None without the file."""
+        """(number of misaligned pairs, percent of the fixed size of the corpus), or None if the file is missing."""
         path = self.folder / f"misalignment_metrics/{name}_misalignment_degree.json"
         if not path.is_file():
             return None
@@ -249,14 +249,14 @@ class Results:
         return found["misalignment_counts"], found["misalignment_degree (percent); fixed conservative dataset size"]
 
     def let_it_wag(self) -> dict[str, dict[str, Any]]:
-        """{model: {"full": percent, "classwise": {class: percent}}} on Let It Wag!, ensemble of prompts."""
+        """{model: {"full": percent, "classwise": {class: percent}}} on Let It Wag! with the ensemble of prompts."""
         name = "let_it_wag_ensemble_results.json"
         places = [self.folder / "let_it_wag_datasets/evaluations" / name, self.folder / "let_it_wag" / name]
         path = next((path for path in places if path.is_file()), places[0])
         return {short(model): value for model, value in read(path).items()}
 
     def imagenet(self) -> dict[str, float]:
-        """Percent on ImageNet with the ensemble of prompts, by model: from the files, else as table 9 has it."""
+        """{model: percent on ImageNet with the ensemble of prompts}, from the files or else from table 9."""
         printed = {model: imagenet for model, (imagenet, _) in TABLE9.items()}
         files = read(self.scores_file("classification", "imagenet", "ensemble"))
         return printed | {short(model): value["full"] for model, value in files.items()}

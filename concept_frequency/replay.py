@@ -1,12 +1,12 @@
-"""Re-derive the paper's figures and tables from the authors' published counts and scores.
+"""Recompute the paper's figures and tables from the authors' published counts and scores.
 
     python -m concept_frequency.replay CLONE [--out runs/concept_frequency/replay]
 
-CLONE is a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`); published.py reads it, printed.py holds
-the paper's numbers, panels.py derives the curves of classification and retrieval, insights.py the rest; this file
-draws the figures and is the script. Nothing is counted or trained here: it shows that curve, bins and correlation are
-the authors', and how much of each correlation is left in the diagnostics that the paper lacks. Figures are drawn like
-the authors', with theirs below.
+CLONE is a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`); published.py reads it, printed.py has the
+paper's numbers, panels.py computes the curves of classification and retrieval, insights.py the other results; this
+script draws the figures and writes the tables. It counts and trains nothing. It shows that our curves, bins and
+correlations equal the authors', and how much of each correlation remains in diagnostics that the paper lacks. Figures
+have the authors' style, with their own figures below.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from shared import checkpoints, cli, evaluation
 
 
 def panel_columns(results: Results, key: Key, found: list[Panel], interval: bool = False) -> list[Column]:
-    """A column a corpus, its models as lines; `interval`: with those of the means, as in figure 27."""
+    """One column per corpus with one line per model; `interval` adds 95 % intervals of the means, like in figure 27."""
     task, search, setting = key
     columns = []
     for corpus in dict.fromkeys(p.model.partition("|")[2] for p in found):
@@ -57,7 +57,7 @@ def panel_columns(results: Results, key: Key, found: list[Panel], interval: bool
 
 
 def threshold_columns(results: Results, threshold: float) -> list[Column]:
-    """Figure 24 at one threshold of RAM++."""
+    """Columns of figure 24 at one threshold of RAM++."""
     method, columns = f"rampp{threshold}", []
     for corpus in list(CORPORA)[:4]:
         if not results.counts_file("imagenet-sketch", corpus, method).is_file():
@@ -82,7 +82,7 @@ def threshold_columns(results: Results, threshold: float) -> list[Column]:
 
 
 def generation_columns(results: Results, setting: str) -> list[Column]:
-    """Figures 3, 11 to 15 of one score: three text-to-image models a panel, in the order of theirs."""
+    """Columns of figures 3 and 11 to 15 for one score: three text-to-image models per panel, in the authors' order."""
     columns, bins = [], plotted_bins("generation", "")
     groups = [GENERATION_MODELS[i : i + 3] for i in range(0, len(GENERATION_MODELS), 3)]
     groups.append(tuple(model for model in results.generation_models() if model not in GENERATION_MODELS))
@@ -107,7 +107,7 @@ def generation_columns(results: Results, setting: str) -> list[Column]:
 
 
 def people_columns(results: Results) -> list[Column]:
-    """Figure 17."""
+    """The column of figure 17."""
     if (found := results.people()) is None:
         return []
     x, y = curves.people_points(*found)
@@ -123,7 +123,7 @@ def people_columns(results: Results) -> list[Column]:
 
 
 def wag_columns(results: Results) -> list[Column]:
-    """Figure 6."""
+    """The column of figure 6."""
     imagenet, tail = results.imagenet(), {model: found["full"] for model, found in results.let_it_wag().items()}
     names = sorted(imagenet.keys() & tail.keys())
 
@@ -144,7 +144,7 @@ def wag_columns(results: Results) -> list[Column]:
 
 
 def tail_columns(results: Results) -> list[Column]:
-    """Figure 5: counts over the largest, in descending order, zeros left out."""
+    """Columns of figure 5: counts divided by the largest, in descending order, without zeros."""
     columns = []
     for search in METHODS:
         corpora = [corpus for corpus in SIZES if results.has(search, corpus)]
@@ -162,7 +162,7 @@ def tail_columns(results: Results) -> list[Column]:
 
 
 def drawn(results: Results, found: dict[Key, list[Panel]]) -> Iterator[tuple[str, str, list[Column]]]:
-    """(file name, title, columns) of all figures that the clone has the files of."""
+    """(file name, title, columns) of all figures for which the clone has files."""
     for key, of in found.items():
         yield "_".join(key).replace("=", ""), panels.title(key), panel_columns(results, key, of)
     main = ("classification", "integrated", "class")
@@ -181,7 +181,7 @@ def drawn(results: Results, found: dict[Key, list[Panel]]) -> Iterator[tuple[str
 
 
 def with_bins(p: Panel, bins: slice) -> curves.Diagnostics:
-    """The diagnostics of a panel with another slice's correlation."""
+    """The diagnostics of a panel, with the correlation of another slice of bins."""
     rho, p_value = curves.correlation(p.curve, bins)
     return p.about._replace(rho=rho, p=p_value)
 
@@ -196,11 +196,11 @@ class Config:
     out: str = "runs/concept_frequency/replay"
     """Folder for results.json, results.md and figures/."""
     figures: bool = True
-    """Draw the figures, too."""
+    """Also draw the figures."""
 
 
 def derive(results: Results) -> tuple[dict[str, Rows], Rows, dict[Key, list[Panel]]]:
-    """({heading: table rows}, claims rows, {figure: its panels})."""
+    """Compute ({heading: table rows}, claims rows, {figure: its panels})."""
     found = {
         key: panels.figure_panels(results, key)
         for key in tqdm(panels.keys(), "curves", unit="figure", disable=None)
@@ -232,7 +232,7 @@ def derive(results: Results) -> tuple[dict[str, Rows], Rows, dict[Key, list[Pane
 
 
 def main(cfg: Config) -> Rows:
-    """Write and print the tables, draw the figures; returns the claims rows."""
+    """Write and print the tables and draw the figures. Returns the claims rows."""
     results, out = Results(cfg.results), Path(cfg.out)
     tables, claims, found = derive(results)
     (out / "figures").mkdir(parents=True, exist_ok=True)

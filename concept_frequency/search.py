@@ -1,8 +1,9 @@
-"""Searching one part of a corpus: the index of its captions, the tags of its images, its share of the counts.
+"""Search one part of a corpus (a tar or a slice of a table): index its captions, tag its images, count its concepts.
 
-Each function takes a job that can be pickled, so that any process or machine can do it; count.py hands them out. A part
-gives a file with the index of its captions' nouns, and one with its images' concepts. Files are written whole or not at
-all: a killed count goes on with those that are missing, and other concepts later cost no tagging of captions.
+Each function takes a job that can be pickled, so any process or machine can run it; count.py distributes the jobs. Each
+part gets a file with the index of the nouns in its captions, and a file with the concepts in its images. Files are
+written atomically: a count that is restarted computes only the missing ones, and a count of other concepts reuses the
+index of captions.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from concept_frequency.model import InvertedIndex, controlled_counts, matched_co
 from concept_frequency.tagging import Tagger, load_tagger, tag_captions, tag_images
 from shared import checkpoints, data, tars
 
-BATCH = 64  # images of a forward pass
+BATCH = 64  # images per forward pass
 
-# --------------------------------------------------------------------------------------------- index and tags of a part
+# ------------------------------------------------------------------------------------------- index and tags of one part
 
 
 class Job(NamedTuple):
-    """Make the index, the tags or the phrase counts of a part."""
+    """A job that writes the index, the tags or the phrase counts of a part."""
 
     part: Part
     cfg: CountConfig
@@ -46,7 +47,7 @@ class Job(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A part's index or tags are in `target`."""
+    """The result of a Job: the index or tags are in the file `target`."""
 
     target: str
     documents: int
@@ -54,7 +55,7 @@ class Done(NamedTuple):
 
 
 def index_part(job: Job) -> Done:
-    """Tag the captions of a part and write their index, and on the way their phrase counts."""
+    """Tag the captions of a part and write their index; with `job.phrases`, also write their phrase counts."""
     cfg, broken, phrases = job.cfg, [], Phrases(job.names if job.phrases else ())
     captions = phrases.watch(read_captions(job.part, cfg.caption_column, cfg.also, broken))
     index = InvertedIndex.build(tag_captions(captions, cfg.spacy, cfg.exact, cfg.casefold, cfg.batch_captions))
@@ -65,29 +66,29 @@ def index_part(job: Job) -> Done:
 
 
 def phrase_part(job: Job) -> Done:
-    """Write the phrase counts of a part whose index was made before."""
+    """Write the phrase counts of a part that has an index already."""
     phrases = Phrases(job.names)
     captions = phrases.watch(read_captions(job.part, job.cfg.caption_column, job.cfg.also, []))
     return finish(job.target, phrases.save, sum(1 for _ in captions), [])
 
 
 def words_of(text: str) -> list[str]:
-    """`A T-shirt, red` -> a, t-shirt, red."""
+    """The lower-case words of a text: `A T-shirt, red` -> a, t-shirt, red."""
     return re.findall(r"\w+(?:[-'’]\w+)*", text.replace("_", " ").lower())
 
 
 class Phrases:
-    """How many captions have each of some names as it is written: its words one behind the other, in any case."""
+    """Counts the captions that contain each name literally: its words in sequence, ignoring case."""
 
     def __init__(self, names: Sequence[str]):
         self.counts = np.zeros(len(names), dtype=np.int64)
-        self.starts: dict[str, list[tuple[list[str], int]]] = {}  # first word -> (words, number of the name)
+        self.starts: dict[str, list[tuple[list[str], int]]] = {}  # first word -> (words, index of the name)
         for c, name in enumerate(names):
             if words := words_of(name):
                 self.starts.setdefault(words[0], []).append((words, c))
 
     def watch(self, captions: Iterable[str]) -> Iterator[str]:
-        """The captions, counted as they go by."""
+        """Pass the captions through and count the names in them."""
         for caption in captions:
             if self.starts:
                 words = words_of(caption)
@@ -101,28 +102,28 @@ class Phrases:
 
 
 def read_phrases(path: str) -> NDArray[np.int64]:
-    """(K,) captions with each name."""
+    """(K,) number of captions with each name."""
     with np.load(path, allow_pickle=False) as file:
         return file["counts"]
 
 
 def finish(target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken]) -> Done:
-    """Write `target`, whole or not at all, and beside it what a later run needs to know of it."""
+    """Write `target` atomically, and its number of documents and broken samples to a .json beside it."""
     checkpoints.write_json(Path(target).with_suffix(".json"), {"documents": documents, "broken": broken})
-    own = f".{os.getpid()}.tmp"  # a worker that outlived its run may be writing the same file
+    own = f".{os.getpid()}.tmp"  # a worker left over from a killed run may write the same file
     with checkpoints.replaced(Path(target), own) as file:
         save(file)
     return Done(target, documents, broken)
 
 
 def done_before(target: str) -> Done:
-    """What an earlier run has finished."""
+    """The Done of a file that an earlier run wrote."""
     about = load_json(Path(target).with_suffix(".json"))
     return Done(target, about["documents"], [data.Broken(*each) for each in about["broken"]])
 
 
 def label_part(job: Job) -> Done:
-    """The image side where labels are at hand: (document, concept, 1) of the label column."""
+    """Write tags (document, concept, probability 1) from the label column instead of from images."""
     cfg, place = job.cfg, {name: c for c, name in enumerate(job.names)}
     columns = [cfg.caption_column, cfg.label_column] + ([cfg.also] if cfg.also else [])
     rows = (row for row in read_columns(job.part, columns) if not cfg.also or (row[0] and row[2]))
@@ -134,21 +135,23 @@ def label_part(job: Job) -> Done:
 
 @cache
 def tagger_of(settings: str, names: tuple[str, ...], device: str) -> Tagger:
-    """This process's tagger on a device, made once; `settings` is a `CountConfig` in JSON."""
+    """The tagger of this process and device, loaded once. `settings` is a `CountConfig` as JSON."""
     cfg = CountConfig(**json.loads(settings))
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # nothing of this process is to be on another GPU
+        torch.cuda.set_device(device)  # this process must not use another GPU
     return load_tagger(
         cfg.tagger, names, cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions or None, cfg.average, device
     )
 
 
 def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
-    """Tag the images of a shard on a device: (document, concept, probability) of all above one half, or a lower
-    threshold. Images are decoded by so many processes beside this one, which hand on uint8, or by itself."""
+    """Tag the images of a shard and write (document, concept, probability) above 0.5, or above a lower threshold.
+
+    `decoders` processes decode the images and send uint8 to this process; with 0 this process decodes them.
+    """
     cfg, broken, found = job.cfg, [], [(np.zeros(0),) * 3]
     if job.part.kind != ".tar":
-        raise ValueError(f"--tagger needs images, and {job.part.path} is no .tar shard")
+        raise ValueError(f"--tagger needs image shards, but {job.part.path} is not a .tar")
     tagger = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names, device)
     table = RowTable.load(job.table) if job.table else None
     pixels, normalise = data.in_two(tagger.transform)
@@ -170,7 +173,7 @@ def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
 
 
 class ShardImages(Dataset):
-    """Row of an image shard -> (document, image (3, H, W)), or what is broken. `tar` is the shard, opened."""
+    """The rows of an image shard as (document, image (3, H, W)) or Broken. `tar` is the opened shard."""
 
     def __init__(self, tar: FileIO, number: int, ids: str, table: RowTable | None, transform: Callable):
         self.tar, self.number, self.ids, self.table, self.transform = tar, number, ids, table, transform
@@ -192,7 +195,7 @@ class ShardImages(Dataset):
 
 
 def collate(items: list) -> tuple[NDArray[np.int64], Tensor | None, list[data.Broken]]:
-    """(documents (B,), images (B, 3, H, W) or None for none, what is broken)."""
+    """(documents (B,), images (B, 3, H, W) or None if there are none, broken samples)."""
     broken = [item for item in items if isinstance(item, data.Broken)]
     whole = [item for item in items if not isinstance(item, data.Broken)]
     documents = np.array([document for document, _ in whole], dtype=np.int64)
@@ -200,7 +203,7 @@ def collate(items: list) -> tuple[NDArray[np.int64], Tensor | None, list[data.Br
 
 
 class RayTagger:
-    """Tags parts on the GPU that Ray gives it, as long as it lives."""
+    """A Ray actor that tags parts on the GPU that Ray assigns to it."""
 
     def __init__(self, decoders: int):
         self.device, self.decoders = "cuda:0" if torch.cuda.is_available() else "cpu", decoders
@@ -210,7 +213,7 @@ class RayTagger:
 
 
 def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[BinaryIO], None]:
-    """A function that writes these rows, (n,) each, to an open file."""
+    """A function that writes these arrays, each (n,), to an open file."""
     columns = {
         "document": documents.astype(np.int64),
         "concept": concepts.astype(np.int32),
@@ -220,56 +223,56 @@ def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -
 
 
 def read_tags(path: str, threshold: float) -> NDArray[np.int64]:
-    """(document, concept) rows (n, 2) above the threshold."""
+    """(document, concept) pairs (n, 2) with a probability above the threshold."""
     with np.load(path, allow_pickle=False) as file:
         rows = tag_presence(file["probability"], threshold)
         return np.stack([file["document"][rows], file["concept"][rows]], axis=1).astype(np.int64)
 
 
-# ----------------------------------------------------------------------------------------------------- counts of a part
+# --------------------------------------------------------------------------------------------------- counts of one part
 
 
 def parts_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
-    """Numbers of the parts that hold documents of a file of tags; job: that file, first document of each part."""
+    """Indices of the parts whose documents a file of tags has; job: (that file, first document of each part)."""
     path, bases = job
     with np.load(path, allow_pickle=False) as file:
         return set(np.unique(np.searchsorted(bases, file["document"], side="right") - 1).tolist())
 
 
 class CountJob(NamedTuple):
-    """Count captions, and captions with images, of a part."""
+    """A job that counts the concepts of a part in captions, and in both caption and image."""
 
     index: str  # file of a part's index
-    base: int  # number of its first document
+    base: int  # id of its first document in the corpus
     documents: int
-    tags: tuple[tuple[str, int], ...]  # files of tags that can hold its documents, and their first document
+    tags: tuple[tuple[str, int], ...]  # (file of tags, its first document) that may have its documents
     queries: tuple[tuple[str, ...], ...]  # known terms
     threshold: float
 
 
 class Counted(NamedTuple):
-    """Sums over parts; arrays are (K,)."""
+    """Counts, summed over parts. Arrays are (K,)."""
 
     text: NDArray[np.int64]
     both: NDArray[np.int64]
     documents: int
     with_text: int  # documents with a concept in the caption
-    misaligned: int  # documents with concepts on both sides, and none in common
+    misaligned: int  # documents with concepts in caption and image, but none in both
     image: NDArray[np.int64]
-    kept: NDArray[np.int64]  # images among those that the similarity control keeps
+    kept: NDArray[np.int64]  # images that the similarity control keeps
     with_image: int
-    phrase: NDArray[np.int64] | int = 0  # captions with the name as it is written; 0 where that is not counted
-    searched: tuple[tuple[str, ...], ...] = ()  # of the sum: the terms that each concept was searched as
-    missing: tuple[tuple[str, ...], ...] = ()  # ... and those of its terms that no caption has
+    phrase: NDArray[np.int64] | int = 0  # captions with the literal name; 0 if not counted
+    searched: tuple[tuple[str, ...], ...] = ()  # only in the total: search terms of each concept
+    missing: tuple[tuple[str, ...], ...] = ()  # only in the total: those terms that no caption has
 
 
 def known_terms(job: tuple[str, frozenset[str]]) -> set[str]:
-    """Which of the terms an index knows."""
+    """The terms that occur in an index; job: (file of the index, terms)."""
     return job[1] & InvertedIndex.load(job[0]).place.keys()
 
 
 def count_part(job: CountJob) -> Counted:
-    """Counts of one part: a concept's documents hold all of its known terms."""
+    """Count the concepts of one part; a document has a concept if it has all of the concept's known terms."""
     index, k = InvertedIndex.load(job.index), len(job.queries)
     hits = [index.search(terms, unknown="zero") for terms in job.queries]
     text = np.stack([np.concatenate(hits), np.repeat(np.arange(k), [len(rows) for rows in hits])], axis=1)
@@ -285,7 +288,7 @@ def count_part(job: CountJob) -> Counted:
 
 
 class TagJob(NamedTuple):
-    """Count the images of a file of tags."""
+    """A job that counts the concepts of images in a file of tags."""
 
     tags: str
     base: int
@@ -295,7 +298,7 @@ class TagJob(NamedTuple):
 
 
 def count_tags(job: TagJob) -> Counted:
-    """The image side of one file of tags, and of those that the similarity control keeps."""
+    """Count the concepts of the images in one file of tags, and of the images that the similarity control keeps."""
     pairs = read_tags(job.tags, job.threshold) + (job.base, 0)
     nothing = np.zeros(job.num_concepts, dtype=np.int64)
     kept = controlled_counts(pairs, np.load(job.keep, allow_pickle=False), job.num_concepts) if job.keep else nothing

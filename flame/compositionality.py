@@ -64,7 +64,7 @@ def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
     except OSError as error:
         raise FileNotFoundError(f"{error.filename} is missing") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{root} is no {name} as its authors ship it ({error!r})") from error
+        raise ValueError(f"{root} is not {name} in its authors' format ({error!r})") from error
     if empty := [kind for kind, instances in found.items() if not instances]:
         raise ValueError(f"{root} holds no instance of {empty[0]}")
     return found

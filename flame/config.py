@@ -222,9 +222,11 @@ def check(cfg: Config, world_size: int) -> None:
     if cfg.distinct_captions and not cfg.keep_in_memory:
         raise ValueError("--distinct-captions needs --keep-in-memory")
     if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError("--keep-in-memory needs all of the data at hand, which --window-shards does not have")
+        raise ValueError(
+            "--keep-in-memory reads all data at the start, --window-shards a part at a time: pass only one"
+        )
     if not 1 <= cfg.logit_scale <= 100:
-        raise ValueError(f"--logit-scale must be in 1..100, where it is kept, not {cfg.logit_scale}")
+        raise ValueError(f"--logit-scale must be in 1..100, its range during training, not {cfg.logit_scale}")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if len(set(cfg.rows)) < len(cfg.rows) or min(cfg.rows, default=0) < 0:
@@ -232,7 +234,7 @@ def check(cfg: Config, world_size: int) -> None:
     if cfg.rows and cfg.facets > len(cfg.rows):
         raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.rows)} --rows")
     if (cfg.cooldown > 0) != (cfg.schedule == "const-cooldown"):
-        raise ValueError("--cooldown and --schedule const-cooldown go together")
+        raise ValueError("--cooldown and --schedule const-cooldown must be passed together")
 
 
 def check_inputs(cfg: Config) -> None:

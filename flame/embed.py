@@ -355,7 +355,7 @@ class Texts:
 def bank_config(bank: str | Path) -> Config:
     """The settings of a bank that decide how texts are embedded: LLM, layers, mask, precision."""
     if not (Path(bank) / "index.json").is_file():
-        raise FileNotFoundError(f"{bank} has no index.json, which says how to embed the texts of an evaluation")
+        raise FileNotFoundError(f"{bank} has no index.json, which is needed to embed the texts of an evaluation")
     index = json.loads((Path(bank) / "index.json").read_text())
     precision = index.get("precision", "auto")  # older banks lack the entry
     return Config(
@@ -388,7 +388,7 @@ def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = 
     """Open an evaluation set. ValueError if it is of none of these kinds (classification, retrieval)."""
     eval_set = EvalSet(folder, transform, split)
     if eval_set.kind not in kinds:
-        raise ValueError(f"{folder} is a {eval_set.kind} set where a {' or '.join(kinds)} set is wanted")
+        raise ValueError(f"{folder} is a {eval_set.kind} set, but a {' or '.join(kinds)} set is needed")
     return eval_set
 
 

@@ -255,7 +255,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     model, train_cfg = load_model(path, cfg)
     model = model.to(process.device)
     if not isinstance(model, TrainedText | DualEncoder) and not (cfg.bank or train_cfg.bank):
-        raise ValueError(f"{path} says no bank: name one with --bank, for its LLM and prompts")
+        raise ValueError(f"{path} names no bank: pass --bank, its LLM and prompts embed the texts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}

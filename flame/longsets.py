@@ -85,7 +85,7 @@ def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pair
     try:
         pairs = reader(Path(root), *more)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{root} is no {reader.__name__} as its authors ship it ({error!r})") from error
+        raise ValueError(f"{root} is not {reader.__name__} in its authors' format ({error!r})") from error
     if not pairs:
         raise ValueError(f"{root} holds no image with a caption for {' '.join((reader.__name__, *more))}")
     return pairs

@@ -158,13 +158,15 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
     if cfg.kind == "supervised" and (cfg.dataset_size is not None or cfg.window_shards):
         raise ValueError("--dataset-size and --window-shards are for --kind clip: labelled images are all read by row")
     if cfg.kind == "clip" and cfg.asymmetric:
-        raise ValueError("--asymmetric is noise in labels: leave it out with --kind clip, whose captions are swapped")
+        raise ValueError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
     if cfg.keep_in_memory and cfg.window_shards:
         raise ValueError(
             "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
         )
     if ":pretrain" in cfg.data and cfg.window_shards:
-        raise ValueError("--window-shards reads shards whole: of the embedded corpus only a part is pre-trained on")
+        raise ValueError(
+            "--window-shards reads whole shards, but :pretrain selects a part of their samples: leave it out"
+        )
     if not 0 <= cfg.noise <= 1:
         raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
@@ -335,7 +337,7 @@ def check(cfg: Config, world_size: int = 1) -> None:
             "--data PATH, a folder DIR/CLASS/*.jpg, DIR:train of a webdataset or a list FILE.txt"
         )
     if cfg.features and cfg.encoder:
-        raise ValueError("--features takes the place of an encoder: leave out --encoder, or name images with --data")
+        raise ValueError("--features replaces the encoder: leave out --encoder, or name images with --data")
     if not cfg.features and not cfg.encoder:
         raise ValueError(
             "--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of `python -m nmtune.pretrain`"
@@ -347,11 +349,11 @@ def check(cfg: Config, world_size: int = 1) -> None:
     if any("=" not in test for test in cfg.tests):
         raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
     if cfg.zero_shot and (cfg.method != "lp" or cfg.features):
-        raise ValueError("--zero-shot starts a linear probe of a CLIP, --method lp with --encoder, from class names")
+        raise ValueError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")
     if cfg.select and not (cfg.features or cfg.bank or cfg.views == "eval"):
-        raise ValueError("--select tunes several times on features in memory: --features, --bank V or --views eval")
+        raise ValueError("--select needs features in memory: pass --features, --bank V or --views eval")
     if cfg.bank == 1 or cfg.bank < 0:
-        raise ValueError(f"--bank {cfg.bank} has to be 0, or at least 2 views to draw two of")
+        raise ValueError(f"--bank {cfg.bank} must be 0, or at least 2, because each step draws two views")
     cli.check_counts(cfg, "svd_k", "epochs", "batch_size", "save_every", "log_every")
     cli.check_batch(cfg, world_size)
 
@@ -440,7 +442,9 @@ FINETUNE_PRESETS = {
 def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
     """Raise ValueError on invalid settings before work starts."""
     if world_size > 1:
-        raise ValueError("fine-tuning takes its regularisers over one process' batch: start it without torchrun")
+        raise ValueError(
+            "fine-tuning computes its regularisers on the whole batch of one process: start it without torchrun"
+        )
     if not cfg.encoder:
         raise ValueError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
     if bool(cfg.data) == bool(cfg.benchmark):

@@ -216,7 +216,7 @@ def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
         found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
     files = Strings(found["files"], found["ends"])
     if not len(files):
-        raise FileNotFoundError(f"{root} holds no image in a folder of its class, {root}/CLASS/*.jpg")
+        raise FileNotFoundError(f"{root} holds no folder of a class with images, {root}/CLASS/*.jpg")
     return _whole(files, found["labels"], [folder.name for folder in folders])
 
 
@@ -421,7 +421,7 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
         raise ValueError(f"--benchmark is one of {names}, not {name!r}")
     missing = [path for path in (training, *tests.values()) if not Path(path.partition(":")[0]).exists()]
     if missing:
-        raise FileNotFoundError(f"{missing[0]} is not there: --benchmark {name} --root {base} wants {wanted}")
+        raise FileNotFoundError(f"{missing[0]} does not exist: --benchmark {name} --root {base} needs {wanted}")
     return training, tests
 
 
@@ -449,8 +449,8 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     if not unknown:
         return images, [[index[name]] for name in images.classnames]
     raise ValueError(
-        f"{spec} has the class {unknown[0]!r}, which was not trained; write {folder}/groups.json: "
-        "for each of its classes, the list of trained class numbers that count as it"
+        f"{spec} has the class {unknown[0]!r}, which was not trained; write {folder}/groups.json, "
+        "a list with the corresponding trained class numbers for each of its classes"
     )
 
 

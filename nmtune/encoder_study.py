@@ -124,7 +124,7 @@ def main(cfg: StudyConfig) -> None:
     file, setting = folder / "study.json", json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": run.commit()}))
     if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
         if checkpoints.read_json(file)["setting"] == setting:
-            print(f"{file} is there, of the same checkpoint and settings; nothing to do")
+            print(f"{file} exists for this checkpoint and these settings; nothing to do")
             return
     start, tasks = time.perf_counter(), {}
     encoded = encode_parts(cfg, process)

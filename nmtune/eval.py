@@ -240,7 +240,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     (folder / "results.md").write_text(evaluation.table(rows) + "\n")
     if spectra:
         plot_spectra(spectra, folder / "spectra.png")
-    print(f"{path}:\n\n{evaluation.tables(metrics, {})}\n\nall of it: {folder / 'results.md'}\n", flush=True)
+    print(f"{path}:\n\n{evaluation.tables(metrics, {})}\n\nall metrics: {folder / 'results.md'}\n", flush=True)
     return metrics
 
 

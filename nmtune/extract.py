@@ -121,7 +121,7 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
         groups = groups or [[label] for label in range(len(train.classnames))]
         if any(len(group) > 1 for group in groups):
             raise ValueError(
-                f"{tests[name]} has classes that several of {cfg.data} count as: measure it by nmtune.train"
+                f"{tests[name]} has a class that stands for several of {cfg.data}: measure it with nmtune.train"
             )
         features, labels = encode_set(encoder, images, eval_view, **options, label=name)
         yield name, features[0], [train.classnames[groups[label][0]] for label in labels]
@@ -140,7 +140,7 @@ def entries(path: str) -> list[dict[str, Any]]:
                 found.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, line {number} is no JSON ({error}); other files than .tsv are read so"
+                    f"{path}, line {number} is not JSON ({error}); files other than .tsv are read as JSON lines"
                 ) from error
         return found
 
@@ -238,7 +238,7 @@ def main(cfg: Images | Texts | Answers) -> Path:
         with np.load(out, allow_pickle=False) as file:
             if "about" not in file.files or str(file["about"]) != said:
                 raise ValueError(f"{out} holds features of other data or settings: choose another --out")
-        print(f"{out} is there, of the same data and settings; nothing to do")
+        print(f"{out} exists for these data and settings; nothing to do")
         return out
     arrays: dict[str, np.ndarray] = {"about": np.array(said)}
     for name, features, labels in found:

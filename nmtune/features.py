@@ -267,7 +267,7 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
                 raise ValueError(f"{path} has {name}_{have} without {name}_{lack}")
     classnames, labels = np.unique(checked_labels(path, "labels", arrays["labels"]), return_inverse=True)
     if len(classnames) < 2:
-        raise ValueError(f"`labels` of {path} has {len(classnames)} class: at least 2 are wanted")
+        raise ValueError(f"`labels` of {path} has {len(classnames)} class: at least 2 are needed")
     known = {name: i for i, name in enumerate(classnames.tolist())}
     features = arrays["features"]
     features = checked_features(path, "features", features[None] if features.ndim == 2 else features, labels)
@@ -276,7 +276,7 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
         given = checked_labels(path, f"{name}_labels", arrays[f"{name}_labels"]).tolist()
         unknown = [label for label in given if label not in known]
         if unknown:
-            raise ValueError(f"{name}_labels of {path} has the label {unknown[0]!r}, which `labels` has not")
+            raise ValueError(f"{name}_labels of {path} has the label {unknown[0]!r}, which is not in `labels`")
         rows = checked_features(path, f"{name}_features", arrays[f"{name}_features"][None], given)[0]
         if rows.shape[1] != features.shape[2]:
             raise ValueError(
@@ -288,7 +288,7 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
         kept = np.sort(subset_per_class(labels, 1 - holdout, rng))
         rest = np.setdiff1d(np.arange(len(labels)), kept)
         if not len(kept) or not len(rest):
-            raise ValueError(f"{path} has too few rows to keep some for testing; add test_features and test_labels")
+            raise ValueError(f"{path} has too few rows to hold some out for testing; add test_features and test_labels")
         sets["test"] = train.features[0, rest], train.labels[rest]
         run.say(
             f"{path} has no test set: {len(rest):,} of {len(labels):,} rows, {holdout:.0%} of each class, are held out"
@@ -300,11 +300,11 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
 def checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
     """Check labels (N,): names or integers; whole floats become integers."""
     if labels.ndim != 1 or not len(labels):
-        raise ValueError(f"`{name}` of {path} has the shape {labels.shape}: one label a row, (rows,), is wanted")
+        raise ValueError(f"`{name}` of {path} has the shape {labels.shape}: it must have one label per row, (rows,)")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
         return labels.astype(np.int64)
     if labels.dtype.kind not in "iubUS":
-        raise ValueError(f"`{name}` of {path} has to hold whole numbers or names, not {labels.dtype} like {labels[0]}")
+        raise ValueError(f"`{name}` of {path} must hold whole numbers or names, not {labels.dtype} like {labels[0]}")
     return labels
 
 
@@ -316,12 +316,12 @@ def checked_features(path: Path, name: str, features: np.ndarray, labels: Sequen
             f"one that fits {len(labels)} labels: (rows, dimensions), or of several views (views, rows, dimensions)"
         )
     if features.dtype.kind not in "fiu":
-        raise ValueError(f"`{name}` of {path} has to hold real numbers, not {features.dtype}")
+        raise ValueError(f"`{name}` of {path} must hold real numbers, not {features.dtype}")
     with np.errstate(over="ignore"):
         features = np.ascontiguousarray(features, dtype=np.float32)
     if not np.isfinite(features).all():
         row = np.argwhere(~np.isfinite(features))[0][1]
-        raise ValueError(f"`{name}` of {path} has values that are no finite 32-bit numbers, first in row {row}")
+        raise ValueError(f"`{name}` of {path} has values that are not finite in 32 bits, first in row {row}")
     return torch.from_numpy(features)
 
 
@@ -405,7 +405,7 @@ class RunFeatures:
         cfg = self.cfg
         self.model = source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
         if cfg.zero_shot and source != "open_clip":
-            raise ValueError(f"--zero-shot needs an encoder with a text tower, which {cfg.encoder} has not")
+            raise ValueError(f"--zero-shot needs an encoder with a text tower, but {cfg.encoder} has none")
         training, self.tests = data_sets(cfg)
         images = open_labelled(training)
         images = images.subset(reduced(images.labels, cfg))

@@ -124,7 +124,7 @@ def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor]:
                 return eigenvalues, vectors
         product = z.double() @ z.double().T
         if not product.isfinite().all():
-            raise ValueError("L_SVD of features that are not finite: lower the learning rate")
+            raise ValueError("L_SVD got features that are not finite: lower the learning rate")
         return torch.linalg.eigh(product)
 
 
@@ -315,7 +315,7 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
             weights = {key.removeprefix("visual."): w for key, w in weights.items() if key.startswith("visual.")}
     elif source == "lite0":
         if not name.isdecimal() or not int(name) or int(name) % 32:
-            raise ValueError(f"lite0:{name} should say the side of its images in pixels, a multiple of 32: lite0:128")
+            raise ValueError(f"lite0:{name} should give the image size in pixels, a multiple of 32, such as lite0:128")
         size = {"input_size": (3, int(name), int(name)), "crop_pct": 1.0, "interpolation": "bicubic"}
         encoder, dim = fold_batch_norms(efficientnet_lite0()), 1280
         views = timm_transforms(size | {"mean": LITE0_MEAN, "std": LITE0_STD})

@@ -127,7 +127,7 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
     kept = np.sort(subset_per_class(labels.cpu().numpy(), 0.8, np.random.RandomState(cfg.seed)))
     rest = np.setdiff1d(np.arange(len(labels)), kept)
     if not len(kept) or not len(rest):
-        raise ValueError("--select holds out a fifth of every class, for which all classes are too small")
+        raise ValueError("--select holds out a fifth of every class, but every class is too small for that")
     part = Bank(features[:, kept], labels[kept])
 
     def score(tried: Config) -> tuple[float, float]:

@@ -238,7 +238,7 @@ def check(cfg: Config, world_size: int) -> None:
     if cfg.lit_start is not None and not 1 < cfg.lit_start <= cfg.episodes:
         raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
     if cfg.episode_shards and cfg.dataset_size:
-        raise ValueError("--dataset-size cannot be kept with --episode-shards: pass --dataset-size None")
+        raise ValueError("--dataset-size cannot be combined with --episode-shards: pass --dataset-size None")
     if cfg.episode_shards and cfg.w_external != 0 and str(cfg.external_teacher).endswith(".npy"):
         raise ValueError(
             f"--external-teacher {cfg.external_teacher} has features by row, and --episode-shards reads rows in "

@@ -169,7 +169,9 @@ class Episodes:
         if cfg.episode_shards:
             self.shards = data.expand_shards(cfg.data)
             if not 0 < cfg.episode_shards <= len(self.shards):
-                raise ValueError(f"--episode-shards {cfg.episode_shards} of {len(self.shards)} shards")
+                raise ValueError(
+                    f"--episode-shards must be in 1..{len(self.shards)}, the number of shards, not {cfg.episode_shards}"
+                )
             self.pairs, self.fetcher = None, windows.Fetcher(windows.own_cache(cfg))
         else:
             self.pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))

@@ -236,7 +236,7 @@ def export_run(path: str, folder: str, name: str) -> None:
     transform = image_transform(image_side(model), train=False, statistics=(mean, std))
     export.write(folder, model, config, towers, transform, mean=mean, std=std)
     if config["vision_cfg"].get("timm_model_name") == "resnet7_small":
-        print(f"{folder}: timm knows this image tower after `import shared.resnet`, clip_benchmark alone does not")
+        print(f"{folder}: clip_benchmark alone cannot load this image tower: timm needs `import shared.resnet`")
 
 
 # ---------------------------------------------------------------------------------------------------- one checkpoint

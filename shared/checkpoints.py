@@ -120,7 +120,7 @@ def config_in(state: Any, config: type, path: str | Path) -> Any:
     """The configuration in the checkpoint `state`, as the dataclass `config`. ValueError if another script wrote it."""
     values = state.get("config") if isinstance(state, dict) else None
     if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
-        raise ValueError(f"{path} is no run of {config.__module__.partition('.')[0]}'s that can be used here")
+        raise ValueError(f"{path} is not a run of {config.__module__.partition('.')[0]} that can be used here")
     return config(**values)
 
 
@@ -128,7 +128,7 @@ class State(dict):
     """Content of a run's checkpoint; ValueError for a missing key."""
 
     def __missing__(self, key: str):
-        raise ValueError(f"the checkpoint holds no {key!r}: it is of another script; choose another --out")
+        raise ValueError(f"the checkpoint has no {key!r}: another script wrote it; choose another --out")
 
 
 def changes(then: dict, now: dict) -> str:
@@ -149,7 +149,7 @@ def resume(folder: Path, config: Any) -> dict | None:
         return None
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise ValueError(f"{path} is no checkpoint of this script: choose another --out, or remove the folder")
+        raise ValueError(f"{path} is not a checkpoint of this script: choose another --out, or remove the folder")
     free = {
         "out",
         "device",

@@ -53,7 +53,7 @@ def check_batch(config: Any, world_size: int) -> None:
         raise ValueError(f"--accumulate must be at least 1, not {parts}")
     if config.batch_size % (world_size * parts):
         shares = f"{world_size} processes" + (f" and {parts} micro-batches in each" if parts > 1 else "")
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared out evenly over {shares}")
+        raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}")
 
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
@@ -174,7 +174,7 @@ def command_line(main: Callable[[], Any]) -> None:
         main()
     except SystemExit as stop:
         if stop.code == 0 and {"--help", "-h"} & set(sys.argv):
-            print("--quiet leaves out lines about progress; every script takes it.")
+            print("Every script also takes --quiet, which leaves out the lines about progress.")
         raise
     except (ValueError, OSError) as error:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
@@ -190,7 +190,7 @@ def command_line(main: Callable[[], Any]) -> None:
     except TypeError as error:
         if "MPS" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
-        fail(f"--device mps: this script computes what Apple's GPUs cannot ({error}); use --device cpu")
+        fail(f"--device mps: Apple's GPUs do not support an operation of this script ({error}); use --device cpu")
     except MemoryError:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise

@@ -80,7 +80,7 @@ def set_grad_checkpointing(model: nn.Module, on: bool = True) -> None:
     switches = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
     resnets = [module for module in model.modules() if isinstance(module, ModifiedResNet)]
     if on and not switches and not resnets:
-        raise ValueError(f"--grad-checkpointing: {type(model).__name__} has no blocks that can be computed again")
+        raise ValueError(f"--grad-checkpointing: {type(model).__name__} has no blocks that can be recomputed")
     for module in switches:
         module.grad_checkpointing = on
     for resnet in resnets if on else ():

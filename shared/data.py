@@ -291,9 +291,9 @@ class Shards:
             size = os.path.getsize(path)
             about = f"{path} is truncated or damaged: read up to byte {read:,} of {size:,}, {count:,} pairs"
             if expected := told_by(path):
-                about += f" of the {expected:,} that its _stats.json tells"
+                about += f" of the {expected:,} in its _stats.json"
             elif whole:
-                about += f"; its neighbours have {int(np.median(whole)):,}"
+                about += f"; undamaged shards have {int(np.median(whole)):,}"
             found.append(about)
         return found
 
@@ -415,7 +415,7 @@ def planned_size(cfg) -> int:
     if cfg.dataset_size or not cfg.data:
         return cfg.dataset_size or 0
     if any(map(is_remote, expand_shards(cfg.data))):
-        print(f"{cfg.data} is not fetched for a dry run: --dataset-size says how many pairs it has")
+        print(f"a dry run does not download {cfg.data}: set --dataset-size to its number of pairs")
         return 0
     return len(open_pairs(cfg.data, cache=Path(cfg.cache)))
 
@@ -423,7 +423,7 @@ def planned_size(cfg) -> int:
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
     """ValueError if `pairs` are not the data of the run's checkpoint `state`, or fewer than a batch."""
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        dealt = ", or dealt to another number of processes" * hasattr(pairs, "place")
+        dealt = ", or with another number of processes" * hasattr(pairs, "place")
         raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
     if len(pairs) < cfg.batch_size:
         raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
@@ -439,8 +439,8 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
         print(sentence)
     total, wanted = getattr(pairs, "total", None), cfg.dataset_size
     if process.main and total is not None and wanted is not None and total != wanted:
-        unlike = "fewer than" if total < wanted else "of which the first are kept by"
-        print(f"{cfg.data} holds {total:,} pairs, {unlike} --dataset-size {wanted:,}")
+        unlike = ", fewer than --dataset-size" if total < wanted else "; --dataset-size keeps the first"
+        print(f"{cfg.data} holds {total:,} pairs{unlike} {wanted:,}")
 
 
 # ------------------------------------------------------------------------------------------- order, reading, report

@@ -42,7 +42,7 @@ class EvalSet(IterableDataset):
         if (self.folder / "dataset_type.txt").exists():
             self.kind = _read(self.folder / "dataset_type.txt").strip().lower()
         if self.kind not in KINDS:
-            raise ValueError(f"{self.folder / 'dataset_type.txt'} says {self.kind!r} where one of {KINDS} is known.")
+            raise ValueError(f"{self.folder / 'dataset_type.txt'} says {self.kind!r}, which is not one of {KINDS}.")
         self.shards = self._shards()
         self.classnames: list[str] = []
         self.templates: list[str] = []
@@ -58,11 +58,11 @@ class EvalSet(IterableDataset):
         path = self.folder / self.split / "nshards.txt"
         text = _read(path).strip()
         if not text.isdecimal() or int(text) == 0:
-            raise ValueError(f"{path} says {text!r} where a number of shards of at least 1 is expected.")
+            raise ValueError(f"{path} says {text!r} instead of a number of shards, at least 1.")
         shards = [self.folder / self.split / f"{i}.tar" for i in range(int(text))]
         for shard in shards:
             if not shard.is_file():
-                raise FileNotFoundError(f"{shard} is missing although {path} promises {text} shard(s).")
+                raise FileNotFoundError(f"{shard} is missing, but {path} counts {text} shard(s).")
         return shards
 
     def _samples(self) -> Iterator[tuple[Path, dict]]:

@@ -156,10 +156,10 @@ def evaluate_runs(
         results.append(measure(path))
         found, kept = results[-1], results_folder(path, cfg) / "results.md"
         if others or len(cfg.runs) == 1:
-            print(f"{path}:\n\n{tables(found, headings, embedded)}\n\nall of it: {kept}\n", flush=True)
+            print(f"{path}:\n\n{tables(found, headings, embedded)}\n\nall metrics: {kept}\n", flush=True)
         else:
             shown = ", ".join(f"{heading} {found[key]:.2f}" for key, heading in headings.items() if key in found)
-            print(f"{path}: {shown}; all of it: {kept}", flush=True)
+            print(f"{path}: {shown}; all metrics: {kept}", flush=True)
     return results
 
 
@@ -171,5 +171,5 @@ def compare(folder: str, runs: Sequence[str], results: Sequence[dict], path: str
     try:
         study = importlib.import_module(f"{folder}.study").STUDY
     except ModuleNotFoundError as error:
-        raise ValueError(f"--report compares arms as {folder}/study.py says, which could not be imported") from error
+        raise ValueError(f"--report needs {folder}/study.py, which could not be imported") from error
     study.compare(runs, results, Path(path), **more)

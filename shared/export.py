@@ -59,7 +59,7 @@ def named_config(name: str, image_size: int | None = None, **changes: Any) -> di
 def open_clip_config(name: str) -> dict:
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ValueError(f"model {name!r} is no open_clip config; open_clip.list_models() lists the names")
+        raise ValueError(f"model {name!r} is not an open_clip config; open_clip.list_models() lists the names")
     return config
 
 
@@ -82,7 +82,9 @@ def exported(run: str | Path) -> Path:
     checkpoint. ValueError if it cannot be exported."""
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
-        raise ValueError(f"{run}/checkpoint.pt does not say whose it is: export it first, python -m FOLDER.eval {run}")
+        raise ValueError(
+            f"{run}/checkpoint.pt does not name its paper: export it first, python -m FOLDER.eval {run} --export DIR"
+        )
 
     def is_fresh() -> bool:
         made = folder / "open_clip_config.json"  # written last
@@ -98,7 +100,7 @@ def exported(run: str | Path) -> Path:
     if done.returncode:
         shutil.rmtree(new, ignore_errors=True)
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-        raise ValueError(f"{run}, a run of {paper}, is no model to be used here: {why}")
+        raise ValueError(f"{run}, a run of {paper}, cannot be used here: {why}")
     if not is_fresh():  # else another process was faster
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -114,7 +116,7 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Modu
         folder = exported(source)
     name, _, tag = (f"{LOCAL}{folder}", "", "") if folder else source.partition("@")
     if not folder and (not named(source) or tag not in open_clip.list_pretrained_tags_by_model(name)):
-        raise ValueError(f"{source} is no model that can be used here: it takes {KINDS}")
+        raise ValueError(f"{source} is not a model that can be used here: name {KINDS}")
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
     except (RuntimeError, OSError) as error:
@@ -144,7 +146,7 @@ def write(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--export {folder} is a file: name a folder")
     if (folder / "checkpoint.pt").exists():
-        raise ValueError(f"--export {folder} is a run folder: name another")
+        raise ValueError(f"--export {folder} is a run folder: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     settings = statistics | {"interpolation": "bicubic", "resize_mode": "shortest"} | preprocess
@@ -155,7 +157,7 @@ def write(
 
     differences = compare(folder, model, transform)
     if max(differences["image features"], differences["text features"]) > TOLERANCE:
-        raise RuntimeError(f"{folder} gives other features than the model that was exported: {differences}")
+        raise RuntimeError(f"features of {folder} differ from those of the exported model: {differences}")
     shown = ", ".join(f"{name} {value:.1e}" if value else f"{name} 0" for name, value in differences.items())
     print(f"{folder}: open_clip loads it as 'local-dir:{folder}'; largest differences: {shown}")
     return differences

@@ -82,7 +82,9 @@ class Strings(Sequence):
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text[:last], other.text[:last])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        raise TypeError("an array of strings takes the longest one's room for each: see Lookup, or take some by [rows]")
+        raise TypeError(
+            "NumPy would store every string at the length of the longest: use Lookup, or select some by [rows]"
+        )
 
 
 @functools.lru_cache(maxsize=4)

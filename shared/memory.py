@@ -55,8 +55,8 @@ def check_size(count: int, side: int, process: run.Process | None = None) -> Non
     needed, there = 3 * side**2 * count * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there / 2:
         raise ValueError(
-            f"{count:,} images of {side} pixels take {needed / 2**30:.0f} GiB in {processes} processes, of "
-            f"{there / 2**30:.0f} GiB: pass --no-keep-in-memory"
+            f"{count:,} images of {side} pixels take {needed / 2**30:.0f} GiB in {processes} processes, "
+            f"more than half of the machine's {there / 2**30:.0f} GiB: pass --no-keep-in-memory"
         )
 
 

@@ -18,9 +18,9 @@ from shared.evaluation import table
 NOT_STATED = "not stated"
 NOTE = f"""
 
-{{}} presets, each run by `python -m FOLDER.PRESET`, words as in the table; `--dry-run` shows sizes,
-schedule, and the memory and disk that it takes.
-"{NOT_STATED}": neither the authors' pages nor what could be read of the paper says it."""
+{{}} presets. Run one with `python -m FOLDER.PRESET`, with both names as in the table; `--dry-run` shows its sizes,
+schedule, memory and disk space.
+"{NOT_STATED}": found neither on the authors' pages nor in the parts of the paper that could be read."""
 
 
 class Row(NamedTuple):
@@ -78,7 +78,7 @@ def main(
     """
     name = folder and folder.replace("-", "_")
     if name not in (None, *folders()):
-        raise ValueError(f"{folder} is no paper's folder; those are {', '.join(folders())}")
+        raise ValueError(f"{folder} is not a paper's folder; those are {', '.join(folders())}")
     chosen = [each for each in folders() if name in (None, each)]
     found = [row for each in chosen for row in rows(each)]
     if as_json:

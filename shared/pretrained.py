@@ -65,7 +65,7 @@ def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
     model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(path)
     ours = model.state_dict()  # the same tensors in the same order, under other names
     if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
-        raise ValueError(f"{path} holds another network than EfficientNet-Lite0: {LITE0_INSTALL}")
+        raise ValueError(f"{path} does not hold EfficientNet-Lite0: {LITE0_INSTALL}")
     model.load_state_dict(dict(zip(ours, state.values(), strict=True)))
     if num_classes != 1000:
         model.reset_classifier(num_classes)
@@ -187,7 +187,9 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
                 digest.update(content)
                 file.write(content)
         if sha256 not in (None, digest.hexdigest()):
-            raise ValueError(f"{parts[0].name} and its {len(parts) - 1} other parts are damaged: install them again")
+            raise ValueError(
+                f"{parts[0].name} or one of its {len(parts) - 1} other files is damaged: install the package again"
+            )
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=joined.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=joined.name)
         state = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -230,7 +232,7 @@ def main(
         make = smollm2 if part == "smollm2" else gemma3_270m
         where = make(out) if out else make()
     elif out is not None:
-        raise ValueError(f"--out is for smollm2 and gemma3_270m: {part} is used where pip has put it")
+        raise ValueError(f"--out is only for smollm2 and gemma3_270m: {part} stays in its installed package")
     elif part == "minilm":
         where = minilm()
     else:

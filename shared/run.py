@@ -66,11 +66,11 @@ def setup(seed: int, device: str = "auto") -> Process:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"there is no device {device!r}: --device is auto, cpu, cuda, cuda:N or mps")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' was asked for, but torch sees no GPU of a Mac; use --device cpu")
+        raise ValueError("device 'mps' was requested, but torch finds no Apple GPU; use --device cpu")
     if device == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--device mps is one GPU, which one process uses: start the script without torchrun")
+        raise ValueError("--device mps supports only one process: start the script without torchrun")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+        raise ValueError(f"device {device!r} was requested, but torch finds no CUDA device; use --device cpu")
     if "SLURM_NTASKS" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         os.environ.setdefault("WORLD_SIZE", "1")  # in an allocation, but not by srun: there are no peers to wait for
     crowded = device.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
@@ -277,7 +277,7 @@ def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> I
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
-        print(f"{folder} is on a file system without locks ({error.strerror}): give no other run this folder")
+        print(f"{folder} is on a file system without locks ({error.strerror}): do not start another run in it")
     return file
 
 

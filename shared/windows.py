@@ -230,13 +230,13 @@ def training_batches(
 def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windowed:
     """Training pairs, read by row, or with --window-shards by window. ValueError on invalid settings."""
     if cfg.window_shards < 0:
-        raise ValueError(f"--window-shards {cfg.window_shards} is a number of shards, or 0 to read by row")
+        raise ValueError(f"--window-shards must be a number of shards, or 0 to read by row, not {cfg.window_shards}")
     if not cfg.window_shards:
         return data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     if not cfg.dataset_size:
         raise ValueError("--window-shards needs --dataset-size, the number of samples of an epoch")
     if (ending := Path(cfg.data).suffix) in (".tsv", ".csv", ".json"):
-        raise ValueError(f"--window-shards reads tar shards; a {ending} is read by row")
+        raise ValueError(f"--window-shards needs tar shards; leave it out to read a {ending} file by row")
     urls = data.expand_shards(cfg.data)
     return Windowed(
         urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, cfg.seed, process, own_cache(cfg), cfg.strict

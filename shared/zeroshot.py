@@ -129,7 +129,7 @@ def label_ranks(logits: Tensor, labels: Tensor, classifier: Tensor | None = None
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"Labels {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes.")
     if len(labels) != len(logits) or not len(labels):
-        raise ValueError(f"{len(labels)} labels and {len(logits)} rows do not make an evaluation.")
+        raise ValueError(f"{len(labels)} labels do not match {len(logits)} rows of logits.")
     ranks = []
     for rows in chunks(len(labels), num_classes):
         scores = logits[rows] if classifier is None else logits[rows] @ classifier
@@ -218,7 +218,7 @@ def _ranks(
     if len(text_to_image) != num_texts or not num_texts:
         raise ValueError(f"{len(text_to_image)} entries of text_to_image do not fit {num_texts} texts.")
     if not 0 <= int(text_to_image.min()) <= int(text_to_image.max()) < num_images:
-        raise ValueError(f"text_to_image goes beyond the {num_images} images.")
+        raise ValueError(f"text_to_image has an index beyond the {num_images} images.")
     index = torch.arange(num_images, device=text_to_image.device)
     to_text = [text_ranks(image_rows(r), text_to_image, index[r]) for r in chunks(num_images, num_texts)]
     to_image = [image_ranks(text_rows(r), text_to_image[r]) for r in chunks(num_texts, num_images)]

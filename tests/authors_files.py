@@ -1,4 +1,4 @@
-"""Checkpoint files as the authors' trainers write them: what lies beside the weights."""
+"""Writes checkpoint files in the format of the authors' trainers: weights and training state."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,8 @@ from torch import nn
 
 
 def beside_weights(**more) -> dict:
-    """Epoch, command line, gradient scaler, and AdamW's state after a step, whose rate a scheduler made with NumPy.
-
-    The command line holds a path, as SLIP's does (run_with_submitit.py:75).
-    """
+    """The training state beside the weights: epoch, command line, gradient scaler, and AdamW's state after one step
+    with a NumPy learning rate. The command line contains a path, like SLIP's (run_with_submitit.py:75)."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.ones(1, 3)).sum().backward()

@@ -51,11 +51,12 @@ class Case(dict):
             super().__init__(self.json)
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The arrays under `prefix`, which is removed from their names, all as tensors: a state dict, say."""
+        """The arrays whose names start with `prefix`, as tensors, with `prefix` removed: for example a state dict."""
         return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in self.items() if k.startswith(prefix)}
 
     def close(self, name: str, actual: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
-        """`actual` has array `name`'s shape and differs by at most atol + rtol |expected|; by default not at all."""
+        """Assert that `actual` has the shape of array `name` and differs by at most atol + rtol |expected|; by default
+        not at all."""
         expected, actual = (torch.as_tensor(x).detach().double() for x in (self[name], actual))
         torch.testing.assert_close(
             actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{self.path.name}, {name}: {text}"
@@ -69,7 +70,7 @@ class Case(dict):
         deviations[key] = max(deviations.get(key, (0.0, "")), (error, name))
 
     def close_group(self, prefix: str, actual: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
-        """`close` for every array under `prefix`; `actual` is by name without it, and may hold more."""
+        """`close` for every array under `prefix`. `actual` has names without the prefix, and may have more entries."""
         for name in self.group(prefix):
             self.close(prefix + name, actual[name], rtol, atol)
 
@@ -82,7 +83,7 @@ def convert(array: np.ndarray) -> Any:
 
 
 def case_files(config: pytest.Config, folder: str) -> list[Path]:
-    """Case files of DIR/folder; README.md and companion .json files are none."""
+    """Case files of DIR/folder, without README.md and the .json files that accompany an .npz."""
     files = sorted((config.getoption("golden") / folder).glob("*"))
     arrays = [file for file in files if file.suffix == ".npz"]
     return arrays + [file for file in files if file.suffix == ".json" and file.with_suffix(".npz") not in arrays]
@@ -90,7 +91,7 @@ def case_files(config: pytest.Config, folder: str) -> list[Path]:
 
 @functools.cache
 def claims() -> dict[str, set[str]]:
-    """Folder -> families that tests of any module claim: arguments of their `golden` decorators."""
+    """{folder: families that its tests claim}, read from the arguments of their `golden` decorators."""
     families = defaultdict(set)
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         tree, names = ast.parse(path.read_text(encoding="utf-8")), {}
@@ -129,9 +130,9 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 def functions_in(function: Any, depth: int = 2) -> set[str]:
-    """Our functions that a test uses, itself or by functions of its module that it calls: `paper.model.loss`.
+    """Names of our functions that a test uses, directly or through functions of its module, like `paper.model.loss`.
 
-    Of classes `paper.model.Model`, and `paper.model.Model.encode` where that is named.
+    For classes, `paper.model.Model`, and `paper.model.Model.encode` if the method is named.
     """
     codes, words = [function.__code__], set()
     while codes:
@@ -149,13 +150,13 @@ def functions_in(function: Any, depth: int = 2) -> set[str]:
 
 
 def own_name(value: Any) -> str:
-    """`paper.model.loss` of a function or class of the project; "" of anything else."""
+    """`paper.model.loss` for a function or class of the project; "" for anything else."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     return f"{module}.{name}" if name and str(module).partition(".")[0] in ("shared", *presets.folders()) else ""
 
 
 class GoldenModule(pytest.Module):
-    """A test module, less the golden tests that have no case in a DIR of one's own."""
+    """A test module without the golden tests that have no case in the given DIR."""
 
     def collect(self):
         default = self.config.getoption("golden") == DEFAULT
@@ -196,7 +197,7 @@ def upstream(request: pytest.FixtureRequest) -> Path:
 
 
 class Watch(TorchFunctionMode):
-    """Inside its functions tensors say that they are on a GPU, and fail where that would have to be waited for."""
+    """Inside its functions, tensors claim to be on a GPU, and operations that would wait for the GPU fail."""
 
     ASKED = (
         *("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"),
@@ -219,7 +220,7 @@ class Watch(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
     def within(self, function: Callable, on: bool = True) -> Callable:
-        """The function, which must not wait; or, with `on` False, may."""
+        """The function wrapped so that it must not wait for the GPU; with on=False it may."""
 
         @functools.wraps(function)
         def watched(*arguments, **options):
@@ -239,7 +240,8 @@ def watch() -> Watch:
 
 
 def named_functions(names: list[str], scope: dict[str, Any], folder: str) -> set[str]:
-    """Our functions that a parity test's table names: `loss` or `model.Model.encode` -> `paper.model.Model.encode`."""
+    """Full names of our functions in a parity test's table: `loss` or `model.Model.encode` ->
+    `paper.model.Model.encode`."""
     found = set()
     for name in names:
         first, *rest = name.split(".")
@@ -255,7 +257,7 @@ found_by: dict[str, dict[tuple[str, str], dict]] = defaultdict(dict)  # folder -
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Hand over what a parity test's table has compared."""
+    """Pass on what a parity test's table has compared."""
     if item.path.parent.name == "parity":
         compared = sys.modules[item.module.__package__].measured
         folder = item.path.stem.removeprefix("test_")
@@ -266,7 +268,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Collect what golden and parity tests measured; processes of pytest-xdist hand it over in their reports."""
+    """Collect the measurements of golden and parity tests; processes of pytest-xdist send them in their reports."""
     for kind, about in report.user_properties if report.when == "teardown" else ():
         if kind == "measured":
             test = about.get("test") or report.nodeid.split("::")[-1].split("[")[0].removeprefix("test_")
@@ -280,7 +282,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the differences beside those of earlier runs, for the companion pages: runs/parity/FOLDER.json."""
+    """Add the measured differences to those of earlier runs in runs/parity/FOLDER.json, for the companion pages."""
     if hasattr(session.config, "workerinput"):
         return
     for folder, rows in found_by.items():

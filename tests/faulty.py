@@ -1,4 +1,4 @@
-"""`python -m faulty FAULT MODULE ARGUMENTS...`: a script in a world that is against it, for test_faults.py."""
+"""`python -m faulty FAULT MODULE ARGUMENTS...`: run a script under a fault, for test_faults.py."""
 
 import builtins
 import errno
@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def no_network() -> None:
-    """Every connection fails, as every name does, but those to loader workers."""
+    """All connections and name look-ups fail, except connections to loader workers."""
     connect = socket.socket.connect
 
     def fail(*arguments, **__):
@@ -30,12 +30,12 @@ def no_network() -> None:
 
 
 def full_disk(room: str = "300000") -> None:
-    """No file can grow beyond so many bytes: logs fit, checkpoints do not."""
+    """No file can grow beyond this number of bytes; logs fit, checkpoints do not."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), resource.RLIM_INFINITY))
 
 
 class Full(io.FileIO):
-    """A file on a disk that has room for so many writes more."""
+    """A file on a disk that becomes full after a number of writes."""
 
     left = 0
 
@@ -47,7 +47,7 @@ class Full(io.FileIO):
 
 
 def no_space(name: str, left: str) -> None:
-    """The disk is full after so many writes to a file of that name."""
+    """The disk is full after this number of writes to a file of that name."""
     Full.left, original = int(left), io.open
 
     def opened(file, mode: str = "r", *rest, **options):
@@ -59,7 +59,7 @@ def no_space(name: str, left: str) -> None:
 
 
 def die_saving(count: str) -> None:
-    """Killed when the count-th checkpoint is written, but not in its place yet."""
+    """Kill the process when the count-th checkpoint is written but not moved to its place yet."""
     left, original = int(count), os.replace
 
     def replace(source, target) -> None:
@@ -73,7 +73,7 @@ def die_saving(count: str) -> None:
 
 
 def at_step(step: int, action) -> None:
-    """Run `action(images)` before the step-th time that an image tower reads a training batch."""
+    """Run `action(images)` before an image tower reads its step-th training batch."""
     seen = 0
 
     def hook(module: nn.Module, inputs: tuple):
@@ -89,7 +89,7 @@ def at_step(step: int, action) -> None:
 
 
 def nan(step: str, path: str) -> None:
-    """One batch of images holds a NaN; the file `path` says that it was read."""
+    """Put a NaN into one batch of images; the file `path` shows that the batch was read."""
 
     def spoil(images: torch.Tensor):
         Path(path).touch()
@@ -101,12 +101,12 @@ def nan(step: str, path: str) -> None:
 
 
 def vanish(step: str, path: str) -> None:
-    """A file is gone from that batch on."""
+    """Delete a file before that batch."""
     at_step(int(step), lambda _: os.remove(path))
 
 
 def pause(step: str, path: str) -> None:
-    """Before that batch, make the file `path` and wait until it is gone."""
+    """Before that batch, create the file `path` and wait until it is deleted."""
 
     def wait(_) -> None:
         Path(path).touch()
@@ -117,7 +117,7 @@ def pause(step: str, path: str) -> None:
 
 
 def read_only(path: str) -> None:
-    """Nothing under `path` can be made or changed (root is not held back by permissions)."""
+    """Nothing under `path` can be written (permissions do not restrict root)."""
 
     def watch(event: str, arguments: tuple) -> None:
         writes = event == "open" and (arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))

@@ -1,4 +1,4 @@
-"""Which module imports which: `python tests/graph.py` (`make readme`) draws it into CONTRIBUTING.md."""
+"""The import graph of the project's modules: `python tests/graph.py` (`make readme`) draws it into CONTRIBUTING.md."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- imports -->\n", "<!-- /imports -->"
 
 
 def files() -> list[Path]:
-    """All modules of the project, tests aside."""
+    """All modules of the project except tests."""
     return sorted(path for package in PACKAGES for path in (ROOT / package.replace(".", "/")).glob("*.py"))
 
 
@@ -22,7 +22,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, as `package.module` where it says so."""
+    """Modules that a file imports, as `package.module` if it imports from a package."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -33,7 +33,7 @@ def imports(path: Path) -> set[str]:
 
 
 def name_of(path: Path) -> str:
-    """A file's module: shared/study/runner.py -> shared.study.runner."""
+    """Module name of a file: shared/study/runner.py -> shared.study.runner."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -44,7 +44,7 @@ def of_project(path: Path) -> set[str]:
 
 
 def reached(module: str, graph: dict[str, set[str]]) -> set[str]:
-    """All modules that one imports, directly or through others."""
+    """All modules that a module imports directly or indirectly."""
     found, new = set(), {module}
     while new:
         found |= new
@@ -56,7 +56,8 @@ GRAPH = {name_of(path): of_project(path) for path in files()}
 
 
 def node(module: str) -> str:
-    """The module's node in the drawing: papers are one, and so are their studies, shared.study and shared.corpora."""
+    """The module's node in the drawing: papers share one node, and so do their studies, shared.study, and
+    shared.corpora."""
     root, _, rest = module.partition(".")
     if root != "shared":
         return "its study" if f"{rest}.py" in EVIDENCE or f"{root}/{rest}.py" in BUILDERS else "a paper"
@@ -64,7 +65,7 @@ def node(module: str) -> str:
 
 
 def drawn() -> set[tuple[str, str]]:
-    """(node, node that it imports), without those that another path implies."""
+    """Edges (node, imported node), without those implied by a longer path."""
     graph: dict[str, set[str]] = {node(module): set() for module in GRAPH}
     for module, others in GRAPH.items():
         graph[node(module)] |= {node(other) for other in others} - {node(module)}
@@ -73,7 +74,7 @@ def drawn() -> set[tuple[str, str]]:
 
 
 def page() -> str:
-    """CONTRIBUTING.md with the graph as it is now."""
+    """CONTRIBUTING.md with the current graph."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     names = {name: name.replace(" ", "_") for edge in drawn() for name in edge}

@@ -1,8 +1,6 @@
-"""Imported once by the server whose forks are the tests' processes, scripts and ranks alike: seconds less for each.
-
-A process of pytest has one such server, which imports what was asked for when its first fork was wanted; so this is
-everything that any of them imports.
-"""
+"""Modules imported once by a server whose forks run the tests' processes, scripts and ranks, which saves seconds for
+each. A pytest process has one such server and starts it at the first fork, so this file imports everything that any
+fork needs."""
 
 import contextlib
 import gc

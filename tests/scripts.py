@@ -41,7 +41,7 @@ class Ended(NamedTuple):
 
 
 def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """`python -m module arguments` in this process."""
+    """Run `python -m module arguments` in this process."""
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     os.environ.update(environment)
@@ -53,7 +53,7 @@ def script(module: str, arguments: list[str], log: str, environment: dict[str, s
 
 @pytest.fixture(scope="module")
 def start(request: pytest.FixtureRequest, folder: Path):
-    """start(*arguments, module=..., **environment) -> a running script; `ended` waits for it."""
+    """start(*arguments, module=..., **environment) starts a script; `ended` waits for it."""
     tests = request.module
     context, count = multiprocessing.get_context("forkserver"), iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +71,7 @@ def start(request: pytest.FixtureRequest, folder: Path):
 
 
 def in_ranks(function: Callable, world_size: int, folder: Path, *arguments) -> list:
-    """What `function(rank, *arguments)` returns in each of several gloo processes."""
+    """Results of `function(rank, *arguments)` in several gloo processes."""
     given = function, world_size, folder, arguments
     torch.multiprocessing.start_processes(one_rank, given, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
@@ -91,7 +91,7 @@ def cli(start):
 
 @pytest.fixture
 def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.MonkeyPatch):
-    """The script's command line in this process: quicker still, for what ends before training."""
+    """Run the script's command line in this process, which is faster for scripts that end before training."""
 
     def call(*arguments, module: str | None = None) -> Ended:
         module = module or request.module.SCRIPT
@@ -110,7 +110,8 @@ def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.Monke
 
 
 class Lazily(dict):
-    """Values that `make(key)` makes when first asked for: arms that a test file does not need are not trained."""
+    """A mapping that computes `make(key)` at the first access, so that arms which a test file does not need are not
+    trained."""
 
     def __init__(self, make: Callable):
         super().__init__()
@@ -139,7 +140,7 @@ def one_sentence(err: str) -> bool:
 
 
 def kill_when(process, ready: Callable[[], bool], timeout: float = 60, how: int = signal.SIGKILL) -> None:
-    """The signal `how` as soon as `ready()`."""
+    """Send the signal `how` as soon as `ready()` is true."""
     deadline = time.monotonic() + timeout
     while process.is_alive() and not ready():
         assert time.monotonic() < deadline
@@ -150,14 +151,14 @@ def kill_when(process, ready: Callable[[], bool], timeout: float = 60, how: int 
 
 
 def kill_at(process, out: Path, line: int, timeout: float = 60, how: int = signal.SIGKILL) -> None:
-    """The signal `how` as soon as metrics.jsonl has so many lines."""
+    """Send the signal `how` as soon as metrics.jsonl has this number of lines."""
     log = out / "metrics.jsonl"
     kill_when(process, lambda: log.exists() and log.read_bytes().count(b"\n") >= line, timeout, how)
 
 
 @contextlib.contextmanager
 def held(folder: Path):
-    """Inside, another process has the folder's lock (`shared.run.lock`)."""
+    """Another process holds the folder's lock (`shared.run.lock`) inside this context."""
     folder.mkdir(parents=True, exist_ok=True)
     code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -174,18 +175,18 @@ def free_port() -> str:
 
 
 def start_two(start, *arguments, count: int = 2, **options) -> list:
-    """The script in two processes, or in `count`, which get what torchrun would tell them."""
+    """Start the script in `count` processes with the environment variables of torchrun."""
     peers = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **peers, **options) for rank in range(count)]
 
 
 def metrics(out: Path) -> list[dict]:
-    """Without what may differ from run to run."""
+    """The lines of metrics.jsonl without values that may differ from run to run."""
     return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
 
 
 def same(a, b) -> bool:
-    """Bit for bit, through nested containers."""
+    """Whether nested containers are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,5 @@
-"""Micro-batches give the gradients of one batch: in one process and two, in other precisions, in training scripts."""
+"""Micro-batches give the gradients of the whole batch: in one and two processes, in several precisions, and in training
+scripts."""
 
 import contextlib
 import math
@@ -30,7 +31,8 @@ class Output(NamedTuple):
 
 
 class Towers(nn.Module):
-    """Two small towers; the temperature is returned as a function of its parameter, the bias as a parameter itself."""
+    """Two small towers; the temperature is returned as a function of its parameter, the bias as the parameter
+    itself."""
 
     def __init__(self, dropout: float = 0.0, norm: bool = False, output: type = Output):
         super().__init__()
@@ -50,7 +52,8 @@ class Towers(nn.Module):
 
 
 def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Rows of this process against the columns of all: InfoNCE and a sigmoid term, so that both parameters matter."""
+    """InfoNCE and a sigmoid loss term of this process's rows against all columns, so that both parameters get
+    gradients."""
     image, text = image.float(), text.float()
     logits = scale * image @ run.gather(text).T
     own = run.own_columns(image)
@@ -82,7 +85,7 @@ def step(model: nn.Module, inputs: tuple, parts: int, precision: str = "fp32", s
 
 
 def in_pieces(model: nn.Module, inputs: tuple[Tensor, Tensor], parts: int, precision: str = "fp32"):
-    """Gradients of a step whose micro-batches are embedded one after the other, all with their graphs."""
+    """Gradients of a step that embeds its micro-batches in sequence and keeps all their graphs."""
     outputs = []
     for batch in zip(*(x.chunk(parts) for x in inputs), strict=True):
         with run.autocast(precision, torch.device("cpu")):
@@ -121,7 +124,7 @@ def test_one_micro_batch_is_a_plain_step():
 
 
 def test_random_numbers_and_batch_statistics_are_those_of_one_pass():
-    """Dropout repeats in the second pass, statistics count it once, and what is drawn afterwards is the same."""
+    """Dropout repeats in the second pass, batch statistics are updated once, and later random numbers are unchanged."""
     ours, theirs = Towers(0.4, norm=True), Towers(0.4, norm=True)
     found = []
     for model, function in ((ours, step), (theirs, in_pieces)):
@@ -183,7 +186,7 @@ def test_statistics_are_frozen_only_in_training_and_only_inside():
 
 
 def two_steps_of_rank(rank: int) -> tuple:
-    """Gradients and loss of a rank's half in three micro-batches, in the second step; how often gradients were sent."""
+    """Gradients and loss of the second step of a rank with three micro-batches, and the number of all-reduces."""
     model, sent = DistributedDataParallel(Towers()), []
     model.register_comm_hook(sent, lambda sent, bucket: sent.append(1) or default_hooks.allreduce_hook(None, bucket))
     inputs = tuple(x.chunk(2)[rank] for x in pairs())
@@ -251,6 +254,6 @@ def test_two_processes_with_micro_batches_equal_one_without(start, given, folder
 @pytest.mark.parametrize("name", PLAIN)
 def test_uneven_micro_batches_are_refused(in_process, given, folder: Path, name: str):
     result = in_process(*given[name], "--accumulate", "3", "--out", folder / "none", module=SCRIPTS[name])
-    assert result.code == 2 and "cannot be shared out evenly over 1 processes and 3 micro-batches in each" in result.err
+    assert result.code == 2 and "cannot be divided evenly among 1 processes and 3 micro-batches in each" in result.err
     result = in_process(*given[name], "--accumulate", "0", "--out", folder / "none", module=SCRIPTS[name])
     assert result.code == 2 and "--accumulate must be at least 1, not 0" in result.err

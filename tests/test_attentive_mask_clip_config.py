@@ -25,11 +25,11 @@ ERRORS = {
     "momentum above 1": (["emoji", "--ema-momentum", "1.1"], "--ema-momentum must be in 0..1"),
     "long warm-up": (["emoji", "--warmup-epochs", "4"], "--warmup-epochs 4.0 must be in 0..3"),
     "less than a batch": (["emoji", "--dataset-size", "31"], "holds 31 pairs, less than one batch of 32"),
-    "one pair for BatchNorm": (["emoji", "--batch-size", "1"], "too few for BatchNorm"),
-    "uneven micro-batches": (["emoji", "--accumulate", "3"], "--batch-size 32 cannot be shared out evenly"),
+    "one pair for BatchNorm": (["emoji", "--batch-size", "1"], "BatchNorm needs more than one pair"),
+    "uneven micro-batches": (["emoji", "--accumulate", "3"], "--batch-size 32 cannot be divided evenly"),
     "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-    "the best of nothing": (["emoji", "--keep-best"], "--keep-best keeps the best of what --eval-every evaluates"),
+    "the best of nothing": (["emoji", "--keep-best"], "--keep-best needs the evaluations of --eval-every"),
     "no evaluation set of CC3M": (["cc3m-vitb16", "--data", "x"], "--eval-set data/wds_imagenet1k does not exist"),
     "no evaluation set": (
         ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
@@ -57,7 +57,7 @@ def test_wrong_flags(in_process, arguments: list[str]):
 
 
 def thin_towers(method: str, preset: str, **settings):
-    """Of the preset's geometry, but quick."""
+    """Replace the towers by small ones with the preset's geometry."""
     geometry = dict(image_size=40, patch_size=5) if preset == "emoji" else dict(image_size=224, patch_size=16)
     return create_model(method, "emoji", **{**geometry, "vision_layers": 1, "text_layers": 1, **settings})
 

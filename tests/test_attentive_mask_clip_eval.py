@@ -63,7 +63,7 @@ def test_tokenizer(case):
 
 
 def test_masks_of_scenes(built: Path, bank):  # noqa: F811
-    """Where the captioned emoji is seen, sample by sample."""
+    """The mask of each sample shows where the captioned emoji is."""
     eval_set = EvalSet(built / "eval/names_ood", np.asarray)
     one = dataclasses.replace(SETTING, captioned=(1, 1))
     masks, shown = object_masks(eval_set), scenes.Scenes(one, "ood", sprites=bank)

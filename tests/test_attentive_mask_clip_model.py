@@ -41,7 +41,7 @@ from attentive_mask_clip.model import (
 
 @pytest.fixture(autouse=True)
 def attention_as_in_training():
-    """`shared.run.setup` switches the flash kernel of attention off on a CPU."""
+    """Disable the flash attention kernel on the CPU, like `shared.run.setup`."""
     before = torch.backends.cuda.flash_sdp_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     yield
@@ -56,7 +56,7 @@ def leaf(x) -> torch.Tensor:
 
 
 def vit_sizes(state: dict[str, torch.Tensor], heads: int, images: torch.Tensor | None) -> dict:
-    """`MaskedViT`'s arguments, read off the names and shapes of its weights; off the images where these fit."""
+    """Arguments of `MaskedViT`, read from the names and shapes of its weights, or from the images if these fit."""
     patch_size, patches = state["patch_embed.proj.weight"].shape[-1], state["pos_embed"].shape[1] - 1
     hidden, width = state["blocks.0.mlp.fc1.weight"].shape
     shape = (0, 0) if images is None else tuple(images.shape[-2:])
@@ -80,7 +80,7 @@ def vit_of(case: Case) -> MaskedViT:
 
 
 def model_of(case: Case, cls: type = ACLIP, prefix: str = "param/", **settings) -> ACLIP | SLIP:
-    """The model with the weights under `prefix`; heads do not matter where a case does not give them."""
+    """The model with the weights under `prefix`; the number of heads does not matter if a case does not state it."""
     state = case.group(prefix)
     images = next((case[name] for name in ("image", "images", "views") if name in case), None)
     vit = vit_sizes({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, 1, images)
@@ -110,7 +110,7 @@ def kept(removed: torch.Tensor) -> torch.Tensor:
 
 
 def views_of(boxes: torch.Tensor) -> range:
-    """Numbers of the online views, from 1; the boxes (B, V+1, 4) end with the EMA view's."""
+    """Indices of the online views, from 1; the boxes (B, V+1, 4) end with the EMA view's box."""
     return range(1, boxes.shape[1])
 
 
@@ -321,7 +321,7 @@ def check_forward(case: Case, mask: str) -> None:
     seen = {}
 
     def keep_ids(scores, boxes, noise):
-        """Checks the selection; the rest goes on with theirs."""
+        """Check the selection, then return the authors' selection for the later steps."""
         seen["scores"] = scores
         grid = math.isqrt(noise.shape[1])
         of_views = [crop_scores(seen["scores"], boxes[:, v - 1], boxes[:, -1], grid) for v in views_of(boxes)]
@@ -463,7 +463,9 @@ def test_ties_are_broken_the_same_way_every_time():
 
 @pytest.mark.parametrize("patches, block", [(15, 2), (25, 2), (16, 3)])
 def test_a_grid_that_blocks_do_not_tile_is_refused(patches, block):
-    with pytest.raises(ValueError, match=f"{patches} patches are no square grid that blocks of {block} x {block} tile"):
+    with pytest.raises(
+        ValueError, match=f"{patches} patches do not form a square grid that blocks of {block} x {block} tile"
+    ):
         attentive_keep_ids(torch.rand(1, patches), block=block)
 
 
@@ -490,7 +492,7 @@ def tiny(method: str = "aclip", **settings) -> ACLIP | SLIP | CLIP:
 
 
 def batch(B: int = 3, views: int = 2, side: int = 16, ema_side: int = 16) -> tuple[torch.Tensor, ...]:
-    """views (V*B, 3, H, W), EMA view, tokens, boxes (B, V+1, 4); the EMA view is all of a 40 x 30 image."""
+    """views (V*B, 3, H, W), EMA view, tokens, boxes (B, V+1, 4); the EMA view is the whole 40 x 30 image."""
     torch.manual_seed(1)
     boxes = torch.stack([*(boxes_in(40, 30, B) for _ in range(views)), torch.tensor([[0, 0, 40, 30]]).expand(B, 4)])
     images, ema_view = torch.randn(views * B, 3, side, side), torch.randn(B, 3, ema_side, ema_side)
@@ -565,7 +567,7 @@ def test_ema_starts_equal_and_follows():
 
 
 def test_half_size_ema_view():
-    """A-CLIP-eff: the EMA tower reads a smaller picture with resized position embeddings."""
+    """A-CLIP-eff: the EMA tower reads a smaller image with resized position embeddings."""
     model, inputs = tiny(image_size=32), batch(side=32, ema_side=16)
     seen = []
     model.keep_ids = lambda *args: seen.append(ACLIP.keep_ids(model, *args)) or seen[-1]
@@ -722,7 +724,7 @@ def test_batch_norm_of_one_process_is_torchs():
 
 
 def authors_file(model: CLIP, path, prefix: str = "module.") -> None:
-    """A checkpoint as upstream's main.py writes it."""
+    """A checkpoint in the format of upstream's main.py."""
     state = {prefix + name: value for name, value in model.state_dict().items()}
     torch.save(beside_weights(state_dict=state, best_acc=43.9), path)
 

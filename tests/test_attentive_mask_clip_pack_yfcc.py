@@ -1,4 +1,4 @@
-"""python -m attentive_mask_clip.pack_yfcc: what SLIP has of YFCC15M becomes shards; what is damaged is counted."""
+"""python -m attentive_mask_clip.pack_yfcc writes SLIP's YFCC15M as shards and counts damaged images."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def jpeg(number: int) -> bytes:
 
 
 def tree(root: Path, rows: list[tuple], images: dict[int, bytes]) -> Path:
-    """yfcc15m.pkl with `rows`, and zips with `images` by their numbers, in SLIP's layout."""
+    """Write yfcc15m.pkl with `rows`, and zips with `images` by number, in SLIP's layout."""
     for number, content in images.items():
         path = root / f"images/{number // 10**6:02}/{number // 1000 % 1000:03}.zip"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def test_nothing_but_plain_values_is_unpickled(tmp_path: Path):
     victim, path = tmp_path / "victim", tmp_path / "x.pkl"
     cases = {
         "it holds pathlib": [(1, Malicious(victim), "")],
-        "it holds collections.OrderedDict, where only plain": [OrderedDict(a=1)],
+        "it holds collections.OrderedDict, but only plain": [OrderedDict(a=1)],
         "it holds numpy": [(np.int64(1), "title", "")],
         "it holds no list of images": {"a": 1},
         "entry 1 is no .number of up to eight digits": [(1, "a", "b"), (2, "a")],
@@ -210,8 +210,10 @@ def test_command_lines_end_in_one_sentence(in_process, large: Path, folder: Path
     (tmp_path / "foreign/00000.tar").write_bytes(b"")
     empty = tree(tmp_path / "empty", [(1, "a", "b")], {2: jpeg(2)})
     wrong = {
-        "holds shards that were made otherwise: shard_size (was 150, now 100)": command(large, made, size=100),
-        "holds shards that this script has not written": command(large, tmp_path / "foreign"),
+        "holds shards that were made with other settings: shard_size (was 150, now 100)": command(
+            large, made, size=100
+        ),
+        "holds shards that this script did not write": command(large, tmp_path / "foreign"),
         "has no folder images": [large / "yfcc15m.pkl", "--root", large / "images", "--out", tmp_path / "a"],
         "does not exist: SLIP's make_dataset.py writes": [large / "x.pkl", "--root", large, "--out", tmp_path / "b"],
         "--shard-size must be at least 1, not 0": command(large, tmp_path / "c", size=0),

@@ -1,4 +1,4 @@
-"""The study: arms and their commands, compared and reported."""
+"""The A-CLIP study: arms, commands, comparison and report."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ KEPT = [f"kept/{rule}_pixels" for rule in ("attentive", "random", "centre", "unt
 
 
 def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """`eval --report --times` of two arms, as the study runs it, with measurements that are given."""
+    """`eval --report --times` of two arms, called like in the study, with given measurements."""
     report, times = tmp_path / "report/results.json", tmp_path / "times.json"
     step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0}
     times.write_text(json.dumps({"clip": step | {"ratio": 1.0}, "aclip": step}))

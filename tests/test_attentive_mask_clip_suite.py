@@ -1,4 +1,4 @@
-"""The 26 sets of the paper's suite, and SLIP's prompts for them; the clone of SLIP is made up here."""
+"""The 26 sets of the paper's suite and SLIP's prompts for them, from a made-up clone of SLIP."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ PETS = ["Abyssinian", "Bengal", "american bulldog", "beagle"]  # SLIP's order: c
 
 
 def make_set(folder: Path, classnames: list[str], labels: list[int]) -> Path:
-    """An evaluation set with a picture for each label."""
+    """Write an evaluation set with one picture per label."""
 
     def image(label: int) -> bytes:
         file = io.BytesIO()
@@ -97,10 +97,13 @@ def test_other_wordings_stand_where_the_order_is_the_same():
 @pytest.mark.parametrize(
     ("ours", "message"),
     [
-        (["Bengal", "Abyssinian", "bulldog", "beagle"], "x is ordered by other class names .* has no 'Bengal' there"),
-        (["Abyssinian", "cat", "dog", "hound"], "which has no 'cat' there"),
-        (["Abyssinian", "Abyssinian", "american bulldog", "beagle"], "which has no 'Abyssinian' there"),
-        (["Abyssinian"], "x has 1 classes where SLIP's labels.json has 4"),
+        (
+            ["Bengal", "Abyssinian", "bulldog", "beagle"],
+            "the classes of x do not match .* has no 'Bengal' at that position",
+        ),
+        (["Abyssinian", "cat", "dog", "hound"], "which has no 'cat' at that position"),
+        (["Abyssinian", "Abyssinian", "american bulldog", "beagle"], "which has no 'Abyssinian' at that position"),
+        (["Abyssinian"], "x has 1 classes, but SLIP's labels.json has 4"),
     ],
 )
 def test_an_order_that_is_not_clear_is_refused(ours: list[str], message: str):
@@ -121,19 +124,19 @@ def test_prompts_of_a_clone(tmp_path: Path):
     svhn, digits = (make_set(tmp_path / name, ["0", "1"], [0]) for name in ("wds_vtab-svhn", "mnist"))
     for folders, message in {
         (pets, twice): "wds_vtab-pets and .*pets are both the suite's pets",
-        (svhn,): "wds_vtab-svhn is none of the suite's sets: food101, cifar10",
+        (svhn,): "wds_vtab-svhn is not one of the suite's sets: food101, cifar10",
         (digits,): "has no class names or no templates of mnist",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_prompts(clone, [EvalSet(folder, lambda image: image) for folder in folders])
-    with pytest.raises(FileNotFoundError, match="is no clone of facebookresearch/SLIP: labels.json is not there"):
+    with pytest.raises(FileNotFoundError, match="is not a clone of facebookresearch/SLIP: it has no labels.json"):
         read_prompts(tmp_path, [])
 
 
 def test_flags_that_need_each_other(in_process, tmp_path: Path):
     for flags in (["--prompts", "slip"], ["--slip", tmp_path]):
         result = in_process(tmp_path, *flags)
-        assert result.code == 2 and "need each other" in result.err and one_sentence(result.err)
+        assert result.code == 2 and "must be passed together" in result.err and one_sentence(result.err)
 
 
 # -------------------------------------------------------------------------------------------------------------- suite
@@ -141,7 +144,7 @@ def test_flags_that_need_each_other(in_process, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint file of a small A-CLIP, as training writes it, whose EMA towers differ from the online ones."""
+    """A checkpoint of a small A-CLIP in training's format; its EMA towers differ from the online towers."""
     cfg = TrainConfig(model="emoji", image_size=20)
     torch.manual_seed(0)
     model = create_model(cfg.method, cfg.model, **cfg.model_settings())

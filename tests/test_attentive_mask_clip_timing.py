@@ -1,4 +1,4 @@
-"""python -m attentive_mask_clip.timing: arms by turns, ratios to CLIP, names that are refused."""
+"""python -m attentive_mask_clip.timing: alternating arms, ratios to CLIP, and refused names."""
 
 import json
 from pathlib import Path

@@ -60,7 +60,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def folder(corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    """For run folders; emptied at the end, since a checkpoint has 80 MB."""
+    """Folder of the runs, emptied at the end because a checkpoint has 80 MB."""
     path = tmp_path_factory.mktemp("aclip")
     yield path
     shutil.rmtree(path)
@@ -173,7 +173,7 @@ def test_accumulation_averages_micro_batches_and_moves_the_ema_once():
 
 
 def weights_after_accumulation(rank: int) -> dict[str, torch.Tensor]:
-    """Of a step on two micro-batches; "shared": how often gradients were sent round."""
+    """Weights after a step with two micro-batches; "shared" is the number of all-reduces."""
     model, sent = DistributedDataParallel(tiny(ssl=False)), []
     model.register_comm_hook(sent, lambda sent, bucket: sent.append(1) or default_hooks.allreduce_hook(None, bucket))
     torch.manual_seed(rank)
@@ -308,7 +308,10 @@ EVALUATED = ["--eval-every", "1", "--eval-set", ROOT / "data/emoji/eval/groups_o
 
 
 def test_the_best_checkpoint_is_kept_through_kills(arms: dict[str, Path], cli, start, folder: Path):
-    """By the online towers; the EMA towers are evaluated, too. Neither changes the training."""
+    """The best checkpoint is chosen by the online towers; EMA towers are also evaluated.
+
+    Neither changes the training.
+    """
     outs = [folder / "best", folder / "best-killed"]
     command = [*ARMS["aclip"], *TINY, *EVALUATED, "--keep-best", "--save-every", "2", "--out"]
     finished(cli(*command, outs[0]))
@@ -359,7 +362,7 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
 
 
 def test_windows_killed_at_random_equal_uninterrupted(cli, start, folder: Path):
-    """Shards are piped, one at a time, into a cache that each run empties behind it."""
+    """Shards are downloaded one at a time by a pipe: command into a cache that each run empties."""
     first = sorted(SHARDS.glob("*.tar"))[:3]
     command = [*ARMS["clip"], *TINY, "--data", "::".join(f"pipe:cat {path}" for path in first), "--window-shards", 1]
     command += ["--dataset-size", 96, "--save-every", 2, "--workers", 2]
@@ -385,7 +388,7 @@ def assert_equal_lines(one: Path, two: Path, steps: int | None = None) -> None:
 
 
 def assert_equal_weights(one: Path, two: Path) -> None:
-    """TINY has a large Adam eps: else the rounding of a vanishing gradient becomes a visible step."""
+    """TINY has a large Adam eps; otherwise rounding of a vanishing gradient would become a visible step."""
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
@@ -394,7 +397,7 @@ def assert_equal_weights(one: Path, two: Path) -> None:
 
 @pytest.mark.parametrize("arm", ["aclip", "slip"])
 def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path, arm: str):
-    """A-CLIP to the first steps only: of two tokens of nearly equal attention, rounding decides later on."""
+    """A-CLIP is compared for the first steps only: later, rounding decides between tokens of nearly equal attention."""
     out = folder / f"{arm}-2"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "attentive_mask_clip.train", *ARMS[arm], *TINY, "--out", out]
@@ -409,7 +412,7 @@ def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path
 
 @pytest.mark.parametrize("arm", ["slip", "attentive"])
 def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, arm: str):
-    """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
+    """Two processes with torchrun's environment variables are killed, and one process resumes."""
     out = folder / f"{arm}-2"
     command = [*ARMS[arm], *TINY, "--save-every", "3", "--out", out]
     first, second = start_two(start, *command)
@@ -426,7 +429,8 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, arm
 
 @pytest.fixture(scope="module")
 def broken_shards(folder: Path) -> str:
-    """One shard cut in the middle of an image, one of 64 real pairs with two broken samples and one without caption."""
+    """Two shards: one truncated within an image, one of 64 real pairs with two broken samples and one without
+    caption."""
     cut, mixed = folder / "cut.tar", folder / "mixed.tar"
     with tarfile.open(SHARDS / "00001.tar") as source, tarfile.open(mixed, "w") as target:
         members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)
@@ -443,7 +447,7 @@ def broken_shards(folder: Path) -> str:
 
 
 def counts(report: str) -> list[str]:
-    """What was wrong how often, without the names of samples, of which a report has a few."""
+    """{reason: number of broken samples} of a report, without the names of samples that it shows."""
     return sorted(re.split(r"[:,] ", report.partition(" (")[0]))
 
 

@@ -1,4 +1,4 @@
-"""The benches' tables: how rows of several thread settings become one, and that a bench measures under each of them."""
+"""Tables of the benches: merging rows of several thread settings, and measuring under each setting."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def test_what_was_not_reached():
 
 
 def test_seconds_to_a_goal(capsys: pytest.CaptureFixture):
-    """The first evaluation above the goal counts, with what comes before the first step; the note says the schedule."""
+    """The time until the first evaluation above the goal counts, including set-up; the note describes the schedule."""
     curve = [(10.0, 20.0), (20.0, 32.0), (30.0, 31.0), (40.0, 35.0)]
     lines = [{"seconds": seconds, "zero_shot_top1": top1} for seconds, top1 in curve]
     cfg = PRESETS["emoji-clip"][1]
@@ -149,7 +149,7 @@ def test_wrong_flags_are_refused(flags: list[str], said: str, capsys: pytest.Cap
 
 
 def test_the_bench_of_reading_measures_all_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """All rows at a small size; an index is kept there, too."""
+    """All rows at a small size, and with a cached index."""
     fork = multiprocessing.get_context("fork")  # a new process would import for seconds
     monkeypatch.setattr(reading.multiprocessing, "get_context", lambda method: fork)
     sizes = "--sparse 2000 --real 128 --seconds 0.1 --repetitions 1"

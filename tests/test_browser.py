@@ -1,4 +1,4 @@
-"""report.html and companion pages in a real browser: Chromium and Playwright, from npm (`make browser`)."""
+"""report.html and companion pages in a real browser: Chromium and Playwright from npm (`make browser`)."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FONTS = (
 
 
 def look(page: Path, screenshot: Path, width: int = 1280) -> dict:
-    """What tests/browser/look.mjs sees of a page in a window of so many pixels."""
+    """What tests/browser/look.mjs finds on a page in a window of the given width."""
     if not (BROWSER / "node_modules/@sparticuz/chromium/bin").is_dir():
         pytest.skip("no browser is installed: `make browser` does it, on Linux")
     shutil.copy(ROOT / "tests/browser/look.mjs", BROWSER)
@@ -62,8 +62,8 @@ def test_the_report_opens_offline(tmp_path: Path):
 
 
 def looked_at(readme: companion.Readme, clones: dict[str, Path], folder: Path, width: int, tests: list) -> dict:
-    """What a browser sees of a companion page. Equations are drawn, links lead somewhere, nothing sticks out of the
-    window, nothing is fetched."""
+    """Check a companion page in a browser: equations are rendered, links have targets, nothing overflows the window,
+    and nothing is fetched."""
     path = folder / f"{readme.folder}.html"
     path.write_text(companion.page(readme, clones, tests), encoding="utf-8")
     seen = look(path, folder / "page.png", width)
@@ -80,7 +80,7 @@ PAGES = [(folder, 390) for folder in presets.folders()] + [("protoclip", 1280)]
 
 @pytest.mark.parametrize("folder, width", PAGES, ids=[f"{folder}-{width}" for folder, width in PAGES])
 def test_a_companion_page_reads(tmp_path: Path, folder: str, width: int, monkeypatch: pytest.MonkeyPatch):
-    """Every page on a phone, one on a desk; no clones are given."""
+    """Every page at the width of a phone, and one at that of a desktop, without clones."""
     monkeypatch.chdir(ROOT)
     readme = companion.read(folder)
     first = readme.rows[0].functions[0]
@@ -93,7 +93,7 @@ def test_a_companion_page_reads(tmp_path: Path, folder: str, width: int, monkeyp
 
 @pytest.mark.parametrize("folder", presets.folders())
 def test_a_companion_page_reads_with_clones(tmp_path: Path, folder: str, request, monkeypatch: pytest.MonkeyPatch):
-    """With --upstream, a clone or a folder of clones, or with such a folder at $CLONES."""
+    """Pages with a clone or a folder of clones, from --upstream or $CLONES."""
     monkeypatch.chdir(ROOT)
     readme, where = companion.read(folder), os.environ.get("CLONES")
     clones = companion.clones_of(readme, request.config.getoption("upstream"), Path(where) if where else None)

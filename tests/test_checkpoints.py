@@ -1,4 +1,5 @@
-"""Checkpoints that are whole, harmless and of the same run; JSON that is replaced at once."""
+"""Checkpoints are complete, safe to load, and checked against the run's settings; JSON files are replaced
+atomically."""
 
 import argparse
 import dataclasses
@@ -112,7 +113,7 @@ def test_write_json_is_atomic(tmp_path: Path):
 
 
 def test_what_authors_trainers_keep_beside_weights_is_loaded(tmp_path: Path):
-    """Command line with a path, and learning rates that are NumPy numbers, in the optimizer's groups and elsewhere."""
+    """A command line with a path, and NumPy learning rates in the optimizer's groups and elsewhere."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=np.float64(1e-3))
     model(torch.ones(1, 3)).sum().backward()

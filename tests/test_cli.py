@@ -1,4 +1,4 @@
-"""Settings that are refused, and errors of one sentence."""
+"""Settings that are refused, and errors that end in one sentence."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ def test_activation_bytes():
 
 
 class Chain(nn.Module):
-    """Four blocks that may be computed again."""
+    """Four blocks that can be recomputed."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ def test_quiet_is_an_option_of_every_script(capsys, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.argv", ["script", "--help"])
     with pytest.raises(SystemExit) as stop:
         cli.command_line(lambda: sys.exit(0))
-    assert stop.value.code == 0 and capsys.readouterr().out.startswith("--quiet leaves out lines")
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("Every script also takes --quiet")
 
 
 def test_what_a_mac_lacks_is_one_sentence(capsys):
@@ -77,7 +77,7 @@ def test_what_a_mac_lacks_is_one_sentence(capsys):
 
     with pytest.raises(SystemExit):
         cli.command_line(main)
-    assert capsys.readouterr().err.startswith("error: --device mps: this script computes what Apple's GPUs cannot")
+    assert capsys.readouterr().err.startswith("error: --device mps: Apple's GPUs do not support an operation")
 
 
 class Unreadable(torch.utils.data.Dataset):
@@ -116,8 +116,8 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():
         ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist: 'make data' builds the embedded corpus"),
         ({"eval_every": 1}, "--eval-set /nowhere does not exist: name a folder, or pass --eval-every 0"),
         ({"save_every": 0}, "--save-every must be at least 1, not 0"),
-        ({"batch_size": 9}, "--batch-size 9 cannot be shared out evenly over 2 processes"),
-        ({"accumulate": 3}, "--batch-size 8 cannot be shared out evenly over 2 processes and 3 micro-batches in each"),
+        ({"batch_size": 9}, "--batch-size 9 cannot be divided evenly among 2 processes"),
+        ({"accumulate": 3}, "--batch-size 8 cannot be divided evenly among 2 processes and 3 micro-batches in each"),
         ({"accumulate": 0}, "--accumulate must be at least 1, not 0"),
         ({"accumulate": 4}, None),
         ({}, None),

@@ -1,4 +1,4 @@
-"""Text towers without padding are open_clip's; blocks that are computed again change nothing but memory."""
+"""Text towers without padding equal open_clip's; recomputing blocks changes only memory."""
 
 import types
 
@@ -32,7 +32,7 @@ def test_text_tower_without_padding_is_open_clips(text_cfg):
 
 
 def towers(kind: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """A model with blocks that can be computed again, in training, and what it reads."""
+    """A model in training mode with blocks that can be recomputed, and its inputs."""
     torch.manual_seed(0)
     text = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 2, "layers": 3}
     vision = {"layers": 3, "width": 8, "head_width": 4, "patch_size": 8, "image_size": 32}
@@ -72,5 +72,5 @@ def test_checkpointing_keeps_less(kind: str):
 
 def test_a_model_without_blocks_is_refused():
     clip.set_grad_checkpointing(torch.nn.Linear(2, 2), False)
-    with pytest.raises(ValueError, match="--grad-checkpointing: Linear has no blocks that can be computed again"):
+    with pytest.raises(ValueError, match="--grad-checkpointing: Linear has no blocks that can be recomputed"):
         clip.set_grad_checkpointing(torch.nn.Linear(2, 2), True)

@@ -1,4 +1,4 @@
-"""Checkpoints of other authors as open_clip models."""
+"""Checkpoints of other authors load as open_clip models."""
 
 import numpy as np
 import open_clip
@@ -34,7 +34,7 @@ def test_checkpoints_in_other_layouts(tmp_path):
 
 
 def assert_in_two(transform) -> None:
-    """Decoder processes hand on uint8, and what is normalised later is the same bit for bit."""
+    """Transforms split in two: decoder processes pass on uint8, and later normalisation is equal bit for bit."""
     pixels, normalise = data.in_two(transform)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 250, 3), dtype=np.uint8))
     assert pixels(image).dtype == torch.uint8

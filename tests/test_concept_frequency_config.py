@@ -15,7 +15,7 @@ from concept_frequency.printed import CURVE_MODELS, TABLE9
 @pytest.mark.parametrize(("change", "message"), [
     ({"data": ""}, "--data is missing"),
     ({"eval_set": "nowhere"}, "--eval-set nowhere does not exist"),
-    ({"batch_size": 33}, "cannot be shared out"),
+    ({"batch_size": 33}, "cannot be divided"),
     ({"total": 39}, "cannot hold each"),
     ({"total": 40, "batch_size": 64}, "less than one batch"),
     ({"misaligned": 2.0}, "share of 0 to 1"),
@@ -29,7 +29,7 @@ def test_training_refuses(change, message):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["shards"], "--data is missing"),
-    (["emoji", "--model", "none", "--dry-run"], "no open_clip config"),
+    (["emoji", "--model", "none", "--dry-run"], "not an open_clip config"),
 ])  # fmt: skip
 def test_command_lines_end_in_one_sentence(in_process, arguments, message):
     result = in_process(*arguments, module="concept_frequency.train")

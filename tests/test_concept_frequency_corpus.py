@@ -1,4 +1,4 @@
-"""Parts of files, their captions, and which row of the captions an image is."""
+"""Parts of files, their captions, and the caption row of each image."""
 
 import io
 import tarfile
@@ -13,7 +13,7 @@ from concept_frequency import corpus
 
 
 def write_captions(folder: Path, captions: list[str]) -> dict[str, str]:
-    """The same captions as parquet, tsv and lines."""
+    """Write the same captions as parquet, tsv and lines."""
     pq.write_table(
         pa.table({"caption": captions, "url": ["u"] * len(captions)}), folder / "a.parquet", row_group_size=50
     )
@@ -47,7 +47,7 @@ def test_parts_of_a_parquet_file(tmp_path):
 @pytest.mark.parametrize("kind", ["tsv", "txt"])
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 100])
 def test_parts_of_a_text_file_start_where_they_should(tmp_path, kind, step):
-    """Rows of several lines, of several bytes a letter, of bytes that are no text."""
+    """Rows with line breaks, with multi-byte characters, and with bytes that are not UTF-8."""
     rows = (
         ["a", "über", '"two\nlines"', "", "日本", "x\ty", "last"]
         if kind == "tsv"

@@ -1,4 +1,4 @@
-"""Counting a corpus: any file in any parts, processes, machines, kill and resume."""
+"""Counting a corpus: all kinds of files and parts, processes, machines, kill and resume."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
 
 
 def test_what_a_concept_was_searched_as_and_its_phrase(tmp_path):
-    """`hot dog` is found where both are nouns, `t-shirt` as `shirt`; beside it what is written so."""
+    """`hot dog` is found if both words are nouns, `t-shirt` as `shirt`; literal occurrences are counted separately."""
     captions = [
         "a hot dog on a plate",
         "the dog has a shirt",
@@ -115,7 +115,7 @@ def test_the_table_says_what_was_searched(tmp_path, capsys):
 
 @pytest.mark.parametrize(("file", "settings", "message"), [
     ("page.tar", {}, "page.tar holds no caption: truncated or damaged tar"),
-    ("captions.txt", {"also": "url"}, "captions.txt has no column 'url', being lines of text: pass --also ''"),
+    ("captions.txt", {"also": "url"}, "no column 'url' because it holds lines of text: pass --also ''"),
     ("empty.txt", {}, "empty.txt holds no caption"),
     ("captions.txt", {"spacy": "en_core_web_xl"}, "python -m spacy download en_core_web_xl, or name en_core_web_sm"),
 ])  # fmt: skip
@@ -129,7 +129,7 @@ def test_counts_of_nothing_are_refused(tmp_path, file, settings, message):
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server of tmp_path/web: (address, paths that were asked for)."""
+    """A web server of tmp_path/web: (address, requested paths)."""
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -177,7 +177,7 @@ def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forks(monkeypatch):
-    """Processes of a count are forks of the tests' server, which start at once; jobs are pickled all the same."""
+    """The processes of a count are forks of the tests' server, which start fast; jobs are still pickled."""
     server = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(count, "multiprocessing", SimpleNamespace(get_context={"spawn": server}.get))
 
@@ -191,7 +191,7 @@ def test_processes_count_alike(tmp_path, forks):
 
 
 def test_images_have_a_process_a_gpu(monkeypatch):
-    """And other jobs one a core."""
+    """Image jobs get one process per GPU, other jobs one per core."""
 
     def laid_out(work, workers: int, jobs: int) -> list[tuple[int, dict]]:
         return [(size, getattr(call, "keywords", {})) for size, call in count.processes(work, workers, jobs)]
@@ -211,7 +211,7 @@ def test_images_have_a_process_a_gpu(monkeypatch):
 
 
 def test_jobs_are_dealt_to_whoever_is_free():
-    """Each place has as many jobs again as it works on; one that is slow gets no more of them."""
+    """Each worker holds at most twice as many jobs as it runs; a slow worker gets no more."""
     started: dict[str, list[int]] = {"slow": [], "fast": []}
 
     def place(name: str):
@@ -242,7 +242,7 @@ def red_blue(names, device):
 
 
 def test_two_devices_tag_like_one_and_go_on(tmp_path, forks, monkeypatch):
-    """Shards tagged by two processes with a device and decoders each, one of which dies: what there is stays."""
+    """Two processes, each with a device and decoders, tag shards; after one dies, finished files are kept."""
     for i in range(6):
         colors = [(255, 0, 0), (0, 0, 255), (99, 0, 99) if i == 3 else (255, 0, 255)] * 3
         write_shard(tmp_path / f"{i}.tar", [(f"{row:03}", "a dog", color) for row, color in enumerate(colors)])
@@ -274,19 +274,19 @@ def test_wrong_address_fails_at_once(server):
         bound.bind(("127.0.0.1", 0))
         port, start = bound.getsockname()[1], time.monotonic()
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            with pytest.raises(ValueError, match=f"--address {address}: nothing answers there"):
+            with pytest.raises(ValueError, match=f"--address {address}: no answer"):
                 count.check_head(address)
     for address in ("nowhere", "host:", "host:port", "host:99999"):
         with pytest.raises(ValueError, match="--address is auto, local, HOST:PORT or ray://HOST:PORT"):
             count.check_head(address)
-    with pytest.raises(ValueError, match="what answers there is no Ray head"):
+    with pytest.raises(ValueError, match="this is not a Ray head"):
         count.check_head(server[0].removeprefix("http://"))
     assert time.monotonic() - start < 2 * count.CONNECT_SECONDS
 
 
 def test_ray_counts_alike_from_any_folder(tmp_path, start, monkeypatch):
-    """The command line in another folder, relative paths, a cluster that was started in a third one and believes that
-    it has a GPU: captions and images."""
+    """Captions and images are counted from another folder with relative paths, by a cluster that was started in a third
+    folder and claims to have a GPU."""
     pytest.importorskip("ray")
     (tmp_path / "elsewhere").mkdir()
     with socket.socket() as free:
@@ -366,6 +366,6 @@ def test_command_lines_end_in_one_sentence(in_process, arguments, message):
 
 
 def test_contract_is_importable():
-    """Names of the contract are in the file that it gives."""
+    """The names of the contract can be imported from the file that it states."""
     names = "tag_captions tag_images sample_id"
     assert all(hasattr(count, name) for name in names.split())

@@ -1,4 +1,4 @@
-"""The curve of one's own counts and scores: every kind of file, what does not join, and the errors."""
+"""The curve of a user's own counts and scores: all kinds of files, unmatched names, and errors."""
 
 import csv
 import json
@@ -76,7 +76,7 @@ def test_curve_of_every_kind_of_file(files, capsys):
 
 
 def test_data_sets_are_pooled(files):
-    """One file of counts for all, or one for each; the null within data sets keeps each set's mean."""
+    """One file of counts for all data sets, or one for each; shuffling within data sets keeps the mean of each."""
     half = {name: count for name, count in list(COUNTS.items())[:60]}
     (files / "half.json").write_text(json.dumps(half))
     (files / "b.json").write_text(json.dumps({name: 90.0 for name in half}))
@@ -101,7 +101,7 @@ def test_what_cannot_be_drawn_ends_in_one_sentence(files, in_process):
         (["--counts", counts, "--scores", files / "other.json"], "has a count in"),
         (["--counts", files / "same.json", "--scores", given], "have the count 7"),
         (["--counts", counts, "--scores", files / "whole.json"], "--dump_classnames | tee log.txt"),
-        (["--counts", counts, "--scores", files / "empty.log"], "holds no report of classes"),
+        (["--counts", counts, "--scores", files / "empty.log"], "holds no report by class"),
         (["--counts", files / "counts.csv", "--scores", given], "has no column integrated or count"),
         (["--counts", counts, "--scores", given, "--bins", "2"], "--bins is a slice such as 1:-1"),
         (["--counts", counts, "--scores", given, "--models", "RN50"], "no file of scores has the model RN50"),
@@ -118,7 +118,7 @@ def test_slices(text):
 
 
 def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
-    """What `clip_benchmark eval` itself prints and writes gives the recall by class that measure.py has."""
+    """The output of `clip_benchmark eval` gives the same recall by class as measure.py."""
     sets = ROOT / "data/emoji/eval"
     if not (sets / "groups_id/classnames.txt").is_file():
         pytest.fail("data/emoji is missing: `make data` makes it", pytrace=False)
@@ -141,12 +141,12 @@ def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match=words):
             curve.read_scores(tmp_path / "log.txt")
     (tmp_path / "groups.json").unlink()
-    with pytest.raises(ValueError, match="neither there nor beside it"):
+    with pytest.raises(ValueError, match="neither there nor beside"):
         curve.read_scores(tmp_path / "log.txt")
 
 
 def test_names_of_measure_are_keys():
-    """Two classes of one name are two scores."""
+    """Two classes with the same name have two scores."""
     import torch
 
     class Model(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Curves, nulls, slopes and what counts are like: golden cases, and properties."""
+"""Curves, null distributions, slopes and properties of counts: golden cases and properties."""
 
 import math
 
@@ -19,7 +19,7 @@ SLICES = {
 
 
 def as_upstream(curve: curves.Curve) -> curves.Curve:
-    """Empty bins as upstream's arrays of fixed size have them: 0."""
+    """Fill empty bins with 0, like upstream's arrays of fixed size."""
     return curve._replace(mean=np.nan_to_num(curve.mean), std=np.nan_to_num(curve.std))
 
 
@@ -54,7 +54,7 @@ def test_human_eval_curve(case):
 
 @pytest.mark.golden("concept_frequency", "published_curves")
 def test_published_curves_correlate(case):
-    """From the bins as published."""
+    """Correlations computed from the published bins."""
     for row in case.json:
         position, mean, std, size = (np.array(row[key]) for key in ("exp_bins", "bin_means", "bin_stds", "bin_counts"))
         curve = curves.Curve(position, mean, std, size, np.zeros(0, dtype=np.int64))
@@ -105,7 +105,7 @@ def test_slope_per_decade():
 
 
 def test_within_slope_is_free_of_what_concepts_differ_in():
-    """Accuracy that goes with the concept, and not with its frequency, misleads the slope between concepts alone."""
+    """Accuracy that depends on the concept but not on its frequency biases only the slope between concepts."""
     rng = np.random.default_rng(0)
     frequency = 10 ** np.linspace(0, 3, 200)
     for effect in (0.0, 5.0):

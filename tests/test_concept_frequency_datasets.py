@@ -1,4 +1,4 @@
-"""Test sets as the authors' loaders find them, in the CLIP-benchmark layout."""
+"""The authors' test sets are converted to the CLIP-benchmark layout."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def test_a_set_with_a_file_of_splits(tmp_path, capsys):
     ]
     (root / "split_Caltech256.json").write_text(json.dumps({"train": rows[:1], "val": rows[1:2], "test": rows[2:]}))
     datasets.main(datasets.Config("caltech256", str(root), str(tmp_path / "wds")))
-    assert "4 images of 2 classes; the authors': 9,076 of 257" in capsys.readouterr().out
+    assert "4 images of 2 classes; the authors have 9,076 of 257" in capsys.readouterr().out
     made = EvalSet(tmp_path / "wds", lambda image: image.size)
     assert made.classnames == ["ak47", "american-flag"] and labels(tmp_path / "wds") == [0, 1, 1, 1]
     assert made.templates == list(datasets.TEMPLATES) and len(set(made.templates)) == 80
@@ -50,7 +50,7 @@ def test_a_set_with_a_file_of_splits(tmp_path, capsys):
 
 
 def write_release(folder, described: bool) -> None:
-    """Two parquet files as the library `datasets` writes a set of images."""
+    """Write two parquet files in the format of the library `datasets`."""
     folder.mkdir(parents=True)
     for k in range(2):
         rows = [{"bytes": picture(2 * k + i, "PNG" if i else "JPEG"), "path": f"{i}.jpg"} for i in range(2)]
@@ -67,7 +67,7 @@ def test_let_it_wag_as_released(tmp_path, described):
     root = tmp_path / "Let-It-Wag"
     write_release(root / "data", described)
     if not described:
-        with pytest.raises(ValueError, match="keep README.md beside"):
+        with pytest.raises(ValueError, match="put README.md beside"):
             datasets.read_let_it_wag(root)
         page = "dataset_info:\n  features:\n    class_label:\n      names:\n"
         page += "        '0': Zone_tailed_Hawk_bird\n        '1': A300B4_aircraft\n"
@@ -96,7 +96,7 @@ def test_command_lines_end_in_one_sentence(in_process, tmp_path):
     for arguments, words in (
         (["ucf101", "--root", tmp_path], "split_zhou_UCF101.json does not exist"),
         (["ucf102", "--root", tmp_path], "there is no set 'ucf102'"),
-        (["let_it_wag", "--root", tmp_path / "none"], "it is no Let It Wag!"),
+        (["let_it_wag", "--root", tmp_path / "none"], "it is not Let It Wag!"),
     ):
         result = in_process(*arguments, "--out", tmp_path / "out", module="concept_frequency.datasets")
         assert result.code == 2 and words in result.err and one_sentence(result.err), result.err

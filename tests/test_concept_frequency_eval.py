@@ -1,4 +1,4 @@
-"""Scores of concepts, what takes two arms, and the command line; runs are evaluated in the study's tests."""
+"""Scores of concepts, comparisons of two arms, and the command line; the study's tests evaluate runs."""
 
 import pytest
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Figures: ours above, theirs below, as many panels a row as fit."""
+"""Figures: our panels above, the authors' below, in rows of limited width."""
 
 import matplotlib.pyplot as plt
 from PIL import Image

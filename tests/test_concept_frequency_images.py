@@ -1,4 +1,4 @@
-"""Images of the experiment: broken samples, and views."""
+"""Images of the controlled experiment: broken samples and views."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""Tables beside the curves, from files in the authors' layout; functions without their files give nothing."""
+"""Tables besides the curves, from files in the authors' layout; functions without their files return nothing."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Names of counts and of scores: equal, spelled otherwise, other words; what stays apart is said."""
+"""Matching names of counts with names of scores: equal, respelled, renamed; unmatched names are reported."""
 
 from concept_frequency.joining import OTHER_NAMES, fold, join, numbered
 

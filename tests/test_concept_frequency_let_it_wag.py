@@ -53,7 +53,8 @@ def test_select_tail():
 
 
 def test_outliers_and_duplicates_by_features():
-    """Appendix H.2: the lowest 5 % of similarities go, and of images closer than the threshold the later ones."""
+    """Appendix H.2: the 5 % of images with the lowest similarity are removed, and the later one of two similar
+    images."""
     generator = np.random.default_rng(0)
     crowd = np.array([1.0, 0, 0]) + generator.normal(0, 0.05, (39, 3))
     features = np.concatenate([crowd, [[0, 0, 1.0]]])

@@ -1,4 +1,4 @@
-"""Counting of concepts in captions and images: golden cases, and properties."""
+"""Counting concepts in captions and images: golden cases and properties."""
 
 import itertools
 
@@ -27,7 +27,7 @@ FAMILIES = ("retrieval", "image_search")
 
 
 def partner(case: Case, suffix: str) -> Case:
-    """The other file of a case of two: `retrieval.npz` and `retrieval_concepts.json`."""
+    """The second file of a case with two files: `retrieval.npz` and `retrieval_concepts.json`."""
     stem = case.path.stem
     names = [stem.replace("_concepts", ""), f"{stem}_concepts", *(stem.replace(f, f"{f}_concepts") for f in FAMILIES)]
     path = next((p for name in names if name != stem and (p := case.path.with_name(name + suffix)).exists()), None)
@@ -86,7 +86,7 @@ def test_case_variants(case):
 
 
 def pairs_of(table: torch.Tensor) -> np.ndarray:
-    """(N, K) 0/1 -> (document, concept) rows."""
+    """0/1 matrix (N, K) -> (document, concept) pairs."""
     return np.argwhere(table.numpy() != 0)
 
 
@@ -116,7 +116,7 @@ def test_image_search(case):
 @pytest.mark.golden("concept_frequency", "ram_openset_head")
 def test_ram_openset_head(case):
     class Stub(torch.nn.Module):
-        """The case's stand-in for the cross-attention: q + softmax(q k^T / 8) k."""
+        """The case's replacement of the cross-attention: q + softmax(q k^T / 8) k."""
 
         def __init__(self, dim: int, width: int):
             super().__init__()

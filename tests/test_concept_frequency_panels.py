@@ -1,4 +1,4 @@
-"""Curves from published files: panels, their claims, and what the paper leaves out."""
+"""Curves from published files: panels, claims, and the bins that the paper leaves out."""
 
 import pytest
 from test_concept_frequency_replay import write_published

@@ -1,4 +1,4 @@
-"""The study on photographs: captions that are left out, curves over counts, changes of the same noun."""
+"""The study on photographs: removed captions, curves by counts, changes of the same noun."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_captions_with_a_rarer_noun_are_left_out():
 
 @pytest.fixture
 def tested(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """40 nouns, each of five test captions of two images; counts of a hundredfold range."""
+    """40 nouns, each in five test captions of two images, with counts that span a factor of a hundred."""
     names = [f"noun{i}" for i in range(40)]
     texts = {name: list(range(10 * i, 10 * i + 10)) for i, name in enumerate(names)}
     images = {name: [2 * i, 2 * i + 1] for i, name in enumerate(names)}

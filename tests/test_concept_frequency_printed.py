@@ -1,4 +1,4 @@
-"""The paper's numbers: as many as its tables and figures have, of models that are known."""
+"""The paper's numbers are complete, and belong to known models."""
 
 from concept_frequency.config import MODELS
 from concept_frequency.printed import CURVE_MODELS, PRINTED, TABLE3, TABLE4, TABLE6, TABLE9

@@ -1,7 +1,7 @@
-"""The authors' published files, and files in their layout, replayed.
+"""The replay of the authors' published files, and of files in their layout.
 
-Golden cases that are derived from the published files are checked against these where they are: in
-`upstream_results/` beside the case, or in the clone that --upstream names.
+Golden cases derived from the published files are compared with these files if they exist: in `upstream_results/` beside
+the case, or in the clone of --upstream.
 """
 
 import json
@@ -33,7 +33,7 @@ def results(case: Case, request: pytest.FixtureRequest) -> Results:
 
 @pytest.mark.golden("concept_frequency", "published_curves")
 def test_published_curves(case, request):
-    """From the authors' counts and scores."""
+    """Curves computed from the authors' counts and scores."""
     published = results(case, request)
     for row in case.json:
         model_name = f"{row['model']}|{row['pretraining']}"
@@ -86,7 +86,7 @@ def test_let_it_wag(case, request):
 
 @pytest.mark.golden("concept_frequency", "human_eval_curve")
 def test_people_study(case, request):
-    """From the counts of all names and the participants' judgements: buckets, middles, means."""
+    """Buckets, their middles and means, from the counts of all names and the participants' judgements."""
     if (found := results(case, request).people()) is None:
         pytest.skip("needs the judgements of the people study: --upstream CLONE")
     x, y = curves.people_points(*found)
@@ -100,7 +100,7 @@ def key_of(model: str) -> str:
 
 
 def write_published(folder: Path) -> None:
-    """Files in the authors' layout: every score is linear in log frequency, counts of concepts differ by corpus."""
+    """Write files in the authors' layout: scores are linear in log frequency, counts differ by corpus."""
     for name in (
         "let_it_wag_datasets/evaluations", "search_counts", "zero_shot_evaluations", "retrieval_evaluations",
         "misalignment_metrics", "t2i_evaluations", "notebooks/plots",
@@ -142,7 +142,7 @@ def write_published(folder: Path) -> None:
 
 
 def write_generation(folder: Path) -> None:
-    """Scores of two text-to-image models on one metric, and the curve of a third that has no scores."""
+    """Write scores of two text-to-image models on one metric, and the curve of a third model without scores."""
     rng = np.random.default_rng(1)
     count = {f"noun {i}": int(10 ** (5 * i / 79)) for i in range(80)}
     path = folder / f"search_counts/t2i_laion_aesthetics_{METHODS['integrated']}_search_counts.json"
@@ -156,7 +156,7 @@ def write_generation(folder: Path) -> None:
 
 
 def write_people(folder: Path) -> None:
-    """Names with counts, and judgements of two participants by bucket, which rise with the count."""
+    """Write names with counts, and judgements of two participants that rise with the count."""
     study = folder / "src/text_to_image_experiments/human_experiment_evaluation"
     (study / "entities/P31_Q5_50000").mkdir(parents=True)
     counts = np.repeat([5000, 800, 90, 10, 4, 0], 150)
@@ -169,7 +169,7 @@ def write_people(folder: Path) -> None:
 
 
 def write_saved(folder: Path) -> None:
-    """The curve of one panel as the authors' notebook saves it, and an image of it."""
+    """Write the curve of one panel in the format of the authors' notebook, and an image of it."""
     published = Results(folder)
     curve = log_linear_curve(*published.pairs("classification", "integrated", "RN50|cc3m")[:2], 12)
     saved = {"exp_bins": curve.position, "cum_means": np.nan_to_num(curve.mean), "cum_stds": np.nan_to_num(curve.std)}

@@ -1,4 +1,4 @@
-"""Searching one part of a corpus: memory, and the tags of its images."""
+"""Searching one part of a corpus: memory and image tags."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from shared import data
 
 
 def test_memory_is_bounded_by_its_flag(tmp_path, monkeypatch):
-    """Of reading and indexing a table of 120,000 captions, by the size of its parts; spaCy is stood in for."""
+    """Memory of reading and indexing a table of 120,000 captions depends on the size of parts; spaCy is replaced."""
     path = tmp_path / "a.tsv"
     path.write_text(
         "".join(f"word{i % 5000} thing{i % 7} place{i % 900} of captions number {i}\n" for i in range(120_000))
@@ -43,7 +43,7 @@ def test_memory_is_bounded_by_its_flag(tmp_path, monkeypatch):
 
 
 def red_blue(names, device):
-    """A tagger for tests: is the image red (concept 0), is it blue (concept 1)."""
+    """A tagger for tests: concept 0 is a red image, concept 1 a blue one."""
     transform = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # noqa: E731
     return transform, lambda images: torch.stack([images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))], 1)
 
@@ -81,7 +81,7 @@ def test_images_are_counted(tmp_path, monkeypatch):
 
 
 def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
-    """Captions in several parts, images in shards of another order: a part reads the tags of its documents alone."""
+    """Captions in several parts and images in shards of another order: a part reads only the tags of its documents."""
     rng = np.random.default_rng(0)
     texts = [("a dog", "a cat", "a dog and a cat", "")[i] for i in rng.integers(4, size=1300)]
     (tmp_path / "captions.tsv").write_text("".join(f"{text}\n" for text in texts))
@@ -111,7 +111,7 @@ def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
 
 
 def test_decoders_change_nothing(tmp_path, monkeypatch):
-    """Images decoded by processes beside the tagger's, with broken ones and some that are not among the captions."""
+    """Decoding in separate processes gives the same tags, with broken images and images without captions."""
     shades = [(f"{row:05}", "?", (row % 256, 0, 255 - row % 256)) for row in range(150)]
     write_shard(tmp_path / "0.tar", [*shades, ("cover", "?", (0, 0, 0))])
     with tarfile.open(tmp_path / "0.tar", "a") as tar:
@@ -139,7 +139,7 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
 
 
 def test_decoders_hand_on_uint8(tmp_path, monkeypatch):
-    """Where a tagger's transform ends in normalising: the tags are those of normalised images."""
+    """If a transform ends in normalisation, decoders pass on uint8, and the tags are the same."""
     write_shard(tmp_path / "0.tar", [(f"{row:05}", "?", (row, 0, 255 - row)) for row in range(0, 256, 4)])
     (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
     seen, whole = set(), search.collate

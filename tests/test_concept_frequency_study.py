@@ -1,4 +1,4 @@
-"""The study: arms as commands, runs compared and reported, claims that follow the effect."""
+"""The concept frequency study: arms, commands, comparison and report, and claims that follow the effect."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
 
 
 def test_study_measures_what_a_report_compares(runs):
-    """`python -m concept_frequency.study` has of each arm what `eval --report` has of it."""
+    """`python -m concept_frequency.study` measures the same metrics of each arm as `eval --report`."""
     results = study.evaluate([str(path) for path in runs.values()])
     of_all = {"top1", "misaligned_planted", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
@@ -57,7 +57,7 @@ def test_study_measures_what_a_report_compares(runs):
 
 
 def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
-    """Measurements of arms in which a decade of frequency brings `effect` points."""
+    """Metrics of arms in which a decade of frequency adds `effect` points of accuracy."""
     rng, names = np.random.default_rng(0), [f"c{i}" for i in range(120)]
     hard = rng.normal(0, 10, len(names))
     arms = {arm.name: [] for arm in study.ARMS}
@@ -92,7 +92,7 @@ def test_claims_follow_the_effect():
 
 
 def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
-    """`--upstream CLONE`: the replay's claims stand between those of the arms and what cannot be tested here."""
+    """With `--upstream CLONE`, the replay's claims follow those of the arms and precede the untestable ones."""
     write_published(tmp_path / "clone")
     monkeypatch.chdir(tmp_path)
     more = study.STUDY.upstream(tmp_path / "clone")

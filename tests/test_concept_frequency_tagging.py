@@ -14,7 +14,7 @@ from shared import data
 
 
 def first_captions(n: int) -> list[str]:
-    """Captions of a shard's first n samples."""
+    """Captions of the first n samples of a shard."""
     shard = data.Shards([str(SHARDS / "00000.tar")], n)
     return [shard.caption(i) for i in range(len(shard))]
 
@@ -26,7 +26,7 @@ def test_exact_tagging_is_the_whole_pipelines():
 
 
 def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
-    """The tagger on a trained arm: the right concept above a plain picture more often than another concept is."""
+    """On a trained arm, the right concept outscores a plain picture more often than a wrong concept does."""
     names = list(load_counts(arms["zipf"] / "frequencies.json"))
     made = tagging.load_tagger("clip", names, str(arms["zipf"]), "", "", None, True, "cpu")
     shard = data.Shards([str(SHARDS / "00000.tar")], 8)
@@ -43,7 +43,7 @@ def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
 
 
 def test_ram_plus_loads_its_layout():
-    """Swin-T in the place of Swin-L, with keys as in Microsoft's and RAM++'s files."""
+    """Swin-T instead of Swin-L, with the keys of Microsoft's and RAM++'s files."""
     torch.manual_seed(0)
     model = tagging.RAMPlus("swin_tiny_patch4_window7_224", 224)
     state = {}
@@ -64,5 +64,5 @@ def test_ram_plus_loads_its_layout():
         q = other(torch.randn(2, 3, 224, 224), one.expand(6, 5, 512))
     assert p.shape == q.shape == (2, 6) and 0 < p.min() < p.max() < 1
     del state["fc.bias"]
-    with pytest.raises(ValueError, match="no checkpoint of RAM"):
+    with pytest.raises(ValueError, match="not a checkpoint of RAM"):
         other.load_checkpoint(state)

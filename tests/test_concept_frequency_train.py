@@ -1,4 +1,4 @@
-"""Training of arms on real emoji shards: frequencies as assigned, kill -9 and resume, two processes against one."""
+"""Training arms on real emoji shards: assigned frequencies, kill -9 and resume, two processes against one."""
 
 import dataclasses
 import shutil
@@ -36,7 +36,7 @@ def shards():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """For run folders; emptied at the end, since a checkpoint has 90 MB."""
+    """Folder of the runs, emptied at the end because a checkpoint has 90 MB."""
     path = tmp_path_factory.mktemp("concept_frequency")
     yield path
     shutil.rmtree(path)
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arms(folder) -> dict[str, Path]:
-    """Run folders of the tiny arms, each trained when a test first asks for it."""
+    """Run folders of the tiny arms, each trained at the first access."""
     return Lazily(lambda arm: train.train(dataclasses.replace(TINY, out=str(folder / f"{arm}-seed0"), **ARMS[arm])))
 
 

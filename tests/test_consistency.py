@@ -1,4 +1,4 @@
-"""What is the same in all folders has the same name: modules, flags, their help, log keys, run files."""
+"""All folders use the same names for the same things: modules, flags, their help, log keys, run files."""
 
 import ast
 import dataclasses
@@ -105,7 +105,7 @@ EVALUATION = {
 
 
 def documented(path: Path, name: str) -> dict[str, str]:
-    """{field: help} of a dataclass and of those it is derived from in the same file."""
+    """{field: help} of a dataclass and of its bases in the same file."""
     classes = {node.name: node for node in tree(path).body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
     for base in classes[name].bases:
@@ -117,7 +117,7 @@ def documented(path: Path, name: str) -> dict[str, str]:
 
 
 def dataclasses_of(folder: str) -> list[tuple[Path, str]]:
-    """(file, class) of all dataclasses of a folder that have documented fields: what its command lines take."""
+    """(file, class) of all dataclasses of a folder with documented fields, which its command lines use."""
     found = []
     for path in sorted((ROOT / folder).glob("*.py")):
         for node in tree(path).body:
@@ -127,7 +127,8 @@ def dataclasses_of(folder: str) -> list[tuple[Path, str]]:
 
 
 def used(path: Path, own: str | None = None) -> set[tuple[str, str]]:
-    """(module, name) of what a file uses of shared/; `own`: the file is that module, and its own names count, too."""
+    """(module, name) of everything that a file uses from shared/; with `own`, also the file's own names, of that
+    module."""
     alias, found = {}, set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module == "shared":
@@ -154,7 +155,7 @@ def public(path: Path) -> set[str]:
 
 
 def presets(folder: str, script: str) -> dict[str, tuple[str, object]]:
-    """A script's presets, all of one dataclass."""
+    """Presets of a script; all are of one dataclass."""
     table = re.search(r"overridable_config_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
     found = getattr(importlib.import_module(f"{folder}.{script}"), table)
     assert len({type(cfg) for _, cfg in found.values()}) == 1
@@ -175,7 +176,7 @@ def test_no_paper_imports_another(folder: str):
 
 @pytest.mark.parametrize("folder", folders())
 def test_the_paper_knows_nothing_of_its_study(folder: str):
-    """All but studies and builders of corpora: their evidence can be deleted (test_house.py does)."""
+    """No file imports studies or builders of corpora except themselves: test_house.py deletes them."""
     for file in (ROOT / folder).glob("*.py"):
         if file.name not in EVIDENCE and f"{folder}/{file.name}" not in BUILDERS:
             evidence = {
@@ -357,7 +358,7 @@ def test_a_report_replaces_nothing_but_results(folder: str, tmp_path: Path):
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "RESULTS.md", *(f"{f}/README.md" for f in folders())])
 def test_links_of_a_page_lead_somewhere(page: str):
-    """Other than to the plots of a folder that `results/` holds nothing of yet."""
+    """Links have targets, except to plots of a folder without results in `results/`."""
     text, folder = (ROOT / page).read_text(encoding="utf-8"), Path(page).parent.name
     measured = not folder or (ROOT / f"results/{folder}.json").exists()
     for target in re.findall(r"\]\(([^)#\s]+)", text):
@@ -375,7 +376,8 @@ def test_root_readme_and_packaging_know_all_papers():
 
 
 def test_tests_of_a_file_are_found_by_its_name():
-    """shared/study/runner.py -> tests/test_study_runner.py, protoclip/train.py -> tests/test_protoclip_train.py."""
+    """Test files have the names of tested files: shared/study/runner.py -> tests/test_study_runner.py,
+    protoclip/train.py -> tests/test_protoclip_train.py."""
     elsewhere = {"corpora_emoji_sources", "pytest_options"}  # tested by what is made of them
     names = {name_of(path).removeprefix("shared.").replace(".", "_") for path in files() if path.stem != "__init__"}
     names = {name.replace("___main__", "_main") for name in names} - elsewhere

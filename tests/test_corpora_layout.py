@@ -1,4 +1,4 @@
-"""What builders of corpora write: folders that are whole or absent, and masks as they are read back."""
+"""Builders write complete folders or none, and masks are read back unchanged."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def test_a_folder_is_made_once_with_one_setting(tmp_path: Path, capsys: pytest.C
     ]
     manifest = json.loads((tmp_path / "corpus/manifest.json").read_text())
     assert manifest["setting"] == {"side": [4, 6]} and list(manifest["sha256"]) == ["train/00000.tar"]
-    with pytest.raises(ValueError, match=r"was made with another setting: side \(was \[4, 6\], now 5\)"):
+    with pytest.raises(ValueError, match=r"was made with other settings: side \(was \[4, 6\], now 5\)"):
         layout.build(tmp_path / "corpus", {"side": 5}, write)
     pairs = data.open_pairs(str(tmp_path / "corpus/train"))
     assert [pairs.caption(row) for row in range(2)] == ["grey 7", "grey 9"]
@@ -45,7 +45,7 @@ def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no manifest.json of a corpus"):
+    with pytest.raises(ValueError, match="is not a corpus"):
         layout.build(tmp_path / "corpus", {}, write)
 
 

@@ -1,4 +1,4 @@
-"""Your own pictures: small made-up folders and tables, packed, and read back as in training and evaluation."""
+"""Packing a user's own pictures: small made-up folders and tables, read back like in training and evaluation."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from shared.corpora import pack
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Ten pictures, two of them in a folder of their own, and captions.csv with two captions of the first three."""
+    """Ten pictures, two of them in a subfolder, and captions.csv with two captions for each of the first three."""
     root = tmp_path / "photos"
     names = [*(f"{i}.jpg" for i in range(8)), "more/8.png", "more/9.JPEG"]
     for name in names:
@@ -39,7 +39,7 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def samples(folder: Path) -> list[dict[str, bytes]]:
-    """Files by ending of the samples of a folder's shards, in order; `key` is theirs."""
+    """Samples of a folder's shards in order, as {ending: content} with the key as `key`."""
     found: dict[str, dict] = {}
     for shard in sorted(folder.glob("*.tar")):
         for name, content in tars.read_tar(shard, []):
@@ -86,7 +86,7 @@ def test_the_first_caption_alone(photos: Path) -> None:
 
 
 def test_other_tables(photos: Path) -> None:
-    """JSON lines, a JSON list, tabs, a header of other names, no header, a folder elsewhere."""
+    """JSON lines, a JSON list, tabs, other column names, no header, another folder."""
     texts = {"0.jpg": ["a", "b"], "1.jpg": ["c"]}
     lines = [json.dumps({"image": name, "caption": some, "tags": ["x", 1]}) for name, some in texts.items()]
     write(photos / "a.jsonl", lines[0], "", lines[1])
@@ -195,7 +195,7 @@ def test_classes_of_folders(tmp_path: Path, capsys) -> None:
     (tmp_path / "test/empty").mkdir()
     pack.Classes(tmp_path / "test", tmp_path / "out", train=tmp_path / "train").build()
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("test: passed over 1 .txt, 1 .heic, folder without pictures empty")
+    assert said[0].endswith("test: skipped 1 .txt, 1 .heic, folder without pictures empty")
     assert said[1] == f"{tmp_path}/out built: classes 3, test 6, train 9, broken 0"
     assert (tmp_path / "out/classnames.txt").read_text().splitlines() == ["10", "9", "hot dog"]
     assert [label for _, _, label in read_set(tmp_path / "out")] == [0, 0, 1, 1, 2, 2]
@@ -203,10 +203,10 @@ def test_classes_of_folders(tmp_path: Path, capsys) -> None:
         (tmp_path / split / "hot_dog").rename(tmp_path / split / "8")
     pack.Classes(tmp_path / "test", tmp_path / "numbers").build()
     assert (tmp_path / "numbers/classnames.txt").read_text().splitlines() == ["8", "9", "10"]
-    assert "classes are called 8, 9, 10, ...: --classnames names them" in capsys.readouterr().out
+    assert "classes are called 8, 9, 10, ...: pass --classnames to name them" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--out .*test/8/out lies in the folder of classes"):
         pack.Classes(tmp_path / "test", tmp_path / "test/8/out").build()
-    with pytest.raises(ValueError, match=r"holds no picture in a folder of its class, .*/CLASS/picture\.jpg"):
+    with pytest.raises(ValueError, match=r"holds no folder of a class with pictures, .*/CLASS/picture\.jpg"):
         pack.Classes(tmp_path / "test/9/deep", tmp_path / "other").build()
 
 
@@ -243,7 +243,7 @@ def test_prompts_from_a_file(labelled: Path) -> None:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says a size and has no pixels."""
+    """A PNG header that states a size, without pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 10) + b"IDAT" + bytes(14)
@@ -307,7 +307,7 @@ def test_paths_that_lead_out_are_refused(photos: Path, way: str, capsys, monkeyp
     write(photos / "hostile-labels.csv", "image,label", "0.jpg,a", f"{path},b")
     for kind, table in (("pairs", "hostile"), ("retrieval", "hostile"), ("classes", "hostile-labels")):
         code, said = called(monkeypatch, capsys, kind, photos / f"{table}.csv", "--out", photos.parent / "out")
-        assert code == 2 and one_sentence(said) and f"line 3: {path} leads out of {photos}" in said
+        assert code == 2 and one_sentence(said) and f"line 3: {path} is outside of {photos}" in said
     assert not (photos.parent / "out").exists()
 
 
@@ -326,12 +326,12 @@ def test_a_link_out_of_a_folder_of_classes_is_refused(tmp_path: Path) -> None:
         photograph(tmp_path / f"in/{name}/1.png")
     photograph(tmp_path / "secret.png")
     (tmp_path / "in/a/2.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(ValueError, match=r"a/2\.png leads out of"):
+    with pytest.raises(ValueError, match=r"a/2\.png is outside of"):
         pack.Classes(tmp_path / "in", tmp_path / "out").build()
 
 
 def called(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """(exit code, what is on stderr) of the command line."""
+    """(exit code, stderr) of the command line."""
     monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
     code = 0
     try:
@@ -350,28 +350,28 @@ def test_the_command_line(photos: Path, monkeypatch, capsys) -> None:
 WRONG = {  # what is called -> what is said
     "pairs missing.csv": r"missing\.csv is no file: name a table",
     "pairs .": r". is a folder: name a table",
-    "pairs 0.jpg": r"0\.jpg is none of \.csv, \.tsv, \.jsonl",
+    "pairs 0.jpg": r"0\.jpg must end in one of \.csv, \.tsv, \.jsonl",
     "pairs empty.csv": r"empty\.csv is empty",
-    "pairs header.csv": r"header\.csv leaves no picture for train",
+    "pairs header.csv": r"header\.csv has no picture left for train",
     "pairs labels.csv": r"labels\.csv has the columns image, label, tags, not image and caption: --image-column and",
     "classes captions.csv": r"captions\.csv has the columns image, caption, source, not image and label: .*label-col",
     "pairs captions.csv --image-column 0 --caption-column 9": r"has the columns .*, not 0 and 9",
     "pairs latin.csv": r"latin\.csv is not UTF-8 text",
     "pairs quotes.csv": r"quotes\.csv, line 3 cannot be read as cells: unexpected end of data",
-    "pairs list.json": r"list\.json begins as a JSON list and is none",
+    "pairs list.json": r"list\.json begins with \[ but is not a JSON list",
     "pairs captions.csv --image-root more": r"none of the 10 pictures of captions\.csv \(train\) can be read.*--image",
-    "pairs captions.csv --image-root nowhere": r"nowhere is no folder: --image-root",
-    "pairs captions.csv --hold-out 1": r"--hold-out is a share of at least 0 and less than 1, not 1",
+    "pairs captions.csv --image-root nowhere": r"nowhere is not a folder: set --image-root",
+    "pairs captions.csv --hold-out 1": r"--hold-out must be a share of at least 0 and less than 1, not 1",
     "pairs captions.csv --shard-size 0": r"--shard-size must be at least 1",
     "pairs captions.csv --shard-size 10001": r"--shard-size must be at most 10,000, not 10,001",
     "pairs captions.csv --max-side 0": r"--max-side must be at least 1",
-    "pairs one.csv --hold-out 0.5": r"one\.csv leaves no picture for held_out",
+    "pairs one.csv --hold-out 0.5": r"one\.csv has no picture left for held_out",
     "classes labels.csv --train labels.csv": r"0\.jpg is in both splits",
-    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out are two ways to the same thing",
-    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg is 'b' here and 'a' before",
+    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out exclude each other",
+    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg has the label 'b' here, but 'a' before",
     "classes oneclass.csv": r"oneclass\.csv has one class, a: at least two",
     "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt cannot be read",
-    "classes header-labels.csv": r"header-labels\.csv leaves no picture for test",
+    "classes header-labels.csv": r"header-labels\.csv has no picture left for test",
 }
 
 
@@ -454,15 +454,15 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(labelled: Path, monk
     pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
     assert "is complete" in capsys.readouterr().out
     for options in ({"hold_out": 0.2}, {"hold_out": 0.3, "max_side": 5}, {"hold_out": 0.3, "every_caption": False}):
-        with pytest.raises(ValueError, match="was made with another setting: "):
+        with pytest.raises(ValueError, match="was made with other settings: "):
             pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", **options).build()
     photograph(labelled / "0.jpg", 30, 30)
-    with pytest.raises(ValueError, match="was made with another setting: files"):
+    with pytest.raises(ValueError, match="was made with other settings: files"):
         pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
 
 
 def test_what_was_written_is_read_back(labelled: Path, monkeypatch) -> None:
-    """A tar that lost bytes on its way to the disk is noticed, and nothing is left."""
+    """A tar that lost bytes while being written is noticed, and nothing is left behind."""
 
     def damaged(path: Path, samples) -> None:
         whole(path, samples)

@@ -1,4 +1,4 @@
-"""Photographs: small made-up files in the layouts that people have, built, and read back as in training."""
+"""Corpora of photographs: small made-up files in the published layouts, built, and read back like in training."""
 
 import gzip
 import json
@@ -35,7 +35,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def flickr8k(tmp_path: Path) -> Path:
-    """Photographs 1_a to 9_a, 5 to train on, 2 of development, 2 of test, 2 captions each; Multi30k has all but 9."""
+    """Photographs 1_a to 9_a with 2 captions each: 5 for training, 2 for development, 2 for test; Multi30k lacks number
+    9."""
     root = tmp_path / "flickr8k"
     names = [f"{i}_a.jpg" for i in range(1, 10)]
     for name in names:
@@ -101,10 +102,10 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(flickr8k: Path, monk
     monkeypatch.setattr(photos.Flickr8k, "write", lambda *_: pytest.fail("built again"))
     build_flickr8k(flickr8k, "one")
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another setting: image_size \(was None, now 8\)"):
+    with pytest.raises(ValueError, match=r"other settings: image_size \(was None, now 8\)"):
         build_flickr8k(flickr8k, "one", image_size=8)
     photograph(flickr8k / "Images/1_a.jpg", 30, 30)
-    with pytest.raises(ValueError, match="another setting: files"):
+    with pytest.raises(ValueError, match="other settings: files"):
         build_flickr8k(flickr8k, "one")
 
 

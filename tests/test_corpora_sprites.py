@@ -1,4 +1,4 @@
-"""Drawings with transparency, kept beside the corpus."""
+"""Drawings with transparency, cached beside the corpus."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

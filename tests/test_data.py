@@ -1,4 +1,4 @@
-"""shared/data.py: order, resume and workers; every kind of broken input counted; shard lists, remote shards, TSV."""
+"""shared/data.py: order, resume and workers; counts of all kinds of broken input; shard lists, remote shards, TSV."""
 
 import copy
 import io
@@ -46,7 +46,7 @@ def three(path: Path) -> Path:
 
 
 def read_all(pairs: data.Shards | data.TSV) -> tuple[list[data.Pair], list[data.Broken]]:
-    """Every row, broken ones replaced; and all that was reported, at opening and at reading."""
+    """Read every row, with broken ones replaced; returns also all reports from opening and reading."""
     broken = list(pairs.broken)
     return [data.read_or_next(pairs, row, broken) for row in range(len(pairs))], broken
 
@@ -98,7 +98,7 @@ def test_workers_change_nothing(tmp_path: Path):
 
 
 class Where(Dataset):
-    """(item, process that reads it, broken) of the rows of nothing."""
+    """Items are (item, process that reads it, broken), without data."""
 
     def __init__(self, n: int):
         self.n = n
@@ -116,7 +116,7 @@ def joined(items: list) -> tuple[list, list, list]:
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_run_of_epochs_is_read_by_the_same_workers(drop_last: bool):
-    """In the order of `batches`, as item e N + r for row r in epoch e; and a resume goes on in the middle."""
+    """Items are in the order of `batches`, item e N + r is row r of epoch e, and a resume continues within an epoch."""
     cfg, n = SimpleNamespace(batch_size=8, workers=2, seed=5), 42
     for rank in range(2):
         process = run.Process(rank, 2, torch.device("cpu"))
@@ -245,7 +245,7 @@ def bytes_read() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux")
 def test_a_sample_costs_a_read_of_its_own_bytes(tmp_path: Path):
-    """At any block size of the file system: Python's buffers are as large as a block."""
+    """At any block size of the file system, although Python's buffers have the size of a block."""
     files = [(f"{i:04d}.{kind}", png() if kind == "png" else b"a cat") for i in range(200) for kind in ("png", "txt")]
     path, headers = write_tar(tmp_path / "0.tar", *files), 512 * (len(files) + 3)
     before = bytes_read()
@@ -336,7 +336,7 @@ def test_tsv(tmp_path: Path):
 
 def test_another_size_than_the_datas_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
     shard, main = str(three(tmp_path / "0.tar")), run.Process(0, 2, torch.device("cpu"))
-    for size, message in ((2, "3 pairs, of which the first are kept by --dataset-size 2"), (3, ""), (None, ""),
+    for size, message in ((2, "3 pairs; --dataset-size keeps the first 2"), (3, ""), (None, ""),
                           (4, "3 pairs, fewer than --dataset-size 4")):  # fmt: skip
         cfg = SimpleNamespace(data=shard, dataset_size=size, batch_size=1, out="run")
         data.check_pairs(data.open_pairs(shard, size), cfg, {}, main)
@@ -373,7 +373,7 @@ def test_tsv_row_without_a_path_is_broken(tmp_path: Path):
 
 
 def test_images_of_other_formats_start_no_interpreter(monkeypatch: pytest.MonkeyPatch):
-    """PIL hands PostScript to Ghostscript."""
+    """PostScript is refused, because PIL passes it to Ghostscript."""
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
     with pytest.raises(data.BrokenSample, match="unreadable image"):
@@ -393,7 +393,7 @@ def test_normalized_pixels_are_torchvisions_bit_for_bit():
 
 
 def test_normalising_a_batch_is_normalising_each_image(tmp_path: Path):
-    """Bit for bit, in either memory format; and of torchvision's own steps, too."""
+    """Equal bit for bit, in both memory formats, and also with torchvision's own transforms."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     crop, random = transforms.CenterCrop(20), np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 256, (24, 28, 3), dtype=np.uint8)) for _ in range(5)]
@@ -426,7 +426,7 @@ def test_texts_are_tokenised_once():
 
 
 def test_a_server_that_falls_silent_is_left(tmp_path, monkeypatch):
-    """It takes the connection and says nothing: the fetch ends with a sentence instead of waiting for ever."""
+    """A server accepts the connection and sends nothing: the fetch ends with an error instead of waiting forever."""
     monkeypatch.setattr(data, "STALLED", 1)
     monkeypatch.setattr(data, "ATTEMPTS", 1)
     command = data.command_of

@@ -1,4 +1,4 @@
-"""Evaluation sets, read as clip-benchmark reads them; what is wrong with one is named."""
+"""Evaluation sets are read like clip-benchmark reads them, and errors name the problem."""
 
 import io
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_bad_multilabel_is_named(tmp_path):
 
 
 def many_shards(folder: Path, shards: int, samples: int) -> Path:
-    """Numbered samples of 5 KB, the number being the label, in so many shards."""
+    """Numbered samples of 5 KB in several shards; the number is the label."""
     random = np.random.default_rng(0)
     noise = [Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(samples)]
     contents = []

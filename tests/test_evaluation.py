@@ -1,4 +1,4 @@
-"""Tables, and measurements kept beside a checkpoint."""
+"""Tables of metrics, and metrics cached beside a checkpoint."""
 
 import json
 import os
@@ -52,12 +52,13 @@ def test_runs_are_named_and_reports_replace_nothing_else(tmp_path: Path):
 
 
 def test_a_report_without_its_study_is_one_sentence():
-    with pytest.raises(ValueError, match="--report compares arms as no_paper/study.py says"):
+    with pytest.raises(ValueError, match="--report needs no_paper/study.py"):
         evaluation.compare("no_paper", ["run"], [{}], "results.json")
 
 
 def test_what_was_measured_is_shown_as_tables():
-    """Headings first; sets with the same metrics share a table, along the longer side; the rest of ours is left out."""
+    """Metrics with headings come first; sets with the same metrics share a table along the longer side; other metrics
+    of the embedded corpus are left out."""
     metrics = {"names_ood/top1": 3.0, "names_ood/top5": 9.0, "average": 4.5, "flickr/R@1": 37.6, "flickr/R@5": 60.0}
     metrics |= {f"{name}/top1": 50.25 for name in ("cars", "pets")} | {"language_de/R@1": 1.0, "concepts": {"a": 1}}
     shown = evaluation.tables(metrics, {"names_ood/top1": "names OOD", "seconds": "seconds"}, {"names_ood"})
@@ -74,16 +75,16 @@ class Sets(Config):
 
 
 def test_console_says_what_was_measured_and_where_it_is(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    """One run, or other sets than the embedded corpus: tables. Several runs on that: a line each."""
+    """One run, or other sets than the embedded corpus: tables. Several runs on the embedded corpus: one line each."""
     monkeypatch.chdir(tmp_path)
     for folder in ("data/ours", "imagenet", "run", "other"):
         Path(folder).mkdir(parents=True)
     measure = lambda path: {"ours/top1": 1.0, "ours/top5": 2.0, "imagenet/top1": 61.4}  # noqa: E731
     for cfg, lines in (
-        (Sets(("run",)), ["run:", "| metric | value |", "| top-1  | 1.00  |", "all of it: run/results.md"]),
-        (Sets(("run", "other")), ["run: top-1 1.00; all of it: run/results.md"]),
-        (Sets(("a.pt", "other"), sets=("imagenet",)), ["| top1   | 61.40    |", "all of it: a.eval/results.md"]),
-        (Sets(("RN50@openai",), sets=("imagenet",)), ["all of it: runs/tests/RN50@openai/results.md"]),
+        (Sets(("run",)), ["run:", "| metric | value |", "| top-1  | 1.00  |", "all metrics: run/results.md"]),
+        (Sets(("run", "other")), ["run: top-1 1.00; all metrics: run/results.md"]),
+        (Sets(("a.pt", "other"), sets=("imagenet",)), ["| top1   | 61.40    |", "all metrics: a.eval/results.md"]),
+        (Sets(("RN50@openai",), sets=("imagenet",)), ["all metrics: runs/tests/RN50@openai/results.md"]),
     ):
         evaluation.evaluate_runs(cfg, measure, {"ours/top1": "top-1"})
         printed = capsys.readouterr().out.splitlines()

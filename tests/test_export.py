@@ -1,4 +1,4 @@
-"""--export: open_clip loads what was trained here, and clip-benchmark's command line gives the numbers of eval.py."""
+"""--export: open_clip loads exported models, and clip-benchmark's command line reproduces the numbers of eval.py."""
 
 import importlib
 import json
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def runs(cli, folder: Path) -> dict[str, Path]:
-    """A run of each folder whose model open_clip has, and a TinyCLIP pruned by masks."""
+    """One run of each folder with an open_clip model, and a TinyCLIP pruned by masks."""
     (folder / "parts").mkdir()
     given = commands(small_corpus(folder / "corpus"), folder / "parts")
     given["tldr_reduction"] = [*given["tldr_reduction-clip"], "--lr", "1e-3"]
@@ -80,7 +80,7 @@ def small_sets(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(cli, folder: Path, runs: dict[str, Path]) -> dict[str, tuple[Path, str]]:
-    """Folder and what was printed of each export."""
+    """Folder and printed text of each export."""
     out = {name: folder / f"{name}-exported" for name in TOLERANCES}
     return {n: (path, finished(cli(runs[n], "--export", path, module=f"{n}.eval")).out) for n, path in out.items()}
 
@@ -97,7 +97,7 @@ def test_open_clip_loads_it(exported: dict, runs: dict[str, Path], name: str):
 
 
 def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_sets: Path, folder: Path, monkeypatch):
-    """Its paper exports it once; then it is TinyCLIP's teacher, and measured, compared with and scored by elsewhere."""
+    """A run is exported once by its paper, then used as TinyCLIP's teacher and measured by other papers' scripts."""
     monkeypatch.chdir(folder)
     theirs, mine = runs["protoclip"], runs["tinyclip"]
     sets = [str(small_sets / name) for name in SETS]
@@ -124,16 +124,16 @@ def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_set
 
 def test_models_that_are_none(tmp_path: Path):
     for source in ("nowhere", "ViT-B-32@nothing", "local-dir:nowhere", str(tmp_path)):
-        with pytest.raises(ValueError, match="is no model that can be used here: it takes a run folder, local-dir:DIR"):
+        with pytest.raises(ValueError, match="is not a model that can be used here: name a run folder, local-dir:DIR"):
             export.load_model(source)
     torch.save({"paper": "flame"}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="a run of flame, is no model to be used here: --export: open_clip has no"):
+    with pytest.raises(ValueError, match="a run of flame, cannot be used here: --export: open_clip has no"):
         export.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_texts_are_read_alike(exported: dict, runs: dict[str, Path], name: str):
-    """As open_clip reads them, and TL;DR's after its own preparation, up to the first end token."""
+    """Tokens equal open_clip's up to the first end token (TL;DR's after its own preparation)."""
     path, _ = exported[name]
     theirs = open_clip.get_tokenizer(f"local-dir:{path}")
     ours = open_clip.SimpleTokenizer(context_length=theirs.context_length)
@@ -205,9 +205,9 @@ def test_wrong_places(in_process, runs: dict[str, Path], tmp_path: Path):
 
 
 def test_other_features_are_an_error(tmp_path: Path, exported: dict):
-    """A wrong architecture does not get out unnoticed."""
+    """Exporting a wrong architecture is an error."""
     path, _ = exported["protoclip"]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
     config = json.loads((path / "open_clip_config.json").read_text())["model_cfg"] | {"quick_gelu": True}
-    with pytest.raises(RuntimeError, match="gives other features"):
+    with pytest.raises(RuntimeError, match="differ from those of the exported model"):
         export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)

@@ -1,8 +1,5 @@
-"""Hard conditions, for the scripts of every folder: they go on as if nothing had been, or end with exit code 2 and one
-sentence; nothing that was there before is lost.
-
-What happens when is drawn anew in every run; PAPER_CLIPS_FAULT_SEED repeats one.
-"""
+"""Faults during the scripts of every folder: they continue as if nothing had happened, or end with exit code 2 and one
+sentence, and no earlier file is lost. The times of faults are random; PAPER_CLIPS_FAULT_SEED repeats a run."""
 
 import contextlib
 import io
@@ -108,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def given(folder: Path) -> dict[str, list[str]]:
-    """Each script's command line, less --out."""
+    """The command line of each script without --out."""
     data, parts = small_corpus(folder / "corpus"), folder / "parts"
     parts.mkdir()
     return commands(data, parts) | stages(data, parts)
@@ -116,7 +113,7 @@ def given(folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def whole(cli, given, folder: Path):
-    """whole(name) -> a run that nothing disturbed, made without a network."""
+    """whole(name) -> an undisturbed run, made without a network."""
 
     def make(name: str) -> Path:
         out = folder / name / "whole"
@@ -128,13 +125,13 @@ def whole(cli, given, folder: Path):
 
 
 def trained(out: Path) -> dict:
-    """A run's checkpoint, less what may differ from run to run."""
+    """The checkpoint of a run without values that may differ from run to run."""
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     return {key: value for key, value in state.items() if key not in ("seconds", "config", "name")}
 
 
 def refused(result, *words: str) -> None:
-    """Exit code 2 and one sentence with one of these regular expressions in it."""
+    """Assert exit code 2 and one sentence that matches one of these regular expressions."""
     assert result.code == 2 and one_sentence(result.err) and any(re.search(word, result.err) for word in words), result
 
 
@@ -165,7 +162,7 @@ def test_run_folders_have_the_same_files_keys_and_log_names(name: str, given, wh
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, whole, start, folder: Path, rng):
-    """SIGTERM, SIGKILL, a full disk and a shard that vanishes, in one and the same run."""
+    """SIGTERM, SIGKILL, a full disk and a shard that vanishes, all in one run."""
     out, module = folder / name / "run", SCRIPTS[name]
     command, expected = [*given[name], "--out", out], whole(name)
     kill_at(start(*command, module=module), out, rng.randint(1, 3), how=signal.SIGTERM)
@@ -215,7 +212,7 @@ def test_no_room_for_the_log_or_the_configuration(given, whole, start, folder: P
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_nan_never_gets_into_a_checkpoint(name: str, given, cli, folder: Path):
-    """Though nobody looks at the losses. TinyCLIP leaves such a step out, as its authors do, and goes on."""
+    """NaN is noticed although no one reads the losses. TinyCLIP skips such a step, like its authors, and continues."""
     out, seen = folder / name / "nan", folder / f"{name} saw it"
     batch = 7
     every = "1" if name == "tinyclip" else "1000"
@@ -245,8 +242,8 @@ def png(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def hostile(folder: Path) -> Path:
-    """Images of 1x1, 9,000x9,000 and 20,000x20,000, captions of 100,000 characters, in no encoding, or missing, members
-    that lead out of the tar; a shard cut in the middle of an image, one with a damaged header, one that is none."""
+    """Images of 1x1, 9,000x9,000 and 20,000x20,000; captions of 100,000 characters, undecodable, or missing; tar
+    members with paths outside; shards truncated within an image, with a damaged header, and not a tar."""
     out = small_corpus(folder / "hostile", shards=3)
     first, cut, damaged = (out / f"{i:05}.tar" for i in range(3))
     rng = random.Random(0)
@@ -292,7 +289,7 @@ SEEN_IN_HEADERS = {
 
 
 def reported(text: str) -> dict[str, int]:
-    """Reason -> how many samples, the most that a script's reports say."""
+    """{reason: largest number of samples} in the reports of a script."""
     found: dict[str, int] = {}
     for total, parts in re.findall(r"(\d+) broken samples, [^:]+: (.+) \(", text):
         counts = {reason: int(count) for count, reason in re.findall(r"(\d+) (.+?)(?=, \d|$)", parts)}
@@ -348,9 +345,9 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
     mine |= {key: 0 for key in ("epoch", "episode", "step", "batch") if key in mine}
     foreign = {"weights" if "weights" in mine else "state_dict": {"foreign": torch.zeros(1)}}
     for content, words in (
-        ([1, 2], "is no checkpoint of this script"),
-        ({"config": [1]}, "is no checkpoint of this script"),
-        ({"config": mine["config"]}, "the checkpoint holds no '"),
+        ([1, 2], "is not a checkpoint of this script"),
+        ({"config": [1]}, "is not a checkpoint of this script"),
+        ({"config": mine["config"]}, "the checkpoint has no '"),
         (mine | foreign, "the checkpoint (holds weights of another|does not hold the weights of the) model"),
     ):
         torch.save(content, path)
@@ -362,7 +359,7 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_two_runs_in_one_folder(name: str, given, whole, start, cli, folder: Path):
-    """The second is refused, and the first does not notice."""
+    """The second run is refused, and the first one continues undisturbed."""
     out, here = folder / name / "two", folder / name / "paused"
     first = start(f"pause,3,{here}", SCRIPTS[name], *given[name], "--out", out)
     while first.is_alive() and not here.exists():
@@ -400,12 +397,12 @@ def test_remote_shards_without_a_network(name: str, given, in_process, tmp_path:
 
 
 def target(module: str, folder: Path) -> Path:
-    """What --out names."""
+    """The path that --out names."""
     return folder / {"protoclip.teacher": "teacher.npz", "lexvla.text": "states.pt"}.get(module, "run")
 
 
 def made(folder: Path) -> dict:
-    """Contents of what a script wrote into a folder, less what may differ from run to run."""
+    """Contents of a script's output folder without values that may differ from run to run."""
     read = {
         ".pt": lambda path: trained(path.parent) if path.name == "checkpoint.pt" else checkpoints.load_checkpoint(path)
     }
@@ -420,7 +417,7 @@ def made(folder: Path) -> dict:
 
 @contextlib.contextmanager
 def room(size: int):
-    """No file can grow beyond so many bytes."""
+    """No file can grow beyond this number of bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -431,10 +428,10 @@ def room(size: int):
 
 @pytest.fixture
 def stage(in_process, given):
-    """stage(module, folder, *arguments) -> what it ended with."""
+    """stage(module, folder, *arguments) -> the result of the script."""
 
     def call(module: str, folder: Path, *arguments, data: Path | None = None):
-        """In `data`'s place, where it is given, the data of the command line."""
+        """Run the script with `data`, if given, instead of the data of its command line."""
         usual = [str(data) if data and a.endswith("/corpus") else a for a in given[module]]
         return in_process(*usual, *arguments, "--out", target(module, folder), module=module)
 
@@ -443,7 +440,7 @@ def stage(in_process, given):
 
 @pytest.mark.parametrize("module", STAGES)
 def test_a_stage_on_a_full_disk(module: str, stage, tmp_path: Path, rng):
-    """Somewhere in its files there is no more room. Afterwards it goes on, and takes no half file for a whole one."""
+    """The disk is full at some write; the next run resumes and does not take a partial file for a complete one."""
     finished(stage(module, tmp_path / "whole"))
     expected = made(tmp_path / "whole")
     largest = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
@@ -498,7 +495,7 @@ GOES_ON_FROM = {
 
 @pytest.mark.parametrize("module", GOES_ON_FROM)
 def test_a_stage_over_files_of_something_else(module: str, stage, tmp_path: Path):
-    """They are refused, and left alone."""
+    """Foreign files are refused and left unchanged."""
     path = tmp_path / GOES_ON_FROM[module]
     path.parent.mkdir(exist_ok=True)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))

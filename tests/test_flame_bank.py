@@ -1,4 +1,4 @@
-"""Banks of caption embeddings: ours, of a few rows made here, and the authors' one file for each image."""
+"""Banks of caption embeddings: ours with a few rows, and the authors' format with one file per image."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from shared.index import Strings
 
 @pytest.fixture
 def rows() -> torch.Tensor:
-    """(3, 11, 4): the facets of three images."""
+    """(3, 11, 4): facets of three images."""
     return F.normalize(torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)), dim=-1).half()
 
 
 @pytest.fixture
 def small_bank(rows: torch.Tensor, tmp_path: Path) -> Path:
-    """Four samples, of which a and c have the same captions; two rows in the first shard, one in the second."""
+    """Four samples; a and c have the same captions. Two rows are in the first shard, one is in the second."""
     checkpoints.write_json(tmp_path / "index.json", {"shards": 2, "shard_size": 2, "rows": 11, "dim": 4})
     keys = Strings.of(["b", "a", "d", "c"])
     np.save(tmp_path / "keys.npy", keys.text)
@@ -64,7 +64,7 @@ def test_centres_are_means_over_images(small_bank: Path, rows: torch.Tensor):
 
 def test_a_bank_that_was_only_begun(tmp_path: Path):
     (tmp_path / ".lock").touch()
-    with pytest.raises(ValueError, match="has nothing embedded yet: 'python -m flame.embed' was stopped; run it again"):
+    with pytest.raises(ValueError, match="has no embeddings yet: 'python -m flame.embed' was stopped; run it again"):
         open_bank(tmp_path)
 
 

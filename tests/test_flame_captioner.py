@@ -1,4 +1,5 @@
-"""python -m flame.captioner: caption files of one's own images, by a tiny captioner, interrupted and gone on."""
+"""python -m flame.captioner writes caption files of a user's images with a tiny captioner, also after an
+interruption."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ SCRIPT = "flame.captioner"
 
 @pytest.fixture(scope="module")
 def tiny_blip(folder: Path) -> Path:
-    """A random BLIP of one small layer each, with a vocabulary of letters, as transformers saves it."""
+    """A random BLIP with one small layer per tower and a vocabulary of letters, in transformers' format."""
     from transformers import (
         BertTokenizerFast,
         BlipConfig,

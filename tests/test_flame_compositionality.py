@@ -1,4 +1,4 @@
-"""Winoground and SugarCrepe as their authors ship them, and the accuracies of matching captions with images."""
+"""Reading Winoground and SugarCrepe in their authors' format, and their matching accuracies."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ from flame.compositionality import READERS, SUGAR_CREPE, caption_selection, read
 
 
 def test_accuracies_are_those_of_the_pairwise_definition():
-    """Against a loop over instances, images and captions; and CLIP_benchmark's on random features, which never tie."""
+    """Compared with a loop over instances, images and captions, and with CLIP_benchmark on random features without
+    ties."""
     torch.manual_seed(0)
     for images_each, captions_each in ((2, 2), (1, 2)):
         images = F.normalize(torch.randn(200, images_each, 4), dim=-1)
@@ -49,7 +50,10 @@ def test_files_that_are_missing_or_of_another_layout_are_refused(tmp_path: Path)
         with pytest.raises(FileNotFoundError, match="is missing"):
             read_instances(name, tmp_path)
     (tmp_path / "data").mkdir()
-    for text, message in (('{"image_0": "a"}\n', "is no winoground as its authors ship it"), ("", "holds no instance")):
+    for text, message in (
+        ('{"image_0": "a"}\n', "is not winoground in its authors' format"),
+        ("", "holds no instance"),
+    ):
         (tmp_path / "data/examples.jsonl").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_instances("winoground", tmp_path)

@@ -37,7 +37,7 @@ ERRORS = {
     "more facets than rows": (["emoji", "--rows", "0", "1", "--facets", "3"], "--facets 3 cannot be drawn from 2"),
     "rows beyond the bank": (["emoji", "--rows", "11", "--facets", "1"], "has 11 rows an image"),
     "rows twice": (["emoji", "--rows", "1", "1", "--facets", "1"], "should be different numbers"),
-    "cooldown without its schedule": (["emoji", "--cooldown", "5"], "go together"),
+    "cooldown without its schedule": (["emoji", "--cooldown", "5"], "must be passed together"),
     "less than a batch": (["emoji", "--batch-size", "161"], "less than one batch of 161"),
     "no steps between logs": (["emoji", "--log-every", "0"], "--log-every must be at least 1"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
@@ -54,7 +54,7 @@ ERRORS = {
     ),
     "curve of a retrieval set": (
         ["emoji-clip", "--eval-every", "1", "--eval-set", EVAL / "retrieval_ood"],
-        "is a retrieval set where a classification set is wanted",
+        "is a retrieval set, but a classification set is needed",
     ),
     "curve of texts that are not embedded": (
         ["emoji", "--eval-every", "1", "--eval-set", EVAL / "subgroups_ood"],

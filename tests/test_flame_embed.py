@@ -1,7 +1,7 @@
-"""python -m flame.embed: prompts, captions through the LLM into a bank, texts for evaluation that are kept in files.
+"""python -m flame.embed: prompts, embedding captions with the LLM into a bank, cached texts of evaluations.
 
-A language model of two tiny layers stands in for SmolLM2. Scripts start in forks of a server that has imported torch
-and the rest already; the bank that they make is what other test files train on.
+A language model of two tiny layers replaces SmolLM2. Scripts are forks of a server that has already imported torch and
+other packages; other test files train on this bank.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def tiny_llm(folder: Path) -> Path:
-    """A folder as transformers saves them: a Llama of two layers over bytes."""
+    """A Llama of two layers over bytes, in transformers' format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -136,7 +136,7 @@ def test_authors_prompts_from_a_clone(upstream: Path):
 
 @pytest.mark.golden("flame", "embed_bank")
 def test_embed_bank(case):
-    """`embed_captions` with a language model that looks its captions' ids up in the case."""
+    """`embed_captions` with a language model that looks up its captions' ids in the case."""
     llm = llm_of(case)
     lens = {1: [1], 3: case["facet_lens_short"].tolist(), 7: case["facet_lens_long"].tolist()}
     kinds = {1: "raw", 3: "short", 7: "long"}
@@ -245,7 +245,7 @@ def test_texts_need_the_language_model_once(bank: Path, monkeypatch: pytest.Monk
 
 
 def test_texts_are_embedded_in_the_precision_of_the_bank(tmp_path: Path):
-    """It is a part of the key by which they are kept; banks and texts that do not say it are those of auto."""
+    """Precision is part of the cache key; banks and texts without a stated precision have `auto`."""
     paths = {}
     for precision in ("fp16", "fp32", "auto", None):
         made = {"llm": "a", "layers": [3], "mask": "causal", "prompts": [list(prompt) for prompt in embed.PROMPTS]}
@@ -269,7 +269,7 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
 
 
 def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process, folder: Path, monkeypatch):
-    """minilm: three rows an image, of the captions as they are; texts of evaluations likewise."""
+    """minilm: three rows per image, embeddings of its captions without prompts; the same for texts of evaluations."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     (home := folder / "minilm").mkdir()
@@ -319,7 +319,7 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
         "is no clone": [*embed_flags, "--upstream", tmp_path],
         "must be at least 1, not 0": [*embed_flags, "--gallery", "0"],
         "--dataset-size must be at least 1": [*embed_flags, "--dataset-size", "-1"],
-        "is a classification set where a retrieval": [*embed_flags, "--language-sets", EVAL / "groups_ood"],
+        "is a classification set, but a retrieval": [*embed_flags, "--language-sets", EVAL / "groups_ood"],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, "--out", tmp_path / "bank")

@@ -1,4 +1,4 @@
-"""Retrieval and linear probe on known numbers, python -m flame.eval on small runs."""
+"""Retrieval and linear probe on known numbers, and python -m flame.eval on small runs."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def test_linear_probe_learns_and_normalises():
 
 
 class Red(torch.nn.Module):
-    """A tower that sees how red an image is, in seven steps."""
+    """A tower that measures how red an image is, in seven steps."""
 
     visual = SimpleNamespace(image_size=(8, 8))
 
@@ -112,7 +112,7 @@ def test_defaults_are_the_papers_and_the_study_names_its_own():
 
 
 def test_captions_of_a_language_lose_what_they_share():
-    """With `centre`, a direction that all captions of a language have cannot hide which image is whose."""
+    """With `centre`, a direction common to all captions of a language does not affect retrieval."""
     torch.manual_seed(0)
     image, text = F.normalize(torch.eye(8)[:6], dim=-1), torch.eye(8)[:6]
     shared = 20 * torch.eye(8)[7] + torch.arange(6)[:, None] * 2 * torch.eye(8)[6]
@@ -123,7 +123,7 @@ def test_captions_of_a_language_lose_what_they_share():
 
 
 def test_imagenet_in_five_languages(tmp_path: Path):
-    """Names and templates come from CLIP_benchmark's files; a set of another number of classes is refused."""
+    """Names and templates are from CLIP_benchmark's files; a set with another number of classes is refused."""
     classes = (EVAL / "groups_ood/classnames.txt").read_text().splitlines()
     for language in ("ar", "en", "jp", "it", "cn"):
         names = {"imagenet1k": [f"{language} {name}" for name in classes]}
@@ -196,7 +196,7 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], in_process, fo
     for name in ("flame_languages.png", "flame_facets.png", "flame_shares.png", "flame_arms.png"):
         assert Image.open(folder / "report" / name).size[0] > 300
     assert "| flame" in cfg_error.out and "| claim" in cfg_error.out
-    assert f"all of it: {runs[1]}/results.md" in cfg_error.out
+    assert f"all metrics: {runs[1]}/results.md" in cfg_error.out
     assert f" {flat['retrieval_long_ood/text_to_image_R@1']['mean']:.2f} " in cfg_error.out
 
 

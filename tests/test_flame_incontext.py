@@ -21,7 +21,7 @@ def test_words_of_patches_and_few_shot():
     assert ids.shape == (2, 1) and ids.max() < 258
 
     class Echo(torch.nn.Module):
-        """Predicts what came after the last appearance of the two letters before."""
+        """A model that predicts what followed the last occurrence of the previous two letters."""
 
         def __init__(self):
             super().__init__()

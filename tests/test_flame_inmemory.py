@@ -1,4 +1,4 @@
-"""Small corpora in memory: tokens of a locked trunk, facets and captions of whole batches, the order of samples."""
+"""Small corpora in memory: tokens of a locked trunk, facets and captions of whole batches, order of samples."""
 
 import dataclasses
 import importlib.util
@@ -55,7 +55,7 @@ def opened(cfg: config.Config) -> inmemory.InMemory:
 
 
 def test_tokens_of_a_locked_trunk_are_its_own(settings: config.Config):
-    """Folded batch norms and half precision aside; kept in a file, which the next run reads."""
+    """Equal up to folded batch norms and half precision, and cached in a file for the next run."""
     corpus = opened(settings)
     assert corpus.images.shape == (IMAGES, 4, 1280) and corpus.images.dtype == torch.float16
     tower = train.open_model(settings, 16).visual.eval()
@@ -134,7 +134,7 @@ def test_evaluation_sets_are_computed_once_a_process(settings: config.Config, mo
 
 
 def test_a_locked_run_trains_resumes_and_is_evaluated(tiny: list, start, cli, folder: Path, settings: config.Config):  # noqa: F811
-    """Killed and gone on from, bit for bit; its trunk is the pretrained one in the end, too."""
+    """A killed run resumes bit for bit; at the end, its trunk still is the pretrained one."""
     flags = ["emoji-lite0", *tiny, "--image-size", "64", "--cache", settings.cache, "--save-every", "2"]
     finished(cli(*flags, "--out", folder / "locked-seed0"))
     out = folder / "locked-killed"
@@ -154,7 +154,7 @@ def test_refused_settings(settings: config.Config):
     for change, message in (
         ({"model": "ViT-B-16"}, "--lock-image has weights of EfficientNet-Lite0 only"),
         ({"keep_in_memory": False}, "--distinct-captions needs --keep-in-memory"),
-        ({"window_shards": 2, "dataset_size": 8}, "--keep-in-memory needs all of the data at hand"),
+        ({"window_shards": 2, "dataset_size": 8}, "--keep-in-memory reads all data at the start"),
     ):
         with pytest.raises(ValueError, match=message):
             config.check(dataclasses.replace(settings, **change), 1)

@@ -1,4 +1,4 @@
-"""Sets of long or multilingual captions, read as their authors ship them."""
+"""Reading sets of long or multilingual captions in their authors' format."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
     for reader in longsets.LONG_SET_READERS.values():
         with pytest.raises(FileNotFoundError, match="is missing"):
             longsets.read_set(reader, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is no crossmodal3600 as its authors ship it .KeyError"):
+    with pytest.raises(ValueError, match="is not crossmodal3600 in its authors' format .KeyError"):
         longsets.read_set(longsets.crossmodal3600, tmp_path, "quz")
     (tmp_path / "images/k.jpg").unlink()
     with pytest.raises(ValueError, match="no image with a caption for crossmodal3600 sw"):
@@ -56,7 +56,7 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
 
 
 def test_class_names_of_imagenet_in_five_languages(tmp_path: Path):
-    """The files that CLIP_benchmark ships, read as they are."""
+    """The files of CLIP_benchmark are read unchanged."""
     folder = Path(importlib.util.find_spec("clip_benchmark").submodule_search_locations[0]) / "datasets"
     found = longsets.imagenet_names(folder)
     assert {language: len(templates) for language, (_, templates) in found.items()} == {

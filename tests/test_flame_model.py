@@ -52,7 +52,7 @@ def leaf(x) -> torch.Tensor:
 
 
 def llm_of(case: Case, attention: str = "sdpa", **options) -> FrozenLLM:
-    """The case's language model; Llama's blocks are Mistral's."""
+    """The case's language model; Llama's blocks equal Mistral's."""
     settings = {name.removeprefix("cfg/"): value for name, value in case.items() if name.startswith("cfg/")}
     config = LlamaConfig(**settings, attention_bias=False, tie_word_embeddings=False)
     config._attn_implementation = attention
@@ -75,7 +75,7 @@ def left_padded(ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tower(shapes: dict[str, torch.Size], patch: int, heads: int = 1, image_size: tuple[int, ...] = ()) -> FLAME:
-    """A model whose weights have these shapes; for square images unless their size (H, W) is given."""
+    """A model whose weights have these shapes, for square images unless their size (H, W) is given."""
     visual = {k.removeprefix("visual."): v for k, v in shapes.items() if k.startswith("visual.")}
     width, output_dim = visual["proj"]
     image_size = image_size or patch * math.isqrt(visual["positional_embedding"][0] - 1)
@@ -144,7 +144,7 @@ def test_facet_hidden(case, attention):
 
 
 def facet_alone(llm: FrozenLLM, ids: torch.Tensor, lens: list[int], k: int) -> torch.Tensor:
-    """A plain causal pass of the library's own over prefix and facet k, at the positions these have in the sequence."""
+    """A causal pass of the library over prefix and facet k, at their positions in the whole sequence."""
     prefix = len(ids) - sum(lens)
     start = prefix + sum(lens[:k])
     places = torch.cat([torch.arange(prefix), torch.arange(start, start + lens[k])])[None]
@@ -162,7 +162,7 @@ def facet_alone(llm: FrozenLLM, ids: torch.Tensor, lens: list[int], k: int) -> t
 
 @pytest.mark.golden("flame", "facet_hidden")
 def test_one_pass_equals_one_pass_a_facet(case):
-    """The proof of decoupling."""
+    """One pass with the decoupled mask equals a separate pass for each facet."""
     llm, lens = llm_of(case), case["facet_lens"].tolist()
     for ids in numbered(case, "input_ids"):
         together = llm.encode_ids(ids[None], torch.ones_like(ids)[None], lens)[0]
@@ -187,7 +187,7 @@ ATTENTIONS = [
 
 @pytest.mark.parametrize("architecture, attention", ATTENTIONS)
 def test_any_causal_lm_serves(architecture: str, attention: str):
-    """In other families of models, too, a padded batch in one pass equals a pass for each caption and facet."""
+    """Also for other families of models, one pass of a padded batch equals a pass for each caption and facet."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=100, bos_token_id=1)
     sizes |= dict(eos_token_id=2, pad_token_id=0) | ARCHITECTURES[architecture]
@@ -216,7 +216,7 @@ def test_single_prompt_hidden(case):
 
 @pytest.mark.golden("flame", "upstream_padded")
 def test_padding_does_not_leak_as_upstream(case):
-    """A record of upstream's mask for padded batches: keys of padding visible, rows of padding seeing everything."""
+    """Records upstream's mask of padded batches: padding keys are visible, and padding rows see everything."""
     visible, real = case["visible"].bool(), case["attention_mask_2d"].bool()
     size = real.shape[1]
     for seen, row in zip(visible, real, strict=True):
@@ -233,7 +233,7 @@ def test_padding_does_not_leak_as_upstream(case):
 
 
 class Letters:
-    """A tokenizer of bytes, with a start token that the text may contain as `<s>`; pads with 0."""
+    """A tokenizer of bytes with a start token, which the text may contain as `<s>`; pads with 0."""
 
     bos_token_id, pad_token_id = 1, 0
 
@@ -375,7 +375,7 @@ def test_the_bias_is_the_sigmoid_losss_alone():
 
 
 def test_a_sentence_encoder_reads_captions_without_a_prompt():
-    """The mean of its last states over the words of a caption, whatever else is in the batch."""
+    """The mean of a caption's last states over its words does not depend on the rest of the batch."""
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     torch.manual_seed(0)
     bert = BertModel(BertConfig(vocab_size=256, **sizes))
@@ -451,7 +451,7 @@ def worker(rank: int, function: Callable, world_size: int, folder: str, args: tu
 
 
 def processes(function: Callable, world_size: int, folder, *args) -> list:
-    """function(rank, *args) in `world_size` processes that form a gloo group -> results by rank."""
+    """Results, by rank, of function(rank, *args) in `world_size` processes of a gloo group."""
     folder.mkdir(exist_ok=True)
     mp.start_processes(worker, (function, world_size, str(folder), args), nprocs=world_size, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
@@ -513,7 +513,7 @@ def test_losses_are_in_fp32_under_autocast():
 
 
 def authors_file(model: FLAME, path) -> None:
-    """A checkpoint as upstream's main.py writes it, with a language model in it."""
+    """A checkpoint with a language model, in the format of upstream's main.py."""
     state = {"module." + name: value for name, value in model.state_dict().items()}
     state |= {
         "module.text.model.embed_tokens.weight": torch.zeros(4, 2),

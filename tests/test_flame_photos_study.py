@@ -1,4 +1,4 @@
-"""The study on photographs: its arms with either language model, metrics of languages, claims."""
+"""The study on photographs: its arms with either language model, metrics by language, claims."""
 
 import pytest
 

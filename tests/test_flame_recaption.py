@@ -1,4 +1,4 @@
-"""python -m flame.recaption: captions of three lengths for the embedded corpus, and the files that hold them."""
+"""python -m flame.recaption: captions of three lengths for the embedded corpus, and the caption files."""
 
 import json
 from pathlib import Path

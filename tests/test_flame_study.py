@@ -1,4 +1,4 @@
-"""FLAME's study: what it runs with either language model, and how its claims are judged."""
+"""FLAME's study: its commands with either language model, and the verdicts of its claims."""
 
 import dataclasses
 import math
@@ -82,7 +82,7 @@ def test_languages_are_no_claim_of_an_english_model():
 
 
 def test_primary_claims_are_judged_by_floors_where_all_pairs_were_seen():
-    """An arm on a sixteenth may stay below the floor: the claim is the difference."""
+    """An arm trained on a sixteenth of the pairs may stay below the floor; the claim is about the difference."""
     for claim in study.CLAIMS + study.LANGUAGE_CLAIMS:
         assert claim.negligible is None or claim.effect is None or claim.negligible <= claim.effect / 2
     runs = {
@@ -145,7 +145,7 @@ def test_facets_of_an_image_are_compared_with_each_other():
 
 
 def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Arms and what they need, in order: nothing is embedded for arms that are not asked for."""
+    """Arms and their stages run in order; nothing is embedded for arms that are not requested."""
     called = []
     monkeypatch.setattr(runner.subprocess, "run", lambda line, **_: called.append(line) or dataclasses.make_dataclass(
         "Done", [("returncode", int)])(0))  # fmt: skip

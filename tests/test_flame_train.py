@@ -229,7 +229,7 @@ def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: P
 
 @pytest.mark.parametrize("arm, parts", [("flame", 1), ("flame", 2), ("nce", 1), ("nce", 4), ("clip", 1)])
 def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str, parts: int):
-    """With micro-batches, too. The processes get what torchrun would tell them."""
+    """Also with micro-batches. The processes get torchrun's environment variables."""
     out = folder / f"two-{arm}-{parts}"
     both = start_two(start, *ARMS[arm], *tiny, "--accumulate", parts, "--grad-checkpointing", "--out", out)
     for process in both:

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the classifier of templates, and the features of texts and images."""
+"""Zero-shot classification: classifiers from templates, and features of texts and images."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,8 @@ def test_zero_shot_classifier(case):
 
 @pytest.mark.parametrize("rows, centre_of_long", [((), 2), ((0, 1, 4), 0), ((0, 2), 2)], ids=["all", "summary", "two"])
 def test_texts_are_centred_as_their_prompt(rows: tuple[int, ...], centre_of_long: int, monkeypatch):
-    """Row 0 for the single prompt, the last for the long one; runs on summary facets know the single prompt only."""
+    """Texts of the single prompt are centred with row 0, of the long prompt with the last row; runs on summary facets
+    only have the single prompt."""
     features, asked = torch.tensor([[0.6, 0.0, 0.8]]), []
 
     def frozen(texts, multi):

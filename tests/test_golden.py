@@ -1,4 +1,4 @@
-"""Golden case files: each is claimed by a test (conftest.py says how)."""
+"""Every golden case file is claimed by a test (see conftest.py)."""
 
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def helper():
 
 
 def test_functions_that_a_test_uses_are_named_with_their_module():
-    """What companion pages match with the functions of a row: not bare names, which several files have."""
+    """Names include the module, because companion pages match them with the functions of a row and several files share
+    bare names."""
 
     def sample():
         evaluation.table([{"a": run.Stopwatch()}])

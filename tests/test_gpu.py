@@ -61,7 +61,7 @@ def given(folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(start, given: dict[str, list[str]], folder: Path) -> dict[tuple[str, str, str, int], list[dict]]:
-    """(script, device, precision, number of processes) -> metrics of its run, made when first asked for."""
+    """(script, device, precision, number of processes) -> metrics of its run, made at the first access."""
 
     def made(key: tuple[str, str, str, int]) -> list[dict]:
         name, device, precision, count = key
@@ -85,7 +85,7 @@ def losses(lines: list[dict]) -> list[float]:
 @pytest.mark.parametrize("precision", [*TOLERANCE])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_steps_are_those_of_the_cpu(runs, name: str, precision: str):
-    """The first loss is the CPU's, and so is the second, after one step; all are finite."""
+    """The losses of the first and second step equal the CPU's; all losses are finite."""
     if DEVICE == "cpu" and precision == "fp16":
         pytest.skip("fp16 needs a GPU")
     ours, theirs = losses(runs[name, DEVICE, precision, 1]), losses(runs[name, "cpu", "fp32", 1])
@@ -96,7 +96,7 @@ def test_steps_are_those_of_the_cpu(runs, name: str, precision: str):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_processes_on_one_gpu(runs, name: str):
-    """They talk by gloo, and have the losses of two processes on the CPU."""
+    """Two processes with gloo have the losses of two processes on the CPU."""
     ours, theirs = (losses(runs[name, device, "fp32", 2]) for device in (DEVICE, "cpu"))
     assert len(ours) == len(theirs) and all(map(math.isfinite, ours))
     assert ours[0] == pytest.approx(theirs[0], rel=TOLERANCE["fp32"])
@@ -105,7 +105,8 @@ def test_two_processes_on_one_gpu(runs, name: str):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_killed_run_goes_on(start, given, runs, folder: Path, name: str):
-    """It ends like one that was not killed: on a CPU bit for bit, on a GPU up to kernels that sum in any order."""
+    """A killed run ends like an uninterrupted one: on a CPU bit for bit, on a GPU up to the order of sums in
+    kernels."""
     out = folder / "killed" / name
     command = [*given[name], "--device", DEVICE, "--precision", "fp32", "--out", out]
     kill_at(start(*command, module=SCRIPTS[name]), out, 4, timeout=SECONDS)
@@ -118,13 +119,14 @@ def test_a_killed_run_goes_on(start, given, runs, folder: Path, name: str):
 
 
 def planned(text: str) -> float:
-    """GiB of a process that a dry run says."""
+    """GiB per process according to the dry run."""
     return float(re.search(r"^memory estimate\s+([\d.]+) GiB", text, re.MULTILINE)[1])
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_is_what_the_dry_run_says(start, given, folder: Path, name: str):
-    """In fp32, with towers of the papers' size: neither more than the estimate, by much, nor half of it."""
+    """In fp32 with towers of the papers' size, memory is at most slightly above the estimate and at least half of
+    it."""
     command = [*given[name], *LARGE[name].split()]
     said = planned(finished(ended(start(*command, "--dry-run", module=SCRIPTS[name]))).out)
     assert said > 1
@@ -141,7 +143,7 @@ def test_memory_is_what_the_dry_run_says(start, given, folder: Path, name: str):
 @cuda_only
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_steps_do_not_wait_for_the_gpu(start, given, folder: Path, name: str):
-    """Ten steps wait no oftener than five: what waits is at the start, at the end, or goes with a line of metrics."""
+    """Ten steps wait as often as five: only the start, the end and lines of metrics wait."""
     waits = {}
     for steps in (5, 10):
         length = LENGTH.get(name, "--epochs 1").format(steps=steps)
@@ -154,7 +156,7 @@ def test_steps_do_not_wait_for_the_gpu(start, given, folder: Path, name: str):
 
 
 def test_throughput_is_printed():
-    """`make bench-gpu`'s table, of few steps; on a CPU of small towers."""
+    """The table of `make bench-gpu` with few steps; with small towers on a CPU."""
     small = "--models ViT-emoji ResNet-emoji --batch 16 --steps 1" if DEVICE == "cpu" else "--steps 5"
     command = [sys.executable, "-m", "tests.bench.gpu", "--repetitions", "2", *small.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""The papers without their evidence, and the commands that the READMEs give."""
+"""The papers run without studies and corpora, and the commands in the READMEs are valid."""
 
 import functools
 import json
@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_papers_run_without_their_studies(folder: Path):
-    """In a copy without shared/study, shared/corpora and any study.py every module of the papers can be imported, and
-    training and evaluation of one of them run. (That no function imports, test_consistency.py looks after.)"""
+    """In a copy without shared/study, shared/corpora and any study.py, all modules of the papers can be imported, and
+    one paper trains and evaluates. (test_consistency.py tests that no function imports.)"""
     copy = folder / "copy"
     for package in ("shared", *FOLDERS):
         ignore = shutil.ignore_patterns("study", "corpora", "study.py", "photos_study.py", "__pycache__")
@@ -73,12 +73,12 @@ def test_papers_run_without_their_studies(folder: Path):
     shown = result.stdout[-2000:] + result.stderr[-4000:]
     assert [module for module, *_ in lines] == [line for line in result.stdout.splitlines() if line in modules], shown
     assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
-    assert result.returncode == 2 and "protoclip/study.py says, which could not be imported" in result.stderr, shown
+    assert result.returncode == 2 and "protoclip/study.py, which could not be imported" in result.stderr, shown
 
 
 @functools.cache
 def said() -> list[list[str]]:
-    """`python -m` and `torchrun -m` commands of the READMEs: the words from the module on."""
+    """`python -m` and `torchrun -m` commands of the READMEs, as words from the module name on."""
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
@@ -98,7 +98,7 @@ HELP: dict[tuple[str, ...], str] = {}  # what (module, preset) has shown
 
 @pytest.mark.parametrize("words", said(), ids=lambda words: " ".join(words)[:60])
 def test_commands_of_the_readmes_have_help(words: list[str], in_process):
-    """Each module, with the preset or subcommand that it is given, shows help that has every option of the command."""
+    """The help of each module, with the preset or subcommand of the command, has all of the command's options."""
 
     def help_of(*words: str) -> str:
         if words not in HELP:

@@ -1,4 +1,4 @@
-"""The index of a data set: strings by bytes and ends, made once a machine, anew when a shard changes."""
+"""The index of a data set: strings as bytes and ends; built once per machine, and again after a shard changes."""
 
 import copy
 import errno
@@ -20,7 +20,7 @@ def test_strings_are_read_like_a_list():
     assert strings.tolist() == list(strings) == words and len(strings) == 5
     assert strings[2] == strings[-3] == "caf\u00e9" and strings[np.int64(0)] == "a"
     assert strings[[4, 0]].tolist() == [words[4], "a"] and strings[::-1].tolist() == words[::-1]
-    with pytest.raises(TypeError, match="the longest one's room"):
+    with pytest.raises(TypeError, match="the length of the longest"):
         np.isin(strings, ["a", "b"])
     assert strings.equals(index.Strings.of(words)) and not strings.equals(index.Strings.of(words[::-1]))
     assert strings.head(2).equals(index.Strings.of(["a", ""])) and not strings.equals(strings.head(4))
@@ -106,7 +106,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(shards: list[str], tmp_p
 def test_without_locks_the_first_index_stays_as_others_have_mapped_it(
     shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two processes index at the same time; the slower one takes what the quicker one has written meanwhile."""
+    """Two processes build the index at the same time; the slower one uses the index that the faster one wrote."""
 
     def without_locks(*given) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -38,7 +38,7 @@ ERRORS = {
     "bias of bags": (["emoji-bow", "--states", "", "--bias", "None"], "--text bow has no logits"),
     "no vocabulary": (["emoji", "--max-vocabulary", "-1"], "--max-vocabulary must be at least 2"),
     "no micro-batches": (["cc12m", "--dry-run", "--accumulate", "0"], "--accumulate must be at least 1"),
-    "uneven micro-batches": (["cc12m", "--dry-run", "--batch-size", "6145"], "--batch-size 6145 cannot be shared out"),
+    "uneven micro-batches": (["cc12m", "--dry-run", "--batch-size", "6145"], "--batch-size 6145 cannot be divided"),
     "no pixels": (["cc12m", "--data", f"{SHARDS}/00000.tar", "--image-size", "0"], "--image-size must be at least 1"),
     "penalty of nothing": (["emoji-dense", "--penalty", "flops"], "--head dense has no words to penalise"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),

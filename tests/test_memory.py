@@ -1,4 +1,4 @@
-"""Corpora in memory: views are PIL's, a function of (seed, item); batches without repeated captions."""
+"""Corpora in memory: views equal PIL's and depend on (seed, item); batches have no repeated captions."""
 
 import numpy as np
 import open_clip

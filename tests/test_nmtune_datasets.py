@@ -1,4 +1,4 @@
-"""Noise that is planted, parts of sets, and the layouts in which people have their images."""
+"""Planted noise, parts of sets, and common layouts of image sets."""
 
 import io
 import json
@@ -145,7 +145,7 @@ def webdataset(folder: Path, pictures: list, labels: list[int], names: list[str]
 
 
 def test_the_index_of_tars_is_kept_and_images_are_read_alone(tmp_path, images, monkeypatch):
-    """Made once a machine, by whoever is first, and again when a tar has changed; a sample is one read of its bytes."""
+    """The index is built once per machine, and again after a tar changes; a sample costs one read of its bytes."""
     source = datasets.open_labelled(str(images))
     pictures, labels = zip(*(source.read(row) for row in range(len(source))), strict=True)
     webdataset(tmp_path / "set", pictures, labels, source.classnames, "train")
@@ -169,7 +169,7 @@ def test_the_index_of_tars_is_kept_and_images_are_read_alone(tmp_path, images, m
 
 
 def test_image_folders_are_walked_once_a_machine(tmp_path, images, monkeypatch):
-    """By whoever is first, and again when a file has come, in a class folder or deeper."""
+    """The list is built once per machine, and again when a class folder gets a new file, at any depth."""
     root, cache = tmp_path / "set", tmp_path / "cache"
     shutil.copytree(images, root)
     (root / "class1/deeper").mkdir()
@@ -194,7 +194,7 @@ def test_image_folders_are_walked_once_a_machine(tmp_path, images, monkeypatch):
 @pytest.mark.parametrize("name", datasets.ID_SETS)
 @pytest.mark.parametrize("layout", ["vtab-", "", "folders"])
 def test_the_fourteen_sets_of_in_domain_transfer(tmp_path, images, name, layout):
-    with pytest.raises(FileNotFoundError, match=f"{name} --root .* wants a webdataset .*wds_.*, or image folders"):
+    with pytest.raises(FileNotFoundError, match=f"{name} --root .* needs a webdataset .*wds_.*, or image folders"):
         datasets.benchmark(name, str(tmp_path))
     source = datasets.open_labelled(str(images))
     pictures, rows = [source.read(row)[0].convert("L") for row in (0, 13, 40)], source.labels[[0, 13, 40]]
@@ -218,7 +218,7 @@ def test_domainnet_and_imagenet(tmp_path, images):
         ("domainnet-sketch", "lists .*DOMAIN_"),
         ("imagenet", "image folders .*CLASS/, or a webdataset"),
     ):
-        with pytest.raises(FileNotFoundError, match=f"is not there: --benchmark {name} --root .* wants .*{wanted}"):
+        with pytest.raises(FileNotFoundError, match=f"does not exist: --benchmark {name} --root .* needs .*{wanted}"):
             datasets.benchmark(name, str(tmp_path))
     with pytest.raises(ValueError, match="--benchmark is one of cifar10"):
         datasets.benchmark("mnist", str(tmp_path))
@@ -271,7 +271,7 @@ def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
 
 
 def test_vtabs_sets_are_tuned_on_trainval(tmp_path, images):
-    """Or on train and val; other sets on train."""
+    """VTAB's sets are tuned on trainval, or on train and val; other sets on train."""
     source = datasets.open_labelled(str(images))
     pictures, names = [source.read(row)[0] for row in (0, 13, 40)], ["a", "b", "c"]
     for name in ("eurosat", "cifar10"):

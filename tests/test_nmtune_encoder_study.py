@@ -1,4 +1,4 @@
-"""The controlled study of one encoder, and the comparison of several."""
+"""The controlled study of one encoder, and the comparison of several encoders."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from shared.study.floors import Floor
 
 
 def test_study_and_report(tmp_path, monkeypatch, capsys):
-    """Two encoders of two seeds with random weights: what stands in the report was measured on them."""
+    """The report has the measurements of two encoders with two seeds each and random weights."""
     whole = encoder_study.open_labelled
     monkeypatch.setattr(encoder_study, "open_labelled", lambda spec: whole(spec).subset(np.arange(150)))
     tasks = ("group", "subgroup")
@@ -68,7 +68,7 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
 
 
 def test_tasks_share_features_of_the_same_drawings():
-    """Labels of a task belong to the rows that its drawings have among all of a part."""
+    """The labels of a task belong to the rows of its drawings in the features of all drawings."""
     images = {part: encoder_study.open_labelled(f"data/emoji:group:{part}") for part in ("tune", "id", "ood")}
     plain = {part: torch.arange(len(each))[:, None] for part, each in images.items()}
     encoded = encoder_study.Encoded(images, plain, torch.zeros(2, len(images["tune"]), 1))

@@ -1,4 +1,4 @@
-"""Features of any model in a file: pictures, texts, an API's answers; and what nmtune.train makes of it."""
+"""Extracting features of any model to a file, from pictures, texts or an API's answers, and training nmtune on them."""
 
 import json
 
@@ -13,7 +13,7 @@ from nmtune.model import load_encoder
 
 
 def test_pictures(in_process, tmp_path, images):
-    """Features of the evaluation view, and of training views, are the encoder's; a finished file is left as it is."""
+    """Features of the evaluation view and of training views equal the encoder's; a finished file is left unchanged."""
     options = ["images", "--encoder", "timm:resnet_emoji", "--data", images, "--tests", f"again={images}"]
     options += ["--precision", "fp32", "--device", "cpu"]
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_lite0(tmp_path, images):
     picture = extract.open_labelled(str(images)).read(0)[0]
     assert dim == 1280 and view(picture).shape == train_view(picture).shape == (3, 64, 64)
     assert encoder(view(picture)[None]).shape == (1, 1280) and not encoder.training
-    with pytest.raises(ValueError, match="lite0:60 should say the side of its images in pixels, a multiple of 32"):
+    with pytest.raises(ValueError, match="lite0:60 should give the image size in pixels, a multiple of 32"):
         load_encoder("lite0", "60")
 
 
@@ -68,7 +68,7 @@ def test_answers_of_an_api(in_process, tmp_path):
 
 
 def test_texts(in_process, tmp_path):
-    """GLUE's layout, pairs of sentences, and pooling that padding does not change."""
+    """GLUE's layout, pairs of sentences, and pooling that is independent of padding."""
     pytest.importorskip("transformers")
     model = language_model(tmp_path / "lm", small_corpus(tmp_path / "corpus"))
     rows = [("red heart", "a", "0"), ("a very long smiling face with many words", "b", "1")] * 6
@@ -109,7 +109,7 @@ def test_command_lines_end_in_one_sentence(in_process, tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("{", "line 1 is no JSON"), ('{"embedding": [1, "x"], "label": 1}', "lists")]
+    "content, message", [("{", "line 1 is not JSON"), ('{"embedding": [1, "x"], "label": 1}', "lists")]
 )
 def test_unusable_answers(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content + "\n")

@@ -1,4 +1,4 @@
-"""Features of any model: files and what is wrong with them, banks of views, subsets of the training set."""
+"""Features of any model: files and their errors, banks of views, subsets of the training set."""
 
 import re
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_views_of_a_batch_are_two_different_ones():
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Items that are their own numbers."""
+    """A data set whose items are their own numbers."""
 
     def __init__(self, n: int):
         self.n = n
@@ -111,20 +111,23 @@ BROKEN_FILES = {
     "one number a row": ({"features": X[:, 0], "labels": Y}, "has the shape (4,), not one that fits 4 labels"),
     "no columns": ({"features": X[:, :0], "labels": Y}, "has the shape (4, 0)"),
     "nan": ({"features": np.where(np.arange(8).reshape(4, 2) == 5, np.nan, X), "labels": Y}, "first in row 2"),
-    "beyond fp32": ({"features": X + 1e200, "labels": Y}, "no finite 32-bit numbers"),
+    "beyond fp32": ({"features": X + 1e200, "labels": Y}, "not finite in 32 bits"),
     "complex": ({"features": X * 1j, "labels": Y}, "real numbers, not complex128"),
     "text": ({"features": X.astype(str), "labels": Y}, "real numbers, not <U"),
-    "one-hot labels": ({"features": X, "labels": np.eye(4)}, "one label a row"),
+    "one-hot labels": ({"features": X, "labels": np.eye(4)}, "one label per row"),
     "fractions": ({"features": X, "labels": Y + 0.5}, "whole numbers or names, not float64 like 0.5"),
     "nan labels": ({"features": X, "labels": Y + np.nan}, "whole numbers or names"),
     "objects": ({"features": X, "labels": np.array(["a", "b", "a", "b"], dtype=object)}, "write it by np.savez"),
     "one class": ({"features": X, "labels": Y * 0}, "has 1 class: at least 2"),
-    "no rows": ({"features": X[:0], "labels": Y[:0]}, "one label a row"),
+    "no rows": ({"features": X[:0], "labels": Y[:0]}, "one label per row"),
     "test without labels": ({"features": X, "labels": Y, "ood_features": X}, "ood_features without ood_labels"),
     "labels without test": ({"features": X, "labels": Y, "ood_labels": Y}, "ood_labels without ood_features"),
     "empty test": ({"features": X, "labels": Y, "t_features": X[:0], "t_labels": Y[:0]}, "`t_labels`"),
     "test of other width": ({"features": X, "labels": Y, "t_features": np.zeros((4, 3)), "t_labels": Y}, "3 columns"),
-    "unknown test label": ({"features": X, "labels": Y, "t_features": X, "t_labels": Y + 1}, "label 2, which `labels`"),
+    "unknown test label": (
+        {"features": X, "labels": Y, "t_features": X, "t_labels": Y + 1},
+        "label 2, which is not in `labels`",
+    ),
     "too few rows": ({"features": X[:2], "labels": Y[:2]}, "too few rows"),
 }
 

@@ -1,4 +1,4 @@
-"""Fine-tuning, whole and by LoRA, killed and resumed, with activations computed again."""
+"""Full and LoRA fine-tuning, killed and resumed, with recomputed activations."""
 
 import pytest
 from scripts import ended, finished, kill_at, metrics, same

@@ -33,12 +33,12 @@ def leaf(x) -> torch.Tensor:
 
 
 def exact(number: float) -> float:
-    """Hyper-parameters are stored as float32: 0.001, not 0.0010000000475."""
+    """Hyper-parameters are stored as float32; this restores 0.001 from 0.0010000000475."""
     return float(f"{number:.6g}")
 
 
 def cases(case: Case) -> list[tuple[str, Case]]:
-    """(prefix, its arrays) of the numbered cases of a file."""
+    """(prefix, its arrays) for each numbered case in a file."""
     numbers = sorted({name.split("/")[0] for name in case if name.split("/")[0].isdecimal()}, key=int)
     assert numbers
     prefixes = [f"{number}/" for number in numbers]
@@ -204,7 +204,7 @@ def test_covariance_of_nearly_uncorrelated_features_is_no_difference_of_large_nu
 @pytest.mark.parametrize("mean", [0, 1, 30])
 @pytest.mark.parametrize("n, dim", [(32, 256), (32, 40), (200, 24)])
 def test_the_gradient_of_l_svd_is_exact_or_nearer_to_it_than_an_svds(n, dim, mean, twins):
-    """Features with a large mean, whose rows come in pairs of like ones as two views do: an ill-conditioned matrix."""
+    """Features with a large mean and pairs of similar rows, like two views: an ill-conditioned matrix."""
     torch.manual_seed(n)
     z = torch.randn(n // 2, dim)
     z = torch.cat([z, z + twins * torch.randn(n // 2, dim)]) + mean * torch.rand(dim)
@@ -276,7 +276,7 @@ def test_encoders_are_frozen_and_unnormalised():
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoints_in_the_authors_layouts_load(tmp_path, prefix):
-    """timm's model.pth.tar with classifier and command line, open_clip's epoch_32.pt with both towers."""
+    """timm's model.pth.tar with classifier and command line, and open_clip's epoch_32.pt with both towers."""
     import open_clip
 
     model = timm.create_model("resnet18", num_classes=7)
@@ -299,7 +299,8 @@ def test_checkpoints_in_the_authors_layouts_load(tmp_path, prefix):
 
 @pytest.mark.parametrize("source, name", [("timm", "resnet_emoji"), ("open_clip", "ViT-emoji")])
 def test_an_exported_classifier_of_the_authors_loads(tmp_path, source, name):
-    """The state dict of their ImageClassifier: a wrapped encoder with an alias of its classifier, MLP, scale, head."""
+    """The state dict of the authors' ImageClassifier: a wrapped encoder with an alias of its classifier, MLP, scale,
+    head."""
     import open_clip
 
     dim = 192 if source == "timm" else 128

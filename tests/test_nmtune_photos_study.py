@@ -1,4 +1,4 @@
-"""The study on photographs: its arms, what is measured of them, floors on made pictures."""
+"""The study on photographs: its arms, metrics, and floors on made-up pictures."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def picture(label: int, seed: int) -> bytes:
 
 @pytest.fixture
 def pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sets of pictures whose bright band tells the class: easy in domain, upside down out of it."""
+    """Pictures with a bright band that determines the class: easy in domain, upside down out of domain."""
     for name, splits in {"photo": ("train", "test"), **{f"{name}_all": ("test",) for name in study.SHIFTED}}.items():
         for split in splits:
             labels = [i % 3 for i in range(30)]

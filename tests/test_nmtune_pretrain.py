@@ -1,4 +1,4 @@
-"""Pre-training on labels and captions with planted noise, in one process and in two, killed and resumed."""
+"""Pre-training on labels and captions with planted noise, in one and two processes, killed and resumed."""
 
 import dataclasses
 import io
@@ -84,8 +84,8 @@ def test_pretraining_in_memory_kill_and_resume(in_process, start, tmp_path, imag
 
 @pytest.mark.parametrize("kind", ["supervised", "clip"])
 def test_views_in_memory_are_the_samples(images, pairs, kind):
-    """Labels, captions and what is noise are those that are read one by one, broken images are counted; whole images
-    are the transform's, but for the resizing of decoded pixels."""
+    """Labels, captions and noise equal those read one by one, and broken images are counted; whole images equal the
+    transform's, up to resizing decoded pixels."""
     base = config.EMOJI_SUPERVISED if kind == "supervised" else config.EMOJI_CLIP
     cfg = dataclasses.replace(base, data=str(images if kind == "supervised" else pairs), noise=0.3, batch_size=16)
     process, opened = run.Process(0, 1, torch.device("cpu")), []
@@ -114,7 +114,8 @@ def test_views_in_memory_are_the_samples(images, pairs, kind):
 
 
 def test_positional_embeddings_decay_as_in_open_clip():
-    """Gains, biases and the logit scale do not; timm's rule for its own models stays."""
+    """Positional embeddings have weight decay; gains, biases and the logit scale do not; timm's models keep timm's
+    rule."""
     network = model.create_model(dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji"))[0]
     optimizer = pretrain.make_optimizer(network, config.EMOJI_CLIP)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -158,7 +159,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     torch.testing.assert_close(weights.norm(dim=1), scale.expand(len(weights)), rtol=1e-4, atol=1e-4)
     options[options.index(tmp_path / "clip")] = "timm:resnet_emoji"
     code, _, err = in_process("nmtune.train", *options, "--zero-shot", "--out", tmp_path / "none")
-    assert code == 2 and "text tower, which timm:resnet_emoji has not" in err
+    assert code == 2 and "text tower, but timm:resnet_emoji has none" in err
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):
@@ -173,7 +174,8 @@ def test_swapped_captions_are_those_of_other_pairs(pairs):
 
 
 def test_within_windows_captions_are_swapped_shard_by_shard(pairs: Path, tmp_path: Path):
-    """The same in every epoch, whatever the window; nearly as many as gamma says, and none is lost."""
+    """Swaps are the same in every epoch and for all window sizes; nearly a share gamma is swapped, and no caption is
+    lost."""
     urls = [str(pairs)]
     for i in (1, 2):
         urls.append(str(tmp_path / f"{i}.tar"))
@@ -213,7 +215,8 @@ def test_two_processes_equal_one_in_pretraining(in_process, two, tmp_path, pairs
 
 
 def test_three_processes_share_a_short_last_batch(in_process, two, tmp_path, images):
-    """48 images in batches of 36: the last twelve would all be the first process's."""
+    """The last twelve of 48 images, in batches of 36, are shared among the processes instead of all going to the
+    first."""
     command = ["emoji-sup-30", "--model", "convnext_atto", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
     command += ["--epochs", "1", "--batch-size", "36", "--warmup", "2", "--data", images, "--out"]
     assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
@@ -238,7 +241,7 @@ def test_shares_of_a_batch_add_up():
 
 
 class Rows(Dataset):
-    """Items that are their own numbers."""
+    """A data set whose items are their own numbers."""
 
     def __len__(self) -> int:
         return 14
@@ -250,8 +253,10 @@ class Rows(Dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_weights_of_a_resumed_run_are_right_while_workers_read_ahead(rank: int, workers: int):
-    """Loaders ask for the batches of several steps at once, and of the next epoch; the third rank has none of the last
-    two rows, so that its weight is 0 there."""
+    """Loaders request the batches of several steps and of the next epoch in advance.
+
+    The third rank has none of the last two rows, so its weight is 0 there.
+    """
     cfg = dataclasses.replace(
         config.PRETRAIN_PRESETS["emoji-sup-30"][1], batch_size=6, workers=workers, keep_in_memory=False
     )

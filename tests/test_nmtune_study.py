@@ -1,4 +1,4 @@
-"""The study: arms at each noise ratio and on a black box, claims, floors, plots."""
+"""The study: arms for each noise ratio and on black-box features, claims, floors, plots."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ SEEDS = (0, 1, 2)
 
 
 def encoder(level: int, seed: int) -> dict[str, float]:
-    """An encoder's numbers: accuracy falls with noise, spectra rise; NMTune is a point above MLP, MLP two above LP."""
+    """Metrics of an encoder: accuracy falls and spectra rise with noise; NMTune is a point above MLP, MLP two above
+    LP."""
     noise = np.random.default_rng([level, seed]).normal(0, 0.05, 4)
     numbers = {"sve_id": 4 + 0.01 * level, "sve_ood": 4 + 0.02 * level, "lsvr_id": 3 + 0.01 * level, "noise": level}
     numbers["lsvr_ood"] = 3 + 0.02 * level + 0.001 * noise[0]
@@ -89,7 +90,7 @@ def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
 
 
 def test_floors_need_no_training(monkeypatch):
-    """Chance and raw pixels, on a few drawings of the corpus; the metrics are those of the arms' claims."""
+    """Chance and raw pixels on a few drawings of the corpus; floors have the metrics of the arms' claims."""
     whole = study.open_labelled
     monkeypatch.setattr(study, "open_labelled", lambda spec: whole(spec).subset(np.arange(120)))
     monkeypatch.setattr(study, "TASKS", ("group",))

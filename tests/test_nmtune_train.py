@@ -46,7 +46,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def in_process(in_process):
-    """A script's command line in this process -> (exit code, stdout, stderr)."""
+    """Run a script's command line in this process -> (exit code, stdout, stderr)."""
     return lambda module, *arguments: in_process(*arguments, module=module)
 
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(start):
-    """start(module, *arguments) -> a running script."""
+    """start(module, *arguments) starts a script."""
     return lambda module, *arguments, **environment: start(*arguments, module=module, **environment)
 
 
@@ -105,7 +105,7 @@ def test_linear_probe(case):
     steps = len(rows) // int(epochs)
 
     class Loader(list):
-        """The recorded batches, each pass being the next epoch."""
+        """The recorded batches; each pass is the next epoch."""
 
         def __iter__(self):
             return iter([self.pop(0) for _ in range(steps)])
@@ -145,7 +145,8 @@ def test_batch_norm_trains_and_the_optimizer_decays_everything():
 
 
 def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
-    """From the same start, on the same batches: the parts of z after tuning with one term, and with none."""
+    """Spectra of z after tuning with one loss term are compared with tuning without, from the same weights and
+    batches."""
     torch.manual_seed(0)
     feats, labels = torch.randn(64, 24).relu(), torch.arange(64) % 3
     start, parts = NMTuneHead(24, 3).state_dict(), {}
@@ -165,7 +166,7 @@ def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
 
 @pytest.fixture(scope="module")
 def features_file(tmp_path_factory) -> Path:
-    """Six separable classes, one view, no test set: an array and labels are all."""
+    """Six separable classes with one view and no test set; the file has only an array and labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 6, 300)
     x = rng.standard_normal((6, 24))[labels] + 0.5 * rng.standard_normal((300, 24))
@@ -197,8 +198,8 @@ def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_pa
 
 
 def test_rates_of_ones_own_features(in_process, tmp_path):
-    """Few samples of many dimensions, where the authors' rates overfit: chosen ones do as well as a logistic
-    regression. What was chosen is said and kept; a run that goes on does not choose again."""
+    """The authors' learning rates overfit few samples of many dimensions; chosen rates do as well as logistic
+    regression. The choice is printed and saved, and a resumed run does not choose again."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)
     centres, labels, test = rng.standard_normal((8, 200)), np.arange(240) % 8, np.arange(800) % 8
@@ -238,7 +239,7 @@ def test_the_papers_consistency_term_is_d_times_the_authors():
 
 
 def test_one_view_is_two_equal_ones():
-    """A features file of one view gives each sample once a step: loss and gradients are those of the sample twice."""
+    """A features file of one view uses each sample once per step, with the loss and gradients of two equal views."""
     torch.manual_seed(0)
     head = NMTuneHead(6, 3).train()
     feats, labels = torch.randn(40, 6), torch.arange(40) % 3
@@ -258,7 +259,7 @@ def test_one_view_is_two_equal_ones():
 
 
 def test_fresh_views_kill_and_resume(in_process, start, tmp_path, images):
-    """Encoder and images, new views in every step; killed twice on the way."""
+    """Encoder and images with new views in every step, killed twice and resumed."""
     sets = ["--data", images, "--tests", f"id={images}"]
     command = ["nmtune", *TUNE, *sets, "--epochs", "4", "--save-every", "2", "--out"]
     code, out, err = in_process("nmtune.train", *command, tmp_path / "whole")
@@ -289,7 +290,7 @@ def test_other_arms_on_images(in_process, tmp_path, preset, images):
 
 @pytest.fixture
 def two(start):
-    """two(module, *arguments, count=2): the script in so many processes, to its end."""
+    """two(module, *arguments, count=2) runs the script in `count` processes and waits for its end."""
 
     def two(module: str, *arguments, count: int = 2) -> None:
         for process in start_two(start, module, *arguments, count=count):
@@ -316,7 +317,7 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_equal_one_in_tuning(in_process, two, tmp_path, images, count: int):
-    """Of 48 images in batches of 30 the last batch is short, and a third process has none of it."""
+    """With 48 images in batches of 30, the last batch is short, and a third process gets none of it."""
     command = ["nmtune", *TUNE, "--batch-size", "30", "--data", images, "--tests", f"id={images}", "--out"]
     assert in_process("nmtune.train", *command, tmp_path / "one")[0] == 0
     two("nmtune.train", *command, tmp_path / "two", count=count)

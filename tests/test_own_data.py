@@ -61,7 +61,7 @@ FOLDERS = {  # folder: (scores that its evaluation gives, what is exported)
 
 
 def draw(colour: str, form: str, size: str, place: str) -> Image.Image:
-    """A shape on white, 48 pixels wide."""
+    """A coloured shape on white, 48 pixels wide."""
     picture = Image.new("RGB", (48, 48), "white")
     half = 7 if size == "small" else 11
     x = 14 if "left" in place else 34 if "right" in place else 24
@@ -80,7 +80,7 @@ def draw(colour: str, form: str, size: str, place: str) -> Image.Image:
 
 
 def shapes(folder: Path) -> None:
-    """200 pictures; captions.csv with two captions of each, all different; labels.csv with 20 classes and tags."""
+    """200 pictures; captions.csv with two captions of each, all different; labels.csv with 20 classes, and tags."""
     folder.mkdir()
     captions, labels = [("image", "caption")], [("image", "label", "tags")]
     for i, (colour, form, size, place) in enumerate(itertools.product(COLOURS, FORMS, SIZES, PLACES)):
@@ -98,14 +98,14 @@ def section(page: Path) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command, from the module on."""
+    """Words of each command, from the module name on."""
     lines = re.findall(r"^ {4}(?:python -m )?((?:[\w.]+\.\w+|clip_benchmark) .*)$", text.replace("\\\n", " "), re.M)
     return [shlex.split(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    """The folder in which everything happens; scripts start there."""
+    """The working folder of all scripts."""
     path = tmp_path_factory.mktemp("own")
     shapes(path / "photos")
     with pytest.MonkeyPatch.context() as patch:
@@ -116,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def execute(cli, folder: Path):
-    """execute(words, more) -> what the command has printed."""
+    """execute(words, more) -> what the command printed."""
 
     def execute(words: list[str], more: str = "") -> str:
         module, *rest = words
@@ -130,7 +130,7 @@ def execute(cli, folder: Path):
 
 @pytest.fixture(scope="module")
 def packed(execute, folder: Path) -> dict[str, str]:
-    """What is printed where data/mine and data/my_classes are packed, as the READMEs say."""
+    """The output of packing data/mine and data/my_classes with the commands of the READMEs."""
     pairs, *_ = commands(section(ROOT / "README.md"))
     classes, *_ = commands(section(ROOT / "concept_frequency/README.md"))
     return {"pairs": execute(pairs), "classes": execute(classes)}
@@ -138,7 +138,7 @@ def packed(execute, folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def parts(packed, folder: Path) -> Path:
-    """Random stand-ins for a language model and an image backbone of the Hugging Face hub."""
+    """Random replacements of a language model and an image backbone from the Hugging Face hub."""
     from transformers import Dinov2Config, Dinov2Model
 
     language_model(folder / "parts/lm", folder / "data/mine/train")
@@ -148,7 +148,7 @@ def parts(packed, folder: Path) -> Path:
 
 
 def measured(run: str) -> dict[str, float]:
-    """What an evaluation has kept of a run, all of it finite but what is not defined."""
+    """The saved metrics of a run; all are finite unless they are undefined."""
     found = checkpoints.read_json(Path(run) / "results.json")["metrics"]
     found = found.get("metrics", found)  # beside a table of concepts
     assert (Path(run) / "results.md").read_text().count("\n") >= len(found)
@@ -168,7 +168,7 @@ def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
 
 
 def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
-    """A model that has learned, and clip-benchmark's command line finds the same of it elsewhere."""
+    """The model has learned, and clip-benchmark's command line reproduces its metrics."""
     _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
     execute(train, "--epochs 12")
     said = execute(evaluate)

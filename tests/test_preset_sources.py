@@ -73,7 +73,7 @@ def table(folder: str) -> dict:
 
 
 def configurations(folder: str) -> dict[str, Any]:
-    """`SCRIPT PRESET` -> configuration, of the presets that stand for a setting of the authors."""
+    """{`SCRIPT PRESET`: configuration} of the presets that correspond to a setting of the authors."""
     known, found = offered(folder), {}
     for row in presets.rows(folder):
         if row["data"] == presets.EMBEDDED.data or row["paper's table and row"].startswith("ours"):
@@ -98,7 +98,7 @@ def fact(theirs: Any, source: str, more: dict | None = None) -> Fact:
 
 
 def paper_presets(folder: str) -> list[Preset]:
-    """The paper presets with what the table says about each."""
+    """The paper presets, each with its entries in the table."""
     known, found, used = table(folder)["presets"], [], set()
     for name, cfg in configurations(folder).items():
         script, preset = name.rsplit(" ", 1)
@@ -116,7 +116,7 @@ def paper_presets(folder: str) -> list[Preset]:
 
 
 def details(folder: str) -> dict[int, str]:
-    """The README's numbered implementation details."""
+    """Numbered implementation details of the README."""
     return companion.read(str(ROOT / folder)).details
 
 
@@ -166,7 +166,7 @@ def literal(text: str) -> Any:
 
 
 def parser_default(path: Path, line: int, flag: str) -> Any:
-    """The default of an argparse flag that is added at this line, read from the source."""
+    """Default of an argparse flag that is added at this line, read from the source."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             names = [word.value for word in node.args if isinstance(word, ast.Constant)]
@@ -177,7 +177,7 @@ def parser_default(path: Path, line: int, flag: str) -> Any:
 
 
 def command_flags(path: Path, line: int) -> dict[str, Any]:
-    """Flags and values of the shell command that the line is a part of."""
+    """Flags and values of the shell command that this line is part of."""
     lines = path.read_text(encoding="utf-8").splitlines()
     first = last = line - 1
     while first and lines[first - 1].rstrip().endswith("\\"):
@@ -199,7 +199,7 @@ def place(clone: Path, where: str) -> tuple[Path, int]:
 
 @functools.cache
 def said(clone: Path, source: str) -> Any:
-    """What the authors' files say at a source."""
+    """The value in the authors' files at a source."""
     if parts := re.match(r"(.*) ([*/]) (\S+/\S+:\d+ .*)$", source):  # from the left
         a, b = said(clone, parts[1]), said(clone, parts[3])
         if isinstance(a, str) or isinstance(b, str):
@@ -223,7 +223,7 @@ def said(clone: Path, source: str) -> Any:
 
 
 def clones(folder: str, upstream: Path) -> dict[str, Path]:
-    """The table's repositories whose clones are at hand: `upstream`, others beside it, or in it, by their names."""
+    """{repository: clone} of the table's repositories that exist: `upstream`, or in or beside it, by name."""
     readme, names = companion.read(str(ROOT / folder)), table(folder)["commits"]
     found = companion.clones_of(readme, upstream, None)
     at_hand = {each.partition("/")[2]: path for each, path in found.items() if each.partition("/")[2] in names}

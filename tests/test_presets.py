@@ -1,4 +1,4 @@
-"""`make presets`: one row for each preset, in the words of the paper."""
+"""`make presets`: one row for each preset, with the paper's names."""
 
 import dataclasses
 import importlib
@@ -14,7 +14,7 @@ from shared import presets
 
 
 def offered(folder: str) -> dict[str, Any]:
-    """Presets as the folder's scripts offer them: `SCRIPT PRESET` -> configuration, of recipes what they set."""
+    """{`SCRIPT PRESET`: configuration} of the presets of a folder's scripts; for recipes, the fields that they set."""
     found = {}
     for file in (ROOT / folder).glob("*.py"):
         for table in re.findall(r"overridable_config_cli\((\w+)\)", file.read_text()):
@@ -89,7 +89,7 @@ def test_small_presets_ask_for_data(folder: str, in_process, tmp_path: Path, mon
 
 
 def test_numbers_of_claims_are_the_papers():
-    """The differences that study.py says the papers report follow from this table's numbers."""
+    """Differences that study.py attributes to the papers follow from the numbers of this table."""
     number = {
         row["preset"]: row["the authors' number"]
         for f in ("protoclip", "attentive_mask_clip")
@@ -108,4 +108,4 @@ def test_command_line(in_process):
     found = in_process("flame", "--json", module="shared.presets")
     assert json.loads(finished(found).out) == presets.rows("flame")
     wrong = in_process("blip", module="shared.presets")
-    assert wrong.code == 2 and "blip is no paper's folder" in wrong.err and one_sentence(wrong.err)
+    assert wrong.code == 2 and "blip is not a paper's folder" in wrong.err and one_sentence(wrong.err)

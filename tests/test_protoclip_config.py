@@ -18,7 +18,7 @@ ERRORS = {
     "missing teacher file": (["emoji", "--external-teacher", "no.npz"], "teacher file no.npz does not exist"),
     "teacher that is none": (["emoji", "--external-teacher", f"{SHARDS}/00000.tar"], "is no teacher file"),
     "teacher without PBT": (["emoji", "--no-back-translate"], "needs back translation"),
-    "unknown model": (["emoji", "--model", "RN51"], "model 'RN51' is no open_clip config"),
+    "unknown model": (["emoji", "--model", "RN51"], "model 'RN51' is not an open_clip config"),
     "model without a plain text tower": (["emoji", "--model", "ViT-B-16-SigLIP"], "custom text tower"),
     "more prototypes than samples": (["emoji", "--k", "161"], "--k 161 prototypes"),
     "less than a batch": (["emoji", "--episode-size", "31"], "--episode-size 31 is less than one batch of 32"),
@@ -29,7 +29,10 @@ ERRORS = {
         ["emoji", "--eval-every", "1", "--eval-set", "/nowhere"],
         "--eval-set /nowhere does not exist",
     ),
-    "too large a window": (["emoji", "--episode-shards", "2"], "--episode-shards 2 of 1 shards"),
+    "too large a window": (
+        ["emoji", "--episode-shards", "2"],
+        "--episode-shards must be in 1..1, the number of shards, not 2",
+    ),
 }
 
 
@@ -91,6 +94,6 @@ def test_dry_run_of_the_published_eight_processes(capsys):
 
 
 def test_recipes_of_the_paper_gather_as_upstream_does():
-    """Without gradient to other processes' rows: the encoders' gradients meet the clipping norm that they had there."""
+    """Gathering without gradients of other processes' rows, so gradient clipping sees upstream's norms."""
     for name, (_, cfg) in config.PRESETS.items():
         assert cfg.gather_with_grad == name.startswith(("emoji", "small")), name

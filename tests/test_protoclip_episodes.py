@@ -1,4 +1,4 @@
-"""Episodes: which rows are drawn, their captions and views, against the numbers of the authors' code."""
+"""Episodes: drawn rows, captions and views, compared with the numbers of the authors' code."""
 
 import csv
 import dataclasses

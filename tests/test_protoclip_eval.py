@@ -59,7 +59,7 @@ def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
 
 
 def test_towers_load_into_open_clip(runs: list[str]):
-    """Ours are open_clip's towers: its own model takes them, and encodes to the same features."""
+    """open_clip's model loads our towers and computes the same features."""
     model, name = evaluation.load_model(runs[2])
     plain = open_clip.create_model(name, force_image_size=16).eval()
     missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
@@ -73,7 +73,7 @@ def test_towers_load_into_open_clip(runs: list[str]):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
-    """A file with exactly upstream's keys and shapes for RN50 (tests/golden), as its torch.save writes it."""
+    """A file with upstream's keys and shapes of RN50 (tests/golden), in the format of upstream's torch.save."""
     shapes = json.loads((ROOT / "tests/golden/protoclip/state_dict_layout_RN50.json").read_text())
     weights = {prefix + k: torch.full((), 0.01).expand(shape) for k, shape in shapes.items()}
     path = tmp_path / "epoch_400.pt"
@@ -86,7 +86,10 @@ def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
 
 
 def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """MODEL@PRETRAINED with open_clip's own preprocessing; offline it is one sentence. The mean is over sets."""
+    """MODEL@PRETRAINED with open_clip's preprocessing; without a network it ends in one sentence.
+
+    The mean is over sets.
+    """
     monkeypatch.chdir(tmp_path)
 
     def unreachable(*_, **__):
@@ -111,7 +114,7 @@ def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypat
     assert found["mean_top1"] == pytest.approx((found["groups_id/top1"] + found["subgroups_id/top1"]) / 2)
     kept = Path("runs/protoclip/RN50@openai")
     assert json.loads((kept / "results.json").read_text())["metrics"] == found
-    assert f"all of it: {kept}/results.md" in (printed := capsys.readouterr().out)
+    assert f"all metrics: {kept}/results.md" in (printed := capsys.readouterr().out)
     assert f"{found['groups_id/top1']:.2f}" in printed and "mean_top1" in printed
     assert activations == [True]  # OpenAI's weights were trained with QuickGELU, which the name alone does not say
 

@@ -1,4 +1,4 @@
-"""ProtoCLIP with a locked, pretrained image trunk (--lock-image): what learns, what does not, and what is kept."""
+"""ProtoCLIP with a locked, pretrained image trunk (--lock-image): trained and locked weights, and cached features."""
 
 import dataclasses
 import gc

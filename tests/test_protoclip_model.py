@@ -43,8 +43,11 @@ def linears(state: dict[str, torch.Tensor], prefix: str = "") -> list[torch.Tens
 
 
 def model_of(case: Case) -> ProtoCLIP:
-    """The model with weights `param/*`. Sizes are read off their names and shapes, the number of attention heads, which
-    shapes do not tell, is the README's: 4 (text), 16 channels each (ViT), 64 channels each (attention pool)."""
+    """The model with weights `param/*`.
+
+    Sizes are read from their names and shapes; numbers of attention heads are the README's: 4 (text), 16 channels per
+    head (ViT), 64 channels per head (attention pool).
+    """
     state = case.group("param/")
 
     def blocks(pattern: str) -> int:
@@ -151,7 +154,7 @@ def test_state_dict_layout(case):
 
 
 def prototypes_of(case: Case) -> Prototypes:
-    """Prototypes of an episode from upstream's cached arrays."""
+    """Prototypes of an episode, from upstream's cached arrays."""
     pbt, external = case["use_pbt"], case["use_external"]
     return Prototypes(
         case["img_labels"],
@@ -202,7 +205,7 @@ def test_train_step_loss(case):
 
 
 def losses_of_rank(rank: int, path) -> dict:
-    """In one of the case's processes: its loss and the gradients of its own rows."""
+    """Loss of one process of the case, and the gradients of its own rows."""
     case = Case(path)
     inputs = {key: leaf(case[f"in/{key}"][rank]) for key in RANK_INPUTS}
     scales = {key: leaf(case[f"in/{key}"]) for key in ("log_logit_scale", "log_logit_scale_proto")}

@@ -1,4 +1,4 @@
-"""The study on photographs: its arms, metrics that take two of them, claims."""
+"""The study on photographs: its arms, metrics that compare two arms, claims."""
 
 import pytest
 

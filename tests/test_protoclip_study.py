@@ -1,4 +1,4 @@
-"""The study: arms by seed, compared and reported."""
+"""The study: arms by seed, comparison and report."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_report_refuses_uneven_seeds(cfg: evaluation.Config):
 
 
 def test_seconds_until_clips_accuracy(tmp_path: Path):
-    """The first evaluation at CLIP's last accuracy counts, or all of a run's seconds where it is never reached."""
+    """Seconds to the first evaluation with CLIP's last accuracy, or all seconds of a run that never reaches it."""
     curves = {"clip": [(10, 3.0), (20, 5.0)], "fast": [(6, 4.0), (12, 5.5), (30, 9.0)], "slow": [(15, 1.0), (40, 4.0)]}
     folders, arms = {}, {}
     for arm, points in curves.items():

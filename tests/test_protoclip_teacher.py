@@ -68,7 +68,7 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_features_stay_on_the_disk(tmp_path: Path, save):
-    """Of files as the script and upstream write them; compressed ones are read whole."""
+    """Files of the script and of upstream are mapped; compressed ones are read completely."""
     rng, keys = np.random.default_rng(0), Strings.of(f"key{i}" for i in range(300))
     features = rng.standard_normal((300, 5)).astype(np.float32)
     save(tmp_path / "t.npz", keys=keys.text, ends=keys.ends, features=features)
@@ -84,7 +84,7 @@ def test_features_stay_on_the_disk(tmp_path: Path, save):
 
 
 def keys_alone(keys: Strings):
-    """Pairs of which nothing is read but their keys."""
+    """Pairs with keys only; anything else cannot be read."""
     return type("Pairs", (), {"keys": keys, "__len__": lambda self: len(keys)})()
 
 
@@ -102,7 +102,7 @@ def test_files_that_are_none(tmp_path: Path):
 
 @pytest.mark.parametrize("attend_padding", [False, True])
 def test_captions_are_embedded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attend_padding: bool):
-    """Rows in a file that is gone afterwards; all the same whether captions are tokenised at once or not."""
+    """Rows go through a temporary file; blockwise tokenisation gives the same features."""
 
     class Encoder(torch.nn.Embedding):
         config = SimpleNamespace(hidden_size=6)

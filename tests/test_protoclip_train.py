@@ -185,7 +185,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
 
 
 def test_two_processes_equal_one_clip(arms: dict[str, Path], start, folder: Path):
-    """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
+    """Two processes with torchrun's environment variables are killed, and one process resumes."""
     out = folder / "clip-2"
     command = ["emoji-clip", *TINY, "--save-every", "3", "--out", out]
     first, second = start_two(start, *command)
@@ -227,7 +227,7 @@ def small_shards(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def broken_shards(small_shards: list[Path], folder: Path) -> str:
-    """One shard cut in the middle of an image, one with two broken samples and one without caption."""
+    """Two shards: one truncated within an image, one with two broken samples and one without caption."""
     cut, mixed = folder / "cut.tar", folder / "mixed.tar"
     cut.write_bytes(small_shards[0].read_bytes()[:40_000])
     shutil.copy(small_shards[1], mixed)
@@ -317,7 +317,7 @@ def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
 
 
 def optional(number: int) -> int | None:
-    """Upstream's negative sentinels are None in our Config."""
+    """Convert upstream's negative sentinels to None."""
     return None if number < 0 else number
 
 
@@ -366,7 +366,7 @@ def test_param_groups(case):
 
 @pytest.mark.golden("protoclip", "episode")
 def test_episode(case):
-    """Extraction, clustering and one training pass, each from what upstream had at that point."""
+    """Extraction, clustering and one training pass, each starting from upstream's values."""
     n, batch_size, pbt, external = len(case["images"]), case["batch_size"], case["use_pbt"], case["use_external"]
     model = model_of(case)
 

@@ -1,4 +1,4 @@
-"""The small residual network: its size, and that open_clip's configs find it by name."""
+"""The small residual network: its size, and open_clip's configs that use it."""
 
 import open_clip
 import pytest
@@ -32,7 +32,8 @@ def test_sizes():
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (3, 2), (4, 2), (4, 1), (9, 2)])
 def test_convolutions_of_tiny_maps_are_convolutions(side: int, stride: int):
-    """Values and gradients, of maps below and above the size that is computed by a matrix product."""
+    """Values and gradients equal a convolution, for maps below and above the size that is computed by a matrix
+    product."""
     torch.manual_seed(0)
     ours = nn.Conv2d(5, 7, 3, stride, 1, bias=False, dtype=torch.float64)
     kernel = ours.weight.detach().clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Process start-up, precision, logs that resume, progress."""
+"""Process start-up, precision, logs that resume, and progress."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_new_log_starts_empty(tmp_path: Path):
 
 
 def test_a_run_folder_has_one_writer(tmp_path: Path):
-    """Another process is refused while it lives, and whatever way it ends, the folder is free."""
+    """Another process is refused while the first one runs; the folder is free again however the first one ends."""
     code = """if True:
         import sys, time
         from pathlib import Path
@@ -91,12 +91,12 @@ def test_setup_seeds_and_names_a_missing_device():
     with pytest.raises(ValueError, match="no device 'tpu': --device is auto, cpu, cuda, cuda:N or mps"):
         run.setup(0, "tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda:1' was asked for.*--device cpu"):
+        with pytest.raises(ValueError, match="'cuda:1' was requested.*--device cpu"):
             run.setup(0, "cuda:1")
 
 
 def test_a_script_in_an_allocation_of_slurm_runs_alone_without_srun(monkeypatch: pytest.MonkeyPatch):
-    """salloc and sbatch name the tasks of the allocation, srun those of its step: 1 in an interactive one."""
+    """salloc and sbatch set the tasks of the allocation, srun those of its step (1 in an interactive step)."""
     monkeypatch.setenv("WORLD_SIZE", "1")  # what is set below goes afterwards
     for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -134,8 +134,8 @@ def test_autocast():
 
 
 def test_a_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch):
-    """As far as a fake one shows it: it is asked for by name, computes in fp32, and serves one process."""
-    with pytest.raises(ValueError, match="torch sees no GPU of a Mac; use --device cpu"):
+    """With a simulated GPU: it must be named, computes in fp32, and supports one process."""
+    with pytest.raises(ValueError, match="torch finds no Apple GPU; use --device cpu"):
         run.setup(0, "mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     process = run.setup(0, "mps")
@@ -156,7 +156,7 @@ def test_windows_is_refused_in_one_sentence():
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the test lets go by, off a terminal; the first line is said at 0."""
+    """Seconds that the test advances, not on a terminal; the first line is printed at 0."""
     now = [0.0]
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(run.time, name, lambda: now[0])
@@ -198,7 +198,7 @@ class Lively(Config):
 
 
 def test_signs_of_life_of_a_run(clock: list[float], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    """A line at the start, one a minute and at each evaluation, one at the end."""
+    """A line at the start, one per minute and per evaluation, and one at the end."""
 
     def life(folder: str) -> list[str]:
         life = run.RunFolder(Lively(out=str(tmp_path / folder)), ALONE, epoch=0)
@@ -292,7 +292,7 @@ def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
 def test_a_checkpoint_without_a_part_is_refused(tmp_path: Path):
     cfg = Settings(out=str(tmp_path))
     checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"config": dataclasses.asdict(cfg)})
-    with pytest.raises(ValueError, match="the checkpoint holds no 'state_dict'"):
+    with pytest.raises(ValueError, match="the checkpoint has no 'state_dict'"):
         run.RunFolder(cfg, ALONE).restore(**parts(0))
 
 

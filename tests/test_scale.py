@@ -1,6 +1,5 @@
-"""Every training script as it runs where data and machines are large: by window of shards, killed on the way; and in
-two and three processes, whose last batch of an epoch is short, against one.
-"""
+"""Training scripts on large data and several processes: by windows of shards, killed on the way; and two and three
+processes against one, with a short last batch of each epoch."""
 
 import dataclasses
 import http.server
@@ -46,7 +45,8 @@ WINDOWED = [name for name in SCRIPTS if has(name, "window_shards")]
 
 
 def test_windows_are_offered_where_a_pass_over_shards_is_all_that_is_wanted():
-    """ProtoCLIP has episodes of shards; concept_frequency draws its pairs from images in memory (its README)."""
+    """Not for ProtoCLIP, whose episodes have shards, nor for concept_frequency, which draws pairs from images in memory
+    (see its README)."""
     assert {name.partition("-")[0] for name in SCRIPTS} - {*WINDOWED} == {"protoclip", "concept_frequency"}
 
 
@@ -68,7 +68,8 @@ def test_windows_are_gone_through_and_a_killed_run_goes_on(name: str, given, sta
 
 @pytest.mark.parametrize("name", ["attentive_mask_clip"])
 def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, start, folder: Path):
-    """Each shard's first answer breaks off; both processes are killed at random, and end like two that were not."""
+    """The first download of each shard is cut off and both processes are killed at random; the result equals an
+    undisturbed run."""
     handler = lambda *arguments: Flaky(*arguments, directory=str(folder / "corpus"))  # noqa: E731
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -116,7 +117,7 @@ SUPERVISED = (
 
 @pytest.fixture(scope="module")
 def short(given, folder: Path) -> dict[str, list[str]]:
-    """Each script on 64 pairs in batches of 24: two whole ones and one of 16; evaluated where it can be."""
+    """Each script on 64 pairs in batches of 24, so the last batch has 16; evaluated if possible."""
     once = {"protoclip": "--episodes 1 --episode-size 64", "tinyclip": "--steps 4", "concept_frequency": "--total 64"}
     shown = ["--eval-set", small_set("names_ood", folder / "sets", every=80), "--eval-every", "1"]
     found = {}
@@ -131,7 +132,7 @@ def short(given, folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def alone(cli, short, folder: Path) -> Lazily:
-    """Run folders of one process."""
+    """Run folders of runs with one process."""
 
     def make(name: str) -> Path:
         out = folder / "ranks" / name / "1"

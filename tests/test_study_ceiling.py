@@ -1,4 +1,4 @@
-"""The ceiling of a table of arms: an image tower that is trained on labels learns them."""
+"""The ceiling of a table of arms: an image tower trained on labels learns them."""
 
 import io
 from functools import partial
@@ -12,7 +12,7 @@ from shared.tars import write_split
 
 
 def picture(rng: np.random.Generator, label: int) -> bytes:
-    """Noise, darker in its upper or its lower half."""
+    """Noise with a darker upper or lower half."""
     pixels = rng.integers(100, 256, (40, 40, 3), dtype=np.uint8)
     pixels[:20] //= 1 if label else 3
     pixels[20:] //= 3 if label else 1

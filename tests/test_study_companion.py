@@ -1,4 +1,4 @@
-"""Companion pages: what READMEs' maps say is there, in our files and in the authors'."""
+"""Companion pages: everything named in the READMEs' maps exists in our files and the authors'."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("`loss`, ", "`lost`, ", "paper/model.py has no lost: mend the README's map"),
+        ("`loss`, ", "`lost`, ", "paper/model.py has no lost: correct the map in the README"),
         ("| loss | eq. 1 |", "| loss |", "a row of the map has 4 cells, not 5"),
         ("| part of the paper |", "| part |", "has no map"),
         ("< y", "\\left( y", "an equation could not be read"),
@@ -105,7 +105,7 @@ def test_what_a_readme_says_wrongly_is_said(paper: Path, old: str, new: str, err
 
 @pytest.mark.parametrize("folder", presets.folders())
 def test_every_row_of_a_map_is_there(folder: str, monkeypatch: pytest.MonkeyPatch):
-    """Functions, letters, details; a sentence to each row, and no block of equations without a row."""
+    """Functions, letters and details exist; each row has a sentence, and each block of equations a row."""
     monkeypatch.chdir(ROOT)
     readme = companion.read(folder)
     text = companion.section((ROOT / folder / "README.md").read_text(), "Equations")
@@ -151,7 +151,8 @@ def test_definitions_around_lines():
 
 
 def test_clones_are_found_by_name_and_by_files(paper: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """One clone, others beside it; a clone under another name; a folder of clones; and what is none."""
+    """One clone with others beside it, a clone with another name, a folder of clones, and a folder that is not a
+    clone."""
     other = "[her/Tools@1234567](https://github.com/her/Tools); `T:` is its root."
     text = (paper / "README.md").read_text().replace("is its root.", f"is its root. {other}", 1)
     (paper / "README.md").write_text(text.replace("`gather` | - |", "`gather` | T:x.py:1 |"))
@@ -184,7 +185,7 @@ def test_tests_are_named_with_their_module():
 @pytest.mark.parametrize("folder", presets.folders())
 def test_authors_lines_lie_in_definitions(folder: str, upstream: Path, monkeypatch: pytest.MonkeyPatch):
     """With --upstream, a clone or a folder of clones: files exist, and each line of Python lies in the definition that
-    the row names; where it names none, in none."""
+    the row names, or outside of definitions if it names none."""
     monkeypatch.chdir(ROOT)
     readme, checked = companion.read(folder), 0
     clones = companion.clones_of(readme, upstream, None)
@@ -208,7 +209,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(ROOT)
     companion.main(("lexvla",), out=tmp_path)
     assert f"{tmp_path}/lexvla.html: " in capsys.readouterr().out and (tmp_path / "lexvla.html").is_file()
-    with pytest.raises(ValueError, match="--upstream is a clone for one folder"):
+    with pytest.raises(ValueError, match="--upstream needs exactly one folder"):
         companion.main(("lexvla", "flame"), upstream=tmp_path)
     with pytest.raises(ValueError, match="--clones .* is no folder"):
         companion.main(clones=tmp_path / "none")
@@ -218,4 +219,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
     command = [sys.executable, "-m", "shared.study.companion", "lexvlo"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "lexvlo is no paper's folder; those are" in result.stderr
+    assert result.returncode == 2 and "lexvlo is not a paper's folder; those are" in result.stderr

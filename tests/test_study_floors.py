@@ -1,4 +1,4 @@
-"""Floors: chance in closed form against a random order, and nearest neighbours that can be counted by hand."""
+"""Floors: chance in closed form against random orders, and nearest neighbours counted by hand."""
 
 import io
 from pathlib import Path
@@ -22,7 +22,7 @@ def png(color: tuple[int, int, int], at: int = 0) -> bytes:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Red and blue bars; one of the three test images has the other class's colour."""
+    """Red and blue bars; one of the three test images has the colour of the other class."""
     folder = tmp_path / "bars"
     red, blue = (200, 0, 0), (0, 0, 200)
     write_split(folder / "train", [{"png": png(red), "cls": "0"}, {"png": png(blue), "cls": "1"}])
@@ -62,7 +62,7 @@ def test_nearest_neighbour_on_raw_pixels(classes: Path):
 
 
 def test_nearest_neighbour_on_features(classes: Path):
-    """Features that know the labels find them."""
+    """Features that encode the labels find the right neighbours."""
     known = iter([torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])])
 
     def features(batches) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A small CLIP on features of photographs: it learns, and goes on bit for bit where it was stopped."""
+"""A small CLIP on features of photographs learns, and resumes bit for bit."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""All studies, one after the other: which are left, for how long, and what is run."""
+"""Running all studies in sequence: which remain, how long they take, and which commands run."""
 
 import json
 from pathlib import Path

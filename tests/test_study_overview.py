@@ -48,7 +48,8 @@ def test_claims_of_abstracts_come_first_and_are_counted():
 
 
 def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
-    """A section of the paper, with the verdict on emoji of claims in the same words; also where there is no other."""
+    """A paper's section has the verdict on emoji beside claims of the same words; photographs without emoji results
+    also work."""
     emoji = checkpoints.read_json(ROOT / "results/nmtune.json")
     claim = emoji["claims"][0]["claim"]
     photographs = emoji | {"corpus": "CIFAR-10 and PACS", "floors": {}, "claims": emoji["claims"][:2]}

@@ -1,4 +1,4 @@
-"""Features of photographs, computed once; the floor of canonical correlation, on made data."""
+"""Cached features of photographs, and the floor of canonical correlation on made-up data."""
 
 from pathlib import Path
 
@@ -24,7 +24,8 @@ def picture(seed: int, colour: int) -> bytes:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Pictures whose bright band says which word their captions hold; 60 to train on, 12 of test with 2 captions."""
+    """Pictures with a bright band that determines a word of their captions: 60 for training, 12 for test with 2
+    captions."""
     pairs = [(picture(i, i % 6), [f"a {WORDS[i % 6]} .", f"the {WORDS[i % 6]} again"]) for i in range(72)]
     samples = ({"png": p, "txt": t[0], "json": {"captions": t}} for p, t in pairs[:60])
     layout.write_pairs(tmp_path / "train", samples)

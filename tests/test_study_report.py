@@ -1,4 +1,4 @@
-"""Results files and the READMEs that are made of them."""
+"""Results files, and the parts of READMEs that are generated from them."""
 
 import importlib
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.json")), ids=lambda file: file.stem)
 def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
-    """One schema, three seeds or more, and the README's numbers are the file's."""
+    """Files have one schema and at least three seeds, and the READMEs have their numbers."""
     monkeypatch.chdir(ROOT)
     summary = checkpoints.read_json(file)
     about = {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
@@ -39,14 +39,14 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def sentences(page: str) -> str:
-    """What a README says about its results: the text below its tables, without code, pictures and commands."""
+    """Text of a README below its tables of results, without code, pictures and commands."""
     text = page.split("<!-- /results -->\n", 1)[1].split("\n## ", 1)[0]
     return re.sub(r"`[^`]*`|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)|^    .*$", "", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.json")), ids=lambda file: file.stem)
 def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
-    """*Emphasis* names a row or a column of the tables above, which has the numbers."""
+    """*Emphasis* names a row or column of the tables above; only the tables have numbers."""
     summary = checkpoints.read_json(file)
     if "floors" not in summary:
         pytest.skip("results of before floors")

@@ -1,4 +1,4 @@
-"""Studies: which commands they run, in which order, what is left, and what becomes of failures."""
+"""Studies: their commands, order, resuming, and failures."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ METRICS = {"top1": "top-1"}
 
 
 def measured(runs: list[str]) -> list[dict]:
-    """A method that is 5 points above its baseline, and a table that no results file can hold."""
+    """Metrics of a method 5 points above its baseline, and a table that does not belong into a results file."""
     return [{"top1": 10.0 + 5 * ("method" in run) + int(run[-1]) / 10, "table": [run]} for run in runs]
 
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """A paper's folder with one script, in an empty place."""
+    """The folder of a paper with one script, in an empty folder."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/train.py").write_text(textwrap.dedent(SCRIPT))
     torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, tmp_path / "finished.pt")
@@ -80,7 +80,7 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
     }
     assert summary["claims"][0]["verdict"] == "reproduced"
     shown = capfd.readouterr().out
-    assert "8 runs, 0 of them begun before, 2 side by side; about 2 minutes on two cores" in shown
+    assert "8 runs, 0 started before, 2 in parallel; about 2 minutes on two cores" in shown
     assert re.search(r"\[8/8\] runs/paper/method-seed[01]: [\d.]+ minutes so far, about 0 left", shown)
     assert "| method" in shown and "written to runs/paper/results.json" in shown
 
@@ -137,7 +137,7 @@ def test_what_runs_once_runs_first_and_only_where_it_is_needed(study: Study):
 def test_results_and_clones(study: Study):
     with pytest.raises(ValueError, match=r"--results notes.md should end in \.json"):
         runner.run(study, runner.Options(results="notes.md"))
-    with pytest.raises(ValueError, match="reads no clone"):
+    with pytest.raises(ValueError, match="does not use a clone"):
         runner.run(study, runner.Options(upstream="clone"))
     assert not Path("order.txt").exists()
     rows = lambda found, said="": [{"claim": said, "paper": "-", "here": "-", "verdict": "no claim"}]  # noqa: E731
@@ -153,7 +153,7 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
         (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
     study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
     assert json.loads(Path("results.json").read_text())["claims"] == []
-    assert "claims about top1 are left out: give --sets those sets, too" in capfd.readouterr().out
+    assert "claims about top1 are left out: add their sets to --sets" in capfd.readouterr().out
 
 
 def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureFixture):
@@ -186,7 +186,7 @@ def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureF
 
 
 def test_ceilings_come_from_committed_results_unless_these_are_made(study: Study):
-    """They take as long as an arm; the floors below are measured each time."""
+    """Ceilings take as long as an arm; floors are measured each time."""
     measured = []
     measure = lambda name: lambda: measured.append(name) or {"top1": 60.0 + len(measured)}  # noqa: E731
     floors = (Floor("chance", measure("chance")), Floor("labels", measure("labels"), ceiling=True))
@@ -211,7 +211,7 @@ def test_metrics_of_several_runs_can_be_claimed(study: Study):
 
 
 def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
-    """By a process of their own, which finds the study in the paper's folder."""
+    """A separate process measures each run after its training; it finds the study in the paper's folder."""
     Path("paper/study.py").write_text("import sys\nopen('order.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     runner.run(dataclasses.replace(study, alone=True), runner.Options(seeds=(0,), arms="method", jobs=1))
     lines = [line.split() for line in Path("order.txt").read_text().splitlines()]
@@ -223,7 +223,7 @@ def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
 
 
 def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pytest.CaptureFixture):
-    """Commands read them where --photos says; a run that is measured alone is measured by the study on photographs."""
+    """Commands read photographs from --photos; runs that are measured alone use the study on photographs."""
     Path("paper/study.py").write_text("import sys\nopen('measured.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     once = Once("paper.train build --root {photos}/set --out data/set")
     study = dataclasses.replace(study, on="photos", alone=True, before=(once,), arms=study.arms[:1])

@@ -169,7 +169,7 @@ def test_tables_star_primary_claims_and_leave_old_rows_alone():
 
 
 def test_scatter_is_pooled_over_arms_that_claims_connect():
-    """Two arms with another tower, which scatter more, leave the others' intervals alone."""
+    """Two arms with another tower and a larger scatter do not affect the intervals of the other arms."""
     rng = np.random.default_rng(0)
     values = {name: rng.normal(scale=1.0, size=4) for name in "abc"} | {
         name: rng.normal(scale=9.0, size=4) for name in "xy"
@@ -185,7 +185,7 @@ def test_scatter_is_pooled_over_arms_that_claims_connect():
 
 
 def test_another_metric_may_tell_whether_arms_have_learned():
-    """And the scatter of a ratio to the baseline is the pair's own: a baseline that is always 0 shares nothing."""
+    """The scatter of a ratio to the baseline is that of the pair: a baseline that is always 0 is not pooled."""
     runs = {
         "method": [{"m": 30.0, "ratio": value} for value in (0.5, 0.7, 0.6)],
         "base": [{"m": 20.0, "ratio": 0.0} for _ in range(3)],
@@ -211,7 +211,7 @@ def test_pilot_runs_tell_the_number_of_seeds():
 
 
 def test_a_claim_within_an_arm_or_against_zero_scatters_by_itself():
-    """Baselines "arm:metric" and "0": differences of the same runs, whose scatter no other arm tells."""
+    """Baselines "arm:metric" and "0" compare the same runs, so other arms do not determine their scatter."""
     found = {
         "ours": [{"m": m, "n": n, "seen": 50.0} for m, n in ((5.0, 1.0), (7.0, 2.0), (9.0, 6.0))],
         "base": [{"m": m, "n": 0.0, "seen": 1.0} for m in (5.0, 5.5, 7.0)],

@@ -73,7 +73,7 @@ def test_names_with_dots_folders_and_upper_case(tmp_path: Path):
 
 
 def binary_size(size: int) -> bytes:
-    """A header whose size is in base 256, as GNU tar writes large ones, and tarfile reads negative ones."""
+    """A header with its size in base 256: GNU tar writes large sizes so, and tarfile also reads negative ones."""
     header = bytearray(tarfile.TarInfo("x.png").tobuf(tarfile.USTAR_FORMAT))
     header[124:136] = (size % 256**12).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
     header[148:156] = b" " * 8
@@ -147,7 +147,7 @@ def test_names_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
-    """How far it can be read, and how many pairs its neighbours, or its own file of statistics, lead one to expect."""
+    """The report has the readable bytes and pairs, and the number expected from undamaged shards or _stats.json."""
 
     class Settings:
         data, dataset_size, batch_size, out = "shards", None, 1, "run"
@@ -163,10 +163,10 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     said, size = capsys.readouterr().out, len(whole) * 2 // 5
     assert (
         "1.tar is truncated or damaged: read up to byte " in said
-        and f" of {size:,}, {kept} pairs; its neighbours have 10" in said
+        and f" of {size:,}, {kept} pairs; undamaged shards have 10" in said
     )
     (tmp_path / "1_stats.json").write_text('{"successes": 12}')
-    assert f"{kept} pairs of the 12 that its _stats.json tells" in pairs.cut()[0]
+    assert f"{kept} pairs of the 12 in its _stats.json" in pairs.cut()[0]
     with pytest.raises(ValueError, match="--strict: sample"):
         data.open_pairs(str(tmp_path), strict=True)
 
@@ -176,7 +176,7 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     [((1024, 4096), 1024), ((1024, 1024), 256), ((4096, -1), 65_536), ((-1, -1), 65_536), ((2**20, 2**20), 2**18)],
 )
 def test_files_stay_open_as_many_as_the_system_allows(limits, kept: int, monkeypatch: pytest.MonkeyPatch):
-    """(soft, hard) limit -> a quarter of the hard one, which the process asks for; -1 is none."""
+    """Of (soft, hard) limits, the process requests a quarter of the hard limit; -1 is unlimited."""
     set_to = [limits]
     monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
     monkeypatch.setattr(resource, "getrlimit", lambda which: set_to[-1])
@@ -190,7 +190,7 @@ def read_all_files(files: tars.OpenFiles, count: int) -> set[bytes]:
 
 
 def test_more_shards_than_were_once_kept_open_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """100 shards in random order, and in a process that is forked meanwhile."""
+    """100 shards in random order, also in a forked process."""
     paths = [tmp_path / f"{i}.tar" for i in range(100)]
     for i, path in enumerate(paths):
         path.write_bytes(b"%04d" % i)

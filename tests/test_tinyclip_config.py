@@ -23,7 +23,7 @@ ERRORS = {
     "a teacher that is none": (["emoji", "--init", "None", "--teacher", f"{SHARDS}/00000.tar"], "is not a checkpoint"),
     "other weights": (
         ["emoji", "--init", "None", "--teacher", "ViT-L-14@nothing"],
-        "is no model that can be used here",
+        "is not a model that can be used here",
     ),
     "affinity without a teacher": (["emoji", "--teacher", "None"], "affinity mimicking needs --teacher"),
     "unknown model": (["emoji-teacher", "--model", "RN51"], "--model 'RN51' is none of"),
@@ -43,17 +43,17 @@ ERRORS = {
         ["emoji-teacher", "--no-keep-in-memory", "--distinct-captions"],
         "--distinct-captions needs --keep-in-memory",
     ),
-    "windows in memory": (["emoji-teacher", "--window-shards", "1"], "--window-shards is for others"),
+    "windows in memory": (["emoji-teacher", "--window-shards", "1"], "--window-shards reads one that does not"),
     "one tower of none": (["emoji-teacher", "--inherit-only", "image"], "--inherit-only is a control of manual"),
-    "one tower under masks": (["emoji-auto", *MASKS, "--inherit-only", "text"], "it needs --init, and no masks"),
-    "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is no multiple of patch_size 8"),
+    "one tower under masks": (["emoji-auto", *MASKS, "--inherit-only", "text"], "it needs --init without --masks"),
+    "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is not a multiple of patch_size 8"),
     "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     "no pixels": (["emoji-teacher", "--image-size", "0"], "--image-size must be at least 1 pixel"),
     "evaluation before it starts": (["emoji-teacher", "--eval-every", "-1"], "--eval-every must be at least 0"),
-    "no tower to train": (["emoji", "--lock-image", "--use-teacher-text"], "train no tower"),
-    "masks on a locked tower": (["emoji-auto", *MASKS, "--lock-text"], "--masks learn both towers"),
+    "no tower to train": (["emoji", "--lock-image", "--use-teacher-text"], "leave no tower to train"),
+    "masks on a locked tower": (["emoji-auto", *MASKS, "--lock-text"], "--masks train both towers"),
     "nobody's tower": (["emoji-contrastive", "--use-teacher-image"], "--use-teacher-text need --teacher"),
-    "random weights locked": (["emoji-teacher", "--lock-image"], "keep first weights, which would be random"),
+    "random weights locked": (["emoji-teacher", "--lock-image"], "would lock random weights"),
     "no evaluation set": (["emoji-teacher", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere"),
 }
 
@@ -93,7 +93,7 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_epochs_stretch_the_schedule(in_process):
-    """`small-auto` has 300 steps, of which the masks live 120; two epochs of 5,120 pairs are 40."""
+    """`small-auto` has 300 steps, 120 of them with masks; two epochs of 5,120 pairs have 40 steps."""
     result = in_process("small-auto", "--dry-run", "--epochs", "2", "--dataset-size", "5120")
     assert re.search(r"^steps +40$", result.out, re.M) and re.search(r"^pruned +at step 16,", result.out, re.M)
     cfg = config.in_steps(PRESETS["small-auto"][1], 20)

@@ -1,4 +1,4 @@
-"""python -m tinyclip.eval: scores against the authors' numbers, costs, and one run folder measured."""
+"""python -m tinyclip.eval: scores compared with the authors' numbers, costs, and the metrics of a run folder."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_retrieval_metrics(case):
 
 
 def test_linear_probe():
-    """Two classes that a plane parts; of three test images of class 1 one lies with class 0."""
+    """Two linearly separable classes; one of three test images of class 1 lies on the side of class 0."""
     train_x, train_y = torch.tensor([[0.0, 2], [1, 2], [0, -2], [1, -2]]), torch.tensor([0, 0, 1, 1])
     test_x, test_y = torch.tensor([[9.0, 1], [0, -1], [5, -3], [2, 1]]), torch.tensor([0, 1, 1, 1])
     found = evaluation.linear_probe(train_x, train_y, test_x, test_y)
@@ -67,7 +67,7 @@ def test_throughput():
 
 
 def trained(*arguments) -> Path:
-    """A run of tinyclip.train in this process."""
+    """Run tinyclip.train in this process."""
     return train.main(tyro.extras.overridable_config_cli(config.PRESETS, args=[str(word) for word in arguments]))
 
 
@@ -81,7 +81,7 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatc
     (values,) = evaluation.main(cfg)
     assert json.loads((small_run / "results.json").read_text())["metrics"] == values
     printed = capsys.readouterr().out
-    assert f"all of it: {small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
+    assert f"all metrics: {small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
     model = load_clip(small_run)
     assert values["macs_g"] == pytest.approx(evaluation.macs(model) / 1e9)
     assert values["total_parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)

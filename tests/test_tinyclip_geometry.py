@@ -1,4 +1,4 @@
-"""Layouts of weights: the authors' keys, and a network's geometry read from its weights."""
+"""Layouts of weights: the authors' keys, and the geometry of a network read from its weights."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_a_pruned_network_is_rebuilt_from_its_weights():
 
 @pytest.fixture
 def their_model(tmp_path: Path, request: pytest.FixtureRequest):
-    """A CLIPModel of transformers with other heads and another MLP ratio in either tower, and its folder."""
+    """A CLIPModel of transformers with other heads and MLP ratios in each tower, and its folder."""
     transformers = pytest.importorskip("transformers")
     text = {
         "hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "vocab_size": 30,
@@ -71,7 +71,7 @@ def test_a_folder_of_transformers(their_model):
 
 
 def test_older_files_of_transformers(their_model):
-    """A .bin with the positions' numbers; alone it says neither its heads nor its activation."""
+    """A .bin with position ids; without its config, heads and activation are unknown."""
     theirs, folder = their_model
     new = load_clip(folder)
     weights_file(folder).unlink()
@@ -91,19 +91,19 @@ def test_configurations_that_fit_no_tower_here(their_model):
     for tower, key, value in (("text", "hidden_act", "relu"), ("vision", "layer_norm_eps", 1e-6)):
         other = said | {f"{tower}_config": said[f"{tower}_config"] | {key: value}}
         (folder / "config.json").write_text(json.dumps(other))
-        with pytest.raises(ValueError, match="config.json: towers here have both gelu or both quick_gelu"):
+        with pytest.raises(ValueError, match="config.json: both towers must use gelu or both quick_gelu"):
             load_clip(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json is not the configuration of a CLIP"):
         load_clip(folder)
     weights_file(folder).write_bytes(b"?")
-    with pytest.raises(ValueError, match="no whole file of safetensors"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_clip(folder)
 
 
 def test_what_transformers_leaves_out_of_a_configuration(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"text_config": {"hidden_act": "gelu"}, "vision_config": {}}')
-    with pytest.raises(ValueError, match="both gelu or both quick_gelu"):  # the other's is quick_gelu
+    with pytest.raises(ValueError, match="use gelu or both quick_gelu"):  # the other's is quick_gelu
         said_beside(tmp_path / "model.safetensors", transformers=True)
     (tmp_path / "config.json").write_text('{"text_config": {}, "vision_config": {"hidden_size": 384}}')
     said = said_beside(tmp_path / "model.safetensors", transformers=True)

@@ -1,4 +1,4 @@
-"""Which weights a student inherits, and what is refused; golden numbers as in test_tinyclip_model.py."""
+"""Weights that a student inherits, and refusals; golden numbers like in test_tinyclip_model.py."""
 
 import pytest
 import torch
@@ -78,5 +78,5 @@ def test_inheriting_at_random_has_the_student_s_geometry():
     shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (cut, student)]
     assert shapes[0] == shapes[1] and torch.equal(cut.logit_scale, tiny().logit_scale)
     resnet = student.geometry | {"vision": {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}}
-    with pytest.raises(ValueError, match="a ResNet is none"):
+    with pytest.raises(ValueError, match="not on a ResNet"):
         inherit_at_random(tiny(), resnet, torch.Generator())

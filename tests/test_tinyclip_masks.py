@@ -1,4 +1,4 @@
-"""Learned masks, their constraint and pruning; golden numbers as in test_tinyclip_model.py."""
+"""Learned masks, their constraint and pruning; golden numbers like in test_tinyclip_model.py."""
 
 import pytest
 import torch
@@ -274,7 +274,7 @@ def test_expanding_refuses_what_does_not_fit():
     full, masks = tiny(), [L0Mask.of(VISION), L0Mask.of(TEXT)]
     state = dict(full.state_dict())
     for change, words in (
-        ({"strange": torch.ones(1)}, "strange, which the full-size one lacks"),
+        ({"strange": torch.ones(1)}, "strange, but the full-size one does not"),
         ({"text_projection": torch.ones(99, 12)}, "does not fit"),
     ):
         with pytest.raises(ValueError, match=words):

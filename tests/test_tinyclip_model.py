@@ -80,12 +80,13 @@ def variants(case: Case) -> list[str]:
 
 
 def close_relative(case: Case, name: str, actual) -> None:
-    """1e-5 of the array's largest entry; where all of a gradient is rounding (the student is the teacher), 1e-6."""
+    """Tolerance 1e-5 of the array's largest entry, or 1e-6 if the gradient is only rounding (student equals
+    teacher)."""
     case.close(name, actual, atol=max(1e-5 * torch.as_tensor(case[name]).abs().max().item(), 1e-6))
 
 
 def head_widths(state: dict, case: Case | None = None) -> tuple[int, int]:
-    """(image, text); shapes do not tell them: the README's 8, or what the case's masks say."""
+    """Head widths (image, text), which shapes do not determine: 8 from the README, or those of the case's masks."""
     widths = []
     for tower, prefix in (("image", "visual."), ("text", "")):
         loga, qkv = (
@@ -101,7 +102,7 @@ def towers(state: dict) -> dict:
 
 
 def clip_of(state: dict, quick_gelu: bool = False, **changes) -> CLIP:
-    """The CLIP of a state dict in OpenAI's layout, with its weights."""
+    """The CLIP with the weights of a state dict in OpenAI's layout."""
     shape = geometry(towers(state), head_widths(state))
     shape["vision"] |= changes
     model = CLIP(**shape, quick_gelu=quick_gelu)
@@ -209,13 +210,13 @@ def test_a_loss_of_weight_zero_needs_no_teacher():
 
 
 def pooling_widths(state: dict) -> list[int]:
-    """Head widths that a ResNet's attention pool may have: a case does not say, so the one that fits best is taken."""
+    """Possible head widths of a ResNet's attention pool; cases do not state them, so the best fit is used."""
     pool = state.get("visual.attnpool.c_proj.weight")
     return [64] if pool is None else [width for width in (8, 16, 32, 64, 128) if pool.shape[1] % width == 0]
 
 
 def close_scaled(case: Case, name: str, actual) -> None:
-    """1e-5, of the largest entry where that is above 1: a ResNet's features of 400 have a resolution of 3e-5."""
+    """Tolerance 1e-5, relative to the largest entry if that exceeds 1: features of 400 have a resolution of 3e-5."""
     case.close(name, actual, atol=1e-5 * max(1.0, case[name].abs().max().item()))
 
 
@@ -288,7 +289,7 @@ def test_what_stands_behind_the_end_token_does_not_matter():
 
 
 def test_groups_of_texts_of_similar_length_change_nothing():
-    """64 texts on a CPU are sorted and cut into groups; fewer are computed as they come."""
+    """On a CPU, 64 texts are sorted by length and split into groups; fewer texts are computed unsorted."""
     model, tokens = tiny(), torch.zeros(64, 8, dtype=torch.long)
     for row, end in zip(tokens, torch.arange(64) % 7 + 1, strict=True):
         row[:end], row[end] = torch.randint(1, 29, (int(end),)), 29
@@ -301,7 +302,7 @@ def test_groups_of_texts_of_similar_length_change_nothing():
 
 
 def test_the_plain_resnet_is_the_shared_one():
-    """Width 128; narrower ones have fewer channels, and the small models are half and a quarter of the large one."""
+    """At width 128; small models have a half and a quarter of the large model's channels."""
     clip, shared_one = create_model("emoji-resnet-100").eval(), timm.create_model("resnet7_small", num_classes=0).eval()
     shared_one.load_state_dict(clip.visual.trunk.state_dict())
     images = torch.randn(2, 3, 32, 32)
@@ -356,7 +357,7 @@ def test_unknown_names():
 
 
 def theirs(model: CLIP, layout: str) -> dict[str, torch.Tensor]:
-    """The state dict with the keys that the authors' files have."""
+    """The state dict with the keys of the authors' files."""
     if layout == "openai":
         return {f"module.{name}": value for name, value in model.state_dict().items()}
     state = {}

@@ -1,4 +1,4 @@
-"""The study on photographs: students of one teacher, for as many steps each."""
+"""The study on photographs: students of one teacher, trained for equally many steps."""
 
 from shared.study import verdicts
 from tinyclip import photos_study as study

@@ -1,4 +1,4 @@
-"""The study: arms as commands, runs compared and reported, the metrics, rows and plots that are its own."""
+"""The study: arms, commands, comparison and report, and its own metrics, rows and plots."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_claims_about_what_was_not_measured_are_left_out(runs: dict[str, Path], 
     monkeypatch.chdir(tmp_path)
     changed = dataclasses.replace(study.STUDY, floors=(Floor("none", dict),), sets=())
     changed.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
-    left_out = "claims about .*bare_names_ood/top1.* are left out: give --sets those sets"
+    left_out = "claims about .*bare_names_ood/top1.* are left out: add their sets to --sets"
     assert re.search(left_out, capsys.readouterr().out)
     rows = {row["claim"] for row in checkpoints.read_json(tmp_path / "r.json")["claims"]}
     assert rows and "both together" in {claim.claim for claim in study.CLAIMS} - rows
@@ -100,7 +100,7 @@ def test_reached():
 
 
 def test_students_are_compared_with_those_of_neither(monkeypatch):
-    """On either corpus with its own; a teacher of another has no such number."""
+    """Each corpus compares its own students; a student of another teacher lacks this metric."""
     curves = {
         "random-contrastive": [(10, 5.0, 2.0)],
         "inherited-affinity": [(10, 20.0, 4.0)],
@@ -137,7 +137,7 @@ def test_towers_of_the_ceiling():
 
 
 def test_arms_are_commands_that_their_script_takes():
-    """Each arm's command line, what it waits for, and that train.py reads it."""
+    """train.py accepts each arm's command line, and arms wait for their teachers and first weights."""
     for arm in study.STUDY.chosen("all"):
         ((_, *words),) = study.STUDY.words(arm, 3)
         assert words[:2] == ["-m", "tinyclip.train"] and words[-4:-1] == ["--seed", "3", "--out"]
@@ -149,7 +149,7 @@ def test_arms_are_commands_that_their_script_takes():
 
 
 def test_core_arms_are_those_of_primary_claims():
-    """And what these start from."""
+    """Core arms are those of primary claims and the arms that they start from."""
     primary = [claim for claim in study.CLAIMS if claim.primary]
     compared = {arm for claim in primary for arm in (claim.method, claim.baseline)}
     core = {arm.name for arm in study.STUDY.chosen("core")}

@@ -1,4 +1,4 @@
-"""What answers for a teacher, and what first weights may come from."""
+"""Models that can be teachers, and models that can give initial weights."""
 
 import types
 from pathlib import Path
@@ -17,7 +17,7 @@ STATISTICS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 def exported(folder: Path, name: str, side: int) -> Path:
-    """A random model of open_clip's, as --export writes one."""
+    """A random open_clip model in --export's format."""
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False, force_image_size=side).eval()
     config = export.named_config(name, side)
@@ -58,7 +58,7 @@ def test_a_teacher_sees_its_own_size_and_statistics():
 
 
 def test_which_models_are_taken_how(tmp_path: Path):
-    """Plain transformers as a `CLIP`, of the student's sizes as they are; others as dual encoders."""
+    """Plain transformers load as a `CLIP` if they have the student's sizes, all other models as dual encoders."""
     plain, timm = exported(tmp_path / "plain", "ViT-emoji", 24), exported(tmp_path / "timm", "ResNet-emoji", 16)
     assert teacher.as_clip(f"local-dir:{plain}") == plain and teacher.as_clip(str(timm)) is None
     assert teacher.as_clip("ViT-B-32@openai") == "ViT-B-32@openai" and teacher.as_clip("ViT-L-14@openai") is None
@@ -74,14 +74,14 @@ def test_which_models_are_taken_how(tmp_path: Path):
     assert torch.allclose(other(images, tokens[:, :9])[1], F.normalize(loaded.encode_text(tokens), dim=-1), atol=1e-5)
     assert (other.side, other.context) == (16, 24)
     assert teacher.first_source(str(plain), 64, True).geometry["vision"]["image_size"] == 24
-    with pytest.raises(ValueError, match="--init .*timm has towers that weights cannot be inherited from"):
+    with pytest.raises(ValueError, match="--init .*timm has towers without inheritable weights"):
         teacher.first_source(str(timm), 64, True)
 
 
 def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch):
     tokenizer = types.SimpleNamespace(vocab_size=32_000)
     monkeypatch.setattr(export, "load_model", lambda source: (nn.Identity(), None, tokenizer))
-    with pytest.raises(ValueError, match="--teacher ViT-B-16-SigLIP@webli reads other tokens than CLIP's"):
+    with pytest.raises(ValueError, match="--teacher ViT-B-16-SigLIP@webli uses another tokenizer than the student"):
         teacher.load_teacher("ViT-B-16-SigLIP@webli", 64, None, 24, 24)
 
 
@@ -95,7 +95,7 @@ def test_a_run_says_whose_it_is(tmp_path: Path):
     assert checkpoints.trained_by(saved(tmp_path / "runs/flame/b", epoch=3)) == "flame"
     assert checkpoints.trained_by(saved(tmp_path / "c", epoch=3)) is None
     assert checkpoints.trained_by(tmp_path / "runs/flame") is None
-    with pytest.raises(ValueError, match="does not say whose it is: export it first"):
+    with pytest.raises(ValueError, match="does not name its paper: export it first"):
         export.exported(tmp_path / "c")
     assert export.foreign(tmp_path / "a", "tinyclip") and not export.foreign(tmp_path / "a", "protoclip")
     assert export.foreign("ViT-B-32@openai", "flame") and not export.foreign(tmp_path / "epoch.pt", "flame")

@@ -131,7 +131,7 @@ def stage_of(case: Case) -> tuple[Stage, list]:
 
 
 def networks_of_run(init: dict, teacher: dict, stage: Stage, batches: list, loss: float) -> tuple[CLIP, CLIP]:
-    """Student and teacher; where one is a ResNet, with the pooling heads that give the recorded first loss."""
+    """Student and teacher; ResNets get the pooling heads that reproduce the recorded first loss."""
 
     def make(state: dict, width: int) -> CLIP:
         return clip_of(state, **({"head_width": width} if "visual.conv3.weight" in state else {}))
@@ -150,7 +150,7 @@ def networks_of_run(init: dict, teacher: dict, stage: Stage, batches: list, loss
 
 @pytest.mark.golden("tinyclip", "train_manual", "train_auto")
 def test_training_run(case, monkeypatch):
-    """The whole loop, and beside it every step's loss, gradient norm and mask parameters."""
+    """The whole loop, with the loss, gradient norm and mask parameters of every step."""
     stage, batches = stage_of(case)
     init, teacher_state = convert_state_dict(case.group("init/")), convert_state_dict(case.group("teacher/"))
     names = dict(zip(init, case.group("init/"), strict=True))
@@ -217,7 +217,7 @@ def test_training_run(case, monkeypatch):
 
 
 def test_features_of_the_teachers_tower_are_those_that_it_computes():
-    """A stage that takes the teacher's image features ends like one that computes them in a locked tower."""
+    """Taking the teacher's image features gives the same result as computing them in a locked tower."""
     teacher, batches = tiny(1), [example() for _ in range(3)]
     taken, locked = (Stage(steps=3, warmup=1, lr=1e-2, **{how: True}) for how in ("use_teacher_image", "lock_image"))
     start = train.trained_towers(tiny(2), teacher, taken)
@@ -240,7 +240,7 @@ def test_steps_that_are_not_finite_are_skipped():
 
 
 def test_micro_batches_share_one_draw_of_masks():
-    """And with it the gradients of one batch, those of the constraint's multipliers, too."""
+    """So they give the gradients of one batch, including those of the constraint's multipliers."""
     found, images, tokens = [], *example(6)
     for parts in (1, 3):
         clip = tiny().train()
@@ -260,7 +260,7 @@ def test_micro_batches_share_one_draw_of_masks():
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_a_gpus_optimizers_skip_by_themselves(watch: Watch, finite: bool):
-    """Weights are those of an optimizer that was asked to step or not, bit for bit, and masks up to rounding."""
+    """Weights equal bit for bit those of an optimizer that is told whether to step; masks are equal up to rounding."""
     made = []
     for asked in (True, False):
         student = Student(tiny(), *train.open_masks(tiny().geometry, Stage(masks=True))).train()
@@ -283,7 +283,7 @@ def test_a_gpus_optimizers_skip_by_themselves(watch: Watch, finite: bool):
 
 
 def test_a_masked_step_does_not_wait(watch: Watch):
-    """Nor does the teacher; and it is the step that waits, up to rounding."""
+    """Neither the step with masks nor the teacher waits; its result equals the usual step up to rounding."""
     images, tokens = example()
     stage = Stage(masks=True, steps=9, prune_step=8, sparsity_warmup=1, target_sparsity=0.5, logit_scale=None)
     ends = []
@@ -327,7 +327,7 @@ def test_tokenizer(case):
 
 
 def test_batches_in_memory_are_those_that_are_read(corpus: None, tmp_path: Path):
-    """Bit for bit: images, tokens up to the longest, the teacher's features; from the middle on, too."""
+    """Equal bit for bit: images, tokens up to the longest, the teacher's features; also from the middle on."""
     words = ["emoji-contrastive", *TINY, "--out", str(tmp_path), "--init", "None", "--alpha", "0.5"]
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
     process, (student, _) = run.Process(0, 1, torch.device("cpu")), first_weights(cfg)
@@ -353,7 +353,8 @@ def in_memory(words: list[str]) -> train.Corpus:
 
 
 def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path: Path):
-    """Those of a resumed run are those of a whole one; they are crops of what `augmentation` none shows."""
+    """A resumed run has the crops of an uninterrupted one; they are crops of the images that `augmentation` none
+    shows."""
     words = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--out", str(tmp_path)]
     corpus = in_memory(words)
     whole = [batch for batch, _ in zip(corpus.batches(0, None, "fp32"), range(6), strict=False)]
@@ -388,12 +389,12 @@ def test_distinct_captions_are_apart_on_every_process(corpus: None, tmp_path: Pa
 
 
 def inheriting(teacher: Path) -> list:
-    """Options of a student that starts from a teacher and mimics it, at the authors' scale."""
+    """Options of a student that inherits from its teacher and mimics it, at the authors' scale."""
     return ["--teacher", teacher, "--init", teacher, "--logit-scale", "50"]
 
 
 def arms(folder: Path) -> dict[str, list]:
-    """A teacher and every kind of stage after it; the second automatic stage starts from the first."""
+    """A teacher and all kinds of later stages; the second automatic stage starts from the first."""
     given, of_resnet = (inheriting(folder / f"{name}-seed0") for name in ("teacher", "resnet-teacher"))
     commands = {
         "teacher": ["emoji-teacher"],
@@ -465,7 +466,7 @@ def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
 
 
 def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
-    """The other starts as it would without --init."""
+    """The other tower starts like without --init."""
     cfg = dataclasses.replace(config.PRESETS["emoji-resnet"][1], init=str(runs["resnet-teacher"]), image_size=16)
 
     def start(**changes) -> dict[str, torch.Tensor]:
@@ -499,7 +500,7 @@ def test_a_tower_that_is_not_trained_stays_as_it_was(runs: dict[str, Path]):
 
 
 def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
-    """All that the first stage has left sits in the front corner of full size, with its gates open."""
+    """The weights left by the first stage are in the front corner of the full size, with open gates."""
     auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["auto"]), image_size=16)
     (student, (image_mask, text_mask)), first = first_weights(auto), load_clip(runs["auto"])
     width = first.geometry["text"]["width"]
@@ -534,8 +535,8 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
 
 @pytest.mark.parametrize("arm", ["auto", "crops", "resnet", "text-alone"])
 def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
-    """Once before the masks are cut, once after, in runs that crop while they train, what they read or have in memory,
-    and in one that takes the teacher's image tower."""
+    """Killed once before and once after the masks are cut, in runs that crop images while reading or in memory, and in
+    one that takes the teacher's image tower."""
     out, teacher = folder / f"killed-{arm}", runs["resnet-teacher" if arm == "resnet" else "teacher"]
     given = [*inheriting(teacher), *TINY, "--save-every", "1", "--out", out]
     crops = ["--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform", "--workers", "1"]
@@ -561,7 +562,7 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
 
 @pytest.mark.parametrize("arm", ["auto", "inherited-affinity", "text-alone"])
 def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
-    """The processes get what torchrun would tell them."""
+    """The processes get torchrun's environment variables."""
     out, teacher = folder / f"two-{arm}", runs["teacher"]
     preset = ["emoji-auto", *MASKS] if arm == "auto" else ["emoji"]
     preset += ["--use-teacher-image"] if arm == "text-alone" else []
@@ -654,7 +655,7 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
 
 
 def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_path: Path):
-    """16 pixels for the teacher, 24 for the student, whose positions are stretched."""
+    """The teacher has 16 pixels and the student 24, so position embeddings are resized."""
     given = [*inheriting(runs["teacher"]), *TINY, "--image-size", "24"]
     result = in_process("emoji", *given, "--out", tmp_path / "a")
     assert result.code == 0, result.err

@@ -46,7 +46,7 @@ def test_an_export_is_an_encoder(tmp_path):
         ("lite", "there is no encoder 'lite': it is efficientnet_lite0, timm:NAME"),
         ("timm:no_such_net", "timm:no_such_net is not on this machine"),
         ("timm:resnet10t:gone.pt", "gone.pt, the weights of timm:resnet10t, does not exist"),
-        ("ViT-B-32@nothing", "ViT-B-32@nothing is no model that can be used here"),
+        ("ViT-B-32@nothing", "ViT-B-32@nothing is not a model that can be used here"),
     ],
 )
 def test_what_cannot_be_had_is_said(name, words):

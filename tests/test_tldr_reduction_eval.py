@@ -70,7 +70,7 @@ def test_evaluation(chain, cli, folder):
     assert plain("Piñata: T-shirt") == plain("pinata t - shirt") and "itm/auc" not in clip  # all captions here are true
     assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
     for path, value in ((runs[0], clip["groups_ood/top1"]), (runs[1], blip["rerank/retrieval_ood/txt_r1"])):
-        assert f"all of it: {path}/results.md" in result.out and f" {value:.2f} " in result.out
+        assert f"all metrics: {path}/results.md" in result.out and f" {value:.2f} " in result.out
     found = report.compare_runs(list(map(str, runs)), [clip, blip], STUDY.headings)
     (folder / "report").mkdir()
     STUDY.plot(found, folder / "report")

@@ -60,7 +60,7 @@ def test_a_clip_of_ours_scores_by_its_cosine(chain):
         ("/gone", "/gone is no run folder .* a name on the Hugging Face hub"),
         ("local-dir:/gone", "local-dir:/gone holds no open_clip_config.json"),
         ("nobody/nothing", "nobody/nothing is no run folder, and the Hugging Face hub does not give it"),
-        ("ViT-B-32@nothing", "ViT-B-32@nothing is no model that can be used here"),
+        ("ViT-B-32@nothing", "ViT-B-32@nothing is not a model that can be used here"),
     ],
 )
 def test_what_is_missing_is_said(name, words, monkeypatch):

@@ -1,4 +1,5 @@
-"""Steps of training do not wait for a GPU: tried out on a CPU, whose tensors say they are on one and tell no value."""
+"""Training steps do not wait for a GPU, tested on a CPU with tensors that claim to be on a GPU and refuse to return
+values."""
 
 import importlib
 import shutil

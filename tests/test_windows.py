@@ -1,4 +1,4 @@
-"""Windows of shards: every sample once a pass, the same after a resume; fetched ahead, tried again, and removed."""
+"""Windows of shards: each sample once per pass, unchanged by a resume; shards are prefetched, retried and removed."""
 
 import http.server
 import os
@@ -77,7 +77,7 @@ def test_every_sample_is_seen_once_a_pass_and_a_resume_goes_on(shards: Path, tmp
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_epochs_follow_each_other_without_a_restart(shards: Path, tmp_path: Path, workers: int):
-    """Though windows are small, so that workers read ahead over several of them, and into the next epoch."""
+    """With small windows, workers read ahead over several windows and into the next epoch."""
     urls = "::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8))
     cfg = settings(urls, tmp_path / "cache", window_shards=1, workers=workers)
     batches, most = [], 0
@@ -116,7 +116,7 @@ os.register_at_fork(before=lambda: SEEN_AT_FORK.append(FETCHING[0]))
 
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each process that is forked, how many shards were being fetched then, each of which takes a while."""
+    """For each forked process, the number of shards being fetched at that time; each fetch takes a while."""
     fetch = data.fetch
 
     def slow(url: str, folder: Path) -> str:
@@ -168,12 +168,12 @@ def test_settings_that_cannot_be(shards: Path, tmp_path: Path):
         windows.open_pairs(settings(f"{shards}/{{0..7}}.tar", cache), process)
     with pytest.raises(ValueError, match="--window-shards needs --dataset-size"):
         windows.open_pairs(settings(f"{shards}/{{0..7}}.tar", cache, dataset_size=None), process)
-    with pytest.raises(ValueError, match="a .tsv is read by row"):
+    with pytest.raises(ValueError, match="read a .tsv file by row"):
         windows.open_pairs(settings("x.tsv", cache), process)
 
 
 def test_ranks_with_a_shard_more_or_less(shards: Path, tmp_path: Path):
-    """Seven shards, two ranks, windows of one: none is empty."""
+    """Seven shards, two ranks, windows of one shard: no window is empty."""
     cfg = settings(f"{shards}/{{0..6}}.tar", tmp_path / "cache", window_shards=1, dataset_size=40)
     parts = [one_pass(cfg, rank, 2) for rank in range(2)]
     assert [len(part) for part in parts] == [10, 10]
@@ -209,7 +209,7 @@ def test_what_a_killed_run_left_goes(shards: Path, tmp_path: Path):
 
 
 class Flaky(http.server.SimpleHTTPRequestHandler):
-    """Drops each file's first connection in the middle."""
+    """A server that cuts off the first connection for each file in the middle."""
 
     dropped: set[str] = set()
     asked: list[str] = []

@@ -1,4 +1,4 @@
-"""Metrics, evaluation-set reader and linear probes: equality with the clip-benchmark package, properties, errors."""
+"""Metrics, reader of evaluation sets and linear probes: equality with clip-benchmark, properties, errors."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def image_bytes(seed, extension="png", mode="RGB", size=(8, 8)):
 
 
 def write_set(folder, shards, kind=None, classnames=("cat", "dog", "red fox"), templates=TEMPLATES, split="test"):
-    """shards: for each tar file, a list of (file name, bytes)."""
+    """Write an evaluation set; shards: for each tar, a list of (file name, bytes)."""
     (folder / split).mkdir(parents=True)
     if kind:
         (folder / "dataset_type.txt").write_text(kind + "\n")
@@ -127,13 +127,13 @@ def features_and_labels(seed, n=200, classes=7, dim=12, noise=1.5):
 
 @pytest.fixture(autouse=True)
 def their_accuracy_with_recent_numpy(monkeypatch):
-    """clip-benchmark 1.6.2 takes `float()` of one-element arrays, which numpy 2.4 refuses; nothing else is changed."""
+    """Replaces only `float()` of one-element arrays in clip-benchmark 1.6.2, which numpy 2.4 refuses."""
     one_element = lambda value: value.item() if isinstance(value, np.ndarray) else float(value)  # noqa: E731
     monkeypatch.setattr(their_classification, "float", one_element, raising=False)
 
 
 def their_loader(folder, kind="classification"):
-    """clip-benchmark's reader, batched."""
+    """clip-benchmark's reader with batches."""
     dataset = build_wds_dataset("set", pil_to_tensor, data_dir=str(folder))
     collate = image_captions_collate_fn if kind == "retrieval" else None
     loader = torch.utils.data.DataLoader(dataset, batch_size=5, collate_fn=collate)

@@ -1,6 +1,6 @@
-"""One small run of every training script, for tests that concern them all: seconds each, on real emoji shards.
+"""One short run of every training script, a few seconds each on real emoji shards, for tests of all scripts.
 
-`small_corpus` is their data, `commands` their command lines, less --out; `stages` those of the scripts around them.
+`small_corpus` makes the data, `commands` the command lines without --out, `stages` those of the other scripts.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SCRIPTS |= {"tldr_reduction": "tldr_reduction.captioner", "tldr_reduction-clip":
 
 
 def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:
-    """Shards of the first pairs of the embedded corpus, whole samples of image, caption and description."""
+    """Write shards of the first pairs of the embedded corpus, with image, caption and metadata."""
     folder.mkdir(parents=True)
     with tarfile.open(SHARDS / "00000.tar") as source:
         samples: dict[str, list] = {}
@@ -43,7 +43,7 @@ def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:
 
 
 def small_set(name: str, folder: Path, every: int = 8) -> str:
-    """An evaluation set of the embedded corpus in `folder`, with one sample of so many."""
+    """Write an evaluation set to `folder` with every n-th sample of one of the embedded corpus."""
     target = folder / name
     shutil.copytree(EVAL / name, target, ignore=shutil.ignore_patterns("*.tar"))
     for shard in (EVAL / name).glob("*/*.tar"):
@@ -56,7 +56,7 @@ def small_set(name: str, folder: Path, every: int = 8) -> str:
 
 
 def add_sample(shard: Path, key: str, image: bytes, caption: bytes, description: bytes | None = None) -> None:
-    """Append a sample to a shard; the description is that of the shard's first sample, unless given."""
+    """Append a sample to a shard; by default with the metadata of the shard's first sample."""
     if description is None:
         with tarfile.open(shard) as tar:
             description = tar.extractfile(next(m for m in tar if m.name.endswith(".json"))).read()
@@ -68,7 +68,7 @@ def add_sample(shard: Path, key: str, image: bytes, caption: bytes, description:
 
 
 def language_model(folder: Path, data: Path) -> Path:
-    """A random Llama of one small block, with a tokenizer trained on the captions, as transformers saves them."""
+    """Write a random Llama with one small block and a tokenizer trained on the captions, in transformers' format."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -85,7 +85,7 @@ def language_model(folder: Path, data: Path) -> Path:
 
 
 def backbone(folder: Path, data: Path) -> Path:
-    """LexVLA's image tower, trained for one epoch."""
+    """Train LexVLA's image tower for one epoch."""
     from lexvla import backbone
 
     cfg = backbone.Config(f"{data}/00000.tar", dataset_size=64, out=str(folder / "backbone.pt"), image_size=16)
@@ -94,7 +94,7 @@ def backbone(folder: Path, data: Path) -> Path:
 
 
 def vocabulary(folder: Path, data: Path) -> Path:
-    """A WordPiece vocabulary of the captions."""
+    """Write a WordPiece vocabulary of the captions."""
     from tldr_reduction.tokenizer import build_vocab
 
     pairs = open_pairs(str(data))
@@ -104,8 +104,8 @@ def vocabulary(folder: Path, data: Path) -> Path:
 
 
 def commands(data: Path, parts: Path) -> dict[str, list[str]]:
-    """Arguments of each folder's script: the paper's method, or its arm that needs least; ten steps, a checkpoint every
-    two. `parts` is a folder for what must be there first."""
+    """Arguments of each folder's training script: the paper's method or its cheapest arm, ten steps, a checkpoint every
+    two. `parts` is the folder of the files that they need."""
     arms = {
         "attentive_mask_clip": "emoji --image-size 20 --epochs 2 --warmup-epochs 1",
         "concept_frequency": f"""emoji --model ViT-emoji --image-size 16 --num-concepts 12 --total 160 --epochs 2
@@ -131,7 +131,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
 
 
 def image_folder(folder: Path, data: Path) -> Path:
-    """Image folders of two classes, twelve pictures each."""
+    """Write image folders of two classes with twelve pictures each."""
     pairs = open_pairs(str(data))
     for row in range(24):
         path = folder / f"class{row % 2}/{row}.png"
@@ -141,14 +141,14 @@ def image_folder(folder: Path, data: Path) -> Path:
 
 
 def features(path: Path) -> Path:
-    """Features of three classes."""
+    """Write features of three classes."""
     rng, labels = np.random.default_rng(0), np.arange(60) % 3
     np.savez(path, features=rng.standard_normal((60, 8)) + labels[:, None], labels=labels)
     return path
 
 
 def yfcc15m(folder: Path, data: Path) -> Path:
-    """SLIP's yfcc15m.pkl, and the zips of the 24 pairs that it names."""
+    """Write SLIP's yfcc15m.pkl and zips with the 24 pairs that it names."""
     pairs, rows = open_pairs(str(data)), []
     for row in range(24):
         number, image = 12_345_990 + row, io.BytesIO()
@@ -163,8 +163,10 @@ def yfcc15m(folder: Path, data: Path) -> Path:
 
 
 def stages(data: Path, parts: Path) -> dict[str, list[str]]:
-    """Arguments of the scripts that make what training reads, or go on from what it made, less --out: a second or two
-    each. `parts` is what `commands` has filled."""
+    """Arguments, without --out, of the scripts before and after training; each takes a second or two.
+
+    `parts` is the folder that `commands` filled.
+    """
     (parts / "source").mkdir()
     (parts / "source/manifest.json").write_text('{"version": "test"}')
     (parts / "source/train").symlink_to(data)

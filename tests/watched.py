@@ -1,4 +1,5 @@
-"""`python -m watched SCRIPT ARGUMENTS`: a script, then GiB of GPU memory at most and how often it waited for it."""
+"""`python -m watched SCRIPT ARGUMENTS`: run a script, then print its peak GPU memory in GiB and how often it waited for
+the GPU."""
 
 import runpy
 import sys

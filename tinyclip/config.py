@@ -278,9 +278,7 @@ def check(cfg: Config, world_size: int) -> None:
         path = Path(source.removeprefix(export.LOCAL))
         own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
         if own and path.is_dir() and weights_file(path) in (path, path / "checkpoint.pt"):
-            raise ValueError(
-                f"--{name} {source} has no model.pt: its run is not finished; let it go on to its end first"
-            )
+            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; finish it first")
         if not path.exists():
             preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
             raise ValueError(
@@ -295,7 +293,9 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "epochs", least=0)
     cli.check_batch(cfg, world_size)
     if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError("--keep-in-memory needs a corpus that fits into memory, --window-shards is for others")
+        raise ValueError(
+            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
+        )
     if cfg.distinct_captions and not cfg.keep_in_memory:
         raise ValueError("--distinct-captions needs --keep-in-memory")
     most = 4 if cfg.keep_in_memory else 1
@@ -319,7 +319,7 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
     check_locked(cfg)
     if cfg.inherit_only is not None and (cfg.masks or cfg.inherit != "manual" or cfg.init is None):
-        raise ValueError("--inherit-only is a control of manual inheritance: it needs --init, and no masks")
+        raise ValueError("--inherit-only is a control of manual inheritance: it needs --init without --masks")
     if not cfg.masks:
         return
     if not isinstance(CONFIGS[cfg.model]["vision"]["layers"], int):
@@ -351,13 +351,15 @@ def check_locked(cfg: Config) -> None:
     """Raise ValueError if both towers are locked, or a tower that cannot be."""
     image, text = cfg.lock_image or cfg.use_teacher_image, cfg.lock_text or cfg.use_teacher_text
     if image and text:
-        raise ValueError("--lock-image or --use-teacher-image, with --lock-text or --use-teacher-text, train no tower")
+        raise ValueError(
+            "--lock-image or --use-teacher-image with --lock-text or --use-teacher-text leave no tower to train"
+        )
     if (image or text) and cfg.masks:
-        raise ValueError("--masks learn both towers: --lock-image, --lock-text and --use-teacher-* are for manual ones")
+        raise ValueError("--masks train both towers: leave out --lock-image, --lock-text and --use-teacher-*")
     if (cfg.use_teacher_image or cfg.use_teacher_text) and cfg.teacher is None:
         raise ValueError("--use-teacher-image and --use-teacher-text need --teacher")
     if (cfg.lock_image or cfg.lock_text) and cfg.init is None:
-        raise ValueError("--lock-image and --lock-text keep first weights, which would be random: name --init")
+        raise ValueError("--lock-image and --lock-text would lock random weights: pass --init")
 
 
 def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:

@@ -180,7 +180,7 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
             if "block" in model.geometry["vision"]
             else ("its masks left layers of different widths")
         )
-        raise ValueError(f"{path} cannot be exported: {has}, which open_clip lacks")
+        raise ValueError(f"{path} cannot be exported: {has}, which open_clip does not support")
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
 
 
@@ -192,7 +192,7 @@ def probes(model: CLIP, cfg: Config, device: torch.device, dtype: torch.dtype) -
         for split in ("train", "test"):
             images = EvalSet(folder, transform, split)
             if images.kind != "classification":
-                raise ValueError(f"--probe {folder} is for {images.kind}: a linear probe needs a classification set")
+                raise ValueError(f"--probe {folder} is a {images.kind} set: a linear probe needs a classification set")
             batches = images.batches(cfg.batch_size, cfg.workers)
             features_and_labels += zeroshot.extract_image_features(
                 model.encode_image, batches, device, dtype, f"{images.name} {split}"
@@ -234,7 +234,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             found = [line[key] for line in lines if key in line]
             flat |= {key: found[-1]} if found else {}
         if "sparsity_reached" in flat and (warning := too_little(flat["sparsity_reached"], flat["target_sparsity"])):
-            print(f"{path}: {warning}, so that it is larger than it should be")
+            print(f"{path}: {warning}, so the pruned model is larger than intended")
             flat["sparsity_missing"] = flat["target_sparsity"] - flat["sparsity_reached"]
     return {name: value for name, value in flat.items() if not math.isnan(value)}  # top-5 of four classes, say
 

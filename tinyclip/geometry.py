@@ -177,7 +177,7 @@ def said_beside(file: Path, transformers: bool) -> dict:
         text = common | {"hidden_size": 512, "num_attention_heads": 8} | said["text_config"]
         activations, eps = ({tower[key] for tower in (vision, text)} for key in ("hidden_act", "layer_norm_eps"))
         if activations not in ({"gelu"}, {"quick_gelu"}) or eps != {1e-5}:
-            raise ValueError(f"{path}: towers here have both gelu or both quick_gelu, and LayerNorms of eps 1e-5")
+            raise ValueError(f"{path}: both towers must use gelu or both quick_gelu, and LayerNorms of eps 1e-5")
         widths = tuple(tower["hidden_size"] // tower["num_attention_heads"] for tower in (vision, text))
         return {"quick_gelu": activations == {"quick_gelu"}, "head_width": widths}
     except (KeyError, TypeError, AttributeError) as error:
@@ -199,7 +199,7 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
     """
     widths = head_width if isinstance(head_width, tuple) else (head_width, head_width)
     if min(widths) < 1:
-        raise ValueError(f"a head is at least 1 wide, not {min(widths)}")
+        raise ValueError(f"a head must be at least 1 wide, not {min(widths)}")
 
     def depth(pattern: str) -> int:
         return 1 + max((int(m[1]) for key in state_dict if (m := re.match(pattern + r"\.(\d+)\.", key))), default=-1)

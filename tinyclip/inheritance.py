@@ -30,7 +30,7 @@ def depth_indices(teacher_depth: int, student_depth: int, rule: str = "interval_
         return [i * (teacher_depth // student_depth) for i in range(student_depth)]
     if rule == "uniform":
         return [i * teacher_depth // student_depth for i in range(student_depth)]
-    raise ValueError(f"depth rule {rule!r} is none of interval_front, uniform")
+    raise ValueError(f"depth rule {rule!r} is neither interval_front nor uniform")
 
 
 BLOCK = re.compile(r"(.*(?:resblocks|layer\d))\.(\d+)\.(.+)")  # transformer blocks, and blocks of a ResNet's stages
@@ -68,8 +68,8 @@ def inherit_weights(
         value = teacher_sd[source]
         if "visual" in name and name.endswith("positional_embedding") and len(value) != len(target):
             raise ValueError(
-                f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, whose front "
-                "slice would be meaningless; resize it first (resize_positional_embedding)"
+                f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, "
+                "which cannot be sliced; resize it first (resize_positional_embedding)"
             )
         if ".attn.in_proj_" in name:
             heads = value.unflatten(0, (3, -1, head_dim))
@@ -100,7 +100,7 @@ def inherit_at_random(teacher: nn.Module, student: Mapping, generator: torch.Gen
     """
     towers = [(teacher.geometry[tower], student[tower]) for tower in ("vision", "text")]
     if not all(isinstance(tower["layers"], int) for pair in towers for tower in pair):
-        raise ValueError("--inherit random cuts transformers, and a ResNet is none")
+        raise ValueError("--inherit random works on transformers, not on a ResNet")
     masks = [random_masks(*pair, generator) for pair in towers]
     return without_empty_blocks(prune(teacher, *masks, exact=True))
 

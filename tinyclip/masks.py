@@ -309,7 +309,7 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
     small = convert_state_dict(pruned_sd)
     state = model.state_dict()  # shares the model's memory
     if strange := small.keys() - state.keys():
-        raise ValueError(f"the pruned network has {min(strange)}, which the full-size one lacks")
+        raise ValueError(f"the pruned network has {min(strange)}, but the full-size one does not")
     for name, full in state.items():
         full.zero_()
         if name not in small:

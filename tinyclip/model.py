@@ -238,7 +238,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, patch, self.image_size = tower["width"], tower["patch_size"], tower["image_size"]
         if self.image_size % patch:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {patch}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {patch}")
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (self.image_size // patch) ** 2 + 1
@@ -318,7 +318,7 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, 3, R, R) -> (B, D)."""
         if masks and not isinstance(self.visual, VisionTransformer):
-            raise ValueError("masks act on transformers; a ResNet tower inherits by hand (inherit_weights)")
+            raise ValueError("masks act on transformers; use manual inheritance (inherit_weights) for a ResNet tower")
         features = self.visual(image, masks) if masks else self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -451,7 +451,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
     try:
         model = CLIP(**({"quick_gelu": quick_gelu} | shape))
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{source} says a geometry that no CLIP here has: {error}") from error
+        raise ValueError(f"{source} describes a geometry that this code does not support: {error}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -460,7 +460,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
         ) from error
     if model.geometry["quick_gelu"] is None:
         raise ValueError(
-            f"{source} does not say whether its activation is QuickGELU: say it with --quick-gelu (of a teacher, "
+            f"{source} does not say whether its activation is QuickGELU: pass --quick-gelu (of a teacher, "
             "--teacher-quick-gelu), True for weights of OpenAI, False for what the authors of TinyCLIP have released"
         )
     return model.eval()
@@ -489,7 +489,7 @@ def read_weights(file: Path) -> dict:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole file of safetensors: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], dict]:

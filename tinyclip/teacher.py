@@ -38,7 +38,7 @@ def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
     path = as_clip(source)
     if path is None:
         raise ValueError(
-            f"--init {source} has towers that weights cannot be inherited from: it takes CLIP's transformers or ResNet"
+            f"--init {source} has towers without inheritable weights: it must be a CLIP with transformers or a ResNet"
         )
     return load_clip(path, head_width, quick_gelu)
 
@@ -92,7 +92,7 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     else:
         model, _, tokenizer = export.load_model(source)
         if getattr(tokenizer, "vocab_size", 49408) != 49408:
-            raise ValueError(f"--teacher {source} reads other tokens than CLIP's, which the student has")
+            raise ValueError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
         own, whole = (image_side(model), model.context_length), not cuts(model)
         statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
     return Teacher(model, *own, statistics, whole)

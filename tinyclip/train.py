@@ -144,7 +144,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         clip = inherit_at_random(source, clip.geometry, generator)
         shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (clip.state_dict(), own))
         if shapes != wanted or source.geometry["quick_gelu"] != cfg.quick_gelu:
-            raise ValueError(f"--inherit random cannot cut {cfg.model} with these flags out of {cfg.init}")
+            raise ValueError(f"--inherit random cannot cut {cfg.model} out of {cfg.init} with these flags")
         clip.logit_scale.data.copy_(own["logit_scale"])
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
@@ -169,8 +169,8 @@ def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
         for key in ("embed_dim", "quick_gelu"):
             if teacher.geometry[key] != shape[key]:
                 raise ValueError(
-                    f"the teacher's {tower} tower does not go with this student: {key} is {teacher.geometry[key]} "
-                    f"there and {shape[key]} here"
+                    f"the teacher's {tower} tower does not fit this student: {key} is {teacher.geometry[key]} "
+                    f"in the teacher and {shape[key]} in the student"
                 )
         shape[tower] = teacher.geometry[tower]
         state = {name: value for name, value in state.items() if tower_of(name) != tower}
@@ -526,7 +526,7 @@ def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | T
     if isinstance(teacher, Teacher):
         sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
         if borrowed:
-            raise ValueError(f"--use-teacher-* need a teacher like the student: it sees {sizes}")
+            raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: it sees {sizes}")
         if (teacher.side, teacher.context) != (side, context):
             run.say(f"the teacher sees {sizes}: its images are resized, its captions cut", process)
     return teacher.to(process.device).requires_grad_(False)
@@ -541,7 +541,7 @@ def check_skipped(skipped: Tensor, step: int) -> None:
     """ValueError if more than 100 steps in a row were skipped."""
     if skipped > 100:
         text = f"gradients were not finite {int(skipped)} times in a row up to step {step}"
-        raise ValueError(f"{text}: lower --lr, or --precision fp32")
+        raise ValueError(f"{text}: lower --lr, or use --precision fp32")
 
 
 def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) -> Student:

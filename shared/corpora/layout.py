@@ -96,10 +96,12 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
     setting = json.loads(json.dumps(setting))  # as JSON reads it back, for example lists for tuples
     if (out / "manifest.json").is_file():
         if what := checkpoints.changes(checkpoints.read_json(out / "manifest.json").get("setting", {}), setting):
-            raise ValueError(f"{out} was made with another setting: {what}; choose another --out, or remove it")
+            raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
         return print(f"{out} is complete")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds no manifest.json of a corpus: choose another --out, or remove it")
+        raise ValueError(
+            f"{out} exists but is not a corpus (it has no manifest.json): choose another --out, or remove it"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / "corpus"

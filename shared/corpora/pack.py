@@ -77,7 +77,7 @@ def read_rows(
     """
     suffix = path.suffix.lower()
     if suffix not in (*TABLES, *LINES):
-        raise ValueError(f"{path} is none of {', '.join((*TABLES, *LINES))}")
+        raise ValueError(f"{path} must end in one of {', '.join((*TABLES, *LINES))}")
     image, text = columns.values()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -106,8 +106,8 @@ def table_rows(
         if not all(name.isdecimal() and int(name) < len(header) for name in names):
             flags = " and ".join(f"--{flag}" for flag in columns)
             raise ValueError(
-                f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} say which to read, by "
-                f"name, or by number from 0 where the first row is no header"
+                f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} select columns by "
+                f"name, or by number from 0 if the first row is not a header"
             )
         numbers = map(str, range(len(header)))
         header, rows = [number if number in names else "" for number in numbers], itertools.chain([first], rows)
@@ -142,7 +142,7 @@ def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
     text = file.read()
     if text.lstrip().startswith("["):
         if not isinstance(entries := parsed(text), list):
-            raise ValueError(f"{path} begins as a JSON list and is none")
+            raise ValueError(f"{path} begins with [ but is not a JSON list")
         yield from ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -168,11 +168,11 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
         empty += [] if pictures else [home.name]
         yield from ((path.relative_to(root).as_posix(), home.name) for path in pictures)
     if not found:
-        raise ValueError(f"{root} holds no picture in a folder of its class, {root}/CLASS/picture.jpg")
+        raise ValueError(f"{root} holds no folder of a class with pictures, {root}/CLASS/picture.jpg")
     if empty or others:
         kinds = [f"{count} {kind}" for kind, count in others.most_common(5)]
         folders = [f"folder{'s' * (len(empty) > 1)} without pictures {', '.join(empty[:5])}"] * bool(empty)
-        print(f"{root}: passed over {', '.join(kinds + folders)}")
+        print(f"{root}: skipped {', '.join(kinds + folders)}")
 
 
 def further(columns: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def check_pairs(folder: Path, count: int) -> None:
     except (ValueError, data.BrokenSample) as error:
         raise OSError(f"what was written cannot be read back: {error}") from error
     if found != count:
-        raise OSError(f"of {count:,} samples that were written only {found:,} can be read back")
+        raise OSError(f"only {found:,} of {count:,} written samples can be read back")
 
 
 def check_set(folder: Path, split: str, count: int) -> None:
@@ -283,7 +283,7 @@ def check_set(folder: Path, split: str, count: int) -> None:
     except ValueError as error:
         raise OSError(f"what was written cannot be read back: {error}") from error
     if found != count:
-        raise OSError(f"of {count:,} samples of {folder.name}/{split} only {found:,} can be read back")
+        raise OSError(f"only {found:,} of {count:,} samples of {folder.name}/{split} can be read back")
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds
@@ -317,7 +317,9 @@ class Pictures:
         """The folder that a table's paths are relative to, with links resolved."""
         root = self.image_root or table.parent
         if not root.is_dir():
-            raise FileNotFoundError(f"{root} is no folder: --image-root names the one that image paths start from")
+            raise FileNotFoundError(
+                f"{root} is not a folder: set --image-root to the folder that image paths start from"
+            )
         return os.path.realpath(root)
 
     def picture(self, root: str, path: str, place: str) -> Picture:
@@ -327,8 +329,7 @@ class Pictures:
         file = os.path.realpath(os.path.join(root, path))
         if not Path(file).is_relative_to(root):
             raise ValueError(
-                f"{place}: {path} leads out of {root}, and only what lies below that folder is packed; --image-root "
-                "names another"
+                f"{place}: {path} is outside of {root}; set --image-root to a folder that contains all pictures"
             )
         name = os.fsencode(Path(file).relative_to(root).as_posix())
         return Picture(file, name.decode("utf-8", "replace"))
@@ -343,7 +344,7 @@ class Pictures:
         """ValueError if a split has no picture."""
         if empty := [name for name, pictures in parts.items() if not pictures]:
             why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
-            raise ValueError(f"{self.source} leaves no picture for {empty[0]}{why}")
+            raise ValueError(f"{self.source} has no picture left for {empty[0]}{why}")
 
     def rows(self, source: Path, flag: str, column: str) -> Iterator[tuple[Picture, str, Any, dict[str, Any]]]:
         """(picture, place, caption or label, further columns) of a table's rows; `column` is the value of --`flag`."""
@@ -388,7 +389,7 @@ class Pictures:
         if not found:
             raise ValueError(
                 f"none of the {len(pictures):,} pictures of {self.source} ({label}) can be read, such as "
-                f"{self.broken[-1].key} ({self.broken[-1].reason}): --image-root names the folder that paths start from"
+                f"{self.broken[-1].key} ({self.broken[-1].reason}): --image-root is the folder that paths start from"
             )
 
     def write_retrieval(self, folder: Path, captions: Mapping[Picture, list[str]]) -> tuple[int, int]:
@@ -408,7 +409,7 @@ class Pictures:
         """Writes the folder and its manifest, and prints how to use it; a finished folder is left unchanged."""
         cli.check_counts(self, "max_side", "shard_size")
         if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
-            raise ValueError(f"--hold-out is a share of at least 0 and less than 1, not {share}")
+            raise ValueError(f"--hold-out must be a share of at least 0 and less than 1, not {share}")
         if self.shard_size > MOST:
             raise ValueError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
         plan = self.plan()
@@ -520,20 +521,22 @@ class Classes(Pictures):
         if source.is_dir():
             root = os.path.realpath(source)
             if self.out.resolve().is_relative_to(root):
-                raise ValueError(f"--out {self.out} lies in the folder of classes: choose another")
+                raise ValueError(f"--out {self.out} lies in the folder of classes: choose another --out")
             return {self.picture(root, path, str(source)): (name, {}) for path, name in class_folders(Path(root))}
         for picture, place, text, more in self.rows(source, "label-column", self.label_column):
             label = " ".join(str(text).split()) if isinstance(text, (str, int)) else ""
             if not label:
                 self.lacking(place, f"row without {self.label_column!r}")
             elif found.setdefault(picture, (label, further(more)))[0] != label:
-                raise ValueError(f"{place}: {picture.name} is {label!r} here and {found[picture][0]!r} before")
+                raise ValueError(
+                    f"{place}: {picture.name} has the label {label!r} here, but {found[picture][0]!r} before"
+                )
         return found
 
     def plan(self) -> dict[str, dict[Picture, tuple[int, dict]]]:
         """{split: {picture: (class index, further columns)}}; sets `classes` and `prompts`."""
         if self.train and self.hold_out:
-            raise ValueError("--train and --hold-out are two ways to the same thing: name one")
+            raise ValueError("--train and --hold-out exclude each other: pass only one")
         parts = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
         self.check_any(parts)
         labels = sorted({label for part in parts.values() for label, _ in part.values()})
@@ -551,7 +554,7 @@ class Classes(Pictures):
                 "train": {p: about for p, about in whole.items() if p not in kept},
             }
             if untested := [label for label in labels if kept.isdisjoint(of_label[label])]:
-                print(f"too few pictures to hold some out, all are in the train split: {', '.join(untested[:5])}")
+                print(f"classes too small for a test split, all in the train split: {', '.join(untested[:5])}")
         if both := parts["test"].keys() & parts.get("train", {}).keys():
             raise ValueError(f"{min(both).name} is in both splits")
         return {
@@ -575,9 +578,9 @@ class Classes(Pictures):
                     f"{self.classnames} has {len(names)} lines for {len(labels)} labels ({', '.join(order[:3])}, ...)"
                 )
         elif decimal:
-            print(f"classes are called {', '.join(order[:3])}, ...: --classnames names them")
+            print(f"classes are called {', '.join(order[:3])}, ...: pass --classnames to name them")
         if len(names) < 2:
-            raise ValueError(f"{self.source} has one class, {names[0]}: at least two are wanted")
+            raise ValueError(f"{self.source} has one class, {names[0]}: at least two are needed")
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"two classes are called {twice[0]!r}")
         return numbers, names

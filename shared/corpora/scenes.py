@@ -361,7 +361,7 @@ def check(s: Setting) -> None:
     largest = sides(s.captioned_size, s.image_size)[-1]
     if s.captioned[1] > (s.image_size // largest) ** 2:
         raise ValueError(
-            f"{s.captioned[1]} captioned emoji of {largest} pixels have no room in {s.image_size} x {s.image_size}: "
+            f"{s.captioned[1]} captioned emoji of {largest} pixels do not fit into {s.image_size} x {s.image_size}: "
             "lower --captioned or --captioned-size"
         )
     for name in ("ground", "noise"):
@@ -392,13 +392,13 @@ def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
     usable = sorted(usable, key=lambda one: data.stable_hash("concept", s.seed, one.hexcode))[: s.concepts]
     if len(usable) < max(s.concepts or 1, 2 * s.captioned[1]):
         raise ValueError(
-            f"{len(usable)} concepts of these groups have {s.min_drawings} drawings, which are too few: lower "
+            f"only {len(usable)} concepts of these groups have {s.min_drawings} drawings: lower "
             "--concepts, --captioned or --min-drawings, or name more --groups or --styles"
         )
     others = [of for one, of in rows.items() if one.group in s.clutter_groups and one not in usable]
     clutter = {split: [row for of in others for row in of[split]] for split in SPLITS}
     if s.clutter[1] and not all(clutter.values()):
-        raise ValueError(f"--clutter-groups {' '.join(s.clutter_groups)} hold no drawing that is no concept")
+        raise ValueError(f"--clutter-groups {' '.join(s.clutter_groups)} hold no drawings other than those of concepts")
     return {one: rows[one] for one in usable}, clutter
 
 

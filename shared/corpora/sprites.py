@@ -66,7 +66,7 @@ def read_sprites(file: Path, versions: str) -> Sprites | None:
                 return None
             listed, ends, content = json.loads(stored["drawings"].item()), stored["ends"], stored["pngs"].tobytes()
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} cannot be read ({error}): remove it, and it is made again") from error
+        raise ValueError(f"{file} cannot be read ({error}): remove it, and run this again") from error
     words = [emoji_sources.Emoji(a, b, tuple(tags), *rest) for a, b, tags, *rest in listed["emoji"]]
     pngs = [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return Sprites([words[i] for i in listed["of"]], listed["styles"], pngs)

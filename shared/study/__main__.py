@@ -46,7 +46,7 @@ def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) ->
     names = [name for name in papers if name not in left]
     then, now = {name: read_json(runs / name / "results.json").get("commit") for name in names}, run.commit()
     return [
-        f"{name} was measured at commit {commit}, the code is at {now} now: without runs/{name} it is measured again"
+        f"{name} was measured at commit {commit}, the code is at {now} now: delete runs/{name} to measure it again"
         for name, commit in then.items()
         if commit != now
     ]
@@ -81,7 +81,7 @@ def main(options: Options) -> None:
         print(sentence(remaining(options, papers), len(papers)), flush=True)
         command = [sys.executable, "-m", f"{folder}.study", "--seeds", *map(str, options.seeds), "--arms", options.arms]
         if subprocess.run(command).returncode:
-            raise ValueError(f"'python -m {' '.join(command[2:])}' failed; the same command goes on from there")
+            raise ValueError(f"'python -m {' '.join(command[2:])}' failed; run this command again to resume")
     print(sentence(remaining(options, papers), len(papers)))
     subprocess.run([sys.executable, "-m", "shared.study.overview", "runs"], check=True)
 

@@ -194,7 +194,7 @@ def source(function: Function) -> tuple[int, str]:
     for name, first, last in definitions(text):
         if name == function.name:
             return first, "\n".join(text.splitlines()[first - 1 : last])
-    raise ValueError(f"{function.file} has no {function.name}: mend the README's map")
+    raise ValueError(f"{function.file} has no {function.name}: correct the map in the README")
 
 
 def commits(roots: dict[str, tuple[str, str, str]]) -> dict[str, str]:
@@ -408,7 +408,7 @@ def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
     """Print which clones are missing, and which are not at the README's commit."""
     for repository, commit in commits(readme.roots).items():
         if repository not in clones:
-            print(f"note: no clone of {repository} was found: its lines are links alone")
+            print(f"note: no clone of {repository} was found: its lines are shown as links only")
             continue
         git = ["git", "-C", str(clones[repository]), "rev-parse", "HEAD"]
         head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -434,9 +434,9 @@ def main(
     names = [folder.replace("-", "_") for folder in folders] or presets.folders()
     for name in names:
         if name not in presets.folders():
-            raise ValueError(f"{name} is no paper's folder; those are {', '.join(presets.folders())}")
+            raise ValueError(f"{name} is not a paper's folder; those are {', '.join(presets.folders())}")
     if upstream is not None and len(names) != 1:
-        raise ValueError("--upstream is a clone for one folder: name it, or give --clones for several")
+        raise ValueError("--upstream needs exactly one folder: name it, or pass --clones for several")
     upstream, clones = (path and path.expanduser().resolve() for path in (upstream, clones))
     for flag, path in (("--upstream", upstream), ("--clones", clones)):
         if path is not None and not path.is_dir():

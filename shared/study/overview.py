@@ -201,7 +201,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     found, photographs = read(folder), read(folder / "photos")
     if not (papers := sorted(found | photographs)):
-        raise ValueError(f"{folder} holds no results: 'make reproduce-all' makes some")
+        raise ValueError(f"{folder} holds no results: run 'make reproduce-all'")
     committed = folder == Path("results")
     if committed:
         Path("RESULTS.md").write_text(markdown(found, photographs))

@@ -50,7 +50,9 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
     broken: list[Broken] = []
     found = [content for file in files for _, content in read_tar(file, broken, IMAGE_EXTENSIONS)]
     if broken:
-        raise ValueError(f"{broken[0].key} of the photographs' shards is damaged ({broken[0].reason}): build them anew")
+        raise ValueError(
+            f"the shards of photographs have a damaged sample, {broken[0].key} ({broken[0].reason}): build them again"
+        )
     return found
 
 

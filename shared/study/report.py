@@ -54,7 +54,7 @@ def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) 
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims}\n\nwritten to {path}")
     if needed := [row for row in summary["claims"] if row.get("primary") and row.get("seeds_needed")]:
         seeds = "; ".join(f"{row['claim']}: {row['seeds_needed']}" for row in needed)
-        print(f"Seeds that would resolve half of the paper's effect, or what study.py calls negligible: {seeds}")
+        print(f"Seeds needed to resolve half of the paper's effect, or the negligible difference of study.py: {seeds}")
     if len(summary["seeds"]) == 1 and not any(row.get("interval") for row in summary["claims"]):
         print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
 

@@ -175,7 +175,7 @@ class Study:
         self.derive(found)
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
-            print(f"claims about {', '.join(sorted(left_out))} are left out: give --sets those sets, too")
+            print(f"claims about {', '.join(sorted(left_out))} are left out: add their sets to --sets")
         if self.floors:
             summary = self.judged(found, path, **more)
         else:
@@ -274,7 +274,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     total, start = len(jobs) * len(seeds), time.perf_counter()
     begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
-    print(f"{study.home}: {total} runs, {begun} of them begun before, {at_once} side by side{left}", flush=True)
+    print(f"{study.home}: {total} runs, {begun} started before, {at_once} in parallel{left}", flush=True)
     futures: dict[tuple[str, int], Future] = {}
     finished = itertools.count(1)
 
@@ -299,7 +299,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
                 future.result()
         except subprocess.CalledProcessError as error:
             command = " ".join(["python", *error.cmd[1:]])
-            raise ValueError(f"'{command}' failed; what was trained is kept, and goes on from there") from error
+            raise ValueError(f"'{command}' failed; finished work is kept: run the study again to resume") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -317,11 +317,11 @@ def run(study: Study, options: Options) -> None:
             raise ValueError(f"--results {path} should end in .json")
         path, clone = None, clone or path
     if clone is not None and study.upstream is None:
-        raise ValueError(f"{study.folder}'s study reads no clone: leave out --upstream")
+        raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
     if study.on == "photos" and options.photos is None:
         raise ValueError(
-            "--corpus photos reads photographs that you have: --photos DIR, which holds flickr8k, pacs, ..."
+            "--corpus photos needs your own copy of the photographs: --photos DIR, which holds flickr8k, pacs, ..."
         )
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
