@@ -123,6 +123,19 @@ def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] 
                 yield member.name, content
 
 
+def samples(shards: Iterable[str], extensions: Container[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: content}) of all samples, in order; other files are skipped. ValueError for a damaged shard."""
+    for shard in shards:
+        found: dict[str, dict[str, bytes]] = {}
+        broken: list[Broken] = []
+        for name, content in read_tar(shard, broken, extensions):
+            key, extension = key_of(name)
+            found.setdefault(key, {})[extension] = content
+        if broken:
+            raise ValueError(f"{shard} is damaged: {broken[0].reason} ({broken[0].key})")
+        yield from found.items()
+
+
 def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
     """(key, content of its .json) of all samples that have one. ValueError names an unreadable shard or sample."""
     for shard in shards:

@@ -12,7 +12,6 @@ json holds its scene ("original"), true "name" and kind of caption ("noise": nam
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import tyro
@@ -51,20 +50,6 @@ def told(key: str, names: list[str], name: str, percent: int) -> str:
     return other if wrong else name
 
 
-def samples(folder: Path) -> Iterator[tuple[str, bytes, dict]]:
-    """(key, picture, description) of the scenes' training shards, in order."""
-    for shard in data.expand_shards(str(folder / "train")):
-        unfinished: dict[str, dict[str, bytes]] = {}
-        broken: list[data.Broken] = []
-        for name, content in tars.read_tar(shard, broken, ("png", "json")):
-            key, extension = tars.key_of(name)
-            unfinished.setdefault(key, {})[extension] = content
-        if broken:
-            raise ValueError(f"{shard} is damaged: remove {folder}, and build it anew")
-        for key, files in unfinished.items():
-            yield key, files["png"], json.loads(files["json"])
-
-
 def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
@@ -77,7 +62,8 @@ def main(cfg: Config) -> None:
         if checkpoints.read_json(out / "manifest.json") == made:
             return print(f"{out} is complete")
         raise ValueError(f"{out} was made of other scenes or shares: choose another --out, or remove it")
-    everything = list(samples(source))
+    shards = tars.samples(data.expand_shards(str(source / "train")), ("png", "json"))
+    everything = [(key, files["png"], json.loads(files["json"])) for key, files in shards]
     names = sorted({about["names"][0] for _, _, about in everything})
     for percent in cfg.noise:
         folder = out / f"noise-{percent:02}"
