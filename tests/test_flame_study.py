@@ -37,20 +37,21 @@ def test_arms_are_flags_of_one_preset_each():
 def test_arms_on_fewer_pairs_take_as_many_steps():
     for preset in ("emoji-lite0", "emoji-lite0-clip"):
         cfg = config.PRESETS[preset][1]
-        steps = {8913 // cfg.batch_size * cfg.epochs}
+        steps = {7146 // cfg.batch_size * cfg.epochs}
         for flags in study.FEWER.values():
             pairs, epochs = (int(word) for word in flags.split()[1::2])
             steps.add(pairs // cfg.batch_size * epochs)
         assert len(steps) == 1
-    assert [math.floor(8913 / int(share)) for share in study.FEWER] == [2228, 557]
+    assert [math.floor(7146 / int(share)) for share in study.FEWER] == [1786, 446]
 
 
 def test_what_runs_once_is_made_for_the_arms_that_read_it():
     for llm in (GEMMA, SMOLLM2):
         made = {once.command: once.arms for once in study.before(llm)}
-        bank = study.BANKS[llm]
-        assert made["flame.recaption"] == made[f"flame.embed emoji --llm {llm} --out {bank}"] == ()
-        assert made[f"flame.embed emoji --llm {llm} --mask causal --out {bank}-causal"] == ("causal",)
+        bank, texts = study.BANKS[llm], f"--sets {' '.join(study.NEW_SETS + config.ZERO_SHOT_SETS + config.LONG_SETS)}"
+        assert made["flame.recaption"] == made["flame.new_names"] == ()
+        assert made[f"flame.embed emoji --llm {llm} {texts} --out {bank}"] == ()
+        assert made[f"flame.embed emoji --llm {llm} --mask causal {texts} --out {bank}-causal"] == ("causal",)
         banks = {line.split("--out ")[1].split()[0] for line in made if line.startswith("flame.embed")}
         wanted = {
             words(llm, arm.name).split("--bank ")[1].split()[0] for arm in study.arms(llm) if "clip" not in arm.name
@@ -89,15 +90,15 @@ def test_primary_claims_are_judged_by_floors_where_all_pairs_were_seen():
         "clip": [42.0, 42.5, 43.0], "flame": [43.0, 43.5, 44.0],
         "clip-16": [10.0, 10.5, 11.0], "flame-16": [20.0, 20.5, 21.0],
     }  # fmt: skip
-    arms = {arm: [{study.NAMES_OOD: value} for value in values] for arm, values in runs.items()}
+    arms = {arm: [{study.NEW_ID: value} for value in values] for arm, values in runs.items()}
     found = Comparison(arms, [0, 1, 2], {}, set(), {})
     study.derive(found)
     assert found.arms["flame"][0][study.AT["16"]] == 20.0 and found.arms["clip"][0][study.GROWTH] == -32.0
-    bars = [(study.ON_LITE0, {study.NAMES_OOD: 40.6})]
+    bars = [(study.ON_LITE0, {study.NEW_ID: 40.6})]
     rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=True)}
     assert rows[study.AT["16"]]["difference"] == 10.0 and rows[study.AT["16"]]["verdict"] == "reproduced"
     assert rows[study.GROWTH]["difference"] == 9.0 and rows[study.GROWTH]["primary"]
-    few = [(study.ON_LITE0, {study.NAMES_OOD: 50.0})]
+    few = [(study.ON_LITE0, {study.NEW_ID: 50.0})]
     judged = verdicts.judged(study.CLAIMS, found.arms, few, together=True)
     assert {row["verdict"] for row in judged} == {"has not learned"}
 
@@ -127,13 +128,13 @@ def test_scenes_are_measured_on_their_own_set(monkeypatch: pytest.MonkeyPatch):
         ["retrieval_long_ood/chance", "seconds"], ["scenes/chance", "seconds"], ["retrieval_long_ood/chance", "seconds"]
     ]  # fmt: skip
     assert [each["seconds"] for each in found] == [len(path) for path in runs]
-    assert {cfg.sets for cfg in asked} == {(study.SCENE_SET,), config.ZERO_SHOT_SETS + config.LONG_SETS}
+    on_emoji = study.NEW_SETS + config.ZERO_SHOT_SETS + config.LONG_SETS
+    assert {cfg.sets for cfg in asked} == {(study.SCENE_SET,), on_emoji}
 
 
 def test_floors_name_the_metrics_that_claims_are_about():
-    sets = study.NAMES[0], study.LONG_TO_TEXT
-    if not Path(sets[0]).is_dir():
-        pytest.skip("the embedded corpus is not built")
+    if not all(Path(folder).is_dir() for folder in (study.NAMES[0], *study.NEW_SETS)):
+        pytest.skip("the embedded corpus and its split by names are not built")
     chance = study.chance()
     claimed = {claim.learned_by or claim.metric for claim in study.claims(GEMMA)}
     assert claimed <= set(chance) and chance[study.LONG_TO_TEXT] == 0.2 and chance[study.OTHER_TO_TEXT] == 0.8
@@ -154,5 +155,6 @@ def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
     scripts = [" ".join(line[2:]) for line in called]
-    assert scripts[:2] == ["flame.recaption", "flame.embed emoji --llm gemma --out data/flame/bank-gemma"]
-    assert [line.split()[0] for line in scripts[2:]] == ["flame.train", "flame.train"]
+    assert scripts[:2] == ["flame.recaption", "flame.new_names"]
+    assert scripts[2].startswith("flame.embed emoji --llm gemma ")
+    assert [line.split()[0] for line in scripts[3:]] == ["flame.train", "flame.train"]
