@@ -19,11 +19,11 @@ from shared.study.runner import Study, study_of
 from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
-    "Everything here was measured on the embedded emoji corpus, a stand-in for the papers' data that fits on a laptop: "
-    "it shows whether an effect is there at its scale, never a paper's number. Intervals are of differences paired by "
-    "seed, unless a row says by what (encoders, concepts)."
+    "Everything here was measured on the embedded corpora, emoji and scenes made of them, which stand in for the "
+    "papers' data and fit on a laptop. They show whether an effect exists at this scale, never a paper's number. "
+    "Differences are paired by seed, unless a row names another unit (encoders, concepts)."
 )
-BESIDE = "Some papers were also asked on photographs, beside the emoji: their tables have the verdict on emoji, too."
+BESIDE = "Some claims were also tested on photographs: those tables repeat the verdict on emoji in their last column."
 
 
 def command(study: Study, summary: dict) -> str:
@@ -63,9 +63,9 @@ def settled(rows: list[dict[str, Any]]) -> str:
     """Sentence with the number of primary claims that have a resolved verdict."""
     n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
     return (
-        f"Of {len(rows)} claims of abstracts, {n} have a verdict that seeds resolve ({n / len(rows):.0%}). Floor: what "
-        "chance, raw pixels or the pretrained tower itself reach in the metric by which a claim's arms are known to "
-        "have learned, mostly the claim's own."
+        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). Floor: the best that "
+        "chance, raw pixels or the pretrained tower itself reach in the metric that shows whether the claim's arms "
+        "have learned, usually the claim's own."
     )
 
 

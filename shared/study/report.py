@@ -17,9 +17,9 @@ from shared.study.statistics import spread
 from shared.study.verdicts import shown
 
 STARS = (
-    " ★: the paper's abstract states it; each of these intervals has the level of Holm's step-down test, by which all "
-    "of their verdicts hold together at 95 %. Resolves: the smallest difference that these seeds resolve, by a "
-    "standard deviation pooled over arms."
+    " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
+    "verdicts hold together at 95 %. Resolves: the smallest difference that these seeds can resolve, from a standard "
+    "deviation pooled over arms."
 )
 
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
@@ -193,7 +193,7 @@ def block(summary: dict, study: Any, other: dict | None = None) -> str:
     return (
         f"{corpus}Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
         f"{table(arms_rows(named, study.metrics, summary.get('floors')))}\n\n"
-        "Differences are paired by seed, unless the row says by what, ± half the 95 % interval."
+        "Differences are paired by seed, unless the row names another unit; ± is half the 95 % interval."
         f"{STARS * ('floors' in summary)}\n\n{table(claim_rows(summary, other))}\n"
     )
 
