@@ -314,7 +314,7 @@ class LockedTower(TimmModel):
     """open_clip's tower of a timm network with a frozen trunk. Reads images, or the trunk's features (B, C)."""
 
     def lock_trunk(self) -> None:
-        self.trunk.requires_grad_(False)
+        self.trunk.requires_grad_(False).to(memory_format=torch.channels_last)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "LockedTower":
@@ -323,7 +323,7 @@ class LockedTower(TimmModel):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x if x.ndim == 2 else self.trunk(x))
+        return self.head(x if x.ndim == 2 else self.trunk(x.contiguous(memory_format=torch.channels_last)))
 
 
 def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
