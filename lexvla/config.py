@@ -158,7 +158,6 @@ SMALL = Config(
     min_count=5,
     max_vocabulary=None,
     pattern=" ?[a-z]{2,}",
-    centre_codebook=True,
     bias=None,
     lambda_image=0.3,
     lambda_text=0.3,
