@@ -279,7 +279,8 @@ def neighbour_words() -> dict[str, float]:
     for folder in NEW_SETS:
         test, labels = floors.read(folder, "test", lite0_features, VIEW)
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
-        said = bags.transform([captions[str(pairs.keys[i])] for i in (F.normalize(test, dim=-1) @ train.T).argmax(1)])
+        nearest = (F.normalize(test, dim=-1) @ train.T).argmax(1).tolist()
+        said = bags.transform([captions[str(pairs.keys[row])] for row in nearest])
         names = F.normalize(torch.from_numpy(bags.transform(classnames).toarray()).float(), dim=-1)
         similarity = torch.from_numpy(said.toarray()).float() @ names.T
         found[f"{Path(folder).name}/top1"] = percent(similarity.argmax(1) == labels)
