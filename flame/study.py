@@ -460,7 +460,7 @@ def study(llm: str) -> Study:
         before=before(llm),
         arms=arms(llm),
         corpus=corpus(llm),
-        minutes={"core": 6, "all": 15},  # estimates, until the study has been measured
+        minutes={"core": 4, "all": 7},
         evaluate=evaluate,
         derive=derive,
         metrics=METRICS,
