@@ -8,7 +8,7 @@ from shared.presets import folders
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
 EVIDENCE = ("study.py", "photos_study.py")  # what may use shared.study and shared.corpora
-BUILDERS = {"lexvla/scenes.py"}  # of a paper's own corpus: the one file beside study.py that may use shared.corpora
+BUILDERS = {"flame/new_names.py", "lexvla/scenes.py"}  # of a paper's corpus; beside study.py, they use shared.corpora
 BEGIN, END = "<!-- imports -->\n", "<!-- /imports -->"
 
 

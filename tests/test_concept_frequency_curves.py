@@ -91,7 +91,7 @@ def test_empty_bins_are_left_out():
     rho, p = correlation(curve)
     assert 0.9 < rho < 1 and 0 < p < 1
     assert all(math.isnan(value) for value in correlation(curve, slice(1, 3)))
-    with pytest.raises(ValueError, match="no curve"):
+    with pytest.raises(ValueError, match="as many counts as scores, not 0 and 0"):
         log_linear_curve([], [], 3)
     with pytest.raises(ValueError, match="two bins or more"):
         log_linear_curve([1, 10], [0.0, 1.0], 1)  # the edge would leave the largest count out

@@ -36,7 +36,7 @@ def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{name: [f"a {name}.", "an icon"]} for name in names]))
     described = tagging.load_tagger("clip", names, str(arms["zipf"]), "", "", str(tmp_path / "d.json"), True, "cpu")
     assert not np.array_equal(tagging.tag_images(images, described.probabilities), p)
-    with pytest.raises(ValueError, match="but not 'unknown'"):
+    with pytest.raises(ValueError, match="but not of 'unknown'"):
         tagging.load_tagger("clip", ["unknown"], str(arms["zipf"]), "", "", str(tmp_path / "d.json"), True, "cpu")
     with pytest.raises(ValueError, match="clip, ram"):
         tagging.load_tagger("other", names, "", "", "", None, True, "cpu")

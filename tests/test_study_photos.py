@@ -73,7 +73,7 @@ def test_words_that_are_not_known_are_left_out():
 def test_damaged_shards_are_named(corpus: Path):
     path = corpus / "train/00000.tar"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="have a damaged sample"):
         photos.pictures([path])
 
 

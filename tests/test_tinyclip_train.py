@@ -646,7 +646,11 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     result = in_process("emoji", *given, *TINY, "--inherit", "random", "--quick-gelu", "--out", tmp_path / "a")
     assert result.code == 2 and "--inherit random cannot cut emoji-50" in result.err and one_sentence(result.err)
     result = in_process("emoji", *given, *TINY, "--use-teacher-text", "--quick-gelu", "--out", tmp_path / "a")
-    assert result.code == 2 and "quick_gelu is False there and True here" in result.err and one_sentence(result.err)
+    assert (
+        result.code == 2
+        and "quick_gelu is False in the teacher and True in the student" in result.err
+        and one_sentence(result.err)
+    )
     result = in_process("emoji", *given, *TINY, "--image-size", "24", "--use-teacher-text", "--out", tmp_path / "a")
     assert result.code == 2 and "it sees 16 pixels" in result.err and one_sentence(result.err)
     result = in_process("emoji", "--teacher", runs["teacher"], *TINY, "--model", "emoji-100", "--init", runs["auto"])

@@ -328,7 +328,7 @@ def test_wrong_text_to_image(text_to_image, message):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [([0, 3], "do not fit 3"), ([-1, 0], "do not fit 3"), ([0], "1 labels and 2 rows")]
+    ("labels", "message"), [([0, 3], "do not fit 3"), ([-1, 0], "do not fit 3"), ([0], "1 labels do not match 2 rows")]
 )
 def test_wrong_labels(labels, message):
     with pytest.raises(ValueError, match=message):

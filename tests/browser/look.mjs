@@ -15,7 +15,7 @@ tab.on("requestfailed", (request) => seen.failed.push(request.url().slice(0, 100
 tab.on("console", (message) => seen.messages.push(message.text()));
 tab.on("pageerror", (error) => seen.messages.push(String(error)));
 await tab.goto(pathToFileURL(page).href, { waitUntil: "load" });
-await tab.screenshot({ path: screenshot, fullPage: true });
+await tab.screenshot({ path: screenshot, fullPage: true, timeout: 120000 });
 const shown = await tab.evaluate(() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
   return {
