@@ -21,7 +21,7 @@ from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip import timing
 from attentive_mask_clip.model import PRESETS as MODELS
 from attentive_mask_clip.model import create_model
-from shared.checkpoints import load_checkpoint
+from shared.checkpoints import read_json
 from shared.run import read_metrics
 from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
@@ -177,7 +177,7 @@ def evaluate(runs: Sequence[str]) -> list[dict]:
     """Measurements of runs, each on the evaluation sets of the scenes that it was trained on."""
     results = []
     for path in runs:
-        corpus = Path(load_checkpoint(Path(path) / "checkpoint.pt")["config"]["data"]).parent
+        corpus = Path(read_json(Path(path) / "config.json")["data"]).parent
         sets = tuple(f"{corpus}/eval/{name}" for name in SETS)
         cfg = evaluation.Config((path,), sets=sets, probe=None, foreground=sets[1], times=STEP_TIMES)
         results += evaluation.main(cfg)
@@ -197,9 +197,14 @@ class ImageTower(nn.Module):
 
 def on_labels() -> dict[str, float]:
     shape = MODELS["scenes"]
-    tower = lambda: ceiling.Tower(ImageTower(), shape["embed_dim"], shape["image_size"])  # noqa: E731
     return ceiling.trained_on_labels(
-        tower, MAIN_SETS, epochs=4, lr=2e-3, crop=(0.8, 1.0), shards=f"{folder('one')}/train", stored=1
+        lambda: ceiling.Tower(ImageTower(), shape["embed_dim"], shape["image_size"]),
+        MAIN_SETS,
+        epochs=4,
+        lr=2e-3,
+        crop=(0.8, 1.0),
+        shards=f"{folder('one')}/train",
+        stored=1,
     )
 
 

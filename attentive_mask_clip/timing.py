@@ -37,7 +37,7 @@ PAPER = {"clip": "1.00x", "slip": "2.67x", "aclip": "1.16x", "aclip-eff": "0.86x
 @dataclasses.dataclass
 class Config:
     model: str = "emoji"
-    """Towers: vit_s16, vit_b16, vit_l16 or emoji."""
+    """Towers: vit_s16, vit_b16, vit_l16, emoji or scenes."""
     batch_size: int = 128
     """Images a step."""
     arms: tuple[str, ...] = tuple(ARMS)

@@ -19,8 +19,6 @@ from shared import cli, data, tars
 from shared.corpora import layout
 from shared.evalsets import EvalSet
 
-SHARD = 1000  # samples per training shard
-
 
 @dataclasses.dataclass
 class Config:
@@ -44,8 +42,9 @@ def write(folder: Path, cfg: Config) -> dict[str, int]:
     for key, files in tars.samples(data.expand_shards(str(corpus / "train")), ("png", "txt", "json")):
         name = json.loads(files["json"])["name"]
         (new if is_new(name, cfg.every) else known).append((name, {"__key__": key} | files))
-    for number, first in enumerate(range(0, len(known), SHARD)):
-        tars.write_tar(folder / "train" / f"{number:05}.tar", [sample for _, sample in known[first : first + SHARD]])
+    for number, first in enumerate(range(0, len(known), layout.SHARD)):
+        some = [sample for _, sample in known[first : first + layout.SHARD]]
+        tars.write_tar(folder / "train" / f"{number:05}.tar", some)
     counts = {"train": len(known)}
     for split in ("id", "ood"):
         whole = EvalSet(corpus / f"eval/bare_names_{split}", None)

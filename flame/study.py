@@ -123,6 +123,7 @@ def before(llm: str) -> tuple[Once, ...]:
     """The commands that run once: captions, and their embeddings."""
     embed, bank = f"flame.embed emoji --llm {llm}", BANKS[llm]
     texts = f"--sets {' '.join(NEW_SETS + ZERO_SHOT_SETS + LONG_SETS)}"
+    english = (Once(f"flame.embed emoji {texts} --out {BANKS[SMOLLM2]}", arms=("flame-english",)),)
     scenes = (
         "--samples 2000 --eval-samples 500 --image-size 128 --captioned 2 3 --captioned-size 0.35 0.45 --clutter 0 0"
     )
@@ -134,11 +135,7 @@ def before(llm: str) -> tuple[Once, ...]:
         Once(f"{embed} {texts} --out {bank}"),
         Once(f"flame.embed emoji --llm minilm {texts} --out data/flame/bank-minilm", arms=("minilm",)),
         Once(f"{embed} --mask causal {texts} --out {bank}-causal", arms=("causal",)),
-        *(
-            []
-            if llm == SMOLLM2
-            else [Once(f"flame.embed emoji {texts} --out {BANKS[SMOLLM2]}", arms=("flame-english",))]
-        ),
+        *(english if llm != SMOLLM2 else ()),
         Once(f"shared.corpora.scenes --out {SCENES} {scenes}", arms=ON_SCENES),
         Once(f"flame.recaption --data {SCENES}/train --out {SCENES}/captions", arms=ON_SCENES),
         Once(f"{embed} --data {SCENES}/train {captions} {sets}", arms=("flame-scenes",)),

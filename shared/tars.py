@@ -132,7 +132,9 @@ def samples(shards: Iterable[str], extensions: Container[str]) -> Iterator[tuple
             key, extension = key_of(name)
             found.setdefault(key, {})[extension] = content
         if broken:
-            raise ValueError(f"{shard} is damaged: {broken[0].reason} ({broken[0].key})")
+            raise ValueError(
+                f"{shard} is damaged, {broken[0].reason} ({broken[0].key}): remove its folder, and build it anew"
+            )
         yield from found.items()
 
 
