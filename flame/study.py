@@ -268,7 +268,8 @@ def lite0_neighbour() -> dict[str, float]:
 def neighbour_words() -> dict[str, float]:
     """The floor on new names: the class name most similar, as a bag of words, to the caption of the nearest training
     drawing on the pretrained tower's features. Without a common word it is the first class."""
-    pairs, captions = data.open_pairs(PRESETS["emoji-lite0"][1].data), read_captions("data/flame/captions/short.json")
+    pairs, short = data.open_pairs(PRESETS["emoji-lite0"][1].data), read_captions("data/flame/captions/short.json")
+    captions = [short[str(key)] for key in pairs.keys]
     images = (
         torch.stack([VIEW(pairs.read(int(i)).image) for i in rows]) for rows in torch.arange(len(pairs)).split(256)
     )
@@ -276,11 +277,8 @@ def neighbour_words() -> dict[str, float]:
     for folder in NEW_SETS:
         test, labels = floors.read(folder, "test", lite0_features, VIEW)
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
-        nearest = (F.normalize(test, dim=-1) @ train.T).argmax(1).tolist()
-        said = bags.transform([captions[str(pairs.keys[row])] for row in nearest])
-        names = F.normalize(torch.from_numpy(bags.transform(classnames).toarray()).float(), dim=-1)
-        similarity = torch.from_numpy(said.toarray()).float() @ names.T
-        found[f"{Path(folder).name}/top1"] = percent(similarity.argmax(1) == labels)
+        said, names = floors.captions_of_neighbours(F.normalize(test, dim=-1), train, captions, bags, classnames)
+        found[f"{Path(folder).name}/top1"] = percent((said @ names.T).argmax(1) == labels)
     return found
 
 

@@ -180,14 +180,12 @@ def nearest_caption() -> dict[str, float]:
     pooled = [Pooled()(torch.stack([transform(pairs.read(int(i)).image) for i in part])) for part in rows]
     train, captions = torch.cat(pooled), [pairs.caption(row) for row in range(len(pairs))]
     bags, found = CountVectorizer(stop_words="english", binary=True).fit(captions), {}
-    said = F.normalize(torch.from_numpy(bags.transform(captions).toarray()).float(), dim=-1)
     for folder in SETS:
         eval_set = EvalSet(folder, transform)
         features, of_images = extract_image_features(Pooled(), eval_set.batches(256), desc=eval_set.name)
         texts = [text for of_image in of_images for text in of_image]
-        rows = F.normalize(torch.from_numpy(bags.transform(texts).toarray()).float(), dim=-1)
-        nearest = said[(features @ train.T).argmax(1)]
-        recalls = evaluation.retrieval(nearest, rows, owners(of_images))
+        said, asked = floors.captions_of_neighbours(features, train, captions, bags, texts)
+        recalls = evaluation.retrieval(said, asked, owners(of_images))
         found |= {f"{eval_set.name}/{name}": value for name, value in recalls.items()}
     return found
 

@@ -1,12 +1,15 @@
 """Floors: chance in closed form against random orders, and nearest neighbours counted by hand."""
 
 import io
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.feature_extraction.text import CountVectorizer
 
 from shared.study import floors
 from shared.tars import write_split
@@ -70,6 +73,28 @@ def test_nearest_neighbour_on_features(classes: Path):
         return next(known)
 
     assert floors.nearest_neighbour([classes], features)["bars/top1"] == 100.0
+
+
+def test_hard_linked_sets_are_read_once(classes: Path):
+    """Sets for two styles share their training images, which are encoded once; a copy of a set is encoded again."""
+    shutil.copytree(classes, linked := classes.parent / "linked", copy_function=os.link)
+    shutil.copytree(classes, copied := classes.parent / "copied")
+    seen = []
+
+    def features(batches) -> torch.Tensor:
+        seen.append(len(pixels := floors.join(batches)))
+        return pixels
+
+    assert len(set(floors.nearest_neighbour([classes, linked], features).values())) == 1 and seen == [2, 3]
+    floors.nearest_neighbour([copied], features)
+    assert seen == [2, 3, 2, 3]
+
+
+def test_bags_of_words_of_what_neighbours_are_captioned_with():
+    train, test = torch.eye(3), torch.tensor([[0.1, 0.9, 0.0], [0.0, 0.1, 0.9]])
+    captions, bags = ["a red bar", "a blue bar", "nothing"], CountVectorizer().fit(["red bar", "blue bar"])
+    said, asked = floors.captions_of_neighbours(test, train, captions, bags, ["red bar", "blue bar"])
+    assert torch.allclose(said @ asked.T, torch.tensor([[0.5, 1.0], [0.0, 0.0]]))
 
 
 def test_a_probe_on_raw_pixels(classes: Path):

@@ -7,13 +7,16 @@ Functions return {metric: percent}, with the metric names of eval.py.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor
 
 from shared import probes
@@ -69,7 +72,6 @@ def join(batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(batches))
 
 
-@functools.lru_cache(maxsize=6)  # several floors read the same split
 def read(
     path: str | Path,
     split: str,
@@ -78,8 +80,25 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D), by default raw pixels, and labels (N,) of one split of a classification set.
 
-    features: batches of transformed images -> (N, D).
+    features: batches of transformed images -> (N, D). Sets whose shards are the same files, by hard links, are read
+    once.
     """
+    stats = map(os.stat, EvalSet(path, transform, split).shards)
+    files = tuple((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+    return _read(FIRST_WITH.setdefault(files, path), split, features, transform)
+
+
+FIRST_WITH: dict[tuple, str | Path] = {}
+"""The first set that was read from these files, as (device, inode, time of change, bytes)."""
+
+
+@functools.lru_cache(maxsize=6)  # several floors read the same split
+def _read(
+    path: str | Path,
+    split: str,
+    features: Callable[[Iterable[Tensor]], Tensor],
+    transform: Callable[[Image.Image], Tensor],
+) -> tuple[Tensor, Tensor]:
     labels = []
 
     def images() -> Iterable[Tensor]:
@@ -106,6 +125,22 @@ def nearest_neighbour(
         top1 = probes.nearest_neighbour(*train, *test)
         found |= {f"{Path(path).name}/{metric}": top1 for metric in metrics}
     return found
+
+
+def captions_of_neighbours(
+    test: Tensor, train: Tensor, captions: Sequence[str], bags: CountVectorizer, texts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Unit bags of words of what the nearest training image of each test image is captioned with, and of texts.
+
+    test (N, D), train (M, D): unit rows. captions: of the M training images. bags: fitted. Returns (N, words) and
+    (len(texts), words); captions and texts without a known word are zero rows.
+    """
+    nearest = (test @ train.T).argmax(1)
+    said, asked = (
+        F.normalize(torch.from_numpy(bags.transform(lines).toarray()).float(), dim=-1)
+        for lines in ([captions[row] for row in nearest], texts)
+    )
+    return said, asked
 
 
 def probed(
