@@ -39,7 +39,7 @@ from flame.train import open_model
 from shared import cli, data
 from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
-from shared.pretrained import lite0_features
+from shared.pretrained import cached_lite0_features
 from shared.study import floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -262,7 +262,7 @@ def chance() -> dict[str, float]:
 
 def lite0_neighbour() -> dict[str, float]:
     """Nearest neighbours on the pretrained tower's features: the floor for an MLP behind it."""
-    return floors.nearest_neighbour((*NAMES, *SUBGROUPS), lite0_features, VIEW)
+    return floors.nearest_neighbour((*NAMES, *SUBGROUPS), cached_lite0_features, VIEW)
 
 
 def neighbour_words() -> dict[str, float]:
@@ -273,9 +273,9 @@ def neighbour_words() -> dict[str, float]:
     images = (
         torch.stack([VIEW(pairs.read(int(i)).image) for i in rows]) for rows in torch.arange(len(pairs)).split(256)
     )
-    train, found = F.normalize(lite0_features(images), dim=-1), {}
+    train, found = F.normalize(cached_lite0_features(images), dim=-1), {}
     for folder in NEW_SETS:
-        test, labels = floors.read(folder, "test", lite0_features, VIEW)
+        test, labels = floors.read(folder, "test", cached_lite0_features, VIEW)
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
         said, names = floors.captions_of_neighbours(F.normalize(test, dim=-1), train, captions, bags, classnames)
         found[f"{Path(folder).name}/top1"] = percent((said @ names.T).argmax(1) == labels)

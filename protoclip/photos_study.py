@@ -14,7 +14,7 @@ import numpy as np
 
 from protoclip import eval as evaluation
 from protoclip.study import lite0_view, pixel_probe
-from shared.pretrained import lite0_features
+from shared.pretrained import cached_lite0_features
 from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -75,7 +75,7 @@ def more_rows(found: Comparison) -> list[dict]:
 
 def lite0_probe() -> dict[str, float]:
     """The arms' linear probe, of the locked features themselves."""
-    found = floors.probed(PROBES, pixel_probe, lite0_features, lite0_view(), scale=1.0)
+    found = floors.probed(PROBES, pixel_probe, cached_lite0_features, lite0_view(), scale=1.0)
     return found | {PROBE: mean_of_probes(found)}
 
 

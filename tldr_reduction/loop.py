@@ -136,7 +136,7 @@ def training_batches(
     cfg: Common,
     process: run.Process,
     prompt: str = "",
-    dataset_type: type[PairDataset] = PairDataset,
+    dataset_type: Callable[..., PairDataset] = PairDataset,
     view: Callable | None = None,
 ) -> tuple[PairDataset, Iterator[tuple]]:
     """The data set, with the program's views or others, and the batches of `Collate` of all epochs from batch `start`

@@ -4,23 +4,20 @@ The folder --photos holds what people have, each as its authors lay it out (shar
 flickr8k, multi30k, pacs, cifar10, coco. Shards lie in data/photos-*; the photographs themselves stay where they are.
 """
 
-import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from shared import checkpoints, data, zeroshot
+from shared import data, zeroshot
 from shared.evalsets import EvalSet
 from shared.memory import square
-from shared.pretrained import lite0_features
+from shared.pretrained import cached_lite0_features
 from shared.study import floors
 from shared.study.floors import Floor
 from shared.study.runner import Once
@@ -56,33 +53,13 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
     return found
 
 
-def lite0_of(images: Sequence[bytes], cache: str | Path = "data/cache") -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of encoded images, cached by image."""
-    store = Path(cache) / f"lite0-{SIDE}.npz"
-    digests = [hashlib.blake2b(each, digest_size=16).digest() for each in images]
-    known: dict[bytes, np.ndarray] = {}
-    if store.is_file():
-        with np.load(store, allow_pickle=False) as file:
-            known = dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
-    new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in known}
-    if new:
-        some = list(new.values())
-        starts = range(0, len(some), 32)
-        views = (torch.stack([view(data.decode_image(each)) for each in some[i : i + 32]]) for i in starts)
-        known |= zip(new, lite0_features(views).numpy(), strict=True)
-        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
-            np.savez(file, digests=keys, features=np.stack(list(known.values())))
-    return torch.from_numpy(np.stack([known[digest] for digest in digests]))
-
-
 def features_of(files: Sequence[Path], pixels: bool = False) -> Tensor:
     """EfficientNet-Lite0's features (N, 1280) of the images of tars, or raw pixels."""
     images = pictures(files)
-    if not pixels:
-        return lite0_of(images)
-    return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
+    if pixels:
+        return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
+    parts = (images[first : first + 256] for first in range(0, len(images), 256))
+    return cached_lite0_features(torch.stack([view(data.decode_image(image)) for image in part]) for part in parts)
 
 
 def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list[list[str]]]:
