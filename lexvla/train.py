@@ -207,7 +207,7 @@ def quick_recall(
     """R@1 in both directions, in percent, on `cfg.eval_set` with dense representations, for the learning curve."""
     was_training, eval_set, dtype = model.training, EvalSet(cfg.eval_set, transform), run.DTYPES[precision]
     model.eval()
-    batches = eval_set.batches(256, windows.evaluation_workers(cfg))
+    batches = eval_set.batches(256, windows.evaluation_workers(cfg), device)
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
     s_txt = encode_texts(model, read, texts, 256, device, dtype)

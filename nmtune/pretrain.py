@@ -216,7 +216,8 @@ def memory_batches(
             flip = u[rows, 4] < 0.5 if labels else None
             boxes = memory.random_crops(u[rows], scale)
             images = memory.crop_and_resize(pixels[rows], boxes, samples.side, flip)
-            yield weight, images, targets[rows], noisy[rows], []
+            inputs = images, targets[rows]
+            yield weight, *(run.pinned(x, process.device) for x in inputs), noisy[rows], []
 
 
 def training_batches(

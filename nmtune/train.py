@@ -137,7 +137,7 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
         arguments = tried.epochs, tried.lr, tried.weight_decay, weights, tried.warmup, tried.svd_k, source.views
         try:
             tune(tried.method, head, loader, *arguments)
-        except torch.linalg.LinAlgError:  # features have diverged
+        except (torch.linalg.LinAlgError, ValueError):  # features have diverged
             return 0.0, -math.inf
         with torch.no_grad():
             logits = head.eval()(features[0, rest])

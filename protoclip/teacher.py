@@ -35,7 +35,9 @@ class Config:
     data: str = ""
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
-    """File to write: features (N, dim), and the sample keys as concatenated bytes that end at `ends` (N,)."""
+    """File to write: features (N, dim), and the sample keys as concatenated bytes that end at `ends` (N,).
+    Until it is written, its folder also holds a temporary file of all hidden states: 61 GB for 15 M captions of
+    RoBERTa-large."""
     dataset_size: int | None = None
     """Keep the first so many rows, as in training; None keeps all."""
     model: str = "roberta-large"

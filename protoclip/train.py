@@ -312,8 +312,8 @@ class EpisodicData:
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
-        if self.teacher is not None and pairs is not None:  # report a missing row before training starts
-            self.teacher.find(pairs, np.arange(len(pairs)))
+        if self.teacher is not None and pairs is not None and process.main:  # only rank 0 will read the teacher's rows
+            self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing row before training starts
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
         self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
         self.eval_view = view_of(size, train=False, statistics=statistics)

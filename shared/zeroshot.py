@@ -294,14 +294,16 @@ KEPT_BYTES = 2**27  # most bytes of images that `quick_top1` caches between eval
 _kept: dict[tuple, list] = {}  # cached batches of the last small set, by folder and transform
 
 
-def kept_batches(eval_set: EvalSet, key: tuple, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a set; those of a set of at most KEPT_BYTES are cached by `key`."""
+def kept_batches(
+    eval_set: EvalSet, key: tuple, num_workers: int = 0, device: str | torch.device = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a set, images on the device; those of a set of at most KEPT_BYTES are cached by `key`."""
     if key in _kept:
         yield from _kept[key]
         return
     _kept.clear()
     batches, size = [], 0
-    for images, labels in eval_set.batches(256, num_workers):
+    for images, labels in eval_set.batches(256, num_workers, device):
         size += images.nbytes
         if size <= KEPT_BYTES:
             batches.append((images, labels))
@@ -324,7 +326,7 @@ def quick_top1(
     model.eval()
     eval_set = EvalSet(set_dir, transform)
     classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, precision)
-    batches = kept_batches(eval_set, (str(set_dir), transform), num_workers)
+    batches = kept_batches(eval_set, (str(set_dir), transform, str(device)), num_workers, device)
     features, labels = extract_image_features(model.encode_image, batches, device, precision)
     model.train(was_training)
     return classification_metrics(features, labels, classifier)["top1"]

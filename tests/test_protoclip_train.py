@@ -443,6 +443,18 @@ def test_scales_are_clamped_after_each_step():
         assert 4.6 < model.logit_scale <= math.log(100) + 1e-6
 
 
+def test_only_the_first_process_looks_for_the_teachers_rows(monkeypatch: pytest.MonkeyPatch):
+    """Others never read them, so they need no table of the teacher's keys."""
+    asked = []
+    monkeypatch.setattr(train.Teacher, "find", lambda self, pairs, rows: asked.append(len(rows)))
+    options = dict(data=f"{SHARDS}/00000.tar", keep_in_memory=False, distinct_captions=False, dataset_size=100)
+    cfg = dataclasses.replace(PRESETS["emoji"][1], **options, external_teacher=str(TEACHER))
+    model = create_model("ViT-emoji", heads=False)
+    for rank in (0, 1):
+        train.EpisodicData(cfg, run.Process(rank, 2, torch.device("cpu")), model, lambda texts: texts)
+    assert asked == [100]
+
+
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_gather_with_grad_is_what_features_are_gathered_with(monkeypatch: pytest.MonkeyPatch, with_grad: bool):
     asked = []

@@ -193,7 +193,7 @@ def probes(model: CLIP, cfg: Config, device: torch.device, dtype: torch.dtype) -
             images = EvalSet(folder, transform, split)
             if images.kind != "classification":
                 raise ValueError(f"--probe {folder} is a {images.kind} set: a linear probe needs a classification set")
-            batches = images.batches(cfg.batch_size, cfg.workers)
+            batches = images.batches(cfg.batch_size, cfg.workers, device)
             features_and_labels += zeroshot.extract_image_features(
                 model.encode_image, batches, device, dtype, f"{images.name} {split}"
             )
