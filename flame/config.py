@@ -239,7 +239,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_inputs(cfg: Config) -> None:
-    """Raise ValueError if data, bank or evaluation set are not given or missing. A dry run needs none."""
+    """ValueError if --data or --bank is not given, or the evaluation set is missing. A dry run needs none of them."""
     cli.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
         raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
