@@ -154,7 +154,7 @@ AT = {share: f"new_names_id_at_1_{share}/top1" for share in FEWER}
 GROWTH = "new_names_id_growth/top1"
 BY_SCRIPT = {script: f"languages {script}/image_to_text_R@1" for script in SCRIPTS}
 # The paper's numbers: ImageNet against the previous best; Crossmodal-3600 against a CLIP on 400M other pairs; Urban-1k
-# # against a CLIP on the same CC3M. `negligible` was fixed before any of these arms was trained.
+# against a CLIP on the same CC3M. `negligible` was fixed before any of these arms was trained.
 URBAN = "+54.6 Urban-1k", "+57.0 Urban-1k"
 LANGUAGE_CLAIMS = (
     Claim("35 other languages, image to text", "+44.4 XM3600", OTHER_TO_TEXT, "flame", "clip", 1, 44.4, True, 1.0),
@@ -220,8 +220,8 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 
 def derive(found: Comparison) -> None:
-    """Add the accuracy at each share of the pairs to the arm with all pairs, the loss in accuracy, and means by
-    script."""
+    """Add the mean over the languages of each script; to the arms with all pairs also the accuracy at each share of the
+    pairs, and its change from all pairs to 1/16."""
     for runs in found.arms.values():
         for values in runs:
             for script, languages in SCRIPTS.items():

@@ -184,8 +184,8 @@ def bias_of_logits(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
 def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
     """(vocabulary ids (V,), bias of the logits).
 
-    The vocabulary is of all captions, of which each process counts its share. The bias is the configuration's, or
-    `bias_of_logits` of the first 256 captions.
+    The vocabulary comes from all captions; each process counts the pieces of its share. The bias is the
+    configuration's, or `bias_of_logits` of the first 256 captions.
     """
     captions = windows.captions(pairs, process.rank, process.world_size)
     counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))

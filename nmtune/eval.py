@@ -305,7 +305,7 @@ def zero_shot_metrics(path: str, cfg: Config, process: run.Process) -> dict[str,
 
 
 def export_run(path: str, folder: str) -> None:
-    """A CLIP of nmtune.pretrain as an open_clip model."""
+    """Write a CLIP of nmtune.pretrain as an open_clip model."""
     settings, model, transform = pretrained_clip(path)
     export.write(folder, model, export.named_config(settings.model), model.state_dict(), transform)
 

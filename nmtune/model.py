@@ -359,7 +359,7 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, na
 
 def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
     """(open_clip model that returns a dict, training and evaluation transform); weights by tag, or random."""
-    logging.disable(logging.WARNING)  # of random weights, which are meant, or about to be replaced
+    logging.disable(logging.WARNING)  # about random weights, which are intended or replaced later
     try:
         return open_clip.create_model_and_transforms(name, pretrained=tag, output_dict=True)
     finally:

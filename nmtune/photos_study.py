@@ -55,7 +55,7 @@ ENCODE = Once(f"nmtune.extract images --encoder lite0:128 {TRAIN} {TESTS} --batc
 
 
 def averaged(found: dict[str, float], metric: str) -> float:
-    """The mean of "SET/METRIC" over the domains that are out of domain."""
+    """The mean of "SET/METRIC" over the out-of-domain sets."""
     return float(np.mean([found[f"{name}/{metric}"] for name in SHIFTED]))
 
 
@@ -69,7 +69,7 @@ def measure_probe(folder: Path) -> dict[str, float]:
 
 
 def measure_run(path: str) -> dict[str, float]:
-    """What is compared of a run: an encoder's probe, kept beside it, or a head on black-box features."""
+    """Metrics of a run: of an encoder's linear probe, cached in results.json, or of a head on black-box features."""
     folder = Path(path)
     if folder.name.startswith("lite0"):
         last = run.read_metrics(folder, "id/top1")[-1]

@@ -64,7 +64,7 @@ ENCODE = Once(
 
 
 def noise_claims(kind: str, level: int, primary: bool = False) -> tuple[Claim, ...]:
-    """C1 to C3 for one noise level against no noise. Negligible are 0.5 points of accuracy, 0.01 of SVE and LSVR."""
+    """C1 to C3 for one noise level against no noise. Negligible: 0.5 points of accuracy, 0.01 nats of SVE and LSVR."""
     of, pair = f"{level} % {KINDS[kind]} noise", (f"{kind}-{level:02d}", f"{kind}-00")
     found = [Claim(f"C2 {of} lowers LP OOD", "down", "lp/ood", *pair, -1, None, primary, 0.5)]
     if level in (5, 10):
@@ -103,7 +103,7 @@ CLAIMS = (
 
 
 def by_seed(arms: dict[str, list[dict]], names: Sequence[str]) -> list[dict[str, float]]:
-    """For each seed, the mean of a metric over these arms."""
+    """For each seed, the mean of each metric over these arms."""
     same = zip(*(arms[name] for name in names), strict=True)
     return [{key: float(np.mean([each[key] for each in runs])) for key in runs[0]} for runs in same]
 
@@ -162,7 +162,7 @@ TASKS = StudyConfig().tasks
 
 
 def per_part(measure) -> dict[str, float]:
-    """{"lp/id", "lp/ood"}: means over tasks of measure(task) -> {"id", "ood"}, as the arms' are."""
+    """{"lp/id", "lp/ood"}: means over tasks of measure(task) -> {"id", "ood"}, as for the arms."""
     found = [measure(task) for task in TASKS]
     return {f"lp/{part}": float(np.mean([each[part] for each in found])) for part in ("id", "ood")}
 
@@ -195,7 +195,7 @@ def pixel_neighbour() -> dict[str, float]:
 
 
 def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Top-1 on each test set of the arms' linear probe of raw pixels, between -1 and 1; sets are (N, D), (N,)."""
+    """{test set: top-1 in percent} of the arms' linear probe on raw pixels / 255; sets are (pixels (N, D), labels)."""
     (x, labels), study, lp = train, StudyConfig(), METHODS["lp"][1]
     torch.manual_seed(0)
     head = make_classifier(x.shape[1], int(labels.max()) + 1)
@@ -206,7 +206,7 @@ def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Te
 
 
 def pixel_probe() -> dict[str, float]:
-    """The arms' linear probe on raw pixels between -1 and 1."""
+    """The arms' linear probe on raw pixels."""
     return per_part(
         lambda task: linear_probe(pixels(task, "tune"), {part: pixels(task, part) for part in ("id", "ood")})
     )

@@ -174,7 +174,7 @@ def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
         return *SIZES[cfg.benchmark], f"{cfg.benchmark} as published"
     if cfg.data == EMOJI["data"]:
         return 2_681, 98, "embedded corpus"
-    return *SIZES["cifar100"], "as many as in CIFAR-100, where data are not known yet"
+    return *SIZES["cifar100"], "as in CIFAR-100, since a dry run reads no data"
 
 
 def plan_rows(

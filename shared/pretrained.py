@@ -118,7 +118,7 @@ def lite0_features(
 
 
 def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/cache") -> Tensor:
-    """`lite0_features` of batches of uint8 pixels on the CPU, remembered by the pixels' hash in `cache`.
+    """`lite0_features` of batches (B, 3, H, W) of uint8 pixels on the CPU, stored in `cache` by a hash of the pixels.
 
     Each distinct image is computed once. The file is replaced as a whole, and not written if more than CACHED features
     would be in it. A file that cannot be read is replaced.

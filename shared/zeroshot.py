@@ -179,7 +179,7 @@ def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
 
     scores: (i, T) of the images with indices `images` (i,); text_to_image: (T,) image of each caption.
     Another image's caption with an equal or NaN score is ranked before. An image without captions (evaluation sets
-    have none) is a miss at any k, as in CLIP_benchmark.
+    have no such image) is a miss at any k, as in CLIP_benchmark.
     """
     own = text_to_image == images[:, None]
     best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
@@ -258,7 +258,7 @@ def evaluate(
 
     model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is in eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
-    `retrieval_metrics` over all captions.
+    `retrieval_metrics` over all captions. ValueError if two sets have the same folder name.
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
     """
     sets = [EvalSet(folder, transform) for folder in set_dirs]  # all opened first, so that errors come early

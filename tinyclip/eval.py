@@ -236,7 +236,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         if "sparsity_reached" in flat and (warning := too_little(flat["sparsity_reached"], flat["target_sparsity"])):
             print(f"{path}: {warning}, so the pruned model is larger than intended")
             flat["sparsity_missing"] = flat["target_sparsity"] - flat["sparsity_reached"]
-    return {name: value for name, value in flat.items() if not math.isnan(value)}  # top-5 of four classes, say
+    return {name: value for name, value in flat.items() if not math.isnan(value)}  # e.g. top-5 of four classes
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

@@ -159,7 +159,7 @@ METRICS = {
     "macs_g": "MACs (G)",
     "seconds": "seconds",
 }
-SPEED = "1.4-7.8x fewer"  # 0.29 to 0.87 of the time less
+SPEED = "1.4-7.8x fewer"  # saves 0.29 to 0.87 of the time
 RC, RA, IC, IA = (f"{weights}-{loss}" for weights in ("random", "inherited") for loss in ("contrastive", "affinity"))
 VIT_RC, VIT_RA, VIT_IC, VIT_IA = "vit-random-contrastive", "vit-random-affinity", "vit-inherited-contrastive", "by-hand"
 PROGRESSIVE, ONE_STAGE = "auto-progressive", "auto-oneshot"
@@ -319,7 +319,7 @@ def plot_curves(found: Comparison, path: Path) -> None:
     plt.close(figure)
 
 
-TEACHERS = {"teacher-tenth": "-tenth", "teacher-half": "-half", "teacher": ""}  # and the students that mimic them
+TEACHERS = {"teacher-tenth": "-tenth", "teacher-half": "-half", "teacher": ""}  # teacher: ending of its student's name
 
 
 def plot_teachers(arms: dict[str, list[dict]], path: Path) -> None:

@@ -174,7 +174,7 @@ class Inference:
         return self.loaded[path]
 
     def scorer(self) -> Scorer:
-        """What scores image-text matching."""
+        """The model that scores image-text matching."""
         if "scorer" not in self.loaded:
             self.loaded["scorer"] = load_scorer(self.cfg.scorer, self.process.device, self.cfg.cls_scores)
         return self.loaded["scorer"]
@@ -207,13 +207,13 @@ class Inference:
         return folder
 
     def encoder(self, name: str) -> Encoder:
-        """A pretrained image encoder from elsewhere."""
+        """The pretrained image encoder of that name, loaded once."""
         if name not in self.loaded:
             self.loaded[name] = load_encoder(name, self.process.device)
         return self.loaded[name]
 
     def codes(self, path: str | None) -> Path:
-        """Folder of code vectors, pixel hashes and reasons of the broken ("" else), of all rows.
+        """Folder with code vectors, pixel hashes and reasons (why an image is broken, else "") of all rows.
 
         Codes are those of the captioner in `path`, or of the encoder's k-means codebook.
         """
@@ -302,7 +302,7 @@ class Inference:
         return rows, found, [self.pairs.caption(row) for row in rows]
 
     def readable(self) -> Path:
-        """Folder of all rows' pixel hashes and reasons of the broken, if no captioner is used."""
+        """Folder with pixel hashes and reasons (as in `codes`) of all rows, for reductions that need no codes."""
 
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
@@ -334,7 +334,7 @@ class Inference:
         return self.keep(kept_in, self.rows, "features", compute)
 
     def text_features(self) -> np.ndarray:
-        """The scorer's embeddings of all captions, (N, E); not kept."""
+        """The scorer's embeddings of all captions, (N, E); not saved."""
         batches = []
         for first in range(0, len(self.rows), self.cfg.batch_size):
             captions = [self.pairs.caption(row) for row in self.rows[first : first + self.cfg.batch_size]]

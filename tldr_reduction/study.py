@@ -99,7 +99,7 @@ def reductions() -> Iterator[Stage]:
 
 # ---------------------------------------------------------------------------------------------------------------- arms
 
-# As many steps as on the whole pool, with the same decay in all: a third of it has ten steps an epoch, the half fifteen
+# As many steps as on the whole pool, with the same total decay: a third has ten steps an epoch, a half fifteen
 THIRD, HALF = "--epochs 20 --lr-decay-rate 0.86 --warmup 10", "--epochs 14 --lr-decay-rate 0.806 --warmup 15"
 
 

@@ -59,7 +59,7 @@ def losses_of(
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be."""
+    """Print the plan of a run: sizes, steps, learning rates, memory."""
     model = build(cfg, loop.vocab_size(cfg))
     clip = cfg.objective == "clip"
     batch = loop.two_samples(image_side(model, cfg), model.context_length if clip else cfg.max_length)
