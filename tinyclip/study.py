@@ -191,6 +191,7 @@ CLAIMS = (  # IN: ImageNet zero-shot top-1 of the model zoo
     Claim("affinity with a tenth of a teacher above contrastive", None, TOP1, f"{RA}-tenth", RC),
     Claim("half the size above the teacher, by hand", None, TOP1, IA, "teacher"),
     Claim("half the size above the teacher, learned masks", None, TOP1_SCENES, "auto", "vit-teacher"),
+    Claim("a quarter of the size above half, learned masks", None, TOP1_SCENES, ONE_STAGE, "auto"),
     Claim("front channels above random ones", None, TOP1_SCENES, VIT_IA, "random-channels"),
     Claim("size (M in blocks), learned masks - by hand", None, SIZE, "auto", VIT_IA),
     Claim("size (M in blocks), progressive - one stage", None, SIZE, PROGRESSIVE, ONE_STAGE),
