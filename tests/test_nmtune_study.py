@@ -83,7 +83,7 @@ def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
     assert tuning == ["nmtune.encoder_study", "--encoder", out, "--methods", "lp"]
-    (head,) = (words[2:] for words in study.STUDY.words(study.STUDY.arms[-1], 1))
+    head, _ = (words[2:] for words in study.STUDY.words(study.STUDY.arms[-1], 1))
     assert head[:2] == ["nmtune.train", "emoji-lite0-nmtune"]
     features = config.PRESETS["emoji-lite0-nmtune"][1].features
     assert f"--out {features}" in study.STUDY.before[0].command and study.STUDY.before[0].arms == study.BLACK_BOX
