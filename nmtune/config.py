@@ -452,7 +452,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
 
 
-# ------------------------------------------------------------------------------------------------ study of one encoder
+# --------------------------------------------------------------------------------------- studies of one encoder or head
 
 
 @dataclasses.dataclass
@@ -473,6 +473,18 @@ class StudyConfig:
     """Passes over the training set."""
     batch_size: int = 64
     """Images per step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+@dataclasses.dataclass
+class HeadStudyConfig:
+    """One head tuned again with other seeds, on the same features."""
+
+    run: str = "runs/nmtune/tune"
+    """Finished run folder of `python -m nmtune.train` on features in memory; heads.json is written into it."""
+    heads: int = 10
+    """Number of heads, that of the run included; their seeds are the run's and the next ones."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
