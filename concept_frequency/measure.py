@@ -127,13 +127,14 @@ def main(cfg: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for folder in cfg.sets:
         evaluation = EvalSet(folder, transform)
+        tagger = load_spacy(cfg.spacy) if evaluation.kind == "retrieval" else None  # a missing one is an error at once
         loader = evaluation.batches(cfg.batch_size, cfg.workers, process.device)
         features, targets = extract_image_features(model.encode_image, loader, process.device, dtype, evaluation.name)
         if evaluation.kind == "retrieval":
             n = min(5, *map(len, targets))  # the first five of each image, as upstream
             captions = [caption for of_image in targets for caption in of_image[:n]]
             texts = encode_texts(model.encode_text, tokenizer, captions, cfg.batch_size, process.device, dtype)
-            docs = [[(t.lemma_, t.pos_) for t in doc] for doc in load_spacy(cfg.spacy).pipe(captions, disable=["ner"])]
+            docs = [[(t.lemma_, t.pos_) for t in doc] for doc in tagger.pipe(captions, disable=["ner"])]
             for title, result in retrieve(features, texts, docs, cfg.k, cfg.min_images).items():
                 write(out, f"{evaluation.name}_{title}", key, result)
                 print(f"{evaluation.name} {title}: {result['full']:.3f}, {len(result['conceptwise'])} concepts")

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,13 +204,18 @@ def embed_batches(
     batch_size: int = 32,
     tick: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """(n, K, D) float32 on the CPU, not normalised, in the order of `captions`; batches are of similar length."""
-    order = sorted(range(len(captions)), key=lambda i: len(captions[i].encode()))
-    parts = []
-    for start in range(0, len(order), batch_size):
-        parts.append(llm([captions[i] for i in order[start : start + batch_size]], prompt).float().cpu())
-        tick(len(parts[-1]))
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    """(n, K, D) float32 on the CPU, not normalised, in the order of `captions`.
+
+    Equal captions are embedded once; batches are of similar length.
+    """
+    counts, parts = Counter(captions), []
+    distinct = sorted(counts, key=lambda caption: len(caption.encode()))
+    row = {caption: i for i, caption in enumerate(distinct)}
+    for start in range(0, len(distinct), batch_size):
+        batch = distinct[start : start + batch_size]
+        parts.append(llm(batch, prompt).float().cpu())
+        tick(sum(counts[caption] for caption in batch))
+    return torch.cat(parts)[[row[caption] for caption in captions]]
 
 
 def embed_captions(

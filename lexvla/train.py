@@ -138,17 +138,24 @@ def encoded(
 ) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
     """(number, tokens (B, n, D) in half precision, captions, broken samples) of each of this process' batches.
 
-    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W.
+    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. Equal images of a
+    batch, which have several captions, are encoded once.
     """
     batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
     own = range(process.rank, len(batches), process.world_size)
     items, parts = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
-    bar = run.progress(items, len(own), "images through the frozen backbone", unit="batch", process=process)
-    for number, batch in zip(own, bar, strict=True):
-        pixels, captions, broken = zip(*batch, strict=True)
-        with run.autocast(precision, process.device):
-            tokens = image.frozen(normalise(torch.stack(pixels).to(process.device))).half().cpu().numpy()
-        parts.append((number, tokens, list(captions), list(broken)))
+    total = sum(len(batches[i]) for i in own)
+    with run.counting(total, "images through the frozen backbone", process=process) as tick:
+        for number, batch in zip(own, items, strict=True):
+            pixels, captions, broken = zip(*batch, strict=True)
+            contents = [each.numpy().tobytes() for each in pixels]
+            distinct = dict(zip(contents, pixels, strict=True))
+            place = {content: i for i, content in enumerate(distinct)}
+            with run.autocast(precision, process.device):
+                tokens = image.frozen(normalise(torch.stack(list(distinct.values())).to(process.device)))
+            tokens = tokens.half().cpu().numpy()[[place[content] for content in contents]]
+            parts.append((number, tokens, list(captions), list(broken)))
+            tick(len(batch))
     return parts
 
 

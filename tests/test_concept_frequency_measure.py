@@ -31,3 +31,15 @@ def test_measure_writes_the_authors_layout(arms, tmp_path):
 def test_command_lines_end_in_one_sentence(in_process):
     result = in_process("RN50|cc3m", "--sets", EVAL, module="concept_frequency.measure")
     assert result.code == 2 and "--pretrained FILE" in result.err and one_sentence(result.err), result.err
+
+
+def test_a_missing_pipeline_is_an_error_before_images_are_encoded(arms, in_process, monkeypatch, tmp_path):
+    def encode(*args):
+        raise AssertionError("images were encoded first")
+
+    monkeypatch.setattr(measure, "extract_image_features", encode)
+    sets = ROOT / "data/emoji/eval/retrieval_xm_en"
+    result = in_process(
+        arms["zipf"], "--sets", sets, "--spacy", "nowhere", "--out", tmp_path, module="concept_frequency.measure"
+    )
+    assert result.code == 2 and "spaCy pipeline nowhere is not installed" in result.err, result.err

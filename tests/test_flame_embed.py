@@ -152,6 +152,19 @@ def test_embed_bank(case):
     torch.testing.assert_close(bank.half().float(), case["bank"], rtol=1e-3, atol=1e-4)  # as stored
 
 
+def test_equal_captions_are_embedded_once():
+    asked, ticks = [], []
+
+    def lengths(captions: list[str], prompt: Prompt) -> torch.Tensor:
+        asked.extend(captions)
+        return torch.tensor([[[float(len(caption))]] for caption in captions])
+
+    captions = ["a dog", "two brown dogs", "a dog", "a cat on a mat", "a dog", "two brown dogs"]
+    rows = embed.embed_batches(lengths, captions, embed.SHORT, batch_size=2, tick=ticks.append)
+    assert rows.flatten().tolist() == [len(caption) for caption in captions]
+    assert sorted(asked) == sorted(set(captions)) and sum(ticks) == len(captions)
+
+
 def test_bank_holds_the_embeddings_of_each_sample(bank: Path, captions: Path, tiny_llm: Path):
     opened = Bank(bank)
     pairs = data.open_pairs(str(SHARDS / "00000.tar"), IMAGES)

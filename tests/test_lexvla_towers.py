@@ -9,6 +9,7 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
 from timm.models.vision_transformer import checkpoint_filter_fn
+from torch.utils.data import Subset
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -67,6 +68,19 @@ def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: 
     file.unlink()
     file.write_bytes(b"no array")
     assert torch.equal(train.TokenDataset(pairs, transform, image, alone, "fp32", file)[7][0], encoded[7][0])
+
+
+def test_equal_images_are_encoded_once(backbone: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
+    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
+    pairs, one = data.open_pairs(f"{SHARDS}/00000.tar", 6), run.Process(0, 1, torch.device("cpu"))
+    views = train.PairDataset(pairs, towers.eval_transform(cfg.backbone, 16))
+    [(_, alone, captions, _)] = train.encoded(views, views.normalise, image, one, "fp32")
+    rows, frozen, asked = [0, 0, 3, 0, 5, 3], image.frozen, []
+    monkeypatch.setattr(image, "frozen", lambda pixels: asked.append(len(pixels)) or frozen(pixels))
+    [(_, tokens, said, _)] = train.encoded(Subset(views, rows), views.normalise, image, one, "fp32")
+    assert asked == [3] and said == [captions[row] for row in rows]
+    np.testing.assert_allclose(tokens, alone[rows], atol=1e-3)
 
 
 def test_processes_share_out_the_images_of_frozen_tokens(

@@ -67,7 +67,8 @@ def bank_speed(name: str, count: int, repetitions: int) -> None:
     """A bank of `count` images with captions of three lengths: captions/s, tokens/s, share of matrix products' peak."""
     cfg = dataclasses.replace(embed.EMOJI, llm=name)
     llm, precision = embed.load_llm(cfg), run.resolve_precision(cfg.precision, torch.device("cpu"))
-    captions = [list(read_captions(path).values())[:count] for path in (cfg.raw, cfg.short, cfg.long)]
+    files = cfg.raw, cfg.short, cfg.long  # equal captions are embedded once
+    captions = [list(dict.fromkeys(read_captions(path).values()))[:count] for path in files]
     tokens = sum(tokens_of(llm, *each)[0] for each in zip(captions, embed.PROMPTS, strict=True))
     seconds = []
     for _ in range(repetitions + 1):
