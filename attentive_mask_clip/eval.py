@@ -497,7 +497,7 @@ def main(cfg: Config) -> list[dict] | None:
     if (cfg.prompts == "slip") != (cfg.slip is not None):
         raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
     if cfg.export:
-        return export_model(load_model(export.single(cfg.runs), cfg.method, cfg.model), cfg.export)
+        return export_model(load_model(export.single(cfg), cfg.method, cfg.model), cfg.export)
     times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}
     kinds = "run folder or checkpoint file"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)

@@ -117,7 +117,8 @@ def check(cfg: Config, world_size: int) -> None:
     if not cfg.data:
         raise ValueError(
             "--data is missing: it takes image-text shards in img2dataset layout whose .json has the fields name and "
-            "tags, e.g. --data 'data/emoji/train'"
+            "tags, e.g. --data 'data/emoji/train'; 'python -m shared.corpora.pack classes' makes them of your own "
+            "pictures"
         )
     if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
         raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")

@@ -314,7 +314,7 @@ def main(cfg: Config) -> list[dict[str, Any]] | None:
     """Evaluate every run; with --report, compare them. Returns the metrics of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        return export_run(export.single(cfg.runs), cfg.export)
+        return export_run(export.single(cfg), cfg.export)
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         add_comparisons(results, cfg, process)

@@ -399,7 +399,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
         raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
     cli.check_counts(cfg, "batch_size", "episodes")
     kinds = "run folder or checkpoint file"
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, others=True)
     if cfg.report:
         evaluation.compare("flame", cfg.runs, results, cfg.report)
     return results

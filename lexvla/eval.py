@@ -352,7 +352,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
     cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, others=True)
     if cfg.report:
         evaluation.compare("lexvla", cfg.runs, results, cfg.report)
     return results

@@ -233,6 +233,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, printed and stored in the run folder: results.json, results.md, spectra.png."""
+    evaluation.check_own(path, cfg)
     folder = Path(path)
     metrics, spectra = (zero_shot_metrics(path, cfg, process), {}) if cfg.sets else evaluate_run(path, cfg, process)
     checkpoints.write_json(folder / "results.json", {"metrics": metrics})
@@ -328,7 +329,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
         raise ValueError("name at least one run folder")
     evaluation.check_report(cfg.report)
     if cfg.export:
-        return export_run(export.single(cfg.runs), cfg.export)
+        return export_run(export.single(cfg), cfg.export)
     if cfg.centre not in CENTRES:
         raise ValueError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
     if cfg.report:

@@ -392,7 +392,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        return export_run(export.single(cfg.runs), cfg.export, cfg.model)
+        return export_run(export.single(cfg), cfg.export, cfg.model)
     kinds = "run folder, checkpoint file or MODEL@PRETRAINED"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
     if cfg.curve:

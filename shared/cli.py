@@ -22,7 +22,8 @@ def check_data(config: Any, example: str) -> None:
     """ValueError if --data is missing, the embedded corpus is not built, or the evaluation set does not exist."""
     if not config.data:
         raise ValueError(
-            f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'"
+            f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'; "
+            "'python -m shared.corpora.pack' makes them of your own pictures"
         )
     if config.data.startswith("data/emoji") and not Path(config.data).exists():
         raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")

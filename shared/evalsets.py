@@ -55,6 +55,10 @@ class EvalSet(IterableDataset):
                     raise ValueError(f"{path} has the template {template!r}, which lacks {{c}} for the class name.")
 
     def _shards(self) -> list[Path]:
+        if not self.folder.is_dir():
+            ours = self.folder.is_relative_to("data/emoji")
+            hint = " 'make data' builds the embedded corpus; --help shows which flags name sets of your own." * ours
+            raise FileNotFoundError(f"evaluation set {self.folder} does not exist.{hint}")
         path = self.folder / self.split / "nshards.txt"
         text = _read(path).strip()
         if not text.isdecimal() or int(text) == 0:

@@ -44,6 +44,17 @@ def named(path: str | Path) -> bool:
     return "@" in str(path) and not Path(path).exists()
 
 
+def paper_of(cfg: Any) -> str:
+    """Folder name of the paper whose eval.py defines the class of `cfg`."""
+    return Path(inspect.getfile(type(cfg))).parent.name
+
+
+def check_own(path: str | Path, cfg: Any) -> None:
+    """ValueError if `path` is a run of another paper than that of `cfg`."""
+    if (paper := trained_by(path)) not in (None, paper_of(cfg)):
+        raise ValueError(f"{path} is a run of {paper}: use 'python -m {paper}.eval {path}'")
+
+
 def results_folder(path: str | Path, cfg: Any) -> Path:
     """Folder of results.json and results.md for a run folder, a checkpoint file or MODEL@TAG.
 
@@ -51,7 +62,7 @@ def results_folder(path: str | Path, cfg: Any) -> Path:
     folder of `cfg`'s class. For `local-dir:DIR` and for another paper's run DIR, so as not to overwrite its results:
     runs/PAPER/NAME/, where NAME is DIR's last part.
     """
-    paper = Path(inspect.getfile(type(cfg))).parent.name
+    paper = paper_of(cfg)
     if named(path):
         return Path("runs", paper, str(path).replace("/", "-"))
     folder = Path(str(path).removeprefix("local-dir:"))
@@ -140,16 +151,18 @@ def check_report(path: str | None) -> None:
 
 
 def evaluate_runs(
-    cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder"
+    cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder", others: bool = False
 ) -> list[dict]:
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
     Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
-    ValueError if there are no runs, or `cfg.report` is no .json file.
+    ValueError if there are no runs, `cfg.report` is no .json file, or without `others` a run is another paper's.
     """
     if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")
     check_report(cfg.report)
+    for path in () if others else cfg.runs:
+        check_own(path, cfg)
     embedded, others = evaluated_sets(cfg)
     results = []
     for path in cfg.runs:

@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,19 @@ import shared.resnet  # noqa: F401  (registers its model with timm)
 from shared import checkpoints
 from shared.checkpoints import ROOT, trained_by
 from shared.clip import without_padding
-from shared.evaluation import named
+from shared.evaluation import check_own, named
 
 LOCAL = "local-dir:"
 KINDS = "a run folder, local-dir:DIR written by --export, or MODEL@TAG of open_clip"
 TOLERANCE = 1e-5  # largest difference of unit features that passes as rounding
 
 
-def single(runs: Sequence[str]) -> str:
-    """The only run. ValueError if there are several, or none."""
-    if len(runs) != 1:
-        raise ValueError(f"--export takes one run or checkpoint, not {len(runs)}")
-    return runs[0]
+def single(cfg: Any) -> str:
+    """The only one of `cfg.runs`. ValueError if there are several, or none, or it is another paper's run."""
+    if len(cfg.runs) != 1:
+        raise ValueError(f"--export takes one run or checkpoint, not {len(cfg.runs)}")
+    check_own(cfg.runs[0], cfg)
+    return cfg.runs[0]
 
 
 def named_config(name: str, image_size: int | None = None, **changes: Any) -> dict:

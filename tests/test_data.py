@@ -288,6 +288,10 @@ def test_shard_lists(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no .tar shard"):
         data.expand_shards(str(tmp_path / "empty"))
+    (tmp_path / "empty/train").mkdir()
+    three(tmp_path / "empty/train/0.tar")
+    with pytest.raises(FileNotFoundError, match="empty holds no .tar shard; .*empty/train does"):
+        data.expand_shards(str(tmp_path / "empty"))
 
 
 def test_remote_shards_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

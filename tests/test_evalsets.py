@@ -72,6 +72,13 @@ def first_error(folder, workers=0):
     return message
 
 
+def test_a_set_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, hint in (("data/emoji/eval/names_id", "'make data' builds the embedded corpus"), ("mine", "")):
+        message = first_error(folder)
+        assert message.startswith(f"evaluation set {folder} does not exist.") and hint in message, message
+
+
 @pytest.mark.parametrize(
     "name", ["classnames.txt", "zeroshot_classification_templates.txt", "test/nshards.txt", "test/1.tar"]
 )

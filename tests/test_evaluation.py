@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from shared import evaluation
+from shared import evaluation, export
 
 
 def test_tables_are_markdown():
@@ -49,6 +50,17 @@ def test_runs_are_named_and_reports_replace_nothing_else(tmp_path: Path):
         evaluation.evaluate_runs(Config(()), lambda path: {}, {}, "checkpoint")
     with pytest.raises(ValueError, match=r"notes\.md should end in \.json"):
         evaluation.evaluate_runs(Config(("run",), report="notes.md"), lambda path: {}, {})
+
+
+def test_runs_of_another_paper_are_refused(tmp_path: Path):
+    """The error says which script evaluates them; papers that compare with others accept them."""
+    torch.save({"paper": "tinyclip"}, tmp_path / "checkpoint.pt")
+    cfg = Config((str(tmp_path),))
+    with pytest.raises(ValueError, match="is a run of tinyclip: use 'python -m tinyclip.eval"):
+        evaluation.evaluate_runs(cfg, lambda path: {}, {})
+    with pytest.raises(ValueError, match="is a run of tinyclip"):
+        export.single(cfg)
+    assert evaluation.evaluate_runs(cfg, lambda path: {"top1": 1.0}, {}, others=True) == [{"top1": 1.0}]
 
 
 def test_a_report_without_its_study_is_one_sentence():

@@ -261,7 +261,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        return export_run(export.single(cfg.runs), cfg.export)
+        return export_run(export.single(cfg), cfg.export)
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
     if cfg.report:
         evaluation.compare("tldr_reduction", cfg.runs, results, cfg.report)
