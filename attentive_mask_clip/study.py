@@ -243,7 +243,7 @@ def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
         for axis, x in zip(axes, (step, seconds), strict=True):
             axis.plot(x, top1, color=color, marker="o", ms=3, label=STUDY.headings.get(arm, arm))
     for axis, name in zip(axes, ("step", "training seconds"), strict=True):
-        axis.set(xlabel=name, ylabel="the named emoji, unseen style, top-1 (%), online towers")
+        axis.set(xlabel=name, ylabel="top-1, unseen style, online towers (%)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
