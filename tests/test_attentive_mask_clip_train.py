@@ -401,7 +401,7 @@ def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "attentive_mask_clip.train", *ARMS["aclip"], *TINY, "--out", out]
     result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
+        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert_equal_lines(arms["aclip"], out, 4)

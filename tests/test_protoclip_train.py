@@ -178,7 +178,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "protoclip.train", "emoji", *TINY, *LINEAR, "--out", two]
     result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=90
+        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert_equal_runs(one, two)
