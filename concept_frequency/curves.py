@@ -123,8 +123,9 @@ def slope_per_decade(counts: ArrayLike, scores: ArrayLike, repetitions: int = 10
     x, y = np.log10(np.maximum(np.asarray(counts, dtype=np.float64), 1)), np.asarray(scores, dtype=np.float64)
     rows = np.random.default_rng(seed).integers(len(x), size=(repetitions, len(x)))
     centred = x[rows] - x[rows].mean(axis=1, keepdims=True)
-    slopes = (centred * y[rows]).sum(axis=1) / (centred**2).sum(axis=1)
-    low, high = np.quantile(slopes, (0.025, 0.975))
+    with np.errstate(invalid="ignore"):  # draws of equally frequent concepts have no slope: NaN
+        slopes = (centred * y[rows]).sum(axis=1) / (centred**2).sum(axis=1)
+    low, high = np.nanquantile(slopes, (0.025, 0.975))
     return {"slope": float(np.polyfit(x, y, 1)[0]), "low": float(low), "high": float(high)}
 
 

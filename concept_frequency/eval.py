@@ -9,6 +9,7 @@ curve. `--report` compares all runs, which must be named ARM-seedN.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,20 +168,21 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
         "accuracy": accuracy,
     }
     table = {name: {key: values[i].item() for key, values in columns.items()} for i, name in enumerate(names)}
-    return metrics, table
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}, table  # few classes, say
 
 
 def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:
     """Correlations and slopes of a run by assigned and counted frequency; also without bins, with shuffled scores."""
     curve, by_count = (log_linear_curve(each, accuracy, NUM_BINS) for each in (frequency, counted))
     null = permutation_null(frequency, accuracy, None, NUM_BINS, INNER)
+    null = null[~np.isnan(null)]
     slope, flat = slope_per_decade(frequency, accuracy), unbinned(frequency, accuracy)
     return {
         "rho": correlation(curve, INNER)[0],
         "rho_all_bins": correlation(curve)[0],
         "rho_counted": correlation(by_count, INNER)[0],
-        "rho_null": float(null.mean()),
-        "rho_null_std": float(null.std()),
+        "rho_null": float(null.mean()) if len(null) else math.nan,
+        "rho_null_std": float(null.std()) if len(null) else math.nan,
         "slope": slope["slope"],
         "slope_low": slope["low"],
         "slope_high": slope["high"],

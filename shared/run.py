@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -85,6 +86,7 @@ def setup(seed: int, device: str = "auto") -> Process:
     if info["distributed"]:  # a group with a long timeout, for ranks that wait hours for others
         global _patient
         _patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # --workers on a machine with fewer cores
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,5 +1,6 @@
 """Scores of concepts, comparisons of two arms, and the command line; the study's tests evaluate runs."""
 
+import numpy as np
 import pytest
 import torch.nn.functional as F
 from scripts import held, one_sentence
@@ -52,6 +53,14 @@ def test_changes_are_of_the_same_concept():
     assert found["within"] == pytest.approx(5) and found["slope_on_zipf"] == pytest.approx(10)
     assert found["head"] == 40 and found["change_r_log"] == pytest.approx(1)
     assert "within" not in eval.beside_zipf(zipf, zipf)
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_classes_give_numbers_without_warnings():
+    """Five classes of one's own pictures: shuffles with constant bins, and draws of a single class, are left out."""
+    frequency, accuracy = np.array([438, 876, 219, 292, 175]), np.array([0.0, 99.5, 0.0, 0.6, 0.0])
+    found = eval.curve_metrics(frequency, accuracy, frequency)
+    assert np.isfinite([found[name] for name in ("slope", "slope_low", "slope_high", "rho_null", "r_log")]).all()
 
 
 def test_command_lines_end_in_one_sentence(in_process, tmp_path):

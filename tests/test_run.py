@@ -12,6 +12,7 @@ import pytest
 import torch
 from scripts import ROOT, one_sentence
 from torch import nn
+from torch.utils.data import DataLoader
 
 from shared import checkpoints, run
 
@@ -93,6 +94,12 @@ def test_setup_seeds_and_names_a_missing_device():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda:1' was requested.*--device cpu"):
             run.setup(0, "cuda:1")
+
+
+def test_more_loader_processes_than_cores_are_no_warning(recwarn: pytest.WarningsRecorder):
+    run.setup(0, "cpu")
+    DataLoader(range(3), num_workers=2 * os.cpu_count() + 1)
+    assert not [str(warning.message) for warning in recwarn if "worker" in str(warning.message)]
 
 
 def test_a_script_in_an_allocation_of_slurm_runs_alone_without_srun(monkeypatch: pytest.MonkeyPatch):
