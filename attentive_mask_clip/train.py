@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -252,4 +251,4 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))

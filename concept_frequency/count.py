@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import tyro
 
 from concept_frequency.concepts import read_concepts
 from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
@@ -455,4 +454,4 @@ def main(cfg: CountConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(COUNT_PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(COUNT_PRESETS)))

@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -373,4 +372,4 @@ def train(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: train(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: train(cli.preset_cli(PRESETS)))

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from flame.bank import Bank, sums
@@ -482,4 +481,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))

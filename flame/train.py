@@ -12,7 +12,6 @@ from pathlib import Path
 
 import open_clip
 import torch
-import tyro
 from open_clip.transform import image_transform
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -358,4 +357,4 @@ def main(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))

@@ -89,7 +89,10 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
             return vit, vit.config.hidden_size, patch_side(vit)
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
     except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"--backbone {name} is neither a folder, a hub name nor a ViT of timm here") from error
+        raise ValueError(
+            f"--backbone {name} could not be loaded from disk, from the Hugging Face hub or as a ViT of timm; offline, "
+            f"pass a folder or {LITE0}"
+        ) from error
     if vit.num_prefix_tokens != 1:
         raise ValueError(
             f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read"

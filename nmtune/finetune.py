@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor, nn
 
@@ -191,4 +190,4 @@ def main(cfg: FinetuneConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(FINETUNE_PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(FINETUNE_PRESETS)))

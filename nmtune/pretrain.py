@@ -19,7 +19,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import tyro
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -417,4 +416,4 @@ def main(cfg: PretrainConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRETRAIN_PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRETRAIN_PRESETS)))

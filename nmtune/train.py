@@ -290,7 +290,7 @@ def command() -> Config:
         flags = {word.partition("=")[0] for word in sys.argv[1:]}
         own = "--features" in flags and not flags & {"--lr", "--weight-decay"}
         return tyro.cli(Config, default=Config(select=own))
-    return tyro.extras.overridable_config_cli(PRESETS)
+    return cli.preset_cli(PRESETS)
 
 
 if __name__ == "__main__":

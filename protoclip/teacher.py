@@ -23,7 +23,6 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from shared import checkpoints, cli, data, pretrained, run
@@ -293,4 +292,4 @@ def main(cfg: Config) -> Path:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))

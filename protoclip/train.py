@@ -20,7 +20,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -436,4 +435,4 @@ def main(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import nn
 
 from shared.clip import set_grad_checkpointing
@@ -161,6 +162,15 @@ def fail(sentence: str) -> None:
     """Print one sentence to stderr and exit with code 2."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def preset_cli(presets: dict[str, tuple[str, Any]]) -> Any:
+    """The configuration of the command line `PRESET [--overrides]`; ValueError if it does not begin with a preset."""
+    words, known = sys.argv[1:], {name.replace("_", "-") for name in presets}
+    if not {"-h", "--help"} & set(words) and (not words or words[0].replace("_", "-") not in known):
+        found = f"{words[0]!r} is no preset" if words and not words[0].startswith("-") else "a preset must come first"
+        raise ValueError(f"{found}; presets are {', '.join(presets)}")
+    return tyro.extras.overridable_config_cli(presets)
 
 
 def command_line(main: Callable[[], Any]) -> None:

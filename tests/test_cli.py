@@ -1,6 +1,7 @@
 """Settings that are refused, and errors that end in one sentence."""
 
 import contextlib
+import dataclasses
 import re
 import subprocess
 import sys
@@ -107,6 +108,23 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():
         cli.command_line(interrupted)
     assert stop.value.code == 130
     cli.command_line(lambda: None)
+
+
+def test_a_preset_comes_first(monkeypatch: pytest.MonkeyPatch):
+    @dataclasses.dataclass
+    class Settings:
+        lr: float = 0.1
+
+    presets = {"small": ("ours", Settings()), "paper": ("theirs", Settings(1.0))}
+    for words, message in (
+        (["--lr", "2"], "a preset must come first; presets are small, paper"),
+        ([], "a preset must come first; presets are small, paper"),
+        (["large", "--lr", "2"], "'large' is no preset; presets are small, paper"),
+        (["paper", "--lr", "2"], None),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
+            assert cli.preset_cli(presets) == Settings(2.0)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def public(path: Path) -> set[str]:
 
 def presets(folder: str, script: str) -> dict[str, tuple[str, object]]:
     """Presets of a script; all are of one dataclass."""
-    table = re.search(r"overridable_config_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
+    table = re.search(r"preset_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
     found = getattr(importlib.import_module(f"{folder}.{script}"), table)
     assert len({type(cfg) for _, cfg in found.values()}) == 1
     return found

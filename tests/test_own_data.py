@@ -44,6 +44,7 @@ SHORT = {  # what is appended to a command
     "tldr_reduction.train": "--epochs 2 --batch-size 32 --warmup 2",
     "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",
+    "concept_frequency.count": "--workers 1",
     "concept_frequency.train": "--image-size 16 --total 300 --epochs 2 --batch-size 64 --warmup 2",
 }
 SKIPPED = {"shared.pretrained", "flame.captioner"}  # need a package or a model of the hub; others take their place

@@ -17,7 +17,7 @@ def offered(folder: str) -> dict[str, Any]:
     """{`SCRIPT PRESET`: configuration} of the presets of a folder's scripts; for recipes, the fields that they set."""
     found = {}
     for file in (ROOT / folder).glob("*.py"):
-        for table in re.findall(r"overridable_config_cli\((\w+)\)", file.read_text()):
+        for table in re.findall(r"preset_cli\((\w+)\)", file.read_text()):
             known = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
             found |= {f"{file.stem} {name}": config for name, (_, config) in known.items()}
     if folder == "tldr_reduction":

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -620,4 +619,4 @@ def main(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))

@@ -9,7 +9,6 @@ import itertools
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from shared import cli, data, pretrained, run, windows
@@ -187,4 +186,4 @@ def main(cfg: CaptionerConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(CAPTIONERS)))
+    cli.command_line(lambda: main(cli.preset_cli(CAPTIONERS)))

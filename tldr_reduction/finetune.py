@@ -6,8 +6,6 @@ which is BLIP's. reduce.py writes the refined captions with the result.
 
 from pathlib import Path
 
-import tyro
-
 from shared import cli, data, run
 from tldr_reduction import loop
 from tldr_reduction.config import FINETUNES, FinetuneConfig
@@ -74,4 +72,4 @@ def main(cfg: FinetuneConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(FINETUNES)))
+    cli.command_line(lambda: main(cli.preset_cli(FINETUNES)))

@@ -207,7 +207,8 @@ def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
     if cfg.clustered and cfg.drop_duplicates and report["identical_images"] and distinct <= cfg.keep * readable:
         notes += [
             f"Only {distinct:,} of {readable:,} images are distinct, no more than --keep {cfg.keep:g} asks for: all "
-            "distinct ones are selected, and the clusters have no effect."
+            f"distinct ones are selected, and the clusters have no effect. They have one for --keep below "
+            f"{distinct / readable:.2g}."
         ]
     if captions["kind"] == "original" and cfg.select != "all":
         why = "" if captions["by"] else ", because there is no --caption-model and no --predictions"

@@ -10,7 +10,6 @@ equal pixels are the same image, so the data may have one sample per caption. `p
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 from shared import cli, data, run
@@ -93,4 +92,4 @@ def main(cfg: RetrievalConfig) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.extras.overridable_config_cli(RETRIEVALS)))
+    cli.command_line(lambda: main(cli.preset_cli(RETRIEVALS)))
