@@ -168,7 +168,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
         "accuracy": accuracy,
     }
     table = {name: {key: values[i].item() for key, values in columns.items()} for i, name in enumerate(names)}
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}, table  # few classes, say
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}, table  # e.g. with few classes
 
 
 def curve_metrics(frequency: np.ndarray, accuracy: np.ndarray, counted: np.ndarray) -> dict[str, float]:

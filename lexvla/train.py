@@ -144,15 +144,15 @@ def encoded(
     own = range(process.rank, len(batches), process.world_size)
     items, parts = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
     total = sum(len(batches[i]) for i in own)
+
+    def encode(pixels: Tensor) -> np.ndarray:
+        with run.autocast(precision, process.device):
+            return image.frozen(normalise(pixels.to(process.device))).half().cpu().numpy()
+
     with run.counting(total, "images through the frozen backbone", process=process) as tick:
         for number, batch in zip(own, items, strict=True):
             pixels, captions, broken = zip(*batch, strict=True)
-            contents = [each.numpy().tobytes() for each in pixels]
-            distinct = dict(zip(contents, pixels, strict=True))
-            place = {content: i for i, content in enumerate(distinct)}
-            with run.autocast(precision, process.device):
-                tokens = image.frozen(normalise(torch.stack(list(distinct.values())).to(process.device)))
-            tokens = tokens.half().cpu().numpy()[[place[content] for content in contents]]
+            tokens = data.encode_distinct(encode, torch.stack(pixels), [each.numpy().tobytes() for each in pixels])
             parts.append((number, tokens, list(captions), list(broken)))
             tick(len(batch))
     return parts

@@ -271,13 +271,13 @@ def encoder_metrics(path: str) -> dict[str, float]:
 
 
 def head_accuracies(folder: Path) -> dict[str, float]:
-    """{"TEST/METRIC": per cent} of a tuned head, from the last line of its log; means over heads with several seeds if
-    nmtune.head_study has tuned these."""
+    """{"TEST/METRIC": per cent} of a tuned head, from the last line of its log with the test set `id`, or {}; means
+    over heads with several seeds if nmtune.head_study has tuned these."""
     if (folder / "heads.json").is_file():
         tests = checkpoints.read_json(folder / "heads.json")["tests"]
         return {metric: float(np.mean(values)) for metric, values in tests.items()}
-    found = [line for line in run.read_metrics(folder) if any(key.endswith("/top1") for key in line)]
-    return {key: value for key, value in found[-1].items() if "/" in key} if found else {}
+    last = run.read_metrics(folder, "id/top1")[-1:]
+    return {key: value for line in last for key, value in line.items() if "/" in key}
 
 
 def compared_metrics(path: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ ATTEMPTS = 4  # to fetch a remote shard
 STALLED = 60  # seconds without a byte after which a download is restarted
 PAUSE = 1.0  # seconds before the second attempt, four times as long before each further one
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others, since PIL passes EPS to Ghostscript
+
+Encoded = TypeVar("Encoded", np.ndarray, torch.Tensor)
 
 
 class Pair(NamedTuple):
@@ -131,6 +133,15 @@ def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torc
     if not isinstance(last, ToNormalizedTensor):
         return transform, as_it_is
     return Compose([*steps, to_pixels]), last.normalise
+
+
+def encode_distinct(encode: Callable[[torch.Tensor], Encoded], images: torch.Tensor, keys: Sequence) -> Encoded:
+    """`encode(images)` of a batch (B, ...), a row for each image; images with equal keys (B) are encoded once."""
+    rows: dict = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key, row)
+    place = {key: i for i, key in enumerate(rows)}
+    return encode(images[list(rows.values())])[[place[key] for key in keys]]
 
 
 class RememberingTokenizer:

@@ -257,6 +257,18 @@ def test_a_sample_costs_a_read_of_its_own_bytes(tmp_path: Path):
     assert bytes_read() - before <= 1.1 * used + 4096
 
 
+def test_identical_images_are_encoded_once():
+    images, hashes, seen = torch.tensor([[5.0], [7.0], [5.0], [6.0]]), [2**63 + 1, 3, 2**63 + 1, 4], []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(len(batch))
+        return 2 * batch
+
+    assert torch.equal(data.encode_distinct(encode, images, hashes), 2 * images) and seen == [3]
+    codes = data.encode_distinct(lambda batch: encode(batch).numpy().astype(np.uint16), images, hashes)
+    assert codes.dtype == np.uint16 and codes.tolist() == [[10], [14], [10], [12]]
+
+
 def test_few_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tars, "open_files", lambda: 3)
     paths = [write_tar(tmp_path / f"{i}.tar", (f"{i}.png", png()), (f"{i}.txt", b"a cat")) for i in range(8)]

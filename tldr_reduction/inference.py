@@ -6,9 +6,8 @@ ranks. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from tldr_reduction.scorers import Scorer, load_scorer
 from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece
 
 FITTED = 4096  # images to fit an encoder's codebook on
-T = TypeVar("T", np.ndarray, Tensor)
 
 # ------------------------------------------------------------------------------------------------------- forward passes
 
@@ -52,12 +50,6 @@ def extract_codes(captioner: CodebookCaptioner, loader: Iterable, precision: str
 def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
     """Continuous image tokens, averaged: (B, D). Ablation: clustering without the codebook."""
     return captioner.visual_encoder(images).float().mean(dim=1)
-
-
-def of_distinct(encode: Callable[[Tensor], T], images: Tensor, hashes: Sequence[int]) -> T:
-    """`encode` of a batch (B, ...), a row for each image; identical images, by their hashes, are encoded once."""
-    _, first, place = np.unique(np.array(hashes, np.uint64), return_index=True, return_inverse=True)
-    return encode(images[torch.from_numpy(first).to(images.device)])[place]
 
 
 def short(reasons: list[str]) -> np.ndarray:
@@ -236,7 +228,9 @@ class Inference:
             if encode is None:
                 codes = extract_codes(captioner, watched(), self.precision)
             else:
-                codes = np.concatenate([of_distinct(encode, images, hashes) for _, images, hashes in watched()])
+                codes = np.concatenate(
+                    [data.encode_distinct(encode, images, hashes) for _, images, hashes in watched()]
+                )
             return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
         return self.keep(kept_in, self.rows, "codes", compute)
@@ -328,7 +322,7 @@ class Inference:
             batches = []
             for _, images, _, hashes, _ in self.loader(rows, transform):
                 with torch.no_grad(), run.autocast(self.precision, images.device):
-                    batches.append(of_distinct(lambda x: encode(x).float().cpu(), images, hashes))
+                    batches.append(data.encode_distinct(lambda x: encode(x).float().cpu(), images, hashes))
             return {"features": torch.cat(batches).numpy()}
 
         return self.keep(kept_in, self.rows, "features", compute)
