@@ -26,7 +26,8 @@ help:
 	@echo 'make parity-FOLDER UPSTREAM=PATH    compare our functions, presets and map with a clone of the authors'"'"' repository'
 	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed ratios on the same inputs, each side at its best thread setting'
 	@echo 'make bench [CLONES=PATH]            speed ratios of all papers in one table; CLONES: folder with clones of the authors'"'"' repositories'
-	@echo 'make bench-data          data loading: start-up, memory, samples/s beside webdataset and open_clip, on shards that it builds'
+	@echo 'make bench-data          data loading: start-up, memory, bytes read, samples/s beside webdataset and open_clip, on shards that it'
+	@echo '                         builds; each row with its aim (RESULTS=FILE also writes the table there)'
 	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: parts of the paper, our source, the authors'"'"' source, differences'
 	@echo 'make companion [CLONES=PATH]        companion pages of all papers'
 	@echo 'make bench-gpu           a CLIP step on the GPU beside open_clip: images/s and memory, written to results/machines/CARD.md'
@@ -125,7 +126,7 @@ bench-gpu: $(VENV)/.installed-protoclip,test
 	$(PY) -m tests.bench.gpu --results $(or $(RESULTS),results/machines)
 
 bench-data: $(VENV)/.installed-test
-	$(PY) -m tests.bench.data
+	$(PY) -m tests.bench.data $(if $(RESULTS),--results $(RESULTS))
 
 bench-%: $(VENV)/.installed-%,test
 	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(RESULTS),--results $(RESULTS))

@@ -21,7 +21,7 @@ class Config:
     out: str = "runs/attentive_mask_clip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
     time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
@@ -42,7 +42,7 @@ class Config:
     freeze_patch_proj: bool | None = None
     """Freeze the patch projection at its random initialisation; None: A-CLIP does, its baselines do not."""
     mask: Literal["attentive", "high", "random", "none"] = "attentive"
-    """Patches that A-CLIP keeps. attentive: of high EMA score. high: of low score (drops the high). none: all."""
+    """Patches that A-CLIP keeps. attentive: high EMA scores. high: low EMA scores, the counter-test. none: all."""
     keep_ratio: float = 0.5
     """Share r of patches to keep: int(r * blocks) + 1 blocks of 2x2, or int(r * patches) random patches."""
     views: Literal[1, 2] = 2
@@ -50,7 +50,7 @@ class Config:
     ssl: bool = True
     """A-CLIP's SimCLR (with two views) and BYOL losses; off for the ablation of masking."""
     ema_image_size: int | None = None
-    """Side of the EMA view; None: as the other views. A-CLIP-eff has half of it."""
+    """Side of the EMA view in pixels; None: as the other views. A-CLIP-eff uses half of their side."""
     ema_momentum: float = 0.996
     """First momentum of the EMA towers; it rises along a cosine to 1."""
     simclr_weight: float = 1.0

@@ -123,7 +123,7 @@ def eval_transform(size: int = 224, resize: int | None = None) -> transforms.Com
 def title_and_description(text: str) -> list[str]:
     """[title (first line), description (other lines, joined)] of a caption file, without blank ones. U:datasets.py:68.
 
-    Descriptions of YFCC15M contain line breaks, so that a line is not a caption.
+    Descriptions of YFCC15M contain line breaks, so a line alone is not a caption.
     """
     title, _, description = text.partition("\n")
     return [line for part in (title, description) if (line := " ".join(part.split()))]

@@ -262,7 +262,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. X is the
     model's own attention, its high-drop variant, blocks nearest to the centre, or as many random patches (expectation).
     `X_share`: share of kept patches that are foreground. `X_recall`: share of foreground patches that are kept.
-    `X_pixels`: share of an image's foreground pixels that are kept.
+    `X_pixels`: share of an image's foreground pixels that are kept, averaged over images.
     """
     was_training = model.training
     model.eval()

@@ -344,7 +344,7 @@ class CLIP(nn.Module):
 
     def _encode_text(self, tokens: Tensor, transformer: TextTransformer, projection: Tensor) -> Tensor:
         end = tokens.argmax(dim=1)  # the end token has the highest id
-        if not (tokens.is_cuda and self.training):  # there `cut_padding` cut on the CPU, to avoid a GPU synchronisation
+        if not (tokens.is_cuda and self.training):  # if so, `cut_padding` has cut on the CPU: no GPU synchronisation
             tokens = tokens[:, : end.max() + 1]  # attention is causal: no end token reads further
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(transformer(x))

@@ -47,7 +47,7 @@ class Config:
     out: str
     """Folder for the shards."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     shard_size: int = 10_000
     """Rows of the metadata per shard; the shard has fewer pairs if some are skipped."""
     workers: int = 0

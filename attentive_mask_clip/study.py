@@ -3,9 +3,9 @@
 Arms are trained on scenes, a stand-in for YFCC15M, and compared seed by seed. Before that, training steps of all arms
 are timed once, in one process.
 
-Why the effect can appear: a caption names one emoji of a scene, which covers about a sixth of it; the rest is ground
-and clutter that no caption names, so that half of the patches can be left out without loss, if they are the right
-half. It would vanish where the named object fills the image, since any half of the patches then shows it.
+Why the effect can appear: the caption names one emoji, which covers about a sixth of the scene; no caption names the
+ground and the clutter. Half of the patches can therefore be dropped without loss, if they are the right half. The
+effect would vanish if that emoji filled the scene, because any half of the patches would show it.
 """
 
 import shutil
@@ -125,7 +125,7 @@ METRICS = {
     "seconds": "seconds",
 }
 ATTENDED = "kept/attentive_pixels"
-SELECTIONS = {  # what the attentive share of the object's pixels is compared with: (measurement, what the paper shows)
+SELECTIONS = {  # selection: (metric to compare `ATTENDED` with, what the paper shows)
     "random patches": ("kept/random_pixels", "shown in figures"),
     "blocks at the centre": ("kept/centre_pixels", None),
     "attention before training": ("kept/untrained_pixels", None),
@@ -217,7 +217,7 @@ FLOORS = (
 
 
 def both(found: dict[str, float]) -> dict[str, float]:
-    """Floors hold for EMA and online towers."""
+    """Copy the floors, since they hold for EMA and online towers."""
     return found | {f"online/{key}": value for key, value in found.items()}
 
 
@@ -243,7 +243,7 @@ def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:
         for axis, x in zip(axes, (step, seconds), strict=True):
             axis.plot(x, top1, color=color, marker="o", ms=3, label=STUDY.headings.get(arm, arm))
     for axis, name in zip(axes, ("step", "training seconds"), strict=True):
-        axis.set(xlabel=name, ylabel="the named emoji, unseen style, top-1 (%), online towers")
+        axis.set(xlabel=name, ylabel="top-1, unseen style, online towers (%)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()

@@ -69,7 +69,10 @@ def stepper(cfg: TrainConfig, device: torch.device) -> Callable[[], dict[str, to
 
 
 def step_times(cfg: Config) -> dict[str, dict]:
-    """Arm -> {"seconds": median of a step, "ratio": median of rounds to CLIP, "low", "high": its extremes}."""
+    """Arm -> {"seconds": median of a step, "ratio": median over rounds of step / CLIP's, "low", "high": its extremes}.
+
+    ValueError for an unknown arm.
+    """
     device = run.setup(0, cfg.device).device
     precision = run.resolve_precision(cfg.precision, device)
     names = ["clip", *(arm for arm in cfg.arms if arm != "clip")]

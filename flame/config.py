@@ -1,4 +1,4 @@
-"""Every setting of a training run, its presets, and what is refused before a run starts.
+"""Every setting of a training run, its presets, and the checks before a run starts.
 
 Preset cc3m-vitb16 follows the published command (Training.md of MIV-XJTU/FLAME@4d2b9a9); PAPER_ROWS gives the sources
 of the others. Only the paper's abstract and two figures on its authors' page were read, no tables. `emoji*` and
@@ -32,7 +32,7 @@ class Config:
     out: str = "runs/flame/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
@@ -50,10 +50,10 @@ class Config:
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
     """Sigmoid of every pair, or softmax over the batch; both with K texts per image."""
     logit_scale: float = 10.0
-    """t at the start (of the flame method; CLIP's is 1 / 0.07)."""
+    """Initial t of the flame method; the clip method starts at 1 / 0.07."""
     logit_bias: float = -10.0
-    """b at the start: about minus the log of the batch size, so that positives and negatives have equal weight. Only
-    for the sigmoid loss."""
+    """Initial b: about minus the log of the batch size, so that positives and negatives have equal weight. Only for the
+    sigmoid loss."""
     centre: bool = False
     """Subtract from each facet its mean over the bank, in training and evaluation (not in the paper; for small LLMs,
     whose embeddings share one large direction)."""
@@ -79,9 +79,9 @@ class Config:
     text_width: int = 512
     """Width of the clip method's text transformer."""
     text_layers: int = 12
-    """Its number of layers."""
+    """Number of layers of the clip method's text transformer."""
     max_length: int = 77
-    """Tokens of a caption there, including start and end; longer captions are cut."""
+    """Tokens of a caption in the clip method, including start and end; longer captions are cut."""
     embed_dim: int = 512
     """Width of the clip method's joint embedding."""
 
@@ -124,7 +124,7 @@ class Config:
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
     keep_every: int = 0
-    """Keep the checkpoint of every so many steps as checkpoint-STEP.pt; 0 keeps none."""
+    """Keep the checkpoint of every N-th step as checkpoint-STEP.pt; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
@@ -239,7 +239,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_inputs(cfg: Config) -> None:
-    """Raise ValueError if data, bank or evaluation set are not given or missing. A dry run needs none."""
+    """ValueError if --data or --bank is not given, or the evaluation set is missing. A dry run needs none of them."""
     cli.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
         raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")

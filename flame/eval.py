@@ -165,8 +165,8 @@ def adamw_probe(
 ) -> Probe:
     """AdamW on features (N, D), labels (N,), cosine by step to 0 without warm-up. B:metrics/linear_probe.py.
 
-    validation: features and labels to choose the weight decay from 1e-6..1e2 (`log_sweep`); the probe is then fitted to
-    the training and validation splits together. Without it, there is no weight decay.
+    validation: features and labels on which the weight decay is chosen in 1e-6..1e2 (`log_sweep`); the probe is then
+    fitted to the training and validation splits together. Without it, there is no weight decay.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

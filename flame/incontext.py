@@ -17,7 +17,8 @@ from flame.model import FLAME
 def pool_patches(tokens: Tensor, kernel: int, padding: int = 0) -> Tensor:
     """(B, N, D) patches of a square grid -> (B, M, D): means of kernel x kernel patches, including padding zeros.
 
-    U:training/eval_semantic_interpretation.py:55 (kernel 2: 196 -> 49), eval_fs_classification.py:133 (4, 1: -> 16).
+    U:training/eval_semantic_interpretation.py:55 (kernel 2: 196 -> 49), eval_fs_classification.py:133 (kernel 4,
+    padding 1: 196 -> 16).
     """
     grid = math.isqrt(tokens.shape[1])
     maps = tokens.transpose(1, 2).unflatten(2, (grid, grid))
@@ -50,8 +51,8 @@ def few_shot(
 ) -> str:
     """The class that a causal LM names for the last image, after examples of (words of an image, its class).
 
-    words: for each image, the words of its patches (`nearest_tokens`), the query last; classes: of the examples. names:
-    the classes to choose from (default: those of the examples). Each generated token is the likeliest one that
+    words: for each image, the words of its patches (`nearest_tokens`), the query last. classes: the examples' classes.
+    names: the classes to choose from (default: those of the examples). Each generated token is the likeliest one that
     continues a name; upstream allows any token that some name has at this position. The examples are shown 1 + repeat
     times. U:training/eval_fs_classification.py:84-165, 263-290.
     """

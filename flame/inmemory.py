@@ -160,7 +160,8 @@ class InMemory:
             u = memory.uniforms((cfg.seed, epoch, 1), len(order), 4 + self.draws)
             for batch in cut[start if epoch == epochs[0] else 0 : len(order) // cfg.batch_size]:
                 rows = torch.from_numpy(batch[own])
-                yield self.pictures(rows, u[rows, :4]), self.drawn(rows, u[rows, 4:]), []
+                inputs = self.pictures(rows, u[rows, :4]), self.drawn(rows, u[rows, 4:])
+                yield *(run.pinned(x, self.process.device) for x in inputs), []
 
     def pictures(self, rows: Tensor, u: Tensor) -> Tensor:
         """Tokens (B, M, W), or random crops (B, 3, S, S), normalised; u (B, 4) random numbers."""

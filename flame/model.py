@@ -131,8 +131,9 @@ class FrozenLLM(nn.Module):
     def encode_ids(self, input_ids: Tensor, attention_mask: Tensor, facet_lens: Sequence[int] = (1,)) -> Tensor:
         """Left-padded ids (B, S), mask (B, S) -> hidden states (B, K, D) float32 at the last token of each facet.
 
-        A single prompt needs no lengths. Position ids skip padding and number the whole sequence, so later facets are
-        further from the caption. A facet's state equals that of a pass over prefix and facet alone at these positions.
+        By default only the last token is read, as for a prompt with one facet. Position ids skip padding and number the
+        whole sequence, so later facets are further from the caption. A facet's state equals that of a pass over prefix
+        and facet alone at these positions.
         """
         facet_lens, size, device = list(facet_lens), input_ids.shape[1], input_ids.device
         visible = facet_decoupled_mask(attention_mask, facet_lens if self.decoupled else [sum(facet_lens)])
@@ -343,7 +344,7 @@ class FLAME(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """After each step; U:training/train.py:205."""
+        """Clamp t to [1, 100]; called after each step. U:training/train.py:205."""
         self.logit_scale.clamp_(0, math.log(100))
 
 

@@ -1,7 +1,7 @@
 """Split the embedded corpus by names, for the study: `python -m flame.new_names`.
 
     OUT/train/                  training shards without the drawings of every fifth name
-    OUT/eval/new_names_id/      all other drawings of these names in the styles of training
+    OUT/eval/new_names_id/      the drawings of these names in the styles of training
     OUT/eval/new_names_ood/     their drawings in the unseen style
     OUT/manifest.json           settings, counts, sha256 of every shard
 
@@ -27,7 +27,7 @@ class Config:
     out: str = "data/flame/known"
     """Folder to write; it appears only when complete, and a finished one is not changed."""
     every: int = 5
-    """One of so many names is new."""
+    """One name in N is new, that is left out of training."""
 
 
 def is_new(name: str, every: int) -> bool:

@@ -32,7 +32,7 @@ LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-
 
 
 def arms(llm: str) -> tuple[Arm, ...]:
-    """The arms, with the states of this language model."""
+    """The arms, with the embeddings of this language model."""
     captions = " ".join(f"{HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
     clip = f"train emoji-lite0-clip --data {DATA} --captions {captions}"
     flame = f"train emoji-lite0 --data {DATA} --bank {HOME}/bank-{llm}"
@@ -47,7 +47,7 @@ def arms(llm: str) -> tuple[Arm, ...]:
 
 
 def before(llm: str) -> tuple[Once, ...]:
-    """What runs once: corpora, caption files, and the states of captions and of the texts of tests."""
+    """The commands that run once: corpora, caption files, embeddings of captions and of evaluation texts."""
     captions = " ".join(f"--{kind} {HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
     sets = f"--sets {' '.join(NAMES)} {LONG} --language-sets {' '.join(LANGUAGE_SETS)}"
     return (
@@ -75,7 +75,7 @@ LANGUAGE_CLAIMS = (
         for code, name in {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"}.items()
     ),
 )
-CLAIMS = (  # `negligible` as on emoji; those with the same words ask the same there
+CLAIMS = (  # `negligible` as on emoji; claims of the same wording are the same there
     Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
     Claim("the same, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 2.4, CIFAR10_TOP1),
     Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
@@ -90,14 +90,14 @@ CLAIMS = (  # `negligible` as on emoji; those with the same words ask the same t
 
 
 def derive(found: Comparison) -> None:
-    """Adds the accuracy with a quarter of the photographs to the arm with all of them."""
+    """Add the accuracy with a quarter of the photographs to the arm with all of them."""
     for arm in {"clip", "flame"} & set(found.arms):
         for values, fewer in zip(found.arms[arm], found.arms.get(f"{arm}-4", []), strict=False):
             values[AT_4] = fewer[CIFAR10_TOP1]
 
 
 def more_rows(found: Comparison) -> list[dict[str, Any]]:
-    """What this scale cannot show; with an English language model languages, too."""
+    """Rows for what this scale cannot show; with an English language model, this includes languages."""
     numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
     rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
     if language_model() == SMOLLM2:
@@ -107,7 +107,7 @@ def more_rows(found: Comparison) -> list[dict[str, Any]]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """What eval.py measures, all runs in one process, so that the tokens of test photographs are computed once."""
+    """Run eval.py's measurements, all runs in one process, so that tokens of test photographs are computed once."""
     cfg = evaluation.Config(tuple(runs), sets=(*NAMES, LONG), language_sets=LANGUAGE_SETS, centre=True)
     with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows it
         return evaluation.main(cfg)
@@ -117,7 +117,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 
 def of_languages(found: dict[str, float]) -> dict[str, float]:
-    """{"SET/METRIC"} of the sets of languages by the names that eval.py gives them."""
+    """Rename metrics {"SET/METRIC": percent} of language sets as eval.py does, and add the means without English."""
     ways = ("image_to_text_R@1", "text_to_image_R@1")
     names = {folder.rpartition("/")[2]: folder.rpartition("_")[2] for folder in LANGUAGE_SETS}
     each = {
@@ -134,12 +134,12 @@ def of_languages(found: dict[str, float]) -> dict[str, float]:
 
 def chance() -> dict[str, float]:
     found = floors.chance((*NAMES, LONG, *(folder for folder in LANGUAGE_SETS if "_ar" not in folder)))
-    first_of_each = dict.fromkeys(("image_to_text_R@1", "text_to_image_R@1"), 0.1)  # of the 1,000 in Arabic
+    first_of_each = dict.fromkeys(("image_to_text_R@1", "text_to_image_R@1"), 0.1)  # percent, 1 of 1,000 in Arabic
     return found | of_languages(found | {f"retrieval_ar/{way}": value for way, value in first_of_each.items()})
 
 
 def correlation() -> dict[str, float]:
-    """Of English, whose words it knows."""
+    """Canonical correlation with English words, on the English sets."""
     found = photos.by_correlation((*NAMES, LONG, LANGUAGE_SETS[0]))
     return found | of_languages(found)
 

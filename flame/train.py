@@ -99,7 +99,7 @@ def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None 
 class FacetDataset(Dataset):
     """Item i of a run: uint8 image (3, H, H), its K texts, and the broken samples skipped; `normalise` is for batches.
 
-    Texts are facets (K, D) of the bank, or the CLIP tokens (77,) of one of the captions. U:training/data.py:393-435. An
+    Texts are facets (K, D) of the bank, or the CLIP tokens (L,) of one of the captions. U:training/data.py:393-435. An
     item depends only on seed, epoch and row.
     """
 
@@ -149,7 +149,7 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[data.Broken]]:
 
 
 def on_device(images: Tensor, texts: Tensor, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Moves the images and texts of `collate` to the device, and cuts padding from tokens."""
+    """Move the images and texts of `collate` to the device, and cut padding from tokens."""
     images = images.to(device, non_blocking=True)
     return images, cut_padding(texts, device) if cfg.method == "clip" else texts.to(device, non_blocking=True)
 
@@ -216,7 +216,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         gigabytes = samples * 11 * text_dim * 2 / 1e9
         about_texts = [
             ("texts", f"{cfg.facets} of {len(cfg.rows) or 11} rows of {text_dim} numbers an image"),
-            ("bank", f"{gigabytes:,.1f} GB where every image has captions of its own"),
+            ("bank", f"{gigabytes:,.1f} GB if every image has captions of its own"),
         ]
     inputs, checkpointed = model_inputs(images, texts, cfg), model.visual if cfg.grad_checkpointing else None
     activations = cli.activation_bytes(lambda: batch_loss(model(*inputs), texts, cfg), checkpointed) / 2 / 2**30

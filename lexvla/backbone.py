@@ -33,7 +33,7 @@ class Config:
     """Field of .json that is equal for images of the same object. An image without it is its own positive, in two
     crops."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     out: str = "data/lexvla/backbone.pt"
     """File to write; a finished one is not changed. With a checkpoint in the folder beside it (.work), the run
     resumes."""
@@ -46,7 +46,7 @@ class Config:
     batch_size: int = 64
     """Emoji per step."""
     temperature: float = 0.1
-    """Of the contrastive loss."""
+    """Temperature of the contrastive loss."""
     lr: float = 1e-3
     """Peak learning rate; linear over 50 steps, then half a cosine."""
     weight_decay: float = 0.05
@@ -120,7 +120,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
     run.say(f"{cfg.data}: {len(pairs):,} pictures of {len(rows):,} things, by their {cfg.same}", process)
     per_epoch = len(rows) // cfg.batch_size
     if not per_epoch:
-        raise ValueError(f"{cfg.data} draws {len(rows)} things, less than one batch of {cfg.batch_size}")
+        raise ValueError(f"{cfg.data} shows {len(rows)} things, less than one batch of {cfg.batch_size}")
     vit = small_vit(cfg.image_size).to(process.device).train()
     optimizer = torch.optim.AdamW(param_groups(vit, cfg.weight_decay), lr=cfg.lr, fused=True)
     first = 0
@@ -181,7 +181,7 @@ def check_made(out: Path, cfg: Config) -> None:
 def main(cfg: Config) -> None:
     out = Path(cfg.out)
     if out.suffix != ".pt":
-        raise ValueError(f"--out {out} has to end in .pt: by that a backbone of this script is known")
+        raise ValueError(f"--out {out} must end in .pt: lexvla.train knows files of this script by this ending")
     if out.exists():
         check_made(out, cfg)
         return print(f"{out} is there already")

@@ -1,4 +1,4 @@
-"""Every setting of a LexVLA run, its presets, and what is refused before a run starts.
+"""Every setting of a LexVLA run, its presets, and the checks before a run starts.
 
 Presets named cc12m* are the paper's (one setting and its ablations); `emoji*`, for the corpus of scenes.py, and `small`
 are ours.
@@ -13,7 +13,7 @@ from lexvla.model import LLAMA_LINEARS
 from shared import cli
 from shared.presets import EMBEDDED, OWN, Row
 
-LITE0 = "efficientnet_lite0"  # backbone out of shared.pretrained
+LITE0 = "efficientnet_lite0"  # the backbone from shared.pretrained
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class Config:
     out: str = "runs/lexvla/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is

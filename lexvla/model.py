@@ -275,10 +275,10 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def add_lora(
     module: nn.Module, rank: int = 8, alpha: float = 16, targets: tuple[str, ...] = LLAMA_LINEARS
 ) -> nn.Module:
-    """Replaces, in place, the linear layers whose name ends in one of `targets`; freezes everything else.
+    """Replace, in place, linear layers whose name ends in one of `targets` by `LoRALinear`; freeze everything else.
 
-    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. Never on lm_head, which is
-    the text codebook.
+    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. ValueError for lm_head, which
+    is the text codebook, and if no layer has such a name.
     """
     if "lm_head" in targets:
         raise ValueError("LoRA on lm_head would change the frozen text codebook: leave it out of the targets")
@@ -481,5 +481,5 @@ class LexVLA(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """1/tau stays at most 100, after every step (inside the forward pass, its gradient would be 0 at the cap)."""
+        """Cap 1/tau at 100; called after every step (inside the forward pass, the gradient would be 0 at the cap)."""
         self.logit_scale.clamp_(max=math.log(100))

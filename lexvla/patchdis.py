@@ -38,7 +38,7 @@ from lexvla.model import lexical_map
 from lexvla.plots import ClassMap, plot_class_maps
 from shared import checkpoints, cli, data, evaluation, run
 
-IGNORE = 65535  # in masks of 16 bits; 255 in those of 8
+IGNORE = 65535  # value of unlabelled pixels in 16-bit masks; in 8-bit masks 255
 DRAWN = 6  # number of images with drawn predictions
 
 

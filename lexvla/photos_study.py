@@ -18,7 +18,7 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
 
 DATA, STATES, COCO = "data/photos-captions/train", "data/lexvla/photos-states.pt", "data/photos-coco/eval/patchdis_val"
-LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # of 30,000 captions, and some hundred pieces of words in them
+LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # 30,000 captions twice; some hundred pieces occur this often
 WITH_LM = f"{LENGTH} --states {STATES}"
 ARMS = (
     Arm("none", f"train emoji-none {WITH_LM}", heading="no penalty"),
@@ -36,7 +36,7 @@ IMAGE_DF, TEXT_DF = (f"{SET}/{side}/max_document_frequency" for side in ("image"
 MOST_CASES = f"{TABLE_1}: in most cases"
 
 
-CLAIMS = (  # in the words of study.py, which ask the same there
+CLAIMS = (  # worded as in study.py, which has the same claims
     rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True, RECALL),
     rarer("overuse: most used word rarer than without", SHARED, "none", True, RECALL),
     Claim("overuse retrieves better than FLOPs", MOST_CASES, RECALL, "overuse", "flops", 1, None, True, 1.0),

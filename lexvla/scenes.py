@@ -31,7 +31,7 @@ WAYS = ("known", "mixed", "new")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Writes the corpus. A finished folder is not changed; it is an error if its settings differ."""
+    """Write the corpus. A finished folder is not changed; it is an error if its settings differ."""
 
     out: Path = Path("data/lexvla/scenes")
     """Folder to write; it appears only when complete."""
@@ -105,7 +105,7 @@ def with_words(sprites: Sprites) -> Sprites:
 
 
 def write(folder: Path, cfg: Config, sprites: Sprites) -> dict[str, int]:
-    """Writes shards and evaluation sets; returns the number of samples of each and of concepts."""
+    """Write shards and evaluation sets; returns the number of samples of each and of concepts."""
     setting = Setting(cfg.image_size, (2, 3), (0.34, 0.47), clutter=(0, 0), concepts=cfg.concepts, seed=cfg.seed)
     sprites = with_words(sprites)
     train = Scenes(setting, "train", cfg.samples, sprites=sprites)

@@ -134,7 +134,7 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
             kept = np.load(path)
             rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
             return LexicalIndex(rows), kept["names"].tolist()
-    s_img, targets = extract_image_features(model.image, eval_set.batches(256), device, desc=eval_set.name)
+    s_img, targets = extract_image_features(model.image, eval_set.batches(256, 0, device), device, desc=eval_set.name)
     if eval_set.kind == "classification":
         names = [eval_set.classnames[label] for label in targets.tolist()]
     elif eval_set.kind == "retrieval":

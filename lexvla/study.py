@@ -103,10 +103,10 @@ CLAIMS = (  # document frequencies, recalls and mIoU in percent
 
 
 def derive(found: Comparison) -> None:
-    """Add metrics that need several arms: latent dimensions among numbers of words, and overuse at equal recall.
+    """Add metrics that need several arms: recall of 64 dimensions beside that of 64 words, and overuse at equal recall.
 
     equal/max_document_frequency: for `overuse` its own; for `flops` the value at the recall of `overuse`, interpolated
-    linearly between the two neighbouring arms without or with the FLOPs loss, or the nearest arm's.
+    linearly between the arms without penalty and with FLOPs loss (beyond their range, the nearest arm's value).
     """
     arms = found.arms
     for values in arms.get("dense-64", ()):
@@ -305,7 +305,7 @@ def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
             axis.set_yticks(range(len(words)), [word.strip() or word for word in words])
             axis.set_title(f"{arm}: {side}s", fontsize=8)
             axis.tick_params(labelsize=7)
-    figure.supxlabel("among the ten strongest words of so many percent", fontsize=8)
+    figure.supxlabel("samples with the word among their ten strongest (%)", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -108,7 +108,7 @@ def patch_side(backbone: nn.Module) -> int:
 
 
 def side_step(backbone: nn.Module) -> int:
-    """Number of pixels of which an image's side has to be a multiple: a patch, or `Lite0Maps`'s larger stride."""
+    """Number of pixels that must divide an image's side: a patch's side, or the larger stride of `Lite0Maps`."""
     return 32 if isinstance(backbone, Lite0Maps) else patch_side(backbone)
 
 

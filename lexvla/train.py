@@ -190,8 +190,8 @@ def bias_of_logits(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
 def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
     """(vocabulary ids (V,), bias of the logits).
 
-    The vocabulary is of all captions, of which each process counts its share. The bias is the configuration's, or
-    `bias_of_logits` of the first 256 captions.
+    The vocabulary comes from all captions; each process counts the pieces of its share. The bias is the
+    configuration's, or `bias_of_logits` of the first 256 captions.
     """
     captions = windows.captions(pairs, process.rank, process.world_size)
     counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
@@ -213,7 +213,7 @@ def quick_recall(
     """R@1 in both directions, in percent, on `cfg.eval_set` with dense representations, for the learning curve."""
     was_training, eval_set, dtype = model.training, EvalSet(cfg.eval_set, transform), run.DTYPES[precision]
     model.eval()
-    batches = eval_set.batches(256, windows.evaluation_workers(cfg))
+    batches = eval_set.batches(256, windows.evaluation_workers(cfg), device)
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
     s_txt = encode_texts(model, read, texts, 256, device, dtype)

@@ -27,7 +27,7 @@ class PretrainConfig:
     """supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt. clip:
     shards 'yfcc15m/{00000..01538}.tar' or a .tsv. Both: data/emoji:TASK:pretrain."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all. Only for clip."""
+    """Number of rows to use, from the start of the data; None uses all. Only for clip."""
     window_shards: int = 0
     """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
     time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
@@ -87,7 +87,7 @@ class PretrainConfig:
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
     keep_every: int = 0
-    """Every so many steps keep the checkpoint as checkpoint-STEP.pt; 0 keeps none."""
+    """Keep the checkpoint of every N-th step as checkpoint-STEP.pt; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     dry_run: bool = False
@@ -188,13 +188,13 @@ class Config:
     encoder: str = ""
     """Frozen encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
     checkpoint: str = ""
-    """Its weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` for timm's own."""
+    """The encoder's weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` (timm's own)."""
     benchmark: str = ""
     """One of the paper's downstream tasks, found below `root`: cifar10 ... rendered_sst2, domainnet-real, imagenet."""
     root: str = "/data"
     """Folder of the benchmarks' data sets."""
     data: str = ""
-    """Training images otherwise: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
+    """Training images without `benchmark`: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
     data/emoji:TASK:tune."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, paths as in `data`."""
@@ -370,13 +370,13 @@ class FinetuneConfig:
     encoder: str = ""
     """Encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
     checkpoint: str = ""
-    """Its weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` for timm's own."""
+    """The encoder's weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` (timm's own)."""
     benchmark: str = ""
     """One of the paper's downstream tasks, found below `root`: cifar10 ... rendered_sst2, domainnet-real, imagenet."""
     root: str = "/data"
     """Folder of the benchmarks' data sets."""
     data: str = ""
-    """Training images otherwise: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
+    """Training images without `benchmark`: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
     data/emoji:TASK:tune."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, paths as in `data`."""
@@ -385,7 +385,7 @@ class FinetuneConfig:
     w_cov: float = 0.04
     """Weight of L_COV on the encoder's features."""
     w_svd: float = 0.001
-    """Weight of L_SVD on them."""
+    """Weight of L_SVD on the encoder's features."""
     svd_k: int = 5
     """Leading singular values in L_SVD."""
     epochs: int = 30
@@ -452,7 +452,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
 
 
-# ------------------------------------------------------------------------------------------------ study of one encoder
+# --------------------------------------------------------------------------------------- studies of one encoder or head
 
 
 @dataclasses.dataclass
@@ -473,6 +473,18 @@ class StudyConfig:
     """Passes over the training set."""
     batch_size: int = 64
     """Images per step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+@dataclasses.dataclass
+class HeadStudyConfig:
+    """One head tuned again with other seeds, on the same features."""
+
+    run: str = "runs/nmtune/tune"
+    """Finished run folder of `python -m nmtune.train` on features in memory; heads.json is written into it."""
+    heads: int = 10
+    """Number of heads, that of the run included; their seeds are the run's and the next ones."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

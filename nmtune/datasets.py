@@ -222,7 +222,7 @@ def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
 
 def walked(folders: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
     """Paths of the images below class folders as bytes and ends, their labels (N,) int64; and `nested`, the folders in
-    class folders with their times."""
+    class folders with their modification times (ns)."""
     files, labels, nested = [], [], []
     for label, folder in enumerate(folders):
         found = []
@@ -238,7 +238,7 @@ def walked(folders: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def changed(folder: str, time: int) -> bool:
-    """Whether a folder is gone, or has another time."""
+    """Whether a folder is gone, or its modification time (ns) is not `time`."""
     try:
         return os.stat(folder).st_mtime_ns != time
     except OSError:

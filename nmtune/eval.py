@@ -270,13 +270,24 @@ def encoder_metrics(path: str) -> dict[str, float]:
     return numbers | seconds | {"noise": 100 * study["noise"]}
 
 
+def head_accuracies(folder: Path) -> dict[str, float]:
+    """{"TEST/METRIC": per cent} of a tuned head, from the last line of its log; means over heads with several seeds if
+    nmtune.head_study has tuned these."""
+    if (folder / "heads.json").is_file():
+        tests = checkpoints.read_json(folder / "heads.json")["tests"]
+        return {metric: float(np.mean(values)) for metric, values in tests.items()}
+    found = [line for line in run.read_metrics(folder) if any(key.endswith("/top1") for key in line)]
+    return {key: value for key, value in found[-1].items() if "/" in key} if found else {}
+
+
 def compared_metrics(path: str) -> dict[str, float]:
     """The metrics of a run folder that --report compares: `encoder_metrics` for an encoder; for a head tuned on
-    black-box features {"blackbox/TEST": top-1 in per cent}, from the last line of its log."""
+    black-box features {"blackbox/TEST": top-1 in per cent} by `head_accuracies`."""
     folder = Path(path)
     if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
-        for line in run.read_metrics(folder, "id/top1")[-1:]:
-            return {f"blackbox/{name}": line[f"{name}/top1"] for name in ("id", "ood")}
+        found = head_accuracies(folder)
+        if "id/top1" in found:
+            return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
     return encoder_metrics(path)
 
 
@@ -306,7 +317,7 @@ def zero_shot_metrics(path: str, cfg: Config, process: run.Process) -> dict[str,
 
 
 def export_run(path: str, folder: str) -> None:
-    """A CLIP of nmtune.pretrain as an open_clip model."""
+    """Write a CLIP of nmtune.pretrain as an open_clip model."""
     settings, model, transform = pretrained_clip(path)
     export.write(folder, model, export.named_config(settings.model), model.state_dict(), transform)
 

@@ -190,7 +190,7 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
     except ImportError as error:
         raise ValueError("texts need transformers: pip install 'transformers>=4.40'") from error
     process = run.setup(0, cfg.device)
-    read = {name: entries(path) for name, path in {"": cfg.data, **tests}.items()}  # errors come before the encoder
+    read = {name: entries(path) for name, path in {"": cfg.data, **tests}.items()}  # before the encoder, to fail early
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.encoder)
         model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)

@@ -213,7 +213,7 @@ def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) 
 def gather_views(views: Tensor, labels: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """Features (V, B, D) and labels (B,) of all ranks, in rank order; the encoder is frozen, so no gradient is needed.
 
-    Ranks have `counts` rows, unequal in a short last batch; they are given, to avoid a GPU synchronisation.
+    `counts`: rows of each rank, unequal in a short last batch; passed in to avoid a GPU synchronisation.
     """
     if len(counts) == 1:
         return views, labels

@@ -88,19 +88,20 @@ class DominantShare(torch.autograd.Function):
     def forward(ctx, z: Tensor, k: int) -> Tensor:
         ctx.tall = z.shape[0] > z.shape[1]
         wide = (z.T if ctx.tall else z).float()
-        eigenvalues, u = gram_eigh(wide)
-        if full_rank := eigenvalues[0] > 1e-10 * eigenvalues[-1]:
+        eigenvalues, u, full_rank = gram_eigh(wide)
+        if full_rank:
             sigma = eigenvalues.sqrt()
         else:
             u, sigma, vh = torch.linalg.svd(z.float(), full_matrices=False)
             u, sigma, vh = (vh.T, sigma, u.T) if ctx.tall else (u, sigma, vh)
             u, sigma, vh = u.flip(1), sigma.flip(0), vh.flip(0)
         k = min(k, len(sigma))
-        total, share = sigma.sum().item(), (sigma[-k:].sum() / sigma.sum()).item()
-        w = torch.full_like(sigma, -share / (k * total))  # ascending, as sigma
+        total = sigma.sum()
+        share = sigma[-k:].sum() / total
+        w = (-share / (k * total)).repeat(len(sigma))  # ascending, as sigma
         w[-k:] += 1 / (k * total)
         ctx.save_for_backward(*(u * (w / sigma) @ u.T, wide) if full_rank else (u * w, vh))
-        return z.new_tensor(share / k, dtype=torch.float32)
+        return (share / k).float()
 
     @staticmethod
     @once_differentiable
@@ -110,8 +111,9 @@ class DominantShare(torch.autograd.Function):
         return gradient.T if ctx.tall else gradient, None
 
 
-def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of z z^T, of a wide z (n, D) fp32.
+def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of z z^T, of a wide z (n, D) fp32; and whether z has full
+    rank.
 
     Squaring halves the digits of small singular values. fp32 is accurate enough if the eigenvalues span less than a
     factor of 300 (typical if D is much larger than n); otherwise the product is in fp64. The gradient of L_SVD has a
@@ -121,11 +123,12 @@ def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor]:
         if z.shape[1] >= 4 * len(z) and (product := z @ z.T).isfinite().all():
             eigenvalues, vectors = torch.linalg.eigh(product)
             if eigenvalues[-1] < 300 * eigenvalues[0]:
-                return eigenvalues, vectors
+                return eigenvalues, vectors, True
         product = z.double() @ z.double().T
         if not product.isfinite().all():
             raise ValueError("L_SVD got features that are not finite: lower the learning rate")
-        return torch.linalg.eigh(product)
+        eigenvalues, vectors = torch.linalg.eigh(product)
+        return eigenvalues, vectors, bool(eigenvalues[0] > 1e-10 * eigenvalues[-1])
 
 
 def nmtune_loss(
@@ -356,7 +359,7 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, na
 
 def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
     """(open_clip model that returns a dict, training and evaluation transform); weights by tag, or random."""
-    logging.disable(logging.WARNING)  # of random weights, which are meant, or about to be replaced
+    logging.disable(logging.WARNING)  # about random weights, which are intended or replaced later
     try:
         return open_clip.create_model_and_transforms(name, pretrained=tag, output_dict=True)
     finally:

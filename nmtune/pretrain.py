@@ -182,8 +182,8 @@ def batch_order(
 ) -> tuple[list[np.ndarray], list[float]]:
     """Rows of this rank's batches of an epoch from batch `start` on, and the weight of each in the mean over ranks.
 
-    A short last batch is split evenly; a rank without rows gets one of its rows with weight 0. For CLIP the short last
-    batch is dropped, as in open_clip, since it has too few negatives, unless it is the only batch.
+    A short last batch is split evenly; a rank without rows gets the batch's first row with weight 0. For CLIP the short
+    last batch is dropped, as in open_clip, since it has too few negatives, unless it is the only batch.
     """
     order = data.batches(n, cfg.batch_size, (cfg.seed, epoch), start=start)
     if cfg.kind == "clip" and n % cfg.batch_size and n > cfg.batch_size:
@@ -215,7 +215,8 @@ def memory_batches(
             flip = u[rows, 4] < 0.5 if labels else None
             boxes = memory.random_crops(u[rows], scale)
             images = memory.crop_and_resize(pixels[rows], boxes, samples.side, flip)
-            yield weight, images, targets[rows], noisy[rows], []
+            inputs = images, targets[rows]
+            yield weight, *(run.pinned(x, process.device) for x in inputs), noisy[rows], []
 
 
 def training_batches(
@@ -263,7 +264,7 @@ def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: T
     with torch.no_grad():
         hit = output.argmax(dim=1) == targets
         for name, rows in (("clean", ~noisy), ("noisy", noisy)):
-            if count := int(rows.sum()):  # of rows on the CPU
+            if count := int(rows.sum()):  # counted on the CPU
                 rows = run.pinned(rows, hit.device).to(hit.device, non_blocking=True)
                 parts[f"accuracy_{name}"] = 100 * ((hit & rows).sum() / count)
     return parts

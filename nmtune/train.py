@@ -119,6 +119,16 @@ def tune(
     return history
 
 
+def tuned_head(cfg: Config, bank: Bank, source: RunFeatures) -> nn.Module:
+    """A new head, tuned on features in memory with the settings and seed of `cfg`, as by `main`."""
+    torch.manual_seed(cfg.seed)
+    head = make_head(cfg, source.dim, len(source.classnames)).to(source.process.device)
+    loader = BankLoader(bank, cfg.batch_size, cfg.seed, source.views == 2)
+    arguments = cfg.lr, cfg.weight_decay, cfg.loss_weights(source.dim), cfg.warmup, cfg.svd_k, source.views
+    tune(cfg.method, head, loader, cfg.epochs, *arguments)
+    return head
+
+
 def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
     """The {"lr", "weight_decay"} with the best top-1 on a held-out fifth of every class; ties by cross-entropy. Selects
     first the learning rate, then the decay."""
@@ -131,13 +141,9 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
     part = Bank(features[:, kept], labels[kept])
 
     def score(tried: Config) -> tuple[float, float]:
-        torch.manual_seed(cfg.seed)
-        head = make_head(tried, source.dim, len(source.classnames)).to(device)
-        loader, weights = BankLoader(part, cfg.batch_size, cfg.seed, source.views == 2), tried.loss_weights(source.dim)
-        arguments = tried.epochs, tried.lr, tried.weight_decay, weights, tried.warmup, tried.svd_k, source.views
         try:
-            tune(tried.method, head, loader, *arguments)
-        except torch.linalg.LinAlgError:  # features have diverged
+            head = tuned_head(tried, part, source)
+        except (torch.linalg.LinAlgError, ValueError):  # features have diverged
             return 0.0, -math.inf
         with torch.no_grad():
             logits = head.eval()(features[0, rest])
@@ -174,7 +180,7 @@ def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
         return *SIZES[cfg.benchmark], f"{cfg.benchmark} as published"
     if cfg.data == EMOJI["data"]:
         return 2_681, 98, "embedded corpus"
-    return *SIZES["cifar100"], "as many as in CIFAR-100, where data are not known yet"
+    return *SIZES["cifar100"], "as in CIFAR-100, since a dry run reads no data"
 
 
 def plan_rows(

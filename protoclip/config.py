@@ -22,7 +22,7 @@ class Config:
     data: str = ""
     """Training pairs: shards 'cc3m/{00000..00331}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     episode_shards: int = 0
     """0: an episode samples from all of the data. S: it samples from the next S shards of an endlessly reshuffled list.
     Remote shards are copied to `cache` for the episode, so that the data may be larger than the disk."""
@@ -128,7 +128,7 @@ class Config:
     save_every: int = 1000
     """Steps between checkpoints; there is one at the end, too."""
     keep_every: int = 0
-    """Every so many steps keep the checkpoint as checkpoint-STEP.pt; 0 keeps none."""
+    """Keep the checkpoint of every N-th step as checkpoint-STEP.pt; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0

@@ -42,9 +42,9 @@ def image_transform(
 
 
 class BatchTransform:
-    """`image_transform` for a whole batch: takes (B, 3, H, H) uint8 images and (B, COUNT) random numbers."""
+    """`image_transform` for a whole batch: takes (B, 3, H, H) uint8 images and (B, COUNT) numbers in [0, 1)."""
 
-    COUNT = 13  # random numbers per item
+    COUNT = 13  # random numbers per image
 
     def __init__(
         self,

@@ -152,10 +152,11 @@ def feature_statistics(image: Tensor, text: Tensor) -> dict[str, float]:
 
 
 def clustering_scores(features: Tensor, labels: Tensor) -> dict[str, float]:
-    """How well images group by class: ARI and AMI of K-means (K = classes) against labels, and indices of the labels.
+    """How well features (N, E) group by class labels (N,): ARI and AMI of K-means (K = classes), and cluster indices.
 
-    Sources: U:training/evaluations/zero_shot.py:79 (niter 100, nredo 5), U:training/clustering.py:167 (silhouette of at
-    most 5,000 rows).
+    ARI and AMI compare the clusters with the labels; the indices take the labels as clusters. Sources:
+    U:training/evaluations/zero_shot.py:79 (niter 100, nredo 5), U:training/clustering.py:167 (silhouette of at most
+    5,000 rows).
     """
     x, y = features.float().numpy(), labels.numpy()
     found = kmeans(features, int(y.max()) + 1, niter=100, nredo=5)[0].numpy()
@@ -211,7 +212,7 @@ def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
         network, _, transform = open_clip.create_model_and_transforms(
             model, pretrained=tag, force_quick_gelu=quick_gelu
         )
-    except Exception as error:  # the hub's and the network's are of many kinds
+    except Exception as error:  # the hub and the network raise many types
         raise ValueError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
     return network.eval(), transform, open_clip.get_tokenizer(model)
 
@@ -276,7 +277,7 @@ def evaluate_run(
             flat[f"{label}/probe_logistic"] = logistic_probe(train_x, train_y, test_x, test_y)
         flat[f"{label}/nearest"] = nearest_neighbour(train_x, train_y, test_x, test_y)
         unit = F.normalize(test_x, dim=-1)
-        if len(unit) > int(test_y.max()) + 1:  # else K-means has no K
+        if len(unit) > int(test_y.max()) + 1:  # the silhouette needs more images than classes
             flat |= {f"{label}/{key}": value for key, value in clustering_scores(unit, test_y).items()}
         shown = unit, test_y, EvalSet(folder, transform).classnames
     if cfg.gap:
@@ -285,7 +286,7 @@ def evaluate_run(
             model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype
         )
         flat |= feature_statistics(F.normalize(images, dim=-1), F.normalize(first, dim=-1))
-    return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # top-5 of four classes, say
+    return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # e.g. top-5 of four classes
 
 
 # ------------------------------------------------------------------------------------------------------------ plots

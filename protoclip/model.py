@@ -131,7 +131,7 @@ def create_model(
     """A ProtoCLIP on the towers of any open_clip config (`open_clip.list_models()`), randomly initialised.
 
     QuickGELU is forced on, RN50 included, whatever the config says (as upstream, U:open_clip/model.py:347); with a timm
-    image tower the text tower keeps GELU (:359).
+    image tower the text tower keeps GELU (:359). ValueError for a config with a custom text tower.
     """
     config = export.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
@@ -183,7 +183,8 @@ def prototypical_loss(
     """One direction of L_Proto: classify student features (B, P) among prototypes (K, P). U:training/loss.py:114.
 
     labels (B,) int64 are the teacher's cluster assignments. With `target_temperature` tau > 0 the target is soft,
-    softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P); None or <= 0 means the hard label.
+    softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P), which are then required; None or <= 0 means the
+    hard label.
     Empty clusters are zero rows of `student_prototypes` and stay in the softmax with logit 0.
     """
     logits = logit_scale * student_features @ student_prototypes.T  # (B, K)
@@ -284,7 +285,7 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
     """faiss K-means of (N, D) -> labels (N,) int64, centroids (k, D) float32. U:training/clustering.py:123.
 
     Euclidean, not spherical: centroids of unit vectors are plain means, not normalised again. Best of `nredo` runs.
-    faiss trains on at most 256 k of the N rows. Raises ValueError if N < k.
+    faiss trains on at most 256 * k of the N rows. Raises ValueError if N < k.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if len(x) < k:
@@ -326,7 +327,8 @@ def build_prototypes(
 ) -> Prototypes:
     """Prototypes of one episode from its cached features h_I, h_T (N, P) and the teacher's rows (N, X).
 
-    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0.
+    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0. ValueError if
+    N < k, or if an external teacher is used without back translation.
     """
     if external is not None and not back_translate:
         raise ValueError("an external teacher needs back_translate=True: its centroids are not in the student's space")

@@ -14,7 +14,7 @@ import numpy as np
 
 from protoclip import eval as evaluation
 from protoclip.study import lite0_view, pixel_probe
-from shared.pretrained import lite0_features
+from shared.pretrained import cached_lite0_features
 from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -40,7 +40,7 @@ ZERO_SHOT, PROBES = f"{PACS}/photo_all", (f"{PACS}/art_painting", f"{PACS}/carto
 # -------------------------------------------------------------------------------------------------------------- claims
 
 RECALL, TOP1, PROBE = "retrieval_en/mean_recall", "photo_all/top1", "probe/mean"
-CLAIMS = (  # in the words of study.py, whose arms with a locked EfficientNet-Lite0 ask the same there
+CLAIMS = (  # worded as in study.py, where the arms with a locked EfficientNet-Lite0 make the same claims
     Claim("linear probe above CLIP, locked Lite0", "+5.81 IN", PROBE, "protoclip", "clip", 1, 5.81, True, 2.9),
     Claim("zero-shot above CLIP, locked Lite0", "+2.01 IN", TOP1, "protoclip", "clip", 1, 2.01, True, 1.0),
     Claim("back translation helps the probe", "claimed", PROBE, "proto-pbt", "proto-no-pbt", 1, None, True, 1.0),
@@ -55,7 +55,7 @@ CLAIMS = (  # in the words of study.py, whose arms with a locked EfficientNet-Li
 
 
 def derive(found: Comparison) -> None:
-    """Adds probe/mean, of the pictures of both domains, and extra_time: training seconds over CLIP's, minus 1."""
+    """Add probe/mean, the probe's mean over both domains, and extra_time: training seconds / CLIP's, minus 1."""
     for runs in found.arms.values():
         for i, values in enumerate(runs):
             values[PROBE] = mean_of_probes(values)
@@ -74,8 +74,8 @@ def more_rows(found: Comparison) -> list[dict]:
 
 
 def lite0_probe() -> dict[str, float]:
-    """The arms' linear probe, of the locked features themselves."""
-    found = floors.probed(PROBES, pixel_probe, lite0_features, lite0_view(), scale=1.0)
+    """The arms' linear probe, on the locked tower's own features."""
+    found = floors.probed(PROBES, pixel_probe, cached_lite0_features, lite0_view(), scale=1.0)
     return found | {PROBE: mean_of_probes(found)}
 
 

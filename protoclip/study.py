@@ -19,7 +19,7 @@ import torch
 from protoclip import eval as evaluation
 from protoclip.config import PRESETS
 from protoclip.episodes import image_transform
-from shared.pretrained import LITE0_MEAN, LITE0_STD, lite0_features
+from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
 from shared.run import read_metrics
 from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
@@ -139,7 +139,7 @@ def lite0_view() -> Callable:
 
 def lite0_neighbour(sets: Sequence[str], *metrics: str) -> dict[str, float]:
     """Nearest neighbours on the pretrained tower's own features: the floor of arms with a locked tower."""
-    return floors.nearest_neighbour(sets, lite0_features, lite0_view(), metrics or ["top1"])
+    return floors.nearest_neighbour(sets, cached_lite0_features, lite0_view(), metrics or ["top1"])
 
 
 FLOORS = (
@@ -157,7 +157,7 @@ FLOORS = (
     ),
     Floor(
         "linear probe on EfficientNet-Lite0",
-        lambda: floors.probed(SUBGROUPS, pixel_probe, lite0_features, lite0_view(), scale=1.0),
+        lambda: floors.probed(SUBGROUPS, pixel_probe, cached_lite0_features, lite0_view(), scale=1.0),
         arms=LITE0,
     ),
     Floor("image tower trained on labels", on_labels, ceiling=True),

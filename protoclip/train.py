@@ -62,7 +62,7 @@ def loss_weights(
 
 
 def weights_in(cfg: Config, episode: int) -> tuple[float, float, float]:
-    """`loss_weights` of a run."""
+    """`loss_weights` with the settings of `cfg`."""
     return loss_weights(episode, (cfg.w_clip, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
 
 
@@ -79,8 +79,8 @@ def learning_rates(
 ) -> tuple[float, float]:
     """(visual, rest) learning rates at a global step; all horizons in steps. U:training/scheduler.py:35.
 
-    Linear warm-up, then half a cosine to 0 at the group's own horizon: `visual_steps` for the image tower (LiT only
-    makes it earlier), text_start..text_end for text tower, heads and scales.
+    Linear warm-up, then half a cosine to 0 at the group's own horizon: `visual_steps` for the image tower (fewer than
+    `total_steps` with LiT), text_start..text_end for text tower, heads and scales.
     """
     text_end = total_steps if text_end is None else text_end
 
@@ -280,16 +280,15 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def locked_features(
     cfg: Config, pairs: data.Shards, size: int, tokenize: Callable, process: run.Process
 ) -> memory.InMemory:
-    """`memory.read` with a locked trunk's features (N, C) of whole images of `size` pixels in the place of pixels.
-
-    They are computed once and kept in --cache.
+    """Like `memory.read`, with a locked trunk's features (N, C) of the uncropped images, resized to `size` pixels,
+    instead of pixels. The features are computed once and kept in --cache.
     """
     precision = run.resolve_precision(cfg.precision, process.device)
     path = Path(cfg.cache) / f"lite0-{pairs.fingerprint}-{len(pairs)}-{size}-{precision}.npy"
     if not path.exists():
         found = memory.read(pairs, size, tokenize, process)
         features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
-        if process.main and not found.broken:  # else a neighbour is in a place, which the next run would not know
+        if process.main and not found.broken:  # a broken image's row holds a neighbour, and a file would not say so
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.save_array(path, features.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
         return found._replace(pixels=features)
@@ -311,8 +310,8 @@ class EpisodicData:
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
-        if self.teacher is not None and pairs is not None:  # report a missing row before training starts
-            self.teacher.find(pairs, np.arange(len(pairs)))
+        if self.teacher is not None and pairs is not None and process.main:  # only rank 0 will read the teacher's rows
+            self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing row before training starts
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
         self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
         self.eval_view = view_of(size, train=False, statistics=statistics)
@@ -341,7 +340,7 @@ class EpisodicData:
             passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
-        self.episodes.fetch(episode + 1)  # after workers were forked, so that they copy no lock of its thread
+        self.episodes.fetch(episode + 1)  # after workers were forked: they must not copy a lock of its thread
         run.wait()  # fetching an episode may take long; later collectives would time out
 
     def loader(self, what: str) -> Iterable:

@@ -120,7 +120,7 @@ def leaf(parts: Sequence[Any]) -> Any:
 
 
 def parts_of_gradient(whole: Any, chunks: int, count: int) -> Sequence[Tensor | None]:
-    """Gradient of a `leaf` for each of `count` micro-batches: that of its samples; of a parameter only for the last."""
+    """Split a `leaf`'s gradient by samples, one part per micro-batch; a parameter's gradient goes to the last one."""
     gradient = whole.grad if torch.is_tensor(whole) else None
     if gradient is not None and whole.ndim > 1:
         return gradient.chunk(chunks)

@@ -48,7 +48,7 @@ def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        why = error if isinstance(error, OSError) else error.__context__  # torch makes a RuntimeError of a failed write
+        why = error if isinstance(error, OSError) else error.__context__  # torch turns a failed write into RuntimeError
         if not isinstance(why, OSError):
             raise
         raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
@@ -86,8 +86,8 @@ AUTHORS_GLOBALS = [
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
     """Load a checkpoint, ours or the authors', without running code from it (`weights_only=True`).
 
-    FileNotFoundError if there is no file, ValueError if it holds other types than tensors, plain values and
-    AUTHORS_GLOBALS.
+    FileNotFoundError if there is no file; ValueError if it cannot be read, or holds types other than tensors, plain
+    values and AUTHORS_GLOBALS.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")

@@ -32,7 +32,7 @@ def check_data(config: Any, example: str) -> None:
 
 
 def check_eval_set(config: Any) -> None:
-    """ValueError if --eval-every is on and --eval-set is missing or does not exist."""
+    """ValueError if --eval-every is negative, or is on and --eval-set is missing or does not exist."""
     if config.eval_every < 0:
         raise ValueError(f"--eval-every must be at least 0 (never), not {config.eval_every}")
     if config.eval_every and not config.eval_set:

@@ -120,7 +120,7 @@ def as_it_is(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:
-    """Split an image transform -> (its steps up to uint8 pixels (3, H, W), its normalisation, of batches).
+    """Split an image transform -> (its steps up to uint8 pixels (3, H, W), its normalisation for batches).
 
     Loader processes run the first half, so that they transfer a quarter of the bytes; the device runs the second. A
     transform that does not end in a normalisation -> (the transform, identity).
@@ -196,7 +196,10 @@ def cached_path(url: str, folder: Path) -> Path:
 
 
 def fetch(url: str, folder: Path) -> str:
-    """Local path of a shard; a remote one (http, gs, hf, pipe:) is first copied to `folder` with webdataset."""
+    """Local path of a shard; a remote one (http, gs, hf, pipe:) is first copied to `folder` with webdataset.
+
+    FileNotFoundError if it cannot be copied in ATTEMPTS attempts.
+    """
     if not is_remote(url):
         return url.removeprefix("file:")
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +231,7 @@ def fetch(url: str, folder: Path) -> str:
 
 
 def command_of(url: str) -> str:
-    """The URL for webdataset; for http(s), its own curl command with a timeout for stalled downloads."""
+    """What webdataset's gopen opens for a URL: the URL; for http(s), a curl command that restarts stalled downloads."""
     if not url.startswith(("http://", "https://")):
         return url
     patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALLED} --retry 30 --retry-delay 2"
@@ -349,7 +352,9 @@ def told_by(shard: str) -> int | None:
 
 
 def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
-    """Columns `title` and `filepath` of a tab-separated file, as bytes and end offsets. ValueError if unreadable."""
+    """Columns `title` and `filepath` of a tab-separated file -> ({"captions", "files": bytes, "caption_ends",
+    "file_ends": end offset of each row (N,)}, {"digest": their hash}). ValueError if it cannot be read.
+    """
     captions, caption_ends, files, file_ends = bytearray(), array.array("q"), bytearray(), array.array("q")
     csv.field_size_limit(2**31 - 1)
     try:
@@ -411,9 +416,9 @@ def open_pairs(
 
 
 def planned_size(cfg) -> int:
-    """Pairs of an epoch, for a dry run: --dataset-size, or as many as --data hold here; 0 where nobody knows.
+    """Pairs per epoch for a dry run: --dataset-size, else the number in --data; 0 if there is none or it is remote.
 
-    A dry run fetches nothing: of remote shards it says that it does not know.
+    Remote shards are not fetched: a line asks for --dataset-size.
     """
     if cfg.dataset_size or not cfg.data:
         return cfg.dataset_size or 0
@@ -452,7 +457,8 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
 def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
     """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`.
 
-    `row` may also be an item of a run (see the top of this file).
+    `row` may also be an item of a run (see the top of this file). ValueError for a broken sample if `pairs` are strict,
+    or after 1000 of them.
     """
     if hasattr(pairs, "place"):  # a window of shards
         pairs, row = pairs.place(row)
@@ -534,7 +540,7 @@ def seed_views(seed: int, item: int, n: int) -> None:
 
 
 def watch(batches: Iterable, broken: list[Broken]) -> Iterable:
-    """Yield the batches, and append the broken samples of each, its last item, to `broken`."""
+    """Yield the batches; the last item of each is its list of broken samples, which is added to `broken`."""
     for batch in batches:
         broken.extend(batch[-1])
         yield batch

@@ -157,7 +157,7 @@ def evaluate_runs(
 ) -> list[dict]:
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
-    Prints `tables`; for several runs on the embedded corpus only, one line per run, of metrics with a heading.
+    Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
     ValueError if there are no runs, `cfg.report` is no .json file, or without `others` a run is another paper's.
     """
     if not cfg.runs:

@@ -37,8 +37,8 @@ from shared.clip import without_padding
 from shared.evaluation import check_own, named
 
 LOCAL = "local-dir:"
-KINDS = "a run folder, local-dir:DIR with what --export wrote, or MODEL@TAG of open_clip"
-TOLERANCE = 1e-5  # largest difference of unit features, for rounding
+KINDS = "a run folder, local-dir:DIR written by --export, or MODEL@TAG of open_clip"
+TOLERANCE = 1e-5  # largest difference of unit features that passes as rounding
 
 
 def single(cfg: Any) -> str:
@@ -111,7 +111,7 @@ def exported(run: str | Path) -> Path:
 
 
 def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of a source, one of KINDS. ValueError if it is none of them."""
+    """(model in eval mode, image transform, tokenizer) of `source`, one of KINDS. ValueError if it cannot be loaded."""
     folder = local_folder(source)
     if folder is None and (Path(source) / "checkpoint.pt").is_file():
         folder = exported(source)
@@ -142,6 +142,7 @@ def write(
     text_cfg, quick_gelu. weights: by open_clip's names. transform: PIL RGB -> (3, S, S) of `model`. preprocess:
     open_clip's settings of this transform that differ from the default (shorter side to S, bicubic, centre crop,
     OpenAI's statistics). The differences are those of unit image and text features and of a preprocessed image.
+    RuntimeError if those of features exceed TOLERANCE; NotADirectoryError or ValueError if `folder` is a file or a run.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

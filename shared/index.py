@@ -25,7 +25,7 @@ import numpy as np
 
 from shared.tars import Broken, index_shard
 
-LARGE = 2**28  # bytes of a data set from which on its index is cached; a smaller one is indexed in a second
+LARGE = 2**28  # bytes; the index of a data set of this size or more is cached; a smaller one is indexed in a second
 VERSION = 1  # of the files
 HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
 CHUNK = 2**22  # bytes of strings that are hashed at a time
@@ -132,7 +132,7 @@ class Lookup:
             place = place + other
 
     def row(self, string: str) -> int:
-        """Like `find`, of one string, but faster."""
+        """Like `find` for one string, but faster."""
         text = np.frombuffer(string.encode(errors="surrogateescape"), dtype=np.uint8).astype(np.uint64)
         weights = factors(1 << max(len(text), 1).bit_length())[:, : len(text)]
         first, second = ((text + np.uint64(1)) * weights).sum(axis=1)
@@ -213,7 +213,7 @@ def fingerprint(*parts: bytes) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Context that one process per machine enters at a time. No lock if the file system has none or is read-only."""
+    """Context that one process per machine enters at a time; it locks nothing if the file system cannot lock `path`."""
     file = None
     try:
         file = open(path, "a")

@@ -134,7 +134,7 @@ def crop_and_resize(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | Non
 
 
 def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[np.ndarray]:
-    """Split the items of `order` into batches of `size` with distinct labels, as far as there are enough labels.
+    """Split the items of `order` into batches of `size`, with distinct labels where possible.
 
     An item whose label is already in the batch is moved to the next batch. The last batch may be short.
     """

@@ -1,7 +1,7 @@
 """All presets of all papers in one table: `python -m shared.presets [FOLDER] [--json]` (`make presets`).
 
 PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, gives the paper's table row of each preset;
-`python -m FOLDER.SCRIPT PRESET` starts it. The numbers are the authors'; ours are in RESULTS.md. LEFT_OUT beside it,
+`python -m FOLDER.SCRIPT PRESET` runs it. The numbers are the authors'; ours are in RESULTS.md. LEFT_OUT beside it,
 {row: reason}, lists the paper's table rows without a preset.
 """
 

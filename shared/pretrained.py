@@ -19,13 +19,16 @@ import copy
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import timm
 import torch
 import tyro
@@ -86,6 +89,9 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+CACHED = 200_000  # features, 1 GB
+
+
 @torch.no_grad()
 def lite0_features(
     images: Tensor | Iterable[Tensor],
@@ -109,6 +115,39 @@ def lite0_features(
                     part = part.float().sub_(127).div_(128)
                 features.append(model(part).float().cpu())
     return torch.cat(features)
+
+
+def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/cache") -> Tensor:
+    """`lite0_features` of batches (B, 3, H, W) of uint8 pixels on the CPU, stored in `cache` by a hash of the pixels.
+
+    Each distinct image is computed once. The file is replaced as a whole, and not written if more than CACHED features
+    would be in it. A file that cannot be read is replaced.
+    """
+    precision = run.resolve_precision("auto", torch.device("cpu"))
+    store, order, new = Path(cache) / f"lite0-features-{precision}.npz", [], []
+    try:
+        with np.load(store, allow_pickle=False) as file:
+            known = dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        known = {}
+    seen = set(known)
+
+    def unseen() -> Iterator[Tensor]:
+        for batch in batches:
+            digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
+            rows = [row for row, digest in enumerate(digests) if not (digest in seen or seen.add(digest))]
+            order.extend(digests)
+            new.extend(digests[row] for row in rows)
+            if rows:
+                yield batch[rows]
+
+    known |= zip(new, lite0_features(unseen(), precision=precision).numpy(), strict=True)
+    if new and len(known) <= CACHED:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
+        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
+            np.savez(file, digests=keys, features=np.stack(list(known.values())))
+    return torch.from_numpy(np.stack([known[digest] for digest in order])) if order else torch.empty(0, 1280)
 
 
 # ------------------------------------------------------------------------------------------ text and language models

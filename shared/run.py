@@ -139,8 +139,8 @@ def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
     """Features of all ranks, in rank order: (B, D) -> (W*B, D).
 
     With `with_grad`, gradients flow to the features of every rank; after DDP's averaging, W processes then equal one
-    process with W times the batch. Without it, gradients flow only to this rank's features; those of the encoders are
-    W times smaller.
+    process with W times the batch. Without it, gradients flow only to this rank's features, so that the encoders'
+    gradients are W times smaller.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
@@ -169,7 +169,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Precision for a device: auto -> bf16 if the hardware supports it, else fp16 on a GPU, fp32 on a CPU or Mac."""
+    """Precision for a device: auto -> bf16 if the hardware supports it, else fp16 on a GPU, fp32 on a CPU or Mac.
+
+    ValueError for other names, or fp16 on a CPU.
+    """
     if name not in ("auto", "bf16", "fp16", "fp32"):
         raise ValueError(f"--precision is one of auto, bf16, fp16, fp32, not {name!r}")
     if name == "fp16" and device.type == "cpu":
@@ -212,7 +215,7 @@ def say(text: str, process: Process | None = None) -> None:
 
 
 def silent(seconds: float = EVERY) -> bool:
-    """Whether to print a progress line: none for `seconds`, no terminal that shows a progress bar, and not `quiet`."""
+    """Whether a progress line is due: the last is `seconds` old, no terminal shows a progress bar, and not `quiet`."""
     return time.monotonic() - _last >= seconds and not sys.stderr.isatty() and not quiet()
 
 
@@ -466,7 +469,7 @@ class RunFolder:
     def close(self, flags: str = "", then: str | None = None) -> None:
         """Close the log; print that the run is finished and the next command, `then`.
 
-        None is the evaluation; `flags` are added to it unless the data are the embedded corpus.
+        then: "" prints no command; None prints the evaluation's, with `flags` unless the data are the embedded corpus.
         """
         self.metrics.close()
         if self.total and self.process.main and not quiet():

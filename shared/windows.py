@@ -214,7 +214,7 @@ def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size
 def training_batches(
     dataset: Dataset, collate: Callable, cfg: Any, process: run.Process, epochs: range, start: int = 0
 ) -> Iterator:
-    """Batches as of `data.training_batches`, for a dataset whose `pairs` are read by row or by window."""
+    """Batches like those of `data.training_batches`, for a dataset whose `pairs` are read by row or by window."""
     pairs = dataset.pairs
     if not isinstance(pairs, Windowed):
         return data.training_batches(dataset, collate, cfg, process, epochs, start)
@@ -244,8 +244,8 @@ def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windo
 
 
 def evaluation_workers(cfg: Any) -> int:
-    """Loader processes of an evaluation between training steps: none where shards are read by window, or by ProtoCLIP's
-    episodes, whose threads may be fetching."""
+    """Number of loader processes for an evaluation between training steps: 0 if shards are read by window or episode,
+    since forking while a thread fetches may deadlock; else `cfg.workers`."""
     fetching = getattr(cfg, "window_shards", 0) or getattr(cfg, "episode_shards", 0)
     return 0 if fetching else cfg.workers
 

@@ -179,7 +179,7 @@ def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
 
     scores: (i, T) of the images with indices `images` (i,); text_to_image: (T,) image of each caption.
     Another image's caption with an equal or NaN score is ranked before. An image without captions (evaluation sets
-    have none) is a miss at any k, as in CLIP_benchmark.
+    have no such image) is a miss at any k, as in CLIP_benchmark.
     """
     own = text_to_image == images[:, None]
     best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
@@ -258,7 +258,7 @@ def evaluate(
 
     model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is in eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
-    `retrieval_metrics` over all captions.
+    `retrieval_metrics` over all captions. ValueError if two sets have the same folder name.
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
     """
     sets = [EvalSet(folder, transform) for folder in set_dirs]  # all opened first, so that errors come early
@@ -294,14 +294,16 @@ KEPT_BYTES = 2**27  # most bytes of images that `quick_top1` caches between eval
 _kept: dict[tuple, list] = {}  # cached batches of the last small set, by folder and transform
 
 
-def kept_batches(eval_set: EvalSet, key: tuple, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a set; those of a set of at most KEPT_BYTES are cached by `key`."""
+def kept_batches(
+    eval_set: EvalSet, key: tuple, num_workers: int = 0, device: str | torch.device = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a set, images on the device; those of a set of at most KEPT_BYTES are cached by `key`."""
     if key in _kept:
         yield from _kept[key]
         return
     _kept.clear()
     batches, size = [], 0
-    for images, labels in eval_set.batches(256, num_workers):
+    for images, labels in eval_set.batches(256, num_workers, device):
         size += images.nbytes
         if size <= KEPT_BYTES:
             batches.append((images, labels))
@@ -324,7 +326,7 @@ def quick_top1(
     model.eval()
     eval_set = EvalSet(set_dir, transform)
     classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, precision)
-    batches = kept_batches(eval_set, (str(set_dir), transform), num_workers)
+    batches = kept_batches(eval_set, (str(set_dir), transform, str(device)), num_workers, device)
     features, labels = extract_image_features(model.encode_image, batches, device, precision)
     model.train(was_training)
     return classification_metrics(features, labels, classifier)["top1"]

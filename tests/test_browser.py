@@ -24,8 +24,9 @@ FONTS = (
 )
 
 
-def look(page: Path, screenshot: Path, width: int = 1280) -> dict:
-    """What tests/browser/look.mjs finds on a page in a window of the given width."""
+def look(page: Path, screenshot: Path, width: int = 1280, part: str = "page") -> dict:
+    """What tests/browser/look.mjs finds on a page in a window of the given width. The screenshot shows the whole page,
+    which takes ten seconds for a long one, or only the `window`."""
     if not (BROWSER / "node_modules/@sparticuz/chromium/bin").is_dir():
         pytest.skip("no browser is installed: `make browser` does it, on Linux")
     shutil.copy(ROOT / "tests/browser/look.mjs", BROWSER)
@@ -34,7 +35,7 @@ def look(page: Path, screenshot: Path, width: int = 1280) -> dict:
     unpacked = BROWSER / "unpacked"  # Chromium unpacks itself once, into the folder of temporary files
     unpacked.mkdir(exist_ok=True)
     result = node(
-        [str(BROWSER / "look.mjs"), str(page), str(screenshot), str(width)],
+        [str(BROWSER / "look.mjs"), str(page), str(screenshot), str(width), part],
         return_completed_process=True, capture_output=True, text=True,
         env=os.environ | {"TMPDIR": str(unpacked), "FONTCONFIG_FILE": str(BROWSER / "fonts.conf")},
     )  # fmt: skip
@@ -66,7 +67,7 @@ def looked_at(readme: companion.Readme, clones: dict[str, Path], folder: Path, w
     and nothing is fetched."""
     path = folder / f"{readme.folder}.html"
     path.write_text(companion.page(readme, clones, tests), encoding="utf-8")
-    seen = look(path, folder / "page.png", width)
+    seen = look(path, folder / "page.png", width, "page" if width > 1000 else "window")
     assert seen["requests"] == [path.as_uri()] and not seen["failed"] and not seen["messages"]
     assert seen["overflow"] == 0 and seen["title"] == readme.title
     assert len(seen["links"]) == len(readme.rows) and all(seen["links"])

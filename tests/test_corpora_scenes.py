@@ -253,7 +253,7 @@ def test_an_interrupted_build_leaves_nothing(config: scenes.Config, tmp_path: Pa
         ({"styles": ("noto", "fluent-emoji-flat")}, "--styles takes one or more of noto.*not fluent-emoji-flat"),
         ({"image_size": 4}, "--image-size must be at least 8"),
         ({"concepts": 500}, "concepts of these groups have 4 drawings"),
-        ({"clutter_groups": ("flags",)}, "--clutter-groups flags hold no drawing"),
+        ({"clutter_groups": ("flags",)}, "--clutter-groups flags have no drawings besides those of concepts"),
     ],
 )
 def test_settings_that_cannot_be_drawn(bank: sprites.Sprites, change: dict, sentence: str) -> None:

@@ -54,6 +54,15 @@ def opened(cfg: config.Config) -> inmemory.InMemory:
     return inmemory.InMemory(pairs, cfg, train.open_model(cfg, 16).visual, CPU, *train.open_texts(cfg, pairs))
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_are_pinned_for_a_gpu(settings: config.Config, monkeypatch: pytest.MonkeyPatch, kind: str):
+    corpus, pinned = opened(settings), []
+    corpus.process = run.Process(0, 1, torch.device(kind))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    images, texts, _ = next(corpus.batches(range(1)))
+    assert [id(x) for x in pinned] == [id(x) for x in (images, texts) if kind == "cuda"]
+
+
 def test_tokens_of_a_locked_trunk_are_its_own(settings: config.Config):
     """Equal up to folded batch norms and half precision, and cached in a file for the next run."""
     corpus = opened(settings)

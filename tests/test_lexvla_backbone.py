@@ -106,7 +106,7 @@ def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
     tokens = torch.randn(2, 8, 5, 64)
     equal = torch.stack([tokens[0], tokens[0]])
     assert backbone.drawing_loss(equal, 0.01) < 1e-3 < backbone.drawing_loss(tokens, 0.01)
-    with pytest.raises(ValueError, match="has to end in .pt"):
+    with pytest.raises(ValueError, match="must end in .pt"):
         backbone.main(backbone.Config(out="backbone"))
     with pytest.raises(ValueError, match="--image-size 20 cannot be cut into patches of 8 pixels"):
         backbone.main(backbone.Config(out=str(folder / "other.pt"), image_size=20))

@@ -21,7 +21,7 @@ ERRORS = {
     "unknown LM": (["emoji", "--lm", "/nowhere"], "--lm /nowhere is no folder or hub name"),
     "missing backbone": (["emoji", "--backbone", "no.pt"], "--backbone no.pt does not exist: 'python -m lexvla.b"),
     "backbone of another size": (["emoji", "--image-size", "24"], "at 24 pixels is no file of 'python -m lexvla.b"),
-    "unknown backbone": (["emoji", "--backbone", "vit_nothing"], "--backbone vit_nothing is neither"),
+    "unknown backbone": (["emoji", "--backbone", "vit_nothing"], "--backbone vit_nothing could not be loaded"),
     "no patches": (["emoji", "--image-size", "20"], "--image-size 20 cannot be cut into patches of 8"),
     "half patches": (
         ["emoji", "--backbone", config.LITE0, "--image-size", "20"],

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lexvla import backbone as backbones
-from lexvla import config, towers
+from lexvla import config, towers, train
 from lexvla import text as texts
 from lexvla.train import cosine_lr, quadratic_warmup
 from shared import checkpoints, data
@@ -263,3 +263,26 @@ def test_schedules(case):
         base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
         lrs = [cosine_lr(step, base, total, warmup) for step in case["lr_steps"].tolist()]
         check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
+
+
+def test_images_of_the_learning_curve_come_from_the_device(monkeypatch: pytest.MonkeyPatch):
+    """Loaders hand uint8 from pinned memory to the device, which normalises."""
+    asked, device = [], torch.device("cpu")
+
+    class Set:
+        name = "a set"
+
+        def __init__(self, *_):
+            pass
+
+        def batches(self, size: int, workers: int = 0, place=None):
+            asked.append(place)
+            yield torch.eye(2), [["one"], ["two"]]
+
+    class Model(torch.nn.Module):
+        image = text = staticmethod(lambda rows: rows)
+
+    monkeypatch.setattr(train, "EvalSet", Set)
+    read, cfg = lambda captions: (torch.eye(len(captions)),), config.Config(eval_set="a set")
+    recall = train.quick_recall(Model(), read, None, cfg, device, "fp32")
+    assert asked == [device] and set(recall.values()) == {100}

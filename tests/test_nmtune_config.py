@@ -39,6 +39,7 @@ ERRORS = {
         "has no MLP blocks for LoRA",
     ),
     "study of nothing": ("encoder_study", ["--encoder", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
+    "heads of nothing": ("head_study", ["--run", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
     "report of other runs": ("eval", ["/nowhere/x", "--report", "r.json"], "encoder folders such as sup-30-seed0"),
     "nothing to evaluate": ("eval", [], "name at least one run folder"),
 }  # fmt: skip
@@ -47,7 +48,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_command_line_errors(in_process, tmp_path, case):
     script, arguments, message = ERRORS[case]
-    out = ["--out", tmp_path / "run"] if script not in ("encoder_study", "eval") else []
+    out = ["--out", tmp_path / "run"] if script not in ("encoder_study", "head_study", "eval") else []
     code, _, err = in_process(f"nmtune.{script}", *arguments, *out)
     assert code == 2 and message in err and one_sentence(err), err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -92,7 +93,7 @@ def test_five_noise_levels_are_presets():
         assert levels == [0, 0.05, 0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("name", ["PretrainConfig", "Config", "FinetuneConfig", "StudyConfig"])
+@pytest.mark.parametrize("name", ["PretrainConfig", "Config", "FinetuneConfig", "StudyConfig", "HeadStudyConfig"])
 def test_every_field_has_a_docstring(name):
     tree = ast.parse(Path(config.__file__).read_text())
     assert any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)

@@ -12,6 +12,7 @@ from authors_files import beside_weights
 from conftest import Case
 from PIL import Image
 
+from nmtune import model
 from nmtune.model import (
     NMTuneHead,
     consistency_loss,
@@ -233,6 +234,16 @@ def test_the_gradient_of_l_svd_of_a_decaying_spectrum_is_exact(n, dim):
     s = torch.linalg.svdvals(exact)
     (-(s[:5] / s.sum()).mean()).backward()
     torch.testing.assert_close(z.grad.double(), exact.grad, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("n, dim", [(16, 128), (40, 6)])
+def test_the_loss_waits_for_a_gpu_only_in_the_eigendecomposition(watch, monkeypatch, n: int, dim: int):
+    monkeypatch.setattr(model, "gram_eigh", watch.within(model.gram_eigh, on=False))
+    torch.manual_seed(0)
+    z, feats, logits = (torch.randn(n, size, requires_grad=True) for size in (dim, dim, 5))
+    loss, _ = watch.within(nmtune_loss)(logits, torch.arange(n) % 5, z, feats)
+    watch.within(loss.backward)()
+    assert z.grad.isfinite().all()
 
 
 def test_l_svd_is_fp32_inside_autocast():

@@ -33,9 +33,7 @@ def pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             write_split(tmp_path / name / split, samples)
         layout.write_classes(tmp_path / name, ["dog", "horse", "house"], ["a {c}"])
     monkeypatch.setattr(study, "PACS", str(tmp_path))
-    study.floors.read.cache_clear()
-    yield tmp_path
-    study.floors.read.cache_clear()
+    return tmp_path
 
 
 def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():

@@ -113,6 +113,20 @@ def test_views_in_memory_are_the_samples(images, pairs, kind):
     assert not torch.equal(found[0][0][1], found[0][len(found[0]) // 2][1])  # another epoch, other crops
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_in_memory_are_pinned_for_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str):
+    """As far as they are copied there; the flags of noise stay on the CPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    cfg = dataclasses.replace(config.EMOJI_SUPERVISED, batch_size=4, keep_in_memory=True)
+    images, labels, pinned = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8), []
+    inside = {"decoded": (images, labels, labels > 5), "side": 4, "__len__": lambda self: 8}
+    samples = type("Samples", (), inside)()
+    process = run.Process(0, 1, torch.device(kind))
+    batches = list(pretrain.training_batches(samples, cfg, process, range(1), 0))
+    copied = [x for _, images, targets, *_ in batches for x in (images, targets)]
+    assert len(copied) == 4 and [id(x) for x in pinned] == [id(x) for x in copied if kind == "cuda"]
+
+
 def test_positional_embeddings_decay_as_in_open_clip():
     """Positional embeddings have weight decay; gains, biases and the logit scale do not; timm's models keep timm's
     rule."""

@@ -60,6 +60,25 @@ def test_claims_are_differences_of_encoders_and_of_heads():
         study.more_rows(unknown)
 
 
+def test_heads_on_few_samples_have_a_floor_of_their_own(tmp_path, monkeypatch):
+    """Accuracies that are above the floor of few samples, but not above that of all."""
+    found = compared()
+    found.arms.update({arm: [{"blackbox/id": 45.0, "blackbox/ood": 35.0}] * 3 for arm in study.FEW_SAMPLES})
+    study.derive(found)
+    features, labels = np.repeat(np.eye(4), 20, axis=0), np.repeat(np.arange(4), 20)
+    features[:5] = features[20]  # five samples of class 0 look like class 1
+    tests = {"id_features": features, "id_labels": labels, "ood_features": features[:5], "ood_labels": labels[:5]}
+    np.savez(tmp_path / "f.npz", features=features, labels=labels, **tests)
+    monkeypatch.setitem(study.LITE0, "features", str(tmp_path / "f.npz"))
+    near = study.lite0_neighbour()
+    assert set(near) == {"blackbox/id", "blackbox/ood", "few/id", "few/ood"} and near["few/id"] >= 75
+    floors = {"blackbox/id": 60.0, "blackbox/ood": 60.0, "few/id": 44.0, "few/ood": 36.0}
+    bars = [(study.BLACK_BOX + study.FEW_SAMPLES, floors)]
+    rows = {row["claim"]: row["verdict"] for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=False)}
+    name = "C4 NMTune above MLP, black box, a tenth of the samples"
+    assert rows[f"{name}, ID"] == "no difference above d" and rows[f"{name}, OOD"] == "has not learned"
+
+
 def test_negligible_differences_are_at_most_half_of_the_papers():
     for claim in study.CLAIMS:
         assert claim.effect is None or claim.negligible <= claim.effect / 2
@@ -78,15 +97,21 @@ def test_plots_show_differences_with_intervals(tmp_path):
 def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     arms = [arm.name for arm in study.STUDY.chosen("core")]
     assert arms == ["sup-00", "sup-10", "sup-30", "lite0-lp", "lite0-mlp", "lite0-nmtune"]
-    assert len(study.STUDY.chosen("all")) == 13
+    assert len(study.STUDY.chosen("all")) == 16
+    known = {arm.name: arm for arm in study.STUDY.arms}
+    assert {each for claim in study.CLAIMS for each in (claim.method, claim.baseline)} == set(known)
     pretraining, tuning = (words[2:] for words in study.STUDY.words(study.STUDY.arms[9], 1))
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
     assert tuning == ["nmtune.encoder_study", "--encoder", out, "--methods", "lp"]
-    (head,) = (words[2:] for words in study.STUDY.words(study.STUDY.arms[-1], 1))
-    assert head[:2] == ["nmtune.train", "emoji-lite0-nmtune"]
+    head, _ = (words[2:] for words in study.STUDY.words(known["lite0-nmtune"], 1))
+    assert head == ["nmtune.train", "emoji-lite0-nmtune", "--seed", "10", "--out", "runs/nmtune/lite0-nmtune-seed1"]
+    few, _ = (words[2:] for words in study.STUDY.words(known["lite0-mlp-few"], 1))
+    assert few[:4] == ["nmtune.train", "emoji-lite0-mlp", "--train-fraction", "0.1"]
     features = config.PRESETS["emoji-lite0-nmtune"][1].features
-    assert f"--out {features}" in study.STUDY.before[0].command and study.STUDY.before[0].arms == study.BLACK_BOX
+    assert f"--out {features}" in study.STUDY.before[0].command and set(study.BLACK_BOX) < set(
+        study.STUDY.before[0].arms
+    )
 
 
 def test_floors_need_no_training(monkeypatch):
@@ -97,6 +122,7 @@ def test_floors_need_no_training(monkeypatch):
     monkeypatch.setattr(study, "SUBGROUPS", study.SUBGROUPS[1:])
     study.pixels.cache_clear()
     chance = study.chance()
+    assert chance["few/ood"] == chance["blackbox/ood"]
     assert chance["lp/id"] == chance["lp/ood"] == pytest.approx(100 / 9) and chance["blackbox/ood"] == pytest.approx(
         100 / 98
     )

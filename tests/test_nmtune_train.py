@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from scripts import ROOT, ended, finished, kill_at, metrics, same, start_two
 from test_nmtune_model import exact, head_of
 
-from nmtune import config, datasets, features
+from nmtune import config, datasets, features, train
 from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
@@ -225,6 +226,16 @@ def test_rates_of_ones_own_features(in_process, tmp_path):
         "nmtune.train", "--features", tmp_path / "f.npz", "--epochs", "2", "--lr", "1e-3", "--out", tmp_path / "given"
     )
     assert code == 0 and "chosen" not in out, err
+
+
+def test_a_rate_that_diverges_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "RATES", (1e30, 1e-3))
+    generator = torch.Generator().manual_seed(0)
+    bank = features.Bank(torch.randn(1, 60, 8, generator=generator), torch.arange(60) % 3)
+    source = SimpleNamespace(
+        bank=bank, process=run.Process(0, 1, torch.device("cpu")), dim=8, classnames=["a", "b", "c"], views=1
+    )
+    assert train.choose(config.Config(epochs=3, batch_size=20), source)["lr"] == 1e-3
 
 
 def test_the_papers_consistency_term_is_d_times_the_authors():

@@ -111,6 +111,28 @@ def test_lite0_normalization_and_classes(lite0):
     assert pretrained.lite0_features(pixels[None]).shape == (1, 1280)
 
 
+def test_features_of_an_image_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also across calls, unless the file of features is damaged or would become too large."""
+    seen, images = [], torch.stack([picture(seed, 32) for seed in range(8)])
+
+    def features(batches, **_) -> torch.Tensor:
+        pixels = torch.cat([torch.empty(0, 3, 32, 32), *batches])
+        seen.append(len(pixels))
+        return pixels.float().flatten(1)
+
+    monkeypatch.setattr(pretrained, "lite0_features", features)
+    expected, rows = images.float().flatten(1), [3, 4, 5, 6, 3]
+    assert torch.equal(pretrained.cached_lite0_features(images[:5].split(2), tmp_path), expected[:5])
+    assert torch.equal(pretrained.cached_lite0_features([images[rows]], tmp_path), expected[rows])
+    assert pretrained.cached_lite0_features([], tmp_path).shape == (0, 1280) and seen == [5, 2, 0]
+    store = next(tmp_path.glob("*.npz"))
+    store.write_bytes(store.read_bytes()[:1000])
+    monkeypatch.setattr(pretrained, "CACHED", 7)
+    assert torch.equal(pretrained.cached_lite0_features([images], tmp_path), expected)
+    assert torch.equal(pretrained.cached_lite0_features([images[:2]], tmp_path), expected[:2])
+    assert seen[3:] == [8, 2] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     monkeypatch.setattr(pretrained, "packaged", lambda *_: tmp_path / "other.pth")

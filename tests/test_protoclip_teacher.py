@@ -66,11 +66,13 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
         teacher.rows(other, np.array([0]))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_features_stay_on_the_disk(tmp_path: Path, save):
-    """Files of the script and of upstream are mapped; compressed ones are read completely."""
+def test_features_stay_on_the_disk(tmp_path: Path, save, dtype: type):
+    """Files of the script and of upstream are mapped; compressed ones are read completely. Rows are float32, also those
+    of a file in half precision."""
     rng, keys = np.random.default_rng(0), Strings.of(f"key{i}" for i in range(300))
-    features = rng.standard_normal((300, 5)).astype(np.float32)
+    features = rng.standard_normal((300, 5)).astype(dtype)
     save(tmp_path / "t.npz", keys=keys.text, ends=keys.ends, features=features)
     np.save(tmp_path / "t.npy", features)
     rows = rng.integers(0, 300, 40)
@@ -78,7 +80,8 @@ def test_features_stay_on_the_disk(tmp_path: Path, save):
         pairs = keys_alone(keys)
         teacher = Teacher(str(tmp_path / name))
         assert isinstance(teacher.features, np.memmap) == (name == "t.npy" or save is np.savez)
-        assert np.array_equal(teacher.rows(pairs, rows).numpy(), features[rows])
+        found = teacher.rows(pairs, rows)
+        assert found.dtype == torch.float32 and np.array_equal(found.numpy(), features[rows])
     shuffled = keys_alone(Strings.of(f"key{i}" for i in reversed(range(300))))
     assert np.array_equal(Teacher(str(tmp_path / "t.npz")).rows(shuffled, rows).numpy(), features[::-1][rows])
 

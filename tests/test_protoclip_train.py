@@ -178,7 +178,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "protoclip.train", "emoji", *TINY, *LINEAR, "--out", two]
     result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=90
+        list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert_equal_runs(one, two)
@@ -441,6 +441,18 @@ def test_scales_are_clamped_after_each_step():
     batch = torch.arange(2), torch.randn(2, 3, 16, 16), torch.randint(0, 20, (2, 6))
     for _ in train_episode(model, [batch], optimizer, None, 0, cfg, run.Process(0, 1, torch.device("cpu"))):
         assert 4.6 < model.logit_scale <= math.log(100) + 1e-6
+
+
+def test_only_the_first_process_looks_for_the_teachers_rows(monkeypatch: pytest.MonkeyPatch):
+    """Others never read them, so they need no table of the teacher's keys."""
+    asked = []
+    monkeypatch.setattr(train.Teacher, "find", lambda self, pairs, rows: asked.append(len(rows)))
+    options = dict(data=f"{SHARDS}/00000.tar", keep_in_memory=False, distinct_captions=False, dataset_size=100)
+    cfg = dataclasses.replace(PRESETS["emoji"][1], **options, external_teacher=str(TEACHER))
+    model = create_model("ViT-emoji", heads=False)
+    for rank in (0, 1):
+        train.EpisodicData(cfg, run.Process(rank, 2, torch.device("cpu")), model, lambda texts: texts)
+    assert asked == [100]
 
 
 @pytest.mark.parametrize("with_grad", [True, False])

@@ -17,7 +17,7 @@ def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> locked.Config:  # noqa
         small = [torch.nn.functional.interpolate(batch.float(), (24, 20)).mean(1).flatten(1) for batch in batches]
         return torch.nn.functional.pad(torch.cat(small) / 128 - 1, (0, 800))
 
-    monkeypatch.setattr(photos, "lite0_features", pixels)
+    monkeypatch.setattr(photos, "cached_lite0_features", pixels)
     monkeypatch.chdir(corpus)
     return locked.Config(
         out="run", data="train", total=60, epochs=20, batch_size=12, lr=3e-3, warmup=5, device="cpu", precision="fp32"

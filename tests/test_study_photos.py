@@ -35,22 +35,6 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_features_of_a_picture_are_computed_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    seen = []
-
-    def features(batches):
-        found = torch.cat([batch.float().mean((2, 3)) for batch in batches])
-        seen.append(len(found))
-        return found.repeat(1, 2)
-
-    monkeypatch.setattr(photos, "lite0_features", features)
-    images = photos.pictures([corpus / "train/00000.tar"])
-    first = photos.lite0_of(images[:5], corpus / "cache")
-    again = photos.lite0_of([*images[3:7], images[3]], corpus / "cache")
-    assert seen == [5, 2] and again.shape == (5, 6)
-    assert torch.equal(first[3:], again[:2]) and torch.equal(again[0], again[4])
-
-
 def test_correlation_finds_what_words_mean(corpus: Path):
     found = photos.by_correlation([str(corpus / "retrieval"), str(corpus / "names")], True, str(corpus / "train"))
     assert found["names/top1"] > 90 and found["retrieval/image_to_text_R@5"] > 90

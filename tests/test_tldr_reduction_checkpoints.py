@@ -80,7 +80,7 @@ def test_a_released_file_becomes_a_run(tmp_path, capsys):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "writer"), stage="finetune"))
     source = checkpoints.Config(**flags, out=str(tmp_path / "again"))
     source.source = str(tmp_path / "scorer/checkpoint.pt")
-    with pytest.raises(ValueError, match="is of a run folder already"):
+    with pytest.raises(ValueError, match="belongs to a run folder already"):
         checkpoints.main(source)
     with pytest.raises(ValueError, match="holds a run already"):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))

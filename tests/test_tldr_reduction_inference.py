@@ -5,7 +5,7 @@ import torch
 from test_tldr_reduction_model import tiny_captioner
 
 from shared import run
-from tldr_reduction.inference import cached_rows, extract_codes, read_reasons, read_rows, short
+from tldr_reduction.inference import cached_rows, extract_codes, of_distinct, read_reasons, read_rows, short
 from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
 
 
@@ -17,6 +17,18 @@ def test_extract_codes_is_by_index():
     assert np.array_equal(codes, model.encode(images).numpy())
     many = CodebookCaptioner(model.visual_encoder, model.text_decoder, VectorQuantizer(70_000, 8))
     assert extract_codes(many, [(torch.arange(5), images)]).dtype == np.int32
+
+
+def test_identical_images_are_encoded_once():
+    images, hashes, seen = torch.tensor([[5.0], [7.0], [5.0], [6.0]]), [2**63 + 1, 3, 2**63 + 1, 4], []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(len(batch))
+        return 2 * batch
+
+    assert torch.equal(of_distinct(encode, images, hashes), 2 * images) and seen == [3]
+    codes = of_distinct(lambda batch: encode(batch).numpy().astype(np.uint16), images, hashes)
+    assert codes.dtype == np.uint16 and codes.tolist() == [[10], [14], [10], [12]]
 
 
 def test_rows_are_kept_and_mended(tmp_path):

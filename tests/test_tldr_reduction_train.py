@@ -203,7 +203,7 @@ def test_a_locked_trunk_keeps_its_weights(chain, folder):
     loaded = efficientnet_lite0().state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.visual.trunk.state_dict().items())
     pairs = open_pairs(settings.data, limit=40)
-    dataset = LockedPairs(pairs, view_of(model, settings), 0)
+    dataset = LockedPairs(pairs, view_of(model, settings), 0, cache=folder / "features")
     images = torch.stack([view_of(model, settings)(pairs.read(row).image) for row in range(40)])
     with torch.no_grad():
         close = torch.cosine_similarity(model.visual.eval()(images), model.visual(dataset.features))

@@ -356,3 +356,26 @@ def test_a_small_set_is_decoded_once_for_a_learning_curve(tmp_path, monkeypatch)
     batches()
     batches()
     assert len(seen) == 9 and not zeroshot._kept
+
+
+def test_images_of_a_learning_curve_come_from_the_device(monkeypatch):
+    """Loaders hand uint8 from pinned memory to the device, which normalises; not numbers of four bytes on the CPU."""
+    asked, device = [], torch.device("cpu")
+
+    class Set:
+        classnames = ["a", "b", "c"]
+
+        def __init__(self, *_):
+            pass
+
+        def batches(self, size: int, workers: int = 0, place=None):
+            asked.append(place)
+            yield torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3)
+
+    monkeypatch.setattr(zeroshot, "EvalSet", Set)
+    zeroshot._kept.clear()
+    model = TinyClip()
+    for _ in range(2):
+        zeroshot.quick_top1(model, tokenizer, None, "a set", device)
+    assert asked == [device] and list(zeroshot._kept) == [("a set", None, "cpu")]
+    zeroshot._kept.clear()

@@ -92,7 +92,7 @@ class Config(Stage):
     data: str = ""
     """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
     time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
@@ -139,8 +139,8 @@ class Config(Stage):
     """With --keep-in-memory: no batch holds a caption twice, as far as an epoch allows."""
 
     epochs: int = 0
-    """Passes over the data: scales `steps` to them, and `warmup`, `sparsity_warmup` and `prune_step` with it.
-    0: no scaling."""
+    """Passes over the data: replaces `steps`, and scales `warmup`, `sparsity_warmup` and `prune_step` in proportion.
+    0: `steps` as given."""
     batch_size: int = 32_768
     """Pairs per step, over all processes together."""
     seed: int = 0
@@ -328,7 +328,8 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--prune-step {cfg.prune_step} is not within the {cfg.steps} steps")
     if not 0 <= cfg.start_sparsity <= cfg.target_sparsity < 1:
         raise ValueError(
-            f"--start-sparsity {cfg.start_sparsity} to --target-sparsity {cfg.target_sparsity} do not rise in 0..1"
+            f"--start-sparsity {cfg.start_sparsity} and --target-sparsity {cfg.target_sparsity} must satisfy "
+            "0 <= start <= target < 1"
         )
     if not {"heads", "intermediate"} <= set(cfg.mask_types):
         raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")

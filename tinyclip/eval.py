@@ -193,7 +193,7 @@ def probes(model: CLIP, cfg: Config, device: torch.device, dtype: torch.dtype) -
             images = EvalSet(folder, transform, split)
             if images.kind != "classification":
                 raise ValueError(f"--probe {folder} is a {images.kind} set: a linear probe needs a classification set")
-            batches = images.batches(cfg.batch_size, cfg.workers)
+            batches = images.batches(cfg.batch_size, cfg.workers, device)
             features_and_labels += zeroshot.extract_image_features(
                 model.encode_image, batches, device, dtype, f"{images.name} {split}"
             )
@@ -245,7 +245,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         flat |= throughput(model, device=process.device, precision=precision)
     if (Path(path) / "metrics.jsonl").exists():
         flat |= sparsities(Path(path))
-    return {name: value for name, value in flat.items() if not math.isnan(value)}  # top-5 of four classes, say
+    return {name: value for name, value in flat.items() if not math.isnan(value)}  # e.g. top-5 of four classes
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

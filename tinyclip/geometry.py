@@ -76,7 +76,7 @@ def block_sizes(tower: Mapping) -> tuple[int, list[int], list[int | None]]:
 
 
 def named_towers(shape: Mapping) -> Iterator[tuple[str, str, Mapping]]:
-    """("image", "visual.", vision) and ("text", "", text) of the towers that are transformers; with weight prefixes."""
+    """Yield (name, prefix of its weights, geometry) of each tower that is a transformer: image, "visual."; text, ""."""
     if isinstance(shape["vision"]["layers"], int):
         yield "image", "visual.", shape["vision"]
     yield "text", "", shape["text"]
@@ -157,10 +157,10 @@ def weights_file(path: Path) -> Path:
 
 
 def said_beside(file: Path, transformers: bool) -> dict:
-    """quick_gelu and head_width (image, text), which cannot be read from shapes, from the configuration beside weights
-    of transformers (config.json) or open_clip (open_clip_config.json); {} if there is none.
+    """Read quick_gelu and head_width (image, text) from the configuration beside a weight file of transformers
+    (config.json) or open_clip (open_clip_config.json); {} if there is no configuration. Shapes do not contain them.
 
-    ValueError if it is not a CLIP's, or describes a tower that this code does not have.
+    ValueError if the configuration is not a CLIP's, or describes a tower that this code does not have.
     """
     path = file.with_name("config.json" if transformers else "open_clip_config.json")
     if not path.is_file():
@@ -185,17 +185,18 @@ def said_beside(file: Path, transformers: bool) -> dict:
 
 
 def said_by_trainer(args: object) -> dict:
-    """quick_gelu, from the command line that the authors' trainer stores in its files (U:training/train.py:674); {} for
-    None. U:open_clip/factory.py:111, 127."""
+    """Read quick_gelu from `args`, the command line that the authors' trainer stores in its files; {} if it is None.
+    U:training/train.py:674, U:open_clip/factory.py:111, 127."""
     if not hasattr(args, "force_quick_gelu"):
         return {}
     return {"quick_gelu": bool(args.force_quick_gelu or str(getattr(args, "pretrained", "")).lower() == "openai")}
 
 
 def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int] = 64) -> dict:
-    """embed_dim, vision and text of the CLIP, pruned or not, whose state dict in OpenAI's layout is given.
+    """State dict of a CLIP in OpenAI's layout, pruned or not -> its geometry: embed_dim, vision and text.
 
     `head_width`, for both towers or (image, text), cannot be read from shapes; all released models have 64.
+    ValueError if these are not the weights of a CLIP.
     """
     widths = head_width if isinstance(head_width, tuple) else (head_width, head_width)
     if min(widths) < 1:

@@ -47,6 +47,7 @@ def inherit_weights(
 
     Takes layers by `depth_indices` in each transformer or ResNet stage, the front slice on every axis, and in the fused
     (3 h d, H) projection the first heads of each of q, k and v. Only names and shapes of `student_sd` are used.
+    ValueError if a tensor of the student is larger than the teacher's or has no counterpart there.
     """
 
     def depths(state: Mapping[str, Tensor]) -> dict[str, int]:

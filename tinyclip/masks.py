@@ -229,7 +229,7 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
         raise ValueError("the masks leave no hidden dimension: lower the target sparsity")
     zk = z[kept]
     state = prune_ends(dict(state), prefix, kept, zk, exact)
-    # The last bias before an attention without heads, which takes over the constant that the attention adds
+    # The last bias before the block; it takes over the constant that an attention without heads adds
     before = "visual.ln_pre.bias" if prefix else "positional_embedding"
     new_heads, new_neurons = [], []
     for i, h in enumerate(heads):
@@ -304,7 +304,8 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
     """Copy a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
 
     The rest of `model` is set to 0. Gates are open (a = 10) for the slots of the pruned network and closed (a = -10)
-    elsewhere; the multipliers restart at 10. The information which channels of the teacher these were is lost.
+    elsewhere; the multipliers restart at 10. Which channels of the teacher these were is no longer known.
+    ValueError if the pruned network does not fit into `model`.
     """
     small = convert_state_dict(pruned_sd)
     state = model.state_dict()  # shares the model's memory

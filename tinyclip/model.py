@@ -147,8 +147,9 @@ def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, colum
 class LayerNorm(nn.LayerNorm):
     """Over the kept dimensions only; the others are 0 in the input and stay 0. No gradient reaches z_h from here.
 
-    To let the plain kernel compute the correct mean and variance, the removed dimensions are set to the mean of the
-    kept ones, whose deviations are scaled by share^-1/2. U:open_clip/model.py:43 gathers and scatters instead.
+    The removed dimensions are set to the mean of the kept ones, and the kept ones' deviations are scaled by
+    share^-1/2, so that the plain kernel computes the correct mean and variance. U:open_clip/model.py:43 gathers and
+    scatters instead.
     """
 
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from shared.study.statistics import Claim
 from tinyclip import eval as evaluation
 from tinyclip.study import IA, IC, RA, RC
 
-# Crops may not repeat edges, as those of emoji do; captions are hardly ever the same.
+# Unlike on emoji, crops do not extend beyond the image; equal captions are too rare to be kept apart.
 DATA = "--data data/photos-captions/train --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
 AFFINITY, CONTRASTIVE = "train emoji-resnet --teacher {teacher}", "train emoji-resnet-contrastive"
 ARMS = (
@@ -40,7 +40,7 @@ ARMS = (
     ),
 )
 RECALL, TEN = "retrieval_en/mean_recall", "retrieval_en/text_to_image_R@10"
-CLAIMS = (  # in the words of study.py, which ask the same there
+CLAIMS = (  # worded as in study.py, which has the same claims
     Claim("inherited above random weights, contrastive", "claimed", RECALL, IC, RC, 1, None, True, 0.3),
     Claim("inherited above random weights, affinity", "claimed", RECALL, IA, RA, 1, None, True, 0.3),
     Claim("affinity above contrastive, inherited", "claimed", RECALL, IA, IC, 1, None, True, 0.3),

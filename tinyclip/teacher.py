@@ -29,7 +29,7 @@ def as_clip(source: str) -> str | Path | None:
     config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
-    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # weights do not tell it
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # weights do not show it
     return None if strange or odd else folder
 
 
@@ -47,6 +47,7 @@ class Teacher(nn.Module):
     """A dual encoder that takes a student's images and tokens and fits them to its own image side and context length.
 
     model: `encode_image(images)`, `encode_text(tokens)`, `logit_scale`. statistics: mean and std of its images.
+    whole_texts: the model needs texts padded to `context`.
     """
 
     def __init__(self, model: nn.Module, side: int, context: int, statistics: tuple, whole_texts: bool = False):
@@ -84,7 +85,7 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     path = as_clip(source)
     if path is not None:
         model = load_clip(path, head_width, quick_gelu)
-        model.cuts_padding = False  # the corpus has cut it
+        model.cuts_padding = False  # `Corpus` has cut it
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
         statistics, whole = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), False
         if own == (side, context):

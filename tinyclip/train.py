@@ -512,13 +512,13 @@ def locked_rows(cfg: Config) -> list[tuple[str, str]]:
 
 
 def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | Teacher | None:
-    """The teacher, or None if the stage needs none. ValueError if the student uses a tower of it but has another image
-    size or context length."""
+    """The teacher, or None if the stage needs none. ValueError if the student uses the teacher's tower but has another
+    image size or context length."""
     borrowed, (side, context) = cfg.use_teacher_image or cfg.use_teacher_text, image_and_context(student)
     if cfg.alpha == 0 and not borrowed:
         return None
     if not process.main:
-        run.wait()  # a run of another paper is exported once
+        run.wait()  # until rank 0 has exported the teacher, if it is a run of another paper
     teacher = load_teacher(cfg.teacher, cfg.head_width, cfg.teacher_quick_gelu, side, context)
     if process.main:
         run.wait()
@@ -611,7 +611,7 @@ def main(cfg: Config) -> Path | None:
         if folder.due(done) or last:
             weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
             passed = {"step": done, "epoch": done // corpus.steps_per_epoch}
-            if last and process.main:  # before the last checkpoint, which is what says that all is done
+            if last and process.main:  # before the last checkpoint, which marks the run as finished
                 checkpoints.save_checkpoint(folder.path / "model.pt", weights)
             folder.save(done, masks=[mask.state_dict() for mask in student.masks] or None, **passed, **weights)
     folder.close("--sets FOLDER")

@@ -372,7 +372,10 @@ def nucleus_sampling(
     top_p: float = 0.9,
     repetition_penalty: float = 1.1,
 ) -> Tensor:
-    """Samples from the smallest set of tokens with probability `top_p`: as `beam_search`. V:models/blip.py:135-147."""
+    """`beam_search` by sampling from the smallest set of tokens with total probability `top_p`; (B, <= max_length) ids.
+
+    V:models/blip.py:135-147.
+    """
     ids, order = prompt_ids.expand(batch, -1), torch.arange(batch, device=prompt_ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
     while ids.shape[1] < max_length and not bool(done.all()):

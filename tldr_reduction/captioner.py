@@ -123,7 +123,7 @@ def train_step(
 
 
 def dry_run(cfg: CaptionerConfig, world_size: int = 1) -> None:
-    """Print what a run would be."""
+    """Print the plan of a run: sizes, steps, learning rates, memory."""
     model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
     codes = (1 + (cfg.image_size // cfg.patch_size) ** 2) * cfg.width // cfg.code_dim
     rows = [("codes", f"{codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")]

@@ -78,8 +78,8 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
 
 
 def weights_of(path: str) -> Path | None:
-    """The file of weights of a run folder, an export, a folder of transformers or timm:NAME:FILE; None for models that
-    are elsewhere."""
+    """The file of weights of a run folder, an export, a folder of transformers or timm:NAME:FILE; None if the weights
+    come from a package or a hub."""
     if path.startswith("timm:"):
         file = path.split(":", 2)[2:]
         return Path(file[0]) if file and Path(file[0]).is_file() else None
@@ -381,7 +381,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{folder} holds a run already: choose another --out")
     state = checkpoints.load_checkpoint(cfg.source)
     if "seconds" in state:
-        raise ValueError(f"{cfg.source} is of a run folder already")
+        raise ValueError(f"{cfg.source} belongs to a run folder already: it needs no conversion")
     state = blip_state(state)
     sizes = sizes_of(state) | ({"image_size": cfg.image_size} if cfg.image_size else {})
     known = {"captioner": config.CaptionerConfig, "finetune": config.FinetuneConfig, "blip": config.Config}[cfg.stage]

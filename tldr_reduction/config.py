@@ -29,7 +29,7 @@ class Common:
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from; None: the folder of that file."""
     dataset_size: int | None = None
-    """Keep the first so many rows of the data; None keeps all."""
+    """Number of rows to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
@@ -69,7 +69,7 @@ class Common:
     max_words: int = 30
     """Words of a caption; longer ones are cut."""
     max_length: int = 30
-    """Tokens of a caption in training, after that; longer ones are cut."""
+    """Tokens of a caption in training, after the cut to `max_words`; longer ones are cut."""
 
     epochs: int = 20
     """Passes over the data."""
@@ -82,7 +82,7 @@ class Common:
     min_lr: float = 1e-6
     """Floor of the learning rate."""
     weight_decay: float = 0.05
-    """AdamW's, on all parameters: biases, norms, positions and the codebook, too."""
+    """AdamW's weight decay of all parameters, including biases, norms, positions and the codebook."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     crop_scale: float = 0.2
@@ -176,7 +176,7 @@ class RetrievalConfig(Common):
     queue_size: int = 57600
     """Keys in BLIP's queues."""
     momentum: float = 0.995
-    """Of BLIP's momentum encoders."""
+    """Momentum m of BLIP's momentum encoders: p_m <- m p_m + (1 - m) p after each step."""
     alpha: float = 0.4
     """Weight of the momentum encoders' soft targets, reached after one epoch."""
 
@@ -200,7 +200,7 @@ class Config(Warm):
     queue_size: int = 57600
     """Keys in BLIP's queues."""
     momentum: float = 0.995
-    """Of BLIP's momentum encoders."""
+    """Momentum m of BLIP's momentum encoders: p_m <- m p_m + (1 - m) p after each step."""
     alpha: float = 0.4
     """Weight of the momentum encoders' soft targets, reached after two epochs."""
     accumulate: int = 1
@@ -218,7 +218,7 @@ class Config(Warm):
 
 
 def class_of(values: dict) -> type[Common]:
-    """The class of settings, of which a run folder keeps the values."""
+    """The class of settings that the `values` in a run folder's checkpoint belong to."""
     for name, cls in (("clip_model", Config), ("codebook_init", CaptionerConfig), ("quantize", FinetuneConfig)):
         if name in values:
             return cls
@@ -450,15 +450,15 @@ class ReduceConfig:
     keep: float | None = None
     """Share of each cluster that is kept."""
     clusters: int | None = None
-    """Clusters k; at most one for 30 samples, unless given here."""
+    """Clusters k. None: the recipe's number, but at most one per 30 samples."""
     itm_keep: float | None = None
     """Keep only selected samples that are in this top share of all samples by ITM score."""
     select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
     """stride: every n-th of a cluster (paper). nearest, farthest: by distance to centroids. Without clusters: random;
-    first, of the file; itm, the highest scores; all."""
+    first: the first of the file; itm: the highest scores; all."""
     features: Literal["codes", "image", "blip", "text"] = "codes"
-    """What is clustered: codes; image, the continuous features of captioner or encoder; blip, text, the scorer's
-    contrastive embeddings of images, of captions."""
+    """What is clustered. codes: code vectors. image: continuous features of the captioner or encoder. blip, text: the
+    scorer's contrastive embeddings of images or of captions."""
     captions: Literal["original", "refined", "generated"] | None = None
     """T_o, "T_o; T_g", or T_g; None: refined if --caption-model or --predictions is given, else original."""
     start: Literal["seed", "first"] = "seed"
@@ -468,7 +468,7 @@ class ReduceConfig:
     """Of identical images, selection by clusters can keep only the first; other images fill up --keep. Off: copies are
     ordinary members of clusters, as upstream."""
     captioner: str | None = None
-    """Run folder of captioner.py, whose codes are clustered. None: an --encoder's are."""
+    """Run folder of captioner.py, whose codes are clustered. None: the codes of --encoder are clustered."""
     encoder: str = "efficientnet_lite0"
     """Pretrained image encoder whose tokens are quantised if there is no --captioner: efficientnet_lite0, timm:NAME,
     timm:NAME:FILE, MODEL@TAG of open_clip, local-dir:DIR written by --export."""
@@ -526,7 +526,7 @@ class ReduceConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Of the forward passes; codes are comparable only within one precision."""
+    """Autocast of the forward passes; codes are comparable only within one precision."""
     strict: bool = False
     """Stop at the first broken sample instead of leaving it out."""
     dry_run: bool = False

@@ -4,8 +4,8 @@
     pool/    the other six training styles with noisy captions: the data to be reduced (CC3M ...)
     vocab.txt, noise.json
 
-The noise is injected, and declared here: with a fixed seed an image of the pool gets its emoji's name (55 %), one lone
-keyword of it (20 %), or the name of another emoji (25 %). The same emoji in six styles is the redundancy. The held-out
+The noise is planted: with a fixed seed an image of the pool gets the name of its emoji (55 %), a single keyword of its
+emoji (20 %), or the name of another emoji (25 %). The same emoji in six styles is the redundancy. The held-out
 style fluent-emoji-flat, on which everything is evaluated, is in neither.
 """
 

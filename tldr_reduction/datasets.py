@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 
 from shared import data
 from shared.index import Strings, kept
-from shared.pretrained import LITE0_MEAN, LITE0_STD, lite0_features
+from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
 from tldr_reduction.config import Common
 from tldr_reduction.model import LockedTower, image_side
 from tldr_reduction.tokenizer import WordPiece, pre_caption
@@ -172,15 +172,16 @@ class PairDataset(Dataset):
 class LockedPairs(PairDataset):
     """`PairDataset` with the features (C,) of a locked Lite0 trunk instead of images, computed once on whole images.
 
-    `transform` is the model's view. A broken sample is replaced by the next one.
+    `transform` is the model's view. A broken sample is replaced by the next one. `cache` keeps the features for other
+    runs.
     """
 
-    def __init__(self, pairs, transform, seed: int, max_words: int = 30):
+    def __init__(self, pairs, transform, seed: int, max_words: int = 30, cache: str | Path = "data/cache"):
         super().__init__(pairs, transform, seed, max_words)
         self.captions: list[str] = []
         self.broken: list[data.Broken] = []
         self.normalise = data.as_it_is
-        self.features = lite0_features(self.views())
+        self.features = cached_lite0_features(self.views(), cache)
 
     def views(self, size: int = 256) -> Iterator[Tensor]:
         """Batches (B, 3, S, S) uint8 of all rows, whose captions are kept."""

@@ -145,7 +145,7 @@ def retrieval_recall(
 
 
 def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config) -> dict:
-    """`retrieval_recall` of a retrieval set."""
+    """`retrieval_recall` of a retrieval set after re-ranking by matching."""
     batches = list(EvalSet(folder, transform).batches(cfg.batch_size, cfg.workers))
     images = torch.cat([images for images, _ in batches])
     captions = [of_image for _, targets in batches for of_image in targets]

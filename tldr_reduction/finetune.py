@@ -14,7 +14,7 @@ from tldr_reduction.tokenizer import PROMPT, WordPiece
 
 
 def dry_run(cfg: FinetuneConfig, world_size: int = 1) -> None:
-    """Print what a run would be."""
+    """Print the plan of a run: sizes, steps, learning rates, memory."""
     model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
     loop.show_plan(cfg, world_size, model, lambda: model.train()(*batch))
 

@@ -6,8 +6,9 @@ ranks. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from tldr_reduction.scorers import Scorer, load_scorer
 from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece
 
 FITTED = 4096  # images to fit an encoder's codebook on
+T = TypeVar("T", np.ndarray, Tensor)
 
 # ------------------------------------------------------------------------------------------------------- forward passes
 
@@ -50,6 +52,12 @@ def extract_codes(captioner: CodebookCaptioner, loader: Iterable, precision: str
 def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
     """Continuous image tokens, averaged: (B, D). Ablation: clustering without the codebook."""
     return captioner.visual_encoder(images).float().mean(dim=1)
+
+
+def of_distinct(encode: Callable[[Tensor], T], images: Tensor, hashes: Sequence[int]) -> T:
+    """`encode` of a batch (B, ...), a row for each image; identical images, by their hashes, are encoded once."""
+    _, first, place = np.unique(np.array(hashes, np.uint64), return_index=True, return_inverse=True)
+    return encode(images[torch.from_numpy(first).to(images.device)])[place]
 
 
 def short(reasons: list[str]) -> np.ndarray:
@@ -166,7 +174,7 @@ class Inference:
         return self.loaded[path]
 
     def scorer(self) -> Scorer:
-        """What scores image-text matching."""
+        """The model that scores image-text matching."""
         if "scorer" not in self.loaded:
             self.loaded["scorer"] = load_scorer(self.cfg.scorer, self.process.device, self.cfg.cls_scores)
         return self.loaded["scorer"]
@@ -199,13 +207,13 @@ class Inference:
         return folder
 
     def encoder(self, name: str) -> Encoder:
-        """A pretrained image encoder from elsewhere."""
+        """The pretrained image encoder of that name, loaded once."""
         if name not in self.loaded:
             self.loaded[name] = load_encoder(name, self.process.device)
         return self.loaded[name]
 
     def codes(self, path: str | None) -> Path:
-        """Folder of code vectors, pixel hashes and reasons of the broken ("" else), of all rows.
+        """Folder with code vectors, pixel hashes and reasons (why an image is broken, else "") of all rows.
 
         Codes are those of the captioner in `path`, or of the encoder's k-means codebook.
         """
@@ -223,12 +231,12 @@ class Inference:
                 for index, images, _, hashes, why in self.loader(rows, transform):
                     pixels.extend(hashes)
                     reasons.extend(why)
-                    yield index, images
+                    yield index, images, hashes
 
             if encode is None:
                 codes = extract_codes(captioner, watched(), self.precision)
             else:
-                codes = np.concatenate([encode(images) for _, images in watched()])
+                codes = np.concatenate([of_distinct(encode, images, hashes) for _, images, hashes in watched()])
             return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
         return self.keep(kept_in, self.rows, "codes", compute)
@@ -294,7 +302,7 @@ class Inference:
         return rows, found, [self.pairs.caption(row) for row in rows]
 
     def readable(self) -> Path:
-        """Folder of all rows' pixel hashes and reasons of the broken, if no captioner is used."""
+        """Folder with pixel hashes and reasons (as in `codes`) of all rows, for reductions that need no codes."""
 
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
@@ -318,15 +326,15 @@ class Inference:
 
         def compute(rows: np.ndarray) -> dict:
             batches = []
-            for _, images, *_ in self.loader(rows, transform):
+            for _, images, _, hashes, _ in self.loader(rows, transform):
                 with torch.no_grad(), run.autocast(self.precision, images.device):
-                    batches.append(encode(images).float().cpu())
+                    batches.append(of_distinct(lambda x: encode(x).float().cpu(), images, hashes))
             return {"features": torch.cat(batches).numpy()}
 
         return self.keep(kept_in, self.rows, "features", compute)
 
     def text_features(self) -> np.ndarray:
-        """The scorer's embeddings of all captions, (N, E); not kept."""
+        """The scorer's embeddings of all captions, (N, E); not saved."""
         batches = []
         for first in range(0, len(self.rows), self.cfg.batch_size):
             captions = [self.pairs.caption(row) for row in self.rows[first : first + self.cfg.batch_size]]

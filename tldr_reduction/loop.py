@@ -45,7 +45,7 @@ def cosine_lr(epoch: int, max_epoch: int, init_lr: float, min_lr: float) -> floa
 
 
 def alpha_ramp(epoch: int, step: int, steps_per_epoch: int, alpha: float, epochs: int = 2) -> float:
-    """Weight of the momentum targets: linear from 0 to alpha over two epochs. V:pretrain_vq_compress.py:51."""
+    """Weight of the momentum targets: linear from 0 to alpha over the first `epochs`. V:pretrain_vq_compress.py:51."""
     return alpha * min(1.0, (epoch * steps_per_epoch + step) / (epochs * steps_per_epoch))
 
 
@@ -136,7 +136,7 @@ def training_batches(
     cfg: Common,
     process: run.Process,
     prompt: str = "",
-    dataset_type: type[PairDataset] = PairDataset,
+    dataset_type: Callable[..., PairDataset] = PairDataset,
     view: Callable | None = None,
 ) -> tuple[PairDataset, Iterator[tuple]]:
     """The data set, with the program's views or others, and the batches of `Collate` of all epochs from batch `start`

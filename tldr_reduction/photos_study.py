@@ -26,7 +26,7 @@ from shared.tars import descriptions
 from tldr_reduction import study
 
 POOL, PREDICTIONS = "data/photos-captions/train", "data/tldr-photos/captions.json"
-# Clusters of some photographs with all of their copies; half of the photographs are taken, once each
+# A cluster holds a few photographs with all their copies; half of the photographs are kept, once each
 REDUCE = f"reduce {POOL} --keep 0.1 --clusters 1500 --check none --work runs/photos/tldr_reduction/work-seed{{seed}}"
 AS_MANY = "--select random --match {reduced/codes}"
 REDUCTIONS = {
@@ -78,7 +78,7 @@ class Config(locked.Config):
     """A CLIP on a reduction of the pool, or on all of it."""
 
     data: str = POOL
-    """Shards of photographs, a caption a sample."""
+    """Shards of photographs with one caption per sample."""
     max_length: int = 48
     """Tokens of a caption, start and end included; longer ones are cut."""
     predictions: str | None = None

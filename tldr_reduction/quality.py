@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tldr_reduction.cluster import nearest, train_kmeans
 
-CHECKED = 10_000  # maximum number of samples to compare; of larger data, so many are drawn at random
+CHECKED = 10_000  # maximum number of samples to compare; from larger data, this many are drawn at random
 DRAWS = 3  # number of random selections that coverage is compared with
 WORDS = 2000  # size of the vocabulary to compare captions
 

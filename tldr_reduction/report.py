@@ -31,8 +31,8 @@ class Outcome(NamedTuple):
 
 
 def row_hashes(codes: np.ndarray, chunk: int = 2**16) -> np.ndarray:
-    """Hash code vectors (N, L') to (N,) uint64. Equal vectors have equal hashes; that some different ones have equal
-    hashes, too, has a probability of at most N^2/2^64."""
+    """Hash code vectors (N, L') to (N,) uint64. Equal vectors have equal hashes; the probability that any two different
+    ones have equal hashes is at most N^2/2^64."""
     rng = np.random.default_rng(0)
     factors = rng.integers(0, 2**64, codes.shape[1], dtype=np.uint64) | np.uint64(1)
 

@@ -32,7 +32,7 @@ class ImageDataset(PairDataset):
 
 
 def dry_run(cfg: RetrievalConfig, world_size: int = 1) -> None:
-    """Print what a run would be."""
+    """Print the plan of a run: sizes, steps, learning rates, memory."""
     model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
     loop.show_plan(cfg, world_size, model, lambda: model.train()(*batch, 0.4, torch.arange(2)))
 

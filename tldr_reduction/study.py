@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shared import data, probes, tars
 from shared.evalsets import EvalSet
-from shared.pretrained import lite0_features
+from shared.pretrained import cached_lite0_features
 from shared.study import floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -99,7 +99,7 @@ def reductions() -> Iterator[Stage]:
 
 # ---------------------------------------------------------------------------------------------------------------- arms
 
-# As many steps as on the whole pool, with the same decay in all: a third of it has ten steps an epoch, the half fifteen
+# As many steps as on the whole pool, with the same total decay: a third has ten steps an epoch, a half fifteen
 THIRD, HALF = "--epochs 20 --lr-decay-rate 0.86 --warmup 10", "--epochs 14 --lr-decay-rate 0.806 --warmup 15"
 
 
@@ -196,7 +196,7 @@ def pool_neighbour(share: float, draws: int) -> dict[str, float]:
     labels = torch.tensor([names.index(name) if name else -1 for name in called])
     found = {}
     for path in SETS:
-        test = floors.read(path, "test", lite0_features, LITE0_VIEW)
+        test = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
         top1 = []
         for seed in range(draws):
             rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[
@@ -214,7 +214,7 @@ def on_labels() -> dict[str, float]:
     probe, classnames = LogisticRegression(C=0.01, max_iter=200).fit(features, names), EvalSet(SETS[0], None).classnames
     found = {}
     for path in SETS:
-        test, truth = floors.read(path, "test", lite0_features, LITE0_VIEW)
+        test, truth = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
         found[f"{Path(path).name}/top1"] = 100 * probe.score(test, [classnames[label] for label in truth])
     return found
 

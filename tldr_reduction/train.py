@@ -6,6 +6,7 @@ fine-tunes a BLIP that was trained here. Authors' code showlab/datacentric.vlp@a
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def losses_of(
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print what a run would be."""
+    """Print the plan of a run: sizes, steps, learning rates, memory."""
     model = build(cfg, loop.vocab_size(cfg))
     clip = cfg.objective == "clip"
     batch = loop.two_samples(image_side(model, cfg), model.context_length if clip else cfg.max_length)
@@ -111,7 +112,8 @@ def train(cfg: Config, process: run.Process) -> Path:
         loop.start_from_elsewhere(model, cfg)
     folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
     ddp = loop.parallel(model, process)
-    read = dict(dataset_type=LockedPairs, view=view_of(model, cfg)) if cfg.lock_image else {}
+    locked = functools.partial(LockedPairs, cache=cfg.cache)
+    read = dict(dataset_type=locked, view=view_of(model, cfg)) if cfg.lock_image else {}
     dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process, **read)
 
     for epoch in range(first, cfg.epochs):

@@ -181,7 +181,7 @@ def further(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a text file. ValueError if one is empty, or the file is no text."""
+    """Stripped lines of a file. FileNotFoundError if it cannot be read; ValueError if a line is empty or not UTF-8."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
@@ -510,8 +510,8 @@ class Classes(Pictures):
     train: Path | None = None
     """Pictures of the train split, in the same formats as SOURCE."""
     classnames: Path | None = None
-    """Class names, one a line. Labels are these names, or line numbers from 0, or other words, whose alphabetical order
-    is that of the lines. None: names of folders, with spaces for `_`, or the labels themselves."""
+    """Class names, one per line. Labels are these names, line numbers from 0, or other words; the n-th of these in
+    alphabetical order is named by line n. None: names of folders, with spaces for `_`, or the labels themselves."""
     templates: Path | None = None
     """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
 

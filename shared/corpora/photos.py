@@ -140,7 +140,7 @@ def one_line(text: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a text file, which may be .gz. ValueError if it cannot be read as such."""
+    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is neither."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return content.decode("utf-8-sig").rstrip("\n").split("\n")
@@ -157,8 +157,8 @@ class Flickr8k(Photographs):
 
     Layout: Images/*.jpg, Flickr8k.token.txt (name.jpg#k<tab>caption), Flickr_8k.{train,dev,test}Images.txt; optional
     Flickr8k.arabic.full.txt. Sets: retrieval_en, retrieval_ar, and retrieval_multi30k_{en,de,fr,cs} of the photographs
-    that have a translation; retrieval_long_en, whose one text is all captions of a photograph, joined; retrieval_dev_*
-    are the same of the development split.
+    that have a translation; retrieval_long_en, with one text per photograph, its captions joined; retrieval_dev_*, the
+    same sets from the development split.
     """
 
     multi30k: Path | None = None
@@ -212,7 +212,7 @@ class Flickr8k(Photographs):
         return found
 
     def translations(self) -> dict[str, dict[str, list[str]]]:
-        """{photograph's number: {"captions_multi30k_de": [...], ...}}; this number begins its file name in Flickr8k."""
+        """{photograph's number, which begins its file name in Flickr8k: {"captions_multi30k_de": [...], ...}}."""
         says = (
             "Multi30k has image_splits/{train,val,test_2016_flickr}.txt and raw/{same}.{en,de,fr,cs}.gz, line by line"
         )
@@ -435,7 +435,9 @@ def draw_instances(instances: list[dict], label: dict[int, int], height: int, wi
 
 
 def instance_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """(H, W) bool: mask of COCO's run lengths, or of its polygons [x, y, x, y, ...] by pixel centres."""
+    """COCO's run lengths, or polygons [x, y, x, y, ...], -> mask (H, W) bool of the pixels whose centres are inside.
+    ValueError for compressed run lengths.
+    """
     mask = np.zeros((height, width), bool)
     if isinstance(segmentation, dict):
         if not isinstance(segmentation["counts"], list):

@@ -71,7 +71,7 @@ class Setting:
     skew: float = 1.2
     """With `distinct`: distinct scene r is copied with probability proportional to 1 / (r + 10) ** skew."""
     concepts: int | None = 100
-    """Number of captioned concepts; fewer are a subset of more. None: all allowed by `groups` and `min_drawings`."""
+    """Number of captioned concepts; a larger number adds concepts. None: all allowed by `groups` and `min_drawings`."""
     groups: tuple[str, ...] = ("animals-nature", "food-drink", "objects", "travel-places", "activities")
     """Groups of emoji that concepts are chosen from."""
     min_drawings: int = 4
@@ -207,7 +207,7 @@ class Scenes(Dataset):
         return np.random.default_rng((self.setting.seed, SPLITS.index(self.split), index, purpose))
 
     def draw(self, index: int, concepts: tuple[int, ...] | None = None, without: int | None = None) -> Scene:
-        """Scene `index`. concepts: captioned emoji instead of random ones. without: number of an emoji to leave out."""
+        """Scene `index`. concepts: emoji to caption, instead of random ones. without: position in them to leave out."""
         s, original = self.setting, index
         if s.distinct is not None and index >= s.distinct:
             original = int(np.searchsorted(self.copied, self.rng(index, 1).random(), side="right"))
@@ -357,7 +357,10 @@ def check(s: Setting) -> None:
             )
         small, large = getattr(s, f"{name}_size")
         if not 4 / s.image_size <= small <= large <= 1:
-            raise ValueError(f"--{name}-size must be two shares of the side, 4 pixels to 1, not {small} {large}")
+            raise ValueError(
+                f"--{name}-size must be two shares of the image side, the smaller first, from {4 / s.image_size:.3g} "
+                f"(4 pixels) to 1, not {small} {large}"
+            )
     largest = sides(s.captioned_size, s.image_size)[-1]
     if s.captioned[1] > (s.image_size // largest) ** 2:
         raise ValueError(
@@ -398,7 +401,7 @@ def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
     others = [of for one, of in rows.items() if one.group in s.clutter_groups and one not in usable]
     clutter = {split: [row for of in others for row in of[split]] for split in SPLITS}
     if s.clutter[1] and not all(clutter.values()):
-        raise ValueError(f"--clutter-groups {' '.join(s.clutter_groups)} hold no drawings other than those of concepts")
+        raise ValueError(f"--clutter-groups {' '.join(s.clutter_groups)} have no drawings besides those of concepts")
     return {one: rows[one] for one in usable}, clutter
 
 

@@ -42,7 +42,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Place:
-    """Lines of an authors' file, and the definition that they are in; the whole file if `first` is None."""
+    """Lines of one of the authors' files, and the definition around them; the whole file if `first` is None."""
 
     letter: str
     path: str
@@ -198,12 +198,12 @@ def source(function: Function) -> tuple[int, str]:
 
 
 def commits(roots: dict[str, tuple[str, str, str]]) -> dict[str, str]:
-    """Repository -> commit that its clone should have: that of its first letter."""
+    """{repository: commit that its clone should be at}; if the README names several, the first."""
     return {repository: commit for repository, commit, _ in reversed(roots.values())}
 
 
 def authors_path(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
-    """Path of a place in the clone of its repository, which may not exist; None without a clone for its commit."""
+    """Path of a place in its repository's clone (the file may be missing); None if there is no clone for its commit."""
     repository, commit, below = roots[place.letter]
     if repository not in clones or commit != commits(roots)[repository]:
         return None
@@ -360,7 +360,7 @@ def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict
     )
 
 
-NOTHING = "<p>No differences have been measured here: <code>make test</code> and <code>make parity-*</code> do.</p>"
+NOTHING = "<p>No differences have been measured here: run <code>make test</code> and <code>make parity-*</code>.</p>"
 
 
 def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:

@@ -130,7 +130,7 @@ def nearest_neighbour(
 def captions_of_neighbours(
     test: Tensor, train: Tensor, captions: Sequence[str], bags: CountVectorizer, texts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Unit bags of words of what the nearest training image of each test image is captioned with, and of texts.
+    """Unit bags of words of the caption of each test image's nearest training image, and of `texts`.
 
     test (N, D), train (M, D): unit rows. captions: of the M training images. bags: fitted. Returns (N, words) and
     (len(texts), words); captions and texts without a known word are zero rows.

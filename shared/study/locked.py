@@ -35,7 +35,7 @@ class Config:
     total: int = 30_000
     """Captions per epoch; if the data have fewer, they are repeated."""
     epochs: int = 6
-    """Passes over so many captions."""
+    """Passes over `total` captions."""
     batch_size: int = 512
     """Captions per step."""
     lr: float = 2e-3
@@ -120,7 +120,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
 
 @torch.no_grad()
 def encode(folder: str | Path, features: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """A run's embeddings of images, given as EfficientNet-Lite0's features, and of captions."""
+    """A run's embeddings (N, E) of images, given as EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     name, length = (state["config"][key] for key in ("model", "max_length"))
     model, tokenizer = create_model(name, length), open_clip.get_tokenizer(name, context_length=length)

@@ -1,34 +1,31 @@
 """What studies on photographs share: the commands that build their corpora, and floors that need no training.
 
-The folder --photos holds what people have, each as its authors lay it out (shared/corpora/photos.py says how):
-flickr8k, multi30k, pacs, cifar10, coco. Shards lie in data/photos-*; the photographs themselves stay where they are.
+The folder --photos holds the user's copies of flickr8k, multi30k, pacs, cifar10 and coco, each in its authors' layout
+(see shared/corpora/photos.py). Shards are written to data/photos-*; the folder --photos is not changed.
 """
 
-import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from shared import checkpoints, data, zeroshot
+from shared import data, zeroshot
 from shared.evalsets import EvalSet
 from shared.memory import square
-from shared.pretrained import lite0_features
+from shared.pretrained import cached_lite0_features
 from shared.study import floors
 from shared.study.floors import Floor
 from shared.study.runner import Once
 from shared.tars import IMAGE_EXTENSIONS, Broken, descriptions, read_tar
 
 BUILD, BOTH = "shared.corpora.photos", "--root {photos}/flickr8k --multi30k {photos}/multi30k"
-FLICKR8K = Once(f"{BUILD} flickr8k {BOTH} --out data/photos-flickr8k")  # a sample a photograph
-CAPTIONS = Once(f"{BUILD} flickr8k {BOTH} --every-caption --out data/photos-captions")  # a sample a caption
+FLICKR8K = Once(f"{BUILD} flickr8k {BOTH} --out data/photos-flickr8k")  # one sample per photograph
+CAPTIONS = Once(f"{BUILD} flickr8k {BOTH} --every-caption --out data/photos-captions")  # one sample per caption
 PACS = Once(f"{BUILD} pacs --root {{photos}}/pacs --out data/photos-pacs")
 CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cifar10")
 COCO = Once(f"{BUILD} coco --root {{photos}}/coco --train-masks --out data/photos-coco")
@@ -56,37 +53,17 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
     return found
 
 
-def lite0_of(images: Sequence[bytes], cache: str | Path = "data/cache") -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of encoded images, cached by image."""
-    store = Path(cache) / f"lite0-{SIDE}.npz"
-    digests = [hashlib.blake2b(each, digest_size=16).digest() for each in images]
-    known: dict[bytes, np.ndarray] = {}
-    if store.is_file():
-        with np.load(store, allow_pickle=False) as file:
-            known = dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
-    new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in known}
-    if new:
-        some = list(new.values())
-        starts = range(0, len(some), 32)
-        views = (torch.stack([view(data.decode_image(each)) for each in some[i : i + 32]]) for i in starts)
-        known |= zip(new, lite0_features(views).numpy(), strict=True)
-        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
-            np.savez(file, digests=keys, features=np.stack(list(known.values())))
-    return torch.from_numpy(np.stack([known[digest] for digest in digests]))
-
-
 def features_of(files: Sequence[Path], pixels: bool = False) -> Tensor:
     """EfficientNet-Lite0's features (N, 1280) of the images of tars, or raw pixels."""
     images = pictures(files)
-    if not pixels:
-        return lite0_of(images)
-    return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
+    if pixels:
+        return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
+    parts = (images[first : first + 256] for first in range(0, len(images), 256))
+    return cached_lite0_features(torch.stack([view(data.decode_image(image)) for image in part]) for part in parts)
 
 
 def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list[list[str]]]:
-    """`features_of` training shards, a sample a photograph, and all captions of each."""
+    """`features_of` training shards with one sample per photograph, and all captions of each photograph."""
     files = sorted(Path(folder).glob("*.tar"))
     return features_of(files, pixels), [about["captions"] for _, about in descriptions(map(str, files))]
 
@@ -134,8 +111,8 @@ def correlate(
 ) -> Correlation:
     """Canonical correlation of features (N, D) with the most common words of N texts, in float64.
 
-    Covariances get `ridge` times their mean variance on the diagonal; directions weigh by their correlation to a power,
-    half of it on either side.
+    `ridge` times the mean variance is added to the diagonal of each covariance. Each direction is weighted by
+    correlation ** `power`, half of the power in each map.
     """
     common = Counter(word for text in texts for word in words(text)).most_common(vocabulary_size)
     vocabulary = {word: column for column, (word, _) in enumerate(common)}
@@ -160,8 +137,8 @@ def by_correlation(
     """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features with bags of words; with
     `pixels`, of raw pixels.
 
-    A training photograph has the words of all its captions. No gradient step is taken. Of retrieval sets the recalls,
-    of classification sets the zero-shot accuracy with their templates.
+    A training photograph has the words of all its captions. No gradient step is taken. Retrieval sets give recalls,
+    classification sets zero-shot accuracy with their templates.
     """
     features, captions = training_set(train, pixels)
     found = correlate(features, [" ".join(texts) for texts in captions])

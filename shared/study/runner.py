@@ -35,7 +35,7 @@ PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of th
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, run for each seed, whose output arms need; its own result is not compared.
+    """A command that runs for each seed and makes what arms need; its own result is not compared.
 
     `command` is the text after `python -m FOLDER.`: script, preset, overrides. `{captioner}` stands for the run folder
     of the stage or arm of this name with the same seed, which runs before. `--seed` and `--out` are appended, unless
@@ -44,7 +44,7 @@ class Stage:
 
     name: str
     command: str | tuple[str, ...]
-    after: tuple[str, ...] = ()  # names of others that must finish before, if they are run at all
+    after: tuple[str, ...] = ()  # names of stages and arms that must finish before, if they run at all
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class Study:
         return [arm for arm in self.arms if arm.name in arms.split()]
 
     def jobs(self, arms: Sequence[Stage]) -> list[Stage]:
-        """Arms and all stages and arms that they need, each after those that it needs."""
+        """`arms`, and all stages and arms that they need, which come first."""
         known = {job.name: job for job in (*self.stages, *self.arms)}
         found: dict[str, Stage] = {}
 

@@ -8,7 +8,7 @@ from scipy.stats import t as student_t
 
 
 class Claim(NamedTuple):
-    """A difference in `metric`, `method` minus `baseline`, paired by seed; the paper's has this `sign`."""
+    """A difference in `metric`, `method` minus `baseline`, paired by seed; `sign` is that of the paper's difference."""
 
     claim: str
     paper: str | None  # the paper's number or word; None: the paper makes no claim, the difference is only shown

@@ -72,7 +72,7 @@ def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float |
 
 
 def seeds_needed(scatter: Scatter | None, claim: Claim) -> int | None:
-    """The fewest seeds for which the half width is at most `negligible`, or half of the paper's effect if that is None.
+    """The fewest seeds for which the half width is at most `negligible`; if this is None, half of the paper's effect.
 
     None if the claim has neither, or without scatter. Pilot runs use this to plan a study.
     """
@@ -167,7 +167,8 @@ def judged(
     """Rows of the table of claims that were `statistics.measured`, primary claims first.
 
     together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
-    with the same settings; their pooled scatter is used if it has more degrees of freedom.
+    with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a claim's
+    `negligible` is more than half of its effect.
     """
     claims, real = list(claims), set(arms)
     arms = arms | other_baselines(claims, arms)

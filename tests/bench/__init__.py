@@ -279,7 +279,7 @@ def peak_memory(step: Callable) -> float | None:
         return None
 
 
-def resident(what: str) -> int:
-    """kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident(what: str, process: int | str = "self") -> int:
+    """kB of a process."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(what)))

@@ -1,4 +1,5 @@
-// node look.mjs PAGE SCREENSHOT [WIDTH]: open a file in Chromium, without a network, and print what its reader sees as JSON.
+// node look.mjs PAGE SCREENSHOT [WIDTH] [window]: open a file in Chromium, without a network, and print what its reader
+// sees as JSON. The screenshot shows the whole page or the window.
 import { pathToFileURL } from "node:url";
 
 process.env.AWS_LAMBDA_JS_RUNTIME ??= "nodejs24.x"; // the package then brings the libraries that a bare system lacks
@@ -15,7 +16,7 @@ tab.on("requestfailed", (request) => seen.failed.push(request.url().slice(0, 100
 tab.on("console", (message) => seen.messages.push(message.text()));
 tab.on("pageerror", (error) => seen.messages.push(String(error)));
 await tab.goto(pathToFileURL(page).href, { waitUntil: "load" });
-await tab.screenshot({ path: screenshot, fullPage: true, timeout: 120000 });
+await tab.screenshot({ path: screenshot, fullPage: process.argv[5] !== "window", timeout: 120000 });
 const shown = await tab.evaluate(() => {
   const all = (selector) => [...document.querySelectorAll(selector)];
   return {

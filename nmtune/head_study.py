@@ -1,0 +1,55 @@
+"""One head with several seeds: `python -m nmtune.head_study --run RUN`, after `nmtune.train` has tuned RUN.
+
+NMTune (arXiv 2309.17002), section 4. The authors tune with one seed; the differences between heads are smaller than
+those between seeds. On features in memory a head takes seconds, so a study can have many heads for each of its seeds.
+Tunes the run's head again with the seeds that follow its own, as `nmtune.train` would, and writes the accuracies of all
+of them to RUN/heads.json; `nmtune.eval --report` compares their means.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from nmtune.config import Config, HeadStudyConfig
+from nmtune.eval import test_metrics
+from nmtune.features import RunFeatures
+from nmtune.model import head_from
+from nmtune.train import tuned_head
+from shared import checkpoints, cli, run
+
+
+def main(cfg: HeadStudyConfig) -> None:
+    """Write heads.json, {"seeds", "tests": {"TEST/METRIC": one number per seed}}, unless it has these heads already."""
+    process = run.setup(0, cfg.device)
+    cli.check_counts(cfg, "heads")
+    folder = Path(cfg.run)
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+    first = checkpoints.config_in(state, Config, folder)
+    if state["epoch"] < first.epochs:
+        raise ValueError(f"{folder} is not finished: {state['epoch']} of {first.epochs} epochs")
+    seeds = list(range(first.seed, first.seed + cfg.heads))
+    file = folder / "heads.json"
+    if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
+        if checkpoints.read_json(file)["seeds"] == seeds:
+            print(f"{file} exists for this checkpoint and these seeds; nothing to do")
+            return
+    source = RunFeatures(first, process, run.resolve_precision(first.precision, process.device))
+    source.encode_training_set()
+    if source.bank is None:
+        raise ValueError(f"{folder} drew new views in every step: tune it on --features, --bank V or --views eval")
+    if state["data"] != source.fingerprint:
+        raise ValueError(f"{folder} was trained on other data than there is now: tune it again with another --out")
+    first, tests = dataclasses.replace(first, **state["chosen"]), {}
+    for seed in run.progress(seeds, len(seeds), f"{folder.name} heads", 1, process):
+        if seed == first.seed:
+            head = head_from(state["head"]).to(process.device)
+        else:
+            head = tuned_head(dataclasses.replace(first, seed=seed), source.bank, source)
+        for metric, value in test_metrics(head, source).items():
+            tests.setdefault(metric, []).append(value)
+    checkpoints.write_json(file, {"seeds": seeds, "tests": tests})
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(HeadStudyConfig)))
