@@ -392,18 +392,17 @@ def main(cfg: PretrainConfig) -> Path | None:
     ddp.train()
     loader = training_batches(samples, cfg, process, range(first, cfg.epochs), start)
     for epoch in range(first, cfg.epochs):
-        broken, left = list(samples.broken), steps_an_epoch(cfg, len(samples)) - start
+        broken, of_epoch = list(samples.broken), steps_an_epoch(cfg, len(samples))
         label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        bar = run.progress(loader, left, label, cfg.batch_size, process)
+        bar = run.progress(loader, of_epoch - start, label, cfg.batch_size, process)
         for step, (weight, *batch, _) in enumerate(data.watch(bar, broken), per_epoch * epoch + start):
-            torch.manual_seed(
-                data.stable_hash(cfg.seed, step, process.rank)
-            )  # so that dropout is the same after a resume
+            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # the same dropout after a resume
             images = batch[0].to(process.device, non_blocking=True, memory_format=torch.channels_last)
             batch[0] = samples.normalise(images)
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
             parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
-            if done % cfg.log_every == 0:
+            last = epoch + 1 == cfg.epochs and done - per_epoch * epoch == of_epoch
+            if done % cfg.log_every == 0 or last:
                 parts |= run.over_ranks({"loss": parts["loss"] * weight})
                 folder.log(done, epoch=epoch, lr=lr, **parts)
             if folder.due(done):

@@ -89,6 +89,8 @@ def measured_run(
     weights = [path] if path.is_file() else [file for file in inside if file.is_file()]
     unimportant = ("runs", "report", "export", "times", "curve", "workers", "device")
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
+        setting["model"] = read_json(path / "config.json").get("model", setting["model"])
     sources = [*weights, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
 
     def measure_and_show() -> dict[str, float]:

@@ -45,6 +45,21 @@ def test_a_run_is_measured_once_until_it_or_the_settings_change(tmp_path: Path):
     assert len(calls) == 3
 
 
+def test_results_name_the_model_that_was_trained(tmp_path: Path):
+    """--model is for checkpoint files that do not name theirs; its default says nothing about a run folder."""
+
+    @dataclass
+    class OfFiles(Config):
+        model: str = "RN50"
+
+    (tmp_path / "checkpoint.pt").write_bytes(b"weights")
+    for trained, named in ((None, "RN50"), ("ViT-emoji", "ViT-emoji")):
+        if trained:
+            (tmp_path / "config.json").write_text(json.dumps({"model": trained}))
+        evaluation.measured_run(tmp_path, OfFiles((str(tmp_path),)), (), lambda folder: {"top1": 1.0})
+        assert json.loads((tmp_path / "results.json").read_text())["setting"]["model"] == named
+
+
 def test_runs_are_named_and_reports_replace_nothing_else(tmp_path: Path):
     with pytest.raises(ValueError, match="name at least one checkpoint"):
         evaluation.evaluate_runs(Config(()), lambda path: {}, {}, "checkpoint")

@@ -205,7 +205,7 @@ def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: st
             scored |= dict.fromkeys(runs, said)
         elif words[0].endswith((".train", ".pretrain")):
             assert re.search(r"samples of \S+, [\d,]+ steps of [\d,]+, cpu in fp32$", said, re.M), said
-            assert re.search(r": finished, [\d,]+ steps in [\d:]+(, loss \S+)?; next: python -m ", said), said
+            assert re.search(r": finished, [\d,]+ steps in [\d:]+, loss \S+; next: python -m ", said), said
         elif words[1] == "search":
             assert len(said.splitlines()) > 3, said
     assert scored

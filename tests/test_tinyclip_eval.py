@@ -91,6 +91,16 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatc
     assert evaluation.main(cfg) == [values]
 
 
+def test_a_short_run_that_pruned_too_little_says_so(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """It is compared with the setting, not with the target that had risen so far."""
+    lines = {"step": 1, "target_sparsity": 0.0, "expected_sparsity": 0.004}, {"step": 7, "sparsity_reached": 0.011}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text(json.dumps({"target_sparsity": 0.39}))
+    found = evaluation.sparsities(tmp_path)
+    assert found["target_sparsity"] == 0.39 and found["sparsity_missing"] == pytest.approx(0.379)
+    assert "sparsity of 0.011, where 0.390 was asked for" in capsys.readouterr().out
+
+
 def test_probes_of_a_run(small_run: Path, in_process):
     cfg = evaluation.Config((str(small_run),), sets=(), probe=SETS[:1], throughput=False, device="cpu")
     (values,) = evaluation.main(cfg)
