@@ -31,7 +31,7 @@ from lexvla.patchdis import Config as Dual
 from lexvla.patchdis import main as measure_encoders
 from lexvla.plots import plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
-from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
+from lexvla.text import EMOJI_NAMES, encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, side_step
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
@@ -45,6 +45,7 @@ from shared.zeroshot import (
 
 SCENES = "data/lexvla/scenes/eval/"
 SET, NEW = "retrieval_known", "retrieval_new"  # the sets that compare the arms
+SETS = (*(SCENES + name for name in (SET, "retrieval_mixed", NEW)), EMOJI_NAMES)
 KS = (1, 5, 10)
 METRICS = {
     f"{SET}/image_to_text_R@1": "I2T R@1",
@@ -53,6 +54,7 @@ METRICS = {
     f"{SET}/dense/mean_recall": "... all words",
     "retrieval_mixed/mean_recall": "... half new words",
     f"{NEW}/mean_recall": "... new words",
+    f"{Path(EMOJI_NAMES).name}/mean_recall": "... single emoji",
     f"{SET}/image/max_document_frequency": "most used word, images",
     f"{SET}/text/max_document_frequency": "most used word, texts",
     f"{SET}/image/active": "active words, images",
@@ -74,7 +76,7 @@ class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders. For zero-shot and retrieval only, also another paper's, local-dir:DIR written by --export, or
     MODEL@TAG of open_clip."""
-    sets: tuple[str, ...] = tuple(SCENES + name for name in (SET, "retrieval_mixed", NEW))
+    sets: tuple[str, ...] = SETS
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
     patchdis: str | None = SCENES + "patchdis"
     """Folder of images and masks (see patchdis.py) for PatchDis; None skips it."""

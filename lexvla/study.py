@@ -25,7 +25,8 @@ from torch import Tensor
 from lexvla import eval as evaluation
 from lexvla import patchdis
 from lexvla.config import LITE0
-from lexvla.eval import KS, METRICS, NEW, SCENES, SET
+from lexvla.eval import KS, METRICS, NEW, SCENES, SET, SETS
+from lexvla.text import EMOJI_NAMES
 from lexvla.towers import Lite0Maps, eval_transform, normalize
 from shared import data
 from shared.checkpoints import read_json
@@ -58,6 +59,7 @@ ARMS = (
 PENALTIES = {"none": ("none",), "FLOPs": ("flops", "flops-strong"), "overuse": ("overuse-weak", "overuse")}
 
 RECALL, ON_NEW, MIXED = f"{SET}/mean_recall", f"{NEW}/mean_recall", "retrieval_mixed/mean_recall"
+EMOJI = f"{Path(EMOJI_NAMES).name}/mean_recall"
 SHARED, EQUAL = f"{SET}/max_document_frequency", "equal/max_document_frequency"
 IMAGE_DF, TEXT_DF = (f"{SET}/{side}/max_document_frequency" for side in ("image", "text"))
 ALL, PRESENT = "patchdis/miou", "patchdis/miou_present"
@@ -95,6 +97,9 @@ CLAIMS = (  # document frequencies, recalls and mIoU in percent
     Claim("LLM better than bags of words, half new words", TABLE_1, MIXED, "overuse", "bow", negligible=1.0),
     Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", negligible=1.0),
     Claim("words better than 512 dimensions, on new words", "Fig. 5", ON_NEW, "overuse", "dense", negligible=1.0),
+    Claim("overuse retrieves better than FLOPs, single emoji", TABLE_1, EMOJI, "overuse", "flops", negligible=1.0),
+    Claim("LLM better than bags of words, single emoji", TABLE_1, EMOJI, "overuse", "bow", negligible=1.0),
+    Claim("words better than 512 dimensions, single emoji", "Fig. 5", EMOJI, "overuse", "dense", negligible=1.0),
     Claim("64 words better than 64 dimensions", "Fig. 5", f"{SET}/top64/mean_recall", "overuse", "dense-64"),
     Claim("PatchDis of present classes: words, latent dimensions", None, PRESENT, "overuse", "dense"),
     Claim("PatchDis: words above the latent baseline of [CLS]", TABLE_2, ALL, "overuse", "dense-cls"),
@@ -148,7 +153,6 @@ def more_rows(found: Comparison) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------------- floors and ceiling
 
-SETS = tuple(SCENES + name for name in (SET, "retrieval_mixed", NEW))
 TRAIN = "data/lexvla/scenes/train"
 
 
