@@ -329,7 +329,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     if "cc12m" in cfg.out or cfg.model == "ViT-B-16":
         samples += 12_423_374
     samples = cfg.dataset_size or samples
-    per_epoch = -(-samples // cfg.batch_size)
+    per_epoch = steps_an_epoch(cfg, samples)
     total = per_epoch * cfg.epochs
     swaps = f", {int(samples * cfg.noise / 2):,} swaps" if cfg.kind == "clip" else ""
     inputs = [torch.zeros(2, 3, size, size)]
@@ -385,24 +385,22 @@ def main(cfg: PretrainConfig) -> Path | None:
         what = "captions displaced" if cfg.kind == "clip" else "labels wrong"
         print(f"noise ratio {cfg.noise:g}: {100 * noise:.2f} % of {len(samples):,} {what}")
 
-    per_epoch = -(-len(samples) // cfg.batch_size)
+    per_epoch = steps_an_epoch(cfg, len(samples))
     total = per_epoch * cfg.epochs
     folder.start(per_epoch * first + start, total, len(samples), data=samples.fingerprint, noise=noise)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
     loader = training_batches(samples, cfg, process, range(first, cfg.epochs), start)
     for epoch in range(first, cfg.epochs):
-        broken, of_epoch = list(samples.broken), steps_an_epoch(cfg, len(samples))
-        label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        bar = run.progress(loader, of_epoch - start, label, cfg.batch_size, process)
+        broken, label = list(samples.broken), f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
+        bar = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
         for step, (weight, *batch, _) in enumerate(data.watch(bar, broken), per_epoch * epoch + start):
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # the same dropout after a resume
             images = batch[0].to(process.device, non_blocking=True, memory_format=torch.channels_last)
             batch[0] = samples.normalise(images)
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
             parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
-            last = epoch + 1 == cfg.epochs and done - per_epoch * epoch == of_epoch
-            if done % cfg.log_every == 0 or last:
+            if done % cfg.log_every == 0 or done == total:
                 parts |= run.over_ranks({"loss": parts["loss"] * weight})
                 folder.log(done, epoch=epoch, lr=lr, **parts)
             if folder.due(done):

@@ -84,7 +84,7 @@ def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
     assert code == 0 and not list(tmp_path.iterdir())
     assert all(word in out for word in ("parameters", "learning rate", "memory estimate", "noise"))
     if preset == "yfcc15m-rn50-10":
-        assert re.search(r"steps +120,256 \(3,758 an epoch\)", out) and "769,442 swaps" in out
+        assert re.search(r"steps +120,224 \(3,757 an epoch\)", out) and "769,442 swaps" in out
 
 
 def test_five_noise_levels_are_presets():
