@@ -31,7 +31,8 @@ def test_arms_are_trained_on_the_reduction_they_are_named_after():
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
         parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[3:])
-        assert parsed.data == (shards("") if arm.name == "full" else f"{runs}/reduced/{arm.name}-seed7/shards")
+        whole = {"full": "", "full-clean": "-clean", "full-noisy": "-noisy"}.get(arm.name)
+        assert parsed.data == (f"{runs}/reduced/{arm.name}-seed7/shards" if whole is None else shards(whole))
         assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and parsed.lock_image
 
 

@@ -43,6 +43,7 @@ POOLS = {  # name: its scenes, its folder, percent of bad captions
     "-noisy": ("data/tldr-scenes", "data/tldr", 60),
     "-distinct": ("data/tldr-scenes-distinct", "data/tldr-distinct", 30),
 }
+QUALITY = ("-clean", "-noisy")  # pools of the same pictures with other captions: well-cleaned data, and noisy data
 SETS = tuple(f"data/tldr-scenes/eval/names_{split}" for split in ("id", "ood"))
 BEFORE = (
     Once(f"shared.corpora.scenes --out data/tldr-scenes {SCENES} --distinct 1000 --skew 1.3"),
@@ -82,6 +83,7 @@ REDUCTIONS = {  # name: (pool, flags)
             ("random-refined", f"{AS_MANY % pool} --predictions {POOLS[pool][1]}/oracle-20.json"),
         )
     },
+    **{f"tldr{pool}": (pool, "--predictions data/tldr/oracle-20.json") for pool in QUALITY},
 }
 # More clusters than distinct scenes: a cluster is then a scene with its copies, of which one or a quarter is kept.
 REDUCE = "reduce {pool} --keep 0.25 --clusters 1500 --check none --work runs/tldr_reduction/work{name}-seed{{seed}}"
@@ -133,6 +135,19 @@ ARMS = (  # T_o: original captions, T_g: an oracle's, wrong in 20 % unless said 
             ("random-refined", "third at random, T_o; T_g"),
         )
     ),
+    *(
+        arm
+        for pool in QUALITY
+        for arm in (
+            Arm(
+                f"full{pool}",
+                f"train emoji-scenes --data {shards(pool)}",
+                heading=f"full, T_o; {WHERE[pool]}",
+                core=False,
+            ),
+            on(f"tldr{pool}", THIRD, f"third by codes, T_o; T_g; {WHERE[pool]}"),
+        )
+    ),
 )
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -159,6 +174,15 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
         for pool, where in WHERE.items()
         for what, method in (("selection above random", "codes"), ("refinement above T_o", "random-refined"))
     ),
+    Claim(f"TL;DR above full data, T_o; {WHERE['-clean']}", None, SCORE, "tldr-clean", "full-clean"),
+    Claim(
+        f"TL;DR above full data, T_o; {WHERE['-noisy']}",
+        "+0.8, YFCC15M",
+        SCORE,
+        "tldr-noisy",
+        "full-noisy",
+        negligible=D,
+    ),
 )
 
 
@@ -174,11 +198,11 @@ LITE0_VIEW = eval_transform(128, of_lite0)  # one object, since `floors.read` ca
 
 
 @functools.cache
-def pool_features() -> tuple[Tensor, list[str], list[str]]:
-    """Features (N, 1280) of all pictures of the pool, their true names, and the names in their captions ("" if a
+def pool_features(pool: str) -> tuple[Tensor, list[str], list[str]]:
+    """Features (N, 1280) of all pictures of a pool of POOLS, their true names, and the names in their captions ("" if a
     caption names no concept)."""
-    everything = dict(tars.descriptions(data.expand_shards(shards(""))))
-    pairs = open_pairs(shards(""))
+    everything = dict(tars.descriptions(data.expand_shards(shards(pool))))
+    pairs = open_pairs(shards(pool))
     about = [everything[str(key)] for key in pairs.keys]
     called = {"name": lambda row: about[row]["name"], "other": pairs.caption, "generic": lambda row: ""}
     return (
@@ -188,10 +212,10 @@ def pool_features() -> tuple[Tensor, list[str], list[str]]:
     )
 
 
-def pool_neighbour(share: float, draws: int) -> dict[str, float]:
+def pool_neighbour(share: float, draws: int, pool: str = "") -> dict[str, float]:
     """Top-1 in percent if a test picture gets the name in the caption of the nearest picture of a random share of the
     pool, by set; the mean over `draws` random shares."""
-    features, _, called = pool_features()
+    features, _, called = pool_features(pool)
     names = EvalSet(SETS[0], None).classnames
     labels = torch.tensor([names.index(name) if name else -1 for name in called])
     found = {}
@@ -210,7 +234,7 @@ def pool_neighbour(share: float, draws: int) -> dict[str, float]:
 def on_labels() -> dict[str, float]:
     """Top-1 in percent, by set, of a linear layer on the locked tower's features, trained on the true names of the
     whole pool: the ceiling."""
-    features, names, _ = pool_features()
+    features, names, _ = pool_features("")
     probe, classnames = LogisticRegression(C=0.01, max_iter=200).fit(features, names), EvalSet(SETS[0], None).classnames
     found = {}
     for path in SETS:
@@ -220,11 +244,21 @@ def on_labels() -> dict[str, float]:
 
 
 WHOLE = ("full", "full-refined")
+# arms on the pool with 30 % bad captions
+MAIN = ("full", *(name for name, (pool, _) in REDUCTIONS.items() if not pool))
 FLOORS = (
     Floor("chance", lambda: floors.chance(SETS)),
     Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour(SETS)),
-    Floor("nearest caption by EfficientNet-Lite0, a random third", lambda: pool_neighbour(0.34, 3)),
+    Floor("nearest caption by EfficientNet-Lite0, a random third", lambda: pool_neighbour(0.34, 3), arms=MAIN),
     Floor("nearest caption by EfficientNet-Lite0, all", lambda: pool_neighbour(1.0, 1), arms=(*WHOLE, "tldr", "codes")),
+    *(
+        Floor(
+            f"nearest caption by EfficientNet-Lite0, all; {WHERE[pool]}",
+            functools.partial(pool_neighbour, 1.0, 1, pool),
+            arms=(f"full{pool}", f"tldr{pool}"),
+        )
+        for pool in QUALITY
+    ),
     Floor("linear layer on EfficientNet-Lite0, all true names", on_labels, ceiling=True),
 )
 
