@@ -7,6 +7,8 @@ are not run at that size, where they would hold 13 GB.
 """
 
 import argparse
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,10 +18,11 @@ import open_clip
 import torch
 
 from shared import run
-from tests.bench import arguments, at_least, bench, print_row, race, step_row
+from shared.data import open_pairs
+from tests.bench import SETTING, arguments, at_least, bench, print_row, race, step_row
 from tests.parity import test_tldr_reduction as parity
-from tldr_reduction import cluster, model, train
-from tldr_reduction.config import PRESETS
+from tldr_reduction import cluster, model, reduce, train
+from tldr_reduction.config import PRESETS, ReduceConfig
 
 
 def growth(function) -> float:
@@ -123,6 +126,22 @@ def a_million(n: int, k: int, folder: Path) -> None:
     print_row(f"{n:,} code vectors clustered, selected", [(seconds, None)], "bounded", note)
 
 
+def reduction(shards: str, folder: str) -> None:
+    """`reduce` of pairs, from shards to shards, with the codes of EfficientNet-Lite0, on one core."""
+    cfg, found = ReduceConfig(shards, f"{folder}/out", keep=0.25, check="none", work=f"{folder}/work"), {}
+
+    def whole() -> None:
+        start = time.perf_counter()
+        reduce.main(cfg)
+        found["seconds"] = time.perf_counter() - start
+
+    memory, n = growth(whole), len(open_pairs(shards))
+    hours = {size: size * found["seconds"] / n / 3600 for size in (15_000_000, 400_000_000)}
+    on_paper = ", ".join(f"{size / 1e6:.0f} M {value:,.0f} h of one core" for size, value in hours.items())
+    note = f"{n / found['seconds']:.0f} samples/s, +{memory:.0f} MiB; at this rate {on_paper}"
+    print_row(f"reduction of {n:,} pairs from shards to shards", [(found["seconds"], None)], "", note)
+
+
 def clip_step(repetitions: int, batch: int = 64) -> None:
     """The CLIP arm's training step against open_clip's loss and model as its own trainer calls them."""
     cfg = PRESETS["emoji-clip"][1]
@@ -166,6 +185,9 @@ def measure(options: argparse.Namespace) -> None:
         clip_step(options.repetitions)
     if options.million and wanted("million"):
         a_million(options.million, 1000, options.folder)
+    if wanted("reduction") and os.environ[SETTING] == "1 thread":
+        with tempfile.TemporaryDirectory() as folder:
+            reduction(options.shards, folder)
 
 
 def main() -> None:
@@ -175,7 +197,8 @@ def main() -> None:
     parser.add_argument(
         "--million", type=at_least(0), default=1_000_000, help="code vectors of the run at scale; 0 leaves it out"
     )
-    parser.add_argument("--only", choices=("quantiser", "clustering", "million", "clip"), help="one part")
+    parser.add_argument("--only", choices=("quantiser", "clustering", "million", "clip", "reduction"), help="one part")
+    parser.add_argument("--shards", default="data/emoji/train", help="pairs to reduce")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for the code vectors' file")
     bench(measure, parser.parse_args(), "quantiser and clustering against the authors'")
 
