@@ -88,6 +88,7 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
 def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
     assert [arm.name for arm in study.chosen("core")] == ["base", "method"]
     assert [arm.name for arm in study.chosen("late base")] == ["base", "late"]
+    assert [arm.name for arm in study.chosen("core late")] == ["base", "method", "late"]
     runner.run(dataclasses.replace(study, claims=()), runner.Options(seeds=(3,), arms="late", results="there.json"))
     assert order() == [f"runs/paper/{name}-seed3" for name in ("teacher", "part", "method", "late")]
     assert list(json.loads(Path("there.json").read_text())["arms"]) == ["method", "late"]

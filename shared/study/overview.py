@@ -29,7 +29,9 @@ BESIDE = "Some claims were also tested on photographs: those tables repeat the v
 def command(study: Study, summary: dict) -> str:
     """The command that reproduces a study's results."""
     seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study.chosen("core")}
-    every = "" if set(summary["arms"]) <= core else " ARMS=all"
+    more = [arm.name for arm in study.arms if arm.name in summary["arms"] and not arm.core]
+    names = "all" if len(core) + len(more) == len(study.arms) else f'"{" ".join(["core", *more])}"'
+    every = f" ARMS={names}" if more else ""
     every += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
     name = study.folder.replace("_", "-")
     return f'make reproduce-{name} SEEDS="{seeds}"{every} RESULTS=results/{study.home}.json'

@@ -127,15 +127,13 @@ class Study:
         return {arm.name: arm.heading for arm in self.arms}
 
     def chosen(self, arms: str) -> list[Arm]:
-        """The arms for "core", "all" or names separated by spaces. ValueError for other names."""
-        if arms in ("core", "all"):
-            return [arm for arm in self.arms if arm.core or arms == "all"]
-        known = ", ".join(self.headings)
-        if unknown := set(arms.split()) - set(self.headings):
+        """The arms for words separated by spaces: core, all, names of arms. ValueError for others."""
+        words, known = set(arms.split()), ", ".join(self.headings)
+        if unknown := words - {"core", "all"} - set(self.headings):
             raise ValueError(f"there is no arm {sorted(unknown)[0]!r}: --arms is core, all, or some of {known}")
-        if not arms.split():
+        if not words:
             raise ValueError(f"--arms names no arm: it is core, all, or some of {known}")
-        return [arm for arm in self.arms if arm.name in arms.split()]
+        return [arm for arm in self.arms if "all" in words or arm.core and "core" in words or arm.name in words]
 
     def jobs(self, arms: Sequence[Stage]) -> list[Stage]:
         """`arms`, and all stages and arms that they need, which come first."""
@@ -219,7 +217,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every arm."""
     arms: str = "core"
-    """core, all, or names of arms separated by spaces."""
+    """core, all or names of arms, separated by spaces."""
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
     upstream: str | None = None
