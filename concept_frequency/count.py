@@ -53,7 +53,7 @@ from concept_frequency.search import (
     tag_part,
 )
 from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
-from shared import checkpoints, cli, data, evaluation, run
+from shared import checkpoints, cli, data, evaluation, run, tars
 
 CONNECT_SECONDS = 5.0  # time limit for a Ray head to answer
 
@@ -71,6 +71,7 @@ def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
     if not sum(done.documents for done in texts):
         why = f": {broken[0].reason} ({broken[0].key})" if broken else ""
         raise ValueError(f"{', '.join(cfg.data)} holds no caption{why}")
+    data.say_damaged(damaged_tars(parts, texts))
     tags, broken_images = tag_stage(cfg, names, parts, out)
     broken += broken_images
     if line := data.broken_report(broken, "kept as documents without concepts"):
@@ -83,6 +84,17 @@ def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
     if cfg.merge:
         InvertedIndex.merge([InvertedIndex.load(done.target) for done in texts]).save(out / "index.npz")
     return total
+
+
+def damaged_tars(parts: list[Part], texts: list[Done]) -> list[str]:
+    """A sentence for each damaged local tar: bytes and captions that could be read, and the expected number."""
+    found, whole = [], []
+    for part, done in zip(parts, texts, strict=True):
+        if part.kind == ".tar" and part.file in {broken.key for broken in done.broken}:
+            found.append((part.file, done.documents))
+        elif part.kind == ".tar":
+            whole.append(done.documents)
+    return [data.damaged_shard(file, count, tars.index_shard(file).spans, whole) for file, count in found]
 
 
 def absolute(cfg: CountConfig) -> CountConfig:

@@ -111,6 +111,8 @@ def main(cfg: Config) -> None:
     if Path(cfg.out).exists():
         return print(f"{cfg.out} is there already; nothing to do") if process.main else None
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
+    if process.main:
+        data.say_left_out(pairs)
     parts, setting = Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg) | {"data": pairs.fingerprint}
     for name in ("out", "device", "batch_size", "dataset_size"):
         del setting[name]

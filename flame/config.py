@@ -249,7 +249,7 @@ URBAN = "Urban-1k R@1 (I2T/T2I) "
 COMMAND = "Training.md of the authors, with {}; no number was read"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablations, few-shot and linear probe tables": "the paper's body could not be read, and no setting is published",
-    "multilingual ImageNet, Winoground, SugarCrepe": "evaluations, not settings: `flame.eval --sets`",
+    "multilingual ImageNet, Winoground, SugarCrepe": "evaluations: `flame.eval --multilingual`, `--compositional`",
 }
 PAPER_ROWS = {
     "train": {

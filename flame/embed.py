@@ -237,8 +237,7 @@ def embed_captions(
 def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
     """Sample keys and (raw, short, long) of each."""
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    if line := data.broken_report(pairs.broken, "left out"):
-        print(line)
+    data.say_left_out(pairs)
     columns: list[list[str]] = []
     for kind in ("raw", "short", "long"):
         path = getattr(cfg, kind)

@@ -87,7 +87,8 @@ def set_tokens(
         whole = copy.copy(eval_set)
         whole.transform = whole_image(tower.image_size[0])
         targets = evenly_spaced([target for _, target in whole.targets()], limit)
-        tokens = trunk_tokens(read_images(whole, limit), tower, device, precision)
+        images = read_images(whole, limit)
+        tokens = trunk_tokens(run.progress(images, len(images), eval_set.name), tower, device, precision)
         _kept[key] = tokens, torch.tensor(targets) if isinstance(targets[0], int) else targets
     return _kept[key]
 

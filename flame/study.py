@@ -14,6 +14,7 @@ text tower to learn them.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import math
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from flame import eval as evaluation
 from flame.bank import Bank, centred, open_bank
 from flame.config import LANGUAGE_SETS, LONG_SETS, PRESETS, ZERO_SHOT_SETS
-from flame.embed import GEMMA, SMOLLM2, open_set
+from flame.embed import GEMMA, SMOLLM2, open_set, read_captions_of, read_images
 from flame.inmemory import set_tokens, whole_image
 from flame.recaption import read_captions
 from flame.train import open_model
@@ -40,12 +41,12 @@ from shared import cli, data
 from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
 from shared.pretrained import cached_lite0_features
-from shared.study import floors, runner, verdicts
+from shared.study import floors, photos, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
-from shared.zeroshot import percent
+from shared.zeroshot import owners, percent, retrieval_metrics
 
 BANKS = {GEMMA: "data/flame/bank-gemma", SMOLLM2: "data/flame/bank"}
 SCENES = "data/flame/scenes"
@@ -147,7 +148,8 @@ def before(llm: str) -> tuple[Once, ...]:
 NAMES, SUBGROUPS = ZERO_SHOT_SETS[:2], ZERO_SHOT_SETS[2:]
 NAMES_ID, NAMES_OOD = "bare_names_id/top1", "bare_names_ood/top1"
 NEW_ID, NEW_OOD = "new_names_id/top1", "new_names_ood/top1"
-LONG_TO_TEXT, LONG_TO_IMAGE = "retrieval_long_ood/image_to_text_R@1", "retrieval_long_ood/text_to_image_R@1"
+LONG = Path(LONG_SETS[0]).name
+LONG_TO_TEXT, LONG_TO_IMAGE = f"{LONG}/image_to_text_R@1", f"{LONG}/text_to_image_R@1"
 OTHER_TO_TEXT, OTHER_TO_IMAGE = "languages/other_image_to_text_R@1", "languages/other_text_to_image_R@1"
 SCENES_TO_TEXT, SCENES_TO_IMAGE = "scenes/image_to_text_R@1", "scenes/text_to_image_R@1"
 AT = {share: f"new_names_id_at_1_{share}/top1" for share in FEWER}
@@ -265,21 +267,40 @@ def lite0_neighbour() -> dict[str, float]:
     return floors.nearest_neighbour((*NAMES, *SUBGROUPS), cached_lite0_features, VIEW)
 
 
-def neighbour_words() -> dict[str, float]:
-    """The floor on new names: the class name most similar, as a bag of words, to the caption of the nearest training
-    drawing on the pretrained tower's features. Without a common word it is the first class."""
-    pairs, short = data.open_pairs(PRESETS["emoji-lite0"][1].data), read_captions("data/flame/captions/short.json")
-    captions = [short[str(key)] for key in pairs.keys]
-    images = (
-        torch.stack([VIEW(pairs.read(int(i)).image) for i in rows]) for rows in torch.arange(len(pairs)).split(256)
+@functools.cache
+def training_features(shards: str, pixels: bool = False) -> Tensor:
+    """Features of the pretrained tower (N, 1280), or raw pixels, of the training pictures in shards."""
+    pairs, view = data.open_pairs(shards), floors.raw_pixels if pixels else VIEW
+    batches = (
+        torch.stack([view(pairs.read(int(row)).image) for row in rows]) for rows in torch.arange(len(pairs)).split(256)
     )
-    train, found = F.normalize(cached_lite0_features(images), dim=-1), {}
+    return floors.join(batches) if pixels else cached_lite0_features(batches)
+
+
+def neighbour_words(pixels: bool = False) -> dict[str, float]:
+    """The floor on new names: the class name most similar, as a bag of words, to the caption of the nearest training
+    drawing on the pretrained tower's features, or on raw pixels. Without a common word it is the first class."""
+    shards, short = PRESETS["emoji-lite0"][1].data, read_captions("data/flame/captions/short.json")
+    captions = [short[str(key)] for key in data.open_pairs(shards).keys]
+    train, found = F.normalize(training_features(shards, pixels), dim=-1), {}
     for folder in NEW_SETS:
-        test, labels = floors.read(folder, "test", cached_lite0_features, VIEW)
+        test, labels = floors.read(folder, "test", *(() if pixels else (cached_lite0_features, VIEW)))
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
         said, names = floors.captions_of_neighbours(F.normalize(test, dim=-1), train, captions, bags, classnames)
         found[f"{Path(folder).name}/top1"] = percent((said @ names.T).argmax(1) == labels)
     return found
+
+
+def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, float]:
+    """The floor for long captions: canonical correlation of the pretrained tower's features with the words of the
+    training pictures' long captions, in closed form. `name`: of the set in the metrics."""
+    long = read_captions(captions)
+    found = photos.correlate(training_features(shards), [long[str(key)] for key in data.open_pairs(shards).keys])
+    eval_set = open_set(folder, VIEW, "retrieval")
+    images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
+    texts = found.text([text for each in asked for text in each])
+    recalls = retrieval_metrics(found.image(cached_lite0_features([images])), texts, owners(asked))
+    return {f"{name}/{way}": recalls[way] for way in ("image_to_text_R@1", "text_to_image_R@1")}
 
 
 def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict[str, float]:
@@ -318,6 +339,17 @@ FLOORS = (
     Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour((*NAMES, *SUBGROUPS))),
     Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=ON_LITE0),
     Floor("words of the neighbour's caption", neighbour_words, arms=ON_LITE0),
+    Floor("words of the neighbour's caption, raw pixels", lambda: neighbour_words(pixels=True)),
+    Floor(
+        "canonical correlation of EfficientNet-Lite0 with words",
+        lambda: correlated(PRESETS["emoji-lite0"][1].data, "data/flame/captions/long.json", LONG_SETS[0], LONG),
+        arms=ON_LITE0,
+    ),
+    Floor(
+        "the same correlation on scenes",
+        lambda: correlated(f"{SCENES}/train", f"{SCENES}/captions/long.json", SCENE_SET, "scenes"),
+        arms=ON_SCENES,
+    ),
     Floor("MLP on EfficientNet-Lite0, trained on labels", on_labels, ceiling=True),
 )
 

@@ -299,8 +299,7 @@ def caption_vocabulary(
 def texts_of(cfg: Config) -> list[str]:
     """The distinct captions and class names to encode."""
     pairs = data.open_pairs(cfg.data)
-    if line := data.broken_report(pairs.broken, "left out"):
-        print(line)
+    data.say_left_out(pairs)
     texts = [pairs.caption(row) for row in range(len(pairs))]
     for folder in cfg.sets:
         if (Path(folder) / "masks").is_dir():

@@ -285,8 +285,7 @@ def main(cfg: Config) -> Path:
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]
         np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), made=np.array(made))
-    if line := data.broken_report(pairs.broken, "left out"):
-        print(line)
+    data.say_left_out(pairs)
     print(f"{out}: {features.shape[0]:,} captions, {width} -> {features.shape[1]} dimensions")
     return out
 

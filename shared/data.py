@@ -292,26 +292,14 @@ class Shards:
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
     def cut(self) -> list[str]:
-        """One sentence for each damaged shard: bytes and pairs that could be read, and the expected number of pairs.
-
-        The expected number is from img2dataset's FILE_stats.json, else the median of the undamaged shards.
-        """
+        """`damaged_shard` of each damaged shard."""
         damaged, found = {each.key for each in self.broken}, []
         ends = self._starts[1:].tolist()
         counts = np.diff(self._starts).tolist()
         whole = [count for path, count in zip(self.paths, counts, strict=True) if str(path) not in damaged]
         for path, count, end in zip(self.paths, counts, ends, strict=True):
-            if str(path) not in damaged:
-                continue
-            rows = self._spans[end - count : end]
-            read = int((rows[:, [0, 2]] + rows[:, [1, 3]]).max()) if len(rows) else 0
-            size = os.path.getsize(path)
-            about = f"{path} is truncated or damaged: read up to byte {read:,} of {size:,}, {count:,} pairs"
-            if expected := told_by(path):
-                about += f" of the {expected:,} in its _stats.json"
-            elif whole:
-                about += f"; undamaged shards have {int(np.median(whole)):,}"
-            found.append(about)
+            if str(path) in damaged:
+                found.append(damaged_shard(path, count, self._spans[end - count : end], whole))
         return found
 
     def __len__(self) -> int:
@@ -351,6 +339,22 @@ class Shards:
         _, _, offset, size = self._spans[row].tolist()
         text = self._bytes(row, offset, min(size, CAPTION_BYTES))
         return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
+
+
+def damaged_shard(path: str, count: int, spans: np.ndarray, whole: Sequence[int]) -> str:
+    """A sentence about a damaged shard: bytes and pairs that could be read, and the expected number of pairs.
+
+    `count` pairs could be read; spans (n, 4): their offsets and sizes. The expected number is from img2dataset's
+    FILE_stats.json, else the median of `whole`, the numbers of pairs of the undamaged shards.
+    """
+    read = int((spans[:, [0, 2]] + spans[:, [1, 3]]).max()) if len(spans) else 0
+    size = os.path.getsize(path)
+    about = f"{path} is truncated or damaged: read up to byte {read:,} of {size:,}, {count:,} pairs"
+    if expected := told_by(path):
+        about += f" of the {expected:,} in its _stats.json"
+    elif whole:
+        about += f"; undamaged shards have {int(np.median(whole)):,}"
+    return about
 
 
 def told_by(shard: str) -> int | None:
@@ -454,12 +458,27 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
 
     Nothing is printed for windows of shards, whose size is not known in advance.
     """
-    for sentence in pairs.cut()[:5] if process.main and isinstance(pairs, Shards) else ():
-        print(sentence)
+    if process.main and isinstance(pairs, Shards):
+        say_damaged(pairs.cut())
     total, wanted = getattr(pairs, "total", None), cfg.dataset_size
     if process.main and total is not None and wanted is not None and total != wanted:
         unlike = ", fewer than --dataset-size" if total < wanted else "; --dataset-size keeps the first"
         print(f"{cfg.data} holds {total:,} pairs{unlike} {wanted:,}")
+
+
+def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
+    """Print the sentences of `Shards.cut`, at most `most` of them, and how many more there are."""
+    for sentence in sentences[:most]:
+        print(sentence)
+    if len(sentences) > most:
+        print(f"{len(sentences) - most:,} more shards are truncated or damaged")
+
+
+def say_left_out(pairs: Shards | TSV) -> None:
+    """Print what of `pairs` cannot be read: a sentence for each damaged shard, and the `broken_report`."""
+    say_damaged(pairs.cut() if isinstance(pairs, Shards) else [])
+    if line := broken_report(pairs.broken, "left out"):
+        print(line)
 
 
 # ------------------------------------------------------------------------------------------- order, reading, report

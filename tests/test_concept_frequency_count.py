@@ -127,6 +127,17 @@ def test_counts_of_nothing_are_refused(tmp_path, file, settings, message):
         counted(tmp_path, "refused", data=(str(tmp_path / file),), **settings)
 
 
+def test_a_tar_that_ends_early_is_named_with_what_was_expected(tmp_path, capsys):
+    for i in range(2):
+        write_shard(tmp_path / f"{i}.tar", [(f"{j:03}", f"a dog and {j} cats", (j, 0, 0)) for j in range(20)])
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
+    found = counted(tmp_path, "cut", data=(str(tmp_path / "{0..1}.tar"),))
+    said, kept = capsys.readouterr().out, found.documents - 20
+    assert 0 < kept < 20 and "1.tar is truncated or damaged: read up to byte " in said
+    assert f" of {len(whole) // 2:,}, {kept} pairs; undamaged shards have 20" in said
+
+
 @pytest.fixture
 def server(tmp_path):
     """A web server of tmp_path/web: (address, requested paths)."""

@@ -1,15 +1,20 @@
 """FLAME's study: its commands with either language model, and the verdicts of its claims."""
 
 import dataclasses
+import io
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flame import config, study
 from flame.embed import GEMMA, SMOLLM2
 from flame.study import SCRIPTS, facet_similarity
+from shared import tars
+from shared.corpora import layout
 from shared.study import runner, verdicts
 from shared.study.report import Comparison
 
@@ -138,6 +143,27 @@ def test_floors_name_the_metrics_that_claims_are_about():
     chance = study.chance()
     claimed = {claim.learned_by or claim.metric for claim in study.claims(GEMMA)}
     assert claimed <= set(chance) and chance[study.LONG_TO_TEXT] == 0.2 and chance[study.OTHER_TO_TEXT] == 0.8
+
+
+def test_words_correlated_with_pictures_find_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Pictures of one colour with its word as caption: the floor for long captions, which arms of a corpus share."""
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+    samples, captions = [], []
+    for i, (name, colour) in enumerate(list(colours.items()) * 8):
+        png = io.BytesIO()
+        Image.new("RGB", (128, 128), colour).save(png, "png")
+        samples.append({"png": png.getvalue(), "txt": name})
+        captions.append({"__key__": f"{i}", "caption": f"a picture of {name}"})
+    tars.write_tar(tmp_path / "train/0.tar", [{"__key__": f"{i}"} | sample for i, sample in enumerate(samples)])
+    layout.write_retrieval(tmp_path / "set", samples[:4])
+    (tmp_path / "long.json").write_text(json.dumps(captions))
+    means = lambda batches: torch.cat([batch.float().mean((2, 3)) for batch in batches])  # noqa: E731
+    monkeypatch.setattr(study, "cached_lite0_features", means)
+    found = study.correlated(str(tmp_path / "train"), str(tmp_path / "long.json"), str(tmp_path / "set"), "scenes")
+    assert found == {study.SCENES_TO_TEXT: 100.0, study.SCENES_TO_IMAGE: 100.0}
+    arms = {floor.name: floor.arms for floor in study.FLOORS}
+    assert arms["canonical correlation of EfficientNet-Lite0 with words"] == study.ON_LITE0
+    assert arms["the same correlation on scenes"] == study.ON_SCENES
 
 
 def test_facets_of_an_image_are_compared_with_each_other():

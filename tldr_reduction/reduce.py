@@ -388,7 +388,12 @@ def write_tables(
 
 
 def print_broken(pairs, reasons: np.ndarray) -> None:
-    """Print which samples were left out, if any. `reasons` (N,): why an image is unreadable, "" if it is readable."""
+    """Print which shards are damaged and which samples were left out, if any.
+
+    reasons (N,): why an image is unreadable, "" if it is readable.
+    """
+    if isinstance(pairs, data.Shards):
+        data.say_damaged(pairs.cut())
     unreadable = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in np.flatnonzero(reasons != "")]
     if line := data.broken_report([*pairs.broken, *unreadable], "left out"):
         print(line)
