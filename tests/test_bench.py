@@ -1,5 +1,8 @@
-"""Tables of the benches: merging rows of several thread settings, and measuring under each setting."""
+"""Tables of the benches: merging rows of several thread settings, measuring under each setting, seconds to a floor."""
 
+import contextlib
+import dataclasses
+import importlib
 import json
 import math
 import multiprocessing
@@ -8,15 +11,20 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from protoclip.config import PRESETS
+from shared import run
+from shared.checkpoints import read_json
+from shared.study import runner
 from tests import bench
 from tests.bench import __main__ as every
+from tests.bench import baselines
 from tests.bench import data as reading
-from tests.bench import protoclip
 
 ROOT = Path(__file__).parents[1]
 BENCH = """
@@ -71,16 +79,113 @@ def test_what_was_not_reached():
 def test_seconds_to_a_goal(capsys: pytest.CaptureFixture):
     """The time until the first evaluation above the goal counts, including set-up; the note describes the schedule."""
     curve = [(10.0, 20.0), (20.0, 32.0), (30.0, 31.0), (40.0, 35.0)]
-    lines = [{"seconds": seconds, "zero_shot_top1": top1} for seconds, top1 in curve]
+    points = [{"step": int(seconds), "seconds": seconds, "zero_shot_top1": top1} for seconds, top1 in curve]
+    lines = [{"step": 1, "seconds": 1.4, "loss": 3.0}, *points]
     cfg = PRESETS["emoji-clip"][1]
     goals = {"the floor": (31.0, "<= 60 s"), "40 %": (40.0, "")}
-    protoclip.floor_rows("names", goals, [(cfg, 5.0, lines), (cfg, 6.0, lines[:1])])
+    baselines.floor_rows("names", goals, [baselines.Training(cfg, 5.0, lines), baselines.Training(cfg, 6.0, lines[:2])])
     floor, far = map(json.loads, capsys.readouterr().out.splitlines())
     assert floor["row"] == "seconds to the floor, names" and floor["target"] == "<= 60 s"
     assert floor["ours"] == [25.0, math.inf]
-    assert "goal 31.0 %: 32.0 % there, 35.0 % at the end after 45 s; not reached in 16 s, 20.0 %" in floor["note"]
-    steps = cfg.episodes * cfg.steps_per_episode()
-    assert f"cosine over {steps} steps of {cfg.batch_size}" in floor["note"] and far["ours"] == [math.inf, math.inf]
+    first, second = (
+        "32.0 % at step 20, 35.0 % at the end after 45 s",
+        "not reached in 16 s, 20.0 % at the end after 16 s",
+    )
+    plan = f"10 steps of {cfg.batch_size}, measured every 10; step 1 ends after 7 s"
+    assert floor["note"] == f"goal 31.0 %: {first}; {second}; {plan}" and far["ours"] == [math.inf, math.inf]
+
+
+@dataclasses.dataclass
+class Settings:
+    out: str
+    seed: int = 0
+    device: str = "auto"
+    batch_size: int = 64
+    save_every: int = 10
+    data: str = ""
+    precision: str = "fp32"
+
+
+def test_checkpoints_are_measured_until_the_goal_and_at_the_end(tmp_path: Path):
+    folder, asked = run.RunFolder(Settings(str(tmp_path)), bench.CPU, step=0), []
+
+    def measure(path: str) -> float:
+        asked.append(folder.clock.read())
+        assert (Path(path) / "checkpoint.pt").is_file()
+        return 4.0 * len(asked)
+
+    with baselines.evaluated(measure, "recall", 7.0):
+        folder.start(0, 50)
+        for step in (10, 20, 30, 40, 50, 50):  # some trainings save the last step twice
+            folder.save(step, step=step)
+    folder.save(50, step=50)
+    folder.close()
+    found = [(line["step"], line["recall"]) for line in run.read_metrics(tmp_path, "recall")]
+    assert found == [(10, 4.0), (20, 8.0), (50, 12.0)] and len(asked) == 3
+
+
+def test_an_arm_is_trained_with_empty_caches(tmp_path: Path):
+    study = runner.Study(
+        "paper", "A paper", "CC3M", (runner.Arm("base", "train small --batch-size 32"),), {}, lambda runs: [], {}
+    )
+
+    def train(cfg: Settings) -> None:
+        assert (cfg.batch_size, cfg.seed, cfg.save_every, cfg.device) == (32, 3, 5, "cpu") and not Path(
+            cfg.out
+        ).exists()
+        folder = run.RunFolder(cfg, bench.CPU, step=0)
+        time.sleep(0.05)
+        folder.start(0, 5)
+        folder.write(1, loss=2.0)
+        folder.close()
+
+    presets = {"small": ("", Settings("runs/x")), "large": ("", Settings("runs/y"))}
+    found = baselines.trained(study, "base", presets, train, 3, save_every=5)
+    assert 0.04 < found.before < 60 and [line["loss"] for line in found.lines] == [2.0]
+    assert not Path(found.cfg.out).exists()
+
+
+@pytest.mark.parametrize("name", sorted(every.CLONES))
+def test_baselines_of_the_studies(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Each bench trains an arm of its study, with evaluations, to a floor of its table; the training is a stub."""
+    module, kept, built = importlib.import_module(f"tests.bench.{name}"), read_json(ROOT / f"results/{name}.json"), []
+    floors = [
+        dataclasses.replace(floor, measure=lambda of=floor.name: kept["floors"][of]) for floor in module.study.FLOORS
+    ]
+    monkeypatch.setattr(module.study, "STUDY", dataclasses.replace(module.study.STUDY, floors=tuple(floors)))
+    monkeypatch.setattr(runner, "prepare", lambda study, arms: built.extend(study.before))
+    monkeypatch.setattr(baselines, "evaluated", lambda *about: contextlib.nullcontext(measured.append(about[1])))
+    measured, whole = [], baselines.trained
+    if name == "protoclip":  # measures floors of the sets that it trains on alone
+        pixels, lite0 = (kept["floors"][f"nearest neighbour on {on}"] for on in ("raw pixels", "EfficientNet-Lite0"))
+        monkeypatch.setattr(module.floors, "nearest_neighbour", lambda sets: pixels)
+        monkeypatch.setattr(module.study, "lite0_neighbour", lambda sets: lite0)
+
+    def trained(
+        study: runner.Study, arm: str, presets: dict, train: Any, seed: int, **settings: Any
+    ) -> baselines.Training:
+        assert callable(train) and train.__module__.startswith(f"{name}.") and arm in kept["arms"]
+
+        def stub(cfg: Any) -> None:
+            assert cfg.data.startswith("data/") and (measured and cfg.save_every or cfg.eval_every)
+            folder = run.RunFolder(cfg, bench.CPU, step=0)
+            folder.start(0, 20)
+            for step, percent in ((1, 0.0), (10, 99.0), (20, 50.0)):
+                folder.write(step, **dict.fromkeys(measured or ["zero_shot_top1"], percent))
+            folder.close()
+
+        return whole(study, arm, presets, stub, seed, **settings)
+
+    monkeypatch.setattr(baselines, "trained", trained)
+    if hasattr(module, "trained"):
+        monkeypatch.setattr(module, "trained", trained)
+    module.to_the_floor(1)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"row": ')]
+    assert rows and all(len(row["ours"]) == 1 and row["ours"][0] < 60 for row in rows)
+    assert len({row["row"] for row in rows}) == len(rows) and all("99.0 % at step 10" in row["note"] for row in rows)
+    goals = {f"{value:.1f} %" for floor in kept["floors"].values() for value in floor.values()}
+    assert any(row["note"].removeprefix("goal ").partition(":")[0] in goals for row in rows)
+    assert not any(word in once.command for once in built for word in ("flame.embed", "timing"))
 
 
 def test_rows_that_some_settings_lack():

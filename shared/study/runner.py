@@ -302,6 +302,15 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
             pool.shutdown(cancel_futures=True)
 
 
+def prepare(study: Study, arms: Sequence[str], photos: str | None = None) -> None:
+    """Run the study's commands that run once before these arms. ValueError names a failed command."""
+    for once in study.before:
+        if not once.arms or set(arms) & set(once.arms):
+            words = [word.replace("{photos}", str(photos)) for word in once.command.split()]
+            if code := subprocess.run([sys.executable, "-m", *words]).returncode:
+                raise ValueError(f"'python -m {' '.join(words)}' failed (exit code {code})")
+
+
 def run(study: Study, options: Options) -> None:
     """Run the whole study: `before`, training, evaluation, comparison."""
     if options.measure is not None:
@@ -324,11 +333,7 @@ def run(study: Study, options: Options) -> None:
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}
-    for once in study.before:
-        if not once.arms or {arm.name for arm in arms} & set(once.arms):
-            words = [word.replace("{photos}", str(options.photos)) for word in once.command.split()]
-            if code := subprocess.run([sys.executable, "-m", *words]).returncode:
-                raise ValueError(f"'python -m {' '.join(words)}' failed (exit code {code})")
+    prepare(study, [arm.name for arm in arms], options.photos)
     train(study, arms, seeds, options.jobs, study.minutes.get(options.arms))
     compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
     runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]

@@ -33,6 +33,7 @@ from ..parity import check_commit
 HEAD = "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | threads | |\n|" + " --- |" * 9
 SETTING = "PAPER_CLIPS_BENCH"  # names the thread setting to a process that measures under it, and prints rows as JSON
 LONG = 5.0  # seconds; what takes longer needs no repetition to warm up
+CPU = run.Process(0, 1, torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -56,6 +57,12 @@ def arguments(doc: str, repetitions: int, clone: tuple[str, str, str] | None = N
         "--repetitions", type=at_least(1), default=repetitions, help="of everything, under each thread setting"
     )
     parser.add_argument("--results", type=Path, help="also write the table into this file, for `make readme`")
+    parser.add_argument(
+        "--trainings",
+        type=at_least(0),
+        default=1,
+        help="seeds of the seconds to a floor; 0 leaves them out",
+    )
     return parser
 
 
@@ -84,12 +91,16 @@ def bench(
     options: argparse.Namespace,
     left_out: str = "",
     after: Callable[[argparse.Namespace], None] | None = None,
+    to_the_floor: Callable[[int], None] | None = None,
 ) -> None:
     """The table of what `measure(options)` hands to `print_row`, measured by a process of its own under each thread
     setting; then what `after(options)` prints, measured here. `left_out`: what is not measured without --upstream.
+    `to_the_floor(seeds)` is measured under one thread only.
     """
     if SETTING in os.environ:
         set_up()
+        if to_the_floor is not None and options.trainings and os.environ[SETTING] == "1 thread":
+            to_the_floor(options.trainings)
         return measure(options)
     print(f"{run.machine()}, open_clip {version('open_clip_torch')}\n\n{HEAD}", flush=True)
     lines = merged({name: rows_under(name, environment) for name, environment in thread_settings().items()})

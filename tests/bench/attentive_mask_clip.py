@@ -20,11 +20,25 @@ import torch
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
-from attentive_mask_clip import model, timing, train
-from attentive_mask_clip.config import Config
+from attentive_mask_clip import eval as evaluation
+from attentive_mask_clip import model, study, timing, train
+from attentive_mask_clip.config import PRESETS, Config
 
 from ..parity import test_attentive_mask_clip as parity
-from . import arguments, at_least, attention, bench, peak_memory, print_row, race, shown, speed_of, step_row
+from . import (
+    CPU,
+    arguments,
+    at_least,
+    attention,
+    bench,
+    peak_memory,
+    print_row,
+    race,
+    shown,
+    speed_of,
+    step_row,
+)
+from .baselines import baseline_rows
 
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
     "small": (
@@ -227,6 +241,23 @@ def profile(geometry: str, batch: int, repetitions: int) -> None:
         print("| " + " | ".join([arm, *cells]) + " |", flush=True)
 
 
+# --------------------------------------------------------------------------------------------- seconds to the floor
+
+
+def to_the_floor(seeds: int) -> None:
+    """Seconds of a core until CLIP names scenes better than the nearest training scene by raw pixels does."""
+
+    def top1(folder: str) -> float:
+        cfg = evaluation.Config((folder,), sets=(study.MAIN_SETS[1],), probe=None, foreground=None)
+        return evaluation.evaluate_run(folder, cfg, CPU)[study.ONLINE]
+
+    baseline_rows(
+        study.STUDY, "clip", PRESETS, train.main, seeds, "names of scenes with clutter, unseen style, ViT from scratch",
+        {"the pixel floor": "nearest neighbour on raw pixels"}, study.ONLINE, top1,
+        without=("attentive_mask_clip.timing",), save_every=125,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------ script
 
 
@@ -253,7 +284,8 @@ def main() -> None:
         "--profile", default="vit_b16", choices=[*model.PRESETS, "none"], help="towers of the last table"
     )
     parser.add_argument("--batch-size", type=at_least(2), default=4, help="of the last table")
-    bench(measure, parser.parse_args(), "selection and A-CLIP's step against the authors'", steps_of_arms)
+    left_out = "selection and A-CLIP's step against the authors'"
+    bench(measure, parser.parse_args(), left_out, steps_of_arms, to_the_floor)
 
 
 if __name__ == "__main__":

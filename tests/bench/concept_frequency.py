@@ -20,13 +20,15 @@ import numpy as np
 import open_clip
 import torch
 
-from concept_frequency import train
+from concept_frequency import study, train
+from concept_frequency.config import PRESETS
 from concept_frequency.model import InvertedIndex, noun_set
 from concept_frequency.tagging import load_spacy, tag_captions
 from shared import data, run
 
 from ..parity import import_beside
 from . import arguments, bench, print_row, race, step_row
+from .baselines import baseline_rows
 
 
 def resident() -> int:
@@ -156,6 +158,15 @@ def upstream_functions(root: Path) -> SimpleNamespace:
     return SimpleNamespace(search=found[index].search_for_text, index=found[words].create_unigram_dictionary_spacy)
 
 
+def to_the_floor(seeds: int) -> None:
+    """Seconds of a core until the arm with equal frequencies is above the nearest neighbour on raw pixels."""
+    baseline_rows(
+        study.STUDY, "uniform", PRESETS, train.train, seeds,
+        "400 names of equal frequency, unseen style, ResNet-emoji from scratch",
+        {"the pixel floor": "nearest neighbour on raw pixels"}, "top1", eval_every=1,
+    )  # fmt: skip
+
+
 def measure(options: argparse.Namespace) -> None:
     up = upstream_functions(options.upstream) if options.upstream else None
     search_for_text, index_of = (up.search, up.index) if up else (plain_search, plain_index)
@@ -175,7 +186,7 @@ def main() -> None:
     parser.add_argument("--postings", type=int, default=10_000_000)
     parser.add_argument("--captions", type=int, default=3_000, help="of the embedded corpus")
     parser.add_argument("--spacy", default="en_core_web_sm")
-    bench(measure, parser.parse_args())
+    bench(measure, parser.parse_args(), to_the_floor=to_the_floor)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flame import embed, model, train
+from flame import embed, model, study, train
 from flame.bank import Bank
+from flame.config import PRESETS
 from flame.recaption import read_captions
 from shared import checkpoints, run
 
 from ..parity import test_flame as parity
 from . import arguments, at_least, bench, matmul_peak, print_row, race, step_row
+from .baselines import baseline_rows
 
 # --------------------------------------------------------------------------------------------------------- embedding
 
@@ -227,6 +229,19 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
         step_row(title, size, precision, ours, theirs, repetitions, steps, note=note)
 
 
+# --------------------------------------------------------------------------------------------- seconds to the floor
+
+
+def to_the_floor(seeds: int) -> None:
+    """Seconds of a core until CLIP names drawings of new names better than the words of the nearest training drawing's
+    caption do."""
+    baseline_rows(
+        study.STUDY, "clip", PRESETS, train.main, seeds, "new names, EfficientNet-Lite0 locked",
+        {"the words of the tower's neighbour": "words of the neighbour's caption"}, study.NEW_ID,
+        without=("flame.embed",), eval_set=study.NEW_SETS[0], eval_every=1,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------ script
 
 
@@ -257,7 +272,7 @@ def main() -> None:
     options = parser.parse_args()
     if not CAPTIONS.exists():
         parser.error(f"{CAPTIONS} is missing: run 'python -m flame.recaption' first")
-    bench(measure, options, "embedding against the authors' encoder")
+    bench(measure, options, "embedding against the authors' encoder", to_the_floor=to_the_floor)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import open_clip
 import torch
 
-from nmtune import config, model, pretrain, train
-from shared import accumulate, run
+from nmtune import config, encoder_study, model, pretrain, study, train
+from shared import accumulate
 
 from ..parity import test_nmtune as parity
-from . import arguments, at_least, bench, print_row, race, step_row
+from . import CPU, arguments, at_least, bench, print_row, race, step_row
+from .baselines import baseline_rows
 
 WEIGHTS = (1.0, 0.04, 0.001)
 
@@ -93,7 +94,6 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
 def clip_step(repetitions: int) -> None:
     """The small CLIP's pre-training step against the same towers, loss and optimizer as open_clip_train uses them."""
     cfg = dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji", precision="bf16")
-    process = run.Process(0, 1, torch.device("cpu"))
     network, *_ = model.create_model(cfg)
     images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
     tokens[:, 12] = 49407
@@ -102,7 +102,7 @@ def clip_step(repetitions: int) -> None:
 
     def ours():
         output, backward = accumulate.forward(network, (images, tokens), cfg, "bf16")
-        parts = pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), process)
+        parts = pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), CPU)
         backward(parts["loss"])
 
     def open_clips():
@@ -112,6 +112,22 @@ def clip_step(repetitions: int) -> None:
 
     name = "CLIP step without optimizer, ViT-emoji, batch 128, bf16: open_clip"
     step_row(name, 128, "bf16", ours, open_clips, repetitions, target=">= 1")
+
+
+def to_the_floor(seeds: int) -> None:
+    """Seconds of a core until a linear probe on the encoder without label noise is better than one on raw pixels."""
+
+    def probe(folder: str) -> float:
+        cfg = config.StudyConfig(folder, methods=("lp",))
+        encoded = encoder_study.encode_parts(cfg, CPU)
+        found = [encoder_study.study_task(cfg, task, encoded, CPU)[0] for task in cfg.tasks]
+        return statistics.mean(numbers["lp/ood"][0] for numbers in found)
+
+    baseline_rows(
+        study.STUDY, "sup-00", config.PRETRAIN_PRESETS, pretrain.main, seeds,
+        "linear probe for other labels, unseen style, ResNet from scratch",
+        {"the probe on raw pixels": "linear probe on raw pixels"}, "lp/ood", probe, save_every=18,
+    )  # fmt: skip
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -128,7 +144,8 @@ def measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, 3, ("Hhhhhhao/Noisy-Model-Learning", "f249dce", "src/models/nml_tune.py"))
     parser.add_argument("--steps", type=at_least(3), default=6, help="tuning steps a repetition")
-    bench(measure, parser.parse_args(), "the authors' regularisers and tuning step")
+    left_out = "the authors' regularisers and tuning step"
+    bench(measure, parser.parse_args(), left_out, to_the_floor=to_the_floor)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ megvii-research/protoclip@fde1933; without it only open_clip's training step is 
 
 import argparse
 import dataclasses
-import math
-import os
 import statistics
 import tempfile
 import time
@@ -21,19 +19,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import tyro
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
 from protoclip import model, study, train
-from shared import run
 from shared.clip import image_side
 from shared.study import floors
 
 from ..parity import test_protoclip as parity
-from . import SETTING, arguments, at_least, attention, bench, print_row, race, step_row
-
-CPU = run.Process(0, 1, torch.device("cpu"))
+from . import CPU, arguments, at_least, attention, bench, print_row, race, step_row
+from .baselines import Training, floor_rows, trained
 
 
 def clustered(n: int, k: int, dim: int) -> torch.Tensor:
@@ -195,63 +190,28 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
 # --------------------------------------------------------------------------------------------- seconds to the floor
 
 
-def trained(arm: str, eval_set: str, every: int, seed: int) -> tuple[train.Config, float, list[dict]]:
-    """Train an arm of the study on a core, its zero-shot accuracy measured after each `every` episodes.
-
-    Returns its settings, the seconds before its first step, in which the corpus is read and the features of a locked
-    trunk are computed, and the lines of its metrics with an accuracy, whose seconds leave these and evaluations out.
-    """
-    command = next(found.command for found in study.ARMS if found.name == arm)
-    cfg = tyro.extras.overridable_config_cli(train.PRESETS, args=command.split()[1:])
-    with tempfile.TemporaryDirectory() as out:
-        cfg = dataclasses.replace(cfg, out=out, eval_set=eval_set, eval_every=every, seed=seed, device="cpu")
-        network = model.create_model(cfg.model, cfg.heads, image_size=cfg.image_size)
-        tokenizer = open_clip.get_tokenizer(cfg.model, context_length=network.context_length)
-        start = time.perf_counter()
-        train.EpisodicData(cfg, CPU, network, tokenizer)
-        before = time.perf_counter() - start
-        train.main(cfg)
-        return cfg, before, run.read_metrics(out, "zero_shot_top1")
-
-
-def floor_rows(name: str, goals: dict[str, tuple[float, str]], runs: list[tuple[train.Config, float, list]]) -> None:
-    """A row for each goal {what: (accuracy, target)}: seconds to the first evaluation above it, infinite if none is."""
-    for what, (goal, target) in goals.items():
-        seconds, notes = [], []
-        for _, before, lines in runs:
-            above = [line for line in lines if line["zero_shot_top1"] > goal]
-            total, last = before + lines[-1]["seconds"], lines[-1]["zero_shot_top1"]
-            seconds.append(before + above[0]["seconds"] if above else math.inf)
-            there = f"{above[0]['zero_shot_top1']:.1f} % there" if above else f"not reached in {total:.0f} s"
-            notes.append(f"{there}, {last:.1f} % at the end after {total:.0f} s")
-        cfg, before, _ = runs[-1]
-        steps = cfg.episodes * cfg.steps_per_episode()
-        plan = f"cosine over {steps} steps of {cfg.batch_size}; {before:.0f} s before the first step count"
-        note = f"goal {goal:.1f} %: {'; '.join(notes)}; {plan}"
-        print_row(f"seconds to {what}, {name}", [(value, None) for value in seconds], target, note)
-
-
 def to_the_floor(seeds: int) -> None:
     """Seconds of a core, evaluation left out, until CLIP is above what a nearest neighbour reaches without it."""
     unseen, seen = "data/emoji/eval/bare_names_ood", "data/emoji/eval/bare_names_id"
+
+    def runs(arm: str, eval_set: str, every: int) -> list[Training]:
+        settings = {"eval_set": eval_set, "eval_every": every}  # in episodes
+        return [trained(study.STUDY, arm, train.PRESETS, train.main, seed, **settings) for seed in range(seeds)]
+
     pixels = floors.nearest_neighbour([unseen])["bare_names_ood/top1"]
     goals = {"the pixel floor": (pixels, "<= 60 s"), "40 %": (40.0, "<= 200 s")}
-    runs = [trained("clip", unseen, 1, seed) for seed in range(seeds)]
-    floor_rows("names of the unseen style, ResNet-emoji from scratch", goals, runs)
+    floor_rows("names of the unseen style, ResNet-emoji from scratch", goals, runs("clip", unseen, 1))
     tower = study.lite0_neighbour([unseen, seen])
     for folder, style in ((unseen, "the unseen style"), (seen, "seen styles")):
         floor = tower[f"{Path(folder).name}/top1"]
         goals = {"the tower's nearest neighbour": (floor, ""), "10 points above it": (floor + 10, "<= 60 s")}
-        runs = [trained("clip-lite0", folder, 2, seed) for seed in range(seeds)]
-        floor_rows(f"names of {style}, EfficientNet-Lite0 locked", goals, runs)
+        floor_rows(f"names of {style}, EfficientNet-Lite0 locked", goals, runs("clip-lite0", folder, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------ script
 
 
 def measure(options: argparse.Namespace) -> None:
-    if options.trainings and os.environ[SETTING] == "1 thread":
-        to_the_floor(options.trainings)
     if options.upstream is not None:
         up = parity.load(options.upstream)
         with parity.on_cpu():
@@ -269,19 +229,13 @@ def measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, 3, ("megvii-research/protoclip", "fde1933", "src/training"))
     parser.add_argument("--steps", type=at_least(1), default=4, help="training steps a repetition")
-    parser.add_argument(
-        "--trainings",
-        type=at_least(0),
-        default=1,
-        help="seeds of the seconds to the floor; 0 leaves them out",
-    )
     parser.add_argument("--samples", type=int, default=40_000, help="N of back translation and of the prototype stage")
     parser.add_argument("--prototypes", type=int, default=4_000, help="K of both")
     parser.add_argument(
         "--stage-repetitions", type=at_least(0), default=2, help="of the prototype stage; 0 leaves it out"
     )
     left_out = "back translation, prototype stage, ProtoCLIP step against authors'"
-    bench(measure, parser.parse_args(), left_out)
+    bench(measure, parser.parse_args(), left_out, to_the_floor=to_the_floor)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 
-from tinyclip import model, train
-from tinyclip.config import Stage
+from tinyclip import model, study, train
+from tinyclip.config import PRESETS, Stage
 from tinyclip.eval import macs, throughput
 from tinyclip.geometry import open_clip_config
 from tinyclip.inheritance import random_masks
 
 from ..parity import test_tinyclip as parity
 from . import arguments, at_least, attention, bench, print_row, race, step_row
+from .baselines import baseline_rows
 
 
 def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
@@ -174,6 +175,18 @@ def proportions(rounds: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- script
 
 
+# --------------------------------------------------------------------------------------------- seconds to the floor
+
+
+def to_the_floor(seeds: int) -> None:
+    """Seconds of a core until half a ViT, with random weights and the contrastive loss, names scenes better than the
+    nearest training scene by raw pixels does."""
+    baseline_rows(
+        study.STUDY, study.VIT_RC, PRESETS, train.main, seeds, "names of scenes, unseen style, half a ViT from scratch",
+        {"the pixel floor": "nearest neighbour on raw pixels"}, study.TOP1_SCENES, eval_every=25,
+    )  # fmt: skip
+
+
 def measure(options: argparse.Namespace) -> None:
     if options.upstream is not None:
         up = parity.load(options.upstream)
@@ -190,7 +203,8 @@ def main() -> None:
     parser.add_argument("--batch", type=at_least(2), default=8, help="pairs of a masked ViT-B/32 step")
     parser.add_argument("--rounds", type=at_least(0), default=3, help="of the table of throughput; 0 leaves it out")
     after = lambda options: options.rounds and proportions(options.rounds)  # noqa: E731
-    bench(measure, parser.parse_args(), "affinity mimicking, masked step against the authors'", after)
+    left_out = "affinity mimicking, masked step against the authors'"
+    bench(measure, parser.parse_args(), left_out, after, to_the_floor)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""Seconds of a core until the baseline of a study is above a floor of its table, which no training made."""
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import tyro
+
+from shared import run
+from shared.study import runner
+
+from . import print_row
+
+
+class Training(NamedTuple):
+    """A finished training: its settings, the seconds before the clock of its metrics starts, in which some trainings
+    read the corpus, and the lines of its metrics, whose seconds leave evaluations out."""
+
+    cfg: Any
+    before: float
+    lines: list[dict]
+
+
+def baseline_rows(
+    study: runner.Study,
+    arm: str,
+    presets: dict[str, tuple[str, Any]],
+    train: Callable,
+    seeds: int,
+    name: str,
+    floors: dict[str, str],
+    metric: str,
+    measure: Callable[[str], float] | None = None,
+    without: Sequence[str] = (),
+    note: str = "",
+    **settings: Any,
+) -> None:
+    """`floor_rows` of an arm of the study, trained with each of so many seeds as by `trained`.
+
+    floors: {name of the goal: the floor in the study's table whose `metric` it is}. measure: run folder -> percent;
+    None if the training evaluates itself (zero_shot_top1). without: modules of commands that the study runs before its
+    arms, and that this arm does not need.
+    """
+    before = tuple(once for once in study.before if once.command.split()[0] not in without)
+    runner.prepare(dataclasses.replace(study, before=before), [arm])
+    measured = {floor.name: floor.measure()[metric] for floor in study.floors if floor.name in floors.values()}
+    goals = {what: (measured[floor], "") for what, floor in floors.items()}
+    logged = "zero_shot_top1" if measure is None else metric
+    watched = contextlib.nullcontext() if measure is None else evaluated(measure, logged, max(measured.values()))
+    with watched:
+        trainings = [trained(study, arm, presets, train, seed, **settings) for seed in range(seeds)]
+    floor_rows(name, goals, trainings, logged, note)
+
+
+def trained(
+    study: runner.Study, arm: str, presets: dict[str, tuple[str, Any]], train: Callable, seed: int, **settings: Any
+) -> Training:
+    """Train an arm of the study on a CPU, with empty caches, and with `settings` instead of its own."""
+    command = next(found.commands[0] for found in study.arms if found.name == arm)
+    cfg = tyro.extras.overridable_config_cli(presets, args=command.split()[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"cache": f"{folder}/cache"} if hasattr(cfg, "cache") else {}
+        cfg = dataclasses.replace(cfg, **caches, out=f"{folder}/run", seed=seed, device="cpu", **settings)
+        start = time.time()
+        train(cfg)
+        before = (Path(cfg.out) / "config.json").stat().st_mtime - start  # it is written when the clock starts
+        return Training(cfg, before, run.read_metrics(cfg.out))
+
+
+@contextlib.contextmanager
+def evaluated(measure: Callable[[str], float], metric: str, goal: float) -> Iterator[None]:
+    """Trainings in this context log `metric`, by measure(run folder), after each checkpoint until it is above `goal`,
+    and at their end. Their clocks leave that out."""
+    save = run.RunFolder.save
+
+    def save_and_measure(folder: run.RunFolder, step: int, /, *more: Any, **values: Any) -> None:
+        save(folder, step, *more, **values)
+        found = [(line["step"], line[metric]) for line in run.read_metrics(folder.path, metric)]
+        last, percent = found[-1] if found else (0, -math.inf)
+        if step > last and (percent <= goal or step == folder.total):
+            with folder.clock.paused(), torch.random.fork_rng():
+                percent = measure(str(folder.path))
+            folder.write(step, **{metric: percent})
+
+    with mock.patch.object(run.RunFolder, "save", save_and_measure):
+        yield
+
+
+def floor_rows(
+    name: str,
+    goals: dict[str, tuple[float, str]],
+    trainings: Sequence[Training],
+    metric: str = "zero_shot_top1",
+    note: str = "",
+) -> None:
+    """A row for each goal {what: (percent, target)}: seconds to the first evaluation above it, infinite if none is."""
+    for what, (goal, target) in goals.items():
+        seconds, notes = [], []
+        for _, before, lines in trainings:
+            points = [line for line in lines if metric in line]
+            above = next((line for line in points if line[metric] > goal), None)
+            total = before + points[-1]["seconds"]
+            seconds.append(before + above["seconds"] if above else math.inf)
+            there = f"{above[metric]:.1f} % at step {above['step']}" if above else f"not reached in {total:.0f} s"
+            notes.append(f"{there}, {points[-1][metric]:.1f} % at the end after {total:.0f} s")
+        cfg, before, lines = trainings[-1]
+        steps, first = [line["step"] for line in lines if metric in line], lines[0]
+        plan = f"{steps[-1]} steps of {cfg.batch_size}, measured every {steps[0]}"
+        begun = f"step {first['step']} ends after {before + first['seconds']:.0f} s"
+        about = "; ".join(filter(None, (f"goal {goal:.1f} %: {'; '.join(notes)}", plan, begun, note)))
+        print_row(f"seconds to {what}, {name}", [(value, None) for value in seconds], target, about)
