@@ -30,7 +30,7 @@ from concept_frequency.config import CountConfig
 from concept_frequency.model import InvertedIndex, query_terms
 from shared import run
 
-SCRIPT, SECONDS = "concept_frequency.count", 120
+SCRIPT, SECONDS = "concept_frequency.count", 240
 
 
 @pytest.fixture(scope="module")
