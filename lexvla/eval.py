@@ -31,7 +31,7 @@ from lexvla.patchdis import Config as Dual
 from lexvla.patchdis import main as measure_encoders
 from lexvla.plots import plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
-from lexvla.text import EMOJI_NAMES, encode_texts, leading_space, lm_dtype, pieces
+from lexvla.text import EMOJI_NAMES, SETS, encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, side_step
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
@@ -45,7 +45,6 @@ from shared.zeroshot import (
 
 SCENES = "data/lexvla/scenes/eval/"
 SET, NEW = "retrieval_known", "retrieval_new"  # the sets that compare the arms
-SETS = (*(SCENES + name for name in (SET, "retrieval_mixed", NEW)), EMOJI_NAMES)
 KS = (1, 5, 10)
 METRICS = {
     f"{SET}/image_to_text_R@1": "I2T R@1",

@@ -31,6 +31,7 @@ from shared.evalsets import EvalSet
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every loader process
 SCENES = "data/lexvla/scenes/"
 EMOJI_NAMES = "data/emoji/eval/retrieval_xm_en"  # a drawing in an unseen style and its English name
+SETS = (*(f"{SCENES}eval/retrieval_{words}" for words in ("known", "mixed", "new")), EMOJI_NAMES)  # of the study
 # Nouns, adjectives and verbs in scikit-learn's list of stop words
 CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
     go interest keep last made mill move name next part put see seem seemed seeming seems serious show side sincere
@@ -46,10 +47,7 @@ class Config:
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.pretrained smollm2'."""
     data: str = SCENES + "train"
     """Shards whose captions are encoded."""
-    sets: tuple[str, ...] = (
-        *(SCENES + "eval/" + name for name in ("retrieval_known", "retrieval_mixed", "retrieval_new", "patchdis")),
-        EMOJI_NAMES,
-    )
+    sets: tuple[str, ...] = (*SETS, SCENES + "eval/patchdis")
     """Evaluation sets and PatchDis folders whose captions and class names are encoded, too."""
     out: str = "data/lexvla/states.pt"
     """File to write. A finished one is not changed; it is an error if its settings differ."""

@@ -474,10 +474,11 @@ def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
         print(f"{len(sentences) - most:,} more shards are truncated or damaged")
 
 
-def say_left_out(pairs: Shards | TSV) -> None:
-    """Print what of `pairs` cannot be read: a sentence for each damaged shard, and the `broken_report`."""
+def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
+    """Print what of `pairs` cannot be read: a sentence for each damaged shard, and the `broken_report` of theirs and
+    `more` samples."""
     say_damaged(pairs.cut() if isinstance(pairs, Shards) else [])
-    if line := broken_report(pairs.broken, "left out"):
+    if line := broken_report([*pairs.broken, *more], "left out"):
         print(line)
 
 

@@ -130,9 +130,8 @@ def test_an_arm_is_trained_with_empty_caches(tmp_path: Path):
     )
 
     def train(cfg: Settings) -> None:
-        assert (cfg.batch_size, cfg.seed, cfg.save_every, cfg.device) == (32, 3, 5, "cpu") and not Path(
-            cfg.out
-        ).exists()
+        assert (cfg.batch_size, cfg.seed, cfg.save_every, cfg.device) == (32, 3, 5, "cpu")
+        assert not Path(cfg.out).exists()
         folder = run.RunFolder(cfg, bench.CPU, step=0)
         time.sleep(0.05)
         folder.start(0, 5)

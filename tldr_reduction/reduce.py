@@ -387,18 +387,6 @@ def write_tables(
     return report, columns
 
 
-def print_broken(pairs, reasons: np.ndarray) -> None:
-    """Print which shards are damaged and which samples were left out, if any.
-
-    reasons (N,): why an image is unreadable, "" if it is readable.
-    """
-    if isinstance(pairs, data.Shards):
-        data.say_damaged(pairs.cut())
-    unreadable = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in np.flatnonzero(reasons != "")]
-    if line := data.broken_report([*pairs.broken, *unreadable], "left out"):
-        print(line)
-
-
 def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     """Run all passes and write the results into the output folder, which has its config.json already."""
     pairs, process, rows = inference.pairs, inference.process, inference.rows
@@ -463,7 +451,8 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
         write_page(Path(cfg.out) / "report.html", cfg, pairs, report, columns)
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     checkpoints.write_json(Path(cfg.out) / "report.json", report)
-    print_broken(pairs, reasons)
+    unreadable = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in np.flatnonzero(reasons != "")]
+    data.say_left_out(pairs, unreadable)
     print_report(report)
 
 

@@ -99,7 +99,7 @@ def bench(
     """
     if SETTING in os.environ:
         set_up()
-        if to_the_floor is not None and options.trainings and os.environ[SETTING] == "1 thread":
+        if to_the_floor is not None and options.trainings and one_thread():
             to_the_floor(options.trainings)
         return measure(options)
     print(f"{run.machine()}, open_clip {version('open_clip_torch')}\n\n{HEAD}", flush=True)
@@ -113,6 +113,11 @@ def bench(
     if after is not None:
         set_up()
         after(options)
+
+
+def one_thread() -> bool:
+    """Whether this process measures under the setting of one thread."""
+    return os.environ[SETTING] == "1 thread"
 
 
 def page(lines: list[str]) -> str:

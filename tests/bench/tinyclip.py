@@ -172,9 +172,6 @@ def proportions(rounds: int) -> None:
         print("| " + " | ".join([*cells, f"{rate / base / expected:.2f}"]) + " |", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- script
-
-
 # --------------------------------------------------------------------------------------------- seconds to the floor
 
 
@@ -185,6 +182,9 @@ def to_the_floor(seeds: int) -> None:
         study.STUDY, study.VIT_RC, PRESETS, train.main, seeds, "names of scenes, unseen style, half a ViT from scratch",
         {"the pixel floor": "nearest neighbour on raw pixels"}, study.TOP1_SCENES, eval_every=25,
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- script
 
 
 def measure(options: argparse.Namespace) -> None:

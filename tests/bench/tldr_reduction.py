@@ -7,7 +7,6 @@ are not run at that size, where they would hold 13 GB.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from shared import run
 from shared.data import open_pairs
-from tests.bench import SETTING, arguments, at_least, bench, print_row, race, step_row
+from tests.bench import arguments, at_least, bench, one_thread, print_row, race, step_row
 from tests.bench.baselines import baseline_rows
 from tests.parity import test_tldr_reduction as parity
 from tldr_reduction import cluster, model, reduce, study, train
@@ -129,18 +128,13 @@ def a_million(n: int, k: int, folder: Path) -> None:
 
 def reduction(shards: str, folder: str) -> None:
     """`reduce` of pairs, from shards to shards, with the codes of EfficientNet-Lite0, on one core."""
-    cfg, found = ReduceConfig(shards, f"{folder}/out", keep=0.25, check="none", work=f"{folder}/work"), {}
-
-    def whole() -> None:
-        start = time.perf_counter()
-        reduce.main(cfg)
-        found["seconds"] = time.perf_counter() - start
-
-    memory, n = growth(whole), len(open_pairs(shards))
-    hours = {size: size * found["seconds"] / n / 3600 for size in (15_000_000, 400_000_000)}
-    on_paper = ", ".join(f"{size / 1e6:.0f} M {value:,.0f} h of one core" for size, value in hours.items())
-    note = f"{n / found['seconds']:.0f} samples/s, +{memory:.0f} MiB; at this rate {on_paper}"
-    print_row(f"reduction of {n:,} pairs from shards to shards", [(found["seconds"], None)], "", note)
+    cfg = ReduceConfig(shards, f"{folder}/out", keep=0.25, check="none", work=f"{folder}/work")
+    began = time.perf_counter()
+    memory = growth(lambda: reduce.main(cfg))
+    seconds, n = time.perf_counter() - began, len(open_pairs(shards))
+    hours = ", ".join(f"{size} M {size * 1e6 * seconds / n / 3600:,.0f} h of one core" for size in (15, 400))
+    note = f"{n / seconds:.0f} samples/s, +{memory:.0f} MiB; at this rate {hours}"
+    print_row(f"reduction of {n:,} pairs from shards to shards", [(seconds, None)], "", note)
 
 
 def clip_step(repetitions: int, batch: int = 64) -> None:
@@ -199,7 +193,7 @@ def measure(options: argparse.Namespace) -> None:
         clip_step(options.repetitions)
     if options.million and wanted("million"):
         a_million(options.million, 1000, options.folder)
-    if wanted("reduction") and os.environ[SETTING] == "1 thread":
+    if wanted("reduction") and one_thread():
         with tempfile.TemporaryDirectory() as folder:
             reduction(options.shards, folder)
 
