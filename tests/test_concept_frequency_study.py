@@ -111,10 +111,10 @@ def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
 
 
 def test_study_runs_the_presets_of_its_arms():
-    commands = {arm.name: study.STUDY.words(arm, 3)[0][1:] for arm in study.STUDY.jobs(study.STUDY.chosen("all"))}
+    commands = {arm.name: study.STUDY.words(arm, 3)[0] for arm in study.STUDY.jobs(study.STUDY.chosen("all"))}
     presets = {"zipf": "emoji", "uniform": "emoji-uniform", "reassigned": "emoji-reassigned"}
     assert study.STUDY.chosen("core") == study.STUDY.chosen("all")
     assert commands == {
-        arm: ["-m", "concept_frequency.train", preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
+        arm: ["concept_frequency.train", preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
         for arm, preset in presets.items()
     }

@@ -272,7 +272,7 @@ def test_studies_name_commands_that_are_there(folder: str, name: str):
     assert study.folder == folder and set(study.minutes) == {"core", "all"}
     names = [job.name for job in (*study.stages, *study.arms)]
     assert len(names) == len(set(names)) and all(arm.heading for arm in study.arms)
-    lines = [words[2:] for job in (*study.stages, *study.arms) for words in study.words(job, 7)]
+    lines = [words for job in (*study.stages, *study.arms) for words in study.words(job, 7)]
     lines += [once.command.replace("{photos}", "photos").split() for once in study.before]
     for module, *words in lines:
         assert module.split(".")[0] in (folder, "shared") and importlib.util.find_spec(module), module
@@ -287,11 +287,11 @@ def test_presets_of_a_study_are_the_scripts(folder: str, name: str):
     study = importlib.import_module(f"{folder}.{name}").STUDY
     scripts = {script: presets(folder, script) for of, script in TRAINING if of == folder}
     for job in (*study.stages, *study.arms):
-        for words in study.words(job, 7):
-            script = words[2].split(".")[1]
+        for module, *words in study.words(job, 7):
+            script = module.split(".")[1]
             if script in scripts:
-                assert words[3] in scripts[script], words
-                tyro.extras.overridable_config_cli(scripts[script], args=words[3:])  # takes every option
+                assert words[0] in scripts[script], words
+                tyro.extras.overridable_config_cli(scripts[script], args=words)  # takes every option
 
 
 @pytest.mark.parametrize(("folder", "script"), TRAINING)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from shared.study.report import Comparison
 
 def words(llm: str, arm: str) -> str:
     of = study.study(llm)
-    return " ".join(of.words(next(each for each in of.arms if each.name == arm), 3)[0][2:])
+    return " ".join(of.words(next(each for each in of.arms if each.name == arm), 3)[0])
 
 
 def test_arms_are_flags_of_one_preset_each():
@@ -174,13 +175,14 @@ def test_facets_of_an_image_are_compared_with_each_other():
 def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Arms and their stages run in order; nothing is embedded for arms that are not requested."""
     called = []
-    monkeypatch.setattr(runner.subprocess, "run", lambda line, **_: called.append(line) or dataclasses.make_dataclass(
-        "Done", [("returncode", int)])(0))  # fmt: skip
+    once = lambda line: called.append(line[2:]) or SimpleNamespace(returncode=0)  # noqa: E731
+    monkeypatch.setattr(runner.subprocess, "run", once)
+    monkeypatch.setattr(runner, "run_script", lambda module, words, environment: called.append([module, *words]))
     of = dataclasses.replace(study.study(GEMMA), evaluate=lambda runs: [{} for _ in runs])
     monkeypatch.setattr(runner.Study, "compare", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
-    scripts = [" ".join(line[2:]) for line in called]
+    scripts = [" ".join(line) for line in called]
     assert scripts[:2] == ["flame.recaption", "flame.new_names"]
     assert scripts[2].startswith("flame.embed emoji --llm gemma ")
     assert [line.split()[0] for line in scripts[3:]] == ["flame.train", "flame.train"]

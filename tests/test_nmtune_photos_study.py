@@ -37,7 +37,7 @@ def pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():
-    pretraining, probing = (words[2:] for words in study.STUDY.words(study.ARMS[2], 1))
+    pretraining, probing = study.STUDY.words(study.ARMS[2], 1)
     out = "runs/photos/nmtune/sup-10-seed1"
     assert pretraining[:2] == ["nmtune.pretrain", "small-sup"] and pretraining[-2:] == ["--out", out]
     assert "data/photos-cifar10/eval/cifar10:test" in pretraining and "0.1" in pretraining

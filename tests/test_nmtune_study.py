@@ -100,13 +100,13 @@ def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     assert len(study.STUDY.chosen("all")) == 16
     known = {arm.name: arm for arm in study.STUDY.arms}
     assert {each for claim in study.CLAIMS for each in (claim.method, claim.baseline)} == set(known)
-    pretraining, tuning = (words[2:] for words in study.STUDY.words(study.STUDY.arms[9], 1))
+    pretraining, tuning = study.STUDY.words(study.STUDY.arms[9], 1)
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
     assert tuning == ["nmtune.encoder_study", "--encoder", out, "--methods", "lp"]
-    head, _ = (words[2:] for words in study.STUDY.words(known["lite0-nmtune"], 1))
+    head, _ = study.STUDY.words(known["lite0-nmtune"], 1)
     assert head == ["nmtune.train", "emoji-lite0-nmtune", "--seed", "10", "--out", "runs/nmtune/lite0-nmtune-seed1"]
-    few, _ = (words[2:] for words in study.STUDY.words(known["lite0-mlp-few"], 1))
+    few, _ = study.STUDY.words(known["lite0-mlp-few"], 1)
     assert few[:4] == ["nmtune.train", "emoji-lite0-mlp", "--train-fraction", "0.1"]
     features = config.PRESETS["emoji-lite0-nmtune"][1].features
     assert f"--out {features}" in study.STUDY.before[0].command and set(study.BLACK_BOX) < set(

@@ -139,9 +139,9 @@ def test_towers_of_the_ceiling():
 def test_arms_are_commands_that_their_script_takes():
     """train.py accepts each arm's command line, and arms wait for their teachers and first weights."""
     for arm in study.STUDY.chosen("all"):
-        ((_, *words),) = study.STUDY.words(arm, 3)
-        assert words[:2] == ["-m", "tinyclip.train"] and words[-4:-1] == ["--seed", "3", "--out"]
-        cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words[2:])
+        ((module, *words),) = study.STUDY.words(arm, 3)
+        assert module == "tinyclip.train" and words[-4:-1] == ["--seed", "3", "--out"]
+        cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
         config.check_stage(cfg)
         teacher_or_first = {Path(path).name.removesuffix("-seed3") for path in (cfg.teacher, cfg.init) if path}
         assert arm.needs == teacher_or_first, arm.name

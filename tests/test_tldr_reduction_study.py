@@ -30,7 +30,7 @@ def test_arms_are_trained_on_the_reduction_they_are_named_after():
     runs = "runs/tldr_reduction"
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
-        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[3:])
+        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[1:])
         whole = {"full": "", "full-clean": "-clean", "full-noisy": "-noisy"}.get(arm.name)
         assert parsed.data == (f"{runs}/reduced/{arm.name}-seed7/shards" if whole is None else shards(whole))
         assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and parsed.lock_image
@@ -42,7 +42,7 @@ def test_reductions_are_of_their_pool_and_equal_in_number():
         (words,) = STUDY.words(stage, 7)
         name = stage.name.removeprefix("reduced/")
         pool, _ = REDUCTIONS[name]
-        parsed = tyro.cli(config.ReduceConfig, args=words[3:])
+        parsed = tyro.cli(config.ReduceConfig, args=words[1:])
         assert parsed.data == shards(pool) and parsed.seed == 7 and parsed.out == f"{runs}/{stage.name}-seed7"
         assert parsed.work == f"{runs}/work{pool}-seed7" and parsed.clusters > 1000
         assert parsed.match in (None, f"{runs}/reduced/codes{pool}-seed7")

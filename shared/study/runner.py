@@ -27,6 +27,7 @@ from shared.checkpoints import read_json, write_json
 from shared.run import QUIET
 from shared.study import report, verdicts
 from shared.study.floors import Floor
+from shared.study.scripts import run_script
 from shared.study.statistics import Claim, judge_all, measured
 
 COMMITTED = 5  # fewest seeds for which intervals of primary claims get Holm's correction
@@ -154,7 +155,7 @@ class Study:
         return f"runs/{self.home}/{name}-seed{seed}"
 
     def words(self, job: Stage, seed: int) -> list[list[str]]:
-        """The job's command lines, as lists of words."""
+        """The job's commands as lists of words, each starting with the name of the script's module."""
 
         def fill(match: re.Match) -> str:
             name = match[1]
@@ -164,7 +165,7 @@ class Study:
         for command in job.commands:
             if "{out}" not in command:
                 command += " --seed {seed} --out {out}"
-            lines.append([sys.executable, "-m", *PLACE.sub(fill, f"{self.folder}.{command}").split()])
+            lines.append(PLACE.sub(fill, f"{self.folder}.{command}").split())
         return lines
 
     def compare(self, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
@@ -279,12 +280,14 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     def work(job: Stage, seed: int) -> None:
         for name in waits_for(job, names):
             futures[name, seed].result()
-        for words in study.words(job, seed):
-            subprocess.run(words, env=environment, check=True)
+        commands = study.words(job, seed)
         if study.alone and isinstance(job, Arm):
             corpus = [] if study.on == "emoji" else ["--corpus", study.on]
-            words = [sys.executable, "-m", f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)]
-            subprocess.run(words, env=environment, check=True)
+            commands.append([f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)])
+        for module, *words in commands:
+            if code := run_script(module, words, environment):
+                failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
+                raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
         done, minutes = next(finished), (time.perf_counter() - start) / 60
         left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
         print(f"[{done}/{total}] {study.out(job.name, seed)}: {left}", flush=True)
@@ -295,9 +298,6 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         try:
             for future in as_completed(futures.values()):
                 future.result()
-        except subprocess.CalledProcessError as error:
-            command = " ".join(["python", *error.cmd[1:]])
-            raise ValueError(f"'{command}' failed; finished work is kept: run the study again to resume") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
