@@ -224,7 +224,9 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
         (folder / "results.md").write_text(evaluation.table(rows) + "\n")
         return {"metrics": metrics, "concepts": table}
 
-    found = evaluation.measured(folder / "results.json", setting, [folder / "checkpoint.pt"], measure)
+    found = evaluation.measured(
+        "concept_frequency", folder / "results.json", setting, [folder / "checkpoint.pt"], measure
+    )
     return found["metrics"] | {"concepts": found["concepts"]}
 
 

@@ -141,7 +141,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
-    return locked.evaluated(runs, measure_run, {"k": K, "min_images": MIN_IMAGES, "spacy": SPACY})
+    return locked.evaluated("concept_frequency", runs, measure_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

@@ -74,7 +74,9 @@ def measure_run(path: str) -> dict[str, float]:
         return tops | {"blackbox/ood": averaged(found, "top1")}
     probe = folder / "lp"
     sources = [probe / "checkpoint.pt", *Path(PACS).glob("*/*/*.tar")]
-    return measured(folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe))
+    return measured(
+        "nmtune", folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- floors

@@ -1,6 +1,7 @@
 """Evaluates run folders: saves metrics beside the checkpoint, prints them, and passes them to the paper's study."""
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import json
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoints import read_json, trained_by, write_json
-from shared.run import commit, read_metrics
+from shared.run import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -24,12 +27,20 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def measured(file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
+def code_of(paper: str) -> str:
+    """Digest of what metrics of a paper depend on: the Python files of its folder and of shared/."""
+    digest = hashlib.sha256()
+    for file in sorted((*(ROOT / paper).glob("*.py"), *(ROOT / "shared").rglob("*.py"))):
+        digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measured(paper: str, file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
     """Metrics from `measure()`, cached in `file`.
 
-    The cache is used if `file` is newer than `sources` and was written with the same `setting` and code.
+    The cache is used if `file` is newer than `sources` and was written with the same `setting` and `code_of` the paper.
     """
-    setting = json.loads(json.dumps(setting | {"code": commit()}))
+    setting = json.loads(json.dumps(setting | {"code": code_of(paper)}))
     if file.exists() and all(source.exists() and file.stat().st_mtime > source.stat().st_mtime for source in sources):
         kept = read_json(file)
         if kept.get("setting") == setting:
@@ -102,7 +113,7 @@ def measured_run(
         (folder / "results.md").write_text(table(rows) + "\n")
         return metrics
 
-    return measured(folder / "results.json", setting, sources, measure_and_show)
+    return measured(paper_of(cfg), folder / "results.json", setting, sources, measure_and_show)
 
 
 def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:

@@ -110,7 +110,7 @@ def measure_run(folder: Path) -> dict[str, float]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    return locked.evaluated(runs, measure_run, {})
+    return locked.evaluated("tldr_reduction", runs, measure_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

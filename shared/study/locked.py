@@ -129,10 +129,11 @@ def encode(folder: str | Path, features: Tensor, captions: Sequence[str]) -> tup
     return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
 
 
-def evaluated(runs: Sequence[str], measure: Callable[[Path], dict[str, Any]], setting: dict) -> list[dict[str, Any]]:
-    """`measure` of each run on the test photographs, cached beside its checkpoint while `setting` stays the same."""
+def evaluated(paper: str, runs: Sequence[str], measure: Callable[[Path], dict[str, Any]]) -> list[dict[str, Any]]:
+    """`measure` of each run of the paper on the test photographs, cached beside its checkpoint."""
     found = []
     for folder in map(Path, runs):
         sources = [folder / "checkpoint.pt", *Path(photos.RETRIEVAL).glob("*/*.tar")]
-        found.append(evaluation.measured(folder / "results.json", setting, sources, functools.partial(measure, folder)))
+        of_run = functools.partial(measure, folder)
+        found.append(evaluation.measured(paper, folder / "results.json", {}, sources, of_run))
     return found

@@ -197,7 +197,8 @@ class Study:
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
         measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
         sources = [tar for folder in self.sets for tar in Path(folder).glob("*/*.tar")]
-        return evaluation.measured(kept, {"floors": [floor.name for floor in floors], "known": known}, sources, measure)
+        setting = {"floors": [floor.name for floor in floors], "known": known}
+        return evaluation.measured(self.folder, kept, setting, sources, measure)
 
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
         """Results of schema 2: with floors, intervals from pooled standard deviations, and primary claims first."""
