@@ -19,6 +19,15 @@ def test_the_page_of_results_is_made_of_the_files():
     )
 
 
+def test_the_readme_counts_verdicts_on_abstracts():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == overview.with_verdicts(readme, overview.read(ROOT / "results")), "run `make readme`"
+    rows = [{"primary": True, "verdict": verdict} for verdict in ("not resolved", "reproduced", "not resolved")]
+    summaries = {"paper": {"claims": [*rows, {"verdict": "not reproduced"}]}}
+    text = "| folder | verdicts |\n| [`paper/`](a.md) | old |\n| [`papers/`](b.md) | |\n"
+    assert overview.with_verdicts(text, summaries) == text.replace(" old ", " 1 reproduced, 2 not resolved ")
+
+
 def test_the_page_with_plots_needs_nothing_else():
     found = overview.read(ROOT / "results")
     page = overview.html_page(found, {}, ROOT / "results")

@@ -7,6 +7,7 @@ and opens offline. `python -m shared.study.overview runs` writes runs/report.htm
 import argparse
 import base64
 import html
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
                 other = summaries.get(folder) if on == "photos" else None
                 page += [*heading, *section(study_of(folder, on), found[folder], other)]
     return "\n\n".join(page) + "\n"
+
+
+def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
+    """The root README; the last cell of each paper's row gets the verdicts of its primary claims, with their number."""
+    for folder, summary in summaries.items():
+        found = Counter(row["verdict"] for row in summary["claims"] if row.get("primary"))
+        words = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
+        readme = re.sub(rf"^(\| \[`{folder}/`\].*\|)[^|\n]*\|$", rf"\g<1> {words} |", readme, flags=re.MULTILINE)
+    return readme
 
 
 def overview_table(summaries: dict[str, dict]) -> str:
@@ -207,6 +217,8 @@ def main() -> None:
     committed = folder == Path("results")
     if committed:
         Path("RESULTS.md").write_text(markdown(found, photographs))
+        readme = Path("README.md")
+        readme.write_text(with_verdicts(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
         for paper in papers:
             report.update_readme(paper)
     page = Path("report.html") if committed else folder / "report.html"
