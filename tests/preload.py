@@ -19,10 +19,23 @@ OURS = [f"{path.parent.name}.{path.stem}" for path in sorted(PATHS) if "study" n
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 os.fsync = lambda descriptor: None  # what tests write need not survive a power cut
-for name in [*LATE, *OURS]:
+for name in [*LATE, *OURS, "tests.small"]:
     with contextlib.suppress(Exception):  # the test that needs it says what is wrong
         importlib.import_module(name)
 with contextlib.suppress(Exception):
     sys.modules["concept_frequency.tagging"].load_spacy("en_core_web_sm")
+with contextlib.suppress(Exception):
+    from open_clip import tokenizer
+
+    made, make = tokenizer.SimpleTokenizer(), tokenizer.SimpleTokenizer.__init__
+
+    def shared(self, context_length: int = 77, clean: str = "lower", reduction_mask: str = "", **more) -> None:
+        """CLIP's vocabulary is read once, which takes a tenth of a second, and not by each fork."""
+        if more:
+            return make(self, context_length=context_length, clean=clean, reduction_mask=reduction_mask, **more)
+        vars(self).update(vars(made), context_length=context_length, clean_fn=tokenizer.get_clean_fn(clean))
+        self.reduction_fn = tokenizer.get_reduction_mask_fn(reduction_mask) if reduction_mask else None
+
+    tokenizer.SimpleTokenizer.__init__ = shared
 gc.collect()
 gc.freeze()  # forks need not go through all of it again and again

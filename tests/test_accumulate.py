@@ -212,7 +212,7 @@ PLAIN = {
     "flame": ["--eps", "1e-4"],
     "lexvla": ["--eps", "1e-4"],
     "nmtune": ["--eps", "1e-4"],
-    "protoclip": ["--eps", "1e-4", "--model", "ViT-emoji", "--num-layers", "0"],
+    "protoclip": ["--eps", "1e-4", "--model", "ViT-test", "--num-layers", "0"],
     "tinyclip": ["--eps", "1e-4"],
     "tldr_reduction-clip": ["--eps", "1e-4"],
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import small  # noqa: F401  (the models named test)
 import torch
 from scripts import ROOT, Lazily, ended, kill_when, start_two
 
@@ -20,7 +21,7 @@ SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
 PIPELINE = "en_core_web_sm"
 TINY = Config(
     data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, total=320, epochs=3, batch_size=32,
-    model="ViT-emoji", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
+    model="ViT-test", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
 )  # fmt: skip
 STEPS = 30
 ARMS = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}  # settings of each
@@ -36,7 +37,7 @@ def shards():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder of the runs, emptied at the end because a checkpoint has 90 MB."""
+    """Folder of the runs, emptied at the end."""
     path = tmp_path_factory.mktemp("concept_frequency")
     yield path
     shutil.rmtree(path)

@@ -23,6 +23,7 @@ import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from test_protoclip_model import linears, model_of, tiny_model  # noqa: F401
+from tiny import small_set
 
 from protoclip import config, train
 from protoclip.config import PRESETS, Config
@@ -40,7 +41,7 @@ SCRIPT, SECONDS = "protoclip.train", 60
 STEPS, PER_EPISODE = 15, 5
 TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160
     --batch-size 32 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --eval-every 0 --warmup 2
-    --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1 --max-grad-norm 10 --model ViT-emoji --no-keep-in-memory
+    --lr 1e-3 --eps 1e-4 --precision fp32 --log-every 1 --max-grad-norm 50 --model ViT-test --no-keep-in-memory
     --no-distinct-captions --crop None""".split()
 IN_MEMORY = ["--keep-in-memory", "--distinct-captions", "--crop", "0.7", "1.4"]
 
@@ -54,7 +55,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    """For run folders; emptied at the end, since a checkpoint has 90 MB."""
+    """For run folders; emptied at the end."""
     path = tmp_path_factory.mktemp("protoclip")
     yield path
     shutil.rmtree(path)
@@ -114,7 +115,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli):
 
 
 def test_evaluation_during_training(cli, folder: Path):
-    ood = ROOT / "data/emoji/eval/groups_ood"
+    ood = small_set("groups_ood", folder / "sets", every=40)
     options = [*TINY, "--episodes", "2", "--eval-every", "2", "--eval-set", ood, "--episode-size", "32"]
     finished(cli("emoji-clip", *options, "--out", folder / "evaluated"))
     last = metrics(folder / "evaluated")[-1]
@@ -125,7 +126,8 @@ def test_warm_up_and_lit_episodes_are_not_extracted(folder: Path, monkeypatch: p
     calls, extract = [], train.extract_features
     monkeypatch.setattr(train, "extract_features", lambda *args: calls.append(args[2]) or extract(*args))
     cfg = dataclasses.replace(
-        config.EMOJI, data=f"{SHARDS}/00000.tar", out=str(folder / "lit"), w_external=0.0, k=4, precision="fp32",
+        config.EMOJI, model="ResNet-test",
+        data=f"{SHARDS}/00000.tar", out=str(folder / "lit"), w_external=0.0, k=4, precision="fp32",
         image_size=16, episodes=4, episode_size=32, batch_size=16, infonce_warmup=1, lit_start=3, eval_every=0,
         warmup=1, log_every=1,
     )  # fmt: skip
@@ -176,7 +178,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     one, two = folder / "protoclip-1", folder / "protoclip-2"
     finished(cli("emoji", *TINY, *LINEAR, "--out", one))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "protoclip.train", "emoji", *TINY, *LINEAR, "--out", two]
+    command = [*torchrun, "-m", "small", SCRIPT, "emoji", *TINY, *LINEAR, "--out", two]
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )

@@ -107,11 +107,11 @@ def test_a_dry_run_fetches_nothing(name: str, given, in_process, folder: Path):
 
 EQUAL = {  # without BatchNorm, which normalises each process' share on its own
     "attentive_mask_clip": ["--views", "1", "--no-ssl"],
-    "protoclip": ["--num-layers", "0", "--model", "ViT-emoji"],
+    "protoclip": ["--num-layers", "0", "--model", "ViT-test"],
 }
 EVALUATED = ("attentive_mask_clip", "flame", "protoclip", "tinyclip", "tldr_reduction-clip")  # by the first process
 SUPERVISED = (
-    "emoji-sup-30 --model convnext_atto --precision fp32 --epochs 1 --warmup 2 --log-every 1 --workers 0".split()
+    "emoji-sup-30 --model test_convnext --precision fp32 --epochs 1 --warmup 2 --log-every 1 --workers 0".split()
 )
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from test_tinyclip_masks import masks_of
 from test_tinyclip_model import clip_of, example, pooling_widths, tiny
+from tiny import small_set
 
 from shared import checkpoints, run
 from tinyclip import config, train
@@ -54,7 +55,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, corpus):
-    """For run folders; emptied at the end, since a checkpoint has 90 MB."""
+    """For run folders; emptied at the end."""
     path = tmp_path_factory.mktemp("tinyclip")
     yield path
     shutil.rmtree(path)
@@ -328,7 +329,7 @@ def test_tokenizer(case):
 
 def test_batches_in_memory_are_those_that_are_read(corpus: None, tmp_path: Path):
     """Equal bit for bit: images, tokens up to the longest, the teacher's features; also from the middle on."""
-    words = ["emoji-contrastive", *TINY, "--out", str(tmp_path), "--init", "None", "--alpha", "0.5"]
+    words = [*preset("emoji-contrastive"), *TINY, "--out", str(tmp_path), "--init", "None", "--alpha", "0.5"]
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
     process, (student, _) = run.Process(0, 1, torch.device("cpu")), first_weights(cfg)
     teacher = first_weights(dataclasses.replace(cfg, seed=1))[0].eval().requires_grad_(False)
@@ -355,7 +356,7 @@ def in_memory(words: list[str]) -> train.Corpus:
 def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path: Path):
     """A resumed run has the crops of an uninterrupted one; they are crops of the images that `augmentation` none
     shows."""
-    words = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--out", str(tmp_path)]
+    words = [*preset("emoji-resnet-contrastive"), *TINY, "--init", "None", "--out", str(tmp_path)]
     corpus = in_memory(words)
     whole = [batch for batch, _ in zip(corpus.batches(0, None, "fp32"), range(6), strict=False)]
     for start in (2, 4):
@@ -371,7 +372,7 @@ def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path:
 
 def test_distinct_captions_are_apart_on_every_process(corpus: None, tmp_path: Path):
     names = str(ROOT / "data/emoji/train_names")
-    words = ["emoji-resnet-contrastive", *TINY, "--init", "None", "--data", names, "--out", str(tmp_path)]
+    words = [*preset("emoji-resnet-contrastive"), *TINY, "--init", "None", "--data", names, "--out", str(tmp_path)]
     one = in_memory(words)
     two = [copy.copy(one), copy.copy(one)]
     for rank, each in enumerate(two):
@@ -388,6 +389,14 @@ def test_distinct_captions_are_apart_on_every_process(corpus: None, tmp_path: Pa
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 
+MODELS = {"emoji-teacher": "test-100", "emoji-auto": "test-100", "emoji-resnet-teacher": "test-resnet-100"}
+
+
+def preset(name: str) -> list[str]:
+    """A preset with a smaller model of its kind."""
+    return [name, "--model", MODELS.get(name, "test-resnet-50" if "resnet" in name else "test-50")]
+
+
 def inheriting(teacher: Path) -> list:
     """Options of a student that inherits from its teacher and mimics it, at the authors' scale."""
     return ["--teacher", teacher, "--init", teacher, "--logit-scale", "50"]
@@ -397,19 +406,19 @@ def arms(folder: Path) -> dict[str, list]:
     """A teacher and all kinds of later stages; the second automatic stage starts from the first."""
     given, of_resnet = (inheriting(folder / f"{name}-seed0") for name in ("teacher", "resnet-teacher"))
     commands = {
-        "teacher": ["emoji-teacher"],
-        "resnet-teacher": ["emoji-resnet-teacher"],
-        "resnet": ["emoji-resnet", *of_resnet],
-        "resnet-image": ["emoji-resnet", *of_resnet, "--inherit-only", "image"],
-        "random-contrastive": ["emoji-contrastive", "--init", "None"],
-        "inherited-affinity": ["emoji", *given],
-        "random-channels": ["emoji", *given, "--inherit", "random"],
-        "crops": ["emoji", *given, "--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform"],
-        "image-locked": ["emoji", *given, "--lock-image"],
-        "text-alone": ["emoji", *given, "--use-teacher-image"],
-        "auto": ["emoji-auto", *given, *MASKS],
+        "teacher": preset("emoji-teacher"),
+        "resnet-teacher": preset("emoji-resnet-teacher"),
+        "resnet": [*preset("emoji-resnet"), *of_resnet],
+        "resnet-image": [*preset("emoji-resnet"), *of_resnet, "--inherit-only", "image"],
+        "random-contrastive": [*preset("emoji-contrastive"), "--init", "None"],
+        "inherited-affinity": [*preset("emoji"), *given],
+        "random-channels": [*preset("emoji"), *given, "--inherit", "random"],
+        "crops": [*preset("emoji"), *given, "--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform"],
+        "image-locked": [*preset("emoji"), *given, "--lock-image"],
+        "text-alone": [*preset("emoji"), *given, "--use-teacher-image"],
+        "auto": [*preset("emoji-auto"), *given, *MASKS],
         "auto-progressive": [
-            *("emoji-auto", *given, *MASKS, "--init", folder / "auto-seed0"),
+            *(*preset("emoji-auto"), *given, *MASKS, "--init", folder / "auto-seed0"),
             *("--start-sparsity", "0.5", "--target-sparsity", "0.75"),
         ],
     }
@@ -453,12 +462,12 @@ def test_sizes(runs: dict[str, Path]):
 
 
 def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
-    cfg = dataclasses.replace(config.EMOJI, init=str(runs["teacher"]), image_size=16)
+    cfg = dataclasses.replace(config.EMOJI, model="test-50", init=str(runs["teacher"]), image_size=16)
     (student, _), teacher = first_weights(cfg), load_clip(runs["teacher"])
-    assert torch.equal(student.visual.conv1.weight, teacher.visual.conv1.weight[:72])
+    assert torch.equal(student.visual.conv1.weight, teacher.visual.conv1.weight[:24])
     assert torch.equal(student.transformer.resblocks[0].ln_1.weight, teacher.transformer.resblocks[0].ln_1.weight)
     assert student.logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["teacher"]), image_size=16)
+    auto = dataclasses.replace(config.EMOJI_AUTO, model="test-100", init=str(runs["teacher"]), image_size=16)
     whole, masks = first_weights(auto)
     state = whole.state_dict()
     assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items() if k != "logit_scale")
@@ -467,7 +476,9 @@ def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
 
 def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
     """The other tower starts like without --init."""
-    cfg = dataclasses.replace(config.PRESETS["emoji-resnet"][1], init=str(runs["resnet-teacher"]), image_size=16)
+    cfg = dataclasses.replace(
+        config.PRESETS["emoji-resnet"][1], model="test-resnet-50", init=str(runs["resnet-teacher"]), image_size=16
+    )
 
     def start(**changes) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -477,7 +488,7 @@ def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
         start(**changes) for changes in ({"init": None}, {}, {"inherit_only": "image"}, {"inherit_only": "text"})
     )
     stem = load_clip(runs["resnet-teacher"]).visual.trunk.stem.conv.weight
-    assert torch.equal(inherited["visual.trunk.stem.conv.weight"], stem[:22])
+    assert torch.equal(inherited["visual.trunk.stem.conv.weight"], stem[:6])
     for name, value in inherited.items():
         of_image = name.startswith("visual.")
         assert torch.equal(image[name], value if of_image else random_weights[name]), name
@@ -485,7 +496,7 @@ def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
 
 
 def test_a_tower_that_is_not_trained_stays_as_it_was(runs: dict[str, Path]):
-    cfg = dataclasses.replace(config.EMOJI, init=str(runs["teacher"]), image_size=16)
+    cfg = dataclasses.replace(config.EMOJI, model="test-50", init=str(runs["teacher"]), image_size=16)
     starts = {"image-locked": first_weights(cfg)[0], "text-alone": load_clip(runs["teacher"])}
     for arm, start in starts.items():
         state, first = checkpoints.load_checkpoint(runs[arm] / "checkpoint.pt"), start.state_dict()
@@ -494,14 +505,14 @@ def test_a_tower_that_is_not_trained_stays_as_it_was(runs: dict[str, Path]):
         moments = state["optimizers"][0]["state"]
         assert len(moments) == len(state["state_dict"]) - len(image)
     student = load_clip(runs["text-alone"])
-    assert (student.geometry["vision"]["width"], student.geometry["text"]["layers"]) == (96, 1)
+    assert (student.geometry["vision"]["width"], student.geometry["text"]["layers"]) == (32, 1)
     text = first_weights(cfg)[0].transformer.state_dict()
     assert not all(torch.equal(value, text[name]) for name, value in student.transformer.state_dict().items())
 
 
 def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
     """The weights left by the first stage are in the front corner of the full size, with open gates."""
-    auto = dataclasses.replace(config.EMOJI_AUTO, init=str(runs["auto"]), image_size=16)
+    auto = dataclasses.replace(config.EMOJI_AUTO, model="test-100", init=str(runs["auto"]), image_size=16)
     (student, (image_mask, text_mask)), first = first_weights(auto), load_clip(runs["auto"])
     width = first.geometry["text"]["width"]
     assert torch.equal(student.token_embedding.weight[:, :width], first.token_embedding.weight)
@@ -514,16 +525,16 @@ def test_the_second_stage_starts_where_the_first_ended(runs: dict[str, Path]):
 def test_a_finished_run_is_not_run_twice(runs: dict[str, Path], cli):
     out = runs["auto"]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
-    result = finished(cli("emoji-auto", *inheriting(runs["teacher"]), *MASKS, *TINY, "--out", out))
+    result = finished(cli(*preset("emoji-auto"), *inheriting(runs["teacher"]), *MASKS, *TINY, "--out", out))
     assert f"is finished ({STEPS} steps); nothing to do" in result.out
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
-    ood = ROOT / "data/emoji/eval/groups_ood"
+    ood = small_set("groups_ood", folder / "sets", every=40)
     options = [*TINY, *MASKS, "--steps", "6", "--eval-every", "3", "--eval-set", ood]
     given = ["--teacher", runs["teacher"], "--init", runs["teacher"]]
-    finished(cli("emoji-auto", *given, *options, "--out", folder / "evaluated"))
+    finished(cli(*preset("emoji-auto"), *given, *options, "--out", folder / "evaluated"))
     points = [
         (line["step"], line["zero_shot_top1"]) for line in metrics(folder / "evaluated") if "zero_shot_top1" in line
     ]
@@ -541,10 +552,10 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
     given = [*inheriting(teacher), *TINY, "--save-every", "1", "--out", out]
     crops = ["--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform", "--workers", "1"]
     presets = {
-        "auto": ["emoji-auto", *MASKS],
-        "crops": ["emoji", *crops],
-        "resnet": ["emoji-resnet"],
-        "text-alone": ["emoji", "--use-teacher-image"],
+        "auto": [*preset("emoji-auto"), *MASKS],
+        "crops": [*preset("emoji"), *crops],
+        "resnet": preset("emoji-resnet"),
+        "text-alone": [*preset("emoji"), "--use-teacher-image"],
     }
     command = [*presets[arm], *given]
     kills = [random.randint(2, 3), random.randint(6, 7)]
@@ -564,9 +575,9 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
 def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
     """The processes get torchrun's environment variables."""
     out, teacher = folder / f"two-{arm}", runs["teacher"]
-    preset = ["emoji-auto", *MASKS] if arm == "auto" else ["emoji"]
-    preset += ["--use-teacher-image"] if arm == "text-alone" else []
-    command = [*preset, *inheriting(teacher), *TINY, "--out", out]
+    words = [*preset("emoji-auto"), *MASKS] if arm == "auto" else preset("emoji")
+    words += ["--use-teacher-image"] if arm == "text-alone" else []
+    command = [*words, *inheriting(teacher), *TINY, "--out", out]
     for process in start_two(start, *command):
         finished(ended(process))
     one, two = ([line for line in metrics(path) if "loss" in line] for path in (runs[arm], out))
@@ -583,8 +594,8 @@ def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm
 
 def test_torchrun(cli, folder: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = [*TINY, "--steps", "2", "--model", "emoji-25"]
-    command = [*torchrun, "-m", "tinyclip.train", "emoji-teacher", *options, "--out", folder / "torchrun"]
+    options = [*TINY, "--steps", "2", "--model", "test-25"]
+    command = [*torchrun, "-m", "small", SCRIPT, "emoji-teacher", *options, "--out", folder / "torchrun"]
     environment = os.environ | ENVIRONMENT
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -615,12 +626,12 @@ def broken_shards(folder: Path) -> str:
     return f"{cut}::{mixed}"
 
 
-@pytest.mark.parametrize("preset", ["emoji-teacher", "emoji-contrastive"])  # read in every epoch, and read once
-def test_broken_shards_are_reported_and_the_run_finishes(cli, folder: Path, broken_shards: str, preset: str):
-    out = folder / f"broken-{preset}"
+@pytest.mark.parametrize("name", ["emoji-teacher", "emoji-contrastive"])  # read in every epoch, and read once
+def test_broken_shards_are_reported_and_the_run_finishes(cli, folder: Path, broken_shards: str, name: str):
+    out = folder / f"broken-{name}"
     options = [*TINY, "--init", "None", "--dataset-size", "None", "--data", broken_shards, "--steps", "4", "--out", out]
-    options += ["--no-keep-in-memory"] if preset == "emoji-teacher" else []
-    result = finished(cli(preset, *options))
+    options += ["--no-keep-in-memory"] if name == "emoji-teacher" else []
+    result = finished(cli(*preset(name), *options))
     reports = [line for line in result.out.splitlines() if "broken samples" in line]
     assert reports and reports[0].startswith("epoch 1: ")
     assert "1 missing caption" in reports[0] and "truncated or damaged tar" in reports[0]
@@ -629,7 +640,7 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, folder: Path, brok
 
 def test_strict_names_the_sample(cli, folder: Path, broken_shards: str):
     options = [*TINY, "--dataset-size", "None", "--data", broken_shards, "--strict", "--out", folder / "strict"]
-    result = cli("emoji-teacher", *options)
+    result = cli(*preset("emoji-teacher"), *options)
     assert result.code == 2 and "truncated or damaged tar" in result.err and one_sentence(result.err)
 
 
@@ -638,30 +649,34 @@ def test_strict_names_the_sample(cli, folder: Path, broken_shards: str):
 
 def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp_path: Path):
     given = inheriting(runs["teacher"])
-    result = in_process("emoji", *given, *TINY, "--lr", "1e-4", "--out", runs["inherited-affinity"])
+    result = in_process(*preset("emoji"), *given, *TINY, "--lr", "1e-4", "--out", runs["inherited-affinity"])
     assert result.code == 2 and "lr (was 0.002, now 0.0001)" in result.err and one_sentence(result.err)
     (tmp_path / "unfinished").mkdir()
-    result = in_process("emoji-contrastive", *TINY, "--init", tmp_path / "unfinished", "--out", tmp_path / "a")
+    result = in_process(*preset("emoji-contrastive"), *TINY, "--init", tmp_path / "unfinished", "--out", tmp_path / "a")
     assert result.code == 2 and "its run is not finished" in result.err and one_sentence(result.err)
-    result = in_process("emoji", *given, *TINY, "--inherit", "random", "--quick-gelu", "--out", tmp_path / "a")
-    assert result.code == 2 and "--inherit random cannot cut emoji-50" in result.err and one_sentence(result.err)
-    result = in_process("emoji", *given, *TINY, "--use-teacher-text", "--quick-gelu", "--out", tmp_path / "a")
+    result = in_process(*preset("emoji"), *given, *TINY, "--inherit", "random", "--quick-gelu", "--out", tmp_path / "a")
+    assert result.code == 2 and "--inherit random cannot cut test-50" in result.err and one_sentence(result.err)
+    result = in_process(*preset("emoji"), *given, *TINY, "--use-teacher-text", "--quick-gelu", "--out", tmp_path / "a")
     assert (
         result.code == 2
         and "quick_gelu is False in the teacher and True in the student" in result.err
         and one_sentence(result.err)
     )
-    result = in_process("emoji", *given, *TINY, "--image-size", "24", "--use-teacher-text", "--out", tmp_path / "a")
+    result = in_process(
+        *preset("emoji"), *given, *TINY, "--image-size", "24", "--use-teacher-text", "--out", tmp_path / "a"
+    )
     assert result.code == 2 and "it sees 16 pixels" in result.err and one_sentence(result.err)
-    result = in_process("emoji", "--teacher", runs["teacher"], *TINY, "--model", "emoji-100", "--init", runs["auto"])
+    result = in_process(
+        *preset("emoji"), "--teacher", runs["teacher"], *TINY, "--model", "test-100", "--init", runs["auto"]
+    )
     assert result.code == 2 and "more than" in result.err and one_sentence(result.err)
-    assert "--model emoji-100 cannot start from --init " in result.err
+    assert "--model test-100 cannot start from --init " in result.err
 
 
 def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_path: Path):
     """The teacher has 16 pixels and the student 24, so position embeddings are resized."""
     given = [*inheriting(runs["teacher"]), *TINY, "--image-size", "24"]
-    result = in_process("emoji", *given, "--out", tmp_path / "a")
+    result = in_process(*preset("emoji"), *given, "--out", tmp_path / "a")
     assert result.code == 0, result.err
     assert "the teacher sees 16 pixels and 24 tokens, the student 24 and 24: its images are resized" in result.out
 
@@ -670,7 +685,7 @@ def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_
 def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     shard, out = tmp_path / "shard.tar", tmp_path / "run"
     shutil.copy(SHARDS / "00000.tar", shard)
-    options = [*TINY, "--data", shard, "--model", "emoji-25", "--steps", "3", "--save-every", "2", "--out", out]
+    options = [*TINY, "--data", shard, "--model", "test-25", "--steps", "3", "--save-every", "2", "--out", out]
     assert in_process("emoji-teacher", *options).code == 0
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     torch.save(state | {"step": 2}, out / "checkpoint.pt")  # as if it had stopped early

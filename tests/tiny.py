@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import small  # noqa: F401  (the models named test)
 import torch
 from scripts import ROOT
 
@@ -107,22 +108,23 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
     """Arguments of each folder's training script: the paper's method or its cheapest arm, ten steps, a checkpoint every
     two. `parts` is the folder of the files that they need."""
     arms = {
-        "attentive_mask_clip": "emoji --image-size 20 --epochs 2 --warmup-epochs 1",
-        "concept_frequency": f"""emoji --model ViT-emoji --image-size 16 --num-concepts 12 --total 160 --epochs 2
+        "attentive_mask_clip": "emoji --model test --image-size 20 --epochs 2 --warmup-epochs 1",
+        "concept_frequency": f"""emoji --model ViT-test --image-size 16 --num-concepts 12 --total 160 --epochs 2
             --warmup 2 --eval-set {EVAL}/names_ood""",
         "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
             --epochs 2 --warmup 2""",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
             --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 32 --min-count 1
             --epochs 2 --warmup 2""",
-        "nmtune": "emoji-clip-30 --model ViT-emoji --no-keep-in-memory --epochs 2 --warmup 2",
-        "protoclip": """emoji --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1
-            --hidden-dim 32 --projection-dim 16 --warmup 2""",
-        "tinyclip": "emoji-teacher --image-size 16 --steps 10 --warmup 2 --no-keep-in-memory",
+        "nmtune": "emoji-clip-30 --model ViT-test --no-keep-in-memory --epochs 2 --warmup 2",
+        "protoclip": """emoji --model ResNet-test --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8
+            --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2""",
+        "tinyclip": "emoji-teacher --model test-100 --image-size 16 --steps 10 --warmup 2 --no-keep-in-memory",
         "tldr_reduction": f"""emoji --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
             --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
             --epochs 2 --warmup 2""",
-        "tldr_reduction-clip": f"""emoji-clip --vocab {parts / "vocab.txt"} --image-size 16 --epochs 2 --warmup 2""",
+        "tldr_reduction-clip": f"""emoji-clip --clip-model ViT-test --vocab {parts / "vocab.txt"} --image-size 16
+            --epochs 2 --warmup 2""",
     }
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
     workers = {name: ["--workers", "0"] for name in arms} | {"concept_frequency": []}

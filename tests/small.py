@@ -1,0 +1,34 @@
+"""Towers of a few thousand weights, for tests that are about scripts and not about models: where weights are made,
+checked and written, most of the time goes into the embeddings of 49,408 tokens. The server of scripts.py has these
+towers as well; `python -m small MODULE ARGUMENTS...` runs a script with them in a process of its own.
+
+Names: `ViT-test` and `ResNet-test` of open_clip, `test` of A-CLIP, `test-100`, `test-50`, `test-25`,
+`test-resnet-100` and so on of TinyCLIP.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import open_clip
+
+import attentive_mask_clip.model
+import shared.run  # noqa: F401  (adds the configs of the emoji-scale towers)
+import tinyclip.geometry
+
+TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+open_clip.add_model_config(Path(__file__).parent / "model_configs")
+aclip = dict(vision_width=32, vision_heads=2, embed_dim=32, text_width=16, text_heads=2, text_layers=1, ssl_hidden=64)
+attentive_mask_clip.model.PRESETS["test"] = attentive_mask_clip.model.PRESETS["emoji"] | aclip
+for share, width, text_width, layers in ((100, 32, 32, 2), (50, 24, 32, 1), (25, 16, 16, 1)):
+    vision = {"image_size": 40, "patch_size": 8, "width": width, "layers": 2, "head_width": 8}
+    plain = {"image_size": 32, "width": width, "layers": [1, 1, 1], "block": "basic"}
+    text = TEXT | {"width": text_width, "heads": text_width // 8, "layers": layers}
+    for name, tower in ((f"test-{share}", vision), (f"test-resnet-{share}", plain)):
+        tinyclip.geometry.CONFIGS[name] = {"embed_dim": 32, "vision": tower, "text": text}
+
+if __name__ == "__main__":
+    module, *rest = sys.argv[1:]
+    sys.argv = [module, *rest]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
