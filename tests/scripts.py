@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from shared import run
+from shared import export, run
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}  # of what is no fork of the server, too
@@ -87,6 +88,18 @@ def one_rank(rank: int, function: Callable, world_size: int, folder: Path, argum
 @pytest.fixture(scope="module")
 def cli(start):
     return lambda *arguments, **options: ended(start(*arguments, **options))
+
+
+@pytest.fixture
+def forked_exports(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports that a script `in_process` needs are made by forks of the server; test_export.py has real processes."""
+
+    def fork(command: list[str], **_) -> types.SimpleNamespace:
+        module, *arguments = command[2:]  # behind `python -m`
+        result = ended(start(*arguments, module=module))
+        return types.SimpleNamespace(returncode=result.code, stdout=result.out, stderr=result.err)
+
+    monkeypatch.setattr(export, "subprocess", types.SimpleNamespace(run=fork))
 
 
 @pytest.fixture

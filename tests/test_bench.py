@@ -6,16 +6,16 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
 import re
-import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripts import finished
 
 from protoclip.config import PRESETS
 from shared import run
@@ -27,6 +27,7 @@ from tests.bench import baselines
 from tests.bench import data as reading
 
 ROOT = Path(__file__).parents[1]
+SCRIPT, SECONDS = "slow", 120
 BENCH = """
     import os, time
     import torch
@@ -205,6 +206,7 @@ def test_settings_of_one_core(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_long_repetitions_count_from_the_first_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "gc", SimpleNamespace(collect=lambda: None))  # all of this process, each time
     calls: list[str] = []
     functions = (lambda: calls.append("ours")), (lambda: calls.append("theirs"))
     name, seconds = bench.race("x", *functions, 2, per=2)
@@ -214,15 +216,21 @@ def test_long_repetitions_count_from_the_first_on(monkeypatch: pytest.MonkeyPatc
     assert len(bench.race("x", *functions, 2)[1]) == 2 and len(calls) == 4
 
 
-def test_a_bench_runs_under_each_setting(tmp_path: Path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+def test_a_bench_runs_under_each_setting(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The bench itself is a fork of the tests' server; those that measure are processes of their own."""
     (tmp_path / "slow.py").write_text(textwrap.dedent(BENCH))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "ACTIVE"}
-    command = [sys.executable, "-m", "slow", "--repetitions", "1", "--results", "kept/slow.md"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "ACTIVE"}
+    done = finished(cli("--repetitions", "1", "--results", "kept/slow.md", **environment))
     settings = bench.thread_settings()
-    assert done.stderr.count("a library talks") == len(settings) and "a library talks" not in done.stdout
-    lines = done.stdout.splitlines()
+    assert done.err.count("a library talks") == len(settings) and "a library talks" not in done.out
+    lines = done.out.splitlines()
     alone, pair = (cells(line) for line in lines[4:6])
     assert lines[2:4] == bench.HEAD.split("\n")
     best = min(settings, key=lambda name: int(settings[name]["OMP_NUM_THREADS"]) / (1 + ("passive" in name)))

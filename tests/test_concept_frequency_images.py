@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import tarfile
 
 import pytest
@@ -19,7 +20,7 @@ def test_broken_samples_are_counted(tmp_path, capsys):
     shard.mkdir()
     with tarfile.open(SHARDS / "00000.tar") as source, tarfile.open(shard / "0.tar", "w") as target:
         spoiled = set()
-        for member in source:
+        for member in itertools.islice(source, 900):
             content = source.extractfile(member).read()
             if member.name.endswith(".json") and len(spoiled) < 2:
                 spoiled.add(member.name)

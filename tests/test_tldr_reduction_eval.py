@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, finished
+from scripts import finished
 from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
+from tiny import small_set
 
 from shared.study import report
 from tldr_reduction import eval as evaluation
@@ -59,7 +60,8 @@ def test_results_are_measured_anew_when_a_set_of_rerank_changes(tmp_path, monkey
 
 
 def test_evaluation(chain, cli, folder):
-    sets = ["--sets", str(ROOT / "data/emoji/eval/groups_ood"), "--rerank", str(ROOT / "data/emoji/eval/retrieval_ood")]
+    classes, pairs = (small_set(name, folder / "sets", every=16) for name in ("groups_ood", "retrieval_ood"))
+    sets = ["--sets", classes, "--rerank", pairs]
     for arm, run_folder in (("tldr", chain["clip"]), ("blip-tldr", chain["blip"])):
         shutil.copytree(run_folder, folder / f"{arm}-seed0")
     runs = [folder / "tldr-seed0", folder / "blip-tldr-seed0"]
