@@ -2,19 +2,20 @@
 
 from scripts import ROOT, one_sentence
 from test_concept_frequency_train import EVAL, PIPELINE, arms, folder, shards  # noqa: F401
+from tiny import small_set
 
 from concept_frequency import eval, measure
 from concept_frequency.concepts import read_concepts
 
 
 def test_measure_writes_the_authors_layout(arms, tmp_path):
-    sets = (str(ROOT / "data/emoji/eval/groups_id"), str(ROOT / "data/emoji/eval/retrieval_xm_en"))
+    sets = tuple(small_set(name, tmp_path / "sets") for name in ("groups_id", "retrieval_xm_en"))
     cfg = measure.Config(
         str(arms["zipf"]),
         sets,
         label="tiny|zipf",
         spacy=PIPELINE,
-        out=str(tmp_path),
+        out=str(tmp_path / "out"),
         device="cpu",
         precision="authors",
         prompts=("class", "simple", "ensemble", "ensemble80"),
@@ -22,10 +23,10 @@ def test_measure_writes_the_authors_layout(arms, tmp_path):
     )
     measure.main(cfg)
     for prompts in cfg.prompts:
-        scores = eval.load_results(tmp_path / f"groups_id_{prompts}_results.json", "tiny|zipf")
+        scores = eval.load_results(tmp_path / f"out/groups_id_{prompts}_results.json", "tiny|zipf")
         assert set(scores) <= set(read_concepts(sets[0])) and all(0 <= value <= 100 for value in scores.values())
     for title in ("t2i_k=1", "i2t_k=10"):
-        assert eval.load_results(tmp_path / f"retrieval_xm_en_{title}_results.json", "tiny|zipf")
+        assert eval.load_results(tmp_path / f"out/retrieval_xm_en_{title}_results.json", "tiny|zipf")
 
 
 def test_command_lines_end_in_one_sentence(in_process):

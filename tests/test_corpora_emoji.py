@@ -75,12 +75,12 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_calls_exit_2_with_one_sentence(tmp_path: Path) -> None:
+def test_wrong_calls_exit_2_with_one_sentence(in_process, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a corpus")
     for arguments in (["--limit", 0], ["--out", tmp_path]):
-        result = run(*arguments)
-        assert result.returncode == 2
-        assert len(result.stderr.splitlines()) == 1
+        result = in_process(*arguments, module="shared.corpora.emoji")
+        assert result.code == 2
+        assert len(result.err.splitlines()) == 1
 
 
 def test_failed_npm_is_one_sentence(tmp_path: Path, monkeypatch) -> None:

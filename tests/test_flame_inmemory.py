@@ -22,6 +22,7 @@ from test_flame_embed import (  # noqa: F401
     tiny_llm,
 )
 from test_flame_train import tiny  # noqa: F401
+from tiny import small_set
 
 from flame import config, inmemory, train
 from flame import eval as evaluation
@@ -132,9 +133,14 @@ def test_pixels_in_memory_are_cropped_and_normalised(settings: config.Config):
     assert images.dtype == torch.float32 and abs(float(images.mean())) < 3
 
 
-def test_evaluation_sets_are_computed_once_a_process(settings: config.Config, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module")
+def groups(folder: Path) -> str:  # noqa: F811
+    return small_set("groups_ood", folder / "small sets")
+
+
+def test_evaluation_sets_are_computed_once_a_process(settings: config.Config, groups, monkeypatch: pytest.MonkeyPatch):
     tower = train.open_model(settings, 16).visual
-    eval_set = EvalSet(EVAL / "groups_ood", None)
+    eval_set = EvalSet(groups, None)
     monkeypatch.setattr(inmemory, "_kept", {})
     tokens, labels = inmemory.set_tokens(eval_set, tower, torch.device("cpu"), torch.float32)
     assert tokens.shape == (len(labels), 4, 1280) and labels.dtype == torch.int64
@@ -142,7 +148,7 @@ def test_evaluation_sets_are_computed_once_a_process(settings: config.Config, mo
     assert inmemory.set_tokens(eval_set, tower, torch.device("cpu"), torch.float32)[0] is tokens
 
 
-def test_a_locked_run_trains_resumes_and_is_evaluated(tiny: list, start, cli, folder: Path, settings: config.Config):  # noqa: F811
+def test_a_locked_run_trains_resumes_and_is_evaluated(tiny, start, cli, folder: Path, settings, groups: str):  # noqa: F811
     """A killed run resumes bit for bit; at the end, its trunk still is the pretrained one."""
     flags = ["emoji-lite0", *tiny, "--image-size", "64", "--cache", settings.cache, "--save-every", "2"]
     finished(cli(*flags, "--out", folder / "locked-seed0"))
@@ -154,7 +160,7 @@ def test_a_locked_run_trains_resumes_and_is_evaluated(tiny: list, start, cli, fo
     before = train.open_model(settings, 16).state_dict()
     trunk = [name for name in before if name.startswith("visual.trunk.")]
     assert trunk and all(torch.equal(a["state_dict"][name], before[name]) for name in trunk)
-    cfg = evaluation.Config((), sets=(str(EVAL / "groups_ood"),), precision="fp32")
+    cfg = evaluation.Config((), sets=(groups,), precision="fp32")
     found = evaluation.evaluate_run(str(out), cfg, CPU)
     assert 0 <= found["groups_ood/top1"] <= 100
 
