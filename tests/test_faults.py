@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, same
+from scripts import ROOT, ended, finished, forked_exports, kill_at, metrics, one_sentence, same  # noqa: F401
 from tiny import FOLDERS, SCRIPTS, SHARDS, add_sample, commands, small_corpus, stages  # noqa: F401
 
 from shared import checkpoints, data
@@ -510,6 +510,7 @@ def test_a_stage_over_files_of_something_else(module: str, stage, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.usefixtures("forked_exports")
 def test_runs_of_other_scripts_are_named_where_one_of_ones_own_is_wanted(name: str, given, whole, in_process, tmp_path):
     for other in {"lexvla", "tldr_reduction"} - {name}:
         commands = [[f"{name}.eval", whole(other)]]
