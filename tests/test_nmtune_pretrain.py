@@ -32,7 +32,7 @@ from shared.clip import set_grad_checkpointing
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
 SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--no-keep-in-memory", "--epochs", "2", "--batch-size", "32"]
 SUPERVISED += ["--warmup", "2"]
-CLIP = "emoji-clip-30 --model ViT-emoji --no-keep-in-memory --precision fp32 --log-every 1 --warmup 2".split()
+CLIP = "emoji-clip-30 --model ViT-test --no-keep-in-memory --precision fp32 --log-every 1 --warmup 2".split()
 CLIP += ["--epochs", "2", "--batch-size", "32"]
 
 
@@ -70,9 +70,21 @@ def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, imag
 
 @pytest.mark.parametrize("kind", ["sup", "clip"])
 def test_pretraining_in_memory_kill_and_resume(in_process, start, tmp_path, images, pairs, kind):
-    data = images if kind == "sup" else pairs
-    command = [f"emoji-{kind}-30", "--data", data, "--precision", "fp32", "--epochs", "2", "--batch-size", "16"]
-    command += ["--warmup", "2", "--log-every", "1", "--save-every", "2", "--keep-every", "4", "--out"]
+    data, name = (images, "resnet_emoji") if kind == "sup" else (pairs, "ResNet-test")
+    command = [f"emoji-{kind}-30", "--model", name, "--data", data, "--precision", "fp32", "--epochs", "2"]
+    command += [
+        "--batch-size",
+        "16",
+        "--warmup",
+        "2",
+        "--log-every",
+        "1",
+        "--save-every",
+        "2",
+        "--keep-every",
+        "4",
+        "--out",
+    ]
     code, _, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
     assert code == 0 and (tmp_path / "whole/checkpoint-4.pt").is_file(), err
     kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
@@ -231,7 +243,7 @@ def test_two_processes_equal_one_in_pretraining(in_process, two, tmp_path, pairs
 def test_three_processes_share_a_short_last_batch(in_process, two, tmp_path, images):
     """The last twelve of 48 images, in batches of 36, are shared among the processes instead of all going to the
     first."""
-    command = ["emoji-sup-30", "--model", "convnext_atto", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
+    command = ["emoji-sup-30", "--model", "test_convnext", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
     command += ["--epochs", "1", "--batch-size", "36", "--warmup", "2", "--data", images, "--out"]
     assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
     two("nmtune.pretrain", *command, tmp_path / "more", count=3)

@@ -30,9 +30,9 @@ SCRIPT, SECONDS = "shared.corpora.pack", 300
 COLOURS, FORMS = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
 SIZES, PLACES = ("small", "large"), ("top left", "top right", "middle", "bottom left", "bottom right")
 SHORT = {  # what is appended to a command
-    "protoclip.train": """--image-size 32 --episodes 2 --episode-size 320 --batch-size 64 --k 8 --niter 5 --nredo 1
-        --hidden-dim 32 --projection-dim 16 --warmup 2""",
-    "attentive_mask_clip.train": "--image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
+    "protoclip.train": """--model ResNet-test --image-size 32 --episodes 2 --episode-size 320 --batch-size 64 --k 8
+        --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2""",
+    "attentive_mask_clip.train": "--model test --image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
     "tinyclip.train": "--image-size 32 --epochs 3 --batch-size 64",
     "flame.embed": "--llm parts/lm --layers 1",
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
@@ -41,11 +41,11 @@ SHORT = {  # what is appended to a command
     "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 28 --adapter-hidden 32
         --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
     "tldr_reduction.reduce": "--clusters 4 --num-codes 64 --workers 0",
-    "tldr_reduction.train": "--epochs 2 --batch-size 32 --warmup 2",
-    "nmtune.pretrain": "--epochs 1 --batch-size 64 --warmup 2",
+    "tldr_reduction.train": "--clip-model ViT-test --epochs 2 --batch-size 32 --warmup 2",
+    "nmtune.pretrain": "--model ViT-test --epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",
     "concept_frequency.count": "--workers 1",
-    "concept_frequency.train": "--image-size 16 --total 300 --epochs 2 --batch-size 64 --warmup 2",
+    "concept_frequency.train": "--model ViT-test --image-size 16 --total 300 --epochs 2 --batch-size 64 --warmup 2",
 }
 SKIPPED = {"shared.pretrained", "flame.captioner"}  # need a package or a model of the hub; others take their place
 PRECISE = ("train", "eval", "embed", "text", "reduce", "pretrain")  # scripts that get --precision fp32
