@@ -22,6 +22,7 @@ import pytest
 from scripts import ROOT, ended, finished, held, kill_when, one_sentence
 from test_concept_frequency_corpus import write_captions, write_shard
 from test_concept_frequency_train import EVAL, PIPELINE, SHARDS, shards  # noqa: F401
+from tiny import small_corpus
 from tqdm import tqdm
 
 from concept_frequency import corpus, count, search, tagging
@@ -341,8 +342,8 @@ def test_ray_counts_alike_from_any_folder(tmp_path, start, monkeypatch):
 def test_killed_count_goes_on(tmp_path, start):
     listed = tmp_path / "names.txt"
     listed.write_text("\n".join(NAMES))
-    out = tmp_path / "out"
-    arguments = ["shards", "--data", SHARDS, "--concepts", listed, "--out", out, "--workers", 1]
+    corpus, out = small_corpus(tmp_path / "corpus", pairs=900, shards=9), tmp_path / "out"
+    arguments = ["shards", "--data", corpus, "--concepts", listed, "--out", out, "--workers", 1]
     arguments += ["--spacy", PIPELINE, "--query-spacy", PIPELINE]
     kill_when(start(*arguments), lambda: list(out.glob("parts/text-*/*.npz")), timeout=100)
     finished = {
@@ -352,7 +353,7 @@ def test_killed_count_goes_on(tmp_path, start):
     code, printed, err = ended(start(*arguments))
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    truth = counted(tmp_path, "whole", data=(str(SHARDS),))
+    truth = counted(tmp_path, "whole", data=(str(corpus),))
     assert load_counts(out / "names_corpus_lemmatized_search_counts.json") == dict(
         zip(NAMES, truth.text.tolist(), strict=True)
     )

@@ -35,9 +35,11 @@ def test_broken_samples_are_counted(tmp_path, capsys):
     assert reasons.count("no image, or no .json with a name") >= 2 and "truncated or damaged tar" in reasons
     with pytest.raises(ValueError, match="--strict"):
         images.read_corpus(str(shard), names, (), 20, True)
+    (tmp_path / "names.txt").write_text("\n".join(names[:50]))
     cfg = CountConfig(
         data=(str(shard),),
-        concepts=(str(EVAL),),
+        concepts=(str(tmp_path / "names.txt"),),
+        workers=1,
         out=str(tmp_path / "brokencount"),
         spacy=PIPELINE,
         query_spacy=PIPELINE,

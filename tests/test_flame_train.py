@@ -29,6 +29,7 @@ from test_flame_embed import (  # noqa: F401
     tiny_llm,
 )
 from test_flame_model import tower, tower_of
+from tiny import small_set
 
 from flame import config, embed, train
 from flame import eval as evaluation
@@ -173,7 +174,8 @@ def test_training_never_loads_the_language_model(tiny: list, folder: Path, bank:
     monkeypatch.setattr(embed, "load_llm", lambda *args: pytest.fail("the language model was loaded"))
     cfg = dataclasses.replace(
         config.EMOJI, data=f"{SHARDS}/00000.tar", dataset_size=64, bank=str(bank), out=str(folder / "curve"), epochs=2,
-        batch_size=32, hidden_dim=16, image_size=16, precision="fp32", eval_every=1, eval_set=str(EVAL / "groups_ood"),
+        batch_size=32, hidden_dim=16, image_size=16, precision="fp32", eval_every=1,
+        eval_set=small_set("groups_ood", folder / "curve sets"),
     )  # fmt: skip
     train.main(cfg)
     top1 = [line["zero_shot_top1"] for line in metrics(folder / "curve") if "zero_shot_top1" in line]
