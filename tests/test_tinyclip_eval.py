@@ -8,16 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
-from scripts import ROOT, one_sentence, same
+from scripts import one_sentence, same
 from test_tinyclip_model import variants
 from test_tinyclip_train import SHARDS, TINY, corpus, folder  # noqa: F401
+from tiny import small_set
 
 from tinyclip import config, train
 from tinyclip import eval as evaluation
 from tinyclip.eval import retrieval_metrics, zero_shot_accuracy, zero_shot_classifier
 from tinyclip.model import create_model, load_clip
 
-SETS = tuple(str(ROOT / "data/emoji/eval" / name) for name in ("groups_id", "retrieval_xm_en"))
+
+@pytest.fixture(scope="module")
+def sets(folder: Path) -> tuple[str, ...]:
+    return tuple(small_set(name, folder / "sets") for name in ("groups_id", "retrieval_xm_en"))
 
 
 # ----------------------------------------------------------------------------------------------------- scores and costs
@@ -74,11 +78,11 @@ def trained(*arguments) -> Path:
 
 @pytest.fixture(scope="module")
 def small_run(folder: Path) -> Path:
-    return trained("emoji-teacher", *TINY, "--model", "emoji-25", "--steps", "2", "--out", folder / "small-seed0")
+    return trained("emoji-teacher", *TINY, "--model", "test-25", "--steps", "2", "--out", folder / "small-seed0")
 
 
-def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    cfg = evaluation.Config((str(small_run),), sets=SETS, throughput=False, device="cpu")
+def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, sets, monkeypatch, capsys: pytest.CaptureFixture):
+    cfg = evaluation.Config((str(small_run),), sets=sets, throughput=False, device="cpu")
     (values,) = evaluation.main(cfg)
     assert json.loads((small_run / "results.json").read_text())["metrics"] == values
     printed = capsys.readouterr().out
@@ -86,7 +90,7 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, monkeypatc
     model = load_clip(small_run)
     assert values["macs_g"] == pytest.approx(evaluation.macs(model) / 1e9)
     assert values["total_parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)
-    assert {name.partition("/")[0] for name in values if "/" in name} == {Path(path).name for path in SETS}
+    assert {name.partition("/")[0] for name in values if "/" in name} == {Path(path).name for path in sets}
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
     assert evaluation.main(cfg) == [values]
 
@@ -101,16 +105,16 @@ def test_a_short_run_that_pruned_too_little_says_so(tmp_path: Path, capsys: pyte
     assert "sparsity of 0.011, where 0.390 was asked for" in capsys.readouterr().out
 
 
-def test_probes_of_a_run(small_run: Path, in_process):
-    cfg = evaluation.Config((str(small_run),), sets=(), probe=SETS[:1], throughput=False, device="cpu")
+def test_probes_of_a_run(small_run: Path, sets, in_process):
+    cfg = evaluation.Config((str(small_run),), sets=(), probe=sets[:1], throughput=False, device="cpu")
     (values,) = evaluation.main(cfg)
     assert all(0 <= values[f"groups_id/probe_{metric}"] <= 100 for metric in ("top1", "mean_per_class"))
-    result = in_process(small_run, "--probe", SETS[1], module="tinyclip.eval")  # without classes to learn
-    assert result.code == 2 and SETS[1] in result.err and one_sentence(result.err)
+    result = in_process(small_run, "--probe", sets[1], module="tinyclip.eval")  # without classes to learn
+    assert result.code == 2 and sets[1] in result.err and one_sentence(result.err)
 
 
-def test_an_exported_folder_is_measured_like_its_run(small_run: Path, folder: Path):
-    cfg = evaluation.Config((str(small_run),), sets=SETS[:1], throughput=False, device="cpu")
+def test_an_exported_folder_is_measured_like_its_run(small_run: Path, sets, folder: Path):
+    cfg = evaluation.Config((str(small_run),), sets=sets[:1], throughput=False, device="cpu")
     exported = folder / "exported"
     evaluation.export_run(str(small_run), str(exported), cfg)
     assert same(dict(load_clip(exported).state_dict()), dict(load_clip(small_run).state_dict()))

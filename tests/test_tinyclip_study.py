@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from test_tinyclip_eval import SETS, trained
+from test_tinyclip_eval import sets, trained  # noqa: F401
 from test_tinyclip_train import arms, corpus, folder  # noqa: F401
 
 from shared import checkpoints
@@ -27,9 +27,9 @@ def runs(folder: Path) -> dict[str, Path]:
     return {arm: trained(*command) for arm, command in arms(folder).items() if arm in compared}
 
 
-def test_report(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
-    sets = dict(sets=SETS, throughput=False, device="cpu")
-    cfg = evaluation.Config(tuple(map(str, runs.values())), report=str(tmp_path / "results.json"), **sets)
+def test_report(runs: dict[str, Path], sets, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    given = dict(sets=sets, throughput=False, device="cpu")
+    cfg = evaluation.Config(tuple(map(str, runs.values())), report=str(tmp_path / "results.json"), **given)
     arms = "inherited-affinity", "random-contrastive"
     claim = statistics.Claim("higher", "+1", "groups_id/top1", *arms, primary=True)
     faster = statistics.Claim("faster", "1.4x", study.TIME, *arms, -1, learned_by="groups_id/top1")
