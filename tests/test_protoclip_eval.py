@@ -26,7 +26,7 @@ def trained(folder: Path, preset: str, seed: int, **more) -> str:
         config.PRESETS[preset][1],
         data=str(EMOJI / "train/00000.tar"),
         external_teacher=str(EMOJI / "teacher.npz"),
-        eval_set=str(EMOJI / "eval/groups_id"),
+        eval_set=small_set("groups_id", folder.with_name(f"{folder.name}-sets"), every=40),
         out=str(folder),
         image_size=16,
         episodes=2,
