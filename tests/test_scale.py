@@ -88,7 +88,7 @@ def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, sta
             else:
                 for process in both:
                     finished(ended(process))
-            assert len(Flaky.dropped) == 4 or killed
+            assert len(Flaky.dropped) == 4 or path == out and Flaky.dropped  # a resumed run fetches what is left
     finally:
         server.shutdown()
     assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) >= 4
