@@ -1,0 +1,24 @@
+"""Scripts of a study as forks of a server."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shared.study import scripts
+
+
+def test_scripts_start_as_from_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """With the modules, arguments, environment and exit code of `python -m`; what they print comes out here."""
+    monkeypatch.chdir(tmp_path)
+    Path("helper.py").write_text("NAME = 'helper'\n")
+    text = "import os, sys, helper\nprint(__name__, sys.argv[1:], os.environ['WORD'], helper.NAME)\nsys.exit(7)\n"
+    Path("tool.py").write_text(text)
+    assert scripts.run_script("tool", ["a", "--b", "c d"], {"WORD": "said"}) == 7
+    assert capfd.readouterr().out == "__main__ ['a', '--b', 'c d'] said helper\n"
+    Path("tool.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert scripts.run_script("tool", [], {}) == -9 and "WORD" not in os.environ
+    Path("tool.py").write_text("import torch\nassert torch.ones(10**6).sum() == 10**6\n")
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: scripts.run_script("tool", [], {}), range(12))) == [0] * 12
