@@ -23,8 +23,9 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
     environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} | dict(environment)
     output = [connection.Connection(os.dup(stream), readable=False) for stream in (1, 2)]  # can be sent to a process
     process = CONTEXT.Process(target=script, args=(module, list(arguments), environment, output))
+    study = sys.modules["__main__"].__spec__  # None if we were not started by `python -m`
     with LOCK, mock.patch.dict(os.environ, environment):
-        CONTEXT.set_forkserver_preload(["shared.study.runner"])
+        CONTEXT.set_forkserver_preload(["shared.study.runner", *([study.name] if study else [])])
         forkserver.ensure_running()
         process.start()
     connection.wait([process.sentinel])
