@@ -40,7 +40,7 @@ METRICS = {  # metrics shown for a run, and their headings
     "data/scenes": "distinct scenes",
     "data/named": "true T_o",
     "itm/after_mean": "ITM mean",
-    "itm/after_below_half": "ITM < 0.5",
+    "itm/after_below_half": "scores below the cut",
     "itm/auc": "ITM AUC, true names against others'",
     "data/generated_right": "T_g is the name",
     "data/nmi": "NMI of clusters and scenes",

@@ -175,7 +175,7 @@ def summary_of(cfg: ReduceConfig, found: Outcome, unread: int) -> dict:
         "samples": len(found.reasons),
         "broken": int((found.reasons != "").sum()) + unread,
         "kept": len(found.kept),
-        "kept_share": len(found.kept) / max(len(good), 1),
+        "kept_share": len(found.kept) / max(len(found.reasons), 1),
         "selected": len(found.selected),
         "identical_images": len(good) - len(np.unique(pixels)),
     }
