@@ -6,8 +6,8 @@ ImageNet, too) are trained on the whole pool or on a reduction of it, for the sa
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
 distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and a
-second caption corrects them. What selection adds would vanish without copies, and what refinement adds would vanish with
-true captions, or with a captioner that is never right: the study varies these shares.
+second caption corrects them. What selection adds would vanish without copies; what refinement adds would vanish with
+true captions, or with a captioner that is never right. The study varies these shares.
 """
 
 import csv
