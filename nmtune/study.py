@@ -301,6 +301,8 @@ def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
     in and out of domain, SVE, LSVR); and differences of heads on the black box from LP. Bars: 95 % intervals."""
     kinds = [kind for kind in KINDS if f"{kind}-00" in arms]
     lite0 = set(BLACK_BOX) <= set(arms)
+    if not (kinds or lite0):  # there is nothing to compare with
+        return
     figure, axes = plt.subplots(len(kinds) + lite0, 4, figsize=(17, 3.8 * (len(kinds) + lite0)), squeeze=False)
     for row, kind in zip(axes, kinds, strict=False):
         for axis, part, where in zip(row, ("id", "ood"), ("in domain", "out of domain"), strict=False):

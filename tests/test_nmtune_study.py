@@ -114,6 +114,11 @@ def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     )
 
 
+def test_without_a_baseline_there_is_no_plot_of_noise(tmp_path):
+    study.plot_noise({"clip-30": [{"lp/id": 1.0}]}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_floors_need_no_training(monkeypatch):
     """Chance and raw pixels on a few drawings of the corpus; floors have the metrics of the arms' claims."""
     whole = study.open_labelled
