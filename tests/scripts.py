@@ -29,10 +29,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from shared import export, run
+from shared.study import scripts
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}  # of what is no fork of the server, too
 multiprocessing.set_forkserver_preload(["tests.preload"])
+os.environ["PYTHONPATH"] = ENVIRONMENT["PYTHONPATH"]  # so that a server started in another folder finds it, too
 
 
 class Ended(NamedTuple):
@@ -42,14 +44,9 @@ class Ended(NamedTuple):
 
 
 def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """Run `python -m module arguments` in this process."""
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported by a test file, but a script starts without
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    """Run `python -m module arguments` in this process, which prints to LOG.out and LOG.err."""
+    with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
+        scripts.script(module, arguments, environment, (out, err))
 
 
 @pytest.fixture(scope="module")

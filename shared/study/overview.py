@@ -9,6 +9,7 @@ import base64
 import html
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def provenance(summary: dict) -> str:
     return f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']} on {summary['machine']}."
 
 
-def counts(summary: dict) -> dict[str, int]:
-    """{verdict: number of the paper's claims}."""
-    found = Counter(row["verdict"] for row in shown(summary["claims"]))
+def counts(rows: Iterable[dict]) -> dict[str, int]:
+    """{verdict: number of rows that have it}."""
+    found = Counter(row["verdict"] for row in rows)
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
@@ -106,8 +107,8 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
 def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
     """The root README; the last cell of each paper's row gets the verdicts of its primary claims, with their number."""
     for folder, summary in summaries.items():
-        found = Counter(row["verdict"] for row in summary["claims"] if row.get("primary"))
-        words = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
+        found = counts(row for row in summary["claims"] if row.get("primary"))
+        words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
         readme = re.sub(rf"^(\| \[`{folder}/`\].*\|)[^|\n]*\|$", rf"\g<1> {words} |", readme, flags=re.MULTILINE)
     return readme
 
@@ -116,7 +117,8 @@ def overview_table(summaries: dict[str, dict]) -> str:
     """How many claims of each paper have which verdict."""
     return table(
         [
-            {"paper": f"[{summary['paper']}](#{folder})"} | {verdict: n or "" for verdict, n in counts(summary).items()}
+            {"paper": f"[{summary['paper']}](#{folder})"}
+            | {verdict: n or "" for verdict, n in counts(shown(summary["claims"])).items()}
             for folder, summary in summaries.items()
         ]
     )
@@ -165,8 +167,10 @@ def picture(path: Path) -> str:
 
 def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
     """Text of report.html: RESULTS.md with tables of arms and embedded plots."""
-    overview = [{"paper": summary["paper"]} | counts(summary) for summary in summaries.values()]
-    overview += [{"paper": f"{each['paper']}, on photographs"} | counts(each) for each in photographs.values()]
+    overview = [{"paper": summary["paper"]} | counts(shown(summary["claims"])) for summary in summaries.values()]
+    overview += [
+        {"paper": f"{each['paper']}, on photographs"} | counts(shown(each["claims"])) for each in photographs.values()
+    ]
     folders = sorted(summaries | photographs)
     links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in folders)
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())

@@ -7,10 +7,13 @@ import runpy
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
+from typing import IO
 from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
+STUDY = sys.modules["__main__"].__spec__  # of `python -m FOLDER.study`; None if this process was not started by -m
+CONTEXT.set_forkserver_preload(["shared.study.runner", *([STUDY.name] if STUDY else [])])
 LOCK = threading.Lock()  # a thread that starts or joins a process also asks the others' whether they have ended
 
 
@@ -23,10 +26,7 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
     environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} | dict(environment)
     output = [connection.Connection(os.dup(stream), readable=False) for stream in (1, 2)]  # can be sent to a process
     process = CONTEXT.Process(target=script, args=(module, list(arguments), environment, output))
-    study = sys.modules["__main__"].__spec__  # None if we were not started by `python -m`
     with LOCK, mock.patch.dict(os.environ, environment):
-        CONTEXT.set_forkserver_preload(["shared.study.runner", *([study.name] if study else [])])
-        forkserver.ensure_running()
         process.start()
     connection.wait([process.sentinel])
     with LOCK:
@@ -35,14 +35,19 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
 
 
 def script(
-    module: str, arguments: list[str], environment: dict[str, str], output: Sequence[connection.Connection]
+    module: str, arguments: list[str], environment: dict[str, str], output: Sequence[connection.Connection | IO]
 ) -> None:
-    """Run `python -m module arguments` in this process, which prints to `output`: stdout and stderr."""
+    """Run `python -m module arguments` in this process, a fork; its stdout and stderr go to the two files `output`."""
     for stream, file in enumerate(output, start=1):
         os.dup2(file.fileno(), stream)
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
-    sys.argv[:] = [module, *arguments]
     sys.path.insert(0, os.getcwd())
-    sys.modules.pop(module, None)  # imported with the study, but a script starts without
+    run_module(module, arguments)
+
+
+def run_module(module: str, arguments: list[str]) -> None:
+    """Run a module as `__main__` with these arguments, even if it was imported before."""
+    sys.argv[:] = [module, *arguments]
+    sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
