@@ -138,7 +138,7 @@ def test_protoclip_goes_on_where_it_stopped_and_is_evaluated_without_the_package
 def test_what_cannot_be_locked_is_refused(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     result = in_process("emoji-clip", *TINY, "--lock-image", "--out", tmp_path / "run")
     assert result.code == 2 and one_sentence(result.err)
-    assert "--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not ViT-emoji" in result.err
+    assert "--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not ViT-test" in result.err
     monkeypatch.setattr(pretrained, "LITE0_FILE", "nowhere.pth")
     result = in_process("emoji-clip", *LOCKED, "--out", tmp_path / "run")
     assert (
