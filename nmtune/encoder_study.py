@@ -25,7 +25,7 @@ from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_va
 from nmtune.features import Bank, BankLoader, encode_set, split_encoder
 from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
 from nmtune.train import make_head, tune
-from shared import checkpoints, cli, probes, run
+from shared import checkpoints, cli, evaluation, probes, run
 
 
 class Encoded(NamedTuple):
@@ -121,7 +121,10 @@ def main(cfg: StudyConfig) -> None:
     if unknown or cfg.seeds < 1 or cfg.bank < 2:
         what = f"--methods knows no {unknown[0]!r}" if unknown else "--seeds starts at 1, --bank at 2"
         raise ValueError(f"{what}; methods are presets of nmtune.train")
-    file, setting = folder / "study.json", json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": run.commit()}))
+    file, setting = (
+        folder / "study.json",
+        json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune")})),
+    )
     if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
         if checkpoints.read_json(file)["setting"] == setting:
             print(f"{file} exists for this checkpoint and these settings; nothing to do")

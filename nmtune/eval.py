@@ -34,6 +34,10 @@ CENTRES = ("none", "sample", "sample+feature")
 METRICS = {  # headings in tables
     "lp/id": "LP ID",
     "lp/ood": "LP OOD",
+    "mlp/id": "MLP ID",
+    "mlp/ood": "MLP OOD",
+    "nmtune/id": "NMTune ID",
+    "nmtune/ood": "NMTune OOD",
     "nearest/id": "nearest neighbour ID",
     "nearest/ood": "nearest neighbour OOD",
     "sve_id": "SVE ID (nats)",

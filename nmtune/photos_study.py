@@ -26,6 +26,7 @@ from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
+from shared.study.statistics import Claim
 
 PACS = "data/photos-pacs/eval"
 SHIFTED = ("art_painting", "cartoon", "sketch")
@@ -33,6 +34,7 @@ TRAIN = f"--data {PACS}/photo:train"
 TESTS = f"--tests id={PACS}/photo:test " + " ".join(f"{name}={PACS}/{name}_all:test" for name in SHIFTED)
 FEATURES = "runs/photos/nmtune/lite0.npz"
 BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
+WITHOUT = {"mse": " without L_MSE", "cov": " without L_COV", "svd": " without L_SVD"}
 ARMS = (
     *(
         Arm(
@@ -47,8 +49,29 @@ ARMS = (
         for level in NOISE
     ),
     *(heads_arm(arm, head, f"--features {FEATURES}") for arm, head in zip(BLACK_BOX, HEADS, strict=True)),
+    *(
+        heads_arm(f"lite0-nmtune-no-{term}", "nmtune", f"--features {FEATURES} --w-{term} 0", but=but, core=False)
+        for term, but in WITHOUT.items()
+    ),
+    *(
+        heads_arm(f"lite0-{head}-wide", head, f"--features {FEATURES} --ratio 4", but=" of width 4 D", core=False)
+        for head in ("mlp", "nmtune")
+    ),
 )
-ENCODE = Once(f"nmtune.extract images --encoder lite0:128 {TRAIN} {TESTS} --batch-size 32 --out {FEATURES}", BLACK_BOX)
+VARIANTS = tuple(arm.name for arm in ARMS if arm.name.startswith("lite0-") and not arm.core)
+ENCODE = Once(
+    f"nmtune.extract images --encoder lite0:128 {TRAIN} {TESTS} --batch-size 32 --out {FEATURES}", BLACK_BOX + VARIANTS
+)
+
+
+VARIANT_CLAIMS = tuple(  # which part of NMTune makes it differ from the MLP
+    Claim(f"NMTune{but} above MLP{wide}, black box, {part.upper()}", None, f"blackbox/{part}", *arms, negligible=0.5)
+    for but, wide, arms in (
+        *((but, "", (f"lite0-nmtune-no-{term}", "lite0-mlp")) for term, but in WITHOUT.items()),
+        (" of width 4 D", " of width 4 D", ("lite0-nmtune-wide", "lite0-mlp-wide")),
+    )
+    for part in ("id", "ood")
+)
 
 
 def averaged(found: dict[str, float], metric: str) -> float:
@@ -121,7 +144,7 @@ FLOORS = (
     Floor("chance", chance),
     Floor("nearest neighbour on raw pixels", pixel_neighbour),
     Floor("linear probe on raw pixels", lambda: by_part("lp", linear_probe(*pixels()))),
-    Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=BLACK_BOX),
+    Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=BLACK_BOX + VARIANTS),
 )
 
 
@@ -135,6 +158,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     return [measure_run(path) for path in runs]
 
 
+MEASURED = ("lp", "sve", "lsvr", "blackbox")
 DOMAINS = {
     f"{kind}/{name}": f"{heading} {name.replace('_', ' ')}"
     for kind, heading in (("lp", "LP"), ("blackbox", "black box"))
@@ -153,11 +177,15 @@ STUDY = Study(
     minutes={"core": 5, "all": 8},
     evaluate=evaluate,
     alone=True,
-    metrics={key: value for key, value in evaluation.METRICS.items() if not key.startswith(("nearest", "noise"))}
+    metrics={
+        key: value
+        for key, value in evaluation.METRICS.items()
+        if not key.startswith(("nearest", "noise", "mlp", "nmtune"))
+    }
     | DOMAINS,
     sets=(f"{PACS}/photo", *(f"{PACS}/{name}_all" for name in SHIFTED)),
     floors=FLOORS,
-    claims=CLAIMS,
+    claims=(*CLAIMS, *VARIANT_CLAIMS),
     more_rows=more_rows,
     plot=lambda found, out: plot_noise(found.arms, out),
 )

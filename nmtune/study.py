@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from nmtune import eval as evaluation
@@ -35,6 +36,7 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
 
 KINDS = {"sup": "label", "clip": "caption"}
+ENCODER_HEADS = {"sup": "lp mlp nmtune", "clip": "lp"}  # heads of each kind of encoder
 HEADS = {"lp": "LP", "mlp": "MLP", "nmtune": "NMTune"}
 BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
 FEW, FEW_SAMPLES = 0.1, tuple(f"lite0-{head}-few" for head in HEADS)  # a share of the training samples, and its arms
@@ -43,18 +45,18 @@ FEW, FEW_SAMPLES = 0.1, tuple(f"lite0-{head}-few" for head in HEADS)  # a share 
 TUNINGS = 10
 
 
-def heads_arm(name: str, head: str, options: str = "", on: str = "", core: bool = True) -> Arm:
+def heads_arm(name: str, head: str, options: str = "", on: str = "", but: str = "", core: bool = True) -> Arm:
     """TUNINGS heads on the black box; their mean is the arm's value for one seed of the study."""
     first = f"train emoji-lite0-{head} {options} --seed {{seed}}0 --out {{out}}"
     more = f"head_study --run {{out}} --heads {TUNINGS}"
-    return Arm(name, (first, more), heading=f"EfficientNet-Lite0{on}, {HEADS[head]}", core=core)
+    return Arm(name, (first, more), heading=f"EfficientNet-Lite0{on}, {HEADS[head]}{but}", core=core)
 
 
 ARMS = (
     *(
         Arm(
             f"{kind}-{level:02d}",
-            (f"pretrain emoji-{kind}-{level:02d}", "encoder_study --encoder {out} --methods lp"),
+            (f"pretrain emoji-{kind}-{level:02d}", f"encoder_study --encoder {{out}} --methods {ENCODER_HEADS[kind]}"),
             heading=f"{level} % {what} noise",
             core=kind == "sup" and level in (0, 10, 30),
         )
@@ -239,12 +241,36 @@ def lite0_neighbour() -> dict[str, float]:
     """Nearest neighbours on the pretrained network's own features, among all training samples and among few."""
     sets = read_features(LITE0["features"])
     features, labels = sets.train.features[0], sets.train.labels
-    few = subset_per_class(labels.numpy(), FEW, np.random.RandomState(0))
     return {
         f"{kind}/{name}": probes.nearest_neighbour(features[rows], labels[rows], *test)
-        for kind, rows in (("blackbox", slice(None)), ("few", few))
+        for kind, rows in (("blackbox", slice(None)), ("few", few_samples(labels)))
         for name, test in sets.tests.items()
     }
+
+
+def few_samples(labels: Tensor) -> np.ndarray:
+    """Rows of the share FEW of every class."""
+    return subset_per_class(labels.numpy(), FEW, np.random.RandomState(0))
+
+
+def logistic_regression() -> dict[str, float]:
+    """scikit-learn's on the pretrained network's features, C chosen on a fifth of every class; among all training
+    samples and among few. The best that a linear classifier can be expected to reach."""
+    sets = read_features(LITE0["features"])
+    features, labels = sets.train.features[0], sets.train.labels
+    found = {}
+    for kind, rows in (("blackbox", np.arange(len(labels))), ("few", few_samples(labels))):
+        x, y = features[rows].numpy(), labels[rows].numpy()
+        kept = subset_per_class(y, 0.8, np.random.RandomState(0))
+        rest = np.setdiff1d(np.arange(len(y)), kept)
+
+        def fitted(c: float, rows: np.ndarray, x=x, y=y) -> LogisticRegression:
+            return LogisticRegression(C=c, max_iter=300, tol=1e-3).fit(x[rows], y[rows])
+
+        best = max((0.03, 0.1, 0.3, 1.0), key=lambda c: fitted(c, kept).score(x[rest], y[rest]))
+        model = fitted(best, np.arange(len(y)))
+        found |= {f"{kind}/{name}": 100 * model.score(*test) for name, test in sets.tests.items()}
+    return found
 
 
 def on_labels() -> dict[str, float]:
@@ -273,6 +299,7 @@ FLOORS = (
     Floor("nearest neighbour on raw pixels", pixel_neighbour),
     Floor("linear probe on raw pixels", pixel_probe),
     Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=BLACK_BOX + FEW_SAMPLES),
+    Floor("logistic regression on EfficientNet-Lite0", logistic_regression, arms=BLACK_BOX + FEW_SAMPLES),
     Floor("encoder trained on the probes' labels", on_labels, ceiling=True),
 )
 
@@ -347,7 +374,8 @@ def line(axis: plt.Axes, found: dict[int, tuple[float, float]], label: str) -> N
 
 def plot_spectra(folders: dict[str, Path], out: Path) -> None:
     """nmtune_spectra.png: shares of the singular values of OOD test features, for one encoder per level {arm: folder}.
-    One panel has F at every noise level, one F, MLP's z and NMTune's z of the first task at the highest level."""
+    One panel has F at every noise level, one F, MLP's z and NMTune's z of the first task at the highest level, if the
+    study has tuned these heads on such encoders."""
     kinds = [kind for kind in KINDS if f"{kind}-00" in folders]
     if not kinds:
         return
@@ -359,10 +387,12 @@ def plot_spectra(folders: dict[str, Path], out: Path) -> None:
             with np.load(folders[f"{kind}-{level:02d}"] / "spectra.npz") as file:
                 spectra = {key.removeprefix(f"{TASKS[0]}/"): file[key] for key in file.files}
             evaluation.draw_spectrum(row[0], spectra["F/ood"], f"{level} %", color=shade)
-        for key, label in (("F/ood", "F, before tuning"), ("mlp/ood", "z of the MLP"), ("nmtune/ood", "z of NMTune")):
-            if key in spectra:
-                evaluation.draw_spectrum(row[1], spectra[key], label)
         evaluation.finish_spectra(row[0], f"OOD features F, {KINDS[kind]} noise in pre-training")
+        if not {"mlp/ood", "nmtune/ood"} <= set(spectra):
+            row[1].set_axis_off()
+            continue
+        for key, label in (("F/ood", "F, before tuning"), ("mlp/ood", "z of the MLP"), ("nmtune/ood", "z of NMTune")):
+            evaluation.draw_spectrum(row[1], spectra[key], label)
         evaluation.finish_spectra(row[1], f"OOD features, encoder of {levels[-1]} % {KINDS[kind]} noise")
         row[1].set_ylabel("")
     figure.tight_layout()

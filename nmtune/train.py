@@ -287,7 +287,7 @@ def command() -> Config:
     """Preset and overrides. Without a preset: NMTune; with a features file also --select, unless learning rate or
     weight decay is given."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--") and sys.argv[1] != "--help":
-        flags = {word.partition("=")[0] for word in sys.argv[1:]}
+        flags = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]}
         own = "--features" in flags and not flags & {"--lr", "--weight-decay"}
         return tyro.cli(Config, default=Config(select=own))
     return cli.preset_cli(PRESETS)

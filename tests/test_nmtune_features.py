@@ -11,7 +11,7 @@ from test_nmtune_model import cases
 from test_nmtune_train import features_file, in_process, one_sentence  # noqa: F401
 from torchvision.transforms import RandAugment, RandomResizedCrop
 
-from nmtune import features
+from nmtune import features, train
 from nmtune.model import timm_transforms
 from nmtune.train import subset_per_class
 from shared import checkpoints, data, run
@@ -40,6 +40,13 @@ def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
     results = checkpoints.read_json(tmp_path / "run/results.json")["metrics"]
     assert {"test/top1", "test/balanced", "test/sve_F", "test/lsvr_z"} <= set(results)
     assert (tmp_path / "run/spectra.png").is_file()
+
+
+@pytest.mark.parametrize("flag", ("--weight-decay=0.1", "--weight_decay=0.1"))
+def test_a_given_rate_or_decay_is_not_selected(monkeypatch, flag):
+    for words, chosen in ((["--features", "x.npz"], True), (["--features", "x.npz", flag], False)):
+        monkeypatch.setattr("sys.argv", ["nmtune.train", *words])
+        assert train.command().select is chosen
 
 
 def test_views_of_a_batch_are_two_different_ones():

@@ -104,6 +104,8 @@ def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
     assert tuning == ["nmtune.encoder_study", "--encoder", out, "--methods", "lp"]
+    _, tuning = study.STUDY.words(known["sup-30"], 1)
+    assert tuning[-3:] == list(study.HEADS)  # C4 on encoders, and the spectra of z
     head, _ = study.STUDY.words(known["lite0-nmtune"], 1)
     assert head == ["nmtune.train", "emoji-lite0-nmtune", "--seed", "10", "--out", "runs/nmtune/lite0-nmtune-seed1"]
     few, _ = study.STUDY.words(known["lite0-mlp-few"], 1)
