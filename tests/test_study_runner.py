@@ -85,6 +85,28 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
     assert "| method" in shown and "written to runs/paper/results.json" in shown
 
 
+def test_the_time_of_all_runs_is_kept_until_they_have_finished_once(study: Study):
+    study = dataclasses.replace(study, floors=(Floor("chance", lambda: {"top1": 1.0}),), more_rows=lambda found: [])
+    minutes = lambda: json.loads(Path("runs/paper/results.json").read_text()).get("core_minutes")  # noqa: E731
+    file = study.clock("base", 1)
+    with pytest.raises(KeyError), runner.clocked(file, Path(study.out("base", 1)), 2):  # an attempt that failed
+        raise KeyError
+    tried = json.loads(file.read_text())
+    file.write_text(json.dumps(tried | {"seconds": 100.0}))
+    runner.run(study, runner.Options(seeds=(1,), jobs=1))
+    kept = json.loads(file.read_text())
+    first = minutes()
+    assert not tried["finished"] and kept["finished"] and kept["seconds"] > 100
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        f"{name}-seed1.json" for name in ("base", "method", "part", "teacher")
+    ]
+    runner.run(study, runner.Options(seeds=(1,), jobs=1))  # nothing is left to do
+    assert minutes() == first > 100 / 60
+    file.unlink()  # a run of before times were kept
+    runner.run(study, runner.Options(seeds=(1,), jobs=1))
+    assert minutes() is None
+
+
 def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
     assert [arm.name for arm in study.chosen("core")] == ["base", "method"]
     assert [arm.name for arm in study.chosen("late base")] == ["base", "late"]

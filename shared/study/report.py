@@ -190,6 +190,8 @@ def block(summary: dict, study: Any, other: dict | None = None) -> str:
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
     corpus = f"{summary['corpus']}. " if "corpus" in summary else ""
     measured = f"Measured {summary['date']} at commit `{summary['commit']}` on {summary['machine']}."
+    if "core_minutes" in summary:
+        measured += f" A seed took {summary['core_minutes']:.0f} minutes of one core."
     return (
         f"{corpus}Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
         f"{table(arms_rows(named, study.metrics, summary.get('floors')))}\n\n"

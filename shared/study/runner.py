@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +154,18 @@ class Study:
         """Run folder of an arm or stage."""
         return f"runs/{self.home}/{name}-seed{seed}"
 
+    def clock(self, name: str, seed: int) -> Path:
+        """File with the core seconds of a run: {"seconds", "finished"}, written by `clocked`."""
+        return Path(f"runs/{self.home}/seconds/{name}-seed{seed}.json")
+
+    def core_minutes(self, arms: Container[str], seeds: Sequence[int]) -> float | None:
+        """Minutes of one core for a seed of these arms and their stages, or None if a run's time is not known."""
+        jobs = self.jobs([arm for arm in self.arms if arm.name in arms])
+        files = [self.clock(job.name, seed) for job in jobs for seed in seeds]
+        if not all(file.is_file() and read_json(file)["finished"] for file in files):
+            return None
+        return sum(read_json(file)["seconds"] for file in files) / 60 / len(seeds)
+
     def words(self, job: Stage, seed: int) -> list[list[str]]:
         """The job's commands as lists of words, each starting with the name of the script's module."""
 
@@ -211,6 +223,8 @@ class Study:
         rows = verdicts.judged(self.claims, found.arms, bars, together, earlier) + self.more_rows(found, **more)
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
+        if (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
+            about["core_minutes"] = minutes
         return report.results(self.paper, found, rows, **about)
 
 
@@ -266,12 +280,30 @@ def environment_of(at_once: int) -> dict[str, str]:
     return waiting | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
+@contextlib.contextmanager
+def clocked(file: Path, out: Path, cores: int) -> Iterator[None]:
+    """Add the seconds of the block times `cores` to `file`, until the block has finished once.
+
+    Does nothing for a run whose folder `out` is older than its `file`: the time that it took is not known.
+    """
+    kept = read_json(file) if file.is_file() else {"seconds": 0.0, "finished": out.exists()}
+    start, finished = time.perf_counter(), False
+    try:
+        yield
+        finished = True
+    finally:
+        if not kept["finished"]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            seconds = kept["seconds"] + cores * (time.perf_counter() - start)
+            write_json(file, {"seconds": seconds, "finished": finished})
+
+
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
     """Train arms and the jobs that they need, `at_once` in parallel. ValueError names a failed command."""
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
     environment = environment_of(at_once) | {QUIET: "1"}  # lines of parallel runs would mix
-    total, start = len(jobs) * len(seeds), time.perf_counter()
+    total, start, cores = len(jobs) * len(seeds), time.perf_counter(), int(environment["OMP_NUM_THREADS"])
     begun = sum(Path(study.out(job.name, seed)).exists() for job, seed in itertools.product(jobs, seeds))
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
     print(f"{study.home}: {total} runs, {begun} started before, {at_once} in parallel{left}", flush=True)
@@ -285,10 +317,11 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         if study.alone and isinstance(job, Arm):
             corpus = [] if study.on == "emoji" else ["--corpus", study.on]
             commands.append([f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)])
-        for module, *words in commands:
-            if code := run_script(module, words, environment):
-                failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
-                raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
+        with clocked(study.clock(job.name, seed), Path(study.out(job.name, seed)), cores):
+            for module, *words in commands:
+                if code := run_script(module, words, environment):
+                    failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
+                    raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
         done, minutes = next(finished), (time.perf_counter() - start) / 60
         left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
         print(f"[{done}/{total}] {study.out(job.name, seed)}: {left}", flush=True)
