@@ -6,7 +6,6 @@ All images are kept in memory at a small size. Nothing in this file is from the 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,8 +48,8 @@ def read_corpus(
     wanted, broken = set(names), []
     rows: dict[str, list[tuple[str, bytes]]] = {}
     words: dict[str, list[str]] = {}
-    for path in data.expand_shards(spec):
-        for key, about, image in read_labelled(data.fetch(path, Path("data/cache")), broken):
+    for path in data.local_shards(spec):
+        for key, about, image in read_labelled(path, broken):
             if about["name"] in wanted and (not groups or about.get("group") in groups):
                 rows.setdefault(about["name"], []).append((key, image))
                 words[about["name"]] = other_words(about.get("tags"))

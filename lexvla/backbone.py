@@ -64,8 +64,7 @@ class Config:
 def drawings(spec: str, keys: list[str], same: str = "hexcode") -> list[list[int]]:
     """Rows grouped by object: `keys` with equal values of the field `same` in their .json; without it, one row per
     group."""
-    shards = [data.fetch(url, Path("data/cache")) for url in data.expand_shards(spec)]
-    thing_of = {key: about.get(same) for key, about in tars.descriptions(shards)}
+    thing_of = {key: about.get(same) for key, about in tars.descriptions(data.local_shards(spec))}
     rows: dict[tuple, list[int]] = {}
     for row, key in enumerate(keys):
         thing = thing_of.get(key)

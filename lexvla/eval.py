@@ -29,7 +29,7 @@ from lexvla.model import DenseImageEncoder, LexVLA, sparsify
 from lexvla.patchdis import DRAWN, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
 from lexvla.patchdis import Config as Dual
 from lexvla.patchdis import main as measure_encoders
-from lexvla.plots import plot_class_maps, plot_patches, plot_words
+from lexvla.plots import Said, plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import EMOJI_NAMES, SETS, encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, side_step
@@ -261,7 +261,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
                 said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
                 flat[f"{name}/top5_in_caption"] = said
                 if folder == cfg.sets[0]:
-                    word_plots(Path(path), name, *encoded, words)
+                    word_plots(Path(path), eval_set, s_img, s_txt, image_of_text, words)
         elif eval_set.kind == "classification":
             loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
             features, labels = extract_image_features(model.image, loader, process.device, dtype, name)
@@ -321,14 +321,15 @@ def said_in_captions(s_img: Tensor, image_of_text: Tensor, texts: list[str], tok
 
 
 def word_plots(
-    folder: Path, name: str, s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], words: list[str]
+    folder: Path, eval_set: EvalSet, s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, words: list[str]
 ) -> None:
-    """Draw word clouds of a few images and captions; write the most used words of both sides to words_{name}.json."""
-    chosen = torch.linspace(0, len(s_img) - 1, 6).long()
-    captions = [texts[int((image_of_text == i).nonzero()[0])] for i in chosen]
-    first = [int((image_of_text == i).nonzero()[0]) for i in chosen]
-    rows = [(f"image of: {c}", dict(top_words(s_img[i], words, 40))) for i, c in zip(chosen, captions, strict=True)]
-    rows += [(f"caption: {c}", dict(top_words(s_txt[i], words, 40))) for i, c in zip(first, captions, strict=True)]
+    """Draw the first images with word clouds of images and captions; write the most used words of both sides to
+    words_{name}.json."""
+    rows, name = [], eval_set.name
+    for i, (_, pixels, captions) in enumerate(itertools.islice(eval_set, DRAWN)):
+        first = int((image_of_text == i).nonzero()[0])
+        clouds = (dict(top_words(s, words, 40)) for s in (s_img[i], s_txt[first]))
+        rows.append(Said(pixels, captions[0], *clouds))
     plot_words(rows, folder / f"words_{name}.png")
     most = {
         side: [(word, round(100 * share, 1)) for word, share in top_words(usage(s)["document_frequency"], words, 10)]

@@ -2,6 +2,7 @@
 predicted classes (Fig. 3)."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,16 +27,31 @@ def word_cloud(weights: dict[str, float]) -> np.ndarray:
     return cloud.generate_from_frequencies(weights).to_array()
 
 
-def plot_words(rows: Sequence[tuple[str, dict[str, float]]], path: Path, columns: int = 3) -> None:
-    """Draw a grid of word clouds, one for each (title, {word: weight})."""
-    height = math.ceil(len(rows) / columns)
-    figure, axes = plt.subplots(height, columns, figsize=(3.6 * columns, 2.2 * height), squeeze=False)
+class Said(NamedTuple):
+    """An image, its caption, and the words of both."""
+
+    pixels: Tensor
+    """(3, H, W), normalised."""
+    caption: str
+    of_image: dict[str, float]
+    """Words and their weights."""
+    of_caption: dict[str, float]
+
+
+def plot_words(rows: Sequence[Said], path: Path) -> None:
+    """Draw each image beside the word cloud of the image and the word cloud of its caption, two images a row."""
+    height = math.ceil(len(rows) / 2)
+    figure, axes = plt.subplots(
+        height, 6, figsize=(14, 2.1 * height), squeeze=False, layout="constrained", width_ratios=(1, 2, 2) * 2
+    )
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (title, weights) in zip(axes.flat, rows, strict=False):
-        axis.imshow(word_cloud(weights), interpolation="bilinear")
-        axis.set_title(title[:48], fontsize=8)
-    figure.tight_layout()
+    for (picture, image, caption), said in zip(axes.reshape(-1, 3), rows, strict=False):
+        picture.imshow(picture_of(said.pixels))
+        picture.set_title(textwrap.fill(said.caption, 24), fontsize=7)
+        for axis, words, title in ((image, said.of_image, "image"), (caption, said.of_caption, "caption")):
+            axis.imshow(word_cloud(words), interpolation="bilinear")
+            axis.set_title(f"words of the {title}", fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -127,13 +143,13 @@ class ClassMap(NamedTuple):
 
 
 def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: Path) -> None:
-    """Draw images, their true classes, and the predicted class of each patch (Fig. 3); titles name the classes.
+    """Draw images, their true classes, and the predicted class of each patch (Fig. 3), with the classes' names below.
 
-    A class has the same colour in both maps. Pixels without a class are white; patches predicted as a class that is not
-    in the image are grey.
+    A class of the image has the same colour in both maps and in the names. Pixels without a class are white; patches
+    predicted as a class that is not in the image are grey, and so are the names of the most frequent of these.
     """
     palette = np.array([plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [(1, 1, 1), (0.75, 0.75, 0.75)])
-    figure, axes = plt.subplots(3, len(maps), figsize=(2.1 * len(maps), 6.8), squeeze=False)
+    figure, axes = plt.subplots(3, len(maps), figsize=(2.1 * len(maps), 8), squeeze=False, layout="constrained")
     for column, (pixels, truth, predicted) in zip(axes.T, maps, strict=True):
         shown = [c for c in truth.unique().tolist() if c >= 0][:10]
         colour = {c: i for i, c in enumerate(shown)} | {-1: 10}
@@ -144,9 +160,11 @@ def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: P
             for c, i in colour.items():
                 index[classes.numpy() == c] = i
             axis.imshow(palette[index])
-            axis.set_title("\n".join(classnames[c][:24] for c in named[:4]), fontsize=7)
+            for line, c in enumerate(named[:4]):
+                ink = palette[colour[c]] if c in colour else "0.45"
+                style = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 7, "color": ink}
+                axis.text(0.5, -0.02 - 0.1 * line, classnames[c][:28], **style)
         for axis in column:
             axis.axis("off")
-    figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -367,6 +367,7 @@ def prepare(
     model, read = create_model(cfg, lm, vocab_ids, bias).to(process.device), text_input(cfg, tokenizer, vocab_ids)
     if folder.resumed:
         load_weights(model, folder.state, folder.path)
+        del folder.state["weights"]
     elif cfg.head == "dense":
         model.text.centre(*(x.to(process.device) for x in read(first_captions(pairs))))
     return model, read, lm, tokenizer

@@ -135,9 +135,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ one episode's passes
 
 
-def gather_output(output: ProtoCLIPOutput, with_grad: bool = True) -> ProtoCLIPOutput:
-    """The global batch: features gathered from all ranks, scalars unchanged."""
-    return ProtoCLIPOutput(*(gather(x, with_grad) if x is not None and x.ndim == 2 else x for x in output))
+def share_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
+    """The same output, whose features pass on 1/W of their gradient.
+
+    Gradients are then those of upstream, which gathers features without gradient to other ranks'
+    (U:training/loss.py:50-58):
+    the encoders' are W times smaller than the global batch's, those of the temperatures are not.
+    """
+
+    def share(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.ndim != 2 else x.detach() + (x - x.detach()) / world_size
+
+    return ProtoCLIPOutput(*map(share, output))
 
 
 @torch.no_grad()
@@ -202,11 +211,8 @@ def train_episode(
         inputs = images.to(device, non_blocking=True), trimmed(tokens, model, device)
         index = index.to(device, non_blocking=True)
         output, backward = accumulate.forward(model, inputs, cfg, precision)
-        if cfg.gather_with_grad:  # each rank computes the loss of its own rows
-            losses = protoclip_loss(output, index, prototypes, weights, cfg.target_temperature, gather)
-        else:  # upstream: all rows on every rank, gradient only to its own features
-            batch = gather_output(output, with_grad=False)
-            losses = protoclip_loss(batch, gather(index), prototypes, weights, cfg.target_temperature)
+        features = output if cfg.gather_with_grad else share_gradient(output, process.world_size)
+        losses = protoclip_loss(features, index, prototypes, weights, cfg.target_temperature, gather)
         optimizer.zero_grad()
         backward(scaler.scale(losses["loss"]))
         scaler.unscale_(optimizer)

@@ -417,6 +417,12 @@ class TSV:
         return self._captions.bytes_of(row).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
 
 
+def local_shards(spec: str, cache: Path = Path("data/cache")) -> list[str]:
+    """Local paths of brace-expanded shards; remote ones are fetched, four at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda url: fetch(url, cache), expand_shards(spec)))
+
+
 def open_pairs(
     spec: str, limit: int | None = None, strict: bool = False, cache: Path = Path("data/cache")
 ) -> Shards | TSV:
@@ -425,9 +431,7 @@ def open_pairs(
         if not os.path.isfile(spec):
             raise FileNotFoundError(f"{spec} does not exist")
         return TSV(spec, limit, strict, cache)
-    with ThreadPoolExecutor(4) as pool:
-        paths = list(pool.map(lambda url: fetch(url, cache), expand_shards(spec)))
-    return Shards(paths, limit, strict, cache)
+    return Shards(local_shards(spec, cache), limit, strict, cache)
 
 
 def planned_size(cfg) -> int:

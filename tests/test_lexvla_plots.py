@@ -15,7 +15,8 @@ def test_word_clouds_show_each_word_once_and_larger_words_larger(tmp_path: Path)
     assert not np.array_equal(alone, both)  # the dog is there, the cat with its space is the same cat
     assert np.array_equal(plots.word_cloud({"cat": 1.0, " cat": 0.5}), alone)
     assert (plots.word_cloud({}) < 255).any()  # "(none)"
-    plots.plot_words([("image", {"cat": 1.0}), ("caption", {})], tmp_path / "words.png")
+    said = plots.Said(torch.randn(3, 8, 8), "a cat on a mat", {"cat": 1.0}, {})
+    plots.plot_words([said] * 3, tmp_path / "words.png")
     assert (tmp_path / "words.png").stat().st_size > 5_000
 
 

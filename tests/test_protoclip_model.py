@@ -28,7 +28,7 @@ from protoclip.model import (
     prototypical_back_translation,
     prototypical_loss,
 )
-from protoclip.train import gather, loss_weights, parameter_groups
+from protoclip.train import gather, loss_weights, parameter_groups, share_gradient
 
 
 def leaf(x) -> torch.Tensor:
@@ -235,6 +235,32 @@ def test_distributed_loss(case, tmp_path):
         torch.testing.assert_close(pairs, case["loss_proto"].view(2, 2).mean(1), rtol=1e-5, atol=1e-5)
     gradients = {key: torch.stack([rank[key] for rank in ranks]) for key in case.group("local_grad/")}
     case.close_group("local_grad/", gradients, rtol=1e-5, atol=1e-5)
+
+
+def own_rows_of_rank(rank: int, path, with_grad: bool) -> dict:
+    """As `losses_of_rank`, but each process computes the loss of its own rows, as train.py does."""
+    case = Case(path)
+    inputs = {key: leaf(case[f"in/{key}"][rank]) for key in RANK_INPUTS}
+    scales = {key: leaf(case[f"in/{key}"]) for key in ("log_logit_scale", "log_logit_scale_proto")}
+    output = ProtoCLIPOutput(*inputs.values(), *(scale.exp() for scale in scales.values()))
+    names = "img_labels text_labels img_centroids text_centroids img_student text_student ext_labels img_student_ext"
+    prototypes = Prototypes(*(case[f"in/{name}"] for name in [*names.split(), "text_student_ext"]))
+    output = output if with_grad else share_gradient(output, case["world_size"])
+    protoclip_loss(output, case["in/index"][rank], prototypes, (1, 1, 1), case["in/temp"], gather)["loss"].backward()
+    return {key: x.grad for key, x in (inputs | scales).items()}
+
+
+@pytest.mark.golden("protoclip", "distributed_loss")
+def test_own_rows_have_the_gradients_of_all_rows(case, tmp_path):
+    """Features' gradients are upstream's; without gradient to other ranks' features, each passes on 1/W of its own.
+    Averaged over ranks, as DDP does, the temperatures' gradients are upstream's, too."""
+    with_grad = bool(case["gather_with_grad"])
+    ranks = in_ranks(own_rows_of_rank, case["world_size"], tmp_path, case.path, with_grad)
+    for key in case.group("local_grad/"):
+        ours, theirs = torch.stack([rank[key] for rank in ranks]), torch.as_tensor(case[f"local_grad/{key}"])
+        if key.startswith("log_"):
+            ours, theirs = ours.mean(0), theirs.mean(0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ golden: prototypes, teacher

@@ -458,14 +458,22 @@ def test_only_the_first_process_looks_for_the_teachers_rows(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
-def test_gather_with_grad_is_what_features_are_gathered_with(monkeypatch: pytest.MonkeyPatch, with_grad: bool):
-    asked = []
-    monkeypatch.setattr(
-        train, "gather", lambda x, with_grad=True: asked.append((x.is_floating_point(), with_grad)) or x
-    )
+def test_gather_with_grad_decides_which_gradient_features_pass_on(monkeypatch: pytest.MonkeyPatch, with_grad: bool):
+    """In one process of three: the temperature's gradient is the same, the image tower's a third."""
     cfg = Config(batch_size=2, episode_size=2, episodes=1, precision="fp32", gather_with_grad=with_grad)
+    torch.manual_seed(0)
     model = tiny_model()
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay))
     batch = torch.arange(2), torch.randn(2, 3, 16, 16), torch.randint(0, 20, (2, 6))
-    list(train_episode(model, [batch], optimizer, None, 0, cfg, run.Process(0, 1, torch.device("cpu"))))
-    assert set(asked) == ({(True, True)} if with_grad else {(True, False), (False, True)})  # features; row numbers
+    gradients = []
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
+    for world_size in (1, 3):
+        process = run.Process(0, world_size, torch.device("cpu"))
+        optimizer.zero_grad()
+        monkeypatch.setattr(optimizer, "step", lambda *_: None)
+        list(train_episode(model, [batch], optimizer, None, 0, cfg, process))
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    alone, of_three = gradients
+    torch.testing.assert_close(of_three["logit_scale"], alone["logit_scale"])
+    for name in ("visual.proj", "visual.conv1.weight"):
+        torch.testing.assert_close(of_three[name], alone[name] * (1 if with_grad else 1 / 3))

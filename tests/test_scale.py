@@ -57,7 +57,7 @@ def test_windows_are_gone_through_and_a_killed_run_goes_on(name: str, given, sta
     command = [*given[name], "--data", urls, "--window-shards", "1", "--dataset-size", "160", "--cache", cache]
     command += ["--no-encode-once"] if name == "lexvla" else []
     finished(ended(start(*command, "--out", whole, module=SCRIPTS[name])))
-    print("killed at line", line := random.randint(1, 9))
+    print("killed at line", line := random.randint(1, 7))
     kill_at(start(*command, "--out", out, module=SCRIPTS[name]), out, line)
     workers = ["--workers", "1"] if name == "flame" else []
     finished(ended(start(*command, *workers, "--out", out, module=SCRIPTS[name])))
@@ -76,7 +76,7 @@ def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, sta
     urls = f"http://127.0.0.1:{server.server_port}/{{00000..00003}}.tar"
     command = [*given[name], "--data", urls, "--window-shards", "1", "--dataset-size", "160"]
     whole, out = (folder / "windows of two" / each for each in ("whole", "killed"))
-    print("killed at line", line := random.randint(1, 9))
+    print("killed at line", line := random.randint(1, 7))
     fetched = {whole: set(), out: set()}
     try:
         for path, killed in ((whole, False), (out, True), (out, False)):
@@ -93,7 +93,7 @@ def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, sta
             assert len(fetched[path]) == 4 or killed  # a resumed run fetches what is left
     finally:
         server.shutdown()
-    assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) >= 4
+    assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) == 10
     assert same(trained(out), trained(whole))
 
 

@@ -20,6 +20,7 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     """Files have one schema and at least three seeds, and the READMEs have their numbers."""
     monkeypatch.chdir(ROOT)
     summary = checkpoints.read_json(file)
+    assert summary.pop("core_minutes", 1) > 0
     about = {"paper", "seeds", "machine", "date", "commit", "arms", "claims"}
     second = about | {"corpus", "floors", "settings"}  # schema 2, of studies that know their floors
     assert set(summary) in (about, second)
