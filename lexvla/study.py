@@ -13,13 +13,14 @@ patches to distinguish), and with test sentences in the training words.
 import functools
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor
 
@@ -182,19 +183,26 @@ class Pooled(torch.nn.Module):
         return F.normalize(tokens(pixels)[:, 0], dim=-1)
 
 
-def nearest_caption() -> dict[str, float]:
+class Unit(torch.nn.Module):
+    """Pixels as unit rows."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(pixels, dim=-1)
+
+
+def nearest_caption(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> dict[str, float]:
     """Recall when an image is replaced by the caption of the nearest training scene, scored by common words.
 
-    Nearest by cosine of the pretrained tower's mean patch.
+    Nearest by cosine of what `tower` makes of transformed images.
     """
-    pairs, transform = data.open_pairs(TRAIN), eval_transform(LITE0, 128)
+    pairs = data.open_pairs(TRAIN)
     rows = torch.arange(len(pairs)).split(256)
-    pooled = [Pooled()(torch.stack([transform(pairs.read(int(i)).image) for i in part])) for part in rows]
-    train, captions = torch.cat(pooled), [pairs.caption(row) for row in range(len(pairs))]
+    seen = [tower(torch.stack([transform(pairs.read(int(i)).image) for i in part])) for part in rows]
+    train, captions = torch.cat(seen), [pairs.caption(row) for row in range(len(pairs))]
     bags, found = CountVectorizer(stop_words="english", binary=True).fit(captions), {}
     for folder in SETS:
         eval_set = EvalSet(folder, transform)
-        features, of_images = extract_image_features(Pooled(), eval_set.batches(256), desc=eval_set.name)
+        features, of_images = extract_image_features(tower, eval_set.batches(256), desc=eval_set.name)
         texts = [text for of_image in of_images for text in of_image]
         said, asked = floors.captions_of_neighbours(features, train, captions, bags, texts)
         recalls = evaluation.retrieval(said, asked, owners(of_images))
@@ -235,7 +243,11 @@ def patches_by_labels() -> dict[str, float]:
 
 FLOORS = (
     Floor("chance", lambda: floors.chance(SETS)),
-    Floor("caption of the nearest training scene, on EfficientNet-Lite0", nearest_caption),
+    Floor("caption of the nearest training scene, raw pixels", lambda: nearest_caption(Unit(), floors.raw_pixels)),
+    Floor(
+        "caption of the nearest training scene, on EfficientNet-Lite0",
+        lambda: nearest_caption(Pooled(), eval_transform(LITE0, 128)),
+    ),
     Floor("random patches", random_patches),
     Floor("patches by least squares on labels", patches_by_labels, ceiling=True),
 )

@@ -13,7 +13,6 @@ NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning, `U:` = @
 """
 
 import functools
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data import BrokenSample, decode_image, stable_hash
-from shared.index import Strings, forget, kept
+from shared.index import Strings, fingerprint, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
@@ -67,13 +66,8 @@ class LabelledImages:
 
     @property
     def fingerprint(self) -> str:
-        """`data.fingerprint` of the keys as an array of strings, and of the labels; without making that array."""
-        firsts, digest = range(0, len(self), 2**14), hashlib.blake2b(digest_size=8)
-        width = max(self.keys[first : first + 2**14].dtype.itemsize for first in firsts) // 4
-        for first in firsts:
-            digest.update(self.keys[first : first + 2**14].astype(f"U{width}").tobytes())
-        digest.update(self.labels.tobytes())
-        return digest.hexdigest()
+        """Hash of keys and labels."""
+        return fingerprint(*self.keys.utf32(), self.labels.tobytes())
 
     def read(self, row: int) -> tuple[Image.Image, int]:
         """(RGB image, label) of that row. Raises BrokenSample."""

@@ -81,6 +81,24 @@ class Strings(Sequence):
         last = int(self.ends[-1]) if len(self) else 0
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text[:last], other.text[:last])
 
+    def utf32(self, rows: int = 2**14) -> Iterator[bytes]:
+        """The bytes of `np.array(list(self))`, in blocks of so many strings, without making that array."""
+        if not len(self):
+            return
+        starts = np.concatenate([[0], self.ends[:-1]])
+        text = self.text[: self.ends[-1]]
+        ascii_only = bool((text < 128).all())
+        lengths = self.ends - starts if ascii_only else np.array([len(string) for string in self])
+        places = np.arange(max(lengths.max(), 1))
+        for first in range(0, len(self), rows):
+            block = slice(first, first + rows)
+            if ascii_only:
+                inside = places < lengths[block, None]
+                letters = text[np.where(inside, starts[block, None] + places, 0)] if len(text) else np.zeros(1)
+                yield np.where(inside, letters, 0).astype(np.uint32).tobytes()
+            else:
+                yield self[block].astype(f"U{len(places)}").tobytes()
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         raise TypeError(
             "NumPy would store every string at the length of the longest: use Lookup, or select some by [rows]"

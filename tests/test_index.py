@@ -30,6 +30,12 @@ def test_strings_are_read_like_a_list():
         strings[5]
 
 
+@pytest.mark.parametrize("words", [["b", "", "a long one", "cc"] * 3, ["ä", "b", "日本", "\udcff", "c"], ["", ""], []])
+def test_bytes_of_an_array_of_strings_without_the_array(words: list[str]):
+    strings = index.Strings.of([*words, "a word that is left out"]).head(len(words))
+    assert b"".join(strings.utf32(rows=2)) == np.array(words, dtype=None if words else "U1").tobytes()
+
+
 def test_rows_of_strings_are_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(index, "CHUNK", 100)  # hashed in many parts
     words = [
