@@ -194,8 +194,10 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     urls = [url for part in ([spec] if isinstance(spec, str) else spec) for url in expand_urls(part)]
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url.removeprefix("file:")):
-            named = f"shard {url}" if url == spec else f"shard {url}, named by {spec!r},"
-            raise FileNotFoundError(f"{named} does not exist; shards are tar files such as 'cc3m/{{00000..00331}}.tar'")
+            typed = "" if url == spec else f", which {spec!r} names"
+            raise FileNotFoundError(
+                f"shard {url} does not exist{typed}; shards are tar files such as 'cc3m/{{00000..00331}}.tar'"
+            )
     return urls
 
 
