@@ -194,8 +194,9 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     urls = [url for part in ([spec] if isinstance(spec, str) else spec) for url in expand_urls(part)]
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url.removeprefix("file:")):
+            typed = "" if url == spec else f", which {spec!r} names"
             raise FileNotFoundError(
-                f"shard {url} does not exist; --data takes tar files such as 'cc3m/{{00000..00331}}.tar'"
+                f"shard {url} does not exist{typed}; shards are tar files such as 'cc3m/{{00000..00331}}.tar'"
             )
     return urls
 
@@ -588,7 +589,7 @@ def broken_report(broken: Iterable[Broken], fate: str = "replaced by their neigh
         return None
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(distinct.values()).most_common())
     names = ", ".join(sorted(distinct)[:3]) + (", ..." if len(distinct) > 3 else "")
-    return f"{len(distinct)} broken samples, {fate}: {reasons} ({names})"
+    return f"{len(distinct)} broken sample{'s' * (len(distinct) != 1)}, {fate}: {reasons} ({names})"
 
 
 def report_broken(broken: list[Broken], process: run.Process, label: str) -> None:

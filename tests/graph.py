@@ -8,7 +8,11 @@ from shared.presets import folders
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
 EVIDENCE = ("study.py", "photos_study.py")  # what may use shared.study and shared.corpora
-BUILDERS = {"flame/new_names.py", "lexvla/scenes.py"}  # of a paper's corpus; beside study.py, they use shared.corpora
+BUILDERS = {  # of a paper's corpus; beside study.py, they use shared.corpora
+    "flame/new_names.py",
+    "lexvla/scenes.py",
+    "tldr_reduction/pool.py",
+}
 BEGIN, END = "<!-- imports -->\n", "<!-- /imports -->"
 
 

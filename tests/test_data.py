@@ -165,7 +165,7 @@ def test_broken_samples_are_counted_and_replaced(tmp_path: Path, reason: str):
     key = "a" if "twice" in reason else "x"
     assert {(b.key, b.reason) for b in broken} == {(key, reason)}
     report = data.broken_report(broken)
-    assert report.startswith("1 broken samples") and f"1 {reason}" in report and f"({key})" in report
+    assert report.startswith("1 broken sample,") and f"1 {reason}" in report and f"({key})" in report
     with pytest.raises(ValueError, match=f"--strict: sample {key}: {reason}"):
         read_all(data.Shards([str(shard)], strict=True))
 
@@ -185,6 +185,8 @@ def test_all_samples_unreadable_ends_in_a_sentence(tmp_path: Path):
 
 def test_report_counts_distinct_samples():
     assert data.broken_report([]) is None
+    one = data.broken_report([data.Broken("a", "unreadable image")] * 2, "left out")
+    assert one == "1 broken sample, left out: 1 unreadable image (a)"
     broken = [data.Broken(f"k{i % 5}", "empty caption" if i % 5 else "missing image") for i in range(50)]
     report = data.broken_report(broken)
     assert report.startswith("5 broken samples") and "4 empty caption, 1 missing image (k0, k1, k2, ...)" in report
@@ -295,8 +297,12 @@ def test_shard_lists(tmp_path: Path):
     assert data.expand_shards("pipe:cat {0..1}.tar::http://host/{a,b}.tar") == [
         "pipe:cat 0.tar", "pipe:cat 1.tar", "http://host/a.tar", "http://host/b.tar",
     ]  # fmt: skip
-    with pytest.raises(FileNotFoundError, match=f"shard {tmp_path}/3.tar does not exist"):
-        data.expand_shards(f"{tmp_path}/{{0..3}}.tar")
+    typed = f"{tmp_path}/{{0..3}}.tar"
+    with pytest.raises(FileNotFoundError, match=f"shard {tmp_path}/3.tar does not exist, which '") as error:
+        data.expand_shards(typed)
+    assert f"'{typed}' names" in str(error.value) and "--data" not in str(error.value)  # it may be positional
+    with pytest.raises(FileNotFoundError, match="shard none.tar does not exist; shards are tar files"):
+        data.expand_shards("none.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no .tar shard"):
         data.expand_shards(str(tmp_path / "empty"))

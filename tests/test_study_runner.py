@@ -263,20 +263,20 @@ def test_papers_without_a_study_on_photographs_say_so():
     assert runner.study_of("nmtune", "photos").on == "photos" and runner.study_of("nmtune").on == "emoji"
 
 
-def test_a_floor_of_some_arms_counts_between_them_and_is_measured_where_one_of_them_is(study: Study):
+def test_a_floor_of_some_arms_counts_where_one_of_them_is_the_stronger(study: Study):
     def never() -> dict[str, float]:
         raise AssertionError("measured without its arms")
 
     floors = (
-        Floor("pixels", lambda: {"top1": 12.0}),
-        Floor("tower", lambda: {"top1": 16.0}, arms=("method", "late")),
+        Floor("pixels", lambda: {"top1": 1.0}),
+        Floor("tower", lambda: {"top1": 16.0}, arms=("base", "late")),
         Floor("other tower", never, arms=("other",)),
     )
-    claims = tuple(Claim(arm, "+", "top1", "method", arm, 1) for arm in ("base", "late"))
+    claims = tuple(Claim(arm, "+", "top1", arm, "base", 1) for arm in ("method", "late"))
     study = dataclasses.replace(study, floors=floors, claims=claims)
     runner.run(study, runner.Options(seeds=(0, 1), arms="all", jobs=2))
     summary = json.loads(Path("runs/paper/results.json").read_text())
-    assert summary["floors"] == {"pixels": {"top1": 12.0}, "tower": {"top1": 16.0}}
+    assert summary["floors"] == {"pixels": {"top1": 1.0}, "tower": {"top1": 16.0}}
     assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "has not learned"]
 
 

@@ -39,20 +39,38 @@ FLOORS = [((), {"m": 1.0}), ((), {"m": 30.0}), (("ours", "other"), {"m": 46.0})]
     ],
 )
 def test_words_and_their_precedence(claim: Claim, mean: float, half: float | None, strongest: float, word: str):
-    assert verdict(claim, mean, half, strongest, verdicts.floor_of(CLAIM, FLOORS)) == word and word in verdicts.VERDICTS
+    floor = verdicts.floor_of(CLAIM, FLOORS, "base")
+    assert verdict(claim, mean, half, strongest, floor) == word and word in verdicts.VERDICTS
 
 
 def test_no_floor_of_a_metric_is_no_obstacle():
     seconds = CLAIM._replace(metric="seconds")
-    assert verdicts.floor_of(seconds, FLOORS) is None and verdict(CLAIM, 5.0, 0.5, -3.0, None) == "reproduced"
+    assert verdicts.floor_of(seconds, FLOORS, "ours") is None and verdict(CLAIM, 5.0, 0.5, -3.0, None) == "reproduced"
 
 
-def test_a_floor_of_some_arms_counts_for_claims_between_them():
-    between, mixed = CLAIM._replace(baseline="other"), CLAIM._replace(method="other")
-    assert [verdicts.floor_of(claim, FLOORS) for claim in (CLAIM, mixed, between)] == [30.0, 30.0, 46.0]
-    found = arms([39.0, 41.0, 42.0], [45.0, 45.2, 45.9], [43.0, 43.2, 43.9])
-    rows = judged([CLAIM._replace(effect=None), between._replace(effect=None)], found, FLOORS, together=False)
-    assert [row["verdict"] for row in rows] == ["reproduced", "has not learned"]
+def test_the_stronger_arm_is_compared_with_its_own_floors():
+    """A tower's floor of 46 is for "ours" and "other"; "base" has none but those of all arms."""
+    assert [verdicts.floor_of(CLAIM, FLOORS, arm) for arm in ("ours", "base", "other")] == [46.0, 30.0, 46.0]
+    claim = CLAIM._replace(effect=None, negligible=None)
+    for base, ours, stronger, word in (
+        ([39.0, 41.0, 42.0], [45.0, 45.2, 45.9], "ours", "has not learned"),  # although "base" is above its own floor
+        ([39.0, 41.0, 42.0], [46.0, 46.2, 46.9], "ours", "reproduced"),
+        ([45.0, 45.2, 45.9], [39.0, 41.0, 42.0], "base", "not reproduced"),  # "base" need not reach 46
+        ([45.5, 45.5, 45.5], [45.5, 45.5, 45.5], "ours", "has not learned"),  # of equal ones the method
+    ):
+        found = arms(base, ours)
+        assert verdicts.stronger_arm(claim, found) == (stronger, max(np.mean(base), np.mean(ours)))
+        (row,) = judged([claim], found, FLOORS, together=False)
+        assert row["verdict"] == word and row["floor"] == (46.0 if stronger == "ours" else 30.0)
+
+
+def test_a_baseline_that_is_no_arm_has_the_floors_of_its_arm():
+    """A claim against 0 is judged by the method, one against another metric by the arm that it is of."""
+    found = {"ours": [{"m": 40.0, "n": 45.0}] * 3}
+    for baseline in ("0", "ours:n"):
+        claim = CLAIM._replace(baseline=baseline)
+        (row,) = judged([claim], found, FLOORS, together=False)
+        assert row["floor"] == 46.0 and row["verdict"] == "has not learned"
 
 
 def test_own_scatter_is_that_of_differences():

@@ -53,6 +53,25 @@ def test_itm_histogram_is_a_density():
     assert itm_histogram(scores).tolist() == [5.0, 0, 0, 0, 0, 2.5, 0, 0, 0, 2.5]
 
 
+def test_scores_are_of_the_kept_pairs_before_and_after():
+    lines = [{"itm": "0.1", "itm_after": "0.3"}, {"itm": "0.6", "itm_after": "0.8"}, {"itm": "0.0", "itm_after": ""}]
+    found = evaluation.score_metrics({"itm": {"before": {"cut": 0.5}}}, lines)
+    assert found == pytest.approx(
+        {"itm/before_mean": 35, "itm/before_below_cut": 50, "itm/after_mean": 55, "itm/after_below_cut": 50}
+    )
+    median = evaluation.score_metrics({"itm": {"before": {"cut": 0.2}}}, lines)  # of cosines
+    assert (median["itm/before_below_cut"], median["itm/after_below_cut"]) == (50, 0)
+    assert evaluation.score_metrics({}, [{"key": "a"}]) == {}
+
+
+def test_quality_of_a_reduction_is_in_percent_of_cosines():
+    checks = {"captions": {"samples": 9, "coverage": 0.5, "coverage_random": [0.4, 0.45]}, "another encoder": {}}
+    assert evaluation.quality_metrics({"checks": checks}) == pytest.approx(
+        {"captions/coverage": 50, "captions/coverage_random": 42.5}
+    )
+    assert evaluation.quality_metrics({"checks": {}}) == {}
+
+
 def test_results_are_measured_anew_when_a_set_of_rerank_changes(tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").touch()
     monkeypatch.setattr(evaluation.evaluation, "measured_run", lambda path, cfg, sets, measure: sets)
@@ -67,10 +86,10 @@ def test_evaluation(chain, cli, folder):
     runs = [folder / "tldr-seed0", folder / "blip-tldr-seed0"]
     result = finished(cli(*runs, *sets, "--k-test", "2", module="tldr_reduction.eval"))
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
-    assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/nmi"] > 0
+    assert 0 <= clip["groups_ood/top1"] <= 100 and clip["data/pairs"] >= clip["data/emoji"] > 0 and clip["data/ami"] > 0
     assert clip["steps"] == 2 * (clip["data/pairs"] // 32) and 0 <= clip["data/generated_right"] <= 100
     assert plain("Piñata: T-shirt") == plain("pinata t - shirt") and "itm/auc" not in clip  # all captions here are true
-    assert "rerank/retrieval_ood/txt_r1" in blip and 0 <= blip["itm/after_below_half"] <= 100
+    assert "rerank/retrieval_ood/txt_r1" in blip and blip["itm/before_below_cut"] <= 100 >= blip["itm/after_below_cut"]
     for path, value in ((runs[0], clip["groups_ood/top1"]), (runs[1], blip["rerank/retrieval_ood/txt_r1"])):
         assert f"all metrics: {path}/results.md" in result.out and f" {value:.2f} " in result.out
     found = report.compare_runs(list(map(str, runs)), [clip, blip], STUDY.headings)

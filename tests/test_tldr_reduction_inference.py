@@ -2,10 +2,15 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from test_tldr_reduction_model import tiny_captioner
 
-from shared import run
-from tldr_reduction.inference import cached_rows, extract_codes, read_reasons, read_rows, short
+from shared import data, run
+from tldr_reduction import inference
+from tldr_reduction.config import ReduceConfig
+from tldr_reduction.datasets import eval_transform
+from tldr_reduction.encoders import Encoder
+from tldr_reduction.inference import Inference, cached_rows, extract_codes, read_reasons, read_rows, short
 from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
 
 
@@ -50,3 +55,49 @@ def test_reasons_take_little_memory(tmp_path):
     assert read_rows(tmp_path, rows[:3], 3, "reasons").dtype == "U1"
     read = read_reasons(tmp_path, rows, 3)
     assert read.tolist() == [reason[:80] for reason in reasons] and read[3] is read[5]
+
+
+class Noise:
+    """Twelve random pictures, the fifth of which cannot be read."""
+
+    fingerprint, strict, keys = "noise", False, np.arange(12).astype(str)
+
+    def __len__(self) -> int:
+        return 12
+
+    def read(self, row: int) -> data.Pair:
+        if row == 4:
+            raise data.BrokenSample("unreadable")
+        pixels = np.random.default_rng(row).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        return data.Pair(str(row), Image.fromarray(pixels), "a caption")
+
+
+def test_each_image_is_encoded_once(tmp_path, monkeypatch):
+    """Those that a codebook is fitted on, too; a run that finds the codebook and encodes all gives the same codes."""
+    monkeypatch.setattr(inference, "FITTED", 7)
+    seen: list[int] = []
+
+    def feature_map(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return images
+
+    encoder = Encoder(eval_transform(12), feature_map, feature_map)
+    cfg = ReduceConfig(data="", out=str(tmp_path), num_codes=8, code_dim=2, chunk=5, batch_size=4)
+    rows = np.arange(12)
+
+    def codes() -> list[np.ndarray]:
+        passes = Inference(cfg, Noise(), run.Process(0, 1, torch.device("cpu")))
+        passes.loaded[cfg.encoder] = encoder
+        folder = passes.codes(None)
+        found = [read_rows(folder, rows, cfg.chunk, name) for name in ("codes", "pixels", "reasons")]
+        for path in folder.glob("0*.npz"):
+            path.unlink()  # the codebook stays, in a folder of its own
+        return found
+
+    first = codes()
+    assert sum(seen) == 12
+    again = codes()
+    assert sum(seen) == 24
+    for one, other in zip(first, again, strict=True):
+        assert np.array_equal(one, other)
+    assert len(np.unique(first[0])) == 8 and first[2].tolist() == ["unreadable" if row == 4 else "" for row in rows]

@@ -1,11 +1,16 @@
-"""The planted pool: shares of bad captions and of wrong oracles, what is known of each sample, refusals."""
+"""The planted pool: shares of bad captions and of wrong oracles, what is known of each sample, refusals; the set for
+choosing hyperparameters."""
 
+import dataclasses
 import json
 from collections import Counter
 
+import numpy as np
 from test_tldr_reduction_train import refused
 
 from shared import tars
+from shared.corpora.scenes import Scenes, Setting
+from shared.evalsets import EvalSet
 from tldr_reduction import pool
 from tldr_reduction.datasets import open_pairs
 
@@ -48,3 +53,18 @@ def test_a_pool_is_written(in_process, tmp_path):
     assert spoken[5] == {"image_id": "005", "caption": "n1"}
     refused(in_process(*command, "50", module="tldr_reduction.pool"), "other scenes or shares")
     refused(in_process("--source", tmp_path, module="tldr_reduction.pool"), "holds no scenes")
+
+
+def test_validation_has_other_scenes_of_the_drawings_that_are_held_out(in_process, tmp_path):
+    setting = Setting(concepts=3, clutter=(0, 0), captioned_size=(0.7, 0.9), distinct=2)
+    manifest = {"setting": dataclasses.asdict(setting) | {"samples": 9, "eval_samples": 6, "recipe": 1}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    command = ["--source", tmp_path, "--validation", tmp_path / "validation"]
+    assert "6 scenes of 3 concepts" in in_process(*command, module="tldr_reduction.pool").out
+    assert "is complete" in in_process(*command, module="tldr_reduction.pool").out
+    found = list(EvalSet(tmp_path / "validation", np.array))
+    held_out = Scenes(dataclasses.replace(setting, distinct=None), "id")
+    assert [label for _, _, label in found] == [0, 1, 2, 0, 1, 2]
+    for index, (_, picture, label) in enumerate(found):
+        assert np.array_equal(picture, held_out.draw(6 + index, (label,)).pixels)
+        assert not any(np.array_equal(picture, held_out.draw(i, (label,)).pixels) for i in range(6))  # of names_id

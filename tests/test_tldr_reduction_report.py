@@ -13,17 +13,61 @@ def test_duplicates():
     assert first[7] == first[400] == 3 and len(set(first)) == 498
 
 
+def notes(found: dict, readable: int = 300, **settings) -> list[str]:
+    cfg = dict(data="pool", out="", keep=0.25, clusters=10) | settings
+    return report.notes_of(ReduceConfig(**cfg), found, readable)
+
+
+ORIGINAL = {"kind": "original", "by": None, "without_generated": 0}
+REFINED = {"kind": "refined", "by": "a/b", "without_generated": 0}
+FOUND = {"samples": 300, "identical_images": 0, "kept": 75, "captions": REFINED}
+
+
 def test_notes_are_about_what_is_missing():
-    captions = {"kind": "original", "by": None, "without_generated": 0}
-    cfg = ReduceConfig(data="", out="", keep=0.25)
-    found = {"identical_images": 240, "kept": 60, "captions": captions}
-    same, unchanged = report.notes_of(cfg, found, 300)
+    same, unchanged = notes(FOUND | {"identical_images": 240, "kept": 60, "captions": ORIGINAL})
     assert same.startswith("Only 60 of 300 images are distinct") and "no --caption-model" in unchanged
-    cfg.select = "all"
-    assert report.notes_of(cfg, {**found, "identical_images": 0}, 300) == []
-    cfg.select = "stride"
-    refined = {**found, "identical_images": 200, "captions": {"kind": "refined", "by": "a/b", "without_generated": 3}}
-    missing, unscored = report.notes_of(cfg, refined, 300)  # 100 distinct ones, of which 75 are asked for
-    assert missing.startswith("3 of 60 kept samples") and "no --scorer" in unscored
-    refined["captions"]["without_generated"], cfg.scorer = 0, "c"
-    assert report.notes_of(cfg, refined, 300) == []
+    assert notes(FOUND | {"captions": ORIGINAL}, select="all") == []
+    missing, unscored = notes(FOUND | {"identical_images": 200, "captions": REFINED | {"without_generated": 3}})
+    assert missing.startswith("3 of 75 kept samples") and "no --scorer" in unscored  # 75 of 100 distinct ones are kept
+    assert notes(FOUND, scorer="c") == []
+
+
+def test_notes_are_about_a_share_that_is_not_the_one_asked_for():
+    (more,) = notes(FOUND | {"kept": 82}, scorer="c")
+    assert more.startswith("27.3 % are kept, more than --keep 0.25") and "10 clusters" in more
+    assert notes(FOUND | {"kept": 81}, scorer="c") == []  # 27 %: two points more
+    assert notes(FOUND | {"kept": 150}, scorer="c", select="random") == []
+
+
+def test_notes_are_about_flags_without_effect():
+    flags = dict(clusters=20, drop_duplicates=False, code_dim=8, check="a", scorer="c")
+    (note,) = notes(FOUND, select="random", **flags)
+    assert note == "--clusters, --no-drop-duplicates, --code-dim, --check have no effect with --select random."
+    assert notes(FOUND, select="stride", **flags) == []
+    assert notes(FOUND, select="random", scorer="c", check="none") == []  # as in the recipe: 300 / 30 clusters
+    assert notes(FOUND, select="all", scorer="c", keep=0.5) == ["--keep has no effect with --select all."]
+    (note,) = notes(FOUND, select="itm", **flags)
+    assert "--clusters" in note and "--check" not in note  # of which coverage is compared with random
+
+
+def test_notes_say_whether_a_coin_would_do_as_well():
+    def check(coverage: float) -> dict:
+        return {"coverage": coverage, "coverage_random": [0.49, 0.50, 0.51]}
+
+    found = FOUND | {"checks": {"thumbnails": check(0.53), "captions": check(0.52), "towers": check(0.505)}}
+    (note,) = notes(found, scorer="c")
+    better, same = note.split("; ")
+    assert better.endswith("the dropped ones better than a random choice of as many, by thumbnails and by captions")
+    assert same == "about as well as a random choice of as many, by towers."
+    (worse,) = notes(FOUND | {"checks": {"captions": check(0.4)}}, scorer="c")
+    assert worse == "The kept samples cover the dropped ones worse than a random choice of as many, by captions."
+
+
+def test_self_scores_are_named(tmp_path):
+    (note,) = notes(FOUND, scorer="a/b", caption_model="a/b")
+    assert note.startswith("Scores are self-scores: the captioner scores its own captions")
+    (tmp_path / "config.json").write_text('{"data": "pool"}')
+    (note,) = notes(FOUND, scorer=str(tmp_path))
+    assert "the scorer was trained on these captions" in note
+    (tmp_path / "config.json").write_text('{"data": "other"}')
+    assert notes(FOUND, scorer=str(tmp_path)) == []

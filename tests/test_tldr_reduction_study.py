@@ -1,12 +1,15 @@
 """Arms, reductions and pools that the study declares."""
 
 import itertools
+from types import SimpleNamespace
 
+import torch
 import tyro
 
+from shared.study import verdicts
 from shared.study.runner import Stage, in_order
-from tldr_reduction import config
-from tldr_reduction.study import POOLS, REDUCTIONS, STUDY, shards
+from tldr_reduction import config, study
+from tldr_reduction.study import IN_EACH, POOLS, REDUCTIONS, STUDY, WHERE, shards
 
 
 def test_reductions_of_a_pool_take_turns():
@@ -48,3 +51,58 @@ def test_reductions_are_of_their_pool_and_equal_in_number():
         assert parsed.match in (None, f"{runs}/reduced/codes{pool}-seed7")
         assert (parsed.match is not None) == name.startswith("random")
         assert parsed.predictions is None or parsed.predictions.startswith(POOLS[pool][1])
+        assert (parsed.check == "auto") == (name == "codes")  # one arm measures cohesion and coverage
+        assert (parsed.select == "all") == name.startswith("full-refined")
+
+
+def test_all_arms_have_the_same_steps():
+    for arm in STUDY.arms:
+        (words,) = STUDY.words(arm, 7)
+        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[1:])
+        assert parsed.steps == study.STEPS and parsed.epochs == config.PRESETS["emoji-scenes"][1].epochs
+
+
+def test_pools_have_the_same_arms_and_are_built_for_each_of_them():
+    names = {arm.name: arm for arm in STUDY.arms}
+    for pool in WHERE:
+        assert all(not names[f"{name}{pool}"].core for name in IN_EACH)
+        for name in IN_EACH:
+            built = [once.command for once in STUDY.before if not once.arms or f"{name}{pool}" in once.arms]
+            scenes, folder, _ = POOLS[pool]
+            assert any(f"--out {scenes} " in command for command in built)
+            assert any(command.endswith(f"pool --source {scenes} --out {folder}") for command in built) or (
+                folder == "data/tldr" and "tldr_reduction.pool" in built
+            )
+
+
+def test_arms_have_the_floors_of_their_captions():
+    """Arms with refined captions also have the nearest refined caption, wherever they are the stronger arm."""
+    bars = [(floor.arms, {study.SCORE: float(i)}) for i, floor in enumerate(STUDY.floors) if not floor.ceiling]
+    names = [floor.name for floor in STUDY.floors]
+    claim = STUDY.claims[0]
+
+    def highest(arm: str) -> str:
+        return names[int(verdicts.floor_of(claim, bars, arm))]
+
+    assert highest("random") == "nearest caption by EfficientNet-Lite0, a random third"
+    assert highest("codes") == highest("full") == "nearest caption by EfficientNet-Lite0, all"
+    assert highest("random-refined") == "nearest refined caption by EfficientNet-Lite0, a random third"
+    for arm in ("tldr", "full-refined", "image", "generated"):
+        assert highest(arm) == "nearest refined caption by EfficientNet-Lite0, all"
+    for pool, where in WHERE.items():
+        for arm in ("tldr", "full-refined"):
+            assert highest(f"{arm}{pool}") == f"nearest refined caption by EfficientNet-Lite0, all; {where}"
+        assert highest(f"codes{pool}") == f"nearest caption by EfficientNet-Lite0, all; {where}"
+    arms = {arm.name for arm in STUDY.arms}
+    assert all(set(floor.arms) <= arms | {f"full{pool}" for pool in WHERE} for floor in STUDY.floors)
+    assert all({claim.method, claim.baseline.partition(":")[0]} <= arms for claim in STUDY.claims)
+
+
+def test_the_nearest_refined_caption_names_what_the_oracle_said(monkeypatch):
+    """Two pictures with a generic and a wrong caption; the oracle is right about the first."""
+    pictures = torch.eye(2)
+    monkeypatch.setattr(study, "pool_features", lambda pool: (pictures, ["a", "b"], ["", "a"], ["a", "a"]))
+    monkeypatch.setattr(study, "EvalSet", lambda path, transform: SimpleNamespace(classnames=["a", "b"]))
+    monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
+    assert study.pool_neighbour(1.0, 1)["names_ood/top1"] == 0
+    assert study.pool_neighbour(1.0, 1, refined=True)["names_ood/top1"] == 50

@@ -192,6 +192,9 @@ class Config(Warm):
     start from random weights."""
     clip_model: str = "ViT-B-16"
     """Any open_clip config, for --objective clip."""
+    steps: int | None = None
+    """Train for about this many steps, instead of --epochs: the nearest number of whole epochs. The learning rate then
+    falls by the same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
     lock_image: bool = False
     """Freeze the pretrained image trunk and train only its projection. For EfficientNet-Lite0 (--clip-model
     Lite0-emoji); its features are computed once, on whole images without crops."""
@@ -383,9 +386,20 @@ def check(cfg: Common, world_size: int) -> None:
         cli.check_eval_set(cfg)
 
 
+def for_steps(cfg: Common, per_epoch: int) -> Common:
+    """The settings of a run of `cfg.steps` steps, with `per_epoch` steps an epoch; without `steps`, `cfg` itself."""
+    if not isinstance(cfg, Config) or cfg.steps is None or not per_epoch:
+        return cfg
+    epochs = max(1, round(cfg.steps / per_epoch))
+    decay = cfg.lr_decay_rate ** (cfg.epochs / epochs)
+    return dataclasses.replace(cfg, epochs=epochs, lr_decay_rate=decay, warmup=min(cfg.warmup, per_epoch))
+
+
 def check_sizes(cfg: Common, world_size: int) -> None:
     """The part of `check` that --dry-run needs, too."""
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
+    if isinstance(cfg, Config):
+        cli.check_counts(cfg, "steps")
     cli.check_batch(cfg, world_size)
     if isinstance(cfg, Config) and cfg.lock_image:
         check_lock(cfg)
@@ -543,12 +557,37 @@ class ReduceConfig:
         return self.select in ("stride", "nearest", "farthest")
 
 
+BY_CLUSTERS = (  # settings of a selection by clusters
+    "clusters", "features", "start", "drop_duplicates", "encoder", "num_codes", "code_dim", "whiten_dim", "niter",
+    "points_per_centroid",
+)  # fmt: skip
+
+
+def default_clusters(recipe: str, n: int) -> int:
+    """Number of clusters of n samples if none is given."""
+    return max(1, min(RECIPES[recipe]["clusters"], n // 30))
+
+
+def without_effect(cfg: ReduceConfig, n: int) -> list[str]:
+    """Flags of a reduction of n samples that differ from the default, but have no effect with its --select."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ReduceConfig)}
+    defaults |= {"clusters": default_clusters(cfg.recipe, n), "keep": RECIPES[cfg.recipe]["keep"]}
+    names = [] if cfg.clustered else list(BY_CLUSTERS)
+    if cfg.select in ("all", "random") and cfg.check != "none":
+        names.append("check")
+    if cfg.select == "all":
+        names.append("keep")
+    changed = [name for name in names if getattr(cfg, name) not in (None, defaults[name])]
+    negated = {"drop_duplicates": "no_drop_duplicates"}
+    return [f"--{negated.get(name, name).replace('_', '-')}" for name in changed]
+
+
 def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
     """The settings of a reduction of n samples, with the recipe's values. Raise ValueError on invalid ones."""
     if cfg.recipe not in RECIPES:
         raise ValueError(f"--recipe {cfg.recipe} is none of {', '.join(RECIPES)}")
     recipe = RECIPES[cfg.recipe]
-    clusters = cfg.clusters if cfg.clusters is not None else max(1, min(recipe["clusters"], n // 30))
+    clusters = cfg.clusters if cfg.clusters is not None else default_clusters(cfg.recipe, n)
     keep = recipe["keep"] if cfg.keep is None else cfg.keep
     itm_keep = recipe.get("itm_keep") if cfg.itm_keep is None else cfg.itm_keep
     written = cfg.caption_model or cfg.predictions

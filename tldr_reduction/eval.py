@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
-from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
+from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 from torch import Tensor
 
 from shared import cli, data, evaluation, export, run, tars
@@ -39,11 +40,15 @@ METRICS = {  # metrics shown for a run, and their headings
     "data/emoji": "distinct emoji",
     "data/scenes": "distinct scenes",
     "data/named": "true T_o",
-    "itm/after_mean": "ITM mean",
-    "itm/after_below_half": "scores below the cut",
+    "itm/before_mean": "score before (kept pairs)",
+    "itm/after_mean": "score after",
+    "itm/before_below_cut": "scores below the cut, before",
+    "itm/after_below_cut": "scores below the cut, after",
     "itm/auc": "ITM AUC, true names against others'",
     "data/generated_right": "T_g is the name",
-    "data/nmi": "NMI of clusters and scenes",
+    "data/ami": "adjusted mutual information of clusters and scenes",
+    "pixels/cohesion": "cohesion of clusters on pixels",
+    "pixels/coverage": "coverage on pixels",
     "codes/codes_used": "codes used",
     "early_loss_ita": "ITC loss, epochs 0-2",
     "seconds": "seconds",
@@ -171,9 +176,39 @@ def plain(text: str) -> str:
     return "".join(character for character in unicodedata.normalize("NFKD", text.lower()) if character.isalnum())
 
 
+CHECKED_ON = {"images at 8 x 8 pixels": "pixels", "captions": "captions"}  # features of a reduction's checks
+
+
+def quality_metrics(summary: dict) -> dict[str, float]:
+    """Cohesion and coverage of a reduction, and those of random ones, from its report.json; cosines times 100."""
+    metrics = {}
+    for features, short in CHECKED_ON.items():
+        for name, value in summary.get("checks", {}).get(features, {}).items():
+            if name != "samples":
+                metrics[f"{short}/{name}"] = 100 * float(np.mean(value))
+    return metrics
+
+
+def score_metrics(summary: dict, lines: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Mean scores of the kept pairs with the captions before and after, and percent below the cut.
+
+    summary: report.json, whose cut is 0.5 for probabilities of a match, and the median of all pairs before for cosines.
+    lines: report.csv.
+    """
+    kept = [line for line in lines if line.get("itm") and line.get("itm_after")]
+    if "itm" not in summary or not kept:
+        return {}
+    metrics, cut = {}, summary["itm"]["before"]["cut"]
+    for when, column in (("before", "itm"), ("after", "itm_after")):
+        scores = np.array([float(line[column]) for line in kept])
+        metrics |= {f"itm/{when}_mean": 100 * scores.mean(), f"itm/{when}_below_cut": 100 * (scores < cut).mean()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def data_metrics(spec: str) -> dict[str, float]:
-    """Metrics of a run's training data: pairs, distinct emoji, ITM before and after; agreement of clusters with
-    subgroups, of generated captions with true names, and of ITM scores with the injected noise."""
+    """Metrics of a run's training data: pairs, distinct emoji, scores before and after, cohesion and coverage;
+    agreement of clusters with scenes or subgroups, of generated captions with true names, and of scores with the
+    injected noise."""
     samples = dict(tars.descriptions(data.expand_shards(spec)))
     metrics = {"data/pairs": len(samples)}
     if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # else it is another corpus
@@ -186,17 +221,17 @@ def data_metrics(spec: str) -> dict[str, float]:
     if not (folder / "report.json").is_file():
         return metrics
     summary = json.loads((folder / "report.json").read_text())
-    for when, values in summary.get("itm", {}).items():
-        metrics |= {f"itm/{when}_mean": 100 * values["mean"], f"itm/{when}_below_half": values["below_cut"]}
+    metrics |= quality_metrics(summary)
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
     settings = json.loads((folder / "config.json").read_text())
     everything = dict(tars.descriptions(data.expand_shards(settings["data"])))
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
+    metrics |= score_metrics(summary, lines)
     truth = "original" if "original" in lines[0] else "subgroup"  # scenes, or emoji
     if clustered := [line for line in lines if line.get("cluster") and truth in line]:
         labels = ([line[name] for line in clustered] for name in (truth, "cluster"))
-        metrics["data/nmi"] = 100 * normalized_mutual_info_score(*labels)
+        metrics["data/ami"] = 100 * adjusted_mutual_info_score(*labels)
     if settings["captions"] != "original":  # T_g that is the emoji's true name
         written = [line for line in lines if line["kept"] == "1" and "name" in line]
         right = sum(plain(line["name"]) == plain(line["generated"]) for line in written)

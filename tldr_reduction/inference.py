@@ -149,6 +149,7 @@ class Inference:
         self.work = Path(cfg.work or Path(cfg.out) / "work")
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}
+        self.fitted: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64)}  # codes of the codebook's sample, by row
         self.tick: Callable[[int], None] = lambda _: None  # counts the samples of a pass
 
     def folder(self, what: str, model: str) -> Path:
@@ -217,6 +218,18 @@ class Inference:
             kept_in = self.encoder_folder("codes")
 
         def compute(rows: np.ndarray) -> dict:
+            old = np.isin(rows, self.fitted["rows"])
+            if not old.any():
+                return encoded(rows)
+            known = {name: values[np.isin(self.fitted["rows"], rows)] for name, values in self.fitted.items()}
+            self.tick(int(old.sum()) * self.process.world_size)
+            if old.all():
+                return {name: known[name] for name in ("codes", "pixels", "reasons")}
+            order = np.argsort(np.concatenate([rows[old], rows[~old]]))
+            fresh = encoded(rows[~old])
+            return {name: np.concatenate([known[name], values])[order] for name, values in fresh.items()}
+
+        def encoded(rows: np.ndarray) -> dict:
             pixels, reasons = [], []
 
             def watched():
@@ -244,12 +257,23 @@ class Inference:
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
-        """images (B, 3, S, S) -> codes (B, 9), by a codebook that rank 0 fits to a sample of the data and saves."""
+        """images (B, 3, S, S) -> codes (B, 9), by a codebook that rank 0 fits to a sample of the data and saves.
+
+        Codes of the sample are in `fitted`, so that its images are not encoded again.
+        """
         cfg, encoder, path = self.cfg, self.encoder(self.cfg.encoder), self.encoder_folder("codebook") / "codebook.npz"
         if self.process.main and load_file(path) is None:
             sample = np.sort(np.random.default_rng(cfg.seed).permutation(len(self.rows))[:FITTED])
-            tokens = [encoder.tokens(images).cpu() for _, images, *_ in self.loader(sample, encoder.transform)]
-            codebook = fit_codebook(torch.cat(tokens), cfg.num_codes, cfg.code_dim, cfg.seed)
+            parts, pixels, reasons = [], [], []
+            for _, images, _, hashes, why in self.loader(sample, encoder.transform):
+                with run.autocast(self.precision, images.device):
+                    parts.append(encoder.tokens(images).cpu())
+                pixels += hashes
+                reasons += why
+            tokens = torch.cat(parts)
+            codebook = fit_codebook(tokens, cfg.num_codes, cfg.code_dim, cfg.seed)
+            self.fitted = {"rows": sample, "codes": codebook(tokens)}
+            self.fitted |= {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
             path.parent.mkdir(parents=True, exist_ok=True)
             with checkpoints.replaced(path) as file:
                 np.savez(file, **codebook.arrays())

@@ -13,7 +13,7 @@ import numpy as np
 
 from shared import checkpoints, data
 from tldr_reduction.config import ReduceConfig
-from tldr_reduction.report import check_line
+from tldr_reduction.report import check_line, self_score
 
 SIDE = 96  # pixels of an example's longer side
 CLUSTERS, MEMBERS = 8, 10  # clusters on the page, and samples of each
@@ -105,7 +105,7 @@ def facts(cfg: ReduceConfig, report: dict) -> str:
         ("identical images", f"{report['identical_images']:,}"),
         ("selection", f"{cfg.select}, {cfg.keep:g}"),
         ("captions", ", by ".join(filter(None, (cfg.captions, cfg.caption_model or cfg.predictions)))),
-        ("scorer", cfg.scorer or "none"),
+        ("scorer", (cfg.scorer or "none") + (f" (self-score: {why})" if (why := self_score(cfg)) else "")),
     ]
     if "codes_used" in report:
         rows += [("codes", f"of {made_by}: {report['codes_used']:,} used, perplexity {report['perplexity']:.1f}")]

@@ -130,7 +130,7 @@ def more_rows(found: Comparison) -> list[dict]:
     """What this scale cannot show."""
     mended = "captions are people's: there is little to mend"
     return [
-        verdicts.not_testable("lowest scores dropped, above random", "+4.4", mended),
+        verdicts.not_testable("lowest self-scores dropped, above random", "+4.4", mended),
         verdicts.not_testable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"),
     ]
 

@@ -7,6 +7,10 @@ captions of scenes (shared/corpora/scenes.py), of which many are near copies of 
 
 A sample that is bad in a pool is also bad in pools with more noise; everything depends only on the sample's key. Each
 json holds its scene ("original"), true "name" and kind of caption ("noise": name, other or generic).
+
+`--validation DIR` writes a classification set for choosing hyperparameters: new scenes of drawings in the training
+styles that no training scene shows. The tests are other scenes: names_id of the same drawings, names_ood of a style
+that is neither here nor in training.
 """
 
 import dataclasses
@@ -17,6 +21,7 @@ from pathlib import Path
 import tyro
 
 from shared import checkpoints, cli, data, tars
+from shared.corpora import layout, scenes
 
 GENERIC = ("an image of an icon", "picture", "a drawing on a background", "symbol clip art")
 RECIPE = 1  # increase when equal scenes and shares give different pools
@@ -32,6 +37,8 @@ class Config:
     """Percent of bad captions of each pool."""
     oracle: tuple[int, ...] = (20, 50, 80)
     """Percent of wrong names of each oracle."""
+    validation: Path | None = None
+    """Write this classification set instead, for the scenes of --source; a finished one is not changed."""
 
 
 def caption(key: str, true: str, names: list[str], name: str, percent: int) -> tuple[str, str]:
@@ -50,12 +57,35 @@ def told(key: str, names: list[str], name: str, percent: int) -> str:
     return other if wrong else name
 
 
+def write_validation(setting: dict, folder: Path) -> None:
+    """Write scenes of held-out drawings, all concepts in turn, as `folder`/test.
+
+    setting: of the training scenes, from their manifest.json. There are as many as in names_id/test, whose scenes have
+    the indices before theirs.
+    """
+    if (folder / "test/nshards.txt").is_file():
+        return print(f"{folder} is complete")
+    fields = {field.name for field in dataclasses.fields(scenes.Setting)}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in setting.items() if name in fields}
+    plain = dataclasses.replace(scenes.Setting(**values), captioned=(1, 1), noise=0.0, distinct=None)
+    drawn, count = scenes.Scenes(plain, "id"), setting["eval_samples"]
+    layout.write_classes(folder, drawn.classnames, ["{c}"])
+    samples = (
+        scenes.sample(drawn, drawn.draw(count + i, (i % len(drawn.emoji),))) | {"cls": str(i % len(drawn.emoji))}
+        for i in range(count)
+    )
+    tars.write_split(folder / "test", samples)
+    print(f"{folder}: {count:,} scenes of {len(drawn.emoji)} concepts")
+
+
 def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{source} holds no scenes: 'python -m shared.corpora.scenes --out {source}' builds them"
         )
+    if cfg.validation:
+        return write_validation(checkpoints.read_json(source / "manifest.json")["setting"], cfg.validation)
     made = {"recipe": RECIPE, "noise": list(cfg.noise), "oracle": list(cfg.oracle)}
     made["scenes"] = data.fingerprint((source / "manifest.json").read_bytes())
     if (out / "manifest.json").is_file():
@@ -82,8 +112,8 @@ def main(cfg: Config) -> None:
         ]
         checkpoints.write_json(out / f"oracle-{percent:02}.json", spoken)
     checkpoints.write_json(out / "manifest.json", made)
-    scenes = len({about["original"] for _, _, about in everything})
-    print(f"{out}: {len(everything):,} samples of {scenes:,} scenes and {len(names)} concepts")
+    distinct = len({about["original"] for _, _, about in everything})
+    print(f"{out}: {len(everything):,} samples of {distinct:,} scenes and {len(names)} concepts")
 
 
 if __name__ == "__main__":

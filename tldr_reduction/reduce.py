@@ -447,7 +447,8 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
             return
         found = Outcome(good, selected, kept, pixels, reasons, codes, clusters)
         report, columns = write_tables(cfg, pairs, found, images, captions, generated, itm)
-        report |= {"checks": checks, "notes": notes_of(cfg, report, len(good))}
+        report["checks"] = checks
+        report["notes"] = notes_of(cfg, report, len(good))
         write_page(Path(cfg.out) / "report.html", cfg, pairs, report, columns)
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     checkpoints.write_json(Path(cfg.out) / "report.json", report)

@@ -11,8 +11,10 @@ import torch
 
 from shared import checkpoints
 from tldr_reduction.cluster import Clusters, in_cluster
-from tldr_reduction.config import ReduceConfig
+from tldr_reduction.config import ReduceConfig, without_effect
 from tldr_reduction.eval import itm_histogram
+
+SAME = 0.01  # difference of two coverages (mean cosines) up to which they are called equal
 
 
 class Outcome(NamedTuple):
@@ -197,12 +199,41 @@ def check_line(name: str, check: dict) -> str:
     return f"by {name}: {words}"
 
 
-def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
-    """Sentences about missing parts and about settings without effect, for report.json, report.html and the terminal.
+def coverage_notes(checks: dict[str, dict]) -> list[str]:
+    """A sentence on whether kept samples cover the dropped ones better than random choices, or [] without checks."""
+    kinds: dict[str, list[str]] = {}
+    for name, check in checks.items():
+        gain = check["coverage"] - np.mean(check["coverage_random"])
+        word = "about as well as" if abs(gain) < SAME else "better than" if gain > 0 else "worse than"
+        kinds.setdefault(word, []).append(name)
+    if not kinds:
+        return []
+    words = "; ".join(
+        f"{word} a random choice of as many, by {' and by '.join(names)}" for word, names in kinds.items()
+    )
+    return [f"The kept samples cover the dropped ones {words}."]
 
-    `report` has the entries of `summary_of` and of the captions; `readable` is the number of readable samples.
+
+def self_score(cfg: ReduceConfig) -> str | None:
+    """Why scores are self-scores: the model scores captions that it wrote or learned. None if this is not known."""
+    if cfg.scorer is None:
+        return None
+    if cfg.scorer == cfg.caption_model:
+        return "the captioner scores its own captions"
+    settings = Path(cfg.scorer) / "config.json"
+    if settings.is_file() and checkpoints.read_json(settings).get("data") == cfg.data:
+        return "the scorer was trained on these captions"
+    return None
+
+
+def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
+    """Sentences about missing parts, settings without effect, and what a selection by clusters gained, for report.json,
+    report.html and the terminal.
+
+    `report` has the entries of `summary_of`, of the captions and of the checks; `readable` is the number of readable
+    samples.
     """
-    notes, captions = [], report["captions"]
+    captions, notes = report["captions"], coverage_notes(report.get("checks", {}))
     distinct = readable - report["identical_images"]
     if cfg.clustered and cfg.drop_duplicates and report["identical_images"] and distinct <= cfg.keep * readable:
         notes += [
@@ -210,6 +241,17 @@ def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
             f"distinct ones are selected, and the clusters have no effect. They have one for --keep below "
             f"{distinct / readable:.2g}."
         ]
+    share = report["kept"] / max(readable, 1)
+    if cfg.clustered and share > cfg.keep + 0.02:
+        notes += [
+            f"{100 * share:.1f} % are kept, more than --keep {cfg.keep:g}: the number of samples of each of the "
+            f"{cfg.clusters:,} clusters is rounded up. Fewer --clusters come closer."
+        ]
+    if flags := without_effect(cfg, report["samples"]):
+        have = "has" if len(flags) == 1 else "have"
+        notes += [f"{', '.join(flags)} {have} no effect with --select {cfg.select}."]
+    if why := self_score(cfg):
+        notes += [f"Scores are self-scores: {why}, so that errors that both share are not seen."]
     if captions["kind"] == "original" and cfg.select != "all":
         why = "" if captions["by"] else ", because there is no --caption-model and no --predictions"
         notes += [f"Captions are not changed{why}. In the paper's table, such a reduction is worse than the full data."]

@@ -19,7 +19,7 @@ from shared import accumulate, cli, data, run, windows
 from shared.clip import trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction import loop
-from tldr_reduction.config import PRESETS, Config
+from tldr_reduction.config import PRESETS, Config, for_steps
 from tldr_reduction.datasets import LockedPairs, PairDataset, view_of
 from tldr_reduction.loop import alpha_ramp, cosine_lr, warmup_step_lr  # noqa: F401  of this file's contract
 from tldr_reduction.model import build, build_for, image_side
@@ -95,6 +95,8 @@ def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, pr
 
 def train(cfg: Config, process: run.Process) -> Path:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
+    if cfg.steps is not None:
+        cfg = for_steps(cfg, len(loop.pairs_of(cfg, process)) // cfg.batch_size)
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path

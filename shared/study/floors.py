@@ -33,8 +33,8 @@ class Floor:
     measure: Callable[[], dict[str, float]]
     ceiling: bool = False
     arms: tuple[str, ...] = ()
-    """Arms that the floor is for, such as those with a pretrained tower. It counts for claims between these arms, and
-    is measured if one of them is compared. Empty: all arms."""
+    """Arms that the floor is for, such as those with a pretrained tower. It counts for claims whose stronger arm is one
+    of them, and is measured if one of them is compared. Empty: all arms."""
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:

@@ -28,7 +28,10 @@ PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
 def arms_rows(
     arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]] | None = None
 ) -> list[dict[str, str]]:
-    """Rows of floors, then of arms, with mean ± std over seeds in a column per metric (key -> heading)."""
+    """Rows of floors, then of arms, with mean ± std over seeds in a column per metric (key -> heading).
+
+    Metrics that no row has are left out.
+    """
 
     def cell(value: dict | None) -> str:
         if value is None:
@@ -39,10 +42,9 @@ def arms_rows(
         name: {key: {"mean": value, "values": [value]} for key, value in values.items()}
         for name, values in (floors or {}).items()
     }
-    return [
-        {"arm": arm} | {head: cell(values.get(key)) for key, head in metrics.items()}
-        for arm, values in (below | arms).items()
-    ]
+    rows = below | arms
+    shown = {key: head for key, head in metrics.items() if any(key in values for values in rows.values())}
+    return [{"arm": arm} | {head: cell(values.get(key)) for key, head in shown.items()} for arm, values in rows.items()]
 
 
 def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:

@@ -16,7 +16,8 @@ from shared.study.statistics import Claim, measured
 
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
-    "has not learned": "the stronger of the two arms is not above what needs no training (chance, raw pixels)",
+    "has not learned": "the stronger of the two arms is not above its floors, which need no training (chance, raw "
+    "pixels, the nearest neighbour on its own pretrained tower)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
     "reproduced": "the interval lies on the paper's side, and reaches its effect where both are in one unit",
     "same direction": "on the paper's side, short of its effect",
@@ -129,12 +130,26 @@ def verdict(
     return "reproduced"
 
 
-def floor_of(claim: Claim, floors: Bars) -> float | None:
-    """The highest floor that counts for a claim, in the metric `learned_by`; None if there is none."""
+def floor_of(claim: Claim, floors: Bars, stronger: str) -> float | None:
+    """The highest floor of the claim's stronger arm, in the metric `learned_by`; None if there is none.
+
+    Floors that name no arm are for all arms.
+    """
     metric = claim.learned_by or claim.metric
-    both = {claim.method, claim.baseline}
-    counting = [values for arms, values in floors if not arms or both <= set(arms)]
+    counting = [values for arms, values in floors if not arms or stronger in arms]
     return max((values[metric] for values in counting if metric in values), default=None)
+
+
+def stronger_arm(claim: Claim, arms: dict[str, list[dict]]) -> tuple[str, float]:
+    """The claim's arm with the higher mean in the metric `learned_by`, and this mean. Equal ones: the method.
+
+    Of the baselines "0" and "arm:metric", the arm is the method, or that arm.
+    """
+    metric = claim.learned_by or claim.metric
+    method, baseline = (float(np.mean([run[metric] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
+    if claim.baseline == "0" or method >= baseline:
+        return claim.method, max(method, baseline)
+    return claim.baseline.partition(":")[0], baseline
 
 
 def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -187,17 +202,16 @@ def judged(
                 few = {arm: runs for arm, runs in source.items() if arm in comparable}
                 scatters.append(pooled(few, claim.metric))
         scatter = max((each for each in scatters if each), key=lambda each: each.df, default=None)
-        told_by = claim.learned_by or claim.metric
-        strongest = max(float(np.mean([run[told_by] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
-        found.append((float(np.mean(differences)), scatter, len(differences), strongest))
+        found.append((float(np.mean(differences)), scatter, len(differences)))
         means.append({"method": float(np.mean(sides[0])), "baseline": float(np.mean(sides[1]))})
     levels = [LEVEL] * len(chosen)
     if together:
-        primary = [each[:3] for claim, each in zip(chosen, found, strict=True) if claim.primary]
+        primary = [each for claim, each in zip(chosen, found, strict=True) if claim.primary]
         levels[: len(primary)] = holm(primary)
     rows = []
-    for claim, sides, (mean, scatter, n, strongest), level in zip(chosen, means, found, levels, strict=True):
-        half, floor = half_width(scatter, n, level), floor_of(claim, floors)
+    for claim, sides, (mean, scatter, n), level in zip(chosen, means, found, levels, strict=True):
+        stronger, strongest = stronger_arm(claim, arms)
+        half, floor = half_width(scatter, n, level), floor_of(claim, floors, stronger)
         rows.append(
             {
                 "claim": claim.claim,
