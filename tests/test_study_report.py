@@ -35,6 +35,11 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
         )
     assert {row["verdict"] for row in shown(summary["claims"])} <= set(VERDICTS)
     if set(summary) == second:
+        study = importlib.import_module(f"{file.stem}.study").STUDY
+        again = study.judged_again(summary)["claims"]
+        assert [(row["claim"], row["verdict"]) for row in again] == [
+            (row["claim"], row["verdict"]) for row in summary["claims"]
+        ], "run `make readme`"
         assert len(summary["seeds"]) >= 5 and all(len(set(row)) for row in summary["floors"].values())
     assert report.update_readme(file.stem, write=False), "run `make readme`"
 

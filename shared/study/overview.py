@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import cli, presets
-from shared.checkpoints import read_json
+from shared.checkpoints import read_json, write_json
 from shared.evaluation import table
 from shared.study import report
 from shared.study.runner import Study, study_of
@@ -211,14 +211,25 @@ def read(folder: Path) -> dict[str, dict]:
     return {paper: read_json(path) for paper, paths in files.items() for path in paths if path.is_file()}
 
 
+def judge_again(folder: Path, on: str) -> None:
+    """Give the claims of results files the verdicts of today's studies, from the numbers in the files."""
+    for paper, summary in read(folder).items():
+        if "floors" in summary and summary != (again := study_of(paper, on).judged_again(summary)):
+            write_json(folder / f"{paper}.json", again)
+            print(f"{folder / f'{paper}.json'}: its claims were judged again, by today's {paper}/study.py")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results, or runs")
     folder = parser.parse_args().folder
+    committed = folder == Path("results")
+    if committed:
+        judge_again(folder, "emoji")
+        judge_again(folder / "photos", "photos")
     found, photographs = read(folder), read(folder / "photos")
     if not (papers := sorted(found | photographs)):
         raise ValueError(f"{folder} holds no results: run 'make reproduce-all'")
-    committed = folder == Path("results")
     if committed:
         Path("RESULTS.md").write_text(markdown(found, photographs))
         readme = Path("README.md")

@@ -160,6 +160,14 @@ def write_packages(path: Path) -> None:
     path.write_text("".join(sorted(f"{name}=={version}\n" for name, version in found.items())), encoding="utf-8")
 
 
+def by_seed(summary: dict) -> dict[str, list[dict]]:
+    """{arm: metrics of each seed} of a results file."""
+    return {
+        arm: [{metric: values["values"][i] for metric, values in metrics.items()} for i in range(len(summary["seeds"]))]
+        for arm, metrics in summary["arms"].items()
+    }
+
+
 def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
     """Arms of the results in `path` if they have the settings and machine of `found` and more seeds, else {}."""
     try:
@@ -169,10 +177,7 @@ def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
     same = all(earlier.get("settings", {}).get(arm) == setting for arm, setting in found.settings.items())
     if not same or earlier.get("machine") != machine() or len(earlier["seeds"]) <= len(found.seeds):
         return {}
-    return {
-        arm: [{metric: values["values"][i] for metric, values in metrics.items()} for i in range(len(earlier["seeds"]))]
-        for arm, metrics in earlier["arms"].items()
-    }
+    return by_seed(earlier)
 
 
 def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]:

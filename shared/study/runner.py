@@ -212,15 +212,30 @@ class Study:
         setting = {"floors": [floor.name for floor in floors], "known": known}
         return evaluation.measured(self.folder, kept, setting, sources, measure)
 
+    def rows(
+        self, arms: dict[str, list[dict]], floors: dict[str, dict[str, float]], earlier: dict | None = None
+    ) -> list[dict]:
+        """Rows of this study's claims about the metrics of arms by seed, with these measured floors."""
+        bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
+        together = len(next(iter(arms.values()))) >= COMMITTED
+        return verdicts.judged(self.claims, arms, bars, together, earlier)
+
+    def judged_again(self, summary: dict) -> dict:
+        """Results of schema 2 with the verdicts that today's claims and rules give to their numbers.
+
+        Rows that are not of `claims` are kept, since they may need the runs.
+        """
+        rows, known = self.rows(report.by_seed(summary), summary["floors"]), {claim.claim for claim in self.claims}
+        rows += [row for row in summary["claims"] if row["claim"] not in known]
+        return summary | {"claims": sorted(rows, key=lambda row: not row["primary"])}
+
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
         """Results of schema 2: with floors, intervals from pooled standard deviations, and primary claims first."""
         floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.home}.json")
-        bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
         earlier = report.earlier_arms(committed, found)
         if earlier:
             print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")
-        together = len(found.seeds) >= COMMITTED
-        rows = verdicts.judged(self.claims, found.arms, bars, together, earlier) + self.more_rows(found, **more)
+        rows = self.rows(found.arms, floors, earlier) + self.more_rows(found, **more)
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
         if (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
