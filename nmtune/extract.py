@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class Texts:
     encoder: str
     """Encoder that transformers' AutoModel loads, by name or folder: roberta-large, gpt2."""
     data: str
-    """Training texts: a .tsv with a header line, as GLUE's, or a .jsonl."""
+    """Training texts: a .tsv, as GLUE's, or a .jsonl."""
     out: str
     """Features file to write, .npz."""
     tests: tuple[str, ...] = ()
@@ -73,6 +73,8 @@ class Texts:
     """Columns or keys of the text; two give a text pair, such as premise and hypothesis."""
     label: str = "label"
     """Column or key of the label."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of .tsv files without a header line, such as CoLA's: source label mark sentence."""
     pooling: Literal["first", "mean", "last"] = "first"
     """Hidden state of the last layer: of the first token (BERT), the mean (sentence encoders), of the last (GPT)."""
     max_length: int = 128
@@ -127,13 +129,16 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
         yield name, features[0], [train.classnames[groups[label][0]] for label in labels]
 
 
-def entries(path: str) -> list[dict[str, Any]]:
-    """Lines of a .jsonl, or of a .tsv with column names in its first line, as dicts. ValueError names a bad line."""
+def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Lines of a .jsonl or .tsv as dicts. ValueError names a bad line.
+
+    header: column names of a .tsv; if there are none, its first line has them.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with open(path, encoding="utf-8", newline="") as file:
         if path.endswith(".tsv"):
-            return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+            return list(csv.DictReader(file, header or None, delimiter="\t", quoting=csv.QUOTE_NONE))
         found = []
         for number, line in enumerate(file, 1):
             try:
@@ -190,7 +195,8 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
     except ImportError as error:
         raise ValueError("texts need transformers: pip install 'transformers>=4.40'") from error
     process = run.setup(0, cfg.device)
-    read = {name: entries(path) for name, path in {"": cfg.data, **tests}.items()}  # before the encoder, to fail early
+    paths = {"": cfg.data, **tests}
+    read = {name: entries(path, cfg.header) for name, path in paths.items()}  # before the encoder, to fail early
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.encoder)
         model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)

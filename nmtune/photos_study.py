@@ -19,7 +19,7 @@ from torch import Tensor
 from nmtune import eval as evaluation
 from nmtune.config import NOISE
 from nmtune.features import read_features
-from nmtune.study import CLAIMS, HEADS, TUNINGS, correlation_rows, heads_arm, linear_probe, plot_noise
+from nmtune.study import CLAIMS, HEADS, SELECTED, TUNINGS, heads_arm, linear_probe, over_levels, plot_noise
 from shared import probes, run
 from shared.evaluation import measured
 from shared.study import floors, photos, verdicts
@@ -49,6 +49,7 @@ ARMS = (
         for level in NOISE
     ),
     *(heads_arm(arm, head, f"--features {FEATURES}") for arm, head in zip(BLACK_BOX, HEADS, strict=True)),
+    heads_arm(SELECTED, "lp", f"--select --features {FEATURES}", but=", selected rate and decay", core=False),
     *(
         heads_arm(f"lite0-nmtune-no-{term}", "nmtune", f"--features {FEATURES} --w-{term} 0", but=but, core=False)
         for term, but in WITHOUT.items()
@@ -149,9 +150,8 @@ FLOORS = (
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Correlations over noise levels, and what photographs cannot show here either."""
-    absolute = verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")
-    return [*correlation_rows(found.arms), absolute]
+    """What photographs cannot show here either."""
+    return [verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")]
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
@@ -186,6 +186,7 @@ STUDY = Study(
     sets=(f"{PACS}/photo", *(f"{PACS}/{name}_all" for name in SHIFTED)),
     floors=FLOORS,
     claims=(*CLAIMS, *VARIANT_CLAIMS),
+    derive=lambda found: over_levels(found.arms),
     more_rows=more_rows,
     plot=lambda found, out: plot_noise(found.arms, out),
 )

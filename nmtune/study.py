@@ -1,8 +1,9 @@
 """The small-scale study of NMTune: `python -m nmtune.study` (`make reproduce-nmtune`).
 
 Encoders are pre-trained on half of the embedded emoji, a stand-in for ImageNet-1K (labels) and YFCC15M (captions), with
-0 to 30 % of wrong labels or swapped captions. They are probed on other labels of the other half, in the styles of
-pre-training (ID) and in an unseen style (OOD). A black box, EfficientNet-Lite0, is tuned by LP, MLP and NMTune.
+0 to 30 % of wrong labels or swapped captions. Linear probes, and on encoders trained with labels also MLP and NMTune,
+learn other labels of the other half, and are tested in the styles of pre-training (ID) and in an unseen style (OOD). A
+black box, EfficientNet-Lite0, is tuned by LP, MLP and NMTune.
 
 Why the effect can appear: the network uses directions of its features for wrong labels, which probes for other labels
 then lack; and an MLP on 1,280 correlated features with few labels overfits, so that a regulariser can help. The effect
@@ -11,7 +12,6 @@ would vanish where pre-training is too short to tell correct from wrong labels, 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,7 +39,9 @@ KINDS = {"sup": "label", "clip": "caption"}
 ENCODER_HEADS = {"sup": "lp mlp nmtune", "clip": "lp"}  # heads of each kind of encoder
 HEADS = {"lp": "LP", "mlp": "MLP", "nmtune": "NMTune"}
 BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
+SELECTED = "lite0-lp-select"
 FEW, FEW_SAMPLES = 0.1, tuple(f"lite0-{head}-few" for head in HEADS)  # a share of the training samples, and its arms
+ON_LITE0 = (*BLACK_BOX, SELECTED, *FEW_SAMPLES)
 # Heads of a black-box arm for each seed of the study; seed 3 has the tuning seeds 30 to 39. A head takes seconds, and
 # MLP and NMTune differ by less than heads with different seeds do.
 TUNINGS = 10
@@ -64,6 +66,7 @@ ARMS = (
         for level in NOISE
     ),
     *(heads_arm(arm, head) for arm, head in zip(BLACK_BOX, HEADS, strict=True)),
+    heads_arm(SELECTED, "lp", "--select", but=", selected rate and decay", core=False),
     *(
         heads_arm(arm, head, f"--train-fraction {FEW}", ", a tenth of the samples", core=False)
         for arm, head in zip(FEW_SAMPLES, HEADS, strict=True)
@@ -73,7 +76,7 @@ SUBGROUPS = tuple(f"data/emoji/eval/subgroups_{part}" for part in ("id", "ood"))
 ENCODE = Once(
     f"nmtune.extract images --encoder lite0:128 --data {SUBGROUPS[0]}:train --tests id={SUBGROUPS[0]}:test "
     f"ood={SUBGROUPS[1]}:test --batch-size 32 --out {LITE0['features']}",
-    arms=BLACK_BOX + FEW_SAMPLES,
+    arms=ON_LITE0,
 )
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -85,7 +88,7 @@ def noise_claims(kind: str, level: int, primary: bool = False) -> tuple[Claim, .
     found = [Claim(f"C2 {of} lowers LP OOD", "down", "lp/ood", *pair, -1, None, primary, 0.5)]
     if level in (5, 10):
         found.append(Claim(f"C1 {of} raises LP ID", "up", "lp/id", *pair, 1, None, primary, 0.5))
-    if level == 30:
+    if level in (20, 30):
         found.append(Claim(f"C1 {of} lowers LP ID", "down", "lp/id", *pair, -1, None, False, 0.5))
     for name in ("SVE", "LSVR"):
         for part in ("id", "ood"):
@@ -109,67 +112,67 @@ def head_claims(mlp: str, lp: str, nmtune: str, metric: str, on: str, primary: b
     )
 
 
+def encoder_head_claims(on: str, arm: str, before: str = "") -> tuple[Claim, ...]:
+    """C4 and the mechanism on encoders: NMTune's metrics against another head's, "{before}HEAD/METRIC", of one arm."""
+
+    def claim(text: str, paper: str | None, head: str, metric: str, part: str, sign: int = 1, effect=None, d=None):
+        names = f"{before}nmtune/{metric}", arm, f"{arm}:{before}{head}/{metric}"
+        return Claim(f"{text}, {on}, {part.upper()}", paper, *names, sign, effect, False, d, f"lp/{part}")
+
+    return (
+        *(claim("C4 NMTune above MLP", "about +1", "mlp", part, part, 1, 1, 0.5) for part in ("id", "ood")),
+        *(claim("C4 NMTune above LP", "up", "lp", part, part, 1, None, 0.5) for part in ("id", "ood")),
+        claim("L_COV of NMTune's z against MLP's", None, "mlp", "cov_id", "id", -1),
+        claim("top-5 share of NMTune's z against MLP's", None, "mlp", "top5_id", "id"),
+    )
+
+
+SVE_LP, LSVR_LP = "r of SVE and LP, ID", "r of LSVR and LP, OOD"
+CORRELATIONS = {SVE_LP: ("sve_id", "lp/id"), LSVR_LP: ("lsvr_ood", "lp/ood")}
+OVER_LEVELS = (  # of metrics that `over_levels` derives; they belong to no level
+    Claim("C3 higher SVE goes with higher LP ID (correlation over levels)", "positive", SVE_LP, "sup-00", "0", 1,
+          learned_by="lp/id"),
+    Claim("C3 higher LSVR goes with lower LP OOD (correlation over levels)", "negative", LSVR_LP, "sup-00", "0", -1,
+          learned_by="lp/ood"),
+)  # fmt: skip
 CLAIMS = (
     *noise_claims("sup", 10, primary=True),
     *noise_claims("sup", 30, primary=True),
     *head_claims("lite0-mlp", "lite0-lp", "lite0-nmtune", "blackbox/", "black box, ", primary=True),
+    *(
+        Claim(f"NMTune above LP with a selected rate, black box, {part.upper()}", "up", f"blackbox/{part}",
+              "lite0-nmtune", SELECTED, 1, None, False, 0.5)
+        for part in ("id", "ood")
+    ),
+    *encoder_head_claims("encoders, mean over levels of label noise", "sup-00", "levels/"),
+    *encoder_head_claims("encoders with 30 % label noise", "sup-30"),
     *head_claims("lite0-mlp-few", "lite0-lp-few", "lite0-nmtune-few", "few/", "black box, a tenth of the samples, "),
     *(claim for level in (5, 20) for claim in noise_claims("sup", level)),
     *(claim for level in NOISE[1:] for claim in noise_claims("clip", level)),
-)
+    *OVER_LEVELS,
+)  # fmt: skip
 
 
 def derive(found: Comparison) -> None:
-    """Give accuracies of heads tuned on few samples names of their own, since their floor is another."""
+    """Add `over_levels`, and give accuracies of heads tuned on few samples names of their own, since their floor is
+    another."""
+    over_levels(found.arms)
     for arm in set(FEW_SAMPLES) & set(found.arms):
         for values in found.arms[arm]:
             values |= {f"few/{part}": values[f"blackbox/{part}"] for part in ("id", "ood")}
 
 
-def by_seed(arms: dict[str, list[dict]], names: Sequence[str]) -> list[dict[str, float]]:
-    """For each seed, the mean of each metric over these arms."""
-    same = zip(*(arms[name] for name in names), strict=True)
-    return [{key: float(np.mean([each[key] for each in runs])) for key in runs[0]} for runs in same]
-
-
-def head_rows(arms: dict[str, list[dict]]) -> list[dict]:
-    """C4 and the mechanism on pre-trained encoders: differences between two heads, paired by the encoders' seed."""
-    rows = []
-    for kind, what in KINDS.items():
-        levels = [arm for arm in arms if arm.startswith(f"{kind}-")]
-        for names, on in ((levels, f"{what}s, mean of noise levels, "), ([f"{kind}-30"], f"30 % {what} noise, ")):
-            if not names or not set(names) <= set(arms) or "mlp/id" not in arms[names[0]][0]:
-                continue
-            runs = by_seed(arms, names)
-            heads = {
-                head: [{k.partition("/")[2]: v for k, v in each.items() if k.startswith(f"{head}/")} for each in runs]
-                for head in HEADS
-            }
-            claims = head_claims("mlp", "lp", "nmtune", "", on)
-            if names == levels:
-                claims += (
-                    Claim(f"NMTune's z has lower L_COV than MLP's, {on}ID", "down", "cov_id", "nmtune", "mlp", -1),
-                    Claim(f"NMTune's z has a higher top-5 share than MLP's, {on}ID", "up", "top5_id", "nmtune", "mlp"),
-                )
-            rows += verdicts.judged(claims, heads, [], together=False)
-    return rows
-
-
-def correlation_rows(arms: dict[str, list[dict]]) -> list[dict]:
-    """C3: correlations of spectrum and accuracy over levels of label noise, one for each pre-training seed."""
-    levels = [arm for arm in arms if arm.startswith("sup-")]
-    if len(levels) < 3:
-        return []
-    rows = []
-    for x, y, sign, text in (
-        ("sve_id", "lp/id", 1, "C3 higher SVE goes with higher LP ID (correlation over levels)"),
-        ("lsvr_ood", "lp/ood", -1, "C3 higher LSVR goes with lower LP OOD (correlation over levels)"),
-    ):
-        seeds = zip(*(arms[arm] for arm in levels), strict=True)
-        r = [{"r": float(np.corrcoef([[run[key] for run in runs] for key in (x, y)])[0, 1])} for runs in seeds]
-        claim = Claim(text, "positive" if sign > 0 else "negative", "r", "r", "none", sign)
-        rows += verdicts.judged([claim], {"r": r, "none": [{"r": 0.0}] * len(r)}, [], together=False)
-    return rows
+def over_levels(arms: dict[str, list[dict]]) -> None:
+    """Add metrics over all levels of label noise to `sup-00`, for each pre-training seed: correlations of spectrum and
+    accuracy (of three levels or more), and means of the heads' metrics as "levels/HEAD/METRIC"."""
+    levels, heads = [runs for arm, runs in arms.items() if arm.startswith("sup-")], tuple(f"{head}/" for head in HEADS)
+    for clean, *runs in zip(arms.get("sup-00", ()), *levels, strict=False):  # one of each level, with the same seed
+        for metric in [metric for metric in clean if metric.startswith(heads)]:
+            if all(metric in run for run in runs):
+                clean[f"levels/{metric}"] = float(np.mean([run[metric] for run in runs]))
+        for metric, (x, y) in CORRELATIONS.items():
+            if len(levels) > 2:
+                clean[metric] = float(np.corrcoef([[run[key] for run in runs] for key in (x, y)])[0, 1])
 
 
 def more_rows(found: Comparison) -> list[dict]:
@@ -177,7 +180,7 @@ def more_rows(found: Comparison) -> list[dict]:
     if unknown := set(found.arms) - set(STUDY.headings):
         raise ValueError(f"--report compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
     absolute = verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")
-    return [*correlation_rows(found.arms), *head_rows(found.arms), absolute]
+    return [absolute]
 
 
 # --------------------------------------------------------------------------------------------------------------- floors
@@ -255,7 +258,7 @@ def few_samples(labels: Tensor) -> np.ndarray:
 
 def logistic_regression() -> dict[str, float]:
     """scikit-learn's on the pretrained network's features, C chosen on a fifth of every class; among all training
-    samples and among few. The best that a linear classifier can be expected to reach."""
+    samples and among few: what a linear classifier reaches if its regularisation is chosen."""
     sets = read_features(LITE0["features"])
     features, labels = sets.train.features[0], sets.train.labels
     found = {}
@@ -298,8 +301,8 @@ FLOORS = (
     Floor("chance", chance),
     Floor("nearest neighbour on raw pixels", pixel_neighbour),
     Floor("linear probe on raw pixels", pixel_probe),
-    Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=BLACK_BOX + FEW_SAMPLES),
-    Floor("logistic regression on EfficientNet-Lite0", logistic_regression, arms=BLACK_BOX + FEW_SAMPLES),
+    Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=ON_LITE0),
+    Floor("logistic regression on EfficientNet-Lite0", logistic_regression, ceiling=True, arms=ON_LITE0),
     Floor("encoder trained on the probes' labels", on_labels, ceiling=True),
 )
 
@@ -393,7 +396,7 @@ def plot_spectra(folders: dict[str, Path], out: Path) -> None:
             continue
         for key, label in (("F/ood", "F, before tuning"), ("mlp/ood", "z of the MLP"), ("nmtune/ood", "z of NMTune")):
             evaluation.draw_spectrum(row[1], spectra[key], label)
-        evaluation.finish_spectra(row[1], f"OOD features, encoder of {levels[-1]} % {KINDS[kind]} noise")
+        evaluation.finish_spectra(row[1], f"OOD features, encoder of {levels[-1]} % {KINDS[kind]} noise, {TASKS[0]}s")
         row[1].set_ylabel("")
     figure.tight_layout()
     figure.savefig(out / "nmtune_spectra.png", dpi=110)

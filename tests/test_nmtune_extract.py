@@ -89,6 +89,15 @@ def test_texts(in_process, tmp_path):
         assert code == 2 and one_sentence(err), err
 
 
+def test_tables_without_a_header_line(tmp_path):
+    (tmp_path / "train.tsv").write_text('gj04\t1\t\tA "quoted sentence.\nbc01\t0\t*\tAn other one.\n')
+    lines = extract.entries(str(tmp_path / "train.tsv"), ("source", "label", "mark", "sentence"))
+    assert [(line["label"], line["sentence"]) for line in lines] == [
+        ("1", 'A "quoted sentence.'),
+        ("0", "An other one."),
+    ]
+
+
 ERRORS = {
     "no data": (["answers", "--data", "no.jsonl", "--out", "f.npz"], "no.jsonl does not exist"),
     "an ending": (["answers", "--data", "no.jsonl", "--out", "f.txt"], "--out f.txt should end in .npz"),

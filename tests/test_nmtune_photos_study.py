@@ -42,7 +42,7 @@ def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():
     assert pretraining[:2] == ["nmtune.pretrain", "small-sup"] and pretraining[-2:] == ["--out", out]
     assert "data/photos-cifar10/eval/cifar10:test" in pretraining and "0.1" in pretraining
     assert probing[:4] == ["nmtune.train", "lp", "--encoder", out] and probing[-1] == f"{out}/lp"
-    assert len(study.STUDY.chosen("core")) == 6 and len(study.STUDY.chosen("all")) == 13
+    assert len(study.STUDY.chosen("core")) == 6 and len(study.STUDY.chosen("all")) == 14
     arms = {arm.name: study.STUDY.words(arm, 1)[0] for arm in study.ARMS}
     assert arms["lite0-nmtune-no-cov"][:6] == [*arms["lite0-nmtune"][:4], "--w-cov", "0"]
     assert arms["lite0-mlp-wide"][:6] == [*arms["lite0-mlp"][:4], "--ratio", "4"]
@@ -67,6 +67,7 @@ def test_out_of_domain_is_the_mean_of_domains(tmp_path: Path):
 
 def test_claims_are_those_of_the_embedded_corpus():
     found = compared()
+    study.STUDY.derive(found)
     rows = verdicts.judged(study.CLAIMS, found.arms, [], together=False) + study.more_rows(found)
     claims = {row["claim"]: row["verdict"] for row in rows}
     assert claims["C1 30 % label noise lowers LP ID"] == "reproduced"

@@ -30,6 +30,7 @@ def compared(levels=config.NOISE) -> study.Comparison:
 
 def judged(found: study.Comparison, floor: float = 20.0, together: bool = True) -> dict[str, dict]:
     bars = [((), {metric: floor for metric in ("lp/id", "lp/ood", "blackbox/id", "blackbox/ood")})]
+    study.derive(found)
     rows = verdicts.judged(study.CLAIMS, found.arms, bars, together) + study.more_rows(found)
     return {row["claim"]: row for row in rows}
 
@@ -49,10 +50,14 @@ def test_claims_are_differences_of_encoders_and_of_heads():
     assert correlation["difference"] == pytest.approx(-1, abs=0.01) and correlation["verdict"] == "not reproduced"
     c4 = rows["C4 NMTune above MLP, black box, OOD"]
     assert c4["primary"] and c4["difference"] == pytest.approx(0.9, abs=0.02) and c4["verdict"] == "same direction"
-    mean = rows["C4 NMTune above MLP, labels, mean of noise levels, OOD"]
+    mean = rows["C4 NMTune above MLP, encoders, mean over levels of label noise, OOD"]
     assert mean["difference"] == pytest.approx(1, abs=0.1) and not mean["primary"]
-    assert rows["NMTune's z has lower L_COV than MLP's, labels, mean of noise levels, ID"]["verdict"] == "reproduced"
-    assert {row["verdict"] for row in judged(compared(), floor=80.0).values() if row["primary"]} == {"has not learned"}
+    noisy = rows["C4 NMTune above LP, encoders with 30 % label noise, ID"]
+    assert noisy["difference"] == pytest.approx(3, abs=0.1) and noisy["verdict"] == "reproduced"
+    z = rows["L_COV of NMTune's z against MLP's, encoders with 30 % label noise, ID"]
+    assert z["difference"] == pytest.approx(-0.9) and z["verdict"] == "no claim"
+    untrained = judged(compared(), floor=80.0).values()
+    assert {row["verdict"] for row in untrained} == {"has not learned", "no claim", "not testable here"}
     few = judged(compared(levels=(5, 30)))
     assert not [claim for claim in few if claim.startswith(("C1", "C2", "C3"))]
     unknown = compared()._replace(arms={"vit": [encoder(0, 0)]})
@@ -97,9 +102,10 @@ def test_plots_show_differences_with_intervals(tmp_path):
 def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     arms = [arm.name for arm in study.STUDY.chosen("core")]
     assert arms == ["sup-00", "sup-10", "sup-30", "lite0-lp", "lite0-mlp", "lite0-nmtune"]
-    assert len(study.STUDY.chosen("all")) == 16
+    assert len(study.STUDY.chosen("all")) == 17
     known = {arm.name: arm for arm in study.STUDY.arms}
-    assert {each for claim in study.CLAIMS for each in (claim.method, claim.baseline)} == set(known)
+    compared_with = {each.partition(":")[0] for claim in study.CLAIMS for each in (claim.method, claim.baseline)}
+    assert compared_with - {"0"} == set(known)
     pretraining, tuning = study.STUDY.words(study.STUDY.arms[9], 1)
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]

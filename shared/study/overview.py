@@ -32,8 +32,9 @@ def command(study: Study, summary: dict) -> str:
     """The command that reproduces a study's results."""
     seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study.chosen("core")}
     more = [arm.name for arm in study.arms if arm.name in summary["arms"] and not arm.core]
-    names = "all" if len(core) + len(more) == len(study.arms) else f'"{" ".join(["core", *more])}"'
-    every = f" ARMS={names}" if more else ""
+    first = ["core"] if core <= set(summary["arms"]) else [arm for arm in summary["arms"] if arm in core]
+    names = "all" if len(summary["arms"]) == len(study.arms) else f'"{" ".join([*first, *more])}"'
+    every = "" if [*first, *more] == ["core"] else f" ARMS={names}"
     every += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
     name = study.folder.replace("_", "-")
     return f'make reproduce-{name} SEEDS="{seeds}"{every} RESULTS=results/{study.home}.json'
