@@ -412,7 +412,7 @@ STUDY = Study(
     corpus="Embedded emoji corpus; encoders from scratch on half of the emoji, probed on the other half; the black box "
     "is EfficientNet-Lite0, pretrained on ImageNet-1k, on subgroups of all emoji, each number the mean of "
     f"{TUNINGS} heads with different seeds",
-    minutes={"core": 5, "all": 14},
+    minutes={"core": 6, "all": 18},
     evaluate=lambda runs: [evaluation.compared_metrics(run) for run in runs],
     derive=derive,
     metrics=evaluation.METRICS,
