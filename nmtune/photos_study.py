@@ -158,7 +158,6 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     return [measure_run(path) for path in runs]
 
 
-MEASURED = ("lp", "sve", "lsvr", "blackbox")
 DOMAINS = {
     f"{kind}/{name}": f"{heading} {name.replace('_', ' ')}"
     for kind, heading in (("lp", "LP"), ("blackbox", "black box"))
