@@ -176,12 +176,7 @@ STUDY = Study(
     minutes={"core": 5, "all": 8},
     evaluate=evaluate,
     alone=True,
-    metrics={
-        key: value
-        for key, value in evaluation.METRICS.items()
-        if not key.startswith(("nearest", "noise", "mlp", "nmtune"))
-    }
-    | DOMAINS,
+    metrics=evaluation.METRICS | DOMAINS,
     sets=(f"{PACS}/photo", *(f"{PACS}/{name}_all" for name in SHIFTED)),
     floors=FLOORS,
     claims=(*CLAIMS, *VARIANT_CLAIMS),
