@@ -54,10 +54,6 @@ ARMS = (
         heads_arm(f"lite0-nmtune-no-{term}", "nmtune", f"--features {FEATURES} --w-{term} 0", but=but, core=False)
         for term, but in WITHOUT.items()
     ),
-    *(
-        heads_arm(f"lite0-{head}-wide", head, f"--features {FEATURES} --ratio 4", but=" of width 4 D", core=False)
-        for head in ("mlp", "nmtune")
-    ),
 )
 VARIANTS = tuple(arm.name for arm in ARMS if arm.name.startswith("lite0-") and not arm.core)
 ENCODE = Once(
@@ -66,11 +62,8 @@ ENCODE = Once(
 
 
 VARIANT_CLAIMS = tuple(  # which part of NMTune makes it differ from the MLP
-    Claim(f"NMTune{but} above MLP{wide}, black box, {part.upper()}", None, f"blackbox/{part}", *arms, negligible=0.5)
-    for but, wide, arms in (
-        *((but, "", (f"lite0-nmtune-no-{term}", "lite0-mlp")) for term, but in WITHOUT.items()),
-        (" of width 4 D", " of width 4 D", ("lite0-nmtune-wide", "lite0-mlp-wide")),
-    )
+    Claim(f"NMTune{but} against MLP, black box, {part.upper()}", None, f"blackbox/{part}", *arms)
+    for but, arms in ((but, (f"lite0-nmtune-no-{term}", "lite0-mlp")) for term, but in WITHOUT.items())
     for part in ("id", "ood")
 )
 
