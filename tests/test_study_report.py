@@ -62,6 +62,8 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     study = importlib.import_module(f"{file.stem}.study").STUDY
     known = {row["claim"] for row in summary["claims"]} | {study.headings[arm] for arm in summary["arms"]}
     known |= set(summary["floors"]) | set(study.metrics.values())
+    if (photographs := ROOT / f"results/photos/{file.name}").is_file():
+        known |= {row["claim"] for row in checkpoints.read_json(photographs)["claims"]}
     named = {" ".join(name.split()) for name in re.findall(r"\*([^*]+)\*", said)}
     assert named and named <= known, sorted(named - known)
 
