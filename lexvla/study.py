@@ -306,9 +306,12 @@ def plot_penalties(arms: dict[str, list[dict]], path: Path) -> None:
     for name, of_penalty in PENALTIES.items():
         line = [points[arm] for arm in ("none", *of_penalty) if arm in points]
         axis.plot(*zip(*line, strict=True), "o-", label=f"{name}, weight rising from 0")
-    for arm in {"none"} | {arm for of_penalty in PENALTIES.values() for arm in of_penalty}:
-        if arm in points:
-            axis.annotate(STUDY.headings[arm], points[arm], xytext=(4, 4), textcoords="offset points", fontsize=7)
+    beside = dict.fromkeys(("none", *PENALTIES["FLOPs"]), ((7, -3), "left"))
+    beside |= {"overuse-weak": ((0, -13), "center"), "overuse": ((0, 7), "center")}  # so that names do not overlap
+    for arm in points.keys() & beside.keys():
+        place, side = beside[arm]
+        axis.annotate(STUDY.headings[arm], points[arm], place, textcoords="offset points", ha=side, fontsize=7)
+    axis.margins(0.2)
     axis.set(xlabel="samples with the most used word among their ten strongest (%)", ylabel="mean recall (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
