@@ -307,7 +307,7 @@ def plot_penalties(arms: dict[str, list[dict]], path: Path) -> None:
         line = [points[arm] for arm in ("none", *of_penalty) if arm in points]
         axis.plot(*zip(*line, strict=True), "o-", label=f"{name}, weight rising from 0")
     beside = dict.fromkeys(("none", *PENALTIES["FLOPs"]), ((7, -3), "left"))
-    beside |= {"overuse-weak": ((0, -13), "center"), "overuse": ((0, 7), "center")}  # so that names do not overlap
+    beside |= {"overuse-weak": ((2, -13), "right"), "overuse": ((0, 7), "center")}  # so that names do not overlap
     for arm in points.keys() & beside.keys():
         place, side = beside[arm]
         axis.annotate(STUDY.headings[arm], points[arm], place, textcoords="offset points", ha=side, fontsize=7)
