@@ -67,7 +67,8 @@ class LabelledImages:
     @property
     def fingerprint(self) -> str:
         """Hash of keys and labels."""
-        return fingerprint(*self.keys.utf32(), self.labels.tobytes())
+        keys = self.keys.utf32() if isinstance(self.keys, Strings) else [self.keys.tobytes()]
+        return fingerprint(*keys, self.labels.tobytes())
 
     def read(self, row: int) -> tuple[Image.Image, int]:
         """(RGB image, label) of that row. Raises BrokenSample."""

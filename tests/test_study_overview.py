@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def test_the_page_with_plots_needs_nothing_else():
     page = overview.html_page(found, {}, ROOT / "results")
     plots = sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)
     assert plots and page.count('src="data:image/png;base64,') == page.count("<img") == plots
+    page = re.sub(r"base64,[^\"]*", "", page)  # any four letters may stand there
     assert "http" not in page and "<script" not in page
     for summary in found.values():
         assert all(html.escape(row["claim"]) in page for row in summary["claims"])
