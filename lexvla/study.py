@@ -102,21 +102,15 @@ CLAIMS = (  # document frequencies, recalls and mIoU in percent
     Claim("overuse retrieves better than FLOPs, single emoji", TABLE_1, EMOJI, "overuse", "flops", negligible=1.0),
     Claim("LLM better than bags of words, single emoji", TABLE_1, EMOJI, "overuse", "bow", negligible=1.0),
     Claim("words better than 512 dimensions, single emoji", "Fig. 5", EMOJI, "overuse", "dense", negligible=1.0),
-    Claim(
-        "64 words better than 64 dimensions",
-        "Fig. 5",
-        f"{SET}/top64/mean_recall",
-        "overuse",
-        "dense-64",
-        learned_by=RECALL,
-    ),
+    Claim("64 words better than 64 dimensions", "Fig. 5", TOP_64, "overuse", "dense-64", learned_by=RECALL),
     Claim("PatchDis of present classes: words, latent dimensions", None, PRESENT, "overuse", "dense"),
     Claim("PatchDis: words above the latent baseline of [CLS]", TABLE_2, ALL, "overuse", "dense-cls"),
 )
 
 
 def derive(found: Comparison) -> None:
-    """Add metrics that need several arms: recall of 64 dimensions beside that of 64 words, and overuse at equal recall.
+    """Add metrics that need several arms: recall of 64 dimensions beside that of 64 words, and the most used word's
+    share with FLOPs at the recall of overuse.
 
     equal/max_document_frequency: for `overuse` its own; for `flops` the value at the recall of `overuse`, interpolated
     linearly between all FLOPs arms, of which the arm without penalty is the one of weight 0. Beyond their range it is
@@ -304,8 +298,8 @@ def plot_penalties(arms: dict[str, list[dict]], path: Path) -> None:
         if all(SHARED in run and RECALL in run for run in runs)
     }
     for name, of_penalty in PENALTIES.items():
-        line = [points[arm] for arm in ("none", *of_penalty) if arm in points]
-        axis.plot(*zip(*line, strict=True), "o-", label=f"{name}, weight rising from 0")
+        if line := [points[arm] for arm in ("none", *of_penalty) if arm in points]:
+            axis.plot(*zip(*line, strict=True), "o-", label=f"{name}, weight rising from 0")
     beside = dict.fromkeys(("none", *PENALTIES["FLOPs"]), ((7, -3), "left"))
     beside |= {"overuse-weak": ((2, -13), "right"), "overuse": ((0, 7), "center")}  # so that names do not overlap
     for arm in points.keys() & beside.keys():

@@ -121,10 +121,8 @@ def main(cfg: StudyConfig) -> None:
     if unknown or cfg.seeds < 1 or cfg.bank < 2:
         what = f"--methods knows no {unknown[0]!r}" if unknown else "--seeds starts at 1, --bank at 2"
         raise ValueError(f"{what}; methods are presets of nmtune.train")
-    file, setting = (
-        folder / "study.json",
-        json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune")})),
-    )
+    file = folder / "study.json"
+    setting = json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune")}))
     if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
         if checkpoints.read_json(file)["setting"] == setting:
             print(f"{file} exists for this checkpoint and these settings; nothing to do")

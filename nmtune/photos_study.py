@@ -62,8 +62,14 @@ ENCODE = Once(
 
 
 VARIANT_CLAIMS = tuple(  # which part of NMTune makes it differ from the MLP
-    Claim(f"NMTune{but} against MLP, black box, {part.upper()}", None, f"blackbox/{part}", *arms)
-    for but, arms in ((but, (f"lite0-nmtune-no-{term}", "lite0-mlp")) for term, but in WITHOUT.items())
+    Claim(
+        f"NMTune{but} against MLP, black box, {part.upper()}",
+        None,
+        f"blackbox/{part}",
+        f"lite0-nmtune-no-{term}",
+        "lite0-mlp",
+    )
+    for term, but in WITHOUT.items()
     for part in ("id", "ood")
 )
 

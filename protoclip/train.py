@@ -138,9 +138,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def share_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
     """The same output, whose features pass on 1/W of their gradient.
 
-    Gradients are then those of upstream, which gathers features without gradient to other ranks'
-    (U:training/loss.py:50-58):
-    the encoders' are W times smaller than the global batch's, those of the temperatures are not.
+    Gradients are then those of upstream, which gathers features without gradient to other ranks' features
+    (U:training/loss.py:50-58): the encoders' are W times smaller than the global batch's, the temperatures' are not.
     """
 
     def share(x: Tensor | None) -> Tensor | None:

@@ -162,9 +162,10 @@ class Study:
         """Minutes of one core for a seed of these arms and their stages, or None if a run's time is not known."""
         jobs = self.jobs([arm for arm in self.arms if arm.name in arms])
         files = [self.clock(job.name, seed) for job in jobs for seed in seeds]
-        if not all(file.is_file() and read_json(file)["finished"] for file in files):
+        clocks = [read_json(file) for file in files if file.is_file()]
+        if len(clocks) < len(files) or not all(clock["finished"] for clock in clocks):
             return None
-        return sum(read_json(file)["seconds"] for file in files) / 60 / len(seeds)
+        return sum(clock["seconds"] for clock in clocks) / 60 / len(seeds)
 
     def words(self, job: Stage, seed: int) -> list[list[str]]:
         """The job's commands as lists of words, each starting with the name of the script's module."""
@@ -299,7 +300,7 @@ def environment_of(at_once: int) -> dict[str, str]:
 def clocked(file: Path, out: Path, cores: int) -> Iterator[None]:
     """Add the seconds of the block times `cores` to `file`, until the block has finished once.
 
-    Does nothing for a run whose folder `out` is older than its `file`: the time that it took is not known.
+    Does nothing for a run that has a folder `out` but no `file`: the time that it took is not known.
     """
     kept = read_json(file) if file.is_file() else {"seconds": 0.0, "finished": out.exists()}
     start, finished = time.perf_counter(), False
