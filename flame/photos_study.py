@@ -15,7 +15,7 @@ from typing import Any
 
 from flame import eval as evaluation
 from flame.embed import GEMMA, SMOLLM2
-from flame.study import language_model, plot_languages
+from flame.study import LANGUAGE_MODELS, language_model, language_model_of, plot_languages
 from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -28,7 +28,6 @@ LANGUAGE_SETS = (*(f"{photos.SETS}/retrieval_multi30k_{each}" for each in MULTI3
 LONG = f"{photos.SETS}/retrieval_long_en"
 NAMES = ("data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval/photo_all")
 FEWER = "--dataset-size 1500 --epochs 80"  # a quarter of the photographs, as many steps as all of them
-LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}
 
 
 def arms(llm: str) -> tuple[Arm, ...]:
@@ -87,6 +86,11 @@ CLAIMS = (  # `negligible` as on emoji; claims of the same wording are the same 
     Claim("short English captions, image to text", None, EN_TO_TEXT, "flame", "clip"),
     Claim("short English captions, text to image", None, EN_TO_IMAGE, "flame", "clip"),
 )
+
+
+def claims(llm: str) -> tuple[Claim, ...]:
+    """The claims; an English language model has none about languages (see `more_rows`)."""
+    return LANGUAGE_CLAIMS + CLAIMS if llm == GEMMA else CLAIMS
 
 
 def derive(found: Comparison) -> None:
@@ -178,7 +182,8 @@ def study(llm: str) -> Study:
         },
         sets=(*NAMES, LONG, *LANGUAGE_SETS),
         floors=FLOORS,
-        claims=LANGUAGE_CLAIMS + CLAIMS if llm == GEMMA else CLAIMS,
+        claims=claims(llm),
+        claims_of=lambda summary: claims(language_model_of(summary)),
         more_rows=more_rows,
         plot=lambda found, out: plot_languages(found.arms, out),
     )

@@ -48,6 +48,7 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
 from shared.zeroshot import owners, percent, retrieval_metrics
 
+LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}
 BANKS = {GEMMA: "data/flame/bank-gemma", SMOLLM2: "data/flame/bank"}
 SCENES = "data/flame/scenes"
 SCENE_SET = f"{SCENES}/eval/retrieval_long_ood"
@@ -71,6 +72,11 @@ def language_model() -> str:
     if chosen not in BANKS:
         cli.fail(f"LLM={chosen} should be {GEMMA} or {SMOLLM2}")
     return chosen
+
+
+def language_model_of(summary: dict) -> str:
+    """gemma or smollm2: the language model that the corpus of these results names."""
+    return next(llm for llm, name in LANGUAGE_MODELS.items() if name in summary["corpus"])
 
 
 def arms(llm: str) -> tuple[Arm, ...]:
@@ -457,10 +463,9 @@ def plot_facets(bank: Bank, out: Path, images: int = 500) -> None:
 
 def corpus(llm: str) -> str:
     """The results' description of the data and the pretrained models."""
-    name = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}[llm]
     return (
-        f"Embedded emoji corpus with composed captions, and scenes of two or three emoji; the LLM is {name}, of 4-bit "
-        "weights; EfficientNet-Lite0 was pretrained on ImageNet-1k, MiniLM on English sentence pairs; the ResNet and "
+        "Embedded emoji corpus with composed captions, and scenes of two or three emoji; the LLM is "
+        f"{LANGUAGE_MODELS[llm]}, of 4-bit weights; EfficientNet-Lite0 was pretrained on ImageNet-1k, MiniLM on English sentence pairs; the ResNet and "
         "the text tower of CLIP are from scratch"
     )
 
@@ -494,6 +499,7 @@ def study(llm: str) -> Study:
         sets=(*NEW_SETS, *ZERO_SHOT_SETS, *LONG_SETS),
         floors=FLOORS,
         claims=claims(llm),
+        claims_of=lambda summary: claims(language_model_of(summary)),
         more_rows=lambda found: more_rows(found, llm),
         plot=plot,
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from flame import config, study
 from flame.embed import GEMMA, SMOLLM2
 from flame.study import SCRIPTS, facet_similarity
-from shared import tars
+from shared import checkpoints, tars
 from shared.corpora import layout
 from shared.study import runner, verdicts
 from shared.study.report import Comparison
@@ -186,3 +186,11 @@ def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert scripts[:2] == ["flame.recaption", "flame.new_names"]
     assert scripts[2].startswith("flame.embed emoji --llm gemma ")
     assert [line.split()[0] for line in scripts[3:]] == ["flame.train", "flame.train"]
+
+
+@pytest.mark.parametrize("installed", (GEMMA, SMOLLM2))
+def test_results_are_judged_by_the_claims_of_their_language_model(installed: str):
+    """Whatever language model is installed where the claims are judged again."""
+    committed = checkpoints.read_json(Path("results/flame.json"))
+    assert GEMMA in committed["corpus"].lower() and SMOLLM2 not in committed["corpus"].lower()
+    assert study.study(installed).judged_again(committed) == committed

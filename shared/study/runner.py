@@ -5,6 +5,7 @@ that resume by themselves. If an arm needs the run of a stage or of another arm,
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -99,6 +100,8 @@ class Study:
     """Adds metrics that need several runs to `found.arms`, before claims are judged."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, or within one, paired by seed."""
+    claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
+    """Claims of a results file, where they depend on how it was made; by default `claims`."""
     more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
@@ -226,7 +229,9 @@ class Study:
 
         Rows that are not of `claims` are kept, since they may need the runs.
         """
-        rows, known = self.rows(report.by_seed(summary), summary["floors"]), {claim.claim for claim in self.claims}
+        claims = self.claims_of(summary) if self.claims_of else self.claims
+        study, known = dataclasses.replace(self, claims=claims), {claim.claim for claim in claims}
+        rows = study.rows(report.by_seed(summary), summary["floors"])
         rows += [row for row in summary["claims"] if row["claim"] not in known]
         return summary | {"claims": sorted(rows, key=lambda row: not row["primary"])}
 
