@@ -192,6 +192,8 @@ class Config(Warm):
     start from random weights."""
     clip_model: str = "ViT-B-16"
     """Any open_clip config, for --objective clip."""
+    embedding_std: float | None = None
+    """Standard deviation of a clip's word embeddings at the start; if not given, open_clip's 0.02."""
     steps: int | None = None
     """Train for about this many steps, instead of --epochs: the nearest number of whole epochs. The learning rate then
     falls by the same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
@@ -337,7 +339,8 @@ PRESETS = {
             epochs=7,
             warmup=31,
             lr_decay_rate=0.65,
-            **SMALL | {"batch_size": 256, "lr": 1e-3, "weight_decay": 10.0},  # so that bad captions are not learned
+            embedding_std=0.3,  # 0.02 would be too small for this learning rate
+            **SMALL | {"batch_size": 256, "lr": 4e-3, "weight_decay": 3.0},
         ),
     ),
     **{

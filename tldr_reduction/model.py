@@ -337,6 +337,8 @@ def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
         if cfg.lock_image:
             model.visual.__class__ = LockedTower
             model.visual.lock_trunk()
+        if cfg.embedding_std is not None:
+            nn.init.normal_(model.token_embedding.weight, std=cfg.embedding_std)
         return clip.without_padding(model)
     vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
     sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
