@@ -465,8 +465,8 @@ def corpus(llm: str) -> str:
     """The results' description of the data and the pretrained models."""
     return (
         "Embedded emoji corpus with composed captions, and scenes of two or three emoji; the LLM is "
-        f"{LANGUAGE_MODELS[llm]}, of 4-bit weights; EfficientNet-Lite0 was pretrained on ImageNet-1k, MiniLM on English "
-        "sentence pairs; the ResNet and the text tower of CLIP are from scratch"
+        f"{LANGUAGE_MODELS[llm]}, of 4-bit weights; EfficientNet-Lite0 was pretrained on ImageNet-1k, MiniLM on "
+        "English sentence pairs; the ResNet and the text tower of CLIP are from scratch"
     )
 
 

@@ -1,7 +1,11 @@
 """report.html: all that a reduction has to show, and nothing of the data as markup."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from PIL import Image
+from test_browser import look
 
 from shared import data
 from tldr_reduction import page
@@ -19,7 +23,8 @@ class Pairs:
         return data.Pair(f"k{row}", Image.new("RGB", (300, 200), (40 * row, 0, 0)), f"<script>{row}</script>")
 
 
-def test_everything_is_shown_and_nothing_runs(tmp_path):
+def write(path: Path) -> None:
+    """A page with every section."""
     columns = {
         "key": Pairs.keys.tolist(),
         "kept": [1, 0, 1, 0, 0, 0],
@@ -40,7 +45,11 @@ def test_everything_is_shown_and_nothing_runs(tmp_path):
                                 "cohesion_shuffled": 0.1, "cohesion_kmeans": 0.4}},
     }  # fmt: skip
     cfg = ReduceConfig(data="<shards>", out="", keep=0.4, captions="refined", caption_model="a/b", scorer="c")
-    page.write_page(tmp_path / "report.html", cfg, Pairs(), report, columns)
+    page.write_page(path, cfg, Pairs(), report, columns)
+
+
+def test_everything_is_shown_and_nothing_runs(tmp_path: Path):
+    write(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text and "<shards>" not in text and "<b>red" not in text
     for words in (
@@ -50,3 +59,17 @@ def test_everything_is_shown_and_nothing_runs(tmp_path):
     ):  # fmt: skip
         assert words in text, words
     assert text.count("data:image/jpeg;base64,") > 8 and text.count('class="kept"') >= 2
+
+
+@pytest.mark.parametrize("width", (390, 1280))
+def test_it_reads_in_a_browser(tmp_path: Path, width: int):
+    """At the widths of a phone and of a desktop: nothing is fetched, every thumbnail is shown, nothing overflows."""
+    write(tmp_path / "report.html")
+    seen = look(tmp_path / "report.html", tmp_path / "report.png", width)
+    assert seen["requests"] == [(tmp_path / "report.html").as_uri()] and not seen["failed"] and not seen["messages"]
+    assert seen["title"] == "Reduction" and seen["headings"] == [
+        "Is it better than a random selection?", "Scores of captions, before and after", "Refined captions",
+        "Why samples were kept or dropped", "Identical images: 1", "Clusters",
+    ]  # fmt: skip
+    assert len(seen["images"]) > 8 and all(image["decoded"] == image["width"] == page.SIDE for image in seen["images"])
+    assert "stride, 0.4" in seen["cells"] and seen["overflow"] == 0

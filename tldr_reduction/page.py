@@ -21,6 +21,7 @@ EXAMPLES = 10  # samples for each reason, and samples with refined captions
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
 h2 { margin-top: 2em } table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left }
+svg { max-width: 100%; height: auto }
 .row { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0 18px }
 figure { width: 132px; margin: 0; padding: 5px; border: 3px solid #ccc; border-radius: 4px; font-size: 11px;
   line-height: 1.25; overflow-wrap: anywhere }
@@ -141,7 +142,8 @@ def histogram(itm: dict) -> str:
         f"{when}: mean {itm[when]['mean']:.3f}, {itm[when]['below_cut']:.1f} % below {itm[when]['cut']:.2f}"
         for when in ("before", "after")
     )
-    return f'<p>{words} (grey: before, green: after)</p><svg width="{wide}" height="175">{"".join(bars)}{ends}</svg>'
+    plot = f'<svg viewBox="0 0 {wide} 175" width="{wide}">{"".join(bars)}{ends}</svg>'
+    return f"<p>{words} (grey: before, green: after)</p>{plot}"
 
 
 def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:

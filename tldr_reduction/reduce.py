@@ -312,7 +312,7 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
     """Captions of the kept `rows` (ascending) as they will be written, and their generated captions T_g."""
     captions, generated = {int(row): inference.pairs.caption(row) for row in rows}, {}
     if cfg.captions != "original":
-        if cfg.predictions:
+        if cfg.predictions:  # read again here, so that millions of captions are not in memory during the passes
             keys = inference.pairs.keys
             known = read_predictions(cfg.predictions, keys)
             generated = {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
