@@ -33,8 +33,9 @@ class Config:
     model: str = "RN50"
     """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
     lock_image: bool = False
-    """Freeze the pretrained image trunk and train only its projection. For EfficientNet-Lite0 (--model Lite0-emoji).
-    With --keep-in-memory the trunk's features of the uncropped images are computed once and stored in `cache`."""
+    """Freeze the pretrained image trunk and train only its projection; only for EfficientNet-Lite0 (--model
+    Lite0-emoji). With --keep-in-memory the trunk's features of the uncropped images are computed once and stored in
+    `cache`."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     hidden_dim: int = 2048
@@ -51,9 +52,11 @@ class Config:
     w_external: float = 1.0
     """Weight of the external teacher's prototypical loss."""
     external_teacher: str | None = None
-    """Teacher features from `python -m protoclip.teacher` (.npz, by sample key), or upstream's .npy (row by row)."""
+    """Teacher features: .npz of `python -m protoclip.teacher` (found by sample key), or upstream's .npy (in the order
+    of the data)."""
     back_translate: bool = True
-    """Prototypical Back Translation. Off: prototypes are the other modality's centroids; no external teacher."""
+    """Prototypical Back Translation. Off: prototypes are the other modality's centroids; excludes an external
+    teacher."""
     k: int = 20_000
     """Number of prototypes K."""
     niter: int = 20
@@ -63,7 +66,7 @@ class Config:
     target_temperature: float = 0.01
     """Temperature of the soft targets; 0 or less: hard labels."""
     extraction_view: Literal["train", "eval"] = "train"
-    """View of an image that is clustered: a random training view (upstream), or the evaluation transform."""
+    """Image view whose features are clustered: a random training view (upstream), or the evaluation transform."""
     keep_in_memory: bool = False
     """Decode a small corpus once and augment whole batches. Off: decode every sample at every step."""
     distinct_captions: bool = False
@@ -87,13 +90,13 @@ class Config:
     batch_size: int = 512
     """Pairs per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice.
-    Batch norms (of a ResNet, and of heads with hidden layers) normalise each micro-batch separately."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch, except that batch norms (of a ResNet,
+    and of heads with hidden layers) normalise each micro-batch separately; the towers' forward pass runs twice."""
     grad_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass: less memory, a third more time."""
     gather_with_grad: bool = True
     """Gradients of gathered features flow to all processes, so that W processes equal one. Off: only to the process's
-    own rows, which makes the encoders' gradients W times smaller (upstream's default, with a clipping norm of 10)."""
+    own features; encoders' gradients are W times smaller (upstream's default, with a clipping norm of 10)."""
     lr: float = 5e-4
     """Peak learning rate."""
     lr_text: float | None = None
@@ -101,7 +104,7 @@ class Config:
     text_start: int = 0
     """Episode at which the training of text tower, heads and scales starts."""
     text_end: int | None = None
-    """Episode at which their learning rate reaches 0; None: the last."""
+    """Episode at which the learning rate of text tower, heads and scales reaches 0; None: the end of training."""
     warmup: int = 15_625
     """Steps of linear warm-up."""
     weight_decay: float = 0.5
@@ -132,7 +135,7 @@ class Config:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Episodes between zero-shot evaluations on `eval_set`, whose class names stand alone; 0: never during training."""
+    """Episodes between zero-shot evaluations on `eval_set`, with class names as prompts; 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False

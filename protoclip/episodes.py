@@ -1,6 +1,6 @@
-"""ProtoCLIP's episodes: their rows, the views of each row, and the order of a pass.
+"""ProtoCLIP's episodes: the samples of an episode, the views of each sample, and the order of a pass.
 
-Authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`). An episode is N rows drawn with
+Authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`). An episode is N samples drawn with
 replacement; its cached features and pseudo-labels are indexed by the position i in 0..N-1.
 """
 
@@ -69,7 +69,7 @@ class BatchTransform:
 
 
 def as_it_is(features: Tensor, u: Tensor) -> Tensor:
-    """Return the features (B, C) of a locked trunk unchanged: there is nothing to augment."""
+    """Return the features (B, C) of a locked trunk unchanged: features are not augmented."""
     return features
 
 
@@ -108,10 +108,11 @@ def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomSt
 
 
 class EpisodeDataset(Dataset):
-    """Item i is (i, image (3, S, S), tokens (L,), broken samples skipped), from row `rows[i]`. U:training/data.py:24.
+    """Item i is (i, image (3, S, S), tokens (L,), list of skipped broken samples), from row `rows[i]`.
+    U:training/data.py:24.
 
     Pseudo-labels and cached features are indexed by the episodic index i. A view is a function of (seed, i) alone.
-    If `transform` ends with normalisation, images are uint8, and `normalise` normalises a batch of them.
+    If `transform` ends with normalisation, items have uint8 images, and `normalise` normalises a batch of them.
     """
 
     def __init__(self, pairs, rows: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
@@ -149,7 +150,7 @@ def episode_batches(
 ) -> tuple[list[int], Iterator]:
     """(this rank's number of batches in each pass over an episode, iterator over the batches of all passes in turn).
 
-    The last pass starts at batch `start`. The same workers read all passes; they start immediately.
+    The last pass starts at batch `start`. The same workers read all passes, and start when this is called.
     """
     orders = [pass_order(cfg, process, dataset, start if dataset is passes[-1] else 0) for dataset in passes]
     counts = list(map(len, orders))
@@ -162,7 +163,7 @@ def episode_batches(
 
 
 class Episodes:
-    """Opens the data and draws the rows of each episode."""
+    """Opens the data and draws the samples of each episode."""
 
     def __init__(self, cfg):
         self.cfg, self.rng, self.drawn = cfg, np.random.RandomState(cfg.seed), 0
@@ -185,7 +186,7 @@ class Episodes:
         return sorted(set(chosen))
 
     def episode(self, episode: int):
-        """(pairs, rows (N,)) of an episode. Draws skipped episodes, too, so that a resumed run gets the same rows."""
+        """(pairs, rows (N,)) of an episode. Draws skipped episodes, too: a resumed run gets the same samples."""
         pairs = self.pairs
         if pairs is None:
             folder = windows.own_cache(self.cfg)
@@ -204,6 +205,6 @@ class Episodes:
         return pairs, sample_episode(len(pairs), self.cfg.episode_size, self.rng)
 
     def fetch(self, episode: int) -> None:
-        """Start to fetch the shards of an episode, if it exists. Call it while no process is about to be started."""
+        """Start to fetch the shards of an episode, if it exists. Fork no processes meanwhile: `windows.Fetcher`."""
         if self.pairs is None and episode < self.cfg.episodes:
             self.fetcher.start(self.shards_of(episode))

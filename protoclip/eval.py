@@ -76,7 +76,7 @@ class Config:
     logistic: bool = False
     """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
     gap: str | None = PAIRS
-    """Retrieval set; the modality gap is between its images and their first captions. None skips it."""
+    """Retrieval set on which the gap between images and their first captions is measured; None skips it."""
     curve: bool = False
     """Also evaluate the checkpoints that --keep-every kept in run folders, and plot curve.png there."""
     report: str | None = None
@@ -268,7 +268,7 @@ def evaluate_run(
     for folder in cfg.probe:
         label, shards = Path(folder).name, sorted((Path(folder) / "train").glob("*.tar"))
         if len(shards) != len(encoded) or not all(a.samefile(b) for a, b in zip(shards, encoded, strict=True)):
-            (train_x, train_y), encoded = features(folder, "train"), shards  # sets may share them by hard links
+            (train_x, train_y), encoded = features(folder, "train"), shards  # sets may share shards by hard links
         test_x, test_y = features(folder, "test")
         for suffix, shuffle in (("", False), ("_shuffled", True)):
             probe = linear_probe(train_x, train_y, test_x, test_y, shuffle)
@@ -286,7 +286,7 @@ def evaluate_run(
             model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype
         )
         flat |= feature_statistics(F.normalize(images, dim=-1), F.normalize(first, dim=-1))
-    return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # e.g. top-5 of four classes
+    return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # NaN: top-5 of four classes
 
 
 # ------------------------------------------------------------------------------------------------------------ plots
@@ -295,7 +295,7 @@ def evaluate_run(
 def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) -> None:
     """t-SNE of unit image features (N, E), coloured by class (the 12 largest), with their K-means prototypes.
 
-    A panel is (title, features, labels, class names); with more than 1,000 rows, an evenly spaced subset is drawn.
+    A panel is (title, features, labels, class names); of more than 1,000 samples, an evenly spaced subset is drawn.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
     for axis, (title, x, y, names) in zip(axes[0], panels, strict=True):
@@ -343,7 +343,7 @@ def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, col
 
 
 def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
-    """curve.png of a run folder: METRICS over training seconds, of its kept checkpoints and its last."""
+    """Plot curve.png of a run folder: METRICS of its kept checkpoints and its last one over training seconds."""
     folder = Path(path)
     kept = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
     if not kept:

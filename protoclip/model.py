@@ -5,7 +5,7 @@ The paper's contribution is in this file:
   - two projection heads beside a plain CLIP, and a second learnable temperature   `ProtoCLIP`
   - K-means prototypes of one modality as class targets for the other              `kmeans`, `prototypical_loss`
   - Prototypical Back Translation (PBT): prototypes re-expressed in the student's  `prototypical_back_translation`
-    own feature space, so that the loss need not close the modality gap to group
+    own feature space, so that grouping samples need not close the modality gap
   - an external teacher, which PBT makes possible                                  `build_prototypes`, `protoclip_loss`
 
 Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external dimension, S image side, L tokens.
@@ -80,7 +80,7 @@ class ProtoCLIP(open_clip.CLIP):
         self.locked = False
 
     def lock_trunk(self) -> None:
-        """Upstream's --lock-image: freeze the image tower's trunk with its batch norms; only its projection learns."""
+        """Upstream's --lock-image: freeze the image tower's trunk with its batch norms; its projection still learns."""
         self.visual.lock()
         self.locked = True
         self.train(self.training)
@@ -92,7 +92,7 @@ class ProtoCLIP(open_clip.CLIP):
         return self
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        z = self.visual(image) if image.ndim == 4 else self.visual.head(image)  # features of a locked trunk (B, C)
+        z = self.visual(image) if image.ndim == 4 else self.visual.head(image)  # (B, C): features of a locked trunk
         return F.normalize(z, dim=-1) if normalize else z
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
@@ -128,7 +128,7 @@ def create_model(
     num_layers: int = 1,
     image_size: int | None = None,
 ) -> ProtoCLIP:
-    """A ProtoCLIP on the towers of any open_clip config (`open_clip.list_models()`), randomly initialised.
+    """A ProtoCLIP with the towers of an open_clip config (`open_clip.list_models()`), randomly initialised.
 
     QuickGELU is forced on, RN50 included, whatever the config says (as upstream, U:open_clip/model.py:347); with a timm
     image tower the text tower keeps GELU (:359). ValueError for a config with a custom text tower.
@@ -157,10 +157,10 @@ def image_statistics(model: open_clip.CLIP) -> tuple[tuple[float, ...], tuple[fl
 def clip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gather: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """L_CLIP, symmetric InfoNCE over unit rows (B, E) x (B, E) -> (). U:training/loss.py:84.
+    """L_CLIP, symmetric InfoNCE over unit features (B, E) x (B, E) -> (). U:training/loss.py:84.
 
-    `gather` collects the rows of all ranks. With it, this rank's rows are classified among the rows of all ranks, and
-    the mean over ranks is the loss of the global batch.
+    `gather` collects the features of all ranks. With it, this rank's samples are classified among those of all ranks,
+    and the mean over ranks is the loss of the global batch.
     """
     images, texts = (x if gather is None else gather(x) for x in (image_features, text_features))
     image_logits = logit_scale * image_features @ texts.T  # (B, W*B)
@@ -221,7 +221,7 @@ def protoclip_loss(
     Source: U:training/train.py:149.
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
-    With `gather`, `output` and the loss are of this rank's rows; see `clip_loss`.
+    With `gather`, `output` and the loss are those of this rank's samples; see `clip_loss`.
     Returns `loss`, its unweighted terms `clip`, `proto`, `external`, and `accuracy_*` in percent.
     Prototypical terms of weight 0 are not computed; their inputs then get zero gradients, as upstream (and as
     DistributedDataParallel needs).
@@ -307,7 +307,7 @@ def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> T
 
     Source: U:training/clustering.py:153.
     Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored. Sums are in
-    fp64; only a block of rows is converted at a time, since a copy of all features would take longer than the sums.
+    fp64; features are converted in blocks, since converting all of them at once would take longer than the sums.
     """
     labels = labels[: len(features)]
     sums = features.new_zeros(k, features.shape[1], dtype=torch.double)
@@ -325,7 +325,7 @@ def build_prototypes(
     niter: int = 20,
     nredo: int = 3,
 ) -> Prototypes:
-    """Prototypes of one episode from its cached features h_I, h_T (N, P) and the teacher's rows (N, X).
+    """Prototypes of one episode from its cached features h_I, h_T (N, P) and the external teacher's (N, X).
 
     Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0. ValueError if
     N < k, or if an external teacher is used without back translation.

@@ -1,11 +1,13 @@
 """The study of ProtoCLIP on photographs: `python -m protoclip.study --corpus photos --photos DIR`.
 
 Arms with a locked EfficientNet-Lite0 train on the 30,000 English captions of Flickr8k, a stand-in for CC2.5M. They are
-evaluated by retrieval on the usual 1,000 test photographs, and on the pictures of PACS.
+evaluated by retrieval on the usual 1,000 test photographs, by zero-shot classification of PACS's photographs, and by
+linear probes on its paintings and cartoons.
 
 Why the effect can appear: the captions describe a few kinds of scenes (dogs, children, sports) in many different words.
-Prototypes of some hundred captions can be such kinds, and the teacher knows which sentences mean the same. The effect
-would vanish with as many prototypes as captions, or if the locked features already contained all that captions say.
+A prototype averages some sixty samples and can stand for such a kind, and the teacher places sentences of similar
+meaning close together. The effect would vanish with as many prototypes as captions, or if the locked features already
+contained all information of the captions.
 """
 
 from collections.abc import Sequence
@@ -68,13 +70,13 @@ def mean_of_probes(values: dict[str, float]) -> float:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What this scale cannot show."""
+    """Rows for results that this scale cannot show."""
     numbers = "55.22 / 21.47 / 22.52"
     return [verdicts.not_testable("absolute ImageNet, COCO and 10-set numbers", numbers, "needs CC2.5M")]
 
 
 def lite0_probe() -> dict[str, float]:
-    """The arms' linear probe, on the locked tower's own features."""
+    """The floor of the probes: the same linear probe on the locked tower's own features."""
     found = floors.probed(PROBES, pixel_probe, cached_lite0_features, lite0_view(), scale=1.0)
     return found | {PROBE: mean_of_probes(found)}
 

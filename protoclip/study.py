@@ -5,7 +5,7 @@ Arms are trained on emoji with their names as captions, a stand-in for CC2.5M, a
 Why the effect can appear: names of one subgroup are close to each other in the text tower and in the teacher. A
 prototype of about nine names therefore rewards image features that different emoji share, which InfoNCE on distinct
 names pushes apart. The effect would vanish with K near the number of names, where each prototype is one caption, and
-with a teacher that knows no groups.
+with a teacher that does not place related names close together.
 """
 
 import functools
@@ -103,7 +103,7 @@ def derive(found: Comparison) -> None:
 def more_rows(found: Comparison) -> list[dict]:
     """Rows for results that this scale cannot show."""
     arms = found.arms
-    if "clip-equal-time" in arms and "protoclip" in arms:  # its episodes are fixed: check that the times agree
+    if "clip-equal-time" in arms and "protoclip" in arms:  # a fixed number of episodes: check that the times agree
         seconds = [sum(values["seconds"] for values in arms[arm]) for arm in ("clip-equal-time", "protoclip")]
         if abs(seconds[0] / seconds[1] - 1) > 0.1:
             print(f"note: clip-equal-time took {seconds[0] / seconds[1]:.2f} times ProtoCLIP's seconds")
@@ -117,7 +117,7 @@ def pixel_probe(*data: torch.Tensor) -> dict[str, float]:
 
 
 def on_labels() -> dict[str, float]:
-    """The ceiling: the arms' image tower, trained on the labels (names and subgroups)."""
+    """The ceiling: the arms' image tower, trained with names or subgroups as labels."""
     epochs = PRESETS["emoji"][1].episodes
     tower = functools.partial(ceiling.open_clip_tower, "ResNet-emoji")
     names = ceiling.trained_on_labels(tower, NAMES, epochs=epochs)
@@ -132,7 +132,7 @@ def pixel_clusters() -> dict[str, float]:
     }
 
 
-@functools.cache  # the same object each time, so that floors see that they read the same images
+@functools.cache  # floors read images once for all calls with the same transform object
 def lite0_view() -> Callable:
     return image_transform(128, train=False, statistics=(LITE0_MEAN, LITE0_STD))
 

@@ -35,8 +35,8 @@ class Config:
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
     """File to write: features (N, dim), the concatenated bytes of the sample keys, and the end of each key (N,).
-    Until it is written, its folder also holds a temporary file of all hidden states: 61 GB for 15 M captions of
-    RoBERTa-large."""
+    Until it is written, its folder also has a temporary file with the features before PCA: 61 GB for 15 M captions
+    of RoBERTa-large."""
     dataset_size: int | None = None
     """Number of rows to use, from the start of the data, as in training; None uses all."""
     model: str = "roberta-large"
@@ -55,7 +55,7 @@ class Config:
     """Autocast of the encoder; fp32 is upstream's."""
 
 
-BLOCK = 2**17  # captions that are tokenised at a time
+BLOCK = 2**17  # captions tokenised at a time
 
 PRESETS = {
     "roberta-large": ("the paper's teacher, downloaded from the Hugging Face hub", Config()),
@@ -76,11 +76,11 @@ def embed_captions(
     batch_size: int = 256,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Captions -> unit rows (N, H) fp32 of a Hugging Face encoder's mean last hidden state, written to `rows`.
+    """Captions -> unit vectors (N, H) fp32, a Hugging Face encoder's mean last hidden states, written to `rows`.
 
     With `attend_padding`, ids are padded to `length` with 0 (RoBERTa's `<s>`, not its `<pad>`) and every position is
-    attended and averaged, which is what upstream's features are (src/utils/RoBERTa.py:23,62). Ids beyond `length` are
-    cut, the end token with them.
+    attended and averaged, as upstream (src/utils/RoBERTa.py:23,62). Ids beyond `length` are cut, the end token with
+    them.
     """
     device = next(model.parameters()).device
     rows = torch.empty(len(captions), model.config.hidden_size) if rows is None else rows
@@ -100,8 +100,8 @@ def embed_captions(
 def batches_by_length(
     captions: Sequence[str], tokenizer, length: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """(rows, their token ids) of each batch. Sorts BLOCK captions at a time by length: batches need little padding, and
-    at most BLOCK captions are tokenised at once."""
+    """(rows, their token ids) of each batch. Tokenises BLOCK captions at a time and sorts them by length, so that
+    batches need little padding."""
     for first in range(0, len(captions), BLOCK):
         texts = [captions[row] for row in range(first, min(first + BLOCK, len(captions)))]
         ids = [row[:length] for row in tokenizer(texts, truncation=False)["input_ids"]]
@@ -115,7 +115,7 @@ def batches_by_length(
 def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
     """A float32 tensor, memory-mapped to a temporary file in `folder` that is deleted even if the process is killed.
 
-    OSError if there is no room for it. 15 M captions of RoBERTa-large take 61 GB.
+    OSError if there is no room for it.
     """
     size = 4 * math.prod(shape)
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -149,7 +149,7 @@ def pca(features: Tensor, dim: int = 64) -> Tensor:
 
 
 def mapped(path: str, name: str) -> np.ndarray:
-    """Array `name` of an .npz, memory-mapped. LookupError if there is none.
+    """Array `name` of an .npz, memory-mapped. LookupError if the file has no such array.
 
     Files written by `numpy.savez_compressed` are read into memory.
     """
@@ -196,14 +196,14 @@ class Teacher:
         self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
-        """(N,) dataset rows -> (N,) rows of `features`. ValueError if one is missing or ambiguous."""
+        """(N,) dataset rows -> (N,) rows of `features`. ValueError if a sample has no row there, or two."""
         if self.keys is None:
             if len(self.features) < len(pairs):  # upstream's file covers its whole CSV; --dataset-size keeps the first
                 raise ValueError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
             return rows
-        if self.keys.equals(pairs.keys):  # the same rows in the same order; here keys may repeat
+        if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
             return rows
         if self.pairs is not pairs:
             self.pairs, self.places = pairs, self.lookup.find(pairs.keys)

@@ -2,10 +2,10 @@
 
 ProtoCLIP (arXiv 2206.10996); authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`).
 The paper's contribution in this file is episodic training. One episode is:
-  1. draw N rows with replacement                                       `episodes.sample_episode`
+  1. draw N samples with replacement                                    `episodes.sample_episode`
   2. cache h_I, h_T of the whole episode in eval mode                   `extract_features`
   3. cluster, back-translate                                            `model.build_prototypes`
-  4. train one pass over the same rows, new shuffle and new views       `train_episode`
+  4. train one pass over the same samples, new shuffle and new views    `train_episode`
 Losses, heads and prototypes are in model.py, settings in config.py, sampling and views in episodes.py,
 the teacher's features in teacher.py.
 """
@@ -136,9 +136,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def share_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
-    """The same output, whose features pass on 1/W of their gradient.
+    """The same output, with the gradient of its features divided by W.
 
-    Gradients are then those of upstream, which gathers features without gradient to other ranks' features
+    Gradients then equal those of upstream, which gathers features without gradient to other ranks' features
     (U:training/loss.py:50-58): the encoders' are W times smaller than the global batch's, the temperatures' are not.
     """
 
@@ -154,7 +154,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """h_I, h_T (N, P) fp32 on the CPU, row i for episodic index i; eval mode, no gradient. U:training/train.py:288.
 
-    `loader` yields (index, images, tokens, ...). Each rank returns the rows of all ranks.
+    `loader` yields this rank's (index, images, tokens, ...). Every rank returns the features of all ranks.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     device = torch.device(device)
@@ -285,15 +285,15 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def locked_features(
     cfg: Config, pairs: data.Shards, size: int, tokenize: Callable, process: run.Process
 ) -> memory.InMemory:
-    """Like `memory.read`, with a locked trunk's features (N, C) of the uncropped images, resized to `size` pixels,
-    instead of pixels. The features are computed once and kept in --cache.
+    """Like `memory.read`, but with features (N, C) instead of pixels: a locked trunk's, of the uncropped images resized
+    to `size` pixels. The features are computed once and kept in --cache.
     """
     precision = run.resolve_precision(cfg.precision, process.device)
     path = Path(cfg.cache) / f"lite0-{pairs.fingerprint}-{len(pairs)}-{size}-{precision}.npy"
     if not path.exists():
         found = memory.read(pairs, size, tokenize, process)
         features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
-        if process.main and not found.broken:  # a broken image's row holds a neighbour, and a file would not say so
+        if process.main and not found.broken:  # a file would not record that a neighbour replaced a broken image
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.save_array(path, features.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
         return found._replace(pixels=features)
@@ -304,7 +304,7 @@ def locked_features(
 
 
 class EpisodicData:
-    """Data of the current episode: batches of its extraction pass, and then of its training pass."""
+    """Data of the current episode: the batches of its extraction pass, then those of its training pass."""
 
     def __init__(self, cfg: Config, process: run.Process, model: nn.Module, tokenizer: Callable):
         size, statistics = image_side(model), image_statistics(model)
@@ -315,8 +315,8 @@ class EpisodicData:
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
-        if self.teacher is not None and pairs is not None and process.main:  # only rank 0 will read the teacher's rows
-            self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing row before training starts
+        if self.teacher is not None and pairs is not None and process.main:  # only rank 0 reads the teacher's features
+            self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing sample before training starts
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
         self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
         self.eval_view = view_of(size, train=False, statistics=statistics)
@@ -331,7 +331,7 @@ class EpisodicData:
             self.remembered = self.remembered.to(process.device)
 
     def draw(self, episode: int, start: int = 0, known: bool = False) -> None:
-        """Draw the rows of an episode and start to read them: first the extraction pass, then the training pass from
+        """Draw the samples of an episode and start to read them: first the extraction pass, then the training pass from
         batch `start` on. There is no extraction pass if the prototypes are `known` or their losses have weight 0."""
         cfg, self.reading = self.cfg, iter(())  # ends the workers of the last episode
         self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
@@ -345,7 +345,7 @@ class EpisodicData:
             passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
-        self.episodes.fetch(episode + 1)  # after workers were forked: they must not copy a lock of its thread
+        self.episodes.fetch(episode + 1)  # workers are forked already and cannot copy a lock of its threads
         run.wait()  # fetching an episode may take long; later collectives would time out
 
     def loader(self, what: str) -> Iterable:
@@ -355,7 +355,7 @@ class EpisodicData:
         return data.watch(bar, self.broken) if what == "train" else bar
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[data.Broken]]]:
-        """The remaining batches of the episode. A for loop over `reading` would keep its workers alive."""
+        """The remaining batches of the episode. Uses `next`: a for loop would keep the workers of `reading` alive."""
         while True:
             index, images, tokens, broken = next(self.reading)
             yield index, self.normalise(images.to(self.process.device, non_blocking=True)), tokens, broken

@@ -1,7 +1,8 @@
 """The settings of a TinyCLIP stage and run, their presets, and the checks before a run starts.
 
-`Stage` is the recipe of one distillation stage; `Config` adds data, models and the run. The presets auto-* and
-manual-* are the scripts of wkcn/TinyCLIP@ad981bf and the rows of its model zoo; `emoji*` and `small*` are ours.
+`Stage` has the settings of one distillation stage; `Config` adds data, models and the run. The presets auto-* and
+manual-* are the scripts of wkcn/TinyCLIP@ad981bf; resnet-* and yfcc-* are other rows of its model zoo, which have no
+scripts; `emoji*` and `small*` are ours.
 """
 
 import dataclasses
@@ -39,11 +40,11 @@ class Stage:
     weight: float = 1.0
     """Factor on both losses."""
     logit_scale: float | None = 50.0
-    """Temperature multiplier of teacher and student, reset after each step. None: the student's is learned, the
-    teacher keeps its own."""
+    """Fixed temperature multiplier of teacher and student. None: the student's is learned, the teacher keeps its
+    own."""
     accumulate: int = 1
-    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice.
-    Batch norms (of a ResNet) normalise each micro-batch separately."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch, except that batch norms (of a ResNet)
+    normalise each micro-batch separately; the towers' forward pass runs twice."""
 
     masks: bool = False
     """Automatic inheritance: learn masks on both towers until `prune_step`."""
@@ -52,9 +53,9 @@ class Stage:
         "heads",
         "intermediate",
     )
-    """What masks act on; mha and ffn are gates on whole blocks, which upstream never switches on."""
+    """What masks act on; mha and ffn are gates on whole blocks, which upstream does not use."""
     start_sparsity: float = 0.0
-    """Target at step 0: the sparsity that the stage before reached."""
+    """Target at step 0; in a later stage, the target of the stage before."""
     target_sparsity: float = 0.25
     """Share of the towers' block parameters to be pruned."""
     sparsity_warmup: int = 1_000
@@ -68,9 +69,9 @@ class Stage:
     joint: bool = True
     """On: one sparsity constraint over both towers (upstream's --total-loss-flag). Off: one for each tower."""
     two_sided: bool = False
-    """The paper's constraint, which also reduces too much sparsity; upstream's is a hinge."""
+    """Constrain sparsity from both sides, as the paper: too much sparsity is reduced. Off: upstream's hinge."""
     exact_prune: bool = False
-    """The pruned network's outputs equal the masked network's; upstream's pruning also scales the projections."""
+    """Prune without changing the masked network's outputs. Off: as upstream, which also scales the projections."""
 
     lock_image: bool = False
     """Freeze the image tower and its projection; train only the text tower."""
@@ -107,10 +108,10 @@ class Config(Stage):
     """A run folder of any paper, a checkpoint in the authors' layout, a folder of transformers or open_clip
     (local-dir:DIR), or MODEL@WEIGHTS of open_clip. The same in all stages. Its image size may differ."""
     init: str | None = "ViT-B-32@laion2b_e16"
-    """Source of the initial weights, given like `teacher`: the teacher, or the stage before. None: random weights."""
+    """Source of the initial weights, named as in `teacher`: the teacher or the stage before. None: random weights."""
     inherit: Literal["manual", "random"] = "manual"
     """What a student of another geometry inherits. manual: front channels and every k-th layer. random (a control):
-    random channels and layers. With masks all weights are inherited, and pruned ones expanded to full size."""
+    random channels and layers. With masks all weights are inherited, and a pruned network is expanded to full size."""
     inherit_only: Literal["image", "text"] | None = None
     """Inherit only this tower, and start the other from random weights (a control). None: inherit both."""
     depth_rule: Literal["interval_front", "uniform"] = "interval_front"
@@ -158,7 +159,7 @@ class Config(Stage):
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Steps between zero-shot evaluations on `eval_set`, whose class names stand alone; 0: never during training."""
+    """Steps between zero-shot evaluations on `eval_set`, with class names as prompts; 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
@@ -168,28 +169,28 @@ class Config(Stage):
 MANUAL = Config(grad_checkpointing=True)
 AUTO = replace(MANUAL, model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
 RESNET = replace(MANUAL, model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
-# No script upstream. The authors say of the 39M: 25 epochs of YFCC-15M on 16 V100s (microsoft/Cream issue 244).
-# Teacher, initial weights, batch, and all settings of the 8M are unverified.
+# There is no script upstream. The authors' answer: the 39M had 25 epochs of YFCC-15M on 16 V100s (microsoft/Cream
+# issue 244). Teacher, initial weights, batch, and all settings of the 8M are unverified.
 YFCC = replace(
     MANUAL, model="TinyCLIP-ViT-39M-16-Text-19M", teacher="ViT-B-16@openai", init="ViT-B-16@openai",
     batch_size=4_096, steps=91_550,
 )  # fmt: skip
 FIRST = "runs/tinyclip/{}"  # where a second stage finds the first, unless --init says otherwise
 
-SMALL = Config(  # steps are stretched to the epochs
+SMALL = Config(  # numbers of steps are scaled to the epochs
     model="emoji-50", teacher=None, init=None, image_size=64, epochs=12, steps=300, batch_size=256, lr=2e-3, warmup=30,
     weight_decay=0.1, max_grad_norm=1.0, logit_scale=None, augmentation="none", keep_in_memory=True, workers=0,
     save_every=200,
 )  # fmt: skip
-# A gate moves from 4.6 to below -4.6 by at most the mask learning rate per step, so that few steps need a larger rate.
-# The hinge overshoots: a target of 0.39 ends near the size that is cut by hand.
+# A gate moves from 4.6 towards -4.6 by about the mask learning rate per step, so that few steps need a larger rate.
+# The hinge overshoots: with a target of 0.39 the student ends near the size of the one cut by hand.
 SMALL_AUTO = replace(
     SMALL, model="emoji-100", masks=True, target_sparsity=0.39, prune_step=120, sparsity_warmup=60, mask_lr=0.2,
     lambda_lr=-0.2,
 )  # fmt: skip
 # a CLIP trained from scratch
 SMALL_TEACHER = replace(SMALL, model="emoji-100", alpha=0.0, augmentation="crop", epochs=20, steps=400)
-# There are many scenes: students see them without crops, so that the teacher's features are computed once.
+# Scenes are plentiful: students see them without crops, so that the teacher's features are computed once.
 SCENES = dict(
     data="data/scenes-near/train", image_size=None, epochs=0, eval_every=75, eval_set="data/scenes-near/eval/names_ood"
 )  # fmt: skip

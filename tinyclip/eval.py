@@ -60,7 +60,7 @@ class Config:
     head_width: int = 64
     """Width of an attention head, for checkpoint files that do not contain it."""
     quick_gelu: bool | None = None
-    """Activation (True: QuickGELU, False: GELU) of files that do not state it. The authors' released files: GELU."""
+    """Activation (True: QuickGELU, False: GELU) of files that do not state it. The authors' files have GELU."""
     throughput: bool = True
     """Measure pairs per second; the machine should be idle otherwise."""
     report: str | None = None
@@ -124,7 +124,7 @@ def linear_probe(
 
 
 def example(model: CLIP, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Images and full-length captions of the model's shapes."""
+    """A batch of random images and full-length captions in the model's sizes."""
     size, text = model.geometry["vision"]["image_size"], model.geometry["text"]
     tokens = torch.ones(batch, text["context_length"], dtype=torch.long, device=device)
     tokens[:, -1] = text["vocab_size"] - 1
@@ -132,7 +132,7 @@ def example(model: CLIP, batch: int, device: torch.device | str = "cpu") -> tupl
 
 
 def macs(model: CLIP) -> float:
-    """Multiply-accumulates of one image and one full-length caption, attention included, as in the paper."""
+    """Multiply-accumulates of one image and one full-length caption, attention included, as in the model zoo."""
     device = model.logit_scale.device
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*example(model, 1, device))
@@ -210,7 +210,7 @@ def sparsities(folder: Path) -> dict[str, float]:
         flat |= {key: found[-1]} if found else {}
     if "sparsity_reached" in flat:
         asked = checkpoints.read_json(folder / "config.json")["target_sparsity"]
-        flat["target_sparsity"] = asked  # the logged target rises, and in a short run not all the way
+        flat["target_sparsity"] = asked  # the logged target rises with the step, and may end lower in a short run
         if warning := too_little(flat["sparsity_reached"], asked):
             print(f"{folder}: {warning}, so the pruned model is larger than intended")
             flat["sparsity_missing"] = asked - flat["sparsity_reached"]
@@ -237,15 +237,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     flat |= {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
     counts = parameter_counts(model)
     flat |= {f"{tower}_parameters_m": counts[tower] / 1e6 for tower in ("image", "text", "total")}
-    flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # without token embedding, as in the paper's names
+    flat["parameters_m"] = (counts["image"] + counts["text"]) / 1e6  # without token embedding, as in names of models
     blocks = (p.numel() for name, p in model.named_parameters() if "resblocks" in name)
-    flat["block_parameters_m"] = sum(blocks) / 1e6  # what masks can prune
+    flat["block_parameters_m"] = sum(blocks) / 1e6  # of transformer blocks, which masks prune
     flat["macs_g"] = macs(model) / 1e9
     if cfg.throughput:
         flat |= throughput(model, device=process.device, precision=precision)
     if (Path(path) / "metrics.jsonl").exists():
         flat |= sparsities(Path(path))
-    return {name: value for name, value in flat.items() if not math.isnan(value)}  # e.g. top-5 of four classes
+    return {name: value for name, value in flat.items() if not math.isnan(value)}  # NaN: top-5 of four classes
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* on
     "TinyCLIP-ViT-8M-16-Text-3M": _config(512, _vit(256, 10, 16), 256, 4, 3),
     "TinyCLIP-ResNet-30M-Text-29M": _config(1024, _resnet(56), 512, 8, 9),
     "TinyCLIP-ResNet-19M-Text-19M": _config(1024, _resnet(44), 512, 8, 6),
-    # Automatic inheritance starts from ViT-B/32 with masks; the name has the size after pruning.
+    # Automatic inheritance starts from ViT-B/32 with masks; the names give the sizes after pruning.
     "TinyCLIP-auto-ViT-63M-32-Text-31M": _config(512, _vit(768, 12, 32), 512, 8, 12),
     "TinyCLIP-auto-ViT-45M-32-Text-18M": _config(512, _vit(768, 12, 32), 512, 8, 12),
     "TinyCLIP-auto-ViT-22M-32-Text-10M": _config(512, _vit(768, 12, 32), 512, 8, 12),
@@ -142,7 +142,7 @@ def from_transformers(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(theirs, ours)
         if match := re.fullmatch(r"(.+\.attn\.)([qkv])_proj\.(weight|bias)", name):
             fused[f"{match[1]}in_proj_{match[3]}"][match[2]] = value
-        elif not name.endswith("position_ids"):  # 0, 1, 2, ..., in older files
+        elif not name.endswith("position_ids"):  # older files have this constant 0, 1, 2, ...
             converted[name] = value.T if name in ("visual.proj", "text_projection") else value
     return converted | {name: torch.cat([part[x] for x in "qkv" if x in part]) for name, part in fused.items()}
 

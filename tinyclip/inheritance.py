@@ -45,8 +45,8 @@ def inherit_weights(
     """The student's state dict, cut out of the teacher's; logit_scale is not inherited.
     U:open_clip/weight_inherit.py:71.
 
-    Takes layers by `depth_indices` in each transformer or ResNet stage, the front slice on every axis, and in the fused
-    (3 h d, H) projection the first heads of each of q, k and v. Only names and shapes of `student_sd` are used.
+    Takes the layers of `depth_indices` in each transformer or ResNet stage, and of each tensor the front slice on every
+    axis; of the fused (3 h d, H) projection the first heads of q, k and v. Uses only names and shapes of `student_sd`.
     ValueError if a tensor of the student is larger than the teacher's or has no counterpart there.
     """
 
@@ -131,7 +131,7 @@ def random_masks(tower: Mapping, small: Mapping, generator: torch.Generator) -> 
 
 
 def without_empty_blocks(clip: nn.Module) -> nn.Module:
-    """The same network without the layers that have neither attention nor MLP left."""
+    """The same network without layers that have neither attention nor MLP."""
     shape, state = copy.deepcopy(clip.geometry), clip.state_dict()
     for tower, prefix in (("vision", "visual."), ("text", "")):
         sizes, stem = shape[tower], f"{prefix}transformer.resblocks."

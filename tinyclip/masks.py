@@ -1,4 +1,4 @@
-"""TinyCLIP's automatic inheritance (arXiv 2309.12314): masks learn which parts of the teacher the student keeps.
+"""TinyCLIP's automatic inheritance (arXiv 2309.12314): learned masks select the teacher's weights that are kept.
 
 Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
   - masks on hidden dimensions, heads and neurons under a sparsity constraint       `L0Mask`, `sparsity_loss`
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinyclip.geometry import block_sizes, convert_state_dict, named_towers
 
-Masks = Mapping[str, Tensor]  # of one tower: hidden (H,), heads (L, h), intermediate (L, I), maybe mha (L,), ffn (L,)
+Masks = Mapping[str, Tensor]  # of a tower: hidden (H,), heads (L, h), intermediate (L, I); also mha (L,), ffn (L,)
 
 # --------------------------------------------------------------------------- hard-concrete gates (Louizos et al., CoFi)
 
@@ -40,8 +40,8 @@ def hard_concrete_cdf(x: float, loga: Tensor) -> Tensor:
 def eval_gate(loga: Tensor, soft: bool = True) -> Tensor:
     """a (groups, n) -> gates for evaluation and pruning: sigmoid(0.8 a / beta), the smallest ones set to 0.
 
-    In each group the expected number of closed gates (rounded half to even) is set to 0; of equal gates those with the
-    lowest index. The others keep the soft value. `soft=False` closes none. U:open_clip/l0module.py:241.
+    The number of gates set to 0 in a group is the expected number of closed gates (rounded half to even); of equal
+    gates those with the lowest index are closed first. `soft=False` closes none. U:open_clip/l0module.py:241.
     """
     gate = torch.sigmoid(loga / BETA * MAGIC)
     if not soft:
@@ -59,7 +59,7 @@ class L0Mask(nn.Module):
     """The masks of one tower: log-alphas a of its gates, and the two multipliers of the sparsity constraint.
 
     hidden (H,) is shared by all layers; heads (L, h) and intermediate (L, I) are per layer; `ffn` and `mha` (L,) close
-    whole blocks; the authors' code has these two but never switches them on. U:open_clip/l0module.py:11.
+    whole blocks; the authors' code has these two but does not use them. U:open_clip/l0module.py:11.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class L0Mask(nn.Module):
 
     @torch.no_grad()
     def eval_masks(self, soft: bool = True) -> dict[str, Tensor]:
-        """Deterministic masks, rounded per layer by `eval_gate`."""
+        """Deterministic masks by `eval_gate`; hidden gates are rounded together, others per layer."""
         masks = {}
         for kind, loga in self.logas().items():
             groups = loga.reshape(1 if kind == "hidden" else self.layers, -1)
@@ -192,16 +192,16 @@ def sparsity_loss(
     return loss, expected_sparsity(masks)
 
 
-# ------------------------------------------------------------------------------------ masks -> a really smaller network
+# ------------------------------------------------------------------------------------------ masks -> a smaller network
 
 
 @torch.no_grad()
 def prune(model: nn.Module, masks_image: Masks | None, masks_text: Masks | None, exact: bool = False) -> nn.Module:
     """Cut out the kept rows and columns and multiply them by their soft gates. U:open_clip/model.py:1415.
 
-    exact=False is the authors': it also multiplies the rows of `proj` and `text_projection` by z_h, which the masked
-    forward does not, and an attention without heads loses its output bias. exact=True gives the outputs of the masked
-    model. A tower whose masks are None is not pruned.
+    exact=False is the authors' way: it also multiplies the rows of `proj` and `text_projection` by z_h, unlike the
+    masked forward pass, and an attention without heads loses its output bias. exact=True keeps the outputs of the
+    masked model. A tower whose masks are None is not pruned.
     """
     state, shape = dict(model.state_dict()), copy.deepcopy(model.geometry)
     for name, prefix, tower in named_towers(model.geometry):
@@ -229,7 +229,7 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
         raise ValueError("the masks leave no hidden dimension: lower the target sparsity")
     zk = z[kept]
     state = prune_ends(dict(state), prefix, kept, zk, exact)
-    # The last bias before the block; it takes over the constant that an attention without heads adds
+    # The last bias before the block, to which the output bias of an attention without heads is added
     before = "visual.ln_pre.bias" if prefix else "positional_embedding"
     new_heads, new_neurons = [], []
     for i, h in enumerate(heads):
@@ -258,8 +258,8 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
 
 
 def prune_ends(state: dict, prefix: str, kept: Tensor, zk: Tensor, exact: bool) -> dict:
-    """Reduce a tower's embeddings, first and last LayerNorm and projection to the hidden dimensions `kept` with gates
-    `zk`; changes `state`."""
+    """Reduce a tower's embeddings, LayerNorms outside of blocks and projection to the hidden dimensions `kept` with
+    gates `zk`; changes `state`."""
     if prefix:
         state["visual.conv1.weight"] = state["visual.conv1.weight"][kept] * zk.view(-1, 1, 1, 1)
         state["visual.class_embedding"] = state["visual.class_embedding"][kept] * zk
@@ -304,7 +304,7 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
     """Copy a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
 
     The rest of `model` is set to 0. Gates are open (a = 10) for the slots of the pruned network and closed (a = -10)
-    elsewhere; the multipliers restart at 10. Which channels of the teacher these were is no longer known.
+    elsewhere; the multipliers restart at 10. The slots do not record which channels of the teacher they were.
     ValueError if the pruned network does not fit into `model`.
     """
     small = convert_state_dict(pruned_sd)

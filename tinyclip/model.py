@@ -44,13 +44,13 @@ from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
 from tinyclip.masks import L0Mask, Masks, expand_pruned, prune, sparsity_loss, target_sparsity  # noqa: F401
 
 Gather = Callable[[Tensor], Tensor]
-GROUPS = 4  # groups of texts of similar length, on a CPU, where time is proportional to the number of tokens
+GROUPS = 4  # of texts of similar length; used on a CPU, where time is proportional to the number of tokens
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
 def affinity_logits(image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None) -> tuple[Tensor, Tensor]:
-    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's rows against the columns of all processes."""
+    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's samples (rows) against those of all processes."""
     image, text = image.float(), text.float()
     if gather is None:
         logits = scale * image @ text.T
@@ -78,7 +78,7 @@ def affinity_mimicking_loss(
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None = None) -> Tensor:
-    """L_CLIP, symmetric InfoNCE of unit features (B, D); the label of row i is rank B + i. U:open_clip/loss.py:109."""
+    """L_CLIP, symmetric InfoNCE of unit features (B, D); row i has label rank * B + i. U:open_clip/loss.py:109."""
     to_text, to_image = affinity_logits(image, text, scale, gather)
     rank = dist.get_rank() if gather is not None and dist.is_initialized() else 0
     labels = torch.arange(len(image), device=image.device) + rank * len(image)
@@ -145,7 +145,7 @@ def gated_linear(x: Tensor, linear: nn.Linear, rows: Tensor | None = None, colum
 
 
 class LayerNorm(nn.LayerNorm):
-    """Over the kept dimensions only; the others are 0 in the input and stay 0. No gradient reaches z_h from here.
+    """LayerNorm over the kept dimensions; the others are 0 in the input and stay 0. No gradient reaches z_h from here.
 
     The removed dimensions are set to the mean of the kept ones, and the kept ones' deviations are scaled by
     share^-1/2, so that the plain kernel computes the correct mean and variance. U:open_clip/model.py:43 gathers and
@@ -326,8 +326,8 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, S) int64 -> (B, D) at the end token, the largest id. U:open_clip/model.py:764.
 
-        Attention is causal, so that positions after the last end token of the batch are not computed. In training on a
-        GPU, `cut_padding` has cut them before, to avoid synchronisation. On a CPU texts are sorted by length into
+        Attention is causal, so that positions after the last end token of the batch need not be computed. In training
+        on a GPU, `cut_padding` has already cut them, to avoid synchronisation. On a CPU texts are sorted by length into
         groups, and each group is cut at its own longest text.
         """
         shared, end = gates(masks), text.argmax(dim=-1)
@@ -391,7 +391,7 @@ class Student(nn.Module):
         return [mask for mask in (self.image_mask, self.text_mask) if mask is not None]
 
     def uniforms(self) -> dict[str, dict[str, Tensor]] | None:
-        """The uniform numbers of one draw of both masks, for several forward passes; None without masks."""
+        """The uniform numbers of one draw of both masks, to use in several forward passes; None without masks."""
         return {"image": self.image_mask.uniforms(), "text": self.text_mask.uniforms()} if self.masks else None
 
     def tower_masks(self, u: dict[str, dict[str, Tensor]] | None = None) -> list[Masks | None]:

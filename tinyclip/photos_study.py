@@ -3,8 +3,8 @@
 A small ResNet teacher and its students of half the size are trained from scratch on the 30,000 English captions of
 Flickr8k, at 32 pixels, and compared by retrieval of the usual 1,000 test photographs.
 
-Why the effects can appear: for the same reasons as in study.py; the teacher trains five times as long. But it is small
-and has few pairs, so it retrieves little better than raw pixels, and can transfer little.
+Why the effects can appear: for the same reasons as in study.py; the teacher trains five times as long. But the teacher
+is small and has few pairs. If it retrieves little better than raw pixels, students can gain little from it.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ CLAIMS = (  # worded as in study.py, which has the same claims
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What this scale cannot show."""
+    """Rows for results that this scale cannot show."""
     needs = "needs LAION-400M, YFCC-15M"
     masks = verdicts.not_testable("learned masks above by hand", "+1.6 IN", "a ViT from 30,000 pairs learns too little")
     return [masks, verdicts.not_testable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", needs)]

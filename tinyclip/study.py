@@ -3,9 +3,9 @@
 Two teachers and their students are trained on stand-ins for LAION-400M and compared seed by seed: ResNets on emoji with
 their names as captions, with manual inheritance, and ViTs on scenes of few emoji, with learned masks.
 
-Why the effects can appear: the teachers classify far more images correctly than raw pixels do, and train longer than a
-student, so that their weights and similarities contain what a student lacks. The effects would vanish with a teacher at
-the level of raw pixels, and with students trained until they equal it.
+Why the effects can appear: the teachers classify more images correctly than nearest neighbours on raw pixels do, and
+train longer than a student, so that their weights and similarities contain what a student lacks. The effects would
+vanish with a teacher no better than raw pixels, and with students trained until they equal the teacher.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from tinyclip.model import create_model
 
 RESNET, SCRATCH = "train emoji-resnet --teacher {teacher}", "train emoji-resnet-contrastive"
 QUARTER = "--model emoji-resnet-25"
-BY_HAND = (  # ResNets on emoji names: {random, inherited} x {contrastive, affinity}, then what explains these
+BY_HAND = (  # ResNets on emoji names: {random, inherited} x {contrastive, affinity}, then controls of these
     Arm("teacher", "train emoji-resnet-teacher", heading="ResNet teacher (100 %)"),
     Arm("random-contrastive", f"{SCRATCH} --init None", heading="50 %: random weights, contrastive"),
     Arm("random-affinity", f"{RESNET} --init None", heading="50 %: random weights, affinity"),
@@ -242,7 +242,7 @@ def more_rows(found: Comparison) -> list[dict]:
 
 
 def sparsity(arm: str, runs: list[dict]) -> dict:
-    """A row: the share (%) of parameters that masks removed, minus the target."""
+    """A row of the claims table: the share (%) of parameters that masks removed, minus the target."""
     pair = {
         side: [{"sparsity": 100 * values[key]} for values in runs]
         for side, key in (("reached", "sparsity_reached"), ("asked", "target_sparsity"))

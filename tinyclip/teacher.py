@@ -1,7 +1,7 @@
 """Load the teacher, and the models that a student inherits from.
 
-A teacher only computes features: any dual encoder with CLIP's tokenizer will do (another paper's run, an export, a
-model of open_clip). A model to inherit from must have the layout of `model.CLIP`.
+A teacher only computes features, so that any dual encoder with CLIP's tokenizer can be one (another paper's run, an
+export, a model of open_clip). A model to inherit from must have the layout of `model.CLIP`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from shared.clip import cuts, image_side
 from shared.evaluation import named
 from tinyclip.model import CLIP, load_clip
 
-MODELS = ("ViT-B-32", "ViT-B-16", "RN50")  # of open_clip, whose weights `load_clip` takes by name
+MODELS = ("ViT-B-32", "ViT-B-16", "RN50")  # open_clip models that `load_clip` loads by name
 
 
 def as_clip(source: str) -> str | Path | None:
@@ -29,7 +29,7 @@ def as_clip(source: str) -> str | Path | None:
     config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
-    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # weights do not show it
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # not visible in weights
     return None if strange or odd else folder
 
 
@@ -71,8 +71,8 @@ class Teacher(nn.Module):
 
 
 def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
-    """Token ids (B, L) cut to `context`; cut texts get the end token (the highest id) at the last position. `whole`:
-    shorter ones are padded to `context`."""
+    """Token ids (B, L) cut to `context`; cut texts get the end token (the highest id) at the last position. With
+    `whole`, shorter texts are padded to `context`."""
     if tokens.shape[1] > context:
         end, tokens = tokens.amax(dim=1), tokens[:, :context].clone()
         tokens[:, -1] = torch.where(tokens.amax(dim=1) < end, end, tokens[:, -1])
@@ -85,7 +85,7 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     path = as_clip(source)
     if path is not None:
         model = load_clip(path, head_width, quick_gelu)
-        model.cuts_padding = False  # `Corpus` has cut it
+        model.cuts_padding = False  # `Corpus` cuts it
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
         statistics, whole = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), False
         if own == (side, context):

@@ -123,8 +123,8 @@ def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
 
 
 def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student before its first step, and its masks. Its weights are random, inherited by hand or at random, all of
-    the teacher's with open masks, or those of a pruned stage, expanded with closed masks for the removed slots."""
+    """The student before its first step, and its masks. Its weights are random, inherited (by hand or at random), all
+    of the teacher's with open masks, or those of a pruned stage, expanded, with closed masks for the removed slots."""
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
     clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
@@ -157,8 +157,8 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
-    """The student of a stage: with the teacher's tower instead of its own (--use-teacher-*), and without gradients for
-    this tower or a locked one. U:open_clip/model.py:947, 1015.
+    """The student of a stage: with --use-teacher-* the teacher's tower replaces its own; this tower, or a locked one,
+    has no gradients. U:open_clip/model.py:947, 1015.
 
     ValueError if the teacher's tower does not fit the student's other tower.
     """
@@ -206,7 +206,7 @@ class TeacherOutput(NamedTuple):
 def ask_teacher(
     teacher: CLIP | Teacher, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32"
 ) -> TeacherOutput:
-    """The frozen teacher's features; its temperature is the fixed one, or its own. U:training/train.py:409."""
+    """Features of the frozen teacher, and the fixed temperature, or else the teacher's. U:training/train.py:409."""
     parts = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
     with run.autocast(precision, images.device):
         image, text, (own, *_) = zip(*(teacher(*part) for part in parts), strict=True)
@@ -227,12 +227,12 @@ def train_step(
     student: nn.Module, teacher: TeacherOutput | None, images: Tensor, tokens: Tensor, step: int, stage: Stage,
     optimizers: Optimizers, precision: str = "fp32", scaler: torch.amp.GradScaler | None = None, u: dict | None = None,
 ) -> dict[str, Tensor | float]:  # fmt: skip
-    """One optimizer step of student (a `Student`, or one in DistributedDataParallel); returns what is logged.
+    """One optimizer step of a `Student`, bare or in DistributedDataParallel; returns the values to log.
     U:training/train.py:329.
 
     Order: learning rates, forward, loss with the masks' constraint, backward, clipping over all gradients, optimizers
     of weights and masks, clamps, temperature. A step with gradients that are not finite is skipped, on all processes.
-    For a tower that is the teacher's, the teacher's features are used.
+    For a tower taken from the teacher, the teacher's features are used.
     """
     bare = student.module if isinstance(student, DistributedDataParallel) else student
     masks = bare.masks
@@ -334,13 +334,15 @@ def image_transform(
 
 
 def whole_views(pixels: Tensor, u: Tensor | None = None) -> Tensor:
-    """`image_transform` of decoded images that have its size already, (B, 3, R, R) uint8; u is not used."""
+    """`image_transform` of decoded images (B, 3, R, R) uint8 that already have its size; u is not used."""
     mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 class PairDataset(Dataset):
-    """Item i of a run -> (uint8 image (3, R, R), tokens (S,), broken samples skipped). `normalise` is for batches.
+    """Item i of a run -> (uint8 image (3, R, R), tokens (S,), list of skipped broken samples).
+
+    `normalise` normalises a batch of images.
 
     A crop is a function of seed, epoch and row.
     """
@@ -478,7 +480,7 @@ def planned(cfg: Config) -> Config:
 
 
 def schedule_rows(cfg: Config) -> list[tuple[str, str]]:
-    """Steps, samples and learning rates of a dry run."""
+    """Rows of a dry run about steps, samples and learning rates."""
     if cfg.epochs:
         return [("steps", f"{cfg.epochs} epochs of --data" + ("" if cfg.data else ", which is not named"))]
     prune_step = cfg.prune_step if cfg.masks else None
@@ -488,7 +490,7 @@ def schedule_rows(cfg: Config) -> list[tuple[str, str]]:
 
 
 def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tuple[str, str]]:
-    """Rows about masks in a dry run."""
+    """Rows of a dry run about masks."""
     gates = sum(p.numel() for mask in student.masks for p in mask.parameters())
     prunable = sum(mask.prunable_params for mask in student.masks)
     left = counts["image"] + counts["text"] - cfg.target_sparsity * prunable
@@ -500,7 +502,7 @@ def mask_rows(cfg: Config, student: Student, counts: dict[str, int]) -> list[tup
 
 
 def locked_rows(cfg: Config) -> list[tuple[str, str]]:
-    """Rows about towers that are not trained in a dry run."""
+    """Rows of a dry run about towers that are not trained."""
     return [
         (f"{tower} tower", "the teacher's, not trained" if theirs else "locked")
         for tower, theirs, locked in (
@@ -593,10 +595,10 @@ def main(cfg: Config) -> Path | None:
             optimizers = folder.parts["optimizers"] = make_optimizers(student, cfg)
             network = distributed(student, process)
         images, tokens, answer = batch
-        torch.manual_seed(data.stable_hash(cfg.seed, step))  # mask samples: alike in all processes and after a resume
+        torch.manual_seed(data.stable_hash(cfg.seed, step))  # equal mask samples in all processes and after a resume
         logged = train_step(network, answer, images, tokens, step, cfg, optimizers, precision, scaler)
         skipped = (skipped + 1) * logged["skipped"]
-        if done % cfg.log_every == 0 or done == 1 or last:  # losses that are not finite, too: their steps were skipped
+        if done % cfg.log_every == 0 or done == 1 or last:  # also skipped steps, whose losses may not be finite
             check_skipped(skipped, step)
             folder.write(done, epoch=epoch, **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
