@@ -76,14 +76,15 @@ def test_dry_runs_need_no_data(script, preset, capsys):
         assert word in printed
 
 
-def test_steps_are_the_nearest_epochs_with_the_same_total_decay():
+def test_a_run_has_exactly_its_steps_and_the_same_total_decay():
     preset = config.PRESETS["emoji-scenes"][1]
     whole = config.for_steps(dataclasses.replace(preset, steps=217), 31)
     assert dataclasses.replace(whole, steps=None) == preset  # seven epochs of 31 steps are what it has
     third = config.for_steps(dataclasses.replace(preset, steps=217), 10)
-    assert (third.epochs, third.warmup) == (22, 10)
-    assert third.lr_decay_rate**22 == pytest.approx(preset.lr_decay_rate**preset.epochs)
-    assert config.for_steps(preset, 10) is preset
+    assert (third.epochs, third.warmup) == (22, 10)  # the last epoch has seven steps
+    assert third.lr_decay_rate**21.7 == pytest.approx(preset.lr_decay_rate**preset.epochs)
+    assert config.total_steps(whole, 31) == config.total_steps(third, 10) == 217
+    assert config.for_steps(preset, 10) is preset and config.total_steps(preset, 10) == 70
     assert config.for_steps(dataclasses.replace(preset, steps=3), 10).epochs == 1
     with pytest.raises(ValueError, match="--steps must be at least 1"):
         config.check_sizes(dataclasses.replace(preset, steps=0), 1)

@@ -195,8 +195,8 @@ class Config(Warm):
     embedding_std: float | None = None
     """Standard deviation of a clip's word embeddings at the start; if not given, open_clip's 0.02."""
     steps: int | None = None
-    """Train for about this many steps, instead of --epochs: the nearest number of whole epochs. The learning rate then
-    falls by the same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
+    """Train for this many steps, instead of --epochs; the last epoch may end early. The learning rate then falls by the
+    same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
     lock_image: bool = False
     """Freeze the pretrained image trunk and train only its projection. For EfficientNet-Lite0 (--clip-model
     Lite0-emoji); its features are computed once, on whole images without crops."""
@@ -390,12 +390,20 @@ def check(cfg: Common, world_size: int) -> None:
 
 
 def for_steps(cfg: Common, per_epoch: int) -> Common:
-    """The settings of a run of `cfg.steps` steps, with `per_epoch` steps an epoch; without `steps`, `cfg` itself."""
+    """The settings of a run of `cfg.steps` steps, with `per_epoch` steps an epoch; without `steps`, `cfg` itself.
+
+    Its `epochs` count the last one, which may end early.
+    """
     if not isinstance(cfg, Config) or cfg.steps is None or not per_epoch:
         return cfg
-    epochs = max(1, round(cfg.steps / per_epoch))
-    decay = cfg.lr_decay_rate ** (cfg.epochs / epochs)
+    epochs = -(-cfg.steps // per_epoch)
+    decay = cfg.lr_decay_rate ** (cfg.epochs * per_epoch / cfg.steps)
     return dataclasses.replace(cfg, epochs=epochs, lr_decay_rate=decay, warmup=min(cfg.warmup, per_epoch))
+
+
+def total_steps(cfg: Common, per_epoch: int) -> int:
+    """Steps of a run with `per_epoch` steps an epoch."""
+    return getattr(cfg, "steps", None) or cfg.epochs * per_epoch
 
 
 def check_sizes(cfg: Common, world_size: int) -> None:

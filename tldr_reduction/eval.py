@@ -22,6 +22,7 @@ from shared import cli, data, evaluation, export, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.checkpoints import export_blip, load_run
+from tldr_reduction.config import total_steps
 from tldr_reduction.datasets import view_of
 from tldr_reduction.model import BLIP
 from tldr_reduction.scorers import scored_tokens
@@ -278,7 +279,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
     if settings.data and Path(settings.data).is_dir():
         flat |= data_metrics(settings.data)
-    flat["steps"] = settings.epochs * (flat.get("data/pairs", 0) // settings.batch_size)
+    flat["steps"] = total_steps(settings, flat.get("data/pairs", 0) // settings.batch_size)
     lines = [line for line in run.read_metrics(Path(path)) if "loss_ita" in line]
     early = [line["loss_ita"] for line in lines if line["epoch"] < 3]
     flat["early_loss_ita"] = sum(early) / max(len(early), 1)

@@ -18,7 +18,7 @@ from shared.clip import set_grad_checkpointing
 from shared.pretrained import efficientnet_lite0
 from tldr_reduction.blip import target_places
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
-from tldr_reduction.config import Common, Warm, check, for_steps
+from tldr_reduction.config import Common, Warm, check, for_steps, total_steps
 from tldr_reduction.datasets import Collate, PairDataset, open_pairs, train_transform
 from tldr_reduction.model import image_side
 from tldr_reduction.tokenizer import WordPiece
@@ -188,12 +188,13 @@ def show_plan(
         n = len(open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache))
     per_epoch = n // cfg.batch_size
     cfg = for_steps(cfg, per_epoch)
-    size = f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"
+    steps = total_steps(cfg, per_epoch)
+    size = f"{n:,} an epoch, {steps * cfg.batch_size:,} in {cfg.epochs} epochs"
     rows = [("parameters", f"{trained:,} trained, {frozen:,} momentum copies"), *more]
     rows += [("samples", size if n else "unknown: pass --data or --dataset-size"), cli.batch_row(cfg, world_size)]
     rows += [cli.disk_row(n, trained, frozen)]
     if per_epoch:
-        rows += [cli.step_row(per_epoch * cfg.epochs, per_epoch)]
+        rows += [cli.step_row(steps, per_epoch)]
     warmup = cfg.warmup if isinstance(cfg, Warm) else 0
     for epoch, step in dict.fromkeys(((0, 0), (0, warmup), (1, 0), (cfg.epochs // 2, 0), (cfg.epochs - 1, 0))):
         if not per_epoch or step <= per_epoch:

@@ -50,14 +50,13 @@ WHERE = {  # what differs from the main pool
     "-half": "half of the pictures are copies",
     "-distinct": "no copies",
 }
-QUALITY = ("-clean", "-noisy")  # pools of the same pictures with other captions: well-cleaned data, and noisy data
 IN_EACH = ("random", "codes", "random-refined", "tldr", "full-refined")  # reductions of each pool
 SETS = tuple(f"data/tldr-scenes/eval/names_{split}" for split in ("id", "ood"))
 BEFORE = (
     Once(f"shared.corpora.scenes --out data/tldr-scenes {SCENES} --distinct 1000 --skew 1.3"),
     Once("tldr_reduction.pool"),
     *(
-        Once(command, arms=tuple(f"{name}{pool}" for name in IN_EACH))
+        Once(command, arms=tuple(f"{name}{pool}" for name in ("full", *IN_EACH)))
         for pool, copies in (("-half", "--distinct 4000 --skew 1.3"), ("-distinct", ""))
         for command in (
             f"shared.corpora.scenes --out data/tldr-scenes{pool} {SCENES} {copies}",
@@ -168,7 +167,7 @@ ARMS = (  # T_o: original captions, T_g: an oracle's, wrong in 20 % unless said 
             heading=f"full, T_o; {WHERE[pool]}",
             core=False,
         )
-        for pool in QUALITY
+        for pool in WHERE
     ),
 )
 
@@ -176,12 +175,12 @@ ARMS = (  # T_o: original captions, T_g: an oracle's, wrong in 20 % unless said 
 
 SCORE, KEPT = "names_ood/top1", "data/scenes"
 COVERED, COHERENT = "pixels/coverage", "pixels/cohesion"  # cosines times 100
-D = 1.0  # points of top-1 below which there is no difference
+D = 1.0  # points of top-1 below which there is no difference; less where half of the paper's number is less
 CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit, so only signs count
     Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
     Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
     Claim("TL;DR above random, T_o", "+7.5", SCORE, "tldr", "random", 1, None, True, D),
-    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, D),
+    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, 0.9),
     Claim("TL;DR above random, refined", "+3.4", SCORE, "tldr", "random-refined", negligible=D),
     Claim("selection alone below full data, T_o", "-2.3", SCORE, "codes", "full", -1, negligible=D),
     Claim("TL;DR below full data, refined", "-2.3", SCORE, "tldr", "full-refined", -1, negligible=D),
@@ -213,14 +212,18 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
         Claim(f"TL;DR below full data, refined; {where}", None, SCORE, f"tldr{pool}", f"full-refined{pool}", -1)
         for pool, where in WHERE.items()
     ),
-    Claim(f"TL;DR above full data, T_o; {WHERE['-clean']}", None, SCORE, "tldr-clean", "full-clean"),
+    *(
+        Claim(f"TL;DR above full data, T_o; {where}", None, SCORE, f"tldr{pool}", f"full{pool}")
+        for pool, where in WHERE.items()
+        if pool != "-noisy"
+    ),
     Claim(
         f"TL;DR above full data, T_o; {WHERE['-noisy']}",
         "+0.8, YFCC15M",
         SCORE,
         "tldr-noisy",
         "full-noisy",
-        negligible=D,
+        negligible=0.4,
     ),
 )
 

@@ -19,7 +19,7 @@ from shared import accumulate, cli, data, run, windows
 from shared.clip import trimmed
 from shared.zeroshot import quick_top1
 from tldr_reduction import loop
-from tldr_reduction.config import PRESETS, Config, for_steps
+from tldr_reduction.config import PRESETS, Config, for_steps, total_steps
 from tldr_reduction.datasets import LockedPairs, PairDataset, view_of
 from tldr_reduction.loop import alpha_ramp, cosine_lr, warmup_step_lr  # noqa: F401  of this file's contract
 from tldr_reduction.model import build, build_for, image_side
@@ -112,7 +112,8 @@ def train(cfg: Config, process: run.Process) -> Path:
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if not folder.resumed:
         loop.start_from_elsewhere(model, cfg)
-    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
+    total = total_steps(cfg, per_epoch)
+    folder.start(per_epoch * first + start, total, len(pairs), data=pairs.fingerprint)
     ddp = loop.parallel(model, process)
     locked = functools.partial(LockedPairs, cache=cfg.cache)
     read = dict(dataset_type=locked, view=view_of(model, cfg)) if cfg.lock_image else {}
@@ -132,10 +133,12 @@ def train(cfg: Config, process: run.Process) -> Path:
             if step % cfg.log_every == 0 or batch == 0:
                 scale = model.logit_scale.exp() if cfg.objective == "clip" else 1 / model.temp
                 folder.log(step, epoch=epoch, lr=lr, logit_scale=scale, **run.over_ranks(losses))
+            if step == total:
+                break
             if folder.due(step) and batch + 1 < per_epoch:
                 folder.save(step, epoch=epoch, batch=batch + 1)
 
-        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
+        done, last, start = min(per_epoch * (epoch + 1), total), epoch + 1 == cfg.epochs, 0
         if process.main and evaluates(cfg, epoch):
             with folder.clock.paused():
                 top1 = zero_shot(model, tokenizer, cfg, process.device, precision)
