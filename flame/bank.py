@@ -1,10 +1,10 @@
 """The bank: embeddings of every image's captions, computed once by embed.py, so that training does not need the LLM.
 
-FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. They have one .pth
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. It has one .pth
 file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and `ends.npy`
-(the bytes of all sample keys, and the end of each), `rows.npy` (the row of each key; samples with the same captions
-share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D) float16. T = 11 unit facets per image:
-1 of the raw caption, 3 of the short and 7 of the long one.
+(the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the row of its embeddings; samples with
+the same captions share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D) float16. An image
+has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one.
 """
 
 import functools
@@ -82,7 +82,7 @@ def read_keys(root: Path) -> Strings:
 
 
 def sums(rows: np.ndarray, multi: slice) -> np.ndarray:
-    """(n, T, D) rows of images -> (T + 1, D) float64: their sums, for `centres`; `multi`: rows of the long caption."""
+    """(n, T, D) embeddings of images -> (T + 1, D) float64: their sums, for `centres`; `multi`: the long facets."""
     mean = rows[:, multi].astype(np.float32).mean(1)
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
     return np.concatenate([rows.sum(0, dtype=np.float64), mean.sum(0, dtype=np.float64)[None]])
@@ -106,7 +106,7 @@ class AuthorsBank:
         return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"
 
     def check(self, keys: Strings) -> None:
-        """Check a thousand keys only: looking for millions of files takes minutes."""
+        """ValueError if one of a thousand keys has no file; looking for millions of files would take minutes."""
         for row in np.linspace(0, len(keys) - 1, min(len(keys), 1000), dtype=int).tolist():
             self.existing(keys[row])
 

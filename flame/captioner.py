@@ -3,7 +3,8 @@
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; its instructions are published
 nowhere. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
 {"__key__": sample, "caption": text}. `flame.embed` reads it as --short or --long: run this script twice, with one
-instruction for each. An interrupted run resumes at the first missing part; torchrun distributes the parts.
+instruction for each. Captions are first written in parts of --part-size images: an interrupted run resumes at the first
+missing part, and torchrun distributes the parts.
 """
 
 import dataclasses

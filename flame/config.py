@@ -44,11 +44,11 @@ class Config:
     method: Literal["flame", "clip"] = "flame"
     """flame, or clip: the same image tower and captions, with a trained text transformer."""
     rows: tuple[int, ...] = ()
-    """Rows of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. 0 1 4 are the summaries."""
+    """Facets of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. 0 1 4 ask for the whole image."""
     facets: int = 6
-    """Rows drawn each time an image is loaded, without replacement: K."""
+    """Facets drawn each time an image is loaded, without replacement: K."""
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
-    """Sigmoid of every pair, or softmax over the batch; both with K texts per image."""
+    """Sigmoid loss on every pair, or InfoNCE over the batch; both with K texts per image."""
     logit_scale: float = 10.0
     """Initial t of the flame method; the clip method starts at 1 / 0.07."""
     logit_bias: float = -10.0

@@ -123,7 +123,7 @@ def render(prompt: Prompt, caption: str) -> str:
 
 
 def parse_prompt(template: str) -> Prompt:
-    """A template of the authors (`_`: space, `*sent_0*`: caption) -> Prompt; its head ends at the last ` ,`."""
+    """One of the authors' templates (`_`: space, `*sent_0*`: caption) -> Prompt, whose head ends at the last ` ,`."""
     text = template.replace("_", " ").replace("*sep+*", "").replace("*cls*", "").strip()
     head, after = text.replace("*sent 0*", SLOT).rsplit(" ,", 1)
     bos = after.startswith(" <s>")
@@ -132,7 +132,7 @@ def parse_prompt(template: str) -> Prompt:
 
 
 def read_prompts(clone: str | Path) -> Prompts:
-    """Read the authors' three prompts from a clone; ValueError if they are not the released model's.
+    """Read the authors' three prompts from a clone. ValueError if they are not those of the released model.
 
     U:training/embed_cc3m_mask.py:224-228.
     """
@@ -203,9 +203,9 @@ def embed_batches(
     batch_size: int = 32,
     tick: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """(n, K, D) float32 on the CPU, not normalised, in the order of `captions`.
+    """Captions -> facet embeddings (n, K, D) float32 on the CPU, not normalised.
 
-    Equal captions are embedded once; batches are of similar length.
+    Equal captions are embedded once; a batch has captions of similar length.
     """
     counts, parts = Counter(captions), []
     distinct = sorted(counts, key=lambda caption: len(caption.encode()))
@@ -226,7 +226,7 @@ def embed_captions(
     batch_size: int = 32,
     tick: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """(B, 11, D) unit rows: raw 1, short 3, long 7 facets. U:training/embed_cc3m_mask.py:237-276."""
+    """Captions -> unit embeddings (B, 11, D): raw 1, short 3, long 7 facets. U:training/embed_cc3m_mask.py:237-276."""
     rows = [
         embed_batches(llm, captions, prompt, batch_size, tick)
         for captions, prompt in zip((raw, short, long), prompts, strict=True)
@@ -264,7 +264,7 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
 
 
 def settings_of(cfg: Config, prompts: Prompts) -> dict:
-    """The settings that an embedding depends on, besides its text."""
+    """The settings that an embedding depends on in addition to its text."""
     made = {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "precision": cfg.precision}
     return made | {"prompts": [list(prompt) for prompt in prompts]}
 
@@ -328,9 +328,9 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
 class Texts:
     """Embeddings of evaluation texts, kept in files. The LLM is loaded only if a text is missing.
 
-    `texts(["a dog", ...])` -> (n, D) unit rows, float32: the single prompt, as for class names and languages. With
-    `multi=True`, the mean of the long prompt's unnormalised facets, as for long captions and COCO
-    (U:open_clip/multiprompteol_embeddings.py:123-125).
+    `texts(["a dog", ...])` -> (n, D) unit rows, float32, by the single prompt (class names, Crossmodal-3600). With
+    `multi=True` they are the normalised mean of the long prompt's unnormalised facets (long captions, COCO;
+    U:open_clip/multiprompteol_embeddings.py:123-125).
     """
 
     def __init__(self, folder: Path, made: dict, prompts: Prompts, llm: Callable[[], FrozenLLM]):
@@ -397,7 +397,7 @@ def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = 
 
 
 def prompts_of(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """(C * T) texts of a classification: names x templates."""
+    """Every class name in every template: (C * T) texts, class by class."""
     return [template.replace("{c}", name) for name in classnames for template in templates]
 
 
@@ -424,7 +424,7 @@ def read_images(eval_set: EvalSet, limit: int | None = None) -> list[Tensor]:
 
 
 def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
-    """(texts, whether with the long prompt) of each evaluation set."""
+    """For each evaluation set: its texts, and whether the long prompt embeds them."""
 
     def nothing(image):
         return torch.zeros(0)

@@ -2,10 +2,10 @@
 
 The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/;
 LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/). Zero-shot classification (zeroshot.py), also of
-ImageNet in five languages, and Crossmodal-3600 use the single prompt; COCO, Flickr30k, long captions, Winoground and
-SugarCrepe the long one (longsets.py, compositionality.py). There are also a linear probe on raw patch features and
-few-shot classification in the context of an LLM (incontext.py). Text embeddings are read from embed.py's files; the LLM
-is loaded only if one is missing.
+ImageNet in five languages, and Crossmodal-3600 embed texts with the single prompt; COCO, Flickr30k, long captions,
+Winoground and SugarCrepe with the long one (longsets.py, compositionality.py). Further evaluations are a linear probe
+on raw patch features and few-shot classification in the context of an LLM (incontext.py). Text embeddings are read from
+embed.py's files; the LLM is loaded only if one is missing.
 """
 
 import dataclasses
@@ -213,7 +213,7 @@ def retrieval(
 ) -> dict[str, float]:
     """R@1, 5, 10 both ways in percent, and R@1 of chance; features (I, D), captions of each image.
 
-    `centre`: subtract the captions' mean.
+    `centre`: subtract the mean embedding of the captions.
     """
     embeds = texts([caption for each in captions for caption in each], multi)
     embeds = F.normalize(embeds - embeds.mean(0), dim=-1) if centre else embeds

@@ -72,7 +72,7 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
     return torch.from_numpy(np.load(path))
 
 
-_kept: dict[tuple, tuple[Tensor, Tensor | list]] = {}  # tokens of the sets read by this process
+_kept: dict[tuple, tuple[Tensor, Tensor | list]] = {}  # results of `set_tokens` in this process
 
 
 def set_tokens(
@@ -109,8 +109,8 @@ def bank_rows(bank: Bank, keys: Iterable[str], cfg: Config) -> tuple[Tensor, np.
 class InMemory:
     """The training data, read in whole batches, with the same settings as `train.FacetDataset`.
 
-    pixels (N, 3, H, H) uint8 or tokens (N, M, W) float16; texts (U, T, D) of the bank, where image i has
-    texts[row_of[i]], or for the clip method CLIP tokens (N, C, L).
+    `images` are pixels (N, 3, H, H) uint8 or tokens (N, M, W) float16. `texts` are embeddings (U, T, D) of the bank,
+    where image i has texts[row_of[i]], or for the clip method CLIP tokens (N, C, L).
     """
 
     def __init__(

@@ -99,8 +99,8 @@ class FrozenLLM(nn.Module):
     """A causal LM from Hugging Face as text encoder, without gradients; U:open_clip/multiprompteol_embeddings.py.
 
     layers: 1-based numbers of the blocks whose outputs are averaged (before the final norm); by default the
-    second-to-last. `decoupled=False` lets each facet attend to earlier facets (plain causal mask); `restart_positions`
-    continues the positions of each facet from the prefix; upstream numbers the whole sequence.
+    second-to-last. `decoupled=False` lets each facet attend to earlier facets (plain causal mask). With
+    `restart_positions` the positions of every facet continue those of the prefix; upstream numbers the whole sequence.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class FrozenLLM(nn.Module):
         return self.tokenizer([head + clean_caption(text) + tail for text in texts])["input_ids"]
 
     def forward(self, captions: list[str], prompt: Prompt) -> Tensor:
-        """(B, K, D) float32, not normalised. A caption's rows do not depend on the batch."""
+        """Captions -> (B, K, D) float32, not normalised; a caption's embeddings do not depend on the batch."""
         facets = self.facet_ids(prompt)
         lengths = [len(ids) for ids in facets]
         prefixes = self.prefix_ids(captions, prompt, self.max_length - sum(lengths))
@@ -225,7 +225,7 @@ class SentenceEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: list[str], prompt: Prompt = PLAIN) -> Tensor:
-        """(B, 1, D) float32, not normalised. A caption's row does not depend on the batch."""
+        """Captions -> (B, 1, D) float32, not normalised; a caption's embedding does not depend on the batch."""
         if not captions:
             return torch.zeros(0, 1, self.dim)
         texts = [prompt.head.replace(SLOT, caption) for caption in captions]
@@ -238,7 +238,7 @@ class SentenceEncoder(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------- image tower
 
-TOWERS = {  # of the released configs, and small ones
+TOWERS = {  # those of the released configs, ViT-L-16, and small ones
     "ViT-B-16": dict(width=768, layers=12, heads=12, patch_size=16, image_size=224, output_dim=512),
     "ViT-L-14": dict(width=1024, layers=24, heads=16, patch_size=14, image_size=224, output_dim=768),
     "ViT-L-16": dict(width=1024, layers=24, heads=16, patch_size=16, image_size=224, output_dim=768),
@@ -252,7 +252,7 @@ class Convolutional(nn.Module):
     """A timm network instead of the ViT (ours): the cells of its last feature map are the tokens.
 
     The map is averaged to `grid` x `grid` cells; training applies dropout with rate `drop`. A locked trunk keeps its
-    weights and batch norms. The input may also be the tokens that a locked trunk has computed.
+    weights and batch norm statistics. The input may also be the tokens that a locked trunk has computed.
     """
 
     def __init__(self, network: str, width: int, grid: int, image_size: int, drop: float = 0.0):

@@ -1,12 +1,12 @@
 """Split the embedded corpus by names, for the study: `python -m flame.new_names`.
 
     OUT/train/                  training shards without the drawings of every fifth name
-    OUT/eval/new_names_id/      the drawings of these names in the styles of training
-    OUT/eval/new_names_ood/     their drawings in the unseen style
+    OUT/eval/new_names_id/      the drawings of the left-out names in the styles of training
+    OUT/eval/new_names_ood/     the drawings of the left-out names in the unseen style
     OUT/manifest.json           settings, counts, sha256 of every shard
 
-No caption of a training sample is about these names, though their words may occur in it. Keys of samples are unchanged,
-so captions and banks of the whole corpus serve the shards, too. The sets classify by bare names.
+No training sample shows an emoji of a left-out name, but captions may contain words of it. Samples keep their
+keys, so captions and banks of the whole corpus also serve these shards. Classes of the sets are bare names.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ class Config:
     out: str = "data/flame/known"
     """Folder to write; it appears only when complete, and a finished one is not changed."""
     every: int = 5
-    """One name in N is new, that is left out of training."""
+    """Leave about one name in N out of training."""
 
 
 def is_new(name: str, every: int) -> bool:
-    """Whether training does without the name: about one name of `every`, by a hash of the name."""
+    """Whether training leaves out the name: about one name in `every`, by a hash of the name."""
     return data.stable_hash("new name", name) % every == 0
 
 

@@ -1,8 +1,8 @@
 """The study of FLAME on photographs: `python -m flame.study --corpus photos --photos DIR`.
 
 Arms train on Flickr8k, a stand-in for CC3M. Of a photograph's five English captions, one is the raw caption, another
-the short one, and all five joined are the long one. Tests are in English, German, French, Czech and Arabic; the long
-texts of the test are the five joined captions.
+the short one, and all five joined are the long one. Tests are retrieval in English, German, French, Czech and Arabic,
+retrieval by the five joined English captions, and zero-shot classification of CIFAR-10 and of PACS photographs.
 
 Why the effects can appear: for the same reasons as in study.py; in addition, CIFAR-10's class names hardly occur in
 the captions. The effects would vanish with as many captions per language as the language model has read.
@@ -27,7 +27,7 @@ MULTI30K = ("en", "de", "fr", "cs")
 LANGUAGE_SETS = (*(f"{photos.SETS}/retrieval_multi30k_{each}" for each in MULTI30K), f"{photos.SETS}/retrieval_ar")
 LONG = f"{photos.SETS}/retrieval_long_en"
 NAMES = ("data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval/photo_all")
-FEWER = "--dataset-size 1500 --epochs 80"  # a quarter of the photographs, as many steps as all of them
+FEWER = "--dataset-size 1500 --epochs 80"  # a quarter of the photographs, the steps of all of them
 
 
 def arms(llm: str) -> tuple[Arm, ...]:

@@ -4,9 +4,9 @@ The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every im
 The embedded corpus has no captioner, so captions are composed from the words of each emoji: raw is the name, short adds
 a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
 (shared.corpora.scenes) have their own captions: raw names the emoji, short adds their positions, long describes each.
-Photographs with several captions (shared.corpora.photos) use the first, the second, and all of them joined. Files are
-lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files. captioner.py writes such files
-for other images.
+For photographs with several captions (shared.corpora.photos), raw is the first, short the second, long all joined.
+Files are lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files. captioner.py writes
+such files for other images.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
 """The small-scale study of FLAME: `python -m flame.study` (`make reproduce-flame`).
 
 Images are emoji, a stand-in for CC3M, with captions of three lengths. Every fifth name is left out of training
-(new_names.py) and is what zero-shot is measured on. The image tower is an MLP behind a locked EfficientNet-Lite0, or a
-small ResNet from scratch. A frozen language model embeds the facets of all captions once; the
-embeddings are kept in data/flame, and training does not load the model. The environment variable LLM selects it: gemma
-(Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set, gemma is used if its package is
-installed.
+(new_names.py); zero-shot classification is measured on these names. The image tower is an MLP behind a locked
+EfficientNet-Lite0, or a small ResNet from scratch. A frozen language model embeds the facets of all captions once; the
+embeddings are kept in data/flame, and training does not load the model. The environment variable LLM selects the model:
+gemma (Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set, gemma is used if its package is
+installed, else smollm2.
 
 Why the effects can appear: a language model knows words, in many languages, that a few thousand captions do not
 contain. An image tower trained towards its embeddings can therefore be queried with words that no training caption
@@ -54,7 +54,7 @@ SCENES = "data/flame/scenes"
 SCENE_SET = f"{SCENES}/eval/retrieval_long_ood"
 NEW_SETS = ("data/flame/known/eval/new_names_id", "data/flame/known/eval/new_names_ood")
 GALLERY, LANGUAGE_GALLERY = 500, 125  # number of images that a caption is compared with
-FEWER = {"4": "--dataset-size 1786 --epochs 90", "16": "--dataset-size 446 --epochs 540"}  # as many steps as all 7,146
+FEWER = {"4": "--dataset-size 1786 --epochs 90", "16": "--dataset-size 446 --epochs 540"}  # the steps of all 7,146
 ON_LITE0 = (
     "clip", "clip-4", "clip-16", "minilm", "raw", "summary", "causal", "flame", "flame-4", "flame-16",
     "flame-english", "flame-raw-states",
@@ -255,7 +255,7 @@ def more_rows(found: Comparison, llm: str | None = None) -> list[dict[str, Any]]
 
 # --------------------------------------------------------------------------------------------------- floors, ceiling
 
-VIEW = whole_image(128)  # one object, so that the floors can share what they read
+VIEW = whole_image(128)  # one object, so that the floors can share cached images
 
 
 def chance() -> dict[str, float]:
@@ -284,8 +284,8 @@ def training_features(shards: str, pixels: bool = False) -> Tensor:
 
 
 def neighbour_words(pixels: bool = False) -> dict[str, float]:
-    """The floor on new names: the class name most similar, as a bag of words, to the caption of the nearest training
-    drawing on the pretrained tower's features, or on raw pixels. Without a common word it is the first class."""
+    """The floor on new names: finds the nearest training drawing, by the pretrained tower's features or by raw pixels,
+    and predicts the class name whose bag of words is most similar to its caption (without a common word, the first)."""
     shards, short = PRESETS["emoji-lite0"][1].data, read_captions("data/flame/captions/short.json")
     captions = [short[str(key)] for key in data.open_pairs(shards).keys]
     train, found = F.normalize(training_features(shards, pixels), dim=-1), {}
@@ -299,7 +299,7 @@ def neighbour_words(pixels: bool = False) -> dict[str, float]:
 
 def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, float]:
     """The floor for long captions: canonical correlation of the pretrained tower's features with the words of the
-    training pictures' long captions, in closed form. `name`: of the set in the metrics."""
+    training pictures' long captions, in closed form. `name`: the set's name in the metrics."""
     long = read_captions(captions)
     found = photos.correlate(training_features(shards), [long[str(key)] for key in data.open_pairs(shards).keys])
     eval_set = open_set(folder, VIEW, "retrieval")
@@ -443,8 +443,8 @@ def facet_similarity(facets: Tensor) -> Tensor:
 
 
 def plot_facets(bank: Bank, out: Path, images: int = 500) -> None:
-    """flame_facets.png: cosines between facets in the first shard; left: unchanged, right: each facet minus its
-    mean."""
+    """flame_facets.png: mean cosines between an image's facets, for images of the first shard; left: as stored, right:
+    after subtracting each facet's mean."""
     facets = torch.from_numpy(bank.shard(0)[:images].astype("float32"))
     less = centred(facets, bank.centres[: bank.count])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]

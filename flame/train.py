@@ -97,10 +97,10 @@ def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None 
 
 
 class FacetDataset(Dataset):
-    """Item i of a run: uint8 image (3, H, H), its K texts, and the broken samples skipped; `normalise` is for batches.
+    """Item i of a run: uint8 image (3, H, H), its texts, and the broken samples skipped; `normalise` is for batches.
 
-    Texts are facets (K, D) of the bank, or the CLIP tokens (L,) of one of the captions. U:training/data.py:393-435. An
-    item depends only on seed, epoch and row.
+    Texts are K facets (K, D) of the bank, or the CLIP tokens (L,) of one caption. U:training/data.py:393-435. An item
+    depends only on seed, epoch and row.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ def open_texts(
 ) -> tuple[Bank | AuthorsBank | None, list[dict[str, str]], Callable | None]:
     """(bank, [], None), or for the clip method (None, captions by sample key, tokenizer).
 
-    ValueError if a sample has no text or the bank lacks the rows to draw from. With windows, a missing text is found
+    ValueError if a sample has no text or the bank lacks the facets to draw from. With windows, a missing text is found
     only when its sample is read.
     """
     keys = Strings.of([]) if isinstance(pairs, windows.Windowed) else pairs.keys

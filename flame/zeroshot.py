@@ -1,7 +1,7 @@
 """Zero-shot classification, for points of a curve during training and for eval.py.
 
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. Text features are
-the LLM's, read from embed.py's files, or come from the baseline's text transformer. Training does not load the LLM.
+those of the LLM, read from embed.py's files, or of the baseline's text transformer. Training does not load the LLM.
 """
 
 import itertools

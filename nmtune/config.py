@@ -1,7 +1,7 @@
 """Every setting of pre-training, tuning, fine-tuning and the study of one encoder; presets and their checks.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets are read from the
-names of its checkpoints, tuning presets from the commands in its README; `emoji*` and `small*` are ours.
+names of its checkpoints, tuning presets from the commands in its README; `emoji*`, `small*` and `own*` are ours.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class PretrainConfig:
     """Noise ratio gamma: this share of the labels is flipped, or int(N gamma/2) swaps exchange captions of random
     pairs. The share that really changed is printed, and stored in the checkpoint."""
     exclude_true: bool = True
-    """Flip a label to another class (the paper). Off: to any class, including the true one (upstream's routine)."""
+    """Flip labels only to other classes (the paper). Off: to any class, including the true one (upstream's routine)."""
     asymmetric: bool = False
     """Flip a label to the next class instead of a random one: all wrong labels of a class are then the same."""
     noise_seed: int | None = None
@@ -58,7 +58,7 @@ class PretrainConfig:
     grad_checkpointing: bool = False
     """Recompute the model's activations in the backward pass: less memory, a third more time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd has Nesterov momentum 0.9; neither decays biases and gains."""
+    """sgd has Nesterov momentum 0.9. Biases and gains have no weight decay with either."""
     lr: float = 0.5
     """Peak learning rate; it falls to 0 along a cosine."""
     warmup: int = 5000
@@ -94,7 +94,7 @@ class PretrainConfig:
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
 
-SMALL_SUPERVISED = PretrainConfig(  # little decay and few crops, so that it memorises some of the wrong labels
+SMALL_SUPERVISED = PretrainConfig(  # little decay and weak crops, so that it memorises some of the wrong labels
     keep_in_memory=True,
     model="resnet_emoji",
     epochs=14,
@@ -210,7 +210,7 @@ class Config:
     w_mse: float = 1.0
     """Weight of L_MSE."""
     mse_sum: bool = False
-    """L_MSE as the paper writes it, a squared distance: D times the authors' mean over dimensions."""
+    """L_MSE is the paper's squared distance, which is D times the mean over dimensions of the authors' code."""
     w_cov: float = 0.04
     """Weight of L_COV."""
     w_svd: float = 0.001
@@ -234,7 +234,7 @@ class Config:
     epochs: int = 30
     """Passes over the training set."""
     batch_size: int = 64
-    """Images per step (two rows each where there are two views), over all processes together."""
+    """Images per step, over all processes together; with two views, a batch has two rows per image."""
     lr: float = 1e-3
     """AdamW's learning rate; a cosine by step takes it to 0."""
     warmup: int = 0
@@ -263,7 +263,7 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
     def loss_weights(self, dim: int) -> tuple[float, float, float]:
-        """Weights (mse, cov, svd) of the terms of model.py, for features of `dim` dimensions."""
+        """Weights (mse, cov, svd) of the loss terms in model.py, for features of `dim` dimensions."""
         if self.method != "nmtune":
             return 0.0, 0.0, 0.0
         return self.w_mse * (dim if self.mse_sum else 1), self.w_cov, self.w_svd
@@ -280,7 +280,7 @@ METHODS = {
         Config(w_mse=0.01, mse_sum=True, w_cov=0.01, w_svd=0.01, svd_k=1),
     ),
 }
-ENCODERS = {  # rows of the paper's tables; the public weights of the last five are inferred from their names
+ENCODERS = {  # rows of the paper's tables; the weights of the last five are inferred from the names in the tables
     "in1k-rn50": ("ResNet-50, noisy ImageNet-1K", "timm:resnet50", ""),
     "yfcc15m-rn50": ("CLIP RN50, noisy YFCC15M", "open_clip:RN50", ""),
     "swin-l": ("Swin-L, ImageNet-21K", "timm:swin_large_patch4_window7_224.ms_in22k", "pretrained"),
@@ -457,7 +457,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
 
 @dataclasses.dataclass
 class StudyConfig:
-    """The controlled study of one pre-trained encoder: its spectrum, and every head tuned with several seeds."""
+    """The controlled study of one pre-trained encoder: its spectrum, and heads tuned on its features."""
 
     encoder: str = "runs/nmtune/sup-30-seed0"
     """Run folder of `python -m nmtune.pretrain`; study.json and spectra.npz are written into it."""
@@ -466,9 +466,9 @@ class StudyConfig:
     methods: tuple[str, ...] = ("lp", "mlp", "nmtune")
     """Heads, by the presets of nmtune.train."""
     seeds: int = 1
-    """Tuning seeds of every head."""
+    """Number of tuning seeds of every head."""
     bank: int = 4
-    """Training views of an image that are encoded once; two of them are drawn in every step."""
+    """Training views of each image, encoded once; two of them are drawn in every step."""
     epochs: int = 15
     """Passes over the training set."""
     batch_size: int = 64
@@ -484,7 +484,7 @@ class HeadStudyConfig:
     run: str = "runs/nmtune/tune"
     """Finished run folder of `python -m nmtune.train` on features in memory; heads.json is written into it."""
     heads: int = 10
-    """Number of heads, that of the run included; their seeds are the run's and the next ones."""
+    """Number of heads, including that of the run; their seeds are the run's seed and those that follow it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

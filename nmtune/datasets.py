@@ -3,11 +3,11 @@
 A data set is given by a path:
     DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar); DIR:train+val
     DIR                         image folder, DIR/CLASS/*.jpg; classes in the order of their folders' names
-    FILE.txt                    lines `path label`, paths from the file's own folder up (DomainNet)
-    data/emoji:TASK:PART        the embedded corpus; TASK group, subgroup or name, PART pretrain, tune, id,
-                                ood or known (pretrain and tune)
+    FILE.txt                    lines `path label`, paths relative to the file's folder (DomainNet)
+    data/emoji:TASK:PART        a split of the embedded corpus: TASK is group, subgroup or name, PART is pretrain, tune,
+                                id, ood or known (pretrain and tune)
 `benchmark` opens the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
-`flip_labels` and `swap_captions` are the paper's noise in supervision.
+`flip_labels` and `swap_captions` make the paper's noise in supervision.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning, `U:` = @f249dce, `U0:` = its first, @e9c5fb1.
 """
@@ -27,16 +27,16 @@ from shared.index import Strings, fingerprint, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
-LARGE_FOLDERS = 2**22  # bytes of the class folders themselves; from this size on their file list is cached
+LARGE_FOLDERS = 2**22  # total bytes of the class folders' own directory entries, from which the file list is cached
 LABEL_BYTES = 64  # bytes read of a .cls file
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees; the downstream tasks use them
-ID_TEST = 0.4  # share of their drawings in known styles that is held out of tuning
+ID_TEST = 0.4  # share of the held-out emoji's drawings in known styles that is kept for testing
 
 
 class LabelledImages:
     """Images as (file, offset, size), with size -1 for a whole file, and their labels (N,) int64.
 
-    `read` has the interface of `shared.data.read_or_next`, so that broken images are counted and replaced.
+    `read` is called by `shared.data.read_or_next`, which counts and replaces broken images.
     """
 
     def __init__(self, files: Sequence[str], spans: np.ndarray, labels: Sequence[int], classnames: Sequence[str]):
@@ -198,8 +198,7 @@ def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
 def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
     """DIR/CLASS/image; class folders named by numbers (ImageNet-V2) are ordered as such.
 
-    `cache` keeps the list of the files of large folders, which are walked once a machine, and again when one of them
-    has changed.
+    `cache` keeps the file list of large folders, so that each machine walks them once, and again if one has changed.
     """
     folders = [path for path in root.iterdir() if path.is_dir()]
     numbers = all(path.name.isdecimal() for path in folders)
@@ -216,8 +215,8 @@ def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
 
 
 def walked(folders: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict]:
-    """Paths of the images below class folders as bytes and ends, their labels (N,) int64; and `nested`, the folders in
-    class folders with their modification times (ns)."""
+    """({`files` and `ends` of the images' paths, `labels` (N,) int64}, {`nested`: folders inside class folders, with
+    their modification times in ns})."""
     files, labels, nested = [], [], []
     for label, folder in enumerate(folders):
         found = []
@@ -274,7 +273,7 @@ def is_held_out(hexcode: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict], list[tuple[int, int, int]]]:
-    """Descriptions of the samples and positions of their images; read once for all parts unless the files change."""
+    """Descriptions of the samples and positions of their images; read once for all splits unless the files change."""
     about, spans = [], []
     for i, tar in enumerate(tars):
         content = tar.read_bytes()
@@ -286,12 +285,12 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
 
 
 def emoji(folder: Path, task: str, part: str) -> LabelledImages:
-    """The embedded corpus in four parts: `pretrain` (half of the emoji, seven styles), and of the other half `tune` and
-    `id` (60 and 40 % of the drawings in the seven styles) and `ood` (the eighth style). `known` is all training data,
-    `pretrain` and `tune`.
+    """A split (`part`) of the embedded corpus: `pretrain` (half of the emoji, seven styles), or of the other half
+    `tune` and `id` (60 and 40 % of the drawings in the seven styles) or `ood` (the eighth style). `known` is all
+    training data, `pretrain` and `tune`.
 
     `task` is the kind of label: group (9), subgroup (98) or name. The classes of `name` are the emoji of tuning (or of
-    pre-training); those of the other tasks are the same in all parts.
+    pre-training); those of the other tasks are the same in all splits.
     """
     if task not in ("group", "subgroup", "name") or part not in ("pretrain", "tune", "id", "ood", "known"):
         known = "(group|subgroup|name):(pretrain|tune|id|ood|known)"

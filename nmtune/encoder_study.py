@@ -2,9 +2,9 @@
 
 NMTune (arXiv 2309.17002), sections 2 to 4, for an encoder that `nmtune.pretrain` trained at one noise ratio:
   1. encode once: V training views of the tuning set, one view of the in-domain and of the out-of-domain test set
-  2. the spectrum of the test features: SVE, LSVR in the three centring modes
-  3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z; the
-     nearest neighbour is the comparison
+  2. measure the spectrum of the test features: SVE and LSVR in the three centring modes
+  3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z, and for
+     comparison the accuracy of the nearest neighbour
 Writes numbers to RUN/study.json and singular values to RUN/spectra.npz, which `nmtune.eval --report` compares.
 """
 
@@ -29,14 +29,14 @@ from shared import checkpoints, cli, evaluation, probes, run
 
 
 class Encoded(NamedTuple):
-    """Features of all drawings in the parts of the corpus that pre-training has not seen."""
+    """Features of all drawings in the splits of the corpus that pre-training has not seen."""
 
-    images: dict[str, LabelledImages]  # by part: tune, id, ood
-    plain: dict[str, Tensor]  # by part, (N, D) of the evaluation view
-    views: Tensor  # (V, N, D) of training views of part tune
+    images: dict[str, LabelledImages]  # by split: tune, id, ood
+    plain: dict[str, Tensor]  # by split, (N, D) of the evaluation view
+    views: Tensor  # (V, N, D) of training views of split tune
 
     def rows(self, part: str, images: LabelledImages) -> Tensor:
-        """Rows of a part's features that belong to `images`, which are some of its drawings -> (M,)."""
+        """Rows (M,) of a split's features that belong to `images`, a subset of its drawings."""
         known = {key: row for row, key in enumerate(self.images[part].keys.tolist())}
         return torch.tensor([known[key] for key in images.keys.tolist()])
 

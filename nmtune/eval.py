@@ -5,8 +5,8 @@ pre-training noise by the singular values of a test set's features F (M, D): `fe
 `singular_value_entropy` (SVE), `largest_singular_value_ratio` (LSVR).
   - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
   - CLIPs of nmtune.pretrain with --sets: zero-shot accuracy and retrieval
-  - with --report, folders ARM-seedN of encoders that nmtune.encoder_study measured, and of heads: tables, claims with
-    verdicts, plots
+  - with --report, folders ARM-seedN of encoders that nmtune.encoder_study has measured, and of heads: tables, claims
+    with verdicts, plots
 """
 
 import dataclasses
@@ -55,8 +55,9 @@ METRICS = {  # headings in tables
 def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sample") -> Tensor:
     """Singular values of F (M, D), descending, fp64: (min(M, D),).
 
-    `normalize` scales each row to length 1 first. `center`: "none" (the paper's words); "sample" subtracts from each
-    row its own mean over D (U:src/models/svd.py:38-58); "sample+feature" also the mean over rows (pca.py:38 there).
+    `normalize` scales each row to length 1 first. `center`: "none" (the paper's text); "sample" subtracts from each
+    row its own mean over D (U:src/models/svd.py:38-58); "sample+feature" also subtracts the mean over rows
+    (U:src/models/pca.py:38).
     """
     if center not in CENTRES:
         raise ValueError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
@@ -187,7 +188,7 @@ class Config:
     head: str = ""
     """A state dict exported from the authors' tuned model, used instead of the run's own head."""
     centre: str = "sample"
-    """Centring before the spectrum: sample (svd.py), none (the paper's words), sample+feature (pca.py)."""
+    """Centring before the spectrum: sample (upstream's svd.py), none (the paper's text), sample+feature (pca.py)."""
     export: str | None = None
     """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, without evaluating it."""
     report: str | None = None
@@ -275,8 +276,8 @@ def encoder_metrics(path: str) -> dict[str, float]:
 
 
 def head_accuracies(folder: Path) -> dict[str, float]:
-    """{"TEST/METRIC": per cent} of a tuned head, from the last line of its log with the test set `id`, or {}; means
-    over heads with several seeds if nmtune.head_study has tuned these."""
+    """{"TEST/METRIC": per cent} of a tuned head, from the last line of its log that has the test set `id`, or {} if
+    there is none; means over heads if nmtune.head_study has tuned several."""
     if (folder / "heads.json").is_file():
         tests = checkpoints.read_json(folder / "heads.json")["tests"]
         return {metric: float(np.mean(values)) for metric, values in tests.items()}

@@ -3,8 +3,8 @@
     images     from images, by an encoder of timm or open_clip, a run of nmtune.pretrain, or EfficientNet-Lite0
     texts      from texts in GLUE's layout or JSON lines, by any encoder of Hugging Face
     answers    from embeddings that an API has returned, as JSON lines
-NMTune (arXiv 2309.17002) tunes black boxes, including language models and an embedding API; the authors have released
-no code for these. A finished file is not overwritten.
+NMTune (arXiv 2309.17002) also tunes black boxes such as language models and an embedding API, for which the authors
+have released no code. A finished file is not overwritten.
 """
 
 import csv
@@ -132,7 +132,7 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
 def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Lines of a .jsonl or .tsv as dicts. ValueError names a bad line.
 
-    header: column names of a .tsv; if there are none, its first line has them.
+    header: column names of a .tsv; if empty, they are read from its first line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")

@@ -82,7 +82,7 @@ class Views(Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list]:
-    """-> views (V, B, 3, S, S), labels (B,), broken samples. In a short last batch a rank may have no rows."""
+    """-> views (V, B, 3, S, S), labels (B,), broken samples. In a short last batch a rank may have no images."""
     if not items:
         return torch.zeros(2, 0), torch.zeros(0, dtype=torch.long), []
     views, labels, broken = zip(*items, strict=True)
@@ -202,7 +202,7 @@ class BankLoader:
 
 
 def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) -> Iterator[list[int]]:
-    """Number of rows per rank in each global batch that `data.training_batches` makes of n rows."""
+    """Number of samples per rank in each global batch that `data.training_batches` makes of n samples."""
     size = batch_size // world_size
     for epoch in epochs:
         first = start if epoch == epochs[0] else 0
@@ -213,7 +213,7 @@ def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) 
 def gather_views(views: Tensor, labels: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """Features (V, B, D) and labels (B,) of all ranks, in rank order; the encoder is frozen, so no gradient is needed.
 
-    `counts`: rows of each rank, unequal in a short last batch; passed in to avoid a GPU synchronisation.
+    `counts`: images of each rank, unequal in a short last batch; passed in to avoid a GPU synchronisation.
     """
     if len(counts) == 1:
         return views, labels
@@ -353,7 +353,7 @@ def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
 
 
 def reduced(labels: np.ndarray, cfg: Config) -> np.ndarray:
-    """Rows kept by `train_fraction`."""
+    """Rows of the samples that `train_fraction` keeps."""
     if cfg.train_fraction == 1:
         return np.arange(len(labels))
     rows = subset_per_class(labels, cfg.train_fraction, np.random.RandomState(cfg.seed))
@@ -388,7 +388,7 @@ class RunFeatures:
 
     @property
     def views(self) -> int:
-        """Views of an image in a batch: two; or one, if there is only one or the linear probe uses one."""
+        """Views of an image in a batch: one if the bank has only one or the linear probe uses one, else two."""
         several = self.bank is None or len(self.bank.features) > 1
         return 2 if several and (self.cfg.method != "lp" or self.cfg.views != "eval") else 1
 
@@ -419,7 +419,7 @@ class RunFeatures:
         self.fingerprint = images.fingerprint
 
     def encode_training_set(self) -> None:
-        """Encode the evaluation view or the bank of training views once, if the settings use one and it is not encoded
+        """Encode the evaluation view or the bank of training views, if the settings use one and it is not encoded
         yet."""
         if self.bank is not None or (self.cfg.views != "eval" and not self.cfg.bank):
             return
@@ -430,7 +430,7 @@ class RunFeatures:
         self.bank = Bank(*self.encoded(self.images, transform, views, "training set"))
 
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
-        """`encode_set` with the run's settings; features have length 1 if the classifier is a text tower's."""
+        """`encode_set` with the run's settings; with `zero_shot`, features have length 1."""
         features, labels = encode_set(
             self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
             workers=self.cfg.workers, batch_size=self.batch_size, label=label,
@@ -438,7 +438,7 @@ class RunFeatures:
         return (F.normalize(features, dim=-1) if self.cfg.zero_shot else features), labels
 
     def batches(self, epochs: range, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Global batches of feats (n, D) and labels (n,), on the device, from batch `start` of the first epoch on."""
+        """Global batches of features (n, D), labels (n,) on the device, from batch `start` of the first epoch on."""
         cfg, process = self.cfg, self.process
         if self.bank is not None:
             for epoch in epochs:

@@ -1,9 +1,9 @@
 """One head with several seeds: `python -m nmtune.head_study --run RUN`, after `nmtune.train` has tuned RUN.
 
-NMTune (arXiv 2309.17002), section 4. The authors tune with one seed; the differences between heads are smaller than
-those between seeds. On features in memory a head takes seconds, so a study can have many heads for each of its seeds.
-Tunes the run's head again with the seeds that follow its own, as `nmtune.train` would, and writes the accuracies of all
-of them to RUN/heads.json; `nmtune.eval --report` compares their means.
+NMTune (arXiv 2309.17002), section 4. The authors tune with one seed, although methods differ less than seeds do. On
+features in memory a head is tuned in seconds, so a study can have many heads for each of its seeds. This script tunes
+the run's head again with the seeds that follow its own, as `nmtune.train` would, and writes the accuracies of all heads
+to RUN/heads.json; `nmtune.eval --report` compares their means.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from shared import checkpoints, cli, run
 
 
 def main(cfg: HeadStudyConfig) -> None:
-    """Write heads.json, {"seeds", "tests": {"TEST/METRIC": one number per seed}}, unless it has these heads already."""
+    """Write heads.json, {"seeds", "tests": {"TEST/METRIC": one number per seed}}, unless it has these seeds already."""
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "heads")
     folder = Path(cfg.run)

@@ -41,8 +41,8 @@ from shared.zeroshot import build_classifier
 def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
     """L_MSE = mean over B*D of (norm(z_s) - sg(norm(f_w)))^2, z of view s (B, D) against f of view w (B, D) -> ().
 
-    Equals the mean over rows of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
-    The paper's squared distance is D times this.
+    Equals the mean over images of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
+    The paper's squared distance is D times this value.
     """
     return F.mse_loss(F.normalize(z.float(), dim=1), F.normalize(feats.detach().float(), dim=1))
 
@@ -80,8 +80,8 @@ class DominantShare(torch.autograd.Function):
     """Mean share (1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the k largest singular values of z (n, D) -> () fp32.
 
     d sigma_i = u_i^T dz v_i and v_i = z^T u_i / sigma_i give the gradient U diag(w / sigma) U^T z, where w_i is the
-    share's derivative by sigma_i. It has no right singular vectors, so that an eigendecomposition of the smaller Gram
-    matrix suffices. If z is rank-deficient, u_i and v_i are not unique; then an SVD chooses them, as upstream.
+    share's derivative by sigma_i. Right singular vectors do not occur in it, so an eigendecomposition of the smaller
+    Gram matrix suffices. If z is rank-deficient, u_i and v_i are not unique; then an SVD chooses them, as upstream.
     """
 
     @staticmethod
@@ -116,8 +116,8 @@ def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor, bool]:
     rank.
 
     Squaring halves the digits of small singular values. fp32 is accurate enough if the eigenvalues span less than a
-    factor of 300 (typical if D is much larger than n); otherwise the product is in fp64. The gradient of L_SVD has a
-    relative error below 1e-4, or below that of an SVD in fp32.
+    factor of 300. It is tried only if D >= 4 n, where this is typical; otherwise the product is in fp64. The gradient
+    of L_SVD has a relative error below 1e-4, or below that of an SVD in fp32.
     """
     with torch.autocast(z.device.type, enabled=False):
         if z.shape[1] >= 4 * len(z) and (product := z @ z.T).isfinite().all():
@@ -140,10 +140,10 @@ def nmtune_loss(
     k: int = 5,
     views: int = 2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD; rows [view w; view s], or with views=1 of one view.
+    """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD, of rows [view w; view s], or of one view with views=1.
 
     logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default the authors';
-    the paper has one lambda = 0.01. Terms of weight 0 are not computed; all three 0 is the paper's MLP baseline.
+    the paper has one lambda = 0.01. Terms of weight 0 are not computed; with all three 0, it is the MLP baseline.
     Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted terms. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
@@ -232,7 +232,7 @@ def transformed(head: nn.Module, feats: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------- encoders
 
 
-default_cfgs = generate_default_cfgs(  # timm looks for them by this name
+default_cfgs = generate_default_cfgs(  # timm requires this name
     {
         "resnet_emoji": {
             "input_size": (3, 32, 32), "pool_size": (2, 2), "crop_pct": 1.0, "interpolation": "bicubic",
@@ -256,8 +256,8 @@ def resnet_emoji(pretrained: bool = False, **options) -> ByobNet:
 def timm_transforms(config: dict, crop_scale: float = 0.8) -> tuple[Callable, Callable]:
     """(training, evaluation) transform of a timm model's config. U:src/models/modeling.py:34-65.
 
-    Training: crop of scale 0.8-1 and flip; evaluation: resize to ceil(size/crop_pct), centre crop. Unlike upstream's,
-    images are expected in RGB, so that grey ones do not fail (shared.data.decode_image makes them so).
+    Training: crop of scale `crop_scale` to 1 and flip; evaluation: resize to ceil(size/crop_pct), centre crop. Images
+    must be RGB, as shared.data.decode_image returns them; upstream fails on grey images.
     """
     size = config["input_size"][-1]
     mode = transforms.InterpolationMode(config["interpolation"])
@@ -292,9 +292,10 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
 
     timm: pooled features before the classifier (U:src/models/modeling.py:14-65). open_clip: the projected image
     embedding, *not* normalised (U:src/models/modeling.py:78-85). lite0: EfficientNet-Lite0, pretrained on ImageNet-1k,
-    for images of NAME pixels (shared.pretrained). In eval mode and without gradients: frozen.
-    checkpoint: None random weights; "pretrained" timm's own, by name and tag; open_clip's tag; or a file or run folder
-    with `state_dict`, in timm's `model.pth.tar`, open_clip's `epoch_32.pt` or our layout, `module.` prefixes allowed.
+    for images of NAME pixels (shared.pretrained). The module is frozen: in eval mode and without gradients.
+    checkpoint: None for random weights; "pretrained" for timm's own, by name and tag; a tag of open_clip; or a file or
+    run folder with `state_dict`, in the layout of timm's `model.pth.tar`, open_clip's `epoch_32.pt` or our checkpoints;
+    prefixes `module.` are removed.
     """
     weights = encoder_weights(checkpoint) if checkpoint and Path(checkpoint).exists() else None
     if source == "timm":

@@ -2,11 +2,11 @@
 
 Encoders are pre-trained on 10,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
 Probes train on the photographs of PACS and are tested on held-out photographs (ID), and on paintings, cartoons and
-sketches of the same classes (OOD), a stand-in for DomainNet. LP, MLP and NMTune also tune
-a black box, EfficientNet-Lite0, on the same photographs.
+sketches of the same classes (OOD), a stand-in for DomainNet. LP, MLP and NMTune are also tuned on features of a black
+box, EfficientNet-Lite0, of the same photographs.
 
-Why the effect can appear: for the same reasons as in study.py; PACS is a benchmark of the paper's kind of domain shift.
-The effect would vanish where a probe is near 100 %, as an ImageNet network is on photographs.
+Why the effects can appear: for the same reasons as in study.py; PACS is a benchmark of the paper's kind of domain
+shift. The effects would vanish where a probe is near 100 %, as on an ImageNet network's features of photographs.
 """
 
 import functools
@@ -61,7 +61,7 @@ ENCODE = Once(
 )
 
 
-VARIANT_CLAIMS = tuple(  # which part of NMTune makes it differ from the MLP
+VARIANT_CLAIMS = tuple(  # which regulariser makes NMTune differ from the MLP
     Claim(
         f"NMTune{but} against MLP, black box, {part.upper()}",
         None,
@@ -135,7 +135,7 @@ def pixel_neighbour() -> dict[str, float]:
 
 
 def lite0_neighbour() -> dict[str, float]:
-    """The pretrained network's own nearest neighbours."""
+    """Nearest neighbours on the pretrained network's own features."""
     sets = read_features(FEATURES)
     return by_part("blackbox", neighbours((sets.train.features[0], sets.train.labels), sets.tests))
 

@@ -149,7 +149,7 @@ def open_samples(
 ) -> NoisyLabels | SwappedCaptions:
     """The training set with its noise; `images` are given if the kind is supervised.
 
-    With `keep_in_memory` it also has the result of `decoded`, and the `side` of views.
+    With `keep_in_memory` it has the attributes `decoded`, the result of that function, and `side`, that of views.
     """
     if cfg.kind == "supervised":
         samples = NoisyLabels(cfg, transform, images)
@@ -180,15 +180,16 @@ def decoded(samples: "NoisyLabels | SwappedCaptions", side: int, process: run.Pr
 def batch_order(
     cfg: PretrainConfig, n: int, epoch: int, process: run.Process, start: int
 ) -> tuple[list[np.ndarray], list[float]]:
-    """Rows of this rank's batches of an epoch from batch `start` on, and the weight of each in the mean over ranks.
+    """(rows of the samples in this rank's batches of an epoch, from batch `start` on; each batch's weight in the mean
+    over ranks).
 
-    A short last batch is split evenly; a rank without rows gets the batch's first row with weight 0. For CLIP the short
-    last batch is dropped, as in open_clip, since it has too few negatives, unless it is the only batch.
+    A short last batch is split evenly; a rank without samples gets the batch's first one with weight 0. For CLIP, a
+    short last batch has too few negatives and is dropped, as in open_clip, unless it is the only batch.
     """
     order = data.batches(n, cfg.batch_size, (cfg.seed, epoch), start=start)
     if cfg.kind == "clip" and n % cfg.batch_size and n > cfg.batch_size:
         order = order[:-1]
-    if cfg.kind == "clip":  # ranks need equal numbers of rows, since features are gathered
+    if cfg.kind == "clip":  # ranks need equal numbers of samples, since features are gathered
         order = [batch[: len(batch) // process.world_size * process.world_size] for batch in order]
     own = [np.array_split(batch, process.world_size)[process.rank] for batch in order]
     weights = [len(rows) * process.world_size / len(batch) for rows, batch in zip(own, order, strict=True)]
@@ -295,7 +296,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Run one optimizer step on (images, targets, noisy), images on the device -> `losses`.
 
-    weight: the weight of this rank's rows in the mean over ranks.
+    weight: the weight of this rank's loss in the mean over ranks.
     """
     images, targets, noisy = batch
     for group in optimizer.param_groups:

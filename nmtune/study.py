@@ -2,12 +2,13 @@
 
 Encoders are pre-trained on half of the embedded emoji, a stand-in for ImageNet-1K (labels) and YFCC15M (captions), with
 0 to 30 % of wrong labels or swapped captions. Linear probes, and on encoders trained with labels also MLP and NMTune,
-learn other labels of the other half, and are tested in the styles of pre-training (ID) and in an unseen style (OOD). A
-black box, EfficientNet-Lite0, is tuned by LP, MLP and NMTune.
+learn other labels of the other half, and are tested in the styles of pre-training (ID) and in an unseen style (OOD).
+LP, MLP and NMTune are also tuned on features of a black box, EfficientNet-Lite0.
 
-Why the effect can appear: the network uses directions of its features for wrong labels, which probes for other labels
-then lack; and an MLP on 1,280 correlated features with few labels overfits, so that a regulariser can help. The effect
-would vanish where pre-training is too short to tell correct from wrong labels, and where a probe is near 100 %.
+Why the effects can appear: an encoder that has to fit wrong labels spends directions of its features on them, which
+probes for other labels then lack; and an MLP on 1,280 correlated features with few labels overfits, so that a
+regulariser can help. The effects would vanish if pre-training were too short to tell correct from wrong labels, or if a
+probe were near 100 %.
 """
 
 import dataclasses
@@ -40,10 +41,10 @@ ENCODER_HEADS = {"sup": "lp mlp nmtune", "clip": "lp"}  # heads of each kind of 
 HEADS = {"lp": "LP", "mlp": "MLP", "nmtune": "NMTune"}
 BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
 SELECTED = "lite0-lp-select"
-FEW, FEW_SAMPLES = 0.1, tuple(f"lite0-{head}-few" for head in HEADS)  # a share of the training samples, and its arms
+FEW, FEW_SAMPLES = 0.1, tuple(f"lite0-{head}-few" for head in HEADS)  # a share of the training samples; arms with it
 ON_LITE0 = (*BLACK_BOX, SELECTED, *FEW_SAMPLES)
-# Heads of a black-box arm for each seed of the study; seed 3 has the tuning seeds 30 to 39. A head takes seconds, and
-# MLP and NMTune differ by less than heads with different seeds do.
+# Heads of a black-box arm for each seed of the study; seed 3 has the tuning seeds 30 to 39. A head is tuned in seconds,
+# and MLP and NMTune differ by less than heads with different seeds do.
 TUNINGS = 10
 
 
@@ -129,7 +130,7 @@ def encoder_head_claims(on: str, arm: str, before: str = "") -> tuple[Claim, ...
 
 SVE_LP, LSVR_LP = "r of SVE and LP, ID", "r of LSVR and LP, OOD"
 CORRELATIONS = {SVE_LP: ("sve_id", "lp/id"), LSVR_LP: ("lsvr_ood", "lp/ood")}
-OVER_LEVELS = (  # of metrics that `over_levels` derives; they belong to no level
+OVER_LEVELS = (  # claims about metrics of all levels, which `over_levels` adds to sup-00
     Claim("C3 higher SVE goes with higher LP ID (correlation over levels)", "positive", SVE_LP, "sup-00", "0", 1,
           learned_by="lp/id"),
     Claim("C3 higher LSVR goes with lower LP OOD (correlation over levels)", "negative", LSVR_LP, "sup-00", "0", -1,
@@ -154,8 +155,8 @@ CLAIMS = (
 
 
 def derive(found: Comparison) -> None:
-    """Add `over_levels`, and give accuracies of heads tuned on few samples names of their own, since their floor is
-    another."""
+    """Add the metrics of `over_levels`, and copy accuracies of heads tuned on few samples to "few/...", because they
+    have another floor."""
     over_levels(found.arms)
     for arm in set(FEW_SAMPLES) & set(found.arms):
         for values in found.arms[arm]:
@@ -196,7 +197,7 @@ def per_part(measure) -> dict[str, float]:
 
 @functools.cache
 def pixels(task: str, part: str) -> tuple[Tensor, Tensor]:
-    """Raw pixels (N, D), mean 0, and labels (N,) of a part of the corpus."""
+    """Raw pixels (N, D), mean 0, and labels (N,) of a split of the corpus."""
     images = open_labelled(f"data/emoji:{task}:{part}")
     x = torch.stack([floors.raw_pixels(images.read(row)[0]) for row in range(len(images))])
     return x, torch.from_numpy(images.labels)
@@ -241,7 +242,7 @@ def pixel_probe() -> dict[str, float]:
 
 
 def lite0_neighbour() -> dict[str, float]:
-    """Nearest neighbours on the pretrained network's own features, among all training samples and among few."""
+    """Nearest neighbours on the pretrained network's own features, among all training samples and the share FEW."""
     sets = read_features(LITE0["features"])
     features, labels = sets.train.features[0], sets.train.labels
     return {
@@ -257,8 +258,8 @@ def few_samples(labels: Tensor) -> np.ndarray:
 
 
 def logistic_regression() -> dict[str, float]:
-    """scikit-learn's on the pretrained network's features, C chosen on a fifth of every class; among all training
-    samples and among few: what a linear classifier reaches if its regularisation is chosen."""
+    """scikit-learn's logistic regression on the pretrained network's features, trained on all training samples and on
+    the share FEW; C is chosen on a fifth of every class."""
     sets = read_features(LITE0["features"])
     features, labels = sets.train.features[0], sets.train.labels
     found = {}
@@ -377,8 +378,8 @@ def line(axis: plt.Axes, found: dict[int, tuple[float, float]], label: str) -> N
 
 def plot_spectra(folders: dict[str, Path], out: Path) -> None:
     """nmtune_spectra.png: shares of the singular values of OOD test features, for one encoder per level {arm: folder}.
-    One panel has F at every noise level, one F, MLP's z and NMTune's z of the first task at the highest level, if the
-    study has tuned these heads on such encoders."""
+    One panel has F at every noise level; the other has F, MLP's z and NMTune's z of the first task at the highest
+    level, if the study has tuned these heads on such encoders."""
     kinds = [kind for kind in KINDS if f"{kind}-00" in folders]
     if not kinds:
         return

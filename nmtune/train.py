@@ -4,9 +4,9 @@ NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, 
   lp      linear classifier on the features of the evaluation view            U:src/models/finetune.py:53-60,112-147
   mlp     NMTune's head on two training views, only cross-entropy             U:src/models/nml_tune.py, weights 0
   nmtune  the same with the three regularisers, the paper's contribution      U:src/models/nml_tune.py:106-182
-The encoder is a frozen black box. With several processes each encodes its share of a batch, features are gathered, and
-all take the same step of the small head, so that W processes equal one.
-Heads and losses are in model.py, views, features files and batches in features.py, accuracy in eval.py.
+The encoder is a frozen black box. With several processes, each encodes its share of a batch, features are gathered, and
+all processes take the same step of the small head, as a single process would. Heads and losses are in model.py; views,
+features files and batches in features.py; accuracy in eval.py.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (1e-4, 1e-2, 1e-1, 1.0)  # candidates 
 def cosine_lr(base: float, warmup: int, total: int, step: int) -> float:
     """Learning rate at `step`, set before the step is taken. U:src/models/utils.py:15-32.
 
-    base (t+1)/W in the W steps of warm-up, then base (1 + cos(pi (t-W)/(T-W)))/2; the last step's is not quite 0.
+    base (t+1)/W in the W steps of warm-up, then base (1 + cos(pi (t-W)/(T-W)))/2; in the last step it is not quite 0.
     """
     if step < warmup:
         return base * (step + 1) / warmup
@@ -74,7 +74,7 @@ def train_step(
     k: int = 5,
     views: int = 2,
 ) -> dict[str, Tensor]:
-    """One optimizer step on feats (n, D), [view w; view s] or one view -> {"loss", "ce", ...}, detached.
+    """Take one optimizer step on feats (n, D), rows [view w; view s] or one view -> {"loss", "ce", ...}, detached.
 
     labels (n,), or (n/2,) shared by both views. For a linear head the loss is cross-entropy alone.
     """
@@ -104,7 +104,7 @@ def tune(
 
     method lp, mlp or nmtune; only nmtune uses `weights`. Each pass over `loader`, which has a length, yields one
     epoch's batches: (feats (n, D), labels), or ((feats_w, feats_s), labels) with labels of one view.
-    `views`: number of rows per image.
+    `views`: number of views per image in a batch.
     """
     if method not in ("lp", "mlp", "nmtune"):
         raise ValueError(f"method is lp, mlp or nmtune, not {method!r}")
