@@ -14,11 +14,14 @@ A restarted run skips the shards that have a _stats.json; remove this file to wr
 import dataclasses
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +39,10 @@ from shared import checkpoints, cli, data, run, tars
 TAGS = re.compile(r"<a.*?>|</a>|</?[bi]>")  # S:make_dataset.py:15
 URLS = re.compile(r"(?:http|www)\S+")  # S:make_dataset.py:16
 MISSING, DAMAGED = "missing zip", "damaged zip"
+ZIP_ERRORS = (  # what zipfile raises for damaged, encrypted and unsupported archives
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, OverflowError, RuntimeError,
+    ValueError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -111,7 +118,7 @@ def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
     """For each file of a zip: (content, ""), or (b"", reason) if it cannot be read."""
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # a damaged zip raises BadZipFile, struct.error, ValueError, OSError ...
+    except ZIP_ERRORS as error:
         reason = MISSING if isinstance(error, FileNotFoundError) else DAMAGED
         yield from [(b"", reason)] * len(names)
         return
@@ -125,7 +132,7 @@ def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
                     reason = f"file of more than {tars.MAX_BYTES} bytes"
             except KeyError:
                 reason = "missing image"
-            except Exception:  # BadZipFile of a wrong checksum, zlib.error, EOFError, NotImplementedError ...
+            except ZIP_ERRORS:
                 reason = "damaged in its zip"
             yield content, reason
 

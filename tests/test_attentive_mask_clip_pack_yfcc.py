@@ -171,6 +171,25 @@ def test_shards_hold_what_can_be_read_and_the_rest_is_counted(in_process, tmp_pa
     assert f"--data '{out}/{{00000..00002}}.tar' --dataset-size 5" in command_line
 
 
+@pytest.mark.parametrize(("place", "value"), [(6, 1), (8, 99), (8, 14)])
+def test_files_that_zipfile_cannot_read_are_reported(tmp_path: Path, place: int, value: int):
+    """Encrypted, of an unknown method, of a wrong method; both headers of the first file say so."""
+    path = tree(tmp_path, [], {0: jpeg(0), 1: jpeg(1)}) / "images/00/000.zip"
+    content = bytearray(path.read_bytes())
+    for header in (0, content.index(b"PK\1\2") + 2):
+        content[header + place] = value
+    path.write_bytes(content)
+    assert list(pack_yfcc.zipped(path, ["000.jpg", "001.jpg"])) == [(b"", "damaged in its zip"), (jpeg(1), "")]
+
+
+def test_other_errors_are_no_damaged_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Running out of memory ends the run; images that could be read later are not left out."""
+    path = tree(tmp_path, [], {0: jpeg(0)}) / "images/00/000.zip"
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        list(pack_yfcc.zipped(path, ["000.jpg"]))
+
+
 def test_packing_goes_on_and_makes_what_is_missing(in_process, large: Path, folder: Path):
     out = folder / "again"
     finished(in_process(*command(large, out, size=50)))
