@@ -1,7 +1,7 @@
 """Every setting of an A-CLIP, SLIP or CLIP run, its presets, and the checks before a run starts.
 
-Presets named yfcc15m-* are the rows of the paper's tables (README of microsoft/A-CLIP@0e51942), and ViT-S/16, which
-only the authors' code has; `emoji*` and `small*` are ours.
+Presets yfcc15m-* are rows of the paper's tables (README of microsoft/A-CLIP@0e51942), except ViT-S/16, which only the
+authors' code has. cc3m-* and cc12m-* are runs of SLIP's README, and A-CLIP with the same epochs. The others are ours.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ class Config:
     freeze_patch_proj: bool | None = None
     """Freeze the patch projection at its random initialisation; None: A-CLIP does, its baselines do not."""
     mask: Literal["attentive", "high", "random", "none"] = "attentive"
-    """Patches that A-CLIP keeps. attentive: high EMA scores. high: low EMA scores, the counter-test. none: all."""
+    """Patches that A-CLIP keeps. attentive: blocks with high EMA scores. high: blocks with low EMA scores (the
+    counter-test, which drops the high ones). random: random patches. none: all."""
     keep_ratio: float = 0.5
     """Share r of patches to keep: int(r * blocks) + 1 blocks of 2x2, or int(r * patches) random patches."""
     views: Literal[1, 2] = 2
@@ -111,8 +112,8 @@ class Config:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Epochs between zero-shot evaluations on `eval_set`, whose class names stand alone (online towers, and A-CLIP's
-    EMA towers); 0: never during training."""
+    """Epochs between zero-shot evaluations of the online towers, and of A-CLIP's EMA towers, on `eval_set` with plain
+    class names as prompts; 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     keep_best: bool = False
@@ -132,7 +133,7 @@ class Config:
 
 
 YFCC = Config(dataset_size=14_689_580, caption_lines=True)
-# CC3M peaks well before its last epoch, says an author of SLIP (its issue 9)
+# an author of SLIP writes that accuracy on CC3M peaks well before the last epoch (SLIP's issue 9)
 CC3M = Config(epochs=40, eval_every=1, eval_set="data/wds_imagenet1k", keep_best=True)
 CC12M = dataclasses.replace(CC3M, epochs=35)
 SLIP = dict(method="slip", lr=3e-3, weight_decay=0.1)
@@ -231,7 +232,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config) -> None:
-    """The part of `check` that a dry run needs: model, masks and schedule, but no data."""
+    """The checks of model, masks and schedule, which a dry run needs, too. Raise ValueError."""
     if cfg.model not in MODELS:
         raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     if not 0 < cfg.keep_ratio <= 1:

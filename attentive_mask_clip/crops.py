@@ -130,7 +130,7 @@ def title_and_description(text: str) -> list[str]:
 
 
 class ViewDataset(Dataset):
-    """Item i of a run: the views that the method trains on, boxes (V+1, 4), tokens (T,), broken samples it replaced.
+    """Item i: (the method's views, boxes (V+1, 4), tokens (T,), broken samples that were skipped to read it).
 
     aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view.
     Views are uint8; `normalise` normalises a batch of them. A view is a function of seed, epoch and row alone, and the

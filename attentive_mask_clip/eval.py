@@ -259,10 +259,11 @@ def foreground(images: Tensor) -> Tensor:
 def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: float = 0.5) -> dict[str, float]:
     """Foreground among the patches that masking keeps, in percent.
 
-    images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. X is the
-    model's own attention, its high-drop variant, blocks nearest to the centre, or as many random patches (expectation).
-    `X_share`: share of kept patches that are foreground. `X_recall`: share of foreground patches that are kept.
-    `X_pixels`: share of an image's foreground pixels that are kept, averaged over images.
+    images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. Returns
+    three metrics for each selection X. `X_share`: share of kept patches that are foreground. `X_recall`: share of
+    foreground patches that are kept. `X_pixels`: share of an image's foreground pixels that are kept, averaged over
+    images. X: attentive (the model's own attention), high_drop (its low scores), centre (the blocks nearest to the
+    centre) or random (expectation over random patches, as many as attentive keeps).
     """
     was_training = model.training
     model.eval()

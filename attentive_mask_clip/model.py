@@ -120,7 +120,7 @@ class MaskedViT(nn.Module):
         """images (B, 3, H, W), keep_ids (B, K) -> tokens (B, 1+K, D) after the last LayerNorm, scores (B, N) or None.
 
         Without keep_ids, and in eval mode (U:models.py:580), all N patches are kept. For H, W other than image_size,
-        position embeddings are resized. With `cls_only` tokens are (B, 1, D), [CLS] alone, and the last block computes
+        position embeddings are resized. With `cls_only` tokens are (B, 1, D), only [CLS], and the last block computes
         only what [CLS] needs.
         """
         x = self.patch_embed(images)  # (B, N, D)
@@ -255,7 +255,7 @@ class TextTransformer(Transformer):
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm over the rows of all processes, on any device (torch's own knows GPUs only). U:main.py:105."""
+    """BatchNorm over the samples of all processes, on any device (torch's needs GPUs). U:main.py:105."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -344,8 +344,8 @@ class CLIP(nn.Module):
 
     def _encode_text(self, tokens: Tensor, transformer: TextTransformer, projection: Tensor) -> Tensor:
         end = tokens.argmax(dim=1)  # the end token has the highest id
-        if not (tokens.is_cuda and self.training):  # if so, `cut_padding` has cut on the CPU: no GPU synchronisation
-            tokens = tokens[:, : end.max() + 1]  # attention is causal: no end token reads further
+        if not (tokens.is_cuda and self.training):  # else `cut_padding` has cut them, without a GPU synchronisation
+            tokens = tokens[:, : end.max() + 1]  # attention is causal: end tokens ignore what follows
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.ln_final(transformer(x))
         return x[torch.arange(len(x), device=x.device), end] @ projection
@@ -523,8 +523,8 @@ def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-# Losses are in float32 and over the global batch: each rank compares its own rows with the columns of all ranks,
-# gathered with gradient. The mean over ranks is the loss of the global batch; likewise for DDP's gradients.
+# Losses are in float32 and over the global batch: each rank compares its own samples with those of all ranks, gathered
+# with gradient. The mean over ranks is the loss of the global batch, and DDP's mean of the gradients its gradient.
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -575,7 +575,8 @@ def aclip_loss(
 ) -> dict[str, Tensor]:
     """L = mean_v L_CLIP(view v) + SimCLR(view 1, view 2) + 2 BYOL(views, EMA view). U:losses.py:39.
 
-    `simclr_pair="same"` gives SimCLR the first view twice, as the released code does (it then only repels). SimCLR is 0
+    `simclr_pair="same"` gives SimCLR the first view twice, as the released code does (the term then only pushes samples
+    apart). SimCLR is 0
     with one view, and SimCLR and BYOL are 0 without SSL heads. Returns loss, its unweighted terms and clip_acc, by
     name.
     """

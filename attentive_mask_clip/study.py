@@ -4,8 +4,8 @@ Arms are trained on scenes, a stand-in for YFCC15M, and compared seed by seed. B
 are timed once, in one process.
 
 Why the effect can appear: the caption names one emoji, which covers about a sixth of the scene; no caption names the
-ground and the clutter. Half of the patches can therefore be dropped without loss, if they are the right half. The
-effect would vanish if that emoji filled the scene, because any half of the patches would show it.
+background or the clutter. Half of the patches can therefore be dropped without loss if they do not show that emoji. The
+effect would vanish if the emoji filled the scene, because any half of the patches would show it.
 """
 
 import shutil
@@ -34,7 +34,7 @@ STEP_TIMES = "runs/attentive_mask_clip/step_times.json"
 # ------------------------------------------------------------------------------------------------------------- corpora
 
 SCENES = "--concepts 30 --samples 40000"
-CORPORA = {  # name: (side of the object as a share of the scene's, clutter, what differs in its scenes)
+CORPORA = {  # name: (object's side as a share of the scene's, uncaptioned emoji, options of shared.corpora.scenes)
     "one": (0.42, 2, ""),
     "small": (0.27, 2, "--captioned-size 0.25 0.30"),
     "large": (0.70, 2, "--captioned-size 0.65 0.75"),
@@ -133,7 +133,7 @@ SELECTIONS = {  # selection: (metric to compare `ATTENDED` with, what the paper 
 
 
 def kept_patches(arms: dict[str, list[dict]]) -> list[dict]:
-    """Rows: how much of the object attention keeps, against other selections in the same run."""
+    """Claims rows: share of the object that attention keeps, against other selections in the same run."""
     return [
         within(arms[arm], f"{arm}: attention keeps more of the object than {other}", paper, ATTENDED, key)
         for arm in ("attentive", "aclip")
@@ -149,7 +149,7 @@ def within(runs: list[dict], claim: str, paper: str | None, metric: str, baselin
 
 
 def step_times(times: dict[str, dict]) -> list[dict]:
-    """Rows of the paper's training times beside the step times of `timing.py`."""
+    """Claims rows: the paper's training times beside the step times of `timing.py`."""
     return [
         verdicts.not_testable(
             f"step time of {STUDY.headings[arm].split(':')[0]} / CLIP's", timing.PAPER[arm], timing.ratio(times[arm])
@@ -160,7 +160,7 @@ def step_times(times: dict[str, dict]) -> list[dict]:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Comparisons within an arm, step times where they were measured, and what this scale cannot show."""
+    """Claims rows: comparisons within an arm, step times if measured, and what this scale cannot show."""
     arms = found.arms
     rows = kept_patches(arms)
     if "aclip" in arms:
@@ -185,7 +185,7 @@ def evaluate(runs: Sequence[str]) -> list[dict]:
 
 
 class ImageTower(nn.Module):
-    """The arms' image tower, whole: images (B, 3, S, S) -> (B, E)."""
+    """The arms' image tower without masks: images (B, 3, S, S) -> (B, E)."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +222,7 @@ def both(found: dict[str, float]) -> dict[str, float]:
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """attentive_mask_clip_curves.png; _kept.png and _scenes.png where their arms were measured."""
+    """Draw attentive_mask_clip_curves.png, and _kept.png and _scenes.png if their arms were measured."""
     plot_curves({arm: paths for arm, paths in found.folders.items() if arm in {each.name for each in MAIN}}, out)
     for path in found.folders.get("aclip", []):
         if path.name == "aclip-seed0" and (path / "kept.png").exists():

@@ -1,7 +1,8 @@
 """The paper's zero-shot suite: names of its 26 sets, and their class names and templates from a clone of SLIP.
 
 SLIP (facebookresearch/SLIP@c6faf5d, cited as `S:`) has names and templates in labels.json and templates.json, which
-A-CLIP's suite reads. This project contains no copy: `--slip PATH` is the path of a clone.
+the suite of A-CLIP (microsoft/A-CLIP@0e51942, cited as `U:`) reads. This project contains no copy: `--slip PATH` is the
+path of a clone.
 """
 
 import math
@@ -77,7 +78,7 @@ def reported(name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A class name normalised for matching: case, punctuation, spaces, digits or words, numbering."""
+    """A class name for matching: lower case, numbers up to ten as digits, no numbering, punctuation or spaces."""
     words = re.sub(r"^\d+\.", "", name.lower()).replace("_", " ").split()  # 001.Black_footed_Albatross
     return re.sub(r"[\W_]", "", "".join(NUMBERS.get(word, word) for word in words))
 
@@ -86,9 +87,9 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     """SLIP's `entries`, each a class with its synonyms, in the order of a set's own `classnames`.
 
     Label numbers differ: SLIP's pets start with the cats, CLIP-benchmark's are alphabetical. If every class is found by
-    name, classes are matched by name. Else, if at least half are found and all of these at equal positions, the order
-    is the same and the other names are only worded differently (or occur twice, as ImageNet's missile). ValueError in
-    any other case.
+    name, classes are matched by name. Else, if at least half are found and each of these has the same position in both
+    lists, the two orders are taken as equal: the other names are worded differently, or occur twice (ImageNet's
+    missile). ValueError in any other case.
     """
     if len(classnames) != len(entries):
         raise ValueError(f"{where} has {len(classnames)} classes, but SLIP's labels.json has {len(entries)}")

@@ -30,7 +30,7 @@ def caption_concepts(
     """Lower-cased nouns of the captions that occur in at least `min_images` images; caption 5i..5i+4 are of image i.
 
     Source: U:src/downstream_retrieval_extract_concepts.py:44; the paper's text says 5. docs: (lemma, part of speech)
-    pairs of each caption. The empty string can be among the concepts, as COCO's is.
+    pairs of each caption. The empty string can be among the concepts, as in COCO's list.
     """
     texts: dict[str, list[int]] = defaultdict(list)
     for i, tokens in enumerate(docs):
@@ -48,8 +48,8 @@ def prompts_with_concept(
     """Prompts (lower case) that contain each word; words in no prompt are left out.
     U:src/text_to_image_experiments/utils.py:29.
 
-    Punctuation is removed, then a word matches between spaces, or, upstream's plural rule, wherever a word of the
-    prompt starts with it plus `s`: `car` is found in `carsick`. `plural_prefix=False` requires the word to end there.
+    Punctuation is removed. A word matches an equal word of the prompt or, by upstream's plural rule, one that starts
+    with it plus `s`: `car` is found in `carsick`. With `plural_prefix=False` nothing may follow the `s`.
     """
     plain = [" " + re.sub(r"[^\w\s]", "", prompt) + " " for prompt in prompts]
     plural = "s" if plural_prefix else "s "
@@ -123,7 +123,7 @@ def load_results(path: str | Path, model: str) -> dict[str, float]:
     """`<set>_<prompts>_results.json`, or a retrieval file: concept -> score of one model, e.g. `RN50|cc3m`.
 
     CIFAR-10's `plane` is counted as `airplane` (U:notebooks/zero_shot_integrated_search_results.ipynb cell 6). The key
-    is looked up whole; upstream takes the first that contains both names.
+    must be equal; upstream takes the first key that contains both names.
     """
     return scores_of(load_json(path), model, path)
 
@@ -140,6 +140,6 @@ def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str,
 
 
 def model_key(model: str) -> str:
-    """`RN50|cc3m` -> `backboneRN50_pretrainedcc3m`, the authors' name; a key stays as it is."""
+    """`RN50|cc3m` -> `backboneRN50_pretrainedcc3m`, the authors' key; other names are returned unchanged."""
     backbone, bar, pretrained = model.partition("|")
     return f"backbone{backbone}_pretrained{pretrained}" if bar else model

@@ -32,9 +32,9 @@ class Config:
     total: int = 8_000
     """Pairs N of the corpus."""
     exponent: float = 1.0
-    """Frequencies are proportional to rank to the power of minus this: 1 is Zipf's law, 0 makes all equal."""
+    """Frequencies are proportional to 1 / rank**exponent: 1 is Zipf's law, 0 makes all equal."""
     assignment: int = 0
-    """Number of the random assignment of ranks to concepts (which also depends on the seed)."""
+    """Index of the random assignment of ranks to concepts, which also depends on the seed."""
     misaligned: float = 0.0
     """Share of pairs with another pair's caption."""
 
@@ -76,7 +76,7 @@ class Config:
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
     def steps_per_epoch(self) -> int:
-        """The short last batch is left out."""
+        """Number of full batches in an epoch; the short last batch is left out."""
         return self.total // self.batch_size
 
 
@@ -160,7 +160,7 @@ class CountConfig:
     caption_column: str = "caption"
     """Column of the captions: a name in parquet, a number from 0 in tsv."""
     also: str = ""
-    """Rows without a caption or without this column are dropped before they are numbered (LAION's url, upstream)."""
+    """A column: rows without a caption or a value in it are dropped before numbering (upstream: LAION's url)."""
 
     spacy: str = "en_core_web_lg"
     """Pipeline that tags captions; `python -m spacy download NAME` installs one."""
@@ -178,15 +178,15 @@ class CountConfig:
     clean_terms: bool = False
     """Clean concepts' terms as nouns are cleaned, so that `crème` can match. Upstream does not."""
     phrases: bool = True
-    """Also count the captions that contain a concept's name as written, ignoring case. Not the paper's count, but a
-    comparison. Concepts added later need another pass over the captions."""
+    """Also count the captions that contain a concept's name as written, ignoring case. This comparison
+    is not in the paper. Concepts added later need another pass over the captions."""
     unknown: Literal["drop", "zero"] = "drop"
-    """A term in no caption is dropped (upstream: `unicorn dog` counts as `dog`), or sets the count to zero."""
+    """Terms in no caption. drop: ignore them, as upstream (`unicorn dog` counts as `dog`). zero: the count is 0."""
 
     label_column: str = ""
     """Parquet column with the image's labels, which replace a tagger."""
     tagger: str = ""
-    """Tagger of the images, for .tar shards: clip, ram++ or package.module:function. None: only captions are
+    """Tagger of the images, for .tar shards: clip, ram++ or package.module:function. Empty: only captions are
     counted."""
     model: str = "ViT-B-16"
     """open_clip model of the CLIP tagger, or of RAM++'s descriptions."""
@@ -195,11 +195,11 @@ class CountConfig:
     checkpoint: str = ""
     """RAM++'s weights."""
     descriptions: str = ""
-    """JSON {concept: texts}, or the authors' list of such; none: `a photo of a {c}.`"""
+    """JSON {concept: texts}, or the authors' list of such; empty: `a photo of a {c}.`"""
     average: bool = True
-    """One averaged vector per concept, as the authors. Without: RAM++'s own weights of each description."""
+    """Average the descriptions of a concept, as the authors. Without: RAM++ weights them by the image."""
     threshold: float = 0.7
-    """A concept is in an image if its probability is above (compared in half precision, as upstream)."""
+    """A concept is in an image if its probability exceeds this (compared in half precision, as upstream)."""
     images: tuple[str, ...] = ()
     """Image shards, if captions come from other files; `ids` then finds the caption row of an image."""
     ids: Literal["row", "cc3m", "cc12m", "yfcc15m", "synthci30m", "laion400m", "laion_aesthetics"] = "row"
@@ -277,7 +277,7 @@ def check_count(cfg: CountConfig) -> None:
 
 # ------------------------------------------------------------------------------------------ the paper's models and rows
 
-# By backbone and corpus: open_clip's model and weights. Without weights: open_clip has none, the user names a file.
+# BACKBONE|CORPUS: open_clip's model and weights. If weights are empty, open_clip has none and the user names a file.
 # Activations are those of the authors' evaluation, not always those of training (README, detail 24).
 MODELS = {
     # the twelve of the curves

@@ -1,7 +1,7 @@
 """A corpus on disk or behind URLs: its parts, their captions, and the caption row of each image.
 
-Ids: a document is a row of its part; rows are numbered in file order, including empty captions. With `also`, rows
-without a caption or that column are dropped first, as for LAION upstream. Authors' code:
+A document is a row of its part. Rows are numbered in file order, including empty captions; with `also`, rows without a
+caption or a value in that column are dropped first, as for LAION upstream. Authors' code:
 bethgelab/frequency_determines_performance@11ef009, `U:`.
 """
 
@@ -109,7 +109,7 @@ def row_positions(file: str, kind: str, step: int) -> Iterator[tuple[int, int]]:
 
 
 def open_text(file: str) -> TextIO:
-    """Undecodable bytes are replaced."""
+    """Open a text file as UTF-8; undecodable bytes are replaced."""
     return open(file, newline="", encoding="utf-8", errors="replace")
 
 
@@ -153,7 +153,7 @@ def read_cells(part: Part, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def read_captions(part: Part, column: str, also: str, broken: list[data.Broken]) -> Iterator[str]:
-    """The captions of a part, with "" for a missing one; records broken samples."""
+    """Yield the captions of a part, "" for a missing one; broken samples are appended to `broken`."""
     if part.kind == ".tar":
         with part.local() as file:
             yield from read_tar_captions(file, broken)
@@ -193,8 +193,8 @@ def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | 
 
     Sources: U:ram_model/image_search_run_rampp.py:112, U:src/utils/map_cc12m_shard_to_tsv_indices.py:44,
     U:src/image_search_inverted_index_creation.py:54. CC-3M and LAION-400M: the number in the key; SynthCI-30M: the
-    number behind the slash; LAION-Aesthetics: number + 10,000 x shard; CC-12M and YFCC-15M: `table` gives the row of
-    the exact caption or url, which then is the key (the last row of equal captions).
+    number behind the slash; LAION-Aesthetics: number + 10,000 x shard; CC-12M and YFCC-15M: `key` is the exact
+    caption or url, and `table` has its row (the last row of equal captions).
     """
     if corpus in ("cc12m", "yfcc15m"):
         return (table or {})[key]

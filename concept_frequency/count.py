@@ -7,8 +7,8 @@ Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Read in
   corpus.py    files to parts (a tar, or a slice of a table), their captions, ids of images
   tagging.py   captions to nouns, images to concepts
   search.py    the work on one part, in any process
-  this file    all parts: index and tag what is not there yet, exchange which terms they know, add up their counts
-One index of everything is never built, and N machines exchange a few thousand words and numbers.
+  this file    all parts: index and tag the missing ones, collect the terms that any of them has, sum their counts
+An index of the whole corpus is built only with --merge, and machines exchange only a few thousand words and numbers.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ def phrase_files(cfg: CountConfig, names: tuple[str, ...], parts: list[Part], ou
 def text_stage(
     cfg: CountConfig, parts: list[Part], out: Path, names: tuple[str, ...] = (), phrases: Sequence[str] = ()
 ) -> list[Done]:
-    """An index of the nouns of every part; computing one also gives phrase counts of the names."""
+    """Index the nouns of every part. Parts that are indexed now also get phrase counts of the names."""
     settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.exact, cfg.casefold)
     folder = out / "parts" / f"text-{data.stable_hash(*map(str, settings)):016x}"
     files = phrases or [""] * len(parts)
@@ -160,7 +160,7 @@ def stamp(path: str) -> str:
 
 
 def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list[Done]:
-    """Run the jobs without results; returns all results, in order. Shows parts, rate and time left."""
+    """Run the jobs whose results are missing; return all results, in order. Shows parts, rate and time left."""
     done = {i: done_before(job.target) for i, job in enumerate(jobs) if Path(job.target).exists()}
     for result in done.values():
         refuse_broken(result, cfg)
@@ -178,7 +178,7 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
 
 
 def refuse_broken(result: Done, cfg: CountConfig) -> None:
-    """With --strict, ValueError for a part with a broken sample, even of an earlier run."""
+    """With --strict, raise ValueError if a part has a broken sample, even if an earlier run read it."""
     if cfg.strict and result.broken:
         raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
@@ -275,8 +275,8 @@ def as_they_come(
 ) -> Iterator[tuple[int, Any]]:
     """(job number, result) in order of completion.
 
-    places: (function that starts a job, number of simultaneous jobs); each gets as many again in its queue, so that it
-    never waits. `first` waits for one of the running jobs, `result` returns its result.
+    places: (function that starts a job, number of simultaneous jobs); as many more are queued, so that no process
+    waits. `first` waits for one of the running jobs, `result` returns its result.
     """
     todo, running = iter(enumerate(jobs)), {}
 
@@ -293,7 +293,7 @@ def as_they_come(
 
 
 def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
-    """The same on the connected Ray cluster: one process per processor, for images one per GPU."""
+    """`spread` on the connected Ray cluster: one process per processor, for images one per GPU."""
     import ray
 
     taggers, share = [], cores_of_a_gpu(ray.nodes()) if work is tag_part else None
@@ -319,7 +319,7 @@ def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
 
 
 def cores_of_a_gpu(nodes: list[dict]) -> int | None:
-    """Processors per GPU, on the machine of a Ray cluster with the fewest; None without any GPU."""
+    """Processors per GPU on the machine of a Ray cluster with the lowest number; None without GPUs."""
     found = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
     return min((int(each.get("CPU", 0) // each["GPU"]) for each in found), default=None)
 
@@ -414,7 +414,7 @@ def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[
 
 
 def missing_heading(cfg: CountConfig) -> str:
-    """Heading for a concept's terms in no caption: they were dropped, or set its count to zero."""
+    """Heading for a concept's terms that no caption has: they were dropped, or set its count to zero."""
     return "dropped" if cfg.unknown == "drop" else "unknown"
 
 

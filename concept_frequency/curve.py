@@ -32,7 +32,7 @@ COUNTS = ("integrated", "count", "counts", "frequency", "text")  # names of its 
 
 @dataclasses.dataclass
 class Config:
-    """Counts and scores of concepts in, the curve of each model out."""
+    """Compute the curve of each model from counts and scores of concepts."""
 
     counts: tuple[str, ...] = ()
     """Counts of concepts: JSON name -> number, counts.parquet, or CSV with a header. One file for all files of scores,
@@ -41,9 +41,9 @@ class Config:
     """Scores of concepts, one file per data set: JSON of `concept_frequency.measure` or the authors, JSON name ->
     number, CSV with a header, or the output of `clip_benchmark eval --dump_classnames` (.txt or .log)."""
     models: tuple[str, ...] = ()
-    """Models in the files of scores, `ViT-B-32|laion400m`; none given: all."""
+    """Models in the files of scores, `ViT-B-32|laion400m`; if none is given, all."""
     count_column: str = ""
-    """Column of the counts in parquet and CSV; none: the first of integrated, count, frequency and text."""
+    """Column of the counts in parquet and CSV; empty: the first of integrated, count, counts, frequency, text."""
     score_column: str = "score"
     """Column of the scores in CSV; a column `model` names the model."""
     aliases: str = ""
@@ -79,7 +79,7 @@ class Pairs(NamedTuple):
 
 
 def read_table(path: Path) -> dict[str, list]:
-    """Columns of a parquet or CSV file by name; ValueError if it has none of names."""
+    """Columns of a parquet or CSV file by name; ValueError if no column has concept names."""
     if path.suffix == ".parquet":
         columns = pq.read_table(path).to_pydict()
     else:
@@ -238,7 +238,7 @@ def parse_slice(text: str) -> slice:
 
 
 def row_of(model: str, pairs: Pairs, about: curves.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
-    """A model's line in the table."""
+    """A model's row in the table."""
     return {
         "model": model.replace("|", ", "), "concepts": str(len(pairs.names)), "rho": f"{about.rho:.3f}",
         "p": f"{about.p:.0e}",

@@ -251,7 +251,7 @@ def negligible(counts: ArrayLike, corpus_size: int, share: float = 1e-5) -> floa
 
 
 DECADES = ((0, 0), *((10**k, 10 ** (k + 1) - 1) for k in range(9)))  # of counts: 0, 1 to 9, 10 to 99, ...
-TABLE6_BANDS = ((0, 1), (2, 9), (10, 99), (100, 1000), (1001, 10_000))  # that give the numbers of the paper's table 6
+TABLE6_BANDS = ((0, 1), (2, 9), (10, 99), (100, 1000), (1001, 10_000))  # these give table 6
 
 
 def frequency_bands(
@@ -280,8 +280,8 @@ def frequency_buckets(counts: ArrayLike, smallest: int = 100, largest: int = 100
     """(min, max) count of the people study's buckets, most frequent first; `counts` of names of several words.
 
     Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:38. A bucket ends where the count
-    changes (also to zero) once it has `smallest` names, or at `largest`. Zeros are in no bucket, nor are names before
-    them that are too few for one (upstream fills these up with zeros, if there are enough).
+    changes (also to zero) if it has at least `smallest` names, or when it has `largest`. Names with a count of zero are
+    in no bucket, nor are the names just before them if they are too few for one (upstream adds zeros to such a bucket).
     """
     buckets: list[tuple[float, float]] = []
     current: list[float] = []
@@ -302,8 +302,8 @@ def people_points(counts: ArrayLike, judged: dict[int, Sequence[float]], buckets
     """(frequency (n,), accuracy (n,)) of the people study: middle of a bucket, mean judgement of its names' images.
 
     Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:95-141. `counts` of names of
-    several words, `judged`: scores by bucket. Uses those of the first `buckets` that have judgements, without the most
-    frequent one.
+    several words, `judged`: scores by bucket. Of the first `buckets`, those with judgements are used, except the
+    most frequent one.
     """
     ends = frequency_buckets(counts)[:buckets]
     middles = {i: (low + high) / 2 for i, (low, high) in enumerate(ends) if judged.get(i)}

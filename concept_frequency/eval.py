@@ -272,8 +272,8 @@ def beside_zipf(own: Table, zipf: Table) -> dict[str, float]:
 def tail_benchmark(folder: Path, table: Table, cfg: Config) -> Path:
     """Write a tail benchmark for one seed: the half of the concepts that our counts in the Zipf arm find least often.
 
-    No arm was trained on its images: those of the unseen style and the held-out drawings of the other styles, without
-    near-duplicates. One image per class is drawn, from classes that have more than one (the authors: 450 of more than
+    Its images are those of the unseen style and held-out drawings of the other styles, on which no arm was trained,
+    without near-duplicates. One image is drawn of each class that has more than one (the authors: 450 of more than
     450).
     """
     folder.mkdir(parents=True, exist_ok=True)

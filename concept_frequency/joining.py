@@ -54,7 +54,7 @@ def words(name: str) -> list[str]:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """Unique keys for class names: names of several classes get the suffixes ` (1)`, ` (2)`, ..."""
+    """Unique keys for class names: equal names get the suffixes ` (1)`, ` (2)`, ..."""
     times, seen = Counter(names), Counter()
     found = []
     for name in names:

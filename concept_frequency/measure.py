@@ -44,7 +44,7 @@ class Config:
     """A model of the paper (`RN50|cc3m`), an open_clip name (`ViT-B-32`), a run folder of any paper, local-dir:DIR with
     what --export wrote, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval with equal numbers of captions."""
+    """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval (five captions or fewer an image)."""
     pretrained: str = ""
     """open_clip's tag or a checkpoint file in open_clip's, CyCLIP's or SLIP's layout; empty: the paper's tag."""
     label: str = ""
@@ -54,7 +54,7 @@ class Config:
     k: tuple[int, ...] = (1, 5, 10)
     """Values of k of recall@k."""
     min_images: int = 10
-    """A noun of captions is a concept if the captions of at least this number of images have it."""
+    """A noun is a concept if it occurs in the captions of at least this number of images."""
     spacy: str = "en_core_web_lg"
     """spaCy pipeline that finds the nouns."""
     out: str = "runs/concept_frequency/scores"

@@ -9,7 +9,7 @@ The paper's contribution in this file is the count of concepts:
 Concepts keep the spelling of their test set. Ids are positions in the corpus, from 0.
 
 Shapes: B batch, K concepts, M descriptions of a concept, D embedding, L image tokens, N samples, Q queries, V terms.
-Counting uses NumPy arrays (CPU tensors are also accepted), the tagger's head tensors.
+Counting uses NumPy arrays (CPU tensors are also accepted); the tagger's head uses tensors.
 """
 
 import itertools

@@ -52,14 +52,14 @@ RECALL = f"retrieval_en/text_to_image_R@{K}"
 
 @dataclasses.dataclass
 class Config(locked.Config):
-    """A CLIP on captions as people wrote them."""
+    """Settings of a CLIP that is trained on captions of photographs."""
 
     thin: float = 0.0
-    """Share that is left out of the captions with one of a random half of the nouns; others come more often instead."""
+    """Share of the captions with one of a random half of the nouns that is dropped; the others repeat more often."""
 
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:
-    """Rows of the captions that stay; which half of the nouns is left out more often depends on the seed."""
+    """Rows of the captions that are kept; the seed draws the half of the nouns and the captions to drop."""
     rng = np.random.default_rng(data.stable_hash("thinned", seed))
     rare = {nouns[i] for i in rng.permutation(len(nouns))[: len(nouns) // 2]}
     dropped = rng.random(len(captions)) < share
@@ -67,7 +67,7 @@ def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: i
 
 
 def train(cfg: Config) -> Path:
-    """`locked.train` on what stays of the captions, which captions.txt of the run folder holds."""
+    """Run `locked.train` on the captions that are kept, and write them to captions.txt in the run folder."""
     pairs = data.open_pairs(cfg.data)
     captions = [pairs.caption(row) for row in range(len(pairs))]
     rows = thinned(captions, test_nouns().names, cfg.thin, cfg.seed) if cfg.thin else list(range(len(captions)))
@@ -80,7 +80,7 @@ def train(cfg: Config) -> Path:
 
 
 class TestSet(NamedTuple):
-    """The usual 1,000 photographs."""
+    """Flickr8k's 1,000 test photographs and their captions."""
 
     features: Tensor  # (I, 1280)
     captions: list[str]  # five an image
@@ -104,7 +104,7 @@ def test_nouns() -> Concepts:
 
 
 def frequencies(captions: Path, out: Path) -> np.ndarray:
-    """How many of the captions, one a line, hold each test noun, by our count."""
+    """Number of captions, one per line of the file, with each test noun, counted by our pipeline."""
     cfg = CountConfig(data=(str(captions),), out=str(out), spacy=SPACY, query_spacy=SPACY, phrases=False, workers=1)
     return count_corpus(cfg, test_nouns().names).text
 
@@ -134,7 +134,7 @@ def curve_of(images: Tensor, texts: Tensor, counts: np.ndarray) -> dict[str, Any
 
 
 def measure_run(folder: Path) -> dict[str, Any]:
-    """`curve_of` a finished run, by the captions that it was trained on."""
+    """`curve_of` a finished run, with counts in the captions that it was trained on."""
     both = locked.encode(folder, test_set().features, test_set().captions)
     counts = frequencies(folder / "captions.txt", folder / "count")
     return curve_of(*both, counts) | {"seconds": run.read_metrics(folder)[-1]["seconds"]}
@@ -151,7 +151,7 @@ def claim(text: str, paper: str, metric: str, method: str, baseline: str, primar
     return Claim(text, paper, metric, method, baseline, 1, None, primary, None, RECALL)
 
 
-CLAIMS = (  # those with the words of study.py ask the same there
+CLAIMS = (  # a claim with the text of one in study.py tests the same
     claim("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "captions", "0", True),
     claim("log frequency explains more than frequency (r)", "implied", "r_log", "captions", "captions:r_linear", True),
     claim("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "captions", "captions:rho_null", True),
@@ -163,14 +163,14 @@ CLAIMS = (  # those with the words of study.py ask the same there
 
 
 def derive(found: Comparison) -> None:
-    """Adds to runs with fewer captions of some nouns how recall changed with frequency, against all captions."""
+    """Add to each `thinned` run the slope within nouns: change of recall on change of log frequency from `captions`."""
     for other, all_captions in zip(found.arms.get("thinned", []), found.arms.get("captions", []), strict=False):
         (change,), (gain,) = changes([all_captions["concepts"]], [other["concepts"]])
         other["within"] = within_slope(change, gain, 1)["slope"]
 
 
 def more_rows(found: Comparison, **_: Any) -> list[dict[str, Any]]:
-    """Rows of all seeds together, and of what this scale cannot show."""
+    """Claims rows: the slope within nouns over all seeds together, and what this scale cannot show."""
     rows = []
     if {"captions", "thinned"} <= set(found.arms):
         tables = ([measured["concepts"] for measured in found.arms[arm]] for arm in ("captions", "thinned"))
@@ -185,7 +185,7 @@ def chance() -> dict[str, float]:
 
 
 def correlation_floor(home: Path = Path("runs/photos/concept_frequency/correlation")) -> dict[str, float]:
-    """Canonical correlation with words, which takes no gradient step, and its own curve over the same counts."""
+    """Metrics of canonical correlation with words, which takes no gradient step, and its curve over the same counts."""
     features, of_image = photos.training_set("data/photos-flickr8k/train")
     home.mkdir(parents=True, exist_ok=True)
     (home / "captions.txt").write_text("".join(f"{text}\n" for texts in of_image for text in texts))

@@ -58,7 +58,7 @@ TABLE3 = {  # misaligned pairs, and their share in percent
     "laion_aesthetics": (23_104_076, "14.34"),
     "laion400m": (21_996_097, "5.31"),
 }
-TABLE4 = {  # Spearman's correlation of counts, as in U:notebooks/correlations_...; the text does not say which
+TABLE4 = {  # Spearman's correlation of counts (U:notebooks/correlations_...); the text names no coefficient
     ("cc3m", "cc12m"): 0.79,
     ("cc3m", "yfcc15m"): 0.96,
     ("cc3m", "laion400m"): 0.63,

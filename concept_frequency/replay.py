@@ -4,7 +4,7 @@
 
 CLONE is a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`); published.py reads it, printed.py has the
 paper's numbers, panels.py computes the curves of classification and retrieval, insights.py the other results; this
-script draws the figures and writes the tables. It counts and trains nothing. It shows that our curves, bins and
+script draws the figures and writes the tables. It counts and trains nothing. It shows which of our curves, bins and
 correlations equal the authors', and how much of each correlation remains in diagnostics that the paper lacks. Figures
 have the authors' style, with their own figures below.
 """

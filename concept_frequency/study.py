@@ -4,9 +4,9 @@ Trains the arms of the controlled experiment on the embedded emoji corpus, a sta
 compares them by seed. With a clone of the authors' repository (--upstream), it also recomputes the paper's figures from
 their published files.
 
-Why the effect can appear: frequencies span three decades and are assigned to concepts at random, so a concept's
-difficulty depends on nothing but its frequency. The effect would vanish if all concepts, or none, were frequent enough
-to be learned.
+Why the effect can appear: frequencies span three decades and are assigned to concepts at random, so they are
+independent of the concepts' difficulty. The effect would vanish if all concepts, or none, were frequent enough to be
+learned.
 """
 
 import functools
@@ -164,7 +164,7 @@ def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> lis
 
 
 def as_row(claim: dict[str, str]) -> dict[str, Any]:
-    """The table row of a claim from the replay, which does not compare arms."""
+    """The row of the claims table for a claim of the replay, which does not compare arms."""
     row = verdicts.not_testable(claim["claim"], claim["paper"], claim["here"])
     return row | {"verdict": claim["verdict"].replace(" at this scale", "")}
 

@@ -4,7 +4,7 @@ spaCy tags the captions. An image tagger is any callable f32 (B, 3, H, W) -> f32
 bethgelab/frequency_determines_performance@11ef009, `U:`. Their tagger is RAM++ (arXiv 2310.15200); CLIP scores and
 open-vocabulary detectors were worse on fine-grained names (paper, App. I.1).
   RAM++   `load_ram_plus`: Swin-L, 384 pixels squashed, `model.OpenSetHead` on descriptions; needs a checkpoint
-  CLIP    `load_clip_tagger`: any open_clip model, without other files; compares a concept with a plain photo
+  CLIP    `load_clip_tagger`: any open_clip model, without other files; compares it with plain captions
   yours   `package.module:function`; called with (names, device), returns a `Tagger`
 """
 

@@ -8,7 +8,7 @@ published models with counts in their corpora. Here frequency is the treatment:
   2. draw pairs with these frequencies                                   `sample_pairs`
   3. train a CLIP on them                                                `train_step`
   4. measure accuracy on a drawing style that no arm has seen            `zero_shot`
-The arms differ only in `exponent` and `assignment`. The experiment is ours; counts, curves and tests are the paper's.
+The arms differ only in `exponent` and `assignment`. The experiment is ours; counts and curves are the paper's.
 """
 
 import logging
