@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from flame.compositionality import READERS, caption_selection, read_instances
-from flame.config import LANGUAGES
+from flame.config import LANGUAGES, NO_EXPORT
 from flame.config import Config as TrainConfig
 from flame.embed import bank_config, load_causal_lm, open_set
 from flame.incontext import few_shot_accuracy
@@ -396,7 +396,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        raise ValueError("--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does")
+        raise ValueError(NO_EXPORT)
     cli.check_counts(cfg, "batch_size", "episodes")
     kinds = "run folder or checkpoint file"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, others=True)

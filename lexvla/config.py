@@ -14,6 +14,7 @@ from shared import cli
 from shared.presets import EMBEDDED, OWN, Row
 
 LITE0 = "efficientnet_lite0"  # the backbone from shared.pretrained
+NO_EXPORT = "--export: open_clip has no towers that end in a vocabulary, as LexVLA's do"
 
 
 @dataclasses.dataclass

@@ -25,6 +25,7 @@ import tyro
 from torch import Tensor
 
 from lexvla.checkpoints import load_run
+from lexvla.config import NO_EXPORT
 from lexvla.model import DenseImageEncoder, LexVLA, sparsify
 from lexvla.patchdis import DRAWN, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
 from lexvla.patchdis import Config as Dual
@@ -350,7 +351,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        raise ValueError("--export: open_clip has no towers that end in a vocabulary, as LexVLA's do")
+        raise ValueError(NO_EXPORT)
     cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")

@@ -1,4 +1,4 @@
-"""What all papers share: data, zero-shot evaluation, process setup and the embedded emoji corpus."""
+"""What all papers share: data, evaluation, run folders, exports, corpora and studies."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ if sys.platform == "win32":  # no fcntl, which file locks need
 
 
 def tell_missing_packages(paper: str) -> None:
-    """Make a missing package end in one sentence with the command that installs it, and exit code 2.
+    """Replace `sys.excepthook`: on a missing package, print the command that installs it and exit with code 2.
 
-    The __init__.py of a paper's folder calls it before any import that may fail.
+    The __init__.py of a paper's folder calls this before any import that may fail.
     """
     shown = sys.excepthook
 

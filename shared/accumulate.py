@@ -77,7 +77,7 @@ def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Context in which batch norms in training mode do not update their running statistics.
 
-    For repeated forward passes of one step, so that the statistics count each batch once.
+    Used for repeated forward passes of one step, so that the statistics count each batch once.
     """
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     norms = [m for m in norms if m.training and m.track_running_stats]
@@ -103,7 +103,7 @@ def values(output: Any) -> list[Any]:
 
 
 def like(output: Any, parts: list[Any]) -> Any:
-    """The values `parts` in the container type of `output` (tensor, tuple, named tuple or dict)."""
+    """Put the values `parts` into the container type of `output` (tensor, tuple, named tuple or dict)."""
     if torch.is_tensor(output):
         return parts[0]
     if isinstance(output, dict):

@@ -69,9 +69,9 @@ def tensors(value: Any, name: str = "state") -> Iterator[tuple[str, torch.Tensor
             yield from tensors(part, str(key))
 
 
-# Types in the authors' checkpoints beside plain values: their command line, which contains paths, and learning rates
-# as NumPy numbers. Their names depend on the version of Python or NumPy that wrote them. They are harmless, so they
-# are allowed; paths are loaded as PurePath.
+# Types in the authors' checkpoints other than plain values: a Namespace of the command line, which contains paths, and
+# learning rates as NumPy numbers. The types' names depend on the version of Python or NumPy that wrote the file. They
+# are harmless and therefore allowed; paths are loaded as PurePath.
 _scalar = np.float64(0).__reduce__()[0]
 AUTHORS_GLOBALS = [
     argparse.Namespace,

@@ -20,9 +20,9 @@ def cuts(model: nn.Module) -> bool:
 def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
     """Like `open_clip.CLIP.encode_text`, token ids (B, L) -> (B, E), but without computing padding.
 
-    Sorts texts by length and splits them into groups; each group is computed up to its longest text. On a GPU, texts in
-    training, and texts that `trimmed` has cut, are computed at their length L. Towers excluded by `cuts` use
-    open_clip's function.
+    Sorts texts by length and splits them into groups; each group is computed up to its longest text. On a GPU, all L
+    positions are computed in training, and if `trimmed` has cut the texts. Towers excluded by `cuts` use open_clip's
+    function.
     """
     if not cuts(clip):
         return open_clip.CLIP.encode_text(clip, text, normalize)
@@ -52,7 +52,7 @@ def cut_padding(text: Tensor, device: torch.device) -> Tensor:
 
 
 def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
-    """Token ids (B, L) -> on the device, cut by `cut_padding` if the model's text tower ignores padding."""
+    """Copy token ids (B, L) to the device, cut by `cut_padding` if the model's text tower ignores padding."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
     return cut_padding(text, device) if cuts(model) else text.to(device, non_blocking=True)
 

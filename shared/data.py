@@ -293,7 +293,7 @@ class Shards:
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
     def cut(self) -> list[str]:
-        """`damaged_shard` of each damaged shard."""
+        """A sentence (`damaged_shard`) for each damaged shard."""
         damaged, found = {each.key for each in self.broken}, []
         ends = self._starts[1:].tolist()
         counts = np.diff(self._starts).tolist()
@@ -472,7 +472,7 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
 
 
 def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
-    """Print the sentences of `Shards.cut`, at most `most` of them, and how many more there are."""
+    """Print the first `most` sentences of `Shards.cut`, and the number of the others."""
     for sentence in sentences[:most]:
         print(sentence)
     if len(sentences) > most:
@@ -480,8 +480,8 @@ def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
 
 
 def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
-    """Print what of `pairs` cannot be read: a sentence for each damaged shard, and the `broken_report` of theirs and
-    `more` samples."""
+    """Print what cannot be read: a sentence for each damaged shard, and `broken_report` of broken samples, those of
+    `pairs` and `more`."""
     say_damaged(pairs.cut() if isinstance(pairs, Shards) else [])
     if line := broken_report([*pairs.broken, *more], "left out"):
         print(line)
@@ -516,8 +516,8 @@ def batches(
     """This rank's batches of a shuffled pass over range(n), from batch `start` on: a DataLoader's `batch_sampler`.
 
     The permutation depends on `seed` only, for example (seed, epoch). `batch_size` is per rank. Global batch b is the
-    permutation's slice from b*world_size*batch_size on, split in rank order: W processes together see the batches of
-    one process with W times the batch size. The last global batch may be short, and empty for some ranks.
+    permutation's slice from b*world_size*batch_size on, split in rank order, so that W processes together see the
+    batches of one process with W times the batch size. The last global batch may be short, and empty for some ranks.
     """
     order = np.random.default_rng(seed).permutation(n)
     size = batch_size * world_size

@@ -61,7 +61,7 @@ def paper_of(cfg: Any) -> str:
 
 
 def check_own(path: str | Path, cfg: Any) -> None:
-    """ValueError if `path` is a run of another paper than that of `cfg`."""
+    """ValueError if `path` is a run of a paper other than that of `cfg`."""
     if (paper := trained_by(path)) not in (None, paper_of(cfg)):
         raise ValueError(f"{path} is a run of {paper}: use 'python -m {paper}.eval {path}'")
 
@@ -119,7 +119,7 @@ def measured_run(
 def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:
     """Metrics as Markdown tables: those with a heading, then the others; sets with the same metrics share a table.
 
-    For sets in `embedded`, metrics without a heading are left out; so are those of single languages.
+    Without a heading, metrics of sets in `embedded` and of single languages are left out.
     """
     numbers = {key: f"{value:.2f}" for key, value in metrics.items() if isinstance(value, (int, float))}
     rows = [{"metric": heading, "value": numbers[key]} for key, heading in headings.items() if key in numbers]
@@ -169,7 +169,8 @@ def evaluate_runs(
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
     Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
-    ValueError if there are no runs, `cfg.report` is no .json file, or without `others` a run is another paper's.
+    ValueError if there are no runs, if `cfg.report` is no .json file, or if a run is another paper's and `others` is
+    False.
     """
     if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")

@@ -13,6 +13,7 @@
 `load_model` loads such a folder, MODEL@TAG of open_clip, or a run folder of any paper (exported by its eval.py).
 """
 
+import ast
 import contextlib
 import os
 import shutil
@@ -42,7 +43,7 @@ TOLERANCE = 1e-5  # largest difference of unit features that passes as rounding
 
 
 def single(cfg: Any) -> str:
-    """The only one of `cfg.runs`. ValueError if there are several, or none, or it is another paper's run."""
+    """The only one of `cfg.runs`. ValueError if there is not exactly one, or if it is another paper's run."""
     if len(cfg.runs) != 1:
         raise ValueError(f"--export takes one run or checkpoint, not {len(cfg.runs)}")
     check_own(cfg.runs[0], cfg)
@@ -78,9 +79,17 @@ def foreign(source: str | Path, paper: str) -> bool:
     return named(source) or local_folder(source) is not None or trained_by(source) not in (None, paper)
 
 
+def no_export(paper: str) -> str:
+    """NO_EXPORT in the paper's config.py, the reason why its runs have no export, or ""; read without an import."""
+    for node in ast.parse((ROOT / paper / "config.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NO_EXPORT":
+            return ast.literal_eval(node.value)
+    return ""
+
+
 def exported(run: str | Path) -> Path:
     """RUN/open_clip, a folder that open_clip loads. The paper's eval.py writes it if it is missing or older than the
-    checkpoint. ValueError if it cannot be exported."""
+    checkpoint. ValueError if the run cannot be exported; for a paper with `no_export`, before eval.py is started."""
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
         raise ValueError(
@@ -93,6 +102,9 @@ def exported(run: str | Path) -> Path:
 
     if is_fresh():
         return folder
+    refused = f"{run}, a run of {paper}, cannot be used here"
+    if why := no_export(paper):
+        raise ValueError(f"{refused}: {why}")
     new = run / f"open_clip.{os.getpid()}"
     alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "SLURM_NTASKS")}
     paths = os.pathsep.join([str(ROOT), *filter(None, [alone.get("PYTHONPATH")])])
@@ -101,7 +113,7 @@ def exported(run: str | Path) -> Path:
     if done.returncode:
         shutil.rmtree(new, ignore_errors=True)
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-        raise ValueError(f"{run}, a run of {paper}, cannot be used here: {why}")
+        raise ValueError(f"{refused}: {why}")
     if not is_fresh():  # else another process was faster
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -82,7 +82,7 @@ class Strings(Sequence):
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text[:last], other.text[:last])
 
     def utf32(self, rows: int = 2**14) -> Iterator[bytes]:
-        """The bytes of `np.array(list(self))`, in blocks of so many strings, without making that array."""
+        """The bytes of `np.array(list(self))`, in blocks of `rows` strings, without making that array."""
         if not len(self):
             return
         starts = np.concatenate([[0], self.ends[:-1]])
@@ -205,7 +205,7 @@ def index_shards(paths: Sequence[str]) -> Index:
 
 
 def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
-    """Index of shards, from the folder `cache` if it is there and no shard has changed since."""
+    """Index of shards, read from the folder `cache` if it is there and no shard has changed since."""
 
     def make() -> tuple[dict[str, np.ndarray], dict]:
         index = index_shards(paths)
@@ -260,9 +260,8 @@ def kept(
 ) -> tuple[dict[str, np.ndarray], dict]:
     """(arrays, a dict for JSON) from `make`, for the files `paths`.
 
-    If these have `large` bytes or more (default LARGE) in total, the result is cached and memory-mapped.
-
-    Not cached if `cache` is None or cannot be written.
+    If these have `large` bytes or more (default LARGE) in total, the result is cached and memory-mapped, unless `cache`
+    is None or cannot be written.
     """
     stats = [os.stat(path) for path in paths]
     if cache is None or sum(stat.st_size for stat in stats) < (LARGE if large is None else large):

@@ -27,7 +27,7 @@ CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 class InMemory(NamedTuple):
     """All pairs of a small corpus, in the order of its rows."""
 
-    pixels: Tensor  # (N, 3, H, H) uint8, or their features (N, D) of a frozen network
+    pixels: Tensor  # (N, 3, H, H) uint8, or features (N, D) of a frozen network
     tokens: Tensor  # (N, L) int64
     labels: np.ndarray  # (N,) int64, the same for equal captions
     broken: list[Broken]  # samples that were replaced by a neighbour
@@ -157,7 +157,7 @@ def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[n
 class Views:
     """Batches (index, images (B, 3, S, S), tokens (B, L), broken samples) of `rows` of a corpus in memory.
 
-    `transform(pixels (B, 3, H, H) uint8, u (B, count))` returns the images; u are random numbers of the items.
+    `transform(pixels (B, 3, H, H) uint8, u (B, count))` returns the images; u are the `uniforms` of the items.
     `batches` are item indices from `data.batches`. Index and images are on the device of the pixels, tokens on the CPU.
     """
 

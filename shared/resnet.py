@@ -1,8 +1,8 @@
 """A small residual network for small corpora, registered with timm so that open_clip configs can name it.
 
-Its blocks have two 3x3 convolutions: on a CPU they are faster for their FLOPs than the bottlenecks of open_clip's
-ModifiedResNet, whose 1x1 convolutions are memory-bound. The last maps have 2 x 2 pixels; a CPU convolves these by one
-matrix product.
+Its blocks have two 3x3 convolutions. On a CPU these compute more FLOPs per second than the bottlenecks of open_clip's
+ModifiedResNet, whose 1x1 convolutions are memory-bound. For images of SIZE pixels the last maps have 2 x 2 pixels; on a
+CPU they are convolved by one matrix product.
 
 Shapes: B batch; C, H, W of the input; O, h, w of the output.
 """

@@ -159,7 +159,7 @@ def own_columns(features: torch.Tensor) -> torch.Tensor:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """For a GPU, the tensor in pinned memory, for asynchronous copies; for other devices, the tensor itself."""
+    """The tensor in pinned memory, for asynchronous copies, if the device is a GPU; else the tensor itself."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -215,7 +215,7 @@ def say(text: str, process: Process | None = None) -> None:
 
 
 def silent(seconds: float = EVERY) -> bool:
-    """Whether a progress line is due: the last is `seconds` old, no terminal shows a progress bar, and not `quiet`."""
+    """Whether to print a progress line: the last is `seconds` old, stderr is no terminal, and `quiet` is False."""
     return time.monotonic() - _last >= seconds and not sys.stderr.isatty() and not quiet()
 
 

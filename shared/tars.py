@@ -87,8 +87,10 @@ def key_of(name: str) -> tuple[str, str]:
 
 
 def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInfo]:
-    """Headers of a tar's regular files, in order. Files after a damaged header are lost. `broken` gets a record of
-    this, and of each sparse file and each name of more than MAX_KEY characters. The last file may be truncated.
+    """Headers of a tar's regular files, in order; the last file may be truncated.
+
+    Reading ends at a damaged header. `broken` gets a record of it, of each sparse file, and of each name of more than
+    MAX_KEY characters.
     """
     try:
         with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # no read-ahead

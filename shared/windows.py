@@ -50,7 +50,7 @@ class Fetcher:
         concurrent.futures.wait([self.coming.pop(url) for url in urls if url in self.coming])
 
     def evict(self, urls: Sequence[str], wanted: Collection[str] = ()) -> None:
-        """Removes the common index of these shards, and the copies of those that are not `wanted`."""
+        """Removes the index of these shards, and the copies of those that are not `wanted`."""
         local = lambda url: Path(url.removeprefix("file:"))  # noqa: E731
         paths = [data.cached_path(url, self.cache) if data.is_remote(url) else local(url) for url in urls]
         index.forget([str(path) for path in paths], self.cache)
@@ -191,9 +191,9 @@ def clear(cache: Path, wanted: Sequence[str]) -> None:
 
 
 def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-    """Captions of this rank: every world_size-th caption from `rank` on, or for `Windowed` every world_size-th shard's.
+    """Captions of this rank: every world_size-th caption from `rank` on; for `Windowed`, of every world_size-th shard.
 
-    Each shard is fetched once, ahead, and removed after reading.
+    A window's shards are fetched ahead, once each, and removed after reading.
     """
     if not isinstance(pairs, Windowed):
         yield from (pairs.caption(row) for row in range(rank, len(pairs), world_size))

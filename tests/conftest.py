@@ -3,10 +3,10 @@
     @pytest.mark.golden("protoclip", "clip_loss")
     def test_clip_loss(case): ...
 
-runs once per file of that family in DIR/protoclip/. A file's family is the longest family name, of those that the tests
-of a folder claim in any module, that its own name starts with. tests/test_golden.py fails for a case file that no test
-claims. A .json beside an .npz of the same stem is no case of its own, but that case's `json`.
-Families that DIR lacks give no tests, except that the default DIR must have them all.
+runs once per file of that family in DIR/protoclip/. The family of a file is the longest family name that its own name
+starts with, among those that the folder's tests claim in any module. tests/test_golden.py fails for a case file that no
+test claims. A .json beside an .npz of the same stem is not a case, but the `json` of that case.
+A family without a file in DIR gives no tests; the default DIR must have files of all families.
 """
 
 import ast
@@ -31,7 +31,7 @@ from shared import checkpoints, presets, pytest_options, run
 pytest.register_assert_rewrite("scripts")
 from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
 
-os.fsync = lambda descriptor: None  # what tests write need not survive a power cut
+os.fsync = lambda descriptor: None  # the files that tests write need not survive a power cut
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "tests/golden"
 deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)
@@ -55,8 +55,8 @@ class Case(dict):
         return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in self.items() if k.startswith(prefix)}
 
     def close(self, name: str, actual: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
-        """Assert that `actual` has the shape of array `name` and differs by at most atol + rtol |expected|; by default
-        not at all."""
+        """Assert that `actual` has the shape of array `name` and differs by at most atol + rtol |expected|; by default,
+        that both are equal."""
         expected, actual = (torch.as_tensor(x).detach().double() for x in (self[name], actual))
         torch.testing.assert_close(
             actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{self.path.name}, {name}: {text}"
@@ -130,9 +130,9 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 def functions_in(function: Any, depth: int = 2) -> set[str]:
-    """Names of our functions that a test uses, directly or through functions of its module, like `paper.model.loss`.
+    """Names, as `paper.model.loss`, of our functions that a test uses, directly or through functions of its module.
 
-    For classes, `paper.model.Model`, and `paper.model.Model.encode` if the method is named.
+    A class gives `paper.model.Model`, and `paper.model.Model.encode` if the test names the method.
     """
     codes, words = [function.__code__], set()
     while codes:
@@ -173,13 +173,13 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    if not pluginmanager.is_registered(pytest_options):  # it is, where the package is installed
+    if not pluginmanager.is_registered(pytest_options):  # the installed package has registered it already
         pytest_options.pytest_addoption(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "golden(folder, *families): run on every case file of these families")
-    config.addinivalue_line("markers", "gpu: beside a GPU, skipped where there is none")
+    config.addinivalue_line("markers", "gpu: compares a GPU with the CPU; skipped without a GPU")
     config.option.golden = config.option.golden or DEFAULT
     for option in ("golden", "upstream"):
         path = config.getoption(option)
@@ -197,7 +197,7 @@ def upstream(request: pytest.FixtureRequest) -> Path:
 
 
 class Watch(TorchFunctionMode):
-    """Inside its functions, tensors claim to be on a GPU, and operations that would wait for the GPU fail."""
+    """In functions wrapped by `within`, tensors claim to be on a GPU, and operations that would wait for it fail."""
 
     ASKED = (
         *("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"),
@@ -220,7 +220,7 @@ class Watch(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
     def within(self, function: Callable, on: bool = True) -> Callable:
-        """The function wrapped so that it must not wait for the GPU; with on=False it may."""
+        """`function`, wrapped so that it must not wait for the GPU; with on=False it may."""
 
         @functools.wraps(function)
         def watched(*arguments, **options):
@@ -257,7 +257,7 @@ found_by: dict[str, dict[tuple[str, str], dict]] = defaultdict(dict)  # folder -
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Pass on what a parity test's table has compared."""
+    """Attach the comparisons of a parity test's table to its report."""
     if item.path.parent.name == "parity":
         compared = sys.modules[item.module.__package__].measured
         folder = item.path.stem.removeprefix("test_")

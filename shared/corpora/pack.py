@@ -8,7 +8,7 @@ SOURCE names the pictures, and their captions or labels:
     table        .csv (commas) or .tsv (tabs) with the columns `image` and `caption`, or `image` and `label`
     JSON lines   .jsonl, a line {"image": "a.jpg", "caption": "a dog"} or {"image": "a.jpg", "caption": ["a dog", ...]}
     folder       SOURCE/CLASS/picture.jpg, for classes
-Several captions of a picture are several rows, or a list. Further columns go into the samples' .json.
+A picture with several captions has several rows or, in JSON lines, a list. Further columns go into the samples' .json.
 
 Paths are relative to the folder of SOURCE or to --image-root, and must not leave it. Picture files are copied
 unchanged, except pictures whose EXIF data ask for a rotation, pictures larger than --max-side, and GIF and BMP, which
@@ -158,7 +158,7 @@ def parsed(text: str) -> Any:
 
 
 def class_folders(root: Path) -> Iterator[tuple[str, str]]:
-    """(picture's path relative to `root`, its class folder). Prints what was skipped. ValueError if there is none."""
+    """(picture's path relative to `root`, its class folder). Prints what was skipped. ValueError without pictures."""
     found, others, empty = False, Counter(), []
     for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
@@ -441,7 +441,7 @@ class Pairs(Pictures):
     caption_column: str = "caption"
     """Column or key of the captions; in a table without a header its number, from 0."""
     every_caption: bool = True
-    """Write a sample for each caption instead of only one with the first caption."""
+    """Write one sample per caption instead of one sample with the first caption."""
     hold_out: float = 0.0
     """Share of the pictures to hold out for testing, with all of their captions."""
 
@@ -505,7 +505,7 @@ class Classes(Pictures):
     label_column: str = "label"
     """Column or key of the labels; in a table without a header its number, from 0."""
     hold_out: float = 0.0
-    """Share of each class's pictures to hold out for testing; the others are the train split. 0: all are for
+    """Share of each class's pictures to hold out for testing; the others are the train split. 0: all pictures are for
     testing."""
     train: Path | None = None
     """Pictures of the train split, in the same formats as SOURCE."""

@@ -38,7 +38,7 @@ INSTANCES = IMAGES | {
     "annotations": {"id", "image_id", "category_id", "segmentation", "area", "iscrowd"},
     "categories": {"id", "name"},
 }
-HELD_OUT = 5  # every fifth photograph of PACS is held out
+HELD_OUT = 5  # 1 / HELD_OUT of the photographs of each class and domain of PACS is held out, at random
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Flickr8k(Photographs):
     multi30k: Path | None = None
     """Multi30k's folder: image_splits/{train,val,test_2016_flickr}.txt, raw/{same}.{en,de,fr,cs}.gz."""
     every_caption: bool = False
-    """Write a sample for each caption instead of only one with the first caption."""
+    """Write one sample per caption instead of one sample with the first caption."""
     joined_lines = 0
     recipe = 2
     licence = (
@@ -350,12 +350,12 @@ class COCO(Photographs):
 
     Layout: {train,val}2017/*.jpg, annotations/{captions,instances}_{train,val}2017.json. Photographs may be smaller
     than the annotations say; masks have the annotations' size. Sets: retrieval_val (photographs of val2017, which is
-    not Karpathy's test split) and patchdis_val: classnames.txt, images/, masks/ (class of each pixel; 255: none, or a
-    crowd), with smaller instances in front of larger ones.
+    not Karpathy's test split) and patchdis_val: classnames.txt, images/, masks/ (class of each pixel; 255: no instance,
+    or only a crowd). Smaller instances are in front of larger ones.
     """
 
     every_caption: bool = False
-    """Write a sample for each caption instead of only one with the first caption."""
+    """Write one sample per caption instead of one sample with the first caption."""
     train_masks: bool = False
     """Also write patchdis_train, the masks of train2017."""
     licence = "COCO's annotations are CC-BY 4.0; its photographs belong to their authors on Flickr."

@@ -65,7 +65,7 @@ class Setting:
     caption: Literal["names", "tags", "positions", "long"] = "names"
     """Captions: names of the captioned emoji, names with some tags, names with positions, or several sentences."""
     noise: float = 0.0
-    """Share of scenes with a wrong caption, which names as many other concepts."""
+    """Share of scenes with a wrong caption; it names the same number of other concepts."""
     distinct: int | None = None
     """Number of distinct scenes, which come first; later scenes are near copies of them. None: all are distinct."""
     skew: float = 1.2
@@ -207,7 +207,7 @@ class Scenes(Dataset):
         return np.random.default_rng((self.setting.seed, SPLITS.index(self.split), index, purpose))
 
     def draw(self, index: int, concepts: tuple[int, ...] | None = None, without: int | None = None) -> Scene:
-        """Scene `index`. concepts: emoji to caption, instead of random ones. without: position in them to leave out."""
+        """Scene `index`. concepts: emoji to caption, not random ones. without: index of the emoji not to draw."""
         s, original = self.setting, index
         if s.distinct is not None and index >= s.distinct:
             original = int(np.searchsorted(self.copied, self.rng(index, 1).random(), side="right"))
@@ -252,7 +252,7 @@ class Scenes(Dataset):
         return tuple(found)
 
     def draw_clutter(self, boxes: list[tuple[int, int, int]], u: Iterator[float]) -> list[tuple]:
-        """[(sprite, box)] of clutter, away from `boxes` and each other if 8 random attempts suffice, else anywhere."""
+        """[(sprite, box)] of clutter, apart from `boxes` and each other if 8 random attempts suffice, else anywhere."""
         size, taken, clutter = self.setting.image_size, list(boxes), []
         for _ in range(between(self.setting.clutter, next(u))):
             sprite, side = pick(self.clutter, next(u)), pick(self.clutter_sides, next(u))
@@ -279,7 +279,7 @@ class Scenes(Dataset):
         return moved[: len(boxes)], [(sprite, moved[len(boxes) + i]) for i, (sprite, _) in enumerate(clutter)]
 
     def said(self, index: int, concepts: tuple[int, ...]) -> tuple[int, ...]:
-        """Concepts named in the caption: `concepts`, or with probability `noise` as many others."""
+        """Concepts named in the caption: `concepts`, or with probability `noise` the same number of others."""
         if not self.setting.noise:
             return tuple(concepts)
         u = uniforms(self.rng(index, 4))

@@ -42,7 +42,7 @@ def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
 
 
 def older(papers: list[str], left: Container[str], runs: Path = Path("runs")) -> list[str]:
-    """A sentence for each paper that is done, but was measured at another commit."""
+    """A sentence for each paper that is done but was measured at another commit."""
     names = [name for name in papers if name not in left]
     then, now = {name: read_json(runs / name / "results.json").get("commit") for name in names}, run.commit()
     return [

@@ -1,9 +1,8 @@
 """Floors and ceilings for a table of arms: metrics without training, and metrics after training on the labels.
 
-A study's arms must be above the floors before they are compared.
-
 Floors are chance, and the nearest neighbour among training images on raw pixels or on features of a pretrained tower.
-Functions return {metric: percent}, with the metric names of eval.py.
+A study's arms are compared only if they are above the floors. Functions return {metric: percent}, with the metric names
+of eval.py.
 """
 
 import functools
@@ -33,8 +32,8 @@ class Floor:
     measure: Callable[[], dict[str, float]]
     ceiling: bool = False
     arms: tuple[str, ...] = ()
-    """Arms that the floor is for, such as those with a pretrained tower. It counts for claims whose stronger arm is one
-    of them, and is measured if one of them is compared. Empty: all arms."""
+    """Arms that the floor is for, such as those with a pretrained tower; empty: all arms. The floor counts for claims
+    whose stronger arm is one of these, and is measured if one of these is compared."""
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:
@@ -80,8 +79,7 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D), by default raw pixels, and labels (N,) of one split of a classification set.
 
-    features: batches of transformed images -> (N, D). Sets whose shards are the same files, by hard links, are read
-    once.
+    features: batches of transformed images -> (N, D). Sets that share their shards by hard links are read once.
     """
     stats = map(os.stat, EvalSet(path, transform, split).shards)
     files = tuple((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)

@@ -1,5 +1,5 @@
-"""A small CLIP on photographs, for papers whose question is the data: a locked EfficientNet-Lite0, whose features are
-computed once, a projection, and a text tower.
+"""A small CLIP on photographs, for papers about data: a locked EfficientNet-Lite0, whose features are computed once, a
+projection, and a text tower.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Config:
     data: str = "data/photos-captions/train"
     """Shards of photographs, with one sample per caption."""
     model: str = "Lite0-emoji"
-    """open_clip config, of EfficientNet-Lite0."""
+    """open_clip config with EfficientNet-Lite0 as image tower."""
     max_length: int = 24
     """Maximum tokens of a caption, with start and end; longer captions are cut."""
     total: int = 30_000
@@ -51,7 +51,7 @@ class Config:
     precision: str = "auto"
     """auto: bf16 if the hardware supports it."""
     save_every: int = 1000
-    """Steps between checkpoints, which are at ends of epochs; the last one is at the end of the run."""
+    """Fewest steps between checkpoints, which are written at ends of epochs; the last, at the end of the run."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 

@@ -1,7 +1,7 @@
 """One page of all results: `python -m shared.study.overview` writes RESULTS.md, and report.html with the plots in it.
 
-Both are generated from results/*.json and results/*.png, and those in results/photos. The HTML page embeds its plots
-and opens offline. `python -m shared.study.overview runs` writes runs/report.html from the results in runs.
+Both are generated from the .json and .png files in results/ and results/photos/. The HTML page embeds its plots and
+opens offline. `python -m shared.study.overview runs` writes runs/report.html from the results in runs.
 """
 
 import argparse
@@ -49,6 +49,11 @@ def counts(rows: Iterable[dict]) -> dict[str, int]:
     """{verdict: number of rows that have it}."""
     found = Counter(row["verdict"] for row in rows)
     return {verdict: found[verdict] for verdict in VERDICTS}
+
+
+def all_counts(summary: dict) -> dict[str, int]:
+    """`counts` of all claims of a results file."""
+    return counts(shown(summary["claims"]))
 
 
 def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
@@ -106,7 +111,7 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
 
 
 def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
-    """The root README; the last cell of each paper's row gets the verdicts of its primary claims, with their number."""
+    """The root README with the verdicts of each paper's primary claims, counted, in the last cell of its row."""
     for folder, summary in summaries.items():
         found = counts(row for row in summary["claims"] if row.get("primary"))
         words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
@@ -115,18 +120,18 @@ def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
 
 
 def overview_table(summaries: dict[str, dict]) -> str:
-    """How many claims of each paper have which verdict."""
+    """Table of the number of claims of each paper by verdict."""
     return table(
         [
             {"paper": f"[{summary['paper']}](#{folder})"}
-            | {verdict: n or "" for verdict, n in counts(shown(summary["claims"])).items()}
+            | {verdict: n or "" for verdict, n in all_counts(summary).items()}
             for folder, summary in summaries.items()
         ]
     )
 
 
 def section(study: Study, summary: dict, other: dict | None) -> list[str]:
-    """Paragraphs and tables of one results file; `other`: of the same paper on emoji."""
+    """Paragraphs and tables of one results file; `other`: results of the same paper on emoji."""
     folder = study.folder
     return [
         f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
@@ -168,10 +173,8 @@ def picture(path: Path) -> str:
 
 def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
     """Text of report.html: RESULTS.md with tables of arms and embedded plots."""
-    overview = [{"paper": summary["paper"]} | counts(shown(summary["claims"])) for summary in summaries.values()]
-    overview += [
-        {"paper": f"{each['paper']}, on photographs"} | counts(shown(each["claims"])) for each in photographs.values()
-    ]
+    overview = [{"paper": each["paper"]} | all_counts(each) for each in summaries.values()]
+    overview += [{"paper": f"{each['paper']}, on photographs"} | all_counts(each) for each in photographs.values()]
     folders = sorted(summaries | photographs)
     links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in folders)
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
@@ -213,7 +216,7 @@ def read(folder: Path) -> dict[str, dict]:
 
 
 def judge_again(folder: Path, on: str) -> None:
-    """Give the claims of results files the verdicts of today's studies, from the numbers in the files."""
+    """Judge the claims of results files again, by today's studies and the numbers in the files, and write the files."""
     for paper, summary in read(folder).items():
         if "floors" in summary and summary != (again := study_of(paper, on).judged_again(summary)):
             write_json(folder / f"{paper}.json", again)

@@ -32,7 +32,7 @@ COCO = Once(f"{BUILD} coco --root {{photos}}/coco --train-masks --out data/photo
 SETS = "data/photos-flickr8k/eval"
 RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
-RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # those of Flickr8k that were measured
+RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # the copy of Flickr8k that was measured
 
 # ----------------------------------------------------------------------------------------------- features of pictures
 
@@ -134,8 +134,8 @@ def correlate(
 def by_correlation(
     sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train"
 ) -> dict[str, float]:
-    """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features with bags of words; with
-    `pixels`, of raw pixels.
+    """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features (with `pixels`, of raw
+    pixels) with bags of words.
 
     A training photograph has the words of all its captions. No gradient step is taken. Retrieval sets give recalls,
     classification sets zero-shot accuracy with their templates.

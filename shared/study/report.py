@@ -102,7 +102,7 @@ def compare_runs(
 ) -> Comparison:
     """Group run folders by arm, in `order`, and by seed. ValueError if one is misnamed, unfinished or missing.
 
-    A run is finished when its checkpoint has reached `<passes>s` of its configuration.
+    A run is finished when its checkpoint's `passes` (epoch, episode or step) has reached the total in its settings.
     """
     arms: dict[str, dict[int, dict]] = {}
     folders: dict[str, dict[int, Path]] = {}
@@ -181,7 +181,7 @@ def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
 
 
 def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]:
-    """Rows of the table of claims; with `other` results, also the verdict of the same claim in these."""
+    """Rows of the table of claims; with `other` results, also the verdict of the same claim in them."""
     rows = shown(summary["claims"])
     if other is None:
         return rows

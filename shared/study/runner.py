@@ -40,13 +40,13 @@ class Stage:
     """A command that runs for each seed and makes what arms need; its own result is not compared.
 
     `command` is the text after `python -m FOLDER.`: script, preset, overrides. `{captioner}` stands for the run folder
-    of the stage or arm of this name with the same seed, which runs before. `--seed` and `--out` are appended, unless
-    the command contains `{out}`. Several commands run one after the other.
+    of the stage or arm named captioner with the same seed, which then runs first. `--seed` and `--out` are appended,
+    unless the command contains `{out}`. Several commands run one after the other.
     """
 
     name: str
     command: str | tuple[str, ...]
-    after: tuple[str, ...] = ()  # names of stages and arms that must finish before, if they run at all
+    after: tuple[str, ...] = ()  # names of stages and arms that must finish first, if they run at all
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -95,13 +95,13 @@ class Study:
     metrics: dict[str, str]
     """Metrics of the table of arms: key -> heading."""
     alone: bool = False
-    """Whether `evaluate` measures each run independently and caches it; then runs are also measured in parallel."""
+    """Whether `evaluate` measures each run independently and caches the result; runs are then measured in parallel."""
     derive: Callable[[report.Comparison], None] = lambda found: None
     """Adds metrics that need several runs to `found.arms`, before claims are judged."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
-    """Claims of a results file, where they depend on how it was made; by default `claims`."""
+    """Results file -> its claims, if they depend on how it was made; by default `claims`."""
     more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
@@ -111,11 +111,11 @@ class Study:
     corpus: str = "Embedded emoji corpus"
     """The training data of the arms, and the pretraining data of their pretrained parts."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets of the floors, which are measured again if a set has changed."""
+    """Evaluation sets of the floors. Floors are measured again if a set has changed."""
     floors: tuple[Floor, ...] = ()
     """Floors and ceilings; with them, `verdicts.judged` gives the verdicts."""
     passes: str = "epoch"
-    """What a checkpoint counts to tell whether a run is finished: epoch, episode or step."""
+    """Unit in which checkpoints count progress: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
     """Clone of the authors' repository (--upstream) -> keyword arguments of `more_rows`."""
     on: Literal["emoji", "photos"] = "emoji"
@@ -205,7 +205,8 @@ class Study:
     def measured_floors(self, path: Path, arms: Container[str]) -> dict[str, dict[str, float]]:
         """{floor: {metric: value}} of the floors for these arms, cached in floors.json beside the runs.
 
-        Ceilings take as long as an arm: they are read from the committed results, unless `path` replaces these.
+        Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
+        `path` replaces these.
         """
         committed, kept = Path(f"results/{self.home}.json"), Path(f"runs/{self.home}/floors.json")
         known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
@@ -225,9 +226,9 @@ class Study:
         return verdicts.judged(self.claims, arms, bars, together, earlier)
 
     def judged_again(self, summary: dict) -> dict:
-        """Results of schema 2 with the verdicts that today's claims and rules give to their numbers.
+        """Results of schema 2, judged again from their numbers by today's claims and rules.
 
-        Rows that are not of `claims` are kept, since they may need the runs.
+        Rows of other claims are kept, since judging them may need the runs.
         """
         claims = self.claims_of(summary) if self.claims_of else self.claims
         study, known = dataclasses.replace(self, claims=claims), {claim.claim for claim in claims}
@@ -294,7 +295,8 @@ def waits_for(job: Stage, chosen: Container[str]) -> list[str]:
 def environment_of(at_once: int) -> dict[str, str]:
     """Environment variables for `at_once` parallel runs, which share the cores.
 
-    Threads wait passively (OMP_WAIT_POLICY), since active waiting would take the cores of other runs.
+    If runs in parallel have several threads each, these wait passively (OMP_WAIT_POLICY), since active waiting would
+    take the cores of other runs.
     """
     threads = max(cli.cores() // at_once, 1)
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if at_once > 1 and threads > 1 else {}
@@ -303,9 +305,9 @@ def environment_of(at_once: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def clocked(file: Path, out: Path, cores: int) -> Iterator[None]:
-    """Add the seconds of the block times `cores` to `file`, until the block has finished once.
+    """Context that adds its seconds times `cores` to `file`, until it has ended without error once.
 
-    Does nothing for a run that has a folder `out` but no `file`: the time that it took is not known.
+    Nothing is added for a run that has a folder `out` but no `file`: its earlier time is not known.
     """
     kept = read_json(file) if file.is_file() else {"seconds": 0.0, "finished": out.exists()}
     start, finished = time.perf_counter(), False

@@ -1,5 +1,5 @@
-"""Run scripts as forks of a server process that has imported torch and the other libraries, which saves each script the
-seconds of importing them."""
+"""Run scripts as forks of a server process that has already imported torch and the other libraries, so that scripts
+start without these seconds."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from unittest import mock
 CONTEXT = multiprocessing.get_context("forkserver")
 STUDY = sys.modules["__main__"].__spec__  # of `python -m FOLDER.study`; None if this process was not started by -m
 CONTEXT.set_forkserver_preload(["shared.study.runner", *([STUDY.name] if STUDY else [])])
-LOCK = threading.Lock()  # a thread that starts or joins a process also asks the others' whether they have ended
+LOCK = threading.Lock()  # starting or joining a process also polls the processes that other threads started
 
 
 def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -22,7 +22,7 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
 
     The first call starts the server with `environment`. Threads may call this at the same time.
     """
-    # by asking NVML for GPUs the server does not initialise CUDA, which no fork could use then
+    # torch then asks NVML for GPUs: forks could not use CUDA if the server had initialised it
     environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} | dict(environment)
     output = [connection.Connection(os.dup(stream), readable=False) for stream in (1, 2)]  # can be sent to a process
     process = CONTEXT.Process(target=script, args=(module, list(arguments), environment, output))

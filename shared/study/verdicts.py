@@ -58,7 +58,7 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
 
 
 def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
-    """The claim's arms, and those connected with them by claims. Others, such as another tower's, may scatter more."""
+    """The claim's arms, and arms that claims connect with them. Other arms may scatter more, e.g. of another tower."""
     found, pairs = {claim.method, claim.baseline}, [{each.method, each.baseline} for each in claims]
     while joined := [pair for pair in pairs if pair & found and not pair <= found]:
         found = found.union(*joined)
@@ -141,9 +141,9 @@ def floor_of(claim: Claim, floors: Bars, stronger: str) -> float | None:
 
 
 def stronger_arm(claim: Claim, arms: dict[str, list[dict]]) -> tuple[str, float]:
-    """The claim's arm with the higher mean in the metric `learned_by`, and this mean. Equal ones: the method.
+    """The claim's arm with the higher mean in the metric `learned_by` (the method if they are equal), and this mean.
 
-    Of the baselines "0" and "arm:metric", the arm is the method, or that arm.
+    For the baseline "0", the arm is the method; a baseline "arm:metric" counts as its arm.
     """
     metric = claim.learned_by or claim.metric
     method, baseline = (float(np.mean([run[metric] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
@@ -179,7 +179,7 @@ def judged(
     together: bool,
     earlier: dict[str, list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the table of claims that were `statistics.measured`, primary claims first.
+    """A row of the table of claims for each claim that was `statistics.measured`, primary claims first.
 
     together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
     with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a claim's
@@ -196,7 +196,7 @@ def judged(
         differences = [a - b for a, b in zip(*sides, strict=True)]
         scatters = [own(differences)]
         if claim.baseline in real and (len(set(sides[1])) > 1 or len(differences) == 1):
-            # a constant baseline, or another metric, does not share the effect of a seed
+            # a constant baseline or another metric does not share the effect of a seed
             comparable = related(claim, chosen)
             for source in (arms, earlier or {}):
                 few = {arm: runs for arm, runs in source.items() if arm in comparable}

@@ -1,7 +1,8 @@
-"""What the benches share: thread settings and their merged table, a race of two functions in turns, peak memory.
+"""What the benches share: thread settings and their merged table, two functions timed in turns, peak memory.
 
-`python -m tests.bench.FOLDER` starts itself once for each thread setting, as OpenMP reads its waiting policy when it is
-loaded. Within such a process ours and theirs take turns on the same inputs; each side counts at its best setting.
+`python -m tests.bench.FOLDER` starts itself once for each thread setting, since OpenMP reads its waiting policy when it
+is loaded. In each of these processes ours and theirs take turns on the same inputs; the table has each side's best
+setting.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from shared import cli, run
 from ..parity import check_commit
 
 HEAD = "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | threads | |\n|" + " --- |" * 9
-SETTING = "PAPER_CLIPS_BENCH"  # names the thread setting to a process that measures under it, and prints rows as JSON
-LONG = 5.0  # seconds; what takes longer needs no repetition to warm up
+SETTING = "PAPER_CLIPS_BENCH"  # environment variable: the thread setting of a process that measures, set by its parent
+LONG = 5.0  # seconds; functions that take longer are not warmed up
 CPU = run.Process(0, 1, torch.device("cpu"))
 
 
@@ -49,19 +50,19 @@ def thread_settings() -> dict[str, dict[str, str]]:
 
 
 def arguments(doc: str, repetitions: int, clone: tuple[str, str, str] | None = None) -> argparse.ArgumentParser:
-    """A bench's command line. `clone`: the authors' repository, its commit, and a path that tells a clone of it."""
+    """A bench's command line. `clone`: the authors' repository, its commit, and a path that every clone of it has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     about = "clone of {} at {}".format(*clone) if clone else "not used: there is no code of the authors"
     parser.add_argument("--upstream", type=clone_of(*clone) if clone else Path, help=about)
     parser.add_argument(
-        "--repetitions", type=at_least(1), default=repetitions, help="of everything, under each thread setting"
+        "--repetitions", type=at_least(1), default=repetitions, help="of each measurement, under each thread setting"
     )
     parser.add_argument("--results", type=Path, help="also write the table into this file, for `make readme`")
     parser.add_argument(
         "--trainings",
         type=at_least(0),
         default=1,
-        help="seeds of the seconds to a floor; 0 leaves them out",
+        help="trainings for the seconds to a floor; 0 leaves them out",
     )
     return parser
 
@@ -93,9 +94,9 @@ def bench(
     after: Callable[[argparse.Namespace], None] | None = None,
     to_the_floor: Callable[[int], None] | None = None,
 ) -> None:
-    """The table of what `measure(options)` hands to `print_row`, measured by a process of its own under each thread
-    setting; then what `after(options)` prints, measured here. `left_out`: what is not measured without --upstream.
-    `to_the_floor(seeds)` is measured under one thread only.
+    """Run `measure(options)` in one process per thread setting and print the table of its rows; then call
+    `after(options)` in this process. `left_out` names the measurements that need --upstream. `to_the_floor(seeds)`
+    runs with one thread only.
     """
     if SETTING in os.environ:
         set_up()
@@ -116,12 +117,12 @@ def bench(
 
 
 def one_thread() -> bool:
-    """Whether this process measures under the setting of one thread."""
+    """Whether the thread setting of this process is one thread."""
     return os.environ[SETTING] == "1 thread"
 
 
 def page(lines: list[str]) -> str:
-    """What a README says of a table: when, where, how, and the table."""
+    """Text for a README: date, commit and machine, how to read the table, and the table."""
     return (
         f"Measured {date.today()} at commit `{run.commit()}` on {run.machine()}, "
         f"open_clip {version('open_clip_torch')}. theirs/ours: above 1 ours is faster; medians and extremes of turns "
@@ -137,7 +138,7 @@ def set_up() -> None:
 
 
 def rows_under(name: str, environment: dict[str, str]) -> list[dict]:
-    """Rows that this very command prints in a process under a thread setting; its other lines go to stderr."""
+    """Run this command in a process under a thread setting -> the rows that it prints; other lines go to stderr."""
     base = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_"))}
     command, rows = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]], []
     base |= environment | {SETTING: name}
@@ -164,8 +165,10 @@ def merged(tables: dict[str, list[dict]]) -> list[str]:
 
 
 def best_of(name: str, rows: dict[str, dict]) -> str:
-    """One Markdown row of a row under several settings: each side at the setting of its smallest median, their ratio,
-    and as spread the ratios of the extremes; target and note are those of ours' setting. Theirs may be missing.
+    """Merge a row's measurements {setting: row} into one Markdown row.
+
+    Each side has the setting with its smallest median. The row has both medians, their ratio, the smallest and largest
+    ratio of single repetitions of theirs and ours, and target and note of our setting. Theirs may be missing.
     """
     used = {}
     for side in ("ours", "theirs"):
@@ -188,8 +191,10 @@ def best_of(name: str, rows: dict[str, dict]) -> str:
 
 
 def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int = 1) -> tuple[str, list]:
-    """name, and seconds (ours, theirs) of each repetition, the two taking turns at going first; one repetition before
-    is not counted unless both are long. A call does `per` units of work.
+    """Time both functions in turns, in alternating order -> (name, seconds (ours, theirs) of each repetition).
+
+    The first repetition warms up and is not counted, unless both take longer than LONG. Seconds are divided by `per`,
+    the units of work per call.
     """
     seconds: list[tuple[float, float]] = []
     repetition = 0
@@ -209,8 +214,9 @@ def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int
 
 
 def print_row(name: str, values: list, target: str = "", note: str = "", unit: str = "s") -> None:
-    """(ours, theirs) of each repetition, theirs None where there is nothing to compare with, in `unit` (the smaller the
-    better), as a line of JSON for the process that merges thread settings.
+    """Print a row as JSON, for the process that merges thread settings.
+
+    values: (ours, theirs) of each repetition, in `unit`, smaller is better; theirs is None if there is no other side.
     """
     ours, theirs = zip(*values, strict=True)
     row = {"row": name, "ours": ours, "theirs": [value for value in theirs if value is not None]}
@@ -228,15 +234,18 @@ def step_row(
     target: str = "",
     note: str = "",
 ) -> None:
-    """The row of a training step on `images` images: besides the race, what `speed_of` says of ours."""
+    """Race a training step on `images` images and print its row, with `speed_of` ours as a note."""
     name, seconds = race(name, ours, theirs, repetitions, per)
     speed = speed_of(ours, statistics.median(mine for mine, _ in seconds), images, precision, per)
     print_row(name, seconds, target, "; ".join(filter(None, (speed, note))))
 
 
 def speed_of(step: Callable, seconds: float, images: int, precision: str, per: int = 1) -> str:
-    """Images/s, the share of this machine's matrix-product peak that the matrix products alone reach, and peak memory
-    of a step that takes `seconds`; one call of `step` is `per` steps. A fused attention's own products do not count."""
+    """Speed of a step that takes `seconds`: images/s, share of peak, peak memory. A call of `step` is `per` steps.
+
+    The share of peak is the FLOPs of the step's matrix products, without those of fused attention, per second, divided
+    by `matmul_peak`.
+    """
     with FlopCounterMode(display=False) as counter:
         step()
     share = counter.get_total_flops() / per / seconds / matmul_peak(precision)
@@ -266,7 +275,7 @@ def shown(value: float, unit: str = "s") -> str:
 
 
 def progress(text: str) -> None:
-    """One line on a terminal, which the next replaces."""
+    """Print a line on a terminal that replaces the one before."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -283,10 +292,10 @@ def attention(flash: bool):
 
 
 def peak_memory(step: Callable) -> float | None:
-    """MiB that `step` holds at most beyond what is held before; None where the system does not tell (Linux does)."""
+    """Peak memory of `step` in MiB, beyond the memory in use before; None if the system is not Linux."""
     gc.collect()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but not given back would hide
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is not returned to the system would hide growth
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident("VmRSS")
         step()
@@ -296,6 +305,6 @@ def peak_memory(step: Callable) -> float | None:
 
 
 def resident(what: str, process: int | str = "self") -> int:
-    """kB of a process."""
+    """A field of a process's /proc status, such as VmRSS, in kB."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(what)))

@@ -1,6 +1,6 @@
 """`make bench`: the benches of all folders, one after the other, as one table.
 
-Against the authors where their clone is found below --clones, under its repository's name; against open_clip anyway.
+Compares with the authors' code if --clones has a clone under its repository's name, and always with open_clip.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--clones", type=Path, help="folder of clones of the authors' repositories")
     parser.add_argument("--only", nargs="*", choices=list(CLONES), default=list(CLONES), help="folders to measure")
     parser.add_argument(
-        "--results", type=Path, help="folder for each table as FOLDER.md, which `make readme` takes over"
+        "--results", type=Path, help="folder for the tables, FOLDER.md, which `make readme` puts into the READMEs"
     )
     options = parser.parse_args()
     if options.clones is not None and not options.clones.is_dir():

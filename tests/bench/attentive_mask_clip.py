@@ -2,10 +2,10 @@
 
 Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints Markdown tables: medians,
 their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster), peak memory of a step beyond
-weights and optimizer state; then what the steps of A-CLIP and its baselines cost at ViT-B/16, and where. `--upstream`
-is a clone of microsoft/A-CLIP@0e51942; without it theirs is open_clip's training step alone.
+weights and optimizer state; then the time of the steps of A-CLIP and its baselines at ViT-B/16, and of their parts.
+`--upstream` is a clone of microsoft/A-CLIP@0e51942; without it, only open_clip's training step is compared.
 
-Theirs runs on today's timm with the plain attention of the timm 0.5.4 that it asks for.
+Their code runs on today's timm, with the unfused attention of timm 0.5.4, which it requires.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from . import (
 )
 from .baselines import baseline_rows
 
-GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, precision of ours and theirs is fp32
+GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch; both sides run in fp32
     "small": (
         dict(img_size=28, patch_size=2, embed_dim=128, depth=4, num_heads=4, num_classes=0),
         dict(context_length=77, vocab_size=49408, transformer_width=128, transformer_heads=4, transformer_layers=2),
@@ -58,7 +58,7 @@ GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch, preci
 
 
 def selection(up, repetitions: int, batch: int = 64) -> None:
-    """Scores of an EMA view carried into a view, and its patches selected."""
+    """Mapping the scores of an EMA view to a view, and selecting its patches."""
     scores, boxes = torch.rand(batch, 196), parity.boxes_of(batch)
 
     def ours():
@@ -75,7 +75,7 @@ def selection(up, repetitions: int, batch: int = 64) -> None:
 
 
 def aclip_step(up, geometry: str, repetitions: int) -> None:
-    """Everything of a training step: EMA, forward, losses, backward, AdamW, clamp. Theirs by `main.py`'s own loop."""
+    """A whole training step: EMA, forward, losses, backward, AdamW, clamp. Theirs is the loop of their `main.py`."""
     vit, text, joint, hidden, out, B = GEOMETRIES[geometry]
     torch.manual_seed(0)
     theirs, ours = parity.twins(up, True, vit, text, joint, hidden, out)
@@ -116,8 +116,8 @@ class Loader(list):
 
 
 def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128) -> None:
-    """The CLIP arm's step on the emoji towers against open_clip_train's on towers of the same size (whose ViT has one
-    more LayerNorm, and one bias less)."""
+    """The CLIP arm's step on the emoji towers against open_clip_train's on towers of the same size (open_clip's ViT has
+    one more LayerNorm and one bias less)."""
     towers = model.PRESETS["emoji"]
     cfg = Config(method="clip", model="emoji", precision=precision, batch_size=batch)
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
             for _ in range(steps):
                 train.train_step(
                     network, ([images], tokens, tokens), adamw, 1e-5, 0.0, cfg, precision
-                )  # boxes: not read
+                )  # boxes are not read
 
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
 
@@ -166,7 +166,7 @@ ARMS = {"clip": "1.00", "aclip-eff": "0.86", "aclip": "1.16", "slip": "2.67"}
 
 
 def parts_of(arm: str, geometry: str, batch: int) -> dict[str, Callable]:
-    """The step of an arm, and its parts on their own, as functions."""
+    """Functions that run the step of an arm, and its parts separately."""
     settings = timing.ARMS[arm]
     cfg = dataclasses.replace(Config(model=geometry, batch_size=batch, precision="fp32"), **settings)
     network = model.create_model(cfg.method, geometry, **cfg.model_settings()).train()
@@ -215,8 +215,10 @@ def parts_of(arm: str, geometry: str, batch: int) -> dict[str, Callable]:
 
 
 def profile(geometry: str, batch: int, repetitions: int) -> None:
-    """Steps of all arms as ratios to CLIP's beside the paper's, and what their parts take; one arm in memory at once,
-    CLIP's step before each."""
+    """Print the time of each arm's step, its ratio to CLIP's, the paper's ratio, and the time of its parts.
+
+    CLIP is timed again beside each arm; no two other arms are in memory at once.
+    """
     columns = ["EMA pass", "selection", "image tower", "text tower", "SSL heads", "EMA update", "AdamW"]
     threads = f"{torch.get_num_threads()} threads"
     print(f"\nSteps at {geometry}, batch {batch}, fp32, {threads}; ratios to CLIP's step; parts timed on their own\n")
@@ -235,7 +237,7 @@ def profile(geometry: str, batch: int, repetitions: int) -> None:
                     seconds.setdefault(name, []).append(time.perf_counter() - start)
         cells = [shown(statistics.median(seconds[name])) if name in seconds else "-" for name in ("step", *columns)]
         cells[1:1] = "-", "-", paper
-        if arm != "clip":  # of itself a ratio would be noise
+        if arm != "clip":  # its ratio to itself would be noise
             ratios = [own / other for own, other in zip(seconds["step"], seconds["clip"], strict=True)]
             cells[1:3] = f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} .. {max(ratios):.2f}"
         print("| " + " | ".join([arm, *cells]) + " |", flush=True)
@@ -245,7 +247,7 @@ def profile(geometry: str, batch: int, repetitions: int) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until CLIP names scenes better than the nearest training scene by raw pixels does."""
+    """Seconds on one core until CLIP names scenes better than the nearest training scene by raw pixels does."""
 
     def top1(folder: str) -> float:
         cfg = evaluation.Config((folder,), sets=(study.MAIN_SETS[1],), probe=None, foreground=None)

@@ -1,4 +1,4 @@
-"""Seconds of a core until the baseline of a study is above a floor of its table, which no training made."""
+"""Seconds on one core until the baseline of a study is above a floor: a row of its table that needs no training."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,11 @@ from . import print_row
 
 
 class Training(NamedTuple):
-    """A finished training: its settings, the seconds before the clock of its metrics starts, in which some trainings
-    read the corpus, and the lines of its metrics, whose seconds leave evaluations out."""
+    """A finished training.
+
+    cfg: its settings. before: seconds before the clock of its metrics starts, in which some trainings read the corpus.
+    lines: lines of its metrics; their seconds do not include evaluations.
+    """
 
     cfg: Any
     before: float
@@ -42,11 +45,11 @@ def baseline_rows(
     note: str = "",
     **settings: Any,
 ) -> None:
-    """`floor_rows` of an arm of the study, trained with each of so many seeds as by `trained`.
+    """Train an arm of the study with the seeds 0 .. seeds - 1 (see `trained`), and print its `floor_rows`.
 
-    floors: {name of the goal: the floor in the study's table whose `metric` it is}. measure: run folder -> percent;
-    None if the training evaluates itself (zero_shot_top1). without: modules of commands that the study runs before its
-    arms, and that this arm does not need.
+    floors: {name of a goal: name of a floor in the study's table, whose `metric` is the goal}. measure: run folder ->
+    percent; None if the training itself logs zero_shot_top1. without: modules of commands in the study's `before` that
+    this arm does not need.
     """
     before = tuple(once for once in study.before if once.command.split()[0] not in without)
     runner.prepare(dataclasses.replace(study, before=before), [arm])
@@ -62,7 +65,7 @@ def baseline_rows(
 def trained(
     study: runner.Study, arm: str, presets: dict[str, tuple[str, Any]], train: Callable, seed: int, **settings: Any
 ) -> Training:
-    """Train an arm of the study on a CPU, with empty caches, and with `settings` instead of its own."""
+    """Train an arm of the study on a CPU, with empty caches; `settings` replace its own."""
     command = next(found.commands[0] for found in study.arms if found.name == arm)
     cfg = tyro.extras.overridable_config_cli(presets, args=command.split()[1:])
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +79,8 @@ def trained(
 
 @contextlib.contextmanager
 def evaluated(measure: Callable[[str], float], metric: str, goal: float) -> Iterator[None]:
-    """Trainings in this context log `metric`, by measure(run folder), after each checkpoint until it is above `goal`,
-    and at their end. Their clocks leave that out."""
+    """Context in which trainings log measure(run folder) as `metric` after each checkpoint, until it is above `goal`,
+    and at the end of the training. The time that this takes is not counted."""
     save = run.RunFolder.save
 
     def save_and_measure(folder: run.RunFolder, step: int, /, *more: Any, **values: Any) -> None:
@@ -100,7 +103,7 @@ def floor_rows(
     metric: str = "zero_shot_top1",
     note: str = "",
 ) -> None:
-    """A row for each goal {what: (percent, target)}: seconds to the first evaluation above it, infinite if none is."""
+    """Print a row per goal {what: (percent, target)}: seconds to the first evaluation above it, infinite if none is."""
     for what, (goal, target) in goals.items():
         seconds, notes = [], []
         for _, before, lines in trainings:

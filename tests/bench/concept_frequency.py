@@ -2,8 +2,8 @@
 
 Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints a Markdown table of medians
 and their ratio theirs/ours (above 1: ours is faster). `--upstream` is a clone of
-bethgelab/frequency_determines_performance@11ef009, whose search and dictionary are run; without it, the same work is
-written out here.
+bethgelab/frequency_determines_performance@11ef009, whose search and dictionary are run; without it, functions of this
+file do the same work.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def resident() -> int:
 
 
 def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(terms, offsets, ids): posting lists with Zipf lengths, `total` together, of random documents."""
+    """(terms, offsets, ids): lists of random documents, with Zipf lengths that sum to about `total`."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, num_terms + 1)
     lengths = np.minimum(np.maximum(share / share.sum() * total, 1), num_documents // 4).astype(np.int64)
@@ -47,7 +47,8 @@ def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[
 
 
 def make_queries(terms: list[str], num: int) -> list[list[str]]:
-    """As many words as the 4,029 concepts have: half of them one, the others two to four; frequent terms more often."""
+    """`num` queries with as many words as concepts have: about half of them one, the others two to four; frequent terms
+    more often."""
     rng = np.random.default_rng(1)
     share = 1 / np.arange(1, len(terms) + 1) ** 0.8
     words = np.where(rng.random(num) < 0.53, 1, rng.integers(2, 5, num))
@@ -84,7 +85,7 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
 
 
 def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
-    """Captions to an inverted index: all of spaCy and their dictionary, against ours."""
+    """Inverted index of captions: spaCy's whole pipeline and their dictionary, against ours."""
     nlp = load_spacy(pipeline)
     results: dict[str, Any] = {}
 
@@ -104,7 +105,7 @@ def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions:
 
 
 def clip_step(name: str, captions: list[str], precision: str, repetitions: int) -> None:
-    """The experiment's step on the corpus's captions, whose padding its text tower leaves out, against open_clip's."""
+    """The experiment's step on the corpus's captions, without computing padding, against open_clip's."""
     ours, theirs = train.create_model(name), open_clip.create_model(name)
     theirs.load_state_dict(ours.state_dict())
     tokens = open_clip.get_tokenizer(name)(captions)
@@ -132,7 +133,7 @@ def clip_step(name: str, captions: list[str], precision: str, repetitions: int) 
 
 
 def plain_index(docs: list) -> dict[str, list[int]]:
-    """Their dictionary, as far as its content goes."""
+    """Has the content of their dictionary."""
     found: dict[str, list[int]] = {}
     for i, doc in enumerate(docs):
         for noun in noun_set((token.lemma_, token.pos_) for token in doc):
@@ -141,7 +142,7 @@ def plain_index(docs: list) -> dict[str, list[int]]:
 
 
 def plain_search(_, lists: dict[str, list[int]], query: list[str], name: str) -> tuple[int, str]:
-    """Their loop, as far as its work goes."""
+    """Does the work of their loop."""
     sets = [set(lists[term]) for term in query if term in lists]
     return len(set.intersection(*sets)) if sets else 0, name
 
@@ -159,7 +160,7 @@ def upstream_functions(root: Path) -> SimpleNamespace:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until the arm with equal frequencies is above the nearest neighbour on raw pixels."""
+    """Seconds on one core until the arm with equal frequencies is above the nearest neighbour on raw pixels."""
     baseline_rows(
         study.STUDY, "uniform", PRESETS, train.train, seeds,
         "400 names of equal frequency, unseen style, ResNet-emoji from scratch",
@@ -173,7 +174,7 @@ def measure(options: argparse.Namespace) -> None:
     search(search_for_text, options.postings, options.repetitions)
 
     shards = data.Shards(data.expand_shards("data/emoji/train"), options.captions)
-    captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # all different: nothing to save there
+    captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # no two are equal
     tagging(index_of, options.spacy, captions, options.repetitions)
     precision = run.resolve_precision("auto", torch.device("cpu"))
     for name, size in (("ViT-emoji", 128), ("ViT-B-32", 16)):

@@ -1,10 +1,9 @@
-"""Reading without a data set: `python -m tests.bench.data` (`make bench-data`) builds shards and measures on them.
+"""Data loading: `python -m tests.bench.data` (`make bench-data`) builds shards and measures reading them.
 
-A million samples of a few bytes tell what start-up and memory cost; 20,000 photographs-sized ones tell the throughput.
-Every measurement is in a process of its own; readers take turns on the same shards, with the same decoding and views,
-and with the same work in the same places: a worker decodes, crops and hands on uint8, and beside it the measuring
-process normalises, although the other readers would leave that to their workers. The last column has the aim; those of
-webdataset and open_clip have none.
+A million samples of a few bytes show start-up time and memory; 20,000 samples of 20 KB show throughput. Each
+measurement runs in its own process. The readers take turns on the same shards and do the same work in the same
+processes: a worker decodes, crops and returns uint8, and the measuring process normalises, although webdataset and
+open_clip would normalise in their workers. The last column is the aim; rows of webdataset and open_clip have none.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from . import at_least, resident
 SIDE, VIEW, BATCH = 256, 224, 64
 MEAN = STD = (0.5, 0.5, 0.5)
 VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor(MEAN, STD)])
-PIXELS_OF, NORMALISE = data.in_two(VIEW_OF)  # for the worker, and for the process beside it
+PIXELS_OF, NORMALISE = data.in_two(VIEW_OF)  # for the worker, and for the measuring process
 
 
 # ----------------------------------------------------------------------------------------------------------- the shards
@@ -64,7 +63,7 @@ def build(folder: Path, shards: int, size: int, image: Callable[[int], bytes]) -
 
 
 def alone(function: Callable[..., dict], *arguments) -> dict:
-    """What a function returns in a process of its own, and the MiB that it held beyond its start (private pages)."""
+    """Result of a function in its own process, and by how much the process's private memory has grown, in MiB."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=in_process, args=(theirs, function, arguments))
@@ -78,8 +77,8 @@ def alone(function: Callable[..., dict], *arguments) -> dict:
 
 def in_process(pipe, function: Callable[..., dict], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a script
-    index.LARGE = 0  # an index is kept, however few samples are asked for
+    multiprocessing.set_start_method("fork", force=True)  # loader workers start as in a script
+    index.LARGE = 0  # the index is cached for any number of samples
     before = resident("RssAnon")
     found = function(*arguments)
     pipe.send(found | {"MiB": (resident("RssAnon") - before) / 1024})
@@ -142,14 +141,14 @@ def by_window(*arguments) -> Iterable:
 
 
 def of_webdataset(urls: str, cache: str, samples: int, workers: int) -> Iterable:
-    """webdataset's own pipeline, as its documentation writes it, up to uint8."""
+    """webdataset's pipeline from its documentation, up to uint8."""
     pairs = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).decode("pilrgb").to_tuple("jpg", "txt")
     views = pairs.map_tuple(PIXELS_OF, lambda text: tokens([text])[0]).batched(BATCH)
     return DataLoader(views, batch_size=None, num_workers=workers)
 
 
 def of_open_clip(urls: str, cache: str, samples: int, workers: int) -> Iterable:
-    sys.modules.setdefault("pandas", ModuleType("pandas"))  # its tables are read with it, its shards are not
+    sys.modules.setdefault("pandas", ModuleType("pandas"))  # open_clip needs it for tables, not for shards
     from open_clip_train import data as theirs
 
     # webdataset 1.0 marks the end of a shard, which open_clip's grouping of files does not know
@@ -165,8 +164,8 @@ READERS = {"ours, by row": by_row, "ours, by window": by_window, "webdataset": o
 
 
 def amplification(reader: Callable[..., Iterable], arguments: tuple) -> dict:
-    """Bytes that a pass without workers asks the system for, an index included, over the bytes of its samples; and the
-    bytes of a sample."""
+    """Bytes that a pass without workers reads from the system, with those for an index, divided by the bytes of its
+    samples; and the mean bytes of a sample."""
     before, count = bytes_read(), sum(len(pixels) for pixels, *_ in reader(*arguments))
     asked, pairs = bytes_read() - before, data.open_pairs(arguments[0])
     size = pairs._spans[:, (1, 3)].sum() / len(pairs)
@@ -174,8 +173,8 @@ def amplification(reader: Callable[..., Iterable], arguments: tuple) -> dict:
 
 
 def throughput(reader: Callable[..., Iterable], arguments: tuple, seconds: float) -> dict:
-    """Samples/s of one worker, beside which this process normalises, from the first batch on; and the private MiB that
-    the worker holds at the end beyond what this process held at first."""
+    """Samples/s of one worker, while this process normalises, from the first batch on; and the worker's private memory
+    at the end beyond that of this process at the start, in MiB."""
     torch.set_num_threads(1)
     before, held, count, first = resident("RssAnon"), 0, 0, None
     for pixels, *_ in reader(*arguments):
@@ -191,7 +190,7 @@ def throughput(reader: Callable[..., Iterable], arguments: tuple, seconds: float
 
 
 def first_batch(reader: Callable[..., Iterable], arguments: tuple) -> dict:
-    """Seconds until the first batch is there."""
+    """Seconds until the first batch."""
     start = time.perf_counter()
     next(iter(reader(*arguments)))
     return {"seconds": time.perf_counter() - start}
@@ -232,7 +231,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
         yield f"memory of this worker, {name}", f"{np.median(held):.0f} MiB", ""
     late = int(0.9 * samples // BATCH)
     for name, reader in READERS.items():
-        resumes = name.startswith("ours")  # the others start anew
+        resumes = name.startswith("ours")  # the others cannot resume within an epoch
         places = (0, late) if resumes else (0,)
         times = [alone(first_batch, reader, (real, cache, samples, 1, *[at] * resumes))["seconds"] for at in places]
         what = "seconds to the first batch" + ", at the beginning and resumed after 90 %" * resumes

@@ -1,11 +1,11 @@
 """FLAME's speed: `python -m tests.bench.flame [--upstream PATH]`.
 
 Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints a Markdown table of medians
-and their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster). Embedding is with
-SmolLM2-135M on captions of the embedded corpus: all facets in one pass against a pass each, and with `--upstream`, a
-clone of MIV-XJTU/FLAME@4d2b9a9, against the authors' encoder (same model, same number type). Training is with texts
-from a bank, against a step of the image tower alone and against open_clip's step. A bank is timed with each of the
-study's language models that is installed.
+and their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster). SmolLM2-135M embeds
+captions of the embedded corpus: all facets in one pass against one pass per facet, and with `--upstream`, a clone of
+MIV-XJTU/FLAME@4d2b9a9, against the authors' encoder (same model, same dtype). A training step with texts from a bank is
+compared with a step of the image tower alone and with open_clip's step. A bank is timed with each of the study's
+language models that is installed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from .baselines import baseline_rows
 
 
 def tokens_of(llm: model.FrozenLLM, captions: list[str], prompt: model.Prompt) -> tuple[int, int]:
-    """Tokens of one pass for all facets, and of a pass each."""
+    """Number of tokens of one pass for all facets, and of one pass per facet."""
     prefix = sum(map(len, llm.prefix_ids(captions, prompt, llm.max_length)))
     facets = sum(map(len, llm.facet_ids(prompt))) * len(captions)
     return prefix + facets, prefix * len(prompt.facets) + facets
@@ -66,7 +66,7 @@ def one_pass(llm: model.FrozenLLM, captions: list[str], repetitions: int) -> Non
 
 
 def bank_speed(name: str, count: int, repetitions: int) -> None:
-    """A bank of `count` images with captions of three lengths: captions/s, tokens/s, share of matrix products' peak."""
+    """A bank of `count` images with captions of three lengths: captions/s, tokens/s, share of peak."""
     cfg = dataclasses.replace(embed.EMOJI, llm=name)
     llm, precision = embed.load_llm(cfg), run.resolve_precision(cfg.precision, torch.device("cpu"))
     files = cfg.raw, cfg.short, cfg.long  # equal captions are embedded once
@@ -86,15 +86,15 @@ def bank_speed(name: str, count: int, repetitions: int) -> None:
 
 
 def of_one_length(llm: model.FrozenLLM, captions: list[str], prompt: model.Prompt, count: int) -> list[str]:
-    """At most `count` captions of the number of tokens that most of them have."""
+    """At most `count` captions, all of the most frequent number of tokens."""
     lengths = list(map(len, llm.prefix_ids(captions, prompt, llm.max_length)))
     most = statistics.mode(lengths)
     return [caption for caption, length in zip(captions, lengths, strict=True) if length == most][:count]
 
 
 def against_authors(up, lm, tokenizer, every: list[str], count: int, repetitions: int, batch: int) -> None:
-    """`MultiPromptEOLEmbeddingsLLM.forward` and ours with the long prompt in their words, the same model and number
-    type, on captions of one length and on captions as the corpus has them, in batches as they come.
+    """`MultiPromptEOLEmbeddingsLLM.forward` against ours, with their long prompt and the same model and dtype, on
+    captions of one length, and on captions of the corpus in batches of mixed lengths.
     """
     prompt = embed.read_prompts(up.root.parent)[2]
     llm = model.FrozenLLM(lm, tokenizer)
@@ -118,8 +118,9 @@ def against_authors(up, lm, tokenizer, every: list[str], count: int, repetitions
 
 
 class Encoding:
-    """A tokenizer with what their code calls: padding on the left with 0, `batch_encode_plus`; in the place of their
-    start token, `<s>`, its own, so that both sides get the same tokens.
+    """A tokenizer with the interface that their code calls: padding on the left with 0, and `batch_encode_plus`.
+
+    It replaces their start token `<s>` by the tokenizer's own, so that both sides get the same tokens.
     """
 
     pad_token_id = 0
@@ -142,8 +143,8 @@ class Encoding:
 
 
 def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None:
-    """A step with embedded texts, in memory and read from a bank, against one of the image tower, whose loss needs no
-    texts."""
+    """A step with embedded texts, from memory and from a bank, against a step of the image tower with a loss that needs
+    no texts."""
     cfg = dataclasses.replace(train.PRESETS["emoji"][1], batch_size=size)
     network = train.create_model(cfg, 576)
     optimizer = torch.optim.AdamW(train.param_groups(network, 0.2), lr=1e-4, fused=True)
@@ -179,7 +180,7 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
 
 
 def written_bank(folder: Path, images: int) -> list[str]:
-    """A bank of noise in SmolLM2's width; -> keys."""
+    """Write a bank of noise in SmolLM2's width -> its keys."""
     keys = [f"{i:09d}" for i in range(images)]
     np.save(folder / "keys.npy", keys)
     np.save(folder / "rows.npy", np.arange(images))
@@ -233,8 +234,8 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until CLIP names drawings of new names better than the words of the nearest training drawing's
-    caption do."""
+    """Seconds on one core until CLIP names drawings of new names better than the words in the caption of the nearest
+    training drawing do."""
     baseline_rows(
         study.STUDY, "clip", PRESETS, train.main, seeds, "new names, EfficientNet-Lite0 locked",
         {"the words of the tower's neighbour": "words of the neighbour's caption"}, study.NEW_ID,

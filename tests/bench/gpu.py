@@ -1,8 +1,8 @@
 """A CLIP step on a GPU, ours and open_clip's: images/s and memory. `python -m tests.bench.gpu` (`make bench-gpu`)
 
-The step is that of ProtoCLIP's baseline (`protoclip.train.train_episode`), theirs `open_clip_train.train_one_epoch`,
-with the same towers, weights and batches, captions of 4 to 23 of 77 tokens. Both take their batches from page-locked
-memory, and take turns. Where a batch does not fit, half of it is tried. PAPER_CLIPS_GPU names another device than CUDA.
+Our step is that of ProtoCLIP's baseline (`protoclip.train.train_episode`), theirs `open_clip_train.train_one_epoch`,
+with the same towers, weights and batches; captions have 5 to 24 of 77 tokens. Both read batches from page-locked memory
+and take turns. If a batch does not fit, half of it is tried. PAPER_CLIPS_GPU names a device other than CUDA.
 """
 
 import argparse
@@ -35,7 +35,7 @@ HEAD = (
 
 
 class Batches(list):
-    """Batches as open_clip's loop wants them."""
+    """Batches with the attributes that open_clip's loop reads."""
 
     def __init__(self, batches: list, size: int):
         super().__init__(batches)
@@ -96,7 +96,7 @@ def wait(device: torch.device) -> None:
 
 
 def peak(steps: Callable, device: torch.device) -> float:
-    """GiB that tensors take at most, of a GPU; else NaN."""
+    """Peak memory of tensors on a GPU in GiB; NaN on other devices."""
     if device.type != "cuda":
         return float("nan")
     torch.cuda.reset_peak_memory_stats(device)
@@ -118,7 +118,7 @@ def measured(name: str, size: int, precision: str, options: argparse.Namespace, 
 
 
 def fitting(name: str, precision: str, options: argparse.Namespace, process: run.Process) -> str:
-    """`measured` of the largest batch that fits: `--batch`, or half of it, and so on."""
+    """`measured` with the largest batch that fits: `--batch`, half of it, a quarter, and so on."""
     size = options.batch
     while True:
         try:
@@ -126,7 +126,7 @@ def fitting(name: str, precision: str, options: argparse.Namespace, process: run
         except torch.cuda.OutOfMemoryError:
             if size == 1:
                 raise
-        size //= 2  # outside, so that the error, which holds what did not fit, is gone
+        size //= 2  # outside of `except`, where the error still holds the tensors that did not fit
         torch.cuda.empty_cache()
 
 
@@ -137,8 +137,8 @@ def card(device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["ViT-B-16", "RN50"], help="open_clip's names")
-    parser.add_argument("--precisions", nargs="*", choices=list(AUTOCAST), help="by default all that the device has")
-    parser.add_argument("--batch", type=at_least(1), default=256, help="images of a step, where they fit")
+    parser.add_argument("--precisions", nargs="*", choices=list(AUTOCAST), help="by default all of the device")
+    parser.add_argument("--batch", type=at_least(1), default=256, help="images of a step, if they fit")
     parser.add_argument("--steps", type=at_least(1), default=20, help="of a repetition")
     parser.add_argument("--repetitions", type=at_least(1), default=5, help="of each side, in turns")
     parser.add_argument("--results", type=Path, help="also write the table into this folder, as CARD.md")

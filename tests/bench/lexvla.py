@@ -7,7 +7,7 @@ thread setting.
 - a training step of the emoji preset with either map, and InfoNCE against open_clip's ClipLoss;
 - seconds until the study's arm without a penalty is above a floor.
 
-A ratio above 1: ours is faster, or smaller. LexVLA's authors have released no code to compare with.
+Above a ratio of 1, ours is faster or smaller. LexVLA's authors have released no code to compare with.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tests.bench.baselines import baseline_rows
 
 
 def vdr_map(z: torch.Tensor, codebook: torch.Tensor, pool: bool = True, bias: float = 0.0) -> torch.Tensor:
-    """The same by autograd: all logits exist at a time, and in the backward pass their gradients."""
+    """The same map by autograd, which holds all logits at once, and in the backward pass all their gradients."""
     logits = z @ codebook.T
     return F.normalize(model.elu1p((logits.max(1)[0] if pool else logits) + bias), dim=-1)
 
@@ -73,7 +73,7 @@ def pooled_memory(B: int, n: int, V: int, d: int) -> None:
 
 
 def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> None:
-    """Words are used unequally, rank r with probability ~ 1/sqrt(r), in images and in the query alike."""
+    """Search in the inverted index against the dense product; words have probability ~ 1/sqrt(rank)."""
     rng = np.random.default_rng(0)
     popularity = np.arange(1, V + 1) ** -0.5
     columns = np.stack([rng.choice(V, active, replace=False, p=popularity / popularity.sum()) for _ in range(500)])
@@ -86,7 +86,7 @@ def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> No
     query[wanted] = torch.rand(active)
     np.testing.assert_allclose(index.scores(query)[:dense_rows], (part @ query).numpy(), rtol=1e-4, atol=1e-6)
 
-    def dense() -> None:  # the product over all rows, `dense_rows` at a time, so that memory suffices
+    def dense() -> None:  # as many products as with all N rows, but always with the same ones, to save memory
         for _ in range(N // dense_rows):
             part @ query
 
@@ -100,7 +100,7 @@ def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> No
 
 
 def training_step(repetitions: int) -> None:
-    """Adapter, codebook and losses of the emoji preset; the frozen backbone's tokens and text states are given."""
+    """Adapter, codebook and losses of the emoji preset, on given tokens of the frozen backbone and text states."""
     torch.manual_seed(0)
     V, d, B = 2000, 576, EMOJI.batch_size
     image, z = create_image_encoder(EMOJI, torch.randn(V, d) / 8, -5.0, pretrained=False), torch.randn(B, d)
@@ -130,8 +130,8 @@ def infonce(repetitions: int) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until the arm without a penalty retrieves scenes better than the nearest training scene's
-    caption does."""
+    """Seconds on one core until the arm without a penalty retrieves scenes better than the caption of the nearest
+    training scene does."""
 
     def recall(folder: str) -> float:
         cfg = evaluation.Config((folder,), sets=study.SETS[:1], patchdis=None, precision="fp32")

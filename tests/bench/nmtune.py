@@ -62,7 +62,7 @@ def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
 
 
 class Clocked(list):
-    """Batches, and when each was asked for."""
+    """Batches, and the time of each request for one."""
 
     def __iter__(self):
         self.times = []
@@ -76,7 +76,7 @@ class Clocked(list):
 
 
 def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> None:
-    """A whole step of nml_tune (batch 64, 128 rows) on a frozen identity encoder against ours, same weights."""
+    """A whole step of nml_tune (64 images, two views each) on a frozen identity encoder against ours, same weights."""
     loader = Clocked(parity.toy_batches((64,) * steps, dim, classes))
     head = model.NMTuneHead(dim, classes)
     start, seconds = copy.deepcopy(head.state_dict()), []
@@ -92,7 +92,7 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
 
 
 def clip_step(repetitions: int) -> None:
-    """The small CLIP's pre-training step against the same towers, loss and optimizer as open_clip_train uses them."""
+    """Forward and backward pass of the small CLIP's pre-training, against open_clip's model and loss."""
     cfg = dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji", precision="bf16")
     network, *_ = model.create_model(cfg)
     images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
@@ -115,7 +115,7 @@ def clip_step(repetitions: int) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until a linear probe on the encoder without label noise is better than one on raw pixels."""
+    """Seconds on one core until a linear probe on the encoder without label noise is better than one on raw pixels."""
 
     def probe(folder: str) -> float:
         cfg = config.StudyConfig(folder, methods=("lp",))

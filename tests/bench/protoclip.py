@@ -91,7 +91,7 @@ def prototype_stage(up, n: int, k: int, repetitions: int) -> None:
 
 
 def batches(size: int, side: int, steps: int, samples: int = 2048) -> list:
-    """(index, images, tokens) as the emoji presets' loader makes them, images of `side` pixels."""
+    """(index, images, tokens) like those of the emoji presets' loader, with images of `side` pixels."""
     lengths = torch.randint(4, 24, (size, 1))
     position = torch.arange(24)
     found = []
@@ -104,7 +104,7 @@ def batches(size: int, side: int, steps: int, samples: int = 2048) -> list:
 
 
 def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Callable]:
-    """(model, function that takes one pass over batches) with the optimizer that train.main makes."""
+    """(model, function that trains it on one pass over batches) with the optimizer of train.main."""
     network = model.create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers)
     groups = train.parameter_groups(network, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
@@ -191,7 +191,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core, evaluation left out, until CLIP is above what a nearest neighbour reaches without it."""
+    """Seconds on one core, without evaluation, until CLIP is above nearest-neighbour floors and higher goals."""
     unseen, seen = "data/emoji/eval/bare_names_ood", "data/emoji/eval/bare_names_id"
 
     def runs(arm: str, eval_set: str, every: int) -> list[Training]:

@@ -40,7 +40,7 @@ def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torc
 
 
 def affinity(up, n: int, repetitions: int) -> None:
-    """The loss of n pairs with its gradient, D = 512."""
+    """The affinity loss of n pairs with its gradient, D = 512."""
     features, teacher = ([F.normalize(torch.randn(n, 512), dim=-1) for _ in range(2)] for _ in range(2))
     soft_loss = up.clip_soft_loss.ClipSoftLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
     functions = (
@@ -118,7 +118,8 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
 
 
 def uneven(shape: dict, millions: float, choice: tuple[int, int, int]) -> float:
-    """How far a tower of (heads, width, neurons) is from a size (M parameters), and how unevenly it keeps the three."""
+    """Score of a tower of (heads, width, neurons), smaller is better: distance from a size (M parameters), plus how
+    unevenly it keeps the three."""
     heads, width, neurons = choice
     blocks = shape["layers"] * (4 * width * 64 * heads + 2 * width * neurons)
     ends = 512 * width + (3 * 32 * 32 + 50 if "patch_size" in shape else 77) * width
@@ -129,8 +130,8 @@ def uneven(shape: dict, millions: float, choice: tuple[int, int, int]) -> float:
 def pruned_like(image_m: float, text_m: float) -> model.CLIP:
     """ViT-B/32 pruned at random to about the sizes (M parameters) of a released automatic student.
 
-    The released files alone say which parts they kept; here every kind of part keeps the same share in every layer,
-    heads and hidden dimensions by multiples of a head.
+    Which heads and neurons a released student kept is known only from its file. Here every layer keeps the same share
+    of heads, width and neurons; width is a multiple of a head's.
     """
     whole = model.create_model("ViT-B-32")
     masks = []
@@ -176,7 +177,7 @@ def proportions(rounds: int) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until half a ViT, with random weights and the contrastive loss, names scenes better than the
+    """Seconds on one core until half a ViT, with random weights and the contrastive loss, names scenes better than the
     nearest training scene by raw pixels does."""
     baseline_rows(
         study.STUDY, study.VIT_RC, PRESETS, train.main, seeds, "names of scenes, unseen style, half a ViT from scratch",

@@ -1,9 +1,9 @@
 """TL;DR's costly parts against the authors' code: `python -m tests.bench.tldr_reduction --upstream PATH`.
 
-Ratios of times taken in turns on the same inputs, each side at its best thread setting; memory is the growth of the
-process' peak. The authors' functions: VectorQuantizer2 (vq_compress_model/models/quantize.py:213) and Kmeans.cluster
-(fast_cluster.py:10) of showlab/datacentric.vlp@a488102, on the CPU. One million code vectors need no upstream; theirs
-are not run at that size, where they would hold 13 GB.
+Prints ratios of times, measured in turns on the same inputs, each side at its best thread setting; memory is the growth
+of the process's peak. The authors' functions: VectorQuantizer2 (vq_compress_model/models/quantize.py:213) and
+Kmeans.cluster (fast_cluster.py:10) of showlab/datacentric.vlp@a488102, on the CPU. One million code vectors need no
+upstream; theirs are not run at that size, where they would hold 13 GB.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from tldr_reduction.config import PRESETS, ReduceConfig
 
 
 def growth(function) -> float:
-    """MiB by which the peak of resident memory exceeds what is resident now, while `function()` runs (Linux)."""
+    """Peak resident memory during `function()` beyond that before it, in MiB (Linux)."""
 
     def resident(name: str) -> float:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
 
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     before = resident("VmRSS")
     result = function()
     peak = resident("VmHWM")
@@ -107,7 +107,7 @@ def clustering(up, n: int, k: int, repetitions: int) -> None:
 
 
 def a_million(n: int, k: int, folder: Path) -> None:
-    """Clusters and selection of a million memory-mapped code vectors."""
+    """Clustering of and selection from a million memory-mapped code vectors."""
     path = folder / "codes.npy"
     np.save(path, code_vectors(n, 197))
     codes = np.load(path, mmap_mode="r")
@@ -127,7 +127,7 @@ def a_million(n: int, k: int, folder: Path) -> None:
 
 
 def reduction(shards: str, folder: str) -> None:
-    """`reduce` of pairs, from shards to shards, with the codes of EfficientNet-Lite0, on one core."""
+    """`reduce`, from shards to shards, with the codes of EfficientNet-Lite0, on one core."""
     cfg = ReduceConfig(shards, f"{folder}/out", keep=0.25, check="none", work=f"{folder}/work")
     began = time.perf_counter()
     memory = growth(lambda: reduce.main(cfg))
@@ -138,7 +138,7 @@ def reduction(shards: str, folder: str) -> None:
 
 
 def clip_step(repetitions: int, batch: int = 64) -> None:
-    """The CLIP arm's training step against open_clip's loss and model as its own trainer calls them."""
+    """The CLIP arm's training step against open_clip's loss and model, called as by open_clip's trainer."""
     cfg = PRESETS["emoji-clip"][1]
     clip = model.build(cfg, 0)
     side = clip.visual.image_size
@@ -168,8 +168,8 @@ def clip_step(repetitions: int, batch: int = 64) -> None:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds of a core until the arm on the whole pool with its original captions names scenes better than the nearest
-    scene does, by raw pixels and by the locked tower."""
+    """Seconds on one core until the arm on the whole pool with its original captions names scenes better than the
+    nearest scene by raw pixels, and than the nearest by the locked tower."""
     floors = {
         "the pixel floor": "nearest neighbour on raw pixels",
         "the tower's nearest caption": "nearest caption by EfficientNet-Lite0, all",

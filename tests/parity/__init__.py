@@ -1,4 +1,4 @@
-"""What the parity suites share: the authors' modules imported beside ours, and the table that a suite prints."""
+"""What the parity tests share: importing the authors' modules beside ours, and the table that a test file prints."""
 
 import ast
 import importlib
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """For suites that import it."""
+    """Seed torch before each test, in the test files that import this fixture."""
     torch.manual_seed(0)
 
 
 def clone_of(request: pytest.FixtureRequest, repository: str, commit: str) -> Path:
-    """What --upstream names; without it the tests are skipped."""
+    """The folder of --upstream; without it the tests are skipped."""
     path = request.config.getoption("--upstream", default=None)
     if path is None:
         pytest.skip(f"needs --upstream PATH, a clone of {repository} at {commit}")
@@ -33,7 +33,7 @@ def clone_of(request: pytest.FixtureRequest, repository: str, commit: str) -> Pa
 
 
 def printed(request: pytest.FixtureRequest, table: "Table", title: str) -> Iterator["Table"]:
-    """The body of a suite's `table` fixture: shown after the last test, captured or not."""
+    """The body of a test file's `table` fixture: prints the table after the last test, even if output is captured."""
     yield table
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n\n{title} against ours\n\n{table}\n")
@@ -51,16 +51,16 @@ def with_gradients(function, *inputs):
 
 
 def check_commit(path: Path, commit: str) -> None:
-    """Warn if the clone at `path` does not stand at `commit`."""
+    """Warn if the clone at `path` is not at `commit`."""
     head = subprocess.run(["git", "-C", path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     if not head.startswith(commit):
         warnings.warn(f"{path} is at {head[:7] or 'no commit'}, the line numbers are those of {commit}", stacklevel=2)
 
 
 def import_beside(root: Path, names: list[str], stubs: dict[str, ModuleType]) -> dict[str, ModuleType]:
-    """Import `names` from `root`, whose packages may be called like installed ones; those come back afterwards.
+    """Import the modules `names` from the folder `root`; `stubs` replace modules that are not installed.
 
-    `stubs` stand in for modules that are not installed.
+    Modules of the same names that were imported before are restored in `sys.modules` afterwards.
     """
     tops = {name.partition(".")[0] for name in names} | set(stubs)
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in tops}
@@ -80,7 +80,7 @@ def import_beside(root: Path, names: list[str], stubs: dict[str, ModuleType]) ->
 
 
 def run_block(module: ModuleType, test: str, **names) -> dict:
-    """Run the body of the first `if <test>:` or `for ... in <test>:`, once, of a module's source; -> its variables."""
+    """Run the body of a module's first `if <test>:` or `for ... in <test>:` once -> its variables."""
     tree = ast.parse(inspect.getsource(module))
     heads = {ast.If: "test", ast.For: "iter"}
     blocks = (node for node in ast.walk(tree) if type(node) in heads)
@@ -91,7 +91,7 @@ def run_block(module: ModuleType, test: str, **names) -> dict:
 
 
 def run_line(module: ModuleType, target: str, **names) -> object:
-    """Run the first assignment to `target` of a module's source; -> the value, where `target` is a name."""
+    """Run a module's first assignment to `target` -> the assigned value, if `target` is a name."""
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == target:
             scope = {**vars(module), **names}
@@ -101,7 +101,7 @@ def run_line(module: ModuleType, target: str, **names) -> object:
 
 
 def race(theirs, ours, repetitions: int = 5) -> tuple[tuple, tuple[float, float]]:
-    """((result of theirs, of ours), seconds of the fastest call of each); the two take turns."""
+    """Call both functions in turns -> ((result of theirs, of ours), (seconds of their fastest call, of ours))."""
     best, results = [float("inf")] * 2, [None] * 2
     for _ in range(repetitions):
         for side, function in enumerate((theirs, ours)):
@@ -112,7 +112,7 @@ def race(theirs, ours, repetitions: int = 5) -> tuple[tuple, tuple[float, float]
 
 
 def difference(theirs, ours, rtol: float, atol: float) -> tuple[float, bool]:
-    """(largest absolute difference, whether all lie within atol + rtol |theirs|) of two equally shaped nests."""
+    """(largest absolute difference, whether all are within atol + rtol |theirs|) of two nested structures."""
     if isinstance(theirs, dict):
         assert theirs.keys() == ours.keys(), f"{sorted(theirs)} against {sorted(ours)}"
         theirs, ours = list(theirs.values()), [ours[key] for key in theirs]
@@ -127,17 +127,17 @@ def difference(theirs, ours, rtol: float, atol: float) -> tuple[float, bool]:
     return worst, bool((gap <= atol + rtol * a.abs()).all())
 
 
-measured: list[dict] = []  # of the test that runs; tests/conftest.py takes it
+measured: list[dict] = []  # differences in the running test; tests/conftest.py collects and clears them
 
 
 class Table:
-    """One row a component; a difference above tolerance raises AssertionError after the row is noted."""
+    """One row per component; a difference above tolerance raises AssertionError after the row has been added."""
 
     def __init__(self, root: Path):
         self.root, self.rows = root, []
 
     def where(self, function) -> str:
-        """file:line of one of their functions, relative to the clone's source folder; a text stays as it is."""
+        """file:line of one of their functions, relative to the clone's source folder; strings are not changed."""
         if isinstance(function, str):
             return function
         code = function.__code__
@@ -157,7 +157,7 @@ class Table:
         seconds=None,
         note="",
     ):
-        """`gradients`: (theirs, ours); `seconds`: (theirs, ours) of the same work."""
+        """Add a row and check it. `gradients`: (theirs, ours); `seconds`: (theirs, ours) of the same work."""
         value, good = difference(theirs, ours, rtol, atol)
         gradient, good_too = difference(*gradients, rtol, atol) if gradients else (None, True)
         tolerance = "exact" if rtol == atol == 0 else f"{atol:g} + {rtol:g}·\\|x\\|"

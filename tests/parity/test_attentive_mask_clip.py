@@ -1,8 +1,9 @@
 """A-CLIP against the authors' code: `pytest tests/parity/test_attentive_mask_clip.py --upstream PATH`, a clone of
-microsoft/A-CLIP@0e51942. The SLIP baseline is compared too where its clone, facebookresearch/SLIP@c6faf5d, is at $SLIP
-or is a folder SLIP beside PATH. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+microsoft/A-CLIP@0e51942. The SLIP baseline is compared, too, if a clone of facebookresearch/SLIP@c6faf5d is at $SLIP or
+is the folder SLIP beside PATH. Both sides get the same seeded inputs on the CPU in fp32; the table is printed at the
+end.
 
-For the authors' timm 0.5.4 stands the installed one, whose blocks get the names and the plain attention of then.
+The installed timm replaces the authors' timm 0.5.4; its blocks get the attributes and the unfused attention of 0.5.4.
 """
 
 import ast
@@ -33,7 +34,7 @@ from attentive_mask_clip import eval as evaluation
 
 from . import Table, check_commit, clone_of, import_beside, printed, race, seeded, trajectory  # noqa: F401  (seeded: autouse)
 
-GRID = 14  # hard-wired upstream
+GRID = 14  # a constant in their code
 VIT = dict(img_size=28, patch_size=2, embed_dim=24, depth=3, num_heads=3, num_classes=0)
 TEXT = dict(context_length=77, vocab_size=49408, transformer_width=16, transformer_heads=2, transformer_layers=2)
 JOINT, HIDDEN, OUT = 12, 40, 16
@@ -80,7 +81,7 @@ def slip(up):
 
 class TwoClones(Table):
     def where(self, function) -> str:
-        """Lines of SLIP's clone are marked so."""
+        """As in `Table`; lines of SLIP's clone begin with SLIP."""
         function = inspect.unwrap(function) if callable(function) else function
         code = getattr(function, "__code__", None)
         if code is None or Path(code.co_filename).is_relative_to(self.root):
@@ -97,7 +98,7 @@ def table(request, up):
 
 
 def their_vit(up, mask_ratio: float = 0.0, **sizes) -> torch.nn.Module:
-    """Their masked ViT on today's timm, with what its blocks were in timm 0.5.4."""
+    """Their masked ViT on today's timm, with the attributes that blocks had in timm 0.5.4."""
     vit = up.models.MaskVisionTransformer(mask_ratio=mask_ratio, **{**VIT, **sizes})
     vit.head_dist = None
     for block in vit.blocks:
@@ -113,7 +114,7 @@ def our_vit(theirs: torch.nn.Module, **sizes) -> model.MaskedViT:
 
 
 def perturbed(module: torch.nn.Module) -> torch.nn.Module:
-    """No parameter at a special value."""
+    """Add noise to all parameters, so that none is at a special value such as 0 or 1."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim:
@@ -122,7 +123,7 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def their_aclip(up, mask_ratio: float, vit: dict, text: dict, joint: int, hidden: int, out: int) -> torch.nn.Module:
-    """Their model; widths of the SSL heads are constants of theirs, changed here."""
+    """Their model, with other widths of the SSL heads, which are constants in their code."""
 
     class ACLIP(up.models.ACLIP):
         def _build_mlp(self, in_dim, mlp_dim, out_dim):
@@ -145,7 +146,7 @@ def our_towers(vit: dict, text: dict, joint: int) -> dict:
 
 
 def twins(up, masked: bool = True, vit: dict = VIT, text: dict = TEXT, joint=JOINT, hidden=HIDDEN, out=OUT):
-    """The same weights, none at a special value, in their A-CLIP and in ours; EMA and online differ."""
+    """Their A-CLIP and ours with the same weights, none at a special value; EMA and online towers differ."""
     theirs = perturbed(their_aclip(up, 0.5 if masked else 0.0, vit, text, joint, hidden, out))
     mask = "attentive" if masked else "none"
     ours = model.ACLIP(mask=mask, ssl_hidden=hidden, ssl_dim=out, **our_towers(vit, text, joint))
@@ -154,7 +155,7 @@ def twins(up, masked: bool = True, vit: dict = VIT, text: dict = TEXT, joint=JOI
 
 
 def tokens_of(n: int, length: int = 77) -> torch.Tensor:
-    """Ids with the end token, the largest, somewhere inside."""
+    """Token ids (n, length); the end token, the largest id, is at a random position."""
     tokens = torch.randint(1, 49406, (n, length)) * (torch.arange(length) < torch.randint(4, length - 4, (n, 1)))
     return tokens.scatter(1, (tokens > 0).sum(1)[:, None], 49407)
 
@@ -170,7 +171,7 @@ def batch_of(n: int, side: int = 28) -> tuple[torch.Tensor, ...]:
 
 
 def with_gradients(function, inputs: dict[str, torch.Tensor]):
-    """(values without graph, gradients of all inputs) of a function of a dict whose result or "loss" is a scalar."""
+    """(detached values, gradients of all inputs) of a function of a dict; its result or result["loss"] is a scalar."""
     inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     value = function(inputs)
     (value["loss"] if isinstance(value, dict) else value).backward()
@@ -361,7 +362,7 @@ def test_forward_and_losses(up, table, masked):
 
 
 def their_steps(up, theirs, batches, optimizer, lrs, momenta, args) -> dict:
-    """Their training loop; -> means of the losses."""
+    """Run their training loop -> means of the losses."""
     inputs = [(([*images.chunk(2), ema]), boxes, tokens) for images, ema, tokens, boxes in batches]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with contextlib.redirect_stdout(None):
@@ -369,10 +370,10 @@ def their_steps(up, theirs, batches, optimizer, lrs, momenta, args) -> dict:
 
 
 def zero_gradient(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Less what has an exact gradient of zero, of which AdamW turns rounding into steps."""
+    """`value` with zeros where the true gradient is 0: there AdamW turns rounding errors into steps."""
     if re.fullmatch(r"image_mlp\.(layer[12]\.bias|bn[12]\.running_mean)", name):
         return torch.zeros_like(value)
-    if name.endswith(("qkv.bias", "in_proj_bias")):  # the keys'
+    if name.endswith(("qkv.bias", "in_proj_bias")):  # biases of keys
         value = value.clone()
         value.chunk(3)[1].zero_()
     return value
@@ -409,12 +410,12 @@ def test_training_steps(up, table):
 def test_trajectory(up, table):
     """Two epochs of their train(), with the schedules and the optimizer of their main(), against our training step.
 
-    Their crops of the images of a shard, their boxes, tokens of open_clip; no jitter, as GaussianBlur and Solarize are
-    missing in the release.
-    Replaced: `.cuda()` does nothing; the blocks of the installed timm get the names and the plain attention of 0.5.4;
-    torchvision's functional_tensor is its private successor; widths of the SSL heads are smaller, the grid is theirs.
-    In float64 their LayerNorm, which computes in float32, is torch's own. Float32's curves part where a rounding error
-    makes one side keep another block of patches; in this order of samples that does not happen in the first 10 steps.
+    Inputs: their crops and boxes of a shard's images, tokens of open_clip; no colour jitter, since GaussianBlur and
+    Solarize are missing in the release.
+    Replaced: `.cuda()` does nothing; the blocks of the installed timm get the attributes and the unfused attention of
+    0.5.4; torchvision's functional_tensor is its private successor; the SSL heads are narrower, the grid is theirs. In
+    float64, torch's LayerNorm replaces theirs, which computes in float32. In float32 the curves diverge when a rounding
+    error makes one side keep another block of patches; with this order of samples, not in the first 10 steps.
     """
     side, batch_size, epochs, text = 28, 8, 2, {**TEXT, "context_length": 24}
     steps = trajectory.STEPS // epochs
@@ -580,7 +581,7 @@ def test_checkpoint(up, table, tmp_path):
 
 
 def test_slip(slip, table):
-    with mock.patch.object(torch.nn, "SyncBatchNorm", torch.nn.BatchNorm1d):  # which knows GPUs only
+    with mock.patch.object(torch.nn, "SyncBatchNorm", torch.nn.BatchNorm1d):  # SyncBatchNorm needs a GPU
         vit = timm.models.VisionTransformer(**VIT)
         theirs = slip.models.SLIP(HIDDEN, OUT, embed_dim=JOINT, vision_width=VIT["embed_dim"], vision_model=vit, **TEXT)
     theirs = perturbed(theirs).train()
@@ -597,7 +598,7 @@ def test_slip(slip, table):
         return outputs | {name: values[name] for name in ("loss", "clip_loss", "ssl_loss", "clip_acc")}
 
     results, seconds = race(lambda: forward(theirs), lambda: forward(ours))
-    grads = gradients(theirs), gradients(ours)  # of entries up to 10
+    grads = gradients(theirs), gradients(ours)  # their entries are as large as 10
     options = dict(gradients=grads, rtol=1e-4, atol=1e-3, seconds=seconds)
     table.compare("SLIP, forward and losses", slip.models.SLIP.forward, "model.SLIP.forward", *results, **options)
 
@@ -606,7 +607,7 @@ def test_slip(slip, table):
 
 
 def test_cleaning_of_captions(up):
-    """By the two expressions in their make_dataset.py, a script that cannot be imported."""
+    """Against the two regular expressions in their make_dataset.py, a script that cannot be imported."""
     html, urls = re.findall(r"= re\.compile\('(.+?)'\)\n", (up.root / "make_dataset.py").read_text())
     for text in (
         "Sunset\nTaken in Rome.\n\nWith my brother...", "<b>a</b> <i>b</i> <a href='http://x.y'>c</a> <abbr>d</abbr>",
@@ -625,7 +626,7 @@ def test_what_the_suite_reports(up):
 
 
 def test_suite_of_slip(slip):
-    """All sets have names and templates, and class names find their places in the order of CLIP-benchmark."""
+    """All sets have names and templates, and class names can be put into the order of CLIP-benchmark."""
     files = "dataset_catalog", "labels", "templates"
     catalog, labels, templates = (json.loads((slip.root / f"{name}.json").read_text()) for name in files)
     assert list(catalog) == list(suite.SUITE) and set(suite.SUITE) <= set(labels) & set(templates)
@@ -644,7 +645,7 @@ def test_suite_of_slip(slip):
 
 
 def losses_of_rank(rank: int, path: str, folder: str) -> None:
-    """One of two processes: losses of its rows and their gradients, theirs and ours."""
+    """Run by each of two processes: losses of its samples and their gradients, theirs and ours."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     up = load(path)

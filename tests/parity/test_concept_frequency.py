@@ -1,7 +1,8 @@
 """The authors' functions beside ours: `pytest -s tests/parity/test_concept_frequency.py --upstream CLONE`.
 
-CLONE is bethgelab/frequency_determines_performance at 11ef009. Their modules are imported with stand-ins for what they
-import but these functions do not need (dask, datasets, their loaders); of scripts and notebooks the block is run.
+CLONE is bethgelab/frequency_determines_performance at 11ef009. Their modules are imported with stand-ins for imports
+that these functions do not need (dask, datasets, their loaders). From scripts and notebooks, only the block that is
+compared is run.
 """
 
 import ast
@@ -68,7 +69,7 @@ def up(table) -> SimpleNamespace:
 
 
 def documents(n: int, seed: int = 0) -> list[list[SimpleNamespace]]:
-    """Token lists like spaCy's: Zipf words, parts of speech, cases, symbols."""
+    """Lists of tokens like spaCy's, with words of Zipf frequencies, parts of speech, upper and lower case, symbols."""
     rng = np.random.default_rng(seed)
     words = [f"{a}{b}" for a in ("dog", "Cat", "t-shirt", "2nd ", "eagle", "ü") for b in "abcdefghij"]
     share = 1 / np.arange(1, len(words) + 1)
@@ -174,7 +175,7 @@ def test_prompts(up, table):
 
 
 def notebook_function(path: Path, name: str, **values):
-    """A function of a notebook, from the cell that defines it; plotting and writing are taken out of its scope."""
+    """A function of a notebook, from the cell that defines it; `values` are its globals."""
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and f"def {name}(" in source:
@@ -226,7 +227,7 @@ def test_curves(table, task, prompts):
 
 @pytest.fixture(scope="module")
 def ram(table) -> SimpleNamespace:
-    """Their Swin and BERT, with what newer transformers no longer have."""
+    """Their Swin and BERT, with stand-ins for functions that newer transformers lack."""
     names = [
         "PreTrainedModel", "apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer",
     ]  # fmt: skip
@@ -296,7 +297,7 @@ def test_ram_plus(ram, table):
 
 
 def test_retrieval(table):
-    """Their evaluation of whole sets, on the CPU."""
+    """Their retrieval evaluation of whole sets, on the CPU."""
     tree = ast.parse((table.root / "src/retrieval_eval.py").read_text())
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "evaluate")
     code = ast.unparse(function).replace(".cuda()", "")
@@ -337,8 +338,8 @@ def test_retrieval(table):
 def test_trajectory(table):
     """Four epochs of open_clip_train's train_one_epoch, with optimizer, schedule and loss of its main(), against ours.
 
-    The authors have no training code: they measure models that others have trained. open_clip's program, which is
-    installed with open_clip, stands in for theirs. Replaced: its `data`, which needs pandas, by a list of batches.
+    The authors have no training code, since they measure models trained by others. open_clip's trainer, which is
+    installed with open_clip, takes its place. Replaced: its `data`, which needs pandas, by a list of batches.
     """
     without_loader = {"open_clip_train.data": module("open_clip_train.data", get_data=None)}
     names = ["open_clip_train.main", "open_clip_train.train"]

@@ -1,9 +1,9 @@
 """FLAME against the authors' code: `pytest tests/parity/test_flame.py --upstream PATH`, a clone of
-MIV-XJTU/FLAME@4d2b9a9. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+MIV-XJTU/FLAME@4d2b9a9. Both sides get the same seeded inputs on the CPU in fp32; the table is printed at the end.
 
-Their text encoder runs on today's transformers, whose blocks give tensors where it expects tuples and whose tokenizers
-lack `batch_encode_plus`; both are stood in for. It embeds one caption at a time, or captions of equal length: in padded
-batches it lets facets see each other (detail 4 of the README).
+Their text encoder runs on today's transformers, with adapters: it expects blocks that return tuples instead of tensors,
+and tokenizers with `batch_encode_plus`. It embeds one caption at a time, or captions of equal length, since in padded
+batches its facets attend to each other (detail 4 of the README).
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def table(request, up):
 
 
 class Words:
-    """A tokenizer of words with the space before them, as GPT's; `<s>` is the start token, and padding is left."""
+    """A tokenizer whose tokens are words with the space before them; `<s>` is the start token; pads on the left."""
 
     bos_token_id, pad_token_id = 1, 0
 
@@ -110,13 +110,13 @@ def padded(rows: list[list[int]], pad: int = 0) -> Batch:
 
 
 def their_encoder(up, lm, tokenizer, layer: int):
-    """Their text encoder on a language model; its hooks get tuples."""
+    """Their text encoder on a language model, whose block passes tuples to its hooks."""
     encoder = up.multiprompteol_embeddings.MultiPromptEOLEmbeddingsLLM(lm, layer=str(layer), tokenizer=tokenizer)
     block = lm.model.layers[layer - 1]
     register = type(block).register_forward_hook
 
     def as_tuple(hook):
-        for key in list(block._forward_hooks):  # theirs pile up
+        for key in list(block._forward_hooks):  # their code never removes hooks
             del block._forward_hooks[key]
         return register(block, lambda module, inputs, output: hook(module, inputs, (output,)))
 
@@ -140,7 +140,7 @@ CAPTIONS = [
 
 def test_text_encoder(up, table):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
-    sizes["initializer_range"] = 0.3  # states of size one, else an absolute tolerance says little
+    sizes["initializer_range"] = 0.3  # for states of about size 1, which an absolute tolerance suits
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_key_value_heads=2, **sizes)).eval()
     tokenizer = Words()
     prompts = embed.read_prompts(up.root.parent)
@@ -185,7 +185,7 @@ def test_drawing_facets(up, table):
 
 
 def twins(up):
-    """The same weights in their image side and in ours."""
+    """Their image tower and ours with the same weights."""
     visual = up.model._build_vision_tower(16, dict(VISION))
     mm = up.model._build_mm_projector(dict(mm_projector=True, width=32, mlp_depth=2, projector_dim=20))
     theirs = torch.nn.ModuleDict({"visual": visual, "mm": mm})
@@ -319,9 +319,9 @@ def test_training_step(up, table):
 def test_trajectory(up, table):
     """Their train_one_epoch, with optimizer, schedule and loss as their main() makes them, against our training step.
 
-    Four epochs; texts are facets of the shard's captions, embedded by a random language model, drawn for each batch.
-    Replaced: their model has no language model, which training does not touch; `training.data`, their loader, needs
-    pandas and wids and is a list of batches here.
+    Four epochs; texts are facets of the shard's captions, embedded by a random language model and drawn for each batch.
+    Replaced: their model has no language model, since training does not use it; their loader `training.data`, which
+    needs pandas and wids, is a list of batches.
     """
     epochs, batch_size = 4, 32
     per_epoch = trajectory.STEPS // epochs

@@ -47,7 +47,7 @@ COMMITS = {"VDR": "12c3e7a", "splade": "8dcd33a"}
 
 
 def take(file: Path, name: str) -> Any:
-    """One function, class or assignment of a file whose imports are not installed."""
+    """A function, class or assigned value of a file whose imports are not installed."""
     nodes = ast.parse(file.read_text()).body
     found = next(n for n in nodes if name in (getattr(n, "name", None), *(ast.unparse(t) for t in targets(n))))
     scope = {"torch": torch, "F": F, "T": torch.Tensor, "Tuple": tuple, "Union": Any, "np": Any}
@@ -63,7 +63,7 @@ def targets(node: ast.AST) -> list[ast.expr]:
 
 
 def vdr_image_encoder(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module of VDR's image tower; its tokenizer, which is fetched on import, is left out."""
+    """The module of VDR's image tower, without its tokenizer, which would be downloaded on import."""
     package = ModuleType("vdr_ir")
     package.__path__ = [str(root / "src/ir")]
     monkeypatch.setitem(sys.modules, "vdr_ir", package)
@@ -139,7 +139,7 @@ def test_image_tower(roots, table, monkeypatch):
 
 
 def test_vocabulary(roots, table):
-    """The pieces that VDR leaves out are those of its list."""
+    """Our vocabulary leaves out the pieces in VDR's list."""
     pieces = AutoTokenizer.from_pretrained(pretrained.minilm()).convert_ids_to_tokens(list(range(30_522)))
     left_out = take(roots["VDR"] / "src/ir/encoder/vdr_crossmodal_text.py", "INVALID_TOKEN_IDS")
     kept = [i for i in range(30_522) if i not in set(left_out)]
@@ -223,7 +223,7 @@ def test_text_tower_is_next_token_logits(table):
 
 
 class TextTower(torch.nn.Module):
-    """What of the text tower is trained: LoRA, here on one linear map of a state (B, d), before the frozen codebook."""
+    """The trained part of the text tower: LoRA, here on one linear map of states (B, d), then the frozen codebook."""
 
     def __init__(self, codebook: torch.Tensor):
         super().__init__()
@@ -235,7 +235,7 @@ class TextTower(torch.nn.Module):
 
 
 def numpy_map(x: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """normalize(elu1p(x)) of logits (N, V), eq. 2, and what takes its gradient to that of x."""
+    """normalize(elu1p(x)) of logits (N, V), eq. 2, and a function from its gradient to that of x."""
     positive = x >= 0
     slope = np.where(positive, 1, np.exp(np.where(positive, 0, x)))
     e = np.where(positive, x + 1, slope)
@@ -245,7 +245,7 @@ def numpy_map(x: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndar
 
 
 def numpy_penalty(s: np.ndarray) -> tuple[float, np.ndarray]:
-    """V sum m^3 / sum m of (N, V), eq. 7, and its gradient with respect to s."""
+    """V sum m^3 / sum m of s (N, V) with column means m, eq. 7, and its gradient with respect to s."""
     m, V = s.mean(0), s.shape[1]
     total, cubes = m.sum(), (m**3).sum()
     return V * cubes / total, V * (3 * m**2 / total - cubes / total**2)[None].repeat(len(s), 0) / len(s)
@@ -259,7 +259,7 @@ def log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
 def numpy_gradients(
     p: dict[str, np.ndarray], y: np.ndarray, h: np.ndarray, weights: tuple[float, float]
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Eq. 8 of tokens y (N, n, D) and states h (N, d), and its gradients, derived by hand."""
+    """Loss of eq. 8 for tokens y (N, n, D) and states h (N, d), and its gradients, derived by hand."""
     z = y @ p["image.adapter.weight"].T + p["image.adapter.bias"]
     logits, scale = z @ p["image.codebook"].T, 4.0
     A, B, words = p["text.linear.A"], p["text.linear.B"], p["text.codebook"]
@@ -288,7 +288,7 @@ def numpy_gradients(
 
 
 def numpy_loop(start: dict[str, np.ndarray], batches: Iterable, steps: int, cfg: Config) -> Iterator[float]:
-    """Adam on eq. 8 with half a cosine, the penalties' quadratic warm-up and the cap of the temperature."""
+    """Losses of Adam on eq. 8, with warm-up and half a cosine, quadratic warm-up of penalties, capped `logit_scale`."""
     p, first, second = dict(start), {}, {}
     for t, (y, h) in enumerate(batches, 1):
         ramp = min(1.0, t / cfg.penalty_warmup) ** 2

@@ -1,5 +1,6 @@
 """NMTune against the authors' code: `pytest tests/parity/test_nmtune.py --upstream PATH`, a clone of
-Hhhhhhao/Noisy-Model-Learning@f249dce. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+Hhhhhhao/Noisy-Model-Learning@f249dce. Both sides get the same seeded inputs on the CPU in fp32; the table is printed at
+the end.
 """
 
 import ast
@@ -37,7 +38,7 @@ INERT = ("mlp_after.0.bias", "mlp_after.1.running_mean", "num_batches_tracked") 
 
 
 class Toy(nn.Module):
-    """What their wrapper wants of a timm model: features that are its inputs, or a linear map of them."""
+    """A model as their wrapper expects it of timm; its features are the inputs, or a linear map of them."""
 
     pretrained_cfg = {
         "input_size": (3, 224, 224), "crop_pct": 0.95, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
@@ -77,7 +78,7 @@ def load(path: str | Path) -> SimpleNamespace:
         parent, _, child = name.rpartition(".")
         if parent in stubs:
             setattr(stubs[parent], child, stubs[name])
-    stubs["src.datasets"].__path__ = [str(root / "src/datasets")]  # its __init__ imports every loader there is
+    stubs["src.datasets"].__path__ = [str(root / "src/datasets")]  # without its __init__, which imports every loader
     stubs["timm.models"].create_model = lambda *_, **__: Toy()
     stubs["open_clip.open_clip"].create_model_and_transforms = None
     wanted = [
@@ -89,13 +90,13 @@ def load(path: str | Path) -> SimpleNamespace:
     up.datasets = stubs["src.datasets"]
     up.timm = stubs["timm.models"]
     up.common.np = ModuleType("numpy")
-    vars(up.common.np).update({**vars(np), "int": int})  # gone in numpy 1.24
+    vars(up.common.np).update({**vars(np), "int": int})  # removed in numpy 1.24
     return up
 
 
 @contextlib.contextmanager
 def on_cpu():
-    """Let `.cuda()` do nothing and keep their prints, while their functions run."""
+    """Let `.cuda()` do nothing, and hide what their functions print."""
     with (
         mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self),
         mock.patch.object(nn.Module, "cuda", lambda self, *_, **__: self),
@@ -117,7 +118,7 @@ def table(request, up):
 
 
 class Block:
-    """The body of the first `if TEST:` of one of their modules, compiled: their losses stand in the training loop."""
+    """The body of the first `if TEST:` in one of their modules, compiled: their training loop computes losses there."""
 
     def __init__(self, module: ModuleType, test: str):
         tree = ast.parse(inspect.getsource(module))
@@ -132,7 +133,7 @@ class Block:
 
 
 def their_terms(up) -> dict:
-    """{"mse", "cov", "svd"}: functions of z, f (n, D) -> the term of weight 1, by their own statements."""
+    """{"mse", "cov", "svd"}: functions z, f (n, D) -> the loss term with weight 1, computed by their statements."""
     blocks = {name: Block(up.nml_tune, f"{name}_loss_weight") for name in ("mse", "cov", "svd")}
 
     def mse(z, f):
@@ -189,7 +190,7 @@ def toy_batches(sizes=(8, 8, 3), dim=D, classes=CLASSES) -> Loader:
 
 @contextlib.contextmanager
 def toy_run(up, module: ModuleType, loader, dim=D, classes=CLASSES, linear=False):
-    """Their script on `loader` and a toy encoder; -> what its evaluation is given, as state dicts."""
+    """Context for their script on `loader` and a toy encoder -> (state dicts of the models it evaluates, encoder)."""
     states: list[dict] = []
     up.datasets.dataset2classes = {"Toy": classes}
     up.datasets.Toy = lambda *_, **__: SimpleNamespace(train_loader=loader)
@@ -203,7 +204,7 @@ def toy_run(up, module: ModuleType, loader, dim=D, classes=CLASSES, linear=False
 
 
 def initial(up, module: ModuleType, weights: dict):
-    """Start their classifier from `weights` (by our names), the first that is built: LP wraps it anew each epoch."""
+    """Give the first classifier that they build `weights` (by our names); LP builds further ones in each epoch."""
     waiting = [weights]
 
     class Started(up.modeling.ImageClassifier):
@@ -285,11 +286,11 @@ def test_full_fine_tuning(up, table):
 
 
 def test_trajectory(up, table):
-    """Their nml_tune against ours on pixels of a shard as features, classes are groups of emoji; 8 epochs.
+    """Eight epochs of their nml_tune against ours. Features are pixels of a shard, classes are groups of emoji.
 
-    Two views are two crops; the last batch of an epoch is shorter, and both use it.
+    The two views are two crops; both sides also use the short last batch of an epoch.
     Replaced: `.cuda()` does nothing; the encoder is the identity; their package of data sets and their evaluation after
-    an epoch give nothing; timm, clip and open_clip, of which their clone has copies, are not imported.
+    an epoch are stubs, and so are timm, clip and open_clip, of which their clone has copies.
     """
     epochs, batch_size, side = 8, 41, 8
     pairs, pixels, _ = trajectory.shard(side + 2)

@@ -1,5 +1,6 @@
 """ProtoCLIP against the authors' code: `pytest tests/parity/test_protoclip.py --upstream PATH`, a clone of
-megvii-research/protoclip@fde1933. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+megvii-research/protoclip@fde1933. Both sides get the same seeded inputs on the CPU in fp32; the table is printed at the
+end.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size
 RESNET = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
 HEADS = dict(add_projection_head=True, projection_hidden_dim=40, projection_dim=16, projection_n_layers=1)
-TRAIN = dict(  # upstream's flags, those of its README where the scale allows
+TRAIN = dict(  # their flags, with the values of their README where the scale allows
     **HEADS, PBT=True, external_teacher="teacher.npy", target_temperature=0.01, w_clip=1.0, w_proto=1.0,
     w_proto_external=1.0, infonce_warmup_epoch=0, lit_start_epoch=-1, k=6, kmeans_max_iter=20, kmeans_nredo=3,
     episode_size=37, batch_size=8, epochs=4, lr=1e-3, lr_text=-1.0, warmup=3, text_start_epoch=0, text_end_epoch=-1,
@@ -73,7 +74,7 @@ def load(path: str | Path) -> SimpleNamespace:
     kmeans.Kmeans = lambda **options: faiss.Kmeans(**{**options, "gpu": False, "verbose": False})
     up.clustering.faiss = up.zero_shot.faiss = kmeans
     up.data.np = ModuleType("numpy")
-    vars(up.data.np).update({**vars(np), "string_": np.bytes_})  # gone in numpy 2
+    vars(up.data.np).update({**vars(np), "string_": np.bytes_})  # removed in numpy 2
     up.zero_shot.float = lambda x: float(np.asarray(x).item())  # numpy 2 refuses arrays of shape (1,)
     up.linear_eval.DataLoader = lambda *a, **k: torch.utils.data.DataLoader(*a, batch_size=k["batch_size"])
     up.linear_eval.tqdm = up.zero_shot.tqdm.tqdm = QuietBar
@@ -89,7 +90,7 @@ class QuietBar(list):
 
 
 def read_table(path, sep):
-    """What they use of pandas: columns with `.tolist()`."""
+    """Stands in for pandas.read_csv: columns with `.tolist()`."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter=sep))
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
@@ -97,7 +98,7 @@ def read_table(path, sep):
 
 @contextlib.contextmanager
 def on_cpu():
-    """Let `.cuda()` do nothing, and their unconditional CUDA autocast, while their functions run."""
+    """Let `.cuda()` and their unconditional CUDA autocast do nothing while their functions run."""
     with (
         mock.patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self),
         mock.patch.object(torch.nn.Module, "cuda", lambda self, *_, **__: self),
@@ -119,7 +120,7 @@ def table(request, up):
 
 
 def twins(up, vision=VIT, embed_dim=24, text=TEXT, **heads):
-    """The same weights, none at a special value, in their CLIP and in ours."""
+    """Their CLIP and ours with the same weights, none at a special value."""
     theirs = up.model.CLIP(embed_dim, dict(vision), dict(text), args=SimpleNamespace(**{**HEADS, **heads}))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -131,20 +132,20 @@ def twins(up, vision=VIT, embed_dim=24, text=TEXT, **heads):
 
 
 def pairs(n, vision=VIT):
-    """Images and token ids with the end token, the largest id, somewhere inside."""
+    """Images and token ids; the end token, the largest id, is at a random position."""
     tokens = torch.randint(1, 49406, (n, 77)) * (torch.arange(77) < torch.randint(4, 60, (n, 1)))
     tokens = tokens.scatter(1, (tokens > 0).sum(1)[:, None], 49407)
     return torch.randn(n, 3, vision["image_size"], vision["image_size"]), tokens
 
 
 def optimizer_groups(up, theirs, args):
-    """Their own optimizer, from the block of main() that builds it."""
+    """Their optimizer, built by the block of their main()."""
     scope = run_block(up.main, "args.train_data", args=args, model=theirs, is_master=lambda *_: False)
     return scope["optimizer"]
 
 
 class Loader(list):
-    """Batches in memory that look like their loader."""
+    """Batches in memory with the interface of their loader."""
 
     def __init__(self, batches, samples):
         super().__init__(batches)
@@ -274,7 +275,7 @@ PROTOTYPES = {  # ours: theirs
 
 
 def their_prototypes(up, image, text, teacher_file, rows, **flags):
-    """Their prototype stage on cached features: generate_labels, then the block of main() with the four PBT calls."""
+    """Their prototype stage on cached features: generate_labels, then the four PBT calls in a block of their main()."""
     args = SimpleNamespace(**{**TRAIN, **flags, "episode_size": len(image), "projection_dim": image.shape[1]})
     args.external_teacher = str(teacher_file)
     clustering = up.clustering.Clustering(args)
@@ -314,7 +315,7 @@ def test_pca(up, table):
 
 
 def logged(up, theirs, batches, clustering, args, epoch=0, optimizer=None, scheduler=lambda _: None):
-    """Run their train_one_epoch; -> {(name, step): value} of what it logs (the first batch of ten, and the last)."""
+    """Run their train_one_epoch -> {(name, step): logged value}; it logs the first of ten batches, and the last."""
     seen = {}
     writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.update({(name.split("/")[1], step): value}))
     loader = SimpleNamespace(dataloader=Loader(batches, args.episode_size), sampler=None)
@@ -325,7 +326,7 @@ def logged(up, theirs, batches, clustering, args, epoch=0, optimizer=None, sched
 @pytest.mark.parametrize("back_translate", [True, False], ids=["PBT", "no PBT"])
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["ViT", "ResNet"])
 def test_training_episode(up, table, tmp_path, vision, back_translate):
-    """Extraction, prototypes and training of a second episode: losses, gradients of the last step, weights after."""
+    """Extraction, prototypes and training of a second episode: losses, gradients of the last step, final weights."""
     theirs, ours = twins(up, vision)
     args = SimpleNamespace(**{**TRAIN, "PBT": back_translate})
     if not back_translate:
@@ -336,7 +337,7 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     orders = [torch.randperm(n).split(args.batch_size) for _ in range(2)]
     extraction, training = ([(i, *(x[i] for x in images_tokens)) for i in order] for order in orders)
 
-    # Cached features; a forward pass in train mode first, so that BatchNorm has statistics of its own
+    # Cached features, after a forward pass in train mode that gives BatchNorm statistics other than the initial ones
     for each in (theirs, ours):
         each.train()(images_tokens[0][:8], images_tokens[1][:8])
     clustering = up.clustering.Clustering(args)
@@ -350,7 +351,7 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     cached, options = (clustering.img_feature, clustering.text_feature), dict(seconds=seconds)
     table.compare(f"cached features, {name}", function, "train.extract_features", cached, features, **options)
 
-    # Both train on the same prototypes: a rounding error in a feature may move a sample to another cluster
+    # Both train on prototypes of the same features, since a rounding error may move a sample to another cluster
     if back_translate:
         clustering = their_prototypes(up, *cached, tmp_path / "teacher.npy", torch.arange(n))
     else:
@@ -393,17 +394,17 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
 def test_trajectory(up, table, tmp_path):
     """Four episodes of the body of their main()'s loop against ours: extraction, K-means, back translation, training.
 
-    The first is InfoNCE alone. Each side draws its rows and builds prototypes from its own features. Both see the same
-    shuffles and views, made beforehand, since their loader draws from the global generator.
-    Replaced: `.cuda()` and CUDA's autocast do nothing; faiss stays off the GPU; the teacher file is the corpus' own;
-    `sync_prototypes`, which goes through files, does nothing but turn their prototypes, fp32, to the model's precision,
-    as the test does with ours; openTSNE, pytorch_transformers and pandas have stand-ins that are not called. That
-    prototypes are fp32, and theirs averaged in it, is what remains in float64. In float32 the curves are apart from the
-    episode on in which a rounding error has moved a sample to another cluster.
+    The first episode trains with InfoNCE only. Each side draws its samples and builds prototypes from its own features.
+    Both use the same precomputed shuffles and views, since their loader draws from the global generator.
+    Replaced: `.cuda()` and CUDA's autocast do nothing; faiss runs on the CPU; the teacher file is that of the corpus;
+    `sync_prototypes`, which exchanges files, only converts their fp32 prototypes to the model's precision, as the test
+    does with ours; openTSNE, pytorch_transformers and pandas have stand-ins that are not called. The difference in
+    float64 comes from prototypes, which are computed in fp32. In float32 the curves diverge from the episode on in
+    which a rounding error moves a sample to another cluster.
     """
     side, batch_size, episodes_, flags = 16, 32, 4, dict(k=40, infonce_warmup_epoch=1, warmup=20, projection_dim=16)
     pairs_, pixels, captions = trajectory.shard(side + 4)
-    size = batch_size * trajectory.STEPS // episodes_ + 7  # and a short last batch, which both leave out
+    size = batch_size * trajectory.STEPS // episodes_ + 7  # with a short last batch, which both leave out
     text = {**TEXT, "context_length": 24}
     tokens = open_clip.get_tokenizer("ViT-emoji", context_length=24)(captions)
     file = trajectory.ROOT / "data/emoji/teacher.npz"
@@ -421,14 +422,14 @@ def test_trajectory(up, table, tmp_path):
     starts = twins(up, text=text)
 
     def batches(number: int, rows, dtype):
-        """Pass `number` over the samples of an episode."""
+        """Batches of pass `number`, over the samples `rows` of an episode."""
         for index, (top, left) in zip(orders[number], views[number], strict=True):
             images = pixels[rows[index], :, top : top + side, left : left + side]
             yield index, images.to(dtype), tokens[rows[index]]
 
     def theirs(dtype):
         network = copy.deepcopy(starts[0]).to(dtype)
-        rows = torch.zeros(size, dtype=torch.long)  # which their loop fills before an episode's passes
+        rows = torch.zeros(size, dtype=torch.long)  # their loop writes each episode's samples here
         passes = (batch for number in range(len(orders)) for batch in batches(number, rows, dtype))
         loader = trajectory.Epochs(passes, len(orders[0]), batch_size)
         loaders = {"train": SimpleNamespace(dataloader=loader, sampler=None)}
@@ -476,7 +477,7 @@ def test_trajectory(up, table, tmp_path):
 
 
 def their_schedule(up, args, loaders, optimizer):
-    """Their learning rates by step, from the block of main() that sets the horizons."""
+    """Their schedule of learning rates, built by the block of their main()."""
     test, master = "'train' in data and optimizer is not None", lambda *_: False
     return run_block(up.main, test, args=args, data=loaders, optimizer=optimizer, is_master=master)["scheduler"]
 
@@ -500,7 +501,7 @@ def test_learning_rates(up, table, warmup, lit, text):
 
 @pytest.mark.parametrize("warmup, lit", [(0, -1), (1, 5), (2, 4), (0, 2)])
 def test_loss_weights(up, table, warmup, lit, monkeypatch):
-    """Their weights are gradients of their total with respect to the parts, read off one step an episode."""
+    """Their weights are measured as gradients of their total loss by its loss terms, in one step per episode."""
     weights = dict(w_clip=0.5, w_proto=2.0, w_proto_external=3.0)
     flags = {"infonce_warmup_epoch": warmup, "lit_start_epoch": lit, "batch_size": 2}
     args = SimpleNamespace(**{**TRAIN, **weights, **flags})
@@ -712,7 +713,7 @@ def test_feature_statistics(up, table):
 
 
 def gathering(rank: int, path: str, folder: str) -> None:
-    """One of two processes: gathered rows and gradients of the own ones, theirs and ours."""
+    """Run by each of two processes: gathered features, and the gradients of its own features, theirs and ours."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     up = load(path)
     torch.manual_seed(0)

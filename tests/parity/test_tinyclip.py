@@ -1,5 +1,5 @@
 """TinyCLIP against the authors' code: `pytest tests/parity/test_tinyclip.py --upstream PATH`, a clone of
-wkcn/TinyCLIP@ad981bf. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+wkcn/TinyCLIP@ad981bf. Both sides get the same seeded inputs on the CPU in fp32; the table is printed at the end.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def load(path: str | Path) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def on_cpu(up):
-    """What their training loop asks of a GPU, of a process group and of old libraries, while it runs."""
+    """Stand-ins for the GPU, disk and plotting functions that their training loop calls; hides what it prints."""
     viz = ModuleType("training.viz")
     viz.plot = lambda *_: None
     with (
@@ -58,9 +58,9 @@ def on_cpu(up):
 
 @contextlib.contextmanager
 def process_group():
-    """A group of one process, without which their losses do not run."""
+    """A group of one process, which their losses need."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.distributed.nn
+        warnings.simplefilter("ignore", FutureWarning)  # from torch.distributed.nn
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield
@@ -81,14 +81,14 @@ def table(request, up):
 
 
 def inputs(n=4, vision=VISION, text=TEXT):
-    """Images and tokens; the end token, the largest id, stands somewhere in the second half."""
+    """Images and tokens; the end token, the largest id, is at a random position in the second half."""
     side, length, last = vision["image_size"], text["context_length"], text["vocab_size"] - 1
     tokens = torch.randint(1, last, (n, length))
     return torch.randn(n, 3, side, side), tokens.scatter(1, torch.randint(length // 2, length, (n, 1)), last)
 
 
 def twins(up, vision=VISION, text=TEXT, embed=EMBED, masks=False, quick_gelu=False, spread=1.0):
-    """The same weights, none at a special value, in their model and in our `Student`."""
+    """Their model and our `Student` with the same weights, none at a special value."""
     cfg = {key: value for key, value in vision.items()} | ({"patch_size": None} if "patch_size" not in vision else {})
     theirs = up.model.CLIP(embed, cfg, dict(text), quick_gelu, mask_image=masks, mask_text=masks)
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_prune_and_expand(up, table, spread):
     for mask in student.masks:
         for parameter in mask.parameters():
             parameter.data.fill_(10.0)
-    for name, parameter in full.named_parameters():  # theirs leaves open gates as they are: 10 in a fresh model
+    for name, parameter in full.named_parameters():  # theirs does not change open gates, which are 10 in a new model
         if "loga" in name:
             parameter.data[parameter.data != -10] = 10.0
     own_masks.expand_pruned(student.clip, *student.masks, pruned.state_dict())
@@ -306,7 +306,7 @@ def test_schedules(up, table):
 
 
 class Scaler:
-    """A gradient scaler that scales by 1, as far as their loop looks at it."""
+    """A gradient scaler that scales by 1, with the interface that their loop uses."""
 
     def __init__(self):
         self._per_optimizer_states = {}
@@ -328,11 +328,11 @@ class Scaler:
 
 
 class Enough(Exception):
-    """Ends their epoch before its last batch, which evaluates."""
+    """Raised to end their epoch before its last batch, after which it would evaluate."""
 
 
 class Loader:
-    """Batches in memory that look like their loader."""
+    """Batches in memory with the interface of their loader."""
 
     def __init__(self, batches, num_batches=100):
         self.batches, self.num_batches, self.batch_size = batches, num_batches, len(batches[0][0])
@@ -340,7 +340,7 @@ class Loader:
 
     def __iter__(self):
         yield from self.batches
-        yield self.batches[0]  # they read one ahead
+        yield self.batches[0]  # their loop reads one batch ahead
         raise Enough
 
 
@@ -357,7 +357,7 @@ def their_args(stage: Stage) -> SimpleNamespace:
 
 
 def their_trainer(up, theirs, teacher, stage: Stage, **flags):
-    """(function that runs their train_one_epoch over batches; what it logs by (name, step))."""
+    """(function that runs their train_one_epoch over batches, {(name, step): logged value})."""
     if not theirs.used_ddp:
         theirs.ddpify(up.model.FakeDDP)
     theirs.teacher = [teacher.eval().requires_grad_(False)]
@@ -382,7 +382,7 @@ def their_trainer(up, theirs, teacher, stage: Stage, **flags):
 
 @pytest.mark.parametrize("masks", [False, True], ids=["plain", "masks"])
 def test_training(up, table, masks):
-    """Some steps of their own loop, of which the first logs; with masks both draw the same numbers."""
+    """Four steps of their loop, which logs the first one; with masks, both draw the same random numbers."""
     stage = Stage(
         steps=100, lr=1e-3, warmup=3, alpha=0.7, masks=masks, prune_step=4, target_sparsity=0.6, sparsity_warmup=2
     )
@@ -410,14 +410,14 @@ def test_training(up, table, masks):
 
 @pytest.mark.parametrize("flag", ["lock_image", "lock_text", "use_teacher_image", "use_teacher_text"])
 def test_their_loop_cannot_leave_out_a_tower(up, flag):
-    """Detail 23 says so: the features of the tower that is left out stay None."""
+    """As detail 23 of the README says: the features of the tower that is left out stay None."""
     one_pass, _ = their_trainer(up, twins(up)[0], twins(up)[0], Stage(steps=100), **{flag: True})
     with pytest.raises((TypeError, AttributeError), match="None"):
         one_pass([inputs(6)])
 
 
 def test_checkpoint_of_their_trainer(up, table, tmp_path):
-    """A file with all that their loop saves (training/train.py:673)."""
+    """A file with all entries that their loop saves (training/train.py:673)."""
     theirs = twins(up)[0]
     theirs.ddpify(up.model.FakeDDP)
     args = Namespace(**vars(their_args(Stage())), force_quick_gelu=False, pretrained="", name="a", model="ViT-B-32")
@@ -432,12 +432,12 @@ def test_checkpoint_of_their_trainer(up, table, tmp_path):
 
 
 def test_trajectory(up, table):
-    """A whole stage with masks: learn them for 100 steps, cut them, distil on for 100, in one call of their loop.
+    """A whole stage with masks in one call of their loop: 100 steps of learning masks, pruning, 100 further steps.
 
-    Replaced: CUDA's autocast and memory query, the free space of /dev/shm and the plot of the masks do nothing; the
-    GradScaler scales by 1; the image and the caption with which they try the masked towers before the cut, 224 pixels
-    and 77 tokens on a GPU, have the towers' size; the process group has one process; their loader is a list, which
-    ends their epoch before the evaluation after its last batch.
+    Replaced: CUDA's autocast and memory query, the query of free space in /dev/shm and the plot of masks do nothing;
+    the GradScaler scales by 1; before pruning, they run the masked towers on an image of 224 pixels and a caption of 77
+    tokens on a GPU, here with the towers' sizes; the process group has one process; their loader is a list that ends
+    the epoch before the evaluation.
     """
     stage = Stage(
         steps=trajectory.STEPS, lr=1e-3, alpha=0.7, masks=True, prune_step=trajectory.STEPS // 2, target_sparsity=0.6,
@@ -450,7 +450,7 @@ def test_trajectory(up, table):
     rows = trajectory.orders(len(pixels), 32, stage.steps)
 
     def of(dtype, side):
-        """(student, teacher, batches), after which both sides draw the same numbers for masks."""
+        """(student, teacher, batches); seeds torch, so that both sides draw the same numbers for masks."""
         batches = [(pixels[batch].to(dtype), tokens[batch]) for batch in rows]
         copies = [copy.deepcopy(pair[side]).to(dtype) for pair in (starts, teachers)]
         torch.manual_seed(3)

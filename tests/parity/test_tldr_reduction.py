@@ -1,7 +1,8 @@
 """TL;DR against the authors' code: `pytest tests/parity/test_tldr_reduction.py --upstream PATH`, a clone of
-showlab/datacentric.vlp@a488102. Both sides get the same seeded inputs on the CPU in fp32; a table ends the run.
+showlab/datacentric.vlp@a488102. Both sides get the same seeded inputs on the CPU in fp32; the table is printed at the
+end.
 
-Their scripts (clustering, caption merge) are no functions: the statements in question are run from their source.
+Their scripts for clustering and merging captions have no functions; statements from their source are run instead.
 """
 
 import ast
@@ -47,14 +48,14 @@ DEC, ENC, SEP = 58, 59, 3
 
 
 class Outputs(SimpleNamespace):
-    """A model output of transformers: fields, and the first of them by number."""
+    """A model output of transformers: its fields by name and by index."""
 
     def __getitem__(self, index):
         return list(vars(self).values())[index]
 
 
 class PreTrainedModel(torch.nn.Module):
-    """What their BERT uses of transformers 4.15's base class."""
+    """The methods of transformers 4.15's base class that their BERT uses."""
 
     dtype = torch.float32
 
@@ -108,7 +109,7 @@ def load(path: str | Path) -> SimpleNamespace:
         stubs["einops"] = einops
     names = [f"models.{n}" for n in ("quantize", "vit", "med", "blip", "blip_itm", "blip_pretrain_vq_compress")]
     modules = import_beside(root / "vq_compress_model", [*names, "utils"], stubs)
-    data = ModuleType("data")  # in their clone without its __init__
+    data = ModuleType("data")  # missing in their clone
     data.create_dataset = data.create_sampler = data.create_loader = None
     stubs |= {"data": data, "ruamel": ModuleType("ruamel"), "ruamel.yaml": ModuleType("ruamel.yaml")}
     stubs["ruamel"].yaml = stubs["ruamel.yaml"]
@@ -117,7 +118,7 @@ def load(path: str | Path) -> SimpleNamespace:
     up = SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()}, root=root)
     cpu = ModuleType("faiss")
     vars(cpu).update(vars(faiss))
-    cpu.PCAMatrix = lambda dim, out, eigen_power: faiss.PCAMatrix(dim, out, eigen_power)  # faiss 1.15: by position
+    cpu.PCAMatrix = lambda dim, out, eigen_power: faiss.PCAMatrix(dim, out, eigen_power)  # for faiss 1.15, by position
     cpu.StandardGpuResources = lambda: None
     cpu.GpuIndexFlatConfig = SimpleNamespace
     cpu.GpuIndexFlatL2 = lambda _, dim, __: faiss.IndexFlatL2(dim)
@@ -126,7 +127,7 @@ def load(path: str | Path) -> SimpleNamespace:
 
 
 def statements(path: Path, first: str, last: str, **names) -> dict:
-    """Run the statements of a script from the one that assigns (or loops over) `first` to `last`; -> its variables."""
+    """Run a script from the statement that starts with `first` to the one that starts with `last` -> its variables."""
     lines = path.read_text()
     scope = dict(names)
     running = False
@@ -186,7 +187,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def assemble(up, kind: str, **parts):
-    """One of their models without its constructor, which has base sizes and downloads built in."""
+    """One of their models, without calling its constructor, which fixes the sizes and downloads weights."""
     theirs = getattr(
         getattr(up, kind), {"blip_pretrain_vq_compress": "BLIP_Pretrain", "blip": "BLIP_Decoder"}.get(kind, "BLIP_ITM")
     )
@@ -198,7 +199,7 @@ def assemble(up, kind: str, **parts):
 
 
 class Tokenizer:
-    """Gives the ids it was made with."""
+    """A tokenizer that always returns the ids it was made with."""
 
     bos_token_id, enc_token_id, sep_token_id, pad_token_id = DEC, ENC, SEP, 0
 
@@ -407,7 +408,7 @@ def test_itm(up, table):
 
 
 def codes_of(n=1500, length=80):
-    """Code vectors with some structure: noisy copies of 60 patterns."""
+    """Code vectors in clusters: noisy copies of 60 patterns."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (60, length))
     noise = rng.random((n, length)) < 0.3
@@ -503,7 +504,7 @@ def test_caption_merge(up, table, tmp_path):
 
 
 class Words:
-    """Our tokenizer called as transformers' is, for them: padded to the full length."""
+    """Our tokenizer with the interface of transformers', which pads to the full length."""
 
     def __init__(self, words: WordPiece):
         self.words, self.bos_token_id, self.pad_token_id = words, words.dec, words.pad
@@ -516,9 +517,9 @@ class Words:
 def test_trajectory(up, table, tmp_path):
     """Four epochs of the body of their main()'s loop, which calls their train(), against our training step.
 
-    Replaced: transformers 4.15's base class and outputs, ruamel.yaml, their data package, which their clone lacks, and
-    the process group's barrier, by stand-ins; the BERT's tokenizer by ours, with words of the shard, padded as theirs;
-    sizes, which their constructor has built in. Towers that take no part in the loss are left out.
+    Replaced: transformers 4.15's base class and outputs, ruamel.yaml, their data package (missing in their clone) and
+    the process group's barrier by stand-ins; BERT's tokenizer by ours, with words of the shard, padded as theirs; the
+    sizes that their constructor fixes. Towers without influence on the loss are left out.
     """
     epochs, batch_size = 4, 16
     per_epoch = trajectory.STEPS // epochs

@@ -37,7 +37,7 @@ def shard(side: int) -> tuple[data.Shards, torch.Tensor, list[str]]:
 
 
 def orders(n: int, batch_size: int, steps: int, seed: int = 0) -> list[torch.Tensor]:
-    """Which of n rows, batch by batch: passes over them in random order, without short batches."""
+    """Indices of `steps` batches: passes over n samples in random order, without short batches."""
     generator, batches = torch.Generator().manual_seed(seed), []
     while len(batches) < steps:
         batches += torch.randperm(n, generator=generator)[: n - n % batch_size].split(batch_size)
@@ -45,7 +45,7 @@ def orders(n: int, batch_size: int, steps: int, seed: int = 0) -> list[torch.Ten
 
 
 class Epochs:
-    """A loader of batches made beforehand: each pass over it yields the next so many of them."""
+    """A loader of given batches: each pass over it yields the next `length` of them."""
 
     def __init__(self, batches: Iterable, length: int, batch_size: int):
         self.batches, self.num_batches, self.num_samples = iter(batches), length, length * batch_size
@@ -58,7 +58,7 @@ class Epochs:
 
 
 def losses(train: Callable[[], object]) -> list[float]:
-    """What `train` back-propagates, one loss for each call of `backward`, or the floats that it yields."""
+    """Losses of `train()`: those that it calls `backward` on, or the floats that it yields."""
     found, backward = [], torch.Tensor.backward
 
     def noted(loss, *args, **options):
@@ -66,7 +66,7 @@ def losses(train: Callable[[], object]) -> list[float]:
         backward(loss, *args, **options)
 
     with mock.patch.object(torch.Tensor, "backward", noted):
-        for value in train() or ():  # a generator trains while it is read
+        for value in train() or ():  # if `train` is a generator, reading it trains
             if isinstance(value, float):
                 found.append(value)
     return found
@@ -74,7 +74,7 @@ def losses(train: Callable[[], object]) -> list[float]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters have this type, for scripts that build their models themselves."""
+    """Context in which new parameters have this dtype, for scripts that build their own models."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -84,9 +84,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def run(theirs: Callable, ours: Callable, dtypes: Iterable[torch.dtype] = DTYPES) -> dict[str, tuple[list, list]]:
-    """{dtype: (losses by step of theirs, of ours)}; both are called with a dtype and train when called or iterated.
+    """{dtype: (losses by step of theirs, of ours)}. Both are called with a dtype, and train when called or iterated.
 
-    In float64 `Tensor.float`, which is there for half precision, gives float64.
+    In float64, `Tensor.float`, which the code calls for half precision, is replaced by a cast to float64.
     """
     curves = {}
     for dtype in dtypes:
@@ -107,7 +107,10 @@ def compare(
     double: float = 1e-9,
     against: str = "the authors' code",
 ) -> None:
-    """Print and draw the curves; relative tolerances of float32's first 10 steps, of all its steps, of float64's."""
+    """Print, draw and check the curves.
+
+    Relative tolerances: `early` of the first 10 steps in float32, `late` of all steps in float32, `double` in float64.
+    """
     head = ["", "steps", "first loss", "last, theirs", "last, ours"]
     head += [f"largest difference to step {n}" for n in SHOWN] + [f"over {APART:g} relative from step"]
     lines = [head, ["---"] * len(head)]
