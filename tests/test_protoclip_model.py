@@ -204,24 +204,27 @@ def test_train_step_loss(case):
         case.close("acc_text2external", parts["accuracy_text_to_external"], rtol=1e-5, atol=1e-5)
 
 
+def inputs_of_rank(rank: int, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Prototypes]:
+    """One process's rows of the features, both temperatures, and the prototypes of all processes."""
+    features = "image_features", "text_features", "image_projected", "text_projected"
+    inputs = {key: leaf(case[f"in/{key}"][rank]) for key in features}
+    scales = {key: leaf(case[f"in/{key}"]) for key in ("log_logit_scale", "log_logit_scale_proto")}
+    names = "img_labels text_labels img_centroids text_centroids img_student text_student ext_labels img_student_ext"
+    return inputs, scales, Prototypes(*(case[f"in/{name}"] for name in [*names.split(), "text_student_ext"]))
+
+
 def losses_of_rank(rank: int, path) -> dict:
     """Loss of one process of the case, and the gradients of its own rows."""
     case = Case(path)
-    inputs = {key: leaf(case[f"in/{key}"][rank]) for key in RANK_INPUTS}
-    scales = {key: leaf(case[f"in/{key}"]) for key in ("log_logit_scale", "log_logit_scale_proto")}
+    inputs, scales, prototypes = inputs_of_rank(rank, case)
     features = [gather(x, bool(case["gather_with_grad"])) for x in inputs.values()]
     output = ProtoCLIPOutput(*features, *(scale.exp() for scale in scales.values()))
     index = gather(case["in/index"][rank])
-    names = "img_labels text_labels img_centroids text_centroids img_student text_student ext_labels img_student_ext"
-    prototypes = Prototypes(*(case[f"in/{name}"] for name in [*names.split(), "text_student_ext"]))
     losses = protoclip_loss(output, index, prototypes, (1, 1, 1), case["in/temp"])
     losses["loss"].backward()
     results = {key: x.grad for key, x in (inputs | scales).items()}
     results |= {"index": index, "losses": {key: loss.detach() for key, loss in losses.items()}}
     return results
-
-
-RANK_INPUTS = ("image_features", "text_features", "image_projected", "text_projected")
 
 
 @pytest.mark.golden("protoclip", "distributed_loss")
@@ -240,11 +243,8 @@ def test_distributed_loss(case, tmp_path):
 def own_rows_of_rank(rank: int, path, with_grad: bool) -> dict:
     """As `losses_of_rank`, but each process computes the loss of its own rows, as train.py does."""
     case = Case(path)
-    inputs = {key: leaf(case[f"in/{key}"][rank]) for key in RANK_INPUTS}
-    scales = {key: leaf(case[f"in/{key}"]) for key in ("log_logit_scale", "log_logit_scale_proto")}
+    inputs, scales, prototypes = inputs_of_rank(rank, case)
     output = ProtoCLIPOutput(*inputs.values(), *(scale.exp() for scale in scales.values()))
-    names = "img_labels text_labels img_centroids text_centroids img_student text_student ext_labels img_student_ext"
-    prototypes = Prototypes(*(case[f"in/{name}"] for name in [*names.split(), "text_student_ext"]))
     output = output if with_grad else share_gradient(output, case["world_size"])
     protoclip_loss(output, case["in/index"][rank], prototypes, (1, 1, 1), case["in/temp"], gather)["loss"].backward()
     return {key: x.grad for key, x in (inputs | scales).items()}

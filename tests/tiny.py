@@ -68,8 +68,9 @@ def add_sample(shard: Path, key: str, image: bytes, caption: bytes, description:
             tar.addfile(member, io.BytesIO(content))
 
 
-def language_model(folder: Path, data: Path) -> Path:
-    """Write a random Llama with one small block and a tokenizer trained on the captions, in transformers' format."""
+def language_model(folder: Path, data: Path, **sizes: int) -> Path:
+    """Write a random Llama, by default with one small block, and a tokenizer trained on the captions, in transformers'
+    format."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,7 +79,7 @@ def language_model(folder: Path, data: Path) -> Path:
     bpe.train_from_iterator(captions, vocab_size=500, special_tokens=["<s>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    sizes = sizes or dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
