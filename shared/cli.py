@@ -53,9 +53,10 @@ def check_batch(config: Any, world_size: int) -> None:
     parts = getattr(config, "accumulate", 1)
     if parts < 1:
         raise ValueError(f"--accumulate must be at least 1, not {parts}")
-    if config.batch_size % (world_size * parts):
+    if config.batch_size % (equal := world_size * parts):
+        next_size = (config.batch_size // equal + 1) * equal
         shares = f"{world_size} processes" + (f" and {parts} micro-batches in each" if parts > 1 else "")
-        raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}")
+        raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
 
 
 # ---------------------------------------------------------------------------------------------------------- dry runs

@@ -134,8 +134,11 @@ def test_a_preset_comes_first(monkeypatch: pytest.MonkeyPatch):
         ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist: 'make data' builds the embedded corpus"),
         ({"eval_every": 1}, "--eval-set /nowhere does not exist: name a folder, or pass --eval-every 0"),
         ({"save_every": 0}, "--save-every must be at least 1, not 0"),
-        ({"batch_size": 9}, "--batch-size 9 cannot be divided evenly among 2 processes"),
-        ({"accumulate": 3}, "--batch-size 8 cannot be divided evenly among 2 processes and 3 micro-batches in each"),
+        ({"batch_size": 9}, "--batch-size 9 cannot be divided evenly among 2 processes; 10 can"),
+        (
+            {"accumulate": 3},
+            "--batch-size 8 cannot be divided evenly among 2 processes and 3 micro-batches in each; 12 can",
+        ),
         ({"accumulate": 0}, "--accumulate must be at least 1, not 0"),
         ({"accumulate": 4}, None),
         ({}, None),

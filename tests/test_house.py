@@ -112,3 +112,24 @@ def test_commands_of_the_readmes_have_help(words: list[str], in_process):
         shown += help_of(module, presets[1])
     for option in [word for word in rest if word.startswith("--") and word != "--help"]:
         assert option in shown or option.replace("--no-", "--") in shown, f"{module} {first} has no {option}"
+
+
+def spread() -> list[tuple[int, list[str]]]:
+    """(processes, words from the module name on) of the READMEs' torchrun commands."""
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        for nodes, each, words in re.findall(
+            r"^ {4}torchrun (?:--nnodes (\d+) )?--nproc-per-node (\d+) -m (.+)", text, re.MULTILINE
+        ):
+            found.append((int(nodes or 1) * int(each), shlex.split(words, comments=True)))
+    return found
+
+
+@pytest.mark.parametrize("processes, words", spread())
+def test_batches_of_the_readmes_can_be_divided_among_their_processes(processes: int, words: list[str], in_process):
+    module, first, *rest = words
+    shown = finished(in_process(first, "--help", module=module)).out
+    named = rest[rest.index("--batch-size") + 1] if "--batch-size" in rest else None
+    default = re.search(r"--batch-size INT.*?default:\W*(\d+)", shown, re.DOTALL)
+    assert int(named or default[1]) % processes == 0

@@ -12,6 +12,18 @@ from tldr_reduction.model import CodebookCaptioner
 from tldr_reduction.tokenizer import WordPiece
 
 
+def test_without_a_network_the_flag_of_the_weights_is_named(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(checkpoints.timm, "create_model", fails)
+    with pytest.raises(ValueError, match=r"--vision-init deit cannot be loaded \(no network\); --vision-init None"):
+        checkpoints.init_vision(VisionTransformer(32, 16, 8, 1, 1), "deit")
+    monkeypatch.setattr("transformers.AutoModelForMaskedLM.from_pretrained", fails)
+    with pytest.raises(ValueError, match=r"--text-init bert cannot be loaded \(no network\); --text-init None"):
+        checkpoints.init_text(tiny_captioner(), "bert")
+
+
 def test_authors_layout_loads(tmp_path):
     """A file with their keys: momentum copies, queues, position_ids, another grid, a codebook that has no place."""
     torch.manual_seed(1)

@@ -1,5 +1,6 @@
 """Cohesion of clusters and coverage of what is kept, on features where both are known."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,3 +37,15 @@ def test_features_of_captions_and_small_pictures():
     small = quality.thumbnails(images)
     assert small.shape == (2, 192) and small.mean().abs() < 1e-6
     torch.testing.assert_close(quality.thumbnails(images + 1), small, rtol=1e-4, atol=1e-5)
+
+
+def test_of_large_data_whole_clusters_are_compared(monkeypatch: pytest.MonkeyPatch):
+    rows, labels = np.arange(100) * 3, np.arange(100) % 20  # twenty clusters of five
+    assert (quality.drawn(rows, labels, 0) == rows).all() and (quality.drawn(rows, None, 0) == rows).all()
+    monkeypatch.setattr(quality, "CHECKED", 23)
+    some = quality.drawn(rows, labels, 0)
+    assert len(some) == 23 and (np.diff(some) > 0).all() and set(some) <= set(rows)
+    assert sorted(np.unique(some // 3 % 20, return_counts=True)[1]) == [3, 5, 5, 5, 5]
+    assert (some != quality.drawn(rows, labels, 1)).any()
+    single = quality.drawn(rows, None, 0)
+    assert len(np.unique(single // 3 % 20)) > 5

@@ -242,6 +242,14 @@ def test_every_way_to_reduce(chain, cli, folder):
     assert all(float(line["itm"]) >= scores[79] - 1e-4 for line in kept["release"])
 
 
+def test_images_of_an_annotation_file_are_not_extracted(in_process, tmp_path):
+    (tmp_path / "all.json").write_text('[{"image": "a.png", "caption": "a"}]')
+    result = in_process(
+        tmp_path / "all.json", "--select", "random", "--extract-images", "--out", tmp_path / "out", module=REDUCE
+    )
+    refused(result, "--extract-images is for shards")
+
+
 def test_annotation_json_in_and_out(chain, cli, folder, tiny):
     """The authors' form of a data set: reduce reads it, and train.py reads unchanged what reduce wrote."""
     pairs, entries = open_pairs(str(folder / "pool")), []
@@ -256,6 +264,7 @@ def test_annotation_json_in_and_out(chain, cli, folder, tiny):
     finished(cli(folder / "all.json", *options, "--out", out, module=REDUCE))
     written = json.loads((out / "annotation.json").read_text())
     assert 48 <= len(written) <= 51 and all(entry in entries for entry in written) and not (out / "shards").exists()
+    assert f"--image-root {folder}" in " ".join(json.loads((out / "report.json").read_text())["notes"])
     data_flags = ["--data", out / "annotation.json", "--image-root", folder, "--dataset-size", "32"]
     finished(cli("emoji-clip", *tiny, *data_flags, "--out", folder / "json-clip"))
 

@@ -50,11 +50,19 @@ def test_notes_are_about_flags_without_effect():
     assert "--clusters" in note and "--check" not in note  # of which coverage is compared with random
 
 
+def test_notes_say_what_was_not_compared_and_where_images_are():
+    cfg = ReduceConfig(data="pool", out="", keep=0.25, clusters=10, scorer="c")
+    (note,) = report.notes_of(cfg, FOUND, 300, "no package x")
+    assert note == "The selection was not compared on features of an independent encoder: no package x."
+    (note,) = notes(FOUND, scorer="c", data="lists/train.json", image_root="/pictures")
+    assert note == "Images were not copied: pass --image-root /pictures beside the new annotation.json."
+
+
 def test_notes_say_whether_a_coin_would_do_as_well():
     def check(coverage: float) -> dict:
         return {"coverage": coverage, "coverage_random": [0.49, 0.50, 0.51]}
 
-    found = FOUND | {"checks": {"thumbnails": check(0.53), "captions": check(0.52), "towers": check(0.505)}}
+    found = FOUND | {"checks": {"thumbnails": check(0.53), "captions": check(0.52), "towers": check(0.503)}}
     (note,) = notes(found, scorer="c")
     better, same = note.split("; ")
     assert better.endswith("the dropped ones better than a random choice of as many, by thumbnails and by captions")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import tokenizers
 import torch
 from test_tldr_reduction_blip import tiny_blip
 
@@ -49,3 +50,12 @@ def test_captions_are_cut_later_in_retrieval_and_matching_than_in_training(tmp_p
     assert scorer.text_encoder.max_positions == 24
     scores = itm_scores(scorer, tokenizer, torch.rand(2, 3, 16, 16), ["1 " * 50, "2"])
     assert scores.shape == (2,) and scores.isfinite().all()
+
+
+def test_without_a_network_the_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch):
+    def from_pretrained(name: str):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match=r"vocabulary bert-base-uncased is no file.*\(no network\); a vocab.txt or"):
+        WordPiece("bert-base-uncased")

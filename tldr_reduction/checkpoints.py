@@ -301,12 +301,21 @@ def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, 
 # --------------------------------------------------------------------------------------------------- DeiT and BERT
 
 
+def unavailable(flag: str, name: str, error: Exception) -> str:
+    """The sentence about initial weights that cannot be loaded."""
+    why = " ".join(str(error).split())[:120]
+    return f"the weights of {flag} {name} cannot be loaded ({why}); {flag} None starts at random"
+
+
 def init_vision(tower: VisionTransformer, name: str) -> None:
     """Supervised ImageNet weights of a timm model (deit_base_patch16_224); the head is dropped.
 
     V:models/blip_pretrain_vq_compress.py:38.
     """
-    state = timm.create_model(name, pretrained=True).state_dict()
+    try:
+        state = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub and the network raise all kinds
+        raise ValueError(unavailable("--vision-init", name, error)) from error
     state["pos_embed"] = resize_pos_embed(state["pos_embed"], math.isqrt(tower.pos_embed.shape[1] - 1))
     tower.load_state_dict({key: state[key] for key in tower.state_dict()})
 
@@ -319,7 +328,10 @@ def init_text(model: nn.Module, name: str) -> None:
     """
     import transformers
 
-    state = transformers.AutoModelForMaskedLM.from_pretrained(name).state_dict()
+    try:
+        state = transformers.AutoModelForMaskedLM.from_pretrained(name).state_dict()
+    except Exception as error:  # the hub and the network raise all kinds
+        raise ValueError(unavailable("--text-init", name, error)) from error
     for key, value in model.state_dict().items():
         tower, _, rest = key.partition(".")
         source = state.get({"text_encoder": "bert.", "text_decoder": ""}.get(tower, "?") + rest)

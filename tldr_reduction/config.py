@@ -633,6 +633,8 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
             raise NotADirectoryError(f"--{name} {folder} is a file: name a folder")
     if Path(cfg.out).resolve() == Path(cfg.data).resolve():
         raise ValueError(f"--out {cfg.out} is the folder of the data: choose another")
+    if cfg.extract_images and cfg.data.endswith(".json"):
+        raise ValueError(f"--extract-images is for shards: the images of {cfg.data} are files already")
     if cfg.match and not 0 < kept_by(cfg.match) <= n:
         raise ValueError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, but {cfg.data} has only {n:,}")
     if cfg.match and cfg.select not in ("random", "first", "itm"):

@@ -22,7 +22,7 @@ from shared import checkpoints, data, export, pretrained
 from tldr_reduction.cluster import as_float, nearest, train_kmeans
 
 LITE0 = "efficientnet_lite0"
-NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, or {export.KINDS}"
+NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, another paper's run, local-dir:DIR of --export, or MODEL@TAG of open_clip"
 SIDE = 128  # pixels of an image for EfficientNet-Lite0
 PART = 32  # images per forward pass on a CPU
 GRID = 3  # an image has GRID x GRID tokens

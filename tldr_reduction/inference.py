@@ -19,7 +19,7 @@ from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import eval_transform, no_pixels, ordered_loader
 from tldr_reduction.encoders import LITE0, Codebook, Encoder, fit_codebook, load_encoder
 from tldr_reduction.model import CodebookCaptioner
-from tldr_reduction.quality import CHECKED, thumbnails
+from tldr_reduction.quality import thumbnails
 from tldr_reduction.scorers import Scorer, load_scorer
 from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece
 
@@ -287,20 +287,20 @@ class Inference:
 
         return encode
 
-    def checks(self, good: np.ndarray) -> tuple[np.ndarray, dict[str, Tensor], list[str]]:
-        """For at most CHECKED readable rows: the rows, features (n, D) by kind, captions.
+    def checks(self, rows: np.ndarray) -> tuple[dict[str, Tensor], list[str], str]:
+        """For readable rows (n,): features (n, D) by kind, captions, and why an encoder's features are missing, or "".
 
         Features are thumbnails, and those of an encoder that did not make the clusters.
         """
-        cfg = self.cfg
-        rows = np.sort(np.random.default_rng(cfg.seed).permutation(good)[:CHECKED])
+        cfg, missing = self.cfg, ""
         name, encoder = LITE0 if cfg.check == "auto" else cfg.check, None
         if not (cfg.check == "auto" and cfg.coded_by == LITE0):
             try:
                 encoder = self.encoder(name)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
                 if cfg.check != "auto":
                     raise
+                missing = str(error)
         transform = encoder.transform if encoder else eval_transform(32)
 
         def compute(rows: np.ndarray) -> dict:
@@ -311,13 +311,14 @@ class Inference:
                     features.append(encoder.features(images).float().cpu() if encoder else small[-1][:, :0])
             return {"small": torch.cat(small).numpy(), "features": torch.cat(features).numpy()}
 
-        folder = self.work / f"check-{data.stable_hash(self.pairs.fingerprint, str(encoder and name)):016x}"
+        marks = self.pairs.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
+        folder = self.work / f"check-{data.stable_hash(*marks):016x}"
         size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few rows
         self.keep(folder, rows, "check", compute, size)
         found = {"images at 8 x 8 pixels": torch.from_numpy(read_rows(folder, rows, size, "small"))}
         if encoder:
             found[name] = torch.from_numpy(read_rows(folder, rows, size, "features"))
-        return rows, found, [self.pairs.caption(row) for row in rows]
+        return found, [self.pairs.caption(row) for row in rows], missing
 
     def readable(self) -> Path:
         """Folder with pixel hashes and reasons (as in `codes`) of all rows, for reductions that need no codes."""

@@ -13,9 +13,22 @@ from torch import Tensor
 
 from tldr_reduction.cluster import nearest, train_kmeans
 
-CHECKED = 10_000  # maximum number of samples to compare; from larger data, this many are drawn at random
+CHECKED = 10_000  # maximum number of samples to compare; from larger data, this many are drawn
 DRAWS = 3  # number of random selections that coverage is compared with
 WORDS = 2000  # size of the vocabulary to compare captions
+
+
+def drawn(rows: np.ndarray, labels: np.ndarray | None, seed: int) -> np.ndarray:
+    """At most CHECKED of the rows (n,), ascending: those of whole clusters in random order, of which the last is cut.
+
+    So a sample is compared together with its copies, which single draws from millions would miss. labels (n,): clusters
+    of the rows, or None for single draws.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    if labels is not None:
+        order = order[np.argsort(rng.permutation(int(labels.max()) + 1)[labels[order]], kind="stable")]
+    return np.sort(rows[order[:CHECKED]])
 
 
 def cohesion(features: Tensor, labels: Tensor) -> float:

@@ -54,7 +54,7 @@ from tldr_reduction.inference import (
     read_rows,
 )
 from tldr_reduction.page import write_page
-from tldr_reduction.quality import caption_features, measured
+from tldr_reduction.quality import caption_features, drawn, measured
 from tldr_reduction.report import (
     Outcome,
     distinct_images,
@@ -164,7 +164,7 @@ def write_images(pairs, kept: Container[int], out: Path, extract: bool, process:
     """Return {row: image path below `out`}, images/SHARD/NAME, of the samples in the written shards.
 
     `extract`: also write these image files; the shards are distributed over ranks. Without it,
-    `tar -xf DIR/shards/SHARD.tar -C DIR/images/SHARD` gives the same files.
+    `tar -xf DIR/shards/SHARD.tar -C DIR/images/SHARD` gives the same files, except for names with a folder.
     """
     paths: dict[int, str] = {}
     for number in range(len(pairs.paths)):
@@ -220,7 +220,7 @@ def dry_run(cfg: ReduceConfig) -> None:
         name = cfg.recipe if cfg.recipe in SETS else "cc3m"
         n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
     cfg = check_reduction(cfg, n)
-    kept = n if cfg.select == "all" else round(n * cfg.keep)
+    kept = n if cfg.select == "all" else kept_by(cfg.match) if cfg.match else round(n * cfg.keep)
     more = f", and up to one more in each of {cfg.clusters:,} clusters" if cfg.clustered else ""
     rows = [("samples", f"{n:,} ({what})"), ("kept", f"{kept:,}{more}")]
     if cfg.itm_keep is not None:
@@ -288,24 +288,32 @@ def check_selection(
     pixels: np.ndarray,
     kept: np.ndarray,
     clusters: Clusters | None,
-) -> dict[str, dict]:
-    """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}.
+) -> tuple[dict[str, dict], str]:
+    """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}; and
+    a sentence about features that are missing, or "".
 
     good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
-    a copy is so similar to its original that any other selection would seem worse. {} on ranks other than 0, with
-    --check none, and if all samples are kept or the selection is random itself.
+    a copy is so similar to its original that any other selection would seem worse. No features on ranks other than
+    0, with --check none, and if all samples are kept or the selection is random itself.
     """
     compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
     if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(compared):
-        return {}
-    rows, features, captions = inference.checks(compared)
+        return {}, ""
+
+    def labels_of(rows: np.ndarray) -> np.ndarray | None:
+        return None if clusters is None else clusters.assignment[np.searchsorted(good, rows)].numpy()
+
+    rows = drawn(compared, labels_of(compared), cfg.seed) if inference.process.main else None
+    rows = run.broadcast(rows, inference.process)
+    features, captions, missing = inference.checks(rows)
     chosen = torch.from_numpy(np.isin(rows, kept))
     if not inference.process.main or not chosen.any() or chosen.all():
-        return {}
+        return {}, missing
     if (words := caption_features(captions)) is not None:
         features["captions"] = words
-    labels = None if clusters is None else clusters.assignment[np.searchsorted(good, rows)]
-    return {name: {"samples": len(rows), **measured(x, labels, chosen, cfg.seed)} for name, x in features.items()}
+    labels = None if clusters is None else torch.from_numpy(labels_of(rows))
+    found = {name: {"samples": len(rows), **measured(x, labels, chosen, cfg.seed)} for name, x in features.items()}
+    return found, missing
 
 
 def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> tuple[dict[int, str], dict[int, str]]:
@@ -429,7 +437,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
 
     # Comparison with a random selection
     with timed(seconds, "check"):
-        checks = check_selection(cfg, inference, good, pixels[good], kept, clusters)
+        checks, missing = check_selection(cfg, inference, good, pixels[good], kept, clusters)
 
     # Captions of the kept, and their scores
     with timed(seconds, "captions"):
@@ -448,7 +456,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
         found = Outcome(good, selected, kept, pixels, reasons, codes, clusters)
         report, columns = write_tables(cfg, pairs, found, images, captions, generated, itm)
         report["checks"] = checks
-        report["notes"] = notes_of(cfg, report, len(good))
+        report["notes"] = notes_of(cfg, report, len(good), missing)
         write_page(Path(cfg.out) / "report.html", cfg, pairs, report, columns)
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     checkpoints.write_json(Path(cfg.out) / "report.json", report)

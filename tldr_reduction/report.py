@@ -14,7 +14,7 @@ from tldr_reduction.cluster import Clusters, in_cluster
 from tldr_reduction.config import ReduceConfig, without_effect
 from tldr_reduction.eval import itm_histogram
 
-SAME = 0.01  # difference of two coverages (mean cosines) up to which they are called equal
+SAME = 0.005  # difference of two coverages (mean cosines) up to which they are called equal
 
 
 class Outcome(NamedTuple):
@@ -226,14 +226,19 @@ def self_score(cfg: ReduceConfig) -> str | None:
     return None
 
 
-def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
+def notes_of(cfg: ReduceConfig, report: dict, readable: int, unchecked: str = "") -> list[str]:
     """Sentences about missing parts, settings without effect, and what a selection by clusters gained, for report.json,
     report.html and the terminal.
 
     `report` has the entries of `summary_of`, of the captions and of the checks; `readable` is the number of readable
-    samples.
+    samples; `unchecked` says why features of an encoder are not among the checks.
     """
     captions, notes = report["captions"], coverage_notes(report.get("checks", {}))
+    if unchecked:
+        notes += [f"The selection was not compared on features of an independent encoder: {unchecked}."]
+    if cfg.data.endswith(".json"):
+        root = cfg.image_root or Path(cfg.data).parent
+        notes += [f"Images were not copied: pass --image-root {root} beside the new annotation.json."]
     distinct = readable - report["identical_images"]
     if cfg.clustered and cfg.drop_duplicates and report["identical_images"] and distinct <= cfg.keep * readable:
         notes += [
@@ -245,7 +250,7 @@ def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
     if cfg.clustered and share > cfg.keep + 0.02:
         notes += [
             f"{100 * share:.1f} % are kept, more than --keep {cfg.keep:g}: the number of samples of each of the "
-            f"{cfg.clusters:,} clusters is rounded up. Fewer --clusters come closer."
+            f"{cfg.clusters:,} clusters is rounded up.{' Fewer --clusters come closer.' * (cfg.clusters > 1)}"
         ]
     if flags := without_effect(cfg, report["samples"]):
         have = "has" if len(flags) == 1 else "have"

@@ -70,7 +70,14 @@ class WordPiece:
         elif str(vocab).endswith(".txt"):
             raise FileNotFoundError(f"vocabulary {vocab} does not exist: name a vocab.txt, or bert-base-uncased")
         else:
-            self.tokenizer = Tokenizer.from_pretrained(str(vocab))
+            try:
+                self.tokenizer = Tokenizer.from_pretrained(str(vocab))
+            except Exception as error:  # the hub and the network raise all kinds
+                why = " ".join(str(error).split())[:120]
+                raise ValueError(
+                    f"vocabulary {vocab} is no file, and the Hugging Face hub does not give it ({why}); a vocab.txt or "
+                    "a folder with tokenizer.json will do, too"
+                ) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         size = self.tokenizer.get_vocab_size(with_added_tokens=False)
