@@ -32,6 +32,22 @@ def test_shares_are_as_declared_and_bad_ones_stay_bad():
         assert abs(wrong - 30 * percent) < 120
 
 
+def test_bad_captions_of_one_kind():
+    for kind in ("other", "generic", "mixed"):
+        found = [pool.caption(str(key), "true one", NAMES, "n3", 30, kind) for key in range(3000)]
+        bad = [text for text, noise in found if noise != "name"]
+        assert {noise for _, noise in found} == {"name", kind} and abs(len(bad) - 900) < 120
+        assert [noise == "name" for _, noise in found] == [
+            pool.caption(str(key), "true one", NAMES, "n3", 30)[1] == "name" for key in range(3000)
+        ]  # the same samples are bad
+        if kind == "mixed":
+            both = [sorted(text.split()) for text in bad]
+            assert all("n3" in words and len(set(words)) == 2 and set(words) <= set(NAMES) for words in both)
+            assert 300 < sum(text.startswith("n3 ") for text in bad) < 600
+        else:
+            assert set(bad) <= set(pool.GENERIC if kind == "generic" else NAMES) - {"n3"}
+
+
 def test_a_pool_is_written(in_process, tmp_path):
     scenes = []
     for i in range(8):

@@ -9,7 +9,7 @@ import tyro
 from shared.study import verdicts
 from shared.study.runner import Stage, in_order
 from tldr_reduction import config, study
-from tldr_reduction.study import IN_EACH, POOLS, REDUCTIONS, STUDY, WHERE, shards
+from tldr_reduction.study import IN_EACH, KINDS, POOLS, REDUCTIONS, STUDY, WHERE, shards
 
 
 def test_reductions_of_a_pool_take_turns():
@@ -34,7 +34,7 @@ def test_arms_are_trained_on_the_reduction_they_are_named_after():
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
         parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[1:])
-        whole = {"full": "", "full-clean": "-clean", "full-noisy": "-noisy"}.get(arm.name)
+        whole = {f"full{pool}": pool for pool in ("", *WHERE)}.get(arm.name)
         assert parsed.data == (f"{runs}/reduced/{arm.name}-seed7/shards" if whole is None else shards(whole))
         assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and parsed.lock_image
 
@@ -48,7 +48,8 @@ def test_reductions_are_of_their_pool_and_equal_in_number():
         parsed = tyro.cli(config.ReduceConfig, args=words[1:])
         assert parsed.data == shards(pool) and parsed.seed == 7 and parsed.out == f"{runs}/{stage.name}-seed7"
         assert parsed.work == f"{runs}/work{pool}-seed7" and parsed.clusters > 1000
-        assert parsed.match in (None, f"{runs}/reduced/codes{pool}-seed7")
+        pictures = "" if pool in KINDS else pool
+        assert parsed.match in (None, f"{runs}/reduced/codes{pictures}-seed7")
         assert (parsed.match is not None) == name.startswith("random")
         assert parsed.predictions is None or parsed.predictions.startswith(POOLS[pool][1])
         assert (parsed.check == "auto") == (name == "codes")  # one arm measures cohesion and coverage

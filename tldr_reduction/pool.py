@@ -2,11 +2,11 @@
 captions of scenes (shared/corpora/scenes.py), of which many are near copies of others.
 
     OUT/noise-NN/           shards with NN % of bad captions: half of them exchanged with another concept's name, half
-                            generic; the others are true, the name with some of its tags
+                            generic (--bad: of one kind); the others are true, the name with some of its tags
     OUT/oracle-NN.json      captions for --predictions: an oracle's, which knows the true name and is wrong in NN %
 
 A sample that is bad in a pool is also bad in pools with more noise; everything depends only on the sample's key. Each
-json holds its scene ("original"), true "name" and kind of caption ("noise": name, other or generic).
+json holds its scene ("original"), true "name" and kind of caption ("noise": name, other, generic or mixed).
 
 `--validation DIR` writes a classification set for choosing hyperparameters: new scenes of drawings in the training
 styles that no training scene shows. The tests are other scenes: names_id of the same drawings, names_ood of a style
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -35,19 +36,26 @@ class Config:
     """Folder to write; a finished one is not changed."""
     noise: tuple[int, ...] = (0, 30, 60)
     """Percent of bad captions of each pool."""
+    bad: Literal["halves", "other", "generic", "mixed"] = "halves"
+    """Bad captions are another concept's name (other), generic, the true name and another's (mixed), or in halves other
+    and generic."""
     oracle: tuple[int, ...] = (20, 50, 80)
     """Percent of wrong names of each oracle."""
     validation: Path | None = None
     """Write this classification set instead, for the scenes of --source; a finished one is not changed."""
 
 
-def caption(key: str, true: str, names: list[str], name: str, percent: int) -> tuple[str, str]:
+def caption(key: str, true: str, names: list[str], name: str, percent: int, bad: str = "halves") -> tuple[str, str]:
     """Caption and kind of one sample in the pool with `percent` bad captions."""
     rng = random.Random(data.stable_hash("noise", key))
     place, other = rng.random() * 100, rng.choice([each for each in names if each != name])
     if place >= percent:
         return true, "name"
-    return (other, "other") if rng.random() < 0.5 else (rng.choice(GENERIC), "generic")
+    if bad == "halves":
+        bad = "other" if rng.random() < 0.5 else "generic"
+    if bad == "mixed":
+        return " ".join(rng.sample([name, other], 2)), bad
+    return other if bad == "other" else rng.choice(GENERIC), bad
 
 
 def told(key: str, names: list[str], name: str, percent: int) -> str:
@@ -87,6 +95,7 @@ def main(cfg: Config) -> None:
     if cfg.validation:
         return write_validation(checkpoints.read_json(source / "manifest.json")["setting"], cfg.validation)
     made = {"recipe": RECIPE, "noise": list(cfg.noise), "oracle": list(cfg.oracle)}
+    made |= {"bad": cfg.bad} if cfg.bad != "halves" else {}
     made["scenes"] = data.fingerprint((source / "manifest.json").read_bytes())
     if (out / "manifest.json").is_file():
         if checkpoints.read_json(out / "manifest.json") == made:
@@ -102,7 +111,7 @@ def main(cfg: Config) -> None:
             rows = []
             for key, picture, about in everything[number : number + 1000]:
                 name = about["names"][0]
-                text, kind = caption(key, about["captions"]["tags"], names, name, percent)
+                text, kind = caption(key, about["captions"]["tags"], names, name, percent, cfg.bad)
                 said = {"original": about["original"], "name": name, "noise": kind}
                 rows.append({"__key__": key, "png": picture, "txt": text, "json": json.dumps(said)})
             tars.write_tar(folder / f"{number // 1000:05}.tar", rows)

@@ -7,7 +7,7 @@ ImageNet, too) are trained on the whole pool or on a reduction of it, for the sa
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
 distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and a
 second caption corrects them. What selection adds would vanish without copies; what refinement adds would vanish with
-true captions, or with a captioner that is never right. The study varies these shares.
+true captions, or with a captioner that is never right. The study varies these shares, and the kinds of bad captions.
 """
 
 import csv
@@ -43,6 +43,9 @@ POOLS = {  # name: its scenes, its folder, percent of bad captions
     "-noisy": ("data/tldr-scenes", "data/tldr", 60),
     "-half": ("data/tldr-scenes-half", "data/tldr-half", 30),
     "-distinct": ("data/tldr-scenes-distinct", "data/tldr-distinct", 30),
+    "-other": ("data/tldr-scenes", "data/tldr-other", 30),
+    "-generic": ("data/tldr-scenes", "data/tldr-generic", 30),
+    "-mixed": ("data/tldr-scenes", "data/tldr-mixed", 30),
 }
 WHERE = {  # what differs from the main pool
     "-clean": "all captions true",
@@ -50,7 +53,13 @@ WHERE = {  # what differs from the main pool
     "-half": "half of the pictures are copies",
     "-distinct": "no copies",
 }
-IN_EACH = ("random", "codes", "random-refined", "tldr", "full-refined")  # reductions of each pool
+IN_EACH = ("random", "codes", "random-refined", "tldr", "full-refined")  # reductions of each pool in WHERE
+KINDS = {  # pools of the same pictures with bad captions of one kind; they have two arms
+    "-other": "30 % name another emoji",
+    "-generic": "30 % are generic",
+    "-mixed": "30 % name another emoji, too",
+}
+OF_KINDS = ("random", "random-refined")
 SETS = tuple(f"data/tldr-scenes/eval/names_{split}" for split in ("id", "ood"))
 BEFORE = (
     Once(f"shared.corpora.scenes --out data/tldr-scenes {SCENES} --distinct 1000 --skew 1.3"),
@@ -62,6 +71,13 @@ BEFORE = (
             f"shared.corpora.scenes --out data/tldr-scenes{pool} {SCENES} {copies}",
             f"tldr_reduction.pool --source data/tldr-scenes{pool} --out data/tldr{pool}",
         )
+    ),
+    *(
+        Once(
+            f"tldr_reduction.pool --bad {pool[1:]} --noise 30 --oracle 20 --out data/tldr{pool}",
+            arms=tuple(f"{name}{pool}" for name in OF_KINDS),
+        )
+        for pool in KINDS
     ),
 )
 
@@ -79,7 +95,7 @@ def oracle(pool: str, wrong: int = 20) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- reductions
 
-AS_MANY = "--select random --match {reduced/codes%s}"  # as many pairs as the selection by codes of the same pool
+AS_MANY = "--select random --match {reduced/codes%s}"  # as many pairs as the selection by codes of the same pictures
 REDUCTIONS = {  # name: (pool, flags)
     "codes": ("", "--captions original --check auto"),
     "random": ("", f"{AS_MANY % ''} --captions original"),
@@ -102,6 +118,11 @@ REDUCTIONS = {  # name: (pool, flags)
             ("tldr", f"--predictions {oracle(pool)}"),
             ("full-refined", f"--select all --predictions {oracle(pool)}"),
         )
+    },
+    **{
+        f"{name}{pool}": (pool, f"{AS_MANY % ''} {captions}")
+        for pool in KINDS
+        for name, captions in zip(OF_KINDS, ("--captions original", f"--predictions {oracle(pool)}"), strict=True)
     },
 }
 # More clusters than distinct scenes of the main pool: a cluster is then a scene with its copies, of which one or a
@@ -161,6 +182,11 @@ ARMS = (  # T_o: original captions, T_g: an oracle's, wrong in 20 % unless said 
         )
     ),
     *(
+        on(f"{name}{pool}", f"{heading}; {where}")
+        for pool, where in KINDS.items()
+        for name, heading in zip(OF_KINDS, ("third at random, T_o", "third at random, T_o; T_g"), strict=True)
+    ),
+    *(
         Arm(
             f"full{pool}",
             f"train emoji-scenes --data {shards(pool)} --steps {STEPS}",
@@ -207,6 +233,10 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
         Claim(f"{what}; {where}", None, SCORE, f"{method}{pool}", f"random{pool}")
         for pool, where in WHERE.items()
         for what, method in (("selection above random", "codes"), ("refinement above T_o", "random-refined"))
+    ),
+    *(
+        Claim(f"refinement above T_o; {where}", None, SCORE, f"random-refined{pool}", f"random{pool}")
+        for pool, where in KINDS.items()
     ),
     *(
         Claim(f"TL;DR below full data, refined; {where}", None, SCORE, f"tldr{pool}", f"full-refined{pool}", -1)
@@ -346,11 +376,14 @@ def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
         "-clean": "true captions",
         "": "30 % bad",
         "-noisy": "60 % bad",
-        "-half": "30 % bad, half copies",
-        "-distinct": "30 % bad, no copies",
+        "-half": "30 % bad,\nhalf copies",
+        "-distinct": "30 % bad,\nno copies",
+        "-other": "30 %\nanother",
+        "-generic": "30 %\ngeneric",
+        "-mixed": "30 %\nmixed",
     }
     pools = {pool: label for pool, label in pools.items() if f"random{pool}" in arms}
-    figure, axis = plt.subplots(figsize=(7, 3.8))
+    figure, axis = plt.subplots(figsize=(9, 3.8))
     for shift, (method, label) in enumerate((("codes", "selection by codes"), ("random-refined", "refined captions"))):
         shown = [pool for pool in pools if {f"{method}{pool}", f"random{pool}"} <= arms.keys()]
         added = [
