@@ -1,4 +1,4 @@
-"""BLIP against the authors' numbers, and its towers, queue, shared parameters and two processes."""
+"""BLIP against the authors' numbers; its towers, queue and shared parameters; two processes against one."""
 
 import re
 
@@ -36,7 +36,7 @@ def vision_of(case: Case, state: dict) -> VisionTransformer:
 
 
 def text_of(case: Case, state: dict, prefix: str) -> TextTransformer:
-    """Dropout off: the golden numbers were made without."""
+    """A text tower with the sizes of the case, without dropout, as the golden numbers were made."""
     vocab, width = state[f"{prefix}embeddings.word_embeddings.weight"].shape
     return TextTransformer(
         vocab,
@@ -62,13 +62,13 @@ def blip_of(case: Case) -> BLIP:
 
 
 def load(model: torch.nn.Module, state: dict) -> None:
-    """Every array of the case must find its place; what the case lacks (BLIP's decoder in ITM cases) stays."""
+    """Load all arrays of the case; parameters that the case lacks (BLIP's decoder in ITM cases) are not changed."""
     problems = model.load_state_dict({k: v for k, v in state.items() if not k.endswith("position_ids")}, strict=False)
     assert not problems.unexpected_keys, problems.unexpected_keys
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By every name that a shared parameter has."""
+    """Gradients by name; a shared parameter is listed under each of its names."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
 
@@ -143,7 +143,7 @@ def test_negatives_are_drawn_as_by_multinomial():
 
 def test_places_of_targets():
     ids = torch.tensor([[101, 7, 8, 9, 102], [101, 7, 102, 0, 0]])
-    assert target_places(ids).tolist() == [0, 1, 2, 3, 5, 6]  # of the tokens before them
+    assert target_places(ids).tolist() == [0, 1, 2, 3, 5, 6]  # positions of the tokens before the targets
     assert target_places(ids, prompt_length=2).tolist() == [1, 2, 3, 6]
     torch.manual_seed(0)
     decoder = TextDecoder(TextTransformer(110, 16, 1, 2, 8, 16)).eval()
@@ -164,7 +164,7 @@ def test_decoder_shares_all_but_self_attention():
 
 @pytest.mark.parametrize("stage", ["blip", "captioner"])
 def test_checkpointing_changes_no_gradient(stage: str):
-    """Dropout and stochastic depth repeat."""
+    """Recomputed activations have the same dropout and stochastic depth."""
     found = []
     for on in (False, True):
         torch.manual_seed(0)
@@ -191,12 +191,12 @@ def test_vision_tower_is_timms():
 
 
 def blip_rank(rank: int, world: int) -> dict[str, torch.Tensor]:
-    """Losses and averaged gradients of a tiny BLIP on this rank's part of eight pairs, with given negatives."""
+    """Losses and averaged gradients of a tiny BLIP on this rank's share of eight pairs, with given negatives."""
     model = tiny_blip(queue_size=16)
     generator = torch.Generator().manual_seed(3)
     image = torch.randn(8, 3, 16, 16, generator=generator)
     ids = torch.randint(4, 28, (8, 9), generator=generator)
-    lengths = torch.tensor([9, 4, 6, 9, 5, 3, 5, 4])  # of the second half none is as wide as the batch
+    lengths = torch.tensor([9, 4, 6, 9, 5, 3, 5, 4])  # none in the second half is as long as the longest of all
     mask = (torch.arange(9) < lengths[:, None]).long()
     ids = ids * mask
     negatives = torch.tensor([3, 2, 7, 0, 1, 4, 5, 6]), torch.tensor([5, 6, 1, 2, 0, 7, 3, 4])
@@ -221,7 +221,7 @@ def test_two_processes_give_one_blips_gradients(tmp_path):
 
 
 def test_ranks_agree_on_widths_without_a_wait(watch, monkeypatch: pytest.MonkeyPatch):
-    """Of captions of which another process has longer ones."""
+    """Ids are padded to the longest caption of all processes, without waiting for a GPU."""
     model = tiny_blip(queue_size=16).eval()
     ids, negatives = torch.randint(4, 28, (4, 5)), (torch.tensor([4, 5, 6, 7]), torch.tensor([1, 2, 3, 0]))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

@@ -1,4 +1,4 @@
-"""Where a codebook starts. What the captioner's program does end to end is in test_tldr_reduction_train.py."""
+"""Initialization of the codebook. test_tldr_reduction_train.py tests the captioner's program end to end."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from tldr_reduction.model import build
 
 
 def test_keyword_start(folder, monkeypatch, tiny):
-    """The paper's codebook: keywords by a text encoder, onto the tokens' mean and spread; same on every call."""
+    """The paper's codebook: embedded keywords, scaled to the tokens' mean and variance; equal on every call."""
 
-    def embed(texts: list[str]) -> torch.Tensor:  # a vector of its own for every text
+    def embed(texts: list[str]) -> torch.Tensor:  # a different vector for every text
         seeds = [torch.Generator().manual_seed(data.stable_hash(text)) for text in texts]
         return torch.stack([torch.randn(16, generator=seed) for seed in seeds])
 

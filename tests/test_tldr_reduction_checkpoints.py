@@ -1,4 +1,4 @@
-"""Weights from elsewhere: the authors' files, transformers' BLIP, BERT, and released files made runs."""
+"""Weights of the authors' files, transformers' BLIP and BERT; conversion of released files to run folders; exports."""
 
 import pytest
 import torch
@@ -25,7 +25,8 @@ def test_without_a_network_the_flag_of_the_weights_is_named(monkeypatch: pytest.
 
 
 def test_authors_layout_loads(tmp_path):
-    """A file with their keys: momentum copies, queues, position_ids, another grid, a codebook that has no place."""
+    """A file with the authors' keys, among them momentum copies, queues and position_ids; the model has another grid
+    and no codebook."""
     torch.manual_seed(1)
     source = tiny_captioner()
     state = {name: torch.randn_like(value) for name, value in source.state_dict().items()}
@@ -48,7 +49,7 @@ def test_authors_layout_loads(tmp_path):
 
 
 def test_hugging_face_blip_agrees():
-    """transformers' own BLIP as a second opinion: same weights, same matching logits and cosines."""
+    """With the same weights, transformers' BLIP has the same matching logits and cosines."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -74,7 +75,7 @@ def test_hugging_face_blip_agrees():
 
 
 def test_a_released_file_becomes_a_run(tmp_path, capsys):
-    """A scorer's file without decoder, as BLIP's for retrieval are; its sizes are read from the tensors."""
+    """A file without decoder, as BLIP's for retrieval are, becomes a scorer; its sizes are read from the tensors."""
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(24))]) + "\n")
     torch.manual_seed(2)
     source = tiny_blip()
@@ -99,7 +100,7 @@ def test_a_released_file_becomes_a_run(tmp_path, capsys):
 
 
 def test_bert_starts_the_text_towers(tmp_path):
-    """Encoder, decoder with its own self-attention, LM head; cross-attention, [DEC] and [ENC] stay as they were."""
+    """Encoder, decoder and LM head have BERT's weights; cross-attention, [DEC] and [ENC] are not changed."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=28, max_position_embeddings=24, **sizes))
@@ -121,7 +122,7 @@ def test_bert_starts_the_text_towers(tmp_path):
 
 
 def test_runs_are_exported_for_stock_blip_and_transformers(tmp_path, capsys):
-    """blip.pth has {"model": ...} with all of BLIP's names; transformers' classes load the folders and agree."""
+    """blip.pth has all of BLIP's names under "model"; transformers' classes load the folders, with equal outputs."""
     transformers = pytest.importorskip("transformers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", *map(str, range(22))]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -140,7 +141,7 @@ def test_runs_are_exported_for_stock_blip_and_transformers(tmp_path, capsys):
         (tmp_path / "out/checkpoint.pt").touch()
         checkpoints.export_blip(model, config.Config(**sizes), tokenizer, tmp_path / "out")
     sizes.pop("embed_dim")
-    codes = tiny_captioner().eval()  # transformers has no place for a codebook
+    codes = tiny_captioner().eval()  # transformers' BLIP has no codebook
     checkpoints.export_blip(codes, config.CaptionerConfig(**sizes), tokenizer, tmp_path / "codes")
     assert "nothing for transformers" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "codes").iterdir()] == ["blip.pth"]

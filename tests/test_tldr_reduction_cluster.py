@@ -44,7 +44,7 @@ def test_selection(case):
 
 def test_whitening_of_constant_positions():
     codes = torch.randint(0, 50, (200, 12), generator=torch.Generator().manual_seed(0))
-    codes[:, 3], codes[:, 7] = 9, codes[:, 2]  # constant, and rank-deficient
+    codes[:, 3], codes[:, 7] = 9, codes[:, 2]  # one constant position, and one equal to another
     features = whiten(codes, 256)
     assert features.shape == (200, 10) and features.isfinite().all()
     torch.testing.assert_close(features.norm(dim=1), torch.ones(200))
@@ -55,7 +55,7 @@ def test_whitening_of_constant_positions():
 
 
 def test_whitening_is_trained_on_the_rows_that_faiss_takes():
-    codes = torch.randint(0, 50, (2600, 2), generator=torch.Generator().manual_seed(0))  # over 1000 rows a dimension
+    codes = torch.randint(0, 50, (2600, 2), generator=torch.Generator().manual_seed(0))  # over 1000 rows per dimension
     pca = faiss.PCAMatrix(2, 2, -0.5)
     pca.train(codes.float().numpy())
     theirs = F.normalize(torch.from_numpy(pca.apply(codes.float().numpy())), dim=1)
@@ -106,7 +106,8 @@ def test_selections():
 
 
 def test_a_drawn_start_favours_no_member():
-    """As many of each cluster as from the first on, evenly spaced in a ring; over seeds all members alike."""
+    """As many members of each cluster are kept as when counting from the first, cyclically at equal distances; over
+    many seeds, all members are kept equally often."""
     assignment = torch.arange(70) % 7
     assignment[assignment == 4] = 5  # an empty cluster, and one of 20
     counts = torch.zeros(70)

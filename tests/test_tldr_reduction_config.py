@@ -68,7 +68,7 @@ def test_dry_runs_need_no_data(script, preset, capsys):
     small = dict(width=64, layers=1, heads=2, text_width=64, text_layers=1, text_heads=2, code_dim=64, queue_size=1260)
     small |= dict(
         dataset_size=100_000, clip_model="ViT-emoji", lock_image=False, data="", image_size=32
-    )  # for the time it takes
+    )  # to save time
     small = {name: value for name, value in small.items() if hasattr(cfg, name)}
     script.dry_run(dataclasses.replace(cfg, **small))
     printed = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_dry_runs_need_no_data(script, preset, capsys):
 def test_a_run_has_exactly_its_steps_and_the_same_total_decay():
     preset = config.PRESETS["emoji-scenes"][1]
     whole = config.for_steps(dataclasses.replace(preset, steps=217), 31)
-    assert dataclasses.replace(whole, steps=None) == preset  # seven epochs of 31 steps are what it has
+    assert dataclasses.replace(whole, steps=None) == preset  # the preset has seven epochs, of 31 steps here
     third = config.for_steps(dataclasses.replace(preset, steps=217), 10)
     assert (third.epochs, third.warmup) == (22, 10)  # the last epoch has seven steps
     assert third.lr_decay_rate**21.7 == pytest.approx(preset.lr_decay_rate**preset.epochs)

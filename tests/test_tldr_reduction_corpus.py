@@ -1,4 +1,4 @@
-"""The noisy pool: its captions' noise, and a pool of another version."""
+"""The noisy pool: noise of its captions, and replacement of a pool of another version."""
 
 import json
 
@@ -9,7 +9,7 @@ from tldr_reduction import corpus
 
 
 def test_corpus_is_declared(tmp_path):
-    """Noise by key, in the declared shares; the clean style is not in the pool."""
+    """Kinds of noise have the declared shares and depend only on the key."""
     names = ["a", "b", "c"]
     kinds = []
     for key in range(2000):
@@ -24,7 +24,7 @@ def test_corpus_is_declared(tmp_path):
 
 
 def test_a_corpus_of_another_version_leaves_nothing_behind(tmp_path):
-    """Neither shards beyond the new ones, nor a word that all is up to date before it is."""
+    """Old shards are deleted, and noise.json is missing until everything is written."""
     about = [{"name": f"n{i}", "tags": ["t"], "style": "noto" if i % 2 else "twemoji"} for i in range(6)]
     source, out = tmp_path / "emoji", tmp_path / "tldr"
     corpus.write(source / "train", [(str(i), b"png", "", each) for i, each in enumerate(about)])

@@ -44,7 +44,7 @@ def test_annotations_are_parsed_once_a_machine_and_mapped(tmp_path: Path, monkey
     plain = open_pairs(str(path))
     monkeypatch.setattr(index, "LARGE", 0)
     first = open_pairs(str(path), cache=str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "read_annotations", None)  # what follows may not parse it again
+    monkeypatch.setattr(datasets, "read_annotations", None)  # from here on, the file must not be parsed again
     again, few = (open_pairs(str(path), limit=limit, cache=str(tmp_path / "cache")) for limit in (None, 7))
     assert isinstance(again.keys.text, np.memmap) and isinstance(again._captions.text, np.memmap)
     assert plain.fingerprint == first.fingerprint == again.fingerprint != few.fingerprint

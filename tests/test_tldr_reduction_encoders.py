@@ -1,4 +1,4 @@
-"""Encoders from elsewhere, with random weights where the real ones would be fetched, and their k-means codebooks."""
+"""Pretrained encoders, with random weights in place of those that would be downloaded, and their k-means codebooks."""
 
 import numpy as np
 import open_clip
@@ -55,7 +55,7 @@ def test_what_cannot_be_had_is_said(name, words):
 
 
 def test_codes_are_those_of_the_nearest_centroid():
-    """Codes are numbered along the first axis, so that near numbers are alike; the same tokens, the same codes."""
+    """Codes are numbered along the first axis, near numbers are similar codes; equal tokens get equal codes."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(50, 9, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0]) + 5
     codebook = encoders.fit_codebook(tokens, 16, 2, seed=0)

@@ -41,7 +41,7 @@ def test_retrieval_recall(case):
 
 def test_recall_takes_blips_dicts_and_images_without_captions():
     i2t = np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.2], [0.0, 0.3, 0.1]], np.float32)
-    own = {0: [0], 1: [], 2: [2, 1]}  # the second image has none: no rank, a miss
+    own = {0: [0], 1: [], 2: [2, 1]}  # the second image has no caption, which is a miss
     of_text = {0: 0, 1: 2, 2: 2}
     metrics = retrieval_recall(i2t, i2t.T.copy(), of_text, own)
     assert metrics["txt_r1"] == metrics["txt_r10"] == pytest.approx(200 / 3)
@@ -59,7 +59,7 @@ def test_scores_are_of_the_kept_pairs_before_and_after():
     assert found == pytest.approx(
         {"itm/before_mean": 35, "itm/before_below_cut": 50, "itm/after_mean": 55, "itm/after_below_cut": 50}
     )
-    median = evaluation.score_metrics({"itm": {"before": {"cut": 0.2}}}, lines)  # of cosines
+    median = evaluation.score_metrics({"itm": {"before": {"cut": 0.2}}}, lines)  # a median, as of cosines
     assert (median["itm/before_below_cut"], median["itm/after_below_cut"]) == (50, 0)
     assert evaluation.score_metrics({}, [{"key": "a"}]) == {}
 

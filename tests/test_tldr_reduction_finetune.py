@@ -1,4 +1,4 @@
-"""The prompt is no target of fine-tuning, and the codebook is left behind unless it is wanted."""
+"""Fine-tuning keeps the codebook on request and needs --init."""
 
 import pytest
 import torch

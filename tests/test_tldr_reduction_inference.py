@@ -1,4 +1,4 @@
-"""Codes by row, and what is kept of a reduction: only missing rows are worked out."""
+"""Codes in the order of samples, and saved outputs of a reduction, of which only missing rows are computed."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def test_extract_codes_is_by_index():
 
 
 def test_rows_are_kept_and_mended(tmp_path):
-    """Only what is missing is worked out; a file that is no longer whole is made again."""
+    """Only missing rows are computed; a damaged file is computed again."""
     rows, asked = np.array([0, 1, 5, 9, 10, 11]), []
 
     def compute(missing: np.ndarray) -> dict:
@@ -73,7 +73,7 @@ class Noise:
 
 
 def test_each_image_is_encoded_once(tmp_path, monkeypatch):
-    """Those that a codebook is fitted on, too; a run that finds the codebook and encodes all gives the same codes."""
+    """This holds for images that the codebook is fitted to, too; a run that finds the codebook gives the same codes."""
     monkeypatch.setattr(inference, "FITTED", 7)
     seen: list[int] = []
 
@@ -91,7 +91,7 @@ def test_each_image_is_encoded_once(tmp_path, monkeypatch):
         folder = passes.codes(None)
         found = [read_rows(folder, rows, cfg.chunk, name) for name in ("codes", "pixels", "reasons")]
         for path in folder.glob("0*.npz"):
-            path.unlink()  # the codebook stays, in a folder of its own
+            path.unlink()  # the codebook is in another folder and is kept
         return found
 
     first = codes()

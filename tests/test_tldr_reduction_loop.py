@@ -1,4 +1,4 @@
-"""What the training programs have in common: schedules by program, weights to start from, the plan of a dry run."""
+"""Code shared by the training programs: schedules, initial weights, the plan of a dry run."""
 
 import dataclasses
 

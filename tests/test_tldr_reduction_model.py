@@ -29,7 +29,7 @@ def leaf(x) -> torch.Tensor:
 
 
 def exact(number: float) -> float:
-    """Settings are stored as float32: 0.9, not 0.899999976."""
+    """Golden settings are stored as float32; returns 0.9 for 0.899999976."""
     return float(f"{number:.6g}")
 
 
@@ -156,12 +156,12 @@ def test_ties_go_to_the_lowest_code():
     quantize = VectorQuantizer(6, 4)
     with torch.no_grad():
         quantize.embedding.weight.copy_(torch.ones(6, 4))
-    whole = torch.randint(-9, 9, (2, 3, 4)).float()  # distances without rounding
+    whole = torch.randint(-9, 9, (2, 3, 4)).float()  # integers, so that distances have no rounding errors
     assert quantize(whole)[2].eq(0).all()
 
 
 def test_quantizer_gradients_by_autograd():
-    """The closed-form gradients are those of the written-out losses, with the straight-through estimator."""
+    """The closed-form gradients equal autograd's of the losses with the straight-through estimator."""
     torch.manual_seed(0)
     for legacy in (True, False):
         quantize = VectorQuantizer(7, 4, 0.3, legacy)
@@ -220,7 +220,7 @@ def test_rescaled_and_restarted_codebooks():
 
 
 def test_ema_quantizer_starts_sane():
-    """With cluster sizes that start at 1, one step does not blow the codes up."""
+    """With cluster sizes that start at 1, codes stay small after one step."""
     torch.manual_seed(0)
     quantize = EMAVectorQuantizer(8, 4)
     quantize(torch.randn(4, 5, 4))
@@ -228,7 +228,7 @@ def test_ema_quantizer_starts_sane():
 
 
 def test_generation_by_hand():
-    """Beams of the cached decoder against exhaustive scoring without cache; greedy follows the argmax."""
+    """Greedy search with the cache follows the argmax without cache; beams of an image do not depend on the batch."""
     model = tiny_captioner(quantize=False).eval()
     torch.manual_seed(1)
     image, prompt = torch.randn(3, 3, 16, 16), torch.tensor([2, 5, 6, 3])
@@ -253,7 +253,7 @@ def test_generation_by_hand():
 
 
 def test_a_learned_caption_is_written(tmp_path):
-    """Fine-tuning, tokenizer and generation together: [SEP] has another id in every vocabulary."""
+    """Fine-tuning, tokenizer and generation agree on the id of [SEP], which depends on the vocabulary."""
     (tmp_path / "vocab.txt").write_text("\n".join(build_vocab(["red apple", "blue car"])) + "\n")
     cfg = dataclasses.replace(
         config.FINETUNES["emoji"][1], vocab=str(tmp_path / "vocab.txt"), image_size=16, patch_size=8, width=32,

@@ -1,4 +1,4 @@
-"""report.html: all that a reduction has to show, and nothing of the data as markup."""
+"""report.html: every section is shown, and no text of the data is read as markup."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tldr_reduction.config import ReduceConfig
 
 
 class Pairs:
-    """Six pictures with a caption that would be a script; the last one is broken."""
+    """Six pictures whose captions are HTML scripts; the last one is broken."""
 
     keys = np.array([f"k{i}" for i in range(6)])
 
@@ -24,7 +24,7 @@ class Pairs:
 
 
 def write(path: Path) -> None:
-    """A page with every section."""
+    """Write a page with every section."""
     columns = {
         "key": Pairs.keys.tolist(),
         "kept": [1, 0, 1, 0, 0, 0],
@@ -63,7 +63,7 @@ def test_everything_is_shown_and_nothing_runs(tmp_path: Path):
 
 @pytest.mark.parametrize("width", (390, 1280))
 def test_it_reads_in_a_browser(tmp_path: Path, width: int):
-    """At the widths of a phone and of a desktop: nothing is fetched, every thumbnail is shown, nothing overflows."""
+    """At the widths of a phone and of a desktop, nothing is fetched, every thumbnail is shown and nothing overflows."""
     write(tmp_path / "report.html")
     seen = look(tmp_path / "report.html", tmp_path / "report.png", width)
     assert seen["requests"] == [(tmp_path / "report.html").as_uri()] and not seen["failed"] and not seen["messages"]

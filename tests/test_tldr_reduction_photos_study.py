@@ -1,4 +1,4 @@
-"""The study on photographs: another person's captions, and what a reduction keeps."""
+"""The study on photographs: captions T_g, measurements, and the order of reductions."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def pool(tmp_path: Path) -> Path:
 
 
 def test_predictions_are_what_others_said(pool: Path, tmp_path: Path):
-    for _ in range(2):  # what is there already is left as it is
+    for _ in range(2):  # the second call finds the file
         study.main(study.Config(data=str(pool), predictions=str(tmp_path / "said.json")))
     said = json.loads((tmp_path / "said.json").read_text())
     assert [each["caption"] for each in said[:3]] == ["A brown dog .", "It runs .", "A dog ."]

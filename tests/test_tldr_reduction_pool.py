@@ -1,5 +1,5 @@
-"""The planted pool: shares of bad captions and of wrong oracles, what is known of each sample, refusals; the set for
-choosing hyperparameters."""
+"""The planted pool: shares of bad captions and of wrong captions by oracles, the json of each sample, refusals; the
+validation set."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_bad_captions_of_one_kind():
         assert {noise for _, noise in found} == {"name", kind} and abs(len(bad) - 900) < 120
         assert [noise == "name" for _, noise in found] == [
             pool.caption(str(key), "true one", NAMES, "n3", 30)[1] == "name" for key in range(3000)
-        ]  # the same samples are bad
+        ]  # the same samples have bad captions
         if kind == "mixed":
             both = [sorted(text.split()) for text in bad]
             assert all("n3" in words and len(set(words)) == 2 and set(words) <= set(NAMES) for words in both)

@@ -1,4 +1,4 @@
-"""Cohesion of clusters and coverage of what is kept, on features where both are known."""
+"""Cohesion of clusters and coverage of selections, on features for which both are known."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tldr_reduction import quality
 def test_cohesion_and_coverage_by_hand():
     a, b = torch.tensor([1.0, 0]), torch.tensor([0, 2.0])
     features, labels = torch.stack([a, a, b, a]), torch.tensor([0, 0, 0, 1])
-    assert quality.cohesion(features, labels) == pytest.approx(1 / 3)  # one of three pairs is alike
+    assert quality.cohesion(features, labels) == pytest.approx(1 / 3)  # one of three pairs has equal features
     assert quality.cohesion(features, torch.arange(4)) == 0
     assert quality.coverage(features, torch.tensor([True, False, False, False])) == pytest.approx(2 / 3)
 
@@ -20,7 +20,7 @@ def test_clusters_that_are_some_and_clusters_that_are_none():
     centres, labels = torch.randn(8, 16, generator=generator), torch.arange(160) % 8
     features = centres[labels] + 0.2 * torch.randn(160, 16, generator=generator)
     kept = torch.zeros(160, dtype=torch.bool)
-    kept[:8] = True  # one of each
+    kept[:8] = True  # one of each cluster
     good = quality.measured(features, labels, kept, 0)
     assert good["cohesion"] > 0.9 > 0.3 > good["cohesion_shuffled"] and good["cohesion_kmeans"] > 0.6
     assert good["coverage"] > max(good["coverage_random"]) and len(good["coverage_random"]) == quality.DRAWS

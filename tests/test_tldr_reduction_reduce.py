@@ -46,7 +46,7 @@ def test_repeated_and_unknown_predictions():
 
 
 def test_only_the_caption_file_is_rewritten(tmp_path):
-    """Other texts of a sample stay as they are."""
+    """Other text files of a sample are not changed."""
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, "PNG")
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
@@ -81,7 +81,7 @@ def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
     for cluster in {line["cluster"] for line in lines}:
         members = [line for line in lines if line["cluster"] == cluster]
         distinct = [line["kept"] == "1" for line in members if not line["duplicate_of"]]
-        places = np.flatnonzero(distinct)  # of each other one, in a ring; a few more take the place of duplicates
+        places = np.flatnonzero(distinct)  # every other member, cyclically; a few more replace duplicates
         assert 0 <= len(places) - len(distinct) // 2 <= 2 and (np.diff(places) <= 2).all()
         assert [int(line["position"]) for line in members] == list(range(len(members)))
     kept = [line for line in lines if line["kept"] == "1"]
@@ -115,7 +115,7 @@ def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
     assert {entry["image"] for entry in entries} == {
         f"images/{pairs.shard_of(before[line['key']]):05}/{line['key']}.png" for line in kept
     }
-    with tarfile.open(out / "shards/00000.tar") as tar:  # the other files of a sample come along
+    with tarfile.open(out / "shards/00000.tar") as tar:  # the other files of a sample are copied
         assert {name.rpartition(".")[2] for name in tar.getnames()} == {"png", "txt", "json"}
 
 
@@ -138,7 +138,7 @@ def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_p
     settings = json.loads((out / "config.json").read_text())
     (tmp_path / "pool/00001.tar").unlink()
     refused(in_process(*command, module=REDUCE), "reduces other data than")
-    settings.pop("fingerprint")  # an older folder, which does not say
+    settings.pop("fingerprint")  # as in an older folder
     (out / "config.json").write_text(json.dumps(settings))
     assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
 
@@ -189,7 +189,7 @@ def test_a_scorer_must_give_numbers(in_process, folder, tmp_path, monkeypatch):
 
 
 def test_an_open_clip_model_scores(in_process, folder):
-    """Cosines, cut at the median before; they select, filter and are shown as matching probabilities are."""
+    """Its cosines are used for selection and reports as matching probabilities are; the cut is the median before."""
     torch.manual_seed(0)
     clip, _, transform = open_clip.create_model_and_transforms("ViT-emoji-32")
     export.write(folder / "clip-export", clip.eval(), export.named_config("ViT-emoji-32"), clip.state_dict(), transform)
@@ -219,7 +219,7 @@ ARMS = {
 
 
 def test_every_way_to_reduce(chain, cli, folder):
-    """They share codes, scores and captions with the first reduction."""
+    """All reductions share codes, scores and captions with the first one."""
     work = ["--work", chain["reduced"] / "work"]
     full = json.loads((chain["reduced"] / "report.json").read_text())["kept"]
     kept = {}
@@ -238,7 +238,7 @@ def test_every_way_to_reduce(chain, cli, folder):
     scores = sorted((float(line["itm"]) for line in kept["all"]), reverse=True)
     assert min(float(line["itm"]) for line in kept["itm"]) >= scores[full - 1] - 1e-4
     assert 0 < len(kept["release"]) < 80
-    assert [line["itm"] for line in kept["cls"]] != [line["itm"] for line in kept["all"]]  # not the scores in work/
+    assert [line["itm"] for line in kept["cls"]] != [line["itm"] for line in kept["all"]]  # not those in work/
     assert all(float(line["itm"]) >= scores[79] - 1e-4 for line in kept["release"])
 
 
@@ -251,7 +251,7 @@ def test_images_of_an_annotation_file_are_not_extracted(in_process, tmp_path):
 
 
 def test_annotation_json_in_and_out(chain, cli, folder, tiny):
-    """The authors' form of a data set: reduce reads it, and train.py reads unchanged what reduce wrote."""
+    """reduce reads an annotation file, the authors' form of a data set, and train.py reads the one it writes."""
     pairs, entries = open_pairs(str(folder / "pool")), []
     (folder / "images").mkdir()
     for row in range(96):
@@ -270,7 +270,7 @@ def test_annotation_json_in_and_out(chain, cli, folder, tiny):
 
 
 def test_extracted_images_are_what_stock_blip_trains_on(in_process, folder):
-    """It joins image_root and the annotation's image; so do we."""
+    """Image files are found by joining image_root and the annotation's image, as in stock BLIP."""
     out = folder / "extracted"
     words = [folder / "pool", "--select", "random", "--keep", "0.1", "--extract-images", "--out", out]
     finished(in_process(*words, module=REDUCE))
@@ -290,7 +290,7 @@ def test_the_tool_alone_codes_by_a_pretrained_encoder(in_process, folder):
     assert next(out.glob("work/codebook-*/codebook.npz")) and (out / "shards/00000.tar").exists()
     report = json.loads((out / "report.json").read_text())
     assert report["clusters"] == 5 and 40 <= report["kept"] <= 45 and "itm" not in report
-    assert set(report["checks"]) == {"images at 8 x 8 pixels", "captions"}  # EfficientNet has made the clusters
+    assert set(report["checks"]) == {"images at 8 x 8 pixels", "captions"}  # EfficientNet-Lite0 made the clusters
     assert report["codes_used"] <= 64
     refused(
         in_process(*command[:-4], "--out", folder / "no", "--encoder", "lite", module=REDUCE), "there is no encoder"
@@ -298,7 +298,8 @@ def test_the_tool_alone_codes_by_a_pretrained_encoder(in_process, folder):
 
 
 def test_identical_images_are_dropped_as_such(in_process, folder):
-    """Each image twice, by another key and caption: the second is a duplicate, and the share goes to others."""
+    """Each image occurs twice, with different keys: the second is dropped as a duplicate, and other images are kept
+    instead."""
     copies = folder / "copies"
     copies.mkdir()
     with tarfile.open(folder / "pool/00000.tar") as source, tarfile.open(copies / "00000.tar", "w") as target:
@@ -325,7 +326,7 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
     finished(in_process(copies, *more, "--out", folder / "copies-all", module=REDUCE))
     report = json.loads((folder / "copies-all/report.json").read_text())
     assert report["kept"] == 64 and report["notes"][0].startswith("Only 64 of 128 images are distinct")
-    assert report["checks"] == {}  # of the distinct images none is dropped
+    assert report["checks"] == {}  # no distinct image is dropped
 
 
 def test_a_killed_reduction_goes_on(chain, start, cli, folder):
@@ -399,13 +400,13 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         shutil.rmtree(folder / "wrong", ignore_errors=True)
     refused(in_process(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
     refused(in_process(pool, "--out", pool, module=REDUCE), "is the folder of the data")
-    own = chain["reduced"].parent / "own"  # shards as input, which the output would be mixed with
+    own = chain["reduced"].parent / "own"  # output shards would be mixed with those of the input
     shutil.copytree(chain["reduced"] / "shards", own / "shards")
     refused(in_process(own / "shards", "--out", own, module=REDUCE), "choose another --out")
 
 
 def test_dry_run_of_a_reduction(in_process, folder):
-    """Sizes of what is there, or of the recipe's data set; nothing is written."""
+    """It prints sizes of the data, or of the recipe's data set if they are missing or remote; it writes nothing."""
     out = folder / "dry"
     printed = finished(in_process(folder / "pool", "--keep", "0.5", "--dry-run", "--out", out, module=REDUCE)).out
     assert "160 (" in printed and "80, and up to one more in each of 5 clusters" in printed

@@ -35,7 +35,7 @@ def test_notes_are_about_what_is_missing():
 def test_notes_are_about_a_share_that_is_not_the_one_asked_for():
     (more,) = notes(FOUND | {"kept": 82}, scorer="c")
     assert more.startswith("27.3 % are kept, more than --keep 0.25") and "10 clusters" in more
-    assert notes(FOUND | {"kept": 81}, scorer="c") == []  # 27 %: two points more
+    assert notes(FOUND | {"kept": 81}, scorer="c") == []  # 27 %, two points above --keep: no note
     assert notes(FOUND | {"kept": 150}, scorer="c", select="random") == []
 
 
@@ -44,10 +44,10 @@ def test_notes_are_about_flags_without_effect():
     (note,) = notes(FOUND, select="random", **flags)
     assert note == "--clusters, --no-drop-duplicates, --code-dim, --check have no effect with --select random."
     assert notes(FOUND, select="stride", **flags) == []
-    assert notes(FOUND, select="random", scorer="c", check="none") == []  # as in the recipe: 300 / 30 clusters
+    assert notes(FOUND, select="random", scorer="c", check="none") == []  # 10 clusters are the default, 300 / 30
     assert notes(FOUND, select="all", scorer="c", keep=0.5) == ["--keep has no effect with --select all."]
     (note,) = notes(FOUND, select="itm", **flags)
-    assert "--clusters" in note and "--check" not in note  # of which coverage is compared with random
+    assert "--clusters" in note and "--check" not in note  # its coverage is compared with that of random selections
 
 
 def test_notes_say_what_was_not_compared_and_where_images_are():

@@ -1,4 +1,4 @@
-"""Fine-tuning for retrieval: captions of one image are matches, and hard negatives are of others."""
+"""Fine-tuning for retrieval: all captions of an image match it, and hard negatives are from other images."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def tiny_retrieval() -> RetrievalBLIP:
 
 
 def test_losses_are_those_of_the_formulas():
-    """Two steps: in the second the queue holds the first one's keys, one of the same image as a pair of the batch."""
+    """In the second of two steps, the queue holds the keys of the first, among them one of an image of the batch."""
     model, generator = tiny_retrieval(), torch.Generator().manual_seed(1)
     assert not hasattr(model, "text_decoder")
     inputs = torch.randn(4, 3, 16, 16, generator=generator), torch.randint(4, 28, (4, 6), generator=generator)
@@ -29,7 +29,7 @@ def test_losses_are_those_of_the_formulas():
     negatives = torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1])
     loss_ita, loss_itm = model(*inputs, mask, 0.4, ids[1], negatives)
 
-    with torch.no_grad():  # momentum encoders as they are after that step
+    with torch.no_grad():  # with the momentum encoders after that step
         image_m = F.normalize(model.vision_proj_m(model.visual_encoder_m(inputs[0])[:, 0]), dim=-1)
         text_m = F.normalize(model.text_proj_m(model.text_encoder_m(inputs[1], mask)[:, 0]), dim=-1)
         image, text = model.encode_image(inputs[0]), model.encode_text(inputs[1], mask)

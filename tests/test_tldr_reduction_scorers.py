@@ -1,4 +1,4 @@
-"""Scorers: BLIP's matching head of our runs and of transformers' folders, the cosine of an open_clip model."""
+"""Scorers: BLIP's matching head of run folders and of transformers' folders, the cosine of dual encoders."""
 
 import open_clip
 import pytest
@@ -16,7 +16,7 @@ CAPTIONS = ["a red heart", "grinning face"]
 
 
 def test_a_run_and_its_export_score_alike(chain, folder):
-    """transformers' folder, with its tokenizer, is as good as the run folder that it was made of."""
+    """A folder exported for transformers, with its tokenizer, gives the same scores and captions as the run."""
     model, settings, tokenizer = checkpoints.load_run(chain["scorer"])
     checkpoints.export_blip(model, settings, tokenizer, folder / "exported")
     ours = scorers.load_scorer(str(chain["scorer"]), CPU)

@@ -1,4 +1,4 @@
-"""Arms, reductions and pools that the study declares."""
+"""Arms, reductions, pools and floors of the study."""
 
 import itertools
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from tldr_reduction.study import IN_EACH, KINDS, POOLS, REDUCTIONS, STUDY, WHERE
 
 
 def test_reductions_of_a_pool_take_turns():
-    """They write into one work folder; and an arm makes no reduction that comes after its own."""
+    """Each waits for those before it, with which it shares a work folder; core arms need no other reductions."""
 
     def reductions(arms: str) -> list[Stage]:
         return [job for job in STUDY.jobs(STUDY.chosen(arms)) if job.name.startswith("reduced/")]
@@ -52,7 +52,7 @@ def test_reductions_are_of_their_pool_and_equal_in_number():
         assert parsed.match in (None, f"{runs}/reduced/codes{pictures}-seed7")
         assert (parsed.match is not None) == name.startswith("random")
         assert parsed.predictions is None or parsed.predictions.startswith(POOLS[pool][1])
-        assert (parsed.check == "auto") == (name == "codes")  # one arm measures cohesion and coverage
+        assert (parsed.check == "auto") == (name == "codes")  # only this one measures cohesion and coverage
         assert (parsed.select == "all") == name.startswith("full-refined")
 
 
@@ -77,7 +77,8 @@ def test_pools_have_the_same_arms_and_are_built_for_each_of_them():
 
 
 def test_arms_have_the_floors_of_their_captions():
-    """Arms with refined captions also have the nearest refined caption, wherever they are the stronger arm."""
+    """The highest floor of an arm with refined captions is the nearest refined caption, of an arm without, the nearest
+    original one; of a random third, or of all."""
     bars = [(floor.arms, {study.SCORE: float(i)}) for i, floor in enumerate(STUDY.floors) if not floor.ceiling]
     names = [floor.name for floor in STUDY.floors]
     claim = STUDY.claims[0]

@@ -1,7 +1,7 @@
-"""The training programs of TL;DR, end to end on real emoji shards, in processes of their own.
+"""The training programs of TL;DR, end to end on emoji shards, each in its own process.
 
 Captioner, fine-tuning, pre-training and fine-tuning for retrieval: kill -9 and resume, two processes against one,
-broken shards, schedules. Scripts start in forks of a server that has imported torch and the rest already.
+broken shards, schedules. Scripts start in forks of a server that has imported torch and other packages.
 """
 
 import io
@@ -44,7 +44,7 @@ COMMON = (
 CODES = ["--code-dim", "16", "--num-codes", "32"]
 WARM = ["--lr-decay-rate", "0.85", "--warmup", "4"]
 QUEUE = ["--embed-dim", "16", "--queue-size", "64"]
-OWN = {  # what a stage has beside SIZES and COMMON
+OWN = {  # flags of a stage besides SIZES and COMMON
     "captioner": [*CODES, *WARM],
     "finetune": CODES,
     "retrieval": [*QUEUE, "--max-positions", "40", "--no-augment", "--no-flip"],
@@ -54,7 +54,7 @@ OWN = {  # what a stage has beside SIZES and COMMON
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    """Shards and a vocabulary of 160 pairs in the layout of `corpus`, and room for runs; emptied at the end."""
+    """Folder with shards and a vocabulary of 160 pairs in the layout of `corpus`, and for runs; deleted at the end."""
     if not (SHARDS / "00000.tar").is_file():
         pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     path = tmp_path_factory.mktemp("tldr")
@@ -76,13 +76,14 @@ def tiny(folder: Path) -> list[str]:
 
 
 def command(stage: str, tiny: list[str], *more) -> list:
-    """Arguments of a stage's program, behind its module."""
+    """Arguments of a stage's program, after its module."""
     return [PROGRAMS[stage][1], *tiny, *OWN[stage], *more]
 
 
 @pytest.fixture(scope="module")
 def chain(folder: Path, cli, tiny) -> Lazily:
-    """Folder of each stage, which runs when it is first asked for; `command` and `printed` are the reduction's."""
+    """Folder of each stage, which runs when it is first needed; `command` and `printed` are arguments and output of
+    the reduction."""
     shorter = ["--epochs", "2", "--dataset-size", "64"]
 
     def make(name: str):
@@ -111,7 +112,7 @@ def chain(folder: Path, cli, tiny) -> Lazily:
 
 @pytest.fixture(scope="module")
 def broken(folder: Path) -> str:
-    """A shard cut in an image, and one with an unreadable image, an empty caption and a missing one."""
+    """A shard that ends within an image, and one with an unreadable image, an empty caption and a missing caption."""
     cut, mixed = folder / "cut.tar", folder / "mixed.tar"
     cut.write_bytes((folder / "pool/00000.tar").read_bytes()[:90_000])
     shutil.copy(folder / "pool/00001.tar", mixed)
@@ -125,7 +126,7 @@ def broken(folder: Path) -> str:
 
 
 def refused(result: Ended, words: str) -> None:
-    """Exit code 2 and one sentence with these words."""
+    """Assert exit code 2 and a one-line error message with these words."""
     assert result.code == 2, result.err
     lines = result.err.strip().splitlines()
     assert words in result.err and "Traceback" not in result.err, result.err
@@ -198,7 +199,7 @@ def test_two_processes_equal_one(start, cli, folder, tiny, stage):
 
 
 def test_a_locked_trunk_keeps_its_weights(chain, folder):
-    """Its projection learns from features of whole images, which are what the tower gives for the images themselves."""
+    """The projection is trained on features of whole images, on which it gives what the tower gives on the images."""
     model, settings, _ = load_run(chain["locked"])
     loaded = efficientnet_lite0().state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.visual.trunk.state_dict().items())

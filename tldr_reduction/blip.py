@@ -124,8 +124,8 @@ class TextLayer(nn.Module):
 class TextTransformer(nn.Module):
     """BLIP's BERT: ids (B, T) -> (B, T, C). V:models/med.py:42-94, 410-790.
 
-    No token types. Text alone (image_embeds None skips the cross-attention), with image (B, L, D), or `causal`, which
-    makes it the decoder. Masked scores get -10000 as upstream, not -inf.
+    There are no token types. Cross-attention reads image_embeds (B, L, D); None skips it. `causal` masks later
+    positions, as the decoder needs. Masked scores get -10000, as upstream, not -inf.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class TextTransformer(nn.Module):
         return self.embeddings["position_embeddings"].num_embeddings
 
     def new_cache(self) -> list[dict]:
-        """Empty cache of keys and values for generation, one entry a layer."""
+        """Empty cache of keys and values for generation, one entry per layer."""
         return [{"attention": {}, "crossattention": {}} for _ in self.encoder["layer"]]
 
     def forward(
@@ -257,7 +257,8 @@ class TextDecoder(nn.Module):
 
 
 def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. Waits for a GPU."""
+    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. On a GPU, the
+    call waits for it."""
     position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
     wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
     return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]
@@ -285,7 +286,8 @@ class FinishedCaptions:
         self.lengths = torch.zeros(batch, n, dtype=torch.long, device=device)
 
     def add(self, scores: Tensor, ids: Tensor, samples: Tensor) -> None:
-        """Add captions (B, m, t) with summed log-probabilities (B, m), -inf for none, where `samples` (B,) is True."""
+        """Add captions `ids` (B, m, t) with summed log-probabilities `scores` (B, m), where -inf marks no caption, to
+        those samples for which `samples` (B,) is True."""
         n, length = self.scores.shape[1], ids.shape[2]
         scores = torch.where(samples[:, None], scores / length, -math.inf)
         padded = F.pad(ids, (0, self.max_length - length), value=self.pad)
@@ -296,11 +298,11 @@ class FinishedCaptions:
         self.ids = all_ids.gather(1, best[..., None].expand(-1, -1, self.max_length))
 
     def cannot_improve(self, bound: Tensor) -> Tensor:
-        """(B,) bool: there are n captions, and the worst is no worse than `bound` (B,)."""
+        """(B,) bool: the sample has n captions, whose lowest score is at least `bound` (B,)."""
         return (self.scores[:, -1] > -math.inf) & (self.scores[:, -1] >= bound)
 
     def best(self, eos: int) -> Tensor:
-        """(B, <= max_length) ids of the best caption, [SEP] and padding behind."""
+        """(B, <= max_length) ids of each sample's best caption, followed by [SEP] and padding."""
         length = self.lengths[:, 0]
         width = min(int(length.max()) + 1, self.max_length)
         position = torch.arange(self.max_length, device=length.device)
@@ -318,12 +320,13 @@ def beam_search(
     eos: int,
     pad: int,
 ) -> Tensor:
-    """Beam search as transformers 4.15 has it: (B, <= max_length) ids, prompt included, [SEP] and padding behind.
+    """Beam search as in transformers 4.15: (B, <= max_length) ids with the prompt, followed by [SEP] and padding.
 
-    `next_logits(ids (B*n, t), order (B*n,))` -> (B*n, V) of the next token; `order` says which rows of the last call
-    these rows continue. Lengths include the prompt. Scores of finished captions are sums of log-probabilities divided
-    by the length without [SEP]. A [SEP] ranked below the n best candidates is ignored. A sample ends when it has n
-    captions and the worst is no worse than this step's best candidate divided by the present length. One beam: greedy.
+    `next_logits(ids (B*n, t), order (B*n,))` returns logits (B*n, V) of the next token; `order` is, for each row of
+    ids, the row of the previous call that it continues. Lengths include the prompt. Scores of finished captions are
+    sums of log-probabilities divided by the length without [SEP]. A [SEP] ranked below the n best candidates is
+    ignored. A sample ends when it has n captions whose lowest score is at least the sum of this step's best candidate
+    divided by the present length. One beam is greedy search.
     """
     n, device, length = num_beams, prompt_ids.device, len(prompt_ids)
     if not 0 < length < max_length:
@@ -372,9 +375,9 @@ def nucleus_sampling(
     top_p: float = 0.9,
     repetition_penalty: float = 1.1,
 ) -> Tensor:
-    """`beam_search` by sampling from the smallest set of tokens with total probability `top_p`; (B, <= max_length) ids.
+    """Draw each next token from the smallest set of tokens with total probability `top_p`: (B, <= max_length) ids.
 
-    V:models/blip.py:135-147.
+    Arguments as in `beam_search`. V:models/blip.py:135-147.
     """
     ids, order = prompt_ids.expand(batch, -1), torch.arange(batch, device=prompt_ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
@@ -397,9 +400,9 @@ def nucleus_sampling(
 
 
 def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
-    """Share the decoder's tensors with the encoder, all but those under `attention`. B:models/blip_pretrain.py:270.
+    """Let the decoder use the encoder's embeddings, cross-attention and feed-forward. B:models/blip_pretrain.py:270.
 
-    Cross-attention, feed-forward and embeddings are shared; each has its own self-attention with output LayerNorm.
+    The decoder keeps its own self-attention, including its output LayerNorm.
     """
     decoder.embeddings = encoder.embeddings
     for ours, theirs in zip(encoder.encoder["layer"], decoder.encoder["layer"], strict=True):
@@ -428,8 +431,8 @@ class BLIP(nn.Module):
     """ITC with momentum queue, ITM with hard negatives, LM. B:models/blip_pretrain.py:20-245.
 
     `negatives` are drawn from the batches of all processes, and the contrastive keys are the momentum features of all
-    plus the queue, so W processes equal one process with W times the batch (upstream: own batch). The special tokens
-    [DEC] and [ENC] are the last two ids of the vocabulary.
+    plus the queue, so W processes equal one process with W times the batch (upstream: the process's own batch). Tokens
+    [DEC] and [ENC] have the last two ids of the vocabulary.
     """
 
     def __init__(
@@ -471,13 +474,13 @@ class BLIP(nn.Module):
         return F.normalize(self.text_proj(self.text_encoder(input_ids, mask)[:, 0]).float(), dim=-1)
 
     def itc(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Cosines (B, B), rows images. V:models/blip_itm.py:57-66."""
+        """Cosines (B, B) of images (rows) and texts (columns). V:models/blip_itm.py:57-66."""
         return self.encode_image(image) @ self.encode_text(input_ids, attention_mask).T
 
     def itm(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, 2) of mismatch and match; score = softmax[:, 1]. V:models/blip_itm.py:41-55.
 
-        Ids are not changed. BLIP trains with [ENC] at position 0; upstream's scorer leaves [CLS] there.
+        The ids are used as given. BLIP trains with [ENC] at position 0; upstream's scorer leaves [CLS] there.
         """
         return self.match(self.visual_encoder(image), input_ids, attention_mask)
 
@@ -518,11 +521,11 @@ class BLIP(nn.Module):
         return loss_ita, loss_itm, token_mean(losses)
 
     def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float, image_ids=None):
-        """loss_ita and the in-batch similarities (B, W*B); moves the momentum encoders, then fills the queues.
+        """loss_ita and the in-batch similarities (B, W*B); updates the momentum encoders, then the queues.
 
         y = alpha softmax(momentum similarities / temp) + (1 - alpha) onehot; loss = mean of both directions' -sum y log
-        softmax(f keys / temp). With `image_ids` (B,), of `RetrievalBLIP`, onehot is replaced by an equal share for all
-        keys of the same image.
+        softmax(f keys / temp). With `image_ids` (B,), as in `RetrievalBLIP`, onehot is replaced by an equal share for
+        all keys of the same image.
         """
         with torch.no_grad():
             self.update_momentum()
@@ -554,7 +557,8 @@ class BLIP(nn.Module):
         return image_index, drawn(negative_weights(sim_i2t, own))
 
     def matching_loss(self, image_embeds, input_ids, attention_mask, negatives) -> Tensor:
-        """Cross-entropy over 3B rows: pairs as they are (1), text with a wrong image, wrong text with image (0)."""
+        """Cross-entropy over 3B examples: B pairs (label 1), B texts with a wrong image, B images with a wrong text
+        (label 0)."""
         ids = input_ids.clone()
         ids[:, 0] = self.enc_token_id
         image_index, text_index = negatives
@@ -602,7 +606,7 @@ class BLIP(nn.Module):
 
 
 class RetrievalBLIP(BLIP):
-    """BLIP as it is fine-tuned for retrieval: no decoder, and all pairs of one image are matches of each other.
+    """BLIP for fine-tuning on retrieval, without decoder; all pairs with the same image match each other.
 
     B:models/blip_retrieval.py. `idx_queue` holds the image ids of the queued keys, -100 for empty entries.
     """
@@ -622,7 +626,7 @@ class RetrievalBLIP(BLIP):
     ) -> tuple[Tensor, Tensor]:
         """(loss_ita, loss_itm). B:models/blip_retrieval.py:62-200; image_ids (B,) int64 identifies images.
 
-        `negatives` as in BLIP; drawn ones are never of the same image.
+        `negatives` as in BLIP; None draws them from pairs of other images.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -636,6 +640,6 @@ class RetrievalBLIP(BLIP):
         return loss_ita, self.matching_loss(image_embeds, input_ids, attention_mask, negatives)
 
     def of_same_image(self, image_ids: Tensor) -> Tensor:
-        """(B, W*B + Q): an equal share, summing to 1, for each key of the pair's own image."""
+        """Targets (B, W*B + Q): each pair has equal weights, summing to 1, on the keys of its own image."""
         same = (image_ids[:, None] == torch.cat([gather(image_ids), self.idx_queue[0]])[None]).float()
         return same / same.sum(dim=1, keepdim=True)

@@ -32,10 +32,8 @@ from tldr_reduction.tokenizer import WordPiece
 
 @torch.no_grad()
 def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, process: run.Process) -> None:
-    """Initialize the codebook: Xavier, tokens of the data, or keywords shifted and scaled to these; depends only on the
-    seed.
-
-    uniform leaves it as built.
+    """Initialize the codebook: uniform (as built), Xavier, image tokens (data), or keyword embeddings shifted and
+    scaled to image tokens. Random draws depend only on the seed.
     """
     generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
     weight = captioner.quantize.embedding.weight
@@ -46,7 +44,7 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
         return
     codes_per_image = captioner.visual_encoder.pos_embed.shape[1] * cfg.width // cfg.code_dim
     wanted = -(-4 * cfg.num_codes // codes_per_image)
-    if isinstance(pairs, windows.Windowed):  # the first process's share; its first window is shuffled
+    if isinstance(pairs, windows.Windowed):  # items of the first process; its first window is shuffled
         own = (i for i in range(len(pairs)) if i // pairs.batch_size % process.world_size == 0)
         items = list(itertools.islice(own, wanted))
     else:
@@ -113,7 +111,7 @@ def train_step(
     scaler: torch.amp.GradScaler,
     precision: str = "fp32",
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One step on images, ids, mask, and `target_places` if they are known -> losses and codes (B, L')."""
+    """One optimizer step on (images, ids, mask[, `target_places`]); returns losses by name and codes (B, L')."""
     images, ids, mask, places = (*inputs, None)[:4]
     with run.autocast(precision, images.device):
         loss_lm, loss_emb, codes = model(images, ids, mask, return_codes=True, places=places)

@@ -37,7 +37,7 @@ HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this or
     (r"^vision_model\.encoder\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."),
     (r"^text_decoder\.cls\.", "text_decoder.cls."),
 )
-NEEDED = {  # weights that a stage needs
+NEEDED = {  # stage: prefixes of the weights that it needs
     "blip": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
     "finetune": ("visual_encoder", "text_decoder"),
     "captioner": ("visual_encoder", "quantize"),
@@ -58,10 +58,10 @@ def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | op
 
 
 def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPiece]:
-    """The model of a run folder, or of transformers' BLIP (a folder, or a name on the Hugging Face hub), that can
-    serve as captioner, finetune (writes captions) or blip (scores matching).
+    """Load the model, settings and tokenizer of a run folder, or of transformers' BLIP (a folder, or a name on the
+    Hugging Face hub), as captioner, finetune (writes captions) or blip (scores matching).
 
-    ValueError or FileNotFoundError says in a sentence what is missing.
+    Raise ValueError or FileNotFoundError if the model is missing or cannot serve as that stage.
     """
     folder = Path(path)
     if stage != "captioner" and not (folder / "checkpoint.pt").is_file():
@@ -72,7 +72,7 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
             "config.json, or a name on the Hugging Face hub"
         )
     model, settings, tokenizer = load_run(path)
-    if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # it also scores matching
+    if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # retrieval also scores
         raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
     return model, settings, tokenizer
 
@@ -98,7 +98,8 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def hub_folder(name: str) -> Path:
-    """The files of a model on the Hugging Face hub, downloaded unless they are on this machine; never code."""
+    """Folder of a model's files from the Hugging Face hub, downloaded if they are not on this machine; code is never
+    downloaded."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -116,7 +117,8 @@ def hub_folder(name: str) -> Path:
 
 
 def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPiece]:
-    """`load_model` of transformers' BLIP: BlipForConditionalGeneration writes, BlipForImageTextRetrieval scores."""
+    """`load_model` for transformers' BLIP: BlipForConditionalGeneration writes captions, BlipForImageTextRetrieval
+    scores matching."""
     from transformers import BlipConfig
 
     folder = Path(path) if Path(path).exists() else hub_folder(path)
@@ -168,10 +170,11 @@ def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
 
 
 def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
-    """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; returns the parameters that it lacks, except tied ones.
+    """Load a BLIP or TL;DR checkpoint into a captioner or BLIP; return the parameters that the checkpoint lacks.
 
-    Positions are resized to the model's grid. Keys of other shapes are skipped, as upstream (V:models/blip.py:224-236),
-    and so are keys that the model does not have (the codebook in a captioner without one, momentum copies, queues).
+    Position embeddings are resized to the model's grid. Skipped are tensors of another shape, as upstream
+    (V:models/blip.py:224-236), and tensors that the model does not have (the codebook for a captioner without one,
+    momentum copies, queues). Of tied parameters the checkpoint needs one.
     """
     state, own = blip_state(source), model.state_dict()
     if not set(own) & set(state):
@@ -181,7 +184,7 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
         state[key] = resize_pos_embed(state[key], math.isqrt(own[key].shape[1] - 1))
     state = {key: value for key, value in state.items() if value.shape == own[key].shape}
     model.load_state_dict(state, strict=False)
-    shared = {own[key].data_ptr() for key in state}  # a file may hold tied tensors once
+    shared = {own[key].data_ptr() for key in state}  # a file may hold only one of several tied tensors
     return sorted(key for key in set(own) - set(state) if own[key].data_ptr() not in shared)
 
 
@@ -241,8 +244,8 @@ def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, fold
     folder/retrieval/     transformers' BlipForImageTextRetrieval, if the run has a text encoder
     folder/captioning/    transformers' BlipForConditionalGeneration, if the run has a decoder and no codebook
 
-    There is none for BlipModel, a CLIP with a pooler that BLIP lacks. RuntimeError if transformers' model computes
-    other numbers than the run.
+    transformers' BlipModel has a pooler that BLIP lacks, so there is no export to it. RuntimeError if transformers'
+    model computes other numbers than the run.
     """
     import transformers
 
@@ -302,13 +305,13 @@ def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, 
 
 
 def unavailable(flag: str, name: str, error: Exception) -> str:
-    """The sentence about initial weights that cannot be loaded."""
+    """Error message for initial weights that cannot be loaded."""
     why = " ".join(str(error).split())[:120]
     return f"the weights of {flag} {name} cannot be loaded ({why}); {flag} None starts at random"
 
 
 def init_vision(tower: VisionTransformer, name: str) -> None:
-    """Supervised ImageNet weights of a timm model (deit_base_patch16_224); the head is dropped.
+    """Load supervised ImageNet weights of a timm model (deit_base_patch16_224) without its head.
 
     V:models/blip_pretrain_vq_compress.py:38.
     """
@@ -322,7 +325,7 @@ def init_vision(tower: VisionTransformer, name: str) -> None:
 
 @torch.no_grad()
 def init_text(model: nn.Module, name: str) -> None:
-    """BERT's weights (bert-base-uncased), LM head included, in the text towers of a captioner or BLIP.
+    """Load BERT's weights (bert-base-uncased), including the LM head, into the text towers of a captioner or BLIP.
 
     Cross-attention, [DEC] and [ENC], which BERT lacks, stay random. V:models/blip_pretrain_vq_compress.py:52, 90.
     """
@@ -347,7 +350,7 @@ def init_text(model: nn.Module, name: str) -> None:
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
-    """Fields of config.Config, inferred from a state dict; heads are 64 wide, as in ViT-B, ViT-L and BERT."""
+    """Fields of config.Config, inferred from a state dict; heads are taken to be 64 wide, as in ViT-B, ViT-L, BERT."""
     text = "text_encoder." if "text_encoder.embeddings.word_embeddings.weight" in state else "text_decoder.bert."
 
     def layers(prefix: str) -> int:
@@ -409,7 +412,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(folder / "config.json", dataclasses.asdict(settings))
-    (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # looks like a run of 0 seconds
+    (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # read as a run of 0 seconds
     position = {"epoch": 1, "batch": 0, "seconds": 0.0, "config": dataclasses.asdict(settings)}
     checkpoints.save_checkpoint(folder / "checkpoint.pt", {**position, "state_dict": model.state_dict()})
     print(f"{folder}: stage {cfg.stage}, {sum(p.numel() for p in model.parameters()):,} parameters, {sizes}")

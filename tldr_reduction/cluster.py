@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**12  # rows per chunk of whitening and assignment; as float32 they fit the cache
+CHUNK = 2**12  # code vectors per chunk of whitening and assignment, which fit the cache as float32
 
 # --------------------------------------------------------------------------------------------------------- whitening
 
@@ -25,13 +25,13 @@ class Whitening(NamedTuple):
     axes: Tensor  # (L', d) float32
 
     def __call__(self, x) -> Tensor:
-        """(n, L') of any type -> (n, d) float32 of unit rows; a row equal to the mean becomes 0."""
+        """(n, L') of any type -> (n, d) float32, rows of unit length; a row equal to the mean becomes 0."""
         projected = torch.addmm(-(self.mean @ self.axes), as_float(x), self.axes)
         return projected / projected.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def as_float(x) -> Tensor:
-    """Rows of a tensor or (memory-mapped) array as float32."""
+    """A tensor or (memory-mapped) array as a float32 tensor."""
     return x.float() if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x, dtype=np.float32))
 
 
@@ -51,13 +51,14 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     good = values > 1e-6 * values[0].clamp(min=1e-12)
-    if not bool(good.any()):  # all rows are equal: one axis, with 0 for all
+    if not bool(good.any()):  # all rows are equal: one axis, on which all are 0
         return Whitening(mean, torch.zeros(x.shape[1], 1))
     return Whitening(mean, (vectors[:, good] / values[good].sqrt()).float())
 
 
 def whiten(x, dim: int = 256) -> Tensor:
-    """(N, L') -> (N, d <= dim) float32: whitened, then unit rows. Trained on at most 1000 L' rows, faiss' choice."""
+    """(N, L') -> (N, d <= dim) float32: whitened, then scaled to unit length. Trained on at most 1000 L' rows, the same
+    as by faiss."""
     limit, rows = 1000 * x.shape[1], slice(None)
     if len(x) > limit:
         order = np.empty(len(x), np.int32)
@@ -83,8 +84,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """assignment (N,) int64, centroids (k, d), objective (iterations,). U:fast_cluster.py:59-99.
 
-    faiss' Lloyd iterations on all rows, from k random rows or from the rows `init_index`; an empty cluster takes half
-    of a big one. The objective is the sum of squared distances.
+    faiss' Lloyd iterations on all rows, starting from k random rows or from the rows `init_index`; an empty cluster
+    takes half of a big one. The objective is the sum of squared distances.
     """
     centroids, objective = train_kmeans(x, k, seed, niter, init_index)
     return nearest(as_float(x).detach().cpu(), centroids)[0], centroids, objective
@@ -142,7 +143,7 @@ def cluster_codes(
 
 
 def in_cluster(assignment: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows ordered by cluster, then row; each one's position in its cluster; the clusters' sizes (k,)."""
+    """Rows (N,) ordered by cluster, then by row; the position (N,) of each in its cluster; cluster sizes (k,)."""
     assignment = torch.as_tensor(assignment)
     order = torch.argsort(assignment, stable=True)
     sizes = torch.bincount(assignment, minlength=k)
@@ -166,8 +167,8 @@ def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
 def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | None = None) -> Tensor:
     """`select_every_nth` for shares other than 1/n: ceil(size * fraction) rows of each cluster, evenly spaced.
 
-    `seed` draws the member of each cluster where counting starts (cyclically), so all members are equally likely to be
-    kept. None starts from the first, as upstream, which favours the beginning of the file.
+    `seed` draws the member of each cluster where cyclic counting starts, so that all members are equally likely to be
+    kept. None starts from the first member, as upstream, which favours the beginning of the file.
     """
     share = share_of(fraction)
     order, position, sizes = in_cluster(assignment, k)
@@ -175,7 +176,7 @@ def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | Non
         first = (torch.rand(k, generator=torch.Generator().manual_seed(seed)) * sizes).long()
         cluster = torch.as_tensor(assignment)[order]
         position = (position - first[cluster]) % sizes[cluster]
-    up_to = lambda p: -(-p * share.numerator // share.denominator)  # noqa: E731  kept of the first p
+    up_to = lambda p: -(-p * share.numerator // share.denominator)  # noqa: E731  number kept of the first p
     return order[up_to(position + 1) > up_to(position)]
 
 

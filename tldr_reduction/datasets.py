@@ -38,7 +38,7 @@ def eval_transform(size: int, normalise: Callable[[Image.Image], Tensor] = norma
 
 
 def view_of(model: nn.Module, cfg: Common) -> transforms.Compose:
-    """`eval_transform` for the model of a stage."""
+    """`eval_transform` with the image size and normalisation of a run's model."""
     locked = isinstance(getattr(model, "visual", None), LockedTower)
     return eval_transform(image_side(model, cfg), of_lite0 if locked else normalised)
 
@@ -58,8 +58,8 @@ def train_transform(size: int, min_scale: float = 0.2, flip: bool = True, augmen
 class RandomAugment:
     """Two operations of BLIP's ten at level 5 of 10, each carried out with probability 0.5; grey fill.
 
-    V:transform/randaugment.py. No operation changes colours, because captions mention them. At this level brightness
-    and sharpness have factor 1.0, so here they are the identity.
+    V:transform/randaugment.py. BLIP leaves out operations such as colour inversion, because captions mention colours.
+    At this level brightness and sharpness have factor 1.0, so here they are the identity.
     """
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -86,7 +86,10 @@ class RandomAugment:
 
 
 def read_annotations(path: str) -> tuple[dict[str, np.ndarray], dict]:
-    """Image paths and captions of an annotation file as bytes and ends. ValueError if it is none."""
+    """Image paths and captions of an annotation file, each as joined bytes with the end of each text, and a digest.
+
+    ValueError if the file is not a list of annotations.
+    """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         files, texts = Strings.of(str(entry["image"]) for entry in entries), [entry["caption"] for entry in entries]
@@ -104,7 +107,7 @@ def read_annotations(path: str) -> tuple[dict[str, np.ndarray], dict]:
 class Annotations:
     """Pairs of a JSON list of {"image": path below `root`, "caption": text}, the authors' form of a data set.
 
-    It is parsed once a machine and kept in `cache` if it is large, as bytes that all processes share.
+    A large file is parsed once per machine and kept in `cache`, as memory-mapped bytes that all processes share.
     """
 
     def __init__(
@@ -130,13 +133,13 @@ class Annotations:
         return self._captions[row]
 
     def read(self, row: int) -> data.Pair:
-        """Pair of that row. Raises BrokenSample."""
+        """Pair number `row`. Raises BrokenSample."""
         caption = data.decode_caption(self._captions.bytes_of(row))
         return data.Pair(self.keys[row], data.decode_image(data.read_file(self.root / self.keys[row])), caption)
 
 
 def open_pairs(spec: str, root: str | None = None, limit: int | None = None, strict: bool = False, cache: str = ""):
-    """Shards or .tsv, as `shared.data.open_pairs`, or an annotation .json."""
+    """Open an annotation .json, or shards or a .tsv by `shared.data.open_pairs`."""
     if spec.endswith(".json"):
         if not os.path.isfile(spec):
             raise FileNotFoundError(f"{spec} does not exist")
@@ -150,9 +153,9 @@ def pixel_hash(image: Image.Image) -> int:
 
 
 class PairDataset(Dataset):
-    """Item i of a run: i, uint8 image (3, S, S), caption after `pre_caption`, broken samples skipped.
+    """Items of a run: (i, uint8 image (3, S, S), caption after `pre_caption`, broken samples that were skipped).
 
-    `normalise` is for batches of images. A view depends only on seed, epoch and row.
+    `normalise` turns batches of these images into input of the model. A view depends only on seed, epoch and sample.
     """
 
     def __init__(self, pairs, transform, seed: int, max_words: int = 30):
@@ -170,10 +173,10 @@ class PairDataset(Dataset):
 
 
 class LockedPairs(PairDataset):
-    """`PairDataset` with the features (C,) of a locked Lite0 trunk instead of images, computed once on whole images.
+    """`PairDataset` with features (C,) of a locked Lite0 trunk instead of images, computed once on whole images.
 
-    `transform` is the model's view. A broken sample is replaced by the next one. `cache` keeps the features for other
-    runs.
+    `transform` is the model's evaluation transform. A broken sample is replaced by the next one. Features are kept in
+    `cache` for other runs.
     """
 
     def __init__(self, pairs, transform, seed: int, max_words: int = 30, cache: str | Path = "data/cache"):
@@ -184,7 +187,7 @@ class LockedPairs(PairDataset):
         self.features = cached_lite0_features(self.views(), cache)
 
     def views(self, size: int = 256) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) uint8 of all rows, whose captions are kept."""
+        """Yield uint8 batches (B, 3, S, S) of all images, and collect their captions in `captions`."""
         for first in range(0, len(self.pairs), size):
             last = min(first + size, len(self.pairs))
             found = [data.read_or_next(self.pairs, row, self.broken) for row in range(first, last)]
@@ -197,10 +200,10 @@ class LockedPairs(PairDataset):
 
 
 class Collate:
-    """Batches of `PairDataset`: items (B,), images, ids (B, T), mask (B, T), broken samples. `prompt` is put before the
-    captions.
+    """Make batches of `PairDataset`: item numbers (B,), images, ids (B, T), mask (B, T), broken samples.
 
-    The tokenizer is WordPiece, or open_clip's. Numbers after an item's caption become (B,) tensors after the mask.
+    The tokenizer is WordPiece, for which `prompt` is put before the captions, or open_clip's. Numbers after the caption
+    of an item become (B,) tensors after the mask.
     """
 
     def __init__(self, tokenizer, max_length: int, prompt: str = ""):
@@ -220,9 +223,9 @@ class Collate:
 
 
 class OrderedDataset(Dataset):
-    """Given rows in order, in the evaluation transform, without substitutes: row, image, caption, pixel hash, reason.
+    """Samples `rows` in order: (row, image by the evaluation transform, caption, pixel hash, reason).
 
-    A broken sample has a blank image and its reason; readable ones have "".
+    A broken sample is not replaced: it has a blank image, and a reason, which is "" for readable samples.
     """
 
     def __init__(self, pairs, rows: np.ndarray, transform):

@@ -1,6 +1,6 @@
 """Pretrained image encoders, for reductions without a codebook captioner.
 
-A k-means codebook turns their tokens into code vectors; their features measure the quality of a selection.
+A k-means codebook turns an encoder's tokens into code vectors; its features measure the quality of a selection.
 
 Shapes: B images, S their side, C channels of a token, D features, c numbers of a code, K codes.
 """
@@ -48,7 +48,7 @@ def square(size: int, mean: tuple, std: tuple) -> transforms.Compose:
 
 
 def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder of that name (NAMES). ValueError or FileNotFoundError explains why it cannot be loaded."""
+    """Load an encoder by its name (NAMES). ValueError or FileNotFoundError if it cannot be loaded."""
     kind, _, rest = name.partition(":")
     if name == LITE0:
         model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
@@ -66,7 +66,7 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
 
 
 def in_parts(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same function, channels last; on a CPU with PART images at a time, which fit its cache."""
+    """Return `encode` for channels-last images, on a CPU run on PART images at a time, which fit its cache."""
 
     def parts(images: Tensor) -> Tensor:
         size = PART if images.device.type == "cpu" else len(images)
@@ -76,7 +76,7 @@ def in_parts(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def last_map(forward_intermediates: Callable) -> Callable[[Tensor], Tensor]:
-    """images -> the last of the feature maps that timm's and open_clip's towers offer."""
+    """Return a function images -> last feature map (B, C, h, w) of a tower of timm or open_clip."""
 
     def last(images: Tensor) -> Tensor:
         found = forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
@@ -86,7 +86,7 @@ def last_map(forward_intermediates: Callable) -> Callable[[Tensor], Tensor]:
 
 
 def load_timm(name: str, file: str = "") -> nn.Module:
-    """A timm model without its classifier, in eval mode: with the weights of `file`, or else timm's own."""
+    """A timm model without its classifier, in eval mode, with the weights in `file` or, without it, timm's."""
     try:
         model = timm.create_model(name, pretrained=not file, num_classes=0)
     except Exception as error:  # timm, the hub and the network raise all kinds
@@ -125,7 +125,7 @@ class Codebook(NamedTuple):
 
 
 def fit_codebook(tokens: Tensor, num_codes: int, code_dim: int, seed: int) -> Codebook:
-    """The codebook of tokens (n, 9, C): k-means on their first principal axes, not whitened."""
+    """Fit a codebook to tokens (n, 9, C): k-means on their projections on the first principal axes, not whitened."""
     flat = as_float(tokens).flatten(0, 1)
     mean = flat.mean(0)
     centred = flat - mean

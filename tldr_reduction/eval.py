@@ -69,8 +69,8 @@ class Config:
     k_test: int = 16
     """Number of candidates to re-rank (paper scale: 256 for COCO, 128 for Flickr30K)."""
     export: str | None = None
-    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing. Of
-    anything but a clip: blip.pth, as stock BLIP loads it, and folders for transformers."""
+    """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing. For
+    runs other than clip: blip.pth, which stock BLIP loads, and folders for transformers."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
@@ -124,8 +124,9 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Recall in percent, txt_* of texts for an image (the best of its captions counts), img_* of images for a text.
 
-    scores (n, m) and (m, n); txt2img and img2txt by number, BLIP's dicts or sequences. B:train_retrieval.py:171-225,
-    with its order of ties (numpy's argsort, reversed). An image without captions is a miss.
+    scores (n, m) and (m, n); txt2img: the image of each text, img2txt: the texts of each image, as BLIP's dicts or as
+    sequences. B:train_retrieval.py:171-225, with its order of ties (numpy's argsort, reversed). An image without
+    captions is a miss.
     """
     n = len(scores_i2t)
     own = torch.zeros(n, len(scores_t2i), dtype=torch.bool)
@@ -134,7 +135,7 @@ def retrieval_recall(
     of_text = torch.tensor([int(txt2img[text]) for text in range(len(scores_t2i))])
 
     def ranks(scores: Tensor, hits: Tensor) -> Tensor:
-        """(q,) rank of the first hit of each query, beyond all ranks if there is none."""
+        """(q,) rank of the first hit of each query, 10**9 if there is none."""
         places = []
         for part, hit in zip(torch.as_tensor(scores).split(512), hits.split(512), strict=True):
             order = torch.from_numpy(part.numpy().argsort(axis=1)[:, ::-1].copy())
@@ -165,7 +166,7 @@ def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Conf
 
 
 def itm_histogram(scores: Tensor, bins: int = 10) -> Tensor:
-    """(bins,) density on [0, 1]: its mean is 1."""
+    """Histogram of scores as a density (bins,) on [0, 1], whose mean is 1."""
     return torch.histc(scores.float(), bins, 0.0, 1.0) * bins / max(len(scores), 1)
 
 
@@ -173,7 +174,8 @@ def itm_histogram(scores: Tensor, bins: int = 10) -> Tensor:
 
 
 def plain(text: str) -> str:
-    """Letters and digits alone, without accents: WordPiece drops those, and puts spaces around a hyphen."""
+    """The text's letters and digits, in lower case and without accents, for comparison with captions from WordPiece,
+    which drops accents and puts spaces around hyphens."""
     return "".join(character for character in unicodedata.normalize("NFKD", text.lower()) if character.isalnum())
 
 
@@ -181,7 +183,7 @@ CHECKED_ON = {"images at 8 x 8 pixels": "pixels", "captions": "captions"}  # fea
 
 
 def quality_metrics(summary: dict) -> dict[str, float]:
-    """Cohesion and coverage of a reduction, and those of random ones, from its report.json; cosines times 100."""
+    """Cohesion and coverage of a reduction and of random ones, from its report.json, as cosines times 100."""
     metrics = {}
     for features, short in CHECKED_ON.items():
         for name, value in summary.get("checks", {}).get(features, {}).items():
@@ -191,9 +193,9 @@ def quality_metrics(summary: dict) -> dict[str, float]:
 
 
 def score_metrics(summary: dict, lines: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Mean scores of the kept pairs with the captions before and after, and percent below the cut.
+    """Mean scores of the kept pairs with their captions before and after, and percent below the cut.
 
-    summary: report.json, whose cut is 0.5 for probabilities of a match, and the median of all pairs before for cosines.
+    summary: report.json, whose cut is 0.5 for probabilities of a match, and for cosines the median of all pairs before.
     lines: report.csv.
     """
     kept = [line for line in lines if line.get("itm") and line.get("itm_after")]
@@ -212,7 +214,7 @@ def data_metrics(spec: str) -> dict[str, float]:
     injected noise."""
     samples = dict(tars.descriptions(data.expand_shards(spec)))
     metrics = {"data/pairs": len(samples)}
-    if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # else it is another corpus
+    if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # otherwise it is another corpus
         metrics["data/emoji"] = len(emoji)
     if all("original" in d for d in samples.values()):
         metrics["data/scenes"] = len({d["original"] for d in samples.values()})
@@ -229,7 +231,7 @@ def data_metrics(spec: str) -> dict[str, float]:
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
         lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
     metrics |= score_metrics(summary, lines)
-    truth = "original" if "original" in lines[0] else "subgroup"  # scenes, or emoji
+    truth = "original" if "original" in lines[0] else "subgroup"  # scenes, or subgroups of emoji
     if clustered := [line for line in lines if line.get("cluster") and truth in line]:
         labels = ([line[name] for line in clustered] for name in (truth, "cluster"))
         metrics["data/ami"] = 100 * adjusted_mutual_info_score(*labels)
@@ -248,22 +250,22 @@ def data_metrics(spec: str) -> dict[str, float]:
 
 
 def export_run(path: str, folder: str) -> None:
-    """Write a clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does; other runs as
-    stock BLIP and transformers load them.
+    """Write a clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does; write other
+    runs by `export_blip`.
 
-    Captions of more than `max_words` words, which training cuts, are not cut there.
+    The exported tokenizer does not cut captions to `max_words` words, as training does.
     """
     model, settings, tokenizer = load_run(path)
     if settings.stage != "clip":
         return export_blip(model, settings, tokenizer, folder)
     config = export.named_config(settings.clip_model)
-    config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the one in the folder
+    config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the tokenizer in the folder
     save_tokenizer(folder)
     export.write(folder, model, config, model.state_dict(), view_of(model, settings), resize_mode="squash")
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Every measurement of one run, flat: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
+    """All measurements of one run: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
     model, settings, tokenizer = load_run(path)
     if settings.stage not in ("clip", "blip", "retrieval"):
         raise ValueError(f"{path} is a run of stage {settings.stage}; clip, blip and retrieval runs are evaluated")

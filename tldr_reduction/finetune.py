@@ -1,7 +1,7 @@
 """Fine-tune the captioner on clean captions: `python -m tldr_reduction.finetune PRESET --init RUN [--overrides]`.
 
 TL;DR (arXiv 2305.20087), section 3.2; authors' code showlab/datacentric.vlp@a488102:vq_compress_model/train_caption.py,
-which is BLIP's. reduce.py writes the refined captions with the result.
+which is BLIP's. reduce.py generates captions with the fine-tuned captioner.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Outputs of the models for every image, saved by row of the data: codes, features, matching scores, captions.
+"""Outputs of the models for every sample, saved to files: codes, features, matching scores, generated captions.
 
-An interrupted reduction resumes from the saved files, and reductions may share them. The rows are distributed over
-ranks. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
+`rows` are indices of samples in the data; ranks divide them among themselves. An interrupted reduction resumes from the
+saved files, and reductions may share them. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 """
 
 import os
@@ -48,7 +48,7 @@ def extract_codes(captioner: CodebookCaptioner, loader: Iterable, precision: str
 
 @torch.no_grad()
 def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
-    """Continuous image tokens, averaged: (B, D). Ablation: clustering without the codebook."""
+    """Means (B, D) of the continuous image tokens, for the ablation that clusters without the codebook."""
     return captioner.visual_encoder(images).float().mean(dim=1)
 
 
@@ -63,10 +63,10 @@ def short(reasons: list[str]) -> np.ndarray:
 def cached_rows(
     folder: Path, rows: np.ndarray, size: int, process: run.Process, compute: Callable[[np.ndarray], dict]
 ) -> None:
-    """Run `compute(rows)`, a dict of arrays by row, for those of `rows` (ascending) that `folder` lacks.
+    """Run `compute(rows)`, which returns arrays with an entry per row, for the `rows` (ascending) that `folder` lacks.
 
-    One file for each `size` rows of the data, replaced atomically. Ranks divide the files among them; their number may
-    differ from an earlier run's.
+    There is one file for each `size` rows of the data, replaced atomically. Ranks divide the files among themselves; an
+    earlier run may have had another number of ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in np.unique(rows // size)[process.rank :: process.world_size]:
@@ -85,12 +85,12 @@ def cached_rows(
 
 
 def rows_in(rows: np.ndarray, number: int, size: int) -> np.ndarray:
-    """Those of `rows` (ascending) that are in the file of that number."""
+    """Those `rows` (ascending) that belong to file `number`."""
     return rows[slice(*np.searchsorted(rows, (number * size, (number + 1) * size)))]
 
 
 def load_file(path: Path) -> dict[str, np.ndarray] | None:
-    """All arrays of a file, or None if it does not exist or cannot be read: it is then computed again."""
+    """All arrays of a file, or None if it does not exist or cannot be read, so that it is computed again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -111,7 +111,7 @@ def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarra
 def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     """(N,) why the images of those rows (ascending) are unreadable, "" if they are readable.
 
-    An object array whose equal strings are one object: a string array has the width of its longest in every row.
+    An object array in which equal strings are one object; a string array would store each at the width of the longest.
     """
     parts, known = [np.empty(0, dtype=object)], {}
     for number in np.unique(rows // size):
@@ -149,11 +149,11 @@ class Inference:
         self.work = Path(cfg.work or Path(cfg.out) / "work")
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}
-        self.fitted: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64)}  # codes of the codebook's sample, by row
+        self.fitted: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64)}  # codes that `encoder_codes` made
         self.tick: Callable[[int], None] = lambda _: None  # counts the samples of a pass
 
     def folder(self, what: str, model: str) -> Path:
-        """Folder for the results of one model on this data; each pair of model and data has its own."""
+        """Folder for the outputs `what` of a model on the reduction's data; each pair of model and data has its own."""
         file = weights_of(model)
         stamp = file and file.stat().st_mtime_ns
         marks = (self.pairs.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
@@ -190,7 +190,7 @@ class Inference:
         compute: Callable[[np.ndarray], dict],
         size: int | None = None,
     ) -> Path:
-        """`cached_rows` with the reduction's settings and a progress report; returns the folder."""
+        """`cached_rows` with the reduction's settings and a progress report; return the folder."""
         size = size or self.cfg.chunk
         files = {number for number in np.unique(rows // size).tolist() if (folder / f"{number:06}.npz").exists()}
         left = len(rows) - sum(len(rows_in(rows, number, size)) for number in files)
@@ -249,7 +249,7 @@ class Inference:
         return self.keep(kept_in, self.rows, "codes", compute)
 
     def encoder_folder(self, what: str) -> Path:
-        """`folder` of an encoder and its codebook's settings."""
+        """Folder for the outputs `what` of --encoder with its codebook's settings, as `folder`."""
         cfg = self.cfg
         marks = (self.pairs.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
         if (file := weights_of(cfg.encoder)) is not None:  # a file that may change
@@ -257,9 +257,10 @@ class Inference:
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
-        """images (B, 3, S, S) -> codes (B, 9), by a codebook that rank 0 fits to a sample of the data and saves.
+        """Return a function images (B, 3, S, S) -> codes (B, 9), by a codebook that rank 0 fits to at most FITTED
+        samples of the data and saves.
 
-        Codes of the sample are in `fitted`, so that its images are not encoded again.
+        Codes of these samples are kept in `fitted`, so that their images are not encoded again.
         """
         cfg, encoder, path = self.cfg, self.encoder(self.cfg.encoder), self.encoder_folder("codebook") / "codebook.npz"
         if self.process.main and load_file(path) is None:
@@ -288,9 +289,9 @@ class Inference:
         return encode
 
     def checks(self, rows: np.ndarray) -> tuple[dict[str, Tensor], list[str], str]:
-        """For readable rows (n,): features (n, D) by kind, captions, and why an encoder's features are missing, or "".
+        """For readable rows (n,): features (n, D) by name, captions, and why an encoder's features are missing, or "".
 
-        Features are thumbnails, and those of an encoder that did not make the clusters.
+        Features are thumbnails, and those of the encoder that --check names.
         """
         cfg, missing = self.cfg, ""
         name, encoder = LITE0 if cfg.check == "auto" else cfg.check, None
@@ -331,8 +332,8 @@ class Inference:
         return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)
 
     def features(self, captioner: str | None) -> Path:
-        """Folder of continuous features of all images, for ablations: the captioner's, the encoder's, or the scorer's
-        embedding."""
+        """Folder with continuous features of all images, for ablations: those of the captioner or encoder, or the
+        scorer's embeddings."""
         if self.cfg.features == "blip":
             transform, encode = self.scorer().transform, self.scorer().encode_image
             kept_in = self.folder("features-blip", self.cfg.scorer)
@@ -362,7 +363,7 @@ class Inference:
         return torch.cat(batches).numpy()
 
     def scores(self, rows: np.ndarray, captions: dict[int, str] | None, what: str) -> np.ndarray:
-        """ITM scores of rows with their own or other captions."""
+        """ITM scores (n,) of the images `rows` (n,) with `captions`, by row, or with their own captions (None)."""
         cfg, scorer = self.cfg, self.scorer()
 
         def compute(rows: np.ndarray) -> dict:
@@ -382,7 +383,7 @@ class Inference:
         return self.scores(rows, captions, f"itm-after-{data.stable_hash(*captions.items()):016x}")
 
     def generated(self, rows: np.ndarray) -> np.ndarray:
-        """T_g of those rows."""
+        """Generated captions T_g of `rows`."""
         cfg = self.cfg
         captioner, tokenizer, transform = self.model(cfg.caption_model, "finetune")
         prompt = tokenizer.prompt_ids().to(self.process.device)

@@ -1,7 +1,7 @@
 """Code shared by the training programs captioner.py, finetune.py, train.py and retrieval.py.
 
-Schedules, weights to start from, pairs and batches, an optimizer's step, and --dry-run. Each program writes out its own
-loop and its own losses. `V:` is showlab/datacentric.vlp@a488102:vq_compress_model/.
+Schedules, initial weights, pairs and batches, optimizer steps, and --dry-run. Each program has its own loop and losses.
+`V:` is showlab/datacentric.vlp@a488102:vq_compress_model/.
 """
 
 import math
@@ -31,8 +31,8 @@ def warmup_step_lr(
 ) -> float:
     """Epoch 0: linear from warmup_lr to init_lr over warmup_steps; then init_lr * decay^epoch, at least min_lr.
 
-    V:utils.py:8-17 as V:pretrain_vq_compress.py:41,127 call them. An epoch 0 shorter than the warm-up leaves it
-    unfinished, and epoch 1 jumps.
+    V:utils.py:8-17, as called in V:pretrain_vq_compress.py:41,127. If epoch 0 is shorter than the warm-up, the warm-up
+    ends unfinished, and the learning rate jumps at epoch 1.
     """
     if epoch == 0:
         return min(init_lr, warmup_lr + (init_lr - warmup_lr) * step / max(warmup_steps, 1))
@@ -60,7 +60,8 @@ def learning_rate(cfg: Common, epoch: int, step: int) -> float:
 
 
 def start_from_elsewhere(model: nn.Module, cfg: Common) -> None:
-    """Load the weights named by the settings; weights missing in the checkpoint are printed and start at random."""
+    """Load the initial weights that the settings name; print which parameters the checkpoint of --init lacks, which
+    start at random."""
     if getattr(cfg, "lock_image", False):
         model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
     if isinstance(cfg, Warm) and cfg.vision_init:
@@ -75,7 +76,7 @@ def start_from_elsewhere(model: nn.Module, cfg: Common) -> None:
             print(
                 f"--init {cfg.init} lacks {len(lost)} of the parameters, which start at random: {', '.join(lost[:3])}"
             )
-    if cfg.stage in ("blip", "retrieval"):  # momentum encoders start equal
+    if cfg.stage in ("blip", "retrieval"):  # momentum encoders start as copies
         model.momentum, kept = 0.0, model.momentum
         model.update_momentum()
         model.momentum = kept
@@ -98,7 +99,7 @@ def parallel(model: nn.Module, process: run.Process) -> nn.Module:
 
 
 def begin_step(optimizer: torch.optim.Optimizer, lr: float, step: int, cfg: Common, process: run.Process) -> None:
-    """Set the learning rate, and seed dropout and negatives by the step, so that a resumed run is equal."""
+    """Set the learning rate, and seed dropout and negatives by the step, so that a resumed run gives equal results."""
     torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -121,7 +122,7 @@ def update(
 
 
 def pairs_of(cfg: Common, process: run.Process):
-    """The training pairs: by window, or by row."""
+    """The training pairs, read by windows of shards or by index."""
     if cfg.window_shards:
         return windows.open_pairs(cfg, process)
     return open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
@@ -139,8 +140,10 @@ def training_batches(
     dataset_type: Callable[..., PairDataset] = PairDataset,
     view: Callable | None = None,
 ) -> tuple[PairDataset, Iterator[tuple]]:
-    """The data set, with the program's views or others, and the batches of `Collate` of all epochs from batch `start`
-    of epoch `first` on; captions follow the `prompt`."""
+    """The data set, and its batches by `Collate` from batch `start` of epoch `first` to the last epoch.
+
+    `view`: transform of the images, by default the training transform of the settings. Captions follow the `prompt`.
+    """
     view = view or train_transform(image_side(model, cfg), cfg.crop_scale, cfg.flip, cfg.augment)
     dataset = dataset_type(pairs, view, cfg.seed, cfg.max_words)
     collate = Collate(tokenizer, cfg.max_length, prompt)
@@ -150,7 +153,7 @@ def training_batches(
 def of_epoch(
     loader: Iterator[tuple], pairs, epoch: int, start: int, cfg: Common, process: run.Process
 ) -> tuple[Iterable, list[data.Broken]]:
-    """The next batches: those of an epoch from batch `start` on, and the list that collects broken samples."""
+    """The batches of `epoch` from batch `start` on, and the list that collects their broken samples."""
     broken, left = list(pairs.broken), len(pairs) // cfg.batch_size - start
     label = f"{Path(cfg.out).name} epoch {epoch + 1}/{cfg.epochs}"
     bar = run.progress(loader, left, label, cfg.batch_size, process)
@@ -158,8 +161,8 @@ def of_epoch(
 
 
 def on_device(inputs: list[Tensor], dataset: PairDataset, device: torch.device, prompt_length: int = 0) -> list[Tensor]:
-    """Images, ids, mask of a batch of the dataset, and `target_places`, the positions that a decoder predicts; the
-    batch's other entries follow."""
+    """Move a batch to the device and normalise its images: images, ids, mask, `target_places` (the positions that a
+    decoder predicts), and the batch's other entries."""
     images, ids, mask, *rest = inputs
     places = run.pinned(target_places(ids, prompt_length), device)
     images, *moved = (x.to(device, non_blocking=True) for x in (images, ids, mask, places, *rest))
@@ -170,7 +173,7 @@ def on_device(inputs: list[Tensor], dataset: PairDataset, device: torch.device, 
 
 
 def vocab_size(cfg: Common) -> int:
-    """Size of the vocabulary; BERT's if it is no file, since a dry run downloads nothing."""
+    """Size of the vocabulary; BERT's if `vocab` is not a file, since a dry run downloads nothing."""
     return len(WordPiece(cfg.vocab)) if Path(cfg.vocab).is_file() else 30524
 
 
@@ -179,7 +182,7 @@ def show_plan(
 ) -> None:
     """Print the plan of a run: parameters, samples, steps, learning rates, memory of the training step.
 
-    `forward` runs the model on two samples; `more` are further rows.
+    `forward` runs the model on two samples; `more` are further rows of the table.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained

@@ -3,8 +3,8 @@
 Authors' code: showlab/datacentric.vlp@a488102, a partial fork of BLIP, cited as `U:`, its `vq_compress_model/` as `V:`.
 The paper's contribution in this file:
   - a captioner that reads the image through a codebook, whose code ids describe the image   `VectorQuantizer`,
-    `CodebookCaptioner` (also the captioner of refined captions, without the codebook)
-  - the codebook's start from keywords of the captions                                       `keyword_codebook`
+    `CodebookCaptioner` (without the codebook, it generates the captions T_g)
+  - the initialization of the codebook by keywords of the captions                           `keyword_codebook`
 Clusters of codes and the selection are in cluster.py, refined captions in reduce.py. The towers are BLIP's (blip.py).
 
 Shapes: B batch, L image tokens with [CLS], D image width, K codes, c code dimension, L' = L*D/c codes an image,
@@ -47,7 +47,7 @@ BLOCK = 2048  # tokens compared with the codebook at a time
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     """i_n = argmin_k |z_n|^2 + |e_k|^2 - 2 z_n e_k, ties to the lowest k: (n, c), (K, c) -> (n,) int64.
 
-    V:models/quantize.py:282-286. In blocks of tokens, so that the n x K distances are never in memory at once.
+    V:models/quantize.py:282-286. Works on blocks of tokens, so that the n x K distances are never in memory at once.
     """
     squares, indices = codebook.square().sum(1), []
     for tokens in z.split(BLOCK):
@@ -86,11 +86,11 @@ class StraightThrough(torch.autograd.Function):
 
 
 class VectorQuantizer(nn.Module):
-    """The image as codes: z (B, L, D) -> z_q (B, L, D), loss (), codes (B, L'). V:models/quantize.py:213-333.
+    """Quantise image tokens: z (B, L, D) -> z_q (B, L, D), loss (), codes (B, L'). V:models/quantize.py:213-333.
 
-    Every token, including [CLS], is split into D/c pieces, each replaced by the nearest of K codes; no projection, no
-    normalisation. `legacy` (upstream's default): beta weights the codebook's term; without, the commitment term, as
-    VQ-VAE was published. The gradient of z_q passes to z unchanged.
+    Every token, including [CLS], is split into D/c pieces, and each is replaced by the nearest of K codes, without
+    projection or normalisation. With `legacy` (upstream's default), beta weights the codebook term, without it the
+    commitment term, as in VQ-VAE's paper. The gradient of z_q passes to z unchanged.
     """
 
     def __init__(self, num_codes: int = 1024, code_dim: int = 768, beta: float = 0.25, legacy: bool = True):
@@ -111,7 +111,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Only the codes (B, L')."""
+        """Codes (B, L') of z (B, L, D)."""
         flat = z.float().reshape(-1, self.embedding.embedding_dim)
         return nearest_codes(flat, self.embedding.weight).view(len(z), -1)
 
@@ -119,8 +119,8 @@ class VectorQuantizer(nn.Module):
 class EMAVectorQuantizer(nn.Module):
     """A codebook that follows the tokens by moving averages instead of gradients. V:models/quantize.py:335-448.
 
-    Shipped by the authors, but unused and not constructible there. Equal to theirs with `start_size` 0, which inflates
-    every code after one step; a start of 1 avoids this. z (B, L, c) -> z_q, loss beta mean((sg[q] - z)^2), codes.
+    The authors ship it, but do not use it and cannot construct it. Equal to theirs with `start_size` 0, which inflates
+    every code after one step; 1 avoids this. z (B, L, c) -> z_q, loss beta mean((sg[q] - z)^2), codes.
     """
 
     def __init__(self, num_codes, code_dim, beta=0.25, decay=0.99, eps=1e-5, start_size: float = 1.0):
@@ -157,11 +157,11 @@ def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
     return torch.exp(-(p * torch.log(p + 1e-10)).sum())
 
 
-# ------------------------------------------------------------------------------------ how a codebook starts, and stays
+# ------------------------------------------------------------------------------ initialization and restart of codebooks
 
 
 def frequent_keywords(captions: Iterable[str], count: int) -> list[str]:
-    """The most frequent keywords and two-word phrases of the captions, as many as `count`.
+    """The `count` most frequent keywords and two-word phrases of the captions.
 
     Stop words are left out and end a phrase; a keyword counts once per caption; ties are in alphabetical order.
     """
@@ -202,7 +202,7 @@ def sampled_codebook(tokens: Tensor, num_codes: int, generator: torch.Generator)
 
 @torch.no_grad()
 def restart_unused(quantize: VectorQuantizer, used: Tensor, tokens: Tensor, generator: torch.Generator) -> int:
-    """Replace unused codes (`used` (K,) counts) by random tokens (n, c); returns their number. Against collapse."""
+    """Replace codes whose count in `used` (K,) is 0 by random tokens (n, c), against collapse; return their number."""
     unused = (used == 0).nonzero().flatten()
     if len(unused):
         quantize.embedding.weight[unused] = sampled_codebook(tokens.float(), len(unused), generator)
@@ -219,7 +219,7 @@ class CodebookCaptioner(nn.Module):
     V:models/blip_pretrain_vq_compress.py:101-134.
 
     With `quantize` None it is the captioner that is fine-tuned on clean captions and writes T_g (V:models/blip.py:71).
-    [DEC] defaults to the last id but one of the vocabulary, as in BLIP's.
+    The id of [DEC] defaults to the last but one of the vocabulary, as in BLIP.
     """
 
     def __init__(
@@ -254,8 +254,8 @@ class CodebookCaptioner(nn.Module):
     ):
         """(loss_lm, loss_emb); input_ids (B, T) begin with [CLS], which becomes [DEC] here.
 
-        Padding and the first `prompt_length` positions are no targets; `places`: `target_places` of the ids, if known
-        beforehand. `return_codes` adds the codes.
+        Padding and the first `prompt_length` positions are not targets. `places`: `target_places` of the ids, if known
+        beforehand. `return_codes` adds the codes (B, L') to the result.
         """
         states, loss_emb, codes = self.image_states(image)
         ids = input_ids.clone()
@@ -281,7 +281,7 @@ class CodebookCaptioner(nn.Module):
         sample: bool = False,
         top_p: float = 0.9,
     ) -> Tensor:
-        """Captions (B, <= max_length) of ids, prompt included; lengths count the prompt. V:models/blip.py:121-162.
+        """Ids (B, <= max_length) of captions with the prompt, which the lengths include. V:models/blip.py:121-162.
 
         prompt_ids (P,) may begin with [CLS] and end with [SEP], as a tokenizer gives them: [CLS] becomes [DEC], and
         [SEP] is dropped. `sample` draws by nucleus sampling instead of beam search.
@@ -311,7 +311,7 @@ class CodebookCaptioner(nn.Module):
 
 
 class LockedTower(TimmModel):
-    """open_clip's tower of a timm network with a frozen trunk. Reads images, or the trunk's features (B, C)."""
+    """open_clip's tower of a timm network, with a frozen trunk. Input: images, or the trunk's features (B, C)."""
 
     def lock_trunk(self) -> None:
         self.trunk.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -327,7 +327,7 @@ class LockedTower(TimmModel):
 
 
 def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
-    """The stage's model, randomly initialised; `sep_token_id` is the vocabulary's [SEP], which ends a caption."""
+    """The model of a stage, randomly initialised; `sep_token_id` is the id of [SEP], which ends a caption."""
     if cfg.stage == "clip":
         settings = open_clip.get_model_config(cfg.clip_model)
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
@@ -359,5 +359,5 @@ def build_for(cfg: Common, tokenizer) -> nn.Module:
 
 
 def image_side(model: nn.Module, cfg: Common) -> int:
-    """Side in pixels of the images that the stage's model reads."""
+    """Side in pixels of the model's input images."""
     return clip.image_side(model) if cfg.stage == "clip" else cfg.image_size

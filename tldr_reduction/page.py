@@ -94,12 +94,12 @@ def thumbnail(image) -> str:
 
 
 def drawn(rng: np.random.Generator, rows: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the rows, in order."""
+    """At most `count` of the rows, drawn at random, ascending."""
     return np.sort(rng.permutation(np.asarray(rows, dtype=np.int64))[:count]).tolist()
 
 
 def facts(cfg: ReduceConfig, report: dict) -> str:
-    """Counts and settings as a table."""
+    """HTML table of counts and settings."""
     made_by = cfg.captioner or cfg.encoder
     rows = [
         ("unreadable", f"{report['broken']:,}"),
@@ -117,7 +117,7 @@ def facts(cfg: ReduceConfig, report: dict) -> str:
 
 
 def checks(found: dict[str, dict]) -> str:
-    """Cohesion and coverage, a line for each kind of features."""
+    """HTML of cohesion and coverage, one line for each kind of features."""
     lines = "".join(f"<li>{html.escape(check_line(name, check))}</li>" for name, check in found.items())
     what = (
         "Cohesion: mean cosine of two members of a cluster. Coverage: mean best cosine from a dropped sample to a kept "
@@ -128,7 +128,7 @@ def checks(found: dict[str, dict]) -> str:
 
 
 def histogram(itm: dict) -> str:
-    """Densities before and after as bars."""
+    """SVG histogram of the scores before and after."""
     before, after = (itm[when]["histogram"] for when in ("before", "after"))
     top, (low, high), bars = max(*before, *after, 1e-6), itm["before"]["span"], []
     for i, pair in enumerate(zip(before, after, strict=True)):
@@ -147,7 +147,7 @@ def histogram(itm: dict) -> str:
 
 
 def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:
-    """Each reason with its count and examples; identical images have their own section."""
+    """HTML of each reason with its count and examples, except identical images, which have their own section."""
     groups: dict[str, list[int]] = {}
     for row, reason in enumerate(columns["reason"]):
         if not reason.startswith("same image"):
@@ -159,7 +159,7 @@ def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generat
 
 
 def clusters(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:
-    """Some clusters, from small to large, with some members of each."""
+    """HTML of some clusters, from small to large, with some members of each."""
     members: dict[int, list[int]] = {}
     for row, cluster in enumerate(columns["cluster"]):
         if cluster != "":

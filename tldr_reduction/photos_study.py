@@ -26,7 +26,7 @@ from shared.tars import descriptions
 from tldr_reduction import study
 
 POOL, PREDICTIONS = "data/photos-captions/train", "data/tldr-photos/captions.json"
-# A cluster holds a few photographs with all their copies; half of the photographs are kept, once each
+# A cluster holds a few photographs with all their copies; about half of the photographs are kept, each once
 REDUCE = f"reduce {POOL} --keep 0.1 --clusters 1500 --check none --work runs/photos/tldr_reduction/work-seed{{seed}}"
 AS_MANY = "--select random --match {reduced/codes}"
 REDUCTIONS = {
@@ -50,7 +50,7 @@ HEADINGS = {
 
 
 def reductions() -> Iterator[Stage]:
-    """Stages that run one after the other, since the reductions of a seed share a folder of codes."""
+    """Stages that reduce the pool, one after the other, because the reductions of a seed share a work folder."""
     before: tuple[str, ...] = ()
     for name, flags in REDUCTIONS.items():
         yield Stage(f"reduced/{name}", f"{REDUCE} --seed {{seed}} --out {{out}} {flags}", after=before)
@@ -98,7 +98,7 @@ def write_predictions(source: str, path: str) -> None:
 
 
 def measure_run(folder: Path) -> dict[str, float]:
-    """Recalls on the usual 1,000 photographs, and how many photographs the run was trained on."""
+    """Recalls on Flickr8k's 1,000 test photographs, and the number of photographs the run was trained on."""
     features, captions, found = photos.test_set(photos.RETRIEVAL)
     texts = [text for of_image in captions for text in of_image]
     recalls = zeroshot.retrieval_metrics(*locked.encode(folder, features, texts), zeroshot.owners(captions))
@@ -116,7 +116,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 # ---------------------------------------------------------------------------------------------------------------- study
 
 SCORE, KEPT = "retrieval_en/mean_recall", "data/photographs"
-CLAIMS = (  # those of study.py whose arms are here
+CLAIMS = (  # claims of study.py whose arms this study has, too
     *(
         claim._replace(metric=SCORE)
         for claim in study.CLAIMS
@@ -127,7 +127,7 @@ CLAIMS = (  # those of study.py whose arms are here
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What this scale cannot show."""
+    """Table rows of the paper's claims that cannot be tested on these data."""
     mended = "captions are people's: there is little to mend"
     return [
         verdicts.not_testable("lowest self-scores dropped, above random", "+4.4", mended),

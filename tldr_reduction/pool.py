@@ -1,16 +1,17 @@
-"""A pool to reduce, with redundancy and misalignment planted and known: `python -m tldr_reduction.pool` rewrites the
-captions of scenes (shared/corpora/scenes.py), of which many are near copies of others.
+"""Make pools with known redundancy and misalignment: `python -m tldr_reduction.pool` rewrites the captions of scenes
+(shared/corpora/scenes.py), many of which are near copies of others.
 
-    OUT/noise-NN/           shards with NN % of bad captions: half of them exchanged with another concept's name, half
-                            generic (--bad: of one kind); the others are true, the name with some of its tags
-    OUT/oracle-NN.json      captions for --predictions: an oracle's, which knows the true name and is wrong in NN %
+    OUT/noise-NN/           shards in which NN % of the captions are bad: half of these are another concept's name, half
+                            are generic (--bad: all of one kind); the other captions are the name with some of its tags
+    OUT/oracle-NN.json      captions for --predictions by an oracle, which gives the true name, except for NN % of the
+                            samples
 
-A sample that is bad in a pool is also bad in pools with more noise; everything depends only on the sample's key. Each
-json holds its scene ("original"), true "name" and kind of caption ("noise": name, other, generic or mixed).
+A sample with a bad caption also has one in pools with more noise; captions depend only on the sample's key. The json of
+a sample has its scene ("original"), true "name" and kind of caption ("noise": name, other, generic or mixed).
 
-`--validation DIR` writes a classification set for choosing hyperparameters: new scenes of drawings in the training
-styles that no training scene shows. The tests are other scenes: names_id of the same drawings, names_ood of a style
-that is neither here nor in training.
+`--validation DIR` writes a classification set for choosing hyperparameters: scenes of drawings that are held out of
+training, in the training styles. The test sets show other scenes: names_id has the same held-out drawings, names_ood
+has a drawing style that is neither in training nor in the validation set.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ class Config:
     noise: tuple[int, ...] = (0, 30, 60)
     """Percent of bad captions of each pool."""
     bad: Literal["halves", "other", "generic", "mixed"] = "halves"
-    """Bad captions are another concept's name (other), generic, the true name and another's (mixed), or in halves other
-    and generic."""
+    """Kind of the bad captions: another concept's name (other), generic, the true name and another's (mixed), or half
+    other and half generic (halves)."""
     oracle: tuple[int, ...] = (20, 50, 80)
     """Percent of wrong names of each oracle."""
     validation: Path | None = None
@@ -46,7 +47,7 @@ class Config:
 
 
 def caption(key: str, true: str, names: list[str], name: str, percent: int, bad: str = "halves") -> tuple[str, str]:
-    """Caption and kind of one sample in the pool with `percent` bad captions."""
+    """Caption and kind of caption of one sample in the pool with `percent` bad captions."""
     rng = random.Random(data.stable_hash("noise", key))
     place, other = rng.random() * 100, rng.choice([each for each in names if each != name])
     if place >= percent:
@@ -59,7 +60,7 @@ def caption(key: str, true: str, names: list[str], name: str, percent: int, bad:
 
 
 def told(key: str, names: list[str], name: str, percent: int) -> str:
-    """The caption of one sample by the oracle with `percent` wrong names."""
+    """Caption of one sample by the oracle with `percent` wrong names."""
     rng = random.Random(data.stable_hash("oracle", key))
     wrong, other = rng.random() * 100 < percent, rng.choice([each for each in names if each != name])
     return other if wrong else name
@@ -68,8 +69,8 @@ def told(key: str, names: list[str], name: str, percent: int) -> str:
 def write_validation(setting: dict, folder: Path) -> None:
     """Write scenes of held-out drawings, all concepts in turn, as `folder`/test.
 
-    setting: of the training scenes, from their manifest.json. There are as many as in names_id/test, whose scenes have
-    the indices before theirs.
+    setting: that of the training scenes, from their manifest.json. There are as many scenes as in names_id/test; their
+    indices follow the indices of those, so that no scene is in both.
     """
     if (folder / "test/nshards.txt").is_file():
         return print(f"{folder} is complete")

@@ -1,4 +1,4 @@
-"""Compare a reduction with a random one: similarity within clusters, and how well kept samples cover dropped ones, on
+"""Compare a reduction with random ones: similarity within clusters, and how well kept samples cover dropped ones, on
 features that were not used for the clusters.
 
 Shapes: n samples, D features, k clusters.
@@ -19,10 +19,10 @@ WORDS = 2000  # size of the vocabulary to compare captions
 
 
 def drawn(rows: np.ndarray, labels: np.ndarray | None, seed: int) -> np.ndarray:
-    """At most CHECKED of the rows (n,), ascending: those of whole clusters in random order, of which the last is cut.
+    """Draw at most CHECKED of the rows (n,), ascending: whole clusters in random order, except the last, which is cut.
 
-    So a sample is compared together with its copies, which single draws from millions would miss. labels (n,): clusters
-    of the rows, or None for single draws.
+    So a sample is compared together with its copies, which draws of single samples from millions would miss. labels
+    (n,): clusters of the rows, or None to draw single samples.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
@@ -45,8 +45,8 @@ def cohesion(features: Tensor, labels: Tensor) -> float:
 
 
 def coverage(features: Tensor, kept: Tensor) -> float:
-    """Mean over the dropped samples of the best cosine with a kept one; features (n, D), kept (n,) bool: some, not
-    all."""
+    """Mean over the dropped samples of the best cosine with a kept one; features (n, D), kept (n,) bool with both
+    values."""
     unit = F.normalize(features, dim=-1)
     index = faiss.IndexFlatIP(unit.shape[1])
     index.add(unit[kept].contiguous().numpy())
@@ -55,8 +55,8 @@ def coverage(features: Tensor, kept: Tensor) -> float:
 
 
 def measured(features: Tensor, labels: Tensor | None, kept: Tensor, seed: int) -> dict[str, float | list[float]]:
-    """Cohesion of the clusters `labels` (None: there are none), of shuffled ones and of k-means on the features
-    themselves; coverage by what is `kept`, and by as many drawn at random, DRAWS times."""
+    """Cohesion of the clusters `labels`, of shuffled clusters and of k-means on the features (no cohesion without
+    labels); coverage by the samples `kept`, and by as many random samples, DRAWS times."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, float | list[float]] = {}
     if labels is not None:

@@ -13,7 +13,7 @@ DIR will hold
                      before and after, seconds
   report.html        the same as a page: kept and dropped examples with reasons, clusters, duplicates, captions
   work/              code vectors, scores and generated captions by row; an interrupted run resumes from them
-Under torchrun, ranks share out the rows of the costly passes.
+Under torchrun, the ranks divide the samples of the costly passes among themselves.
 """
 
 import contextlib
@@ -82,9 +82,9 @@ def refine_annotations(
     U:generate_train_json_w_caption.py:33-82.
 
     rows: [caption, key] of the source; generated: {"image_id": row number, "caption"}; annotations: {"image",
-    "caption"}. A row's key counts from its last "_" on, an annotation's is its file name up to the first dot. Without a
-    row of its key an annotation keeps its caption; a row without a generated caption keeps its own; a second one is
-    appended, too.
+    "caption"}. A row belongs to the annotation whose file name up to the first dot is the row's key after its last "_".
+    Annotations without a row keep their captions, and so do rows without a generated caption; if a row has several
+    generated captions, all are appended.
     """
     captions = [row[0] for row in rows]
     for entry in generated:
@@ -107,9 +107,9 @@ def image_key(path: str) -> str:
 
 
 def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clusters | None) -> Tensor:
-    """Indices of the selected ones among n readable samples, in the order of the annotation file.
+    """Indices of the samples selected among n readable ones, in the order of the annotation file.
 
-    `scores`: (n,) of image-text matching, for --select itm. `clusters`: for the selections by clusters.
+    `scores`: matching scores (n,), for --select itm. `clusters`: for selections by clusters.
     """
     keep = kept_by(cfg.match) / n if cfg.match else cfg.keep
     if cfg.select == "all":
@@ -127,8 +127,8 @@ def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clust
 
 
 def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | None, clusters: Clusters | None):
-    """`select` for n samples with image hashes `pixels` (n,). A selection by clusters keeps at most the first of
-    identical images; the share refers to all n samples, so that other images replace the copies."""
+    """`select` for n samples with image hashes `pixels` (n,). Of identical images, a selection by clusters keeps at
+    most the first; the share refers to all n samples, so that other images take the place of the copies."""
     distinct = distinct_images(pixels)
     if not (cfg.clustered and cfg.drop_duplicates) or len(distinct) == len(pixels):
         return select(cfg, len(pixels), scores, clusters)
@@ -189,7 +189,7 @@ def write_images(pairs, kept: Container[int], out: Path, extract: bool, process:
 def write_samples(cfg: ReduceConfig, pairs, kept: dict[int, str], process: run.Process) -> dict[int, str]:
     """Write the `kept` samples (row -> caption) of shards as new shards; return {row: path of its image}.
 
-    All ranks call this. For an annotation file nothing is written, and paths are its own.
+    All ranks call this. For an annotation file nothing is written, and the paths are those in the file.
     """
     if not isinstance(pairs, data.Shards):
         return {row: str(pairs.keys[row]) for row in kept}
@@ -250,13 +250,13 @@ def is_finished(out: Path, settings: dict) -> bool:
             )
         return False
     then, weights = checkpoints.read_json(out / "config.json"), settings["weights"]
-    if then.get("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older ones lack it
+    if then.get("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older folders lack it
         raise ValueError(f"{out} reduces other data than {settings['data']} holds now: choose another --out")
     for path, made in then.get("weights", {}).items():
-        if weights.get(path, made) != made:  # another path is another flag, below
+        if weights.get(path, made) != made:  # a changed path is reported below, as a changed flag
             raise ValueError(f"{out} was made when {path} had other content: choose another --out")
     free = ("out", "workers", "device", "batch_size", "cache", "work", "weights", "fingerprint")
-    then = {field.name: field.default for field in dataclasses.fields(ReduceConfig)} | then  # it may be older
+    then = {field.name: field.default for field in dataclasses.fields(ReduceConfig)} | then  # older ones lack fields
     changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
     if changed:
         raise ValueError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
@@ -292,9 +292,9 @@ def check_selection(
     """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}; and
     a sentence about features that are missing, or "".
 
-    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
-    a copy is so similar to its original that any other selection would seem worse. No features on ranks other than
-    0, with --check none, and if all samples are kept or the selection is random itself.
+    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared,
+    because each dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
+    on ranks other than 0, with --check none, and for selections that are random or keep all samples.
     """
     compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
     if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(compared):
@@ -320,7 +320,7 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
     """Captions of the kept `rows` (ascending) as they will be written, and their generated captions T_g."""
     captions, generated = {int(row): inference.pairs.caption(row) for row in rows}, {}
     if cfg.captions != "original":
-        if cfg.predictions:  # read again here, so that millions of captions are not in memory during the passes
+        if cfg.predictions:  # read only now, so that millions of captions are not in memory during the passes
             keys = inference.pairs.keys
             known = read_predictions(cfg.predictions, keys)
             generated = {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
@@ -396,7 +396,7 @@ def write_tables(
 
 
 def reduce(cfg: ReduceConfig, inference: Inference) -> None:
-    """Run all passes and write the results into the output folder, which has its config.json already."""
+    """Run all passes and write the results into the output folder, in which `main` has written config.json."""
     pairs, process, rows = inference.pairs, inference.process, inference.rows
     seconds: dict[str, float] = {}
 
@@ -439,7 +439,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     with timed(seconds, "check"):
         checks, missing = check_selection(cfg, inference, good, pixels[good], kept, clusters)
 
-    # Captions of the kept, and their scores
+    # Captions of the kept samples, and their scores
     with timed(seconds, "captions"):
         ascending = np.sort(kept)
         captions, generated = new_captions(cfg, inference, ascending)

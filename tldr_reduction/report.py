@@ -14,7 +14,7 @@ from tldr_reduction.cluster import Clusters, in_cluster
 from tldr_reduction.config import ReduceConfig, without_effect
 from tldr_reduction.eval import itm_histogram
 
-SAME = 0.005  # difference of two coverages (mean cosines) up to which they are called equal
+SAME = 0.005  # coverages (mean cosines) that differ by less are called equal
 
 
 class Outcome(NamedTuple):
@@ -227,7 +227,7 @@ def self_score(cfg: ReduceConfig) -> str | None:
 
 
 def notes_of(cfg: ReduceConfig, report: dict, readable: int, unchecked: str = "") -> list[str]:
-    """Sentences about missing parts, settings without effect, and what a selection by clusters gained, for report.json,
+    """Sentences about missing captions, scores or comparisons, settings without effect, and coverage, for report.json,
     report.html and the terminal.
 
     `report` has the entries of `summary_of`, of the captions and of the checks; `readable` is the number of readable

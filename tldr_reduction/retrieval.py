@@ -1,10 +1,9 @@
 """Fine-tune a BLIP for retrieval: `python -m tldr_reduction.retrieval PRESET --init RUN [--overrides]`.
 
 The headline numbers of TL;DR (arXiv 2305.20087) come from BLIPs that were pre-trained on the full or the reduced data
-and fine-tuned like this on COCO or Flickr30K. The fine-tuning is stock BLIP's, nothing here is TL;DR's:
-salesforce/BLIP@056a169:train_retrieval.py, cited as `B:`. All captions of an image count as its matches; samples with
-equal pixels are the same image, so the data may have one sample per caption. `python -m tldr_reduction.eval RUN
---rerank SET` then measures recall.
+and fine-tuned like this on COCO or Flickr30K. The fine-tuning is stock BLIP's (salesforce/BLIP@056a169, `B:`, in
+B:train_retrieval.py). All captions of an image count as its matches; samples with equal pixels are the same image, so
+the data may have one sample per caption. `python -m tldr_reduction.eval RUN --rerank SET` then measures recall.
 """
 
 from pathlib import Path
@@ -21,7 +20,7 @@ from tldr_reduction.tokenizer import WordPiece, pre_caption
 
 
 class ImageDataset(PairDataset):
-    """`PairDataset` whose items have a fourth entry, image_id: equal for all samples with the same pixels."""
+    """`PairDataset` whose items have image_id as fourth entry, which is equal for all samples with the same pixels."""
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, list[data.Broken]]:
         broken: list[data.Broken] = []

@@ -1,4 +1,4 @@
-"""Models that score how well captions fit images: BLIP's matching head, or the cosine of any dual encoder.
+"""Scorers of how well captions fit images: BLIP's matching head, or the cosine of any dual encoder.
 
 Authors' code: showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`.
 """

@@ -5,9 +5,10 @@ captions (pool.py). A text tower and a projection of EfficientNet-Lite0's featur
 ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
-distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and a
-second caption corrects them. What selection adds would vanish without copies; what refinement adds would vanish with
-true captions, or with a captioner that is never right. The study varies these shares, and the kinds of bad captions.
+distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and
+refinement appends a caption that is mostly right. The gain of selection would vanish without copies; the gain of
+refinement would vanish with true captions, or with a captioner that is never right. The study varies these shares, and
+the kinds of bad captions.
 """
 
 import csv
@@ -37,7 +38,7 @@ from tldr_reduction.datasets import LockedPairs, eval_transform, of_lite0, open_
 # ------------------------------------------------------------------------------------------------------------- corpora
 
 SCENES = "--concepts 200 --clutter 0 0 --captioned-size 0.7 0.9 --samples 8000 --eval-samples 600 --caption tags"
-POOLS = {  # name: its scenes, its folder, percent of bad captions
+POOLS = {  # name: folder of its scenes, its own folder, percent of bad captions
     "": ("data/tldr-scenes", "data/tldr", 30),
     "-clean": ("data/tldr-scenes", "data/tldr", 0),
     "-noisy": ("data/tldr-scenes", "data/tldr", 60),
@@ -54,7 +55,7 @@ WHERE = {  # what differs from the main pool
     "-distinct": "no copies",
 }
 IN_EACH = ("random", "codes", "random-refined", "tldr", "full-refined")  # reductions of each pool in WHERE
-KINDS = {  # pools of the same pictures with bad captions of one kind; they have two arms
+KINDS = {  # pools of the main pool's pictures with bad captions of one kind; each has two arms
     "-other": "30 % name another emoji",
     "-generic": "30 % are generic",
     "-mixed": "30 % name another emoji, too",
@@ -89,13 +90,13 @@ def shards(pool: str) -> str:
 
 
 def oracle(pool: str, wrong: int = 20) -> str:
-    """File of captions of the oracle that names the wrong emoji in `wrong` % of a pool's samples."""
+    """File of captions by the oracle that names the wrong emoji in `wrong` % of a pool's samples."""
     return f"{POOLS[pool][1]}/oracle-{wrong}.json"
 
 
 # ---------------------------------------------------------------------------------------------------------- reductions
 
-AS_MANY = "--select random --match {reduced/codes%s}"  # as many pairs as the selection by codes of the same pictures
+AS_MANY = "--select random --match {reduced/codes%s}"  # as many pairs as selected by codes from the same pictures
 REDUCTIONS = {  # name: (pool, flags)
     "codes": ("", "--captions original --check auto"),
     "random": ("", f"{AS_MANY % ''} --captions original"),
@@ -125,15 +126,16 @@ REDUCTIONS = {  # name: (pool, flags)
         for name, captions in zip(OF_KINDS, ("--captions original", f"--predictions {oracle(pool)}"), strict=True)
     },
 }
-# More clusters than distinct scenes of the main pool: a cluster is then a scene with its copies, of which one or a
-# quarter is kept. CC3M's and YFCC15M's shares in the paper (24 and 16.7 %) are not taken over: all pools have the same
-# share, so that they differ in captions or copies alone, and so many clusters cannot keep less than one sample of each.
+# There are more clusters than distinct scenes in the main pool, so that a cluster is a scene with its copies, a quarter
+# of which is kept, but at least one. The paper's shares for CC3M and YFCC15M (24 and 16.7 %) are not used: all pools
+# have the same share, so that they differ in captions or copies alone, and a smaller share would keep no fewer than one
+# sample of each cluster.
 REDUCE = "reduce {pool} --keep 0.25 --clusters 1500 --work runs/tldr_reduction/work{name}-seed{{seed}}"
 
 
 def reductions() -> Iterator[Stage]:
-    """Stages that reduce the pools. Those of a pool run one after the other, because they share a work folder, in which
-    each computes only the codes and scores that are missing."""
+    """Stages that reduce the pools. Stages of one pool run one after the other, because they share a work folder: each
+    computes only the codes and scores that are missing there."""
     before: dict[str, tuple[str, ...]] = {pool: () for pool in POOLS}
     for name, (pool, flags) in REDUCTIONS.items():
         checked = "" if "--check" in flags else " --check none"
@@ -144,7 +146,7 @@ def reductions() -> Iterator[Stage]:
 
 # ---------------------------------------------------------------------------------------------------------------- arms
 
-# Steps of every arm. Choose them on another seed and on data/tldr-validation, which is in no table:
+# Steps of every arm. Choose them with another seed, on data/tldr-validation, which no table uses:
 #     python -m tldr_reduction.pool --validation data/tldr-validation
 #     python -m tldr_reduction.train emoji-scenes --steps 217 --seed 100 --out runs/pilot \
 #         --eval-every 5 --eval-set data/tldr-validation
@@ -152,12 +154,12 @@ STEPS = 217
 
 
 def on(reduction: str, heading: str, core: bool = False) -> Arm:
-    """The arm that trains on a reduction; it has the reduction's name."""
+    """The arm that trains on a reduction and has its name."""
     command = f"train emoji-scenes --data {{reduced/{reduction}}}/shards --steps {STEPS}"
     return Arm(reduction, command, heading=heading, core=core)
 
 
-ARMS = (  # T_o: original captions, T_g: an oracle's, wrong in 20 % unless said otherwise
+ARMS = (  # T_o: original captions; T_g: captions by an oracle, wrong in 20 % unless a heading says otherwise
     Arm("full", f"train emoji-scenes --steps {STEPS}", heading="full, T_o"),
     on("random", "third at random, T_o", core=True),
     on("codes", "third by codes, T_o", core=True),
@@ -201,7 +203,7 @@ ARMS = (  # T_o: original captions, T_g: an oracle's, wrong in 20 % unless said 
 
 SCORE, KEPT = "names_ood/top1", "data/scenes"
 COVERED, COHERENT = "pixels/coverage", "pixels/cohesion"  # cosines times 100
-D = 1.0  # points of top-1 below which there is no difference; less where half of the paper's number is less
+D = 1.0  # smaller differences in points of top-1 count as none; less where half of the paper's difference is less
 CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit, so only signs count
     Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
     Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
@@ -214,7 +216,7 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
     Claim("codes above image features", "+2.2", SCORE, "tldr", "image", negligible=D),
     Claim("T_g alone below T_o; T_g", "collapses", SCORE, "generated", "tldr", -1, negligible=D),
     Claim("lowest self-scores dropped, above random", "+4.4", SCORE, "dropped-low", "dropped-random", negligible=D),
-    # one scorer, the pairs that TL;DR keeps; in the paper the shares are of CC3M and of its reduction
+    # scores of the pairs that TL;DR keeps, by one scorer; the paper compares CC3M with its reduction
     Claim(
         "share of scores below the cut, after refinement below before",
         "37 % to 16 % below 0.5",
@@ -287,10 +289,10 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
 
 
 def pool_neighbour(share: float, draws: int, pool: str = "", refined: bool = False) -> dict[str, float]:
-    """Top-1 in percent if a test picture gets the name in the caption of the nearest picture of a random share of the
-    pool, by set; the mean over `draws` random shares.
+    """Top-1 in percent, by set, of naming each test picture by the caption of the nearest picture in a random share of
+    the pool; the mean over `draws` random shares.
 
-    Of a refined caption "T_o; T_g" it is the name in T_g, which is true more often than that in T_o.
+    `refined`: the name in T_g is used, which is true more often than the name in T_o.
     """
     features, _, called, told = pool_features(pool)
     names = EvalSet(SETS[0], None).classnames
@@ -319,8 +321,8 @@ def on_labels() -> dict[str, float]:
     return found
 
 
-# Arms of the main pool that train on original captions (or on "T_o; T_g"), and on T_g. What selects by clusters keeps
-# nearly all distinct scenes, so these arms are compared with the nearest of all pictures.
+# Arms of the main pool whose captions contain T_o, and those whose captions contain T_g. A selection by clusters keeps
+# nearly all distinct scenes, so arms on such selections or the full data are compared with the nearest of all pictures.
 WITH_T_O = ("full", *(name for name, (pool, _) in REDUCTIONS.items() if not pool and name != "generated"))
 WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")
 FROM_ALL = ("full", "full-refined", "tldr", "codes", "image", "generated")
@@ -333,7 +335,7 @@ def both(*groups: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def of_pools() -> Iterator[Floor]:
-    """The nearest original and refined captions of the other pools, for arms that know all of their scenes."""
+    """Floors of the other pools: nearest original and refined captions, for arms on full data or selected by codes."""
     for pool, where in WHERE.items():
         original = functools.partial(pool_neighbour, 1.0, 1, pool)
         refined = functools.partial(pool_neighbour, 1.0, 1, pool, refined=True)
@@ -357,8 +359,8 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Write three plots, tldr_reduction_*.png: accuracy by what is planted; and, of arm tldr and the first seed, scores
-    of captions and members of clusters."""
+    """Write three plots, tldr_reduction_*.png: gains in accuracy by pool; for arm tldr and the first seed, scores of
+    captions and members of clusters."""
     plot_fractions(found.arms, out)
     if "tldr" in found.folders:
         reduction = Path(json.loads((found.folders["tldr"][0] / "config.json").read_text())["data"]).parent
@@ -405,7 +407,7 @@ def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
 
 
 def plot_itm(reduction: Path, out: Path) -> None:
-    """tldr_reduction_itm.png: histogram of matching scores before and after, one scorer."""
+    """tldr_reduction_itm.png: histogram of matching scores before and after, by one scorer."""
     itm = json.loads((reduction / "report.json").read_text()).get("itm")
     if itm is None:
         return

@@ -32,8 +32,8 @@ def pre_caption(text: str, max_words: int = 30) -> str:
 def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
     """Make a WordPiece vocabulary of at most `size` pieces (default: BERT's size).
 
-    It has the special tokens, the 1000 most frequent characters (of which other words can be composed), the prompt's
-    words, and then whole words by descending frequency.
+    It has the special tokens, the 1000 most frequent characters (from which any other word can be composed), the words
+    of the prompt, and then whole words by descending frequency.
     """
     texts = (pre_caption(caption) for caption in (PROMPT, *captions))
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
@@ -101,7 +101,7 @@ class WordPiece:
         return self([prompt])[0][0]
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer in transformers' layout; it adds [CLS] and [SEP], and has the two extra tokens."""
+        """Write the tokenizer with the two extra tokens in transformers' layout; it adds [CLS] and [SEP] to texts."""
         from transformers import PreTrainedTokenizerFast
 
         own = Tokenizer.from_str(self.tokenizer.to_str())

@@ -1,6 +1,6 @@
 """Pre-train on the full or the reduced data: `python -m tldr_reduction.train PRESET [--overrides]`.
 
-TL;DR (arXiv 2305.20087), section 4: the pre-training whose data are reduced. The models are stock BLIP and CLIP; a BLIP
+TL;DR (arXiv 2305.20087), section 4: pre-training on full or reduced data. The models are stock BLIP and CLIP; a BLIP
 also scores image-text matching. The paper's own stages are captioner.py, finetune.py and reduce.py; retrieval.py
 fine-tunes a BLIP that was trained here. Authors' code showlab/datacentric.vlp@a488102, BLIP's salesforce/BLIP@056a169.
 """
@@ -39,9 +39,9 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 def losses_of(
     model: nn.Module, batch: Sequence[Tensor], cfg: Config, alpha: float = 0.0, precision: str = "fp32"
 ) -> tuple[dict[str, Tensor], Callable]:
-    """Compute the losses of a batch (images, ids, mask and, of a blip, `target_places`).
+    """Compute the losses of a batch (images, ids, mask and, for a blip, `target_places`).
 
-    Returns {"loss": the sum, and each loss by its name}, and the function that runs the backward pass of a loss.
+    Returns a dict of the losses by name, with their sum as "loss", and the function that runs the backward pass.
     """
     images, ids, mask, places = (*batch, None)[:4]
     if cfg.objective == "clip":
@@ -71,7 +71,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def on_device(
     inputs: list[Tensor], dataset: PairDataset, model: nn.Module, cfg: Config, device: torch.device
 ) -> list[Tensor]:
-    """Move a batch to the device and normalise its images: images, ids, mask and, of a blip, `target_places`.
+    """Move a batch to the device and normalise its images: images, ids, mask and, for a blip, `target_places`.
 
     A clip's ids are cut to the longest caption of the batch.
     """
