@@ -192,8 +192,9 @@ class Config(Warm):
     two towers that start from random weights."""
     clip_model: str = "ViT-B-16"
     """Any open_clip config, for --objective clip."""
-    embedding_std: float | None = None
-    """Standard deviation of a clip's word embeddings at the start; None: open_clip's 0.02."""
+    bag_of_words: bool = False
+    """A clip's text tower is `model.BagOfWords`, with the width of clip_model's: fast, for captions that are lists of
+    names."""
     steps: int | None = None
     """Train for this many steps, instead of --epochs; the last epoch may end early. The learning rate then falls by the
     same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
@@ -339,7 +340,7 @@ PRESETS = {
             epochs=7,
             warmup=31,
             lr_decay_rate=0.65,
-            embedding_std=0.3,  # 0.02 would be too small for this learning rate
+            bag_of_words=True,
             **SMALL | {"batch_size": 256, "lr": 4e-3, "weight_decay": 3.0},
         ),
     ),
@@ -414,6 +415,8 @@ def check_sizes(cfg: Common, world_size: int) -> None:
     cli.check_batch(cfg, world_size)
     if isinstance(cfg, Config) and cfg.lock_image:
         check_lock(cfg)
+    if isinstance(cfg, Config) and cfg.bag_of_words and cfg.objective != "clip":
+        raise ValueError("--bag-of-words is for --objective clip")
     if isinstance(cfg, Config) and cfg.accumulate > 1 and cfg.objective != "clip":
         raise ValueError(
             "--accumulate is for --objective clip: a blip's losses need more of a pair than its features; "

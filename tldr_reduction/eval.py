@@ -258,6 +258,8 @@ def export_run(path: str, folder: str) -> None:
     model, settings, tokenizer = load_run(path)
     if settings.stage != "clip":
         return export_blip(model, settings, tokenizer, folder)
+    if settings.bag_of_words:
+        raise ValueError(f"{path} cannot be exported: open_clip has no text tower like that of --bag-of-words")
     config = export.named_config(settings.clip_model)
     config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the tokenizer in the folder
     save_tokenizer(folder)

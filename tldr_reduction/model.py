@@ -326,6 +326,33 @@ class LockedTower(TimmModel):
         return self.head(x if x.ndim == 2 else self.trunk(x.contiguous(memory_format=torch.channels_last)))
 
 
+class BagOfWords(nn.Module):
+    """A text tower without word order: token ids (B, T) of open_clip's tokenizer -> features (B, E).
+
+    The mean of the tokens' embeddings (without start, end and padding), through a linear layer and an MLP that are
+    added. In training, each token is left out with probability `drop`, so that no single one of a caption's words is
+    relied on.
+    """
+
+    def __init__(self, vocab_size: int, context_length: int, width: int, embed_dim: int, drop: float = 0.3):
+        super().__init__()
+        self.vocab_size, self.context_length, self.drop = vocab_size, context_length, drop
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.3)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, embed_dim)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        words = (ids > 0) & (ids < self.vocab_size - 2)  # the last two ids are start and end
+        if self.training:
+            words &= torch.rand(ids.shape, device=ids.device) >= self.drop
+        words = words[..., None].float()
+        mean = (self.token_embedding(ids) * words).sum(1) / words.sum(1).clamp(min=1)
+        return self.projection(mean) + self.mlp(mean)
+
+
 def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
     """The model of a stage, randomly initialised; `sep_token_id` is the id of [SEP], which ends a caption."""
     if cfg.stage == "clip":
@@ -333,12 +360,14 @@ def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
             raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
         towers = settings["vision_cfg"], settings["text_cfg"]
-        model = open_clip.CLIP(settings["embed_dim"], *towers, settings.get("quick_gelu", False))
+        kind = open_clip.CustomTextCLIP if cfg.bag_of_words else open_clip.CLIP
+        model = kind(settings["embed_dim"], *towers, settings.get("quick_gelu", False))
+        if cfg.bag_of_words:
+            sizes = model.vocab_size, model.context_length, settings["text_cfg"]["width"], settings["embed_dim"]
+            model.text = BagOfWords(*sizes)
         if cfg.lock_image:
             model.visual.__class__ = LockedTower
             model.visual.lock_trunk()
-        if cfg.embedding_std is not None:
-            nn.init.normal_(model.token_embedding.weight, std=cfg.embedding_std)
         return clip.without_padding(model)
     vision = VisionTransformer(cfg.image_size, cfg.patch_size, cfg.width, cfg.layers, cfg.heads, cfg.drop_path)
     sizes = vocab_size, cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.max_positions, cfg.width, cfg.dropout
