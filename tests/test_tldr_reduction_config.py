@@ -29,6 +29,7 @@ WRONG = {
     "tokens": (["emoji-clip", "--data", "x.tar", "--max-length", "99"], "--max-length 99 is not in 2..40"),
     "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
     "a BLIP in parts": (["emoji-blip", "--data", "x.tar", "--accumulate", "2"], "--accumulate is for --objective clip"),
+    "a bag of words for a BLIP": (["emoji-blip", "--data", "x.tar", "--bag-of-words"], "is for --objective clip"),
     "uneven": (["emoji-clip", "--data", "x.tar", "--accumulate", "3"], "among 1 processes and 3 micro-batches in each"),
     "a lock without weights": (
         ["emoji-clip", "--data", "x.tar", "--eval-every", "0", "--lock-image"],

@@ -11,6 +11,7 @@ from test_tldr_reduction_blip import gradients, load, text_of, vision_of
 from tldr_reduction import blip, config, model
 from tldr_reduction.blip import TextDecoder, TextTransformer, VisionTransformer
 from tldr_reduction.model import (
+    BagOfWords,
     CodebookCaptioner,
     EMAVectorQuantizer,
     VectorQuantizer,
@@ -277,3 +278,25 @@ def test_a_learned_caption_is_written(tmp_path):
 def test_blips_parts_are_imported_from_here_too():
     for name in ("BLIP", "TextDecoder", "TextTransformer", "VisionTransformer", "resize_pos_embed"):
         assert getattr(model, name) is getattr(blip, name)
+
+
+def test_a_bag_of_words_has_no_order_and_no_padding():
+    torch.manual_seed(0)
+    bag = BagOfWords(vocab_size=20, context_length=6, width=8, embed_dim=5).eval()
+    ids = torch.tensor([[18, 3, 4, 19, 0, 0], [18, 4, 3, 19, 0, 0], [18, 3, 3, 4, 19, 0], [18, 19, 0, 0, 0, 0]])
+    features = bag(ids)
+    mean = bag.token_embedding.weight[[3, 4]].mean(0)
+    torch.testing.assert_close(features[0], bag.projection(mean) + bag.mlp(mean))
+    torch.testing.assert_close(features[0], features[1])
+    torch.testing.assert_close(features[0], bag(ids[:1, :4])[0])
+    assert not torch.allclose(features[0], features[2]) and features[3].isfinite().all()
+
+
+def test_words_of_a_bag_are_left_out_in_training_alone():
+    torch.manual_seed(0)
+    bag = BagOfWords(vocab_size=20, context_length=6, width=8, embed_dim=5, drop=0.5)
+    ids = torch.tensor([[18, 3, 19]]).repeat(400, 1)
+    kept = (bag(ids) - bag.eval()(ids[:1])).abs().amax(1) < 1e-5
+    assert 0.4 < kept.float().mean() < 0.6  # the others have no word
+    bag.train()(ids).sum().backward()
+    assert bag.token_embedding.weight.grad[3].any() and not bag.token_embedding.weight.grad[[18, 19, 0]].any()
