@@ -1,10 +1,13 @@
 """Scripts of a study as forks of a server."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
 from shared.study import scripts
 
@@ -22,3 +25,18 @@ def test_scripts_start_as_from_a_command_line(tmp_path: Path, monkeypatch: pytes
     Path("tool.py").write_text("import torch\nassert torch.ones(10**6).sum() == 10**6\n")
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: scripts.run_script("tool", [], {}), range(12))) == [0] * 12
+
+
+def test_a_study_starts_scripts_without_a_word(tmp_path: Path):
+    """Its module is imported once by the server of forks, and not again as the main module of each script."""
+    (tmp_path / "study.py").write_text(
+        "import os, sys\nfrom shared.study import scripts\nprint('imported', flush=True)\n"
+        "if __name__ == '__main__':\n    sys.exit(scripts.run_script('tool', [], os.environ))\n"
+    )
+    (tmp_path / "tool.py").write_text("print('done')\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "study"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == "" and ended.stdout == "imported\nimported\ndone\n"

@@ -7,12 +7,14 @@ import runpy
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from multiprocessing import connection
 from typing import IO
 from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
-STUDY = sys.modules["__main__"].__spec__  # of `python -m FOLDER.study`; None if this process was not started by -m
+MAIN = sys.modules["__main__"]
+STUDY = MAIN.__spec__  # of `python -m FOLDER.study`; None if this process was not started by -m
 CONTEXT.set_forkserver_preload(["shared.study.runner", *([STUDY.name] if STUDY else [])])
 LOCK = threading.Lock()  # starting or joining a process also polls the processes that other threads started
 
@@ -26,7 +28,8 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
     environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} | dict(environment)
     output = [connection.Connection(os.dup(stream), readable=False) for stream in (1, 2)]  # can be sent to a process
     process = CONTEXT.Process(target=script, args=(module, list(arguments), environment, output))
-    with LOCK, mock.patch.dict(os.environ, environment):
+    no_main = mock.patch.object(MAIN, "__spec__", ModuleSpec("__main__", None))  # forks do not import the study again
+    with LOCK, mock.patch.dict(os.environ, environment), no_main:
         process.start()
     connection.wait([process.sentinel])
     with LOCK:
