@@ -193,7 +193,8 @@ def show_plan(
     cfg = for_steps(cfg, per_epoch)
     steps = total_steps(cfg, per_epoch)
     size = f"{n:,} an epoch, {steps * cfg.batch_size:,} in {cfg.epochs} epochs"
-    rows = [("parameters", f"{trained:,} trained, {frozen:,} momentum copies"), *more]
+    others = "locked" if getattr(cfg, "lock_image", False) else "momentum copies"
+    rows = [("parameters", f"{trained:,} trained, {frozen:,} {others}"), *more]
     rows += [("samples", size if n else "unknown: pass --data or --dataset-size"), cli.batch_row(cfg, world_size)]
     rows += [cli.disk_row(n, trained, frozen)]
     if per_epoch:
