@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import pytest
 import torch
 import tyro
 
@@ -86,17 +87,19 @@ def test_arms_have_the_floors_of_their_captions():
     def highest(arm: str) -> str:
         return names[int(verdicts.floor_of(claim, bars, arm))]
 
-    assert highest("random") == "nearest caption by EfficientNet-Lite0, a random third"
-    assert highest("codes") == highest("full") == "nearest caption by EfficientNet-Lite0, all"
-    assert highest("random-refined") == "nearest refined caption by EfficientNet-Lite0, a random third"
-    for arm in ("tldr", "full-refined", "image", "generated"):
-        assert highest(arm) == "nearest refined caption by EfficientNet-Lite0, all"
+    plain, refined = "nearest caption by EfficientNet-Lite0, ", "nearest refined caption by EfficientNet-Lite0, "
+    assert highest("full") == plain + "all" and highest("full-refined") == refined + "all"
+    assert highest("random") == plain + "the random third" == highest("random-refined-80")
+    assert highest("random-refined") == refined + "the random third"
+    assert highest("codes") == plain + "the third by codes" and highest("image").startswith(refined)
+    assert highest("tldr") == highest("generated") == refined + "the third by codes"
+    assert highest("dropped-low") == plain + "the half of higher scores"
     for pool, where in WHERE.items():
-        for arm in ("tldr", "full-refined"):
-            assert highest(f"{arm}{pool}") == f"nearest refined caption by EfficientNet-Lite0, all; {where}"
-        assert highest(f"codes{pool}") == f"nearest caption by EfficientNet-Lite0, all; {where}"
+        assert highest(f"full-refined{pool}") == f"{refined}all; {where}"
+        assert highest(f"tldr{pool}") == f"{refined}the third by codes; {where}"
+        assert highest(f"codes{pool}") == f"{plain}the third by codes; {where}"
     arms = {arm.name for arm in STUDY.arms}
-    assert all(set(floor.arms) <= arms | {f"full{pool}" for pool in WHERE} for floor in STUDY.floors)
+    assert all(set(floor.arms) <= arms for floor in STUDY.floors)
     assert all({claim.method, claim.baseline.partition(":")[0]} <= arms for claim in STUDY.claims)
 
 
@@ -106,5 +109,22 @@ def test_the_nearest_refined_caption_names_what_the_oracle_said(monkeypatch):
     monkeypatch.setattr(study, "pool_features", lambda pool: (pictures, ["a", "b"], ["", "a"], ["a", "a"]))
     monkeypatch.setattr(study, "EvalSet", lambda path, transform: SimpleNamespace(classnames=["a", "b"]))
     monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
-    assert study.pool_neighbour(1.0, 1)["names_ood/top1"] == 0
-    assert study.pool_neighbour(1.0, 1, refined=True)["names_ood/top1"] == 50
+    assert study.nearest_caption()["names_ood/top1"] == 0
+    assert study.nearest_caption(refined=True)["names_ood/top1"] == 50
+
+
+def test_the_nearest_caption_is_of_the_samples_that_a_reduction_keeps(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for seed, lines in enumerate(("a,1\nb,0\n", "a,0\nb,1\n")):
+        folder = tmp_path / f"runs/tldr_reduction/reduced/codes-seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "report.csv").write_text(f"key,kept\n{lines}")
+    assert [rows.tolist() for rows in study.kept("codes")] == [[0], [1]]
+    pictures = torch.eye(2)
+    monkeypatch.setattr(study, "pool_features", lambda pool: (pictures, ["a", "b"], ["a", "a"], ["a", "b"]))
+    monkeypatch.setattr(study, "EvalSet", lambda path, transform: SimpleNamespace(classnames=["a", "b"]))
+    monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
+    assert study.nearest_caption(refined=True)["names_ood/top1"] == 100
+    assert study.nearest_caption("codes", refined=True)["names_ood/top1"] == 50
+    with pytest.raises(FileNotFoundError, match="no finished reduction image"):
+        study.kept("image")

@@ -288,23 +288,30 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     )
 
 
-def pool_neighbour(share: float, draws: int, pool: str = "", refined: bool = False) -> dict[str, float]:
-    """Top-1 in percent, by set, of naming each test picture by the caption of the nearest picture in a random share of
-    the pool; the mean over `draws` random shares.
+def kept(reduction: str) -> list[Tensor]:
+    """Indices of the samples that a reduction keeps, for each seed that has been reduced."""
+    found = []
+    for path in sorted(Path("runs/tldr_reduction/reduced").glob(f"{reduction}-seed[0-9]*/report.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            found.append(torch.tensor([line["kept"] == "1" for line in csv.DictReader(file)]).nonzero()[:, 0])
+    if not found:
+        raise FileNotFoundError(f"runs/tldr_reduction/reduced holds no finished reduction {reduction}")
+    return found
+
+
+def nearest_caption(reduction: str | None = None, pool: str = "", refined: bool = False) -> dict[str, float]:
+    """Top-1 in percent, by set, of naming each test picture by the caption of the nearest picture that a reduction
+    keeps, or of the whole pool; the mean over the seeds of the reduction.
 
     `refined`: the name in T_g is used, which is true more often than the name in T_o.
     """
     features, _, called, told = pool_features(pool)
     names = EvalSet(SETS[0], None).classnames
     labels = torch.tensor([names.index(name) if name else -1 for name in (told if refined else called)])
-    found = {}
+    subsets, found = kept(reduction) if reduction else [torch.arange(len(labels))], {}
     for path in SETS:
         test = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
-        top1 = []
-        for seed in range(draws):
-            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-            rows = order[: round(share * len(labels))]
-            top1.append(probes.nearest_neighbour(features[rows], labels[rows], *test))
+        top1 = [probes.nearest_neighbour(features[rows], labels[rows], *test) for rows in subsets]
         found[f"{Path(path).name}/top1"] = float(np.mean(top1))
     return found
 
@@ -321,37 +328,36 @@ def on_labels() -> dict[str, float]:
     return found
 
 
-# Arms of the main pool whose captions contain T_o, and those whose captions contain T_g. A selection by clusters keeps
-# nearly all distinct scenes, so arms on such selections or the full data are compared with the nearest of all pictures.
-WITH_T_O = ("full", *(name for name, (pool, _) in REDUCTIONS.items() if not pool and name != "generated"))
-WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")
-FROM_ALL = ("full", "full-refined", "tldr", "codes", "image", "generated")
 NEAREST, REFINED = "nearest caption by EfficientNet-Lite0", "nearest refined caption by EfficientNet-Lite0"
+TRAINED_ON = {  # reduction, "" for the whole pool: (its name in floors, arms that are trained on its pictures)
+    "": ("all", ("full", "full-refined")),
+    "random": ("the random third", ("random", "random-refined", "random-refined-50", "random-refined-80")),
+    "codes": ("the third by codes", ("codes", "tldr", "generated")),
+    "image": ("the third by image features", ("image",)),
+    "dropped-random": ("half at random", ("dropped-random",)),
+    "dropped-low": ("the half of higher scores", ("dropped-low",)),
+}
+WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")  # with the better oracle's
 
 
-def both(*groups: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that are in all groups."""
-    return tuple(name for name in groups[0] if all(name in group for group in groups))
-
-
-def of_pools() -> Iterator[Floor]:
-    """Floors of the other pools: nearest original and refined captions, for arms on full data or selected by codes."""
-    for pool, where in WHERE.items():
-        original = functools.partial(pool_neighbour, 1.0, 1, pool)
-        refined = functools.partial(pool_neighbour, 1.0, 1, pool, refined=True)
-        names = [f"{name}{pool}" for name in ("tldr", "full-refined")]
-        yield Floor(f"{NEAREST}, all; {where}", original, arms=(f"full{pool}", f"codes{pool}", *names))
-        yield Floor(f"{REFINED}, all; {where}", refined, arms=tuple(names))
+def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:
+    """Floors of a pool, of what its arms are trained on: nearest original captions, and nearest refined captions."""
+    for refined, name in ((False, NEAREST), (True, REFINED)):
+        for reduction, (which, trained) in TRAINED_ON.items():
+            arms = [arm for arm in trained if (arm in WITH_T_G if refined else arm != "generated")]
+            arms = tuple(f"{arm}{pool}" for arm in arms if f"{arm}{pool}" in {arm.name for arm in ARMS})
+            if arms and (not pool or reduction in ("", "codes")):
+                measure = functools.partial(
+                    nearest_caption, f"{reduction}{pool}" if reduction else None, pool, refined=refined
+                )
+                yield Floor(f"{name}, {which}{where}", measure, arms=arms)
 
 
 FLOORS = (
     Floor("chance", lambda: floors.chance(SETS) | {"itm/auc": 50.0}),
     Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour(SETS)),
-    Floor(f"{NEAREST}, a random third", lambda: pool_neighbour(0.34, 3), arms=WITH_T_O),
-    Floor(f"{NEAREST}, all", lambda: pool_neighbour(1.0, 1), arms=both(WITH_T_O, FROM_ALL)),
-    Floor(f"{REFINED}, a random third", lambda: pool_neighbour(0.34, 3, refined=True), arms=WITH_T_G),
-    Floor(f"{REFINED}, all", lambda: pool_neighbour(1.0, 1, refined=True), arms=both(WITH_T_G, FROM_ALL)),
-    *of_pools(),
+    *nearest_captions(),
+    *(floor for pool, where in WHERE.items() for floor in nearest_captions(pool, f"; {where}")),
     Floor("linear layer on EfficientNet-Lite0, all true names", on_labels, ceiling=True),
 )
 
