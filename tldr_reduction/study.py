@@ -473,7 +473,7 @@ STUDY = Study(
     before=BEFORE,
     stages=tuple(reductions()),
     arms=ARMS,
-    minutes={"core": 5, "all": 20},
+    minutes={"core": 4, "all": 15},
     evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), sets=SETS, rerank=())),
     alone=True,
     metrics=evaluation.METRICS,
